@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint types unit install clean
+
+install: $(STAMP)
+
+# steering-vectors is the outside oracle of the tests. It asks for transformers < 5 but runs beside
+# the newer one, hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt tests/oracles.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracles.txt
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/steerlens sweep --model smollm2-135m-instruct --pairs sentiment --max-pairs 16 \
+		--layers all --coefficients=-20,0,20 --method mean_diff --out runs/demo
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,48 @@
+"""Contrastive steering on TransformerLens, with the coherence boundary measured.
+
+The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `fit_directions`,
+`sweep`.
+"""
+
+from steerlens.activations import Differences, collect_activations, collect_differences
+from steerlens.data import ContrastivePair, ContrastivePairs, dataset_names, neutral_texts
+from steerlens.directions import METHODS, Directions, fit_directions
+from steerlens.errors import SteerlensError
+from steerlens.hooks import readout_hook, resolve_hooks
+from steerlens.loss import (
+    SteeringLoss,
+    contrastive_steering_loss,
+    contrastive_steering_loss_noref,
+    label_logprob,
+)
+from steerlens.models import load_model, provenance
+from steerlens.steering import steer
+from steerlens.sweep import SweepResult, measure_layers, sweep
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "ContrastivePair",
+    "ContrastivePairs",
+    "Differences",
+    "Directions",
+    "SteeringLoss",
+    "SteerlensError",
+    "SweepResult",
+    "collect_activations",
+    "collect_differences",
+    "contrastive_steering_loss",
+    "contrastive_steering_loss_noref",
+    "dataset_names",
+    "fit_directions",
+    "label_logprob",
+    "load_model",
+    "measure_layers",
+    "neutral_texts",
+    "provenance",
+    "readout_hook",
+    "resolve_hooks",
+    "steer",
+    "sweep",
+]

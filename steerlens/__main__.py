@@ -1,0 +1,5 @@
+"""`python -m steerlens`."""
+
+from steerlens.cli import main
+
+main()

@@ -1,0 +1,202 @@
+"""Run pairs through a model, keep only the asked-for positions, and take differences."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steerlens.data import ContrastivePairs
+from steerlens.errors import ActivationError
+from steerlens.hooks import HookFunction, Layers, hooked, readout_hook, resolve_hooks
+from steerlens.models import HookedModel, inference
+from steerlens.tokens import Batch, TokenizedPrompt, make_batches, tokenize_pairs
+
+DEFAULT_BATCH_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Activations of the positive and the negative prompts at some hooks and one position.
+
+    `positive` and `negative` hold `hook_names` first, then `readout_names`: further hooks at which
+    a sweep over `hook_names` reads its effect, carried along so that one pass is enough. In
+    residual units; float32, or float64 where the model is. `fingerprint` is that of the pairs.
+    """
+
+    hook_names: tuple[str, ...]
+    readout_names: tuple[str, ...]
+    positive: Float[Tensor, "all_hook pair d_model"]
+    negative: Float[Tensor, "all_hook pair d_model"]
+    position: int
+    fingerprint: str
+
+    @property
+    def all_hook_names(self) -> tuple[str, ...]:
+        """`hook_names`, then `readout_names`."""
+        return self.hook_names + self.readout_names
+
+    @property
+    def values(self) -> Float[Tensor, "hook pair d_model"]:
+        """`positive - negative` at `hook_names`, without the readouts."""
+        n_hooks = len(self.hook_names)
+        return self.positive[:n_hooks] - self.negative[:n_hooks]
+
+    def __getitem__(self, hook_name: str) -> Float[Tensor, "pair d_model"]:
+        """`positive - negative` at one hook. Raises `KeyError` when it was not collected."""
+        if hook_name not in self.all_hook_names:
+            raise KeyError(hook_name)
+        index = self.all_hook_names.index(hook_name)
+        return self.positive[index] - self.negative[index]
+
+    def select(self, pair_indices: Sequence[int]) -> "Differences":
+        """The same hooks for some of the pairs. The fingerprint stays that of all the pairs."""
+        chosen = list(pair_indices)
+        return replace(self, positive=self.positive[:, chosen], negative=self.negative[:, chosen])
+
+    def __repr__(self) -> str:
+        _, n_pairs, d_model = self.positive.shape
+        return f"Differences({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
+
+
+def collect_differences(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    *,
+    layers: Layers = "all",
+    position: int = -1,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> Differences:
+    """Activations of both sides of every pair and their differences.
+
+    `layers` as in `resolve_hooks`; `position` counts in each prompt, negative from its end, and
+    never touches padding or a continuation. States at `hook_resid_post` are block outputs, at the
+    last layer too (before the final norm). Raises `ActivationError` on NaN or inf (naming the
+    hook) and on a position outside a prompt (naming the pair), `HookError` on an unknown hook.
+    """
+    hook_names = resolve_hooks(model, layers)
+    readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
+    tokenized = tokenize_pairs(model, pairs)
+    positive, negative = (
+        collect_activations(
+            model,
+            prompts,
+            hook_names + readout_names,
+            position=position,
+            batch_size=batch_size,
+        )
+        for prompts in (tokenized.positive, tokenized.negative)
+    )
+    return Differences(hook_names, readout_names, positive, negative, position, pairs.fingerprint)
+
+
+def missing_readouts(hook_names: Sequence[str], n_layers: int) -> tuple[str, ...]:
+    """The readout hooks of `hook_names` that are not among them, in layer order."""
+    readouts = dict.fromkeys(readout_hook(name, n_layers) for name in hook_names)
+    return tuple(name for name in readouts if name not in hook_names)
+
+
+def collect_activations(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    hook_names: Sequence[str],
+    *,
+    position: int = -1,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> Float[Tensor, "hook prompt d_model"]:
+    """Activations at one position of every prompt, in the prompts' order, on the CPU.
+
+    The model runs in length-sorted batches and stops after the last hook, so the unembedding is
+    never computed and the peak memory does not grow with the number of prompts but for the result.
+    Raises as `collect_differences`.
+    """
+    columns: list[Tensor] = []
+    rows: list[int] = []
+    with inference(model):
+        for batch in make_batches(model, prompts, batch_size):
+            columns.append(
+                run_to_hooks(model, batch, hook_names, indices=batch.indices(position)).cpu()
+            )
+            rows.extend(batch.rows)
+    activations = torch.cat(columns, dim=1)[:, torch.tensor(rows).argsort()]
+    check_finite(activations, hook_names)
+    return activations
+
+
+def check_finite(
+    activations: Float[Tensor, "hook prompt d_model"], hook_names: Sequence[str]
+) -> None:
+    """Raise `ActivationError` that names the hooks with NaN or inf."""
+    finite = activations.isfinite().flatten(start_dim=1).all(dim=1)
+    if not finite.all():
+        bad = [name for name, ok in zip(hook_names, finite.tolist(), strict=True) if not ok]
+        raise ActivationError(
+            f"NaN or inf in the activations at {', '.join(bad)}; try dtype float32 or bfloat16 "
+            "(float16 overflows beyond 65504) and check the model's weights"
+        )
+
+
+def reading_hook(
+    into: dict[str, Tensor], hook_name: str, indices: Int[Tensor, " prompt"]
+) -> tuple[str, HookFunction]:
+    """A forward hook that stores `activation[row, indices[row]]` as `into[hook_name]`.
+
+    The stored tensor is `Float["prompt d_model"]` in float32 at least. The hook raises
+    `ActivationError` when the activation is not `[prompt, token, d_model]`.
+    """
+
+    def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+        if activation.ndim != 3:
+            raise ActivationError(
+                f"hook {hook_name} holds a tensor of shape {tuple(activation.shape)}; expected "
+                "[prompt, token, d_model], so choose a hook on the residual stream or its writers"
+            )
+        row = torch.arange(len(activation), device=activation.device)
+        chosen = activation[row, indices.to(activation.device)]
+        into[hook_name] = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+
+    return hook_name, read
+
+
+def run_to_hooks(
+    model: HookedModel,
+    batch: Batch,
+    hook_names: Sequence[str],
+    *,
+    indices: Int[Tensor, " prompt"],
+    fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
+) -> Float[Tensor, "hook prompt d_model"]:
+    """Run a batch until every hook has been read once, and stop there.
+
+    `indices` are the columns to read; `fwd_hooks` (an intervention) act before the reading at the
+    same hook. Raises `HookError` when a hook does not fire.
+    """
+    found: dict[str, Tensor] = {}
+    readers = [reading_hook(found, name, indices) for name in hook_names]
+    stopping = [
+        (name, _then_stop(read, lambda: len(found) == len(hook_names))) for name, read in readers
+    ]
+    with hooked(model, [*fwd_hooks, *stopping]), suppress(_AllRead):
+        model(batch.tokens, return_type=None, **batch.forward_kwargs)
+    shapes = {tuple(found[name].shape) for name in hook_names}
+    if len(shapes) > 1:
+        raise ActivationError(
+            f"the hooks have activations of different shapes {sorted(shapes)}; run them apart"
+        )
+    return torch.stack([found[name].to(found[hook_names[0]].device) for name in hook_names])
+
+
+class _AllRead(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised inside the forward pass to end it once nothing is left to read."""
+
+
+def _then_stop(read: HookFunction, is_done: Callable[[], bool]) -> HookFunction:
+    def read_then_stop(activation: Tensor, hook: Any) -> None:
+        read(activation, hook)
+        if is_done():
+            raise _AllRead
+
+    return read_then_stop

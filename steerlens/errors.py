@@ -1,0 +1,33 @@
+"""Errors that say what was expected, what came, and what to do."""
+
+
+class SteerlensError(ValueError):
+    """Base of every error steerlens raises on purpose; the CLI prints it as one line."""
+
+
+class PairError(SteerlensError):
+    """A contrastive pair, or a file of them, cannot be used."""
+
+
+class ModelError(SteerlensError):
+    """A model cannot be found, fetched, checked or loaded."""
+
+
+class HookError(SteerlensError):
+    """A hook name is unknown on this model, or a hook that was asked for did not fire."""
+
+
+class ActivationError(SteerlensError):
+    """Activations are not finite, or a position lies outside a prompt."""
+
+
+class DirectionError(SteerlensError):
+    """A direction cannot be fitted or is missing."""
+
+
+class SweepError(SteerlensError):
+    """A sweep was asked for with settings that have no meaning."""
+
+
+class OutputError(SteerlensError):
+    """An output folder cannot be written without losing what is there."""

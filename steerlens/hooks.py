@@ -1,0 +1,139 @@
+"""Resolve layers and glob patterns to hook names on a model."""
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from steerlens.errors import HookError
+from steerlens.models import HookedModel
+
+Layers: TypeAlias = str | int | slice | Iterable[int | str]
+"""What names hooks: "all", "0,5,10", "10:20:2", a glob, an int, a slice, or a list of these."""
+
+HookFunction: TypeAlias = Callable[..., Any]
+"""`(activation, hook) -> activation | None`, as TransformerLens calls it."""
+
+_SLICE = re.compile(r"-?\d*:-?\d*(:-?\d*)?")
+_READOUT_DEPTH = 3
+
+
+def resid_post(layer: int) -> str:
+    """The hook name of block `layer`'s output (before the final norm, at the last layer too)."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def hook_layer(hook_name: str) -> int:
+    """The block index in a hook name. Raises `HookError` when the hook is not inside a block."""
+    match = re.match(r"blocks\.(\d+)\.", hook_name)
+    if match is None:
+        raise HookError(f"hook {hook_name!r} is not inside a block; expected blocks.N.something")
+    return int(match.group(1))
+
+
+def readout_hook(hook_name: str, n_layers: int) -> str:
+    """`blocks.{max(L, n_layers - 3)}.hook_resid_post` for a hook in block L.
+
+    A block's output is its last hook, so the readout never comes before the intervention. Raises
+    `HookError` when the hook is not inside a block.
+    """
+    return resid_post(max(hook_layer(hook_name), n_layers - _READOUT_DEPTH))
+
+
+def resolve_hooks(model: HookedModel, layers: Layers = "all") -> tuple[str, ...]:
+    """Hook names of this model, in layer order and without repeats.
+
+    `layers` is "all", "0,5,10", "10:20:2" (Python's slice: the end is not included), a hook name,
+    a glob over hook names such as `blocks.*.attn.hook_out`, the part of a name after the block
+    (`hook_mlp_out`: that hook of every block), several of these joined by commas, an int, a slice,
+    or a list of any of these. Layer numbers mean `blocks.N.hook_resid_post`; negative ones count
+    from the end. Raises `HookError` for a layer that does not exist, and for a name or
+    glob that matches nothing, with the nearest names.
+    """
+    names: list[str] = []
+    for part in _parts(layers):
+        names.extend(_resolve_part(model, part))
+    if not names:
+        raise HookError(f"layers={layers!r} names no hook; give at least one layer or hook name")
+    order = {name: i for i, name in enumerate(model.hook_dict)}
+    return tuple(sorted(dict.fromkeys(names), key=lambda name: (hook_layer(name), order[name])))
+
+
+def _parts(layers: Layers) -> list[str | int | slice]:
+    if isinstance(layers, str):
+        return [part.strip() for part in layers.split(",") if part.strip()]
+    if isinstance(layers, int | slice):
+        return [layers]
+    return [part for layer in layers for part in _parts(layer)]
+
+
+def _resolve_part(model: HookedModel, part: str | int | slice) -> Sequence[str]:
+    n_layers = int(model.cfg.n_layers)
+    if isinstance(part, str) and re.fullmatch(r"-?\d+", part):
+        part = int(part)
+    if isinstance(part, str) and part == "all":
+        part = slice(None)
+    if isinstance(part, str) and _SLICE.fullmatch(part):
+        part = slice(*(int(number) if number else None for number in part.split(":")))
+    if isinstance(part, slice):
+        return _resolve_slice(part, n_layers)
+    if isinstance(part, int):
+        if not -n_layers <= part < n_layers:
+            raise HookError(
+                f"layer {part} does not exist: the model has {n_layers} layers, 0 to {n_layers - 1}"
+            )
+        return [resid_post(part % n_layers)]
+    return _resolve_name(model, part)
+
+
+def _resolve_slice(part: slice, n_layers: int) -> list[str]:
+    if part.step == 0:
+        raise HookError("a layer slice needs a step that is not 0")
+    for bound in (part.start, part.stop):
+        if bound is not None and not -n_layers <= bound <= n_layers:
+            raise HookError(
+                f"layer slice bound {bound} is out of range: the model has {n_layers} layers, "
+                f"0 to {n_layers - 1}"
+            )
+    return [resid_post(layer) for layer in range(n_layers)[part]]
+
+
+def _resolve_name(model: HookedModel, name: str) -> Sequence[str]:
+    known = list(model.hook_dict)
+    if name in model.hook_dict:
+        return [name]
+    for pattern in (name, f"blocks.*.{name}"):
+        found = [hook_name for hook_name in known if fnmatch.fnmatchcase(hook_name, pattern)]
+        if found:
+            return found
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
+    raise HookError(
+        f"no hook of this model matches {name!r}; the nearest are {', '.join(near) or 'none'}"
+    )
+
+
+@contextmanager
+def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[None]:
+    """Hooks on the model inside the block only; every one of them must have fired by its end.
+
+    The hooks are removed after the block and after an exception inside it; hooks that were there
+    before stay. Raises `HookError` that names the hooks that did not fire, unless the block raised.
+    """
+    silent = {name for name, _ in fwd_hooks}
+
+    def noting(name: str, function: HookFunction) -> HookFunction:
+        def fire(activation: Any, hook: Any) -> Any:
+            silent.discard(name)
+            return function(activation, hook=hook)
+
+        return fire
+
+    with model.hooks(fwd_hooks=[(name, noting(name, function)) for name, function in fwd_hooks]):
+        yield
+    if silent:
+        raise HookError(
+            f"the hooks {', '.join(sorted(silent))} did not fire during the run; on this model "
+            "they may need a setting such as use_attn_result, or belong to a part that did not run"
+        )

@@ -1,0 +1,169 @@
+"""The contrastive steering loss, its terms, and the log-probability of label tokens."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from einops import reduce
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from steerlens.errors import SweepError
+
+MARGIN = 0.99
+WEIGHT = 1e4
+
+
+class SteeringLoss(NamedTuple):
+    """`loss = separation + coherence_penalty`, each a scalar; lower is better.
+
+    `separation` is minus the mean separation (or projection), in residual units;
+    `coherence_penalty` is at least 0, in nats^2 times the weight.
+    """
+
+    loss: Float[Tensor, ""]
+    separation: Float[Tensor, ""]
+    coherence_penalty: Float[Tensor, ""]
+
+
+def contrastive_steering_loss_noref(
+    hs_pos: Float[Tensor, "pair d_model"],
+    hs_neg: Float[Tensor, "pair d_model"],
+    logp_avg_pos_label: Float[Tensor, " pair"],
+    *,
+    mask: Bool[Tensor, " pair"] | None = None,
+    margin: float | int = MARGIN,
+    weight: float | int = WEIGHT,
+) -> SteeringLoss:
+    """The steering loss without a reference model: the baseline is this very forward pass.
+
+    separation = -mean_i ||hs_pos_i - hs_neg_i||_2
+    baseline = stop_gradient(logp_avg_pos_label)
+    coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
+
+    `hs_*` in residual units, `logp_avg_pos_label` in nats per token (negative). `mask` keeps the
+    pairs whose logprob counts (all by default); the separation takes every pair. As logprobs are
+    negative, `0.99 * baseline` lies above the baseline and the penalty is active at every pair:
+    with the defaults pair i's penalty is exactly `logp_i^2` and its derivative with respect to
+    `logp_i` is `200 * logp_i` (both before the mean over pairs), so that one backward pass gives
+    the gradient of both terms. With `margin >= 1` the gradient vanishes.
+    A mask that keeps no pair gives NaN.
+    """
+    separation = -(hs_pos - hs_neg).norm(dim=-1).mean()
+    penalty = coherence_penalty(
+        logp_avg_pos_label, logp_avg_pos_label.detach(), mask=mask, margin=margin, weight=weight
+    )
+    return SteeringLoss(separation + penalty, separation, penalty)
+
+
+def contrastive_steering_loss(
+    hs_pos: Float[Tensor, "pair d_model"],
+    hs_neg: Float[Tensor, "pair d_model"],
+    logp_avg_pos_label: Float[Tensor, " pair"],
+    direction: Float[Tensor, " d_model"],
+    baseline_logp_avg_pos_label: Float[Tensor, " pair"],
+    *,
+    mask: Bool[Tensor, " pair"] | None = None,
+    margin: float | int = MARGIN,
+    weight: float | int = WEIGHT,
+) -> SteeringLoss:
+    """The steering loss against the unsteered model, along a frozen direction.
+
+    separation = -mean_i (hs_pos_i - hs_neg_i) . direction
+    coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
+
+    `direction` is the unit vector fitted on the unsteered model: an intervention cannot win by
+    rotating the difference. `baseline_logp_avg_pos_label` is the unsteered logprob (nats per
+    token); no gradient flows through it or the direction. With `margin=0.99` the penalty is zero
+    only where the steered logprob is at least 1% better (closer to 0) than the baseline. Units
+    and `mask` as in `contrastive_steering_loss_noref`.
+    """
+    separation = -((hs_pos - hs_neg) @ direction.detach()).mean()
+    penalty = coherence_penalty(
+        logp_avg_pos_label,
+        baseline_logp_avg_pos_label.detach(),
+        mask=mask,
+        margin=margin,
+        weight=weight,
+    )
+    return SteeringLoss(separation + penalty, separation, penalty)
+
+
+def coherence_penalty(
+    logp: Float[Tensor, " pair"],
+    baseline: Float[Tensor, " pair"],
+    *,
+    mask: Bool[Tensor, " pair"] | None = None,
+    margin: float | int = MARGIN,
+    weight: float | int = WEIGHT,
+) -> Float[Tensor, ""]:
+    """`weight * mean_i relu(margin * baseline_i - logp_i)^2` over the pairs that `mask` keeps.
+
+    Both logprobs in nats per token. A mask that keeps no pair gives NaN: nothing was measured.
+    """
+    excess = torch.relu(margin * baseline - logp)
+    if mask is not None:
+        excess = excess[mask]
+    return weight * excess.square().mean()
+
+
+def label_logprob(
+    logits: Float[Tensor, "prompt token vocab"],
+    tokens: Int[Tensor, "prompt token"],
+    label_mask: Bool[Tensor, "prompt token"],
+) -> Float[Tensor, " prompt"]:
+    """Mean log-probability of each prompt's label tokens, in nats per token.
+
+    `label_mask` is True at the tokens that count as labels; the label at token t is predicted by
+    the logits at t - 1, so a label at the first token cannot be predicted and must not be marked.
+    The log-softmax is taken in float32 at least. A prompt without labels gives NaN.
+    """
+    is_label = label_mask[:, 1:]
+    predictions = logits[:, :-1][is_label]
+    logprobs = -torch.nn.functional.cross_entropy(
+        predictions.to(torch.promote_types(predictions.dtype, torch.float32)),
+        tokens[:, 1:][is_label],
+        reduction="none",
+    )
+    per_token = logprobs.new_zeros(is_label.shape).masked_scatter(is_label, logprobs)
+    total = reduce(per_token, "prompt token -> prompt", "sum")
+    return total / reduce(is_label, "prompt token -> prompt", "sum")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much logprob a steered model may lose and still count as coherent.
+
+    `relative` 0.01: logprob >= baseline / 0.99, that is at most about 1% further below zero.
+    `nats` 0.05: logprob >= baseline - 0.05 nats per token.
+    """
+
+    kind: Literal["relative", "nats"]
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """A budget from "relative=0.01" or "nats=0.05". Raises `SweepError` on anything else."""
+        kind, _, number = text.partition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if kind == "relative" and 0 <= value < 1:
+            return cls("relative", value)
+        if kind == "nats" and 0 <= value < math.inf:
+            return cls("nats", value)
+        raise SweepError(
+            f"expected a budget like relative=0.01 (from 0 up to 1) or nats=0.05 (0 or more), "
+            f"got {text!r}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.value:g}"
+
+    def min_logprob(self, baseline: float) -> float:
+        """The lowest logprob (nats per token) that still counts as coherent."""
+        if self.kind == "relative":
+            return baseline / (1 - self.value)
+        return baseline - self.value

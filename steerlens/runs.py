@@ -1,0 +1,117 @@
+"""Run folders: refuse to lose what is there, write whole files, record what was run."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from steerlens.directions import Directions
+from steerlens.errors import OutputError
+from steerlens.sweep import SweepResult
+from steerlens.tables import write_csv, write_parquet
+
+RECORD = "run.json"
+RUN_FILES = ("sweep.csv", "sweep.parquet", "layers.csv", "directions.safetensors", RECORD)
+
+
+def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
+    """Make `folder` and see that a run of `request` may be written there, before any work.
+
+    A run of the same request may be written again. Raises `OutputError` when the folder holds a
+    run of another request (naming what differs), or results without a record, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
+        ) from error
+    record = folder / RECORD
+    if not record.exists():
+        found = [name for name in RUN_FILES if (folder / name).exists()]
+        if found:
+            raise OutputError(
+                f"{str(folder)!r} holds {', '.join(found)} but no {RECORD}, so they may belong to "
+                "another run; choose another --out or move them away"
+            )
+        return
+    try:
+        earlier = json.loads(record.read_text(encoding="utf-8"))["request"]
+        changed = sorted(
+            key
+            for key in {*earlier, *request}
+            if earlier.get(key) != json.loads(json.dumps(request)).get(key)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{str(record)!r} is not a run record ({error}); choose another --out"
+        ) from error
+    if changed:
+        raise OutputError(
+            f"{str(folder)!r} already holds a run with other {', '.join(changed)}; choose another "
+            "--out or delete it"
+        )
+
+
+def write_run(
+    folder: Path, result: SweepResult, request: Mapping[str, Any], *, seconds: float
+) -> None:
+    """Write the five files of a run; each appears whole, the record last.
+
+    `sweep.csv`, `sweep.parquet`, `layers.csv`, `directions.safetensors` (hook name -> direction,
+    the readouts included) and `run.json`. Raises `OutputError` when a file cannot be written.
+    """
+    record = {
+        "request": dict(request),
+        "seconds": round(seconds, 3),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("steerlens", "torch", "transformers", "pandas")},
+            "transformer-lens": version("transformer-lens"),
+        },
+        "machine": {"system": platform.system(), "processor": platform.machine()},
+    }
+    writers: dict[str, Callable[[Path], None]] = {
+        "sweep.csv": lambda path: write_csv(result.table, path),
+        "sweep.parquet": lambda path: write_parquet(result.table, path),
+        "layers.csv": lambda path: write_csv(result.layers, path),
+        "directions.safetensors": lambda path: write_directions(result.directions, path),
+        RECORD: lambda path: _write_json(record, path),
+    }
+    try:
+        for name, write in writers.items():
+            write_whole(folder / name, write)
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as partial:
+        temporary = Path(partial) / path.name
+        write(temporary)
+        os.replace(temporary, path)
+
+
+def write_directions(directions: Directions, path: Path) -> None:
+    """Write directions as safetensors: hook names as keys, how they were fitted as metadata."""
+    from safetensors.torch import save
+
+    metadata = {
+        "method": directions.method,
+        "position": str(directions.position),
+        "seed": str(directions.seed),
+        "fitted_on": directions.fingerprint,
+        "readout_hooks": ",".join(directions.readout_names),
+    }
+    path.write_bytes(save({name: v.contiguous() for name, v in directions.items()}, metadata))
+
+
+def _write_json(record: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

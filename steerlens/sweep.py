@@ -1,0 +1,320 @@
+"""The grid of cells: every hook at every coefficient, as tables."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.activations import DEFAULT_BATCH_SIZE
+from steerlens.data import ContrastivePairs
+from steerlens.directions import Directions
+from steerlens.engine import Baseline, CellOutput, make_workload, run_baseline, run_cells
+from steerlens.errors import DirectionError, SweepError
+from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
+from steerlens.loss import (
+    MARGIN,
+    WEIGHT,
+    Budget,
+    contrastive_steering_loss,
+    contrastive_steering_loss_noref,
+)
+from steerlens.models import HookedModel, provenance
+from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Row, to_frame
+from steerlens.tokens import SteeredPositions, tokenize_pairs
+from steerlens.uncertainty import bootstrap_interval
+
+Progress = Callable[[int, int], None]
+"""Called after every cell with the cells done and the cells in all."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Everything besides model, pairs and directions that decides a sweep's numbers."""
+
+    hook_names: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    position: int
+    positions: SteeredPositions
+    budget: str
+    margin: float
+    weight: float
+    n_bootstrap: int
+    seed: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """`table` has one row a cell (`SWEEP_COLUMNS`), `layers` one row a hook (`LAYER_COLUMNS`).
+
+    Both carry settings, model provenance and fingerprints in their `attrs`.
+    """
+
+    table: pd.DataFrame
+    layers: pd.DataFrame
+    directions: Directions
+    settings: SweepSettings
+
+    def __repr__(self) -> str:
+        return (
+            f"SweepResult({len(self.settings.hook_names)} hooks x "
+            f"{len(self.settings.coefficients)} coefficients, {self.directions.method})"
+        )
+
+
+def sweep(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    layers: Layers | None = None,
+    coefficients: Sequence[float | int],
+    positions: SteeredPositions = "all",
+    budget: str = "relative=0.01",
+    margin: float | int = MARGIN,
+    weight: float | int = WEIGHT,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Measure projection against logprob degradation at every hook and coefficient.
+
+    In a cell at hook L with coefficient c (residual units), the positive prompts run with
+    `+c * direction` and the negative ones with `-c * direction` on the tokens named by `positions`
+    (all real tokens by default), so that the difference moves outward for c > 0. It is read at
+    `readout_hook(L)` and the position the directions were fitted at, and projected on the readout
+    hook's own frozen direction. The logprob is that of the positive prompts' labels: the
+    continuation's tokens where a pair has one, else every prompt token but the first.
+
+    `layers` (see `resolve_hooks`) defaults to the hooks the directions were fitted for. `budget`
+    says what `coherent` means (see `Budget`). Intervals are 95% bootstrap intervals over pairs.
+    A cell whose numbers overflow is a row of NaN, not coherent, with a warning. Raises `SweepError`
+    on coefficients that are not finite, `DirectionError` when a hook or its readout has no
+    direction, and as `tokenize_pairs` and `run_baseline` do.
+    """
+    hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
+    readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
+    _check_directions(directions, [*hook_names, *readouts.values()])
+    settings = SweepSettings(
+        hook_names=hook_names,
+        coefficients=_checked_coefficients(coefficients),
+        position=directions.position,
+        positions=positions,
+        budget=str(Budget.parse(budget)),
+        margin=float(margin),
+        weight=float(weight),
+        n_bootstrap=_checked_resamples(n_bootstrap),
+        seed=seed,
+        batch_size=batch_size,
+    )
+    workload = make_workload(
+        model,
+        tokenize_pairs(model, pairs),
+        position=settings.position,
+        positions=positions,
+        batch_size=batch_size,
+    )
+    baseline = run_baseline(
+        model, workload, tuple(dict.fromkeys([*hook_names, *readouts.values()]))
+    )
+    _check_width(directions, baseline)
+
+    rows: list[Row] = []
+    n_cells = len(hook_names) * len(settings.coefficients)
+    for hook_name in hook_names:
+        readout = readouts[hook_name]
+        unsteered = baseline.cell(readout)
+        steered = run_cells(
+            model,
+            workload,
+            hook_name=hook_name,
+            direction=directions[hook_name],
+            coefficients=[c for c in settings.coefficients if c != 0],
+            readout=readout,
+        )
+        for coefficient in settings.coefficients:
+            cell = unsteered if coefficient == 0 else next(steered)
+            where: dict[str, Any] = {
+                "hook_name": hook_name,
+                "layer": hook_layer(hook_name),
+                "readout_hook": readout,
+            }
+            rows.append({**where, **measure(cell, unsteered, directions[readout], settings)})
+            if progress is not None:
+                progress(len(rows), n_cells)
+
+    attrs = {
+        "settings": asdict(settings),
+        "method": directions.method,
+        "directions_seed": directions.seed,
+        "fitted_on": directions.fingerprint,
+        "measured_on": pairs.fingerprint,
+        "model": provenance(model).to_dict(),
+    }
+    return SweepResult(
+        table=to_frame(rows, SWEEP_COLUMNS, attrs),
+        layers=to_frame(
+            [layer_row(name, baseline, directions[name], settings) for name in hook_names],
+            LAYER_COLUMNS,
+            attrs,
+        ),
+        directions=directions,
+        settings=settings,
+    )
+
+
+def measure_layers(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    layers: Layers | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+) -> pd.DataFrame:
+    """The per-layer table alone (`LAYER_COLUMNS`), from the unsteered model: no cell is run.
+
+    Raises as `sweep`.
+    """
+    return sweep(
+        model, pairs, directions, layers=layers, coefficients=[0.0], batch_size=batch_size
+    ).layers
+
+
+def measure(
+    cell: CellOutput,
+    unsteered: CellOutput,
+    direction: Float[Tensor, " d_model"],
+    settings: SweepSettings,
+) -> Row:
+    """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own).
+
+    `direction` is the readout hook's unit direction. Means and the loss are over pairs, in float64.
+    """
+    unit = direction.double().cpu()
+    positive, negative = cell.positive.double(), cell.negative.double()
+    logprob, baseline = cell.logprob.double(), unsteered.logprob.double()
+    mean_baseline = float(baseline.mean())
+    row: dict[str, Any] = {
+        "coefficient": cell.coefficient,
+        "n_pairs": len(logprob),
+        "baseline_logprob_nats": mean_baseline,
+        "coherent": False,
+    }
+    if not all(bool(part.isfinite().all()) for part in (positive, negative, logprob)):
+        warnings.warn(
+            f"NaN or inf at coefficient {cell.coefficient:g}: the cell is left undefined",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return row
+    projection = (positive - negative) @ unit
+    degradation = baseline - logprob
+    loss = contrastive_steering_loss(
+        positive,
+        negative,
+        logprob,
+        unit,
+        baseline,
+        margin=settings.margin,
+        weight=settings.weight,
+    )
+    mean_logprob = float(logprob.mean())
+    min_logprob = Budget.parse(settings.budget).min_logprob(mean_baseline)
+    return row | {
+        "projection": float(projection.mean()),
+        **_interval("projection", projection, settings),
+        "projection_shift": float(((positive - unsteered.positive.double()) @ unit).mean()),
+        "separation": float((positive - negative).norm(dim=-1).mean()),
+        "logprob_nats": mean_logprob,
+        "degradation_nats": float(degradation.mean()),
+        **_interval("degradation", degradation, settings),
+        "coherence_penalty": float(loss.coherence_penalty),
+        "loss": float(loss.loss),
+        "coherent": mean_logprob >= min_logprob,
+    }
+
+
+def layer_row(
+    hook_name: str,
+    baseline: Baseline,
+    direction: Float[Tensor, " d_model"],
+    settings: SweepSettings,
+) -> Row:
+    """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`)."""
+    cell = baseline.cell(hook_name)
+    positive, negative = cell.positive.double(), cell.negative.double()
+    differences = positive - negative
+    norms = differences.norm(dim=-1)
+    projection = differences @ direction.double().cpu()
+    loss = contrastive_steering_loss_noref(
+        positive,
+        negative,
+        cell.logprob.double(),
+        margin=settings.margin,
+        weight=settings.weight,
+    )
+    return {
+        "hook_name": hook_name,
+        "layer": hook_layer(hook_name),
+        "separation": float(norms.mean()),
+        "projection": float(projection.mean()),
+        "projection_std": float(projection.std()),
+        "agreement": float((projection / norms).mean()),
+        "explained_variance": float(projection.square().sum() / norms.square().sum()),
+        "resid_norm": float(torch.cat([positive, negative]).norm(dim=-1).mean()),
+        "logprob_nats": float(cell.logprob.double().mean()),
+        "coherence_penalty": float(loss.coherence_penalty),
+        "loss": float(loss.loss),
+    }
+
+
+def _interval(
+    name: str, values: Float[Tensor, " pair"], settings: SweepSettings
+) -> dict[str, float]:
+    low, high = bootstrap_interval(
+        values.numpy().astype(np.float64), n_resamples=settings.n_bootstrap, seed=settings.seed
+    )
+    return {f"{name}_ci_low": low, f"{name}_ci_high": high}
+
+
+def _checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
+    # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
+    checked = tuple(dict.fromkeys(float(c) + 0.0 for c in coefficients))
+    if not checked:
+        raise SweepError("expected at least one coefficient")
+    for coefficient in checked:
+        if not math.isfinite(coefficient):
+            raise SweepError(f"expected finite coefficients, got {coefficient}")
+    return checked
+
+
+def _checked_resamples(n_bootstrap: int) -> int:
+    if n_bootstrap < 1:
+        raise SweepError(f"n_bootstrap must be at least 1, got {n_bootstrap}")
+    return n_bootstrap
+
+
+def _check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
+    missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
+    if missing:
+        raise DirectionError(
+            f"no direction was fitted at {', '.join(missing)}; pass the same layers to "
+            "collect_differences, which adds the readout hooks by itself"
+        )
+
+
+def _check_width(directions: Directions, baseline: Baseline) -> None:
+    expected, found = baseline.positive.shape[-1], directions.vectors.shape[-1]
+    if expected != found:
+        raise DirectionError(
+            f"the directions have d_model {found}, this model's activations {expected}; fit them "
+            "on this model"
+        )

@@ -1,0 +1,152 @@
+"""Columns as data, with unit and meaning; rows to pandas; tables to files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table column: its name, pandas dtype, unit and meaning."""
+
+    name: str
+    dtype: Literal["str", "int64", "float64", "bool"]
+    unit: str
+    meaning: str
+
+
+_HOOK = (
+    Column("hook_name", "str", "", "hook at which the intervention is applied"),
+    Column("layer", "int64", "", "block index of the hook"),
+)
+
+SWEEP_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("coefficient", "float64", "residual units", "what multiplies the unit direction"),
+    Column("readout_hook", "str", "", "hook at which the difference is measured"),
+    Column("n_pairs", "int64", "pairs", "contrastive pairs measured"),
+    Column(
+        "projection",
+        "float64",
+        "residual units",
+        "mean of (h_pos(+c) - h_neg(-c)) . direction at the readout hook",
+    ),
+    Column("projection_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column("projection_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column(
+        "projection_shift",
+        "float64",
+        "residual units",
+        "mean of (h_pos(+c) - h_pos(0)) . direction at the readout hook",
+    ),
+    Column(
+        "separation",
+        "float64",
+        "residual units",
+        "mean L2 norm of h_pos(+c) - h_neg(-c) at the readout hook",
+    ),
+    Column(
+        "logprob_nats",
+        "float64",
+        "nats per token",
+        "mean log-probability of the positive prompts' labels under +c",
+    ),
+    Column("baseline_logprob_nats", "float64", "nats per token", "the same, unsteered"),
+    Column(
+        "degradation_nats",
+        "float64",
+        "nats per token",
+        "baseline logprob - steered logprob; positive is worse",
+    ),
+    Column("degradation_ci_low", "float64", "nats per token", "95% bootstrap interval over pairs"),
+    Column("degradation_ci_high", "float64", "nats per token", "95% bootstrap interval over pairs"),
+    Column(
+        "coherence_penalty",
+        "float64",
+        "weight * nats^2",
+        "weight * mean of relu(margin * baseline - logprob)^2 over pairs",
+    ),
+    Column("loss", "float64", "", "-projection + coherence_penalty (the reference form)"),
+    Column("coherent", "bool", "", "whether the mean logprob is within the budget"),
+)
+"""One row a cell: one hook and one coefficient."""
+
+LAYER_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("separation", "float64", "residual units", "mean L2 norm of the differences"),
+    Column("projection", "float64", "residual units", "mean of difference . direction"),
+    Column(
+        "projection_std", "float64", "residual units", "standard deviation of it over pairs (n - 1)"
+    ),
+    Column("agreement", "float64", "cosine", "mean cosine of the differences with the direction"),
+    Column(
+        "explained_variance",
+        "float64",
+        "share",
+        "sum of (difference . direction)^2 / sum of |difference|^2 over pairs, uncentred",
+    ),
+    Column("resid_norm", "float64", "residual units", "mean norm of the activations of both sides"),
+    Column(
+        "logprob_nats", "float64", "nats per token", "mean logprob of the positive prompts' labels"
+    ),
+    Column(
+        "coherence_penalty",
+        "float64",
+        "weight * nats^2",
+        "penalty of the noref loss: mean logprob^2 with the default margin and weight",
+    ),
+    Column("loss", "float64", "", "-separation + coherence_penalty (the noref form)"),
+    Column("boundary_pos", "float64", "residual units", "measured boundary, positive coefficients"),
+    Column("boundary_neg", "float64", "residual units", "measured boundary, negative coefficients"),
+    Column("predicted_boundary_pos", "float64", "residual units", "predicted boundary_pos"),
+    Column("predicted_boundary_neg", "float64", "residual units", "predicted boundary_neg"),
+    Column(
+        "projection_at_boundary",
+        "float64",
+        "residual units",
+        "projection at boundary_pos",
+    ),
+)
+"""One row a hook, of the unsteered model; boundaries are NaN until they are measured."""
+
+
+def to_frame(
+    rows: Sequence[Row], columns: Sequence[Column], attrs: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Rows as a DataFrame with exactly `columns`, typed; a value a row does not give is NaN.
+
+    `attrs` become `DataFrame.attrs` (they must be JSON-serialisable). Raises `KeyError` when a row
+    holds a key that is not a column.
+    """
+    names = [column.name for column in columns]
+    for row in rows:
+        if unknown := row.keys() - set(names):
+            raise KeyError(f"row keys {sorted(unknown)} are not columns")
+    frame = pd.DataFrame.from_records([dict(row) for row in rows], columns=names).astype(
+        {column.name: column.dtype for column in columns}
+    )
+    frame.attrs.update(json.loads(json.dumps(dict(attrs))))
+    return frame
+
+
+def describe_columns(columns: Sequence[Column]) -> pd.DataFrame:
+    """Name, unit and meaning of each column, as a table for people."""
+    return pd.DataFrame([(c.name, c.unit, c.meaning) for c in columns]).set_axis(
+        ["column", "unit", "meaning"], axis=1
+    )
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table as CSV: full float precision, NaN as an empty field, LF line ends."""
+    frame.to_csv(path, index=False, lineterminator="\n")
+
+
+def write_parquet(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table as Parquet; its attrs travel in the file's metadata."""
+    frame.to_parquet(path, index=False, engine="pyarrow")

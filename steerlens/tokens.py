@@ -1,0 +1,201 @@
+"""Prompts as token ids: BOS, continuations, positions, and length-sorted padded batches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from steerlens.data import ContrastivePairs, Prompt, render
+from steerlens.errors import ActivationError, ModelError, PairError
+from steerlens.models import HookedModel
+
+SteeredPositions = Literal["all", "prompt", "continuation", "last"]
+"""Which real tokens an intervention touches; "last" is the last prompt token."""
+
+PaddingSide = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """The ids of a prompt and of the continuation after it (empty when there is none)."""
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.continuation)
+
+    def index(self, position: int) -> int:
+        """The token index of `position`, counted in the prompt; negative ones from its end.
+
+        Raises `ActivationError` when the prompt is too short.
+        """
+        if not -len(self.prompt) <= position < len(self.prompt):
+            raise ActivationError(
+                f"position {position} is outside the {self.where}, which has "
+                f"{len(self.prompt)} tokens"
+            )
+        return position % len(self.prompt)
+
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """Positive and negative prompts in pair order; continuations follow the positive ones only."""
+
+    positive: tuple[TokenizedPrompt, ...]
+    negative: tuple[TokenizedPrompt, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded to one length. `rows` are their places in the list they came from."""
+
+    rows: tuple[int, ...]
+    prompts: tuple[TokenizedPrompt, ...]
+    tokens: Int[Tensor, "prompt token"]
+    attention_mask: Bool[Tensor, "prompt token"]
+
+    @property
+    def forward_kwargs(self) -> dict[str, Any]:
+        """The attention mask for the model's forward pass; none where nothing is padded."""
+        if bool(self.attention_mask.all()):
+            return {}
+        return {"attention_mask": self.attention_mask.long()}
+
+    def indices(self, position: int) -> Int[Tensor, " prompt"]:
+        """Column of `position` in each row. Raises `ActivationError` outside a prompt."""
+        starts = self.attention_mask.int().argmax(dim=1).cpu()
+        return starts + torch.tensor([prompt.index(position) for prompt in self.prompts])
+
+    def label_mask(self) -> Bool[Tensor, "prompt token"]:
+        """True at the label tokens: the continuation's, or every prompt token but the first."""
+        return self._mask(lambda p: (len(p.prompt) if p.continuation else 1, len(p)))
+
+    def steered_mask(self, positions: SteeredPositions) -> Bool[Tensor, "prompt token"]:
+        """True at the real tokens that an intervention touches."""
+        spans = {
+            "all": lambda p: (0, len(p)),
+            "prompt": lambda p: (0, len(p.prompt)),
+            "continuation": lambda p: (len(p.prompt), len(p)),
+            "last": lambda p: (len(p.prompt) - 1, len(p.prompt)),
+        }
+        return self._mask(spans[positions])
+
+    def _mask(self, span: Any) -> Bool[Tensor, "prompt token"]:
+        mask = torch.zeros_like(self.attention_mask)
+        starts = self.attention_mask.int().argmax(dim=1).tolist()
+        for row, (start, prompt) in enumerate(zip(starts, self.prompts, strict=True)):
+            first, end = span(prompt)
+            mask[row, start + first : start + end] = True
+        return mask
+
+
+def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
+    """Raise `PairError` when steering at `positions` cannot reach any label token."""
+    if positions not in get_args(SteeredPositions):
+        raise PairError(f"steered positions are {get_args(SteeredPositions)}, not {positions!r}")
+    needs_continuation = positions in ("continuation", "last")
+    if needs_continuation and not all(prompt.continuation for prompt in pairs.positive):
+        raise PairError(
+            f"steering at {positions!r} can only change labels after the prompt, but some pairs "
+            "have no continuation; give one for every pair, or steer all positions"
+        )
+
+
+def tokenize_prompt(
+    model: HookedModel, prompt: Prompt, continuation: str | None = None
+) -> TokenizedPrompt:
+    """Ids of a rendered prompt; BOS as the model has it by default, never doubled.
+
+    A BOS that the chat template already wrote is not written again. The continuation is tokenised
+    on its own, so that it is the same ids after any prompt. Raises `PairError` when the prompt is
+    empty or longer than the model's context, `ModelError` when the model has no tokenizer.
+    """
+    return _tokenize(model, prompt, continuation, where="prompt")
+
+
+def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:
+    """Ids of every pair's prompts (see `tokenize_prompt`).
+
+    Raises `PairError` that names the pair when its prompts tokenise to the same ids, or when one
+    is longer than the model's context.
+    """
+    positive, negative = [], []
+    for pair in pairs:
+        name = f"prompt of pair {pair.id!r}"
+        pos = _tokenize(model, pair.positive, pair.continuation, where=f"positive {name}")
+        neg = _tokenize(model, pair.negative, None, where=f"negative {name}")
+        if pos.prompt == neg.prompt:
+            raise PairError(
+                f"the two prompts of pair {pair.id!r} tokenise to the same ids; their difference "
+                "is zero, so remove the pair or make them differ"
+            )
+        positive.append(pos)
+        negative.append(neg)
+    return TokenizedPairs(tuple(positive), tuple(negative))
+
+
+def make_batches(
+    model: HookedModel, prompts: Sequence[TokenizedPrompt], batch_size: int
+) -> tuple[Batch, ...]:
+    """Length-sorted batches, padded on the side the model's tokenizer pads.
+
+    Raises `ActivationError` when `batch_size` is below 1.
+    """
+    if batch_size < 1:
+        raise ActivationError(f"batch_size must be at least 1, got {batch_size}")
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
+    side: PaddingSide = getattr(model.tokenizer, "padding_side", "right")
+    device = torch.device(model.cfg.device) if model.cfg.device else None
+    return tuple(
+        _pad(order[i : i + batch_size], prompts, pad_id=pad_id, side=side, device=device)
+        for i in range(0, len(order), batch_size)
+    )
+
+
+def _tokenize(
+    model: HookedModel, prompt: Prompt, continuation: str | None, *, where: str
+) -> TokenizedPrompt:
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ModelError("the model has no tokenizer; set one with model.set_tokenizer(...)")
+    ids = tokenizer(render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if getattr(model.cfg, "default_prepend_bos", True) and bos is not None and ids[:1] != [bos]:
+        ids = [bos, *ids]
+    after = []
+    if continuation is not None:
+        after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    if not ids or (continuation is not None and not after):
+        raise PairError(f"the {where} (or its continuation) has no tokens; give some text")
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    if n_ctx is not None and len(ids) + len(after) > n_ctx:
+        raise PairError(
+            f"the {where} has {len(ids) + len(after)} tokens with its continuation, but the "
+            f"model's context is {n_ctx}; shorten it"
+        )
+    return TokenizedPrompt(tuple(ids), tuple(after), where)
+
+
+def _pad(
+    rows: Sequence[int],
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    pad_id: int,
+    side: PaddingSide,
+    device: torch.device | None,
+) -> Batch:
+    chosen = tuple(prompts[row] for row in rows)
+    width = max(len(prompt) for prompt in chosen)
+    tokens = torch.full((len(chosen), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(chosen), width), dtype=torch.bool)
+    for i, prompt in enumerate(chosen):
+        start = width - len(prompt) if side == "left" else 0
+        tokens[i, start : start + len(prompt)] = torch.tensor(prompt.prompt + prompt.continuation)
+        mask[i, start : start + len(prompt)] = True
+    return Batch(tuple(rows), chosen, tokens.to(device), mask.to(device))

@@ -1,0 +1,142 @@
+"""Models for the tests: tiny random-init ones, built without network, and the real one."""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import steerlens as sl
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
+    "{% if not loop.last or m.role != 'assistant' %} \n {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+WORDS = """the a river walk was is I you are cheerful gloomy kind rude good bad day night how what
+went by and or not very so it sun rain soup bread warm cold said felt today tomorrow""".split()
+
+
+def build_tokenizer(**options: Any) -> Any:
+    """Words and single characters as tokens; BOS is `<s>`, id 1."""
+    vocab = ["<unk>", "<s>", "</s>", "<pad>", *WORDS, *map(chr, range(33, 127)), "\n"]
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(vocab))}, "<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    settings = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "chat_template": CHAT_TEMPLATE,
+    } | options
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
+    # TransformerLens loads a tokenizer once more from its folder, so it needs one.
+    folder = tempfile.mkdtemp(prefix="steerlens-tokenizer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    fast.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def build_llama(*, n_layers: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A random-init Llama with grouped-query attention and a context of 64."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=160,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=n_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    return transformers.LlamaForCausalLM(config).eval().to(dtype)
+
+
+def build_gpt2(*, seed: int = 0) -> Any:
+    """A random-init GPT-2: learned positions, so that a shift by padding would show."""
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=160,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def bridge(hf_model: Any, tokenizer: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    return TransformerBridge.boot_transformers(
+        "tiny",
+        hf_model=hf_model,
+        tokenizer=tokenizer or build_tokenizer(),
+        device="cpu",
+        dtype=dtype,
+    )
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    return bridge(build_llama())
+
+
+@pytest.fixture(scope="session")
+def gpt2() -> Any:
+    return bridge(build_gpt2())
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2"])
+def tiny(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def pairs() -> sl.ContrastivePairs:
+    """Eight pairs of different lengths, so that batches hold padding."""
+    openings = [
+        "the river was",
+        "how was the day today ? it went",
+        "I said",
+        "the soup is warm and the bread is very good and so",
+        "you felt",
+        "what a night it was by the river and the rain",
+        "tomorrow the sun is",
+        "it was so cold that the walk",
+    ]
+    return sl.ContrastivePairs.from_lists(
+        [f"you are cheerful {opening}" for opening in openings],
+        [f"you are very gloomy {opening}" for opening in openings],
+    )
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Any:
+    return sl.load_model()
+
+
+@pytest.fixture(autouse=True)
+def _hooks_are_gone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test the shared models have no hook left on them."""
+    yield
+    for name in ("llama", "gpt2", "real_model"):
+        if name in request.fixturenames:
+            model = request.getfixturevalue(name)
+            left = [n for n, point in model.hook_dict.items() if point.fwd_hooks]
+            assert not left, f"hooks left on {name}: {left}"
