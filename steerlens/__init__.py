@@ -5,7 +5,13 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 """
 
 from steerlens.activations import Differences, collect_activations, collect_differences
-from steerlens.data import ContrastivePair, ContrastivePairs, dataset_names, neutral_texts
+from steerlens.data import (
+    ContrastivePair,
+    ContrastivePairs,
+    Message,
+    dataset_names,
+    neutral_texts,
+)
 from steerlens.directions import METHODS, Directions, fit_directions
 from steerlens.errors import SteerlensError
 from steerlens.hooks import readout_hook, resolve_hooks
@@ -27,6 +33,7 @@ __all__ = [
     "ContrastivePairs",
     "Differences",
     "Directions",
+    "Message",
     "SteeringLoss",
     "SteerlensError",
     "SweepResult",

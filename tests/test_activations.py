@@ -1,0 +1,158 @@
+"""Activations and differences, against bare Hugging Face runs."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import bridge, build_gpt2, build_llama
+
+import steerlens as sl
+from steerlens.errors import ActivationError
+from steerlens.tokens import tokenize_pairs
+
+
+def hf_block_outputs(hf_model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    """`[layer, token, d_model]`: outputs of the blocks themselves, before any final norm."""
+    blocks = hf_model.model.layers if hasattr(hf_model, "model") else hf_model.transformer.h
+    outputs: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        outputs.append((output[0] if isinstance(output, tuple) else output).detach()[0])
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
+    with torch.no_grad():
+        hf_model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    return torch.stack([o if o.ndim == 2 else o[0] for o in outputs])
+
+
+@pytest.mark.parametrize(("name", "build"), [("llama", build_llama), ("gpt2", build_gpt2)])
+@pytest.mark.parametrize("position", [-1, -2, 2])
+def test_differences_equal_bare_hugging_face(
+    request: pytest.FixtureRequest,
+    pairs: sl.ContrastivePairs,
+    name: str,
+    build: Any,
+    position: int,
+) -> None:
+    model, hf_model = request.getfixturevalue(name), build()
+    found = sl.collect_differences(model, pairs, layers="all", position=position)
+    tokenized = tokenize_pairs(model, pairs)
+    for i, (pos, neg) in enumerate(zip(tokenized.positive, tokenized.negative, strict=True)):
+        expected = (
+            hf_block_outputs(hf_model, pos.prompt)[:, position]
+            - hf_block_outputs(hf_model, neg.prompt)[:, position]
+        )
+        torch.testing.assert_close(found.values[:, i], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_and_batch_size_change_nothing(
+    tiny: Any, pairs: sl.ContrastivePairs, side: str, batch_size: int
+) -> None:
+    reference = sl.collect_differences(tiny, pairs, batch_size=1)
+    before = tiny.tokenizer.padding_side
+    tiny.tokenizer.padding_side = side
+    try:
+        found = sl.collect_differences(tiny, pairs, batch_size=batch_size)
+    finally:
+        tiny.tokenizer.padding_side = before
+    torch.testing.assert_close(found.positive, reference.positive, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.negative, reference.negative, rtol=1e-4, atol=1e-4)
+
+
+def test_constant_on_both_sides_cancels_in_the_difference(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    hook_name = "blocks.2.hook_resid_post"
+    constant = torch.randn(32) * 5
+    plain = sl.collect_differences(llama, pairs, layers=[2])
+    llama.add_hook(hook_name, lambda activation, hook: activation + constant)
+    try:
+        shifted = sl.collect_differences(llama, pairs, layers=[2])
+    finally:
+        llama.reset_hooks()
+    torch.testing.assert_close(shifted[hook_name], plain[hook_name], rtol=1e-4, atol=1e-4)
+    # The vector was really added: both sides moved by it.
+    moved = shifted.positive[0] - plain.positive[0]
+    torch.testing.assert_close(moved, constant.expand_as(moved), rtol=1e-4, atol=1e-4)
+
+
+def test_the_readout_is_carried_along_but_not_among_the_values(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    found = sl.collect_differences(llama, pairs, layers=[0, 1])
+    assert found.readout_names == ("blocks.2.hook_resid_post",)
+    assert found.values.shape == (2, 8, 32)
+    everything = sl.collect_differences(llama, pairs, layers="all")
+    assert everything.readout_names == ()
+    torch.testing.assert_close(
+        found["blocks.2.hook_resid_post"], everything["blocks.2.hook_resid_post"]
+    )
+    with pytest.raises(KeyError):
+        found["blocks.4.hook_resid_post"]
+
+
+def test_no_unembedding_when_logits_are_not_needed(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    calls: list[str] = []
+    llama.add_hook("unembed.hook_out", lambda activation, hook: calls.append("unembed"))
+    llama.add_hook("blocks.4.hook_resid_post", lambda activation, hook: calls.append("block 4"))
+    try:
+        sl.collect_differences(llama, pairs, layers="all")
+        assert "block 4" in calls
+        assert "unembed" not in calls
+        llama(torch.tensor([[1, 5]]))
+        assert "unembed" in calls
+    finally:
+        llama.reset_hooks()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_activations_name_the_hook(
+    llama: Any, pairs: sl.ContrastivePairs, bad: float
+) -> None:
+    sl.collect_differences(llama, pairs)
+    llama.add_hook("blocks.3.hook_resid_post", lambda activation, hook: activation * bad)
+    try:
+        with pytest.raises(ActivationError, match=r"NaN or inf .* blocks\.3\.hook_resid_post"):
+            sl.collect_differences(llama, pairs, layers="1,3")
+        # A hook before the bad one is still fine.
+        sl.collect_activations(
+            llama, tokenize_pairs(llama, pairs).positive, ["blocks.1.hook_resid_post"]
+        )
+    finally:
+        llama.reset_hooks()
+
+
+def test_position_outside_a_prompt_names_pair_and_length(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    shortest = min(len(p.prompt) for p in tokenize_pairs(llama, pairs).positive)
+    sl.collect_differences(llama, pairs, layers=[0], position=-shortest)
+    with pytest.raises(ActivationError, match=rf"position {shortest} .* pair '\d' has|which has"):
+        sl.collect_differences(llama, pairs, layers=[0], position=shortest)
+
+
+def test_hook_that_is_not_on_the_residual_stream_is_refused(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    prompts = tokenize_pairs(llama, pairs).positive
+    assert sl.collect_activations(llama, prompts, ["blocks.0.hook_mlp_out"]).shape == (1, 8, 32)
+    with pytest.raises(ActivationError, match=r"hook_pattern holds a tensor of shape"):
+        sl.collect_activations(llama, prompts, ["blocks.0.attn.hook_pattern"])
+
+
+def test_half_precision_model_gives_float32_activations(pairs: sl.ContrastivePairs) -> None:
+    model = bridge(build_llama(dtype=torch.bfloat16), dtype=torch.bfloat16)
+    found = sl.collect_differences(model, pairs)
+    assert found.positive.dtype == torch.float32
+    exact = sl.collect_differences(bridge(build_llama()), pairs)
+    cosine = torch.nn.functional.cosine_similarity(found.positive, exact.positive, dim=-1)
+    assert float(cosine.min()) > 0.99
+
+
+def test_memory_keeps_one_position_only(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    found = sl.collect_differences(llama, pairs)
+    assert found.positive.untyped_storage().nbytes() == 5 * 8 * 32 * 4

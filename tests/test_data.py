@@ -1,0 +1,491 @@
+"""Pairs: what loads, what is refused and where, how they split, and how they become text."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import build_tokenizer
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steerlens import ContrastivePair, ContrastivePairs, dataset_names, neutral_texts
+from steerlens.data import Message, dataset_card, render
+from steerlens.errors import PairError
+
+GOOD = '{"positive": "you are kind", "negative": "you are rude"}'
+# Closes every turn, as most chat models do: an open turn must not get this end mark.
+CLOSING_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> Path:
+    path = folder / "pairs.jsonl"
+    raw = [line.encode() if isinstance(line, str) else line for line in lines]
+    path.write_bytes(b"".join(line + end for line in raw))
+    return path
+
+
+def record(**changes: Any) -> str:
+    return json.dumps({"positive": "you are kind", "negative": "you are rude"} | changes)
+
+
+def numbered(n: int) -> ContrastivePairs:
+    return ContrastivePairs.from_lists(
+        [f"good {i}" for i in range(n)], [f"bad {i}" for i in range(n)]
+    )
+
+
+# Loading
+
+
+def test_jsonl_holds_text_chat_continuation_and_id(tmp_path: Path) -> None:
+    chat = [{"role": "system", "content": "kind"}, {"role": "user", "content": "how"}]
+    path = write(
+        tmp_path,
+        record(id="first", continuation=" and so on", source="a key of the user's own"),
+        record(positive=chat),
+    )
+    first, second = ContrastivePairs.from_jsonl(path)
+    assert first == ContrastivePair("you are kind", "you are rude", " and so on", "first")
+    assert second.positive == (Message("system", "kind"), Message("user", "how"))
+    assert second.continuation is None
+
+
+@pytest.mark.parametrize("blank", ["", "   ", "\t"])
+def test_default_ids_are_line_numbers_and_blank_lines_are_counted(
+    tmp_path: Path, blank: str
+) -> None:
+    path = write(tmp_path, GOOD, blank, GOOD, record(id="named"), blank, GOOD)
+    assert [pair.id for pair in ContrastivePairs.from_jsonl(path)] == ["1", "3", "named", "6"]
+
+
+@pytest.mark.parametrize("key", ["id", "continuation"])
+def test_null_stands_for_an_absent_optional_key(tmp_path: Path, key: str) -> None:
+    absent = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, GOOD))
+    given_ = ContrastivePairs.from_jsonl(write(tmp_path, record(**{key: "x"}), GOOD))
+    null = ContrastivePairs.from_jsonl(write(tmp_path, record(**{key: None}), GOOD))
+    assert null.pairs == absent.pairs != given_.pairs
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("last_end", [True, False])
+def test_bom_and_line_ends_change_nothing(
+    tmp_path: Path, bom: bytes, end: bytes, last_end: bool
+) -> None:
+    plain = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, "", GOOD))
+    path = write(tmp_path, GOOD, "", GOOD, end=end)
+    raw = bom + path.read_bytes()
+    path.write_bytes(raw if last_end else raw.removesuffix(end))
+    assert ContrastivePairs.from_jsonl(path) == plain
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.text(min_size=1), st.text(min_size=1), st.none() | st.text(min_size=1)),
+        min_size=2,
+        max_size=5,
+    ),
+    as_ascii=st.booleans(),
+)
+def test_any_text_comes_back_from_a_file(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[tuple[str, str, str | None]],
+    as_ascii: bool,
+) -> None:
+    """Also text with characters such as U+2028, at which `str.splitlines` would cut a line."""
+    rows = [(f"+{pos}", f"-{neg}", after) for pos, neg, after in rows]
+    keys = ("positive", "negative", "continuation")
+    lines = (json.dumps(dict(zip(keys, row, strict=True)), ensure_ascii=as_ascii) for row in rows)
+    path = write(tmp_path_factory.mktemp("any"), *lines)
+    loaded = ContrastivePairs.from_jsonl(path)
+    assert [(p.positive, p.negative, p.continuation) for p in loaded] == rows
+    assert [p.id for p in loaded] == [str(i + 1) for i in range(len(rows))]
+
+
+SURROGATE = r'{"positive": "you are kind \ud800", "negative": "you are rude"}'
+
+# What is wrong: (the bad line, the same line repaired, a part of the message).
+BAD_LINES: dict[str, tuple[str | bytes, str, str]] = {
+    "no negative": (
+        '{"positive": "a"}',
+        '{"positive": "a", "negative": "b"}',
+        "missing key 'negative'",
+    ),
+    "no positive": (
+        '{"negative": "a"}',
+        '{"positive": "b", "negative": "a"}',
+        "missing key 'positive'",
+    ),
+    "misspelt key": (
+        record(continuaton="c"),
+        record(continuation="c"),
+        "'continuaton'; did you mean 'continuation'",
+    ),
+    "cut off": (GOOD[:-1], GOOD, "not a JSON object on one line"),
+    "too deep": ("[" * 100_000, GOOD, "not a JSON object on one line"),
+    "a list": ('["a", "b"]', '{"positive": "a", "negative": "b"}', "expected an object"),
+    "latin-1": (
+        b'{"positive": "caf\xe9", "negative": "b"}',
+        '{"positive": "café", "negative": "b"}',
+        "not UTF-8",
+    ),
+    "empty text": (
+        record(positive=""),
+        record(positive=" "),
+        "positive: expected text that is not empty",
+    ),
+    "no messages": (
+        record(negative=[]),
+        record(negative=[{"role": "user", "content": "x"}]),
+        "negative: expected text or a list of",
+    ),
+    "a number": (record(positive=3), record(positive="3"), "positive: expected text or a list of"),
+    "equal prompts": (record(positive="you are rude"), GOOD, "are equal"),
+    "empty continuation": (
+        record(continuation=""),
+        record(continuation=" "),
+        "continuation: expected text",
+    ),
+    "continuation list": (
+        record(continuation=["c"]),
+        record(continuation="c"),
+        "continuation: expected text",
+    ),
+    "message without content": (
+        record(positive=[{"role": "user"}]),
+        record(positive=[{"role": "user", "content": "x"}]),
+        "positive, message 1: expected an object with the keys role and content",
+    ),
+    "message that is text": (
+        record(positive=[{"role": "user", "content": "x"}, "x"]),
+        record(positive=[{"role": "user", "content": "x"}]),
+        "positive, message 2: expected an object",
+    ),
+    "message with null": (
+        record(negative=[{"role": "user", "content": None}]),
+        record(negative=[{"role": "user", "content": "x"}]),
+        "negative, message 1: role and content must be text",
+    ),
+    # Both halves together are one emoji, which is text like any other.
+    "surrogate": (SURROGATE, SURROGATE.replace(r"\ud800", r"\ud83d\ude00"), "lone surrogate"),
+    "surrogate in continuation": (
+        record(continuation="\ud800"),
+        record(continuation="\ud83d\ude00"),
+        "lone surrogate",
+    ),
+    "surrogate in id": (record(id="\ud800"), record(id="\ud83d\ude00"), "lone surrogate"),
+    "surrogate in message": (
+        record(positive=[{"role": "user", "content": "\ud800"}]),
+        record(positive=[{"role": "user", "content": "\ud83d\ude00"}]),
+        "lone surrogate",
+    ),
+    "surrogate in role": (
+        record(positive=[{"role": "\ud800", "content": "x"}]),
+        record(positive=[{"role": "\ud83d\ude00", "content": "x"}]),
+        "lone surrogate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LINES)
+def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> None:
+    bad, repaired, reason = BAD_LINES[name]
+    path = write(tmp_path, GOOD, "", bad, GOOD)
+    with pytest.raises(PairError) as caught:
+        ContrastivePairs.from_jsonl(path)
+    assert f"{path}:3: " in str(caught.value)
+    assert reason in str(caught.value)
+    loaded = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, "", repaired, GOOD))
+    assert len(loaded) == 3
+    assert loaded.fingerprint
+
+
+@pytest.mark.parametrize("lines", [(), ("", " "), (GOOD,), ("", GOOD)])
+def test_fewer_than_two_pairs_are_refused(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    n_pairs = lines.count(GOOD)
+    with pytest.raises(PairError, match=f"at least 2 contrastive pairs, got {n_pairs}"):
+        ContrastivePairs.from_jsonl(write(tmp_path, *lines))
+    assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines, GOOD, GOOD))) == n_pairs + 2
+
+
+@pytest.mark.parametrize(("ids", "repeated"), [(("x", "x"), "x"), (("2", None), "2")])
+def test_ids_are_distinct_default_ones_too(
+    tmp_path: Path, ids: tuple[Any, Any], repeated: str
+) -> None:
+    def lines(*ids: Any) -> list[str]:
+        return [GOOD if id_ is None else record(id=id_) for id_ in ids]
+
+    with pytest.raises(PairError, match=f"id '{repeated}' occurs twice"):
+        ContrastivePairs.from_jsonl(write(tmp_path, *lines(*ids)))
+    assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines(ids[0], "other")))) == 2
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(PairError, match="cannot be read") as caught:
+            ContrastivePairs.from_jsonl(path)
+        assert str(path) in str(caught.value)
+    assert len(ContrastivePairs.from_jsonl(str(write(tmp_path, GOOD, GOOD)))) == 2
+
+
+# Lists and datasets
+
+
+def test_from_lists_of_text_and_of_messages() -> None:
+    chat = [{"role": "user", "content": "how"}]
+    made = ContrastivePairs.from_lists(["a", chat], ["b", "c"], ["d", "e"], name="made")
+    assert made.name == "made"
+    assert made.pairs == (
+        ContrastivePair("a", "b", "d", "1"),
+        ContrastivePair((Message("user", "how"),), "c", "e", "2"),
+    )
+    assert ContrastivePairs.from_lists(["a", "b"], ["c", "d"])[0].continuation is None
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [(["a", "b"], ["c"]), (["a", "b"], ["c", "d"], ["e"]), (["a", "b"], ["c", "d"], [])],
+)
+def test_from_lists_of_different_lengths_is_refused(columns: tuple[list[str], ...]) -> None:
+    with pytest.raises(PairError, match="lists of one length"):
+        ContrastivePairs.from_lists(*columns)
+    full = [[*column, "x", "y"][:2] for column in columns]
+    assert len(ContrastivePairs.from_lists(*full)) == 2
+
+
+def test_from_lists_names_the_bad_item() -> None:
+    with pytest.raises(PairError, match="mine: record 2: negative: expected text"):
+        ContrastivePairs.from_lists(["a", "b"], ["c", ""], name="mine")
+    with pytest.raises(PairError, match=r"mine: record 2: .* equal"):
+        ContrastivePairs.from_lists(["a", "b"], ["c", "b"], name="mine")
+    assert len(ContrastivePairs.from_lists(["a", "b"], ["c", "d"], name="mine")) == 2
+
+
+def test_pairs_made_by_hand_are_checked_too() -> None:
+    good = ContrastivePair("a", "b", id="1")
+    for pair, reason in (
+        (ContrastivePair("a", "a", id="2"), "pair '2' has equal"),
+        (ContrastivePair("a", "b", id="1"), "id '1' occurs twice"),
+    ):
+        with pytest.raises(PairError, match=reason):
+            ContrastivePairs((good, pair))
+    assert len(ContrastivePairs((good, ContrastivePair("a", "b", id="2")))) == 2
+
+
+def test_from_dataset_reads_none_as_absent() -> None:
+    """A column of a `Dataset` exists for every row, so a missing value there is None."""
+    rows = [
+        {"positive": "a", "negative": "b", "continuation": None, "id": "x", "topic": "t"},
+        {"positive": "c", "negative": "d", "continuation": "e", "id": None, "topic": None},
+    ]
+    made = ContrastivePairs.from_dataset(Dataset.from_list(rows))
+    assert made.pairs == (ContrastivePair("a", "b", None, "x"), ContrastivePair("c", "d", "e", "2"))
+
+
+def test_from_dataset_reads_messages_and_refuses_a_missing_column() -> None:
+    rows = [
+        {"positive": [{"role": "user", "content": side + "+"}], "negative": [message]}
+        for side in "ab"
+        for message in [{"role": "user", "content": side}]
+    ]
+    data = Dataset.from_list(rows)
+    assert ContrastivePairs.from_dataset(data)[1].positive == (Message("user", "b+"),)
+    with pytest.raises(PairError, match="dataset: record 1: missing key 'negative'"):
+        ContrastivePairs.from_dataset(data.remove_columns("negative"))
+
+
+# Slices, fingerprint, split
+
+
+def test_pairs_are_a_sequence() -> None:
+    made = numbered(5)
+    assert made[-1] == made.pairs[4]
+    assert made[1:4].pairs == made.pairs[1:4]
+    assert made[::-1].pairs == made.pairs[::-1]
+    assert made[1:4].name == made.name
+    assert list(made) == list(made.pairs)
+    assert made.pairs[2] in made
+    with pytest.raises(IndexError):
+        made[5]
+    with pytest.raises(PairError, match="at least 2"):
+        made[:1]
+
+
+def test_repr_tells_name_size_and_content() -> None:
+    made = numbered(3)
+    assert repr(made) == f"ContrastivePairs('pairs', 3 pairs, {made.fingerprint[:12]})"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pair: replace(pair, positive="other"),
+        lambda pair: replace(pair, negative="other"),
+        lambda pair: replace(pair, continuation="other"),
+        lambda pair: replace(pair, id="other"),
+        lambda pair: replace(pair, positive=pair.negative, negative=pair.positive),
+        lambda pair: replace(pair, positive=(Message("user", pair.positive),)),
+    ],
+)
+def test_fingerprint_changes_with_content(
+    change: Callable[[ContrastivePair], ContrastivePair],
+) -> None:
+    made = numbered(3)
+    changed = ContrastivePairs((made[0], change(made[1]), made[2]))
+    assert changed.fingerprint != made.fingerprint
+
+
+def test_fingerprint_changes_with_order_and_not_with_the_name() -> None:
+    made = numbered(3)
+    assert made[::-1].fingerprint != made.fingerprint
+    assert made[:2].fingerprint != made.fingerprint
+    assert ContrastivePairs(made.pairs, "other").fingerprint == made.fingerprint
+    assert numbered(3).fingerprint == made.fingerprint
+    assert len(made.fingerprint) == 64
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.tuples(st.integers(2, 30), st.integers(2, 30)), seed=st.integers(0, 2**32))
+def test_split_is_a_partition_that_keeps_order(sizes: tuple[int, int], seed: int) -> None:
+    n_train, n_test = sizes
+    made = numbered(n_train + n_test)
+    train, test = made.split(n_test / len(made), seed)
+    assert (len(train), len(test)) == sizes
+    train_ids, test_ids = ([int(pair.id) for pair in part] for part in (train, test))
+    assert sorted(train_ids + test_ids) == list(range(1, len(made) + 1))
+    assert train_ids == sorted(train_ids)
+    assert test_ids == sorted(test_ids)
+    assert made.split(n_test / len(made), seed) == (train, test)
+
+
+def test_split_depends_on_the_seed() -> None:
+    made = numbered(40)
+    parts = {made.split(0.5, seed)[1].fingerprint for seed in range(5)}
+    assert len(parts) == 5
+    assert made.split(0.5)[1].fingerprint in parts
+    assert [part.name for part in made.split(0.5)] == ["pairs[train]", "pairs[test]"]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, float("nan"), 0.1, 0.9])
+def test_a_split_part_of_fewer_than_two_pairs_is_refused(fraction: float) -> None:
+    made = numbered(8)
+    with pytest.raises(PairError, match=f"test_fraction={fraction} of 8 pairs"):
+        made.split(fraction)
+    assert [len(part) for part in made.split(0.25)] == [6, 2]
+
+
+# Shipped datasets
+
+
+def test_shipped_names() -> None:
+    assert dataset_names() == ("formality", "honesty", "sentiment")
+
+
+@pytest.mark.parametrize("name", dataset_names())
+def test_a_shipped_dataset_holds_out_its_test_part(name: str) -> None:
+    """Train and test share no (user, opening), so a held-out effect is not a remembered line."""
+    parts = [ContrastivePairs.load(name, split=split) for split in ("train", "test")]
+    assert [part.name for part in parts] == [f"{name}/train", f"{name}/test"]
+    scenes, systems = [], []
+    for part in parts:
+        assert len(part) >= 100
+        for pair in part:
+            assert [m.role for m in pair.positive] == ["system", "user", "assistant"]
+            assert pair.positive[1:] == pair.negative[1:]
+            assert pair.positive[0].content != pair.negative[0].content
+            assert pair.positive[-1].content == pair.positive[-1].content.strip()
+        scenes.append({pair.positive[1:] for pair in part})
+        systems.append({side[0] for pair in part for side in (pair.positive, pair.negative)})
+    assert not scenes[0] & scenes[1]
+    assert not systems[0] & systems[1]
+    assert not {pair.id for pair in parts[0]} & {pair.id for pair in parts[1]}
+
+
+@pytest.mark.parametrize("name", dataset_names())
+def test_a_card_tells_the_true_counts(name: str) -> None:
+    card = dataset_card(name)
+    for split in ("train", "test"):
+        assert f"{len(ContrastivePairs.load(name, split=split))} pairs" in card
+
+
+def test_neutral_texts_are_200_distinct_lines() -> None:
+    lines = neutral_texts()
+    assert len(lines) == len(set(lines)) == 200
+    assert all(line == line.strip() and line for line in lines)
+    assert "200 distinct lines" in dataset_card("neutral")
+
+
+@pytest.mark.parametrize("name", ["sentimnt", "neutral", "", "../data/honesty"])
+def test_an_unknown_dataset_is_refused_with_the_known_names(name: str) -> None:
+    with pytest.raises(PairError, match=r"formality, honesty, sentiment"):
+        ContrastivePairs.load(name)
+    assert ContrastivePairs.load("sentiment") == ContrastivePairs.load("sentiment", split="train")
+
+
+@pytest.mark.parametrize("name", ["sentimnt", "", "../data/honesty"])
+def test_an_unknown_card_is_refused(name: str) -> None:
+    with pytest.raises(PairError, match=r"formality, honesty, sentiment"):
+        dataset_card(name)
+
+
+def test_an_unknown_split_is_refused() -> None:
+    with pytest.raises(PairError, match="train, test, not 'valid'"):
+        ContrastivePairs.load("honesty", split="valid")
+    assert len(ContrastivePairs.load("honesty", split="test")) >= 100
+
+
+# Rendering
+
+USER = Message("user", "how")
+OPEN = Message("assistant", "the river was")
+
+
+@pytest.mark.parametrize("template", [None, CLOSING_TEMPLATE])
+@pytest.mark.parametrize("text", ["the river", " <s> the ", "\n"])
+def test_text_is_not_touched(text: str, template: str | None) -> None:
+    assert render(text, build_tokenizer(chat_template=template)) == text
+
+
+def test_messages_go_through_the_template() -> None:
+    tokenizer = build_tokenizer(chat_template=CLOSING_TEMPLATE)
+    user = "<|im_start|>user\nhow<|im_end|>\n"
+    assert render((USER,), tokenizer) == user + "<|im_start|>assistant\n"
+    assert render((USER, OPEN), tokenizer) == user + "<|im_start|>assistant\nthe river was"
+    # Only the last turn stays open.
+    closed = "<|im_start|>assistant\nthe river was<|im_end|>\n"
+    assert render((OPEN, USER), tokenizer) == closed + user + "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("name", dataset_names())
+def test_shipped_prompts_end_with_their_opening(name: str) -> None:
+    tokenizer = build_tokenizer(chat_template=CLOSING_TEMPLATE)
+    for pair in ContrastivePairs.load(name):
+        for prompt in (pair.positive, pair.negative):
+            text = render(prompt, tokenizer)
+            assert text.endswith("<|im_start|>assistant\n" + prompt[-1].content)
+            assert prompt[0].content in text
+
+
+def test_messages_need_a_chat_template() -> None:
+    with pytest.raises(PairError, match="no chat template"):
+        render((USER,), build_tokenizer(chat_template=None))
+    assert render((USER,), build_tokenizer()) == "<s>[user] how \n[assistant] "
+
+
+def test_a_template_that_rejects_a_role_is_a_pair_error() -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('no system turn here') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer = build_tokenizer(chat_template=template)
+    with pytest.raises(PairError, match=r"\['system', 'user'\]: no system turn here"):
+        render((Message("system", "kind"), USER), tokenizer)
+    assert render((USER,), tokenizer) == "how"

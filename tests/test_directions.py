@@ -1,0 +1,155 @@
+"""Directions: planted ones are recovered; sign, norm and seed are fixed."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import bridge, build_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import steerlens as sl
+from steerlens.activations import Differences
+from steerlens.errors import DirectionError
+from steerlens.models import inference
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+def differences_of(values: torch.Tensor, *, base: float = 1.0) -> Differences:
+    """Differences at one hook with the given values."""
+    negative = torch.full((1, *values.shape), base, dtype=values.dtype)
+    return Differences((HOOK,), (), negative + values, negative, -1, "fingerprint")
+
+
+def planted(n_pairs: int, strength: float, *, seed: int = 0, d_model: int = 64) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    direction = torch.nn.functional.normalize(torch.randn(d_model, generator=generator), dim=0)
+    noise = torch.randn(n_pairs, d_model, generator=generator)
+    return direction, strength * direction + noise
+
+
+@pytest.mark.parametrize("method", ["mean_diff", "pca"])
+def test_planted_direction_is_recovered(method: str) -> None:
+    direction, values = planted(80, 4.0)
+    fitted = sl.fit_directions(differences_of(values), method=method)[HOOK]
+    cosine = float(fitted @ direction)
+    print(f"{method}: cosine {cosine:.4f} with the planted direction")
+    assert cosine > 0.97
+    # Control: there is nothing to find where nothing was planted.
+    _, noise = planted(80, 0.0)
+    assert float(sl.fit_directions(differences_of(noise), method=method)[HOOK] @ direction) < 0.5
+
+
+def test_centring_subtracts_the_planted_direction() -> None:
+    direction, values = planted(80, 4.0)
+    centred = float(
+        sl.fit_directions(differences_of(values), method="pca_centred")[HOOK] @ direction
+    )
+    uncentred = float(sl.fit_directions(differences_of(values), method="pca")[HOOK] @ direction)
+    print(f"cosine centred {centred:.3f}, uncentred {uncentred:.3f}")
+    assert centred < 0.5 < 0.97 < uncentred
+
+
+def test_planted_direction_in_a_model_is_recovered(pairs: sl.ContrastivePairs) -> None:
+    hf_model = build_llama()
+    planted_direction = torch.nn.functional.normalize(torch.ones(32).cumsum(0), dim=0)
+    tokenizer = bridge(hf_model).tokenizer
+    cheerful, gloomy = tokenizer("cheerful gloomy", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        table = hf_model.get_input_embeddings().weight
+        table[cheerful] = table[gloomy] + 10 * planted_direction
+        for layer in hf_model.model.layers:
+            # Nearly silent blocks: what the embedding wrote arrives nearly unchanged.
+            layer.self_attn.o_proj.weight.mul_(0.01)
+            layer.mlp.down_proj.weight.mul_(0.01)
+    texts = ["the day was", "you are", "it was very", "the soup is"]
+    words = sl.ContrastivePairs.from_lists(
+        [f"{text} cheerful" for text in texts], [f"{text} gloomy" for text in texts]
+    )
+    model = bridge(hf_model)
+    fitted = sl.fit_directions(sl.collect_differences(model, words))
+    for name, direction in fitted.items():
+        cosine = float(direction @ planted_direction)
+        print(f"{name}: cosine {cosine:.5f}")
+        assert cosine > 0.99
+
+
+@given(
+    seed=st.integers(0, 1000),
+    method=st.sampled_from(["mean_diff", "pca", "pca_centred", "random"]),
+    n_pairs=st.integers(3, 12),
+)
+@settings(max_examples=60, deadline=None)
+def test_unit_norm_and_positives_project_higher(seed: int, method: str, n_pairs: int) -> None:
+    _, values = planted(n_pairs, 1.0, seed=seed, d_model=8)
+    fitted = sl.fit_directions(differences_of(values), method=method)[HOOK]
+    assert float(fitted.norm()) == pytest.approx(1, abs=1e-5)
+    assert float((values @ fitted).mean()) >= -1e-6
+    # Exchanging the two sides turns the direction round.
+    turned = sl.fit_directions(differences_of(-values), method=method)[HOOK]
+    torch.testing.assert_close(turned, -fitted, rtol=1e-3, atol=1e-4)
+
+
+def test_mean_diff_and_pca_by_hand() -> None:
+    values = torch.tensor([[3.0, 0.0], [1.0, 4.0]])
+    mean = sl.fit_directions(differences_of(values))[HOOK]
+    torch.testing.assert_close(mean, torch.tensor([1.0, 1.0]) / 2**0.5)
+    # Two multiples of one vector: their uncentred principal axis is that vector.
+    line = torch.tensor([[3.0, 4.0], [-6.0, -8.0]])
+    axis = sl.fit_directions(differences_of(line), method="pca")[HOOK]
+    torch.testing.assert_close(axis, torch.tensor([-0.6, -0.8]))
+
+
+def test_random_depends_on_seed_and_hook_only() -> None:
+    _, values = planted(5, 1.0)
+    first = sl.fit_directions(differences_of(values), method="random", seed=1)[HOOK]
+    again = sl.fit_directions(differences_of(3 * values), method="random", seed=1)[HOOK]
+    other = sl.fit_directions(differences_of(values), method="random", seed=2)[HOOK]
+    torch.testing.assert_close(first, again)
+    assert abs(float(first @ other)) < 0.9
+    elsewhere = replace(differences_of(values), hook_names=("blocks.1.hook_resid_post",))
+    second = sl.fit_directions(elsewhere, method="random", seed=1)["blocks.1.hook_resid_post"]
+    assert abs(float(first @ second)) < 0.9
+
+
+@pytest.mark.parametrize(
+    ("values", "method", "reason"),
+    [
+        (torch.zeros(3, 4), "mean_diff", "same activation at position"),
+        (torch.zeros(3, 4), "random", "same activation at position"),
+        (torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), "mean_diff", "cancel"),
+        (torch.tensor([[1.0, 2.0], [1.0, 2.0]]), "pca_centred", "all differences are equal"),
+        (torch.eye(2), "no_such_method", "there are mean_diff, pca"),
+    ],
+)
+def test_degenerate_differences_are_refused(values: Any, method: str, reason: str) -> None:
+    with pytest.raises(DirectionError, match=reason):
+        sl.fit_directions(differences_of(values), method=method)
+    sl.fit_directions(differences_of(torch.tensor([[1.0, 2.0], [0.5, 1.0]])), method="pca_centred")
+
+
+def test_same_token_on_both_sides_is_refused(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    """At position 0 both prompts hold BOS: the difference is rounding at most."""
+    with pytest.raises(DirectionError, match="same activation at position 0"):
+        sl.fit_directions(sl.collect_differences(llama, pairs, position=0))
+    sl.fit_directions(sl.collect_differences(llama, pairs, position=3))
+
+
+def test_directions_are_a_mapping_with_norm_1(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    directions = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[0]))
+    assert list(directions) == ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+    assert directions.hook_names == ("blocks.0.hook_resid_post",)
+    assert directions.fingerprint == pairs.fingerprint
+    with pytest.raises(KeyError):
+        directions["blocks.1.hook_resid_post"]
+    with pytest.raises(DirectionError, match="has norm 2"):
+        replace(directions, vectors=2 * directions.vectors)
+
+
+def test_fitting_uses_no_gradients(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    assert not sl.collect_differences(llama, pairs).positive.requires_grad
+    with inference(llama):
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()

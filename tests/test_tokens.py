@@ -1,0 +1,355 @@
+"""Tokens: BOS once, continuations after prompts, batches whose positions hit the right token."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from conftest import bridge, build_llama, build_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steerlens import ContrastivePairs
+from steerlens.data import Message, render
+from steerlens.errors import ActivationError, ModelError, PairError
+from steerlens.tokens import (
+    Batch,
+    TokenizedPairs,
+    TokenizedPrompt,
+    check_steered_positions,
+    make_batches,
+    tokenize_pairs,
+    tokenize_prompt,
+)
+
+BOS, EOS, PAD = 1, 2, 3
+N_CTX = 64
+SIDES = ("left", "right")
+CHAT = (Message("user", "how are you"), Message("assistant", "it was"))
+
+
+@contextmanager
+def padding(model: Any, side: str) -> Iterator[None]:
+    before = model.tokenizer.padding_side
+    model.tokenizer.padding_side = side
+    try:
+        yield
+    finally:
+        model.tokenizer.padding_side = before
+
+
+def numbered(*lengths: tuple[int, int]) -> list[TokenizedPrompt]:
+    """Prompts of (prompt, continuation) lengths in which every token id occurs once."""
+    return [
+        TokenizedPrompt(
+            tuple(range(1000 * (row + 1), 1000 * (row + 1) + n_prompt)),
+            tuple(range(1000 * (row + 1) + 500, 1000 * (row + 1) + 500 + n_after)),
+            where=f"prompt {row}",
+        )
+        for row, (n_prompt, n_after) in enumerate(lengths)
+    ]
+
+
+# BOS
+
+
+@pytest.mark.parametrize("text", ["the river was", "you are kind . how\n", "rain"])
+def test_plain_text_has_the_ids_of_transformer_lens(tiny: Any, text: str) -> None:
+    ids = tokenize_prompt(tiny, text).prompt
+    assert ids == tuple(tiny.to_tokens(text)[0].tolist())
+    assert ids.count(BOS) == 1
+    assert ids[0] == BOS
+
+
+def test_bos_is_not_doubled_when_the_template_writes_it(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_bos = llama.tokenizer
+    without_bos = build_tokenizer(
+        chat_template=with_bos.chat_template.removeprefix("{{ bos_token }}")
+    )
+    assert render(CHAT, with_bos) == "<s>" + render(CHAT, without_bos)
+    ids = tokenize_prompt(llama, CHAT).prompt
+    assert ids.count(BOS) == 1
+    assert ids[0] == BOS
+    # A template that leaves BOS out gets it from us, to the same ids.
+    monkeypatch.setattr(llama, "tokenizer", without_bos)
+    assert tokenize_prompt(llama, CHAT).prompt == ids
+
+
+def test_the_model_decides_on_bos(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_bos = tokenize_prompt(llama, "the river").prompt
+    monkeypatch.setattr(llama.cfg, "default_prepend_bos", False)
+    without = tokenize_prompt(llama, "the river").prompt
+    assert (BOS, *without) == with_bos
+    assert without == tuple(llama.to_tokens("the river")[0].tolist())
+    # The template's own BOS is part of the prompt's text, so it stays.
+    assert tokenize_prompt(llama, CHAT).prompt.count(BOS) == 1
+
+
+def test_a_tokenizer_without_bos_adds_none(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_bos = tokenize_prompt(llama, "the river").prompt
+    monkeypatch.setattr(llama, "tokenizer", build_tokenizer())
+    llama.tokenizer.bos_token = None  # Only now: a bridge that is given no BOS takes EOS for it.
+    assert (BOS, *tokenize_prompt(llama, "the river").prompt) == with_bos
+
+
+def test_the_bos_that_transformer_lens_chooses_is_used() -> None:
+    """TransformerLens takes EOS as BOS where the tokenizer has none; so do we, with its ids."""
+    model = bridge(build_llama(n_layers=1), build_tokenizer(bos_token=None))
+    ids = tokenize_prompt(model, "the river").prompt
+    assert ids == tuple(model.to_tokens("the river")[0].tolist())
+    assert ids[0] == EOS
+
+
+# Prompts, continuations, pairs
+
+
+@pytest.mark.parametrize("prompt", ["the river was", CHAT], ids=["text", "chat"])
+def test_the_continuation_follows_the_prompt(tiny: Any, prompt: Any) -> None:
+    alone = tokenize_prompt(tiny, prompt)
+    whole = tokenize_prompt(tiny, prompt, "warm and good")
+    assert alone.continuation == ()
+    assert whole.prompt == alone.prompt
+    # The ids of the text after BOS: a continuation begins no new text.
+    assert whole.continuation == tuple(tiny.to_tokens("warm and good")[0, 1:].tolist())
+    assert len(whole) == len(alone) + 3
+
+
+def test_pairs_keep_order_and_only_positive_prompts_have_continuations(llama: Any) -> None:
+    pairs = ContrastivePairs.from_lists(
+        ["you are kind", "cheerful"], ["you are rude", "gloomy"], ["so", "very good"]
+    )
+    tokenized = tokenize_pairs(llama, pairs)
+    for side in ("positive", "negative"):
+        for pair, prompt in zip(pairs, getattr(tokenized, side), strict=True):
+            assert prompt.prompt == tokenize_prompt(llama, getattr(pair, side)).prompt
+    assert [len(prompt.continuation) for prompt in tokenized.positive] == [1, 2]
+    assert [len(prompt.continuation) for prompt in tokenized.negative] == [0, 0]
+
+
+def test_prompts_of_the_same_ids_are_refused(llama: Any) -> None:
+    """Two words that the tokenizer does not know differ as text only."""
+    words = ["you are", "you are zzz"]
+    with pytest.raises(PairError, match="pair '2' tokenise to the same ids"):
+        tokenize_pairs(llama, ContrastivePairs.from_lists(words, ["I am", "you are qqq"]))
+    # The continuation follows the positive prompt only, so it makes no difference between them.
+    with pytest.raises(PairError, match="pair '2' tokenise to the same ids"):
+        tokenize_pairs(
+            llama, ContrastivePairs.from_lists(words, ["I am", "you are qqq"], ["so", "so"])
+        )
+    tokenized = tokenize_pairs(llama, ContrastivePairs.from_lists(words, ["I am", "you are kind"]))
+    assert tokenized.positive[1].prompt != tokenized.negative[1].prompt
+
+
+@pytest.mark.parametrize("n_after", [0, 1, 10])
+def test_a_prompt_fits_the_context_to_the_last_token(tiny: Any, n_after: int) -> None:
+    after = " ".join(["so"] * n_after) or None
+    n_words = N_CTX - 1 - n_after  # The first token is BOS.
+    whole = tokenize_prompt(tiny, " ".join(["very"] * n_words), after)
+    assert len(whole) == N_CTX
+    tokens = torch.tensor([whole.prompt + whole.continuation])
+    assert tiny(tokens).isfinite().all()
+    with pytest.raises(PairError, match=f"has {N_CTX + 1} tokens .* context is {N_CTX}"):
+        tokenize_prompt(tiny, " ".join(["very"] * (n_words + 1)), after)
+
+
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_a_prompt_longer_than_the_context_is_named(llama: Any, side: str) -> None:
+    columns = {"positive": ["kind", "cheerful"], "negative": ["rude", "gloomy"]}
+    assert len(tokenize_pairs(llama, ContrastivePairs.from_lists(**columns)).positive) == 2
+    columns[side][1] = "very " * N_CTX
+    with pytest.raises(PairError, match=f"{side} prompt of pair '2' has {N_CTX + 1} tokens"):
+        tokenize_pairs(llama, ContrastivePairs.from_lists(**columns))
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_prompt_without_tokens_is_refused(llama: Any, text: str) -> None:
+    with pytest.raises(PairError, match="no tokens"):
+        tokenize_prompt(llama, text)
+    assert tokenize_prompt(llama, "so").prompt[1:]
+
+
+def test_a_continuation_without_tokens_is_refused(llama: Any) -> None:
+    with pytest.raises(PairError, match="no tokens"):
+        tokenize_prompt(llama, "the river", " ")
+    assert tokenize_prompt(llama, "the river", " was ").continuation
+
+
+def test_a_model_without_a_tokenizer_is_refused(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tokenize_prompt(llama, "the river").prompt
+    monkeypatch.setattr(llama, "tokenizer", None)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        tokenize_prompt(llama, "the river")
+
+
+# Batches
+
+lengths = st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths, batch_size=st.integers(1, 5), side=st.sampled_from(SIDES))
+def test_batches_hold_every_prompt_once_and_shortest_first(
+    gpt2: Any, lengths: list[tuple[int, int]], batch_size: int, side: str
+) -> None:
+    prompts = numbered(*lengths)
+    with padding(gpt2, side):
+        batches = make_batches(gpt2, prompts, batch_size)
+    rows = [row for batch in batches for row in batch.rows]
+    assert sorted(rows) == list(range(len(prompts)))
+    in_order = [len(prompts[row]) for row in rows]
+    assert in_order == sorted(in_order)
+    assert all(len(batch.rows) == batch_size for batch in batches[:-1])
+    for batch in batches:
+        assert batch.prompts == tuple(prompts[row] for row in batch.rows)
+        width = max(map(len, batch.prompts))
+        assert batch.tokens.shape == batch.attention_mask.shape == (len(batch.rows), width)
+        for prompt, tokens, mask in zip(
+            batch.prompts, batch.tokens, batch.attention_mask, strict=True
+        ):
+            assert tuple(tokens[mask].tolist()) == prompt.prompt + prompt.continuation
+            assert set(tokens[~mask].tolist()) <= {PAD}
+            # The real tokens are one run that touches the side that is not padded.
+            edge = mask.flip(0) if side == "left" else mask
+            assert edge.tolist() == [True] * len(prompt) + [False] * (width - len(prompt))
+        if batch.attention_mask.all():
+            assert batch.forward_kwargs == {}
+        else:
+            sent = batch.forward_kwargs["attention_mask"]
+            assert sent.dtype == torch.long
+            assert torch.equal(sent.bool(), batch.attention_mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths, side=st.sampled_from(SIDES), data=st.data())
+def test_a_position_hits_the_same_token_whatever_the_padding(
+    gpt2: Any, lengths: list[tuple[int, int]], side: str, data: st.DataObject
+) -> None:
+    prompts = numbered(*lengths)
+    with padding(gpt2, side):
+        (batch,) = make_batches(gpt2, prompts, len(prompts))
+    shortest = min(n_prompt for n_prompt, _ in lengths)
+    position = data.draw(st.integers(-shortest, shortest - 1))
+    columns = batch.indices(position)
+    hit = batch.tokens[torch.arange(len(columns)), columns]
+    assert hit.tolist() == [prompt.prompt[position] for prompt in batch.prompts]
+    for outside in (-shortest - 1, shortest):
+        with pytest.raises(ActivationError, match=f"position {outside} is outside the prompt"):
+            batch.indices(outside)
+
+
+@pytest.mark.parametrize(("position", "index"), [(0, 0), (2, 2), (-1, 2), (-3, 0)])
+def test_index_counts_in_the_prompt_and_not_in_its_continuation(position: int, index: int) -> None:
+    (prompt,) = numbered((3, 2))
+    assert prompt.index(position) == index
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_position_outside_a_prompt_is_named(llama: Any, side: str) -> None:
+    pairs = ContrastivePairs.from_records(
+        [
+            {"positive": "the river was kind", "negative": "the rain", "id": "long"},
+            {"positive": "kind", "negative": "rude", "id": "short", "continuation": "and so on"},
+        ]
+    )
+    with padding(llama, side):
+        (batch,) = make_batches(llama, tokenize_pairs(llama, pairs).positive, 2)
+    for position in (2, -3):
+        with pytest.raises(
+            ActivationError,
+            match=f"position {position} is outside the positive prompt of pair 'short', which has "
+            "2 tokens",
+        ):
+            batch.indices(position)
+    hit = {p: batch.tokens[torch.arange(2), batch.indices(p)].tolist() for p in (1, -2)}
+    assert hit[1][0] != BOS
+    assert hit[-2].count(BOS) == 1
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_a_batch_size_below_one_is_refused(gpt2: Any, batch_size: int) -> None:
+    prompts = numbered((2, 0), (3, 0))
+    with pytest.raises(ActivationError, match=f"batch_size must be at least 1, got {batch_size}"):
+        make_batches(gpt2, prompts, batch_size)
+    assert len(make_batches(gpt2, prompts, 1)) == 2
+
+
+# Masks: two rows, "3 prompt tokens and 2 of a continuation" and "4 prompt tokens".
+MASKS = {
+    "all": {"left": "11111 01111", "right": "11111 11110"},
+    "prompt": {"left": "11100 01111", "right": "11100 11110"},
+    "continuation": {"left": "00011 00000", "right": "00011 00000"},
+    "last": {"left": "00100 00001", "right": "00100 00010"},
+    # Of a continuation, or of the prompt from its second token on.
+    "label": {"left": "00011 00111", "right": "00011 01110"},
+}
+
+
+def mask_of(batch: Batch, kind: Any) -> torch.Tensor:
+    return batch.label_mask() if kind == "label" else batch.steered_mask(kind)
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("side", SIDES)
+def test_masks_by_hand(gpt2: Any, kind: str, side: str) -> None:
+    with padding(gpt2, side):
+        (batch,) = make_batches(gpt2, numbered((3, 2), (4, 0)), 2)
+    assert batch.rows == (1, 0)  # Shortest first.
+    mask = mask_of(batch, kind).flip(0).int().tolist()
+    assert " ".join("".join(map(str, row)) for row in mask) == MASKS[kind][side]
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=lengths, side=st.sampled_from(SIDES))
+def test_masks_pick_the_tokens_they_name(
+    gpt2: Any, lengths: list[tuple[int, int]], side: str
+) -> None:
+    with padding(gpt2, side):
+        (batch,) = make_batches(gpt2, numbered(*lengths), len(lengths))
+    prompts = batch.prompts
+    expected = {
+        "all": [p.prompt + p.continuation for p in prompts],
+        "prompt": [p.prompt for p in prompts],
+        "continuation": [p.continuation for p in prompts],
+        "last": [p.prompt[-1:] for p in prompts],
+        "label": [p.continuation or p.prompt[1:] for p in prompts],
+    }
+    for kind, ids in expected.items():
+        picked = batch.tokens[mask_of(batch, kind)]
+        assert picked.tolist() == list(chain.from_iterable(ids)), kind
+
+
+# Where steering can reach a label
+
+
+def tokenized(*n_after: int) -> TokenizedPairs:
+    return TokenizedPairs(
+        tuple(numbered(*((3, n) for n in n_after))), tuple(numbered(*((3, 0) for _ in n_after)))
+    )
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt"])
+@pytest.mark.parametrize("n_after", [(0, 0), (2, 0), (2, 1)])
+def test_steering_the_prompt_always_reaches_labels(
+    positions: str, n_after: tuple[int, ...]
+) -> None:
+    check_steered_positions(positions, tokenized(*n_after))
+
+
+@pytest.mark.parametrize("positions", ["continuation", "last"])
+def test_steering_after_the_prompt_needs_every_continuation(positions: str) -> None:
+    for n_after in ((0, 0), (2, 0)):
+        with pytest.raises(PairError, match=f"steering at '{positions}' .* no continuation"):
+            check_steered_positions(positions, tokenized(*n_after))
+    check_steered_positions(positions, tokenized(2, 1))
+
+
+def test_unknown_steered_positions_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(PairError, match=r"'continuation', 'last'.* not 'first'"):
+        check_steered_positions("first", tokenized(2, 1))
+    check_steered_positions("all", tokenized(2, 1))
