@@ -1,0 +1,46 @@
+"""The wheel holds the shipped data, and README's example runs."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+        + ["--wheel-dir", str(tmp_path), str(ROOT)],
+        check=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    program = (
+        "import steerlens; from steerlens.data import shipped_folder\n"
+        "print(shipped_folder(), *steerlens.dataset_names(), len(steerlens.neutral_texts()),"
+        " len(steerlens.ContrastivePairs.load('honesty', split='test')))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": ""},
+    ).stdout.split()
+    assert found[0] == str(site / "steerlens" / "shipped")
+    assert found[1:] == ["formality", "honesty", "sentiment", "200", "100"]
+    assert (site / "steerlens" / "py.typed").is_file()
+
+
+@pytest.mark.real
+def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert "projection" in capsys.readouterr().out

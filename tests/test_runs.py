@@ -1,0 +1,260 @@
+"""Run folders: nothing is lost, files are whole, the record says what was run."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors import safe_open
+
+import steerlens as sl
+from steerlens import runs
+from steerlens.errors import OutputError
+from steerlens.runs import RUN_FILES, check_run_folder, write_directions, write_run, write_whole
+
+REQUEST: dict[str, Any] = {
+    "command": "sweep",
+    "model": {"name": "tiny", "file_hash": "abc"},
+    "hook_names": ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post"),
+    "coefficients": [-1.0, 0.0, 1.0],
+    "seed": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def result(llama: Any, pairs: sl.ContrastivePairs) -> sl.SweepResult:
+    """A sweep of layers 0 and 1 of 5, whose readout is layer 2."""
+    directions = sl.fit_directions(
+        sl.collect_differences(llama, pairs, layers="0,1"), method="random", seed=4
+    )
+    return sl.sweep(llama, pairs, directions, coefficients=[-1, 0, 1], n_bootstrap=50)
+
+
+@pytest.fixture
+def written(result: sl.SweepResult, tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    check_run_folder(folder, REQUEST)
+    write_run(folder, result, REQUEST, seconds=1.23456)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def refused(folder: Path, request: dict[str, Any]) -> str:
+    """The message with which the folder is refused; nothing in it may change."""
+    before = content(folder)
+    with pytest.raises(OutputError) as error:
+        check_run_folder(folder, request)
+    assert content(folder) == before
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    assert "--out" in message
+    return message
+
+
+# check_run_folder
+
+
+@pytest.mark.parametrize("name", ["run", "a/b/run"])
+def test_a_new_folder_is_made(name: str, tmp_path: Path) -> None:
+    check_run_folder(tmp_path / name, REQUEST)
+    assert content(tmp_path / name) == {}
+
+
+def test_an_empty_folder_and_foreign_files_are_accepted(tmp_path: Path) -> None:
+    check_run_folder(tmp_path, REQUEST)
+    (tmp_path / "notes.txt").write_text("mine")
+    check_run_folder(tmp_path, REQUEST)
+    assert content(tmp_path) == {"notes.txt": b"mine"}
+
+
+def test_the_same_request_is_accepted_again(written: Path) -> None:
+    before = content(written)
+    check_run_folder(written, dict(reversed(REQUEST.items())))
+    assert content(written) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"coefficients": [-1.0, 1.0]}, "coefficients"),
+        ({"model": {"name": "tiny", "file_hash": "abd"}}, "model"),
+        ({"seed": 1, "command": "other"}, "command, seed"),
+        ({"method": "pca"}, "method"),
+    ],
+)
+def test_another_request_is_refused_by_name(
+    change: dict[str, Any], named: str, written: Path
+) -> None:
+    check_run_folder(written, REQUEST)
+    assert f"other {named};" in refused(written, REQUEST | change)
+
+
+def test_a_request_without_an_earlier_key_is_refused(written: Path) -> None:
+    fewer = {key: value for key, value in REQUEST.items() if key != "seed"}
+    assert "other seed;" in refused(written, fewer)
+
+
+@pytest.mark.parametrize("name", [name for name in RUN_FILES if name != "run.json"])
+def test_results_without_a_record_are_refused(name: str, tmp_path: Path) -> None:
+    check_run_folder(tmp_path, REQUEST)
+    (tmp_path / name).write_bytes(b"")
+    message = refused(tmp_path, REQUEST)
+    assert name in message
+    assert "no run.json" in message
+
+
+@pytest.mark.parametrize(
+    "record", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"request": 3}', b'{"request": [1]}']
+)
+def test_a_damaged_record_is_refused(record: bytes, written: Path) -> None:
+    check_run_folder(written, REQUEST)
+    (written / "run.json").write_bytes(record)
+    assert "run.json" in refused(written, REQUEST)
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_file_where_the_folder_should_be(inside: str, tmp_path: Path) -> None:
+    (tmp_path / "free").mkdir()
+    check_run_folder(tmp_path / "free" / inside, REQUEST)
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(OutputError, match="cannot write to .*taken.*--out"):
+        check_run_folder(tmp_path / "taken" / inside, REQUEST)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+# write_whole
+
+
+@pytest.mark.parametrize("earlier", [None, b"old"])
+@pytest.mark.parametrize("raised", [RuntimeError("half way"), KeyboardInterrupt()])
+def test_a_failed_write_changes_nothing(
+    earlier: bytes | None, raised: BaseException, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.csv"
+    if earlier is not None:
+        path.write_bytes(earlier)
+    before = content(tmp_path)
+
+    def fail(temporary: Path) -> None:
+        temporary.write_bytes(b"half")
+        assert content(tmp_path.resolve() / temporary.parent.name) == {"table.csv": b"half"}
+        raise raised
+
+    with pytest.raises(type(raised)):
+        write_whole(path, fail)
+    assert content(tmp_path) == before
+    write_whole(path, lambda temporary: temporary.write_bytes(b"new") and None)
+    assert content(tmp_path) == {"table.csv": b"new"}
+
+
+def test_the_old_file_is_whole_while_the_new_one_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"old")
+    seen = []
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(b"new")
+        seen.append(path.read_bytes())
+
+    write_whole(path, write)
+    assert (seen, path.read_bytes()) == ([b"old"], b"new")
+
+
+def test_files_may_be_read_by_others_as_any_new_file(tmp_path: Path) -> None:
+    """A temporary file is private by default; the result must not stay so."""
+    (tmp_path / "plain").write_bytes(b"")
+    write_whole(tmp_path / "whole", lambda temporary: temporary.write_bytes(b"") and None)
+    modes = [(tmp_path / name).stat().st_mode for name in ("plain", "whole")]
+    assert modes[0] == modes[1]
+
+
+# write_run
+
+
+def test_a_run_has_five_files(written: Path) -> None:
+    assert sorted(content(written)) == sorted(RUN_FILES)
+    assert sorted(RUN_FILES) == [
+        "directions.safetensors",
+        "layers.csv",
+        "run.json",
+        "sweep.csv",
+        "sweep.parquet",
+    ]
+
+
+def test_the_tables_read_back_as_they_were(written: Path, result: sl.SweepResult) -> None:
+    parquet = pd.read_parquet(written / "sweep.parquet")
+    pd.testing.assert_frame_equal(parquet, result.table, check_exact=True)
+    assert parquet.attrs == result.table.attrs
+    for name, table in (("sweep", result.table), ("layers", result.layers)):
+        read = pd.read_csv(written / f"{name}.csv", float_precision="round_trip")
+        pd.testing.assert_frame_equal(read, table, check_exact=True)
+
+
+def test_the_record(written: Path) -> None:
+    record = json.loads((written / "run.json").read_text(encoding="utf-8"))
+    assert record["request"] == json.loads(json.dumps(REQUEST))
+    assert record["seconds"] == 1.235
+    assert record["versions"]["python"] == platform.python_version()
+    for name in ("steerlens", "torch", "transformers", "transformer-lens", "pandas"):
+        assert record["versions"][name] == version(name)
+
+
+def test_directions_read_back_with_how_they_were_fitted(
+    written: Path, result: sl.SweepResult, pairs: sl.ContrastivePairs
+) -> None:
+    with safe_open(written / "directions.safetensors", framework="pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    assert sorted(found) == [f"blocks.{layer}.hook_resid_post" for layer in (0, 1, 2)]
+    for name, vector in found.items():
+        assert torch.equal(vector, result.directions[name])
+        assert vector.norm().item() == pytest.approx(1)
+    assert metadata == {
+        "method": "random",
+        "position": "-1",
+        "seed": "4",
+        "fitted_on": pairs.fingerprint,
+        "readout_hooks": "blocks.2.hook_resid_post",
+    }
+
+
+def test_the_same_directions_are_the_same_bytes(written: Path, result: sl.SweepResult) -> None:
+    write_directions(result.directions, written / "again")
+    files = content(written)
+    assert files["again"] == files["directions.safetensors"]
+
+
+def test_the_record_is_written_last(
+    result: sl.SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that broke off has no record, so it is not taken for a whole one."""
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("half way")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_directions", fail)
+        with pytest.raises(RuntimeError, match="half way"):
+            write_run(tmp_path, result, REQUEST, seconds=1.0)
+    assert sorted(content(tmp_path)) == ["layers.csv", "sweep.csv", "sweep.parquet"]
+    assert "sweep.csv" in refused(tmp_path, REQUEST)
+
+
+def test_a_file_that_cannot_be_written_is_an_output_error(
+    result: sl.SweepResult, tmp_path: Path
+) -> None:
+    write_run(tmp_path, result, REQUEST, seconds=1.0)
+    (tmp_path / "layers.csv").unlink()
+    (tmp_path / "layers.csv").mkdir()
+    with pytest.raises(OutputError, match="cannot write to"):
+        write_run(tmp_path, result, REQUEST, seconds=1.0)
