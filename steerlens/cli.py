@@ -1,5 +1,6 @@
 """The `steerlens` command: parse, call, write. The only room that prints."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
-    no_args_is_help=True,
     help="Where a model separates two concepts, along which direction, and how far it goes.",
 )
 # Without a terminal there is no width to fit: wide enough that nothing is cut off.
@@ -101,7 +101,7 @@ def sweep(
     """Measure projection against logprob degradation at every layer and coefficient."""
     numbers = _numbers(coefficients)
     Budget.parse(budget)
-    fit_on, measure_on = _pairs(pairs, test_pairs, max_pairs)
+    fit_on, measure_on, is_held_out = _pairs(pairs, test_pairs, max_pairs)
     loaded = load_model(model, progress=not quiet)
     request = {
         "command": "sweep",
@@ -117,7 +117,7 @@ def sweep(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if fit_on is measure_on and not quiet:
+    if not (is_held_out or quiet):
         notes.print(
             "note: measured on the pairs the directions are fitted on; give --test-pairs to hold "
             "some out"
@@ -141,7 +141,7 @@ def sweep(
     if not quiet:
         _print_layers(result.layers)
         _print_cells(result)
-        notes.print(f"{len(result.table)} cells in {seconds:.0f} s; written to {out}")
+        notes.print(Text(f"{len(result.table)} cells in {seconds:.0f} s; written to {out}"))
 
 
 @app.command(name="layers")
@@ -160,7 +160,7 @@ def show_layers(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """The per-layer table of the unsteered model, without a sweep."""
-    fit_on, measure_on = _pairs(pairs, test_pairs, max_pairs)
+    fit_on, measure_on, _ = _pairs(pairs, test_pairs, max_pairs)
     if out is not None and out.is_dir():
         raise SweepError(f"--out {str(out)!r} is a folder; expected a CSV file")
     loaded = load_model(model, progress=not quiet)
@@ -193,7 +193,7 @@ def generate(
 ) -> None:
     """Greedy continuations of one prompt at several coefficients, side by side."""
     numbers = _numbers(coefficients)
-    fit_on, _ = _pairs(pairs, None, None)
+    fit_on, _, _ = _pairs(pairs, None, None)
     loaded = load_model(model, progress=not quiet)
     hook_names = resolve_hooks(loaded, layer)
     chat: Prompt = prompt if raw else (Message("user", prompt),)
@@ -244,7 +244,7 @@ def datasets(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit code 2 and one line on stderr for an error."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(args=given, standalone_mode=False, prog_name="steerlens")
     except KeyboardInterrupt:
@@ -269,15 +269,20 @@ def _one_line(error: Exception) -> str:
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise SweepError(f"expected numbers joined by commas, got {text!r}") from error
+    if not numbers:
+        raise SweepError(f"expected at least one coefficient, got {text!r}")
+    if not all(map(math.isfinite, numbers)):
+        raise SweepError(f"expected finite coefficients, got {text!r}")
+    return numbers
 
 
 def _pairs(
     pairs: str, test_pairs: str | None, max_pairs: int | None
-) -> tuple[ContrastivePairs, ContrastivePairs]:
-    """The pairs to fit on and the pairs to measure on."""
+) -> tuple[ContrastivePairs, ContrastivePairs, bool]:
+    """The pairs to fit on, the pairs to measure on, and whether those are other pairs."""
     fit_on = _read_pairs(pairs, "train")
     if test_pairs is not None:
         measure_on = _read_pairs(test_pairs, "test")
@@ -285,7 +290,10 @@ def _pairs(
         measure_on = _read_pairs(pairs, "test")
     else:
         measure_on = fit_on
-    return fit_on, measure_on if max_pairs is None else measure_on[: max(max_pairs, 0)]
+    is_held_out = measure_on is not fit_on
+    if max_pairs is not None:
+        measure_on = measure_on[: max(max_pairs, 0)]
+    return fit_on, measure_on, is_held_out
 
 
 def _read_pairs(source: str, split: str) -> ContrastivePairs:

@@ -162,8 +162,8 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         """Pairs from a UTF-8 JSONL file: one object a line, blank lines skipped.
 
         Keys: `positive` and `negative` (text, or a list of `{"role", "content"}` messages),
-        optional `continuation` (text) and `id` (text; default the line number). Other keys are
-        ignored unless they look like a misspelt one. Raises `PairError` with file and line.
+        optional `continuation` (text) and `id` (text or number; default the line number). Other
+        keys are ignored unless they look misspelt. Raises `PairError` with file and line.
         """
         path = Path(path)
         try:
@@ -304,7 +304,7 @@ def _pair_from_record(record: Any, *, default_id: str, where: str) -> Contrastiv
         positive=_prompt(record["positive"], where=f"{where}: positive"),
         negative=_prompt(record["negative"], where=f"{where}: negative"),
         continuation=_continuation(record.get("continuation"), where=where),
-        id=str(record.get("id", default_id)),
+        id=_id(record.get("id"), default_id, where=where),
     )
     if pair.positive == pair.negative:
         raise PairError(f"{where}: positive and negative prompts are equal; they must differ")
@@ -315,6 +315,14 @@ def _continuation(value: Any, *, where: str) -> str | None:
     if value is None:
         return None
     return _text(value, where=f"{where}: continuation")
+
+
+def _id(value: Any, default: str, *, where: str) -> str:
+    if value is None:
+        return default
+    if not isinstance(value, str | int):
+        raise PairError(f"{where}: id must be text or a whole number, got {type(value).__name__}")
+    return _unicode(str(value), where=f"{where}: id")
 
 
 def _prompt(value: Any, *, where: str) -> Prompt:
@@ -338,12 +346,16 @@ def _message(value: Any, *, where: str) -> Message:
     role, content = value["role"], value["content"]
     if not isinstance(role, str) or not isinstance(content, str):
         raise PairError(f"{where}: role and content must be text")
-    return Message(role, content)
+    return Message(_unicode(role, where=where), _unicode(content, where=where))
 
 
 def _text(value: Any, *, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise PairError(f"{where}: expected text that is not empty, got {value!r:.40}")
+    return _unicode(value, where=where)
+
+
+def _unicode(value: str, *, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -4,19 +4,19 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 from steerlens.errors import HookError
 from steerlens.models import HookedModel
 
-Layers: TypeAlias = str | int | slice | Iterable[int | str]
+Layers: TypeAlias = str | int | slice | Iterable[int | str | slice]
 """What names hooks: "all", "0,5,10", "10:20:2", a glob, an int, a slice, or a list of these."""
 
 HookFunction: TypeAlias = Callable[..., Any]
 """`(activation, hook) -> activation | None`, as TransformerLens calls it."""
 
-_SLICE = re.compile(r"-?\d*:-?\d*(:-?\d*)?")
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:(-?\d+)?)?")
 _READOUT_DEPTH = 3
 
 
@@ -104,8 +104,10 @@ def _resolve_name(model: HookedModel, name: str) -> Sequence[str]:
     known = list(model.hook_dict)
     if name in model.hook_dict:
         return [name]
-    for pattern in (name, f"blocks.*.{name}"):
-        found = [hook_name for hook_name in known if fnmatch.fnmatchcase(hook_name, pattern)]
+    # The part after the block first: in a glob over whole names, * would cross into submodules.
+    for prefix in (r"blocks\.\d+\.", ""):
+        pattern = re.compile(prefix + fnmatch.translate(name))
+        found = [n for n in known if n.startswith("blocks.") and pattern.match(n)]
         if found:
             return found
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
@@ -119,7 +121,8 @@ def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) ->
     """Hooks on the model inside the block only; every one of them must have fired by its end.
 
     The hooks are removed after the block and after an exception inside it; hooks that were there
-    before stay. Raises `HookError` that names the hooks that did not fire, unless the block raised.
+    before stay. Raises `HookError` when a name is unknown or needs a setting of the model first,
+    and at the end for hooks that did not fire, unless the block raised.
     """
     silent = {name for name, _ in fwd_hooks}
 
@@ -130,10 +133,16 @@ def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) ->
 
         return fire
 
-    with model.hooks(fwd_hooks=[(name, noting(name, function)) for name, function in fwd_hooks]):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(
+                model.hooks(fwd_hooks=[(name, noting(name, call)) for name, call in fwd_hooks])
+            )
+        except (KeyError, ValueError) as error:
+            raise HookError(f"cannot hook this model: {error.args[0]}") from error
         yield
     if silent:
         raise HookError(
-            f"the hooks {', '.join(sorted(silent))} did not fire during the run; on this model "
-            "they may need a setting such as use_attn_result, or belong to a part that did not run"
+            f"the hooks {', '.join(sorted(silent))} did not fire; choose hooks in a part of the "
+            "model that this run passes through"
         )

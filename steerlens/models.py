@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import tempfile
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -115,7 +116,7 @@ def load_model(
     elif name.endswith(".gguf"):
         folder = _gguf_folder(Path(name), progress=progress)
         source = ("gguf", "none", _converted_hash(folder))
-    elif Path(name).is_dir():
+    elif name and Path(name).is_dir():
         folder = _checked_folder(Path(name))
         source = ("folder", "none", _hash_files(sorted(_weight_files(folder))))
     elif _looks_like_path(name):
@@ -170,17 +171,20 @@ def cache_folder() -> Path:
 
 @contextmanager
 def inference(model: HookedModel) -> Iterator[None]:
-    """No gradients and evaluation mode (no dropout) inside; both as before afterwards."""
-    was_training = model.training
+    """No gradients and evaluation mode (no dropout) inside; every part as before afterwards."""
     module: Any = model
+    # A Bridge does not list the modules of the Hugging Face model that it wraps.
+    wrapped = getattr(model, "original_model", None)
+    parts = [*module.modules(), *(wrapped.modules() if wrapped is not None else ())]
+    training = [part for part in parts if part.training]
     with torch.no_grad():
-        if was_training:
+        if training:
             module.eval()
         try:
             yield
         finally:
-            if was_training:
-                module.train()
+            for part in training:
+                part.training = True
 
 
 def _weight_processing(model: HookedModel) -> str:
@@ -224,12 +228,16 @@ def _quiet_bars(*, quiet: bool) -> Iterator[None]:
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
-    if quiet:
-        logging.disable_progress_bar()
-    try:
+    if not quiet:
         yield
+        return
+    logging.disable_progress_bar()
+    try:
+        # Dequantising has a bar of its own that no setting turns off.
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        if quiet and was_on:
+        if was_on:
             logging.enable_progress_bar()
 
 
@@ -360,8 +368,9 @@ def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> Non
     plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(packed.state_dict())
     plain.config._name_or_path = name
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _quiet_bars(quiet=not progress):
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     (folder / "steerlens.json").write_text(
         json.dumps({"name": name, "gguf_sha256": _hash_files([gguf])}), encoding="utf-8"
     )
@@ -371,7 +380,7 @@ def _converted_hash(folder: Path) -> str:
     try:
         record = json.loads((folder / "steerlens.json").read_text(encoding="utf-8"))
         return str(record["gguf_sha256"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"the cached model {str(folder)!r} is damaged ({error}); delete it and run again"
         ) from error

@@ -119,15 +119,18 @@ LAYER_COLUMNS: tuple[Column, ...] = (
 def to_frame(
     rows: Sequence[Row], columns: Sequence[Column], attrs: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """Rows as a DataFrame with exactly `columns`, typed; a value a row does not give is NaN.
+    """Rows as a DataFrame with exactly `columns`, typed; a measure that a row does not give is NaN.
 
     `attrs` become `DataFrame.attrs` (they must be JSON-serialisable). Raises `KeyError` when a row
-    holds a key that is not a column.
+    holds a key that is not a column, or lacks one whose type has no NaN.
     """
     names = [column.name for column in columns]
+    required = {column.name for column in columns if column.dtype != "float64"}
     for row in rows:
         if unknown := row.keys() - set(names):
             raise KeyError(f"row keys {sorted(unknown)} are not columns")
+        if missing := required - row.keys():
+            raise KeyError(f"the row lacks {sorted(missing)}")
     frame = pd.DataFrame.from_records([dict(row) for row in rows], columns=names).astype(
         {column.name: column.dtype for column in columns}
     )

@@ -165,14 +165,16 @@ def _tokenize(
     if tokenizer is None:
         raise ModelError("the model has no tokenizer; set one with model.set_tokenizer(...)")
     ids = tokenizer(render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise PairError(f"the {where} has no tokens; give some text")
     bos = tokenizer.bos_token_id
     if getattr(model.cfg, "default_prepend_bos", True) and bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     after = []
     if continuation is not None:
         after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    if not ids or (continuation is not None and not after):
-        raise PairError(f"the {where} (or its continuation) has no tokens; give some text")
+    if continuation is not None and not after:
+        raise PairError(f"the continuation of the {where} has no tokens; give some text")
     n_ctx = getattr(model.cfg, "n_ctx", None)
     if n_ctx is not None and len(ids) + len(after) > n_ctx:
         raise PairError(

@@ -1,6 +1,7 @@
 """Models for the tests: tiny random-init ones, built without network, and the real one."""
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
+
+# The models here are so small that a second thread only waits for the first.
+torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
@@ -128,6 +132,7 @@ def pairs() -> sl.ContrastivePairs:
 
 @pytest.fixture(scope="session")
 def real_model() -> Any:
+    torch.set_num_threads(os.cpu_count() or 1)
     return sl.load_model()
 
 

@@ -159,7 +159,15 @@ def test_the_layer_of_a_hook(name: str, layer: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["hook_embed", "ln_final.hook_out", "blocks.x.hook_out", "blocks.-1.hook_out", ""]
+    "name",
+    [
+        "hook_embed",
+        "ln_final.hook_out",
+        "blocks.x.hook_out",
+        "blocks.-1.hook_out",
+        "encoder.blocks.1.hook_out",
+        "",
+    ],
 )
 @pytest.mark.parametrize("ask", [hook_layer, lambda name: readout_hook(name, 5)])
 def test_a_hook_outside_the_blocks_has_no_layer(name: str, ask: Callable[[str], Any]) -> None:

@@ -413,7 +413,8 @@ def test_without_progress_nothing_is_printed(
     shutil.rmtree(cache, ignore_errors=True)
     sl.load_model(name, progress=True)
     printed = capfd.readouterr()
-    assert (printed.out, printed.err != "") == ("", True)
+    # Whether a folder's load shows a bar is up to transformers; a conversion is announced by us.
+    assert (printed.out, "tiny.gguf" in printed.err) == ("", kind == "gguf")
 
 
 class Package:
