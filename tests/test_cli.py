@@ -600,6 +600,7 @@ def test_generate_uses_the_chat_template_unless_raw(
         (["--coefficients=x"], ["'x'"]),
         (["--coefficients="], ["coefficient"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--prompt", "", "--raw"], ["prompt"]),
         (["--pairs", "missing.jsonl"], ["missing.jsonl"]),
         (["--prompt", " ".join(["sun"] * 80)], ["context"]),
     ],
