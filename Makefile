@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt tests/oracles.txt
 
 demo: $(STAMP)
 	$(BIN)/steerlens sweep --model smollm2-135m-instruct --pairs sentiment --max-pairs 16 \
-		--layers all --coefficients=-20,0,20 --method mean_diff --out runs/demo
+		--layers all --coefficients=-20,-10,0,10,20 --method mean_diff --out runs/demo
 
 test: lint types unit
 

@@ -29,7 +29,7 @@ from steerlens.errors import SteerlensError, SweepError
 from steerlens.hooks import resid_post, resolve_hooks
 from steerlens.loss import Budget
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
-from steerlens.runs import check_run_folder, write_run, write_whole
+from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
 from steerlens.steering import generate as generate_text
 from steerlens.sweep import SweepResult, measure_layers
 from steerlens.sweep import sweep as run_sweep
@@ -101,6 +101,7 @@ def sweep(
     """Measure projection against logprob degradation at every layer and coefficient."""
     numbers = _numbers(coefficients)
     Budget.parse(budget)
+    _check_method(method)
     fit_on, measure_on, is_held_out = _pairs(pairs, test_pairs, max_pairs)
     loaded = load_model(model, progress=not quiet)
     request = {
@@ -141,7 +142,13 @@ def sweep(
     if not quiet:
         _print_layers(result.layers)
         _print_cells(result)
-        notes.print(Text(f"{len(result.table)} cells in {seconds:.0f} s; written to {out}"))
+        spent = result.table.attrs["forward_equivalents"]
+        notes.print(
+            Text(
+                f"{len(result.table)} cells in {seconds:.0f} s ({spent:.0f} forward-equivalents); "
+                f"written to {out}"
+            )
+        )
 
 
 @app.command(name="layers")
@@ -161,13 +168,13 @@ def show_layers(
 ) -> None:
     """The per-layer table of the unsteered model, without a sweep."""
     fit_on, measure_on, _ = _pairs(pairs, test_pairs, max_pairs)
-    if out is not None and out.is_dir():
-        raise SweepError(f"--out {str(out)!r} is a folder; expected a CSV file")
+    _check_method(method)
+    if out is not None:
+        check_out_file(out)
     loaded = load_model(model, progress=not quiet)
     directions = _fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
     table = measure_layers(loaded, measure_on, directions, layers=layers, batch_size=batch_size)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, lambda path: write_csv(table, path))
     if not quiet:
         _print_layers(table)
@@ -247,9 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(args=given, standalone_mode=False, prog_name="steerlens")
-    except KeyboardInterrupt:
-        notes.print("steerlens: interrupted")
-        sys.exit(130)
     except Exception as error:
         if DEBUG in given:
             raise
@@ -265,6 +269,11 @@ def _one_line(error: Exception) -> str:
     if not isinstance(error, SteerlensError) and format_message is None:
         text = f"unexpected {type(error).__name__}: {text} ({DEBUG} shows the traceback)"
     return " ".join(text.split())
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise SweepError(f"no method {method!r}; there are {', '.join(METHODS)}")
 
 
 def _numbers(text: str) -> list[float]:
@@ -290,7 +299,7 @@ def _pairs(
         measure_on = _read_pairs(pairs, "test")
     else:
         measure_on = fit_on
-    is_held_out = measure_on is not fit_on
+    is_held_out = measure_on.fingerprint != fit_on.fingerprint
     if max_pairs is not None:
         measure_on = measure_on[: max(max_pairs, 0)]
     return fit_on, measure_on, is_held_out

@@ -1,169 +1,357 @@
-"""Run cells: one hook, many coefficients, on all pairs. What a sweep pays for happens here.
+"""Run cells: every hook at many coefficients, for about what the arithmetic costs.
 
-This is the plain loop of hooked forward passes. `run_cells` and `run_baseline` are the interface:
-a faster engine has to give the same numbers behind it.
+The unsteered residual of all rows is carried along from hook to hook; a cell runs the blocks after
+its hook only, on several coefficients at once; only label positions reach the unembedding. Where
+this does not give a model's own numbers, the plain loop is used, with a warning.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.activations import check_finite, reading_hook, run_to_hooks
-from steerlens.hooks import HookFunction, hooked
-from steerlens.loss import label_logprob
+from steerlens import plain
+from steerlens.activations import reading_hook
+from steerlens.errors import SteerlensError
+from steerlens.hooks import HookFunction, hook_layer, resid_post
+from steerlens.loss import mean_by_prompt
 from steerlens.models import HookedModel, inference
-from steerlens.steering import steering_hooks
-from steerlens.tokens import (
-    Batch,
-    SteeredPositions,
-    TokenizedPairs,
-    check_steered_positions,
-    make_batches,
-)
+from steerlens.passes import Residual, advance, labels_logprob, n_skippable, run_from
+from steerlens.plain import CellOutput, Workload
+from steerlens.tokens import Batch
+
+
+@dataclass
+class Cost:
+    """What was run, in block-evaluations: one token through one block."""
+
+    blocks: int = 0
+
+    def add(self, tokens: Int[Tensor, "row token"], n_blocks: int) -> None:
+        """Count `tokens` (padding too) through `n_blocks` blocks."""
+        self.blocks += tokens.numel() * n_blocks
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The pairs in batches, where to read them, and which tokens to steer."""
+class Job:
+    """The cells of one hook: its direction, the coefficients, and where the effect is read."""
 
-    positive: tuple[Batch, ...]
-    negative: tuple[Batch, ...]
-    position: int
-    positions: SteeredPositions
+    hook_name: str
+    direction: Float[Tensor, " d_model"]
+    coefficients: tuple[float, ...]
+    readout: str
 
+    @property
+    def starts_after(self) -> bool:
+        """Whether the hook is a block's output, so that the block need not run again."""
+        return self.hook_name == resid_post(hook_layer(self.hook_name))
 
-@dataclass(frozen=True)
-class CellOutput:
-    """What one cell measures, pair by pair, on the CPU.
-
-    `positive` are the positive prompts' activations at the readout hook under `+coefficient`,
-    `negative` the negative prompts' under `-coefficient` (residual units); `logprob` is the mean
-    log-probability of the positive prompts' labels under `+coefficient` (nats per token).
-    """
-
-    coefficient: float
-    positive: Float[Tensor, "pair d_model"]
-    negative: Float[Tensor, "pair d_model"]
-    logprob: Float[Tensor, " pair"]
+    @property
+    def first_block(self) -> int:
+        """The first block that has to run."""
+        return hook_layer(self.hook_name) + int(self.starts_after)
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """The unsteered model on the same pairs: what every cell is compared with."""
-
-    hook_names: tuple[str, ...]
-    positive: Float[Tensor, "hook pair d_model"]
-    negative: Float[Tensor, "hook pair d_model"]
-    logprob: Float[Tensor, " pair"]
-
-    def cell(self, readout: str) -> CellOutput:
-        """The cell at coefficient 0, read at `readout`."""
-        index = self.hook_names.index(readout)
-        return CellOutput(0.0, self.positive[index], self.negative[index], self.logprob)
-
-
-def make_workload(
-    model: HookedModel,
-    pairs: TokenizedPairs,
-    *,
-    position: int,
-    positions: SteeredPositions,
-    batch_size: int,
-) -> Workload:
-    """Batches of both sides. Raises `PairError` when steering there cannot reach a label."""
-    check_steered_positions(positions, pairs)
-    return Workload(
-        positive=make_batches(model, pairs.positive, batch_size),
-        negative=make_batches(model, pairs.negative, batch_size),
-        position=position,
-        positions=positions,
-    )
-
-
-def run_baseline(model: HookedModel, workload: Workload, hook_names: Sequence[str]) -> Baseline:
-    """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
-
-    Raises `ActivationError` that names the hooks with NaN or inf.
-    """
-    with inference(model):
-        positive, logprob = _run_positive(model, workload, hook_names, {}, 0.0)
-        negative = _run_negative(model, workload, hook_names, {}, 0.0)
-    check_finite(positive, hook_names)
-    check_finite(negative, hook_names)
-    return Baseline(tuple(hook_names), positive, negative, logprob)
+def forward_equivalents(cost: Cost, model: HookedModel, workload: Workload) -> float:
+    """`cost` in full forward passes of the positive prompts."""
+    one = sum(batch.tokens.numel() for batch in workload.positive) * int(model.cfg.n_layers)
+    return cost.blocks / one
 
 
 def run_cells(
     model: HookedModel,
     workload: Workload,
+    jobs: Sequence[Job],
     *,
-    hook_name: str,
-    direction: Float[Tensor, " d_model"],
-    coefficients: Sequence[float],
-    readout: str,
-) -> Iterator[CellOutput]:
-    """The cells of one hook, one for each coefficient, in order.
+    rows_per_pass: int,
+    cost: Cost,
+) -> Iterator[list[CellOutput]]:
+    """The cells of every job, job by job and in the order of its coefficients.
 
-    Positive prompts run with `+coefficient * direction` added at `hook_name`, negative prompts with
-    `-coefficient * direction`, both read at `readout`.
+    `rows_per_pass` prompts go through the model at once; out of memory halves it. `cost` is added
+    to. Jobs should come in layer order, as each one starts from where the last one stood. The first
+    cell is checked against the plain loop on two pairs; where they differ (by more than 1e-4, or
+    the rounding of a half-precision model), every cell runs by the plain loop, with a warning.
     """
-    steered = {hook_name: direction}
-    for coefficient in coefficients:
+    if not jobs:
+        return
+    reason = _mismatch(model, workload, jobs[0])
+    if reason is not None:
+        warnings.warn(
+            f"resuming from block {jobs[0].first_block} does not reproduce this model ({reason}); "
+            "every cell runs as a whole forward pass, which is slower",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        for job in jobs:
+            yield _plain_cells(model, workload, job, cost)
+        return
+    yield from _fast_cells(model, workload, jobs, rows_per_pass=rows_per_pass, cost=cost)
+
+
+def _fast_cells(
+    model: HookedModel,
+    workload: Workload,
+    jobs: Sequence[Job],
+    *,
+    rows_per_pass: int,
+    cost: Cost,
+) -> Iterator[list[CellOutput]]:
+    positive: list[Residual | None] = [None] * len(workload.positive)
+    negative: list[Residual | None] = [None] * len(workload.negative)
+    for job in jobs:
         with inference(model):
-            positive, logprob = _run_positive(model, workload, [readout], steered, coefficient)
-            negative = _run_negative(model, workload, [readout], steered, -coefficient)
-        yield CellOutput(coefficient, positive[0], negative[0], logprob)
+            positive = _carried(model, workload.positive, positive, job, cost)
+            negative = _carried(model, workload.negative, negative, job, cost)
+            run = _Run(model, workload, job, rows_per_pass, cost)
+            up = [run.positive(b, r) for b, r in zip(workload.positive, positive, strict=True)]
+            down = [run.negative(b, r) for b, r in zip(workload.negative, negative, strict=True)]
+        up_order, down_order = _pair_order(workload.positive), _pair_order(workload.negative)
+        readouts_pos = torch.cat([readout for readout, _ in up], dim=1)[:, up_order]
+        logprobs = torch.cat([logprob for _, logprob in up], dim=1)[:, up_order]
+        readouts_neg = torch.cat(down, dim=1)[:, down_order]
+        yield [
+            CellOutput(coefficient, readouts_pos[i], readouts_neg[i], logprobs[i])
+            for i, coefficient in enumerate(job.coefficients)
+        ]
 
 
-def _run_positive(
+def _carried(
     model: HookedModel,
-    workload: Workload,
-    hook_names: Sequence[str],
-    steered: dict[str, Tensor],
-    coefficient: float,
-) -> tuple[Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"]]:
-    activations, logprobs = [], []
-    for batch in workload.positive:
+    batches: Sequence[Batch],
+    residuals: Sequence[Residual | None],
+    job: Job,
+    cost: Cost,
+) -> list[Residual | None]:
+    """The unsteered residuals entering the job's first block, from those of the job before."""
+    carried: list[Residual | None] = []
+    for batch, known in zip(batches, residuals, strict=True):
+        start = known if known is not None and known.block <= job.first_block else None
+        if job.first_block == 0:
+            carried.append(None)
+            continue
+        cost.add(batch.tokens, job.first_block - (0 if start is None else start.block))
+        carried.append(
+            advance(model, batch.tokens, batch.attention_mask, start=start, block=job.first_block)
+        )
+    return carried
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One job on one workload: what every one of its passes shares."""
+
+    model: HookedModel
+    workload: Workload
+    job: Job
+    rows_per_pass: int
+    cost: Cost
+
+    def positive(
+        self, batch: Batch, start: Residual | None
+    ) -> tuple[Float[Tensor, "coefficient prompt d_model"], Float[Tensor, "coefficient prompt"]]:
+        """Readouts and label logprobs of a batch under `+coefficient`."""
+        labels = batch.label_mask()
+
+        def run(rows: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+            final: dict[str, Tensor] = {}
+            is_label = labels[rows][:, 1:]
+            readout = self._pass(
+                batch, start, rows, coefficients, into=final, last_block=self._n_layers - 1
+            )
+            predictions = final["residual"][:, :-1][is_label]
+            logprob = labels_logprob(self.model, predictions, batch.tokens[rows][:, 1:][is_label])
+            return readout.cpu(), mean_by_prompt(logprob, is_label).cpu()
+
+        readout, logprob = self._in_slices(batch, run, sign=1.0)
+        return readout, logprob
+
+    def negative(
+        self, batch: Batch, start: Residual | None
+    ) -> Float[Tensor, "coefficient prompt d_model"]:
+        """Readouts of a batch under `-coefficient`."""
+        last_block = hook_layer(self.job.readout)
+
+        def run(rows: Tensor, coefficients: Tensor) -> tuple[Tensor]:
+            readout = self._pass(batch, start, rows, coefficients, into={}, last_block=last_block)
+            return (readout.cpu(),)
+
+        return self._in_slices(batch, run, sign=-1.0)[0]
+
+    @property
+    def _n_layers(self) -> int:
+        return int(self.model.cfg.n_layers)
+
+    def _pass(
+        self,
+        batch: Batch,
+        start: Residual | None,
+        rows: Int[Tensor, " row"],
+        coefficients: Float[Tensor, " row"],
+        *,
+        into: dict[str, Tensor],
+        last_block: int,
+    ) -> Float[Tensor, "row d_model"]:
+        """Steer `rows` and run them up to the end of `last_block`; the activations at the readout.
+
+        The residual after `last_block` is stored as `into["residual"]`.
+        """
+        job, tokens = self.job, batch.tokens[rows]
+        mask = batch.steered_mask(self.workload.positions)[rows]
+        indices = batch.indices(self.workload.position)[rows.cpu()]
+        add = _addition_by_row(job.direction, coefficients, mask)
+        hooks: list[tuple[str, HookFunction]] = []
+        if start is not None:
+            start = replace(start, values=start.values[rows])
+        if not job.starts_after or start is None:
+            hooks.append((job.hook_name, lambda activation, hook: add(activation)))  # noqa: ARG005
+        else:
+            start = replace(start, values=add(start.values))
         found: dict[str, Tensor] = {}
-        indices = batch.indices(workload.position)
-        readers = [reading_hook(found, name, indices) for name in hook_names]
-        with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):
-            logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
-        logprobs.append(label_logprob(logits, batch.tokens, batch.label_mask()).cpu())
-        activations.append(torch.stack([found[name].cpu() for name in hook_names]))
-    order = _pair_order(workload.positive)
-    return torch.cat(activations, dim=1)[:, order], torch.cat(logprobs)[order]
+        if start is not None and start.block == last_block + 1:
+            into["residual"] = start.values
+        else:
+            last = resid_post(last_block)
+            hooks.append((last, _storing(into)))
+            if not self._reads_at_start(start):
+                hooks.append(reading_hook(found, job.readout, indices))
+            self.cost.add(tokens, last_block + 1 - (0 if start is None else start.block))
+            run_from(
+                self.model,
+                tokens,
+                batch.attention_mask[rows],
+                start=start,
+                fwd_hooks=hooks,
+                last_hook=last,
+            )
+        if start is not None and self._reads_at_start(start):
+            _, read = reading_hook(found, job.readout, indices)
+            read(start.values, None)
+        return found[job.readout]
+
+    def _reads_at_start(self, start: Residual | None) -> bool:
+        """Whether the readout is the residual that the pass starts from."""
+        return start is not None and self.job.readout == resid_post(start.block - 1)
+
+    def _in_slices(
+        self,
+        batch: Batch,
+        run: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+        *,
+        sign: float,
+    ) -> tuple[Tensor, ...]:
+        """`run` over all (coefficient, prompt), some at a time: `[coefficient, prompt, ...]`."""
+        n_prompts, coefficients = len(batch.prompts), self.job.coefficients
+        device = batch.tokens.device
+        rows = torch.arange(n_prompts, device=device).repeat(len(coefficients))
+        signed = (sign * torch.tensor(coefficients, device=device)).repeat_interleave(n_prompts)
+        outputs: list[tuple[Tensor, ...]] = []
+        done, size = 0, self.rows_per_pass
+        while done < len(rows):
+            part = slice(done, done + size)
+            try:
+                outputs.append(run(rows[part], signed[part]))
+            except RuntimeError as error:
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+                size //= 2
+                warnings.warn(
+                    f"out of memory: going on with {size} prompts a pass",
+                    ResourceWarning,
+                    stacklevel=2,
+                )
+                continue
+            done += size
+        return tuple(
+            torch.cat(parts).reshape(len(coefficients), n_prompts, *parts[0].shape[1:])
+            for parts in zip(*outputs, strict=True)
+        )
 
 
-def _run_negative(
-    model: HookedModel,
-    workload: Workload,
-    hook_names: Sequence[str],
-    steered: dict[str, Tensor],
-    coefficient: float,
-) -> Float[Tensor, "hook pair d_model"]:
-    activations = [
-        run_to_hooks(
+def _addition_by_row(
+    direction: Float[Tensor, " d_model"],
+    coefficients: Float[Tensor, " row"],
+    mask: Float[Tensor, "row token"] | Tensor,
+) -> Callable[[Tensor], Tensor]:
+    """Adds `coefficients[row] * direction` at the masked tokens of each row, out of place."""
+
+    def add(activation: Tensor) -> Tensor:
+        step = (coefficients.to(direction)[:, None] * direction.to(coefficients.device)).to(
+            activation
+        )
+        return activation + mask.to(activation)[..., None] * step[:, None]
+
+    return add
+
+
+def _storing(into: dict[str, Tensor]) -> HookFunction:
+    def store(activation: Tensor, hook: object) -> None:  # noqa: ARG001
+        into["residual"] = activation
+
+    return store
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _mismatch(model: HookedModel, workload: Workload, job: Job) -> str | None:
+    """Why fast cells of `job` differ from the plain loop's on two pairs; None if they do not."""
+    if n_skippable(model) != int(model.cfg.n_layers):
+        return "its blocks are not one list"
+    coefficient = max(job.coefficients, key=abs)
+    small = replace(
+        workload,
+        positive=(_first_rows(workload.positive[0], 2),),
+        negative=(_first_rows(workload.negative[0], 2),),
+    )
+    one = replace(job, coefficients=(coefficient,))
+    (expected,) = _plain_cells(model, small, one, Cost())
+    try:
+        ((found,),) = _fast_cells(model, small, [one], rows_per_pass=4, cost=Cost())
+    except SteerlensError:
+        raise
+    except Exception as error:  # whatever a model's own code raises when its blocks are skipped
+        return f"{type(error).__name__}: {error}"
+    eps = torch.finfo(model.cfg.dtype).eps
+    tolerance = max(1e-4, 64 * eps)
+    for name in ("positive", "negative", "logprob"):
+        ours, theirs = getattr(found, name), getattr(expected, name)
+        if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True):
+            off = float((ours - theirs).abs().max())
+            return f"{name} differs by {off:.2g}"
+    return None
+
+
+def _first_rows(batch: Batch, n_rows: int) -> Batch:
+    return Batch(
+        batch.rows[:n_rows],
+        batch.prompts[:n_rows],
+        batch.tokens[:n_rows],
+        batch.attention_mask[:n_rows],
+    )
+
+
+def _plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:
+    n_layers = int(model.cfg.n_layers)
+    for batch in workload.positive:
+        cost.add(batch.tokens, n_layers * len(job.coefficients))
+    for batch in workload.negative:
+        cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
+    return list(
+        plain.run_cells(
             model,
-            batch,
-            hook_names,
-            indices=batch.indices(workload.position),
-            fwd_hooks=_hooks(batch, workload, steered, coefficient),
-        ).cpu()
-        for batch in workload.negative
-    ]
-    return torch.cat(activations, dim=1)[:, _pair_order(workload.negative)]
+            workload,
+            hook_name=job.hook_name,
+            direction=job.direction,
+            coefficients=job.coefficients,
+            readout=job.readout,
+        )
+    )
 
 
-def _hooks(
-    batch: Batch, workload: Workload, steered: dict[str, Tensor], coefficient: float
-) -> list[tuple[str, HookFunction]]:
-    mask = batch.steered_mask(workload.positions)
-    return steering_hooks(steered, coefficient, mask=mask)
-
-
-def _pair_order(batches: Sequence[Batch]) -> Tensor:
+def _pair_order(batches: Sequence[Batch]) -> Int[Tensor, " pair"]:
     return torch.tensor([row for batch in batches for row in batch.rows]).argsort()

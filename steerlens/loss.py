@@ -126,8 +126,18 @@ def label_logprob(
         tokens[:, 1:][is_label],
         reduction="none",
     )
-    per_token = logprobs.new_zeros(is_label.shape).masked_scatter(is_label, logprobs)
-    total = reduce(per_token, "prompt token -> prompt", "sum")
+    return mean_by_prompt(logprobs, is_label)
+
+
+def mean_by_prompt(
+    values: Float[Tensor, " label"], is_label: Bool[Tensor, "prompt token"]
+) -> Float[Tensor, " prompt"]:
+    """Each prompt's mean of `values`, which lie where `is_label` is True, row by row.
+
+    NaN for a prompt without labels.
+    """
+    spread = values.new_zeros(is_label.shape).masked_scatter(is_label, values)
+    total = reduce(spread, "prompt token -> prompt", "sum")
     return total / reduce(is_label, "prompt token -> prompt", "sum")
 
 

@@ -12,7 +12,7 @@ import tempfile
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,8 +69,8 @@ class Provenance:
     """Where a model came from.
 
     `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
-    them; `weight_processing` is "none" for the checkpoint's own weights, "compatibility" for a
-    Bridge in compatibility mode, "unknown" for a model that was made elsewhere.
+    them; `weight_processing` is "compatibility" for a Bridge in compatibility mode, "none" for one
+    that is not, "unknown" for a `HookedTransformer`, which does not keep it.
     """
 
     name: str
@@ -107,8 +107,12 @@ def load_model(
     Hugging Face folder, or a hub id. A GGUF file is dequantised once into the cache folder
     ($STEERLENS_CACHE, by default the user's cache folder). `device` defaults to the best one there
     is. `provenance(model)` tells where the model came from. Raises `ModelError` when the model
-    cannot be found, fetched or read, or when its checksum is wrong.
+    cannot be found, fetched or read, when its checksum is wrong, or when a `revision` is given for
+    what is not a hub id.
     """
+    is_local = name in PACKAGED_MODELS or name.endswith(".gguf") or _is_folder(name)
+    if is_local and revision is not None:
+        raise ModelError(f"{name!r} is no hub id, so it has no revision {revision!r}; leave it out")
     if name in PACKAGED_MODELS:
         packaged = PACKAGED_MODELS[name]
         folder = _packaged_folder(packaged, progress=progress)
@@ -116,8 +120,8 @@ def load_model(
     elif name.endswith(".gguf"):
         folder = _gguf_folder(Path(name), progress=progress)
         source = ("gguf", "none", _converted_hash(folder))
-    elif name and Path(name).is_dir():
-        folder = _checked_folder(Path(name))
+    elif _is_folder(name):
+        folder = _checked_folder(Path(name).expanduser())
         source = ("folder", "none", _hash_files(sorted(_weight_files(folder))))
     elif _looks_like_path(name):
         raise ModelError(
@@ -194,6 +198,10 @@ def _weight_processing(model: HookedModel) -> str:
     return "compatibility" if compatibility else "none"
 
 
+def _is_folder(name: str) -> bool:
+    return bool(name) and Path(name).expanduser().is_dir()
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name
 
@@ -233,12 +241,17 @@ def _quiet_bars(*, quiet: bool) -> Iterator[None]:
         return
     logging.disable_progress_bar()
     try:
-        # Dequantising has a bar of its own that no setting turns off.
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
         if was_on:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def _quiet_stderr(*, quiet: bool) -> Iterator[None]:
+    """Dequantising and saving have bars of their own that no setting turns off."""
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+        yield
 
 
 def _checked_folder(folder: Path) -> Path:
@@ -351,7 +364,7 @@ def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> Non
             gguf_file=gguf.name, dequantize=True
         )
     try:
-        with _quiet_bars(quiet=not progress):
+        with _quiet_bars(quiet=not progress), _quiet_stderr(quiet=not progress):
             packed = transformers.AutoModelForCausalLM.from_pretrained(
                 str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
             )
@@ -368,7 +381,7 @@ def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> Non
     plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(packed.state_dict())
     plain.config._name_or_path = name
-    with _quiet_bars(quiet=not progress):
+    with _quiet_stderr(quiet=not progress):
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     (folder / "steerlens.json").write_text(

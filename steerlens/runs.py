@@ -48,7 +48,7 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
             for key in {*earlier, *request}
             if earlier.get(key) != json.loads(json.dumps(request)).get(key)
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{str(record)!r} is not a run record ({error}); choose another --out"
         ) from error
@@ -57,6 +57,23 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
             f"{str(folder)!r} already holds a run with other {', '.join(changed)}; choose another "
             "--out or delete it"
         )
+
+
+def check_out_file(path: Path) -> None:
+    """Make the folder of `path` and see that a file may be written there, before any work.
+
+    Raises `OutputError` when it may not, or when `path` is a folder.
+    """
+    if path.is_dir():
+        raise OutputError(f"--out {str(path)!r} is a folder; expected a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out"
+        ) from error
 
 
 def write_run(
@@ -103,13 +120,15 @@ def write_directions(directions: Directions, path: Path) -> None:
     """Write directions as safetensors: hook names as keys, how they were fitted as metadata."""
     from safetensors.torch import save
 
-    metadata = {
+    fitted = {
         "method": directions.method,
-        "position": str(directions.position),
-        "seed": str(directions.seed),
+        "position": directions.position,
+        "seed": directions.seed,
         "fitted_on": directions.fingerprint,
-        "readout_hooks": ",".join(directions.readout_names),
+        "readout_hooks": directions.readout_names,
     }
+    # One key: safetensors writes several in an order of its own, and the bytes would change.
+    metadata = {"steerlens": json.dumps(fitted)}
     path.write_bytes(save({name: v.contiguous() for name, v in directions.items()}, metadata))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from steerlens.activations import DEFAULT_BATCH_SIZE
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
-from steerlens.engine import Baseline, CellOutput, make_workload, run_baseline, run_cells
+from steerlens.engine import Cost, Job, forward_equivalents, run_cells
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import (
@@ -26,6 +26,7 @@ from steerlens.loss import (
     contrastive_steering_loss_noref,
 )
 from steerlens.models import HookedModel, provenance
+from steerlens.plain import Baseline, CellOutput, make_workload, run_baseline
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 from steerlens.uncertainty import bootstrap_interval
@@ -126,22 +127,21 @@ def sweep(
         model, workload, tuple(dict.fromkeys([*hook_names, *readouts.values()]))
     )
     _check_width(directions, baseline)
+    cost = Cost()
+    for batch in (*workload.positive, *workload.negative):
+        cost.add(batch.tokens, int(model.cfg.n_layers))
 
     rows: list[Row] = []
     n_cells = len(hook_names) * len(settings.coefficients)
+    pushes = tuple(c for c in settings.coefficients if c != 0)
+    jobs = [Job(name, directions[name], pushes, readouts[name]) for name in hook_names if pushes]
+    steered = run_cells(model, workload, jobs, rows_per_pass=batch_size, cost=cost)
     for hook_name in hook_names:
         readout = readouts[hook_name]
         unsteered = baseline.cell(readout)
-        steered = run_cells(
-            model,
-            workload,
-            hook_name=hook_name,
-            direction=directions[hook_name],
-            coefficients=[c for c in settings.coefficients if c != 0],
-            readout=readout,
-        )
+        cells = {cell.coefficient: cell for cell in (next(steered) if pushes else [])}
         for coefficient in settings.coefficients:
-            cell = unsteered if coefficient == 0 else next(steered)
+            cell = unsteered if coefficient == 0 else cells[coefficient]
             where: dict[str, Any] = {
                 "hook_name": hook_name,
                 "layer": hook_layer(hook_name),
@@ -158,6 +158,7 @@ def sweep(
         "fitted_on": directions.fingerprint,
         "measured_on": pairs.fingerprint,
         "model": provenance(model).to_dict(),
+        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
     }
     return SweepResult(
         table=to_frame(rows, SWEEP_COLUMNS, attrs),

@@ -14,9 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
 
-# The models here are so small that a second thread only waits for the first.
-torch.set_num_threads(1)
-
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
     "{% if not loop.last or m.role != 'assistant' %} \n {% endif %}{% endfor %}"
@@ -132,8 +129,14 @@ def pairs() -> sl.ContrastivePairs:
 
 @pytest.fixture(scope="session")
 def real_model() -> Any:
-    torch.set_num_threads(os.cpu_count() or 1)
     return sl.load_model()
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> None:
+    """The tiny models are so small that a second thread only waits for the first."""
+    is_real = request.node.get_closest_marker("real") is not None
+    torch.set_num_threads((os.cpu_count() or 1) if is_real else 1)
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 import steerlens as sl
 from steerlens import runs
 from steerlens.errors import OutputError
-from steerlens.runs import RUN_FILES, check_run_folder, write_run, write_whole
+from steerlens.runs import RUN_FILES, check_run_folder, write_directions, write_run, write_whole
 
 REQUEST: dict[str, Any] = {
     "command": "sweep",
@@ -219,13 +219,21 @@ def test_directions_read_back_with_how_they_were_fitted(
     for name, vector in found.items():
         assert torch.equal(vector, result.directions[name])
         assert vector.norm().item() == pytest.approx(1)
-    assert metadata == {
+    assert json.loads(metadata["steerlens"]) == {
         "method": "random",
-        "position": "-1",
-        "seed": "4",
+        "position": -1,
+        "seed": 4,
         "fitted_on": pairs.fingerprint,
-        "readout_hooks": "blocks.2.hook_resid_post",
+        "readout_hooks": ["blocks.2.hook_resid_post"],
     }
+
+
+def test_directions_are_written_as_the_same_bytes(result: sl.SweepResult, tmp_path: Path) -> None:
+    written = []
+    for i in range(10):
+        write_directions(result.directions, tmp_path / f"{i}.safetensors")
+        written.append((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(set(written)) == 1
 
 
 def test_the_record_is_written_last(

@@ -1,0 +1,168 @@
+"""The plain loop: one hooked forward pass of every batch for every cell.
+
+Slow and simple. It measures the unsteered model, and is what the engine is checked against.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.activations import check_finite, reading_hook, run_to_hooks
+from steerlens.hooks import HookFunction, hooked
+from steerlens.loss import label_logprob
+from steerlens.models import HookedModel, inference
+from steerlens.steering import steering_hooks
+from steerlens.tokens import (
+    Batch,
+    SteeredPositions,
+    TokenizedPairs,
+    check_steered_positions,
+    make_batches,
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The pairs in batches, where to read them, and which tokens to steer."""
+
+    positive: tuple[Batch, ...]
+    negative: tuple[Batch, ...]
+    position: int
+    positions: SteeredPositions
+
+
+@dataclass(frozen=True)
+class CellOutput:
+    """What one cell measures, pair by pair, on the CPU.
+
+    `positive` are the positive prompts' activations at the readout hook under `+coefficient`,
+    `negative` the negative prompts' under `-coefficient` (residual units); `logprob` is the mean
+    log-probability of the positive prompts' labels under `+coefficient` (nats per token).
+    """
+
+    coefficient: float
+    positive: Float[Tensor, "pair d_model"]
+    negative: Float[Tensor, "pair d_model"]
+    logprob: Float[Tensor, " pair"]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The unsteered model on the same pairs: what every cell is compared with."""
+
+    hook_names: tuple[str, ...]
+    positive: Float[Tensor, "hook pair d_model"]
+    negative: Float[Tensor, "hook pair d_model"]
+    logprob: Float[Tensor, " pair"]
+
+    def cell(self, readout: str) -> CellOutput:
+        """The cell at coefficient 0, read at `readout`."""
+        index = self.hook_names.index(readout)
+        return CellOutput(0.0, self.positive[index], self.negative[index], self.logprob)
+
+
+def make_workload(
+    model: HookedModel,
+    pairs: TokenizedPairs,
+    *,
+    position: int,
+    positions: SteeredPositions,
+    batch_size: int,
+) -> Workload:
+    """Batches of both sides. Raises `PairError` when steering there cannot reach a label."""
+    check_steered_positions(positions, pairs)
+    return Workload(
+        positive=make_batches(model, pairs.positive, batch_size),
+        negative=make_batches(model, pairs.negative, batch_size),
+        position=position,
+        positions=positions,
+    )
+
+
+def run_baseline(model: HookedModel, workload: Workload, hook_names: Sequence[str]) -> Baseline:
+    """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
+
+    Raises `ActivationError` that names the hooks with NaN or inf.
+    """
+    with inference(model):
+        positive, logprob = _run_positive(model, workload, hook_names, {}, 0.0)
+        negative = _run_negative(model, workload, hook_names, {}, 0.0)
+    check_finite(positive, hook_names)
+    check_finite(negative, hook_names)
+    return Baseline(tuple(hook_names), positive, negative, logprob)
+
+
+def run_cells(
+    model: HookedModel,
+    workload: Workload,
+    *,
+    hook_name: str,
+    direction: Float[Tensor, " d_model"],
+    coefficients: Sequence[float],
+    readout: str,
+) -> Iterator[CellOutput]:
+    """The cells of one hook, one for each coefficient, in order.
+
+    Positive prompts run with `+coefficient * direction` added at `hook_name`, negative prompts with
+    `-coefficient * direction`, both read at `readout`.
+    """
+    steered = {hook_name: direction}
+    for coefficient in coefficients:
+        with inference(model):
+            positive, logprob = _run_positive(model, workload, [readout], steered, coefficient)
+            negative = _run_negative(model, workload, [readout], steered, -coefficient)
+        yield CellOutput(coefficient, positive[0], negative[0], logprob)
+
+
+def _run_positive(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    steered: dict[str, Tensor],
+    coefficient: float,
+) -> tuple[Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"]]:
+    activations, logprobs = [], []
+    for batch in workload.positive:
+        found: dict[str, Tensor] = {}
+        indices = batch.indices(workload.position)
+        readers = [reading_hook(found, name, indices) for name in hook_names]
+        with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):
+            logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
+        logprobs.append(label_logprob(logits, batch.tokens, batch.label_mask()).cpu())
+        activations.append(torch.stack([found[name].cpu() for name in hook_names]))
+    order = _pair_order(workload.positive)
+    return torch.cat(activations, dim=1)[:, order], torch.cat(logprobs)[order]
+
+
+def _run_negative(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    steered: dict[str, Tensor],
+    coefficient: float,
+) -> Float[Tensor, "hook pair d_model"]:
+    activations = [
+        run_to_hooks(
+            model,
+            batch,
+            hook_names,
+            indices=batch.indices(workload.position),
+            fwd_hooks=_hooks(batch, workload, steered, coefficient),
+        ).cpu()
+        for batch in workload.negative
+    ]
+    return torch.cat(activations, dim=1)[:, _pair_order(workload.negative)]
+
+
+def _hooks(
+    batch: Batch, workload: Workload, steered: dict[str, Tensor], coefficient: float
+) -> list[tuple[str, HookFunction]]:
+    mask = batch.steered_mask(workload.positions)
+    return steering_hooks(steered, coefficient, mask=mask)
+
+
+def _pair_order(batches: Sequence[Batch]) -> Tensor:
+    return torch.tensor([row for batch in batches for row in batch.rows]).argsort()

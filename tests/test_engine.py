@@ -1,0 +1,272 @@
+"""The engine against the plain loop: the same numbers, for less."""
+
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import bridge, build_gpt2, build_llama
+
+import steerlens as sl
+from steerlens import engine, passes, plain
+from steerlens.engine import Cost, Job, forward_equivalents, run_cells
+from steerlens.hooks import readout_hook, resid_post
+from steerlens.plain import CellOutput, Workload, make_workload
+from steerlens.tokens import tokenize_pairs
+
+COEFFICIENTS = (-3.0, 0.5, 4.0)
+
+
+@pytest.fixture(scope="module")
+def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
+    after = ["warm and good", "so cold", "very bad soup", "rain", "a good day", "so", "kind", "by"]
+    return sl.ContrastivePairs.from_lists(
+        [p.positive for p in pairs], [p.negative for p in pairs], after
+    )
+
+
+def make(model: Any, pairs: sl.ContrastivePairs, positions: Any = "all", size: int = 3) -> Workload:
+    return make_workload(
+        model, tokenize_pairs(model, pairs), position=-1, positions=positions, batch_size=size
+    )
+
+
+def make_jobs(model: Any, names: list[str]) -> list[Job]:
+    torch.manual_seed(0)
+    return [
+        Job(
+            name,
+            torch.nn.functional.normalize(torch.randn(32), dim=0),
+            COEFFICIENTS,
+            readout_hook(name, model.cfg.n_layers),
+        )
+        for name in names
+    ]
+
+
+def by_plain_loop(model: Any, workload: Workload, job: Job) -> list[CellOutput]:
+    return list(
+        plain.run_cells(
+            model,
+            workload,
+            hook_name=job.hook_name,
+            direction=job.direction,
+            coefficients=job.coefficients,
+            readout=job.readout,
+        )
+    )
+
+
+def assert_same(found: list[CellOutput], expected: list[CellOutput]) -> None:
+    assert [cell.coefficient for cell in found] == [cell.coefficient for cell in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("positive", "negative", "logprob"):
+            torch.testing.assert_close(
+                getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "continuation", "last"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_equal_to_the_plain_loop_at_every_layer(
+    tiny: Any, continued: sl.ContrastivePairs, positions: str, side: str
+) -> None:
+    before = tiny.tokenizer.padding_side
+    tiny.tokenizer.padding_side = side
+    try:
+        workload = make(tiny, continued, positions)
+    finally:
+        tiny.tokenizer.padding_side = before
+    jobs = make_jobs(tiny, [resid_post(i) for i in range(tiny.cfg.n_layers)])
+    found = list(run_cells(tiny, workload, jobs, rows_per_pass=7, cost=Cost()))
+    for job, cells in zip(jobs, found, strict=True):
+        assert_same(cells, by_plain_loop(tiny, workload, job))
+    # Control: neighbouring coefficients are told apart by the same comparison.
+    with pytest.raises(AssertionError):
+        assert_same(found[0], [replace(cell, coefficient=0.0) for cell in found[0]])
+    swapped = [replace(found[0][1], coefficient=COEFFICIENTS[0]), *found[0][1:]]
+    with pytest.raises(AssertionError):
+        assert_same(swapped, found[0])
+
+
+def test_hooks_inside_a_block_and_any_order_of_jobs(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    names = [
+        "blocks.3.hook_mlp_out",
+        "blocks.0.hook_resid_mid",
+        "blocks.2.hook_resid_pre",
+        "blocks.0.hook_resid_pre",
+        "blocks.1.attn.hook_out",
+        "blocks.1.hook_resid_post",
+    ]
+    workload = make(llama, pairs)
+    jobs = make_jobs(llama, names)
+    for job, cells in zip(
+        jobs, run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost()), strict=True
+    ):
+        assert_same(cells, by_plain_loop(llama, workload, job))
+
+
+def test_cost_is_that_of_the_blocks_that_run(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    """Five blocks, readout after block 2; hooks 1 and 4; three coefficients."""
+    workload = make(llama, pairs, size=8)
+    positive = workload.positive[0].tokens.numel()
+    negative = workload.negative[0].tokens.numel()
+    cost = Cost()
+    list(run_cells(llama, workload, make_jobs(llama, [resid_post(1)]), rows_per_pass=8, cost=cost))
+    carried = 2 * (positive + negative)
+    assert cost.blocks == carried + 3 * (positive * 3 + negative * 1)
+    assert forward_equivalents(cost, llama, workload) == cost.blocks / (5 * positive)
+    last = Cost()
+    list(run_cells(llama, workload, make_jobs(llama, [resid_post(4)]), rows_per_pass=8, cost=last))
+    assert last.blocks == 5 * (positive + negative)
+
+
+def test_only_label_positions_reach_the_unembedding(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    rows: list[int] = []
+    workload = make(llama, pairs, size=8)
+    jobs = make_jobs(llama, [resid_post(1)])
+    list(run_cells(llama, workload, jobs, rows_per_pass=8, cost=Cost()))
+    llama.add_hook("unembed.hook_out", lambda logits, hook: rows.append(logits.shape[:-1].numel()))
+    try:
+        with torch.no_grad():
+            engine._fast_cells(llama, workload, jobs, rows_per_pass=8, cost=Cost()).__next__()
+    finally:
+        llama.reset_hooks()
+    labels = sum(len(prompt) - 1 for prompt in workload.positive[0].prompts)
+    assert sum(rows) == labels * len(COEFFICIENTS)
+    assert max(rows) <= passes.LABELS_PER_PASS
+
+
+def test_users_hooks_still_fire(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    workload = make(llama, pairs)
+    jobs = make_jobs(llama, [resid_post(0), resid_post(2)])
+    plain_jobs = [by_plain_loop(llama, workload, job) for job in jobs]
+    fired: list[int] = []
+
+    def shift(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        fired.append(hook.layer())
+        return activation * 1.3
+
+    for layer in (0, 3):
+        llama.add_hook(resid_post(layer), shift)
+    try:
+        found = list(run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost()))
+        expected = [by_plain_loop(llama, workload, job) for job in jobs]
+    finally:
+        llama.reset_hooks()
+    assert {0, 3} <= set(fired)
+    for ours, theirs, without in zip(found, expected, plain_jobs, strict=True):
+        assert_same(ours, theirs)
+        assert not torch.allclose(ours[0].logprob, without[0].logprob, atol=1e-3)
+
+
+def test_out_of_memory_halves_the_rows_and_goes_on(
+    llama: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
+    expected = by_plain_loop(llama, workload, jobs[0])
+    real, sizes = engine.run_from, []
+
+    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sizes.append(len(tokens))
+        if len(tokens) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(model, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(engine, "run_from", too_large)
+    with pytest.warns(ResourceWarning, match="going on with 4 prompts"):
+        (found,) = run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost())
+    assert max(sizes) == 16
+    assert_same(found, expected)
+    monkeypatch.setattr(engine, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
+    run = engine._fast_cells(llama, workload, jobs, rows_per_pass=1, cost=Cost())
+    with pytest.raises(torch.OutOfMemoryError):
+        next(run)
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(
+    llama: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("shapes cannot be multiplied")
+
+    workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
+    monkeypatch.setattr(engine, "run_from", broken)
+    run = engine._fast_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost())
+    with pytest.raises(RuntimeError, match="shapes"):
+        next(run)
+
+
+def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs) -> None:
+    """Block 3 looks at what block 0 computed: standing aside, block 0 gives it something else."""
+    hf_model = build_llama()
+    seen: list[torch.Tensor] = []
+    hf_model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
+    hf_model.model.layers[3].mlp.register_forward_hook(
+        lambda m, a, out: out + (seen.pop() if seen else torch.zeros_like(out))
+    )
+    model = bridge(hf_model)
+    workload, jobs = make(model, pairs), make_jobs(model, [resid_post(0), resid_post(1)])
+    with pytest.warns(RuntimeWarning, match="does not reproduce this model"):
+        found = list(run_cells(model, workload, jobs, rows_per_pass=16, cost=Cost()))
+    seen.clear()
+    for job, cells in zip(jobs, found, strict=True):
+        assert_same(cells, by_plain_loop(model, workload, job))
+    # Control: the same model without the shortcut across blocks gives no warning.
+    honest = bridge(build_llama())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(run_cells(honest, make(honest, pairs), jobs, rows_per_pass=16, cost=Cost()))
+
+
+def test_blocks_are_as_before_after_an_exception(llama: Any) -> None:
+    tokens, mask = torch.tensor([[1, 7, 9]]), torch.ones(1, 3, dtype=torch.bool)
+    with torch.no_grad():
+        before = llama(tokens)
+
+    def fail(activation: torch.Tensor, hook: Any) -> None:
+        raise KeyError("stop")
+
+    start = passes.Residual(2, torch.randn(1, 3, 32))
+    with pytest.raises(KeyError), torch.no_grad():
+        passes.run_from(
+            llama,
+            tokens,
+            mask,
+            start=start,
+            fwd_hooks=[(resid_post(3), fail)],
+            last_hook=resid_post(3),
+        )
+    assert not any("forward" in block.__dict__ for block in llama.blocks)
+    with torch.no_grad():
+        assert torch.equal(llama(tokens), before)
+
+
+def test_gradients_flow_through_a_resumed_pass() -> None:
+    # GPT-2, as the Llama of transformers norms in float32 whatever its weights are.
+    model = bridge(build_gpt2().double(), dtype=torch.float64)
+    torch.manual_seed(0)
+    tokens, mask = torch.tensor([[1, 7, 9, 12]]), torch.ones(1, 4, dtype=torch.bool)
+    residual = torch.randn(1, 4, 32, dtype=torch.float64)
+    direction = torch.nn.functional.normalize(torch.randn(32, dtype=torch.float64), dim=0)
+
+    def logprob(coefficient: torch.Tensor) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        passes.run_from(
+            model,
+            tokens,
+            mask,
+            start=passes.Residual(1, residual + coefficient * direction),
+            fwd_hooks=[(resid_post(2), lambda activation, hook: kept.append(activation))],
+            last_hook=resid_post(2),
+        )
+        return passes.labels_logprob(model, kept[0][0, :-1], tokens[0, 1:]).mean()
+
+    coefficient = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(logprob(coefficient), coefficient)
+    step = 1e-4
+    with torch.no_grad():
+        difference = logprob(coefficient + step) - logprob(coefficient - step)
+    assert float(found) == pytest.approx(difference.item() / (2 * step), rel=1e-6)
+    assert abs(float(found)) > 1e-3
