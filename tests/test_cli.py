@@ -243,7 +243,6 @@ def test_the_same_request_may_be_run_again(sweep: Main, tmp_path: Path) -> None:
         (["--layers", "0", "--seed", "1"], "hook_names, seed"),
         (["--method", "pca"], "method"),
         (["--max-pairs", "3"], "measured_on"),
-        (["--method", "pca"], "method"),
     ],
 )
 def test_another_request_into_the_same_folder_is_refused(
