@@ -22,8 +22,9 @@ from steerlens.loss import (
     label_logprob,
 )
 from steerlens.models import load_model, provenance
-from steerlens.steering import steer
+from steerlens.steering import generate, steer
 from steerlens.sweep import SweepResult, measure_layers, sweep
+from steerlens.tokens import tokenize_pairs, tokenize_prompt
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ __all__ = [
     "contrastive_steering_loss_noref",
     "dataset_names",
     "fit_directions",
+    "generate",
     "label_logprob",
     "load_model",
     "measure_layers",
@@ -52,4 +54,6 @@ __all__ = [
     "resolve_hooks",
     "steer",
     "sweep",
+    "tokenize_pairs",
+    "tokenize_prompt",
 ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,11 +51,6 @@ class Differences:
             raise KeyError(hook_name)
         index = self.all_hook_names.index(hook_name)
         return self.positive[index] - self.negative[index]
-
-    def select(self, pair_indices: Sequence[int]) -> "Differences":
-        """The same hooks for some of the pairs. The fingerprint stays that of all the pairs."""
-        chosen = list(pair_indices)
-        return replace(self, positive=self.positive[:, chosen], negative=self.negative[:, chosen])
 
     def __repr__(self) -> str:
         _, n_pairs, d_model = self.positive.shape

@@ -1,6 +1,5 @@
 """The `steerlens` command: parse, call, write. The only room that prints."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,18 +24,21 @@ from steerlens import data
 from steerlens.activations import DEFAULT_BATCH_SIZE, collect_differences
 from steerlens.data import ContrastivePairs, Message, Prompt
 from steerlens.directions import METHODS, fit_directions
-from steerlens.errors import SteerlensError, SweepError
+from steerlens.errors import PairError, SteerlensError, SweepError
 from steerlens.hooks import resid_post, resolve_hooks
 from steerlens.loss import Budget
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
 from steerlens.steering import generate as generate_text
-from steerlens.sweep import SweepResult, measure_layers
+from steerlens.sweep import SweepResult, checked_coefficients, measure_layers
 from steerlens.sweep import sweep as run_sweep
 from steerlens.tables import write_csv
 from steerlens.tokens import tokenize_prompt
 
 DEBUG = "--debug"
+IN_SAMPLE = (
+    "note: measured on the pairs the directions are fitted on; give --test-pairs to hold some out"
+)
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -72,8 +74,10 @@ PositionOption = Annotated[
     int, typer.Option("--position", help="Token of the prompt to read; negative from its end.")
 ]
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Prompts a forward pass.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the bootstrap and of `random`.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, notes or tables.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of `random` and of the bootstrap.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Errors only; no tables of a sweep.")]
 DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")]
 
 
@@ -119,10 +123,7 @@ def sweep(
     }
     check_run_folder(out, request)
     if not (is_held_out or quiet):
-        notes.print(
-            "note: measured on the pairs the directions are fitted on; give --test-pairs to hold "
-            "some out"
-        )
+        notes.print(IN_SAMPLE)
     started = time.perf_counter()
     directions = _fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
     with _cells_bar(quiet=quiet) as progress:
@@ -167,15 +168,19 @@ def show_layers(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """The per-layer table of the unsteered model, without a sweep."""
-    fit_on, measure_on, _ = _pairs(pairs, test_pairs, max_pairs)
+    fit_on, measure_on, is_held_out = _pairs(pairs, test_pairs, max_pairs)
     _check_method(method)
     if out is not None:
         check_out_file(out)
     loaded = load_model(model, progress=not quiet)
     directions = _fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
+    if not (is_held_out or quiet):
+        notes.print(IN_SAMPLE)
     table = measure_layers(loaded, measure_on, directions, layers=layers, batch_size=batch_size)
     if out is not None:
         write_whole(out, lambda path: write_csv(table, path))
+        if not quiet:
+            notes.print(Text(f"written to {out}"))
     if not quiet:
         _print_layers(table)
 
@@ -200,6 +205,7 @@ def generate(
 ) -> None:
     """Greedy continuations of one prompt at several coefficients, side by side."""
     numbers = _numbers(coefficients)
+    _check_method(method)
     fit_on, _, _ = _pairs(pairs, None, None)
     loaded = load_model(model, progress=not quiet)
     hook_names = resolve_hooks(loaded, layer)
@@ -281,11 +287,7 @@ def _numbers(text: str) -> list[float]:
         numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
         raise SweepError(f"expected numbers joined by commas, got {text!r}") from error
-    if not numbers:
-        raise SweepError(f"expected at least one coefficient, got {text!r}")
-    if not all(map(math.isfinite, numbers)):
-        raise SweepError(f"expected finite coefficients, got {text!r}")
-    return numbers
+    return list(checked_coefficients(numbers))
 
 
 def _pairs(
@@ -308,6 +310,9 @@ def _pairs(
 def _read_pairs(source: str, split: str) -> ContrastivePairs:
     if _is_shipped(source):
         return ContrastivePairs.load(source, split=split)
+    if not Path(source).exists():
+        shipped = ", ".join(data.dataset_names())
+        raise PairError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
     return ContrastivePairs.from_jsonl(source)
 
 

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +163,8 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         """Pairs from a UTF-8 JSONL file: one object a line, blank lines skipped.
 
         Keys: `positive` and `negative` (text, or a list of `{"role", "content"}` messages),
-        optional `continuation` (text) and `id` (text or number; default the line number). Other
-        keys are ignored unless they look misspelt. Raises `PairError` with file and line.
+        optional `continuation` (text) and `id` (text or a whole number; default the line number).
+        Other keys are ignored unless they look misspelt. Raises `PairError` with file and line.
         """
         path = Path(path)
         try:
@@ -176,13 +177,14 @@ class ContrastivePairs(Sequence[ContrastivePair]):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"))
+                record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_repeats)
             except UnicodeDecodeError as error:
                 raise PairError(f"{where}: not UTF-8 text ({error.reason})") from error
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise PairError(f"{where}: not a JSON object on one line ({error})") from error
             pairs.append(_pair_from_record(record, default_id=str(number), where=where))
-        return cls(tuple(pairs), str(path))
+        # A file name may hold bytes that are no text, which a record could not be written with.
+        return cls(tuple(pairs), os.fsencode(path).decode("utf-8", "backslashreplace"))
 
     @classmethod
     def load(cls, name: str, *, split: str = "train") -> "ContrastivePairs":
@@ -191,9 +193,7 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         Raises `PairError` on an unknown name or split.
         """
         if name not in dataset_names():
-            raise PairError(
-                f"no dataset {name!r} is shipped; there are {', '.join(dataset_names())}"
-            )
+            raise PairError(_no_dataset(name))
         if split not in SPLITS:
             raise PairError(f"dataset {name!r} has the splits {', '.join(SPLITS)}, not {split!r}")
         loaded = cls.from_jsonl(shipped_folder() / name / f"{split}.jsonl")
@@ -276,6 +276,14 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
             f"the chat template rejects the messages with roles "
             f"{[message.role for message in prompt]}: {error}"
         ) from error
+
+
+def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(items)
+    if len(record) < len(items):
+        keys = [key for key, _ in items]
+        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
+    return record
 
 
 def _no_dataset(name: str) -> str:

@@ -19,9 +19,11 @@ _UNIT_TOLERANCE = 1e-3
 class Directions(Mapping[str, Tensor]):
     """Hook name -> unit direction, fitted on the unsteered model and then frozen.
 
-    `vectors` holds `hook_names` first, then `readout_names` (see `Differences`). The sign is fixed
-    so that positive prompts project higher. `fingerprint` is that of the pairs it was fitted on.
-    Raises `DirectionError` when a vector does not have norm 1.
+    Iterating gives `hook_names`, the hooks that were asked for; the readouts carried along for a
+    sweep (`readout_names`) are found by `directions[name]` too, but are not steered. `vectors`
+    holds both, in that order. The sign is fixed so that positive prompts project higher on
+    average. `fingerprint` is that of the pairs it was fitted on. Raises `DirectionError` when a
+    vector does not have norm 1.
     """
 
     hook_names: tuple[str, ...]
@@ -47,10 +49,10 @@ class Directions(Mapping[str, Tensor]):
         return hook_name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.hook_names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.hook_names)
 
     def __repr__(self) -> str:
         return (
@@ -69,15 +71,17 @@ def fit_directions(
     """A unit direction at every hook of `differences`, the readouts included.
 
     `method` is one of `METHODS`; `seed` matters to `random` alone. The arithmetic is in float64,
-    the result has the differences' dtype. Raises `DirectionError` on an unknown method and on
-    degenerate differences (all zero, or all equal for `pca_centred`), naming the hook.
+    the result has the differences' dtype. Raises `DirectionError` on an unknown method and where
+    nothing is left beyond the rounding of the activations (differences that are zero, that cancel
+    for `mean_diff`, that are all equal for `pca_centred`), naming the hook.
     """
     if method not in METHODS:
         raise DirectionError(f"no method {method!r}; there are {', '.join(METHODS)}")
     vectors = []
     for index, hook_name in enumerate(differences.all_hook_names):
         at_hook = differences[hook_name].double()
-        if _is_rounding(at_hook, differences.positive[index]):
+        rounding = _rounding(differences.positive[index])
+        if at_hook.abs().max() <= rounding:
             raise DirectionError(
                 f"{method} at {hook_name}: the two prompts have the same activation at position "
                 f"{differences.position}, so there is no direction; choose a position after the "
@@ -85,7 +89,7 @@ def fit_directions(
             )
         generator = torch.Generator().manual_seed(_hook_seed(seed, hook_name))
         try:
-            vectors.append(_oriented(METHODS[method](at_hook, generator), at_hook))
+            vectors.append(_oriented(METHODS[method](at_hook, generator), at_hook, rounding))
         except DirectionError as error:
             raise DirectionError(f"{method} at {hook_name}: {error}") from error
     return Directions(
@@ -121,8 +125,10 @@ def pca(
     Cost: one thin SVD. Fails when one pair's difference is much longer than the rest: it then
     decides alone.
     """
-    first: Tensor = torch.linalg.svd(differences, full_matrices=False).Vh[0]
-    return first
+    _, singular_values, axes = torch.linalg.svd(differences, full_matrices=False)
+    # At the length of the root mean square projection: next to nothing is then seen as nothing.
+    scaled: Tensor = axes[0] * singular_values[0] / len(differences) ** 0.5
+    return scaled
 
 
 def pca_centred(
@@ -133,12 +139,9 @@ def pca_centred(
 
     This removes the mean difference, the thing most users look for, and keeps the direction in
     which the pairs differ from one another. It is here because other tools do it, and for
-    comparison. Fails when all differences are equal: nothing is left.
+    comparison. Cost: one thin SVD. Fails when all differences are equal: nothing is left.
     """
-    centred = differences - differences.mean(dim=0)
-    if _is_negligible(centred, differences):
-        raise DirectionError("all differences are equal, so centring leaves nothing; use pca")
-    return pca(centred, generator)
+    return pca(differences - differences.mean(dim=0), generator)
 
 
 def random(
@@ -147,8 +150,9 @@ def random(
     """A uniformly random direction, the control that any claim has to beat.
 
     Drawn from the seed and the hook name, so it does not depend on which other hooks are fitted.
-    The sign is fixed on the differences as for every method, so its projections are above zero on
-    the data it was fitted on, by about `1 / sqrt(d_model)` of the separation.
+    The sign is fixed on the differences as for every method, so on the data it was fitted on its
+    mean projection is not below zero: about `0.8 / sqrt(d_model)` of the norm of the mean
+    difference. Cost: none.
     """
     return torch.randn(differences.shape[-1], generator=generator, dtype=differences.dtype)
 
@@ -165,27 +169,22 @@ METHODS: dict[str, Method] = {
 
 
 def _oriented(
-    vector: Float[Tensor, " d_model"], differences: Float[Tensor, "pair d_model"]
+    vector: Float[Tensor, " d_model"], differences: Float[Tensor, "pair d_model"], rounding: float
 ) -> Float[Tensor, " d_model"]:
     """`vector` at norm 1, signed so that the mean projection of the differences is not negative."""
-    if _is_negligible(vector, differences):
-        raise DirectionError("the differences of the pairs cancel, so there is no mean direction")
+    if vector.abs().max() <= rounding:
+        raise DirectionError(
+            "nothing is left beyond rounding: the differences cancel, or are all equal and were "
+            "centred; use pca, or pairs that agree more"
+        )
     unit = vector / vector.norm()
     oriented: Tensor = -unit if (differences @ unit).mean() < 0 else unit
     return oriented
 
 
-def _is_negligible(part: Tensor, whole: Tensor) -> bool:
-    """Whether `part` is rounding noise beside the largest entry of `whole`."""
-    return bool(part.abs().max() <= 1e-12 * whole.abs().max())
-
-
-def _is_rounding(
-    differences: Float[Tensor, "pair d_model"], positive: Float[Tensor, "pair d_model"]
-) -> bool:
-    """Whether the differences are no larger than the rounding of the activations' dtype."""
-    rounding = 8 * torch.finfo(positive.dtype).eps * positive.abs().max()
-    return bool(differences.abs().max() <= rounding)
+def _rounding(activations: Float[Tensor, "pair d_model"]) -> float:
+    """How large a difference of such activations can be by rounding alone."""
+    return 8 * torch.finfo(activations.dtype).eps * float(activations.abs().max())
 
 
 def _hook_seed(seed: int, hook_name: str) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens import plain
@@ -20,8 +20,8 @@ from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.loss import mean_by_prompt
 from steerlens.models import HookedModel, inference
 from steerlens.passes import Residual, advance, labels_logprob, n_skippable, run_from
-from steerlens.plain import CellOutput, Workload
-from steerlens.tokens import Batch
+from steerlens.plain import Baseline, CellOutput, Workload
+from steerlens.tokens import Batch, pair_order
 
 
 @dataclass
@@ -71,61 +71,78 @@ def run_cells(
 ) -> Iterator[list[CellOutput]]:
     """The cells of every job, job by job and in the order of its coefficients.
 
-    `rows_per_pass` prompts go through the model at once; out of memory halves it. `cost` is added
-    to. Jobs should come in layer order, as each one starts from where the last one stood. The first
-    cell is checked against the plain loop on two pairs; where they differ (by more than 1e-4, or
-    the rounding of a half-precision model), every cell runs by the plain loop, with a warning.
+    `rows_per_pass` prompts go through the model at once; out of memory halves that for the rest of
+    the batch. `cost` is added to. Jobs should come in layer order, as each one starts from where
+    the last one stood. Every job is checked on two prompts a side, the shortest and the longest:
+    resumed at coefficient 0 it has to give the unsteered model, and the first job at its smallest
+    coefficient what the plain loop gives. A job that differs by more than 1e-4 (of a readout's
+    norm, or nats; 4 times the rounding of a half-precision dtype) runs by the plain loop, with a
+    warning.
     """
-    if not jobs:
-        return
-    reason = _mismatch(model, workload, jobs[0])
-    if reason is not None:
-        warnings.warn(
-            f"resuming from block {jobs[0].first_block} does not reproduce this model ({reason}); "
-            "every cell runs as a whole forward pass, which is slower",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        for job in jobs:
-            yield _plain_cells(model, workload, job, cost)
-        return
-    yield from _fast_cells(model, workload, jobs, rows_per_pass=rows_per_pass, cost=cost)
+    check = _Check.of(model, workload, jobs)
+    carried, is_warned = _Carried.at_start(workload), False
+    for i, job in enumerate(jobs):
+        check, reason = check.run(job, at_coefficient=i == 0)
+        if reason is None:
+            cells, carried = _fast_cells(model, workload, job, carried, rows_per_pass, cost)
+            yield cells
+            continue
+        if not is_warned:
+            warnings.warn(
+                f"resuming after {job.hook_name} does not reproduce this model ({reason}); such "
+                "cells run as whole forward passes, which is slower",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            is_warned = True
+        yield _plain_cells(model, workload, job, cost)
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """The unsteered residual of every batch, where the last job stood."""
+
+    positive: tuple[Residual | None, ...]
+    negative: tuple[Residual | None, ...]
+
+    @classmethod
+    def at_start(cls, workload: Workload) -> "_Carried":
+        return cls((None,) * len(workload.positive), (None,) * len(workload.negative))
 
 
 def _fast_cells(
     model: HookedModel,
     workload: Workload,
-    jobs: Sequence[Job],
-    *,
+    job: Job,
+    carried: _Carried,
     rows_per_pass: int,
     cost: Cost,
-) -> Iterator[list[CellOutput]]:
-    positive: list[Residual | None] = [None] * len(workload.positive)
-    negative: list[Residual | None] = [None] * len(workload.negative)
-    for job in jobs:
-        with inference(model):
-            positive = _carried(model, workload.positive, positive, job, cost)
-            negative = _carried(model, workload.negative, negative, job, cost)
-            run = _Run(model, workload, job, rows_per_pass, cost)
-            up = [run.positive(b, r) for b, r in zip(workload.positive, positive, strict=True)]
-            down = [run.negative(b, r) for b, r in zip(workload.negative, negative, strict=True)]
-        up_order, down_order = _pair_order(workload.positive), _pair_order(workload.negative)
-        readouts_pos = torch.cat([readout for readout, _ in up], dim=1)[:, up_order]
-        logprobs = torch.cat([logprob for _, logprob in up], dim=1)[:, up_order]
-        readouts_neg = torch.cat(down, dim=1)[:, down_order]
-        yield [
-            CellOutput(coefficient, readouts_pos[i], readouts_neg[i], logprobs[i])
-            for i, coefficient in enumerate(job.coefficients)
-        ]
+) -> tuple[list[CellOutput], _Carried]:
+    """The cells of `job`, and the residuals for the job after it."""
+    with inference(model):
+        positive = _carry(model, workload.positive, carried.positive, job, cost)
+        negative = _carry(model, workload.negative, carried.negative, job, cost)
+        run = _Run(model, workload, job, rows_per_pass, cost)
+        up = [run.positive(b, r) for b, r in zip(workload.positive, positive, strict=True)]
+        down = [run.negative(b, r) for b, r in zip(workload.negative, negative, strict=True)]
+    up_order, down_order = pair_order(workload.positive), pair_order(workload.negative)
+    readouts_pos = torch.cat([readout for readout, _ in up], dim=1)[:, up_order]
+    logprobs = torch.cat([logprob for _, logprob in up], dim=1)[:, up_order]
+    readouts_neg = torch.cat(down, dim=1)[:, down_order]
+    cells = [
+        CellOutput(coefficient, readouts_pos[i], readouts_neg[i], logprobs[i])
+        for i, coefficient in enumerate(job.coefficients)
+    ]
+    return cells, _Carried(positive, negative)
 
 
-def _carried(
+def _carry(
     model: HookedModel,
     batches: Sequence[Batch],
     residuals: Sequence[Residual | None],
     job: Job,
     cost: Cost,
-) -> list[Residual | None]:
+) -> tuple[Residual | None, ...]:
     """The unsteered residuals entering the job's first block, from those of the job before."""
     carried: list[Residual | None] = []
     for batch, known in zip(batches, residuals, strict=True):
@@ -137,7 +154,7 @@ def _carried(
         carried.append(
             advance(model, batch.tokens, batch.attention_mask, start=start, block=job.first_block)
         )
-    return carried
+    return tuple(carried)
 
 
 @dataclass(frozen=True)
@@ -200,7 +217,7 @@ class _Run:
         The residual after `last_block` is stored as `into["residual"]`.
         """
         job, tokens = self.job, batch.tokens[rows]
-        mask = batch.steered_mask(self.workload.positions)[rows]
+        mask = batch.steered_mask(self.workload.steered_positions)[rows]
         indices = batch.indices(self.workload.position)[rows.cpu()]
         add = _addition_by_row(job.direction, coefficients, mask)
         hooks: list[tuple[str, HookFunction]] = []
@@ -274,7 +291,7 @@ class _Run:
 def _addition_by_row(
     direction: Float[Tensor, " d_model"],
     coefficients: Float[Tensor, " row"],
-    mask: Float[Tensor, "row token"] | Tensor,
+    mask: Bool[Tensor, "row token"],
 ) -> Callable[[Tensor], Tensor]:
     """Adds `coefficients[row] * direction` at the masked tokens of each row, out of place."""
 
@@ -298,40 +315,83 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _mismatch(model: HookedModel, workload: Workload, job: Job) -> str | None:
-    """Why fast cells of `job` differ from the plain loop's on two pairs; None if they do not."""
-    if n_skippable(model) != int(model.cfg.n_layers):
-        return "its blocks are not one list"
-    coefficient = max(job.coefficients, key=abs)
-    small = replace(
-        workload,
-        positive=(_first_rows(workload.positive[0], 2),),
-        negative=(_first_rows(workload.negative[0], 2),),
-    )
-    one = replace(job, coefficients=(coefficient,))
-    (expected,) = _plain_cells(model, small, one, Cost())
-    try:
-        ((found,),) = _fast_cells(model, small, [one], rows_per_pass=4, cost=Cost())
-    except SteerlensError:
-        raise
-    except Exception as error:  # whatever a model's own code raises when its blocks are skipped
-        return f"{type(error).__name__}: {error}"
-    eps = torch.finfo(model.cfg.dtype).eps
-    tolerance = max(1e-4, 64 * eps)
+@dataclass(frozen=True)
+class _Check:
+    """Two prompts a side, the shortest and the longest, by the plain loop and by the engine."""
+
+    model: HookedModel
+    workload: Workload
+    unsteered: Baseline
+    carried: _Carried
+
+    @classmethod
+    def of(cls, model: HookedModel, workload: Workload, jobs: Sequence[Job]) -> "_Check":
+        small = replace(
+            workload, positive=_ends(workload.positive), negative=_ends(workload.negative)
+        )
+        readouts = tuple(dict.fromkeys(job.readout for job in jobs))
+        return cls(
+            model, small, plain.run_baseline(model, small, readouts), _Carried.at_start(small)
+        )
+
+    def run(self, job: Job, *, at_coefficient: bool) -> tuple["_Check", str | None]:
+        """Why `job` cannot be resumed (None if it can), and the check for the job after it.
+
+        The resumed pass at coefficient 0 has to give the unsteered model; `at_coefficient` also
+        compares the smallest coefficient with the plain loop.
+        """
+        if n_skippable(self.model) != int(self.model.cfg.n_layers):
+            return self, "its blocks are not one list"
+        expected = [self.unsteered.cell(job.readout)]
+        if at_coefficient:
+            smallest = replace(job, coefficients=(min(job.coefficients, key=abs),))
+            expected += _plain_cells(self.model, self.workload, smallest, Cost())
+        coefficients = tuple(cell.coefficient for cell in expected)
+        try:
+            found, carried = _fast_cells(
+                self.model,
+                self.workload,
+                replace(job, coefficients=coefficients),
+                self.carried,
+                len(coefficients) * 2,
+                Cost(),
+            )
+        except SteerlensError:
+            raise
+        except Exception as error:  # whatever a model's own code raises when its blocks are skipped
+            return self, f"{type(error).__name__}: {error}"
+        # Four times the rounding of a half-precision dtype; rounding of float32 never comes near.
+        tolerance = max(1e-4, 4 * torch.finfo(self.model.cfg.dtype).eps)
+        reasons = (_difference(f, e, tolerance) for f, e in zip(found, expected, strict=True))
+        return replace(self, carried=carried), next((r for r in reasons if r is not None), None)
+
+
+def _difference(found: CellOutput, expected: CellOutput, tolerance: float) -> str | None:
+    """What differs by more than `tolerance`: of a readout's norm, or of a logprob in nats."""
     for name in ("positive", "negative", "logprob"):
         ours, theirs = getattr(found, name), getattr(expected, name)
-        if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True):
-            off = float((ours - theirs).abs().max())
-            return f"{name} differs by {off:.2g}"
+        scale = theirs.norm(dim=-1).clamp(min=1e-6) if theirs.ndim == 2 else torch.tensor(1.0)
+        gap = (ours - theirs).norm(dim=-1) if theirs.ndim == 2 else (ours - theirs).abs()
+        off = gap / scale
+        is_undefined = ~theirs.isfinite().all(dim=-1) if theirs.ndim == 2 else ~theirs.isfinite()
+        # Not `off > tolerance`: that is false for NaN, which is a difference where none belongs.
+        if not bool((is_undefined | (off <= tolerance)).all()):
+            return f"{name} differs by {float(off.nan_to_num(torch.inf).max()):.2g}"
     return None
 
 
-def _first_rows(batch: Batch, n_rows: int) -> Batch:
+def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """The shortest and the longest prompt of length-sorted batches, each on its own."""
+    first, last = batches[0], batches[-1]
+    shortest = _one_row(first, 0)
+    is_one = first is last and len(first.prompts) == 1
+    return (shortest,) if is_one else (shortest, _one_row(last, len(last.prompts) - 1))
+
+
+def _one_row(batch: Batch, row: int) -> Batch:
+    keep = slice(row, row + 1)
     return Batch(
-        batch.rows[:n_rows],
-        batch.prompts[:n_rows],
-        batch.tokens[:n_rows],
-        batch.attention_mask[:n_rows],
+        batch.rows[keep], batch.prompts[keep], batch.tokens[keep], batch.attention_mask[keep]
     )
 
 
@@ -351,7 +411,3 @@ def _plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -
             readout=job.readout,
         )
     )
-
-
-def _pair_order(batches: Sequence[Batch]) -> Int[Tensor, " pair"]:
-    return torch.tensor([row for batch in batches for row in batch.rows]).argsort()

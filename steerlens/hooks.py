@@ -1,16 +1,17 @@
-"""Resolve layers and glob patterns to hook names on a model."""
+"""Resolve layers and glob patterns to hook names; put hooks on a model for a block."""
 
 import difflib
 import fnmatch
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 from steerlens.errors import HookError
 from steerlens.models import HookedModel
 
-Layers: TypeAlias = str | int | slice | Iterable[int | str | slice]
+Layers: TypeAlias = str | SupportsIndex | slice | Iterable[SupportsIndex | str | slice]
 """What names hooks: "all", "0,5,10", "10:20:2", a glob, an int, a slice, or a list of these."""
 
 HookFunction: TypeAlias = Callable[..., Any]
@@ -49,8 +50,8 @@ def resolve_hooks(model: HookedModel, layers: Layers = "all") -> tuple[str, ...]
     a glob over hook names such as `blocks.*.attn.hook_out`, the part of a name after the block
     (`hook_mlp_out`: that hook of every block), several of these joined by commas, an int, a slice,
     or a list of any of these. Layer numbers mean `blocks.N.hook_resid_post`; negative ones count
-    from the end. Raises `HookError` for a layer that does not exist, and for a name or
-    glob that matches nothing, with the nearest names.
+    from the end. Raises `HookError` for a layer or slice bound that does not exist, a hook outside
+    the blocks, and a name or glob that matches nothing, with the nearest names.
     """
     names: list[str] = []
     for part in _parts(layers):
@@ -64,8 +65,12 @@ def resolve_hooks(model: HookedModel, layers: Layers = "all") -> tuple[str, ...]
 def _parts(layers: Layers) -> list[str | int | slice]:
     if isinstance(layers, str):
         return [part.strip() for part in layers.split(",") if part.strip()]
-    if isinstance(layers, int | slice):
+    if isinstance(layers, slice):
         return [layers]
+    if isinstance(layers, SupportsIndex):  # numpy's whole numbers too
+        return [operator.index(layers)]
+    if not isinstance(layers, Iterable):
+        raise HookError(f"layers are numbers, slices, names or lists of these, not {layers!r}")
     return [part for layer in layers for part in _parts(layer)]
 
 

@@ -47,7 +47,9 @@ def contrastive_steering_loss_noref(
     negative, `0.99 * baseline` lies above the baseline and the penalty is active at every pair:
     with the defaults pair i's penalty is exactly `logp_i^2` and its derivative with respect to
     `logp_i` is `200 * logp_i` (both before the mean over pairs), so that one backward pass gives
-    the gradient of both terms. With `margin >= 1` the gradient vanishes.
+    the gradient of both terms. With `margin >= 1` the gradient vanishes. A hidden state influences
+    later labels only, so read gradients at a position with a label after it: at the last token of a
+    prompt without continuation the coherence gradient is zero.
     A mask that keeps no pair gives NaN.
     """
     separation = -(hs_pos - hs_neg).norm(dim=-1).mean()
@@ -170,7 +172,7 @@ class Budget:
         )
 
     def __str__(self) -> str:
-        return f"{self.kind}={self.value:g}"
+        return f"{self.kind}={self.value!r}"
 
     def min_logprob(self, baseline: float) -> float:
         """The lowest logprob (nats per token) that still counts as coherent."""

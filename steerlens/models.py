@@ -28,11 +28,14 @@ CACHE_VARIABLE = "STEERLENS_CACHE"
 
 @runtime_checkable
 class HookedModel(Protocol):
-    """What steerlens asks of a model: `TransformerBridge` and `HookedTransformer` both have it."""
+    """What steerlens asks of a model: `TransformerBridge` and `HookedTransformer` both have it.
+
+    It is a torch module too: its parts' evaluation mode is set and restored.
+    """
 
     cfg: Any
     tokenizer: Any
-    training: bool
+    blocks: Any
 
     @property
     def hook_dict(self) -> Mapping[str, Any]: ...
@@ -67,6 +70,9 @@ PACKAGED_MODELS = {
 @dataclass(frozen=True)
 class Provenance:
     """Where a model came from.
+
+    `source` is "package", "gguf", "folder", "hub" or "object" (made elsewhere); `revision` the
+    package's version, the hub's commit, or "none".
 
     `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
     them; `weight_processing` is "compatibility" for a Bridge in compatibility mode, "none" for one
@@ -228,7 +234,8 @@ def _boot(
             )
     except Exception as error:  # hub, network, config and architecture errors share no base class
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot load the model {name!r}: {reason[0]}") from error
+        hint = "" if Path(name).is_dir() else f" (packaged models: {', '.join(PACKAGED_MODELS)})"
+        raise ModelError(f"cannot load the model {name!r}: {reason[0]}{hint}") from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steerlens.hooks import HookFunction, hooked, resid_post
 from steerlens.models import HookedModel
+from steerlens.tokens import mask_kwargs
 
 LABELS_PER_PASS = 256
 
@@ -39,10 +40,9 @@ def run_from(
 ) -> None:
     """Run blocks `start.block` and later (all of them without `start`), up to `last_hook`.
 
-    What is wanted of the pass is kept by `fwd_hooks`, one of which must sit at `last_hook`; nothing
-    after it is computed. Raises `HookError` when a hook did not fire.
+    What is wanted of the pass is kept by `fwd_hooks`; nothing after `last_hook` is computed.
+    Raises `HookError` when a hook did not fire.
     """
-    mask = {} if bool(attention_mask.all()) else {"attention_mask": attention_mask.long()}
 
     def stop(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
         raise _Stop
@@ -52,7 +52,7 @@ def run_from(
         hooked(model, [*fwd_hooks, (last_hook, stop)]),
         suppress(_Stop),
     ):
-        model(tokens, return_type=None, **mask)
+        model(tokens, return_type=None, **mask_kwargs(attention_mask))
 
 
 def advance(

@@ -21,6 +21,7 @@ from steerlens.tokens import (
     TokenizedPairs,
     check_steered_positions,
     make_batches,
+    pair_order,
 )
 
 
@@ -31,7 +32,7 @@ class Workload:
     positive: tuple[Batch, ...]
     negative: tuple[Batch, ...]
     position: int
-    positions: SteeredPositions
+    steered_positions: SteeredPositions
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ def make_workload(
     pairs: TokenizedPairs,
     *,
     position: int,
-    positions: SteeredPositions,
+    steered_positions: SteeredPositions,
     batch_size: int,
 ) -> Workload:
     """Batches of both sides. Raises `PairError` when steering there cannot reach a label."""
-    check_steered_positions(positions, pairs)
+    check_steered_positions(steered_positions, pairs)
     return Workload(
         positive=make_batches(model, pairs.positive, batch_size),
         negative=make_batches(model, pairs.negative, batch_size),
         position=position,
-        positions=positions,
+        steered_positions=steered_positions,
     )
 
 
@@ -133,7 +134,7 @@ def _run_positive(
             logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
         logprobs.append(label_logprob(logits, batch.tokens, batch.label_mask()).cpu())
         activations.append(torch.stack([found[name].cpu() for name in hook_names]))
-    order = _pair_order(workload.positive)
+    order = pair_order(workload.positive)
     return torch.cat(activations, dim=1)[:, order], torch.cat(logprobs)[order]
 
 
@@ -154,15 +155,11 @@ def _run_negative(
         ).cpu()
         for batch in workload.negative
     ]
-    return torch.cat(activations, dim=1)[:, _pair_order(workload.negative)]
+    return torch.cat(activations, dim=1)[:, pair_order(workload.negative)]
 
 
 def _hooks(
     batch: Batch, workload: Workload, steered: dict[str, Tensor], coefficient: float
 ) -> list[tuple[str, HookFunction]]:
-    mask = batch.steered_mask(workload.positions)
+    mask = batch.steered_mask(workload.steered_positions)
     return steering_hooks(steered, coefficient, mask=mask)
-
-
-def _pair_order(batches: Sequence[Batch]) -> Tensor:
-    return torch.tensor([row for batch in batches for row in batch.rows]).argsort()

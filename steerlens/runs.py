@@ -48,7 +48,14 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
             for key in {*earlier, *request}
             if earlier.get(key) != json.loads(json.dumps(request)).get(key)
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise OutputError(
             f"{str(record)!r} is not a run record ({error}); choose another --out"
         ) from error
@@ -127,9 +134,11 @@ def write_directions(directions: Directions, path: Path) -> None:
         "fitted_on": directions.fingerprint,
         "readout_hooks": directions.readout_names,
     }
+    names = (*directions.hook_names, *directions.readout_names)
+    tensors = {name: directions[name].contiguous() for name in names}
     # One key: safetensors writes several in an order of its own, and the bytes would change.
     metadata = {"steerlens": json.dumps(fitted)}
-    path.write_bytes(save({name: v.contiguous() for name, v in directions.items()}, metadata))
+    path.write_bytes(save(tensors, metadata))
 
 
 def _write_json(record: Mapping[str, Any], path: Path) -> None:

@@ -42,7 +42,7 @@ class SweepSettings:
     hook_names: tuple[str, ...]
     coefficients: tuple[float, ...]
     position: int
-    positions: SteeredPositions
+    steered_positions: SteeredPositions
     budget: str
     margin: float
     weight: float
@@ -77,7 +77,7 @@ def sweep(
     *,
     layers: Layers | None = None,
     coefficients: Sequence[float | int],
-    positions: SteeredPositions = "all",
+    steered_positions: SteeredPositions = "all",
     budget: str = "relative=0.01",
     margin: float | int = MARGIN,
     weight: float | int = WEIGHT,
@@ -89,38 +89,41 @@ def sweep(
     """Measure projection against logprob degradation at every hook and coefficient.
 
     In a cell at hook L with coefficient c (residual units), the positive prompts run with
-    `+c * direction` and the negative ones with `-c * direction` on the tokens named by `positions`
-    (all real tokens by default), so that the difference moves outward for c > 0. It is read at
-    `readout_hook(L)` and the position the directions were fitted at, and projected on the readout
-    hook's own frozen direction. The logprob is that of the positive prompts' labels: the
-    continuation's tokens where a pair has one, else every prompt token but the first.
+    `+c * direction` and the negative ones with `-c * direction` on the tokens named by
+    `steered_positions` (all real tokens by default), so that the difference moves outward for
+    c > 0. It is read at `readout_hook(L)` and the position the directions were fitted at, and
+    projected on the readout hook's own frozen direction. The logprob is that of the positive
+    prompts' labels: the continuation's tokens where a pair has one, else every prompt token but
+    the first. Steering that begins after the read position (`"continuation"`) leaves the
+    projection as it was and moves the logprob alone.
 
     `layers` (see `resolve_hooks`) defaults to the hooks the directions were fitted for. `budget`
     says what `coherent` means (see `Budget`). Intervals are 95% bootstrap intervals over pairs.
     A cell whose numbers overflow is a row of NaN, not coherent, with a warning. Raises `SweepError`
     on coefficients that are not finite, `DirectionError` when a hook or its readout has no
-    direction, and as `tokenize_pairs` and `run_baseline` do.
+    direction, `SweepError` on a bad budget or number of resamples, `HookError` on an unknown hook,
+    and as `tokenize_pairs`, `make_workload` and `run_baseline` do.
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
     _check_directions(directions, [*hook_names, *readouts.values()])
     settings = SweepSettings(
         hook_names=hook_names,
-        coefficients=_checked_coefficients(coefficients),
+        coefficients=checked_coefficients(coefficients),
         position=directions.position,
-        positions=positions,
+        steered_positions=steered_positions,
         budget=str(Budget.parse(budget)),
-        margin=float(margin),
-        weight=float(weight),
-        n_bootstrap=_checked_resamples(n_bootstrap),
-        seed=seed,
+        margin=_finite("margin", margin),
+        weight=_finite("weight", weight),
+        n_bootstrap=_at_least("n_bootstrap", n_bootstrap, 2),
+        seed=_at_least("seed", seed, 0),
         batch_size=batch_size,
     )
     workload = make_workload(
         model,
         tokenize_pairs(model, pairs),
         position=settings.position,
-        positions=positions,
+        steered_positions=steered_positions,
         batch_size=batch_size,
     )
     baseline = run_baseline(
@@ -286,21 +289,36 @@ def _interval(
     return {f"{name}_ci_low": low, f"{name}_ci_high": high}
 
 
-def _checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
-    # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
-    checked = tuple(dict.fromkeys(float(c) + 0.0 for c in coefficients))
+def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
+    """The coefficients as distinct floats, in order.
+
+    Raises `SweepError` when there is none, or one that is not a finite number.
+    """
+    given: Any = coefficients  # what the annotation promises is what is checked here
+    try:
+        if isinstance(given, str):
+            raise TypeError("text")
+        # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
+        checked = tuple(dict.fromkeys(float(c) + 0.0 for c in given))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SweepError(f"expected a list of finite coefficients, got {given!r:.80}") from error
     if not checked:
-        raise SweepError("expected at least one coefficient")
+        raise SweepError("expected at least one coefficient, got none")
     for coefficient in checked:
-        if not math.isfinite(coefficient):
-            raise SweepError(f"expected finite coefficients, got {coefficient}")
+        _finite("coefficient", coefficient)
     return checked
 
 
-def _checked_resamples(n_bootstrap: int) -> int:
-    if n_bootstrap < 1:
-        raise SweepError(f"n_bootstrap must be at least 1, got {n_bootstrap}")
-    return n_bootstrap
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise SweepError(f"expected a finite {name}, got {value}")
+    return float(value)
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    if value < least:
+        raise SweepError(f"{name} must be at least {least}, got {value}")
+    return value
 
 
 def _check_directions(directions: Directions, hook_names: Sequence[str]) -> None:

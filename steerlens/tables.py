@@ -22,7 +22,7 @@ class Column:
 
 
 _HOOK = (
-    Column("hook_name", "str", "", "hook at which the intervention is applied"),
+    Column("hook_name", "str", "", "hook of the direction (where a cell adds it)"),
     Column("layer", "int64", "", "block index of the hook"),
 )
 
@@ -73,7 +73,12 @@ SWEEP_COLUMNS: tuple[Column, ...] = (
         "weight * mean of relu(margin * baseline - logprob)^2 over pairs",
     ),
     Column("loss", "float64", "", "-projection + coherence_penalty (the reference form)"),
-    Column("coherent", "bool", "", "whether the mean logprob is within the budget"),
+    Column(
+        "coherent",
+        "bool",
+        "",
+        "mean logprob within the budget; false where undefined",
+    ),
 )
 """One row a cell: one hook and one coefficient."""
 
@@ -136,13 +141,6 @@ def to_frame(
     )
     frame.attrs.update(json.loads(json.dumps(dict(attrs))))
     return frame
-
-
-def describe_columns(columns: Sequence[Column]) -> pd.DataFrame:
-    """Name, unit and meaning of each column, as a table for people."""
-    return pd.DataFrame([(c.name, c.unit, c.meaning) for c in columns]).set_axis(
-        ["column", "unit", "meaning"], axis=1
-    )
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

@@ -62,9 +62,7 @@ class Batch:
     @property
     def forward_kwargs(self) -> dict[str, Any]:
         """The attention mask for the model's forward pass; none where nothing is padded."""
-        if bool(self.attention_mask.all()):
-            return {}
-        return {"attention_mask": self.attention_mask.long()}
+        return mask_kwargs(self.attention_mask)
 
     def indices(self, position: int) -> Int[Tensor, " prompt"]:
         """Column of `position` in each row. Raises `ActivationError` outside a prompt."""
@@ -94,6 +92,16 @@ class Batch:
         return mask
 
 
+def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
+    """The keyword of the model's forward pass for a mask; none where nothing is masked."""
+    return {} if bool(attention_mask.all()) else {"attention_mask": attention_mask.long()}
+
+
+def pair_order(batches: Sequence[Batch]) -> Int[Tensor, " pair"]:
+    """What puts the batches' rows, one batch after another, back in the order of the pairs."""
+    return torch.tensor([row for batch in batches for row in batch.rows]).argsort()
+
+
 def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
     """Raise `PairError` when steering at `positions` cannot reach any label token."""
     if positions not in get_args(SteeredPositions):
@@ -121,8 +129,9 @@ def tokenize_prompt(
 def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:
     """Ids of every pair's prompts (see `tokenize_prompt`).
 
-    Raises `PairError` that names the pair when its prompts tokenise to the same ids, or when one
-    is longer than the model's context.
+    Raises `PairError` that names the pair when its prompts tokenise to the same ids, when one is
+    longer than the model's context, or when the positive one has no label: a single token with
+    nothing after it.
     """
     positive, negative = [], []
     for pair in pairs:
@@ -133,6 +142,11 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
             raise PairError(
                 f"the two prompts of pair {pair.id!r} tokenise to the same ids; their difference "
                 "is zero, so remove the pair or make them differ"
+            )
+        if len(pos) < 2:
+            raise PairError(
+                f"the positive prompt of pair {pair.id!r} is a single token, so there is no label "
+                "whose logprob could be measured; make it longer or give a continuation"
             )
         positive.append(pos)
         negative.append(neg)

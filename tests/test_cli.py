@@ -360,7 +360,7 @@ def _one_pair(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--pairs", "missing.jsonl"], ["missing.jsonl", "cannot be read"]),
+        (["--pairs", "missing.jsonl"], ["missing.jsonl", "shipped dataset"]),
         (["--pairs", _bad_line], ["bad.jsonl:3:"]),
         (["--pairs", _one_pair], ["at least 2"]),
         (["--test-pairs", "missing.jsonl"], ["missing.jsonl"]),

@@ -1,6 +1,7 @@
 """Pairs: what loads, what is refused and where, how they split, and how they become text."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -489,3 +490,29 @@ def test_a_template_that_rejects_a_role_is_a_pair_error() -> None:
     with pytest.raises(PairError, match=r"\['system', 'user'\]: no system turn here"):
         render((Message("system", "kind"), USER), tokenizer)
     assert render((USER,), tokenizer) == "how"
+
+
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
+    good = '{"positive": "a", "negative": "b"}\n{"positive": "c", "negative": "d"}\n'
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(good)
+    assert len(ContrastivePairs.from_jsonl(file)) == 2
+    file.write_text(good.replace('"positive": "c"', '"positive": "c", "positive": "e"'))
+    with pytest.raises(PairError, match=r"pairs\.jsonl:2.*'positive' occurs twice"):
+        ContrastivePairs.from_jsonl(file)
+
+
+def test_a_number_too_long_to_read_is_an_error_of_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"positive": "a", "negative": "b", "note": ' + "9" * 5000 + "}\n")
+    with pytest.raises(PairError, match=r"pairs\.jsonl:1"):
+        ContrastivePairs.from_jsonl(file)
+    file.write_text('{"positive": "a", "negative": "b", "note": 9}\n' * 2)
+    assert len(ContrastivePairs.from_jsonl(file)) == 2
+
+
+def test_a_file_name_that_is_no_text_can_still_be_recorded(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.jsonl"))
+    file.write_text('{"positive": "a", "negative": "b"}\n' * 2)
+    assert ContrastivePairs.from_jsonl(file).name.endswith("bad\\xff.jsonl")
+    ContrastivePairs.from_jsonl(file).name.encode("utf-8")

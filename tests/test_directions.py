@@ -13,6 +13,7 @@ import steerlens as sl
 from steerlens.activations import Differences
 from steerlens.errors import DirectionError
 from steerlens.models import inference
+from steerlens.steering import steering_hooks
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -120,7 +121,7 @@ def test_random_depends_on_seed_and_hook_only() -> None:
         (torch.zeros(3, 4), "mean_diff", "same activation at position"),
         (torch.zeros(3, 4), "random", "same activation at position"),
         (torch.tensor([[1.0, 2.0], [-1.0, -2.0]]), "mean_diff", "cancel"),
-        (torch.tensor([[1.0, 2.0], [1.0, 2.0]]), "pca_centred", "all differences are equal"),
+        (torch.tensor([[1.0, 2.0], [1.0, 2.0]]), "pca_centred", "all equal and were centred"),
         (torch.eye(2), "no_such_method", "there are mean_diff, pca"),
     ],
 )
@@ -139,7 +140,10 @@ def test_same_token_on_both_sides_is_refused(llama: Any, pairs: sl.ContrastivePa
 
 def test_directions_are_a_mapping_with_norm_1(llama: Any, pairs: sl.ContrastivePairs) -> None:
     directions = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[0]))
-    assert list(directions) == ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+    assert list(directions) == ["blocks.0.hook_resid_post"]
+    # The readout is there to be looked up, but steering by the mapping leaves it alone.
+    assert directions["blocks.2.hook_resid_post"].norm() == pytest.approx(1)
+    assert [name for name, _ in steering_hooks(directions, 1)] == ["blocks.0.hook_resid_post"]
     assert directions.hook_names == ("blocks.0.hook_resid_post",)
     assert directions.fingerprint == pairs.fingerprint
     with pytest.raises(KeyError):

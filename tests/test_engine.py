@@ -28,7 +28,11 @@ def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
 
 def make(model: Any, pairs: sl.ContrastivePairs, positions: Any = "all", size: int = 3) -> Workload:
     return make_workload(
-        model, tokenize_pairs(model, pairs), position=-1, positions=positions, batch_size=size
+        model,
+        tokenize_pairs(model, pairs),
+        position=-1,
+        steered_positions=positions,
+        batch_size=size,
     )
 
 
@@ -56,6 +60,12 @@ def by_plain_loop(model: Any, workload: Workload, job: Job) -> list[CellOutput]:
             readout=job.readout,
         )
     )
+
+
+def by_engine(model: Any, workload: Workload, job: Job, *, rows_per_pass: int) -> list[CellOutput]:
+    """The engine's cells without its check."""
+    start = engine._Carried.at_start(workload)
+    return engine._fast_cells(model, workload, job, start, rows_per_pass, Cost())[0]
 
 
 def assert_same(found: list[CellOutput], expected: list[CellOutput]) -> None:
@@ -129,8 +139,7 @@ def test_only_label_positions_reach_the_unembedding(llama: Any, pairs: sl.Contra
     list(run_cells(llama, workload, jobs, rows_per_pass=8, cost=Cost()))
     llama.add_hook("unembed.hook_out", lambda logits, hook: rows.append(logits.shape[:-1].numel()))
     try:
-        with torch.no_grad():
-            engine._fast_cells(llama, workload, jobs, rows_per_pass=8, cost=Cost()).__next__()
+        by_engine(llama, workload, jobs[0], rows_per_pass=8)
     finally:
         llama.reset_hooks()
     labels = sum(len(prompt) - 1 for prompt in workload.positive[0].prompts)
@@ -180,9 +189,8 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
     assert max(sizes) == 16
     assert_same(found, expected)
     monkeypatch.setattr(engine, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
-    run = engine._fast_cells(llama, workload, jobs, rows_per_pass=1, cost=Cost())
     with pytest.raises(torch.OutOfMemoryError):
-        next(run)
+        by_engine(llama, workload, jobs[0], rows_per_pass=1)
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(
@@ -193,9 +201,8 @@ def test_other_errors_are_not_taken_for_out_of_memory(
 
     workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
     monkeypatch.setattr(engine, "run_from", broken)
-    run = engine._fast_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost())
     with pytest.raises(RuntimeError, match="shapes"):
-        next(run)
+        by_engine(llama, workload, jobs[0], rows_per_pass=16)
 
 
 def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs) -> None:
@@ -218,6 +225,54 @@ def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(run_cells(honest, make(honest, pairs), jobs, rows_per_pass=16, cost=Cost()))
+
+
+def test_every_hook_is_checked_and_huge_coefficients_hide_nothing(
+    pairs: sl.ContrastivePairs,
+) -> None:
+    """Block 4 adds what block 2 computed: resuming after block 0 is exact, after block 3 not."""
+    hf_model = build_llama()
+    kept: dict[str, torch.Tensor] = {}
+    hf_model.model.layers[2].mlp.register_forward_hook(lambda m, a, out: kept.update(out=out))
+    hf_model.model.layers[4].mlp.register_forward_hook(
+        lambda m, a, out: out + kept["out"] if kept["out"].shape == out.shape else out
+    )
+    model = bridge(hf_model)
+    workload = make(model, pairs)
+    exact, wrong = (
+        replace(job, coefficients=(*COEFFICIENTS, 1e20))
+        for job in make_jobs(model, [resid_post(0), resid_post(3)])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (found,) = run_cells(model, workload, [exact], rows_per_pass=16, cost=Cost())
+    assert_same(found[:3], by_plain_loop(model, workload, exact)[:3])
+    with pytest.warns(RuntimeWarning, match=r"resuming after blocks\.3"):
+        _, found = run_cells(model, workload, [exact, wrong], rows_per_pass=16, cost=Cost())
+    assert_same(found[:3], by_plain_loop(model, workload, wrong)[:3])
+
+
+def test_a_users_hook_on_the_end_of_the_model_is_found_out(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    """It sees label rows instead of prompts, so what it does by position would be lost."""
+
+    def late(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        changed = activation.clone()
+        changed[:, 10:] = 0
+        return changed
+
+    workload, jobs = make(llama, pairs), make_jobs(llama, [resid_post(1)])
+    without = by_plain_loop(llama, workload, jobs[0])
+    llama.add_hook("ln_final.hook_out", late)
+    try:
+        with pytest.warns(RuntimeWarning, match="logprob differs"):
+            (found,) = run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost())
+        assert_same(found, by_plain_loop(llama, workload, jobs[0]))
+    finally:
+        llama.reset_hooks()
+    with pytest.raises(AssertionError):
+        assert_same(found, without)
 
 
 def test_blocks_are_as_before_after_an_exception(llama: Any) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -319,3 +320,8 @@ def test_a_hook_that_needs_a_setting_says_which(llama: Any) -> None:
             llama(TOKENS)
         with hooked(llama, [(FIRST, keep), ("blocks.0.attn.hook_out", keep)]):
             llama(TOKENS)
+
+
+def test_numpy_numbers_are_layers_and_what_is_none_is_refused(llama: Any) -> None:
+    assert resolve_hooks(llama, np.int64(2)) == ("blocks.2.hook_resid_post",)
+    assert resolve_hooks(llama, [*np.arange(2)]) == tuple(map(resid_post, range(2)))

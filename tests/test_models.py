@@ -161,7 +161,7 @@ def test_what_is_not_known_of_a_model_made_elsewhere_says_so(model_folder: Path)
 def test_weight_processing_of_a_model_that_does_not_tell() -> None:
     """A model of another class has no `compatibility_mode` to read."""
     made = bridge(build_llama(n_layers=1))
-    members = ("cfg", "tokenizer", "training", "hook_dict", "hooks", "generate")
+    members = ("cfg", "tokenizer", "blocks", "hook_dict", "hooks", "generate")
     stand_in = type("Other", (), {name: getattr(made, name) for name in members})()
     type(stand_in).__call__ = lambda self: None
     assert sl.provenance(stand_in).weight_processing == "unknown"

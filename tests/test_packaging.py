@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Column
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -37,6 +39,13 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
     assert found[0] == str(site / "steerlens" / "shipped")
     assert found[1:] == ["formality", "honesty", "sentiment", "200", "100"]
     assert (site / "steerlens" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("column", [*SWEEP_COLUMNS, *LAYER_COLUMNS], ids=lambda c: c.name)
+def test_every_column_is_explained_in_the_docs(column: Column) -> None:
+    meaning = column.meaning.replace("|", "&#124;")
+    row = f"| `{column.name}` | {column.unit} | {meaning} |"
+    assert row in (ROOT / "docs" / "columns.md").read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.real

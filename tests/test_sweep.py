@@ -208,10 +208,10 @@ def test_steering_the_continuation_leaves_the_prompt_alone(llama: Any) -> None:
     )
     fitted = sl.fit_directions(sl.collect_differences(llama, pairs))
     options: dict[str, Any] = {"layers": [1], "coefficients": [0, 4]}
-    only_after = sl.sweep(llama, pairs, fitted, positions="continuation", **options).table
+    only_after = sl.sweep(llama, pairs, fitted, steered_positions="continuation", **options).table
     assert only_after.projection_shift[1] == 0
     assert only_after.degradation_nats[1] != 0
-    everywhere = sl.sweep(llama, pairs, fitted, positions="all", **options).table
+    everywhere = sl.sweep(llama, pairs, fitted, steered_positions="all", **options).table
     assert everywhere.projection_shift[1] != 0
     assert everywhere.degradation_nats[1] != only_after.degradation_nats[1]
 
@@ -221,16 +221,39 @@ def test_steering_that_can_reach_no_label_is_refused(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions, positions: Any
 ) -> None:
     with pytest.raises(PairError, match="no continuation"):
-        sl.sweep(llama, pairs, directions, coefficients=[1], positions=positions)
-    sl.sweep(llama, pairs, directions, coefficients=[1], positions="prompt", layers=[0])
+        sl.sweep(llama, pairs, directions, coefficients=[1], steered_positions=positions)
+    sl.sweep(llama, pairs, directions, coefficients=[1], steered_positions="prompt", layers=[0])
 
 
 @pytest.mark.parametrize("coefficients", [[float("nan")], [1.0, float("inf")], []])
 def test_coefficients_without_meaning_are_refused(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions, coefficients: Any
 ) -> None:
-    with pytest.raises(SweepError, match=r"finite coefficients|at least one"):
+    with pytest.raises(SweepError, match=r"finite coefficient|at least one"):
         sl.sweep(llama, pairs, directions, coefficients=coefficients)
+
+
+@pytest.mark.parametrize(
+    "option", [{"seed": -1}, {"n_bootstrap": 1}, {"margin": float("nan")}, {"weight": float("inf")}]
+)
+def test_settings_without_meaning_are_refused(
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, option: Any
+) -> None:
+    with pytest.raises(SweepError, match=next(iter(option))):
+        sl.sweep(llama, pairs, directions, layers=[0], coefficients=[1], **option)
+
+
+def test_a_prompt_without_any_label_is_refused(llama: Any) -> None:
+    """Without BOS a prompt of one word is one token, and nothing predicts it."""
+    bos, llama.tokenizer.bos_token = llama.tokenizer.bos_token, None
+    try:
+        one_word = sl.ContrastivePairs.from_lists(["good", "you are good"], ["bad", "you are bad"])
+        with pytest.raises(PairError, match="pair '1' is a single token"):
+            sl.tokenize_pairs(llama, one_word)
+        longer = sl.ContrastivePairs.from_lists(["so good", "you are good"], ["bad", "you are bad"])
+        sl.tokenize_pairs(llama, longer)
+    finally:
+        llama.tokenizer.bos_token = bos
 
 
 def test_repeated_and_negative_zero_coefficients_are_one(

@@ -12,7 +12,6 @@ import pytest
 from steerlens.tables import (
     LAYER_COLUMNS,
     SWEEP_COLUMNS,
-    describe_columns,
     to_frame,
     write_csv,
     write_parquet,
@@ -93,11 +92,6 @@ def test_every_column_has_a_meaning_and_says_its_unit(columns: Any, names: list[
         assert isinstance(column.unit, str), column.name
         # A name that ends in its unit must not contradict it.
         assert not column.name.endswith("_nats") or "nats" in column.unit, column.name
-    described = describe_columns(columns)
-    assert list(described.columns) == ["column", "unit", "meaning"]
-    assert described.column.to_list() == names
-    assert described.unit.to_list() == [column.unit for column in columns]
-    assert described.meaning.to_list() == [column.meaning for column in columns]
 
 
 def test_a_frame_has_the_declared_types_and_order(frame: pd.DataFrame) -> None:
