@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.activations import DEFAULT_BATCH_SIZE
+from steerlens.cells import Cost, Job, forward_equivalents
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
-from steerlens.engine import Cost, Job, forward_equivalents, run_cells
+from steerlens.engine import run_cells
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import (

@@ -9,8 +9,9 @@ import torch
 from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
-from steerlens import engine, passes, plain
-from steerlens.engine import Cost, Job, forward_equivalents, run_cells
+from steerlens import cells, passes, plain
+from steerlens.cells import Carried, Cost, Job, fast_cells, forward_equivalents
+from steerlens.engine import run_cells
 from steerlens.hooks import readout_hook, resid_post
 from steerlens.plain import CellOutput, Workload, make_workload
 from steerlens.tokens import tokenize_pairs
@@ -64,8 +65,8 @@ def by_plain_loop(model: Any, workload: Workload, job: Job) -> list[CellOutput]:
 
 def by_engine(model: Any, workload: Workload, job: Job, *, rows_per_pass: int) -> list[CellOutput]:
     """The engine's cells without its check."""
-    start = engine._Carried.at_start(workload)
-    return engine._fast_cells(model, workload, job, start, rows_per_pass, Cost())[0]
+    start = Carried.at_start(workload)
+    return fast_cells(model, workload, job, start, rows_per_pass, Cost())[0]
 
 
 def assert_same(found: list[CellOutput], expected: list[CellOutput]) -> None:
@@ -90,8 +91,8 @@ def test_equal_to_the_plain_loop_at_every_layer(
         tiny.tokenizer.padding_side = before
     jobs = make_jobs(tiny, [resid_post(i) for i in range(tiny.cfg.n_layers)])
     found = list(run_cells(tiny, workload, jobs, rows_per_pass=7, cost=Cost()))
-    for job, cells in zip(jobs, found, strict=True):
-        assert_same(cells, by_plain_loop(tiny, workload, job))
+    for job, of_job in zip(jobs, found, strict=True):
+        assert_same(of_job, by_plain_loop(tiny, workload, job))
     # Control: neighbouring coefficients are told apart by the same comparison.
     with pytest.raises(AssertionError):
         assert_same(found[0], [replace(cell, coefficient=0.0) for cell in found[0]])
@@ -111,10 +112,10 @@ def test_hooks_inside_a_block_and_any_order_of_jobs(llama: Any, pairs: sl.Contra
     ]
     workload = make(llama, pairs)
     jobs = make_jobs(llama, names)
-    for job, cells in zip(
+    for job, of_job in zip(
         jobs, run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost()), strict=True
     ):
-        assert_same(cells, by_plain_loop(llama, workload, job))
+        assert_same(of_job, by_plain_loop(llama, workload, job))
 
 
 def test_cost_is_that_of_the_blocks_that_run(llama: Any, pairs: sl.ContrastivePairs) -> None:
@@ -175,7 +176,7 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
 ) -> None:
     workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
     expected = by_plain_loop(llama, workload, jobs[0])
-    real, sizes = engine.run_from, []
+    real, sizes = cells.run_from, []
 
     def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         sizes.append(len(tokens))
@@ -183,12 +184,12 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
             raise torch.OutOfMemoryError("CUDA out of memory")
         real(model, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(engine, "run_from", too_large)
+    monkeypatch.setattr(cells, "run_from", too_large)
     with pytest.warns(ResourceWarning, match="going on with 4 prompts"):
         (found,) = run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost())
     assert max(sizes) == 16
     assert_same(found, expected)
-    monkeypatch.setattr(engine, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
+    monkeypatch.setattr(cells, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
     with pytest.raises(torch.OutOfMemoryError):
         by_engine(llama, workload, jobs[0], rows_per_pass=1)
 
@@ -200,7 +201,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(
         raise RuntimeError("shapes cannot be multiplied")
 
     workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
-    monkeypatch.setattr(engine, "run_from", broken)
+    monkeypatch.setattr(cells, "run_from", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         by_engine(llama, workload, jobs[0], rows_per_pass=16)
 
@@ -218,8 +219,8 @@ def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs)
     with pytest.warns(RuntimeWarning, match="does not reproduce this model"):
         found = list(run_cells(model, workload, jobs, rows_per_pass=16, cost=Cost()))
     seen.clear()
-    for job, cells in zip(jobs, found, strict=True):
-        assert_same(cells, by_plain_loop(model, workload, job))
+    for job, of_job in zip(jobs, found, strict=True):
+        assert_same(of_job, by_plain_loop(model, workload, job))
     # Control: the same model without the shortcut across blocks gives no warning.
     honest = bridge(build_llama())
     with warnings.catch_warnings():

@@ -18,7 +18,8 @@ import transformers
 
 import steerlens as sl
 from steerlens import plain
-from steerlens.engine import Cost, Job, forward_equivalents, run_cells
+from steerlens.cells import Cost, Job, forward_equivalents
+from steerlens.engine import run_cells
 from steerlens.hooks import readout_hook, resid_post
 from steerlens.models import cache_folder
 from steerlens.plain import Workload, make_workload
