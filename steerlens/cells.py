@@ -67,6 +67,7 @@ class Carried:
 
     @classmethod
     def at_start(cls, workload: Workload) -> "Carried":
+        """Nothing computed yet."""
         return cls((None,) * len(workload.positive), (None,) * len(workload.negative))
 
 
@@ -78,7 +79,10 @@ def fast_cells(
     rows_per_pass: int,
     cost: Cost,
 ) -> tuple[list[CellOutput], Carried]:
-    """The cells of `job`, and the residuals for the job after it."""
+    """The cells of `job` in the order of its coefficients, and the residuals for the job after it.
+
+    Nothing is checked here: see `engine.run_cells`. `cost` is added to.
+    """
     with inference(model):
         positive = _carry(model, workload.positive, carried.positive, job, cost)
         negative = _carry(model, workload.negative, carried.negative, job, cost)
