@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit bench install clean
+.PHONY: demo test lint types unit install clean
 
 install: $(STAMP)
 
@@ -30,9 +30,6 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest --nbmake tests tutorials
-
-bench: $(STAMP)
-	$(BIN)/python tests/benchmarks/sweep.py
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
