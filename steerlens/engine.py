@@ -38,6 +38,8 @@ def run_cells(
     norm, or nats; 4 times the rounding of a half-precision dtype) runs by the plain loop, with a
     warning.
     """
+    if not jobs:
+        return
     check = _Check.of(model, workload, jobs)
     carried, is_warned = Carried.at_start(workload), False
     for i, job in enumerate(jobs):

@@ -14,8 +14,7 @@ def bootstrap_interval(
 
     Pairs are resampled with replacement (`scipy.stats.bootstrap`, percentile method, so that equal
     values give an interval of width 0). The same seed draws the same pairs for every cell. NaN
-    among the values gives (NaN, NaN). With few pairs the interval is too narrow: at 10 pairs about
-    90% instead of 95%.
+    among the values gives (NaN, NaN). With few pairs the interval is too narrow.
     """
     if not np.isfinite(values).all():
         return float("nan"), float("nan")
