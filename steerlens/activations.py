@@ -15,8 +15,6 @@ from steerlens.hooks import HookFunction, Layers, hooked, readout_hook, resolve_
 from steerlens.models import HookedModel, inference
 from steerlens.tokens import Batch, TokenizedPrompt, make_batches, tokenize_pairs
 
-DEFAULT_BATCH_SIZE = 16
-
 
 @dataclass(frozen=True)
 class Differences:
@@ -63,7 +61,7 @@ def collect_differences(
     *,
     layers: Layers = "all",
     position: int = -1,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Differences:
     """Activations of both sides of every pair and their differences.
 
@@ -100,7 +98,7 @@ def collect_activations(
     hook_names: Sequence[str],
     *,
     position: int = -1,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> Float[Tensor, "hook prompt d_model"]:
     """Activations at one position of every prompt, in the prompts' order, on the CPU.
 

@@ -16,9 +16,18 @@ from steerlens.activations import reading_hook
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.loss import mean_by_prompt
 from steerlens.models import HookedModel, inference
-from steerlens.passes import Residual, advance, labels_logprob, run_from
-from steerlens.plain import CellOutput, Workload
-from steerlens.tokens import Batch, pair_order
+from steerlens.passes import (
+    Prefix,
+    Residual,
+    advance,
+    labels_kl,
+    labels_logprob,
+    run_from,
+    run_prefix,
+    takes_cache,
+)
+from steerlens.plain import Baseline, CellOutput, Workload, by_token, in_pair_order
+from steerlens.tokens import Batch, make_split_batches, rows_per_pass
 
 
 @dataclass
@@ -59,42 +68,147 @@ def forward_equivalents(cost: Cost, model: HookedModel, workload: Workload) -> f
 
 
 @dataclass(frozen=True)
+class Part:
+    """The tokens of a batch that its cells have to run, and what is known of the others.
+
+    `prefix` holds the keys and values of the tokens before those of `batch`, `final` the unsteered
+    output of the last block where a label is predicted; both where needed only.
+    """
+
+    batch: Batch
+    prefix: Prefix | None = None
+    final: Float[Tensor, "label d_model"] | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A workload ready for its cells (see `prepare`), and its baseline at every readout."""
+
+    workload: Workload
+    unsteered: Baseline
+    positive: tuple[Part, ...]
+    negative: tuple[Part, ...]
+    batch_size: int | None
+
+
+@dataclass(frozen=True)
 class Carried:
-    """The unsteered residual of every batch, where the last job stood."""
+    """The unsteered residual of every part, where the last job stood."""
 
     positive: tuple[Residual | None, ...]
     negative: tuple[Residual | None, ...]
 
     @classmethod
-    def at_start(cls, workload: Workload) -> "Carried":
+    def at_start(cls, prepared: Prepared) -> "Carried":
         """Nothing computed yet."""
-        return cls((None,) * len(workload.positive), (None,) * len(workload.negative))
+        return cls((None,) * len(prepared.positive), (None,) * len(prepared.negative))
+
+
+def prepare(
+    model: HookedModel,
+    workload: Workload,
+    unsteered: Baseline,
+    *,
+    batch_size: int | None,
+    reuse_prefix: bool,
+    cost: Cost,
+) -> Prepared:
+    """Run once what all cells share: keys and values before the first steered token.
+
+    They are kept with `reuse_prefix` where the last prompt token or the continuation is steered,
+    and take two vectors a token, head and block. `cost` is added to.
+    """
+    with inference(model):
+        positive = _parts(model, workload, workload.positive, batch_size, reuse_prefix, cost)
+        if workload.with_kl:
+            positive = tuple(_with_final(model, part, cost) for part in positive)
+        negative: tuple[Part, ...] = ()
+        # Negative prompts have no continuation, so there is nothing to steer on them.
+        if workload.steered_positions != "continuation":
+            negative = _parts(model, workload, workload.negative, batch_size, reuse_prefix, cost)
+    return Prepared(workload, unsteered, positive, negative, batch_size)
+
+
+def _parts(
+    model: HookedModel,
+    workload: Workload,
+    batches: Sequence[Batch],
+    batch_size: int | None,
+    reuse_prefix: bool,
+    cost: Cost,
+) -> tuple[Part, ...]:
+    prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
+    is_split = (
+        reuse_prefix
+        and workload.steered_positions in ("continuation", "last")
+        and takes_cache(model)
+        and all(len(p.prompt) > 1 for p in prompts.values())
+        and all(p.index(workload.position) == len(p.prompt) - 1 for p in prompts.values())
+    )
+    if not is_split:
+        return tuple(Part(batch) for batch in batches)
+    parts = []
+    in_order = [prompts[row] for row in sorted(prompts)]
+    for head, tail in make_split_batches(model, in_order, batch_size):
+        cost.add(head.tokens, int(model.cfg.n_layers))
+        parts.append(Part(tail, run_prefix(model, head)))
+    return tuple(parts)
+
+
+def _with_final(model: HookedModel, part: Part, cost: Cost) -> Part:
+    n_layers = int(model.cfg.n_layers)
+    cost.add(part.batch.tokens, n_layers)
+    final = _advance(model, part, None, n_layers).values
+    return replace(part, final=final[:, :-1][part.batch.label_mask()[:, 1:]])
+
+
+def _advance(model: HookedModel, part: Part, start: Residual | None, block: int) -> Residual:
+    batch, prefix = part.batch, part.prefix
+    if prefix is not None:
+        rows = torch.arange(len(batch.prompts), device=batch.tokens.device)
+        prefix = prefix.at(rows, 0 if start is None else start.block)
+    return advance(
+        model, batch.tokens, batch.attention_mask, start=start, prefix=prefix, block=block
+    )
 
 
 def fast_cells(
-    model: HookedModel,
-    workload: Workload,
-    job: Job,
-    carried: Carried,
-    rows_per_pass: int,
-    cost: Cost,
+    model: HookedModel, prepared: Prepared, job: Job, carried: Carried, cost: Cost
 ) -> tuple[list[CellOutput], Carried]:
     """The cells of `job` in the order of its coefficients, and the residuals for the job after it.
 
     Nothing is checked here: see `engine.run_cells`. `cost` is added to.
     """
+    run = _Run(model, prepared.workload, job, prepared.batch_size, cost)
     with inference(model):
-        positive = _carry(model, workload.positive, carried.positive, job, cost)
-        negative = _carry(model, workload.negative, carried.negative, job, cost)
-        run = _Run(model, workload, job, rows_per_pass, cost)
-        up = [run.positive(b, r) for b, r in zip(workload.positive, positive, strict=True)]
-        down = [run.negative(b, r) for b, r in zip(workload.negative, negative, strict=True)]
-    up_order, down_order = pair_order(workload.positive), pair_order(workload.negative)
-    readouts_pos = torch.cat([readout for readout, _ in up], dim=1)[:, up_order]
-    logprobs = torch.cat([logprob for _, logprob in up], dim=1)[:, up_order]
-    readouts_neg = torch.cat(down, dim=1)[:, down_order]
+        positive = _carry(model, prepared.positive, carried.positive, job, cost)
+        negative = _carry(model, prepared.negative, carried.negative, job, cost)
+        up = [run.positive(p, r) for p, r in zip(prepared.positive, positive, strict=True)]
+        down = [run.negative(p, r) for p, r in zip(prepared.negative, negative, strict=True)]
+    n = len(job.coefficients)
+    nothing = torch.zeros((n, 0, len(job.direction)))
+    readouts_pos, logprobs, kl, readouts_neg = nothing, torch.zeros((n, 0)), None, nothing
+    if up:
+        batches = [part.batch for part in prepared.positive]
+        readouts_pos = in_pair_order(batches, [readout for readout, _, _ in up])
+        logprobs = in_pair_order(batches, [logprob for _, logprob, _ in up])
+        if prepared.workload.with_kl:
+            kl = by_token(batches, [divergence for _, _, divergence in up])
+    if prepared.workload.steered_positions == "continuation":
+        # What is read lies before every steered token, so it is the unsteered model's to the bit.
+        unsteered = prepared.unsteered.cell(job.readout)
+        readouts_pos = unsteered.positive.expand(n, -1, -1)
+        readouts_neg = unsteered.negative.expand(n, -1, -1)
+    elif down:
+        readouts_neg = in_pair_order([part.batch for part in prepared.negative], down)
     cells = [
-        CellOutput(coefficient, readouts_pos[i], readouts_neg[i], logprobs[i])
+        CellOutput(
+            coefficient,
+            readouts_pos[i],
+            readouts_neg[i],
+            logprobs[i],
+            None if kl is None else kl[i],
+        )
         for i, coefficient in enumerate(job.coefficients)
     ]
     return cells, Carried(positive, negative)
@@ -102,22 +216,19 @@ def fast_cells(
 
 def _carry(
     model: HookedModel,
-    batches: Sequence[Batch],
+    parts: Sequence[Part],
     residuals: Sequence[Residual | None],
     job: Job,
     cost: Cost,
 ) -> tuple[Residual | None, ...]:
     """The unsteered residuals entering the job's first block, from those of the job before."""
-    carried: list[Residual | None] = []
-    for batch, known in zip(batches, residuals, strict=True):
+    if job.first_block == 0:
+        return (None,) * len(parts)
+    carried = []
+    for part, known in zip(parts, residuals, strict=True):
         start = known if known is not None and known.block <= job.first_block else None
-        if job.first_block == 0:
-            carried.append(None)
-            continue
-        cost.add(batch.tokens, job.first_block - (0 if start is None else start.block))
-        carried.append(
-            advance(model, batch.tokens, batch.attention_mask, start=start, block=job.first_block)
-        )
+        cost.add(part.batch.tokens, job.first_block - (0 if start is None else start.block))
+        carried.append(_advance(model, part, start, job.first_block))
     return tuple(carried)
 
 
@@ -128,39 +239,59 @@ class _Run:
     model: HookedModel
     workload: Workload
     job: Job
-    rows_per_pass: int
+    batch_size: int | None
     cost: Cost
 
     def positive(
-        self, batch: Batch, start: Residual | None
-    ) -> tuple[Float[Tensor, "coefficient prompt d_model"], Float[Tensor, "coefficient prompt"]]:
-        """Readouts and label logprobs of a batch under `+coefficient`."""
-        labels = batch.label_mask()
+        self, part: Part, start: Residual | None
+    ) -> tuple[
+        Float[Tensor, "coefficient prompt d_model"],
+        Float[Tensor, "coefficient prompt"],
+        Float[Tensor, "coefficient label"],
+    ]:
+        """Readouts, label logprobs and divergences (0 labels unless asked for) at `+coefficient`.
 
-        def run(rows: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        The divergences come prompt after prompt.
+        """
+        batch = part.batch
+        labels = batch.label_mask()[:, 1:]
+        n_labels = labels.sum(dim=1).tolist()
+
+        def run(rows: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
             final: dict[str, Tensor] = {}
-            is_label = labels[rows][:, 1:]
+            is_label = labels[rows]
             readout = self._pass(
-                batch, start, rows, coefficients, into=final, last_block=self._n_layers - 1
+                part, start, rows, coefficients, into=final, last_block=self._n_layers - 1
             )
             predictions = final["residual"][:, :-1][is_label]
             logprob = labels_logprob(self.model, predictions, batch.tokens[rows][:, 1:][is_label])
-            return readout.cpu(), mean_by_prompt(logprob, is_label).cpu()
+            kl = logprob.new_zeros(0)
+            if part.final is not None:
+                by_row = torch.split(part.final, n_labels)
+                unsteered = torch.cat([by_row[row] for row in rows.tolist()])
+                kl = labels_kl(self.model, predictions, unsteered)
+            return readout.cpu(), mean_by_prompt(logprob, is_label).cpu(), kl.cpu()
 
-        readout, logprob = self._in_slices(batch, run, sign=1.0)
-        return readout, logprob
+        readout, logprob, kl = self._in_slices(batch, run, sign=1.0)
+        shape = len(self.job.coefficients), len(batch.prompts)
+        return (
+            readout.reshape(*shape, -1),
+            logprob.reshape(shape),
+            kl.reshape(shape[0], len(kl) // shape[0]),
+        )
 
     def negative(
-        self, batch: Batch, start: Residual | None
+        self, part: Part, start: Residual | None
     ) -> Float[Tensor, "coefficient prompt d_model"]:
-        """Readouts of a batch under `-coefficient`."""
+        """Readouts under `-coefficient`."""
         last_block = hook_layer(self.job.readout)
 
         def run(rows: Tensor, coefficients: Tensor) -> tuple[Tensor]:
-            readout = self._pass(batch, start, rows, coefficients, into={}, last_block=last_block)
+            readout = self._pass(part, start, rows, coefficients, into={}, last_block=last_block)
             return (readout.cpu(),)
 
-        return self._in_slices(batch, run, sign=-1.0)[0]
+        (readout,) = self._in_slices(part.batch, run, sign=-1.0)
+        return readout.reshape(len(self.job.coefficients), len(part.batch.prompts), -1)
 
     @property
     def _n_layers(self) -> int:
@@ -168,7 +299,7 @@ class _Run:
 
     def _pass(
         self,
-        batch: Batch,
+        part: Part,
         start: Residual | None,
         rows: Int[Tensor, " row"],
         coefficients: Float[Tensor, " row"],
@@ -180,7 +311,8 @@ class _Run:
 
         The residual after `last_block` is stored as `into["residual"]`.
         """
-        job, tokens = self.job, batch.tokens[rows]
+        job, batch = self.job, part.batch
+        tokens = batch.tokens[rows]
         mask = batch.steered_mask(self.workload.steered_positions)[rows]
         indices = batch.indices(self.workload.position)[rows.cpu()]
         add = _addition_by_row(job.direction, coefficients, mask)
@@ -199,12 +331,14 @@ class _Run:
             hooks.append((last, _storing(into)))
             if not self._reads_at_start(start):
                 hooks.append(reading_hook(found, job.readout, indices))
-            self.cost.add(tokens, last_block + 1 - (0 if start is None else start.block))
+            first_block = 0 if start is None else start.block
+            self.cost.add(tokens, last_block + 1 - first_block)
             run_from(
                 self.model,
                 tokens,
                 batch.attention_mask[rows],
                 start=start,
+                prefix=None if part.prefix is None else part.prefix.at(rows, first_block),
                 fwd_hooks=hooks,
                 last_hook=last,
             )
@@ -224,13 +358,13 @@ class _Run:
         *,
         sign: float,
     ) -> tuple[Tensor, ...]:
-        """`run` over all (coefficient, prompt), some at a time: `[coefficient, prompt, ...]`."""
+        """`run` over all (coefficient, prompt), some at a time, joined in that order."""
         n_prompts, coefficients = len(batch.prompts), self.job.coefficients
         device = batch.tokens.device
         rows = torch.arange(n_prompts, device=device).repeat(len(coefficients))
         signed = (sign * torch.tensor(coefficients, device=device)).repeat_interleave(n_prompts)
         outputs: list[tuple[Tensor, ...]] = []
-        done, size = 0, self.rows_per_pass
+        done, size = 0, self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
         while done < len(rows):
             part = slice(done, done + size)
             try:
@@ -246,10 +380,7 @@ class _Run:
                 )
                 continue
             done += size
-        return tuple(
-            torch.cat(parts).reshape(len(coefficients), n_prompts, *parts[0].shape[1:])
-            for parts in zip(*outputs, strict=True)
-        )
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 
 def _addition_by_row(

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steerlens import data
-from steerlens.activations import DEFAULT_BATCH_SIZE, collect_differences
+from steerlens.activations import collect_differences
 from steerlens.data import ContrastivePairs, Message, Prompt
 from steerlens.directions import METHODS, fit_directions
 from steerlens.errors import PairError, SteerlensError, SweepError
@@ -73,7 +73,10 @@ MethodOption = Annotated[str, typer.Option("--method", help=f"One of {', '.join(
 PositionOption = Annotated[
     int, typer.Option("--position", help="Token of the prompt to read; negative from its end.")
 ]
-BatchOption = Annotated[int, typer.Option("--batch-size", help="Prompts a forward pass.")]
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Prompts a forward pass. Default: what the device can use."),
+]
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, help="Seed of `random` and of the bootstrap.")
 ]
@@ -97,7 +100,7 @@ def sweep(
     budget: Annotated[
         str, typer.Option("--budget", help="What counts as coherent: relative=0.01 or nats=0.05")
     ] = "relative=0.01",
-    batch_size: BatchOption = DEFAULT_BATCH_SIZE,
+    batch_size: BatchOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001 (read by main)
@@ -161,7 +164,7 @@ def show_layers(
     layers: LayersOption = "all",
     method: MethodOption = "mean_diff",
     position: PositionOption = -1,
-    batch_size: BatchOption = DEFAULT_BATCH_SIZE,
+    batch_size: BatchOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option("--out", help="CSV file to write.")] = None,
     quiet: QuietOption = False,
@@ -198,7 +201,7 @@ def generate(
     position: PositionOption = -1,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 40,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template round the prompt.")] = False,
-    batch_size: BatchOption = DEFAULT_BATCH_SIZE,
+    batch_size: BatchOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
@@ -329,7 +332,7 @@ def _fit(
     pairs: ContrastivePairs,
     layers: str,
     position: int,
-    batch_size: int,
+    batch_size: int | None,
     method: str,
     seed: int,
     *,

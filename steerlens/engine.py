@@ -1,6 +1,6 @@
 """Run the cells of many hooks for about what their arithmetic costs.
 
-Every hook is checked on two prompts before its cells are resumed. Where that does not give the
+A plan checks every hook on two prompts before its cells are resumed. Where that does not give the
 numbers of the model itself, the plain loop is used, with a warning.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from steerlens import plain
-from steerlens.cells import Carried, Cost, Job, fast_cells
+from steerlens.cells import Carried, Cost, Job, Prepared, fast_cells, prepare
 from steerlens.errors import SteerlensError
 from steerlens.hooks import hook_layer
 from steerlens.models import HookedModel
@@ -20,94 +20,138 @@ from steerlens.plain import Baseline, CellOutput, Workload
 from steerlens.tokens import Batch
 
 
-def run_cells(
-    model: HookedModel,
-    workload: Workload,
-    jobs: Sequence[Job],
-    *,
-    rows_per_pass: int,
-    cost: Cost,
-) -> Iterator[list[CellOutput]]:
-    """The cells of every job, job by job and in the order of its coefficients.
-
-    `rows_per_pass` prompts go through the model at once; out of memory halves that for the rest of
-    the batch. `cost` is added to. Jobs should come in layer order, as each one starts from where
-    the last one stood. Every job is checked on two prompts a side, the shortest and the longest:
-    resumed at coefficient 0 it has to give the unsteered model, and the first job at its smallest
-    coefficient what the plain loop gives. A job that differs by more than 1e-4 (of a readout's
-    norm, or nats; 4 times the rounding of a half-precision dtype) runs by the plain loop, with a
-    warning.
-    """
-    if not jobs:
-        return
-    check = _Check.of(model, workload, jobs)
-    carried, is_warned = Carried.at_start(workload), False
-    for i, job in enumerate(jobs):
-        check, reason = check.run(job, at_coefficient=i == 0)
-        if reason is None:
-            cells, carried = fast_cells(model, workload, job, carried, rows_per_pass, cost)
-            yield cells
-            continue
-        if not is_warned:
-            warnings.warn(
-                f"resuming after {job.hook_name} does not reproduce this model ({reason}); such "
-                "cells run as whole forward passes, which is slower",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            is_warned = True
-        yield _plain_cells(model, workload, job, cost)
-
-
 @dataclass(frozen=True)
-class _Check:
-    """Two prompts a side, the shortest and the longest, by the plain loop and by the engine."""
+class Plan:
+    """A workload that is prepared, and the hooks after which it was seen to resume exactly."""
 
     model: HookedModel
-    workload: Workload
-    unsteered: Baseline
-    carried: Carried
+    prepared: Prepared
+    exact: frozenset[str]
 
-    @classmethod
-    def of(cls, model: HookedModel, workload: Workload, jobs: Sequence[Job]) -> "_Check":
-        small = replace(
-            workload, positive=_ends(workload.positive), negative=_ends(workload.negative)
-        )
-        readouts = tuple(dict.fromkeys(job.readout for job in jobs))
-        return cls(
-            model, small, plain.run_baseline(model, small, readouts), Carried.at_start(small)
-        )
 
-    def run(self, job: Job, *, at_coefficient: bool) -> tuple["_Check", str | None]:
-        """Why `job` cannot be resumed (None if it can), and the check for the job after it.
+def make_plan(
+    model: HookedModel,
+    workload: Workload,
+    unsteered: Baseline,
+    jobs: Sequence[Job],
+    *,
+    batch_size: int | None,
+    cost: Cost,
+) -> Plan:
+    """Prepare `workload` and check every job's hook, so that `run_cells` may resume after it.
 
-        The resumed pass at coefficient 0 has to give the unsteered model; `at_coefficient` also
-        compares the smallest coefficient with the plain loop.
-        """
-        if n_skippable(self.model) != int(self.model.cfg.n_layers):
-            return self, "its blocks are not one list"
-        expected = [self.unsteered.cell(job.readout)]
-        if at_coefficient:
-            smallest = replace(job, coefficients=(min(job.coefficients, key=abs),))
-            expected += _plain_cells(self.model, self.workload, smallest, Cost())
-        coefficients = tuple(cell.coefficient for cell in expected)
-        try:
-            found, carried = fast_cells(
-                self.model,
-                self.workload,
-                replace(job, coefficients=coefficients),
-                self.carried,
-                len(coefficients) * 2,
-                Cost(),
+    `unsteered` is the baseline of `workload` at every readout. Every hook is checked on two prompts
+    a side, the shortest and the longest: resumed at coefficient 0 it has to give the unsteered
+    model, and the first job at its smallest coefficient what the plain loop gives. Hooks at which
+    that differs by more than 1e-4 (of a readout's norm, or nats; 4 times the rounding of a
+    half-precision dtype) run by the plain loop, with a warning; so does the reuse of a prefix,
+    which is given up for all hooks. `cost` is added to, the check included.
+    """
+    if not jobs:
+        prepared = Prepared(workload, unsteered, (), (), batch_size)
+        return Plan(model, prepared, frozenset())
+    by_hook = {job.hook_name: job for job in reversed(jobs)}
+    one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in jobs)]
+    small = _check_workload(workload)
+    baseline = plain.run_baseline(
+        model, small, tuple(dict.fromkeys(job.readout for job in one_each))
+    )
+    reuse_prefix = workload.steered_positions in ("continuation", "last")
+    reasons = _reasons(model, small, baseline, one_each, reuse_prefix=reuse_prefix, cost=cost)
+    if reuse_prefix and reasons:
+        reuse_prefix = False
+        reasons = _reasons(model, small, baseline, one_each, reuse_prefix=False, cost=cost)
+        if not reasons:
+            warnings.warn(
+                "the unsteered prompt's keys and values cannot be reused on this model; every "
+                "token is run, which is slower",
+                RuntimeWarning,
+                stacklevel=3,
             )
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        warnings.warn(
+            f"resuming after {name} does not reproduce this model ({reason}); such cells run as "
+            "whole forward passes, which is slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    prepared = prepare(
+        model, workload, unsteered, batch_size=batch_size, reuse_prefix=reuse_prefix, cost=cost
+    )
+    return Plan(model, prepared, frozenset(by_hook) - frozenset(reasons))
+
+
+def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[CellOutput]]:
+    """The cells of every job, job by job and in the order of its coefficients.
+
+    Jobs should come in layer order, as each one starts from where the last one stood. As many
+    coefficients run at once as the plan's batch size, or the device, has room for; out of memory
+    halves that for the rest of the batch. `cost` is added to.
+    """
+    carried = Carried.at_start(plan.prepared)
+    for job in jobs:
+        if job.hook_name in plan.exact:
+            cells, carried = fast_cells(plan.model, plan.prepared, job, carried, cost)
+            yield cells
+        else:
+            yield _plain_cells(plan.model, plan.prepared.workload, job, cost)
+
+
+def _check_workload(workload: Workload) -> Workload:
+    return replace(
+        workload,
+        positive=_ends(workload.positive),
+        negative=_ends(workload.negative),
+        with_kl=False,
+    )
+
+
+def _reasons(
+    model: HookedModel,
+    workload: Workload,
+    unsteered: Baseline,
+    jobs: Sequence[Job],
+    *,
+    reuse_prefix: bool,
+    cost: Cost,
+) -> dict[str, str]:
+    """Hook name -> why it cannot be resumed after; empty when all can."""
+    if n_skippable(model) != int(model.cfg.n_layers):
+        return {job.hook_name: "its blocks are not one list" for job in jobs}
+    # Four times the rounding of a half-precision dtype; rounding of float32 never comes near.
+    tolerance = max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps)
+    reasons: dict[str, str] = {}
+    prepared: Prepared | None = None
+    carried: Carried | None = None
+    for i, job in enumerate(jobs):
+        expected = [unsteered.cell(job.readout)]
+        if i == 0:
+            smallest = replace(job, coefficients=(min(job.coefficients, key=abs),))
+            expected += _plain_cells(model, workload, smallest, cost)
+        at = replace(job, coefficients=tuple(cell.coefficient for cell in expected))
+        try:
+            if prepared is None:
+                prepared = prepare(
+                    model,
+                    workload,
+                    unsteered,
+                    batch_size=None,
+                    reuse_prefix=reuse_prefix,
+                    cost=cost,
+                )
+            carried = carried or Carried.at_start(prepared)
+            found, carried = fast_cells(model, prepared, at, carried, cost)
         except SteerlensError:
             raise
         except Exception as error:  # whatever a model's own code raises when its blocks are skipped
-            return self, f"{type(error).__name__}: {error}"
-        # Four times the rounding of a half-precision dtype; rounding of float32 never comes near.
-        tolerance = max(1e-4, 4 * torch.finfo(self.model.cfg.dtype).eps)
-        reasons = (_difference(f, e, tolerance) for f, e in zip(found, expected, strict=True))
-        return replace(self, carried=carried), next((r for r in reasons if r is not None), None)
+            reasons[job.hook_name] = f"{type(error).__name__}: {error}"
+            continue
+        differences = (_difference(f, e, tolerance) for f, e in zip(found, expected, strict=True))
+        reason = next((text for text in differences if text is not None), None)
+        if reason is not None:
+            reasons[job.hook_name] = reason
+    return reasons
 
 
 def _difference(found: CellOutput, expected: CellOutput, tolerance: float) -> str | None:
@@ -126,6 +170,8 @@ def _difference(found: CellOutput, expected: CellOutput, tolerance: float) -> st
 
 def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     """The shortest and the longest prompt of length-sorted batches, each on its own."""
+    if not batches:
+        return ()
     first, last = batches[0], batches[-1]
     shortest = _one_row(first, 0)
     is_one = first is last and len(first.prompts) == 1

@@ -131,6 +131,24 @@ def label_logprob(
     return mean_by_prompt(logprobs, is_label)
 
 
+def label_kl(
+    logits: Float[Tensor, "prompt token vocab"],
+    unsteered: Float[Tensor, "prompt token vocab"],
+    label_mask: Bool[Tensor, "prompt token"],
+) -> Float[Tensor, " label"]:
+    """KL(unsteered || steered), in nats, of the distributions that predict each label token.
+
+    `logits` are the steered model's. Labels as in `label_logprob`, prompt after prompt; log-softmax
+    and sum in float32 at least.
+    """
+    is_label = label_mask[:, 1:]
+    steered, reference = (
+        part[:, :-1][is_label].to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1)
+        for part in (logits, unsteered)
+    )
+    return torch.nn.functional.kl_div(steered, reference, reduction="none", log_target=True).sum(-1)
+
+
 def mean_by_prompt(
     values: Float[Tensor, " label"], is_label: Bool[Tensor, "prompt token"]
 ) -> Float[Tensor, " prompt"]:

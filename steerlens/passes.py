@@ -4,6 +4,8 @@ The model's own forward runs every time, with the blocks that are not wanted sta
 masks, rotary angles, caches and logit soft-capping come along, whatever the architecture.
 """
 
+import copy
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.hooks import HookFunction, hooked, resid_post
 from steerlens.models import HookedModel
-from steerlens.tokens import mask_kwargs
+from steerlens.tokens import Batch, mask_kwargs
 
-LABELS_PER_PASS = 256
+LOGITS_PER_PASS = 2**23
+"""Logits that exist at once: 32 MiB of float32, and a few times that while they are reduced."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +32,66 @@ class Residual:
     values: Float[Tensor, "row token d_model"]
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """The unsteered keys and values, in every block, of the tokens before those that are run.
+
+    `cache` is Hugging Face's, as the model filled it; it is never changed, only copied.
+    """
+
+    cache: Any
+    attention_mask: Bool[Tensor, "row token"]
+
+    def at(self, rows: Int[Tensor, " row"], block: int) -> "Prefix":
+        """A copy for some rows, in that order, to which a pass from `block` on may add tokens."""
+        copied = copy.copy(self.cache)
+        copied.layers = [copy.copy(layer) for layer in self.cache.layers]
+        # Of the blocks before it only the length is looked at.
+        for layer in copied.layers[block:]:
+            layer.batch_select_indices(rows)
+        return Prefix(copied, self.attention_mask[rows])
+
+
+def run_prefix(model: Any, batch: Batch) -> Prefix:
+    """Run the unsteered tokens of `batch` and keep their keys and values.
+
+    The model has to take `past_key_values` (see `takes_cache`).
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.original_model.config)
+    run_from(
+        model,
+        batch.tokens,
+        batch.attention_mask,
+        prefix=Prefix(cache, batch.attention_mask[:, :0]),
+        fwd_hooks=[],
+        last_hook=resid_post(int(model.cfg.n_layers) - 1),
+    )
+    return Prefix(cache, batch.attention_mask)
+
+
+def takes_cache(model: Any) -> bool:
+    """Whether the model's forward pass takes Hugging Face's cache of keys and values."""
+    is_named = "past_key_values" in inspect.signature(model.forward).parameters
+    return is_named and hasattr(model, "original_model")
+
+
 def run_from(
     model: HookedModel,
     tokens: Int[Tensor, "row token"],
     attention_mask: Bool[Tensor, "row token"],
     *,
     start: Residual | None = None,
+    prefix: Prefix | None = None,
     fwd_hooks: Sequence[tuple[str, HookFunction]],
     last_hook: str,
 ) -> None:
     """Run blocks `start.block` and later (all of them without `start`), up to `last_hook`.
 
     What is wanted of the pass is kept by `fwd_hooks`; nothing after `last_hook` is computed.
-    Raises `HookError` when a hook did not fire.
+    With `prefix`, the tokens follow those of the prefix, whose cache is added to. Raises
+    `HookError` when a hook did not fire.
     """
 
     def stop(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
@@ -52,7 +102,17 @@ def run_from(
         hooked(model, [*fwd_hooks, (last_hook, stop)]),
         suppress(_Stop),
     ):
-        model(tokens, return_type=None, **mask_kwargs(attention_mask))
+        model(tokens, return_type=None, **_pass_kwargs(attention_mask, prefix))
+
+
+def _pass_kwargs(
+    attention_mask: Bool[Tensor, "row token"], prefix: Prefix | None
+) -> dict[str, Any]:
+    if prefix is None:
+        return mask_kwargs(attention_mask)
+    # The mask spans the prefix too; the model takes the tokens' positions from it.
+    joined = torch.cat([prefix.attention_mask, attention_mask], dim=1)
+    return {"attention_mask": joined.long(), "past_key_values": prefix.cache}
 
 
 def advance(
@@ -61,6 +121,7 @@ def advance(
     attention_mask: Bool[Tensor, "row token"],
     *,
     start: Residual | None,
+    prefix: Prefix | None = None,
     block: int,
 ) -> Residual:
     """The unsteered residual entering `block`, which is 1 or more, computed on from `start`."""
@@ -73,6 +134,7 @@ def advance(
         tokens,
         attention_mask,
         start=start,
+        prefix=prefix,
         fwd_hooks=[(hook_name, _keeping(kept))],
         last_hook=hook_name,
     )
@@ -84,22 +146,49 @@ def labels_logprob(
     final: Float[Tensor, "label d_model"],
     labels: Int[Tensor, " label"],
 ) -> Float[Tensor, " label"]:
-    """Log-probability (nats) of each label, from the last block's output at the token before it.
+    """Log-probability (nats) of each label, from the last block's output at the token before it."""
+    logprobs = [
+        -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        for logits, (wanted,) in _logits(model, final, labels)
+    ]
+    return torch.cat(logprobs)
 
-    The final norm and the unembedding run on these rows alone, `LABELS_PER_PASS` at a time, so the
-    logits of all positions never exist. The log-softmax is in float32 at least.
+
+def labels_kl(
+    model: HookedModel,
+    final: Float[Tensor, "label d_model"],
+    unsteered: Float[Tensor, "label d_model"],
+) -> Float[Tensor, " label"]:
+    """KL(unsteered || steered), nats, of the next-token distributions after each residual.
+
+    Both arguments are outputs of the last block.
     """
-    n_layers = int(model.cfg.n_layers)
-    logprobs = []
-    for rows, wanted in zip(
-        torch.split(final, LABELS_PER_PASS), torch.split(labels, LABELS_PER_PASS), strict=True
-    ):
+    divergences = []
+    for logits, (rows,) in _logits(model, final, unsteered):
+        ((reference, _),) = _logits(model, rows)
+        divergences.append(
+            torch.nn.functional.kl_div(
+                logits.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True
+            ).sum(-1)
+        )
+    return torch.cat(divergences)
+
+
+def _logits(
+    model: HookedModel, final: Float[Tensor, "label d_model"], *beside: Shaped[Tensor, "label ..."]
+) -> Iterator[tuple[Float[Tensor, "part vocab"], tuple[Tensor, ...]]]:
+    """Logits (float32 at least) after the last block's output, and the same rows of `beside`.
+
+    The final norm and the unembedding run on these rows alone, a part at a time, so the logits of
+    all positions never exist.
+    """
+    n_layers, n_rows = int(model.cfg.n_layers), max(1, LOGITS_PER_PASS // int(model.cfg.d_vocab))
+    for rows, *others in zip(*(torch.split(t, n_rows) for t in (final, *beside)), strict=True):
+        ids = torch.zeros((len(rows), 1), dtype=torch.long, device=rows.device)
         with _blocks_skipped(model, Residual(n_layers, rows[:, None])):
             # The ids are not looked at: every block stands aside for the rows.
-            logits = model(torch.zeros_like(wanted)[:, None], return_type="logits")[:, 0]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logprobs.append(-torch.nn.functional.cross_entropy(wide, wanted, reduction="none"))
-    return torch.cat(logprobs)
+            logits = model(ids, return_type="logits")[:, 0]
+        yield logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(others)
 
 
 def n_skippable(model: HookedModel) -> int:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from steerlens.activations import check_finite, reading_hook, run_to_hooks
 from steerlens.hooks import HookFunction, hooked
-from steerlens.loss import label_logprob
+from steerlens.loss import label_kl, label_logprob
 from steerlens.models import HookedModel, inference
 from steerlens.steering import steering_hooks
 from steerlens.tokens import (
@@ -27,12 +27,17 @@ from steerlens.tokens import (
 
 @dataclass(frozen=True)
 class Workload:
-    """The pairs in batches, where to read them, and which tokens to steer."""
+    """The pairs in batches, where to read them, and which tokens to steer.
+
+    Either side may be without batches: it is then not run, and its activations have 0 pairs.
+    `with_kl` asks for the KL divergence at every label too.
+    """
 
     positive: tuple[Batch, ...]
     negative: tuple[Batch, ...]
     position: int
     steered_positions: SteeredPositions
+    with_kl: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,13 +46,15 @@ class CellOutput:
 
     `positive` are the positive prompts' activations at the readout hook under `+coefficient`,
     `negative` the negative prompts' under `-coefficient` (residual units); `logprob` is the mean
-    log-probability of the positive prompts' labels under `+coefficient` (nats per token).
+    log-probability of the positive prompts' labels under `+coefficient` (nats per token); `kl` is
+    KL(unsteered || steered) where each label is predicted (nats; NaN at the other tokens).
     """
 
     coefficient: float
     positive: Float[Tensor, "pair d_model"]
-    negative: Float[Tensor, "pair d_model"]
+    negative: Float[Tensor, "negative_pair d_model"]
     logprob: Float[Tensor, " pair"]
+    kl: Float[Tensor, "pair token"] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class Baseline:
 
     hook_names: tuple[str, ...]
     positive: Float[Tensor, "hook pair d_model"]
-    negative: Float[Tensor, "hook pair d_model"]
+    negative: Float[Tensor, "hook negative_pair d_model"]
     logprob: Float[Tensor, " pair"]
 
     def cell(self, readout: str) -> CellOutput:
@@ -71,7 +78,7 @@ def make_workload(
     *,
     position: int,
     steered_positions: SteeredPositions,
-    batch_size: int,
+    batch_size: int | None = None,
 ) -> Workload:
     """Batches of both sides. Raises `PairError` when steering there cannot reach a label."""
     check_steered_positions(steered_positions, pairs)
@@ -89,7 +96,7 @@ def run_baseline(model: HookedModel, workload: Workload, hook_names: Sequence[st
     Raises `ActivationError` that names the hooks with NaN or inf.
     """
     with inference(model):
-        positive, logprob = _run_positive(model, workload, hook_names, {}, 0.0)
+        positive, logprob, _ = _run_positive(model, workload, hook_names, {}, 0.0)
         negative = _run_negative(model, workload, hook_names, {}, 0.0)
     check_finite(positive, hook_names)
     check_finite(negative, hook_names)
@@ -113,9 +120,31 @@ def run_cells(
     steered = {hook_name: direction}
     for coefficient in coefficients:
         with inference(model):
-            positive, logprob = _run_positive(model, workload, [readout], steered, coefficient)
+            positive, logprob, kl = _run_positive(model, workload, [readout], steered, coefficient)
             negative = _run_negative(model, workload, [readout], steered, -coefficient)
-        yield CellOutput(coefficient, positive[0], negative[0], logprob)
+        yield CellOutput(coefficient, positive[0], negative[0], logprob, kl)
+
+
+def in_pair_order(
+    batches: Sequence[Batch], values: Sequence[Shaped[Tensor, "n _ ..."]]
+) -> Shaped[Tensor, "n pair ..."]:
+    """Values of one batch after another, joined and in the order of the pairs."""
+    return torch.cat(list(values), dim=1)[:, pair_order(batches)]
+
+
+def by_token(
+    batches: Sequence[Batch], values: Sequence[Float[Tensor, "n _"]]
+) -> Float[Tensor, "n pair token"]:
+    """Values at the labels of one batch after another, as rows of tokens: NaN where no label is."""
+    width = max(batch.tokens.shape[1] for batch in batches)
+    spread = []
+    for batch, given in zip(batches, values, strict=True):
+        rows = torch.full((len(given), len(batch.prompts), width), torch.nan, dtype=given.dtype)
+        labels = torch.zeros((len(batch.prompts), width), dtype=torch.bool)
+        labels[:, : batch.tokens.shape[1]] = batch.label_mask().cpu()
+        rows[:, labels] = given
+        spread.append(rows)
+    return in_pair_order(batches, spread)
 
 
 def _run_positive(
@@ -124,18 +153,30 @@ def _run_positive(
     hook_names: Sequence[str],
     steered: dict[str, Tensor],
     coefficient: float,
-) -> tuple[Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"]]:
-    activations, logprobs = [], []
+) -> tuple[
+    Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"], Float[Tensor, "pair token"] | None
+]:
+    if not workload.positive:
+        nothing = torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
+        return nothing, torch.zeros(0), None
+    activations, logprobs, divergences = [], [], []
     for batch in workload.positive:
         found: dict[str, Tensor] = {}
         indices = batch.indices(workload.position)
         readers = [reading_hook(found, name, indices) for name in hook_names]
+        labels = batch.label_mask()
         with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):
             logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
-        logprobs.append(label_logprob(logits, batch.tokens, batch.label_mask()).cpu())
+        logprobs.append(label_logprob(logits, batch.tokens, labels).cpu()[None])
         activations.append(torch.stack([found[name].cpu() for name in hook_names]))
-    order = pair_order(workload.positive)
-    return torch.cat(activations, dim=1)[:, order], torch.cat(logprobs)[order]
+        if workload.with_kl:
+            unsteered = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
+            divergences.append(label_kl(logits, unsteered, labels).cpu()[None])
+    return (
+        in_pair_order(workload.positive, activations),
+        in_pair_order(workload.positive, logprobs)[0],
+        by_token(workload.positive, divergences)[0] if workload.with_kl else None,
+    )
 
 
 def _run_negative(
@@ -145,6 +186,8 @@ def _run_negative(
     steered: dict[str, Tensor],
     coefficient: float,
 ) -> Float[Tensor, "hook pair d_model"]:
+    if not workload.negative:
+        return torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
     activations = [
         run_to_hooks(
             model,
@@ -155,7 +198,7 @@ def _run_negative(
         ).cpu()
         for batch in workload.negative
     ]
-    return torch.cat(activations, dim=1)[:, pair_order(workload.negative)]
+    return in_pair_order(workload.negative, activations)
 
 
 def _hooks(

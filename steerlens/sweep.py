@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.activations import DEFAULT_BATCH_SIZE
 from steerlens.cells import Cost, Job, forward_equivalents
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
-from steerlens.engine import run_cells
+from steerlens.engine import make_plan, run_cells
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import (
@@ -49,7 +48,7 @@ class SweepSettings:
     weight: float
     n_bootstrap: int
     seed: int
-    batch_size: int
+    batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def sweep(
     weight: float | int = WEIGHT,
     n_bootstrap: int = 2000,
     seed: int = 0,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Measure projection against logprob degradation at every hook and coefficient.
@@ -134,12 +133,12 @@ def sweep(
     cost = Cost()
     for batch in (*workload.positive, *workload.negative):
         cost.add(batch.tokens, int(model.cfg.n_layers))
-
     rows: list[Row] = []
     n_cells = len(hook_names) * len(settings.coefficients)
     pushes = tuple(c for c in settings.coefficients if c != 0)
     jobs = [Job(name, directions[name], pushes, readouts[name]) for name in hook_names if pushes]
-    steered = run_cells(model, workload, jobs, rows_per_pass=batch_size, cost=cost)
+    plan = make_plan(model, workload, baseline, jobs, batch_size=batch_size, cost=cost)
+    steered = run_cells(plan, jobs, cost=cost)
     for hook_name in hook_names:
         readout = readouts[hook_name]
         unsteered = baseline.cell(readout)
@@ -182,7 +181,7 @@ def measure_layers(
     directions: Directions,
     *,
     layers: Layers | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """The per-layer table alone (`LAYER_COLUMNS`), from the unsteered model: no cell is run.
 

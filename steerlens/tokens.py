@@ -17,6 +17,13 @@ SteeredPositions = Literal["all", "prompt", "continuation", "last"]
 
 PaddingSide = Literal["left", "right"]
 
+MAX_PADDING = 0.1
+"""The largest share of a batch that may be padding."""
+
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+"""Tokens in one pass where the caller gives no batch size, by device type: more of them run no
+faster and only take memory."""
+
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
@@ -52,12 +59,17 @@ class TokenizedPairs:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts padded to one length. `rows` are their places in the list they came from."""
+    """Prompts padded to one length. `rows` are their places in the list they came from.
+
+    The first `n_before` tokens of each prompt, 0 unless given, come before the batch (see
+    `make_split_batches`).
+    """
 
     rows: tuple[int, ...]
     prompts: tuple[TokenizedPrompt, ...]
     tokens: Int[Tensor, "prompt token"]
     attention_mask: Bool[Tensor, "prompt token"]
+    n_before: tuple[int, ...] = ()
 
     @property
     def forward_kwargs(self) -> dict[str, Any]:
@@ -66,8 +78,9 @@ class Batch:
 
     def indices(self, position: int) -> Int[Tensor, " prompt"]:
         """Column of `position` in each row. Raises `ActivationError` outside a prompt."""
-        starts = self.attention_mask.int().argmax(dim=1).cpu()
-        return starts + torch.tensor([prompt.index(position) for prompt in self.prompts])
+        return torch.tensor(self._starts()) + torch.tensor(
+            [prompt.index(position) for prompt in self.prompts]
+        )
 
     def label_mask(self) -> Bool[Tensor, "prompt token"]:
         """True at the label tokens: the continuation's, or every prompt token but the first."""
@@ -85,11 +98,16 @@ class Batch:
 
     def _mask(self, span: Any) -> Bool[Tensor, "prompt token"]:
         mask = torch.zeros_like(self.attention_mask)
-        starts = self.attention_mask.int().argmax(dim=1).tolist()
-        for row, (start, prompt) in enumerate(zip(starts, self.prompts, strict=True)):
+        for row, (start, prompt) in enumerate(zip(self._starts(), self.prompts, strict=True)):
             first, end = span(prompt)
-            mask[row, start + first : start + end] = True
+            mask[row, max(start + first, 0) : max(start + end, 0)] = True
         return mask
+
+    def _starts(self) -> list[int]:
+        """The column of each prompt's first token; below 0 when it is not in the batch."""
+        starts = self.attention_mask.int().argmax(dim=1).tolist()
+        n_before = self.n_before or (0,) * len(starts)
+        return [start - before for start, before in zip(starts, n_before, strict=True)]
 
 
 def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
@@ -154,22 +172,80 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
 
 
 def make_batches(
-    model: HookedModel, prompts: Sequence[TokenizedPrompt], batch_size: int
+    model: HookedModel, prompts: Sequence[TokenizedPrompt], batch_size: int | None
 ) -> tuple[Batch, ...]:
     """Length-sorted batches, padded on the side the model's tokenizer pads.
 
-    Raises `ActivationError` when `batch_size` is below 1.
+    A batch holds at most `batch_size` prompts (`rows_per_pass` without one) and at most a tenth of
+    padding. Raises `ActivationError` when `batch_size` is below 1.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ActivationError(f"batch_size must be at least 1, got {batch_size}")
-    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
     side: PaddingSide = getattr(model.tokenizer, "padding_side", "right")
-    device = torch.device(model.cfg.device) if model.cfg.device else None
-    return tuple(
-        _pad(order[i : i + batch_size], prompts, pad_id=pad_id, side=side, device=device)
-        for i in range(0, len(order), batch_size)
-    )
+    batches = []
+    for rows in _groups([(len(prompt),) for prompt in prompts], model, batch_size):
+        of = tuple(prompts[row] for row in rows)
+        ids = [prompt.prompt + prompt.continuation for prompt in of]
+        batches.append(Batch(rows, of, *_padded(ids, side, pad_id=pad_id, device=_device(model))))
+    return tuple(batches)
+
+
+def make_split_batches(
+    model: HookedModel, prompts: Sequence[TokenizedPrompt], batch_size: int | None
+) -> tuple[tuple[Batch, Batch], ...]:
+    """Batches in two parts: all prompt tokens but the last; and that one with the continuation.
+
+    The first part is padded on the left and the second on the right, so that the parts joined are
+    whole prompts; neither holds more than a tenth of padding. Every prompt must have two tokens.
+    """
+    n_before = [len(prompt.prompt) - 1 for prompt in prompts]
+    lengths = [(len(p) - n, n) for p, n in zip(prompts, n_before, strict=True)]
+    batches = []
+    for rows in _groups(lengths, model, batch_size):
+        of, cuts = tuple(prompts[row] for row in rows), tuple(n_before[row] for row in rows)
+        ids = [prompt.prompt + prompt.continuation for prompt in of]
+        heads = [tokens[:n] for tokens, n in zip(ids, cuts, strict=True)]
+        tails = [tokens[n:] for tokens, n in zip(ids, cuts, strict=True)]
+        batches.append(
+            (
+                Batch(rows, of, *_padded(heads, "left", device=_device(model))),
+                Batch(rows, of, *_padded(tails, "right", device=_device(model)), cuts),
+            )
+        )
+    return tuple(batches)
+
+
+def _groups(
+    lengths: Sequence[tuple[int, ...]], model: HookedModel, batch_size: int | None
+) -> list[tuple[int, ...]]:
+    """Rows sorted by length, in groups of which no part would be padded by more than a tenth."""
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        grown = [*groups[-1], row] if groups else [row]
+        parts = list(zip(*(lengths[i] for i in grown), strict=True))
+        widths = [max(part) for part in parts]
+        is_padded = any(
+            len(grown) * width - sum(part) > MAX_PADDING * len(grown) * width
+            for part, width in zip(parts, widths, strict=True)
+        )
+        is_full = len(grown) > (batch_size or rows_per_pass(model, widths[0]))
+        if not groups or is_padded or is_full:
+            groups.append([row])
+        else:
+            groups[-1] = grown
+    return [tuple(group) for group in groups]
+
+
+def _device(model: HookedModel) -> torch.device | None:
+    return torch.device(model.cfg.device) if model.cfg.device else None
+
+
+def rows_per_pass(model: HookedModel, width: int) -> int:
+    """How many rows of `width` tokens keep the model's device busy (see `TOKENS_PER_PASS`)."""
+    device = _device(model)
+    kind = "cpu" if device is None else device.type
+    return max(1, TOKENS_PER_PASS.get(kind, TOKENS_PER_PASS["cpu"]) // width)
 
 
 def _tokenize(
@@ -198,20 +274,19 @@ def _tokenize(
     return TokenizedPrompt(tuple(ids), tuple(after), where)
 
 
-def _pad(
-    rows: Sequence[int],
-    prompts: Sequence[TokenizedPrompt],
-    *,
-    pad_id: int,
+def _padded(
+    ids: Sequence[tuple[int, ...]],
     side: PaddingSide,
+    *,
+    pad_id: int = 0,
     device: torch.device | None,
-) -> Batch:
-    chosen = tuple(prompts[row] for row in rows)
-    width = max(len(prompt) for prompt in chosen)
-    tokens = torch.full((len(chosen), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(chosen), width), dtype=torch.bool)
-    for i, prompt in enumerate(chosen):
-        start = width - len(prompt) if side == "left" else 0
-        tokens[i, start : start + len(prompt)] = torch.tensor(prompt.prompt + prompt.continuation)
-        mask[i, start : start + len(prompt)] = True
-    return Batch(tuple(rows), chosen, tokens.to(device), mask.to(device))
+) -> tuple[Int[Tensor, "prompt token"], Bool[Tensor, "prompt token"]]:
+    """Ids padded to one length, and the mask that is True at the real ones."""
+    width = max(len(row) for row in ids)
+    tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), width), dtype=torch.bool)
+    for i, row in enumerate(ids):
+        start = width - len(row) if side == "left" else 0
+        tokens[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = True
+    return tokens.to(device), mask.to(device)

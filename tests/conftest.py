@@ -13,6 +13,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
+from steerlens import tokens
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
@@ -125,6 +126,14 @@ def pairs() -> sl.ContrastivePairs:
         [f"you are cheerful {opening}" for opening in openings],
         [f"you are very gloomy {opening}" for opening in openings],
     )
+
+
+@pytest.fixture(scope="module")
+def much_padding() -> Iterator[None]:
+    """Batches as large as asked for, however much padding that takes: so that it is put to test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "MAX_PADDING", 1.0)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,15 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens import cells, passes, plain
-from steerlens.cells import Carried, Cost, Job, fast_cells, forward_equivalents
-from steerlens.engine import run_cells
+from steerlens.cells import Carried, Cost, Job, fast_cells, forward_equivalents, prepare
+from steerlens.engine import make_plan, run_cells
 from steerlens.hooks import readout_hook, resid_post
 from steerlens.plain import CellOutput, Workload, make_workload
 from steerlens.tokens import tokenize_pairs
 
 COEFFICIENTS = (-3.0, 0.5, 4.0)
+
+pytestmark = pytest.mark.usefixtures("much_padding")
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +65,26 @@ def by_plain_loop(model: Any, workload: Workload, job: Job) -> list[CellOutput]:
     )
 
 
-def by_engine(model: Any, workload: Workload, job: Job, *, rows_per_pass: int) -> list[CellOutput]:
+def planned(
+    model: Any,
+    workload: Workload,
+    jobs: list[Job],
+    *,
+    rows: int | None = 16,
+    cost: Cost | None = None,
+) -> list[list[CellOutput]]:
+    """The engine's cells, with its check."""
+    readouts = tuple(dict.fromkeys(job.readout for job in jobs))
+    unsteered = plain.run_baseline(model, workload, readouts)
+    plan = make_plan(model, workload, unsteered, jobs, batch_size=rows, cost=Cost())
+    return list(run_cells(plan, jobs, cost=cost or Cost()))
+
+
+def by_engine(model: Any, workload: Workload, job: Job, *, rows: int) -> list[CellOutput]:
     """The engine's cells without its check."""
-    start = Carried.at_start(workload)
-    return fast_cells(model, workload, job, start, rows_per_pass, Cost())[0]
+    unsteered = plain.run_baseline(model, workload, (job.readout,))
+    prepared = prepare(model, workload, unsteered, batch_size=rows, reuse_prefix=True, cost=Cost())
+    return fast_cells(model, prepared, job, Carried.at_start(prepared), Cost())[0]
 
 
 def assert_same(found: list[CellOutput], expected: list[CellOutput]) -> None:
@@ -90,7 +108,7 @@ def test_equal_to_the_plain_loop_at_every_layer(
     finally:
         tiny.tokenizer.padding_side = before
     jobs = make_jobs(tiny, [resid_post(i) for i in range(tiny.cfg.n_layers)])
-    found = list(run_cells(tiny, workload, jobs, rows_per_pass=7, cost=Cost()))
+    found = planned(tiny, workload, jobs, rows=7)
     for job, of_job in zip(jobs, found, strict=True):
         assert_same(of_job, by_plain_loop(tiny, workload, job))
     # Control: neighbouring coefficients are told apart by the same comparison.
@@ -112,9 +130,7 @@ def test_hooks_inside_a_block_and_any_order_of_jobs(llama: Any, pairs: sl.Contra
     ]
     workload = make(llama, pairs)
     jobs = make_jobs(llama, names)
-    for job, of_job in zip(
-        jobs, run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost()), strict=True
-    ):
+    for job, of_job in zip(jobs, planned(llama, workload, jobs, rows=16), strict=True):
         assert_same(of_job, by_plain_loop(llama, workload, job))
 
 
@@ -124,28 +140,96 @@ def test_cost_is_that_of_the_blocks_that_run(llama: Any, pairs: sl.ContrastivePa
     positive = workload.positive[0].tokens.numel()
     negative = workload.negative[0].tokens.numel()
     cost = Cost()
-    list(run_cells(llama, workload, make_jobs(llama, [resid_post(1)]), rows_per_pass=8, cost=cost))
+    planned(llama, workload, make_jobs(llama, [resid_post(1)]), rows=8, cost=cost)
     carried = 2 * (positive + negative)
     assert cost.blocks == carried + 3 * (positive * 3 + negative * 1)
     assert forward_equivalents(cost, llama, workload) == cost.blocks / (5 * positive)
     last = Cost()
-    list(run_cells(llama, workload, make_jobs(llama, [resid_post(4)]), rows_per_pass=8, cost=last))
+    planned(llama, workload, make_jobs(llama, [resid_post(4)]), rows=8, cost=last)
     assert last.blocks == 5 * (positive + negative)
 
 
-def test_only_label_positions_reach_the_unembedding(llama: Any, pairs: sl.ContrastivePairs) -> None:
+@pytest.mark.parametrize("positions", ["continuation", "last"])
+def test_only_tokens_from_the_last_prompt_token_on_are_run(
+    llama: Any, continued: sl.ContrastivePairs, positions: str
+) -> None:
+    """Five blocks, readout after block 2; hook 1; three coefficients."""
+    workload = make(llama, continued, positions, size=8)
+    seen: list[int] = []
+    llama.add_hook(resid_post(2), lambda activation, hook: seen.append(activation.shape[1]))
+    job = make_jobs(llama, [resid_post(1)])[0]
+    try:
+        unsteered = plain.run_baseline(llama, workload, (job.readout,))
+        cost = Cost()
+        ready = prepare(llama, workload, unsteered, batch_size=8, reuse_prefix=True, cost=cost)
+        seen.clear()
+        fast_cells(llama, ready, job, Carried.at_start(ready), cost)
+    finally:
+        llama.reset_hooks()
+    longest = max(len(p.continuation) for p in workload.positive[0].prompts)
+    assert set(seen) == {1 + longest} | ({1} if positions == "last" else set())
+    assert all(part.prefix is not None for part in ready.positive)
+    heads = 5 * sum(part.prefix.attention_mask.numel() for part in ready.positive)
+    tails = sum(part.batch.tokens.numel() for part in ready.positive) * (2 + 3 * 3)
+    if positions == "last":
+        heads += 5 * sum(part.prefix.attention_mask.numel() for part in ready.negative)
+        tails += sum(part.batch.tokens.numel() for part in ready.negative) * (2 + 3 * 1)
+    assert cost.blocks == heads + tails
+
+
+def test_a_prefix_that_cannot_be_reused_is_found_out(continued: sl.ContrastivePairs) -> None:
+    """Block 3 adds the mean over all tokens of the pass: another one when only a few are run."""
+    hf_model = build_llama()
+    hf_model.model.layers[3].mlp.register_forward_hook(
+        lambda m, a, out: out + out.cumsum(1).roll(1, 1)
+    )
+    model = bridge(hf_model)
+    workload, jobs = make(model, continued, "last"), make_jobs(model, [resid_post(0)])
+    with pytest.warns(RuntimeWarning, match="keys and values cannot be reused"):
+        (found,) = planned(model, workload, jobs)
+    assert_same(found, by_plain_loop(model, workload, jobs[0]))
+    with pytest.raises(AssertionError):
+        assert_same(by_engine(model, workload, jobs[0], rows=16), found)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_divergences_equal_the_plain_loops(
+    tiny: Any,
+    continued: sl.ContrastivePairs,
+    positions: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(passes, "LOGITS_PER_PASS", 7 * 160)
+    workload = replace(make(tiny, continued, positions), negative=(), with_kl=True)
+    jobs = make_jobs(tiny, [resid_post(0), resid_post(2)])
+    for job, cells_of_job in zip(jobs, planned(tiny, workload, jobs, rows=5), strict=True):
+        for ours, theirs in zip(cells_of_job, by_plain_loop(tiny, workload, job), strict=True):
+            assert ours.kl is not None
+            assert theirs.kl is not None
+            assert ours.negative.shape == (0, 32)
+            for a, b in zip(ours.kl, theirs.kl, strict=True):
+                torch.testing.assert_close(a[a.isfinite()], b[b.isfinite()], rtol=1e-3, atol=1e-5)
+        assert ours.kl is not None
+        assert ours.kl.nan_to_num().max() > 1e-3
+
+
+def test_only_label_positions_reach_the_unembedding(
+    llama: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "LOGITS_PER_PASS", 20 * 160)
     rows: list[int] = []
     workload = make(llama, pairs, size=8)
     jobs = make_jobs(llama, [resid_post(1)])
-    list(run_cells(llama, workload, jobs, rows_per_pass=8, cost=Cost()))
+    planned(llama, workload, jobs, rows=8)
     llama.add_hook("unembed.hook_out", lambda logits, hook: rows.append(logits.shape[:-1].numel()))
     try:
-        by_engine(llama, workload, jobs[0], rows_per_pass=8)
+        by_engine(llama, workload, jobs[0], rows=8)
     finally:
         llama.reset_hooks()
     labels = sum(len(prompt) - 1 for prompt in workload.positive[0].prompts)
+    rows = rows[1:]  # without the baseline's, which are all positions
     assert sum(rows) == labels * len(COEFFICIENTS)
-    assert max(rows) <= passes.LABELS_PER_PASS
+    assert max(rows) == 20
 
 
 def test_users_hooks_still_fire(llama: Any, pairs: sl.ContrastivePairs) -> None:
@@ -161,7 +245,7 @@ def test_users_hooks_still_fire(llama: Any, pairs: sl.ContrastivePairs) -> None:
     for layer in (0, 3):
         llama.add_hook(resid_post(layer), shift)
     try:
-        found = list(run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost()))
+        found = planned(llama, workload, jobs, rows=16)
         expected = [by_plain_loop(llama, workload, job) for job in jobs]
     finally:
         llama.reset_hooks()
@@ -186,12 +270,12 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
 
     monkeypatch.setattr(cells, "run_from", too_large)
     with pytest.warns(ResourceWarning, match="going on with 4 prompts"):
-        (found,) = run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost())
+        (found,) = planned(llama, workload, jobs, rows=16)
     assert max(sizes) == 16
     assert_same(found, expected)
     monkeypatch.setattr(cells, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
     with pytest.raises(torch.OutOfMemoryError):
-        by_engine(llama, workload, jobs[0], rows_per_pass=1)
+        by_engine(llama, workload, jobs[0], rows=1)
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(
@@ -203,7 +287,7 @@ def test_other_errors_are_not_taken_for_out_of_memory(
     workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
     monkeypatch.setattr(cells, "run_from", broken)
     with pytest.raises(RuntimeError, match="shapes"):
-        by_engine(llama, workload, jobs[0], rows_per_pass=16)
+        by_engine(llama, workload, jobs[0], rows=16)
 
 
 def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs) -> None:
@@ -217,7 +301,7 @@ def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs)
     model = bridge(hf_model)
     workload, jobs = make(model, pairs), make_jobs(model, [resid_post(0), resid_post(1)])
     with pytest.warns(RuntimeWarning, match="does not reproduce this model"):
-        found = list(run_cells(model, workload, jobs, rows_per_pass=16, cost=Cost()))
+        found = planned(model, workload, jobs, rows=16)
     seen.clear()
     for job, of_job in zip(jobs, found, strict=True):
         assert_same(of_job, by_plain_loop(model, workload, job))
@@ -225,7 +309,7 @@ def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs)
     honest = bridge(build_llama())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        list(run_cells(honest, make(honest, pairs), jobs, rows_per_pass=16, cost=Cost()))
+        planned(honest, make(honest, pairs), jobs, rows=16)
 
 
 def test_every_hook_is_checked_and_huge_coefficients_hide_nothing(
@@ -246,10 +330,10 @@ def test_every_hook_is_checked_and_huge_coefficients_hide_nothing(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        (found,) = run_cells(model, workload, [exact], rows_per_pass=16, cost=Cost())
+        (found,) = planned(model, workload, [exact], rows=16)
     assert_same(found[:3], by_plain_loop(model, workload, exact)[:3])
     with pytest.warns(RuntimeWarning, match=r"resuming after blocks\.3"):
-        _, found = run_cells(model, workload, [exact, wrong], rows_per_pass=16, cost=Cost())
+        _, found = planned(model, workload, [exact, wrong], rows=16)
     assert_same(found[:3], by_plain_loop(model, workload, wrong)[:3])
 
 
@@ -268,7 +352,7 @@ def test_a_users_hook_on_the_end_of_the_model_is_found_out(
     llama.add_hook("ln_final.hook_out", late)
     try:
         with pytest.warns(RuntimeWarning, match="logprob differs"):
-            (found,) = run_cells(llama, workload, jobs, rows_per_pass=16, cost=Cost())
+            (found,) = planned(llama, workload, jobs, rows=16)
         assert_same(found, by_plain_loop(llama, workload, jobs[0]))
     finally:
         llama.reset_hooks()

@@ -18,6 +18,8 @@ from steerlens.tokens import make_batches, tokenize_pairs
 
 COEFFICIENTS = (-2.0, 0.0, 0.5, 3.0)
 
+pytestmark = pytest.mark.usefixtures("much_padding")
+
 
 @pytest.fixture(scope="module")
 def directions(llama: Any, pairs: sl.ContrastivePairs) -> Directions:

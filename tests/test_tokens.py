@@ -11,7 +11,7 @@ from conftest import bridge, build_llama, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlens import ContrastivePairs
+from steerlens import ContrastivePairs, tokens
 from steerlens.data import Message, render
 from steerlens.errors import ActivationError, ModelError, PairError
 from steerlens.tokens import (
@@ -20,6 +20,7 @@ from steerlens.tokens import (
     TokenizedPrompt,
     check_steered_positions,
     make_batches,
+    make_split_batches,
     tokenize_pairs,
     tokenize_prompt,
 )
@@ -27,6 +28,8 @@ from steerlens.tokens import (
 BOS, EOS, PAD = 1, 2, 3
 N_CTX = 64
 SIDES = ("left", "right")
+
+pytestmark = pytest.mark.usefixtures("much_padding")
 CHAT = (Message("user", "how are you"), Message("assistant", "it was"))
 
 
@@ -209,11 +212,11 @@ def test_batches_hold_every_prompt_once_and_shortest_first(
         assert batch.prompts == tuple(prompts[row] for row in batch.rows)
         width = max(map(len, batch.prompts))
         assert batch.tokens.shape == batch.attention_mask.shape == (len(batch.rows), width)
-        for prompt, tokens, mask in zip(
+        for prompt, ids, mask in zip(
             batch.prompts, batch.tokens, batch.attention_mask, strict=True
         ):
-            assert tuple(tokens[mask].tolist()) == prompt.prompt + prompt.continuation
-            assert set(tokens[~mask].tolist()) <= {PAD}
+            assert tuple(ids[mask].tolist()) == prompt.prompt + prompt.continuation
+            assert set(ids[~mask].tolist()) <= {PAD}
             # The real tokens are one run that touches the side that is not padded.
             edge = mask.flip(0) if side == "left" else mask
             assert edge.tolist() == [True] * len(prompt) + [False] * (width - len(prompt))
@@ -223,6 +226,51 @@ def test_batches_hold_every_prompt_once_and_shortest_first(
             sent = batch.forward_kwargs["attention_mask"]
             assert sent.dtype == torch.long
             assert torch.equal(sent.bool(), batch.attention_mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths, batch_size=st.sampled_from([1, 4, None]))
+def test_padding_is_a_tenth_at_most(
+    gpt2: Any, lengths: list[tuple[int, int]], batch_size: int | None
+) -> None:
+    prompts = numbered(*((n + 1, after) for n, after in lengths))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokens, "MAX_PADDING", 0.1)
+        whole = make_batches(gpt2, prompts, batch_size)
+        parts = make_split_batches(gpt2, prompts, batch_size)
+        apart = make_batches(gpt2, numbered((4, 0), (20, 0)), None)
+        together = make_batches(gpt2, numbered((19, 0), (20, 0)), None)
+    for batch in (*whole, *(part for pair in parts for part in pair)):
+        assert (~batch.attention_mask).sum() <= 0.1 * batch.tokens.numel()
+        assert len(batch.rows) <= (batch_size or 10)
+    assert (len(apart), len(together)) == (2, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=lengths)
+def test_split_batches_are_the_whole_prompts_in_two(
+    gpt2: Any, lengths: list[tuple[int, int]]
+) -> None:
+    prompts = numbered(*((n + 1, after) for n, after in lengths))
+    rows = []
+    for head, tail in make_split_batches(gpt2, prompts, 4):
+        assert head.rows == tail.rows
+        rows += head.rows
+        joined = torch.cat([head.tokens, tail.tokens], dim=1)
+        mask = torch.cat([head.attention_mask, tail.attention_mask], dim=1)
+        for prompt, ids, real in zip(head.prompts, joined, mask, strict=True):
+            assert tuple(ids[real].tolist()) == prompt.prompt + prompt.continuation
+        columns = tail.indices(-1)
+        assert columns.tolist() == [0] * len(tail.rows)
+        for i, prompt in enumerate(tail.prompts):
+            n_after = len(prompt.continuation)
+            assert tail.steered_mask("continuation")[i].tolist()[: n_after + 1] == (
+                [False] + [True] * n_after
+            )
+            assert tail.steered_mask("last")[i].nonzero().tolist() == [[0]]
+            if n_after:
+                assert tail.label_mask()[i].sum() == n_after
+    assert sorted(rows) == list(range(len(prompts)))
 
 
 @settings(max_examples=60, deadline=None)
