@@ -5,6 +5,7 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 """
 
 from steerlens.activations import Differences, collect_activations, collect_differences
+from steerlens.boundary import BoundaryResult, find_boundary
 from steerlens.data import (
     ContrastivePair,
     ContrastivePairs,
@@ -22,6 +23,7 @@ from steerlens.loss import (
     label_logprob,
 )
 from steerlens.models import load_model, provenance
+from steerlens.shape import BoundaryShape, boundary_shape
 from steerlens.steering import generate, steer
 from steerlens.sweep import SweepResult, measure_layers, sweep
 from steerlens.tokens import tokenize_pairs, tokenize_prompt
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "BoundaryResult",
+    "BoundaryShape",
     "ContrastivePair",
     "ContrastivePairs",
     "Differences",
@@ -38,11 +42,13 @@ __all__ = [
     "SteeringLoss",
     "SteerlensError",
     "SweepResult",
+    "boundary_shape",
     "collect_activations",
     "collect_differences",
     "contrastive_steering_loss",
     "contrastive_steering_loss_noref",
     "dataset_names",
+    "find_boundary",
     "fit_directions",
     "generate",
     "label_logprob",

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.text import Text
 
 from steerlens import data
 from steerlens.activations import collect_differences
+from steerlens.boundary import find_boundary
 from steerlens.data import ContrastivePairs, Message, Prompt
 from steerlens.directions import METHODS, fit_directions
 from steerlens.errors import PairError, SteerlensError, SweepError
@@ -29,6 +30,7 @@ from steerlens.hooks import resid_post, resolve_hooks
 from steerlens.loss import Budget
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
+from steerlens.shape import boundary_shape
 from steerlens.steering import generate as generate_text
 from steerlens.sweep import SweepResult, checked_coefficients, measure_layers
 from steerlens.sweep import sweep as run_sweep
@@ -142,7 +144,8 @@ def sweep(
             progress=progress,
         )
     seconds = time.perf_counter() - started
-    write_run(out, result, request, seconds=seconds)
+    tables = {"sweep": result.table, "layers": result.layers}
+    write_run(out, tables, directions, request, seconds=seconds)
     if not quiet:
         _print_layers(result.layers)
         _print_cells(result)
@@ -151,6 +154,94 @@ def sweep(
             Text(
                 f"{len(result.table)} cells in {seconds:.0f} s ({spent:.0f} forward-equivalents); "
                 f"written to {out}"
+            )
+        )
+
+
+@app.command()
+def boundary(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the tables and the record.")],
+    model: ModelOption = DEFAULT_MODEL,
+    pairs: PairsOption = "sentiment",
+    test_pairs: TestPairsOption = None,
+    max_pairs: MaxPairsOption = None,
+    layers: LayersOption = "all",
+    method: MethodOption = "mean_diff",
+    position: PositionOption = -1,
+    on: Annotated[
+        str,
+        typer.Option("--on", help="positive, negative, neutral (shipped text), or a text file."),
+    ] = "positive",
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            help="relative=0.01, nats=0.05, kl=0.1, kl_p95=1 or rollout_kl_p95=1",
+        ),
+    ] = "relative=0.01",
+    search_range: Annotated[
+        float,
+        typer.Option("--search-range", help="How far to look, in mean residual norms of a layer."),
+    ] = 4.0,
+    shape: Annotated[
+        int | None,
+        typer.Option("--shape", help="Of one layer: boundaries at so many angles in a plane."),
+    ] = None,
+    batch_size: BatchOption = None,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """The largest coefficient of each sign at which the model is still coherent, at every layer."""
+    Budget.parse(budget)
+    _check_method(method)
+    texts = _texts(on)
+    fit_on, measure_on, is_held_out = _pairs(pairs, test_pairs, max_pairs)
+    loaded = load_model(model, progress=not quiet)
+    request = {
+        "command": "boundary",
+        "model": provenance(loaded).to_dict(),
+        "fitted_on": _pairs_record(fit_on),
+        "measured_on": _pairs_record(measure_on),
+        "on": on if isinstance(texts, str) else {"name": on, "texts": list(texts)},
+        "hook_names": resolve_hooks(loaded, layers),
+        "method": method,
+        "position": position,
+        "budget": budget,
+        "search_range": search_range,
+        "shape": shape,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    check_run_folder(out, request)
+    if not (is_held_out or quiet):
+        notes.print(IN_SAMPLE)
+    started = time.perf_counter()
+    directions = _fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
+    options: dict[str, Any] = {
+        "on": texts,
+        "budget": budget,
+        "search_range": search_range,
+        "batch_size": batch_size,
+        "seed": seed,
+        "progress": None if quiet else lambda text: notes.print(Text(text)),
+    }
+    result = find_boundary(loaded, measure_on, directions, layers=layers, **options)
+    tables = {"boundary": result.curves, "layers": result.layers}
+    if shape is not None:
+        plane = boundary_shape(
+            loaded, measure_on, directions, layer=layers, n_angles=shape, **options
+        )
+        tables["shape"] = plane.table
+    seconds = time.perf_counter() - started
+    write_run(out, tables, directions, request, seconds=seconds)
+    if not quiet:
+        _print_boundary(result.layers)
+        spent = result.layers.attrs["forward_equivalents"]
+        notes.print(
+            Text(
+                f"{2 * len(result.layers)} boundaries in {seconds:.0f} s ({spent:.0f} "
+                f"forward-equivalents); written to {out}"
             )
         )
 
@@ -319,6 +410,26 @@ def _read_pairs(source: str, split: str) -> ContrastivePairs:
     return ContrastivePairs.from_jsonl(source)
 
 
+def _texts(on: str) -> Literal["positive", "negative"] | tuple[str, ...]:
+    """What `--on` names: a side of the pairs, the shipped neutral text, or a file's lines."""
+    if on == "positive":
+        return "positive"
+    if on == "negative":
+        return "negative"
+    if on == "neutral":
+        return data.neutral_texts()
+    try:
+        lines = Path(on).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PairError(
+            f"--on {on!r} is neither positive, negative, neutral nor a text file: {error}"
+        ) from error
+    texts = tuple(line for line in lines if line.strip())
+    if not texts:
+        raise PairError(f"--on {on!r} holds no text; give one text a line")
+    return texts
+
+
 def _is_shipped(source: str) -> bool:
     return source in data.dataset_names()
 
@@ -376,6 +487,34 @@ def _print_layers(table: Any) -> None:
         shown.add_row(_hook_label(row), *(f"{row[name]:.4g}" for name in names))
     output.print(shown)
     output.print(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
+
+
+def _print_boundary(table: Any) -> None:
+    """Boundaries with their intervals, what was predicted, and the projection there."""
+    settings = table.attrs["settings"]
+    shown = Table(title=f"Coherence boundary on {settings['on']} text, {settings['budget']}")
+    shown.add_column("hook")
+    for name in ("negative", "95%", "predicted", "positive", "95%", "predicted", "resid norm"):
+        shown.add_column(name, justify="right")
+    shown.add_column("projection there", justify="right")
+    for row in table.to_dict("records"):
+        cells = []
+        for sign in ("neg", "pos"):
+            name = f"boundary_{sign}"
+            cells += [
+                f"{row[name]:.4g}{'*' if row[f'reentry_{sign}'] == row[f'reentry_{sign}'] else ''}",
+                f"{row[f'{name}_ci_low']:.4g} to {row[f'{name}_ci_high']:.4g}",
+                f"{row[f'predicted_{name}']:.4g}",
+            ]
+        shown.add_row(
+            _hook_label(row),
+            *cells,
+            f"{row['resid_norm']:.4g}",
+            f"{row['projection_at_boundary']:.4g}",
+        )
+    output.print(shown)
+    if table[["reentry_pos", "reentry_neg"]].notna().any(axis=None):
+        output.print("* within the budget again further out: see reentry_pos and reentry_neg")
 
 
 def _print_cells(result: SweepResult) -> None:

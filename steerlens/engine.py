@@ -27,6 +27,7 @@ class Plan:
     model: HookedModel
     prepared: Prepared
     exact: frozenset[str]
+    reuse_prefix: bool
 
 
 def make_plan(
@@ -49,7 +50,7 @@ def make_plan(
     """
     if not jobs:
         prepared = Prepared(workload, unsteered, (), (), batch_size)
-        return Plan(model, prepared, frozenset())
+        return Plan(model, prepared, frozenset(), reuse_prefix=False)
     by_hook = {job.hook_name: job for job in reversed(jobs)}
     one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in jobs)]
     small = _check_workload(workload)
@@ -79,7 +80,21 @@ def make_plan(
     prepared = prepare(
         model, workload, unsteered, batch_size=batch_size, reuse_prefix=reuse_prefix, cost=cost
     )
-    return Plan(model, prepared, frozenset(by_hook) - frozenset(reasons))
+    exact = frozenset(by_hook) - frozenset(reasons)
+    return Plan(model, prepared, exact, reuse_prefix=reuse_prefix)
+
+
+def plan_for(plan: Plan, workload: Workload, unsteered: Baseline, *, cost: Cost) -> Plan:
+    """The plan for another workload of the same model and hooks, not checked again."""
+    prepared = prepare(
+        plan.model,
+        workload,
+        unsteered,
+        batch_size=plan.prepared.batch_size,
+        reuse_prefix=plan.reuse_prefix,
+        cost=cost,
+    )
+    return replace(plan, prepared=prepared)
 
 
 def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[CellOutput]]:

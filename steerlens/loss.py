@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import reduce
@@ -10,6 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.errors import SweepError
+
+Divergence = Literal["kl", "kl_p95", "rollout_kl_p95"]
+DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 MARGIN = 0.99
 WEIGHT = 1e4
@@ -163,18 +166,21 @@ def mean_by_prompt(
 
 @dataclass(frozen=True)
 class Budget:
-    """How much logprob a steered model may lose and still count as coherent.
+    """How much a steered model may lose and still count as coherent.
 
-    `relative` 0.01: logprob >= baseline / 0.99, that is at most about 1% further below zero.
-    `nats` 0.05: logprob >= baseline - 0.05 nats per token.
+    Of the labels' mean logprob: `relative` 0.01: logprob >= baseline / 0.99, that is at most about
+    1% further below zero; `nats` 0.05: logprob >= baseline - 0.05 nats per token. Of the next-token
+    distribution, KL(unsteered || steered) in nats per token: `kl` its mean, `kl_p95` its 95th
+    percentile over all label tokens, `rollout_kl_p95` that percentile over the tokens of the
+    steered model's own greedy continuations.
     """
 
-    kind: Literal["relative", "nats"]
+    kind: Literal["relative", "nats"] | Divergence
     value: float
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """A budget from "relative=0.01" or "nats=0.05". Raises `SweepError` on anything else."""
+        """A budget from "relative=0.01" or "kl=0.1". Raises `SweepError` on anything else."""
         kind, _, number = text.partition("=")
         try:
             value = float(number)
@@ -184,16 +190,36 @@ class Budget:
             return cls("relative", value)
         if kind == "nats" and 0 <= value < math.inf:
             return cls("nats", value)
+        for divergence in DIVERGENCES:
+            if kind == divergence and 0 < value < math.inf:
+                return cls(divergence, value)
         raise SweepError(
-            f"expected a budget like relative=0.01 (from 0 up to 1) or nats=0.05 (0 or more), "
-            f"got {text!r}"
+            "expected a budget like relative=0.01 (from 0 up to 1), nats=0.05 (0 or more), kl=0.1, "
+            f"kl_p95=1 or rollout_kl_p95=1 (above 0), got {text!r}"
         )
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value!r}"
 
+    @property
+    def is_divergence(self) -> bool:
+        """Whether it bounds a KL divergence, not a logprob."""
+        return self.kind in DIVERGENCES
+
     def min_logprob(self, baseline: float) -> float:
-        """The lowest logprob (nats per token) that still counts as coherent."""
+        """The lowest logprob (nats per token) that still counts as coherent.
+
+        Raises `SweepError` for a budget of a KL divergence, which has none.
+        """
+        if self.is_divergence:
+            raise SweepError(
+                f"the budget {self} bounds a KL divergence, and a logprob was asked for; use "
+                "relative= or nats="
+            )
         if self.kind == "relative":
             return baseline / (1 - self.value)
         return baseline - self.value
+
+    def allowance(self, baseline: float) -> float:
+        """The largest loss within the budget, nats per token: of degradation, or of KL."""
+        return self.value if self.is_divergence else baseline - self.min_logprob(baseline)

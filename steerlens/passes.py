@@ -174,6 +174,29 @@ def labels_kl(
     return torch.cat(divergences)
 
 
+def labels_gradients(
+    model: HookedModel,
+    final: Float[Tensor, "label d_model"],
+    labels: Int[Tensor, " label"],
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "label d_model"], Float[Tensor, "label d_model"]]:
+    """Gradients of log-probabilities (nats) with respect to each output of the last block.
+
+    First those of `labels`, then those of labels sampled from the model's own distribution, drawn
+    on the CPU so that the device does not change them.
+    """
+    of_label, of_sample = torch.zeros_like(final), torch.zeros_like(final)
+    with torch.enable_grad():
+        rows = final.detach().requires_grad_()
+        for logits, (wanted,) in _logits(model, rows, labels):
+            logprobs = logits.log_softmax(-1)
+            sampled = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=generator)
+            for ids, total in ((wanted[:, None], of_label), (sampled, of_sample)):
+                chosen = logprobs.gather(1, ids.to(logprobs.device)).sum()
+                total += torch.autograd.grad(chosen, rows, retain_graph=True)[0]
+    return of_label, of_sample
+
+
 def _logits(
     model: HookedModel, final: Float[Tensor, "label d_model"], *beside: Shaped[Tensor, "label ..."]
 ) -> Iterator[tuple[Float[Tensor, "part vocab"], tuple[Tensor, ...]]]:

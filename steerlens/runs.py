@@ -5,17 +5,28 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from steerlens.directions import Directions
 from steerlens.errors import OutputError
-from steerlens.sweep import SweepResult
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
-RUN_FILES = ("sweep.csv", "sweep.parquet", "layers.csv", "directions.safetensors", RECORD)
+RUN_FILES = (
+    "sweep.csv",
+    "sweep.parquet",
+    "boundary.csv",
+    "shape.csv",
+    "layers.csv",
+    "directions.safetensors",
+    RECORD,
+)
+"""Every file that some command writes into a run folder."""
 
 
 def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
@@ -84,16 +95,24 @@ def check_out_file(path: Path) -> None:
 
 
 def write_run(
-    folder: Path, result: SweepResult, request: Mapping[str, Any], *, seconds: float
+    folder: Path,
+    tables: Mapping[str, pd.DataFrame],
+    directions: Directions,
+    request: Mapping[str, Any],
+    *,
+    seconds: float,
 ) -> None:
-    """Write the five files of a run; each appears whole, the record last.
+    """Write the files of a run; each appears whole, the record last.
 
-    `sweep.csv`, `sweep.parquet`, `layers.csv`, `directions.safetensors` (hook name -> direction,
-    the readouts included) and `run.json`. Raises `OutputError` when a file cannot be written.
+    Each table of `tables` as `NAME.csv` (`sweep`, `boundary`, `shape`, `layers`), a sweep as
+    `sweep.parquet` too; `directions.safetensors` (hook name -> direction, the readouts included);
+    and `run.json`, with the `forward_equivalents` of the layers' attrs. Raises `OutputError` when a
+    file cannot be written.
     """
     record = {
         "request": dict(request),
         "seconds": round(seconds, 3),
+        "forward_equivalents": tables["layers"].attrs["forward_equivalents"],
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("steerlens", "torch", "transformers", "pandas")},
@@ -101,24 +120,21 @@ def write_run(
         },
         "machine": {"system": platform.system(), "processor": platform.machine()},
     }
-    writers: dict[str, Callable[[Path], None]] = {
-        "sweep.csv": lambda path: write_csv(result.table, path),
-        "sweep.parquet": lambda path: write_parquet(result.table, path),
-        "layers.csv": lambda path: write_csv(result.layers, path),
-        "directions.safetensors": lambda path: write_directions(result.directions, path),
-        RECORD: lambda path: _write_json(record, path),
-    }
     try:
-        for name, write in writers.items():
-            write_whole(folder / name, write)
+        for name, table in tables.items():
+            write_whole(folder / f"{name}.csv", partial(write_csv, table))
+            if name == "sweep":
+                write_whole(folder / f"{name}.parquet", partial(write_parquet, table))
+        write_whole(folder / "directions.safetensors", lambda p: write_directions(directions, p))
+        write_whole(folder / RECORD, lambda p: _write_json(record, p))
     except OSError as error:
         raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as partial:
-        temporary = Path(partial) / path.name
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
+        temporary = Path(beside) / path.name
         write(temporary)
         os.replace(temporary, path)
 

@@ -106,13 +106,13 @@ def sweep(
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
-    _check_directions(directions, [*hook_names, *readouts.values()])
+    check_directions(directions, [*hook_names, *readouts.values()])
     settings = SweepSettings(
         hook_names=hook_names,
         coefficients=checked_coefficients(coefficients),
         position=directions.position,
         steered_positions=steered_positions,
-        budget=str(Budget.parse(budget)),
+        budget=str(_logprob_budget(budget)),
         margin=_finite("margin", margin),
         weight=_finite("weight", weight),
         n_bootstrap=_at_least("n_bootstrap", n_bootstrap, 2),
@@ -129,7 +129,7 @@ def sweep(
     baseline = run_baseline(
         model, workload, tuple(dict.fromkeys([*hook_names, *readouts.values()]))
     )
-    _check_width(directions, baseline)
+    check_width(directions, baseline)
     cost = Cost()
     for batch in (*workload.positive, *workload.negative):
         cost.add(batch.tokens, int(model.cfg.n_layers))
@@ -166,7 +166,16 @@ def sweep(
     return SweepResult(
         table=to_frame(rows, SWEEP_COLUMNS, attrs),
         layers=to_frame(
-            [layer_row(name, baseline, directions[name], settings) for name in hook_names],
+            [
+                layer_row(
+                    name,
+                    baseline,
+                    directions[name],
+                    margin=settings.margin,
+                    weight=settings.weight,
+                )
+                for name in hook_names
+            ],
             LAYER_COLUMNS,
             attrs,
         ),
@@ -250,7 +259,9 @@ def layer_row(
     hook_name: str,
     baseline: Baseline,
     direction: Float[Tensor, " d_model"],
-    settings: SweepSettings,
+    *,
+    margin: float = MARGIN,
+    weight: float = WEIGHT,
 ) -> Row:
     """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`)."""
     cell = baseline.cell(hook_name)
@@ -262,8 +273,8 @@ def layer_row(
         positive,
         negative,
         cell.logprob.double(),
-        margin=settings.margin,
-        weight=settings.weight,
+        margin=margin,
+        weight=weight,
     )
     return {
         "hook_name": hook_name,
@@ -277,7 +288,19 @@ def layer_row(
         "logprob_nats": float(cell.logprob.double().mean()),
         "coherence_penalty": float(loss.coherence_penalty),
         "loss": float(loss.loss),
+        "prediction_trusted": False,
+        "boundary_on": "none",
     }
+
+
+def _logprob_budget(text: str) -> Budget:
+    budget = Budget.parse(text)
+    if budget.is_divergence:
+        raise SweepError(
+            f"a sweep measures logprob, so its budget is relative= or nats=, not {budget.kind}=; "
+            "find_boundary takes the others"
+        )
+    return budget
 
 
 def _interval(
@@ -321,7 +344,8 @@ def _at_least(name: str, value: int, least: int) -> int:
     return value
 
 
-def _check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
+def check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
+    """Raise `DirectionError` when a hook has no direction."""
     missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
     if missing:
         raise DirectionError(
@@ -330,7 +354,8 @@ def _check_directions(directions: Directions, hook_names: Sequence[str]) -> None
         )
 
 
-def _check_width(directions: Directions, baseline: Baseline) -> None:
+def check_width(directions: Directions, baseline: Baseline) -> None:
+    """Raise `DirectionError` when the directions are another width than the activations."""
     expected, found = baseline.positive.shape[-1], directions.vectors.shape[-1]
     if expected != found:
         raise DirectionError(

@@ -107,18 +107,89 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "penalty of the noref loss: mean logprob^2 with the default margin and weight",
     ),
     Column("loss", "float64", "", "-separation + coherence_penalty (the noref form)"),
-    Column("boundary_pos", "float64", "residual units", "measured boundary, positive coefficients"),
-    Column("boundary_neg", "float64", "residual units", "measured boundary, negative coefficients"),
-    Column("predicted_boundary_pos", "float64", "residual units", "predicted boundary_pos"),
-    Column("predicted_boundary_neg", "float64", "residual units", "predicted boundary_neg"),
+    Column(
+        "boundary_pos",
+        "float64",
+        "residual units",
+        "measured coherence boundary for c > 0; inf beyond the searched range",
+    ),
+    Column("boundary_pos_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column(
+        "boundary_pos_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"
+    ),
+    Column("boundary_neg", "float64", "residual units", "the same for c < 0: at most 0, or -inf"),
+    Column("boundary_neg_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column(
+        "boundary_neg_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"
+    ),
+    Column(
+        "predicted_boundary_pos",
+        "float64",
+        "residual units",
+        "boundary_pos from slope and curvature at c = 0 alone",
+    ),
+    Column("predicted_boundary_neg", "float64", "residual units", "boundary_neg likewise"),
+    Column(
+        "predicted_first_order_pos",
+        "float64",
+        "residual units",
+        "boundary_pos from the slope at c = 0 alone; inf where the logprob rises, NaN for KL",
+    ),
+    Column("predicted_first_order_neg", "float64", "residual units", "boundary_neg likewise"),
+    Column(
+        "prediction_trusted",
+        "bool",
+        "",
+        "both predicted boundaries within 40% of the measured ones; false where not measured",
+    ),
+    Column(
+        "reentry_pos",
+        "float64",
+        "residual units",
+        "a coefficient beyond boundary_pos that was seen to be within the budget again",
+    ),
+    Column("reentry_neg", "float64", "residual units", "the same for boundary_neg"),
     Column(
         "projection_at_boundary",
         "float64",
         "residual units",
-        "projection at boundary_pos",
+        "projection of the cell at boundary_pos, at the readout hook",
+    ),
+    Column(
+        "boundary_on",
+        "str",
+        "",
+        "text the boundary was measured on; none where it was not measured",
     ),
 )
 """One row a hook, of the unsteered model; boundaries are NaN until they are measured."""
+
+
+BOUNDARY_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("coefficient", "float64", "residual units", "what multiplies the unit direction"),
+    Column("n_prompts", "int64", "prompts", "prompts it was evaluated on"),
+    Column(
+        "loss_nats",
+        "float64",
+        "nats per token",
+        "degradation, or KL(unsteered || steered) reduced as the budget says",
+    ),
+    Column("allowance_nats", "float64", "nats per token", "the largest loss within the budget"),
+)
+"""One row an evaluation of the boundary search."""
+
+SHAPE_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("angle", "float64", "degrees", "from the frozen direction towards the orthogonal one"),
+    Column("boundary", "float64", "residual units", "coherence boundary in that direction"),
+    Column("boundary_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column("boundary_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column("x", "float64", "residual units", "boundary * cos(angle): along the direction"),
+    Column("y", "float64", "residual units", "boundary * sin(angle): along the orthogonal one"),
+    Column("predicted_boundary", "float64", "residual units", "from slope and curvature at 0"),
+)
+"""One row an angle of a boundary's shape."""
 
 
 def to_frame(

@@ -33,6 +33,41 @@ def bootstrap_interval(
     return float(interval.low), float(interval.high)
 
 
+def resampled_counts(
+    n_pairs: int, *, n_resamples: int, seed: int
+) -> Float[np.ndarray, "resample pair"]:
+    """How often each pair is drawn in each bootstrap resample; the same seed, the same draws."""
+    drawn = np.random.default_rng(seed).multinomial(
+        n_pairs, np.full(n_pairs, 1 / n_pairs), size=n_resamples
+    )
+    return drawn.astype(np.float64)
+
+
+def weighted_quantile(
+    values: Float[np.ndarray, "pair token"],
+    counts: Float[np.ndarray, "resample pair"],
+    quantile: float,
+) -> Float[np.ndarray, " resample"]:
+    """The `quantile` (0 to 1) of all values that are not NaN, each pair's counted `counts` times.
+
+    The smallest value whose share of counted values at or below it reaches `quantile`.
+    """
+    is_given = ~np.isnan(values)
+    flat, owner = values[is_given], np.nonzero(is_given)[0]
+    order = flat.argsort()
+    cumulative = counts[:, owner[order]].cumsum(axis=1)
+    reached = cumulative >= quantile * cumulative[:, -1:] - 1e-9
+    quantiles: NDArray[np.float64] = flat[order][reached.argmax(axis=1)]
+    return quantiles
+
+
+def percentile_interval(estimates: Float[np.ndarray, " resample"]) -> tuple[float, float]:
+    """The 95% percentile interval of bootstrap estimates, which may be infinite."""
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(estimates, [tail, 1 - tail], method="inverted_cdf")
+    return float(low), float(high)
+
+
 def _mean(values: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
     mean: NDArray[np.float64] = np.mean(values, axis=axis)
     return mean

@@ -1,0 +1,292 @@
+"""The coherence boundary: how far one may push along a direction before predictions break."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+
+from steerlens.cells import Cost, Job, forward_equivalents
+from steerlens.coherence import Push
+from steerlens.data import ContrastivePairs
+from steerlens.directions import Directions
+from steerlens.engine import Plan, make_plan, plan_for, run_cells
+from steerlens.errors import SweepError
+from steerlens.hooks import Layers, readout_hook, resolve_hooks
+from steerlens.loss import Budget
+from steerlens.models import HookedModel, provenance
+from steerlens.plain import Baseline, Workload, make_workload, run_baseline
+from steerlens.pushes import Boundary, Progress, find_boundaries
+from steerlens.sweep import check_directions, check_width, layer_row
+from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, Row, to_frame
+from steerlens.tokens import (
+    SteeredPositions,
+    TokenizedPairs,
+    TokenizedPrompt,
+    check_steered_positions,
+    make_batches,
+    tokenize_pairs,
+    tokenize_prompt,
+)
+
+On = Literal["positive", "negative"] | Sequence[str]
+"""The text a boundary is measured on: one side of the pairs, or texts of one's own."""
+
+
+@dataclass(frozen=True)
+class BoundarySettings:
+    """Everything besides model, pairs and directions that decides a boundary's numbers."""
+
+    hook_names: tuple[str, ...]
+    on: str
+    budget: str
+    position: int
+    steered_positions: SteeredPositions
+    search_range: float
+    n_bootstrap: int
+    seed: int
+    batch_size: int | None
+
+
+@dataclass(frozen=True)
+class BoundaryResult:
+    """`layers` has one row a hook (`LAYER_COLUMNS`), `curves` one an evaluation of the search.
+
+    The columns of `curves` are `BOUNDARY_COLUMNS`. Both tables carry in their `attrs` the settings,
+    provenance, fingerprints, the largest coefficient searched at each hook (`searched`), and the
+    `forward_equivalents` spent.
+    """
+
+    layers: pd.DataFrame
+    curves: pd.DataFrame
+    directions: Directions
+    settings: BoundarySettings
+
+    def __repr__(self) -> str:
+        return f"BoundaryResult({len(self.layers)} hooks, {self.settings.budget})"
+
+
+def find_boundary(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    layers: Layers | None = None,
+    on: On = "positive",
+    budget: str = "relative=0.01",
+    steered_positions: SteeredPositions = "all",
+    search_range: float | int = 4.0,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> BoundaryResult:
+    """The largest coefficient of each sign at which the model is still coherent, at every hook.
+
+    The boundary is the first crossing of the `budget` (see `Budget`) outward from 0, in residual
+    units, when `coefficient * direction` is added to the text `on`: the positive prompts, the
+    negative ones, or texts of one's own (strings). It is searched up to `search_range` times the
+    hook's mean residual norm; beyond that it is inf (-inf for the negative sign). A later
+    coefficient that was seen to be within the budget again is in `reentry_*`.
+
+    One forward and two backward passes predict all boundaries; the search starts there, evaluates
+    all hooks and both signs in batched runs, mostly on the quarter of the prompts whose slopes at 0
+    are most like those of all (the probes), and in the end on all prompts within 12% of the
+    boundary. Intervals are 95% percentile bootstrap intervals over prompts of the same estimate,
+    the baseline and the slope resampled too. `projection_at_boundary` is the projection of the cell
+    at `boundary_pos`, on a line through c = 0 and the coefficient measured nearest to the boundary.
+
+    Raises `SweepError` on a bad budget, range or number of resamples, on texts that are empty, and
+    where a rollout budget meets steered positions other than "all"; `DirectionError` when a hook or
+    its readout has no direction; and as `tokenize_pairs` and `run_baseline` do.
+    """
+    hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
+    readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
+    check_directions(directions, [*hook_names, *readouts.values()])
+    settings = checked_settings(
+        hook_names=hook_names,
+        on=on if isinstance(on, str) else "texts",
+        budget=budget,
+        position=directions.position,
+        steered_positions=steered_positions,
+        search_range=search_range,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    cost = Cost()
+    tokenized = tokenize_pairs(model, pairs)
+    workload = make_workload(
+        model,
+        tokenized,
+        position=settings.position,
+        steered_positions=steered_positions,
+        batch_size=batch_size,
+    )
+    needed = tuple(dict.fromkeys([*hook_names, *readouts.values()]))
+    baseline = run_baseline(model, workload, needed)
+    check_width(directions, baseline)
+    for batch in (*workload.positive, *workload.negative):
+        cost.add(batch.tokens, int(model.cfg.n_layers))
+    rows = {name: layer_row(name, baseline, directions[name]) for name in hook_names}
+
+    prompts = text_prompts(model, on, tokenized)
+    check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    pushes = [
+        Push(name, directions[name], sign, readouts[name])
+        for name in hook_names
+        for sign in (1, -1)
+    ]
+    limits = [settings.search_range * rows[push.hook_name]["resid_norm"] for push in pushes]
+    plan = make_plan(
+        model, workload, baseline, check_jobs(pushes), batch_size=batch_size, cost=cost
+    )
+    text = replace(workload, negative=())
+    unsteered = replace(baseline, negative=baseline.negative[:, :0])
+    if on != "positive":
+        text, unsteered = text_workload(model, prompts, workload, needed, cost=cost)
+    found = find_boundaries(
+        plan_for(plan, text, unsteered, cost=cost),
+        prompts,
+        pushes,
+        limits,
+        budget=Budget.parse(settings.budget),
+        n_bootstrap=settings.n_bootstrap,
+        seed=settings.seed,
+        cost=cost,
+        progress=progress,
+    )
+    outward = {
+        push.hook_name: line for push, line in zip(pushes, found, strict=True) if push.sign > 0
+    }
+    projections = _projections(plan, directions, outward, settings.on, cost)
+    table = [
+        {**rows[name], **_columns(up, down), **at_boundary, "boundary_on": settings.on}
+        for name, up, down, at_boundary in zip(
+            hook_names, found[::2], found[1::2], projections, strict=True
+        )
+    ]
+    attrs = {
+        "settings": asdict(settings),
+        "searched": {push.hook_name: limit for push, limit in zip(pushes, limits, strict=True)},
+        "method": directions.method,
+        "directions_seed": directions.seed,
+        "fitted_on": directions.fingerprint,
+        "measured_on": pairs.fingerprint,
+        "model": provenance(model).to_dict(),
+        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+    }
+    return BoundaryResult(
+        layers=to_frame(table, LAYER_COLUMNS, attrs),
+        curves=to_frame([row for line in found for row in line.rows()], BOUNDARY_COLUMNS, attrs),
+        directions=directions,
+        settings=settings,
+    )
+
+
+def check_jobs(pushes: Sequence[Push]) -> list[Job]:
+    """A job for every push, to check its hook with: at one residual unit."""
+    return [Job(push.hook_name, push.direction, (1.0,), push.readout) for push in pushes]
+
+
+def text_workload(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    pairs: Workload,
+    hook_names: Sequence[str],
+    *,
+    cost: Cost,
+) -> tuple[Workload, Baseline]:
+    """Texts as a workload like that of the pairs, read at their last token; and unsteered."""
+    text = replace(pairs, positive=make_batches(model, prompts, None), negative=(), position=-1)
+    for batch in text.positive:
+        cost.add(batch.tokens, int(model.cfg.n_layers))
+    return text, run_baseline(model, text, hook_names)
+
+
+def checked_settings(**given: Any) -> BoundarySettings:
+    """The settings, or a `SweepError` that says which of them has no meaning."""
+    search_range, n_bootstrap = given["search_range"], given["n_bootstrap"]
+    if not (math.isfinite(search_range) and search_range > 0):
+        raise SweepError(f"search_range must be finite and above 0, got {search_range}")
+    if n_bootstrap < 2:
+        raise SweepError(f"n_bootstrap must be at least 2, got {n_bootstrap}")
+    if given["seed"] < 0:
+        raise SweepError(f"seed must be at least 0, got {given['seed']}")
+    budget = Budget.parse(given["budget"])
+    if budget.value == 0:
+        raise SweepError(f"the budget {budget} leaves no room: no coefficient is within it")
+    if budget.kind == "rollout_kl_p95" and given["steered_positions"] != "all":
+        raise SweepError(
+            "rollouts are steered at all positions, so steered_positions must be 'all'"
+        )
+    return BoundarySettings(**{**given, "budget": str(budget), "search_range": float(search_range)})
+
+
+def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[TokenizedPrompt, ...]:
+    """The prompts that `on` names. Raises `SweepError` where there is none, or none with labels."""
+    if on == "positive":
+        return pairs.positive
+    if on == "negative":
+        prompts = pairs.negative
+    elif isinstance(on, str):
+        raise SweepError(f"on is 'positive', 'negative' or a list of texts, not {on!r}")
+    elif not on:
+        raise SweepError("on holds no texts; give some, or 'positive' or 'negative'")
+    else:
+        prompts = tuple(tokenize_prompt(model, text) for text in on)
+    short = [prompt for prompt in prompts if len(prompt) < 2]
+    if short:
+        raise SweepError(
+            f"{len(short)} texts are a single token, so there is no label whose logprob could be "
+            "measured; make them longer"
+        )
+    return prompts
+
+
+def _columns(up: Boundary, down: Boundary) -> Row:
+    return {
+        "boundary_pos": up.at,
+        "boundary_pos_ci_low": up.low,
+        "boundary_pos_ci_high": up.high,
+        "boundary_neg": -down.at,
+        "boundary_neg_ci_low": -down.high,
+        "boundary_neg_ci_high": -down.low,
+        "predicted_boundary_pos": up.predicted,
+        "predicted_boundary_neg": -down.predicted,
+        "predicted_first_order_pos": up.first_order,
+        "predicted_first_order_neg": -down.first_order,
+        "prediction_trusted": up.is_trusted and down.is_trusted,
+        "reentry_pos": up.reentry,
+        "reentry_neg": -down.reentry,
+    }
+
+
+def _projections(
+    plan: Plan, directions: Directions, outward: Mapping[str, Boundary], on: str, cost: Cost
+) -> list[Row]:
+    """`projection_at_boundary` of every hook; NaN where the boundary is beyond the range.
+
+    What the search read of the positive prompts is not run again.
+    """
+    workload, baseline = plan.prepared.workload, plan.prepared.unsteered
+    finite = {name: found for name, found in outward.items() if math.isfinite(found.at)}
+    jobs = [
+        Job(name, found.push.direction, (found.nearest,), found.push.readout)
+        for name, found in finite.items()
+    ]
+    is_read = on == "positive" and all(f.read_at_nearest.numel() for f in finite.values())
+    if is_read:
+        plan = plan_for(plan, replace(workload, positive=()), baseline, cost=cost)
+    rows: dict[str, Row] = {}
+    for job, (cell,) in zip(jobs, run_cells(plan, jobs, cost=cost), strict=True):
+        found = finite[job.hook_name]
+        positive = found.read_at_nearest if is_read else cell.positive
+        unsteered = baseline.cell(job.readout)
+        unit = directions[job.readout].double()
+        before = float(((unsteered.positive - unsteered.negative).double() @ unit).mean())
+        after = float(((positive - cell.negative).double() @ unit).mean())
+        share = found.at / found.nearest
+        rows[job.hook_name] = {"projection_at_boundary": before + share * (after - before)}
+    return [rows.get(name, {}) for name in outward]

@@ -1,0 +1,127 @@
+"""Gradients at coefficient 0: how fast logprob falls along every direction, and how it bends.
+
+One forward pass, and one backward pass for each of the two, for all hooks at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steerlens.cells import Cost
+from steerlens.hooks import HookFunction, resid_post
+from steerlens.models import HookedModel, inference
+from steerlens.passes import labels_gradients, run_from
+from steerlens.plain import in_pair_order
+from steerlens.tokens import Batch, SteeredPositions
+
+BACKWARD_COST = 2
+"""Block-evaluations that a backward pass through a block counts for: the usual estimate."""
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """The first two derivatives, at coefficient 0, along directions at hooks.
+
+    `logprob` is d(mean logprob of the labels)/dc, nats per token and residual unit; `curvature` is
+    d2(mean KL(unsteered || steered) per label token)/dc2, nats per token and residual unit squared,
+    estimated from one sampled sequence of labels a prompt: right on average over many prompts, and
+    rough for each of them.
+    """
+
+    logprob: Float[Tensor, "direction prompt"]
+    curvature: Float[Tensor, "direction prompt"]
+
+
+def label_slopes(
+    model: HookedModel,
+    batches: Sequence[Batch],
+    along: Sequence[tuple[str, Tensor]],
+    *,
+    steered_positions: SteeredPositions,
+    seed: int,
+    cost: Cost,
+) -> Slopes:
+    """`Slopes` of the batches' prompts, in their order, along each (hook name, direction).
+
+    A scalar step along the direction is added at every hook and its derivative taken at 0, so the
+    hooks do not influence each other. The curvature is the Fisher information of the model's own
+    next-token distributions: with labels y sampled from the model at the T label positions and
+    s = d(sum_t log p(y_t))/dc, E[s^2] / T is the second derivative of the mean KL per token, as the
+    s of different positions are uncorrelated (the contexts stay those of the prompt). `cost` is
+    added to: a forward pass and two backward passes, each counted as two forward passes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    found = [_batch_slopes(model, batch, along, steered_positions, generator) for batch in batches]
+    for batch in batches:
+        cost.add(batch.tokens, int(model.cfg.n_layers) * (1 + 2 * BACKWARD_COST))
+    return Slopes(
+        in_pair_order(batches, [logprob for logprob, _ in found]),
+        in_pair_order(batches, [curvature for _, curvature in found]),
+    )
+
+
+def _batch_slopes(
+    model: HookedModel,
+    batch: Batch,
+    along: Sequence[tuple[str, Tensor]],
+    steered_positions: SteeredPositions,
+    generator: torch.Generator,
+) -> tuple[Float[Tensor, "direction prompt"], Float[Tensor, "direction prompt"]]:
+    mask = batch.steered_mask(steered_positions)
+    is_label = batch.label_mask()[:, 1:]
+    n_labels = is_label.sum(dim=1)
+    kept: list[Tensor] = []
+    with inference(model), _frozen_weights(model), torch.enable_grad():
+        wide = torch.promote_types(model.cfg.dtype, torch.float32)
+        steps = torch.zeros(len(along), len(batch.prompts), dtype=wide, device=mask.device)
+        steps.requires_grad_()
+        hooks: list[tuple[str, HookFunction]] = [
+            (name, _stepping(direction, step, mask))
+            for (name, direction), step in zip(along, steps, strict=True)
+        ]
+        last = resid_post(int(model.cfg.n_layers) - 1)
+        run_from(
+            model,
+            batch.tokens,
+            batch.attention_mask,
+            fwd_hooks=[*hooks, (last, lambda activation, hook: kept.append(activation))],  # noqa: ARG005
+            last_hook=last,
+        )
+        predictions = kept[0][:, :-1][is_label]
+        of_label, of_sample = labels_gradients(
+            model, predictions.detach(), batch.tokens[:, 1:][is_label], generator
+        )
+        weights = (1 / n_labels).repeat_interleave(n_labels)[:, None].to(of_label)
+        (slope,) = torch.autograd.grad(predictions, steps, of_label * weights, retain_graph=True)
+        (score,) = torch.autograd.grad(predictions, steps, of_sample)
+    return slope.cpu(), (score.square() / n_labels).cpu()
+
+
+def _stepping(
+    direction: Float[Tensor, " d_model"],
+    step: Float[Tensor, " row"],
+    mask: Bool[Tensor, "row token"],
+) -> HookFunction:
+    def add(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        added = step[:, None, None] * direction.to(step) * mask[..., None]
+        return activation + added.to(activation)
+
+    return add
+
+
+@contextmanager
+def _frozen_weights(model: Any) -> Iterator[None]:
+    """No gradient for weights inside the block: nothing is kept for it, nothing computed."""
+    weights = [p for p in getattr(model, "original_model", model).parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

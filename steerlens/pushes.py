@@ -1,0 +1,271 @@
+"""The coherence boundary along each of many pushes on one text, searched side by side."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steerlens.cells import Cost
+from steerlens.coherence import Coherence, Push, Reading, allowances, make_coherence, mean_loss
+from steerlens.engine import Plan
+from steerlens.gradients import label_slopes
+from steerlens.hooks import hook_layer
+from steerlens.loss import Budget
+from steerlens.search import FIRST_STEP, Curve, Line, first_crossings, loss_of, search
+from steerlens.tables import Row
+from steerlens.tokens import TokenizedPrompt, make_batches, rows_per_pass
+from steerlens.uncertainty import percentile_interval, resampled_counts
+
+MIN_PROBES = 8
+TRUSTED = 0.4
+"""A prediction is trusted when it lies within this share of the measured boundary."""
+
+Progress = Callable[[str], None]
+"""Called with a line of text at every step of a search."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """The boundary along one push; distances from 0, without the push's sign.
+
+    `at` is the boundary, inf beyond the searched range; `low` and `high` its interval; `predicted`
+    and `first_order` what slope and curvature at 0 say; `reentry` a distance beyond `at` that was
+    seen to be within the budget (NaN when none was); `readings` those on all prompts, by distance;
+    `evaluations` every (distance, prompts, loss).
+    """
+
+    push: Push
+    at: float
+    low: float
+    high: float
+    predicted: float
+    first_order: float
+    reentry: float
+    allowance: float
+    readings: Mapping[float, Reading]
+    evaluations: tuple[tuple[float, int, float], ...]
+
+    @property
+    def nearest(self) -> float:
+        """The distance nearest to the boundary that was measured on all prompts."""
+        return min(self.readings, key=lambda c: abs(math.log(c / self.at)))
+
+    @property
+    def read_at_nearest(self) -> Float[Tensor, "prompt d_model"]:
+        """The readout of every prompt there; of no prompt under a rollout budget."""
+        return self.readings[self.nearest].readout
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the prediction lies within 40% of the measured boundary."""
+        return math.isfinite(self.at) and abs(self.predicted / self.at - 1) <= TRUSTED
+
+    def rows(self) -> list[Row]:
+        """The evaluations as table rows (`BOUNDARY_COLUMNS`), outward."""
+        return [
+            {
+                "hook_name": self.push.hook_name,
+                "layer": hook_layer(self.push.hook_name),
+                "coefficient": self.push.sign * distance,
+                "n_prompts": n_prompts,
+                "loss_nats": loss,
+                "allowance_nats": self.allowance,
+            }
+            for distance, n_prompts, loss in sorted(self.evaluations)
+        ]
+
+
+def find_boundaries(
+    plan: Plan,
+    prompts: Sequence[TokenizedPrompt],
+    pushes: Sequence[Push],
+    limits: Sequence[float],
+    *,
+    budget: Budget,
+    n_bootstrap: int,
+    seed: int,
+    cost: Cost,
+    progress: Progress | None = None,
+) -> list[Boundary]:
+    """The boundary along every push on one text, each searched up to its limit (residual units).
+
+    `find_boundary` without the pairs: any directions, several at one hook too. `plan` is that of
+    the text as positive prompts, with the pushes' hooks checked. `cost` is added to.
+    """
+
+    def say(text: str) -> None:
+        if progress is not None:
+            progress(text)
+
+    say(f"slopes at {len(pushes)} pushes")
+    slopes = _push_slopes(plan, prompts, pushes, seed, cost)
+    probes = choose_probes(slopes.logprob, seed)
+    coherence = make_coherence(plan, prompts, budget=budget, probes=probes, cost=cost)
+    everyone = np.ones((1, len(prompts)))
+    allowance = float(allowances(budget, coherence.logprob, everyone)[0])
+    drops = _drops(slopes, budget)
+    lines = [
+        _line(drops[k], slopes.curvature[k], probes, budget, allowance, limit)
+        for k, limit in enumerate(limits)
+    ]
+    readings: list[dict[float, Reading]] = [{} for _ in pushes]
+    evaluations: list[list[tuple[float, int, float]]] = [[] for _ in pushes]
+
+    def evaluate(points: Sequence[tuple[int, float]], on_all: bool) -> list[tuple[float, float]]:
+        say(f"{len(points)} pushes on {len(prompts) if on_all else len(probes)} prompts")
+        found = coherence.measure([(pushes[k], c) for k, c in points], on_all=on_all, cost=cost)
+        losses = []
+        for (k, c), reading in zip(points, found, strict=True):
+            of_probes = reading.values[list(probes)] if on_all else reading.values
+            on_few = float(mean_loss(of_probes, np.ones((1, len(probes))))[0])
+            on_every = math.nan
+            if on_all:
+                on_every = float(mean_loss(reading.values, everyone)[0])
+                readings[k][c] = reading
+            losses.append((on_few, on_every))
+            evaluations[k].append((c, len(reading.values), on_every if on_all else on_few))
+        return losses
+
+    found = search([line for line, _, _ in lines], evaluate)
+    counts = resampled_counts(len(prompts), n_resamples=n_bootstrap, seed=seed)
+    boundaries = []
+    for k, (line, (_, predicted, first_order)) in enumerate(zip(found, lines, strict=True)):
+        low, high = _interval(coherence, line, drops[k], readings[k], counts)
+        boundaries.append(
+            Boundary(
+                push=pushes[k],
+                at=line.at,
+                low=low,
+                high=high,
+                predicted=predicted,
+                first_order=first_order,
+                reentry=line.reentry(),
+                allowance=allowance,
+                readings=readings[k],
+                evaluations=tuple(evaluations[k]),
+            )
+        )
+    return boundaries
+
+
+def choose_probes(slopes: Float[np.ndarray, "push prompt"], seed: int) -> tuple[int, ...]:
+    """A quarter of the prompts, 8 at least, whose mean slopes are nearest to those of all prompts.
+
+    The best of 500 random draws, slopes scaled to their spread over prompts.
+    """
+    n_prompts = slopes.shape[1]
+    size = max(MIN_PROBES, math.ceil(n_prompts / 4))
+    if size >= n_prompts:
+        return tuple(range(n_prompts))
+    spread = slopes.std(axis=1, keepdims=True)
+    scaled = np.divide(slopes, spread, out=np.zeros_like(slopes), where=spread > 0)
+    target = scaled.mean(axis=1)
+    generator = np.random.default_rng(seed)
+    draws = [np.sort(generator.permutation(n_prompts)[:size]) for _ in range(500)]
+    misses = [float(np.square(scaled[:, rows].mean(axis=1) - target).sum()) for rows in draws]
+    return tuple(int(row) for row in draws[int(np.argmin(misses))])
+
+
+@dataclass(frozen=True)
+class _PushSlopes:
+    logprob: NDArray[np.float64]
+    curvature: NDArray[np.float64]
+
+
+def _push_slopes(
+    plan: Plan,
+    prompts: Sequence[TokenizedPrompt],
+    pushes: Sequence[Push],
+    seed: int,
+    cost: Cost,
+) -> _PushSlopes:
+    """Slope outward from 0 of the logprob, and the KL's curvature, `[push, prompt]`."""
+    along = {(push.hook_name, id(push.direction)): push.direction for push in pushes}
+    # A backward pass keeps every block's activations: half as many prompts as a forward pass.
+    width = max(len(prompt) for prompt in prompts)
+    size = max(1, (plan.prepared.batch_size or rows_per_pass(plan.model, width)) // 2)
+    found = label_slopes(
+        plan.model,
+        make_batches(plan.model, prompts, size),
+        [(name, direction) for (name, _), direction in along.items()],
+        steered_positions=plan.prepared.workload.steered_positions,
+        seed=seed,
+        cost=cost,
+    )
+    index = {key: i for i, key in enumerate(along)}
+    rows = [index[push.hook_name, id(push.direction)] for push in pushes]
+    signs = np.array([push.sign for push in pushes])[:, None]
+    return _PushSlopes(
+        signs * found.logprob.double().numpy()[rows], found.curvature.double().numpy()[rows]
+    )
+
+
+def _drops(slopes: _PushSlopes, budget: Budget) -> NDArray[np.float64]:
+    """d(loss)/dc of every prompt, outward at 0: 0 for a divergence, which is flat there."""
+    return np.zeros_like(slopes.logprob) if budget.is_divergence else -slopes.logprob
+
+
+def _line(
+    drop: NDArray[np.float64],
+    curvature: NDArray[np.float64],
+    probes: Sequence[int],
+    budget: Budget,
+    allowance: float,
+    limit: float,
+) -> tuple[Line, float, float]:
+    """The search of one push, and its predicted boundary: of second and of first order.
+
+    Second order: drop * c + curvature * c^2 / 2 reaches the allowance. For a 95th percentile the
+    divergence of a token is taken to be its mean times a chi-square variable with one degree of
+    freedom, whose 95th percentile is 3.84.
+    """
+    slope, bend = float(drop.mean()), float(curvature.mean()) / 2
+    if budget.kind in ("kl_p95", "rollout_kl_p95"):
+        from scipy.stats import chi2
+
+        bend *= float(chi2.ppf(0.95, 1))
+    predicted = first_root(bend, slope, allowance)
+    first_order = math.nan if budget.is_divergence else first_root(0.0, slope, allowance)
+    start = min(FIRST_STEP * predicted, limit)
+    line = Line(Curve(slope), float(drop[list(probes)].mean()), allowance, limit, start)
+    return line, predicted, first_order
+
+
+def first_root(bend: float, slope: float, allowance: float) -> float:
+    """The smallest c > 0 with `slope * c + bend * c^2 = allowance` (bend >= 0), inf if none."""
+    if bend == 0:
+        return allowance / slope if slope > 0 else math.inf
+    return (math.sqrt(slope**2 + 4 * bend * allowance) - slope) / (2 * bend)
+
+
+def _interval(
+    coherence: Coherence,
+    line: Line,
+    drop: NDArray[np.float64],
+    readings: Mapping[float, Reading],
+    counts: NDArray[np.float64],
+) -> tuple[float, float]:
+    """Bootstrap interval of a boundary: slope, baseline and measured losses of resampled prompts.
+
+    Between and beyond the coefficients measured on all prompts every resample's curve bends as the
+    search's own.
+    """
+    if math.isnan(line.at):
+        return math.nan, math.nan
+    top = line.limit if math.isinf(line.at) else min(6 * line.at, line.limit)
+    grid = np.geomspace(top / 200, top, 600)
+    distances = np.array(sorted(readings))
+    slopes = counts @ drop / counts.sum(axis=1)
+    allowed = allowances(coherence.budget, coherence.logprob, counts)
+    losses = np.stack([mean_loss(readings[c].values, counts) for c in distances], axis=1)
+    losses = np.minimum(losses, 1e3 * allowed[:, None])
+    bends = (losses - slopes[:, None] * distances) / distances**2
+    weights = np.stack([np.interp(grid, distances, unit) for unit in np.eye(len(distances))])
+    curves = line.curve.bend(grid) + (bends - line.curve.bend(distances)) @ weights
+    losses = loss_of(slopes[:, None], curves, grid, line.curve.probes[-1][0])
+    boundaries = first_crossings(grid, losses, allowed)
+    return percentile_interval(boundaries)

@@ -1,0 +1,245 @@
+"""Find where a loss first exceeds its allowance, outward from 0, from few evaluations of it.
+
+Pure arithmetic on numbers: nothing here knows of models. The loss D(c) >= 0 or below is modelled as
+`slope * c + c^2 * bend(c)`: the slope at 0 is known exactly from a gradient, and the bend changes
+little with c, so a few evaluations of it decide where D crosses. Most evaluations are made on a
+part of the prompts (the probes); one or two on all of them correct the offset.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+FIRST_STEP = 1.25
+"""How far beyond the prediction the first evaluation lies: predictions tend to be too small."""
+_PROBE_STEP = 0.25
+_REFINED_STEP = 0.08
+_FULL_STEP = 0.12
+_FAR_STEP = math.log(1.6)
+_MAX_PROBES = 12
+_MAX_REFINEMENTS = 4
+_MAX_FULL = 12
+_GRID = 3000
+_UNDEFINED = 1e3  # times the allowance: what a loss that is NaN or inf counts as
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What is known of a loss D(c), c > 0: its slope at 0 and bends, `(D - slope * c) / c^2`.
+
+    `probes` are bends `(c, bend)` on the probes, with the probes' own slope; `full` those on all
+    prompts, at coefficients that are among the probes' too.
+    """
+
+    slope: float
+    probes: tuple[tuple[float, float], ...] = ()
+    full: tuple[tuple[float, float], ...] = ()
+
+    def bend(self, c: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
+        """The probes' bend at `c`, shifted to that of all prompts where those are known."""
+        bend = _interpolate(c, self.probes, extrapolate=True)
+        if not self.full:
+            return bend
+        at = dict(self.probes)
+        offsets = tuple((x, y - at[x]) for x, y in self.full)
+        return bend + _interpolate(c, offsets, extrapolate=False)
+
+    def loss(self, c: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
+        """D(c)."""
+        return loss_of(self.slope, self.bend(c), c, self.probes[-1][0])
+
+
+@dataclass(frozen=True)
+class Line:
+    """One search outward from 0, up to `limit`, for the first c with D(c) > `allowance`.
+
+    `probe_slope` is the slope of the probes alone.
+    """
+
+    curve: Curve
+    probe_slope: float
+    allowance: float
+    limit: float
+    at: float
+    """The next coefficient to evaluate; in the end the boundary, inf when it is beyond `limit`."""
+
+    def measured(self, c: float, loss: float) -> "Line":
+        """The line with D(c) of the probes added."""
+        return replace(
+            self,
+            curve=replace(
+                self.curve,
+                probes=_with(self.curve.probes, c, self._bend(c, loss, self.probe_slope)),
+            ),
+        )
+
+    def measured_on_all(self, c: float, loss: float) -> "Line":
+        """The line with D(c) of all prompts added; c has been measured on the probes too."""
+        bend = self._bend(c, loss, self.curve.slope)
+        return replace(self, curve=replace(self.curve, full=_with(self.curve.full, c, bend)))
+
+    def estimate(self, widest_step: float) -> "Line":
+        """The line at its estimated crossing, at most `widest_step` times beyond what is known.
+
+        inf when D stays within the allowance up to the limit, and was evaluated within 12% of it.
+        """
+        known = [c for c, _ in self.curve.probes]
+        low, high = min(known) / widest_step, min(max(known) * widest_step, self.limit)
+        at = crossing(self.curve.loss, self.allowance, high)
+        if not math.isfinite(at):
+            is_near_limit = max(known) >= self.limit * math.exp(-_FULL_STEP)
+            at = math.inf if is_near_limit else high
+        return replace(self, at=max(at, low))
+
+    def is_far_below(self) -> bool:
+        """Whether the one evaluation there is, beyond the prediction, is a third of it or less."""
+        at = np.array([self.curve.probes[0][0]])
+        return float(self.curve.loss(at)[0]) < self.allowance / 3
+
+    def reentry(self) -> float:
+        """The smallest measured c beyond the boundary that is within the allowance; NaN if none."""
+        beyond = np.array([c for c, _ in self.curve.probes if c > self.at * 1.001])
+        within = beyond[self.curve.loss(beyond) <= self.allowance] if len(beyond) else beyond
+        return float(within[0]) if len(within) else math.nan
+
+    def step(self, points: Sequence[tuple[float, float]]) -> float:
+        """How far the estimate is from the nearest point: `|log|` of their ratio."""
+        at = min(self.at, self.limit)
+        return min(abs(math.log(at / c)) for c, _ in points) if points else math.inf
+
+    def _bend(self, c: float, loss: float, slope: float) -> float:
+        worst = _UNDEFINED * max(self.allowance, 1e-12)
+        known = min(loss, worst) if math.isfinite(loss) else worst
+        return (known - slope * c) / c**2
+
+
+Evaluate = Callable[[Sequence[tuple[int, float]], bool], Sequence[tuple[float, float]]]
+"""`evaluate([(line index, c), ...], on_all)`: D on the probes and D on all prompts (NaN unless
+`on_all`) for each of them, in one batched run."""
+
+
+def search(lines: Sequence[Line], evaluate: Evaluate) -> list[Line]:
+    """Search all lines side by side: `Line.at` of each is its boundary.
+
+    First on the probes until the next step is small, then on all prompts, then again on the probes
+    with the offset of all prompts, and on all prompts once more where that moved far. A line that
+    does not settle in a dozen rounds ends as NaN, with a warning.
+    """
+    found = list(lines)
+    everyone: Sequence[int] = range(len(found))
+    _measure(found, everyone, evaluate, on_all=False, widest_step=4.0)
+    # Far below what was predicted there: look half way, lest it crossed before and came back.
+    doubted = [k for k in everyone if found[k].is_far_below()]
+    for k in doubted:
+        found[k] = replace(found[k], at=found[k].curve.probes[0][0] / 2)
+    _measure(found, doubted, evaluate, on_all=False, widest_step=4.0)
+    active = everyone
+    for _ in range(_MAX_PROBES):
+        active = [k for k in active if found[k].step(found[k].curve.probes) > _PROBE_STEP]
+        _measure(found, active, evaluate, on_all=False, widest_step=2.0)
+    active = everyone
+    for _ in range(_MAX_FULL):
+        _measure(found, active, evaluate, on_all=True, widest_step=1.5)
+        moving: Sequence[int] = active
+        for _ in range(_MAX_REFINEMENTS):
+            moving = [k for k in moving if found[k].step(found[k].curve.probes) > _REFINED_STEP]
+            # The offset between probes and all prompts holds near a measured one only.
+            moving = [k for k in moving if found[k].step(found[k].curve.full) < _FAR_STEP]
+            _measure(found, moving, evaluate, on_all=False, widest_step=1.5)
+        active = [k for k in active if found[k].step(found[k].curve.full) > _FULL_STEP]
+    for k in active:
+        warnings.warn(
+            f"the search of boundary {k} did not settle; it is left undefined",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        found[k] = replace(found[k], at=math.nan)
+    return found
+
+
+def loss_of(
+    slope: float | Float[np.ndarray, "curve 1"],
+    bend: Float[np.ndarray, "*curve c"],
+    c: Float[np.ndarray, " c"],
+    last: float,
+) -> Float[np.ndarray, "*curve c"]:
+    """`slope * c + c^2 * bend`, and no downturn that was not seen.
+
+    Beyond `1.5 * last`, up to which `bend` is known, a bend below 0 shrinks as 1 / c, so that the
+    loss goes on along a line.
+    """
+    beyond = np.maximum(c / (1.5 * last), 1.0)
+    loss: NDArray[np.float64] = slope * c + c**2 * np.where(bend < 0, bend / beyond, bend)
+    return loss
+
+
+def crossing(
+    loss: Callable[[NDArray[np.float64]], NDArray[np.float64]], allowance: float, limit: float
+) -> float:
+    """The smallest c in (0, limit] with `loss(c) > allowance`, inf when there is none.
+
+    Looked for on a geometric grid over four decades and interpolated between its points.
+    """
+    grid = np.geomspace(limit * 1e-4, limit, _GRID)
+    values = loss(grid)
+    return float(first_crossings(grid, values[None], np.array([allowance]))[0])
+
+
+def first_crossings(
+    grid: Float[np.ndarray, " c"],
+    losses: Float[np.ndarray, "curve c"],
+    allowances: Float[np.ndarray, " curve"],
+) -> Float[np.ndarray, " curve"]:
+    """Where each curve first exceeds its allowance, linear between grid points; inf where never."""
+    is_over = losses > allowances[:, None]
+    first = is_over.argmax(axis=1)
+    rows = np.arange(len(losses))
+    before = np.maximum(first - 1, 0)
+    low, high = losses[rows, before], losses[rows, first]
+    share = np.divide(
+        allowances - low, high - low, out=np.zeros_like(high), where=(high > low) & (first > 0)
+    )
+    crossed = grid[before] + np.clip(share, 0, 1) * (grid[first] - grid[before])
+    return np.where(is_over.any(axis=1), crossed, np.inf)
+
+
+def _measure(
+    lines: list[Line],
+    active: Sequence[int],
+    evaluate: Evaluate,
+    *,
+    on_all: bool,
+    widest_step: float,
+) -> None:
+    if not active:
+        return
+    points = [(k, min(lines[k].at, lines[k].limit)) for k in active]
+    for (k, c), (of_probes, of_all) in zip(points, evaluate(points, on_all), strict=True):
+        line = lines[k].measured(c, of_probes)
+        if on_all:
+            line = line.measured_on_all(c, of_all)
+        lines[k] = line.estimate(widest_step)
+
+
+def _with(
+    points: tuple[tuple[float, float], ...], c: float, value: float
+) -> tuple[tuple[float, float], ...]:
+    return tuple(sorted({**dict(points), c: value}.items()))
+
+
+def _interpolate(
+    c: NDArray[np.float64], points: Sequence[tuple[float, float]], *, extrapolate: bool
+) -> NDArray[np.float64]:
+    """Linear between the points; beyond them along the last piece, at most half as far again."""
+    x, y = np.array(points).T
+    inside: NDArray[np.float64] = np.interp(c, x, y)
+    if not extrapolate or len(x) == 1:
+        return inside
+    below = y[0] + (y[1] - y[0]) / (x[1] - x[0]) * (np.maximum(c, x[0] / 1.5) - x[0])
+    above = y[-1] + (y[-1] - y[-2]) / (x[-1] - x[-2]) * (np.minimum(c, 1.5 * x[-1]) - x[-1])
+    return np.where(c < x[0], below, np.where(c > x[-1], above, inside))

@@ -1,0 +1,191 @@
+"""The shape of the coherence boundary in a plane: one boundary an angle."""
+
+import math
+from dataclasses import asdict, dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.activations import collect_differences
+from steerlens.boundary import (
+    On,
+    check_jobs,
+    checked_settings,
+    text_prompts,
+    text_workload,
+)
+from steerlens.cells import Cost, forward_equivalents
+from steerlens.coherence import Push
+from steerlens.data import ContrastivePairs
+from steerlens.directions import Directions
+from steerlens.engine import make_plan
+from steerlens.errors import DirectionError, SweepError
+from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
+from steerlens.loss import Budget
+from steerlens.models import HookedModel, provenance
+from steerlens.plain import make_workload
+from steerlens.pushes import Boundary, Progress, find_boundaries
+from steerlens.tables import SHAPE_COLUMNS, Row, to_frame
+from steerlens.tokens import (
+    SteeredPositions,
+    TokenizedPairs,
+    check_steered_positions,
+    tokenize_pairs,
+)
+
+
+@dataclass(frozen=True)
+class BoundaryShape:
+    """`table` has one row an angle (`SHAPE_COLUMNS`) in the plane of two unit vectors.
+
+    `direction` is the frozen direction (0 degrees), `orthogonal` the main direction of what is left
+    of the pairs' differences without it (90 degrees). `attrs["radius_ratio"]` is the largest
+    boundary over the smallest: 1 for a circle, inf when an angle's is beyond the searched range.
+    """
+
+    table: pd.DataFrame
+    direction: Float[Tensor, " d_model"]
+    orthogonal: Float[Tensor, " d_model"]
+
+    def __repr__(self) -> str:
+        ratio = self.table.attrs["radius_ratio"]
+        return f"BoundaryShape({len(self.table)} angles, radius ratio {ratio:.3g})"
+
+
+def boundary_shape(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    layer: Layers,
+    n_angles: int = 16,
+    on: On = "positive",
+    budget: str = "relative=0.01",
+    steered_positions: SteeredPositions = "all",
+    search_range: float | int = 4.0,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> BoundaryShape:
+    """The boundary at one hook, along `n_angles` directions spread evenly over a plane.
+
+    The plane is spanned by the frozen direction and the first principal axis (uncentred) of the
+    pairs' differences at that hook once their part along the direction is taken off. At angle a the
+    text runs with `c * (cos(a) * direction + sin(a) * orthogonal)` added, c > 0, in residual units.
+    Search, intervals and `on` as in `find_boundary`, whose `boundary_pos` is the row at 0 degrees
+    and `-boundary_neg` that at 180. Raises as `find_boundary`, `SweepError` when `layer` names more
+    than one hook or there are fewer than 3 angles, and `DirectionError` when nothing is left of the
+    differences.
+    """
+    hook_names = resolve_hooks(model, layer)
+    if len(hook_names) != 1:
+        raise SweepError(f"a shape is that of one hook; {layer!r} names {len(hook_names)}")
+    if n_angles < 3:
+        raise SweepError(f"n_angles must be at least 3, got {n_angles}")
+    (hook_name,) = hook_names
+    if hook_name not in directions:
+        raise DirectionError(f"no direction was fitted at {hook_name}; fit one there")
+    settings = checked_settings(
+        hook_names=hook_names,
+        on=on if isinstance(on, str) else "texts",
+        budget=budget,
+        position=directions.position,
+        steered_positions=steered_positions,
+        search_range=search_range,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    direction = directions[hook_name].double()
+    differences = collect_differences(
+        model, pairs, layers=[hook_name], position=directions.position, batch_size=batch_size
+    )
+    orthogonal = main_orthogonal(differences[hook_name].double(), direction)
+    limit = settings.search_range * float(
+        torch.cat([differences.positive[0], differences.negative[0]]).norm(dim=-1).mean()
+    )
+    readout = readout_hook(hook_name, int(model.cfg.n_layers))
+    angles = [360 * i / n_angles for i in range(n_angles)]
+    pushes = [
+        Push(hook_name, _at(direction, orthogonal, angle).float(), 1, readout) for angle in angles
+    ]
+    tokenized = tokenize_pairs(model, pairs)
+    prompts = text_prompts(model, on, tokenized)
+    check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    cost = Cost()
+    workload = make_workload(
+        model, tokenized, position=-1, steered_positions=steered_positions, batch_size=batch_size
+    )
+    text, unsteered = text_workload(model, prompts, workload, (readout,), cost=cost)
+    plan = make_plan(model, text, unsteered, check_jobs(pushes), batch_size=batch_size, cost=cost)
+    found = find_boundaries(
+        plan,
+        prompts,
+        pushes,
+        [limit] * n_angles,
+        budget=Budget.parse(settings.budget),
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        cost=cost,
+        progress=progress,
+    )
+    reach = [boundary.at for boundary in found]
+    attrs = {
+        "settings": asdict(settings),
+        "searched": limit,
+        "radius_ratio": max(reach) / min(reach),
+        "method": directions.method,
+        "fitted_on": directions.fingerprint,
+        "measured_on": pairs.fingerprint,
+        "model": provenance(model).to_dict(),
+        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+    }
+    rows = [_row(hook_name, angle, of) for angle, of in zip(angles, found, strict=True)]
+    return BoundaryShape(
+        to_frame(rows, SHAPE_COLUMNS, attrs), direction.float(), orthogonal.float()
+    )
+
+
+def main_orthogonal(
+    differences: Float[Tensor, "pair d_model"], direction: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The unit vector, orthogonal to `direction`, with the largest sum of squared projections.
+
+    `argmax_v sum_i (r_i . v)^2` with `r_i = d_i - (d_i . direction) direction`; its sign is that of
+    the mean projection. Raises `DirectionError` when nothing is left of the differences.
+    """
+    rest = differences - (differences @ direction)[:, None] * direction
+    if rest.norm() <= 1e-6 * differences.norm():
+        raise DirectionError(
+            "the differences lie along the direction alone, so no plane is left; use other pairs"
+        )
+    axis: Tensor = torch.linalg.svd(rest, full_matrices=False)[2][0]
+    axis = axis - (axis @ direction) * direction
+    sign = -1.0 if float((rest @ axis).mean()) < 0 else 1.0
+    unit: Tensor = sign * axis / axis.norm()
+    return unit
+
+
+def _at(direction: Tensor, orthogonal: Tensor, angle: float) -> Tensor:
+    turned: Tensor = (
+        math.cos(math.radians(angle)) * direction + math.sin(math.radians(angle)) * orthogonal
+    )
+    return turned
+
+
+def _row(hook_name: str, angle: float, boundary: Boundary) -> Row:
+    along, across = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return {
+        "hook_name": hook_name,
+        "layer": hook_layer(hook_name),
+        "angle": angle,
+        "boundary": boundary.at,
+        "boundary_ci_low": boundary.low,
+        "boundary_ci_high": boundary.high,
+        "x": boundary.at * along,
+        "y": boundary.at * across,
+        "predicted_boundary": boundary.predicted,
+    }

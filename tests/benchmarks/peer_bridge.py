@@ -1,0 +1,62 @@
+"""Peer: TransformerLens's `TransformerBridge.run_with_hooks`, one pass a cell."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from work import Padded, PlainLoop, Push, serve
+
+
+def resid_post(layer: int) -> str:
+    """TransformerLens's name of a block's output."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+class Bridge(PlainLoop):
+    """`stop_at_layer` ends a pass that needs no logits."""
+
+    def load(self, folder: str) -> None:
+        self.model: Any = TransformerBridge.boot_transformers(
+            folder, device="cpu", dtype=torch.float32
+        )
+
+    def run(self, batch: Padded, push: Push, *, wants_logits: bool) -> tuple[Tensor, Tensor | None]:
+        kept: list[Tensor] = []
+        options: dict[str, Any] = {"return_type": "logits"}
+        if wants_logits:
+            # An option of the Hugging Face model, handed on: the columns with any label's logits.
+            options["logits_to_keep"] = batch.label_columns
+        elif push.readout + 1 < self.work.n_layers:
+            options["stop_at_layer"] = push.readout + 1
+        output = self.model.run_with_hooks(
+            batch.tokens,
+            attention_mask=batch.mask,
+            fwd_hooks=[
+                (resid_post(push.layer), lambda act, hook: act + push.step),
+                (
+                    resid_post(push.readout),
+                    lambda act, hook: kept.append(act[batch.rows, batch.last]),
+                ),
+            ],
+            **options,
+        )
+        return kept[0], batch.pick_labels(output) if wants_logits else None
+
+    def differences(self, n_pairs: int) -> dict[int, Tensor]:
+        sides = [
+            torch.cat([self._all_layers(batch) for batch in self.batches(prompts[:n_pairs])], dim=1)
+            for prompts in (self.work.extract_positive, self.work.extract_negative)
+        ]
+        return dict(enumerate(sides[0] - sides[1]))
+
+    def _all_layers(self, batch: Padded) -> Tensor:
+        names = [resid_post(i) for i in range(self.work.n_layers)]
+        _, cache = self.model.run_with_cache(
+            batch.tokens, attention_mask=batch.mask, names_filter=names, logits_to_keep=1
+        )
+        return torch.stack([cache[name][batch.rows, batch.last] for name in names])
+
+
+if __name__ == "__main__":
+    serve(Bridge)

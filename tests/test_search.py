@@ -1,0 +1,139 @@
+"""The search for a first crossing: on functions whose crossing is known by hand."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steerlens.search import Curve, Line, crossing, first_crossings, search
+
+
+def line(
+    slope: float, *, probe_slope: float | None = None, limit: float = 1e3, at: float = 1.0
+) -> Line:
+    return Line(Curve(slope), slope if probe_slope is None else probe_slope, 1.0, limit, at)
+
+
+def run(
+    losses: Sequence[Callable[[float], float]],
+    lines: Sequence[Line],
+    probe_losses: Sequence[Callable[[float], float]] | None = None,
+) -> tuple[list[Line], list[tuple[int, float, bool]]]:
+    """The lines found, and every evaluation."""
+    asked: list[tuple[int, float, bool]] = []
+
+    def evaluate(points: Sequence[tuple[int, float]], on_all: bool) -> list[tuple[float, float]]:
+        asked.extend((k, c, on_all) for k, c in points)
+        of_probes = probe_losses or losses
+        return [(of_probes[k](c), losses[k](c) if on_all else math.nan) for k, c in points]
+
+    return search(lines, evaluate), asked
+
+
+def test_a_parabola_is_found_from_its_slope_and_one_evaluation() -> None:
+    """0.5 c + 0.25 c^2 = 1 at c = sqrt(5) - 1."""
+    (found,), asked = run([lambda c: 0.5 * c + 0.25 * c**2], [line(0.5)])
+    assert found.at == pytest.approx(math.sqrt(5) - 1, rel=1e-4)
+    assert [on_all for _, _, on_all in asked].count(True) == 1
+    assert asked[0][1] == 1.0
+
+
+@pytest.mark.parametrize("start", [0.05, 0.5, 2.0, 9.0])
+def test_steep_and_dipping_losses_are_bracketed(start: float) -> None:
+    """Losses that first improve, rise with the fifth power, or flatten out."""
+    losses = [
+        lambda c: -0.5 * c + 0.3 * c**2,  # 1 at (0.5 + sqrt(1.45)) / 0.6
+        lambda c: 0.1 * c + c**5 / 32,
+        lambda c: 3 * (1 - math.exp(-c / 2)),  # 1 at 2 ln 1.5
+    ]
+    expected = [(0.5 + math.sqrt(1.45)) / 0.6, None, 2 * math.log(1.5)]
+    slopes = [-0.5, 0.1, 1.5]
+    found, asked = run(losses, [line(s, at=start) for s in slopes])
+    for of, loss, value in zip(found, losses, expected, strict=True):
+        assert loss(of.at) == pytest.approx(1, rel=0.05)
+        if value is not None:
+            assert of.at == pytest.approx(value, rel=0.02)
+    assert sum(on_all for _, _, on_all in asked) <= 9
+
+
+def test_probes_of_another_bend_are_corrected_by_all_prompts() -> None:
+    """The probes alone would say sqrt(1 / 0.4); all prompts cross at sqrt(1 / 0.25) = 2."""
+    (found,), asked = run([lambda c: 0.25 * c**2], [line(0.0)], probe_losses=[lambda c: 0.4 * c**2])
+    assert found.at == pytest.approx(2, rel=1e-3)
+    assert not asked[0][2]
+    # And another slope of the probes is known, so it needs no correction.
+    (found,), _ = run(
+        [lambda c: 0.5 * c + 0.25 * c**2],
+        [line(0.5, probe_slope=-0.2)],
+        probe_losses=[lambda c: -0.2 * c + 0.25 * c**2],
+    )
+    assert found.at == pytest.approx(math.sqrt(5) - 1, rel=1e-4)
+
+
+def test_beyond_the_limit_is_infinite_and_the_limit_was_evaluated() -> None:
+    (found,), asked = run([lambda c: 1e-9 * c**2], [line(0.0, limit=50.0)])
+    assert found.at == math.inf
+    assert (0, 50.0, True) in asked
+    # Control: a limit beyond the crossing.
+    (found,), _ = run([lambda c: 1e-3 * c**2], [line(0.0, limit=50.0)])
+    assert found.at == pytest.approx(math.sqrt(1e3), rel=1e-3)
+
+
+def test_an_undefined_loss_counts_as_far_beyond_the_allowance() -> None:
+    (found,), _ = run([lambda c: c**2 / 4 if c < 3 else math.nan], [line(0.0, at=40.0)])
+    assert found.at == pytest.approx(2, rel=0.05)
+
+
+def test_the_first_crossing_is_taken_and_a_later_reentry_is_seen() -> None:
+    """2 sin(c) is above 1 from 0.52 to 2.62, and below from there to the end of the dip."""
+
+    def loss(c: float) -> float:
+        return 2 * math.sin(c) if c < 9 else c
+
+    (found,), _ = run([loss], [line(2.0, at=3.0)])
+    assert found.at == pytest.approx(math.asin(0.5), rel=0.05)
+    assert loss(found.reentry()) <= 1
+    assert found.reentry() > found.at
+    (single,), _ = run([lambda c: c**2], [line(0.0, at=3.0)])
+    assert math.isnan(single.reentry())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slope=st.floats(-1, 1),
+    bend=st.floats(0.05, 3),
+    cubic=st.floats(0, 0.5),
+    start=st.floats(0.05, 20),
+)
+def test_cubics_are_found(slope: float, bend: float, cubic: float, start: float) -> None:
+    def loss(c: float) -> float:
+        return slope * c + bend * c**2 + cubic * c**3
+
+    (found,), _ = run([loss], [line(slope, at=start)])
+    assert loss(found.at) == pytest.approx(1, rel=0.05)
+
+
+def test_lines_are_searched_side_by_side() -> None:
+    """One call of `evaluate` for all lines that still move, not one for each."""
+    calls: list[int] = []
+
+    def evaluate(points: Sequence[tuple[int, float]], on_all: bool) -> list[tuple[float, float]]:
+        calls.append(len(points))
+        return [(c**2 / (k + 1), c**2 / (k + 1)) for k, c in points]
+
+    found = search([line(0.0, at=1.0) for _ in range(5)], evaluate)
+    assert [of.at for of in found] == pytest.approx([math.sqrt(k + 1) for k in range(5)], rel=1e-3)
+    assert calls[0] == 5
+    assert len(calls) <= 6
+
+
+def test_crossing_by_hand() -> None:
+    assert crossing(lambda c: c**2, 4.0, 10.0) == pytest.approx(2, rel=1e-3)
+    assert crossing(lambda c: c**2, 4.0, 1.9) == math.inf
+    grid = np.array([1.0, 2.0, 3.0])
+    losses = np.array([[0.0, 1.0, 3.0], [5.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
+    # Between 2 and 3, half way up from 1 to 3; at the grid's start; never.
+    assert first_crossings(grid, losses, np.array([2.0, 2.0, 2.0])).tolist() == [2.5, 1.0, math.inf]
