@@ -92,7 +92,7 @@ def find_boundary(
 
     One forward and two backward passes predict all boundaries; the search starts there, evaluates
     all hooks and both signs in batched runs, mostly on the quarter of the prompts whose slopes at 0
-    are most like those of all (the probes), and in the end on all prompts within 12% of the
+    are most like those of all (the probes), and in the end on all prompts within 15% of the
     boundary. Intervals are 95% percentile bootstrap intervals over prompts of the same estimate,
     the baseline and the slope resampled too. `projection_at_boundary` is the projection of the cell
     at `boundary_pos`, on a line through c = 0 and the coefficient measured nearest to the boundary.
@@ -205,23 +205,28 @@ def text_workload(
     return text, run_baseline(model, text, hook_names)
 
 
-def checked_settings(**given: Any) -> BoundarySettings:
-    """The settings, or a `SweepError` that says which of them has no meaning."""
-    search_range, n_bootstrap = given["search_range"], given["n_bootstrap"]
+def check_search(*, budget: str, search_range: float | int) -> Budget:
+    """The budget; or a `SweepError` when it leaves no room, or the range is none to search in."""
+    parsed = Budget.parse(budget)
+    if parsed.value == 0:
+        raise SweepError(f"the budget {parsed} leaves no room: no coefficient is within it")
     if not (math.isfinite(search_range) and search_range > 0):
         raise SweepError(f"search_range must be finite and above 0, got {search_range}")
-    if n_bootstrap < 2:
-        raise SweepError(f"n_bootstrap must be at least 2, got {n_bootstrap}")
+    return parsed
+
+
+def checked_settings(**given: Any) -> BoundarySettings:
+    """The settings, or a `SweepError` that says which of them has no meaning."""
+    budget = check_search(budget=given["budget"], search_range=given["search_range"])
+    if given["n_bootstrap"] < 2:
+        raise SweepError(f"n_bootstrap must be at least 2, got {given['n_bootstrap']}")
     if given["seed"] < 0:
         raise SweepError(f"seed must be at least 0, got {given['seed']}")
-    budget = Budget.parse(given["budget"])
-    if budget.value == 0:
-        raise SweepError(f"the budget {budget} leaves no room: no coefficient is within it")
     if budget.kind == "rollout_kl_p95" and given["steered_positions"] != "all":
-        raise SweepError(
-            "rollouts are steered at all positions, so steered_positions must be 'all'"
-        )
-    return BoundarySettings(**{**given, "budget": str(budget), "search_range": float(search_range)})
+        raise SweepError("rollouts are steered at all positions, so steered_positions must be all")
+    return BoundarySettings(
+        **{**given, "budget": str(budget), "search_range": float(given["search_range"])}
+    )
 
 
 def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[TokenizedPrompt, ...]:

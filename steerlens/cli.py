@@ -22,7 +22,7 @@ from rich.text import Text
 
 from steerlens import data
 from steerlens.activations import collect_differences
-from steerlens.boundary import find_boundary
+from steerlens.boundary import check_search, find_boundary
 from steerlens.data import ContrastivePairs, Message, Prompt
 from steerlens.directions import METHODS, fit_directions
 from steerlens.errors import PairError, SteerlensError, SweepError
@@ -30,7 +30,7 @@ from steerlens.hooks import resid_post, resolve_hooks
 from steerlens.loss import Budget
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
-from steerlens.shape import boundary_shape
+from steerlens.shape import boundary_shape, check_plane
 from steerlens.steering import generate as generate_text
 from steerlens.sweep import SweepResult, checked_coefficients, measure_layers
 from steerlens.sweep import sweep as run_sweep
@@ -193,18 +193,21 @@ def boundary(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """The largest coefficient of each sign at which the model is still coherent, at every layer."""
-    Budget.parse(budget)
     _check_method(method)
     texts = _texts(on)
+    check_search(budget=budget, search_range=search_range)
     fit_on, measure_on, is_held_out = _pairs(pairs, test_pairs, max_pairs)
     loaded = load_model(model, progress=not quiet)
+    hook_names = resolve_hooks(loaded, layers)
+    if shape is not None:
+        check_plane(hook_names, shape)
     request = {
         "command": "boundary",
         "model": provenance(loaded).to_dict(),
         "fitted_on": _pairs_record(fit_on),
         "measured_on": _pairs_record(measure_on),
         "on": on if isinstance(texts, str) else {"name": on, "texts": list(texts)},
-        "hook_names": resolve_hooks(loaded, layers),
+        "hook_names": hook_names,
         "method": method,
         "position": position,
         "budget": budget,

@@ -40,7 +40,7 @@ class Slopes:
 def label_slopes(
     model: HookedModel,
     batches: Sequence[Batch],
-    along: Sequence[tuple[str, Tensor]],
+    along: Sequence[tuple[str, Float[Tensor, " d_model"]]],
     *,
     steered_positions: SteeredPositions,
     seed: int,
@@ -68,7 +68,7 @@ def label_slopes(
 def _batch_slopes(
     model: HookedModel,
     batch: Batch,
-    along: Sequence[tuple[str, Tensor]],
+    along: Sequence[tuple[str, Float[Tensor, " d_model"]]],
     steered_positions: SteeredPositions,
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "direction prompt"], Float[Tensor, "direction prompt"]]:

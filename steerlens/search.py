@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 FIRST_STEP = 1.25
 """How far beyond the prediction the first evaluation lies: predictions tend to be too small."""
 _PROBE_STEP = 0.25
-_REFINED_STEP = 0.08
-_FULL_STEP = 0.12
+_REFINED_STEP = 0.04
+_FULL_STEP = 0.15
 _FAR_STEP = math.log(1.6)
 _MAX_PROBES = 12
 _MAX_REFINEMENTS = 4
@@ -86,7 +86,7 @@ class Line:
     def estimate(self, widest_step: float) -> "Line":
         """The line at its estimated crossing, at most `widest_step` times beyond what is known.
 
-        inf when D stays within the allowance up to the limit, and was evaluated within 12% of it.
+        inf when D stays within the allowance up to the limit, and was evaluated within 15% of it.
         """
         known = [c for c, _ in self.curve.probes]
         low, high = min(known) / widest_step, min(max(known) * widest_step, self.limit)
@@ -179,7 +179,9 @@ def loss_of(
 
 
 def crossing(
-    loss: Callable[[NDArray[np.float64]], NDArray[np.float64]], allowance: float, limit: float
+    loss: Callable[[Float[np.ndarray, " c"]], Float[np.ndarray, " c"]],
+    allowance: float,
+    limit: float,
 ) -> float:
     """The smallest c in (0, limit] with `loss(c) > allowance`, inf when there is none.
 

@@ -1,6 +1,7 @@
 """The shape of the coherence boundary in a plane: one boundary an angle."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -81,10 +82,7 @@ def boundary_shape(
     differences.
     """
     hook_names = resolve_hooks(model, layer)
-    if len(hook_names) != 1:
-        raise SweepError(f"a shape is that of one hook; {layer!r} names {len(hook_names)}")
-    if n_angles < 3:
-        raise SweepError(f"n_angles must be at least 3, got {n_angles}")
+    check_plane(hook_names, n_angles)
     (hook_name,) = hook_names
     if hook_name not in directions:
         raise DirectionError(f"no direction was fitted at {hook_name}; fit one there")
@@ -147,6 +145,14 @@ def boundary_shape(
     return BoundaryShape(
         to_frame(rows, SHAPE_COLUMNS, attrs), direction.float(), orthogonal.float()
     )
+
+
+def check_plane(hook_names: Sequence[str], n_angles: int) -> None:
+    """Raise `SweepError` when there is not one hook, or too few angles for a shape."""
+    if len(hook_names) != 1:
+        raise SweepError(f"a shape is that of one hook, not of {len(hook_names)}")
+    if n_angles < 3:
+        raise SweepError(f"n_angles must be at least 3, got {n_angles}")
 
 
 def main_orthogonal(

@@ -113,15 +113,7 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "residual units",
         "measured coherence boundary for c > 0; inf beyond the searched range",
     ),
-    Column("boundary_pos_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
-    Column(
-        "boundary_pos_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"
-    ),
-    Column("boundary_neg", "float64", "residual units", "the same for c < 0: at most 0, or -inf"),
-    Column("boundary_neg_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
-    Column(
-        "boundary_neg_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"
-    ),
+    Column("boundary_neg", "float64", "residual units", "the same for c < 0: below 0, or -inf"),
     Column(
         "predicted_boundary_pos",
         "float64",
@@ -129,6 +121,20 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "boundary_pos from slope and curvature at c = 0 alone",
     ),
     Column("predicted_boundary_neg", "float64", "residual units", "boundary_neg likewise"),
+    Column(
+        "projection_at_boundary",
+        "float64",
+        "residual units",
+        "projection of the cell at boundary_pos, at the readout hook",
+    ),
+    Column("boundary_pos_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column(
+        "boundary_pos_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"
+    ),
+    Column("boundary_neg_ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column(
+        "boundary_neg_ci_high", "float64", "residual units", "95% bootstrap interval over pairs"
+    ),
     Column(
         "predicted_first_order_pos",
         "float64",
@@ -149,12 +155,6 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "a coefficient beyond boundary_pos that was seen to be within the budget again",
     ),
     Column("reentry_neg", "float64", "residual units", "the same for boundary_neg"),
-    Column(
-        "projection_at_boundary",
-        "float64",
-        "residual units",
-        "projection of the cell at boundary_pos, at the readout hook",
-    ),
     Column(
         "boundary_on",
         "str",

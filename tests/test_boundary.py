@@ -113,7 +113,8 @@ def test_boundaries_equal_brute_force_on_a_grid(
                 # A percentile moves in steps, so its interval may end at the boundary itself.
                 assert low < boundary * (1 + sign * 1e-4)
                 assert boundary * (1 - sign * 1e-4) < high
-                assert high - low > 0.01 * abs(boundary)
+                # Twenty prompts that begin alike share a percentile; their means differ.
+                assert high - low > (0 if budget.startswith("kl_p95") else 0.01 * abs(boundary))
     assert n_finite >= 6
     # Control: half the budget is reached earlier, at every layer and sign.
     kind, value = budget.split("=")

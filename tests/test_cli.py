@@ -635,7 +635,9 @@ def test_no_arguments_show_the_help(run: Main) -> None:
     assert sum(line.strip().startswith(("sweep ", "layers ", "generate ")) for line in printed) == 3
 
 
-@pytest.mark.parametrize("command", ["sweep", "layers", "generate", "models", "datasets"])
+@pytest.mark.parametrize(
+    "command", ["sweep", "boundary", "layers", "generate", "models", "datasets"]
+)
 def test_every_command_has_help(command: str, run: Main) -> None:
     outcome = run(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")

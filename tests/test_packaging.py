@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Column
+from steerlens.tables import (
+    BOUNDARY_COLUMNS,
+    LAYER_COLUMNS,
+    SHAPE_COLUMNS,
+    SWEEP_COLUMNS,
+    Column,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +47,11 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
     assert (site / "steerlens" / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("column", [*SWEEP_COLUMNS, *LAYER_COLUMNS], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "column",
+    [*SWEEP_COLUMNS, *LAYER_COLUMNS, *BOUNDARY_COLUMNS, *SHAPE_COLUMNS],
+    ids=lambda c: c.name,
+)
 def test_every_column_is_explained_in_the_docs(column: Column) -> None:
     meaning = column.meaning.replace("|", "&#124;")
     row = f"| `{column.name}` | {column.unit} | {meaning} |"

@@ -1,0 +1,150 @@
+"""`steerlens boundary`: what it writes, prints and refuses."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_cli import (  # noqa: F401 (fixtures)
+    Main,
+    assert_error,
+    content,
+    model_folder,
+    pairs_file,
+    record,
+    run,
+    table,
+)
+
+import steerlens as sl
+from steerlens import cli, data
+from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
+
+
+@pytest.fixture
+def boundary(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+    """`steerlens boundary` on one layer of the small model; a later option overrides these."""
+    return lambda *arguments: run(
+        *("boundary", "--model", model_folder, "--pairs", pairs_file, "--layers", "1"),
+        *("--budget", "nats=0.1"),
+        *arguments,
+    )
+
+
+def test_a_run_holds_tables_directions_and_record(
+    boundary: Main,
+    tmp_path: Path,
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+) -> None:
+    outcome = boundary("--out", tmp_path)
+    assert outcome.code == 0
+    assert set(content(tmp_path)) == {
+        "boundary.csv",
+        "layers.csv",
+        "directions.safetensors",
+        "run.json",
+    }
+    layers = table(tmp_path, "layers.csv")
+    assert list(layers.columns) == [column.name for column in LAYER_COLUMNS]
+    assert list(table(tmp_path, "boundary.csv").columns) == [c.name for c in BOUNDARY_COLUMNS]
+    model, pairs = sl.load_model(str(model_folder)), sl.ContrastivePairs.from_jsonl(pairs_file)
+    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers=[1]))
+    expected = sl.find_boundary(model, pairs, directions, budget="nats=0.1").layers
+    pd.testing.assert_frame_equal(layers, expected, check_exact=True)
+    assert layers.boundary_on.tolist() == ["positive"]
+    found = record(tmp_path)
+    assert found["forward_equivalents"] == expected.attrs["forward_equivalents"] > 5
+    assert found["request"]["on"] == "positive"
+    assert found["request"]["budget"] == "nats=0.1"
+    for word in ("Coherence boundary on positive text, nats=0.1", "predicted", "projection there"):
+        assert word in outcome.out
+    assert "2 boundaries" in outcome.words
+    assert "forward-equivalents" in outcome.words
+    assert "pushes on" in outcome.words
+
+
+def test_quiet_prints_nothing(boundary: Main, tmp_path: Path) -> None:
+    outcome = boundary("--quiet", "--out", tmp_path)
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    assert "layers.csv" in content(tmp_path)
+
+
+def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("the river was warm\n\nhow was the day\n", encoding="utf-8")
+    monkeypatch.setattr(data, "neutral_texts", lambda: ("the soup was good", "it was not so"))
+    found = {}
+    for on in ("positive", "negative", "neutral", str(texts)):
+        out = tmp_path / Path(on).stem / "run"
+        assert boundary("--quiet", "--on", on, "--out", out).code == 0
+        found[on] = table(out, "layers.csv").iloc[0]
+        request = record(out)["request"]["on"]
+        assert request == on if on in ("positive", "negative") else request["name"] == on
+    assert [row.boundary_on for row in found.values()] == ["positive", "negative", "texts", "texts"]
+    assert len({row.boundary_pos for row in found.values()}) == 4
+    assert record(tmp_path / "texts" / "run")["request"]["on"]["texts"] == [
+        "the river was warm",
+        "how was the day",
+    ]
+
+
+def test_a_shape_is_written_beside_it(boundary: Main, tmp_path: Path) -> None:
+    assert boundary("--quiet", "--shape", "6", "--out", tmp_path).code == 0
+    shape, layers = table(tmp_path, "shape.csv"), table(tmp_path, "layers.csv")
+    assert list(shape.columns) == [column.name for column in SHAPE_COLUMNS]
+    assert shape.angle.tolist() == [0, 60, 120, 180, 240, 300]
+    assert shape.boundary[0] == pytest.approx(layers.boundary_pos[0], rel=0.03)
+    assert shape.boundary[3] == pytest.approx(-layers.boundary_neg[0], rel=0.03)
+
+
+def test_an_infinite_boundary_is_written_as_such(boundary: Main, tmp_path: Path) -> None:
+    outcome = boundary("--search-range", "0.0001", "--out", tmp_path)
+    row = table(tmp_path, "layers.csv").iloc[0]
+    assert (row.boundary_pos, row.boundary_neg) == (math.inf, -math.inf)
+    assert "inf" in outcome.out
+
+
+def test_another_request_does_not_overwrite(boundary: Main, tmp_path: Path) -> None:
+    assert boundary("--quiet", "--out", tmp_path).code == 0
+    before = content(tmp_path)
+    assert_error(boundary("--quiet", "--on", "negative", "--out", tmp_path), "other on", "--out")
+    assert_error(boundary("--quiet", "--budget", "kl=0.1", "--out", tmp_path), "other budget")
+    assert content(tmp_path) == before
+    assert boundary("--quiet", "--out", tmp_path).code == 0
+    assert content(tmp_path)["layers.csv"] == before["layers.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--on", "missing.txt"], ["missing.txt", "text file"]),
+        (["--budget", "kl"], ["kl_p95=1", "'kl'"]),
+        (["--budget", "nats=0"], ["no room"]),
+        (["--search-range", "0"], ["search_range"]),
+        (["--shape", "2"], ["n_angles"]),
+        (["--shape", "8", "--layers", "0,1"], ["one hook"]),
+        (["--layers", "9"], ["layer 9"]),
+        (["--method", "magic"], ["magic"]),
+    ],
+)
+def test_errors_are_one_line_and_come_before_the_work(
+    boundary: Main,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[str],
+    words: list[str],
+) -> None:
+    def too_late(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the search began")
+
+    monkeypatch.setattr(cli, "find_boundary", too_late)
+    assert_error(boundary("--quiet", "--out", tmp_path / "run", *options), *words)
+    assert content(tmp_path / "run") == {}
+
+
+def test_an_empty_text_file_is_refused(boundary: Main, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    assert_error(
+        boundary("--quiet", "--on", tmp_path / "empty.txt", "--out", tmp_path / "run"), "no text"
+    )
