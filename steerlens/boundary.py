@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from steerlens.cells import Cost, Job, forward_equivalents
+from steerlens.cells import Job
 from steerlens.coherence import Push
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
@@ -16,6 +16,7 @@ from steerlens.errors import SweepError
 from steerlens.hooks import Layers, readout_hook, resolve_hooks
 from steerlens.loss import Budget
 from steerlens.models import HookedModel, provenance
+from steerlens.parts import Cost, forward_equivalents
 from steerlens.plain import Baseline, Workload, make_workload, run_baseline
 from steerlens.pushes import Boundary, Progress, find_boundaries
 from steerlens.sweep import check_directions, check_width, layer_row

@@ -16,29 +16,10 @@ from steerlens.activations import reading_hook
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.loss import mean_by_prompt
 from steerlens.models import HookedModel, inference
-from steerlens.passes import (
-    Prefix,
-    Residual,
-    advance,
-    labels_kl,
-    labels_logprob,
-    run_from,
-    run_prefix,
-    takes_cache,
-)
-from steerlens.plain import Baseline, CellOutput, Workload, by_token, in_pair_order
-from steerlens.tokens import Batch, make_split_batches, rows_per_pass
-
-
-@dataclass
-class Cost:
-    """What was run, in block-evaluations: one token through one block."""
-
-    blocks: int = 0
-
-    def add(self, tokens: Int[Tensor, "row token"], n_blocks: int) -> None:
-        """Count `tokens` (padding too) through `n_blocks` blocks."""
-        self.blocks += tokens.numel() * n_blocks
+from steerlens.parts import Cost, Part, Prepared, advance_part
+from steerlens.passes import Residual, labels_kl, labels_logprob, run_from
+from steerlens.plain import CellOutput, Workload, by_token, in_pair_order
+from steerlens.tokens import Batch, rows_per_pass
 
 
 @dataclass(frozen=True)
@@ -61,36 +42,6 @@ class Job:
         return hook_layer(self.hook_name) + int(self.starts_after)
 
 
-def forward_equivalents(cost: Cost, model: HookedModel, workload: Workload) -> float:
-    """`cost` in full forward passes of the positive prompts."""
-    one = sum(batch.tokens.numel() for batch in workload.positive) * int(model.cfg.n_layers)
-    return cost.blocks / one
-
-
-@dataclass(frozen=True)
-class Part:
-    """The tokens of a batch that its cells have to run, and what is known of the others.
-
-    `prefix` holds the keys and values of the tokens before those of `batch`, `final` the unsteered
-    output of the last block where a label is predicted; both where needed only.
-    """
-
-    batch: Batch
-    prefix: Prefix | None = None
-    final: Float[Tensor, "label d_model"] | None = None
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A workload ready for its cells (see `prepare`), and its baseline at every readout."""
-
-    workload: Workload
-    unsteered: Baseline
-    positive: tuple[Part, ...]
-    negative: tuple[Part, ...]
-    batch_size: int | None
-
-
 @dataclass(frozen=True)
 class Carried:
     """The unsteered residual of every part, where the last job stood."""
@@ -102,74 +53,6 @@ class Carried:
     def at_start(cls, prepared: Prepared) -> "Carried":
         """Nothing computed yet."""
         return cls((None,) * len(prepared.positive), (None,) * len(prepared.negative))
-
-
-def prepare(
-    model: HookedModel,
-    workload: Workload,
-    unsteered: Baseline,
-    *,
-    batch_size: int | None,
-    reuse_prefix: bool,
-    cost: Cost,
-) -> Prepared:
-    """Run once what all cells share: keys and values before the first steered token.
-
-    They are kept with `reuse_prefix` where the last prompt token or the continuation is steered,
-    and take two vectors a token, head and block. `cost` is added to.
-    """
-    with inference(model):
-        positive = _parts(model, workload, workload.positive, batch_size, reuse_prefix, cost)
-        if workload.with_kl:
-            positive = tuple(_with_final(model, part, cost) for part in positive)
-        negative: tuple[Part, ...] = ()
-        # Negative prompts have no continuation, so there is nothing to steer on them.
-        if workload.steered_positions != "continuation":
-            negative = _parts(model, workload, workload.negative, batch_size, reuse_prefix, cost)
-    return Prepared(workload, unsteered, positive, negative, batch_size)
-
-
-def _parts(
-    model: HookedModel,
-    workload: Workload,
-    batches: Sequence[Batch],
-    batch_size: int | None,
-    reuse_prefix: bool,
-    cost: Cost,
-) -> tuple[Part, ...]:
-    prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
-    is_split = (
-        reuse_prefix
-        and workload.steered_positions in ("continuation", "last")
-        and takes_cache(model)
-        and all(len(p.prompt) > 1 for p in prompts.values())
-        and all(p.index(workload.position) == len(p.prompt) - 1 for p in prompts.values())
-    )
-    if not is_split:
-        return tuple(Part(batch) for batch in batches)
-    parts = []
-    in_order = [prompts[row] for row in sorted(prompts)]
-    for head, tail in make_split_batches(model, in_order, batch_size):
-        cost.add(head.tokens, int(model.cfg.n_layers))
-        parts.append(Part(tail, run_prefix(model, head)))
-    return tuple(parts)
-
-
-def _with_final(model: HookedModel, part: Part, cost: Cost) -> Part:
-    n_layers = int(model.cfg.n_layers)
-    cost.add(part.batch.tokens, n_layers)
-    final = _advance(model, part, None, n_layers).values
-    return replace(part, final=final[:, :-1][part.batch.label_mask()[:, 1:]])
-
-
-def _advance(model: HookedModel, part: Part, start: Residual | None, block: int) -> Residual:
-    batch, prefix = part.batch, part.prefix
-    if prefix is not None:
-        rows = torch.arange(len(batch.prompts), device=batch.tokens.device)
-        prefix = prefix.at(rows, 0 if start is None else start.block)
-    return advance(
-        model, batch.tokens, batch.attention_mask, start=start, prefix=prefix, block=block
-    )
 
 
 def fast_cells(
@@ -228,7 +111,7 @@ def _carry(
     for part, known in zip(parts, residuals, strict=True):
         start = known if known is not None and known.block <= job.first_block else None
         cost.add(part.batch.tokens, job.first_block - (0 if start is None else start.block))
-        carried.append(_advance(model, part, start, job.first_block))
+        carried.append(advance_part(model, part, start, job.first_block))
     return tuple(carried)
 
 

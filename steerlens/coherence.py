@@ -10,11 +10,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerlens.cells import Cost, Job
+from steerlens.cells import Job
 from steerlens.engine import Plan, plan_for, run_cells
 from steerlens.hooks import hook_layer
 from steerlens.loss import Budget, label_kl
 from steerlens.models import HookedModel, inference
+from steerlens.parts import Cost
 from steerlens.steering import steer
 from steerlens.tokens import TokenizedPrompt, make_batches
 from steerlens.uncertainty import weighted_quantile

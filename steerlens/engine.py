@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from steerlens import plain
-from steerlens.cells import Carried, Cost, Job, Prepared, fast_cells, prepare
+from steerlens.cells import Carried, Job, fast_cells
 from steerlens.errors import SteerlensError
 from steerlens.hooks import hook_layer
 from steerlens.models import HookedModel
+from steerlens.parts import Cost, Prepared, prepare
 from steerlens.passes import n_skippable
 from steerlens.plain import Baseline, CellOutput, Workload
 from steerlens.tokens import Batch

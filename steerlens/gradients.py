@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.cells import Cost
 from steerlens.hooks import HookFunction, resid_post
 from steerlens.models import HookedModel, inference
+from steerlens.parts import Cost
 from steerlens.passes import labels_gradients, run_from
 from steerlens.plain import in_pair_order
 from steerlens.tokens import Batch, SteeredPositions

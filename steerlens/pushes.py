@@ -9,12 +9,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerlens.cells import Cost
 from steerlens.coherence import Coherence, Push, Reading, allowances, make_coherence, mean_loss
 from steerlens.engine import Plan
 from steerlens.gradients import label_slopes
 from steerlens.hooks import hook_layer
 from steerlens.loss import Budget
+from steerlens.parts import Cost
 from steerlens.search import FIRST_STEP, Curve, Line, first_crossings, loss_of, search
 from steerlens.tables import Row
 from steerlens.tokens import TokenizedPrompt, make_batches, rows_per_pass

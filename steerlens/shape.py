@@ -17,7 +17,6 @@ from steerlens.boundary import (
     text_prompts,
     text_workload,
 )
-from steerlens.cells import Cost, forward_equivalents
 from steerlens.coherence import Push
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
@@ -26,6 +25,7 @@ from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import Budget
 from steerlens.models import HookedModel, provenance
+from steerlens.parts import Cost, forward_equivalents
 from steerlens.plain import make_workload
 from steerlens.pushes import Boundary, Progress, find_boundaries
 from steerlens.tables import SHAPE_COLUMNS, Row, to_frame

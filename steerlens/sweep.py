@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.cells import Cost, Job, forward_equivalents
+from steerlens.cells import Job
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.engine import make_plan, run_cells
@@ -26,6 +26,7 @@ from steerlens.loss import (
     contrastive_steering_loss_noref,
 )
 from steerlens.models import HookedModel, provenance
+from steerlens.parts import Cost, forward_equivalents
 from steerlens.plain import Baseline, CellOutput, make_workload, run_baseline
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs

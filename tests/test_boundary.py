@@ -10,12 +10,12 @@ import torch
 
 import steerlens as sl
 from steerlens import coherence, plain
-from steerlens.cells import Cost
 from steerlens.coherence import ROLLOUT_TOKENS, allowances, mean_loss
 from steerlens.directions import Directions
 from steerlens.errors import DirectionError, HookError, PairError, SweepError
 from steerlens.gradients import label_slopes
 from steerlens.loss import Budget
+from steerlens.parts import Cost
 from steerlens.plain import Workload
 from steerlens.pushes import choose_probes, first_root
 from steerlens.shape import main_orthogonal

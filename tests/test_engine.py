@@ -10,9 +10,10 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens import cells, passes, plain
-from steerlens.cells import Carried, Cost, Job, fast_cells, forward_equivalents, prepare
+from steerlens.cells import Carried, Job, fast_cells
 from steerlens.engine import make_plan, run_cells
 from steerlens.hooks import readout_hook, resid_post
+from steerlens.parts import Cost, forward_equivalents, prepare
 from steerlens.plain import CellOutput, Workload, make_workload
 from steerlens.tokens import tokenize_pairs
 

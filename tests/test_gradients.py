@@ -9,9 +9,9 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens import passes, plain
-from steerlens.cells import Cost
 from steerlens.gradients import Slopes, label_slopes
 from steerlens.hooks import resid_post
+from steerlens.parts import Cost
 from steerlens.plain import Workload, make_workload
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 

@@ -19,7 +19,8 @@ PACKAGE = Path(steerlens.__file__).parent
 # A module imports only from modules to its left.
 ORDER = (
     "errors data models hooks tokens activations directions loss steering uncertainty tables "
-    "plain passes cells engine gradients sweep search coherence pushes boundary shape runs cli"
+    "plain passes parts cells engine gradients sweep search coherence pushes boundary shape runs "
+    "cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.

@@ -21,7 +21,7 @@ from workers import NAMES, US, Worker, pythons, running
 
 POSITIONS = ("all", "continuation")
 TOLERANCE = 1e-3  # relative for a projection, nats per token for a logprob
-WITHOUT_EXTRACTION = ("hf_cache",)  # the same as "hf" there
+WITHOUT_EXTRACTION = ("hf_lean", "hf_cache")  # the same as "hf" there
 Answers = dict[str, Any]
 
 
@@ -33,9 +33,9 @@ class Plan:
     extract_rounds: int = 3
     n_pairs: int = 32
     batch_size: int = 32
-    n_sampled_cells: int = 8
+    n_sampled_cells: int = 2
     # Mean depth 14, where all 30 layers have 14.5: a cell's cost falls with the depth of its hook.
-    layers: tuple[int, ...] = (2, 8, 14, 20, 26)
+    layers: tuple[int, ...] = (4, 14, 24)
     coefficients: tuple[float, ...] = tuple(COEFFICIENTS)
     extract_pairs: int = EXTRACTED
     memory_coefficients: tuple[int, ...] = (8, 64)
@@ -158,6 +158,8 @@ def time_sweeps(workers: Mapping[str, Worker], work: Work, plan: Plan) -> Answer
                 if "unsupported" in answer:
                     continue
                 del answer["results"]
+                if name == US and not plan.full:
+                    answer["fixed_seconds"] = _fixed(workers[US], cells, positions, answer)
                 raw[positions][name].append(answer)
                 found[positions][name].append(_scaled(answer, len(cells), plan))
                 print(f"round {round_ + 1}: {positions}: {name} {found[positions][name][-1]:.1f} s")
@@ -183,14 +185,18 @@ def _cells(name: str, work: Work, plan: Plan) -> list[Cell]:
 
 
 def _scaled(answer: Answers, n_run: int, plan: Plan) -> float:
-    """Seconds of all cells from those of `n_run`.
-
-    A plain loop's cells all cost the same, so they scale; what is done once does not. A sweep of
-    steerlens is scaled as a whole: its unsteered pass and its carried residuals, which a whole
-    sweep pays for once, are counted several times, a small overcount against it.
-    """
+    """Seconds of all cells from those of `n_run`: what is done once does not scale with them."""
     fixed = float(answer.get("fixed_seconds", 0.0))
     return fixed + (float(answer["seconds"]) - fixed) * plan.n_cells / n_run
+
+
+def _fixed(worker: Worker, cells: list[Cell], positions: str, whole: Answers) -> float:
+    """Seconds of a sweep that do not grow with its coefficients, from one with half of them."""
+    coefficients = sorted({c for _, c in cells})
+    half = [(layer, c) for layer, c in cells if c in coefficients[::2]]
+    seconds = worker.ask("cells", cells=half, positions=positions)["seconds"]
+    a_cell = (float(whole["seconds"]) - seconds) / (len(cells) - len(half))
+    return max(0.0, float(whole["seconds"]) - a_cell * len(cells))
 
 
 def _rotated(names: list[str], by: int) -> list[str]:

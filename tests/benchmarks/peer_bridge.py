@@ -23,12 +23,6 @@ class Bridge(PlainLoop):
 
     def run(self, batch: Padded, push: Push, *, wants_logits: bool) -> tuple[Tensor, Tensor | None]:
         kept: list[Tensor] = []
-        options: dict[str, Any] = {"return_type": "logits"}
-        if wants_logits:
-            # An option of the Hugging Face model, handed on: the columns with any label's logits.
-            options["logits_to_keep"] = batch.label_columns
-        elif push.readout + 1 < self.work.n_layers:
-            options["stop_at_layer"] = push.readout + 1
         output = self.model.run_with_hooks(
             batch.tokens,
             attention_mask=batch.mask,
@@ -39,7 +33,7 @@ class Bridge(PlainLoop):
                     lambda act, hook: kept.append(act[batch.rows, batch.last]),
                 ),
             ],
-            **options,
+            return_type="logits",
         )
         return kept[0], batch.pick_labels(output) if wants_logits else None
 

@@ -10,7 +10,7 @@ from work import Command, Padded, PlainLoop, Push, serve
 
 
 class HuggingFaceHooks(PlainLoop):
-    """Two hooks a pass; the unembedding runs at label positions only."""
+    """Two hooks and a call of the model a pass."""
 
     def load(self, folder: str) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -25,22 +25,24 @@ class HuggingFaceHooks(PlainLoop):
             ),
         ]
         try:
-            final = self.base(batch).last_hidden_state
+            logits = self.logits(batch, wants_logits=wants_logits)
         finally:
             for handle in handles:
                 handle.remove()
-        return kept[0], self.label_logits(final, batch) if wants_logits else None
+        return kept[0], logits
+
+    def logits(self, batch: Padded, *, wants_logits: bool) -> Tensor | None:
+        """The whole model, as its documentation has it called: logits at every position."""
+        logits = self.model(
+            input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False
+        ).logits
+        return batch.pick_labels(logits) if wants_logits else None
 
     def base(self, batch: Padded, **options: Any) -> Any:
         """The model without its unembedding."""
         return self.model.model(
             input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False, **options
         )
-
-    def label_logits(self, final: Tensor, batch: Padded) -> Tensor:
-        """Logits `[row, label, id]` of the label positions alone."""
-        logits: Tensor = self.model.lm_head(final[batch.rows[:, None], batch.predictors])
-        return logits
 
     def differences(self, n_pairs: int) -> dict[int, Tensor]:
         sides = [

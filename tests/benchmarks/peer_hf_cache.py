@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import torch
-from peer_hf import HuggingFaceHooks
+from peer_hf_lean import LeanHooks
 from torch import Tensor
 from work import Command, Padded, mean_logprob, serve
 
 
-class HuggingFaceCache(HuggingFaceHooks):
+class HuggingFaceCache(LeanHooks):
     """One prompt pass for all cells; a cell runs the continuation's tokens but the last."""
 
     side = "left"

@@ -20,19 +20,11 @@ class NNsight(PlainLoop):
         model, layers = self.model, self.model.model.layers
         step, rows, last = push.step, batch.rows, batch.last
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask, "use_cache": False}
-        if not wants_logits:
-            with model.trace(inputs) as tracer:
-                layers[push.layer].output = layers[push.layer].output + step
-                state = layers[push.readout].output[rows, last].save()
-                tracer.stop()
-            return state, None
-        # An option of the Hugging Face model: the columns with any label's logits.
-        inputs["logits_to_keep"] = batch.label_columns
         with model.trace(inputs):
             layers[push.layer].output = layers[push.layer].output + step
             state = layers[push.readout].output[rows, last].save()
             logits = model.output.logits.save()
-        return state, batch.pick_labels(logits)
+        return state, batch.pick_labels(logits) if wants_logits else None
 
     def differences(self, n_pairs: int) -> dict[int, Tensor]:
         sides = [

@@ -53,16 +53,11 @@ class Repeng(PlainLoop):
             "use_cache": False,
         }
         try:
-            if wants_logits:
-                # On the left-padded side the labels are the last columns of every row.
-                logits = control(**inputs, logits_to_keep=batch.n_labels + 1).logits[:, :-1]
-            else:
-                logits = None
-                self.model.model(**inputs)
+            logits = control(**inputs).logits
         finally:
             handle.remove()
             control.unwrap()
-        return kept[0], logits
+        return kept[0], batch.pick_labels(logits) if wants_logits else None
 
     def differences(self, n_pairs: int) -> dict[int, Tensor]:
         texts = [text for pair in self.work.extract_texts[:n_pairs] for text in pair]

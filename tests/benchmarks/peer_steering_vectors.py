@@ -37,9 +37,9 @@ class SteeringVectors(HuggingFaceHooks):
             vector.apply(self.model, multiplier=push.coefficient, **where),
             record_activations(self.model, layer_nums=[push.readout]) as recorded,
         ):
-            final = self.base(batch).last_hidden_state
+            logits = self.logits(batch, wants_logits=wants_logits)
         state = recorded[push.readout][0][batch.rows, batch.last]
-        return state, self.label_logits(final, batch) if wants_logits else None
+        return state, logits
 
     def extract(self, command: Command) -> dict[str, Any]:
         self.samples = [tuple(pair) for pair in self.work.extract_texts[: command["n_pairs"]]]

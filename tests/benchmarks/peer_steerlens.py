@@ -117,7 +117,6 @@ class Steerlens:
             layers=layers,
             coefficients=coefficients,
             steered_positions=positions,
-            batch_size=self.work.batch_size,
         )
         seconds = time.perf_counter() - started
         table = result.table

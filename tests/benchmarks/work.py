@@ -84,14 +84,9 @@ class Padded:
         """Columns `[row, label]` whose logits predict the continuation: one before each label."""
         return self.last[:, None] + torch.arange(self.n_labels)
 
-    @property
-    def label_columns(self) -> Tensor:
-        """The columns that hold any row's `predictors`, for a tool that keeps whole columns."""
-        return torch.arange(int(self.predictors.min()), int(self.predictors.max()) + 1)
-
     def pick_labels(self, logits: Tensor) -> Tensor:
-        """Each row's own `predictors` out of the logits at `label_columns`."""
-        return logits[self.rows[:, None], self.predictors - int(self.predictors.min())]
+        """Each row's own `predictors` out of the logits at all positions."""
+        return logits[self.rows[:, None], self.predictors]
 
     @property
     def labels(self) -> Tensor:

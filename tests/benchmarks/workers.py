@@ -16,7 +16,8 @@ US = "steerlens"
 NAMES = {
     US: "steerlens `sweep`",
     "hf": "Hugging Face forward hooks",
-    "hf_cache": "Hugging Face hooks, prompt's keys and values kept",
+    "hf_lean": "the same by hand, logits at the labels only",
+    "hf_cache": "by hand, and the prompt's keys and values kept",
     "bridge": "`TransformerBridge.run_with_hooks`",
     "steering_vectors": "steering-vectors",
     "repeng": "repeng",

@@ -1,0 +1,139 @@
+"""The options of the commands, and what their values name."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from steerlens import data
+from steerlens.activations import collect_differences
+from steerlens.cli.printing import notes
+from steerlens.data import ContrastivePairs
+from steerlens.directions import METHODS, fit_directions
+from steerlens.errors import PairError, SweepError
+from steerlens.sweep import checked_coefficients
+
+DEBUG = "--debug"
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Packaged model, local folder, GGUF file or hub id.")
+]
+PairsOption = Annotated[
+    str, typer.Option("--pairs", help="JSONL file of contrastive pairs, or a shipped dataset.")
+]
+TestPairsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--test-pairs",
+        help="Pairs to measure on. Default: a shipped dataset's test part; a file's own pairs.",
+    ),
+]
+MaxPairsOption = Annotated[
+    int | None, typer.Option("--max-pairs", help="Measure on the first N pairs only.")
+]
+LayersOption = Annotated[
+    str, typer.Option("--layers", help="all, 0,5,10, 10:20:2, or globs over hook names.")
+]
+MethodOption = Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}.")]
+PositionOption = Annotated[
+    int, typer.Option("--position", help="Token of the prompt to read; negative from its end.")
+]
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch-size", help="Prompts a forward pass. Default: what the device can use."),
+]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of `random` and of the bootstrap.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Errors only; no tables of a sweep.")]
+DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")]
+
+
+def check_method(method: str) -> None:
+    """Raise `SweepError` when there is no such method."""
+    if method not in METHODS:
+        raise SweepError(f"no method {method!r}; there are {', '.join(METHODS)}")
+
+
+def numbers_of(text: str) -> list[float]:
+    """Coefficients joined by commas. Raises `SweepError` on anything else."""
+    try:
+        numbers = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise SweepError(f"expected numbers joined by commas, got {text!r}") from error
+    return list(checked_coefficients(numbers))
+
+
+def pairs_of(
+    pairs: str, test_pairs: str | None, max_pairs: int | None
+) -> tuple[ContrastivePairs, ContrastivePairs, bool]:
+    """The pairs to fit on, the pairs to measure on, and whether those are other pairs."""
+    fit_on = _read_pairs(pairs, "train")
+    if test_pairs is not None:
+        measure_on = _read_pairs(test_pairs, "test")
+    elif _is_shipped(pairs):
+        measure_on = _read_pairs(pairs, "test")
+    else:
+        measure_on = fit_on
+    is_held_out = measure_on.fingerprint != fit_on.fingerprint
+    if max_pairs is not None:
+        measure_on = measure_on[: max(max_pairs, 0)]
+    return fit_on, measure_on, is_held_out
+
+
+def _read_pairs(source: str, split: str) -> ContrastivePairs:
+    if _is_shipped(source):
+        return ContrastivePairs.load(source, split=split)
+    if not Path(source).exists():
+        shipped = ", ".join(data.dataset_names())
+        raise PairError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
+    return ContrastivePairs.from_jsonl(source)
+
+
+def texts_of(on: str) -> Literal["positive", "negative"] | tuple[str, ...]:
+    """What `--on` names: a side of the pairs, the shipped neutral text, or a file's lines."""
+    if on == "positive":
+        return "positive"
+    if on == "negative":
+        return "negative"
+    if on == "neutral":
+        return data.neutral_texts()
+    try:
+        lines = Path(on).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PairError(
+            f"--on {on!r} is neither positive, negative, neutral nor a text file: {error}"
+        ) from error
+    texts = tuple(line for line in lines if line.strip())
+    if not texts:
+        raise PairError(f"--on {on!r} holds no text; give one text a line")
+    return texts
+
+
+def _is_shipped(source: str) -> bool:
+    return source in data.dataset_names()
+
+
+def pairs_record(pairs: ContrastivePairs) -> dict[str, Any]:
+    """What a run's record says of its pairs."""
+    return {"name": pairs.name, "n_pairs": len(pairs), "fingerprint": pairs.fingerprint}
+
+
+def fit(
+    model: Any,
+    pairs: ContrastivePairs,
+    layers: str,
+    position: int,
+    batch_size: int | None,
+    method: str,
+    seed: int,
+    *,
+    quiet: bool,
+) -> Any:
+    """Directions fitted on `pairs`, with a note of it unless `quiet`."""
+    if not quiet:
+        notes.print(Text(f"Fitting {method} on {len(pairs)} pairs of {pairs.name}"))
+    differences = collect_differences(
+        model, pairs, layers=layers, position=position, batch_size=batch_size
+    )
+    return fit_directions(differences, method=method, seed=seed)

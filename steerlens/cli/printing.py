@@ -1,0 +1,108 @@
+"""What the commands print: tables on stdout, progress and notes on stderr."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from steerlens.hooks import resid_post
+from steerlens.sweep import SweepResult
+
+# Without a terminal there is no width to fit: wide enough that nothing is cut off.
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+notes = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def cells_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar over cells inside the block; none when `quiet`."""
+    if quiet:
+        yield None
+        return
+    columns = (
+        TextColumn("cells"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=notes) as bar:
+        task = bar.add_task("cells", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_layers(table: Any) -> None:
+    """The per-layer table without what is the same on every row, or undefined."""
+    shown = Table(title="Per layer, unsteered")
+    names = ["separation", "projection", "projection_std", "agreement", "explained_variance"]
+    names += ["resid_norm"]
+    shown.add_column("hook")
+    for name in names:
+        shown.add_column(name.replace("_", " "), justify="right")
+    for row in table.to_dict("records"):
+        shown.add_row(_hook_label(row), *(f"{row[name]:.4g}" for name in names))
+    output.print(shown)
+    output.print(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
+
+
+def print_boundary(table: Any) -> None:
+    """Boundaries with their intervals, what was predicted, and the projection there."""
+    settings = table.attrs["settings"]
+    shown = Table(title=f"Coherence boundary on {settings['on']} text, {settings['budget']}")
+    shown.add_column("hook")
+    for name in ("negative", "95%", "predicted", "positive", "95%", "predicted", "resid norm"):
+        shown.add_column(name, justify="right")
+    shown.add_column("projection there", justify="right")
+    for row in table.to_dict("records"):
+        cells = []
+        for sign in ("neg", "pos"):
+            name = f"boundary_{sign}"
+            cells += [
+                f"{row[name]:.4g}{'*' if row[f'reentry_{sign}'] == row[f'reentry_{sign}'] else ''}",
+                f"{row[f'{name}_ci_low']:.4g} to {row[f'{name}_ci_high']:.4g}",
+                f"{row[f'predicted_{name}']:.4g}",
+            ]
+        shown.add_row(
+            _hook_label(row),
+            *cells,
+            f"{row['resid_norm']:.4g}",
+            f"{row['projection_at_boundary']:.4g}",
+        )
+    output.print(shown)
+    if table[["reentry_pos", "reentry_neg"]].notna().any(axis=None):
+        output.print("* within the budget again further out: see reentry_pos and reentry_neg")
+
+
+def print_cells(result: SweepResult) -> None:
+    """Projection and degradation of every cell: a row a hook, a column a coefficient."""
+    shown = Table(title="Projection (degradation, nats per token; ! beyond the budget)")
+    shown.add_column("hook")
+    for coefficient in result.settings.coefficients:
+        shown.add_column(f"c = {coefficient:g}", justify="right", no_wrap=True)
+    for _, rows in result.table.groupby("hook_name", sort=False):
+        records = rows.to_dict("records")
+        cells = [
+            f"{row['projection']:.1f} ({row['degradation_nats']:+.3f})"
+            f"{' ' if row['coherent'] else '!'}"
+            for row in records
+        ]
+        shown.add_row(_hook_label(records[0]), *cells)
+    output.print(shown)
+
+
+def _hook_label(row: Any) -> str:
+    """The layer's number for a block output, the hook's whole name otherwise."""
+    is_block_output = row["hook_name"] == resid_post(row["layer"])
+    return str(row["layer"]) if is_block_output else str(row["hook_name"])
