@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint types unit install clean
+.PHONY: demo bench test lint types unit install clean
 
 install: $(STAMP)
 
@@ -18,6 +18,14 @@ $(STAMP): pyproject.toml constraints.txt tests/oracles.txt
 demo: $(STAMP)
 	$(BIN)/steerlens sweep --model smollm2-135m-instruct --pairs sentiment --max-pairs 16 \
 		--layers all --coefficients=-20,-10,0,10,20 --method mean_diff --out runs/demo
+
+# Other tools on the same cells, and the boundary against brute force: about an hour and a half on
+# 2 cores. Tools that clash with ours get environments of their own under build/bench.
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-r tests/benchmarks/requirements.txt
+	$(BIN)/python tests/benchmarks/bench.py --out build/bench
+	$(BIN)/python tests/benchmarks/boundary.py --out build/bench
 
 test: lint types unit
 

@@ -5,7 +5,7 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 """
 
 from steerlens.activations import Differences, collect_activations, collect_differences
-from steerlens.boundary import BoundaryResult, find_boundary
+from steerlens.boundary import BoundaryResult, find_boundary, predict_boundary
 from steerlens.data import (
     ContrastivePair,
     ContrastivePairs,
@@ -55,6 +55,7 @@ __all__ = [
     "load_model",
     "measure_layers",
     "neutral_texts",
+    "predict_boundary",
     "provenance",
     "readout_hook",
     "resolve_hooks",

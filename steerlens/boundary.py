@@ -1,15 +1,16 @@
 """The coherence boundary: how far one may push along a direction before predictions break."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
 
 from steerlens.cells import Job
 from steerlens.coherence import Push
-from steerlens.data import ContrastivePairs
+from steerlens.data import ContrastivePairs, neutral_texts, read_texts
 from steerlens.directions import Directions
 from steerlens.engine import Plan, make_plan, plan_for, run_cells
 from steerlens.errors import SweepError
@@ -18,7 +19,7 @@ from steerlens.loss import Budget
 from steerlens.models import HookedModel, provenance
 from steerlens.parts import Cost, forward_equivalents
 from steerlens.plain import Baseline, Workload, make_workload, run_baseline
-from steerlens.pushes import Boundary, Progress, find_boundaries
+from steerlens.pushes import Boundary, Progress, expect, find_boundaries
 from steerlens.sweep import check_directions, check_width, layer_row
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, Row, to_frame
 from steerlens.tokens import (
@@ -31,8 +32,9 @@ from steerlens.tokens import (
     tokenize_prompt,
 )
 
-On = Literal["positive", "negative"] | Sequence[str]
-"""The text a boundary is measured on: one side of the pairs, or texts of one's own."""
+On = Literal["positive", "negative", "neutral"] | Path | Sequence[str]
+"""The text a boundary is measured on: a side of the pairs, the shipped neutral lines, the lines of
+a file, or texts of one's own."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class BoundaryResult:
     """`layers` has one row a hook (`LAYER_COLUMNS`), `curves` one an evaluation of the search.
 
     The columns of `curves` are `BOUNDARY_COLUMNS`. Both tables carry in their `attrs` the settings,
-    provenance, fingerprints, the largest coefficient searched at each hook (`searched`), and the
+    provenance, fingerprints, how far each hook was searched (`searched`), and the
     `forward_equivalents` spent.
     """
 
@@ -85,11 +87,11 @@ def find_boundary(
 ) -> BoundaryResult:
     """The largest coefficient of each sign at which the model is still coherent, at every hook.
 
-    The boundary is the first crossing of the `budget` (see `Budget`) outward from 0, in residual
-    units, when `coefficient * direction` is added to the text `on`: the positive prompts, the
-    negative ones, or texts of one's own (strings). It is searched up to `search_range` times the
-    hook's mean residual norm; beyond that it is inf (-inf for the negative sign). A later
-    coefficient that was seen to be within the budget again is in `reentry_*`.
+    The boundary is where the loss first exceeds the `budget` (see `Budget`), outward from 0, in
+    residual units, when `coefficient * direction` is added to the text `on` (see `On`). It is
+    searched up to `search_range` times the mean norm of the pairs' activations there; beyond that
+    it is inf (-inf for the negative sign). A later coefficient that was seen to be within the
+    budget again is in `reentry_*`.
 
     One forward and two backward passes predict all boundaries; the search starts there, evaluates
     all hooks and both signs in batched runs, mostly on the quarter of the prompts whose slopes at 0
@@ -98,16 +100,16 @@ def find_boundary(
     the baseline and the slope resampled too. `projection_at_boundary` is the projection of the cell
     at `boundary_pos`, on a line through c = 0 and the coefficient measured nearest to the boundary.
 
-    Raises `SweepError` on a bad budget, range or number of resamples, on texts that are empty, and
-    where a rollout budget meets steered positions other than "all"; `DirectionError` when a hook or
-    its readout has no direction; and as `tokenize_pairs` and `run_baseline` do.
+    Raises `SweepError` on a bad budget, range or number of resamples, on a text of a single token,
+    and where a rollout budget meets steered positions other than "all"; `DirectionError` when a
+    hook or its readout has no direction; and as `tokenize_pairs` and `run_baseline` do.
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
     check_directions(directions, [*hook_names, *readouts.values()])
     settings = checked_settings(
         hook_names=hook_names,
-        on=on if isinstance(on, str) else "texts",
+        on=text_name(on),
         budget=budget,
         position=directions.position,
         steered_positions=steered_positions,
@@ -116,39 +118,28 @@ def find_boundary(
         seed=seed,
         batch_size=batch_size,
     )
-    cost = Cost()
     tokenized = tokenize_pairs(model, pairs)
-    workload = make_workload(
-        model,
-        tokenized,
-        position=settings.position,
-        steered_positions=steered_positions,
-        batch_size=batch_size,
-    )
-    needed = tuple(dict.fromkeys([*hook_names, *readouts.values()]))
-    baseline = run_baseline(model, workload, needed)
-    check_width(directions, baseline)
-    for batch in (*workload.positive, *workload.negative):
-        cost.add(batch.tokens, int(model.cfg.n_layers))
-    rows = {name: layer_row(name, baseline, directions[name]) for name in hook_names}
-
     prompts = text_prompts(model, on, tokenized)
     check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    # One tensor for both signs: they are then run together.
+    along = {name: directions[name] for name in hook_names}
     pushes = [
-        Push(name, directions[name], sign, readouts[name])
-        for name in hook_names
+        Push(name, direction, sign, readouts[name])
+        for name, direction in along.items()
         for sign in (1, -1)
     ]
+    cost = Cost()
+    plan = _plan_pairs(model, tokenized, pushes, directions, settings, cost)
+    baseline, workload = plan.prepared.unsteered, plan.prepared.workload
+    rows = {name: layer_row(name, baseline, directions[name]) for name in hook_names}
     limits = [settings.search_range * rows[push.hook_name]["resid_norm"] for push in pushes]
-    plan = make_plan(
-        model, workload, baseline, check_jobs(pushes), batch_size=batch_size, cost=cost
-    )
-    text = replace(workload, negative=())
-    unsteered = replace(baseline, negative=baseline.negative[:, :0])
+    text, unsteered = replace(workload, negative=()), baseline
     if on != "positive":
-        text, unsteered = text_workload(model, prompts, workload, needed, cost=cost)
+        text, unsteered = text_workload(
+            model, prompts, workload, baseline.hook_names, batch_size=batch_size, cost=cost
+        )
     found = find_boundaries(
-        plan_for(plan, text, unsteered, cost=cost),
+        plan_for(plan, text, replace(unsteered, negative=unsteered.negative[:, :0]), cost=cost),
         prompts,
         pushes,
         limits,
@@ -158,15 +149,11 @@ def find_boundary(
         cost=cost,
         progress=progress,
     )
-    outward = {
-        push.hook_name: line for push, line in zip(pushes, found, strict=True) if push.sign > 0
-    }
-    projections = _projections(plan, directions, outward, settings.on, cost)
+    is_positive = isinstance(on, str) and on == "positive"
+    projections = _projections(plan, directions, found[::2], cost, reads_positive=is_positive)
     table = [
-        {**rows[name], **_columns(up, down), **at_boundary, "boundary_on": settings.on}
-        for name, up, down, at_boundary in zip(
-            hook_names, found[::2], found[1::2], projections, strict=True
-        )
+        {**rows[up.push.hook_name], **_columns(up, down), **there, "boundary_on": settings.on}
+        for up, down, there in zip(found[::2], found[1::2], projections, strict=True)
     ]
     attrs = {
         "settings": asdict(settings),
@@ -186,6 +173,110 @@ def find_boundary(
     )
 
 
+def predict_boundary(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    layers: Layers | None = None,
+    on: On = "positive",
+    budget: str = "relative=0.01",
+    steered_positions: SteeredPositions = "all",
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """The per-layer table with the predicted boundaries alone, from two backward passes.
+
+    The predictions of `find_boundary`, without its search: nothing is steered, and the measured
+    columns stay NaN. Expect them to be too small in the first layers. Raises `SweepError` on a bad
+    budget or text, and otherwise as `find_boundary`.
+    """
+    hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
+    check_directions(directions, hook_names)
+    parsed = check_search(budget=budget, search_range=1.0)
+    tokenized = tokenize_pairs(model, pairs)
+    prompts = text_prompts(model, on, tokenized)
+    check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    workload = make_workload(
+        model,
+        tokenized,
+        position=directions.position,
+        steered_positions=steered_positions,
+        batch_size=batch_size,
+    )
+    cost = Cost()
+    baseline = run_baseline(model, workload, hook_names)
+    check_width(directions, baseline)
+    for batch in (*workload.positive, *workload.negative):
+        cost.add(batch.tokens, int(model.cfg.n_layers))
+    logprob = baseline.logprob
+    if on != "positive":
+        _, unsteered = text_workload(
+            model, prompts, workload, hook_names, batch_size=batch_size, cost=cost
+        )
+        logprob = unsteered.logprob
+    along = {name: directions[name] for name in hook_names}
+    pushes = [Push(name, along[name], sign, name) for name in hook_names for sign in (1, -1)]
+    expected = expect(
+        model,
+        prompts,
+        pushes,
+        budget=parsed,
+        allowance=parsed.allowance(float(logprob.double().mean())),
+        steered_positions=steered_positions,
+        batch_size=batch_size,
+        seed=seed,
+        cost=cost,
+    )
+    table = [
+        {
+            **layer_row(name, baseline, directions[name]),
+            "predicted_boundary_pos": up.predicted,
+            "predicted_boundary_neg": -down.predicted,
+            "predicted_first_order_pos": up.first_order,
+            "predicted_first_order_neg": -down.first_order,
+            "boundary_on": text_name(on),
+        }
+        for name, up, down in zip(hook_names, expected[::2], expected[1::2], strict=True)
+    ]
+    attrs = {
+        "budget": str(parsed),
+        "seed": seed,
+        "method": directions.method,
+        "fitted_on": directions.fingerprint,
+        "measured_on": pairs.fingerprint,
+        "model": provenance(model).to_dict(),
+        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+    }
+    return to_frame(table, LAYER_COLUMNS, attrs)
+
+
+def _plan_pairs(
+    model: HookedModel,
+    pairs: TokenizedPairs,
+    pushes: Sequence[Push],
+    directions: Directions,
+    settings: BoundarySettings,
+    cost: Cost,
+) -> Plan:
+    """The pairs unsteered, at every hook and readout, and the hooks checked."""
+    workload = make_workload(
+        model,
+        pairs,
+        position=settings.position,
+        steered_positions=settings.steered_positions,
+        batch_size=settings.batch_size,
+    )
+    needed = dict.fromkeys([*settings.hook_names, *(push.readout for push in pushes)])
+    baseline = run_baseline(model, workload, tuple(needed))
+    check_width(directions, baseline)
+    for batch in (*workload.positive, *workload.negative):
+        cost.add(batch.tokens, int(model.cfg.n_layers))
+    return make_plan(
+        model, workload, baseline, check_jobs(pushes), batch_size=settings.batch_size, cost=cost
+    )
+
+
 def check_jobs(pushes: Sequence[Push]) -> list[Job]:
     """A job for every push, to check its hook with: at one residual unit."""
     return [Job(push.hook_name, push.direction, (1.0,), push.readout) for push in pushes]
@@ -197,10 +288,13 @@ def text_workload(
     pairs: Workload,
     hook_names: Sequence[str],
     *,
+    batch_size: int | None,
     cost: Cost,
 ) -> tuple[Workload, Baseline]:
     """Texts as a workload like that of the pairs, read at their last token; and unsteered."""
-    text = replace(pairs, positive=make_batches(model, prompts, None), negative=(), position=-1)
+    text = replace(
+        pairs, positive=make_batches(model, prompts, batch_size), negative=(), position=-1
+    )
     for batch in text.positive:
         cost.add(batch.tokens, int(model.cfg.n_layers))
     return text, run_baseline(model, text, hook_names)
@@ -210,7 +304,9 @@ def check_search(*, budget: str, search_range: float | int) -> Budget:
     """The budget; or a `SweepError` when it leaves no room, or the range is none to search in."""
     parsed = Budget.parse(budget)
     if parsed.value == 0:
-        raise SweepError(f"the budget {parsed} leaves no room: no coefficient is within it")
+        raise SweepError(
+            f"the budget {parsed} leaves no room: no coefficient is within it; give one above 0"
+        )
     if not (math.isfinite(search_range) and search_range > 0):
         raise SweepError(f"search_range must be finite and above 0, got {search_range}")
     return parsed
@@ -230,18 +326,21 @@ def checked_settings(**given: Any) -> BoundarySettings:
     )
 
 
+def text_name(on: On) -> str:
+    """What the tables call the text."""
+    if isinstance(on, Path):
+        return str(on)
+    return on if isinstance(on, str) else "texts"
+
+
 def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[TokenizedPrompt, ...]:
     """The prompts that `on` names. Raises `SweepError` where there is none, or none with labels."""
     if on == "positive":
         return pairs.positive
     if on == "negative":
         prompts = pairs.negative
-    elif isinstance(on, str):
-        raise SweepError(f"on is 'positive', 'negative' or a list of texts, not {on!r}")
-    elif not on:
-        raise SweepError("on holds no texts; give some, or 'positive' or 'negative'")
     else:
-        prompts = tuple(tokenize_prompt(model, text) for text in on)
+        prompts = tuple(tokenize_prompt(model, text) for text in _texts(on))
     short = [prompt for prompt in prompts if len(prompt) < 2]
     if short:
         raise SweepError(
@@ -249,6 +348,20 @@ def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[Tok
             "measured; make them longer"
         )
     return prompts
+
+
+def _texts(on: On) -> Sequence[str]:
+    if on == "neutral":
+        return neutral_texts()
+    if isinstance(on, Path):
+        return read_texts(on)
+    if isinstance(on, str):
+        raise SweepError(
+            f"on is 'positive', 'negative', 'neutral', a Path or a list of texts, not {on!r}"
+        )
+    if not on:
+        raise SweepError("on holds no texts; give some, or 'positive' or 'negative'")
+    return on
 
 
 def _columns(up: Boundary, down: Boundary) -> Row:
@@ -270,19 +383,24 @@ def _columns(up: Boundary, down: Boundary) -> Row:
 
 
 def _projections(
-    plan: Plan, directions: Directions, outward: Mapping[str, Boundary], on: str, cost: Cost
+    plan: Plan,
+    directions: Directions,
+    outward: Sequence[Boundary],
+    cost: Cost,
+    *,
+    reads_positive: bool,
 ) -> list[Row]:
     """`projection_at_boundary` of every hook; NaN where the boundary is beyond the range.
 
-    What the search read of the positive prompts is not run again.
+    Where the search read the positive prompts, they are not run again.
     """
     workload, baseline = plan.prepared.workload, plan.prepared.unsteered
-    finite = {name: found for name, found in outward.items() if math.isfinite(found.at)}
+    finite = {found.push.hook_name: found for found in outward if math.isfinite(found.at)}
     jobs = [
         Job(name, found.push.direction, (found.nearest,), found.push.readout)
         for name, found in finite.items()
     ]
-    is_read = on == "positive" and all(f.read_at_nearest.numel() for f in finite.values())
+    is_read = reads_positive and all(f.read_at_nearest.numel() for f in finite.values())
     if is_read:
         plan = plan_for(plan, replace(workload, positive=()), baseline, cost=cost)
     rows: dict[str, Row] = {}
@@ -295,4 +413,4 @@ def _projections(
         after = float(((positive - cell.negative).double() @ unit).mean())
         share = found.at / found.nearest
         rows[job.hook_name] = {"projection_at_boundary": before + share * (after - before)}
-    return [rows.get(name, {}) for name in outward]
+    return [rows.get(found.push.hook_name, {}) for found in outward]

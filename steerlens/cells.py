@@ -245,7 +245,8 @@ class _Run:
         n_prompts, coefficients = len(batch.prompts), self.job.coefficients
         device = batch.tokens.device
         rows = torch.arange(n_prompts, device=device).repeat(len(coefficients))
-        signed = (sign * torch.tensor(coefficients, device=device)).repeat_interleave(n_prompts)
+        exact = torch.tensor(coefficients, dtype=self.job.direction.dtype, device=device)
+        signed = (sign * exact).repeat_interleave(n_prompts)
         outputs: list[tuple[Tensor, ...]] = []
         done, size = 0, self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
         while done < len(rows):
@@ -274,9 +275,7 @@ def _addition_by_row(
     """Adds `coefficients[row] * direction` at the masked tokens of each row, out of place."""
 
     def add(activation: Tensor) -> Tensor:
-        step = (coefficients.to(direction)[:, None] * direction.to(coefficients.device)).to(
-            activation
-        )
+        step = (coefficients[:, None] * direction.to(coefficients)).to(activation)
         return activation + mask.to(activation)[..., None] * step[:, None]
 
     return add

@@ -1,6 +1,5 @@
 """What a push along a direction costs on a text, prompt by prompt: the loss a budget bounds."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from steerlens.cells import Job
 from steerlens.engine import Plan, plan_for, run_cells
-from steerlens.hooks import hook_layer
 from steerlens.loss import Budget, label_kl
 from steerlens.models import HookedModel, inference
 from steerlens.parts import Cost
@@ -62,25 +60,25 @@ class Coherence:
     def measure(
         self, pushes: Sequence[tuple[Push, float]], *, on_all: bool, cost: Cost
     ) -> list[Reading]:
-        """A reading for every (push, coefficient >= 0), all in one batched run."""
+        """A reading for every (push, coefficient >= 0), in one run unless they are rollouts."""
         if self.budget.kind == "rollout_kl_p95":
             return [self._rollouts(push, c, on_all=on_all, cost=cost) for push, c in pushes]
-        groups: dict[tuple[int, str, int], list[int]] = {}
+        groups: dict[tuple[str, int], list[int]] = {}
         for i, (push, _) in enumerate(pushes):
-            key = (hook_layer(push.hook_name), push.hook_name, id(push.direction))
-            groups.setdefault(key, []).append(i)
-        in_layer_order = sorted(groups.items(), key=lambda item: item[0][:2])
+            groups.setdefault((push.hook_name, id(push.direction)), []).append(i)
         jobs = []
-        for _, members in in_layer_order:
+        for members in groups.values():
             push = pushes[members[0]][0]
             coefficients = tuple(pushes[i][0].sign * pushes[i][1] for i in members)
-            jobs.append(Job(push.hook_name, push.direction, coefficients, push.readout))
+            job = Job(push.hook_name, push.direction, coefficients, push.readout)
+            jobs.append((job, members))
+        # Each job starts from where the last one stood, so none may begin before it.
+        jobs.sort(key=lambda item: item[0].first_block)
         rows = np.arange(len(self.prompts)) if on_all else np.array(self.probes)
         plan = self.on_all if on_all else self.on_probes
         readings: dict[int, Reading] = {}
-        for (_, members), cells in zip(
-            in_layer_order, run_cells(plan, jobs, cost=cost), strict=True
-        ):
+        found = run_cells(plan, [job for job, _ in jobs], cost=cost)
+        for (_, members), cells in zip(jobs, found, strict=True):
             for i, cell in zip(members, cells, strict=True):
                 values = self.logprob[rows] - cell.logprob.double().numpy()
                 if cell.kl is not None:
@@ -180,6 +178,5 @@ def _rollout_kl(
     cost.add(generated, 3 * int(model.cfg.n_layers))
     labels = torch.zeros_like(generated, dtype=torch.bool)
     labels[:, n_prompt:] = True
-    if not math.isfinite(float(logits.sum())):
-        return np.full(ROLLOUT_TOKENS, np.inf)
-    return label_kl(logits, unsteered, labels).double().cpu().numpy()
+    found = label_kl(logits, unsteered, labels).double().cpu().numpy()
+    return np.where(np.isfinite(found), found, np.inf)

@@ -247,6 +247,21 @@ def neutral_texts() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line.strip())
 
 
+def read_texts(path: Path) -> tuple[str, ...]:
+    """The lines of a text file, without empty ones.
+
+    Raises `PairError` when the file cannot be read as UTF-8 text, or holds no text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PairError(f"cannot read texts from {str(path)!r}: {error}") from error
+    texts = tuple(line for line in lines if line.strip())
+    if not texts:
+        raise PairError(f"{str(path)!r} holds no text; give one text a line")
+    return texts
+
+
 def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
     """The text of a prompt: as it is, or its messages through the tokenizer's chat template.
 

@@ -58,6 +58,8 @@ def make_plan(
     baseline = plain.run_baseline(
         model, small, tuple(dict.fromkeys(job.readout for job in one_each))
     )
+    for batch in (*small.positive, *small.negative):
+        cost.add(batch.tokens, int(model.cfg.n_layers))
     reuse_prefix = workload.steered_positions in ("continuation", "last")
     reasons = _reasons(model, small, baseline, one_each, reuse_prefix=reuse_prefix, cost=cost)
     if reuse_prefix and reasons:
@@ -204,7 +206,8 @@ def _one_row(batch: Batch, row: int) -> Batch:
 def _plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:
     n_layers = int(model.cfg.n_layers)
     for batch in workload.positive:
-        cost.add(batch.tokens, n_layers * len(job.coefficients))
+        # A divergence takes the unsteered model's logits too.
+        cost.add(batch.tokens, n_layers * len(job.coefficients) * (1 + workload.with_kl))
     for batch in workload.negative:
         cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
     return list(

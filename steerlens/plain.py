@@ -142,7 +142,8 @@ def by_token(
         rows = torch.full((len(given), len(batch.prompts), width), torch.nan, dtype=given.dtype)
         labels = torch.zeros((len(batch.prompts), width), dtype=torch.bool)
         labels[:, : batch.tokens.shape[1]] = batch.label_mask().cpu()
-        rows[:, labels] = given
+        # An undefined divergence is no padding: it must not be left out of a mean.
+        rows[:, labels] = torch.where(given.isnan(), torch.inf, given)
         spread.append(rows)
     return in_pair_order(batches, spread)
 

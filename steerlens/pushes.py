@@ -1,6 +1,7 @@
 """The coherence boundary along each of many pushes on one text, searched side by side."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,15 @@ from torch import Tensor
 
 from steerlens.coherence import Coherence, Push, Reading, allowances, make_coherence, mean_loss
 from steerlens.engine import Plan
+from steerlens.errors import ActivationError
 from steerlens.gradients import label_slopes
 from steerlens.hooks import hook_layer
 from steerlens.loss import Budget
+from steerlens.models import HookedModel
 from steerlens.parts import Cost
-from steerlens.search import FIRST_STEP, Curve, Line, first_crossings, loss_of, search
+from steerlens.search import FIRST_STEP, UNDEFINED, Curve, Line, first_crossings, loss_of, search
 from steerlens.tables import Row
-from steerlens.tokens import TokenizedPrompt, make_batches, rows_per_pass
+from steerlens.tokens import SteeredPositions, TokenizedPrompt, make_batches, rows_per_pass
 from steerlens.uncertainty import percentile_interval, resampled_counts
 
 MIN_PROBES = 8
@@ -51,12 +54,12 @@ class Boundary:
 
     @property
     def nearest(self) -> float:
-        """The distance nearest to the boundary that was measured on all prompts."""
+        """The distance nearest to a finite boundary that was measured on all prompts."""
         return min(self.readings, key=lambda c: abs(math.log(c / self.at)))
 
     @property
     def read_at_nearest(self) -> Float[Tensor, "prompt d_model"]:
-        """The readout of every prompt there; of no prompt under a rollout budget."""
+        """The readout of every prompt there; of width 0 under a rollout budget."""
         return self.readings[self.nearest].readout
 
     @property
@@ -101,17 +104,33 @@ def find_boundaries(
         if progress is not None:
             progress(text)
 
+    workload, logprob = plan.prepared.workload, plan.prepared.unsteered.logprob
+    allowance = float(allowances(budget, logprob.double().numpy(), np.ones((1, len(prompts))))[0])
     say(f"slopes at {len(pushes)} pushes")
-    slopes = _push_slopes(plan, prompts, pushes, seed, cost)
-    probes = choose_probes(slopes.logprob, seed)
+    expected = expect(
+        plan.model,
+        prompts,
+        pushes,
+        budget=budget,
+        allowance=allowance,
+        steered_positions=workload.steered_positions,
+        batch_size=plan.prepared.batch_size,
+        seed=seed,
+        cost=cost,
+    )
+    probes = choose_probes(np.stack([of.slopes for of in expected]), seed)
     coherence = make_coherence(plan, prompts, budget=budget, probes=probes, cost=cost)
-    everyone = np.ones((1, len(prompts)))
-    allowance = float(allowances(budget, coherence.logprob, everyone)[0])
-    drops = _drops(slopes, budget)
     lines = [
-        _line(drops[k], slopes.curvature[k], probes, budget, allowance, limit)
-        for k, limit in enumerate(limits)
+        Line(
+            Curve(float(of.drops.mean())),
+            float(of.drops[list(probes)].mean()),
+            allowance,
+            limit,
+            min(FIRST_STEP * of.predicted, limit),
+        )
+        for of, limit in zip(expected, limits, strict=True)
     ]
+    everyone = np.ones((1, len(prompts)))
     readings: list[dict[float, Reading]] = [{} for _ in pushes]
     evaluations: list[list[tuple[float, int, float]]] = [[] for _ in pushes]
 
@@ -130,19 +149,26 @@ def find_boundaries(
             evaluations[k].append((c, len(reading.values), on_every if on_all else on_few))
         return losses
 
-    found = search([line for line, _, _ in lines], evaluate)
+    found = search(lines, evaluate)
     counts = resampled_counts(len(prompts), n_resamples=n_bootstrap, seed=seed)
     boundaries = []
-    for k, (line, (_, predicted, first_order)) in enumerate(zip(found, lines, strict=True)):
-        low, high = _interval(coherence, line, drops[k], readings[k], counts)
+    for k, (line, of) in enumerate(zip(found, expected, strict=True)):
+        if math.isnan(line.at):
+            warnings.warn(
+                f"the search at {pushes[k].hook_name} (sign {pushes[k].sign:+d}) did not settle: "
+                "that boundary is undefined; try another budget or seed",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        low, high = _interval(coherence, line, of.drops, readings[k], counts)
         boundaries.append(
             Boundary(
                 push=pushes[k],
                 at=line.at,
                 low=low,
                 high=high,
-                predicted=predicted,
-                first_order=first_order,
+                predicted=of.predicted,
+                first_order=of.first_order,
                 reentry=line.reentry(),
                 allowance=allowance,
                 readings=readings[k],
@@ -171,68 +197,71 @@ def choose_probes(slopes: Float[np.ndarray, "push prompt"], seed: int) -> tuple[
 
 
 @dataclass(frozen=True)
-class _PushSlopes:
-    logprob: NDArray[np.float64]
-    curvature: NDArray[np.float64]
+class Expected:
+    """What gradients at 0 say of one push, outward.
+
+    `slopes` are those of each prompt's logprob, `drops` those of its loss (0 for a divergence,
+    which is flat at 0); `predicted` is the boundary of second order, `first_order` that of the
+    slope alone (NaN for a divergence).
+    """
+
+    slopes: Float[np.ndarray, " prompt"]
+    drops: Float[np.ndarray, " prompt"]
+    predicted: float
+    first_order: float
 
 
-def _push_slopes(
-    plan: Plan,
+def expect(
+    model: HookedModel,
     prompts: Sequence[TokenizedPrompt],
     pushes: Sequence[Push],
+    *,
+    budget: Budget,
+    allowance: float,
+    steered_positions: SteeredPositions,
+    batch_size: int | None,
     seed: int,
     cost: Cost,
-) -> _PushSlopes:
-    """Slope outward from 0 of the logprob, and the KL's curvature, `[push, prompt]`."""
+) -> list[Expected]:
+    """Slopes and predicted boundary of every push, from one forward and two backward passes.
+
+    Second order: `drop * c + curvature * c^2 / 2` reaches the allowance. For a 95th percentile the
+    divergence of a token is taken to be its mean times a chi-square variable with one degree of
+    freedom, whose 95th percentile is 3.84. `cost` is added to. Raises `ActivationError` where a
+    gradient is not finite.
+    """
     along = {(push.hook_name, id(push.direction)): push.direction for push in pushes}
     # A backward pass keeps every block's activations: half as many prompts as a forward pass.
     width = max(len(prompt) for prompt in prompts)
-    size = max(1, (plan.prepared.batch_size or rows_per_pass(plan.model, width)) // 2)
+    size = max(1, (batch_size or rows_per_pass(model, width)) // 2)
     found = label_slopes(
-        plan.model,
-        make_batches(plan.model, prompts, size),
+        model,
+        make_batches(model, prompts, size),
         [(name, direction) for (name, _), direction in along.items()],
-        steered_positions=plan.prepared.workload.steered_positions,
+        steered_positions=steered_positions,
         seed=seed,
         cost=cost,
     )
     index = {key: i for i, key in enumerate(along)}
-    rows = [index[push.hook_name, id(push.direction)] for push in pushes]
-    signs = np.array([push.sign for push in pushes])[:, None]
-    return _PushSlopes(
-        signs * found.logprob.double().numpy()[rows], found.curvature.double().numpy()[rows]
-    )
+    expected = []
+    for push in pushes:
+        row = index[push.hook_name, id(push.direction)]
+        if not bool((found.logprob[row] + found.curvature[row]).isfinite().all()):
+            raise ActivationError(
+                f"the gradients at {push.hook_name} are not finite; load the model in float32 or "
+                "bfloat16"
+            )
+        slopes = push.sign * found.logprob[row].double().numpy()
+        drops = np.zeros_like(slopes) if budget.is_divergence else -slopes
+        bend = float(found.curvature[row].double().mean()) / 2
+        if budget.kind in ("kl_p95", "rollout_kl_p95"):
+            from scipy.stats import chi2
 
-
-def _drops(slopes: _PushSlopes, budget: Budget) -> NDArray[np.float64]:
-    """d(loss)/dc of every prompt, outward at 0: 0 for a divergence, which is flat there."""
-    return np.zeros_like(slopes.logprob) if budget.is_divergence else -slopes.logprob
-
-
-def _line(
-    drop: NDArray[np.float64],
-    curvature: NDArray[np.float64],
-    probes: Sequence[int],
-    budget: Budget,
-    allowance: float,
-    limit: float,
-) -> tuple[Line, float, float]:
-    """The search of one push, and its predicted boundary: of second and of first order.
-
-    Second order: drop * c + curvature * c^2 / 2 reaches the allowance. For a 95th percentile the
-    divergence of a token is taken to be its mean times a chi-square variable with one degree of
-    freedom, whose 95th percentile is 3.84.
-    """
-    slope, bend = float(drop.mean()), float(curvature.mean()) / 2
-    if budget.kind in ("kl_p95", "rollout_kl_p95"):
-        from scipy.stats import chi2
-
-        bend *= float(chi2.ppf(0.95, 1))
-    predicted = first_root(bend, slope, allowance)
-    first_order = math.nan if budget.is_divergence else first_root(0.0, slope, allowance)
-    start = min(FIRST_STEP * predicted, limit)
-    line = Line(Curve(slope), float(drop[list(probes)].mean()), allowance, limit, start)
-    return line, predicted, first_order
+            bend *= float(chi2.ppf(0.95, 1))
+        slope = float(drops.mean())
+        first_order = math.nan if budget.is_divergence else first_root(0.0, slope, allowance)
+        expected.append(Expected(slopes, drops, first_root(bend, slope, allowance), first_order))
+    return expected
 
 
 def first_root(bend: float, slope: float, allowance: float) -> float:
@@ -256,13 +285,12 @@ def _interval(
     """
     if math.isnan(line.at):
         return math.nan, math.nan
-    top = line.limit if math.isinf(line.at) else min(6 * line.at, line.limit)
-    grid = np.geomspace(top / 200, top, 600)
+    grid = np.geomspace(min(line.at, line.limit) / 200, line.limit, 1200)
     distances = np.array(sorted(readings))
     slopes = counts @ drop / counts.sum(axis=1)
     allowed = allowances(coherence.budget, coherence.logprob, counts)
     losses = np.stack([mean_loss(readings[c].values, counts) for c in distances], axis=1)
-    losses = np.minimum(losses, 1e3 * allowed[:, None])
+    losses = np.minimum(losses, UNDEFINED * allowed[:, None])
     bends = (losses - slopes[:, None] * distances) / distances**2
     weights = np.stack([np.interp(grid, distances, unit) for unit in np.eye(len(distances))])
     curves = line.curve.bend(grid) + (bends - line.curve.bend(distances)) @ weights

@@ -101,18 +101,19 @@ def write_run(
     request: Mapping[str, Any],
     *,
     seconds: float,
+    forward_equivalents: float,
 ) -> None:
     """Write the files of a run; each appears whole, the record last.
 
     Each table of `tables` as `NAME.csv` (`sweep`, `boundary`, `shape`, `layers`), a sweep as
     `sweep.parquet` too; `directions.safetensors` (hook name -> direction, the readouts included);
-    and `run.json`, with the `forward_equivalents` of the layers' attrs. Raises `OutputError` when a
+    and `run.json`, with the seconds and forward-equivalents spent. Raises `OutputError` when a
     file cannot be written.
     """
     record = {
         "request": dict(request),
         "seconds": round(seconds, 3),
-        "forward_equivalents": tables["layers"].attrs["forward_equivalents"],
+        "forward_equivalents": forward_equivalents,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("steerlens", "torch", "transformers", "pandas")},

@@ -1,13 +1,13 @@
 """Find where a loss first exceeds its allowance, outward from 0, from few evaluations of it.
 
-Pure arithmetic on numbers: nothing here knows of models. The loss D(c) >= 0 or below is modelled as
+Pure arithmetic on numbers: nothing here knows of models. The loss D(c), which may be negative, is
+modelled as
 `slope * c + c^2 * bend(c)`: the slope at 0 is known exactly from a gradient, and the bend changes
 little with c, so a few evaluations of it decide where D crosses. Most evaluations are made on a
-part of the prompts (the probes); one or two on all of them correct the offset.
+part of the prompts (the probes); a few on all of them correct the offset.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,11 +21,13 @@ _PROBE_STEP = 0.25
 _REFINED_STEP = 0.04
 _FULL_STEP = 0.15
 _FAR_STEP = math.log(1.6)
+_APART = 1.04
 _MAX_PROBES = 12
 _MAX_REFINEMENTS = 4
 _MAX_FULL = 12
 _GRID = 3000
-_UNDEFINED = 1e3  # times the allowance: what a loss that is NaN or inf counts as
+UNDEFINED = 10.0
+"""Times the allowance: what a loss beyond that counts as, and one that is NaN or inf."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Line:
         return replace(self, at=max(at, low))
 
     def is_far_below(self) -> bool:
-        """Whether the one evaluation there is, beyond the prediction, is a third of it or less."""
+        """Whether D at the first point, past the prediction, is below a third of the allowance."""
         at = np.array([self.curve.probes[0][0]])
         return float(self.curve.loss(at)[0]) < self.allowance / 3
 
@@ -113,7 +115,7 @@ class Line:
         return min(abs(math.log(at / c)) for c, _ in points) if points else math.inf
 
     def _bend(self, c: float, loss: float, slope: float) -> float:
-        worst = _UNDEFINED * max(self.allowance, 1e-12)
+        worst = UNDEFINED * max(self.allowance, 1e-12)
         known = min(loss, worst) if math.isfinite(loss) else worst
         return (known - slope * c) / c**2
 
@@ -128,7 +130,7 @@ def search(lines: Sequence[Line], evaluate: Evaluate) -> list[Line]:
 
     First on the probes until the next step is small, then on all prompts, then again on the probes
     with the offset of all prompts, and on all prompts once more where that moved far. A line that
-    does not settle in a dozen rounds ends as NaN, with a warning.
+    does not settle in a dozen rounds ends as NaN.
     """
     found = list(lines)
     everyone: Sequence[int] = range(len(found))
@@ -153,11 +155,6 @@ def search(lines: Sequence[Line], evaluate: Evaluate) -> list[Line]:
             _measure(found, moving, evaluate, on_all=False, widest_step=1.5)
         active = [k for k in active if found[k].step(found[k].curve.full) > _FULL_STEP]
     for k in active:
-        warnings.warn(
-            f"the search of boundary {k} did not settle; it is left undefined",
-            RuntimeWarning,
-            stacklevel=2,
-        )
         found[k] = replace(found[k], at=math.nan)
     return found
 
@@ -242,6 +239,11 @@ def _interpolate(
     inside: NDArray[np.float64] = np.interp(c, x, y)
     if not extrapolate or len(x) == 1:
         return inside
-    below = y[0] + (y[1] - y[0]) / (x[1] - x[0]) * (np.maximum(c, x[0] / 1.5) - x[0])
-    above = y[-1] + (y[-1] - y[-2]) / (x[-1] - x[-2]) * (np.minimum(c, 1.5 * x[-1]) - x[-1])
+    # The end pieces by points a little apart: between nearer ones rounding would decide the slope.
+    second = int(np.argmax(x >= _APART * x[0])) or len(x) - 1
+    last_but = int(np.nonzero(x <= x[-1] / _APART)[0][-1]) if x[0] <= x[-1] / _APART else 0
+    rise_below = (y[second] - y[0]) / (x[second] - x[0])
+    rise_above = (y[-1] - y[last_but]) / (x[-1] - x[last_but])
+    below = y[0] + rise_below * (np.maximum(c, x[0] / 1.5) - x[0])
+    above = y[-1] + rise_above * (np.minimum(c, 1.5 * x[-1]) - x[-1])
     return np.where(c < x[0], below, np.where(c > x[-1], above, inside))

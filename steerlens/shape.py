@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -14,6 +15,7 @@ from steerlens.boundary import (
     On,
     check_jobs,
     checked_settings,
+    text_name,
     text_prompts,
     text_workload,
 )
@@ -28,6 +30,7 @@ from steerlens.models import HookedModel, provenance
 from steerlens.parts import Cost, forward_equivalents
 from steerlens.plain import make_workload
 from steerlens.pushes import Boundary, Progress, find_boundaries
+from steerlens.sweep import check_width
 from steerlens.tables import SHAPE_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
@@ -43,7 +46,8 @@ class BoundaryShape:
 
     `direction` is the frozen direction (0 degrees), `orthogonal` the main direction of what is left
     of the pairs' differences without it (90 degrees). `attrs["radius_ratio"]` is the largest
-    boundary over the smallest: 1 for a circle, inf when an angle's is beyond the searched range.
+    boundary over the smallest: 1 for a circle, inf when an angle's is beyond the searched range,
+    NaN when all are or one is undefined.
     """
 
     table: pd.DataFrame
@@ -77,9 +81,9 @@ def boundary_shape(
     pairs' differences at that hook once their part along the direction is taken off. At angle a the
     text runs with `c * (cos(a) * direction + sin(a) * orthogonal)` added, c > 0, in residual units.
     Search, intervals and `on` as in `find_boundary`, whose `boundary_pos` is the row at 0 degrees
-    and `-boundary_neg` that at 180. Raises as `find_boundary`, `SweepError` when `layer` names more
-    than one hook or there are fewer than 3 angles, and `DirectionError` when nothing is left of the
-    differences.
+    and `-boundary_neg` that at 180 (estimated again, with other probes). Raises as `find_boundary`,
+    `SweepError` when `layer` names more than one hook or there are fewer than 3 angles, and
+    `DirectionError` when nothing is left of the differences.
     """
     hook_names = resolve_hooks(model, layer)
     check_plane(hook_names, n_angles)
@@ -88,7 +92,7 @@ def boundary_shape(
         raise DirectionError(f"no direction was fitted at {hook_name}; fit one there")
     settings = checked_settings(
         hook_names=hook_names,
-        on=on if isinstance(on, str) else "texts",
+        on=text_name(on),
         budget=budget,
         position=directions.position,
         steered_positions=steered_positions,
@@ -97,6 +101,7 @@ def boundary_shape(
         seed=seed,
         batch_size=batch_size,
     )
+    wide = directions[hook_name].dtype
     direction = directions[hook_name].double()
     differences = collect_differences(
         model, pairs, layers=[hook_name], position=directions.position, batch_size=batch_size
@@ -108,16 +113,21 @@ def boundary_shape(
     readout = readout_hook(hook_name, int(model.cfg.n_layers))
     angles = [360 * i / n_angles for i in range(n_angles)]
     pushes = [
-        Push(hook_name, _at(direction, orthogonal, angle).float(), 1, readout) for angle in angles
+        Push(hook_name, _at(direction, orthogonal, angle).to(wide), 1, readout) for angle in angles
     ]
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
     check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
     cost = Cost()
+    for prompt in (*tokenized.positive, *tokenized.negative):
+        cost.blocks += len(prompt.prompt) * int(model.cfg.n_layers)  # the differences
     workload = make_workload(
         model, tokenized, position=-1, steered_positions=steered_positions, batch_size=batch_size
     )
-    text, unsteered = text_workload(model, prompts, workload, (readout,), cost=cost)
+    text, unsteered = text_workload(
+        model, prompts, workload, (readout,), batch_size=batch_size, cost=cost
+    )
+    check_width(directions, unsteered)
     plan = make_plan(model, text, unsteered, check_jobs(pushes), batch_size=batch_size, cost=cost)
     found = find_boundaries(
         plan,
@@ -134,7 +144,7 @@ def boundary_shape(
     attrs = {
         "settings": asdict(settings),
         "searched": limit,
-        "radius_ratio": max(reach) / min(reach),
+        "radius_ratio": float(np.max(reach) / np.min(reach)),
         "method": directions.method,
         "fitted_on": directions.fingerprint,
         "measured_on": pairs.fingerprint,
@@ -143,14 +153,14 @@ def boundary_shape(
     }
     rows = [_row(hook_name, angle, of) for angle, of in zip(angles, found, strict=True)]
     return BoundaryShape(
-        to_frame(rows, SHAPE_COLUMNS, attrs), direction.float(), orthogonal.float()
+        to_frame(rows, SHAPE_COLUMNS, attrs), direction.to(wide), orthogonal.to(wide)
     )
 
 
 def check_plane(hook_names: Sequence[str], n_angles: int) -> None:
     """Raise `SweepError` when there is not one hook, or too few angles for a shape."""
     if len(hook_names) != 1:
-        raise SweepError(f"a shape is that of one hook, not of {len(hook_names)}")
+        raise SweepError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
     if n_angles < 3:
         raise SweepError(f"n_angles must be at least 3, got {n_angles}")
 
@@ -160,8 +170,9 @@ def main_orthogonal(
 ) -> Float[Tensor, " d_model"]:
     """The unit vector, orthogonal to `direction`, with the largest sum of squared projections.
 
-    `argmax_v sum_i (r_i . v)^2` with `r_i = d_i - (d_i . direction) direction`; its sign is that of
-    the mean projection. Raises `DirectionError` when nothing is left of the differences.
+    `argmax_v sum_i (r_i . v)^2` with `r_i = d_i - (d_i . direction) direction`. The mean projection
+    on it is positive; where that is 0, the component that is largest. Raises `DirectionError` when
+    nothing is left of the differences.
     """
     rest = differences - (differences @ direction)[:, None] * direction
     if rest.norm() <= 1e-6 * differences.norm():
@@ -170,7 +181,12 @@ def main_orthogonal(
         )
     axis: Tensor = torch.linalg.svd(rest, full_matrices=False)[2][0]
     axis = axis - (axis @ direction) * direction
-    sign = -1.0 if float((rest @ axis).mean()) < 0 else 1.0
+    along = rest @ axis
+    # A mean-difference direction fitted on these very pairs leaves a mean of 0 but for rounding.
+    leaning = (
+        along.mean() if along.mean().abs() > 1e-6 * along.norm() else axis[axis.abs().argmax()]
+    )
+    sign = -1.0 if float(leaning) < 0 else 1.0
     unit: Tensor = sign * axis / axis.norm()
     return unit
 
@@ -191,7 +207,7 @@ def _row(hook_name: str, angle: float, boundary: Boundary) -> Row:
         "boundary": boundary.at,
         "boundary_ci_low": boundary.low,
         "boundary_ci_high": boundary.high,
-        "x": boundary.at * along,
-        "y": boundary.at * across,
+        "x": boundary.at * along if math.isfinite(boundary.at) else math.nan,
+        "y": boundary.at * across if math.isfinite(boundary.at) else math.nan,
         "predicted_boundary": boundary.predicted,
     }

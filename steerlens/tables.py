@@ -111,7 +111,7 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "boundary_pos",
         "float64",
         "residual units",
-        "measured coherence boundary for c > 0; inf beyond the searched range",
+        "coherence boundary for c > 0; inf beyond the searched range, NaN where the search failed",
     ),
     Column("boundary_neg", "float64", "residual units", "the same for c < 0: below 0, or -inf"),
     Column(
@@ -146,7 +146,7 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "prediction_trusted",
         "bool",
         "",
-        "both predicted boundaries within 40% of the measured ones; false where not measured",
+        "both predicted boundaries within 40% of finite measured ones; else false",
     ),
     Column(
         "reentry_pos",
@@ -159,7 +159,7 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "boundary_on",
         "str",
         "",
-        "text the boundary was measured on; none where it was not measured",
+        "text of the boundary columns; none where they are empty",
     ),
 )
 """One row a hook, of the unsteered model; boundaries are NaN until they are measured."""

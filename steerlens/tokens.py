@@ -229,7 +229,7 @@ def _groups(
             len(grown) * width - sum(part) > MAX_PADDING * len(grown) * width
             for part, width in zip(parts, widths, strict=True)
         )
-        is_full = len(grown) > (batch_size or rows_per_pass(model, widths[0]))
+        is_full = len(grown) > (batch_size or rows_per_pass(model, max(widths)))
         if not groups or is_padded or is_full:
             groups.append([row])
         else:

@@ -55,10 +55,13 @@ def weighted_quantile(
     is_given = ~np.isnan(values)
     flat, owner = values[is_given], np.nonzero(is_given)[0]
     order = flat.argsort()
-    cumulative = counts[:, owner[order]].cumsum(axis=1)
-    reached = cumulative >= quantile * cumulative[:, -1:] - 1e-9
-    quantiles: NDArray[np.float64] = flat[order][reached.argmax(axis=1)]
-    return quantiles
+    quantiles = []
+    for some in np.array_split(counts, max(1, len(counts) * len(flat) // 2**24)):
+        cumulative = some[:, owner[order]].cumsum(axis=1)
+        reached = cumulative >= quantile * cumulative[:, -1:] - 1e-9
+        quantiles.append(flat[order][reached.argmax(axis=1)])
+    joined: NDArray[np.float64] = np.concatenate(quantiles)
+    return joined
 
 
 def percentile_interval(estimates: Float[np.ndarray, " resample"]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -247,6 +248,23 @@ def test_predictions_are_of_the_slope_and_the_curvature(
             percentile = sign * of_p95[f"predicted_boundary_{side}"][i]
             assert percentile == pytest.approx(found / math.sqrt(3.8415), rel=1e-4)
     assert of_kl.predicted_first_order_pos.isna().all()
+
+
+@pytest.mark.parametrize("on", ["positive", "negative"])
+def test_predictions_alone_are_those_of_the_search(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, on: Any
+) -> None:
+    options: dict[str, Any] = {"on": on, "budget": "nats=0.1", "layers": [1, 3]}
+    alone = sl.predict_boundary(llama, many, directions, **options)
+    found = sl.find_boundary(llama, many, directions, n_bootstrap=2, **options).layers
+    assert list(alone.columns) == [column.name for column in LAYER_COLUMNS]
+    predicted = [name for name in alone.columns if name.startswith("predicted_")]
+    assert len(predicted) == 4
+    measured = ["separation", "projection", "resid_norm", "logprob_nats", "boundary_on"]
+    pd.testing.assert_frame_equal(alone[predicted + measured], found[predicted + measured])
+    assert alone.boundary_pos.isna().all()
+    assert found.boundary_pos.notna().all()
+    assert alone.attrs["forward_equivalents"] < 9 < found.attrs["forward_equivalents"]
 
 
 def test_a_small_budget_is_reached_where_it_was_predicted(

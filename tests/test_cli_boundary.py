@@ -17,7 +17,8 @@ from test_cli import (  # noqa: F401 (fixtures)
 )
 
 import steerlens as sl
-from steerlens import cli, data
+import steerlens.boundary
+from steerlens import cli
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
 
 
@@ -73,20 +74,18 @@ def test_quiet_prints_nothing(boundary: Main, tmp_path: Path) -> None:
 def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("the river was warm\n\nhow was the day\n", encoding="utf-8")
-    monkeypatch.setattr(data, "neutral_texts", lambda: ("the soup was good", "it was not so"))
+    neutral = ("the soup was good", "it was not so")
+    monkeypatch.setattr(steerlens.boundary, "neutral_texts", lambda: neutral)
     found = {}
     for on in ("positive", "negative", "neutral", str(texts)):
         out = tmp_path / Path(on).stem / "run"
         assert boundary("--quiet", "--on", on, "--out", out).code == 0
         found[on] = table(out, "layers.csv").iloc[0]
-        request = record(out)["request"]["on"]
-        assert request == on if on in ("positive", "negative") else request["name"] == on
-    assert [row.boundary_on for row in found.values()] == ["positive", "negative", "texts", "texts"]
+        assert record(out)["request"]["on"] == on
+    assert [row.boundary_on for row in found.values()] == list(found)
     assert len({row.boundary_pos for row in found.values()}) == 4
-    assert record(tmp_path / "texts" / "run")["request"]["on"]["texts"] == [
-        "the river was warm",
-        "how was the day",
-    ]
+    given = record(tmp_path / "texts" / "run")["request"]["texts"]
+    assert given == ["the river was warm", "how was the day"]
 
 
 def test_a_shape_is_written_beside_it(boundary: Main, tmp_path: Path) -> None:
@@ -96,6 +95,9 @@ def test_a_shape_is_written_beside_it(boundary: Main, tmp_path: Path) -> None:
     assert shape.angle.tolist() == [0, 60, 120, 180, 240, 300]
     assert shape.boundary[0] == pytest.approx(layers.boundary_pos[0], rel=0.03)
     assert shape.boundary[3] == pytest.approx(-layers.boundary_neg[0], rel=0.03)
+    assert boundary("--quiet", "--out", tmp_path / "alone").code == 0
+    both, alone = (record(p)["forward_equivalents"] for p in (tmp_path, tmp_path / "alone"))
+    assert both > alone > 5
 
 
 def test_an_infinite_boundary_is_written_as_such(boundary: Main, tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_another_request_does_not_overwrite(boundary: Main, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--on", "missing.txt"], ["missing.txt", "text file"]),
+        (["--on", "missing.txt"], ["missing.txt", "neutral nor a file"]),
         (["--budget", "kl"], ["kl_p95=1", "'kl'"]),
         (["--budget", "nats=0"], ["no room"]),
         (["--search-range", "0"], ["search_range"]),

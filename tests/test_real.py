@@ -9,8 +9,13 @@ import transformers
 from bare import cell
 
 import steerlens as sl
+from steerlens import plain
+from steerlens.cells import Job
 from steerlens.data import render
+from steerlens.engine import make_plan, run_cells
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
+from steerlens.parts import Cost
+from steerlens.plain import make_workload
 from steerlens.steering import generate
 from steerlens.tokens import tokenize_pairs, tokenize_prompt
 
@@ -167,3 +172,66 @@ def test_logits_are_bit_equal_after_a_sweep(real_model: Any, directions: sl.Dire
     sl.sweep(real_model, pairs, directions, layers=[5], coefficients=[40])
     with torch.no_grad():
         assert torch.equal(real_model(tokens), before)
+
+
+def test_the_boundary_is_where_a_sweep_loses_the_budget(
+    real_model: Any, directions: sl.Directions
+) -> None:
+    pairs = sl.ContrastivePairs.load("sentiment", split="test")[:10]
+    layers = sl.find_boundary(
+        real_model, pairs, directions, layers=[8, 20, 28], n_bootstrap=200
+    ).layers
+    assert layers.prediction_trusted.all()
+    for row in layers.to_dict("records"):
+        at = [row["boundary_neg"], row["boundary_pos"]]
+        assert at[0] < 0 < at[1]
+        assert row["boundary_neg_ci_low"] < at[0] < row["boundary_neg_ci_high"] < 0
+        assert 0 < row["boundary_pos_ci_low"] < at[1] < row["boundary_pos_ci_high"]
+        coefficients = [factor * c for c in at for factor in (0.95, 1.05)]
+        table = sl.sweep(
+            real_model,
+            pairs,
+            directions,
+            layers=[row["layer"]],
+            coefficients=coefficients,
+            n_bootstrap=2,
+        ).table
+        assert table.coherent.tolist() == [True, False, True, False]
+
+
+@pytest.mark.parametrize("positions", ["continuation", "last"])
+def test_reused_keys_and_values_give_the_plain_loops_cells(
+    real_model: Any, directions: sl.Directions, positions: Any
+) -> None:
+    test = sl.ContrastivePairs.load("sentiment", split="test")[:3]
+    after = [" wonderful, and I enjoyed it.", " so good", " a joy from start to end."]
+    pairs = sl.ContrastivePairs.from_lists(
+        [p.positive for p in test], [p.negative for p in test], after
+    )
+    workload = make_workload(
+        real_model,
+        tokenize_pairs(real_model, pairs),
+        position=-1,
+        steered_positions=positions,
+        batch_size=3,
+    )
+    name, readout = "blocks.12.hook_resid_post", "blocks.27.hook_resid_post"
+    job = Job(name, directions[name], (-15.0, 10.0), readout)
+    unsteered = plain.run_baseline(real_model, workload, (readout,))
+    plan = make_plan(real_model, workload, unsteered, [job], batch_size=None, cost=Cost())
+    assert plan.reuse_prefix
+    (found,) = run_cells(plan, [job], cost=Cost())
+    expected = plain.run_cells(
+        real_model,
+        workload,
+        hook_name=name,
+        direction=job.direction,
+        coefficients=job.coefficients,
+        readout=readout,
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        for part in ("positive", "negative", "logprob"):
+            torch.testing.assert_close(
+                getattr(ours, part), getattr(theirs, part), rtol=1e-4, atol=1e-4
+            )
+        assert (theirs.logprob - unsteered.logprob).abs().max() > 1e-2

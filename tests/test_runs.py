@@ -36,7 +36,10 @@ def result(llama: Any, pairs: sl.ContrastivePairs) -> sl.SweepResult:
 
 def write(folder: Path, result: sl.SweepResult, seconds: float = 1.0) -> None:
     tables = {"sweep": result.table, "layers": result.layers}
-    write_run(folder, tables, result.directions, REQUEST, seconds=seconds)
+    spent = result.layers.attrs["forward_equivalents"]
+    write_run(
+        folder, tables, result.directions, REQUEST, seconds=seconds, forward_equivalents=spent
+    )
 
 
 @pytest.fixture

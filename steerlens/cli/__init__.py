@@ -30,7 +30,7 @@ from steerlens.cli.options import (
     numbers_of,
     pairs_of,
     pairs_record,
-    texts_of,
+    text_of,
 )
 from steerlens.cli.printing import (
     cells_bar,
@@ -40,7 +40,7 @@ from steerlens.cli.printing import (
     print_cells,
     print_layers,
 )
-from steerlens.data import ContrastivePairs, Message, Prompt
+from steerlens.data import ContrastivePairs, Message, Prompt, read_texts
 from steerlens.errors import SteerlensError
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
@@ -124,11 +124,11 @@ def sweep(
         )
     seconds = time.perf_counter() - started
     tables = {"sweep": result.table, "layers": result.layers}
-    write_run(out, tables, directions, request, seconds=seconds)
+    spent = result.table.attrs["forward_equivalents"]
+    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
     if not quiet:
         print_layers(result.layers)
         print_cells(result)
-        spent = result.table.attrs["forward_equivalents"]
         notes.print(
             Text(
                 f"{len(result.table)} cells in {seconds:.0f} s ({spent:.0f} forward-equivalents); "
@@ -173,7 +173,7 @@ def boundary(
 ) -> None:
     """The largest coefficient of each sign at which the model is still coherent, at every layer."""
     check_method(method)
-    texts = texts_of(on)
+    text = text_of(on)
     check_search(budget=budget, search_range=search_range)
     fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
     loaded = load_model(model, progress=not quiet)
@@ -185,7 +185,8 @@ def boundary(
         "model": provenance(loaded).to_dict(),
         "fitted_on": pairs_record(fit_on),
         "measured_on": pairs_record(measure_on),
-        "on": on if isinstance(texts, str) else {"name": on, "texts": list(texts)},
+        "on": on,
+        "texts": list(read_texts(text)) if isinstance(text, Path) else None,
         "hook_names": hook_names,
         "method": method,
         "position": position,
@@ -201,7 +202,7 @@ def boundary(
     started = time.perf_counter()
     directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
     options: dict[str, Any] = {
-        "on": texts,
+        "on": text,
         "budget": budget,
         "search_range": search_range,
         "batch_size": batch_size,
@@ -216,10 +217,13 @@ def boundary(
         )
         tables["shape"] = plane.table
     seconds = time.perf_counter() - started
-    write_run(out, tables, directions, request, seconds=seconds)
+    spent = sum(t.attrs["forward_equivalents"] for n, t in tables.items() if n != "boundary")
+    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
     if not quiet:
         print_boundary(result.layers)
-        spent = result.layers.attrs["forward_equivalents"]
+        if shape is not None:
+            ratio = plane.table.attrs["radius_ratio"]
+            output.print(f"in the plane: largest boundary over smallest {ratio:.2f}")
         notes.print(
             Text(
                 f"{2 * len(result.layers)} boundaries in {seconds:.0f} s ({spent:.0f} "

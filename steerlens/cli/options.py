@@ -1,15 +1,16 @@
 """The options of the commands, and what their values name."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from steerlens import data
 from steerlens.activations import collect_differences
+from steerlens.boundary import On
 from steerlens.cli.printing import notes
-from steerlens.data import ContrastivePairs
+from steerlens.data import ContrastivePairs, read_texts
 from steerlens.directions import METHODS, fit_directions
 from steerlens.errors import PairError, SweepError
 from steerlens.sweep import checked_coefficients
@@ -43,7 +44,10 @@ BatchOption = Annotated[
     typer.Option("--batch-size", help="Prompts a forward pass. Default: what the device can use."),
 ]
 SeedOption = Annotated[
-    int, typer.Option("--seed", min=0, help="Seed of `random` and of the bootstrap.")
+    int,
+    typer.Option(
+        "--seed", min=0, help="Seed of `random`, the bootstrap, the probes and the labels drawn."
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Errors only; no tables of a sweep.")]
 DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")]
@@ -90,24 +94,18 @@ def _read_pairs(source: str, split: str) -> ContrastivePairs:
     return ContrastivePairs.from_jsonl(source)
 
 
-def texts_of(on: str) -> Literal["positive", "negative"] | tuple[str, ...]:
-    """What `--on` names: a side of the pairs, the shipped neutral text, or a file's lines."""
+def text_of(on: str) -> On:
+    """What `--on` names. Raises `PairError` when it is a file that holds no text."""
     if on == "positive":
         return "positive"
     if on == "negative":
         return "negative"
     if on == "neutral":
-        return data.neutral_texts()
-    try:
-        lines = Path(on).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PairError(
-            f"--on {on!r} is neither positive, negative, neutral nor a text file: {error}"
-        ) from error
-    texts = tuple(line for line in lines if line.strip())
-    if not texts:
-        raise PairError(f"--on {on!r} holds no text; give one text a line")
-    return texts
+        return "neutral"
+    if not Path(on).exists():
+        raise PairError(f"--on {on!r} is neither positive, negative, neutral nor a file")
+    read_texts(Path(on))
+    return Path(on)
 
 
 def _is_shipped(source: str) -> bool:

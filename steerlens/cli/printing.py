@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from steerlens.hooks import resid_post
 from steerlens.sweep import SweepResult
@@ -60,7 +61,7 @@ def print_layers(table: Any) -> None:
 def print_boundary(table: Any) -> None:
     """Boundaries with their intervals, what was predicted, and the projection there."""
     settings = table.attrs["settings"]
-    shown = Table(title=f"Coherence boundary on {settings['on']} text, {settings['budget']}")
+    shown = Table(title=Text(f"Coherence boundary on {settings['on']} text, {settings['budget']}"))
     shown.add_column("hook")
     for name in ("negative", "95%", "predicted", "positive", "95%", "predicted", "resid norm"):
         shown.add_column(name, justify="right")
