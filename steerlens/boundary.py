@@ -97,8 +97,9 @@ def find_boundary(
     all hooks and both signs in batched runs, mostly on the quarter of the prompts whose slopes at 0
     are most like those of all (the probes), and in the end on all prompts within 15% of the
     boundary. Intervals are 95% percentile bootstrap intervals over prompts of the same estimate,
-    the baseline and the slope resampled too. `projection_at_boundary` is the projection of the cell
-    at `boundary_pos`, on a line through c = 0 and the coefficient measured nearest to the boundary.
+    the baseline and the slope resampled too; as a resample is not searched again, their ends are
+    right to about a fifth. `projection_at_boundary` is the projection of the cell at
+    `boundary_pos`, on a line through c = 0 and the coefficient measured nearest to the boundary.
 
     Raises `SweepError` on a bad budget, range or number of resamples, on a text of a single token,
     and where a rollout budget meets steered positions other than "all"; `DirectionError` when a

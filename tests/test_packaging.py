@@ -60,6 +60,10 @@ def test_every_column_is_explained_in_the_docs(column: Column) -> None:
 
 @pytest.mark.real
 def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
-    assert "projection" in capsys.readouterr().out
+    """One after another, as a reader would paste them; the second one measures the boundary."""
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    namespace: dict[str, object] = {}
+    for example, word in zip(examples, ("projection", "boundary_pos"), strict=True):
+        exec(compile(example, "README.md", "exec"), namespace)
+        assert word in capsys.readouterr().out

@@ -312,8 +312,10 @@ def test_tables_have_the_declared_columns_and_provenance(
         assert frame.attrs["settings"]["seed"] == 7
         assert frame.attrs["measured_on"] == pairs.fingerprint
         assert frame.attrs["model"]["transformer_lens"]
-    undefined = [column for column in result.layers if "boundary" in column]
-    assert len(undefined) == 5
+    undefined = result.layers.filter(
+        regex="^(boundary_pos|boundary_neg|predicted|reentry|projection_at)"
+    ).columns
+    assert len(undefined) == 13
     assert result.layers[undefined].isna().all(axis=None)
 
 
@@ -347,7 +349,7 @@ def test_same_seed_gives_the_same_table_and_another_seed_other_intervals(
 def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
     """Differences (3, 4) and (0, 1) against the direction (0.6, 0.8): projections 5 and 0.8."""
     from steerlens.plain import Baseline
-    from steerlens.sweep import SweepSettings, layer_row
+    from steerlens.sweep import layer_row
 
     name = "blocks.0.hook_resid_post"
     baseline = Baseline(
@@ -356,8 +358,7 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
         torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]),
         torch.tensor([-2.0, -4.0]),
     )
-    settings = SweepSettings((name,), (0.0,), -1, "all", "relative=0.01", 0.99, 1e4, 10, 0, 1)
-    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]), settings)
+    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]))
     expected = {
         "separation": 3.0,
         "projection": 2.9,
