@@ -286,7 +286,7 @@ def _interval(
     if math.isnan(line.at):
         return math.nan, math.nan
     grid = np.geomspace(min(line.at, line.limit) / 200, line.limit, 1200)
-    distances = np.array(sorted(readings))
+    distances = np.array([c for c, _ in line.curve.full])
     slopes = counts @ drop / counts.sum(axis=1)
     allowed = allowances(coherence.budget, coherence.logprob, counts)
     losses = np.stack([mean_loss(readings[c].values, counts) for c in distances], axis=1)

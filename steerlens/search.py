@@ -27,7 +27,7 @@ _MAX_REFINEMENTS = 4
 _MAX_FULL = 12
 _GRID = 3000
 UNDEFINED = 10.0
-"""Times the allowance: what a loss beyond that counts as, and one that is NaN or inf."""
+"""Times the allowance: a loss beyond that bounds the search, and is not interpolated."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +69,23 @@ class Line:
     limit: float
     at: float
     """The next coefficient to evaluate; in the end the boundary, inf when it is beyond `limit`."""
+    ceiling: float = math.inf
+    """The smallest coefficient seen at which D is undefined, or far beyond the allowance."""
 
     def measured(self, c: float, loss: float) -> "Line":
-        """The line with D(c) of the probes added."""
-        return replace(
-            self,
-            curve=replace(
-                self.curve,
-                probes=_with(self.curve.probes, c, self._bend(c, loss, self.probe_slope)),
-            ),
-        )
+        """The line with D(c) of the probes added; one far beyond the allowance as a ceiling."""
+        if not loss <= UNDEFINED * self.allowance:
+            return replace(self, ceiling=min(c, self.ceiling))
+        bend = (loss - self.probe_slope * c) / c**2
+        return replace(self, curve=replace(self.curve, probes=_with(self.curve.probes, c, bend)))
 
     def measured_on_all(self, c: float, loss: float) -> "Line":
-        """The line with D(c) of all prompts added; c has been measured on the probes too."""
-        bend = self._bend(c, loss, self.curve.slope)
+        """The line with D(c) of all prompts added, when the probes' was measured there too."""
+        if not loss <= UNDEFINED * self.allowance:
+            return replace(self, ceiling=min(c, self.ceiling))
+        if c not in dict(self.curve.probes):
+            return self
+        bend = (loss - self.curve.slope * c) / c**2
         return replace(self, curve=replace(self.curve, full=_with(self.curve.full, c, bend)))
 
     def estimate(self, widest_step: float) -> "Line":
@@ -91,17 +94,23 @@ class Line:
         inf when D stays within the allowance up to the limit, and was evaluated within 15% of it.
         """
         known = [c for c, _ in self.curve.probes]
-        low, high = min(known) / widest_step, min(max(known) * widest_step, self.limit)
+        if not known:
+            return replace(self, at=self.ceiling / 4)
+        low = min(known) / widest_step
+        high = min(max(known) * widest_step, self.limit, self.ceiling)
         at = crossing(self.curve.loss, self.allowance, high)
         if not math.isfinite(at):
-            is_near_limit = max(known) >= self.limit * math.exp(-_FULL_STEP)
-            at = math.inf if is_near_limit else high
+            at = high
+            if high == self.ceiling:
+                at = math.sqrt(max(known) * high)
+            elif max(known) >= self.limit * math.exp(-_FULL_STEP):
+                at = math.inf
         return replace(self, at=max(at, low))
 
     def is_far_below(self) -> bool:
         """Whether D at the first point, past the prediction, is below a third of the allowance."""
-        at = np.array([self.curve.probes[0][0]])
-        return float(self.curve.loss(at)[0]) < self.allowance / 3
+        at = np.array([c for c, _ in self.curve.probes[:1]])
+        return bool((self.curve.loss(at) < self.allowance / 3).all()) if len(at) else False
 
     def reentry(self) -> float:
         """The smallest measured c beyond the boundary that is within the allowance; NaN if none."""
@@ -113,11 +122,6 @@ class Line:
         """How far the estimate is from the nearest point: `|log|` of their ratio."""
         at = min(self.at, self.limit)
         return min(abs(math.log(at / c)) for c, _ in points) if points else math.inf
-
-    def _bend(self, c: float, loss: float, slope: float) -> float:
-        worst = UNDEFINED * max(self.allowance, 1e-12)
-        known = min(loss, worst) if math.isfinite(loss) else worst
-        return (known - slope * c) / c**2
 
 
 Evaluate = Callable[[Sequence[tuple[int, float]], bool], Sequence[tuple[float, float]]]
