@@ -1,5 +1,6 @@
 """What matters, on the real model: SmolLM2-135M-Instruct with the shipped sentiment pairs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,6 @@ def test_the_boundary_is_where_a_sweep_loses_the_budget(
     layers = sl.find_boundary(
         real_model, pairs, directions, layers=[8, 20, 28], n_bootstrap=200
     ).layers
-    assert layers.prediction_trusted.all()
     for row in layers.to_dict("records"):
         at = [row["boundary_neg"], row["boundary_pos"]]
         assert at[0] < 0 < at[1]
@@ -205,8 +205,9 @@ def test_reused_keys_and_values_give_the_plain_loops_cells(
 ) -> None:
     test = sl.ContrastivePairs.load("sentiment", split="test")[:3]
     after = [" wonderful, and I enjoyed it.", " so good", " a joy from start to end."]
-    pairs = sl.ContrastivePairs.from_lists(
-        [p.positive for p in test], [p.negative for p in test], after
+    pairs = sl.ContrastivePairs(
+        tuple(replace(pair, continuation=text) for pair, text in zip(test, after, strict=True)),
+        test.name,
     )
     workload = make_workload(
         real_model,
