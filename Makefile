@@ -19,8 +19,8 @@ demo: $(STAMP)
 	$(BIN)/steerlens sweep --model smollm2-135m-instruct --pairs sentiment --max-pairs 16 \
 		--layers all --coefficients=-20,-10,0,10,20 --method mean_diff --out runs/demo
 
-# Other tools on the same cells, and the boundary against brute force: about an hour and a half on
-# 2 cores. Tools that clash with ours get environments of their own under build/bench.
+# Other tools on the same cells, and the boundary against brute force: more than an hour on 2 cores.
+# Tools that clash with ours get environments of their own under build/bench.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-r tests/benchmarks/requirements.txt

@@ -1,10 +1,9 @@
 """Find where a loss first exceeds its allowance, outward from 0, from few evaluations of it.
 
 Pure arithmetic on numbers: nothing here knows of models. The loss D(c), which may be negative, is
-modelled as
-`slope * c + c^2 * bend(c)`: the slope at 0 is known exactly from a gradient, and the bend changes
-little with c, so a few evaluations of it decide where D crosses. Most evaluations are made on a
-part of the prompts (the probes); a few on all of them correct the offset.
+modelled as `slope * c + c^2 * bend(c)`: the slope at 0 is known exactly from a gradient, and the
+bend changes little with c, so a few evaluations of it decide where D crosses. Most evaluations are
+made on a part of the prompts (the probes); a few on all of them correct the offset.
 """
 
 import math

@@ -3,7 +3,7 @@
     python tests/benchmarks/boundary.py --out build/bench [--layers all] [--n-pairs 32]
 
 The curves are run outward, eight coefficients at a time, until two groups lie beyond the budget;
-they take about an hour on 2 cores. Writes `OUT/boundary.md` and `OUT/boundary.csv`.
+they cost some ten times the search. Writes `OUT/boundary.md` and `OUT/boundary.csv`.
 """
 
 import argparse
