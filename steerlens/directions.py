@@ -38,7 +38,7 @@ class Directions(Mapping[str, Tensor]):
         norms = self.vectors.norm(dim=-1)
         for name, norm in zip((*self.hook_names, *self.readout_names), norms.tolist(), strict=True):
             if not abs(norm - 1) < _UNIT_TOLERANCE:
-                raise DirectionError(f"the direction at {name} has norm {norm}; expected 1")
+                raise DirectionError(f"the direction at {name} has norm {norm:.6g}; expected 1")
 
     def __getitem__(self, hook_name: str) -> Float[Tensor, " d_model"]:
         if hook_name not in self._names:
