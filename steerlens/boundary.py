@@ -9,24 +9,30 @@ from typing import Any, Literal
 import pandas as pd
 
 from steerlens.cells import Job
-from steerlens.coherence import Push
+from steerlens.coherence import Push, check_rollouts
 from steerlens.data import ContrastivePairs, neutral_texts, read_texts
 from steerlens.directions import Directions
 from steerlens.engine import Plan, make_plan, plan_for, run_cells
 from steerlens.errors import SweepError
 from steerlens.hooks import Layers, readout_hook, resolve_hooks
 from steerlens.loss import Budget
-from steerlens.models import HookedModel, provenance
-from steerlens.parts import Cost, forward_equivalents
-from steerlens.plain import Baseline, Workload, make_workload, run_baseline
+from steerlens.models import HookedModel
+from steerlens.plain import (
+    Baseline,
+    Cost,
+    Workload,
+    make_workload,
+    run_baseline,
+)
 from steerlens.pushes import Boundary, Progress, expect, find_boundaries
-from steerlens.sweep import check_directions, check_width, layer_row
+from steerlens.sweep import check_directions, check_width, layer_row, record
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
     TokenizedPairs,
     TokenizedPrompt,
     check_steered_positions,
+    fingerprint,
     make_batches,
     tokenize_pairs,
     tokenize_prompt,
@@ -57,8 +63,8 @@ class BoundaryResult:
     """`layers` has one row a hook (`LAYER_COLUMNS`), `curves` one an evaluation of the search.
 
     The columns of `curves` are `BOUNDARY_COLUMNS`. Both tables carry in their `attrs` the settings,
-    provenance, fingerprints, how far each hook was searched (`searched`), and the
-    `forward_equivalents` spent.
+    provenance, fingerprints (`text` is that of the token ids measured on), how far each hook was
+    searched (`searched`), and the `forward_equivalents` spent.
     """
 
     layers: pd.DataFrame
@@ -103,7 +109,8 @@ def find_boundary(
 
     Raises `SweepError` on a bad budget, range or number of resamples, on a text of a single token,
     and where a rollout budget meets steered positions other than "all"; `DirectionError` when a
-    hook or its readout has no direction; and as `tokenize_pairs` and `run_baseline` do.
+    hook or its readout has no direction; and as `tokenize_pairs`, `run_baseline` and, for rollouts,
+    `check_rollouts` do.
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
@@ -122,6 +129,7 @@ def find_boundary(
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
     check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    check_rollouts(model, prompts, Budget.parse(budget))
     # One tensor for both signs: they are then run together.
     along = {name: directions[name] for name in hook_names}
     pushes = [
@@ -157,14 +165,9 @@ def find_boundary(
         for up, down, there in zip(found[::2], found[1::2], projections, strict=True)
     ]
     attrs = {
-        "settings": asdict(settings),
+        **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
         "searched": {push.hook_name: limit for push, limit in zip(pushes, limits, strict=True)},
-        "method": directions.method,
-        "directions_seed": directions.seed,
-        "fitted_on": directions.fingerprint,
-        "measured_on": pairs.fingerprint,
-        "model": provenance(model).to_dict(),
-        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+        "text": fingerprint(prompts),
     }
     return BoundaryResult(
         layers=to_frame(table, LAYER_COLUMNS, attrs),
@@ -206,10 +209,8 @@ def predict_boundary(
         batch_size=batch_size,
     )
     cost = Cost()
-    baseline = run_baseline(model, workload, hook_names)
+    baseline = run_baseline(model, workload, hook_names, cost=cost)
     check_width(directions, baseline)
-    for batch in (*workload.positive, *workload.negative):
-        cost.add(batch.tokens, int(model.cfg.n_layers))
     logprob = baseline.logprob
     if on != "positive":
         _, unsteered = text_workload(
@@ -240,16 +241,16 @@ def predict_boundary(
         }
         for name, up, down in zip(hook_names, expected[::2], expected[1::2], strict=True)
     ]
-    attrs = {
+    settings = {
+        "hook_names": hook_names,
+        "on": text_name(on),
         "budget": str(parsed),
+        "steered_positions": steered_positions,
         "seed": seed,
-        "method": directions.method,
-        "fitted_on": directions.fingerprint,
-        "measured_on": pairs.fingerprint,
-        "model": provenance(model).to_dict(),
-        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+        "batch_size": batch_size,
     }
-    return to_frame(table, LAYER_COLUMNS, attrs)
+    attrs = record(model, pairs, directions, settings, workload=workload, cost=cost)
+    return to_frame(table, LAYER_COLUMNS, {**attrs, "text": fingerprint(prompts)})
 
 
 def _plan_pairs(
@@ -269,10 +270,8 @@ def _plan_pairs(
         batch_size=settings.batch_size,
     )
     needed = dict.fromkeys([*settings.hook_names, *(push.readout for push in pushes)])
-    baseline = run_baseline(model, workload, tuple(needed))
+    baseline = run_baseline(model, workload, tuple(needed), cost=cost)
     check_width(directions, baseline)
-    for batch in (*workload.positive, *workload.negative):
-        cost.add(batch.tokens, int(model.cfg.n_layers))
     return make_plan(
         model, workload, baseline, check_jobs(pushes), batch_size=settings.batch_size, cost=cost
     )
@@ -296,9 +295,7 @@ def text_workload(
     text = replace(
         pairs, positive=make_batches(model, prompts, batch_size), negative=(), position=-1
     )
-    for batch in text.positive:
-        cost.add(batch.tokens, int(model.cfg.n_layers))
-    return text, run_baseline(model, text, hook_names)
+    return text, run_baseline(model, text, hook_names, cost=cost)
 
 
 def check_search(*, budget: str, search_range: float | int) -> Budget:

@@ -16,9 +16,9 @@ from steerlens.activations import reading_hook
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.loss import mean_by_prompt
 from steerlens.models import HookedModel, inference
-from steerlens.parts import Cost, Part, Prepared, advance_part
-from steerlens.passes import Residual, labels_kl, labels_logprob, run_from
-from steerlens.plain import CellOutput, Workload, by_token, in_pair_order
+from steerlens.parts import Part, Prepared, advance_part
+from steerlens.passes import Residual, is_out_of_memory, labels_kl, labels_logprob, run_from
+from steerlens.plain import CellOutput, Cost, Workload, by_token, in_pair_order
 from steerlens.tokens import Batch, rows_per_pass
 
 
@@ -254,7 +254,7 @@ class _Run:
             try:
                 outputs.append(run(rows[part], signed[part]))
             except RuntimeError as error:
-                if size == 1 or not _is_out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error):
                     raise
                 size //= 2
                 warnings.warn(
@@ -286,7 +286,3 @@ def _storing(into: dict[str, Tensor]) -> HookFunction:
         into["residual"] = activation
 
     return store
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

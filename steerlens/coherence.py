@@ -11,9 +11,10 @@ from torch import Tensor
 
 from steerlens.cells import Job
 from steerlens.engine import Plan, plan_for, run_cells
+from steerlens.errors import SweepError
 from steerlens.loss import Budget, label_kl
 from steerlens.models import HookedModel, inference
-from steerlens.parts import Cost
+from steerlens.plain import Cost
 from steerlens.steering import steer
 from steerlens.tokens import TokenizedPrompt, make_batches
 from steerlens.uncertainty import weighted_quantile
@@ -94,6 +95,17 @@ class Coherence:
             found = _rollout_kl(self.model, self.prompts[row], push, coefficient, cost)
             values[i, : len(found)] = found
         return Reading(values, torch.zeros((len(rows), 0)))
+
+
+def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budget: Budget) -> None:
+    """Raise `SweepError` when the continuations of a rollout budget would not fit the context."""
+    n_ctx, longest = getattr(model.cfg, "n_ctx", None), max(len(p.prompt) for p in prompts)
+    is_long = n_ctx is not None and longest + ROLLOUT_TOKENS > n_ctx
+    if budget.kind == "rollout_kl_p95" and is_long:
+        raise SweepError(
+            f"a rollout adds {ROLLOUT_TOKENS} tokens, and the longest prompt has {longest} of the "
+            f"model's {n_ctx}; shorten it or take another budget"
+        )
 
 
 def mean_loss(

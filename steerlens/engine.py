@@ -15,9 +15,9 @@ from steerlens.cells import Carried, Job, fast_cells
 from steerlens.errors import SteerlensError
 from steerlens.hooks import hook_layer
 from steerlens.models import HookedModel
-from steerlens.parts import Cost, Prepared, prepare
+from steerlens.parts import Prepared, prepare
 from steerlens.passes import n_skippable
-from steerlens.plain import Baseline, CellOutput, Workload
+from steerlens.plain import Baseline, CellOutput, Cost, Workload
 from steerlens.tokens import Batch
 
 
@@ -56,10 +56,8 @@ def make_plan(
     one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in jobs)]
     small = _check_workload(workload)
     baseline = plain.run_baseline(
-        model, small, tuple(dict.fromkeys(job.readout for job in one_each))
+        model, small, tuple(dict.fromkeys(job.readout for job in one_each)), cost=cost
     )
-    for batch in (*small.positive, *small.negative):
-        cost.add(batch.tokens, int(model.cfg.n_layers))
     reuse_prefix = workload.steered_positions in ("continuation", "last")
     reasons = _reasons(model, small, baseline, one_each, reuse_prefix=reuse_prefix, cost=cost)
     if reuse_prefix and reasons:

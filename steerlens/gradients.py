@@ -3,10 +3,11 @@
 One forward pass, and one backward pass for each of the two, for all hooks at once.
 """
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from steerlens.hooks import HookFunction, resid_post
 from steerlens.models import HookedModel, inference
-from steerlens.parts import Cost
-from steerlens.passes import labels_gradients, run_from
-from steerlens.plain import in_pair_order
+from steerlens.passes import is_out_of_memory, labels_gradients, run_from
+from steerlens.plain import Cost, in_pair_order
 from steerlens.tokens import Batch, SteeredPositions
+
+T = TypeVar("T")
 
 BACKWARD_COST = 2
 """Block-evaluations that a backward pass through a block counts for: the usual estimate."""
@@ -56,13 +58,35 @@ def label_slopes(
     added to: a forward pass and two backward passes, each counted as two forward passes.
     """
     generator = torch.Generator().manual_seed(seed)
-    found = [_batch_slopes(model, batch, along, steered_positions, generator) for batch in batches]
-    for batch in batches:
-        cost.add(batch.tokens, int(model.cfg.n_layers) * (1 + 2 * BACKWARD_COST))
-    return Slopes(
-        in_pair_order(batches, [logprob for logprob, _ in found]),
-        in_pair_order(batches, [curvature for _, curvature in found]),
+    found = by_halves(
+        batches, lambda batch: _batch_slopes(model, batch, along, steered_positions, generator)
     )
+    for batch, _ in found:
+        cost.add(batch.tokens, int(model.cfg.n_layers) * (1 + 2 * BACKWARD_COST))
+    run = [batch for batch, _ in found]
+    return Slopes(
+        in_pair_order(run, [logprob for _, (logprob, _) in found]),
+        in_pair_order(run, [curvature for _, (_, curvature) in found]),
+    )
+
+
+def by_halves(batches: Sequence[Batch], run: Callable[[Batch], T]) -> list[tuple[Batch, T]]:
+    """`run` of every batch; where memory is out, of its halves, with a warning."""
+    return [found for batch in batches for found in _whole_or_halves(batch, run)]
+
+
+def _whole_or_halves(batch: Batch, run: Callable[[Batch], T]) -> list[tuple[Batch, T]]:
+    try:
+        return [(batch, run(batch))]
+    except RuntimeError as error:
+        if len(batch.rows) == 1 or not is_out_of_memory(error):
+            raise
+    warnings.warn(
+        f"out of memory: going on with {len(batch.rows) // 2} prompts a pass",
+        ResourceWarning,
+        stacklevel=4,
+    )
+    return by_halves(batch.halves(), run)
 
 
 def _batch_slopes(

@@ -1,33 +1,16 @@
-"""What the cells of one workload share, computed once: prefixes, unsteered residuals, the cost."""
+"""What the cells of one workload share, computed once: prefixes and unsteered residuals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.models import HookedModel, inference
 from steerlens.passes import Prefix, Residual, advance, run_prefix, takes_cache
-from steerlens.plain import Baseline, Workload
+from steerlens.plain import Baseline, Cost, Workload
 from steerlens.tokens import Batch, make_split_batches
-
-
-@dataclass
-class Cost:
-    """What was run, in block-evaluations: one token through one block."""
-
-    blocks: int = 0
-
-    def add(self, tokens: Int[Tensor, "row token"], n_blocks: int) -> None:
-        """Count `tokens` (padding too) through `n_blocks` blocks."""
-        self.blocks += tokens.numel() * n_blocks
-
-
-def forward_equivalents(cost: Cost, model: HookedModel, workload: Workload) -> float:
-    """`cost` in full forward passes of the positive prompts."""
-    one = sum(batch.tokens.numel() for batch in workload.positive) * int(model.cfg.n_layers)
-    return cost.blocks / one
 
 
 @dataclass(frozen=True)

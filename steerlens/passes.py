@@ -214,6 +214,11 @@ def _logits(
         yield logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(others)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def n_skippable(model: HookedModel) -> int:
     """How many blocks the model has in `model.blocks`, 0 when there is no such list."""
     return len(getattr(model, "blocks", ()))

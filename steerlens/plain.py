@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.activations import check_finite, reading_hook, run_to_hooks
@@ -38,6 +38,23 @@ class Workload:
     position: int
     steered_positions: SteeredPositions
     with_kl: bool = False
+
+
+@dataclass
+class Cost:
+    """What was run, in block-evaluations: one token through one block."""
+
+    blocks: int = 0
+
+    def add(self, tokens: Int[Tensor, "row token"], n_blocks: int) -> None:
+        """Count `tokens` (padding too) through `n_blocks` blocks."""
+        self.blocks += tokens.numel() * n_blocks
+
+
+def forward_equivalents(cost: Cost, model: HookedModel, workload: Workload) -> float:
+    """`cost` in full forward passes of the positive prompts."""
+    one = sum(batch.tokens.numel() for batch in workload.positive) * int(model.cfg.n_layers)
+    return cost.blocks / one
 
 
 @dataclass(frozen=True)
@@ -90,11 +107,16 @@ def make_workload(
     )
 
 
-def run_baseline(model: HookedModel, workload: Workload, hook_names: Sequence[str]) -> Baseline:
+def run_baseline(
+    model: HookedModel, workload: Workload, hook_names: Sequence[str], *, cost: Cost
+) -> Baseline:
     """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
 
-    Raises `ActivationError` that names the hooks with NaN or inf.
+    `cost` is added to: all blocks on both sides. Raises `ActivationError` that names the hooks with
+    NaN or inf.
     """
+    for batch in (*workload.positive, *workload.negative):
+        cost.add(batch.tokens, int(model.cfg.n_layers))
     with inference(model):
         positive, logprob, _ = _run_positive(model, workload, hook_names, {}, 0.0)
         negative = _run_negative(model, workload, hook_names, {}, 0.0)

@@ -17,7 +17,7 @@ from steerlens.gradients import label_slopes
 from steerlens.hooks import hook_layer
 from steerlens.loss import Budget
 from steerlens.models import HookedModel
-from steerlens.parts import Cost
+from steerlens.plain import Cost
 from steerlens.search import FIRST_STEP, UNDEFINED, Curve, Line, first_crossings, loss_of, search
 from steerlens.tables import Row
 from steerlens.tokens import SteeredPositions, TokenizedPrompt, make_batches, rows_per_pass

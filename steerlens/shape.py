@@ -19,23 +19,23 @@ from steerlens.boundary import (
     text_prompts,
     text_workload,
 )
-from steerlens.coherence import Push
+from steerlens.coherence import Push, check_rollouts
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.engine import make_plan
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import Budget
-from steerlens.models import HookedModel, provenance
-from steerlens.parts import Cost, forward_equivalents
-from steerlens.plain import make_workload
+from steerlens.models import HookedModel
+from steerlens.plain import Cost, make_workload
 from steerlens.pushes import Boundary, Progress, find_boundaries
-from steerlens.sweep import check_width
+from steerlens.sweep import check_width, record
 from steerlens.tables import SHAPE_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
     TokenizedPairs,
     check_steered_positions,
+    fingerprint,
     tokenize_pairs,
 )
 
@@ -118,6 +118,7 @@ def boundary_shape(
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
     check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    check_rollouts(model, prompts, Budget.parse(budget))
     cost = Cost()
     for prompt in (*tokenized.positive, *tokenized.negative):
         cost.blocks += len(prompt.prompt) * int(model.cfg.n_layers)  # the differences
@@ -142,14 +143,10 @@ def boundary_shape(
     )
     reach = [boundary.at for boundary in found]
     attrs = {
-        "settings": asdict(settings),
+        **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
         "searched": limit,
+        "text": fingerprint(prompts),
         "radius_ratio": float(np.max(reach) / np.min(reach)),
-        "method": directions.method,
-        "fitted_on": directions.fingerprint,
-        "measured_on": pairs.fingerprint,
-        "model": provenance(model).to_dict(),
-        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
     }
     rows = [_row(hook_name, angle, of) for angle, of in zip(angles, found, strict=True)]
     return BoundaryShape(

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,8 +26,15 @@ from steerlens.loss import (
     contrastive_steering_loss_noref,
 )
 from steerlens.models import HookedModel, provenance
-from steerlens.parts import Cost, forward_equivalents
-from steerlens.plain import Baseline, CellOutput, make_workload, run_baseline
+from steerlens.plain import (
+    Baseline,
+    CellOutput,
+    Cost,
+    Workload,
+    forward_equivalents,
+    make_workload,
+    run_baseline,
+)
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 from steerlens.uncertainty import bootstrap_interval
@@ -127,13 +134,11 @@ def sweep(
         steered_positions=steered_positions,
         batch_size=batch_size,
     )
+    cost = Cost()
     baseline = run_baseline(
-        model, workload, tuple(dict.fromkeys([*hook_names, *readouts.values()]))
+        model, workload, tuple(dict.fromkeys([*hook_names, *readouts.values()])), cost=cost
     )
     check_width(directions, baseline)
-    cost = Cost()
-    for batch in (*workload.positive, *workload.negative):
-        cost.add(batch.tokens, int(model.cfg.n_layers))
     rows: list[Row] = []
     n_cells = len(hook_names) * len(settings.coefficients)
     pushes = tuple(c for c in settings.coefficients if c != 0)
@@ -155,15 +160,7 @@ def sweep(
             if progress is not None:
                 progress(len(rows), n_cells)
 
-    attrs = {
-        "settings": asdict(settings),
-        "method": directions.method,
-        "directions_seed": directions.seed,
-        "fitted_on": directions.fingerprint,
-        "measured_on": pairs.fingerprint,
-        "model": provenance(model).to_dict(),
-        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
-    }
+    attrs = record(model, pairs, directions, asdict(settings), workload=workload, cost=cost)
     return SweepResult(
         table=to_frame(rows, SWEEP_COLUMNS, attrs),
         layers=to_frame(
@@ -183,6 +180,30 @@ def sweep(
         directions=directions,
         settings=settings,
     )
+
+
+def record(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    settings: Mapping[str, Any],
+    *,
+    workload: Workload,
+    cost: Cost,
+) -> dict[str, Any]:
+    """What a table carries in its attrs: settings, where its numbers come from, what they cost.
+
+    `cost` is given in forward-equivalents of the pairs' `workload`.
+    """
+    return {
+        "settings": dict(settings),
+        "method": directions.method,
+        "directions_seed": directions.seed,
+        "fitted_on": directions.fingerprint,
+        "measured_on": pairs.fingerprint,
+        "model": provenance(model).to_dict(),
+        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+    }
 
 
 def measure_layers(

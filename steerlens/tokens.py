@@ -1,5 +1,7 @@
 """Prompts as token ids: BOS, continuations, positions, and length-sorted padded batches."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -82,6 +84,21 @@ class Batch:
             [prompt.index(position) for prompt in self.prompts]
         )
 
+    def halves(self) -> tuple["Batch", ...]:
+        """The first and the second half of its prompts; itself when there is one prompt."""
+        middle = len(self.rows) // 2
+        parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
+        return tuple(
+            Batch(
+                self.rows[part],
+                self.prompts[part],
+                self.tokens[part],
+                self.attention_mask[part],
+                self.n_before[part],
+            )
+            for part in parts
+        )
+
     def label_mask(self) -> Bool[Tensor, "prompt token"]:
         """True at the label tokens: the continuation's, or every prompt token but the first."""
         return self._mask(lambda p: (len(p.prompt) if p.continuation else 1, len(p)))
@@ -113,6 +130,12 @@ class Batch:
 def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
     """The keyword of the model's forward pass for a mask; none where nothing is masked."""
     return {} if bool(attention_mask.all()) else {"attention_mask": attention_mask.long()}
+
+
+def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
+    """sha256 (hex) of the prompts' token ids and where each continuation begins."""
+    ids = [[prompt.prompt, prompt.continuation] for prompt in prompts]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def pair_order(batches: Sequence[Batch]) -> Int[Tensor, " pair"]:

@@ -1,6 +1,7 @@
 """Models for the tests: tiny random-init ones, built without network, and the real one."""
 
 import atexit
+import math
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
 from steerlens import tokens
+from steerlens.tokens import tokenize_prompt
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
@@ -126,6 +128,33 @@ def pairs() -> sl.ContrastivePairs:
         [f"you are cheerful {opening}" for opening in openings],
         [f"you are very gloomy {opening}" for opening in openings],
     )
+
+
+def sampled(model: Any, start: str, n_tokens: int, seed: int) -> str:
+    """Text drawn from the model itself, as a trained model's prompts are text that it expects."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = list(tokenize_prompt(model, start).prompt)
+    for _ in range(n_tokens):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0, -1]
+        logits[:4] = logits[len(model.tokenizer) :] = -math.inf  # words only
+        ids.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+    return " ".join(model.tokenizer.convert_ids_to_tokens(ids[1:]))
+
+
+@pytest.fixture(scope="session")
+def many(llama: Any) -> sl.ContrastivePairs:
+    """Twenty pairs: more than the probes, so that both kinds of evaluation are made."""
+    positive = [sampled(llama, "you are cheerful", 8 + i % 5, seed=i) for i in range(20)]
+    return sl.ContrastivePairs.from_lists(
+        positive, [text.replace("cheerful", "very gloomy", 1) for text in positive]
+    )
+
+
+@pytest.fixture(scope="session")
+def directions(llama: Any, many: sl.ContrastivePairs) -> sl.Directions:
+    """Mean-difference directions of `many` at every block's output."""
+    return sl.fit_directions(sl.collect_differences(llama, many))
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from steerlens import cells, passes, plain
 from steerlens.cells import Carried, Job, fast_cells
 from steerlens.engine import make_plan, run_cells
 from steerlens.hooks import readout_hook, resid_post
-from steerlens.parts import Cost, forward_equivalents, prepare
-from steerlens.plain import CellOutput, Workload, make_workload
+from steerlens.parts import prepare
+from steerlens.plain import CellOutput, Cost, Workload, forward_equivalents, make_workload
 from steerlens.tokens import tokenize_pairs
 
 COEFFICIENTS = (-3.0, 0.5, 4.0)
@@ -76,14 +76,14 @@ def planned(
 ) -> list[list[CellOutput]]:
     """The engine's cells, with its check."""
     readouts = tuple(dict.fromkeys(job.readout for job in jobs))
-    unsteered = plain.run_baseline(model, workload, readouts)
+    unsteered = plain.run_baseline(model, workload, readouts, cost=Cost())
     plan = make_plan(model, workload, unsteered, jobs, batch_size=rows, cost=Cost())
     return list(run_cells(plan, jobs, cost=cost or Cost()))
 
 
 def by_engine(model: Any, workload: Workload, job: Job, *, rows: int) -> list[CellOutput]:
     """The engine's cells without its check."""
-    unsteered = plain.run_baseline(model, workload, (job.readout,))
+    unsteered = plain.run_baseline(model, workload, (job.readout,), cost=Cost())
     prepared = prepare(model, workload, unsteered, batch_size=rows, reuse_prefix=True, cost=Cost())
     return fast_cells(model, prepared, job, Carried.at_start(prepared), Cost())[0]
 
@@ -160,7 +160,7 @@ def test_only_tokens_from_the_last_prompt_token_on_are_run(
     llama.add_hook(resid_post(2), lambda activation, hook: seen.append(activation.shape[1]))
     job = make_jobs(llama, [resid_post(1)])[0]
     try:
-        unsteered = plain.run_baseline(llama, workload, (job.readout,))
+        unsteered = plain.run_baseline(llama, workload, (job.readout,), cost=Cost())
         cost = Cost()
         ready = prepare(llama, workload, unsteered, batch_size=8, reuse_prefix=True, cost=cost)
         seen.clear()

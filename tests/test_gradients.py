@@ -8,11 +8,10 @@ import torch
 from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
-from steerlens import passes, plain
+from steerlens import gradients, passes, plain
 from steerlens.gradients import Slopes, label_slopes
 from steerlens.hooks import resid_post
-from steerlens.parts import Cost
-from steerlens.plain import Workload, make_workload
+from steerlens.plain import Cost, Workload, make_workload
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 
 HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
@@ -145,3 +144,26 @@ def test_the_cost_is_a_forward_and_two_backward_passes(
     workload, cost = workload_of(double, pairs, "all"), Cost()
     slopes(double, workload, cost=cost)
     assert cost.blocks == 5 * 3 * sum(batch.tokens.numel() for batch in workload.positive)
+
+
+def test_out_of_memory_runs_halves(
+    double: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The label slopes are the same; the sampled labels of the curvature are drawn anew."""
+    workload = workload_of(double, pairs, "all")
+    expected = slopes(double, workload).logprob
+    real, sizes = gradients.run_from, []
+
+    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sizes.append(len(tokens))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(model, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(gradients, "run_from", too_large)
+    with pytest.warns(ResourceWarning, match="going on with 1 prompts"):
+        torch.testing.assert_close(slopes(double, workload).logprob, expected)
+    assert max(sizes) == 3
+    monkeypatch.setattr(gradients, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        slopes(double, workload)

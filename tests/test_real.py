@@ -15,8 +15,7 @@ from steerlens.cells import Job
 from steerlens.data import render
 from steerlens.engine import make_plan, run_cells
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
-from steerlens.parts import Cost
-from steerlens.plain import make_workload
+from steerlens.plain import Cost, make_workload
 from steerlens.steering import generate
 from steerlens.tokens import tokenize_pairs, tokenize_prompt
 
@@ -218,7 +217,7 @@ def test_reused_keys_and_values_give_the_plain_loops_cells(
     )
     name, readout = "blocks.12.hook_resid_post", "blocks.27.hook_resid_post"
     job = Job(name, directions[name], (-15.0, 10.0), readout)
-    unsteered = plain.run_baseline(real_model, workload, (readout,))
+    unsteered = plain.run_baseline(real_model, workload, (readout,), cost=Cost())
     plan = make_plan(real_model, workload, unsteered, [job], batch_size=None, cost=Cost())
     assert plan.reuse_prefix
     (found,) = run_cells(plan, [job], cost=Cost())

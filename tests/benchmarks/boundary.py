@@ -23,8 +23,7 @@ from steerlens.engine import make_plan, run_cells
 from steerlens.hooks import hook_layer, readout_hook
 from steerlens.loss import Budget
 from steerlens.models import HookedModel
-from steerlens.parts import Cost, forward_equivalents
-from steerlens.plain import make_workload, run_baseline
+from steerlens.plain import Cost, forward_equivalents, make_workload, run_baseline
 from steerlens.search import first_crossings
 from steerlens.tokens import tokenize_pairs
 
@@ -84,7 +83,7 @@ def brute_force(
     )
     workload = replace(workload, negative=())
     readouts = {n: readout_hook(n, int(model.cfg.n_layers)) for n in directions.hook_names}
-    baseline = run_baseline(model, workload, tuple(dict.fromkeys(readouts.values())))
+    baseline = run_baseline(model, workload, tuple(dict.fromkeys(readouts.values())), cost=cost)
     logprob = float(baseline.logprob.double().mean())
     allowance = np.array([Budget.parse(BUDGET).allowance(logprob)])
     jobs = [Job(n, directions[n], (1.0,), readouts[n]) for n in directions.hook_names]
