@@ -13,7 +13,7 @@ from steerlens.data import (
     dataset_names,
     neutral_texts,
 )
-from steerlens.directions import METHODS, Directions, fit_directions
+from steerlens.directions import Directions
 from steerlens.errors import SteerlensError
 from steerlens.hooks import readout_hook, resolve_hooks
 from steerlens.loss import (
@@ -22,6 +22,7 @@ from steerlens.loss import (
     contrastive_steering_loss_noref,
     label_logprob,
 )
+from steerlens.methods import METHODS, fit_directions
 from steerlens.models import load_model, provenance
 from steerlens.shape import BoundaryShape, boundary_shape
 from steerlens.steering import generate, steer

@@ -1,9 +1,10 @@
 """Run pairs through a model, keep only the asked-for positions, and take differences."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -13,7 +14,9 @@ from steerlens.data import ContrastivePairs
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, Layers, hooked, readout_hook, resolve_hooks
 from steerlens.models import HookedModel, inference
-from steerlens.tokens import Batch, TokenizedPrompt, make_batches, tokenize_pairs
+from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -103,18 +106,19 @@ def collect_activations(
     """Activations at one position of every prompt, in the prompts' order, on the CPU.
 
     The model runs in length-sorted batches and stops after the last hook, so the unembedding is
-    never computed and the peak memory does not grow with the number of prompts but for the result.
+    never computed and the peak memory does not grow with the number of prompts but for the result;
+    out of memory halves a batch.
     Raises as `collect_differences`.
     """
-    columns: list[Tensor] = []
-    rows: list[int] = []
+
+    def run(batch: Batch) -> Tensor:
+        return run_to_hooks(model, batch, hook_names, indices=batch.indices(position)).cpu()
+
     with inference(model):
-        for batch in make_batches(model, prompts, batch_size):
-            columns.append(
-                run_to_hooks(model, batch, hook_names, indices=batch.indices(position)).cpu()
-            )
-            rows.extend(batch.rows)
-    activations = torch.cat(columns, dim=1)[:, torch.tensor(rows).argsort()]
+        batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
+        done = by_halves(batches, run)
+    order = pair_order([batch for (batch,), _ in done])
+    activations = torch.cat([values for _, values in done], dim=1)[:, order]
     check_finite(activations, hook_names)
     return activations
 
@@ -180,6 +184,40 @@ def run_to_hooks(
             f"the hooks have activations of different shapes {sorted(shapes)}; run them apart"
         )
     return torch.stack([found[name].to(found[hook_names[0]].device) for name in hook_names])
+
+
+def by_halves(
+    batches: Sequence[tuple[Batch, ...]], run: Callable[..., T]
+) -> list[tuple[tuple[Batch, ...], T]]:
+    """`run(*batches)` of every group of batches with the same rows, beside the group that was run.
+
+    Where memory is out, of the halves of a group, with a warning.
+    """
+    return [found for group in batches for found in _whole_or_halves(group, run)]
+
+
+def _whole_or_halves(
+    group: tuple[Batch, ...], run: Callable[..., T]
+) -> list[tuple[tuple[Batch, ...], T]]:
+    try:
+        return [(group, run(*group))]
+    except RuntimeError as error:
+        if len(group[0].rows) == 1 or not is_out_of_memory(error):
+            raise
+    warn_of_memory(len(group[0].rows) // 2)
+    return by_halves(list(zip(*(batch.halves() for batch in group), strict=True)), run)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def warn_of_memory(size: int) -> None:
+    """Say that passes go on with `size` prompts."""
+    warnings.warn(
+        f"out of memory: going on with {size} prompts a pass", RuntimeWarning, stacklevel=3
+    )
 
 
 class _AllRead(Exception):  # noqa: N818 (a signal, not an error)

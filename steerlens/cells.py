@@ -4,7 +4,6 @@ The unsteered residual of all rows is carried along from hook to hook; a cell ru
 its hook only, on several coefficients at once; only label positions reach the unembedding.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,13 +11,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerlens.activations import reading_hook
+from steerlens.activations import is_out_of_memory, reading_hook, warn_of_memory
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.loss import mean_by_prompt
 from steerlens.models import HookedModel, inference
 from steerlens.parts import Part, Prepared, advance_part
-from steerlens.passes import Residual, is_out_of_memory, labels_kl, labels_logprob, run_from
-from steerlens.plain import CellOutput, Cost, Workload, by_token, in_pair_order
+from steerlens.passes import Residual, labels_kl, labels_logprob, run_from
+from steerlens.plain import (
+    CellOutput,
+    Cost,
+    Workload,
+    by_token,
+    in_pair_order,
+)
 from steerlens.tokens import Batch, rows_per_pass
 
 
@@ -245,7 +250,9 @@ class _Run:
         n_prompts, coefficients = len(batch.prompts), self.job.coefficients
         device = batch.tokens.device
         rows = torch.arange(n_prompts, device=device).repeat(len(coefficients))
-        exact = torch.tensor(coefficients, dtype=self.job.direction.dtype, device=device)
+        # A half-precision direction must not round the coefficients.
+        wide = torch.promote_types(self.job.direction.dtype, torch.float32)
+        exact = torch.tensor(coefficients, dtype=wide, device=device)
         signed = (sign * exact).repeat_interleave(n_prompts)
         outputs: list[tuple[Tensor, ...]] = []
         done, size = 0, self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
@@ -257,11 +264,7 @@ class _Run:
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 size //= 2
-                warnings.warn(
-                    f"out of memory: going on with {size} prompts a pass",
-                    ResourceWarning,
-                    stacklevel=2,
-                )
+                warn_of_memory(size)
                 continue
             done += size
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))

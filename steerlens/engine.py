@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from steerlens import plain
+from steerlens.activations import is_out_of_memory
 from steerlens.cells import Carried, Job, fast_cells
 from steerlens.errors import SteerlensError
 from steerlens.hooks import hook_layer
@@ -160,6 +161,11 @@ def _reasons(
             found, carried = fast_cells(model, prepared, at, carried, cost)
         except SteerlensError:
             raise
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            reasons[job.hook_name] = f"{type(error).__name__}: {error}"
+            continue
         except Exception as error:  # whatever a model's own code raises when its blocks are skipped
             reasons[job.hook_name] = f"{type(error).__name__}: {error}"
             continue

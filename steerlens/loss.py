@@ -71,6 +71,7 @@ def contrastive_steering_loss(
     *,
     mask: Bool[Tensor, " pair"] | None = None,
     margin: float | int = MARGIN,
+    tolerance: float | int | None = None,
     weight: float | int = WEIGHT,
 ) -> SteeringLoss:
     """The steering loss against the unsteered model, along a frozen direction.
@@ -81,9 +82,16 @@ def contrastive_steering_loss(
     `direction` is the unit vector fitted on the unsteered model: an intervention cannot win by
     rotating the difference. `baseline_logp_avg_pos_label` is the unsteered logprob (nats per
     token); no gradient flows through it or the direction. With `margin=0.99` the penalty is zero
-    only where the steered logprob is at least 1% better (closer to 0) than the baseline. Units
-    and `mask` as in `contrastive_steering_loss_noref`.
+    only where the steered logprob is at least 1% better (closer to 0) than the baseline: it demands
+    an improvement, so unsteered it is `(0.01 * logp_i)^2 * weight`, not 0. `tolerance`, from 0 up
+    to 1, replaces the margin by `1 / (1 - tolerance)`, which permits a loss: with 0.01 the penalty
+    is 0 down to `baseline / 0.99`, the default of `coherent`, and 0 unsteered. Units and `mask` as
+    in `contrastive_steering_loss_noref`. Raises `SweepError` on a tolerance outside its range.
     """
+    if tolerance is not None:
+        if not 0 <= tolerance < 1:
+            raise SweepError(f"tolerance must be from 0 up to 1, got {tolerance}")
+        margin = 1 / (1 - tolerance)
     separation = -((hs_pos - hs_neg) @ direction.detach()).mean()
     penalty = coherence_penalty(
         logp_avg_pos_label,
@@ -111,6 +119,113 @@ def coherence_penalty(
     if mask is not None:
         excess = excess[mask]
     return weight * excess.square().mean()
+
+
+def coherence_hinge(
+    logp: Float[Tensor, " pair"],
+    baseline: Float[Tensor, " pair"],
+    *,
+    threshold: float | int = 0.05,
+    exponent: float | int = 2,
+    weight: float | int = WEIGHT,
+) -> Float[Tensor, ""]:
+    """`weight * mean_i relu(baseline_i - logp_i - threshold)^exponent`: a penalty in nats.
+
+    The first `threshold` nats per token of degradation are free, whatever the baseline; beyond it
+    the penalty rises with the `exponent`. Both logprobs in nats per token; no gradient flows
+    through the baseline. At least 0; 0 unsteered, with gradient 0. Raises `SweepError` on a
+    negative threshold or an exponent below 1.
+    """
+    if not (threshold >= 0 and exponent >= 1):
+        raise SweepError(
+            f"expected a threshold of 0 nats or more and an exponent of 1 or more, got {threshold} "
+            f"and {exponent}"
+        )
+    excess = torch.relu(baseline.detach() - logp - threshold)
+    return weight * excess.pow(exponent).mean()
+
+
+def total_variation_barrier(
+    logits: Float[Tensor, "prompt token vocab"],
+    unsteered: Float[Tensor, "prompt token vocab"],
+    label_mask: Bool[Tensor, "prompt token"],
+    *,
+    limit: float | int = 0.5,
+    weight: float | int = 1.0,
+) -> Float[Tensor, ""]:
+    """`-weight * mean_t log(1 - TV_t / limit)`: a wall that the next-token distributions meet.
+
+    `TV_t = 1/2 sum_v |p_t(v) - q_t(v)|`, from 0 to 1, between the steered model's distribution and
+    the unsteered one's where label t is predicted (labels as in `label_logprob`); the mean is over
+    the labels of all prompts. At least 0, and inf as soon as one label's distance reaches `limit`;
+    0 unsteered. There the distance has a kink: autograd gives the gradient 0, though a step in any
+    direction raises it. No gradient flows through `unsteered`. Raises `SweepError` unless the limit
+    is above 0 and at most 1.
+    """
+    if not 0 < limit <= 1:
+        raise SweepError(f"limit must be above 0 and at most 1, got {limit}")
+    is_label = label_mask[:, 1:]
+    steered, reference = (
+        part[:, :-1][is_label].to(torch.promote_types(part.dtype, torch.float32)).softmax(-1)
+        for part in (logits, unsteered.detach())
+    )
+    distance = (steered - reference).abs().sum(-1) / 2
+    return -weight * torch.log(torch.relu(1 - distance / limit)).mean()
+
+
+def ordering_penalty(
+    gap_down: Float[Tensor, " item"],
+    gap_none: Float[Tensor, " item"],
+    gap_up: Float[Tensor, " item"],
+    *,
+    margin: float | int = 0.0,
+    rising: bool = True,
+) -> Float[Tensor, ""]:
+    """The preference gap must rise (or fall) from c = -1 over 0 to +1: by how much it does not.
+
+    mean_i relu(margin - (gap_none_i - gap_down_i)) + relu(margin - (gap_up_i - gap_none_i))
+
+    A gap is logprob(preferred continuation) - logprob(the other one), nats per token, at c = -1, 0
+    and +1; with `rising=False` the steps are taken downwards. In nats per token, at least 0;
+    unsteered, with all gaps equal, `2 * margin`.
+    """
+    sign = 1 if rising else -1
+    steps = (gap_none - gap_down, gap_up - gap_none)
+    first, second = (torch.relu(margin - sign * step).mean() for step in steps)
+    return first + second
+
+
+def promotion_loss(
+    logp_promoted: Float[Tensor, " item"], logp_suppressed: Float[Tensor, " item"]
+) -> Float[Tensor, ""]:
+    """`mean_i -logp_promoted_i - log(1 - exp(logp_suppressed_i))`, in nats per token.
+
+    Both are mean log-probabilities of a continuation, so `exp` gives its per-token probability
+    (geometric mean). At least 0, so that training cannot run away. After the promotion and
+    suppression losses of Dunefsky and Cohan 2025 (arXiv:2502.18862), which take whole sequences.
+    """
+    suppressed = torch.log1p(-logp_suppressed.exp().clamp(max=1 - 1e-6))
+    return (-logp_promoted - suppressed).mean()
+
+
+def preference_loss(
+    gap_up: Float[Tensor, " item"],
+    gap_none: Float[Tensor, " item"],
+    gap_down: Float[Tensor, " item"],
+    *,
+    beta: float | int = 1.0,
+) -> Float[Tensor, ""]:
+    """The bidirectional preference loss: a vector must work at c = +1, and against itself at -1.
+
+    mean_i -log sigmoid(beta (gap_up_i - gap_none_i)) - log sigmoid(beta (gap_none_i - gap_down_i))
+
+    Gaps as in `ordering_penalty`. Above 0; unsteered `2 log 2`. After Cao et al. 2024
+    (arXiv:2406.00045), which sums over tokens and draws the sign at random; here both signs count
+    and gaps are per token.
+    """
+    logsigmoid = torch.nn.functional.logsigmoid
+    both = logsigmoid(beta * (gap_up - gap_none)) + logsigmoid(beta * (gap_none - gap_down))
+    return -both.mean()
 
 
 def label_logprob(

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -174,27 +174,47 @@ def labels_kl(
     return torch.cat(divergences)
 
 
+class LabelGradients(NamedTuple):
+    """Log-probabilities (nats) of labels and of sampled labels, and how each output moves them.
+
+    `logprob` is that of each label; `of_label` its gradient with respect to the last block's output
+    that predicts it; `of_samples` the gradients for labels sampled there.
+    """
+
+    logprob: Float[Tensor, " label"]
+    of_label: Float[Tensor, "label d_model"]
+    of_samples: Float[Tensor, "sample label d_model"]
+
+
 def labels_gradients(
     model: HookedModel,
     final: Float[Tensor, "label d_model"],
     labels: Int[Tensor, " label"],
+    *,
+    n_samples: int,
     generator: torch.Generator,
-) -> tuple[Float[Tensor, "label d_model"], Float[Tensor, "label d_model"]]:
-    """Gradients of log-probabilities (nats) with respect to each output of the last block.
+) -> LabelGradients:
+    """Gradients at each output of the last block (`final`), of its label and of sampled labels.
 
-    First those of `labels`, then those of labels sampled from the model's own distribution, drawn
-    on the CPU so that the device does not change them.
+    Samples are from the model's own distribution, drawn on the CPU so that the device does not
+    change them.
     """
-    of_label, of_sample = torch.zeros_like(final), torch.zeros_like(final)
+    logprob: list[Tensor] = []
+    totals = final.new_zeros((1 + n_samples, *final.shape))
     with torch.enable_grad():
         rows = final.detach().requires_grad_()
         for logits, (wanted,) in _logits(model, rows, labels):
             logprobs = logits.log_softmax(-1)
-            sampled = torch.multinomial(logprobs.detach().exp().cpu(), 1, generator=generator)
-            for ids, total in ((wanted[:, None], of_label), (sampled, of_sample)):
-                chosen = logprobs.gather(1, ids.to(logprobs.device)).sum()
-                total += torch.autograd.grad(chosen, rows, retain_graph=True)[0]
-    return of_label, of_sample
+            ids = [wanted[:, None]]
+            if n_samples:
+                likely = logprobs.detach().exp().cpu()
+                sampled = torch.multinomial(likely, n_samples, True, generator=generator)
+                ids += list(sampled.to(logprobs.device).T[..., None])
+            chosen = [logprobs.gather(1, column) for column in ids]
+            logprob.append(chosen[0][:, 0].detach())
+            for total, column in zip(totals, chosen, strict=True):
+                total += torch.autograd.grad(column.sum(), rows, retain_graph=True)[0]
+    return LabelGradients(torch.cat(logprob), totals[0], totals[1:])
 
 
 def _logits(
@@ -212,11 +232,6 @@ def _logits(
             # The ids are not looked at: every block stands aside for the rows.
             logits = model(ids, return_type="logits")[:, 0]
         yield logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(others)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def n_skippable(model: HookedModel) -> int:

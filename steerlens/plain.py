@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from steerlens.activations import check_finite, reading_hook, run_to_hooks
+from steerlens.activations import by_halves, check_finite, reading_hook, run_to_hooks
+from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hooked
 from steerlens.loss import label_kl, label_logprob
 from steerlens.models import HookedModel, inference
@@ -113,7 +114,7 @@ def run_baseline(
     """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
 
     `cost` is added to: all blocks on both sides. Raises `ActivationError` that names the hooks with
-    NaN or inf.
+    NaN or inf, or the prompt whose labels have no finite logprob.
     """
     for batch in (*workload.positive, *workload.negative):
         cost.add(batch.tokens, int(model.cfg.n_layers))
@@ -122,6 +123,7 @@ def run_baseline(
         negative = _run_negative(model, workload, hook_names, {}, 0.0)
     check_finite(positive, hook_names)
     check_finite(negative, hook_names)
+    _check_labels(workload.positive, logprob)
     return Baseline(tuple(hook_names), positive, negative, logprob)
 
 
@@ -170,6 +172,17 @@ def by_token(
     return in_pair_order(batches, spread)
 
 
+def _check_labels(batches: Sequence[Batch], logprob: Float[Tensor, " pair"]) -> None:
+    undefined = (~logprob.isfinite()).nonzero().flatten().tolist()
+    if undefined:
+        prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
+        raise ActivationError(
+            f"the labels of the {prompts[undefined[0]].where} have logprob "
+            f"{float(logprob[undefined[0]])} without steering ({len(undefined)} such prompts); "
+            "leave out texts that the model rules out, or load it in float32"
+        )
+
+
 def _run_positive(
     model: HookedModel,
     workload: Workload,
@@ -182,23 +195,27 @@ def _run_positive(
     if not workload.positive:
         nothing = torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
         return nothing, torch.zeros(0), None
-    activations, logprobs, divergences = [], [], []
-    for batch in workload.positive:
+
+    def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         found: dict[str, Tensor] = {}
         indices = batch.indices(workload.position)
         readers = [reading_hook(found, name, indices) for name in hook_names]
         labels = batch.label_mask()
         with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):
             logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
-        logprobs.append(label_logprob(logits, batch.tokens, labels).cpu()[None])
-        activations.append(torch.stack([found[name].cpu() for name in hook_names]))
+        kl = logits.new_zeros(0)
         if workload.with_kl:
             unsteered = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
-            divergences.append(label_kl(logits, unsteered, labels).cpu()[None])
+            kl = label_kl(logits, unsteered, labels)
+        logprob = label_logprob(logits, batch.tokens, labels)
+        return torch.stack([found[n].cpu() for n in hook_names]), logprob.cpu(), kl.cpu()
+
+    done = by_halves([(batch,) for batch in workload.positive], run)
+    batches = [batch for (batch,), _ in done]
     return (
-        in_pair_order(workload.positive, activations),
-        in_pair_order(workload.positive, logprobs)[0],
-        by_token(workload.positive, divergences)[0] if workload.with_kl else None,
+        in_pair_order(batches, [activations for _, (activations, _, _) in done]),
+        in_pair_order(batches, [logprob[None] for _, (_, logprob, _) in done])[0],
+        by_token(batches, [kl[None] for _, (_, _, kl) in done])[0] if workload.with_kl else None,
     )
 
 
@@ -211,17 +228,18 @@ def _run_negative(
 ) -> Float[Tensor, "hook pair d_model"]:
     if not workload.negative:
         return torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
-    activations = [
-        run_to_hooks(
+
+    def run(batch: Batch) -> Tensor:
+        return run_to_hooks(
             model,
             batch,
             hook_names,
             indices=batch.indices(workload.position),
             fwd_hooks=_hooks(batch, workload, steered, coefficient),
         ).cpu()
-        for batch in workload.negative
-    ]
-    return in_pair_order(workload.negative, activations)
+
+    done = by_halves([(batch,) for batch in workload.negative], run)
+    return in_pair_order([batch for (batch,), _ in done], [values for _, values in done])
 
 
 def _hooks(

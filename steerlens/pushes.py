@@ -13,12 +13,12 @@ from torch import Tensor
 from steerlens.coherence import Coherence, Push, Reading, allowances, make_coherence, mean_loss
 from steerlens.engine import Plan
 from steerlens.errors import ActivationError
-from steerlens.gradients import label_slopes
 from steerlens.hooks import hook_layer
 from steerlens.loss import Budget
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
 from steerlens.search import FIRST_STEP, UNDEFINED, Curve, Line, first_crossings, loss_of, search
+from steerlens.slopes import label_slopes
 from steerlens.tables import Row
 from steerlens.tokens import SteeredPositions, TokenizedPrompt, make_batches, rows_per_pass
 from steerlens.uncertainty import percentile_interval, resampled_counts

@@ -31,7 +31,8 @@ def addition(
         raise SweepError(f"expected a finite coefficient, got {coefficient}")
 
     def add(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 (TransformerLens's signature)
-        step = (coefficient * direction).to(activation)
+        wide = torch.promote_types(direction.dtype, torch.float32)
+        step = (coefficient * direction.to(wide)).to(activation)
         if mask is None:
             return activation + step
         return activation + mask.to(activation)[..., None] * step

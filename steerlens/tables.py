@@ -179,6 +179,21 @@ BOUNDARY_COLUMNS: tuple[Column, ...] = (
 )
 """One row an evaluation of the boundary search."""
 
+GRADIENT_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("loss_hook", "str", "", "hook at which the separation is taken"),
+    Column("n_pairs", "int64", "pairs", "rows in each mean"),
+    Column("separation_norm", "float64", "", "mean norm of the separation's gradient rows"),
+    Column(
+        "coherence_norm", "float64", "1 / residual unit", "mean norm of the weighted penalty's rows"
+    ),
+    Column("coherence_share", "float64", "share", "coherence_norm over the sum of both norms"),
+    Column("cosine", "float64", "cosine", "mean cosine of the two rows of each pair"),
+    Column("weight", "float64", "", "weight of the coherence penalty"),
+    Column("balanced_weight", "float64", "", "weight at which both mean norms are equal"),
+)
+"""One row a hook: the two terms of the loss's gradient, of the positive prompts."""
+
 SHAPE_COLUMNS: tuple[Column, ...] = (
     *_HOOK,
     Column("angle", "float64", "degrees", "from the frozen direction towards the orthogonal one"),

@@ -202,16 +202,8 @@ def make_batches(
     A batch holds at most `batch_size` prompts (`rows_per_pass` without one) and at most a tenth of
     padding. Raises `ActivationError` when `batch_size` is below 1.
     """
-    if batch_size is not None and batch_size < 1:
-        raise ActivationError(f"batch_size must be at least 1, got {batch_size}")
-    pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
-    side: PaddingSide = getattr(model.tokenizer, "padding_side", "right")
-    batches = []
-    for rows in _groups([(len(prompt),) for prompt in prompts], model, batch_size):
-        of = tuple(prompts[row] for row in rows)
-        ids = [prompt.prompt + prompt.continuation for prompt in of]
-        batches.append(Batch(rows, of, *_padded(ids, side, pad_id=pad_id, device=_device(model))))
-    return tuple(batches)
+    groups = _groups([(len(prompt),) for prompt in prompts], model, batch_size)
+    return tuple(_batch(model, prompts, rows) for rows in groups)
 
 
 def make_split_batches(
@@ -239,10 +231,37 @@ def make_split_batches(
     return tuple(batches)
 
 
+def make_pair_batches(
+    model: HookedModel, pairs: TokenizedPairs, batch_size: int | None
+) -> tuple[tuple[Batch, Batch], ...]:
+    """Batches of positive prompts, each with the batch of the same pairs' negative ones.
+
+    As `make_batches`, with at most a tenth of padding on either side of the pairs.
+    """
+    sides = (pairs.positive, pairs.negative)
+    lengths = [(len(pos), len(neg)) for pos, neg in zip(*sides, strict=True)]
+    batches = []
+    for rows in _groups(lengths, model, batch_size):
+        positive, negative = (_batch(model, side, rows) for side in sides)
+        batches.append((positive, negative))
+    return tuple(batches)
+
+
+def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[int, ...]) -> Batch:
+    """Some of the prompts, padded on the side the model's tokenizer pads."""
+    pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
+    side: PaddingSide = getattr(model.tokenizer, "padding_side", "right")
+    of = tuple(prompts[row] for row in rows)
+    ids = [prompt.prompt + prompt.continuation for prompt in of]
+    return Batch(rows, of, *_padded(ids, side, pad_id=pad_id, device=_device(model)))
+
+
 def _groups(
     lengths: Sequence[tuple[int, ...]], model: HookedModel, batch_size: int | None
 ) -> list[tuple[int, ...]]:
     """Rows sorted by length, in groups of which no part would be padded by more than a tenth."""
+    if batch_size is not None and batch_size < 1:
+        raise ActivationError(f"batch_size must be at least 1, got {batch_size}")
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         grown = [*groups[-1], row] if groups else [row]

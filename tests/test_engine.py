@@ -270,7 +270,7 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
         real(model, tokens, *args, **kwargs)
 
     monkeypatch.setattr(cells, "run_from", too_large)
-    with pytest.warns(ResourceWarning, match="going on with 4 prompts"):
+    with pytest.warns(RuntimeWarning, match="going on with 4 prompts"):
         (found,) = planned(llama, workload, jobs, rows=16)
     assert max(sizes) == 16
     assert_same(found, expected)

@@ -1,20 +1,23 @@
-"""Slopes and curvature at coefficient 0, against finite differences in float64."""
+"""The loss's gradient at every hook, against finite differences in float64 and by hand."""
 
-from dataclasses import replace
+import math
 from typing import Any
 
 import pytest
 import torch
-from conftest import bridge, build_gpt2, build_llama
+from conftest import bridge, build_gpt2
 
 import steerlens as sl
-from steerlens import gradients, passes, plain
-from steerlens.gradients import Slopes, label_slopes
+from steerlens.errors import ActivationError, HookError, SweepError
+from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import resid_post
-from steerlens.plain import Cost, Workload, make_workload
-from steerlens.tokens import SteeredPositions, tokenize_pairs
+from steerlens.loss import label_logprob
+from steerlens.models import inference
+from steerlens.plain import Cost
+from steerlens.tables import GRADIENT_COLUMNS
+from steerlens.tokens import TokenizedPrompt, make_batches, tokenize_pairs
 
-HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
+HOOKS = ("blocks.0.hook_mlp_out", resid_post(0), resid_post(1))
 
 
 @pytest.fixture(scope="module")
@@ -31,139 +34,236 @@ def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
     )
 
 
-def along(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
-    torch.manual_seed(seed)
-    return [
-        (name, torch.nn.functional.normalize(torch.randn(32, dtype=torch.float64), dim=0))
-        for name in HOOKS
-    ]
+def states(
+    model: Any,
+    prompt: TokenizedPrompt,
+    position: int,
+    *,
+    hook: str,
+    step: torch.Tensor,
+    read: str,
+) -> tuple[torch.Tensor, float]:
+    """The state at `read` and the labels' logprob when `step` is added at `hook`, by bare hooks."""
+    (batch,) = make_batches(model, [prompt], 1)
+    index = int(batch.indices(position)[0])
+    found: dict[str, torch.Tensor] = {}
+
+    def add(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        activation = activation.clone()
+        activation[0, index] += step
+        return activation
+
+    def keep(activation: torch.Tensor, hook: Any) -> None:
+        found["state"] = activation[0, index]
+
+    with inference(model), model.hooks(fwd_hooks=[(hook, add), (read, keep)]):
+        logits = model(batch.tokens, return_type="logits")
+    return found["state"], float(label_logprob(logits, batch.tokens, batch.label_mask())[0])
 
 
-def workload_of(model: Any, pairs: sl.ContrastivePairs, positions: SteeredPositions) -> Workload:
-    workload = make_workload(
-        model,
-        tokenize_pairs(model, pairs),
-        position=-1,
-        steered_positions=positions,
-        batch_size=3,
-    )
-    return replace(workload, negative=(), with_kl=True)
+def loss_of(
+    model: Any,
+    pair: tuple[TokenizedPrompt, TokenizedPrompt],
+    baseline: float,
+    *,
+    hook: str,
+    steps: tuple[torch.Tensor, torch.Tensor],
+    read: str,
+    position: int,
+    weight: float,
+    margin: float = 0.99,
+) -> float:
+    """The noref loss of one pair, its baseline held fixed as the stopped gradient has it."""
+    hs_pos, logprob = states(model, pair[0], position, hook=hook, step=steps[0], read=read)
+    hs_neg, _ = states(model, pair[1], position, hook=hook, step=steps[1], read=read)
+    return float(-(hs_pos - hs_neg).norm() + weight * max(0.0, margin * baseline - logprob) ** 2)
 
 
-def slopes(model: Any, workload: Workload, seed: int = 0, cost: Cost | None = None) -> Slopes:
-    return label_slopes(
-        model,
-        workload.positive,
-        along(),
-        steered_positions=workload.steered_positions,
-        seed=seed,
-        cost=cost or Cost(),
-    )
-
-
-def cell(model: Any, workload: Workload, index: int, coefficient: float) -> plain.CellOutput:
-    name, direction = along()[index]
-    (found,) = plain.run_cells(
-        model,
-        workload,
-        hook_name=name,
-        direction=direction,
-        coefficients=[coefficient],
-        readout=resid_post(2),
-    )
-    return found
-
-
-@pytest.mark.parametrize("positions", ["all", "prompt", "continuation", "last"])
-def test_slopes_equal_finite_differences(
-    double: Any, continued: sl.ContrastivePairs, positions: SteeredPositions
+@pytest.mark.parametrize("loss_hook", [None, "blocks.1.hook_resid_post", "own"])
+@pytest.mark.parametrize("with_continuation", [True, False])
+def test_rows_are_finite_differences_of_the_loss(
+    double: Any,
+    pairs: sl.ContrastivePairs,
+    continued: sl.ContrastivePairs,
+    loss_hook: str | None,
+    with_continuation: bool,
 ) -> None:
-    workload, step = workload_of(double, continued, positions), 1e-4
-    found = slopes(double, workload).logprob
-    for i in range(len(HOOKS)):
-        up, down = (cell(double, workload, i, c).logprob for c in (step, -step))
-        expected = (up - down) / (2 * step)
-        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-7)
-        assert expected.abs().max() > 1e-3
-    # Control: another direction has another slope.
-    assert not torch.allclose(found[0], found[2], atol=1e-3)
+    given, position = (continued, -1) if with_continuation else (pairs, -2)
+    weight, epsilon = 50.0, 1e-5
+    options: dict[str, Any] = (
+        {"per_layer": True} if loss_hook == "own" else {"loss_hook": loss_hook}
+    )
+    found = loss_gradients(
+        double, given, layers=HOOKS, position=position, weight=weight, batch_size=3, **options
+    )
+    tokenized = tokenize_pairs(double, given)
+    generator = torch.Generator().manual_seed(0)
+    zero = torch.zeros(32, dtype=torch.float64)
+    for i in (0, 5):
+        pair = tokenized.positive[i], tokenized.negative[i]
+        for h, hook in enumerate(HOOKS):
+            assert found.all_hook_names[h] == hook
+            read = found.loss_hooks[h]
+            along = torch.randn(32, dtype=torch.float64, generator=generator)
+            fixed: dict[str, Any] = {
+                "hook": hook,
+                "read": read,
+                "position": position,
+                "weight": weight,
+            }
+            baseline = states(double, pair[0], position, hook=hook, step=zero, read=read)[1]
+            assert float(found.logprob[i]) == pytest.approx(baseline)
+            for rows, side in ((found.positive, 0), (found.negative, 1)):
+                up, down = (
+                    loss_of(
+                        double,
+                        pair,
+                        baseline,
+                        steps=(zero, sign * epsilon * along)
+                        if side
+                        else (sign * epsilon * along, zero),
+                        **fixed,
+                    )
+                    for sign in (1, -1)
+                )
+                slope = (up - down) / (2 * epsilon)
+                assert float(rows[h, i] @ along) == pytest.approx(slope, rel=1e-5, abs=1e-7)
+    # Control: the coherence part is there, so the agreement is not that of the separation alone.
+    assert bool((found.coherence.norm(dim=-1) > 1e-3).any())
 
 
-def test_the_curvature_is_that_of_the_mean_divergence(
+def test_rows_do_not_depend_on_the_batch_size(double: Any, continued: sl.ContrastivePairs) -> None:
+    one, many = (
+        loss_gradients(double, continued, position=-1, batch_size=size) for size in (1, 32)
+    )
+    torch.testing.assert_close(one.positive, many.positive)
+    torch.testing.assert_close(one.negative, many.negative)
+    assert one.positive.shape == (3, 8, 32)
+
+
+def test_penalty_and_its_slope_at_each_pair(double: Any, continued: sl.ContrastivePairs) -> None:
+    """With margin 0.99 the coherence row is 1e-4 * 2 logp * dlogp: twice that for half the gap."""
+    found = loss_gradients(double, continued, layers=[0], position=-1)
+    twice = loss_gradients(double, continued, layers=[0], position=-1, margin=0.98)
+    torch.testing.assert_close(twice.coherence, 2 * found.coherence)
+    flat = loss_gradients(double, continued, layers=[0], position=-1, margin=1.0)
+    assert not flat.coherence.any()
+    assert bool(found.coherence.any())
+    with pytest.raises(SweepError, match="no weight balances"):
+        flat.with_weight("balanced")
+
+
+def test_a_position_without_a_later_label_is_refused(
+    double: Any, pairs: sl.ContrastivePairs, continued: sl.ContrastivePairs
+) -> None:
+    with pytest.raises(ActivationError, match="no label comes after position -1"):
+        loss_gradients(double, pairs, position=-1)
+    last_but_one = loss_gradients(double, pairs, position=-2)
+    assert bool((last_but_one.coherence.norm(dim=-1) > 0).all())
+    assert bool((loss_gradients(double, continued, position=-1).coherence.norm(dim=-1) > 0).all())
+
+
+def test_the_terms_are_norms_and_cosines(double: Any, continued: sl.ContrastivePairs) -> None:
+    found = loss_gradients(double, continued, position=-1, weight=3)
+    table = gradient_terms(found)
+    assert list(table.columns) == [column.name for column in GRADIENT_COLUMNS]
+    row = table.iloc[1]
+    separation, coherence = found.separation_positive[1], found.coherence[1]
+    assert row.separation_norm == pytest.approx(float(separation.norm(dim=-1).mean()))
+    assert row.coherence_norm == pytest.approx(float(3 * coherence.norm(dim=-1).mean()))
+    assert row.coherence_share == pytest.approx(
+        row.coherence_norm / (row.coherence_norm + row.separation_norm)
+    )
+    cosines = torch.nn.functional.cosine_similarity(separation, coherence, dim=-1)
+    assert row.cosine == pytest.approx(float(cosines.mean()))
+    balanced = gradient_terms(found.with_weight("balanced"))
+    assert balanced.coherence_share.tolist() == pytest.approx([0.5] * len(balanced))
+    assert balanced.weight.tolist() == pytest.approx(table.balanced_weight.tolist())
+    assert balanced.weight.iloc[0] != pytest.approx(balanced.weight.iloc[1])
+
+
+def test_scores_estimate_the_fisher_information(
     double: Any, continued: sl.ContrastivePairs
 ) -> None:
-    """Averaged over many draws of labels, the estimate is the second derivative of the KL."""
-    workload, step = workload_of(double, continued, "all"), 1e-3
-    draws = torch.stack([slopes(double, workload, seed).curvature for seed in range(200)])
-    for i in range(len(HOOKS)):
-        kl = cell(double, workload, i, step).kl
-        assert kl is not None
-        expected = 2 * kl.nanmean(dim=1) / step**2
-        error = draws[:, i].std(dim=0) / len(draws) ** 0.5
-        found = draws[:, i].mean(dim=0)
-        assert ((found - expected).abs() < 4.5 * error).all()
-        # Over all prompts and draws it is known to a few percent.
-        assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=0.15)
+    """Along a direction, their mean square is the curvature of the mean KL per token."""
+    few = continued[:2]
+    found = loss_gradients(double, few, layers=[1], position=-1, n_scores=800, batch_size=8)
+    assert found.scores.shape == (1, 1600, 32)
+    torch.manual_seed(3)
+    along = torch.nn.functional.normalize(torch.randn(32, dtype=torch.float64), dim=0)
+    epsilon, curvatures = 1e-2, []
+    for prompt in tokenize_pairs(double, few).positive:
+        (batch,) = make_batches(double, [prompt], 1)
+        index, start = len(prompt.prompt) - 1, len(prompt.prompt)
+
+        def add(activation: torch.Tensor, hook: Any, index: int = index) -> torch.Tensor:
+            activation = activation.clone()
+            activation[0, index] += epsilon * along
+            return activation
+
+        with inference(double):
+            plain = double(batch.tokens)[0, start - 1 : -1].log_softmax(-1)
+            with double.hooks(fwd_hooks=[(resid_post(1), add)]):
+                steered = double(batch.tokens)[0, start - 1 : -1].log_softmax(-1)
+        kl = (plain.exp() * (plain - steered)).sum(-1).mean()
+        curvatures.append(float(2 * kl / epsilon**2))
+    estimate = (found.scores[0] @ along).square().mean()
+    assert float(estimate) == pytest.approx(sum(curvatures) / 2, rel=0.1)
 
 
-def test_the_same_seed_draws_the_same_labels(double: Any, continued: sl.ContrastivePairs) -> None:
-    workload = workload_of(double, continued, "all")
-    first, again, other = (slopes(double, workload, seed) for seed in (1, 1, 2))
-    assert torch.equal(first.curvature, again.curvature)
-    assert not torch.allclose(first.curvature, other.curvature)
-    torch.testing.assert_close(first.logprob, other.logprob)
-
-
-def test_weights_are_as_before_and_get_no_gradient(
-    pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+def test_weights_keep_their_gradient_setting_and_none_is_computed(
+    double: Any, continued: sl.ContrastivePairs
 ) -> None:
-    hf_model = build_llama()
-    frozen = next(hf_model.parameters())
-    frozen.requires_grad_(False)
-    model = bridge(hf_model)
-    before = [p.requires_grad for p in hf_model.parameters()]
-    assert len(set(before)) == 2
-    workload = workload_of(model, pairs, "all")
-    found = slopes(model, workload)
-    assert [p.requires_grad for p in hf_model.parameters()] == before
-    assert all(p.grad is None for p in hf_model.parameters())
-    assert not found.logprob.requires_grad
-    monkeypatch.setattr(passes, "_blocks_skipped", _failing)
-    with pytest.raises(RuntimeError, match="shapes"):
-        slopes(model, workload)
-    assert [p.requires_grad for p in hf_model.parameters()] == before
+    weights = list(double.original_model.parameters())
+    assert all(weight.requires_grad for weight in weights)
+    loss_gradients(double, continued, layers=[0], position=-1)
+    assert all(weight.requires_grad and weight.grad is None for weight in weights)
 
 
-def _failing(*args: Any) -> Any:
-    raise RuntimeError("shapes do not fit")
+def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> None:
+    """Three blocks: forward 3 + 1, backward 2 * (3 from the labels, 1 + 1 from the loss hook)."""
+    hooks = ["blocks.0.hook_mlp_out", resid_post(0)]
+    found = loss_gradients(
+        double, continued, layers=hooks, loss_hook=resid_post(0), position=-1, batch_size=1
+    )
+    tokenized = tokenize_pairs(double, continued)
+    positive = sum(map(len, tokenized.positive))
+    negative = sum(map(len, tokenized.negative))
+    expected = (positive * (3 + 2 * (3 + 1)) + negative * (1 + 2 * 1)) / (3 * positive)
+    assert found.forward_equivalents == pytest.approx(expected, abs=1e-3)
+    assert Cost().blocks == 0
 
 
-def test_the_cost_is_a_forward_and_two_backward_passes(
-    double: Any, pairs: sl.ContrastivePairs
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"loss_hook": "blocks.0.hook_mlp_out"},
+            HookError,
+            "comes before blocks.0.hook_resid_post",
+        ),
+        ({"loss_hook": "all"}, HookError, "names 3"),
+        ({"loss_hook": resid_post(2), "per_layer": True}, HookError, "not both"),
+        ({"weight": -1}, SweepError, "weight"),
+        ({"weight": math.nan}, SweepError, "weight"),
+        ({"margin": math.inf}, SweepError, "margin"),
+        ({"n_scores": -1}, SweepError, "n_scores"),
+        ({"position": 40}, ActivationError, "position 40"),
+        ({"layers": "blocks.0.attn.hook_pattern"}, ActivationError, "residual stream"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(
+    double: Any,
+    continued: sl.ContrastivePairs,
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
 ) -> None:
-    workload, cost = workload_of(double, pairs, "all"), Cost()
-    slopes(double, workload, cost=cost)
-    assert cost.blocks == 5 * 3 * sum(batch.tokens.numel() for batch in workload.positive)
+    with pytest.raises(error, match=message):
+        loss_gradients(double, continued, **{"position": -1, "layers": [0], **options})
 
 
-def test_out_of_memory_runs_halves(
-    double: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The label slopes are the same; the sampled labels of the curvature are drawn anew."""
-    workload = workload_of(double, pairs, "all")
-    expected = slopes(double, workload).logprob
-    real, sizes = gradients.run_from, []
-
-    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        sizes.append(len(tokens))
-        if len(tokens) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        real(model, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(gradients, "run_from", too_large)
-    with pytest.warns(ResourceWarning, match="going on with 1 prompts"):
-        torch.testing.assert_close(slopes(double, workload).logprob, expected)
-    assert max(sizes) == 3
-    monkeypatch.setattr(gradients, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
-    with pytest.raises(torch.OutOfMemoryError):
-        slopes(double, workload)
+def test_repr_is_short(double: Any, continued: sl.ContrastivePairs) -> None:
+    found = loss_gradients(double, continued, layers=[0], position=-1)
+    assert isinstance(found, LossGradients)
+    assert repr(found) == "LossGradients(1 hooks, 8 pairs, d_model 32)"

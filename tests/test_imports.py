@@ -19,14 +19,14 @@ PACKAGE = Path(steerlens.__file__).parent
 # A module imports only from modules to its left.
 ORDER = (
     "errors data models hooks tokens activations directions loss steering uncertainty tables "
-    "plain passes parts cells engine gradients sweep search coherence pushes boundary shape runs "
-    "cli"
+    "plain passes parts cells engine slopes gradients methods sweep search coherence pushes "
+    "boundary shape runs cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.
 HEAVY = (
-    "transformer_lens transformers circuitsvis datasets scipy safetensors gguf platformdirs "
-    "typer rich"
+    "transformer_lens transformers circuitsvis datasets scipy sklearn safetensors gguf "
+    "platformdirs typer rich"
 ).split()
 
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef

@@ -10,10 +10,10 @@ import pytest
 import steerlens as sl
 from steerlens.coherence import allowances, mean_loss
 from steerlens.directions import Directions
-from steerlens.gradients import label_slopes
 from steerlens.loss import Budget
 from steerlens.plain import Cost
 from steerlens.pushes import choose_probes, first_root
+from steerlens.slopes import label_slopes
 from steerlens.tables import LAYER_COLUMNS
 from steerlens.tokens import make_batches, tokenize_pairs
 

@@ -11,8 +11,8 @@ from steerlens.activations import collect_differences
 from steerlens.boundary import On
 from steerlens.cli.printing import notes
 from steerlens.data import ContrastivePairs, read_texts
-from steerlens.directions import METHODS, fit_directions
 from steerlens.errors import PairError, SweepError
+from steerlens.methods import METHODS, fit_directions
 from steerlens.sweep import checked_coefficients
 
 DEBUG = "--debug"

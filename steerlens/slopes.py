@@ -3,23 +3,21 @@
 One forward pass, and one backward pass for each of the two, for all hooks at once.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from steerlens.activations import by_halves
 from steerlens.hooks import HookFunction, resid_post
 from steerlens.models import HookedModel, inference
-from steerlens.passes import is_out_of_memory, labels_gradients, run_from
+from steerlens.passes import labels_gradients, run_from
 from steerlens.plain import Cost, in_pair_order
 from steerlens.tokens import Batch, SteeredPositions
-
-T = TypeVar("T")
 
 BACKWARD_COST = 2
 """Block-evaluations that a backward pass through a block counts for: the usual estimate."""
@@ -59,34 +57,16 @@ def label_slopes(
     """
     generator = torch.Generator().manual_seed(seed)
     found = by_halves(
-        batches, lambda batch: _batch_slopes(model, batch, along, steered_positions, generator)
+        [(batch,) for batch in batches],
+        lambda batch: _batch_slopes(model, batch, along, steered_positions, generator),
     )
-    for batch, _ in found:
+    run = [batch for (batch,), _ in found]
+    for batch in run:
         cost.add(batch.tokens, int(model.cfg.n_layers) * (1 + 2 * BACKWARD_COST))
-    run = [batch for batch, _ in found]
     return Slopes(
         in_pair_order(run, [logprob for _, (logprob, _) in found]),
         in_pair_order(run, [curvature for _, (_, curvature) in found]),
     )
-
-
-def by_halves(batches: Sequence[Batch], run: Callable[[Batch], T]) -> list[tuple[Batch, T]]:
-    """`run` of every batch; where memory is out, of its halves, with a warning."""
-    return [found for batch in batches for found in _whole_or_halves(batch, run)]
-
-
-def _whole_or_halves(batch: Batch, run: Callable[[Batch], T]) -> list[tuple[Batch, T]]:
-    try:
-        return [(batch, run(batch))]
-    except RuntimeError as error:
-        if len(batch.rows) == 1 or not is_out_of_memory(error):
-            raise
-    warnings.warn(
-        f"out of memory: going on with {len(batch.rows) // 2} prompts a pass",
-        ResourceWarning,
-        stacklevel=4,
-    )
-    return by_halves(batch.halves(), run)
 
 
 def _batch_slopes(
@@ -100,7 +80,7 @@ def _batch_slopes(
     is_label = batch.label_mask()[:, 1:]
     n_labels = is_label.sum(dim=1)
     kept: list[Tensor] = []
-    with inference(model), _frozen_weights(model), torch.enable_grad():
+    with inference(model), frozen_weights(model), torch.enable_grad():
         wide = torch.promote_types(model.cfg.dtype, torch.float32)
         steps = torch.zeros(len(along), len(batch.prompts), dtype=wide, device=mask.device)
         steps.requires_grad_()
@@ -117,12 +97,18 @@ def _batch_slopes(
             last_hook=last,
         )
         predictions = kept[0][:, :-1][is_label]
-        of_label, of_sample = labels_gradients(
-            model, predictions.detach(), batch.tokens[:, 1:][is_label], generator
+        found = labels_gradients(
+            model,
+            predictions.detach(),
+            batch.tokens[:, 1:][is_label],
+            n_samples=1,
+            generator=generator,
         )
-        weights = (1 / n_labels).repeat_interleave(n_labels)[:, None].to(of_label)
-        (slope,) = torch.autograd.grad(predictions, steps, of_label * weights, retain_graph=True)
-        (score,) = torch.autograd.grad(predictions, steps, of_sample)
+        weights = (1 / n_labels).repeat_interleave(n_labels)[:, None].to(predictions)
+        (slope,) = torch.autograd.grad(
+            predictions, steps, found.of_label * weights, retain_graph=True
+        )
+        (score,) = torch.autograd.grad(predictions, steps, found.of_samples[0])
     return slope.cpu(), (score.square() / n_labels).cpu()
 
 
@@ -139,8 +125,8 @@ def _stepping(
 
 
 @contextmanager
-def _frozen_weights(model: Any) -> Iterator[None]:
-    """No gradient for weights inside the block: nothing is kept for it, nothing computed."""
+def frozen_weights(model: Any) -> Iterator[None]:
+    """Inside the block weights need no gradient: nothing is kept for it, nothing computed."""
     weights = [p for p in getattr(model, "original_model", model).parameters() if p.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)

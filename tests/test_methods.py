@@ -1,0 +1,307 @@
+"""Methods by hand, and on planted directions under their own assumptions."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import steerlens as sl
+from steerlens.activations import Differences
+from steerlens.errors import DirectionError
+from steerlens.gradients import LossGradients, loss_gradients
+from steerlens.methods import METHODS, contrast, gradient
+from steerlens.methods.evidence import Activations, Gradients, first_axis, ridge_solve
+
+HOOK = "blocks.0.hook_resid_post"
+BY_DIFFERENCES = [name for name, m in METHODS.items() if m.source == "differences"]
+BY_GRADIENTS = [name for name, m in METHODS.items() if m.source == "gradients"]
+CONTROLS = ("random", "shuffled")
+
+
+def both_sides(positive: torch.Tensor, negative: torch.Tensor) -> Differences:
+    return Differences((HOOK,), (), positive[None], negative[None], -1, "fingerprint")
+
+
+def sides(values: Any) -> Activations:
+    values = torch.tensor(values, dtype=torch.float64)
+    return Activations(values, torch.zeros_like(values), torch.Generator().manual_seed(0))
+
+
+def gradients_of(
+    positive: torch.Tensor, negative: torch.Tensor, scores: torch.Tensor | None = None
+) -> LossGradients:
+    """Gradients at one hook: separation rows, no coherence."""
+    return LossGradients(
+        hook_names=(HOOK,),
+        readout_names=(),
+        loss_hooks=(HOOK,),
+        separation_positive=positive[None],
+        separation_negative=negative[None],
+        coherence=torch.zeros_like(positive)[None],
+        weights=torch.ones(1, dtype=positive.dtype),
+        logprob=torch.zeros(len(positive), dtype=positive.dtype),
+        scores=(positive[:0] if scores is None else scores)[None],
+        margin=0.99,
+        position=-2,
+        fingerprint="fingerprint",
+        forward_equivalents=0.0,
+    )
+
+
+def unit(d_model: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.nn.functional.normalize(torch.randn(d_model, generator=generator), dim=0)
+
+
+# Planted directions
+
+
+@pytest.mark.parametrize("method", [name for name in BY_DIFFERENCES if name not in CONTROLS])
+def test_a_planted_direction_is_recovered_from_activations(method: str) -> None:
+    """pca_centred finds what the pairs differ in, so its plant varies in strength."""
+    generator = torch.Generator().manual_seed(0)
+    planted = unit(48, generator)
+    strength = torch.full((200, 1), 6.0)
+    if method == "pca_centred":
+        strength = 6 * torch.randn((200, 1), generator=generator)
+    noise, base = (torch.randn((200, 48), generator=generator) for _ in range(2))
+    negative = base * 0.5
+    found = sl.fit_directions(
+        both_sides(negative + strength * planted + 0.5 * noise, negative), method=method
+    )[HOOK]
+    assert abs(float(found @ planted)) > 0.95
+    # Control: nothing planted, nothing found.
+    nothing = sl.fit_directions(both_sides(negative + 0.5 * noise, negative), method=method)[HOOK]
+    assert abs(float(nothing @ planted)) < 0.6
+
+
+@pytest.mark.parametrize("method", CONTROLS)
+def test_controls_do_not_find_the_planted_direction(method: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    planted = unit(48, generator)
+    negative, noise = (torch.randn((200, 48), generator=generator) for _ in range(2))
+    differences = both_sides(negative + 2 * planted + noise, negative)
+    cosines = [
+        abs(float(sl.fit_directions(differences, method=method, seed=seed)[HOOK] @ planted))
+        for seed in range(20)
+    ]
+    assert sum(cosines) / 20 < 0.5
+    assert float(sl.fit_directions(differences)[HOOK] @ planted) > 0.95
+    first, again, other = (
+        sl.fit_directions(differences, method=method, seed=seed)[HOOK] for seed in (1, 1, 2)
+    )
+    torch.testing.assert_close(first, again)
+    assert not torch.allclose(first, other)
+
+
+def test_lda_beats_the_mean_difference_where_the_noise_is_anisotropic() -> None:
+    """Noise 8 times as strong along five other axes; where it is alike along all, both do well."""
+    generator = torch.Generator().manual_seed(1)
+    planted = unit(40, generator)
+    loud = torch.linalg.qr(torch.randn((40, 5), generator=generator))[0]
+    planted = torch.nn.functional.normalize(planted - loud @ (loud.T @ planted), dim=0)
+
+    def cosine(method: str, loudness: float) -> float:
+        noises = []
+        for _ in range(2):
+            noise = torch.randn((600, 40), generator=torch.Generator().manual_seed(len(noises)))
+            noises.append(noise + (loudness - 1) * (noise @ loud) @ loud.T)
+        found = sl.fit_directions(both_sides(noises[0] + planted, noises[1]), method=method)
+        return float(found[HOOK] @ planted)
+
+    assert cosine("lda", 8.0) > cosine("mean_diff", 8.0) + 0.2
+    assert cosine("lda", 8.0) > 0.8
+    assert cosine("lda", 1.0) == pytest.approx(cosine("mean_diff", 1.0), abs=0.05)
+
+
+@pytest.mark.parametrize("method", [name for name in BY_GRADIENTS if "pooled" not in name])
+def test_a_planted_descent_direction_is_recovered_from_gradients(method: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    planted = unit(48, generator)
+    noise = torch.randn((2, 200, 48), generator=generator)
+    rows = gradients_of(-planted + 0.3 * noise[0], planted + 0.3 * noise[1], torch.randn((300, 48)))
+    found = sl.fit_directions(rows, method=method)[HOOK]
+    assert float(found @ planted) > 0.9
+
+
+@pytest.mark.parametrize("method", [name for name in BY_GRADIENTS if "pooled" in name])
+def test_pooled_rows_find_what_both_sides_share_and_not_the_separation(method: str) -> None:
+    """The separation's rows are opposite and nearly cancel in the mean; a shared row does not."""
+    generator = torch.Generator().manual_seed(3)
+    separating, shared = unit(48, generator), unit(48, generator)
+    shared = torch.nn.functional.normalize(shared - (shared @ separating) * separating, dim=0)
+    noise = 0.05 * torch.randn((2, 200, 48), generator=generator)
+    rows = gradients_of(-0.2 * separating - shared + noise[0], 0.2 * separating - shared + noise[1])
+    found = sl.fit_directions(rows, method=method)[HOOK]
+    paired = sl.fit_directions(rows, method=method.removesuffix("_pooled"))[HOOK]
+    assert abs(float(found @ separating)) < 0.3
+    assert abs(float(paired @ separating)) > 0.9
+
+
+# By hand
+
+
+def test_differences_by_hand() -> None:
+    given_sides = sides([[3.0, 0.0], [1.0, 4.0]])
+    torch.testing.assert_close(contrast.mean_diff(given_sides), torch.tensor([2.0, 2.0]).double())
+    # Pooled: rows (3, 0), (1, 4), (0, 0), (0, 0), less (1, 1).
+    centred = torch.tensor([[2.0, -1], [0, 3], [-1, -1], [-1, -1]]).double()
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    found = contrast.pca_pooled(given_sides)
+    assert abs(float(found @ vectors[:, 1]) / float(found.norm())) == pytest.approx(1)
+
+
+def test_shuffled_is_a_mean_of_signed_differences() -> None:
+    found = contrast.shuffled(sides([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]))
+    torch.testing.assert_close(found.abs(), torch.full((3,), 1 / 3, dtype=torch.float64))
+    assert 0 < int((found > 0).sum()) < 3
+
+
+def test_lda_by_hand() -> None:
+    """Against the shrunk covariance written out, which a solve in pair space must equal."""
+    from sklearn.covariance import ledoit_wolf
+
+    generator = torch.Generator().manual_seed(4)
+    for n_pairs, d_model in ((6, 20), (30, 4)):
+        positive, negative = torch.randn((2, n_pairs, d_model), generator=generator).double()
+        positive[:, 0] *= 6  # so that not all is shrunk away
+        found = contrast.lda(Activations(positive, negative, generator))
+        within = torch.cat([positive - positive.mean(0), negative - negative.mean(0)])
+        covariance, shrinkage = ledoit_wolf(within.numpy(), assume_centered=True)
+        assert 0 < shrinkage < 1
+        expected = torch.linalg.solve(
+            torch.from_numpy(covariance), positive.mean(0) - negative.mean(0)
+        )
+        cosine = torch.nn.functional.cosine_similarity(found, expected, dim=0)
+        assert float(cosine) == pytest.approx(1, abs=1e-9)
+
+
+def test_probe_separates() -> None:
+    """Four points on a line: the weights point from the negative to the positive ones."""
+    given_sides = Activations(
+        torch.tensor([[2.0, 1.0], [3.0, -1.0]]).double(),
+        torch.tensor([[-2.0, 1.0], [-3.0, -1.0]]).double(),
+        torch.Generator(),
+    )
+    found = contrast.probe(given_sides)
+    assert float(found[0]) > 0
+    assert abs(float(found[1])) < 1e-3
+
+
+def rows_by_hand() -> Gradients:
+    """Paired rows (2, 0) and (0, 1): their mean is (1, 1/2)."""
+    positive = torch.tensor([[-1.0, 0], [0, -0.5]]).double()
+    return Gradients(positive, -positive, torch.tensor([[3.0, 0], [0, 1.0]]).double())
+
+
+def test_gradient_methods_by_hand() -> None:
+    given_rows = rows_by_hand()
+    mean = torch.tensor([1.0, 0.5]).double()
+    torch.testing.assert_close(gradient.gradient_mean(given_rows), mean)
+    assert not gradient.gradient_mean(given_rows, "pooled").any()
+    torch.testing.assert_close(
+        gradient.gradient_svd(given_rows).abs(), torch.tensor([2 / 2**0.5, 0.0]).double()
+    )
+    # Empirical F = diag(4, 1) / 2, trace 2.5, ridge 2.5 / 2.
+    expected = 1.25 * mean / torch.tensor([2 + 1.25, 0.5 + 1.25]).double()
+    torch.testing.assert_close(gradient.gradient_fisher(given_rows), expected)
+    # Weights 2/3 and 1/3: F = diag(8, 1) / 3, trace 3.
+    expected = 1.5 * mean / torch.tensor([8 / 3 + 1.5, 1 / 3 + 1.5]).double()
+    found = gradient.gradient_fisher(given_rows, kind="norm_weighted")
+    torch.testing.assert_close(found, expected)
+    # Centred rows are (1, -1/2) and (-1, 1/2): F is their outer product, trace 5/4.
+    outer = torch.tensor([[1.0, -0.5], [-0.5, 0.25]]).double()
+    expected = 0.625 * torch.linalg.solve(outer + 0.625 * torch.eye(2).double(), mean)
+    found = gradient.gradient_fisher(given_rows, kind="centred")
+    torch.testing.assert_close(found, expected)
+    # Scores (3, 0) and (0, 1): F = diag(9, 1) / 2, trace 5, ridge 5 / 2.
+    expected = 2.5 * mean / torch.tensor([4.5 + 2.5, 0.5 + 2.5]).double()
+    torch.testing.assert_close(gradient.fisher_pullback(given_rows), expected)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 100), st.floats(0.01, 10))
+@settings(max_examples=50, deadline=None)
+def test_ridge_solve_is_the_solve_written_out(
+    n: int, d_model: int, seed: int, ridge: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn((n, d_model), generator=generator).double()
+    target = torch.randn(d_model, generator=generator).double()
+    matrix = rows.T @ rows + ridge * torch.eye(d_model).double()
+    torch.testing.assert_close(ridge_solve(rows, ridge, target), torch.linalg.solve(matrix, target))
+
+
+def test_first_axis_is_as_long_as_the_rows_along_it() -> None:
+    rows = torch.tensor([[3.0, 4.0], [-6.0, -8.0]])
+    assert float(first_axis(rows).norm()) == pytest.approx(((25 + 100) / 2) ** 0.5)
+
+
+@pytest.mark.parametrize("method", ["gradient_fisher", "gradient_fisher_centred"])
+def test_a_fisher_direction_does_not_depend_on_the_scale_of_the_loss(method: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    positive, negative = torch.randn((2, 10, 16), generator=generator).double()
+    one = sl.fit_directions(gradients_of(positive, negative), method=method)[HOOK]
+    scaled = sl.fit_directions(gradients_of(1000 * positive, 1000 * negative), method=method)[HOOK]
+    torch.testing.assert_close(one, scaled)
+
+
+# What cannot be fitted
+
+
+def test_a_method_is_fitted_from_its_own_evidence(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    differences = sl.collect_differences(llama, pairs, layers=[1])
+    rows = loss_gradients(llama, pairs, layers=[1])
+    with pytest.raises(DirectionError, match="fitted from gradients, and this is differences"):
+        sl.fit_directions(differences, method="gradient_mean")
+    with pytest.raises(DirectionError, match="fitted from differences, and this is gradients"):
+        sl.fit_directions(rows, method="pca")
+    with pytest.raises(DirectionError, match="hold no scores"):
+        sl.fit_directions(rows, method="fisher_pullback")
+    with pytest.raises(DirectionError, match="there are mean_diff, pca"):
+        sl.fit_directions(rows, method="gradient")
+    fitted = sl.fit_directions(rows, method="gradient_mean")
+    assert (fitted.position, fitted.method) == (-2, "gradient_mean")
+    assert fitted.hook_names == (f"blocks.1.{'hook_resid_post'}",)
+    assert fitted.readout_names == ("blocks.2.hook_resid_post",)
+
+
+@pytest.mark.parametrize("method", BY_GRADIENTS)
+def test_gradients_that_are_nothing_are_refused(method: str) -> None:
+    nothing = gradients_of(torch.zeros(3, 4), torch.zeros(3, 4), torch.randn(5, 4))
+    with pytest.raises(DirectionError, match="gradient of the loss is zero"):
+        sl.fit_directions(nothing, method=method)
+
+
+def test_degenerate_evidence_is_refused() -> None:
+    ones, zeros = torch.ones(3, 4), torch.zeros(3, 4)
+    with pytest.raises(DirectionError, match="no within-class covariance"):
+        sl.fit_directions(both_sides(ones, zeros), method="lda")
+    alike = gradients_of(-ones, ones)
+    with pytest.raises(DirectionError, match="second moments of the gradient rows are zero"):
+        sl.fit_directions(alike, method="gradient_fisher_centred")
+    with pytest.raises(DirectionError, match="nothing is left beyond rounding"):
+        sl.fit_directions(alike, method="gradient_mean_pooled")
+    with pytest.raises(DirectionError, match="do not depend on this hook"):
+        sl.fit_directions(replace(alike, scores=torch.zeros(1, 2, 4)), method="fisher_pullback")
+    sl.fit_directions(alike, method="gradient_mean")
+
+
+def test_descent_on_a_model_lowers_the_loss(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    """A small push along `gradient_mean`, opposite on the two sides, separates the pairs."""
+    rows = loss_gradients(llama, pairs, layers=[1], weight=0)
+    fitted = sl.fit_directions(rows, method="gradient_mean")
+    name, step = "blocks.1.hook_resid_post", 1e-2
+    readout = rows.loss_hooks[0]
+
+    def separation(coefficient: float) -> float:
+        both = []
+        for side, sign in (("positive", 1), ("negative", -1)):
+            prompts = getattr(sl.tokenize_pairs(llama, pairs), side)
+            vector = {name: fitted[name]}
+            with sl.steer(llama, vector, sign * coefficient):
+                both.append(sl.collect_activations(llama, prompts, [readout], position=-2)[0])
+        return float((both[0] - both[1]).norm(dim=-1).mean())
+
+    assert separation(step) > separation(0) > separation(-step)
