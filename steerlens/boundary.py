@@ -16,6 +16,14 @@ from steerlens.engine import Plan, make_plan, plan_for, run_cells
 from steerlens.errors import SweepError
 from steerlens.hooks import Layers, readout_hook, resolve_hooks
 from steerlens.loss import Budget
+from steerlens.measures import (
+    check_directions,
+    check_width,
+    layer_row,
+    record,
+    whole,
+    whole_or_none,
+)
 from steerlens.models import HookedModel
 from steerlens.plain import (
     Baseline,
@@ -25,7 +33,6 @@ from steerlens.plain import (
     run_baseline,
 )
 from steerlens.pushes import Boundary, Progress, expect, find_boundaries
-from steerlens.sweep import check_directions, check_width, layer_row, record
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
@@ -198,6 +205,7 @@ def predict_boundary(
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     check_directions(directions, hook_names)
     parsed = check_search(budget=budget, search_range=1.0)
+    seed, batch_size = whole("seed", seed, 0), whole_or_none("batch_size", batch_size, 1)
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
     check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
@@ -305,22 +313,30 @@ def check_search(*, budget: str, search_range: float | int) -> Budget:
         raise SweepError(
             f"the budget {parsed} leaves no room: no coefficient is within it; give one above 0"
         )
-    if not (math.isfinite(search_range) and search_range > 0):
-        raise SweepError(f"search_range must be finite and above 0, got {search_range}")
+    if not 1e-6 <= search_range <= 1e6:
+        raise SweepError(
+            f"search_range must be from 1e-6 to 1e6 mean residual norms, got {search_range}"
+        )
     return parsed
 
 
 def checked_settings(**given: Any) -> BoundarySettings:
     """The settings, or a `SweepError` that says which of them has no meaning."""
     budget = check_search(budget=given["budget"], search_range=given["search_range"])
-    if given["n_bootstrap"] < 2:
-        raise SweepError(f"n_bootstrap must be at least 2, got {given['n_bootstrap']}")
-    if given["seed"] < 0:
-        raise SweepError(f"seed must be at least 0, got {given['seed']}")
+    numbers = {
+        "n_bootstrap": whole("n_bootstrap", given["n_bootstrap"], 2),
+        "seed": whole("seed", given["seed"], 0),
+        "batch_size": whole_or_none("batch_size", given["batch_size"], 1),
+    }
     if budget.kind == "rollout_kl_p95" and given["steered_positions"] != "all":
         raise SweepError("rollouts are steered at all positions, so steered_positions must be all")
     return BoundarySettings(
-        **{**given, "budget": str(budget), "search_range": float(given["search_range"])}
+        **{
+            **given,
+            **numbers,
+            "budget": str(budget),
+            "search_range": float(given["search_range"]),
+        }
     )
 
 
@@ -338,7 +354,10 @@ def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[Tok
     if on == "negative":
         prompts = pairs.negative
     else:
-        prompts = tuple(tokenize_prompt(model, text) for text in _texts(on))
+        prompts = tuple(
+            tokenize_prompt(model, text, where=f"text {i} of {text_name(on)!r}")
+            for i, text in enumerate(_texts(on), start=1)
+        )
     short = [prompt for prompt in prompts if len(prompt) < 2]
     if short:
         raise SweepError(

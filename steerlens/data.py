@@ -166,25 +166,11 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         optional `continuation` (text) and `id` (text or a whole number; default the line number).
         Other keys are ignored unless they look misspelt. Raises `PairError` with file and line.
         """
-        path = Path(path)
-        try:
-            raw = path.read_bytes()
-        except OSError as error:
-            raise PairError(f"{path}: cannot be read ({error.strerror or error})") from error
-        pairs = []
-        for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"), object_pairs_hook=_without_repeats)
-            except UnicodeDecodeError as error:
-                raise PairError(f"{where}: not UTF-8 text ({error.reason})") from error
-            except (ValueError, RecursionError) as error:
-                raise PairError(f"{where}: not a JSON object on one line ({error})") from error
-            pairs.append(_pair_from_record(record, default_id=str(number), where=where))
-        # A file name may hold bytes that are no text, which a record could not be written with.
-        return cls(tuple(pairs), os.fsencode(path).decode("utf-8", "backslashreplace"))
+        pairs = [
+            _pair_from_record(record, default_id=str(number), where=where)
+            for number, where, record in read_jsonl(Path(path))
+        ]
+        return cls(tuple(pairs), printable(Path(path)))
 
     @classmethod
     def load(cls, name: str, *, split: str = "train") -> "ContrastivePairs":
@@ -221,6 +207,35 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         )
 
 
+def read_jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
+    """Line number, where it is, and the object of every line of a UTF-8 JSONL file but blank ones.
+
+    Raises `PairError` with file and line.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise PairError(f"{path}: cannot be read ({error.strerror or error})") from error
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        where = f"{path}:{number}"
+        if line.strip():
+            yield number, where, _parse(line, where)
+
+
+def _parse(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except UnicodeDecodeError as error:
+        raise PairError(f"{where}: not UTF-8 text ({error.reason})") from error
+    except (ValueError, RecursionError) as error:
+        raise PairError(f"{where}: not a JSON object on one line ({error})") from error
+
+
+def printable(path: Path) -> str:
+    """A file's name as text: it may hold bytes that are none."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def shipped_folder() -> Path:
     """The folder of shipped datasets: inside the installed package, or `data/` of a checkout."""
     package = Path(__file__).resolve().parent
@@ -253,7 +268,8 @@ def read_texts(path: Path) -> tuple[str, ...]:
     Raises `PairError` when the file cannot be read as UTF-8 text, or holds no text.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Cut at line ends alone: splitlines knows others, which a line of text may hold.
+        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PairError(f"cannot read texts from {str(path)!r}: {error}") from error
     texts = tuple(line for line in lines if line.strip())
@@ -324,10 +340,10 @@ def _pair_from_record(record: Any, *, default_id: str, where: str) -> Contrastiv
         if near:
             raise PairError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     pair = ContrastivePair(
-        positive=_prompt(record["positive"], where=f"{where}: positive"),
-        negative=_prompt(record["negative"], where=f"{where}: negative"),
+        positive=checked_prompt(record["positive"], where=f"{where}: positive"),
+        negative=checked_prompt(record["negative"], where=f"{where}: negative"),
         continuation=_continuation(record.get("continuation"), where=where),
-        id=_id(record.get("id"), default_id, where=where),
+        id=checked_id(record.get("id"), default_id, where=where),
     )
     if pair.positive == pair.negative:
         raise PairError(f"{where}: positive and negative prompts are equal; they must differ")
@@ -337,10 +353,11 @@ def _pair_from_record(record: Any, *, default_id: str, where: str) -> Contrastiv
 def _continuation(value: Any, *, where: str) -> str | None:
     if value is None:
         return None
-    return _text(value, where=f"{where}: continuation")
+    return checked_text(value, where=f"{where}: continuation")
 
 
-def _id(value: Any, default: str, *, where: str) -> str:
+def checked_id(value: Any, default: str, *, where: str) -> str:
+    """An id as text, `default` for None. Raises `PairError` unless text or a whole number."""
     if value is None:
         return default
     if not isinstance(value, str | int):
@@ -348,9 +365,10 @@ def _id(value: Any, default: str, *, where: str) -> str:
     return _unicode(str(value), where=f"{where}: id")
 
 
-def _prompt(value: Any, *, where: str) -> Prompt:
+def checked_prompt(value: Any, *, where: str) -> Prompt:
+    """Text, or a list of messages, as a prompt. Raises `PairError` on anything else."""
     if isinstance(value, str):
-        return _text(value, where=where)
+        return checked_text(value, where=where)
     if isinstance(value, Sequence) and not isinstance(value, bytes) and value:
         return tuple(
             _message(message, where=f"{where}, message {i}") for i, message in enumerate(value, 1)
@@ -372,7 +390,8 @@ def _message(value: Any, *, where: str) -> Message:
     return Message(_unicode(role, where=where), _unicode(content, where=where))
 
 
-def _text(value: Any, *, where: str) -> str:
+def checked_text(value: Any, *, where: str) -> str:
+    """Text that is not empty and is UTF-8. Raises `PairError` on anything else."""
     if not isinstance(value, str) or not value:
         raise PairError(f"{where}: expected text that is not empty, got {value!r:.40}")
     return _unicode(value, where=where)

@@ -264,7 +264,18 @@ def label_kl(
         part[:, :-1][is_label].to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1)
         for part in (logits, unsteered)
     )
-    return torch.nn.functional.kl_div(steered, reference, reduction="none", log_target=True).sum(-1)
+    return divergence(steered, reference)
+
+
+def divergence(
+    steered: Float[Tensor, "label vocab"], unsteered: Float[Tensor, "label vocab"]
+) -> Float[Tensor, " label"]:
+    """`sum_v q(v) (log q(v) - log p(v))`, nats, from log-probabilities of unsteered q, steered p.
+
+    A token that q rules out adds nothing; one that p alone rules out makes it inf.
+    """
+    terms = torch.nn.functional.kl_div(steered, unsteered, reduction="none", log_target=True)
+    return terms.masked_fill(unsteered == -math.inf, 0.0).sum(-1)
 
 
 def mean_by_prompt(

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.hooks import HookFunction, hooked, resid_post
+from steerlens.loss import divergence
 from steerlens.models import HookedModel
 from steerlens.tokens import Batch, mask_kwargs
 
@@ -166,11 +167,7 @@ def labels_kl(
     divergences = []
     for logits, (rows,) in _logits(model, final, unsteered):
         ((reference, _),) = _logits(model, rows)
-        divergences.append(
-            torch.nn.functional.kl_div(
-                logits.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True
-            ).sum(-1)
-        )
+        divergences.append(divergence(logits.log_softmax(-1), reference.log_softmax(-1)))
     return torch.cat(divergences)
 
 

@@ -22,6 +22,9 @@ RUN_FILES = (
     "sweep.parquet",
     "boundary.csv",
     "shape.csv",
+    "comparison.csv",
+    "summary.csv",
+    "effects.csv",
     "layers.csv",
     "directions.safetensors",
     RECORD,
@@ -97,7 +100,7 @@ def check_out_file(path: Path) -> None:
 def write_run(
     folder: Path,
     tables: Mapping[str, pd.DataFrame],
-    directions: Directions,
+    directions: Directions | Mapping[str, Directions],
     request: Mapping[str, Any],
     *,
     seconds: float,
@@ -105,9 +108,9 @@ def write_run(
 ) -> None:
     """Write the files of a run; each appears whole, the record last.
 
-    Each table of `tables` as `NAME.csv` (`sweep`, `boundary`, `shape`, `layers`), a sweep as
-    `sweep.parquet` too; `directions.safetensors` (hook name -> direction, the readouts included);
-    and `run.json`, with the seconds and forward-equivalents spent. Raises `OutputError` when a
+    Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
+    (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
+    of several; and `run.json`, with the seconds and forward-equivalents spent. Raises `OutputError` when a
     file cannot be written.
     """
     record = {
@@ -126,7 +129,10 @@ def write_run(
             write_whole(folder / f"{name}.csv", partial(write_csv, table))
             if name == "sweep":
                 write_whole(folder / f"{name}.parquet", partial(write_parquet, table))
-        write_whole(folder / "directions.safetensors", lambda p: write_directions(directions, p))
+        several = {"": directions} if isinstance(directions, Directions) else directions
+        for name, of in several.items():
+            file = f"directions-{name}.safetensors" if name else "directions.safetensors"
+            write_whole(folder / file, partial(write_directions, of))
         write_whole(folder / RECORD, lambda p: _write_json(record, p))
     except OSError as error:
         raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error

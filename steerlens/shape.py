@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -26,10 +25,10 @@ from steerlens.engine import make_plan
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import Budget
+from steerlens.measures import check_width, record
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, make_workload
 from steerlens.pushes import Boundary, Progress, find_boundaries
-from steerlens.sweep import check_width, record
 from steerlens.tables import SHAPE_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
@@ -103,6 +102,11 @@ def boundary_shape(
     )
     wide = directions[hook_name].dtype
     direction = directions[hook_name].double()
+    if len(direction) != int(model.cfg.d_model):
+        raise DirectionError(
+            f"the direction has d_model {len(direction)}, this model {int(model.cfg.d_model)}; fit "
+            "it on this model"
+        )
     differences = collect_differences(
         model, pairs, layers=[hook_name], position=directions.position, batch_size=batch_size
     )
@@ -146,12 +150,19 @@ def boundary_shape(
         **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
         "searched": limit,
         "text": fingerprint(prompts),
-        "radius_ratio": float(np.max(reach) / np.min(reach)),
+        "radius_ratio": _ratio(reach),
     }
     rows = [_row(hook_name, angle, of) for angle, of in zip(angles, found, strict=True)]
     return BoundaryShape(
         to_frame(rows, SHAPE_COLUMNS, attrs), direction.to(wide), orthogonal.to(wide)
     )
+
+
+def _ratio(reach: Sequence[float]) -> float:
+    """The largest over the smallest; NaN when all are infinite or one is undefined."""
+    if math.isinf(min(reach)) or any(math.isnan(r) for r in reach):
+        return math.nan
+    return max(reach) / min(reach)
 
 
 def check_plane(hook_names: Sequence[str], n_angles: int) -> None:

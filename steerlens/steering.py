@@ -79,6 +79,21 @@ def generate(
 
     Ends at the end-of-text token or after `max_new_tokens`. Raises as `steer`.
     """
+    generated = generate_tokens(
+        model, prompt, directions, coefficient, max_new_tokens=max_new_tokens
+    )
+    return str(model.tokenizer.decode(list(generated), skip_special_tokens=True))
+
+
+def generate_tokens(
+    model: HookedModel,
+    prompt: TokenizedPrompt,
+    directions: Mapping[str, Tensor],
+    coefficient: float | int,
+    *,
+    max_new_tokens: int,
+) -> tuple[int, ...]:
+    """The token ids of `generate`, the prompt's not among them."""
     tokens = torch.tensor([prompt.prompt], device=model.cfg.device)
     with inference(model), steer(model, directions, coefficient):
         generated = model.generate(
@@ -88,4 +103,4 @@ def generate(
             return_type="tokens",
             verbose=False,
         )
-    return str(model.tokenizer.decode(generated[0, len(prompt.prompt) :], skip_special_tokens=True))
+    return tuple(generated[0, len(prompt.prompt) :].tolist())

@@ -1,14 +1,12 @@
 """The grid of cells: every hook at every coefficient, as tables."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -16,47 +14,37 @@ from steerlens.cells import Job
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.engine import make_plan, run_cells
-from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import (
     MARGIN,
     WEIGHT,
-    Budget,
-    contrastive_steering_loss,
-    contrastive_steering_loss_noref,
 )
-from steerlens.models import HookedModel, provenance
+from steerlens.measures import (
+    SweepSettings,
+    check_directions,
+    check_width,
+    checked_coefficients,
+    finite,
+    layer_row,
+    logprob_budget,
+    measure,
+    record,
+    whole,
+    whole_or_none,
+)
+from steerlens.models import HookedModel
 from steerlens.plain import (
-    Baseline,
     CellOutput,
     Cost,
-    Workload,
-    forward_equivalents,
     make_workload,
     run_baseline,
 )
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
-from steerlens.uncertainty import bootstrap_interval
+from steerlens.uncertainty import false_discovery, null_band
 
 Progress = Callable[[int, int], None]
 """Called after every cell with the cells done and the cells in all."""
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """Everything besides model, pairs and directions that decides a sweep's numbers."""
-
-    hook_names: tuple[str, ...]
-    coefficients: tuple[float, ...]
-    position: int
-    steered_positions: SteeredPositions
-    budget: str
-    margin: float
-    weight: float
-    n_bootstrap: int
-    seed: int
-    batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -92,6 +80,7 @@ def sweep(
     n_bootstrap: int = 2000,
     seed: int = 0,
     batch_size: int | None = None,
+    nulls: Mapping[str, Sequence[Directions]] | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Measure projection against logprob degradation at every hook and coefficient.
@@ -107,6 +96,9 @@ def sweep(
 
     `layers` (see `resolve_hooks`) defaults to the hooks the directions were fitted for. `budget`
     says what `coherent` means (see `Budget`). Intervals are 95% bootstrap intervals over pairs.
+    With `nulls` (see `null_directions`) every cell is run along each of them too, at the same
+    coefficient and read along the same direction, and gets a null band, a p-value (see `null_band`)
+    and a q-value over all cells with a coefficient that is not 0; that costs as many sweeps again.
     A cell whose numbers overflow is a row of NaN, not coherent, with a warning. Raises `SweepError`
     on coefficients that are not finite, `DirectionError` when a hook or its readout has no
     direction, `SweepError` on a bad budget or number of resamples, `HookError` on an unknown hook,
@@ -120,12 +112,12 @@ def sweep(
         coefficients=checked_coefficients(coefficients),
         position=directions.position,
         steered_positions=steered_positions,
-        budget=str(_logprob_budget(budget)),
-        margin=_finite("margin", margin),
-        weight=_finite("weight", weight),
-        n_bootstrap=_at_least("n_bootstrap", n_bootstrap, 2),
-        seed=_at_least("seed", seed, 0),
-        batch_size=batch_size,
+        budget=str(logprob_budget(budget)),
+        margin=finite("margin", margin),
+        weight=finite("weight", weight),
+        n_bootstrap=whole("n_bootstrap", n_bootstrap, 2),
+        seed=whole("seed", seed, 0),
+        batch_size=whole_or_none("batch_size", batch_size, 1),
     )
     workload = make_workload(
         model,
@@ -142,13 +134,18 @@ def sweep(
     rows: list[Row] = []
     n_cells = len(hook_names) * len(settings.coefficients)
     pushes = tuple(c for c in settings.coefficients if c != 0)
-    jobs = [Job(name, directions[name], pushes, readouts[name]) for name in hook_names if pushes]
+    null = _named(nulls, hook_names)
+    along = [directions, *(one for _, one in null)]
+    jobs = [
+        Job(name, of[name], pushes, readouts[name]) for name in hook_names for of in along if pushes
+    ]
     plan = make_plan(model, workload, baseline, jobs, batch_size=batch_size, cost=cost)
     steered = run_cells(plan, jobs, cost=cost)
     for hook_name in hook_names:
         readout = readouts[hook_name]
         unsteered = baseline.cell(readout)
         cells = {cell.coefficient: cell for cell in (next(steered) if pushes else [])}
+        at_null = [(kind, next(steered)) for kind, _ in null if pushes]
         for coefficient in settings.coefficients:
             cell = unsteered if coefficient == 0 else cells[coefficient]
             where: dict[str, Any] = {
@@ -156,10 +153,13 @@ def sweep(
                 "layer": hook_layer(hook_name),
                 "readout_hook": readout,
             }
-            rows.append({**where, **measure(cell, unsteered, directions[readout], settings)})
+            row = {**where, **measure(cell, unsteered, directions[readout], settings)}
+            if coefficient != 0 and at_null:
+                row |= _null_columns(row["projection"], coefficient, at_null, directions[readout])
+            rows.append(row)
             if progress is not None:
                 progress(len(rows), n_cells)
-
+    rows = _with_q_values(rows)
     attrs = record(model, pairs, directions, asdict(settings), workload=workload, cost=cost)
     return SweepResult(
         table=to_frame(rows, SWEEP_COLUMNS, attrs),
@@ -182,30 +182,6 @@ def sweep(
     )
 
 
-def record(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    directions: Directions,
-    settings: Mapping[str, Any],
-    *,
-    workload: Workload,
-    cost: Cost,
-) -> dict[str, Any]:
-    """What a table carries in its attrs: settings, where its numbers come from, what they cost.
-
-    `cost` is given in forward-equivalents of the pairs' `workload`.
-    """
-    return {
-        "settings": dict(settings),
-        "method": directions.method,
-        "directions_seed": directions.seed,
-        "fitted_on": directions.fingerprint,
-        "measured_on": pairs.fingerprint,
-        "model": provenance(model).to_dict(),
-        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
-    }
-
-
 def measure_layers(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -223,164 +199,33 @@ def measure_layers(
     ).layers
 
 
-def measure(
-    cell: CellOutput,
-    unsteered: CellOutput,
+def _named(
+    nulls: Mapping[str, Sequence[Directions]] | None, hook_names: Sequence[str]
+) -> list[tuple[str, Directions]]:
+    named = [(kind, one) for kind, some in (nulls or {}).items() for one in some]
+    for _, one in named:
+        check_directions(one, hook_names)
+    return named
+
+
+def _null_columns(
+    projection: float,
+    coefficient: float,
+    at_null: Sequence[tuple[str, Sequence[CellOutput]]],
     direction: Float[Tensor, " d_model"],
-    settings: SweepSettings,
-) -> Row:
-    """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own).
-
-    `direction` is the readout hook's unit direction. Means and the loss are over pairs, in float64.
-    """
-    unit = direction.double().cpu()
-    positive, negative = cell.positive.double(), cell.negative.double()
-    logprob, baseline = cell.logprob.double(), unsteered.logprob.double()
-    mean_baseline = float(baseline.mean())
-    row: dict[str, Any] = {
-        "coefficient": cell.coefficient,
-        "n_pairs": len(logprob),
-        "baseline_logprob_nats": mean_baseline,
-        "coherent": False,
-    }
-    if not all(bool(part.isfinite().all()) for part in (positive, negative, logprob)):
-        warnings.warn(
-            f"NaN or inf at coefficient {cell.coefficient:g}: the cell is left undefined",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return row
-    projection = (positive - negative) @ unit
-    degradation = baseline - logprob
-    loss = contrastive_steering_loss(
-        positive,
-        negative,
-        logprob,
-        unit,
-        baseline,
-        margin=settings.margin,
-        weight=settings.weight,
-    )
-    mean_logprob = float(logprob.mean())
-    min_logprob = Budget.parse(settings.budget).min_logprob(mean_baseline)
-    return row | {
-        "projection": float(projection.mean()),
-        **_interval("projection", projection, settings),
-        "projection_shift": float(((positive - unsteered.positive.double()) @ unit).mean()),
-        "separation": float((positive - negative).norm(dim=-1).mean()),
-        "logprob_nats": mean_logprob,
-        "degradation_nats": float(degradation.mean()),
-        **_interval("degradation", degradation, settings),
-        "coherence_penalty": float(loss.coherence_penalty),
-        "loss": float(loss.loss),
-        "coherent": mean_logprob >= min_logprob,
-    }
-
-
-def layer_row(
-    hook_name: str,
-    baseline: Baseline,
-    direction: Float[Tensor, " d_model"],
-    *,
-    margin: float = MARGIN,
-    weight: float = WEIGHT,
-) -> Row:
-    """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`)."""
-    cell = baseline.cell(hook_name)
-    positive, negative = cell.positive.double(), cell.negative.double()
-    differences = positive - negative
-    norms = differences.norm(dim=-1)
-    projection = differences @ direction.double().cpu()
-    loss = contrastive_steering_loss_noref(
-        positive,
-        negative,
-        cell.logprob.double(),
-        margin=margin,
-        weight=weight,
-    )
-    return {
-        "hook_name": hook_name,
-        "layer": hook_layer(hook_name),
-        "separation": float(norms.mean()),
-        "projection": float(projection.mean()),
-        "projection_std": float(projection.std()),
-        "agreement": float((projection / norms).mean()),
-        "explained_variance": float(projection.square().sum() / norms.square().sum()),
-        "resid_norm": float(torch.cat([positive, negative]).norm(dim=-1).mean()),
-        "logprob_nats": float(cell.logprob.double().mean()),
-        "coherence_penalty": float(loss.coherence_penalty),
-        "loss": float(loss.loss),
-        "prediction_trusted": False,
-        "boundary_on": "none",
-    }
-
-
-def _logprob_budget(text: str) -> Budget:
-    budget = Budget.parse(text)
-    if budget.is_divergence:
-        raise SweepError(
-            f"a sweep measures logprob, so its budget is relative= or nats=, not {budget.kind}=; "
-            "find_boundary takes the others"
-        )
-    return budget
-
-
-def _interval(
-    name: str, values: Float[Tensor, " pair"], settings: SweepSettings
 ) -> dict[str, float]:
-    low, high = bootstrap_interval(
-        values.numpy().astype(np.float64), n_resamples=settings.n_bootstrap, seed=settings.seed
-    )
-    return {f"{name}_ci_low": low, f"{name}_ci_high": high}
+    """The band of the projection under null vectors at this coefficient, and its p-value."""
+    unit = direction.double().cpu()
+    found: dict[str, list[float]] = {}
+    for kind, cells in at_null:
+        (cell,) = (cell for cell in cells if cell.coefficient == coefficient)
+        difference = cell.positive.double() - cell.negative.double()
+        found.setdefault(kind, []).append(float((difference @ unit).mean()))
+    band = null_band(projection, [np.array(values) for values in found.values()])
+    return {"null_low": band.low, "null_high": band.high, "p_value": band.p_value}
 
 
-def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
-    """The coefficients as distinct floats, in order.
-
-    Raises `SweepError` when there is none, or one that is not a finite number.
-    """
-    given: Any = coefficients  # what the annotation promises is what is checked here
-    try:
-        if isinstance(given, str):
-            raise TypeError("text")
-        # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
-        checked = tuple(dict.fromkeys(float(c) + 0.0 for c in given))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise SweepError(f"expected a list of finite coefficients, got {given!r:.80}") from error
-    if not checked:
-        raise SweepError("expected at least one coefficient, got none")
-    for coefficient in checked:
-        _finite("coefficient", coefficient)
-    return checked
-
-
-def _finite(name: str, value: float) -> float:
-    if not math.isfinite(value):
-        raise SweepError(f"expected a finite {name}, got {value}")
-    return float(value)
-
-
-def _at_least(name: str, value: int, least: int) -> int:
-    if value < least:
-        raise SweepError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
-    """Raise `DirectionError` when a hook has no direction."""
-    missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
-    if missing:
-        raise DirectionError(
-            f"no direction was fitted at {', '.join(missing)}; pass the same layers to "
-            "collect_differences, which adds the readout hooks by itself"
-        )
-
-
-def check_width(directions: Directions, baseline: Baseline) -> None:
-    """Raise `DirectionError` when the directions are another width than the activations."""
-    expected, found = baseline.positive.shape[-1], directions.vectors.shape[-1]
-    if expected != found:
-        raise DirectionError(
-            f"the directions have d_model {found}, this model's activations {expected}; fit them "
-            "on this model"
-        )
+def _with_q_values(rows: Sequence[Row]) -> list[Row]:
+    p_values = np.array([float(row.get("p_value", math.nan)) for row in rows])
+    q_values = false_discovery(p_values).tolist()
+    return [{**row, "q_value": q} for row, q in zip(rows, q_values, strict=True)]

@@ -79,6 +79,15 @@ SWEEP_COLUMNS: tuple[Column, ...] = (
         "",
         "mean logprob within the budget; false where undefined",
     ),
+    Column(
+        "null_low",
+        "float64",
+        "residual units",
+        "95% band of the projection under null vectors at the same coefficient; NaN without nulls",
+    ),
+    Column("null_high", "float64", "residual units", "the same band's upper end"),
+    Column("p_value", "float64", "", "two-sided, of the projection under the null vectors"),
+    Column("q_value", "float64", "", "p-value corrected for false discovery over all cells"),
 )
 """One row a cell: one hook and one coefficient."""
 
@@ -178,6 +187,100 @@ BOUNDARY_COLUMNS: tuple[Column, ...] = (
     Column("allowance_nats", "float64", "nats per token", "the largest loss within the budget"),
 )
 """One row an evaluation of the boundary search."""
+
+COMPARISON_COLUMNS: tuple[Column, ...] = (
+    Column("method", "str", "", "how the direction was fitted; prompt: the persona written out"),
+    Column("hook_name", "str", "", "where it is added; none for prompt"),
+    Column("layer", "int64", "", "block of the hook; -1 for prompt"),
+    Column(
+        "coefficient",
+        "float64",
+        "residual units",
+        "that spends the budget; inf where nothing in the searched range does",
+    ),
+    Column("n_items", "int64", "items", "held-out items measured"),
+    Column(
+        "effect",
+        "float64",
+        "nats per token",
+        "mean change of logprob(positive continuation) - logprob(negative one)",
+    ),
+    Column("effect_ci_low", "float64", "nats per token", "95% bootstrap interval over items"),
+    Column("effect_ci_high", "float64", "nats per token", "95% bootstrap interval over items"),
+    Column("null_low", "float64", "nats per token", "95% band of null vectors at the same budget"),
+    Column("null_high", "float64", "nats per token", "the same band's upper end"),
+    Column("p_value", "float64", "", "two-sided, of the effect under the null vectors"),
+    Column("p_holm", "float64", "", "Holm-corrected over the layers of the method"),
+    Column("q_value", "float64", "", "corrected for false discovery over all rows"),
+    Column(
+        "slope",
+        "float64",
+        "nats per token and residual unit",
+        "mean over items of the slope of the gap against the coefficient",
+    ),
+    Column("anti_steerable", "float64", "share", "items whose slope is below 0"),
+    Column(
+        "spearman", "float64", "correlation", "mean over items, of the gap with the coefficient"
+    ),
+    Column("monotone", "float64", "share", "items whose gap rises at every step"),
+    Column("kl_nats", "float64", "nats per token", "mean KL(unsteered || steered) on neutral text"),
+    Column("kl_p95_nats", "float64", "nats per token", "95th percentile of it over tokens"),
+    Column("degradation_nats", "float64", "nats per token", "loss of logprob on neutral text"),
+    Column(
+        "off_target",
+        "float64",
+        "nats per token",
+        "mean over other datasets of the absolute effect there",
+    ),
+    Column("distinct_3", "float64", "share", "distinct trigrams of greedy continuations' tokens"),
+    Column(
+        "train_effect", "float64", "nats per token", "the effect on training items, to choose by"
+    ),
+    Column("is_chosen", "bool", "", "the method's layer with the largest effect on training items"),
+    Column(
+        "verdict",
+        "str",
+        "",
+        "effect, reversed, no effect shown, budget not reached, or baseline",
+    ),
+)
+"""One row a method and layer, at equal damage."""
+
+SUMMARY_COLUMNS: tuple[Column, ...] = (
+    Column("method", "str", "", "method"),
+    Column("layer", "int64", "", "its layer, chosen on training items"),
+    Column("coefficient", "float64", "residual units", "that spends the budget"),
+    Column("effect", "float64", "nats per token", "as in the comparison"),
+    Column("effect_ci_low", "float64", "nats per token", "95% bootstrap interval over items"),
+    Column("effect_ci_high", "float64", "nats per token", "95% bootstrap interval over items"),
+    Column("rank", "int64", "", "by effect, 1 the largest"),
+    Column("rank_low", "int64", "", "95% bootstrap interval of the rank over items"),
+    Column("rank_high", "int64", "", "95% bootstrap interval of the rank over items"),
+    Column("verdict", "str", "", "as in the comparison"),
+)
+"""One row a method, at its chosen layer, best first."""
+
+RELIABILITY_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("n_pairs", "int64", "pairs", "pairs used"),
+    Column("agreement", "float64", "cosine", "mean cosine of the differences with their mean"),
+    Column(
+        "class_separation",
+        "float64",
+        "standard deviations",
+        "d' along the direction, fitted and measured on different halves",
+    ),
+    Column(
+        "split_half_cosine", "float64", "cosine", "mean between directions of two random halves"
+    ),
+    Column(
+        "split_half_cosine_low", "float64", "cosine", "2.5th percentile of it over random halves"
+    ),
+    Column("cosine_quarter", "float64", "cosine", "of a quarter of the pairs with all, mean"),
+    Column("cosine_half", "float64", "cosine", "of half the pairs with all, mean"),
+    Column("pca_cosine", "float64", "cosine", "of uncentred PCA with the mean difference"),
+)
+"""One row a hook: how far its direction can be trusted before anything is steered."""
 
 GRADIENT_COLUMNS: tuple[Column, ...] = (
     *_HOOK,

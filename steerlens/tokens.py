@@ -156,15 +156,20 @@ def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
 
 
 def tokenize_prompt(
-    model: HookedModel, prompt: Prompt, continuation: str | None = None
+    model: HookedModel,
+    prompt: Prompt,
+    continuation: str | None = None,
+    *,
+    where: str = "prompt",
 ) -> TokenizedPrompt:
     """Ids of a rendered prompt; BOS as the model has it by default, never doubled.
 
     A BOS that the chat template already wrote is not written again. The continuation is tokenised
-    on its own, so that it is the same ids after any prompt. Raises `PairError` when the prompt is
-    empty or longer than the model's context, `ModelError` when the model has no tokenizer.
+    on its own, so that it is the same ids after any prompt. `where` is what errors call it. Raises
+    `PairError` when the prompt is empty or longer than the model's context, `ModelError` when the
+    model has no tokenizer.
     """
-    return _tokenize(model, prompt, continuation, where="prompt")
+    return _tokenize(model, prompt, continuation, where=where)
 
 
 def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:

@@ -1,5 +1,9 @@
 """How far a mean over pairs can be trusted."""
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
@@ -31,6 +35,72 @@ def bootstrap_interval(
     )
     interval = result.confidence_interval
     return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class NullBand:
+    """Where a value of the null lies with 95% probability, and how unlikely the value seen is."""
+
+    low: float
+    high: float
+    p_value: float
+
+    def is_outside(self, value: float) -> bool:
+        """Whether a value lies outside the band."""
+        return not self.low <= value <= self.high
+
+
+def null_band(value: float, nulls: Sequence[Float[np.ndarray, " null"]]) -> NullBand:
+    """A value against the values of null vectors, given kind by kind (random, shuffled).
+
+    Of each kind the prediction interval for one more of it, `mean +- t sd sqrt(1 + 1/n)`, and the
+    two-sided p-value of Student's t with n - 1 degrees of freedom; then the widest band and the
+    largest p-value, so that the harder kind decides. It takes the nulls of a kind to be normal,
+    which lets 20 of them say more than that the value beats them all (p = 1/21). NaN where a kind
+    has fewer than two values, one that is not finite, or no spread.
+    """
+    from scipy.stats import t
+
+    lows, highs, p_values = [], [], []
+    for kind in nulls:
+        n = len(kind)
+        spread = float(np.std(kind, ddof=1)) if n > 1 and np.isfinite(kind).all() else math.nan
+        if not (spread > 0 and math.isfinite(value)):
+            return NullBand(math.nan, math.nan, math.nan)
+        mean, scale = float(np.mean(kind)), spread * math.sqrt(1 + 1 / n)
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * scale
+        lows.append(mean - reach)
+        highs.append(mean + reach)
+        p_values.append(2 * float(t.sf(abs(value - mean) / scale, n - 1)))
+    return NullBand(min(lows), max(highs), max(p_values))
+
+
+def false_discovery(p_values: Float[np.ndarray, " claim"]) -> Float[np.ndarray, " claim"]:
+    """Benjamini and Hochberg's adjusted p-values (q-values) of a family of claims.
+
+    Those that are NaN stay NaN and do not count (`scipy.stats.false_discovery_control`).
+    """
+    from scipy.stats import false_discovery_control
+
+    adjusted = np.full_like(p_values, math.nan)
+    is_given = ~np.isnan(p_values)
+    if is_given.any():
+        adjusted[is_given] = false_discovery_control(p_values[is_given])
+    return adjusted
+
+
+def holm(p_values: Float[np.ndarray, " claim"]) -> Float[np.ndarray, " claim"]:
+    """Holm's adjusted p-values: the r-th smallest of n times n - r + 1, never falling, at most 1.
+
+    Those that are NaN stay NaN and do not count.
+    """
+    adjusted = np.full_like(p_values, math.nan)
+    order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
+    largest = 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * float(p_values[i])))
+        adjusted[i] = largest
+    return adjusted
 
 
 def resampled_counts(

@@ -18,9 +18,9 @@ import steerlens
 PACKAGE = Path(steerlens.__file__).parent
 # A module imports only from modules to its left.
 ORDER = (
-    "errors data models hooks tokens activations directions loss steering uncertainty tables "
-    "plain passes parts cells engine slopes gradients methods sweep search coherence pushes "
-    "boundary shape runs cli"
+    "errors data items models hooks tokens activations directions loss steering uncertainty tables "
+    "plain passes parts cells engine slopes gradients methods measures sweep search coherence "
+    "pushes boundary shape evaluate runs cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.

@@ -348,8 +348,8 @@ def test_same_seed_gives_the_same_table_and_another_seed_other_intervals(
 
 def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
     """Differences (3, 4) and (0, 1) against the direction (0.6, 0.8): projections 5 and 0.8."""
+    from steerlens.measures import layer_row
     from steerlens.plain import Baseline
-    from steerlens.sweep import layer_row
 
     name = "blocks.0.hook_resid_post"
     baseline = Baseline(

@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from steerlens import data
+from steerlens.activations import collect_differences
 from steerlens.boundary import check_search, find_boundary
+from steerlens.cli import evaluation
 from steerlens.cli.options import (
     DEBUG,
     BatchOption,
@@ -25,7 +27,6 @@ from steerlens.cli.options import (
     QuietOption,
     SeedOption,
     TestPairsOption,
-    check_method,
     fit,
     numbers_of,
     pairs_of,
@@ -44,6 +45,7 @@ from steerlens.data import ContrastivePairs, Message, Prompt, read_texts
 from steerlens.errors import SteerlensError
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
+from steerlens.methods import METHODS, default_position, method_of, null_directions
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
 from steerlens.shape import boundary_shape, check_plane
@@ -77,10 +79,14 @@ def sweep(
         str, typer.Option("--coefficients", help="Residual units, e.g. --coefficients=-8,0,8")
     ] = "-8,-4,0,4,8",
     method: MethodOption = "mean_diff",
-    position: PositionOption = -1,
+    position: PositionOption = None,
     budget: Annotated[
         str, typer.Option("--budget", help="What counts as coherent: relative=0.01 or nats=0.05")
     ] = "relative=0.01",
+    null: Annotated[
+        int | None,
+        typer.Option("--null", help="Null vectors of each kind, random and shuffled: 20 or more."),
+    ] = None,
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -89,8 +95,9 @@ def sweep(
     """Measure projection against logprob degradation at every layer and coefficient."""
     numbers = numbers_of(coefficients)
     Budget.parse(budget)
-    check_method(method)
+    method_of(method)
     fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
+    position = default_position(method, fit_on) if position is None else position
     loaded = load_model(model, progress=not quiet)
     request = {
         "command": "sweep",
@@ -102,6 +109,7 @@ def sweep(
         "method": method,
         "position": position,
         "budget": budget,
+        "null": null,
         "batch_size": batch_size,
         "seed": seed,
     }
@@ -110,6 +118,12 @@ def sweep(
         notes.print(IN_SAMPLE)
     started = time.perf_counter()
     directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
+    nulls = None
+    if null is not None:
+        differences = collect_differences(
+            loaded, fit_on, layers=layers, position=position, batch_size=batch_size
+        )
+        nulls = null_directions(differences, n=null, seed=seed)
     with cells_bar(quiet=quiet) as progress:
         result = run_sweep(
             loaded,
@@ -120,6 +134,7 @@ def sweep(
             budget=budget,
             batch_size=batch_size,
             seed=seed,
+            nulls=nulls,
             progress=progress,
         )
     seconds = time.perf_counter() - started
@@ -146,7 +161,7 @@ def boundary(
     max_pairs: MaxPairsOption = None,
     layers: LayersOption = "all",
     method: MethodOption = "mean_diff",
-    position: PositionOption = -1,
+    position: PositionOption = None,
     on: Annotated[
         str,
         typer.Option("--on", help="positive, negative, neutral (shipped text), or a text file."),
@@ -172,10 +187,11 @@ def boundary(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """The largest coefficient of each sign at which the model is still coherent, at every layer."""
-    check_method(method)
+    method_of(method)
     text = text_of(on)
     check_search(budget=budget, search_range=search_range)
     fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
+    position = default_position(method, fit_on) if position is None else position
     loaded = load_model(model, progress=not quiet)
     hook_names = resolve_hooks(loaded, layers)
     if shape is not None:
@@ -240,7 +256,7 @@ def show_layers(
     max_pairs: MaxPairsOption = None,
     layers: LayersOption = "all",
     method: MethodOption = "mean_diff",
-    position: PositionOption = -1,
+    position: PositionOption = None,
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option("--out", help="CSV file to write.")] = None,
@@ -249,7 +265,7 @@ def show_layers(
 ) -> None:
     """The per-layer table of the unsteered model, without a sweep."""
     fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
-    check_method(method)
+    position = default_position(method, fit_on) if position is None else position
     if out is not None:
         check_out_file(out)
     loaded = load_model(model, progress=not quiet)
@@ -275,7 +291,7 @@ def generate(
     model: ModelOption = DEFAULT_MODEL,
     pairs: PairsOption = "sentiment",
     method: MethodOption = "mean_diff",
-    position: PositionOption = -1,
+    position: PositionOption = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 40,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template round the prompt.")] = False,
     batch_size: BatchOption = None,
@@ -285,8 +301,9 @@ def generate(
 ) -> None:
     """Greedy continuations of one prompt at several coefficients, side by side."""
     numbers = numbers_of(coefficients)
-    check_method(method)
+    method_of(method)
     fit_on, _, _ = pairs_of(pairs, None, None)
+    position = default_position(method, fit_on) if position is None else position
     loaded = load_model(model, progress=not quiet)
     hook_names = resolve_hooks(loaded, layer)
     chat: Prompt = prompt if raw else (Message("user", prompt),)
@@ -306,6 +323,13 @@ def generate(
 
 
 @app.command()
+def methods(debug: DebugOption = False) -> None:  # noqa: ARG001
+    """What --method takes."""
+    for name, method in METHODS.items():
+        output.print(Text(f"{name} ({method.source}): {method.summary}"))
+
+
+@app.command()
 def models(debug: DebugOption = False) -> None:  # noqa: ARG001
     """Models that steerlens fetches by itself, and what else --model takes."""
     for packaged in PACKAGED_MODELS.values():
@@ -316,6 +340,10 @@ def models(debug: DebugOption = False) -> None:  # noqa: ARG001
             f"Fetched and converted models are kept in {cache_folder()}."
         )
     )
+
+
+app.command()(evaluation.compare)
+app.command()(evaluation.reliability)
 
 
 @app.command()

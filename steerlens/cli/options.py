@@ -7,13 +7,12 @@ import typer
 from rich.text import Text
 
 from steerlens import data
-from steerlens.activations import collect_differences
 from steerlens.boundary import On
 from steerlens.cli.printing import notes
 from steerlens.data import ContrastivePairs, read_texts
 from steerlens.errors import PairError, SweepError
-from steerlens.methods import METHODS, fit_directions
-from steerlens.sweep import checked_coefficients
+from steerlens.measures import checked_coefficients
+from steerlens.methods import fit as fit_directions
 
 DEBUG = "--debug"
 ModelOption = Annotated[
@@ -35,9 +34,16 @@ MaxPairsOption = Annotated[
 LayersOption = Annotated[
     str, typer.Option("--layers", help="all, 0,5,10, 10:20:2, or globs over hook names.")
 ]
-MethodOption = Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}.")]
+MethodOption = Annotated[
+    str, typer.Option("--method", help="How to fit the direction: `steerlens methods` lists them.")
+]
 PositionOption = Annotated[
-    int, typer.Option("--position", help="Token of the prompt to read; negative from its end.")
+    int | None,
+    typer.Option(
+        "--position",
+        help="Token of the prompt to read; negative from its end. Default -1; -2 for methods "
+        "fitted from gradients where pairs have no continuation.",
+    ),
 ]
 BatchOption = Annotated[
     int | None,
@@ -51,12 +57,6 @@ SeedOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Errors only; no tables of a sweep.")]
 DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")]
-
-
-def check_method(method: str) -> None:
-    """Raise `SweepError` when there is no such method."""
-    if method not in METHODS:
-        raise SweepError(f"no method {method!r}; there are {', '.join(METHODS)}")
 
 
 def numbers_of(text: str) -> list[float]:
@@ -131,7 +131,12 @@ def fit(
     """Directions fitted on `pairs`, with a note of it unless `quiet`."""
     if not quiet:
         notes.print(Text(f"Fitting {method} on {len(pairs)} pairs of {pairs.name}"))
-    differences = collect_differences(
-        model, pairs, layers=layers, position=position, batch_size=batch_size
+    return fit_directions(
+        model,
+        pairs,
+        method=method,
+        layers=layers,
+        position=position,
+        seed=seed,
+        batch_size=batch_size,
     )
-    return fit_directions(differences, method=method, seed=seed)

@@ -44,6 +44,36 @@ def cells_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def print_summary(table: Any) -> None:
+    """The comparison's summary: each method at its chosen layer, best first."""
+    shown = Table(title="Effect at equal damage, at the layer chosen on training items")
+    for name in ("rank", "method", "layer", "coefficient", "effect", "95% interval", "verdict"):
+        shown.add_column(name, justify="left" if name in ("method", "verdict") else "right")
+    for row in table.to_dict("records"):
+        is_layer = row["layer"] >= 0
+        shown.add_row(
+            f"{row['rank']} ({row['rank_low']}-{row['rank_high']})",
+            Text(row["method"]),
+            str(row["layer"]) if is_layer else "",
+            f"{row['coefficient']:.4g}" if is_layer else "",
+            f"{row['effect']:+.3f}",
+            f"{row['effect_ci_low']:+.3f} to {row['effect_ci_high']:+.3f}",
+            Text(row["verdict"]),
+        )
+    output.print(shown)
+
+
+def print_rows(table: Any, title: str, names: list[str]) -> None:
+    """Some columns of a table, a row a line."""
+    shown = Table(title=title)
+    for name in names:
+        shown.add_column(name.replace("_", " "), justify="right")
+    for row in table.to_dict("records"):
+        values = (row[name] for name in names)
+        shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+    output.print(shown)
+
+
 def print_layers(table: Any) -> None:
     """The per-layer table without what is the same on every row, or undefined."""
     shown = Table(title="Per layer, unsteered")

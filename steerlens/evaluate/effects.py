@@ -1,0 +1,153 @@
+"""What steering does to held-out items and to neutral text: effect and damage, cell by cell."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steerlens.cells import Job
+from steerlens.engine import make_plan, run_cells
+from steerlens.items import PreferenceItems
+from steerlens.models import HookedModel
+from steerlens.plain import CellOutput, Cost, Workload, run_baseline
+from steerlens.steering import generate_tokens
+from steerlens.tokens import SteeredPositions, TokenizedPrompt, make_batches, tokenize_prompt
+
+P95 = 95
+NEW_TOKENS = 40
+"""Length of the greedy continuations that `distinct_3` looks at."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a push costs on neutral text, in nats per token.
+
+    `kl` and `kl_p95` are the mean and the 95th percentile of KL(unsteered || steered) over all
+    predicted tokens, `degradation` the mean loss of the tokens' logprob.
+    """
+
+    kl: float
+    kl_p95: float
+    degradation: float
+
+
+def tokenize_items(
+    model: HookedModel, items: PreferenceItems
+) -> tuple[tuple[TokenizedPrompt, ...], tuple[TokenizedPrompt, ...]]:
+    """Every item's prompt with its positive, and with its negative continuation."""
+    positive, negative = (
+        tuple(
+            tokenize_prompt(model, item.prompt, text, where=f"prompt of item {item.id!r}")
+            for item, text in zip(items, texts, strict=True)
+        )
+        for texts in ([item.positive for item in items], [item.negative for item in items])
+    )
+    return positive, negative
+
+
+def preference_gaps(
+    model: HookedModel,
+    items: PreferenceItems,
+    jobs: Sequence[Job],
+    *,
+    steered_positions: SteeredPositions,
+    batch_size: int | None,
+    cost: Cost,
+) -> tuple[Float[np.ndarray, " item"], list[Float[np.ndarray, "coefficient item"]]]:
+    """Preference gaps, unsteered and for every job at its coefficients, item by item.
+
+    gap = logprob(positive continuation) - logprob(negative continuation), each the mean over its
+    own tokens after the same prompt (nats per token), both steered alike. `cost` is added to.
+    """
+    positive, negative = tokenize_items(model, items)
+    workload = _workload(model, (*positive, *negative), steered_positions, batch_size)
+    n_items = len(items)
+
+    def gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = logprob.double().numpy()
+        return values[:n_items] - values[n_items:]
+
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost)
+    return gap(baseline), [np.stack([gap(cell.logprob) for cell in of_job]) for of_job in cells]
+
+
+def damages(
+    model: HookedModel,
+    texts: Sequence[TokenizedPrompt],
+    jobs: Sequence[Job],
+    *,
+    steered_positions: SteeredPositions,
+    batch_size: int | None,
+    cost: Cost,
+) -> list[list[Damage]]:
+    """The damage on `texts` of every job at each of its coefficients. `cost` is added to."""
+    workload = _workload(model, texts, steered_positions, batch_size, with_kl=True)
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost)
+
+    def damage(cell: CellOutput) -> Damage:
+        if cell.kl is None:
+            raise AssertionError("the workload asks for divergences")
+        kl = cell.kl.double().numpy()
+        kl = kl[~np.isnan(kl)]
+        lost = float((baseline - cell.logprob).double().mean())
+        return Damage(float(kl.mean()), float(np.percentile(kl, P95)), lost)
+
+    return [[damage(cell) for cell in of_job] for of_job in cells]
+
+
+def mean_distinct_3(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    directions: Mapping[str, Tensor],
+    coefficient: float,
+) -> float:
+    """The mean of `distinct_3` over steered greedy continuations (40 tokens) of the prompts."""
+    shares = [
+        distinct_3(
+            generate_tokens(model, prompt, directions, coefficient, max_new_tokens=NEW_TOKENS)
+        )
+        for prompt in prompts
+    ]
+    return float(np.nanmean(shares)) if not np.isnan(shares).all() else float("nan")
+
+
+def distinct_3(tokens: Sequence[int]) -> float:
+    """Distinct trigrams over all trigrams of a text's tokens: 1 without repetition.
+
+    NaN for fewer than three tokens.
+    """
+    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return len(set(trigrams)) / len(trigrams) if trigrams else float("nan")
+
+
+def _workload(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    steered_positions: SteeredPositions,
+    batch_size: int | None,
+    *,
+    with_kl: bool = False,
+) -> Workload:
+    batches = make_batches(model, prompts, batch_size)
+    return Workload(batches, (), -1, steered_positions, with_kl)
+
+
+def _cells(
+    model: HookedModel,
+    workload: Workload,
+    jobs: Sequence[Job],
+    batch_size: int | None,
+    cost: Cost,
+) -> tuple[Float[Tensor, " prompt"], list[list[CellOutput]]]:
+    """Unsteered logprobs, and the cells of every job, which may come in any order."""
+    baseline = run_baseline(
+        model, workload, tuple(dict.fromkeys(job.readout for job in jobs)), cost=cost
+    )
+    order = sorted(range(len(jobs)), key=lambda i: jobs[i].first_block)
+    in_order = [jobs[i] for i in order]
+    plan = make_plan(model, workload, baseline, in_order, batch_size=batch_size, cost=cost)
+    found = dict(zip(order, run_cells(plan, in_order, cost=cost), strict=True))
+    return baseline.logprob, [found[i] for i in range(len(jobs))]

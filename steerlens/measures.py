@@ -1,0 +1,245 @@
+"""The numbers of one cell and of one layer, and the checks that come before them."""
+
+import math
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.data import ContrastivePairs
+from steerlens.directions import Directions
+from steerlens.errors import DirectionError, SweepError
+from steerlens.hooks import hook_layer
+from steerlens.loss import (
+    MARGIN,
+    WEIGHT,
+    Budget,
+    contrastive_steering_loss,
+    contrastive_steering_loss_noref,
+)
+from steerlens.models import HookedModel, provenance
+from steerlens.plain import Baseline, CellOutput, Cost, Workload, forward_equivalents
+from steerlens.tables import Row
+from steerlens.tokens import SteeredPositions
+from steerlens.uncertainty import bootstrap_interval
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Everything besides model, pairs and directions that decides a sweep's numbers."""
+
+    hook_names: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    position: int
+    steered_positions: SteeredPositions
+    budget: str
+    margin: float
+    weight: float
+    n_bootstrap: int
+    seed: int
+    batch_size: int | None
+
+
+def measure(
+    cell: CellOutput,
+    unsteered: CellOutput,
+    direction: Float[Tensor, " d_model"],
+    settings: SweepSettings,
+) -> Row:
+    """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own).
+
+    `direction` is the readout hook's unit direction. Means and the loss are over pairs, in float64.
+    """
+    unit = direction.double().cpu()
+    positive, negative = cell.positive.double(), cell.negative.double()
+    logprob, baseline = cell.logprob.double(), unsteered.logprob.double()
+    mean_baseline = float(baseline.mean())
+    row: dict[str, Any] = {
+        "coefficient": cell.coefficient,
+        "n_pairs": len(logprob),
+        "baseline_logprob_nats": mean_baseline,
+        "coherent": False,
+    }
+    if not all(bool(part.isfinite().all()) for part in (positive, negative, logprob)):
+        warnings.warn(
+            f"NaN or inf at coefficient {cell.coefficient:g}: the cell is left undefined",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return row
+    projection = (positive - negative) @ unit
+    degradation = baseline - logprob
+    loss = contrastive_steering_loss(
+        positive,
+        negative,
+        logprob,
+        unit,
+        baseline,
+        margin=settings.margin,
+        weight=settings.weight,
+    )
+    mean_logprob = float(logprob.mean())
+    min_logprob = Budget.parse(settings.budget).min_logprob(mean_baseline)
+    return row | {
+        "projection": float(projection.mean()),
+        **_interval("projection", projection, settings),
+        "projection_shift": float(((positive - unsteered.positive.double()) @ unit).mean()),
+        "separation": float((positive - negative).norm(dim=-1).mean()),
+        "logprob_nats": mean_logprob,
+        "degradation_nats": float(degradation.mean()),
+        **_interval("degradation", degradation, settings),
+        "coherence_penalty": float(loss.coherence_penalty),
+        "loss": float(loss.loss),
+        "coherent": mean_logprob >= min_logprob,
+    }
+
+
+def layer_row(
+    hook_name: str,
+    baseline: Baseline,
+    direction: Float[Tensor, " d_model"],
+    *,
+    margin: float = MARGIN,
+    weight: float = WEIGHT,
+) -> Row:
+    """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`)."""
+    cell = baseline.cell(hook_name)
+    positive, negative = cell.positive.double(), cell.negative.double()
+    differences = positive - negative
+    norms = differences.norm(dim=-1)
+    projection = differences @ direction.double().cpu()
+    loss = contrastive_steering_loss_noref(
+        positive,
+        negative,
+        cell.logprob.double(),
+        margin=margin,
+        weight=weight,
+    )
+    return {
+        "hook_name": hook_name,
+        "layer": hook_layer(hook_name),
+        "separation": float(norms.mean()),
+        "projection": float(projection.mean()),
+        "projection_std": float(projection.std()),
+        "agreement": float((projection / norms).mean()),
+        "explained_variance": float(projection.square().sum() / norms.square().sum()),
+        "resid_norm": float(torch.cat([positive, negative]).norm(dim=-1).mean()),
+        "logprob_nats": float(cell.logprob.double().mean()),
+        "coherence_penalty": float(loss.coherence_penalty),
+        "loss": float(loss.loss),
+        "prediction_trusted": False,
+        "boundary_on": "none",
+    }
+
+
+def record(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    settings: Mapping[str, Any],
+    *,
+    workload: Workload,
+    cost: Cost,
+) -> dict[str, Any]:
+    """What a table carries in its attrs: settings, where its numbers come from, what they cost.
+
+    `cost` is given in forward-equivalents of the pairs' `workload`.
+    """
+    return {
+        "settings": dict(settings),
+        "method": directions.method,
+        "directions_seed": directions.seed,
+        "fitted_on": directions.fingerprint,
+        "measured_on": pairs.fingerprint,
+        "model": provenance(model).to_dict(),
+        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+    }
+
+
+def logprob_budget(text: str) -> Budget:
+    """The budget of a sweep. Raises `SweepError` for one of a KL divergence."""
+    budget = Budget.parse(text)
+    if budget.is_divergence:
+        raise SweepError(
+            f"a sweep measures logprob, so its budget is relative= or nats=, not {budget.kind}=; "
+            "find_boundary takes the others"
+        )
+    return budget
+
+
+def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
+    """The coefficients as distinct floats, in order.
+
+    Raises `SweepError` when there is none, or one that is not a finite number.
+    """
+    given: Any = coefficients  # what the annotation promises is what is checked here
+    try:
+        if isinstance(given, str):
+            raise TypeError("text")
+        # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
+        checked = tuple(dict.fromkeys(float(c) + 0.0 for c in given))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SweepError(f"expected a list of finite coefficients, got {given!r:.80}") from error
+    if not checked:
+        raise SweepError("expected at least one coefficient, got none")
+    for coefficient in checked:
+        finite("coefficient", coefficient)
+    return checked
+
+
+def finite(name: str, value: float) -> float:
+    """The value as a float. Raises `SweepError` unless it is finite."""
+    if not math.isfinite(value):
+        raise SweepError(f"expected a finite {name}, got {value}")
+    return float(value)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """The value as an int. Raises `SweepError` unless it is a whole number from `least` on."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise SweepError(f"{name} must be a whole number, got {value!r}") from error
+    if not least <= number < 2**63:
+        raise SweepError(f"{name} must be at least {least} and below 2**63, got {number}")
+    return number
+
+
+def whole_or_none(name: str, value: Any, least: int) -> int | None:
+    """None, or as `whole`."""
+    return None if value is None else whole(name, value, least)
+
+
+def check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
+    """Raise `DirectionError` when a hook has no direction."""
+    missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
+    if missing:
+        raise DirectionError(
+            f"no direction was fitted at {', '.join(missing)}; pass the same layers to "
+            "collect_differences, which adds the readout hooks by itself"
+        )
+
+
+def check_width(directions: Directions, baseline: Baseline) -> None:
+    """Raise `DirectionError` when the directions are another width than the activations."""
+    expected, found = baseline.positive.shape[-1], directions.vectors.shape[-1]
+    if expected != found:
+        raise DirectionError(
+            f"the directions have d_model {found}, this model's activations {expected}; fit them "
+            "on this model"
+        )
+
+
+def _interval(
+    name: str, values: Float[Tensor, " pair"], settings: SweepSettings
+) -> dict[str, float]:
+    low, high = bootstrap_interval(
+        values.numpy().astype(np.float64), n_resamples=settings.n_bootstrap, seed=settings.seed
+    )
+    return {f"{name}_ci_low": low, f"{name}_ci_high": high}

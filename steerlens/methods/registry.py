@@ -1,0 +1,210 @@
+"""The registry of methods, and fitting a direction at every hook by one of them."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.activations import Differences
+from steerlens.directions import Directions
+from steerlens.errors import DirectionError
+from steerlens.gradients import LossGradients
+from steerlens.methods import contrast, gradient
+from steerlens.methods.evidence import Activations, Gradients
+
+Source = Literal["differences", "gradients", "training"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: what it is fitted from, and its function of that at one hook.
+
+    A function's result is normalised and signed by `fit_directions`. Methods by `training` run the
+    model, so they have none: see `fit`.
+    """
+
+    name: str
+    source: Source
+    function: Callable[[Any], Float[Tensor, " d_model"]] | None
+    summary: str
+    needs_scores: bool = False
+
+
+def _of(name: str, source: Source, function: Callable[..., Tensor], **options: str) -> Method:
+    summary = (function.__doc__ or "").splitlines()[0]
+    if options:
+        summary = f"{function.__name__}: {', '.join(options.values())}"
+    return Method(
+        name,
+        source,
+        partial(function, **options) if options else function,
+        summary,
+        needs_scores=function is gradient.fisher_pullback,
+    )
+
+
+_ALL = (
+    _of("mean_diff", "differences", contrast.mean_diff),
+    _of("pca", "differences", contrast.pca),
+    _of("pca_centred", "differences", contrast.pca_centred),
+    _of("pca_pooled", "differences", contrast.pca_pooled),
+    _of("lda", "differences", contrast.lda),
+    _of("probe", "differences", contrast.probe),
+    _of("gradient_mean", "gradients", gradient.gradient_mean),
+    _of("gradient_mean_pooled", "gradients", gradient.gradient_mean, form="pooled"),
+    _of("gradient_svd", "gradients", gradient.gradient_svd),
+    _of("gradient_svd_pooled", "gradients", gradient.gradient_svd, form="pooled"),
+    _of("gradient_fisher", "gradients", gradient.gradient_fisher),
+    *(
+        _of(
+            f"gradient_fisher{'_' + kind if kind != 'empirical' else ''}"
+            f"{'_pooled' if form == 'pooled' else ''}",
+            "gradients",
+            gradient.gradient_fisher,
+            form=form,
+            kind=kind,
+        )
+        for form in ("paired", "pooled")
+        for kind in ("empirical", "centred", "norm_weighted")
+        if (form, kind) != ("paired", "empirical")
+    ),
+    _of("fisher_pullback", "gradients", gradient.fisher_pullback),
+    _of("random", "differences", contrast.random),
+    _of("shuffled", "differences", contrast.shuffled),
+)
+
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
+"""Method name -> method."""
+
+
+def fit_directions(
+    evidence: Differences | LossGradients, *, method: str = "mean_diff", seed: int = 0
+) -> Directions:
+    """A unit direction at every hook of `evidence`, the readouts included.
+
+    `evidence` is what `collect_differences` gives, or `loss_gradients` for the methods fitted from
+    gradients; `method` one of `METHODS`; `seed` matters to `random` and `shuffled` alone. The
+    arithmetic is in float64, the result has the evidence's dtype. A direction fitted from
+    differences is signed so that their mean projection is not negative, one from gradients so that
+    the loss falls along it on average. Raises `DirectionError` on an unknown method, one that is
+    fitted from something else, and where nothing is left beyond rounding (differences that are
+    zero, that cancel for `mean_diff`, that are all equal for `pca_centred`; a gradient that is
+    zero), naming the hook.
+    """
+    chosen = method_of(method)
+    given = "differences" if isinstance(evidence, Differences) else "gradients"
+    if chosen.function is None or chosen.source != given:
+        raise DirectionError(
+            f"{method} is fitted from {chosen.source}, and this is {given}; "
+            f"{_ADVICE[chosen.source]}, or use fit(model, pairs, method={method!r})"
+        )
+    vectors = []
+    for index, hook_name in enumerate(evidence.all_hook_names):
+        generator = torch.Generator().manual_seed(_hook_seed(seed, hook_name))
+        try:
+            if isinstance(evidence, Differences):
+                vectors.append(_from_activations(chosen.function, evidence, index, generator))
+            else:
+                vectors.append(_from_gradients(chosen.function, evidence, index))
+        except DirectionError as error:
+            raise DirectionError(f"{method} at {hook_name}: {error}") from error
+    like = evidence.positive
+    return Directions(
+        hook_names=evidence.hook_names,
+        readout_names=evidence.readout_names,
+        vectors=torch.stack(vectors).to(like.dtype),
+        method=method,
+        position=evidence.position,
+        seed=seed,
+        fingerprint=evidence.fingerprint,
+    )
+
+
+def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str, list[Directions]]:
+    """`n` random and `n` shuffled directions at every hook: what a claim is compared with.
+
+    Kind -> directions; their seeds are 1000 times `seed + 1`, and counted up from there, so that
+    they are not those of the methods of the same name. Raises `DirectionError` for fewer than two.
+    """
+    if n < 2:
+        raise DirectionError(f"a null band takes at least 2 vectors of a kind, got {n}")
+    seeds = range(1000 * (seed + 1), 1000 * (seed + 1) + n)
+    return {
+        kind: [fit_directions(differences, method=kind, seed=s) for s in seeds]
+        for kind in ("random", "shuffled")
+    }
+
+
+_ADVICE = {
+    "differences": "give it collect_differences(model, pairs)",
+    "gradients": "give it loss_gradients(model, pairs)",
+    "training": "it has to run the model",
+}
+
+
+def method_of(name: str) -> Method:
+    """The method of that name. Raises `DirectionError` that lists them when there is none."""
+    if name not in METHODS:
+        raise DirectionError(f"no method {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _from_activations(
+    function: Callable[[Any], Tensor],
+    evidence: Differences,
+    index: int,
+    generator: torch.Generator,
+) -> Float[Tensor, " d_model"]:
+    sides = (evidence.positive[index], evidence.negative[index])
+    given = Activations(sides[0].double(), sides[1].double(), generator)
+    rounding = 8 * torch.finfo(sides[0].dtype).eps * float(sides[0].abs().max())
+    if given.differences.abs().max() <= rounding:
+        raise DirectionError(
+            "the two prompts have the same activation at position "
+            f"{evidence.position}, so there is no direction; choose a position after the "
+            "prompts begin to differ"
+        )
+    return _oriented(function(given), given.differences, rounding)
+
+
+def _from_gradients(
+    function: Callable[[Any], Tensor], evidence: LossGradients, index: int
+) -> Float[Tensor, " d_model"]:
+    # The weighted sum of both terms in float64: one may be much longer than the other.
+    positive = (
+        evidence.separation_positive[index].double()
+        + evidence.weights[index].double() * evidence.coherence[index].double()
+    )
+    given = Gradients(
+        positive, evidence.separation_negative[index].double(), evidence.scores[index].double()
+    )
+    rounding = 8 * torch.finfo(evidence.coherence.dtype).eps * float(positive.abs().max())
+    if not positive.any():
+        raise DirectionError(
+            "the gradient of the loss is zero; take a position with a label after it, a margin "
+            "below 1 and a weight above 0"
+        )
+    return _oriented(function(given), given.paired, rounding)
+
+
+def _oriented(
+    vector: Float[Tensor, " d_model"], rows: Float[Tensor, "pair d_model"], rounding: float
+) -> Float[Tensor, " d_model"]:
+    """`vector` at norm 1, signed so that the mean projection of the rows is not negative."""
+    if not vector.abs().max() > rounding:
+        raise DirectionError(
+            "nothing is left beyond rounding: the rows cancel, or are all equal and were centred; "
+            "use pca, or pairs that agree more"
+        )
+    unit = vector / vector.norm()
+    oriented: Tensor = -unit if (rows @ unit).mean() < 0 else unit
+    return oriented
+
+
+def _hook_seed(seed: int, hook_name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{hook_name}".encode()).digest()[:7], "big")
