@@ -110,8 +110,8 @@ def write_run(
 
     Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
-    of several; and `run.json`, with the seconds and forward-equivalents spent. Raises `OutputError` when a
-    file cannot be written.
+    of several; and `run.json`, with the seconds and forward-equivalents spent. Raises `OutputError`
+    when a file cannot be written.
     """
     record = {
         "request": dict(request),

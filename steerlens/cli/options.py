@@ -139,4 +139,5 @@ def fit(
         position=position,
         seed=seed,
         batch_size=batch_size,
+        progress=None if quiet else lambda text: notes.print(Text(text)),
     )

@@ -19,7 +19,7 @@ from steerlens.evaluate.runner import CompareSettings, Measured, Progress, Runne
 from steerlens.hooks import Layers, hook_layer
 from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.measures import whole, whole_or_none
-from steerlens.methods import collect_evidence, fit_from, method_of, null_directions
+from steerlens.methods import fit_methods, method_of, null_directions
 from steerlens.models import HookedModel, provenance
 from steerlens.plain import Cost
 from steerlens.tables import COMPARISON_COLUMNS, SUMMARY_COLUMNS, Row, to_frame
@@ -126,25 +126,26 @@ def compare(
             progress(text)
 
     say(f"fitting {len(settings.methods)} methods")
-    evidence = collect_evidence(
+    fitted, differences = fit_methods(
         model,
         pairs,
         settings.methods,
         layers=layers,
         position=position,
+        items=train_items,
         seed=seed,
         batch_size=batch_size,
+        progress=progress,
     )
-    fitted = {name: fit_from(evidence, name, seed=seed) for name in settings.methods}
-    nulls = null_directions(evidence.differences, n=n_null, seed=seed)
-    hook_names = evidence.differences.hook_names
+    nulls = null_directions(differences, n=n_null, seed=seed)
+    hook_names = differences.hook_names
     subjects = [
         *((name, of) for name, of in fitted.items()),
         *((kind, of) for kind, some in nulls.items() for of in some),
     ]
     run = Runner(model, settings, Cost())
     calibration = tokenize_pairs(model, pairs).positive if on == "positive" else texts[:half]
-    reached = run.calibrate(calibration, hook_names, subjects, evidence.differences, say)
+    reached = run.calibrate(calibration, hook_names, subjects, differences, say)
     n_methods = len(fitted)
     say(f"effects on {len(items)} items")
     effects = run.effects(items, hook_names, subjects, reached, n_methods)

@@ -1,12 +1,6 @@
 """Fit directions: every method by its name."""
 
-from steerlens.methods.fitting import (
-    Evidence,
-    collect_evidence,
-    default_position,
-    fit,
-    fit_from,
-)
+from steerlens.methods.fitting import default_position, fit, fit_methods
 from steerlens.methods.registry import (
     METHODS,
     Method,
@@ -14,16 +8,17 @@ from steerlens.methods.registry import (
     method_of,
     null_directions,
 )
+from steerlens.methods.training import Trained, train_directions
 
 __all__ = [
     "METHODS",
-    "Evidence",
     "Method",
-    "collect_evidence",
+    "Trained",
     "default_position",
     "fit",
     "fit_directions",
-    "fit_from",
+    "fit_methods",
     "method_of",
     "null_directions",
+    "train_directions",
 ]

@@ -1,27 +1,23 @@
 """Collect what methods are fitted from, once for all of them, and fit."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from steerlens.activations import Differences, collect_differences
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.gradients import LossGradients, Weight, loss_gradients
 from steerlens.hooks import Layers
+from steerlens.items import PreferenceItems
 from steerlens.loss import WEIGHT
-from steerlens.methods.registry import fit_directions, method_of
+from steerlens.methods.registry import Source, fit_directions, method_of
+from steerlens.methods.training import train_directions
 from steerlens.models import HookedModel
 
 N_SCORES = 4
 """Label sequences drawn for each positive prompt where a method needs scores."""
 
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a set of methods is fitted from: differences always, gradients where one needs them."""
-
-    differences: Differences
-    gradients: LossGradients | None
+Progress = Callable[[str], None]
+"""Called with a line of text at every step."""
 
 
 def fit(
@@ -32,29 +28,33 @@ def fit(
     layers: Layers = "all",
     position: int | None = None,
     weight: Weight = WEIGHT,
+    items: PreferenceItems | None = None,
     seed: int = 0,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Directions:
-    """A unit direction at every hook, by any method: collects what it is fitted from.
+    """A unit direction at every hook, by any method: collects what it is fitted from, or trains.
 
-    `collect_differences` or `loss_gradients`, then `fit_directions`. `position` is -1 by default,
-    and for methods fitted from gradients -2 where some pair has no continuation, as a label must
-    come after it. `weight` is that of the coherence term in the gradients. Raises as those do.
+    `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`, which
+    takes `items` for the methods trained on continuations. `position` as in `default_position`
+    unless given. `weight` is that of the coherence term in the gradients. Raises as those do.
     """
-    evidence = collect_evidence(
+    fitted, _ = fit_methods(
         model,
         pairs,
         [method],
         layers=layers,
         position=position,
         weight=weight,
+        items=items,
         seed=seed,
         batch_size=batch_size,
+        progress=progress,
     )
-    return fit_from(evidence, method, seed=seed)
+    return fitted[method]
 
 
-def collect_evidence(
+def fit_methods(
     model: HookedModel,
     pairs: ContrastivePairs,
     methods: Sequence[str],
@@ -62,18 +62,27 @@ def collect_evidence(
     layers: Layers,
     position: int | None,
     weight: Weight = WEIGHT,
+    items: PreferenceItems | None = None,
     seed: int,
     batch_size: int | None,
-) -> Evidence:
-    """One pass for the differences, and one for the gradients if a method needs them.
+    progress: Progress | None = None,
+) -> tuple[dict[str, Directions], Differences]:
+    """Method name -> directions, from one pass for the differences and one for the gradients.
 
-    Positions as in `fit`. Raises as `collect_differences` and `loss_gradients`.
+    The differences come along, whether a method needs them or not. Otherwise as `fit`.
     """
     chosen = [method_of(name) for name in methods]
-    gradients = None
+    differences = collect_differences(
+        model,
+        pairs,
+        layers=layers,
+        position=-1 if position is None else position,
+        batch_size=batch_size,
+    )
+    evidence: dict[Source, Differences | LossGradients] = {"differences": differences}
     by_gradients = [method.name for method in chosen if method.source == "gradients"]
     if by_gradients:
-        gradients = loss_gradients(
+        evidence["gradients"] = loss_gradients(
             model,
             pairs,
             layers=layers,
@@ -83,14 +92,25 @@ def collect_evidence(
             seed=seed,
             batch_size=batch_size,
         )
-    differences = collect_differences(
-        model,
-        pairs,
-        layers=layers,
-        position=-1 if position is None else position,
-        batch_size=batch_size,
-    )
-    return Evidence(differences, gradients)
+    fitted = {}
+    for method in chosen:
+        if method.source == "training":
+            fitted[method.name] = train_directions(
+                model,
+                pairs,
+                layers=layers,
+                objective=method.name.removeprefix("optimised").strip("_") or "reference",
+                items=items,
+                position=-1 if position is None else position,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            ).directions
+        else:
+            fitted[method.name] = fit_directions(
+                evidence[method.source], method=method.name, seed=seed
+            )
+    return fitted, differences
 
 
 def default_position(method: str, pairs: ContrastivePairs) -> int:
@@ -100,10 +120,3 @@ def default_position(method: str, pairs: ContrastivePairs) -> int:
     """
     is_early = method_of(method).source == "gradients" and not all(p.continuation for p in pairs)
     return -2 if is_early else -1
-
-
-def fit_from(evidence: Evidence, method: str, *, seed: int) -> Directions:
-    """`fit_directions` from the part of the evidence that the method is fitted from."""
-    if method_of(method).source == "gradients" and evidence.gradients is not None:
-        return fit_directions(evidence.gradients, method=method, seed=seed)
-    return fit_directions(evidence.differences, method=method, seed=seed)

@@ -74,6 +74,24 @@ _ALL = (
         if (form, kind) != ("paired", "empirical")
     ),
     _of("fisher_pullback", "gradients", gradient.fisher_pullback),
+    Method(
+        "optimised",
+        "training",
+        None,
+        "A vector trained at c = +1 and -1 by the reference loss (`train_directions`).",
+    ),
+    Method(
+        "optimised_promotion",
+        "training",
+        None,
+        "Trained to promote the items' positive and suppress their negative continuations.",
+    ),
+    Method(
+        "optimised_preference",
+        "training",
+        None,
+        "Trained by the bidirectional preference loss on the items' continuations.",
+    ),
     _of("random", "differences", contrast.random),
     _of("shuffled", "differences", contrast.shuffled),
 )

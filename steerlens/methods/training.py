@@ -1,0 +1,262 @@
+"""Train a vector on the frozen model: by the reference loss, or on given continuations."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.activations import collect_differences
+from steerlens.data import ContrastivePairs
+from steerlens.directions import Directions
+from steerlens.errors import DirectionError, SweepError
+from steerlens.hooks import Layers, readout_hook
+from steerlens.items import PreferenceItems
+from steerlens.loss import (
+    contrastive_steering_loss,
+    preference_loss,
+    promotion_loss,
+)
+from steerlens.methods.registry import fit_directions
+from steerlens.methods.steps import Example, Objective, Outputs, make_side, push_example
+from steerlens.models import HookedModel
+from steerlens.tokens import (
+    Batch,
+    TokenizedPairs,
+    make_pair_batches,
+    tokenize_pairs,
+    tokenize_prompt,
+)
+
+TOLERANCE = 0.01
+"""The loss of logprob that the reference objective permits."""
+VALIDATION = 0.2
+"""The share of the examples that decides when to stop."""
+
+OBJECTIVES = ("reference", "promotion", "preference")
+
+Progress = Callable[[str], None]
+"""Called with a line of text after every epoch."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Directions that were trained, how long the vectors were, and the losses on the way.
+
+    `norms` maps hook name to the norm of the trained vector (residual units). `history` has one row
+    a hook and epoch: `hook_name, epoch, train_loss, validation_loss, norm`.
+    """
+
+    directions: Directions
+    norms: dict[str, float]
+    history: pd.DataFrame
+
+
+def train_directions(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    *,
+    layers: Layers,
+    objective: str = "reference",
+    items: PreferenceItems | None = None,
+    position: int = -1,
+    max_epochs: int = 8,
+    patience: int = 2,
+    step_size: float | int = 0.01,
+    examples_per_step: int = 8,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """A vector at every hook, trained with Adam on the frozen model at c = +1 and c = -1.
+
+    `reference`: the loss against the unsteered model (`contrastive_steering_loss`, tolerance 0.01,
+    weight 10000) of the pairs, positive prompts pushed by `+c v` and negative ones by `-c v`, read
+    at the readout hook along its frozen mean-difference direction; at c = -1 the difference shall
+    shrink. `promotion`: `promotion_loss` of the `items`' continuations, the positive one promoted
+    at +1 and suppressed at -1. `preference`: `preference_loss` of their gaps. The last two need
+    `items`; their prompts are steered at all positions.
+
+    Training starts at 0 with steps of `step_size` times the mean residual norm at the hook, over
+    the root of d_model, and ends after `max_epochs`, or when the loss on a held-out fifth of the
+    examples has not fallen for `patience` epochs; the best vector is kept. The readouts keep their
+    mean-difference direction. `seed` decides the order and the held-out fifth. Cost of an epoch:
+    two forward and two backward passes of all examples through the blocks after the hook.
+
+    Raises `DirectionError` on an unknown objective, missing items, fewer than 5 examples, or a
+    vector that did not move; `SweepError` on a number that cannot be used; and as
+    `collect_differences` does.
+    """
+    if objective not in OBJECTIVES:
+        raise DirectionError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+    if objective != "reference" and items is None:
+        raise DirectionError(
+            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
+        )
+    if not (math.isfinite(step_size) and step_size > 0 and max_epochs > 0 and patience > 0):
+        raise SweepError("step_size, max_epochs and patience must be above 0")
+    differences = collect_differences(
+        model, pairs, layers=layers, position=position, batch_size=batch_size
+    )
+    frozen = fit_directions(differences)
+    groups = _groups(model, pairs, items if objective != "reference" else None, examples_per_step)
+    trained, histories, norms = [], [], {}
+    for hook_name in differences.hook_names:
+        index = differences.all_hook_names.index(hook_name)
+        both = torch.cat([differences.positive[index], differences.negative[index]])
+        readout = readout_hook(hook_name, int(model.cfg.n_layers))
+        examples = [
+            Example(
+                make_side(model, up, hook_name, sign=1),
+                make_side(model, down, hook_name, sign=-1 if objective == "reference" else 1),
+                position,
+            )
+            for up, down in groups
+        ]
+        run = _Training(
+            model=model,
+            hook_name=hook_name,
+            readout=readout,
+            objective=_objective(objective, frozen[readout]),
+            learning_rate=float(step_size)
+            * float(both.norm(dim=-1).mean())
+            / both.shape[-1] ** 0.5,
+            max_epochs=max_epochs,
+            patience=patience,
+            seed=seed,
+        )
+        vector, history = run.train(examples, d_model=both.shape[-1], progress=progress)
+        if not bool(vector.isfinite().all()) or not vector.any():
+            raise DirectionError(
+                f"training at {hook_name} left no vector; take another objective or step size"
+            )
+        norms[hook_name] = float(vector.norm())
+        trained.append(vector / vector.norm())
+        histories.append(history)
+    readouts = [frozen[name] for name in differences.readout_names]
+    directions = Directions(
+        hook_names=differences.hook_names,
+        readout_names=differences.readout_names,
+        vectors=torch.stack([*trained, *readouts]).to(differences.positive.dtype),
+        method="optimised" if objective == "reference" else f"optimised_{objective}",
+        position=position,
+        seed=seed,
+        fingerprint=differences.fingerprint,
+    )
+    return Trained(directions, norms, pd.concat(histories, ignore_index=True))
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One hook's training."""
+
+    model: HookedModel
+    hook_name: str
+    readout: str
+    objective: Objective
+    learning_rate: float
+    max_epochs: int
+    patience: int
+    seed: int
+
+    def train(
+        self, examples: Sequence[Example], *, d_model: int, progress: Progress | None
+    ) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
+        """The vector with the lowest validation loss, and the losses of every epoch."""
+        generator = np.random.default_rng(self.seed)
+        order = generator.permutation(len(examples))
+        n_held = max(1, round(VALIDATION * len(examples)))
+        held = [examples[i] for i in order[:n_held]]
+        rest = [examples[i] for i in order[n_held:]]
+        device = examples[0].positive.batch.tokens.device
+        vector = torch.zeros(d_model, device=device, requires_grad=True)
+        adam = torch.optim.Adam([vector], lr=self.learning_rate)
+        best, best_loss, since = vector.detach().clone(), math.inf, 0
+        rows = []
+        for epoch in range(self.max_epochs):
+            losses = []
+            for i in generator.permutation(len(rest)):
+                loss, gradient = self._step(rest[i], vector)
+                adam.zero_grad()
+                vector.grad = gradient
+                adam.step()
+                losses.append(loss)
+            validation = float(np.mean([self._step(example, vector)[0] for example in held]))
+            norm = float(vector.detach().norm())
+            rows.append((self.hook_name, epoch, float(np.mean(losses)), validation, norm))
+            if progress is not None:
+                progress(f"{self.hook_name} epoch {epoch}: validation loss {validation:.4g}")
+            since += 1
+            if validation < best_loss:
+                best, best_loss, since = vector.detach().clone(), validation, 0
+            if since >= self.patience:
+                break
+        names = ["hook_name", "epoch", "train_loss", "validation_loss", "norm"]
+        return best.cpu(), pd.DataFrame(rows, columns=names)
+
+    def _step(self, example: Example, vector: Tensor) -> tuple[float, Float[Tensor, " d_model"]]:
+        """The loss of an example under +vector and -vector, and its gradient."""
+        return push_example(
+            self.model,
+            example,
+            vector,
+            hook_name=self.hook_name,
+            readout=self.readout,
+            objective=self.objective,
+        )
+
+
+def _groups(
+    model: HookedModel, pairs: ContrastivePairs, items: PreferenceItems | None, size: int
+) -> list[tuple[Batch, Batch]]:
+    """Pairs, or items with either continuation, in batches of at most `size`; each is a step."""
+    tokenized = tokenize_pairs(model, pairs)
+    if items is not None:
+        positive, negative = (
+            tuple(
+                tokenize_prompt(model, item.prompt, text, where=f"prompt of item {item.id!r}")
+                for item, text in zip(items, texts, strict=True)
+            )
+            for texts in ([i.positive for i in items], [i.negative for i in items])
+        )
+        tokenized = TokenizedPairs(positive, negative)
+    groups = make_pair_batches(model, tokenized, size)
+    if len(groups) < 2:
+        raise DirectionError(
+            f"training holds a fifth of the examples out, and {len(tokenized.positive)} make one "
+            "step; give more, or fewer examples_per_step"
+        )
+    return list(groups)
+
+
+def _objective(name: str, direction: Float[Tensor, " d_model"]) -> Objective:
+    """The objective of that name; `direction` is the readout's frozen one."""
+
+    def reference(found: Outputs) -> Float[Tensor, ""]:
+        up, down = (
+            contrastive_steering_loss(
+                found.readout_positive[c],
+                found.readout_negative[c],
+                found.logprob_positive[c],
+                direction.to(found.readout_positive) * sign,
+                found.unsteered_positive,
+                tolerance=TOLERANCE,
+            ).loss
+            for c, sign in enumerate((1, -1))
+        )
+        return up + down
+
+    def promotion(found: Outputs) -> Float[Tensor, ""]:
+        up = promotion_loss(found.logprob_positive[0], found.logprob_negative[0])
+        return up + promotion_loss(found.logprob_negative[1], found.logprob_positive[1])
+
+    def preference(found: Outputs) -> Float[Tensor, ""]:
+        up, down = found.logprob_positive - found.logprob_negative
+        return preference_loss(up, found.unsteered_positive - found.unsteered_negative, down)
+
+    objectives = {"reference": reference, "promotion": promotion, "preference": preference}
+    return objectives[name]
