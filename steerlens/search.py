@@ -24,6 +24,9 @@ _APART = 1.04
 _MAX_PROBES = 12
 _MAX_REFINEMENTS = 4
 _MAX_FULL = 12
+_MAX_DOUBTS = 3
+_WIDE_GAP = 1.6
+_STEEPEST = 6.0
 _GRID = 3000
 UNDEFINED = 10.0
 """Times the allowance: a loss beyond that bounds the search, and is not interpolated."""
@@ -111,6 +114,22 @@ class Line:
         at = np.array([c for c, _ in self.curve.probes[:1]])
         return bool((self.curve.loss(at) < self.allowance / 3).all()) if len(at) else False
 
+    def doubtful_middle(self) -> float | None:
+        """A coefficient to look at, where the estimate lies in a wide gap that the curve leaps.
+
+        That is, where D at the nearest point differs from the allowance by more than a sixth power
+        would make it: then the interpolation across the gap is not to be relied on.
+        """
+        points = [c for c, _ in self.curve.probes]
+        below, above = [c for c in points if c < self.at], [c for c in points if c >= self.at]
+        if not below or not above or min(above) < _WIDE_GAP * max(below):
+            return None
+        nearest = np.array([min(points, key=lambda c: abs(math.log(c / self.at)))])
+        loss = float(self.curve.loss(nearest)[0])
+        ratio = abs(math.log(loss / self.allowance)) if loss > 0 else math.inf
+        is_leap = ratio > 0.1 + _STEEPEST * abs(math.log(float(nearest[0]) / self.at))
+        return math.sqrt(max(below) * self.at) if is_leap else None
+
     def reentry(self) -> float:
         """The smallest measured c beyond the boundary that is within the allowance; NaN if none."""
         beyond = np.array([c for c, _ in self.curve.probes if c > self.at * 1.001])
@@ -143,10 +162,13 @@ def search(lines: Sequence[Line], evaluate: Evaluate) -> list[Line]:
     for k in doubted:
         found[k] = replace(found[k], at=found[k].curve.probes[0][0] / 2)
     _measure(found, doubted, evaluate, on_all=False, widest_step=4.0)
-    active = everyone
-    for _ in range(_MAX_PROBES):
-        active = [k for k in active if found[k].step(found[k].curve.probes) > _PROBE_STEP]
-        _measure(found, active, evaluate, on_all=False, widest_step=2.0)
+    _settle_on_probes(found, everyone, evaluate)
+    for _ in range(_MAX_DOUBTS):
+        doubted = [k for k in everyone if found[k].doubtful_middle() is not None]
+        for k in doubted:
+            found[k] = replace(found[k], at=found[k].doubtful_middle() or found[k].at)
+        _measure(found, doubted, evaluate, on_all=False, widest_step=2.0)
+        _settle_on_probes(found, doubted, evaluate)
     active = everyone
     for _ in range(_MAX_FULL):
         _measure(found, active, evaluate, on_all=True, widest_step=1.5)
@@ -160,6 +182,13 @@ def search(lines: Sequence[Line], evaluate: Evaluate) -> list[Line]:
     for k in active:
         found[k] = replace(found[k], at=math.nan)
     return found
+
+
+def _settle_on_probes(lines: list[Line], which: Sequence[int], evaluate: Evaluate) -> None:
+    active = which
+    for _ in range(_MAX_PROBES):
+        active = [k for k in active if lines[k].step(lines[k].curve.probes) > _PROBE_STEP]
+        _measure(lines, active, evaluate, on_all=False, widest_step=2.0)
 
 
 def loss_of(

@@ -146,3 +146,16 @@ def test_crossing_by_hand() -> None:
     losses = np.array([[0.0, 1.0, 3.0], [5.0, 5.0, 5.0], [0.0, 0.0, 0.0]])
     # Between 2 and 3, half way up from 1 to 3; at the grid's start; never.
     assert first_crossings(grid, losses, np.array([2.0, 2.0, 2.0])).tolist() == [2.5, 1.0, math.inf]
+
+
+def test_a_leap_across_a_wide_gap_is_looked_into() -> None:
+    """Flat to 2, then steep, then flat again: 1 at 3.9, and 1.49 at 6.8 where the steps land."""
+
+    def loss(c: float) -> float:
+        return float(
+            np.interp(c, [0, 2, 3, 3.5, 4.1, 6.8, 20], [0, -0.3, 0.1, 0.66, 1.17, 1.49, 3])
+        )
+
+    (found,), asked = run([loss], [line(-0.3, at=0.9)])
+    assert found.at == pytest.approx(3.9, rel=0.03)
+    assert len(asked) < 12
