@@ -1,7 +1,7 @@
 """The intervention: add `coefficient * direction` to the residual stream, inside a block only."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,22 +79,27 @@ def generate(
 
     Ends at the end-of-text token or after `max_new_tokens`. Raises as `steer`.
     """
-    generated = generate_tokens(
-        model, prompt, directions, coefficient, max_new_tokens=max_new_tokens
+    (generated,) = generate_tokens(
+        model, [prompt], directions, coefficient, max_new_tokens=max_new_tokens
     )
     return str(model.tokenizer.decode(list(generated), skip_special_tokens=True))
 
 
 def generate_tokens(
     model: HookedModel,
-    prompt: TokenizedPrompt,
+    prompts: Sequence[TokenizedPrompt],
     directions: Mapping[str, Tensor],
     coefficient: float | int,
     *,
     max_new_tokens: int,
-) -> tuple[int, ...]:
-    """The token ids of `generate`, the prompt's not among them."""
-    tokens = torch.tensor([prompt.prompt], device=model.cfg.device)
+) -> list[tuple[int, ...]]:
+    """The token ids that `generate` adds to each of some prompts of one length, run together.
+
+    Each ends before the end-of-text token. Raises `SweepError` when the lengths differ.
+    """
+    if len({len(prompt.prompt) for prompt in prompts}) != 1:
+        raise SweepError("prompts that are continued together must have the same number of tokens")
+    tokens = torch.tensor([prompt.prompt for prompt in prompts], device=model.cfg.device)
     with inference(model), steer(model, directions, coefficient):
         generated = model.generate(
             tokens,
@@ -103,4 +108,9 @@ def generate_tokens(
             return_type="tokens",
             verbose=False,
         )
-    return tuple(generated[0, len(prompt.prompt) :].tolist())
+    return [_before_end(row, model) for row in generated[:, tokens.shape[1] :].tolist()]
+
+
+def _before_end(ids: list[int], model: HookedModel) -> tuple[int, ...]:
+    end = getattr(model.tokenizer, "eos_token_id", None)
+    return tuple(ids[: ids.index(end)] if end in ids else ids)

@@ -79,7 +79,7 @@ def test_planted_direction_in_a_model_is_recovered(pairs: sl.ContrastivePairs) -
 
 @given(
     seed=st.integers(0, 1000),
-    method=st.sampled_from(["mean_diff", "pca", "pca_centred", "random"]),
+    method=st.sampled_from(["mean_diff", "pca", "pca_centred", "pca_pooled", "probe"]),
     n_pairs=st.integers(3, 12),
 )
 @settings(max_examples=60, deadline=None)

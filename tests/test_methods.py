@@ -152,10 +152,29 @@ def test_differences_by_hand() -> None:
     assert abs(float(found @ vectors[:, 1]) / float(found.norm())) == pytest.approx(1)
 
 
-def test_shuffled_is_a_mean_of_signed_differences() -> None:
-    found = contrast.shuffled(sides([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]))
-    torch.testing.assert_close(found.abs(), torch.full((3,), 1 / 3, dtype=torch.float64))
-    assert 0 < int((found > 0).sum()) < 3
+def test_shuffled_is_a_mean_of_differences_half_of_them_exchanged() -> None:
+    for n_pairs in (4, 5):
+        eye = torch.eye(n_pairs).tolist()
+        for seed in range(8):
+            given_sides = replace(sides(eye), generator=torch.Generator().manual_seed(seed))
+            found = contrast.shuffled(given_sides)
+            expected = torch.full((n_pairs,), 1 / n_pairs, dtype=torch.float64)
+            torch.testing.assert_close(found.abs(), expected)
+            assert abs(float(found.sum())) * n_pairs == pytest.approx(n_pairs % 2)
+
+
+@pytest.mark.parametrize("method", CONTROLS)
+def test_controls_do_not_know_the_labels(method: str) -> None:
+    """Their mean projections on the differences are of either sign; a method's are not."""
+    generator = torch.Generator().manual_seed(6)
+    negative, noise = torch.randn((2, 30, 16), generator=generator)
+    given = both_sides(negative + 0.5 + noise, negative)
+    signs = [
+        float((given[HOOK] @ sl.fit_directions(given, method=method, seed=seed)[HOOK]).mean()) > 0
+        for seed in range(40)
+    ]
+    assert 8 < sum(signs) < 32
+    assert float((given[HOOK] @ sl.fit_directions(given)[HOOK]).mean()) > 0
 
 
 def test_lda_by_hand() -> None:

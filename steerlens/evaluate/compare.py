@@ -14,7 +14,7 @@ from steerlens.boundary import check_search
 from steerlens.data import ContrastivePairs, Message, neutral_texts
 from steerlens.directions import Directions
 from steerlens.errors import PairError, SweepError
-from steerlens.evaluate.effects import Damage, mean_distinct_3, tokenize_items
+from steerlens.evaluate.effects import Damage, mean_distinct_3, of_one_length, tokenize_items
 from steerlens.evaluate.runner import CompareSettings, Measured, Progress, Runner
 from steerlens.hooks import Layers, hook_layer
 from steerlens.items import PreferenceItem, PreferenceItems
@@ -36,7 +36,7 @@ from steerlens.uncertainty import (
 LEVEL = 0.05
 """A claim's largest corrected p-value."""
 N_GENERATED = 4
-"""Items whose prompts are continued greedily for `distinct_3`."""
+"""Most items whose prompts, of one length, are continued greedily for `distinct_3`."""
 PROMPT = "prompt"
 """The method's name of the baseline: the positive persona written into the prompt."""
 
@@ -159,7 +159,7 @@ def compare(
         else run.mean_effects(others, hook_names, subjects[:n_methods], reached)
         for others in (train_items, *(off_target or {}).values())
     ]
-    prompts = tokenize_items(model, items)[0][:N_GENERATED]
+    prompts = of_one_length(tokenize_items(model, items)[0], N_GENERATED)
     for name, hook_name in ((name, hook) for name in fitted for hook in hook_names):
         index = list(fitted).index(name), hook_name
         measured = effects[index]

@@ -1,5 +1,6 @@
 """What steering does to held-out items and to neutral text: effect and damage, cell by cell."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,14 +105,22 @@ def mean_distinct_3(
     directions: Mapping[str, Tensor],
     coefficient: float,
 ) -> float:
-    """The mean of `distinct_3` over steered greedy continuations (40 tokens) of the prompts."""
-    shares = [
-        distinct_3(
-            generate_tokens(model, prompt, directions, coefficient, max_new_tokens=NEW_TOKENS)
-        )
-        for prompt in prompts
-    ]
+    """The mean of `distinct_3` over steered greedy continuations (40 tokens) of the prompts.
+
+    The prompts have one length. Continuations of fewer than three tokens do not count.
+    """
+    continuations = generate_tokens(
+        model, prompts, directions, coefficient, max_new_tokens=NEW_TOKENS
+    )
+    shares = np.array([distinct_3(tokens) for tokens in continuations])
     return float(np.nanmean(shares)) if not np.isnan(shares).all() else float("nan")
+
+
+def of_one_length(prompts: Sequence[TokenizedPrompt], n: int) -> tuple[TokenizedPrompt, ...]:
+    """The first `n` prompts of the commonest length, so that they can be continued together."""
+    lengths = Counter(len(prompt.prompt) for prompt in prompts)
+    commonest = max(lengths, key=lambda length: (lengths[length], -length))
+    return tuple(prompt for prompt in prompts if len(prompt.prompt) == commonest)[:n]
 
 
 def distinct_3(tokens: Sequence[int]) -> float:

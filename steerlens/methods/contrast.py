@@ -97,9 +97,7 @@ def random(given: Activations) -> Float[Tensor, " d_model"]:
     """A uniformly random direction, the control that any claim has to beat.
 
     Drawn from the seed and the hook name, so it does not depend on which other hooks are fitted.
-    The sign is fixed on the differences as for every method, so on the data it was fitted on its
-    mean projection is not below zero: about `0.8 / sqrt(d_model)` of the norm of the mean
-    difference. Cost: none.
+    Its sign is not fixed on the differences: that would tell it which side is which. Cost: none.
     """
     return torch.randn(
         given.positive.shape[-1], generator=given.generator, dtype=given.positive.dtype
@@ -107,17 +105,20 @@ def random(given: Activations) -> Float[Tensor, " d_model"]:
 
 
 def shuffled(given: Activations) -> Float[Tensor, " d_model"]:
-    """`mean_diff` with labels permuted within pairs: `mean_i s_i d_i`, s_i = +1 or -1 at random.
+    """`mean_diff` with the labels of half the pairs exchanged: `mean_i s_i d_i`, s_i = +1 or -1.
 
-    The harder control: it lies where the pairs differ, and does not know which side is which. The
-    signs are drawn from the seed and the hook name, never all equal. Cost: one sum.
+    The harder control: it lies where the pairs differ, and cannot know which side is which, as the
+    signs sum to 0 (to +1 or -1 for an odd number of pairs) and its own sign is not fixed on the
+    differences. Which half is drawn from the seed and the hook name. Cost: one sum.
     """
-    differences = given.differences
-    n_pairs = len(differences)
-    signs = torch.randint(0, 2, (n_pairs,), generator=given.generator) * 2 - 1
-    if abs(int(signs.sum())) == n_pairs:
-        signs[int(torch.randint(0, n_pairs, (1,), generator=given.generator))] *= -1
-    return (signs[:, None] * differences).mean(dim=0)
+    n_pairs = len(given.differences)
+    order = torch.randperm(n_pairs, generator=given.generator)
+    n_exchanged = n_pairs // 2 + int(
+        torch.randint(0, 1 + n_pairs % 2, (1,), generator=given.generator)
+    )
+    signs = torch.ones(n_pairs, dtype=given.positive.dtype)
+    signs[order[:n_exchanged]] = -1
+    return (signs[:, None] * given.differences).mean(dim=0)
 
 
 def _mean(given: Activations) -> Float[Tensor, " d_model"]:

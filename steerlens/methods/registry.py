@@ -33,6 +33,7 @@ class Method:
     function: Callable[[Any], Float[Tensor, " d_model"]] | None
     summary: str
     needs_scores: bool = False
+    is_control: bool = False
 
 
 def _of(name: str, source: Source, function: Callable[..., Tensor], **options: str) -> Method:
@@ -45,6 +46,7 @@ def _of(name: str, source: Source, function: Callable[..., Tensor], **options: s
         partial(function, **options) if options else function,
         summary,
         needs_scores=function is gradient.fisher_pullback,
+        is_control=function in (contrast.random, contrast.shuffled),
     )
 
 
@@ -109,10 +111,10 @@ def fit_directions(
     gradients; `method` one of `METHODS`; `seed` matters to `random` and `shuffled` alone. The
     arithmetic is in float64, the result has the evidence's dtype. A direction fitted from
     differences is signed so that their mean projection is not negative, one from gradients so that
-    the loss falls along it on average. Raises `DirectionError` on an unknown method, one that is
-    fitted from something else, and where nothing is left beyond rounding (differences that are
-    zero, that cancel for `mean_diff`, that are all equal for `pca_centred`; a gradient that is
-    zero), naming the hook.
+    the loss falls along it on average; the controls keep the sign they are drawn with. Raises
+    `DirectionError` on an unknown method, one that is fitted from something else, and where nothing
+    is left beyond rounding (differences that are zero, that cancel for `mean_diff`, that are all
+    equal for `pca_centred`; a gradient that is zero), naming the hook.
     """
     chosen = method_of(method)
     given = "differences" if isinstance(evidence, Differences) else "gradients"
@@ -126,7 +128,7 @@ def fit_directions(
         generator = torch.Generator().manual_seed(_hook_seed(seed, hook_name))
         try:
             if isinstance(evidence, Differences):
-                vectors.append(_from_activations(chosen.function, evidence, index, generator))
+                vectors.append(_from_activations(chosen, evidence, index, generator))
             else:
                 vectors.append(_from_gradients(chosen.function, evidence, index))
         except DirectionError as error:
@@ -173,7 +175,7 @@ def method_of(name: str) -> Method:
 
 
 def _from_activations(
-    function: Callable[[Any], Tensor],
+    method: Method,
     evidence: Differences,
     index: int,
     generator: torch.Generator,
@@ -187,7 +189,10 @@ def _from_activations(
             f"{evidence.position}, so there is no direction; choose a position after the "
             "prompts begin to differ"
         )
-    return _oriented(function(given), given.differences, rounding)
+    if method.function is None:
+        raise DirectionError(f"{method.name} is trained, not fitted")
+    unit = _unit(method.function(given), rounding)
+    return unit if method.is_control else _oriented(unit, given.differences)
 
 
 def _from_gradients(
@@ -207,19 +212,23 @@ def _from_gradients(
             "the gradient of the loss is zero; take a position with a label after it, a margin "
             "below 1 and a weight above 0"
         )
-    return _oriented(function(given), given.paired, rounding)
+    return _oriented(_unit(function(given), rounding), given.paired)
 
 
-def _oriented(
-    vector: Float[Tensor, " d_model"], rows: Float[Tensor, "pair d_model"], rounding: float
-) -> Float[Tensor, " d_model"]:
-    """`vector` at norm 1, signed so that the mean projection of the rows is not negative."""
+def _unit(vector: Float[Tensor, " d_model"], rounding: float) -> Float[Tensor, " d_model"]:
     if not vector.abs().max() > rounding:
         raise DirectionError(
             "nothing is left beyond rounding: the rows cancel, or are all equal and were centred; "
             "use pca, or pairs that agree more"
         )
-    unit = vector / vector.norm()
+    unit: Tensor = vector / vector.norm()
+    return unit
+
+
+def _oriented(
+    unit: Float[Tensor, " d_model"], rows: Float[Tensor, "pair d_model"]
+) -> Float[Tensor, " d_model"]:
+    """`unit`, signed so that the mean projection of the rows is not negative."""
     oriented: Tensor = -unit if (rows @ unit).mean() < 0 else unit
     return oriented
 
