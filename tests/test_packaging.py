@@ -10,8 +10,12 @@ import pytest
 
 from steerlens.tables import (
     BOUNDARY_COLUMNS,
+    COMPARISON_COLUMNS,
+    GRADIENT_COLUMNS,
     LAYER_COLUMNS,
+    RELIABILITY_COLUMNS,
     SHAPE_COLUMNS,
+    SUMMARY_COLUMNS,
     SWEEP_COLUMNS,
     Column,
 )
@@ -49,7 +53,10 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "column",
-    [*SWEEP_COLUMNS, *LAYER_COLUMNS, *BOUNDARY_COLUMNS, *SHAPE_COLUMNS],
+    [
+        *(SWEEP_COLUMNS + LAYER_COLUMNS + BOUNDARY_COLUMNS + SHAPE_COLUMNS),
+        *(COMPARISON_COLUMNS + SUMMARY_COLUMNS + RELIABILITY_COLUMNS + GRADIENT_COLUMNS),
+    ],
     ids=lambda c: c.name,
 )
 def test_every_column_is_explained_in_the_docs(column: Column) -> None:

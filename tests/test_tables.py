@@ -38,6 +38,10 @@ SWEEP_NAMES = [
     "coherence_penalty",
     "loss",
     "coherent",
+    "null_low",
+    "null_high",
+    "p_value",
+    "q_value",
 ]
 LAYER_NAMES = [
     "hook_name",

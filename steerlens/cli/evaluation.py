@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -113,7 +113,7 @@ def compare(
         train_items=train_items,
         off_target=others,
         budget=budget,
-        on=cast("Literal['neutral', 'positive']", on),
+        on=on,
         n_null=null,
         position=position,
         seed=seed,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -69,7 +69,7 @@ def compare(
     train_items: PreferenceItems | None = None,
     off_target: Mapping[str, PreferenceItems] | None = None,
     budget: str = "kl=0.1",
-    on: Literal["neutral", "positive"] = "neutral",
+    on: str = "neutral",
     neutral: Sequence[str] | None = None,
     n_null: int = 20,
     steered_positions: SteeredPositions = "all",

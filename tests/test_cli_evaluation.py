@@ -1,0 +1,158 @@
+"""`steerlens compare`, `reliability`, `methods` and `sweep --null`."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_cli import (  # noqa: F401 (fixtures)
+    Main,
+    assert_error,
+    content,
+    model_folder,
+    pairs_file,
+    record,
+    run,
+    table,
+    write_pairs,
+)
+
+from steerlens.methods import METHODS
+from steerlens.tables import COMPARISON_COLUMNS, RELIABILITY_COLUMNS, SUMMARY_COLUMNS
+
+WORDS = "walk sun rain soup bread night day kind rude it you a".split()
+
+
+@pytest.fixture(scope="module")
+def items_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("items") / "items.jsonl"
+    lines = [
+        json.dumps({"prompt": f"the {word} was", "positive": "good day", "negative": "so bad"})
+        for word in WORDS
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def compare(run: Main, model_folder: Path, pairs_file: Path, items_file: Path) -> Main:  # noqa: F811
+    """`steerlens compare` on one layer of the small model; a later option overrides these."""
+    return lambda *arguments: run(
+        *("compare", "--model", model_folder, "--pairs", pairs_file, "--items", items_file),
+        *("--layers", "1", "--methods", "mean_diff,random", "--null", "2"),
+        *("--budget", "kl=0.05", "--off-target", "none"),
+        *arguments,
+    )
+
+
+def test_a_comparison_writes_its_tables_and_is_repeatable(compare: Main, tmp_path: Path) -> None:
+    outcome = compare("--out", tmp_path / "a")
+    assert outcome.code == 0
+    assert set(content(tmp_path / "a")) == {
+        "comparison.csv",
+        "summary.csv",
+        "effects.csv",
+        "directions-mean_diff.safetensors",
+        "directions-random.safetensors",
+        "run.json",
+    }
+    found = table(tmp_path / "a", "comparison.csv")
+    assert list(found.columns) == [column.name for column in COMPARISON_COLUMNS]
+    assert found.method.tolist() == ["mean_diff", "random"]
+    # Seven tenths of twelve items are held out, the others choose the layer.
+    assert found.n_items.tolist() == [8, 8]
+    assert found.train_effect.notna().all()
+    summary = table(tmp_path / "a", "summary.csv")
+    assert list(summary.columns) == [column.name for column in SUMMARY_COLUMNS]
+    assert len(table(tmp_path / "a", "effects.csv")) == 8
+    request = record(tmp_path / "a")["request"]
+    assert request["methods"] == ["mean_diff", "random"]
+    assert request["measured_on"]["n_items"] == 8
+    assert "Effect at equal damage" in outcome.out
+    assert compare("--out", tmp_path / "b", "--quiet").out == ""
+    for name, written in content(tmp_path / "a").items():
+        if name != "run.json":
+            assert content(tmp_path / "b")[name] == written, name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "mean_diff,best"], ["no method 'best'"]),
+        (["--budget", "kl=0"], ["budget"]),
+        (["--items", "nowhere.jsonl"], ["neither a file nor a shipped dataset"]),
+        (["--off-target", "humour"], ["no dataset 'humour'"]),
+        (["--max-items", "1"], ["at least 2 items"]),
+        (["--on", "negative"], ["neutral or positive"]),
+        (["--null", "1"], ["n_null"]),
+        (["--methods", ","], ["at least one method"]),
+    ],
+)
+def test_a_wrong_option_is_one_line(
+    compare: Main, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    assert_error(compare("--out", tmp_path, "--quiet", *arguments), *words)
+
+
+def test_a_file_of_pairs_is_no_file_of_items(
+    compare: Main,
+    tmp_path: Path,
+    pairs_file: Path,  # noqa: F811
+) -> None:
+    assert_error(compare("--out", tmp_path, "--items", pairs_file), "--items")
+
+
+def test_reliability_is_printed_and_written(
+    run: Main,  # noqa: F811
+    model_folder: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    out, pairs = tmp_path / "reliability.csv", write_pairs(tmp_path / "pairs.jsonl", WORDS)
+    outcome = run("reliability", "--model", model_folder, "--pairs", pairs, "--out", out)
+    assert outcome.code == 0
+    few = write_pairs(tmp_path / "few.jsonl", WORDS[:5])
+    outcome = run("reliability", "--model", model_folder, "--pairs", few, "--quiet")
+    assert_error(outcome, "at least 8 pairs")
+    outcome = run("reliability", "--model", model_folder, "--pairs", pairs)
+    found = pd.read_csv(out)
+    assert list(found.columns) == [column.name for column in RELIABILITY_COLUMNS]
+    assert found.layer.is_monotonic_increasing
+    assert "split half cosine" in outcome.out
+
+
+def test_methods_are_listed(run: Main) -> None:  # noqa: F811
+    outcome = run("methods")
+    assert outcome.code == 0
+    for name in METHODS:
+        assert f"{name} (" in outcome.out
+
+
+def test_a_sweep_with_nulls_has_p_values(
+    run: Main,  # noqa: F811
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    outcome = run(
+        *("sweep", "--model", model_folder, "--pairs", pairs_file, "--layers", "1"),
+        *("--coefficients=-2,0,2", "--null", "3", "--out", tmp_path),
+    )
+    assert outcome.code == 0
+    found = table(tmp_path)
+    assert found.p_value.notna().tolist() == [True, False, True]
+    assert (found.null_low[::2] < found.null_high[::2]).all()
+    assert record(tmp_path)["request"]["null"] == 3
+
+
+def test_a_gradient_method_is_fitted_before_the_last_token(
+    run: Main,  # noqa: F811
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    given = ("--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--quiet")
+    options = ("--coefficients", "0,1", "--method", "gradient_mean")
+    assert run("sweep", *given, *options, "--out", tmp_path / "a").code == 0
+    assert record(tmp_path / "a")["request"]["position"] == -2
+    outcome = run("sweep", *given, *options, "--position", "-1", "--out", tmp_path / "b")
+    assert_error(outcome, "no label comes after position -1")
