@@ -195,16 +195,9 @@ def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     if not batches:
         return ()
     first, last = batches[0], batches[-1]
-    shortest = _one_row(first, 0)
+    shortest = first.row(0)
     is_one = first is last and len(first.prompts) == 1
-    return (shortest,) if is_one else (shortest, _one_row(last, len(last.prompts) - 1))
-
-
-def _one_row(batch: Batch, row: int) -> Batch:
-    keep = slice(row, row + 1)
-    return Batch(
-        batch.rows[keep], batch.prompts[keep], batch.tokens[keep], batch.attention_mask[keep]
-    )
+    return (shortest,) if is_one else (shortest, last.row(len(last.prompts) - 1))
 
 
 def _plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:

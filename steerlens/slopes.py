@@ -13,9 +13,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.activations import by_halves
+from steerlens.errors import ModelError
 from steerlens.hooks import HookFunction, resid_post
+from steerlens.loss import label_logprob
 from steerlens.models import HookedModel, inference
-from steerlens.passes import labels_gradients, run_from
+from steerlens.passes import advance, labels_gradients, labels_logprob, run_from
 from steerlens.plain import Cost, in_pair_order
 from steerlens.tokens import Batch, SteeredPositions
 
@@ -53,8 +55,10 @@ def label_slopes(
     next-token distributions: with labels y sampled from the model at the T label positions and
     s = d(sum_t log p(y_t))/dc, E[s^2] / T is the second derivative of the mean KL per token, as the
     s of different positions are uncorrelated (the contexts stay those of the prompt). `cost` is
-    added to: a forward pass and two backward passes, each counted as two forward passes.
+    added to: a forward pass and two backward passes, each counted as two forward passes, and a
+    check of one prompt. Raises `ModelError` as `check_label_rows`.
     """
+    check_label_rows(model, batches[0], cost=cost)
     generator = torch.Generator().manual_seed(seed)
     found = by_halves(
         [(batch,) for batch in batches],
@@ -67,6 +71,31 @@ def label_slopes(
         in_pair_order(run, [logprob for _, (logprob, _) in found]),
         in_pair_order(run, [curvature for _, (_, curvature) in found]),
     )
+
+
+def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
+    """See that label positions alone give the model's own logprobs, on the batch's first prompt.
+
+    Gradients start from the final norm and the unembedding run on those rows alone. Raises
+    `ModelError` where that is another function than the model's (a hook there that looks at other
+    positions, for one). `cost` is added to.
+    """
+    one = batch.row(0)
+    is_label = one.label_mask()[:, 1:]
+    n_layers = int(model.cfg.n_layers)
+    with inference(model):
+        logits = model(one.tokens, return_type="logits", **one.forward_kwargs)
+        expected = label_logprob(logits, one.tokens, one.label_mask())
+        final = advance(model, one.tokens, one.attention_mask, start=None, block=n_layers).values
+        found = labels_logprob(model, final[:, :-1][is_label], one.tokens[:, 1:][is_label])
+    cost.add(one.tokens, 2 * n_layers)
+    gap = float((found.mean() - expected[0]).abs())
+    if not gap <= max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps):
+        raise ModelError(
+            f"the final norm and unembedding, run on label positions alone, differ from the model "
+            f"by {gap:.2g} nats per token, so its gradients cannot be taken here; take off hooks "
+            "at ln_final or unembed that look at other positions"
+        )
 
 
 def _batch_slopes(

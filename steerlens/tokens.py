@@ -88,15 +88,19 @@ class Batch:
         """The first and the second half of its prompts; itself when there is one prompt."""
         middle = len(self.rows) // 2
         parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
-        return tuple(
-            Batch(
-                self.rows[part],
-                self.prompts[part],
-                self.tokens[part],
-                self.attention_mask[part],
-                self.n_before[part],
-            )
-            for part in parts
+        return tuple(self._part(part) for part in parts)
+
+    def row(self, index: int) -> "Batch":
+        """One of its prompts alone, as padded as it is."""
+        return self._part(slice(index, index + 1))
+
+    def _part(self, part: slice) -> "Batch":
+        return Batch(
+            self.rows[part],
+            self.prompts[part],
+            self.tokens[part],
+            self.attention_mask[part],
+            self.n_before[part],
         )
 
     def label_mask(self) -> Bool[Tensor, "prompt token"]:

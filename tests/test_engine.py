@@ -270,9 +270,9 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
         real(model, tokens, *args, **kwargs)
 
     monkeypatch.setattr(cells, "run_from", too_large)
-    with pytest.warns(RuntimeWarning, match="going on with 4 prompts"):
+    with pytest.warns(RuntimeWarning, match="going on with [48] prompts"):
         (found,) = planned(llama, workload, jobs, rows=16)
-    assert max(sizes) == 16
+    assert {16, 8, 4} <= set(sizes)
     assert_same(found, expected)
     monkeypatch.setattr(cells, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
     with pytest.raises(torch.OutOfMemoryError):

@@ -10,6 +10,8 @@ from conftest import bridge, build_gpt2, build_llama
 import steerlens as sl
 from steerlens import passes, plain
 from steerlens import slopes as slopes_room
+from steerlens.errors import ModelError
+from steerlens.gradients import loss_gradients
 from steerlens.hooks import resid_post
 from steerlens.plain import Cost, Workload, make_workload
 from steerlens.slopes import Slopes, label_slopes
@@ -144,7 +146,9 @@ def test_the_cost_is_a_forward_and_two_backward_passes(
 ) -> None:
     workload, cost = workload_of(double, pairs, "all"), Cost()
     slopes(double, workload, cost=cost)
-    assert cost.blocks == 5 * 3 * sum(batch.tokens.numel() for batch in workload.positive)
+    check = 2 * 3 * workload.positive[0].tokens.shape[1]
+    every = sum(batch.tokens.numel() for batch in workload.positive)
+    assert cost.blocks == 5 * 3 * every + check
 
 
 def test_out_of_memory_runs_halves(
@@ -168,3 +172,28 @@ def test_out_of_memory_runs_halves(
     monkeypatch.setattr(slopes_room, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="1 prompts"):
         slopes(double, workload)
+
+
+def test_a_model_whose_label_rows_are_not_alone_is_refused(
+    pairs: sl.ContrastivePairs,
+) -> None:
+    """A hook that mixes positions after the last block: gradients of label rows would be wrong."""
+    model = bridge(build_llama())
+    workload = workload_of(model, pairs, "all")
+    slopes(model, workload)
+
+    def mixing(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation + activation.mean(dim=1, keepdim=True)
+
+    for name in ("ln_final.hook_in", "unembed.hook_in"):
+        with (
+            model.hooks(fwd_hooks=[(name, mixing)]),
+            pytest.raises(ModelError, match="gradients cannot be taken"),
+        ):
+            slopes(model, workload)
+        with (
+            model.hooks(fwd_hooks=[(name, mixing)]),
+            pytest.raises(ModelError, match="gradients cannot be taken"),
+        ):
+            loss_gradients(model, pairs, layers=[1])
+    loss_gradients(model, pairs, layers=[1])

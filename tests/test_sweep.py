@@ -1,5 +1,6 @@
 """The sweep: cells against bare hooks, coefficient 0, invariance, both tables."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,10 @@ import steerlens as sl
 from steerlens.activations import Differences
 from steerlens.directions import Directions
 from steerlens.errors import DirectionError, PairError, SweepError
+from steerlens.methods import null_directions
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS
 from steerlens.tokens import make_batches, tokenize_pairs
+from steerlens.uncertainty import false_discovery, null_band
 
 COEFFICIENTS = (-2.0, 0.0, 0.5, 3.0)
 
@@ -424,3 +427,34 @@ def test_differences_print_in_one_line(llama: Any, pairs: sl.ContrastivePairs) -
     for value in (differences, sl.fit_directions(differences), pairs):
         assert "\n" not in repr(value)
         assert len(repr(value)) < 120
+
+
+def test_null_bands_are_those_of_sweeps_along_the_null_vectors(
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
+) -> None:
+    differences = sl.collect_differences(llama, pairs)
+    nulls = null_directions(differences, n=3, seed=5)
+    options: dict[str, Any] = {"layers": [1, 3], "coefficients": [0, 2.0], "n_bootstrap": 10}
+    plain = sl.sweep(llama, pairs, directions, **options).table
+    table = sl.sweep(llama, pairs, directions, nulls=nulls, **options).table
+    given = ["null_low", "null_high", "p_value", "q_value"]
+    assert plain[given].isna().all(axis=None)
+    pd.testing.assert_frame_equal(table.drop(columns=given), plain.drop(columns=given))
+    row = table[(table.layer == 1) & (table.coefficient == 2)].iloc[0]
+    found = []
+    for kind in ("random", "shuffled"):
+        projections = []
+        for null in nulls[kind]:
+            # The readout keeps its own frozen direction.
+            swapped = replace(directions, vectors=directions.vectors.clone())
+            swapped.vectors[1] = null["blocks.1.hook_resid_post"]
+            cells = sl.sweep(llama, pairs, swapped, **options).table
+            projections.append(cells[(cells.layer == 1) & (cells.coefficient == 2)].projection)
+        found.append(np.array([float(p.iloc[0]) for p in projections]))
+    band = null_band(float(row.projection), found)
+    assert (row.null_low, row.null_high) == pytest.approx((band.low, band.high), abs=1e-4)
+    assert row.p_value == pytest.approx(band.p_value, rel=1e-3)
+    steered = table[table.coefficient == 2]
+    expected = false_discovery(steered.p_value.to_numpy())
+    assert steered.q_value.tolist() == pytest.approx(expected.tolist())
+    assert table[table.coefficient == 0][given].isna().all(axis=None)

@@ -26,7 +26,7 @@ from steerlens.hooks import (
 from steerlens.loss import MARGIN, WEIGHT
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
-from steerlens.slopes import BACKWARD_COST
+from steerlens.slopes import BACKWARD_COST, check_label_rows
 from steerlens.tables import GRADIENT_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     Batch,
@@ -139,7 +139,8 @@ def loss_gradients(
     with the batch alone, and out of memory halves it. The rows do not depend on the batch size.
     Raises `ActivationError` on a position without a label after it or outside a prompt, and on NaN
     or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
-    before a hook; `SweepError` on a bad weight, margin or number of scores.
+    before a hook; `ModelError` as `check_label_rows`; `SweepError` on a bad weight, margin or
+    number of scores.
     """
     hook_names = resolve_hooks(model, layers)
     n_layers = int(model.cfg.n_layers)
@@ -152,10 +153,13 @@ def loss_gradients(
         raise SweepError(f"n_scores and seed are 0 or more, got {n_scores} and {seed}")
     tokenized = tokenize_pairs(model, pairs)
     _check_position(tokenized, position)
+    batches = make_pair_batches(model, tokenized, batch_size)
+    cost = Cost()
+    check_label_rows(model, batches[0][0], cost=cost)
     generator = torch.Generator().manual_seed(seed)
     targets = dict(zip(names, loss_hooks, strict=True))
     found = by_halves(
-        make_pair_batches(model, tokenized, batch_size),
+        batches,
         lambda *both: batch_rows(model, both, targets, position, n_scores, generator),
     )
     order = pair_order([positive for (positive, _), _ in found])
@@ -179,7 +183,9 @@ def loss_gradients(
         margin=float(margin),
         position=position,
         fingerprint=pairs.fingerprint,
-        forward_equivalents=_spent([both for both, _ in found], targets, n_layers, n_scores),
+        forward_equivalents=_spent(
+            [both for both, _ in found], targets, n_layers, n_scores, cost=cost
+        ),
     )
     _check_finite(gradients)
     return gradients.with_weight(weight)
@@ -280,10 +286,14 @@ def _balanced(
 
 
 def _spent(
-    batches: Sequence[tuple[Batch, ...]], targets: dict[str, str], n_layers: int, n_scores: int
+    batches: Sequence[tuple[Batch, ...]],
+    targets: dict[str, str],
+    n_layers: int,
+    n_scores: int,
+    *,
+    cost: Cost,
 ) -> float:
-    """What was run, in full forward passes of the positive prompts (see `forward_equivalents`)."""
-    cost = Cost()
+    """`cost` and the batches', in full forward passes of the positive prompts."""
     deepest = max(hook_layer(hook) for hook in targets.values()) + 1
     # At a loss hook itself the gradient is known without a backward pass.
     apart = {target for name, target in targets.items() if name != target}
