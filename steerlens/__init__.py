@@ -1,7 +1,7 @@
 """Contrastive steering on TransformerLens, with the coherence boundary measured.
 
 The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `fit_directions`,
-`sweep`.
+`sweep`; `find_boundary` for how far, `compare` for which method.
 """
 
 from steerlens.activations import Differences, collect_activations, collect_differences
@@ -15,14 +15,24 @@ from steerlens.data import (
 )
 from steerlens.directions import Directions
 from steerlens.errors import SteerlensError
+from steerlens.evaluate import Comparison, compare, reliability
+from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import readout_hook, resolve_hooks
+from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.loss import (
     SteeringLoss,
     contrastive_steering_loss,
     contrastive_steering_loss_noref,
     label_logprob,
 )
-from steerlens.methods import METHODS, fit_directions
+from steerlens.methods import (
+    METHODS,
+    Trained,
+    fit,
+    fit_directions,
+    null_directions,
+    train_directions,
+)
 from steerlens.models import load_model, provenance
 from steerlens.shape import BoundaryShape, boundary_shape
 from steerlens.steering import generate, steer
@@ -35,33 +45,45 @@ __all__ = [
     "METHODS",
     "BoundaryResult",
     "BoundaryShape",
+    "Comparison",
     "ContrastivePair",
     "ContrastivePairs",
     "Differences",
     "Directions",
+    "LossGradients",
     "Message",
+    "PreferenceItem",
+    "PreferenceItems",
     "SteeringLoss",
     "SteerlensError",
     "SweepResult",
+    "Trained",
     "boundary_shape",
     "collect_activations",
     "collect_differences",
+    "compare",
     "contrastive_steering_loss",
     "contrastive_steering_loss_noref",
     "dataset_names",
     "find_boundary",
+    "fit",
     "fit_directions",
     "generate",
+    "gradient_terms",
     "label_logprob",
     "load_model",
+    "loss_gradients",
     "measure_layers",
     "neutral_texts",
+    "null_directions",
     "predict_boundary",
     "provenance",
     "readout_hook",
+    "reliability",
     "resolve_hooks",
     "steer",
     "sweep",
     "tokenize_pairs",
     "tokenize_prompt",
+    "train_directions",
 ]

@@ -135,7 +135,7 @@ def find_boundary(
     )
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
-    check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    check_text_positions(steered_positions, on, prompts)
     check_rollouts(model, prompts, Budget.parse(budget))
     # One tensor for both signs: they are then run together.
     along = {name: directions[name] for name in hook_names}
@@ -208,7 +208,7 @@ def predict_boundary(
     seed, batch_size = whole("seed", seed, 0), whole_or_none("batch_size", batch_size, 1)
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
-    check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    check_text_positions(steered_positions, on, prompts)
     workload = make_workload(
         model,
         tokenized,
@@ -345,6 +345,21 @@ def text_name(on: On) -> str:
     if isinstance(on, Path):
         return str(on)
     return on if isinstance(on, str) else "texts"
+
+
+def check_text_positions(
+    positions: SteeredPositions, on: On, prompts: Sequence[TokenizedPrompt]
+) -> None:
+    """Raise `SweepError` where steering there cannot reach a label of the text.
+
+    And as `check_steered_positions` on the positive prompts.
+    """
+    if on != "positive" and positions in ("continuation", "last"):
+        raise SweepError(
+            f"the text {text_name(on)!r} has no continuations, so steered_positions must be all or "
+            f"prompt there, not {positions!r}"
+        )
+    check_steered_positions(positions, TokenizedPairs(tuple(prompts), ()))
 
 
 def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[TokenizedPrompt, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -106,6 +107,15 @@ def find_boundaries(
 
     workload, logprob = plan.prepared.workload, plan.prepared.unsteered.logprob
     allowance = float(allowances(budget, logprob.double().numpy(), np.ones((1, len(prompts))))[0])
+    rounding = torch.finfo(plan.model.cfg.dtype).eps
+    if allowance < rounding:
+        warnings.warn(
+            f"the budget {budget} allows {allowance:.2g} nats per token, less than the rounding of "
+            f"a {str(plan.model.cfg.dtype).removeprefix('torch.')} model ({rounding:.2g}): the "
+            "boundaries are noise; take a larger budget or load the model in float32",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     say(f"slopes at {len(pushes)} pushes")
     expected = expect(
         plan.model,
@@ -285,7 +295,8 @@ def _interval(
     """
     if math.isnan(line.at):
         return math.nan, math.nan
-    grid = np.geomspace(min(line.at, line.limit) / 200, line.limit, 1200)
+    # From 0 on: a resample may cross before any of the points between which the others are.
+    grid = np.append(0.0, np.geomspace(min(line.at, line.limit) / 200, line.limit, 1200))
     distances = np.array([c for c, _ in line.curve.full])
     slopes = counts @ drop / counts.sum(axis=1)
     allowed = allowances(coherence.budget, coherence.logprob, counts)

@@ -13,6 +13,7 @@ from steerlens.activations import collect_differences
 from steerlens.boundary import (
     On,
     check_jobs,
+    check_text_positions,
     checked_settings,
     text_name,
     text_prompts,
@@ -32,8 +33,6 @@ from steerlens.pushes import Boundary, Progress, find_boundaries
 from steerlens.tables import SHAPE_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
-    TokenizedPairs,
-    check_steered_positions,
     fingerprint,
     tokenize_pairs,
 )
@@ -121,7 +120,7 @@ def boundary_shape(
     ]
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
-    check_steered_positions(steered_positions, TokenizedPairs(prompts, ()))
+    check_text_positions(steered_positions, on, prompts)
     check_rollouts(model, prompts, Budget.parse(budget))
     cost = Cost()
     for prompt in (*tokenized.positive, *tokenized.negative):

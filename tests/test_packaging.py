@@ -1,5 +1,7 @@
 """The wheel holds the shipped data, and README's example runs."""
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import steerlens as sl
 from steerlens.tables import (
     BOUNDARY_COLUMNS,
     COMPARISON_COLUMNS,
@@ -67,10 +70,18 @@ def test_every_column_is_explained_in_the_docs(column: Column) -> None:
 
 @pytest.mark.real
 def test_readme_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """One after another, as a reader would paste them; the second one measures the boundary."""
+    """One after another, as a reader would paste them; the second one measures the boundary.
+
+    The third, a comparison, takes half an hour on a CPU: only its call is checked here.
+    """
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(examples) == 2
+    *run, compared = examples
+    assert len(run) == 2
     namespace: dict[str, object] = {}
-    for example, word in zip(examples, ("projection", "boundary_pos"), strict=True):
+    for example, word in zip(run, ("projection", "boundary_pos"), strict=True):
         exec(compile(example, "README.md", "exec"), namespace)
         assert word in capsys.readouterr().out
+    calls = [node for node in ast.walk(ast.parse(compared)) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if ast.unparse(node.func) == "sl.compare")
+    named = {str(keyword.arg): keyword.value for keyword in call.keywords}
+    inspect.signature(sl.compare).bind(*call.args, **named)
