@@ -26,6 +26,7 @@ bench: $(STAMP)
 		-r tests/benchmarks/requirements.txt
 	$(BIN)/python tests/benchmarks/bench.py --out build/bench
 	$(BIN)/python tests/benchmarks/boundary.py --out build/bench
+	$(BIN)/python tests/benchmarks/gradients.py
 
 test: lint types unit
 

@@ -123,20 +123,22 @@ class PreferenceItems(Sequence[PreferenceItem]):
     ) -> tuple["PreferenceItems", "PreferenceItems"]:
         """A random (train, test) partition, the same for the same seed; order is kept in each.
 
-        The test part has `round(test_fraction * n)` items. Raises `PairError` unless both parts
-        keep at least two.
+        Items with the same prompt stay together. The test part has `round(test_fraction * n)` of
+        the n prompts. Raises `PairError` unless both parts keep at least two items.
         """
-        n_test = round(test_fraction * len(self)) if 0 < test_fraction < 1 else 0
-        if min(n_test, len(self) - n_test) < MIN_ITEMS:
-            raise PairError(
-                f"{self.name}: test_fraction={test_fraction} of {len(self)} items must leave at "
-                f"least {MIN_ITEMS} items in each part"
-            )
-        chosen = set(np.random.default_rng(seed).permutation(len(self))[:n_test].tolist())
-        parts = (
-            tuple(item for i, item in enumerate(self.items) if (i in chosen) == is_test)
+        prompts = list(dict.fromkeys(item.prompt for item in self.items))
+        n_test = round(test_fraction * len(prompts)) if 0 < test_fraction < 1 else 0
+        order = np.random.default_rng(seed).permutation(len(prompts))
+        chosen = {prompts[i] for i in order[:n_test]}
+        parts = [
+            tuple(item for item in self.items if (item.prompt in chosen) == is_test)
             for is_test in (False, True)
-        )
+        ]
+        if min(map(len, parts)) < MIN_ITEMS:
+            raise PairError(
+                f"{self.name}: test_fraction={test_fraction} of {len(prompts)} prompts must leave "
+                f"at least {MIN_ITEMS} items in each part"
+            )
         train, test = (
             PreferenceItems(part, f"{self.name}[{split}]")
             for part, split in zip(parts, SPLITS, strict=True)

@@ -129,7 +129,7 @@ def coherence_hinge(
     exponent: float | int = 2,
     weight: float | int = WEIGHT,
 ) -> Float[Tensor, ""]:
-    """`weight * mean_i relu(baseline_i - logp_i - threshold)^exponent`: a penalty in nats.
+    """`weight * mean_i relu(baseline_i - logp_i - threshold)^exponent`: on the nats that are lost.
 
     The first `threshold` nats per token of degradation are free, whatever the baseline; beyond it
     the penalty rises with the `exponent`. Both logprobs in nats per token; no gradient flows
@@ -159,7 +159,8 @@ def total_variation_barrier(
     the unsteered one's where label t is predicted (labels as in `label_logprob`); the mean is over
     the labels of all prompts. At least 0, and inf as soon as one label's distance reaches `limit`;
     0 unsteered. There the distance has a kink: autograd gives the gradient 0, though a step in any
-    direction raises it. No gradient flows through `unsteered`. Raises `SweepError` unless the limit
+    direction raises it. At or beyond `limit` the gradient is NaN. No gradient flows through
+    `unsteered`. Raises `SweepError` unless the limit
     is above 0 and at most 1.
     """
     if not 0 < limit <= 1:
@@ -201,8 +202,9 @@ def promotion_loss(
     """`mean_i -logp_promoted_i - log(1 - exp(logp_suppressed_i))`, in nats per token.
 
     Both are mean log-probabilities of a continuation, so `exp` gives its per-token probability
-    (geometric mean). At least 0, so that training cannot run away. After the promotion and
-    suppression losses of Dunefsky and Cohan 2025 (arXiv:2502.18862), which take whole sequences.
+    (geometric mean). At least 0, so that training cannot run away. In the spirit of the promotion
+    and suppression losses of Dunefsky and Cohan 2025 (arXiv:2502.18862). Beyond a probability of
+    `1 - 1e-6` the suppressed one has no gradient.
     """
     suppressed = torch.log1p(-logp_suppressed.exp().clamp(max=1 - 1e-6))
     return (-logp_promoted - suppressed).mean()

@@ -154,13 +154,16 @@ def sweep(
                 "readout_hook": readout,
             }
             row = {**where, **measure(cell, unsteered, directions[readout], settings)}
-            if coefficient != 0 and at_null:
+            if coefficient != 0 and at_null and "projection" in row:
                 row |= _null_columns(row["projection"], coefficient, at_null, directions[readout])
             rows.append(row)
             if progress is not None:
                 progress(len(rows), n_cells)
     rows = _with_q_values(rows)
-    attrs = record(model, pairs, directions, asdict(settings), workload=workload, cost=cost)
+    attrs = {
+        **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
+        "nulls": {kind: [one.seed for one in some] for kind, some in (nulls or {}).items()},
+    }
     return SweepResult(
         table=to_frame(rows, SWEEP_COLUMNS, attrs),
         layers=to_frame(

@@ -196,9 +196,10 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
         "coefficient",
         "float64",
         "residual units",
-        "that spends the budget; inf where nothing in the searched range does",
+        "that spends the budget; inf where nothing searched does, NaN where the search failed",
     ),
     Column("n_items", "int64", "items", "held-out items measured"),
+    Column("n_null", "int64", "vectors", "null vectors that reached the budget, of both kinds"),
     Column(
         "effect",
         "float64",
@@ -220,28 +221,49 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
     ),
     Column("anti_steerable", "float64", "share", "items whose slope is below 0"),
     Column(
-        "spearman", "float64", "correlation", "mean over items, of the gap with the coefficient"
+        "spearman",
+        "float64",
+        "correlation",
+        "mean over items whose gap changes, of the gap with the coefficient",
     ),
     Column("monotone", "float64", "share", "items whose gap rises at every step"),
-    Column("kl_nats", "float64", "nats per token", "mean KL(unsteered || steered) on neutral text"),
-    Column("kl_p95_nats", "float64", "nats per token", "95th percentile of it over tokens"),
-    Column("degradation_nats", "float64", "nats per token", "loss of logprob on neutral text"),
+    Column(
+        "kl_nats",
+        "float64",
+        "nats per token",
+        "mean KL(unsteered || steered) over all tokens of neutral texts the budget is not set on",
+    ),
+    Column("kl_p95_nats", "float64", "nats per token", "95th percentile of it over those tokens"),
+    Column(
+        "degradation_nats",
+        "float64",
+        "nats per token",
+        "loss of logprob on the same texts, mean over texts",
+    ),
     Column(
         "off_target",
         "float64",
         "nats per token",
         "mean over other datasets of the absolute effect there",
     ),
-    Column("distinct_3", "float64", "share", "distinct trigrams of greedy continuations' tokens"),
     Column(
-        "train_effect", "float64", "nats per token", "the effect on training items, to choose by"
+        "distinct_3",
+        "float64",
+        "share",
+        "distinct trigrams over all, of greedy continuations (40 tokens) of up to 4 items' prompts",
+    ),
+    Column(
+        "train_effect",
+        "float64",
+        "nats per token",
+        "the effect on training items, to choose by; in-sample for methods trained on them",
     ),
     Column("is_chosen", "bool", "", "the method's layer with the largest effect on training items"),
     Column(
         "verdict",
         "str",
         "",
-        "effect, reversed, no effect shown, budget not reached, or baseline",
+        "effect, reversed, no effect shown, budget not reached, search failed, or baseline",
     ),
 )
 """One row a method and layer, at equal damage."""
@@ -278,7 +300,9 @@ RELIABILITY_COLUMNS: tuple[Column, ...] = (
     ),
     Column("cosine_quarter", "float64", "cosine", "of a quarter of the pairs with all, mean"),
     Column("cosine_half", "float64", "cosine", "of half the pairs with all, mean"),
-    Column("pca_cosine", "float64", "cosine", "of uncentred PCA with the mean difference"),
+    Column(
+        "pca_cosine", "float64", "cosine", "absolute, of uncentred PCA with the mean difference"
+    ),
 )
 """One row a hook: how far its direction can be trusted before anything is steered."""
 
@@ -288,12 +312,20 @@ GRADIENT_COLUMNS: tuple[Column, ...] = (
     Column("n_pairs", "int64", "pairs", "rows in each mean"),
     Column("separation_norm", "float64", "", "mean norm of the separation's gradient rows"),
     Column(
-        "coherence_norm", "float64", "1 / residual unit", "mean norm of the weighted penalty's rows"
+        "coherence_norm",
+        "float64",
+        "weight * nats^2 / residual unit",
+        "mean norm of the weighted penalty's rows",
     ),
     Column("coherence_share", "float64", "share", "coherence_norm over the sum of both norms"),
     Column("cosine", "float64", "cosine", "mean cosine of the two rows of each pair"),
-    Column("weight", "float64", "", "weight of the coherence penalty"),
-    Column("balanced_weight", "float64", "", "weight at which both mean norms are equal"),
+    Column("weight", "float64", "residual units / nats^2", "weight of the coherence penalty"),
+    Column(
+        "balanced_weight",
+        "float64",
+        "residual units / nats^2",
+        "weight at which both mean norms are equal",
+    ),
 )
 """One row a hook: the two terms of the loss's gradient, of the positive prompts."""
 

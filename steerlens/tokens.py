@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steerlens.data import ContrastivePairs, Prompt, render
 from steerlens.errors import ActivationError, ModelError, PairError
+from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
 
 SteeredPositions = Literal["all", "prompt", "continuation", "last"]
@@ -201,6 +202,20 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
         positive.append(pos)
         negative.append(neg)
     return TokenizedPairs(tuple(positive), tuple(negative))
+
+
+def tokenize_items(
+    model: HookedModel, items: PreferenceItems
+) -> tuple[tuple[TokenizedPrompt, ...], tuple[TokenizedPrompt, ...]]:
+    """Every item's prompt with its positive, and with its negative continuation."""
+    positive, negative = (
+        tuple(
+            tokenize_prompt(model, item.prompt, text, where=f"prompt of item {item.id!r}")
+            for item, text in zip(items, texts, strict=True)
+        )
+        for texts in ([item.positive for item in items], [item.negative for item in items])
+    )
+    return positive, negative
 
 
 def make_batches(

@@ -45,10 +45,6 @@ class NullBand:
     high: float
     p_value: float
 
-    def is_outside(self, value: float) -> bool:
-        """Whether a value lies outside the band."""
-        return not self.low <= value <= self.high
-
 
 def null_band(value: float, nulls: Sequence[Float[np.ndarray, " null"]]) -> NullBand:
     """A value against the values of null vectors, given kind by kind (random, shuffled).

@@ -14,10 +14,10 @@ from steerlens.cells import Job
 from steerlens.data import Message
 from steerlens.errors import DirectionError, PairError, SweepError
 from steerlens.evaluate import CompareSettings, Comparison, compare, reliability
-from steerlens.evaluate.compare import effect_columns, with_verdicts
 from steerlens.evaluate.effects import damages, distinct_3, preference_gaps
 from steerlens.evaluate.reliability import cosine, d_prime
 from steerlens.evaluate.runner import Measured
+from steerlens.evaluate.verdicts import effect_columns, with_verdicts
 from steerlens.hooks import resid_post
 from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.loss import label_logprob
@@ -83,9 +83,7 @@ def test_gaps_are_those_of_bare_hooks(
 ) -> None:
     job = Job(HOOK, directions[HOOK], (2.0, -1.0), resid_post(2))
     first = Job(resid_post(0), directions[resid_post(0)], (1.0,), resid_post(2))
-    unsteered, found = preference_gaps(
-        llama, items, [job, first], steered_positions="all", batch_size=3, cost=Cost()
-    )
+    unsteered, found = preference_gaps(llama, items, [job, first], batch_size=3, cost=Cost())
     vector = directions[HOOK]
     for i, item in enumerate(items):
         for c, value in ((0.0, unsteered[i]), (2.0, found[0][0, i]), (-1.0, found[0][1, i])):
@@ -100,9 +98,7 @@ def test_gaps_are_those_of_bare_hooks(
 def test_damage_by_bare_hooks(llama: Any, directions: sl.Directions, neutral: list[str]) -> None:
     texts = [tokenize_prompt(llama, text) for text in neutral[:4]]
     job = Job(HOOK, directions[HOOK], (4.0,), resid_post(2))
-    ((found,),) = damages(
-        llama, texts, [job], steered_positions="all", batch_size=None, cost=Cost()
-    )
+    ((found,),) = damages(llama, texts, [job], batch_size=None, cost=Cost())
     divergences, lost = [], []
     for text in texts:
         ids = torch.tensor([text.prompt])
@@ -135,6 +131,7 @@ def test_every_method_spends_the_same_budget(compared: Comparison) -> None:
     # Set on one half of the neutral texts, measured on the other.
     assert table.kl_nats.between(0.06, 0.16).all()
     assert table.n_items.eq(10).all()
+    assert table.n_null.eq(8).all()
     assert not table.drop(columns=["p_holm"]).isna().any(axis=None)
     assert table.attrs["forward_equivalents"] > 10
 
@@ -277,7 +274,7 @@ def test_the_persona_in_the_prompt_is_a_baseline(llama: Any, neutral: list[str])
 
 
 def settings(**changes: Any) -> CompareSettings:
-    base = CompareSettings(("mean_diff",), "kl=0.1", "neutral", 20, "all", 4.0, 200, 0, None)
+    base = CompareSettings(("mean_diff",), "kl=0.1", "neutral", 20, 4.0, 200, 0, None)
     return replace(base, **changes)
 
 
@@ -292,6 +289,10 @@ def test_the_dose_response_by_hand() -> None:
     assert row["slope"] == pytest.approx((2 - 1 + 5.5 / 2.5) / 3)
     assert row["anti_steerable"] == pytest.approx(1 / 3)
     assert row["monotone"] == pytest.approx(1 / 3)
+    assert row["spearman"] == pytest.approx((1 - 1 + 0.9) / 3)
+    # An item that nothing moves has no correlation, and the others keep theirs.
+    still = np.append(changes, np.zeros((4, 1)), axis=1)
+    row = effect_columns(Measured(doses, still), nulls, settings())
     assert row["spearman"] == pytest.approx((1 - 1 + 0.9) / 3)
 
 
@@ -341,9 +342,7 @@ def test_null_methods_land_in_the_null_band(
     jobs = [Job(HOOK, of[HOOK], (3.0,), resid_post(2)) for some in fresh.values() for of in some]
     null = null_directions(differences, n=20, seed=0)
     jobs += [Job(HOOK, of[HOOK], (3.0,), resid_post(2)) for some in null.values() for of in some]
-    unsteered, gaps = preference_gaps(
-        llama, items, jobs, steered_positions="all", batch_size=None, cost=Cost()
-    )
+    unsteered, gaps = preference_gaps(llama, items, jobs, batch_size=None, cost=Cost())
     effects = np.array([float((gap[0] - unsteered).mean()) for gap in gaps])
     kinds = [effects[60:80], effects[80:100]]
     outside = [
@@ -379,6 +378,7 @@ def test_intervals_cover_the_truth_in_nine_of_ten_datasets() -> None:
         ({"n_null": 1}, SweepError, "n_null"),
         ({"budget": "loss=1"}, SweepError, "budget"),
         ({"neutral": ["the sun", "a river"]}, SweepError, "4 neutral texts"),
+        ({"neutral": ["the sun", "a river", "so", "it is", ""]}, PairError, "text 5"),
         ({"train_items": make_items("the river was")}, PairError, "both in the training"),
         ({"layers": [1], "methods": ["optimised_promotion"]}, DirectionError, "give items"),
     ],

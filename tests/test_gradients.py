@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bridge, build_gpt2
+from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.errors import ActivationError, HookError, SweepError
@@ -208,6 +208,14 @@ def test_scores_estimate_the_fisher_information(
         curvatures.append(float(2 * kl / epsilon**2))
     estimate = (found.scores[0] @ along).square().mean()
     assert float(estimate) == pytest.approx(sum(curvatures) / 2, rel=0.1)
+
+
+def test_an_early_loss_hook_leaves_the_readout_to_itself(pairs: sl.ContrastivePairs) -> None:
+    """In a model of five blocks the readout, block 2, comes after a loss hook in block 1."""
+    model = bridge(build_llama())
+    found = loss_gradients(model, pairs, layers=[0], loss_hook=resid_post(1))
+    assert found.all_hook_names == (resid_post(0), resid_post(2))
+    assert found.loss_hooks == (resid_post(1), resid_post(2))
 
 
 def test_weights_keep_their_gradient_setting_and_none_is_computed(

@@ -19,7 +19,7 @@ PACKAGE = Path(steerlens.__file__).parent
 # A module imports only from modules to its left.
 ORDER = (
     "errors data items models hooks tokens activations directions loss steering uncertainty tables "
-    "plain passes parts cells engine slopes gradients methods measures sweep search coherence "
+    "plain passes parts cells engine measures slopes gradients methods sweep search coherence "
     "pushes boundary shape evaluate runs cli"
 ).split()
 EXEMPT = ("__init__", "__main__")

@@ -251,6 +251,17 @@ def test_ridge_solve_is_the_solve_written_out(
     torch.testing.assert_close(ridge_solve(rows, ridge, target), torch.linalg.solve(matrix, target))
 
 
+def test_pooled_forms_descend_when_both_sides_are_pushed_alike() -> None:
+    """Separation (3, 0), coherence (0, 1) against it: pooled and paired signs disagree."""
+    coherence = torch.tensor([[-4.0, -1.0]] * 3)
+    given_rows = gradients_of(
+        torch.tensor([[-3.0, 0.0]] * 3) - coherence, torch.tensor([[3.0, 0.0]] * 3)
+    )
+    pooled = sl.fit_directions(given_rows, method="gradient_mean_pooled")[HOOK]
+    expected = torch.nn.functional.normalize(torch.tensor([-2.0, -0.5]), dim=0)
+    torch.testing.assert_close(pooled, expected)
+
+
 def test_first_axis_is_as_long_as_the_rows_along_it() -> None:
     rows = torch.tensor([[3.0, 4.0], [-6.0, -8.0]])
     assert float(first_axis(rows).norm()) == pytest.approx(((25 + 100) / 2) ** 0.5)

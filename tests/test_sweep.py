@@ -301,8 +301,14 @@ def test_overflowing_cell_is_undefined_and_the_rest_is_kept(pairs: sl.Contrastiv
     assert np.isnan(bad.projection)
     assert np.isnan(bad.degradation_ci_low)
     assert not bad.coherent
-    good = table[table.coefficient != 1e6].drop(columns=["hook_name", "readout_hook"])
+    of_nulls = ["null_low", "null_high", "p_value", "q_value"]
+    names = ["hook_name", "readout_hook"]
+    good = table[table.coefficient != 1e6].drop(columns=[*names, *of_nulls])
     assert good.notna().all(axis=None)
+    nulls = null_directions(sl.collect_differences(model, pairs), n=2, seed=0)
+    with pytest.warns(RuntimeWarning, match="NaN or inf at coefficient 1e"):
+        table = sl.sweep(model, pairs, fitted, layers=[0], coefficients=[1, 1e6], nulls=nulls).table
+    assert table.p_value.notna().tolist() == [True, False]
 
 
 def test_tables_have_the_declared_columns_and_provenance(

@@ -193,9 +193,10 @@ def test_what_cannot_be_trained_is_refused(llama: Any, pairs: sl.ContrastivePair
         train_directions(llama, pairs, layers=[1], objective="loss")
     with pytest.raises(DirectionError, match="give items"):
         train_directions(llama, pairs, layers=[1], objective="promotion")
-    alike = sl.ContrastivePairs.from_lists(["the sun", "the rain"], ["the day", "the night"])
-    with pytest.raises(DirectionError, match="fewer examples_per_step"):
-        train_directions(llama, alike, layers=[1], examples_per_step=64)
+    with pytest.raises(DirectionError, match="at least 5; got 4"):
+        train_directions(llama, pairs[:4], layers=[1])
+    with pytest.raises(SweepError, match="examples_per_step"):
+        train_directions(llama, pairs, layers=[1], examples_per_step=0)
     with pytest.raises(SweepError, match="step_size"):
         train_directions(llama, pairs, layers=[1], step_size=0)
     with pytest.raises(DirectionError, match="fitted from training"):

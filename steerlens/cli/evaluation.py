@@ -49,7 +49,13 @@ def compare(
             "those of the shipped pairs.",
         ),
     ] = None,
-    layers: LayersOption = "all",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            help="As of `sweep`. Default: at a quarter, half and three quarters of the depth.",
+        ),
+    ] = None,
     methods: Annotated[
         str, typer.Option("--methods", help="Joined by commas; `steerlens methods` lists them.")
     ] = "mean_diff,pca,pca_pooled,lda,probe,gradient_mean,fisher_pullback",
@@ -84,8 +90,9 @@ def compare(
     train_items, test_items = _items_of(items or pairs, seed)
     if max_items is not None:
         test_items = test_items[: max(max_items, 0)]
-    others = _others(off_target, items or pairs)
+    others = _others(off_target, (items, pairs))
     loaded = load_model(model, progress=not quiet)
+    layers = layers or _quarters(int(loaded.cfg.n_layers))
     request = {
         "command": "compare",
         "model": provenance(loaded).to_dict(),
@@ -173,6 +180,10 @@ def reliability(
         )
 
 
+def _quarters(n_layers: int) -> str:
+    return ",".join(str(n_layers * part // 4) for part in (1, 2, 3))
+
+
 def _items_of(source: str, seed: int) -> tuple[PreferenceItems, PreferenceItems]:
     """Training and held-out items: a shipped dataset's parts, or those of a file."""
     if source in data.dataset_names():
@@ -191,11 +202,13 @@ def _items_of(source: str, seed: int) -> tuple[PreferenceItems, PreferenceItems]
     return found.split(TEST_SHARE, seed)
 
 
-def _others(names: str, source: str) -> dict[str, PreferenceItems]:
+def _others(names: str, measured: tuple[str | None, str]) -> dict[str, PreferenceItems]:
     if names == "none":
         return {}
     chosen = data.dataset_names() if names == "all" else [n.strip() for n in names.split(",")]
-    return {name: PreferenceItems.load(name, split="test") for name in chosen if name != source}
+    return {
+        name: PreferenceItems.load(name, split="test") for name in chosen if name not in measured
+    }
 
 
 def _items_record(items: PreferenceItems) -> dict[str, object]:

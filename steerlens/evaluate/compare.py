@@ -3,42 +3,51 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from numpy.typing import NDArray
 
-from steerlens.boundary import check_search
-from steerlens.data import ContrastivePairs, Message, neutral_texts
+from steerlens.activations import collect_differences
+from steerlens.boundary import check_search, text_prompts
+from steerlens.data import ContrastivePairs, Message
 from steerlens.directions import Directions
 from steerlens.errors import PairError, SweepError
-from steerlens.evaluate.effects import Damage, mean_distinct_3, of_one_length, tokenize_items
-from steerlens.evaluate.runner import CompareSettings, Measured, Progress, Runner
+from steerlens.evaluate.effects import Damage, mean_distinct_3, of_one_length
+from steerlens.evaluate.runner import (
+    CompareSettings,
+    Index,
+    Measured,
+    Progress,
+    Runner,
+    Subjects,
+    mean_norms,
+)
+from steerlens.evaluate.verdicts import (
+    PROMPT,
+    effect_columns,
+    mean_abs,
+    summarise,
+    with_verdicts,
+)
 from steerlens.hooks import Layers, hook_layer
 from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.measures import whole, whole_or_none
 from steerlens.methods import fit_methods, method_of, null_directions
 from steerlens.models import HookedModel, provenance
 from steerlens.plain import Cost
-from steerlens.tables import COMPARISON_COLUMNS, SUMMARY_COLUMNS, Row, to_frame
-from steerlens.tokens import SteeredPositions, fingerprint, tokenize_pairs, tokenize_prompt
-from steerlens.uncertainty import (
-    bootstrap_interval,
-    false_discovery,
-    holm,
-    null_band,
-    percentile_interval,
-    resampled_counts,
+from steerlens.tables import COMPARISON_COLUMNS, Row, to_frame
+from steerlens.tokens import (
+    TokenizedPrompt,
+    fingerprint,
+    tokenize_items,
+    tokenize_pairs,
 )
+from steerlens.uncertainty import bootstrap_interval
 
-LEVEL = 0.05
-"""A claim's largest corrected p-value."""
 N_GENERATED = 4
 """Most items whose prompts, of one length, are continued greedily for `distinct_3`."""
-PROMPT = "prompt"
-"""The method's name of the baseline: the positive persona written into the prompt."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,8 @@ class Comparison:
     `summary` (`SUMMARY_COLUMNS`) holds each method at the layer chosen on training items, best
     first; it is empty when there are none. `effects` are the effects item by item, one row an item
     and one column a row of `table` ("method @ hook name"). The tables carry settings, model
-    provenance, fingerprints and `forward_equivalents` (of the held-out items, both continuations)
-    in their attrs.
+    provenance, fingerprints and `forward_equivalents` (of the held-out items with both
+    continuations; fitting and generation are not counted) in their attrs.
     """
 
     table: pd.DataFrame
@@ -72,7 +81,6 @@ def compare(
     on: str = "neutral",
     neutral: Sequence[str] | None = None,
     n_null: int = 20,
-    steered_positions: SteeredPositions = "all",
     position: int | None = None,
     search_range: float | int = 4.0,
     n_bootstrap: int = 2000,
@@ -87,15 +95,17 @@ def compare(
     `on="positive"`, on the pairs' positive prompts: its coherence boundary there. The effect is the
     mean change of the preference gap, `logprob(positive continuation) - logprob(negative one)`
     (nats per token), with a 95% bootstrap interval over items; damage is measured on the second
-    half of the neutral texts. The gap is also measured at -1, -1/2, 0 and 1/2 times the
-    coefficient, for slope, Spearman correlation and monotone share of every item.
+    half of the neutral texts. Every token is steered. The gap is also measured at -1, -1/2, 0 and
+    1/2 times the coefficient, for slope, Spearman correlation and monotone share of every item.
 
     `n_null` random and as many shuffled vectors at every hook, each at its own coefficient for the
     same budget, give the null band and p-value (`null_band`); `p_holm` corrects over the layers of
     a method, `q_value` over all rows. A row is an "effect" ("reversed" when negative) only outside
-    the band and with `p_holm` below 0.05. The layer is chosen by the effect on `train_items`, never
-    on `items`. `off_target` are items of other concepts. The baseline "prompt" writes the pairs'
-    positive system messages into the items' prompts, where both are chats.
+    the band and with `p_holm` below 0.05; a p-value from so few nulls rests on their being normal.
+    The layer is chosen by the effect on `train_items`, never on `items`; methods trained on
+    continuations are trained on `train_items` too, so their choice of layer is in-sample.
+    `off_target` are items of other concepts. The baseline "prompt" writes the pairs' positive
+    system messages into the items' prompts, where both are chats.
 
     Raises `DirectionError` on an unknown method, `SweepError` on a budget, number or set of texts
     that cannot be used, `PairError` when training and held-out items share a prompt, and as
@@ -106,17 +116,14 @@ def compare(
         budget=str(check_search(budget=budget, search_range=search_range)),
         on=on,
         n_null=whole("n_null", n_null, 2),
-        steered_positions=steered_positions,
         search_range=float(search_range),
         n_bootstrap=whole("n_bootstrap", n_bootstrap, 2),
         seed=whole("seed", seed, 0),
         batch_size=whole_or_none("batch_size", batch_size, 1),
     )
     _check(settings, items, train_items)
-    texts = tuple(
-        tokenize_prompt(model, text, where=f"neutral text {i}")
-        for i, text in enumerate(neutral_texts() if neutral is None else neutral, start=1)
-    )
+    tokenized = tokenize_pairs(model, pairs)
+    texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
     if len(texts) < 4:
         raise SweepError(f"expected at least 4 neutral texts, got {len(texts)}")
     half = len(texts) // 2
@@ -126,10 +133,18 @@ def compare(
             progress(text)
 
     say(f"fitting {len(settings.methods)} methods")
-    fitted, differences = fit_methods(
+    differences = collect_differences(
+        model,
+        pairs,
+        layers=layers,
+        position=-1 if position is None else position,
+        batch_size=batch_size,
+    )
+    fitted = fit_methods(
         model,
         pairs,
         settings.methods,
+        differences=differences,
         layers=layers,
         position=position,
         items=train_items,
@@ -137,69 +152,27 @@ def compare(
         batch_size=batch_size,
         progress=progress,
     )
-    nulls = null_directions(differences, n=n_null, seed=seed)
-    hook_names = differences.hook_names
-    subjects = [
-        *((name, of) for name, of in fitted.items()),
-        *((kind, of) for kind, some in nulls.items() for of in some),
-    ]
+    subjects = Subjects(
+        differences.hook_names, fitted, null_directions(differences, n=n_null, seed=seed)
+    )
     run = Runner(model, settings, Cost())
-    calibration = tokenize_pairs(model, pairs).positive if on == "positive" else texts[:half]
-    reached = run.calibrate(calibration, hook_names, subjects, differences, say)
-    n_methods = len(fitted)
-    say(f"effects on {len(items)} items")
-    effects = run.effects(items, hook_names, subjects, reached, n_methods)
-    say("damage on neutral text")
-    spent = run.damages(texts[half:], hook_names, subjects[:n_methods], reached)
-    rows: list[Row] = []
-    by_item: dict[str, NDArray[np.float64]] = {}
-    on_train, *elsewhere = [
-        {}
-        if others is None
-        else run.mean_effects(others, hook_names, subjects[:n_methods], reached)
-        for others in (train_items, *(off_target or {}).values())
-    ]
-    prompts = of_one_length(tokenize_items(model, items)[0], N_GENERATED)
-    for name, hook_name in ((name, hook) for name in fitted for hook in hook_names):
-        index = list(fitted).index(name), hook_name
-        measured = effects[index]
-        row: dict[str, Any] = {
-            "method": name,
-            "hook_name": hook_name,
-            "layer": hook_layer(hook_name),
-            "coefficient": reached[index],
-            "n_items": len(items),
-            "train_effect": on_train.get(index, math.nan),
-            "is_chosen": False,
-            "verdict": "budget not reached",
-        }
-        if measured is not None:
-            say(f"{name} at {hook_name}")
-            null = [
-                np.array(
-                    [
-                        float(found.at_full.mean())
-                        for i in range(n_methods, len(subjects))
-                        if subjects[i][0] == kind and (found := effects[i, hook_name]) is not None
-                    ]
-                )
-                for kind in nulls
-            ]
-            by_item[f"{name} @ {hook_name}"] = measured.at_full
-            directions = {hook_name: fitted[name][hook_name]}
-            row |= effect_columns(measured, null, settings)
-            row |= _damage_columns(spent[index])
-            row["off_target"] = _mean_abs([some.get(index, math.nan) for some in elsewhere])
-            row["distinct_3"] = mean_distinct_3(model, prompts, directions, reached[index])
-        rows.append(row)
-    rows = with_verdicts(rows)
+    found = _find(
+        run,
+        subjects,
+        mean_norms(differences),
+        calibration=tokenized.positive if on == "positive" else texts[:half],
+        held_out=texts[half:],
+        items=items,
+        train_items=train_items,
+        off_target=tuple((off_target or {}).values()),
+        say=say,
+    )
+    rows, by_item = _rows(run, subjects, found, items, say)
     told = _with_persona(pairs, items)
     if told is not None:
         say("the persona written into the prompt")
-        change = run.gap(told) - run.gap(items)
-        by_item[PROMPT] = change
-        rows.append(_prompt_row(change, settings))
-    one = sum(map(len, (*tokenize_items(model, items)[0], *tokenize_items(model, items)[1])))
+        by_item[PROMPT] = run.gap(told) - run.gap(items)
+        rows.append(_prompt_row(by_item[PROMPT], settings))
     attrs = {
         "settings": asdict(settings),
         "positions": {name: of.position for name, of in fitted.items()},
@@ -209,54 +182,96 @@ def compare(
         "off_target": {name: of.fingerprint for name, of in (off_target or {}).items()},
         "neutral": fingerprint(texts),
         "model": provenance(model).to_dict(),
-        "forward_equivalents": round(run.cost.blocks / (one * int(model.cfg.n_layers)), 3),
+        "forward_equivalents": run.forward_equivalents(items),
     }
-    effects_by_item = pd.DataFrame({"id": [item.id for item in items], **by_item})
-    effects_by_item.attrs.update(attrs)
+    effects = pd.DataFrame({"id": [item.id for item in items], **by_item})
+    effects.attrs.update(attrs)
     table = to_frame(rows, COMPARISON_COLUMNS, attrs)
-    return Comparison(
-        table, summarise(table, effects_by_item, settings), effects_by_item, fitted, settings
-    )
+    return Comparison(table, summarise(table, effects, settings), effects, fitted, settings)
 
 
-def summarise(
-    table: pd.DataFrame, effects: pd.DataFrame, settings: CompareSettings
-) -> pd.DataFrame:
-    """Every method at its chosen layer, and the prompt baseline, best first (`SUMMARY_COLUMNS`).
+@dataclass(frozen=True)
+class _Findings:
+    """What was measured of every subject at every hook; `elsewhere` of the off-target items."""
 
-    Ranks are resampled over items, all methods on the same ones.
-    """
-    attrs = {str(name): value for name, value in table.attrs.items()}
-    chosen = table[table.is_chosen | (table.method == PROMPT)]
-    if not table.is_chosen.any():
-        return to_frame([], SUMMARY_COLUMNS, attrs)
-    rows = chosen.sort_values("effect", ascending=False, kind="stable").to_dict("records")
-    names = [PROMPT if r["method"] == PROMPT else f"{r['method']} @ {r['hook_name']}" for r in rows]
-    values = np.stack([effects[name].to_numpy(dtype=np.float64) for name in names], axis=1)
-    counts = resampled_counts(len(values), n_resamples=settings.n_bootstrap, seed=settings.seed)
-    means = counts @ values / counts.sum(axis=1, keepdims=True)
-    ranks = (-means).argsort(axis=1, kind="stable").argsort(axis=1) + 1
-    kept = (
-        "method",
-        "layer",
-        "coefficient",
-        "effect",
-        "effect_ci_low",
-        "effect_ci_high",
-        "verdict",
-    )
-    summary = []
-    for i, row in enumerate(rows):
-        low, high = percentile_interval(ranks[:, i].astype(np.float64))
-        summary.append(
-            {
-                **{name: row[name] for name in kept},
-                "rank": i + 1,
-                "rank_low": int(low),
-                "rank_high": int(high),
+    reached: Mapping[Index, float]
+    effects: Mapping[Index, Measured | None]
+    damage: Mapping[Index, Damage]
+    on_train: Mapping[Index, float]
+    elsewhere: Sequence[Mapping[Index, float]]
+
+
+def _find(
+    run: Runner,
+    subjects: Subjects,
+    norms: Mapping[str, float],
+    *,
+    calibration: Sequence[TokenizedPrompt],
+    held_out: Sequence[TokenizedPrompt],
+    items: PreferenceItems,
+    train_items: PreferenceItems | None,
+    off_target: Sequence[PreferenceItems],
+    say: Progress,
+) -> _Findings:
+    reached = run.calibrate(calibration, subjects, norms, say)
+    say(f"effects on {len(items)} items")
+    effects = run.effects(items, subjects, reached)
+    say("damage on neutral text")
+    damage = run.damages(held_out, subjects, reached)
+    on_train: Mapping[Index, float] = {}
+    if train_items is not None:
+        on_train = run.mean_effects(train_items, subjects, reached)
+    elsewhere = [run.mean_effects(some, subjects, reached) for some in off_target]
+    return _Findings(reached, effects, damage, on_train, elsewhere)
+
+
+def _rows(
+    run: Runner, subjects: Subjects, found: _Findings, items: PreferenceItems, say: Progress
+) -> tuple[list[Row], dict[str, NDArray[np.float64]]]:
+    """The rows of all methods and hooks with their verdicts, and the effects item by item."""
+    rows: list[Row] = []
+    by_item: dict[str, NDArray[np.float64]] = {}
+    prompts = of_one_length(tokenize_items(run.model, items)[0], N_GENERATED)
+    for index in subjects.of_methods():
+        name, hook_name = subjects.name(index), index[1]
+        measured, reached = found.effects[index], found.reached[index]
+        nulls = _null_effects(subjects, found, hook_name)
+        row: dict[str, Any] = {
+            "method": name,
+            "hook_name": hook_name,
+            "layer": hook_layer(hook_name),
+            "coefficient": reached,
+            "n_items": len(items),
+            "train_effect": found.on_train.get(index, math.nan),
+            "is_chosen": False,
+            "n_null": sum(map(len, nulls)),
+            "verdict": "search failed" if math.isnan(reached) else "budget not reached",
+        }
+        if measured is not None:
+            say(f"{name} at {hook_name}")
+            by_item[f"{name} @ {hook_name}"] = measured.at_full
+            steered = {hook_name: subjects.direction(index)}
+            row |= effect_columns(measured, nulls, run.settings)
+            row |= {
+                "kl_nats": found.damage[index].kl,
+                "kl_p95_nats": found.damage[index].kl_p95,
+                "degradation_nats": found.damage[index].degradation,
+                "off_target": mean_abs([some[index] for some in found.elsewhere]),
+                "distinct_3": mean_distinct_3(run.model, prompts, steered, reached),
             }
-        )
-    return to_frame(summary, SUMMARY_COLUMNS, attrs)
+        rows.append(row)
+    return with_verdicts(rows), by_item
+
+
+def _null_effects(
+    subjects: Subjects, found: _Findings, hook_name: str
+) -> list[NDArray[np.float64]]:
+    """The mean effects of the nulls at a hook, kind by kind; those beyond the range left out."""
+    kinds = []
+    for of_kind in subjects.of_nulls(hook_name):
+        measured = [found.effects[index] for index in of_kind]
+        kinds.append(np.array([float(m.at_full.mean()) for m in measured if m is not None]))
+    return kinds
 
 
 def _check(
@@ -268,98 +283,12 @@ def _check(
         method_of(name)
     if settings.on not in ("neutral", "positive"):
         raise SweepError(f"on is neutral or positive, not {settings.on!r}")
-    if settings.steered_positions not in get_args(SteeredPositions):
-        raise SweepError(
-            f"steered positions are {get_args(SteeredPositions)}, "
-            f"not {settings.steered_positions!r}"
-        )
     shared = {item.prompt for item in items} & {item.prompt for item in train_items or ()}
     if shared:
         raise PairError(
             f"{len(shared)} prompts are both in the training and in the held-out items, so the "
             "layer would be chosen on the test data; take them out of one"
         )
-
-
-def effect_columns(
-    measured: Measured, nulls: Sequence[Float[np.ndarray, " null"]], settings: CompareSettings
-) -> Row:
-    """Effect, its interval and null band, and the dose-response, of one method at one hook."""
-    effect = float(measured.at_full.mean())
-    low, high = bootstrap_interval(
-        measured.at_full, n_resamples=settings.n_bootstrap, seed=settings.seed
-    )
-    band = null_band(effect, nulls)
-    doses = np.append(measured.coefficients, 0.0)
-    order = doses.argsort()
-    curves = np.vstack([measured.changes, np.zeros_like(measured.changes[:1])])[order]
-    doses = doses[order]
-    centred = doses - doses.mean()
-    slopes = centred @ curves / (centred @ centred)
-    return {
-        "effect": effect,
-        "effect_ci_low": low,
-        "effect_ci_high": high,
-        "null_low": band.low,
-        "null_high": band.high,
-        "p_value": band.p_value,
-        "slope": float(slopes.mean()),
-        "anti_steerable": float((slopes < 0).mean()),
-        "spearman": float(np.mean([_spearman(doses, curve) for curve in curves.T])),
-        "monotone": float((np.diff(curves, axis=0) > 0).all(axis=0).mean()),
-    }
-
-
-def _spearman(doses: NDArray[np.float64], curve: NDArray[np.float64]) -> float:
-    from scipy.stats import spearmanr
-
-    if np.ptp(curve) == 0:
-        return math.nan
-    return float(spearmanr(doses, curve).statistic)
-
-
-def _damage_columns(spent: Damage) -> Row:
-    return {
-        "kl_nats": spent.kl,
-        "kl_p95_nats": spent.kl_p95,
-        "degradation_nats": spent.degradation,
-    }
-
-
-def _mean_abs(values: Sequence[float]) -> float:
-    return float(np.mean(np.abs(values))) if values else math.nan
-
-
-def with_verdicts(rows: Sequence[Row]) -> list[Row]:
-    """The rows with corrected p-values, the chosen layer of each method, and a verdict."""
-    p_values = np.array([float(row.get("p_value", math.nan)) for row in rows])
-    q_values, corrected = false_discovery(p_values), np.full_like(p_values, math.nan)
-    is_chosen = np.zeros(len(rows), dtype=bool)
-    for method in dict.fromkeys(row["method"] for row in rows):
-        of = np.array([i for i, row in enumerate(rows) if row["method"] == method])
-        corrected[of] = holm(p_values[of])
-        on_train = np.array([float(rows[i]["train_effect"]) for i in of])
-        if not np.isnan(on_train).all():
-            is_chosen[of[int(np.nanargmax(on_train))]] = True
-    found: list[Row] = []
-    for i, row in enumerate(rows):
-        done = {
-            **row,
-            "p_holm": float(corrected[i]),
-            "q_value": float(q_values[i]),
-            "is_chosen": bool(is_chosen[i]),
-        }
-        found.append({**done, "verdict": _verdict(done)})
-    return found
-
-
-def _verdict(row: Row) -> str:
-    if "effect" not in row:
-        return str(row["verdict"])
-    is_inside = row["null_low"] <= row["effect"] <= row["null_high"]
-    if is_inside or not row["p_holm"] < LEVEL:
-        return "no effect shown"
-    return "effect" if row["effect"] > 0 else "reversed"
 
 
 def _with_persona(pairs: ContrastivePairs, items: PreferenceItems) -> PreferenceItems | None:
@@ -384,6 +313,7 @@ def _prompt_row(change: NDArray[np.float64], settings: CompareSettings) -> Row:
         "hook_name": "none",
         "layer": -1,
         "n_items": len(change),
+        "n_null": 0,
         "effect": float(change.mean()),
         "effect_ci_low": low,
         "effect_ci_high": high,

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from steerlens.cells import Job
 from steerlens.engine import make_plan, run_cells
+from steerlens.hooks import resid_post
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
 from steerlens.plain import CellOutput, Cost, Workload, run_baseline
 from steerlens.steering import generate_tokens
-from steerlens.tokens import SteeredPositions, TokenizedPrompt, make_batches, tokenize_prompt
+from steerlens.tokens import TokenizedPrompt, make_batches, tokenize_items
 
 P95 = 95
 NEW_TOKENS = 40
@@ -35,44 +36,41 @@ class Damage:
     degradation: float
 
 
-def tokenize_items(
-    model: HookedModel, items: PreferenceItems
-) -> tuple[tuple[TokenizedPrompt, ...], tuple[TokenizedPrompt, ...]]:
-    """Every item's prompt with its positive, and with its negative continuation."""
-    positive, negative = (
-        tuple(
-            tokenize_prompt(model, item.prompt, text, where=f"prompt of item {item.id!r}")
-            for item, text in zip(items, texts, strict=True)
-        )
-        for texts in ([item.positive for item in items], [item.negative for item in items])
-    )
-    return positive, negative
-
-
 def preference_gaps(
     model: HookedModel,
     items: PreferenceItems,
     jobs: Sequence[Job],
     *,
-    steered_positions: SteeredPositions,
     batch_size: int | None,
     cost: Cost,
 ) -> tuple[Float[np.ndarray, " item"], list[Float[np.ndarray, "coefficient item"]]]:
     """Preference gaps, unsteered and for every job at its coefficients, item by item.
 
     gap = logprob(positive continuation) - logprob(negative continuation), each the mean over its
-    own tokens after the same prompt (nats per token), both steered alike. `cost` is added to.
+    own tokens after the same prompt (nats per token), both steered alike at every
+    token. `cost` is added to.
     """
     positive, negative = tokenize_items(model, items)
-    workload = _workload(model, (*positive, *negative), steered_positions, batch_size)
-    n_items = len(items)
-
-    def gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
-        values: NDArray[np.float64] = logprob.double().numpy()
-        return values[:n_items] - values[n_items:]
-
+    workload = _workload(model, (*positive, *negative), batch_size)
     baseline, cells = _cells(model, workload, jobs, batch_size, cost)
-    return gap(baseline), [np.stack([gap(cell.logprob) for cell in of_job]) for of_job in cells]
+    return _gap(baseline), [np.stack([_gap(cell.logprob) for cell in of_job]) for of_job in cells]
+
+
+def unsteered_gaps(
+    model: HookedModel, items: PreferenceItems, *, batch_size: int | None, cost: Cost
+) -> Float[np.ndarray, " item"]:
+    """The preference gaps of the model as it is. `cost` is added to."""
+    positive, negative = tokenize_items(model, items)
+    workload = _workload(model, (*positive, *negative), batch_size)
+    last = resid_post(int(model.cfg.n_layers) - 1)
+    return _gap(run_baseline(model, workload, (last,), cost=cost).logprob)
+
+
+def _gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
+    """Of prompts with the positive continuations, then with the negative ones."""
+    values: NDArray[np.float64] = logprob.double().numpy()
+    n_items = len(values) // 2
+    return values[:n_items] - values[n_items:]
 
 
 def damages(
@@ -80,12 +78,11 @@ def damages(
     texts: Sequence[TokenizedPrompt],
     jobs: Sequence[Job],
     *,
-    steered_positions: SteeredPositions,
     batch_size: int | None,
     cost: Cost,
 ) -> list[list[Damage]]:
     """The damage on `texts` of every job at each of its coefficients. `cost` is added to."""
-    workload = _workload(model, texts, steered_positions, batch_size, with_kl=True)
+    workload = _workload(model, texts, batch_size, with_kl=True)
     baseline, cells = _cells(model, workload, jobs, batch_size, cost)
 
     def damage(cell: CellOutput) -> Damage:
@@ -135,13 +132,12 @@ def distinct_3(tokens: Sequence[int]) -> float:
 def _workload(
     model: HookedModel,
     prompts: Sequence[TokenizedPrompt],
-    steered_positions: SteeredPositions,
     batch_size: int | None,
     *,
     with_kl: bool = False,
 ) -> Workload:
     batches = make_batches(model, prompts, batch_size)
-    return Workload(batches, (), -1, steered_positions, with_kl)
+    return Workload(batches, (), -1, "all", with_kl)
 
 
 def _cells(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from steerlens.activations import Differences
 from steerlens.boundary import check_jobs, check_search
@@ -16,13 +17,18 @@ from steerlens.cells import Job
 from steerlens.coherence import Push, check_rollouts
 from steerlens.directions import Directions
 from steerlens.engine import make_plan
-from steerlens.evaluate.effects import Damage, damages, preference_gaps, tokenize_items
-from steerlens.hooks import readout_hook, resid_post
+from steerlens.evaluate.effects import (
+    Damage,
+    damages,
+    preference_gaps,
+    unsteered_gaps,
+)
+from steerlens.hooks import readout_hook
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, Workload, run_baseline
 from steerlens.pushes import find_boundaries
-from steerlens.tokens import SteeredPositions, TokenizedPrompt, make_batches
+from steerlens.tokens import TokenizedPrompt, make_batches, tokenize_items
 
 Progress = Callable[[str], None]
 """Called with a line of text at every step."""
@@ -42,7 +48,6 @@ class CompareSettings:
     budget: str
     on: str
     n_null: int
-    steered_positions: SteeredPositions
     search_range: float
     n_bootstrap: int
     seed: int
@@ -64,6 +69,41 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Subjects:
+    """What is compared: methods by name, and nulls by kind, each with a direction at every hook."""
+
+    hook_names: tuple[str, ...]
+    methods: Mapping[str, Directions]
+    nulls: Mapping[str, Sequence[Directions]]
+
+    def of_methods(self) -> list[Index]:
+        """Every method at every hook, method by method."""
+        return [(i, hook) for i in range(len(self.methods)) for hook in self.hook_names]
+
+    def of_nulls(self, hook_name: str) -> list[list[Index]]:
+        """Every null at a hook, kind by kind."""
+        kinds, start = [], len(self.methods)
+        for some in self.nulls.values():
+            kinds.append([(i, hook_name) for i in range(start, start + len(some))])
+            start += len(some)
+        return kinds
+
+    def all(self) -> list[Index]:
+        """Methods and nulls, hook by hook."""
+        n = len(self.methods) + sum(map(len, self.nulls.values()))
+        return [(i, hook) for hook in self.hook_names for i in range(n)]
+
+    def name(self, index: Index) -> str:
+        """The method's name."""
+        return list(self.methods)[index[0]]
+
+    def direction(self, index: Index) -> Float[Tensor, " d_model"]:
+        """The direction at the hook."""
+        every = [*self.methods.values(), *(one for some in self.nulls.values() for one in some)]
+        return every[index[0]][index[1]]
+
+
+@dataclass(frozen=True)
 class Runner:
     """What every measurement of a comparison shares."""
 
@@ -74,7 +114,6 @@ class Runner:
     @property
     def _options(self) -> dict[str, Any]:
         return {
-            "steered_positions": self.settings.steered_positions,
             "batch_size": self.settings.batch_size,
             "cost": self.cost,
         }
@@ -82,33 +121,25 @@ class Runner:
     def calibrate(
         self,
         prompts: Sequence[TokenizedPrompt],
-        hook_names: Sequence[str],
-        subjects: Sequence[tuple[str, Directions]],
-        differences: Differences,
+        subjects: Subjects,
+        norms: Mapping[str, float],
         progress: Progress,
     ) -> dict[Index, float]:
-        """The coefficient of every subject at every hook that spends the budget on `prompts`."""
+        """The coefficient of every subject that spends the budget on `prompts`.
+
+        Searched up to `search_range` times the hook's mean residual norm; inf where it lies beyond.
+        """
         model, settings = self.model, self.settings
         budget = check_search(budget=settings.budget, search_range=settings.search_range)
         check_rollouts(model, prompts, budget)
-        index = [(i, name) for name in hook_names for i in range(len(subjects))]
-        n_layers = int(model.cfg.n_layers)
-        pushes = [
-            Push(name, subjects[i][1][name], 1, readout_hook(name, n_layers)) for i, name in index
-        ]
-        norms = mean_norms(differences)
-        workload = Workload(
-            make_batches(model, prompts, settings.batch_size), (), -1, settings.steered_positions
-        )
+        index = subjects.all()
+        pushes = [Push(key[1], subjects.direction(key), 1, self._readout(key[1])) for key in index]
+        workload = Workload(make_batches(model, prompts, settings.batch_size), (), -1, "all")
         readouts = tuple(dict.fromkeys(push.readout for push in pushes))
         unsteered = run_baseline(model, workload, readouts, cost=self.cost)
+        jobs = check_jobs(pushes)
         plan = make_plan(
-            model,
-            workload,
-            unsteered,
-            check_jobs(pushes),
-            batch_size=settings.batch_size,
-            cost=self.cost,
+            model, workload, unsteered, jobs, batch_size=settings.batch_size, cost=self.cost
         )
         found = find_boundaries(
             plan,
@@ -124,50 +155,37 @@ class Runner:
         return {key: boundary.at for key, boundary in zip(index, found, strict=True)}
 
     def effects(
-        self,
-        items: PreferenceItems,
-        hook_names: Sequence[str],
-        subjects: Sequence[tuple[str, Directions]],
-        reached: Mapping[Index, float],
-        n_methods: int,
+        self, items: PreferenceItems, subjects: Subjects, reached: Mapping[Index, float]
     ) -> dict[Index, Measured | None]:
         """Every method at all doses, every null at its coefficient; None without a coefficient."""
-        index = [(i, name) for name in hook_names for i in range(len(subjects))]
-        usable = [key for key in index if math.isfinite(reached[key])]
+        n_methods = len(subjects.methods)
+        usable = _usable(subjects.all(), reached)
         doses = {key: DOSES if key[0] < n_methods else (1.0,) for key in usable}
-        jobs = [
-            self._job(subjects, key, tuple(d * reached[key] for d in doses[key])) for key in usable
-        ]
-        if not jobs:
-            return dict.fromkeys(index)
-        unsteered, gaps = preference_gaps(self.model, items, jobs, **self._options)
-        measured: dict[Index, Measured | None] = dict.fromkeys(index)
-        for key, job, found in zip(usable, jobs, gaps, strict=True):
-            measured[key] = Measured(np.array(job.coefficients), found - unsteered)
+        jobs = [self._job(subjects, k, tuple(d * reached[k] for d in doses[k])) for k in usable]
+        measured: dict[Index, Measured | None] = dict.fromkeys(subjects.all())
+        if jobs:
+            unsteered, gaps = preference_gaps(self.model, items, jobs, **self._options)
+            for key, job, found in zip(usable, jobs, gaps, strict=True):
+                measured[key] = Measured(np.array(job.coefficients), found - unsteered)
         return measured
 
     def damages(
         self,
         texts: Sequence[TokenizedPrompt],
-        hook_names: Sequence[str],
-        subjects: Sequence[tuple[str, Directions]],
+        subjects: Subjects,
         reached: Mapping[Index, float],
     ) -> dict[Index, Damage]:
         """What every method costs on neutral text at its coefficient."""
-        usable = self._usable(hook_names, subjects, reached)
+        usable = _usable(subjects.of_methods(), reached)
         jobs = [self._job(subjects, key, (reached[key],)) for key in usable]
         found = damages(self.model, texts, jobs, **self._options) if jobs else []
         return {key: of_job[0] for key, of_job in zip(usable, found, strict=True)}
 
     def mean_effects(
-        self,
-        items: PreferenceItems,
-        hook_names: Sequence[str],
-        subjects: Sequence[tuple[str, Directions]],
-        reached: Mapping[Index, float],
+        self, items: PreferenceItems, subjects: Subjects, reached: Mapping[Index, float]
     ) -> dict[Index, float]:
         """Every method's mean effect on other items, at its coefficient."""
-        usable = self._usable(hook_names, subjects, reached)
+        usable = _usable(subjects.of_methods(), reached)
         jobs = [self._job(subjects, key, (reached[key],)) for key in usable]
         if not jobs:
             return {}
@@ -179,32 +197,26 @@ class Runner:
 
     def gap(self, items: PreferenceItems) -> Float[np.ndarray, " item"]:
         """The unsteered preference gap of every item."""
-        positive, negative = tokenize_items(self.model, items)
-        both = (*positive, *negative)
-        workload = Workload(make_batches(self.model, both, self.settings.batch_size), (), -1, "all")
-        last = resid_post(int(self.model.cfg.n_layers) - 1)
-        logprob = run_baseline(self.model, workload, (last,), cost=self.cost).logprob
-        values: NDArray[np.float64] = logprob.double().numpy()
-        return values[: len(items)] - values[len(items) :]
+        return unsteered_gaps(
+            self.model, items, batch_size=self.settings.batch_size, cost=self.cost
+        )
 
-    def _usable(
-        self,
-        hook_names: Sequence[str],
-        subjects: Sequence[tuple[str, Directions]],
-        reached: Mapping[Index, float],
-    ) -> list[Index]:
-        index = [(i, name) for name in hook_names for i in range(len(subjects))]
-        return [key for key in index if math.isfinite(reached[key])]
+    def forward_equivalents(self, items: PreferenceItems) -> float:
+        """What was run, in forward passes of the items with both continuations."""
+        both = [prompt for side in tokenize_items(self.model, items) for prompt in side]
+        one = sum(map(len, both)) * int(self.model.cfg.n_layers)
+        return round(self.cost.blocks / one, 3)
 
-    def _job(
-        self,
-        subjects: Sequence[tuple[str, Directions]],
-        key: Index,
-        coefficients: tuple[float, ...],
-    ) -> Job:
-        i, name = key
-        readout = readout_hook(name, int(self.model.cfg.n_layers))
-        return Job(name, subjects[i][1][name], coefficients, readout)
+    def _job(self, subjects: Subjects, index: Index, coefficients: tuple[float, ...]) -> Job:
+        hook_name = index[1]
+        return Job(hook_name, subjects.direction(index), coefficients, self._readout(hook_name))
+
+    def _readout(self, hook_name: str) -> str:
+        return readout_hook(hook_name, int(self.model.cfg.n_layers))
+
+
+def _usable(index: Sequence[Index], reached: Mapping[Index, float]) -> list[Index]:
+    return [key for key in index if math.isfinite(reached[key])]
 
 
 def mean_norms(differences: Differences) -> dict[str, float]:

@@ -92,9 +92,8 @@ class LossGradients:
         positive rows. Raises `SweepError` on a weight that is negative or not finite, and where one
         of the terms is zero at a hook, so that nothing balances it.
         """
+        _check_weight(weight)
         if weight != "balanced":
-            if not (isinstance(weight, float | int) and math.isfinite(weight) and weight >= 0):
-                raise SweepError(f'weight is "balanced" or a number of 0 or more, got {weight!r}')
             return replace(self, weights=torch.full_like(self.weights, float(weight)))
         weights = _balanced(self.separation_positive, self.coherence)
         if not bool((weights.isfinite() & (weights > 0)).all()):
@@ -136,7 +135,8 @@ def loss_gradients(
 
     Cost: a forward pass of both sides; a backward pass of both from the loss hook and of the
     positive side from the labels; one more for each score. Weights need no gradient; memory grows
-    with the batch alone, and out of memory halves it. The rows do not depend on the batch size.
+    with the batch alone, and out of memory halves it. The rows do not depend on the batch size; the
+    scores are random, and may.
     Raises `ActivationError` on a position without a label after it or outside a prompt, and on NaN
     or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
     before a hook; `ModelError` as `check_label_rows`; `SweepError` on a bad weight, margin or
@@ -146,7 +146,8 @@ def loss_gradients(
     n_layers = int(model.cfg.n_layers)
     readouts = missing_readouts(hook_names, n_layers)
     names = hook_names + readouts
-    loss_hooks = _loss_hooks(model, names, loss_hook, per_layer=per_layer)
+    loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook, per_layer=per_layer)
+    _check_weight(weight)
     if not math.isfinite(margin):
         raise SweepError(f"expected a finite margin, got {margin}")
     if n_scores < 0 or seed < 0:
@@ -229,8 +230,15 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
 
 
 def _loss_hooks(
-    model: HookedModel, names: Sequence[str], loss_hook: str | None, *, per_layer: bool
+    model: HookedModel,
+    hook_names: Sequence[str],
+    readouts: Sequence[str],
+    loss_hook: str | None,
+    *,
+    per_layer: bool,
 ) -> tuple[str, ...]:
+    """The loss hook of every hook, and of every readout: itself where it comes after that."""
+    names = (*hook_names, *readouts)
     if per_layer and loss_hook is not None:
         raise HookError("give a loss_hook or per_layer, not both")
     if per_layer:
@@ -239,13 +247,13 @@ def _loss_hooks(
         return tuple(readout_hook(name, int(model.cfg.n_layers)) for name in names)
     (resolved,) = _one_hook(model, loss_hook)
     order = {name: i for i, name in enumerate(resolve_hooks(model, [*names, resolved]))}
-    late = [name for name in names if order[name] > order[resolved]]
+    late = [name for name in hook_names if order[name] > order[resolved]]
     if late:
         raise HookError(
             f"the loss hook {resolved} comes before {', '.join(late)}, which cannot move it; give "
             "a later loss hook, or earlier layers"
         )
-    return (resolved,) * len(names)
+    return tuple(name if order[name] > order[resolved] else resolved for name in names)
 
 
 def _one_hook(model: HookedModel, loss_hook: str) -> tuple[str, ...]:
@@ -266,8 +274,19 @@ def _check_position(pairs: TokenizedPairs, position: int) -> None:
             )
 
 
+def _check_weight(weight: Weight) -> None:
+    is_number = isinstance(weight, float | int) and math.isfinite(weight) and weight >= 0
+    if not (weight == "balanced" or is_number):
+        raise SweepError(f'weight is "balanced" or a number of 0 or more, got {weight!r}')
+
+
 def _check_finite(gradients: LossGradients) -> None:
-    parts = (gradients.separation_positive, gradients.separation_negative, gradients.coherence)
+    parts = (
+        gradients.separation_positive,
+        gradients.separation_negative,
+        gradients.coherence,
+        gradients.scores,
+    )
     finite = [part.isfinite().flatten(1).all(1) for part in parts]
     for i, name in enumerate(gradients.all_hook_names):
         if not all(bool(of_part[i]) for of_part in finite):

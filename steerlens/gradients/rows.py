@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerlens.activations import reading_hook
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models import HookedModel, inference
@@ -97,7 +98,7 @@ def _run(
     kept: list[Tensor] = []
     stepped = [(name, _stepping(steps, name, indices)) for name in targets]
     wanted = dict.fromkeys([*targets, *targets.values()])
-    read = [(name, _reading(states, name, indices)) for name in wanted]
+    read = [reading_hook(states, name, indices) for name in wanted]
     keep = (last_hook, lambda activation, hook: kept.append(activation))  # noqa: ARG005
     run_from(
         model,
@@ -131,15 +132,6 @@ def _stepping(steps: dict[str, Tensor], name: str, indices: Int[Tensor, " prompt
         )
 
     return add
-
-
-def _reading(states: dict[str, Tensor], name: str, indices: Int[Tensor, " prompt"]) -> HookFunction:
-    def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-        rows = torch.arange(len(activation), device=activation.device)
-        chosen = activation[rows, indices.to(rows.device)]
-        states[name] = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
-
-    return read
 
 
 def _separation_rows(

@@ -54,8 +54,8 @@ def lda(given: Activations) -> Float[Tensor, " d_model"]:
 
     `Sigma_w = (1 - s) X^T X / N + s tr(X^T X) / (N d) I`, X the activations of both sides less
     their own side's mean, s Ledoit and Wolf's shrinkage (2004, scikit-learn). Cost: one solve in
-    the smaller of pairs and d_model. Better than `mean_diff` where the noise is strong along a few
-    axes. Fails when there are few pairs: the shrinkage is then near 1, and it is `mean_diff`.
+    the smaller of prompts and d_model. Better than `mean_diff` where the noise is strong along a
+    few axes. Fails when there are few pairs: the shrinkage is then near 1, and it is `mean_diff`.
     """
     from sklearn.covariance import ledoit_wolf_shrinkage
 
@@ -70,7 +70,7 @@ def lda(given: Activations) -> Float[Tensor, " d_model"]:
     shrinkage = float(ledoit_wolf_shrinkage(within.numpy(), assume_centered=True))
     rows = within * ((1 - shrinkage) / len(within)) ** 0.5
     # In units of the variance, so that the result is as long as a difference.
-    return variance * ridge_solve(rows, max(shrinkage, 1e-9) * variance, _mean(given))
+    return variance * ridge_solve(rows, max(shrinkage, 1e-9) * variance, mean_diff(given))
 
 
 def probe(given: Activations) -> Float[Tensor, " d_model"]:
@@ -119,7 +119,3 @@ def shuffled(given: Activations) -> Float[Tensor, " d_model"]:
     signs = torch.ones(n_pairs, dtype=given.positive.dtype)
     signs[order[:n_exchanged]] = -1
     return (signs[:, None] * given.differences).mean(dim=0)
-
-
-def _mean(given: Activations) -> Float[Tensor, " d_model"]:
-    return given.differences.mean(dim=0)

@@ -39,10 +39,11 @@ def fit(
     takes `items` for the methods trained on continuations. `position` as in `default_position`
     unless given. `weight` is that of the coherence term in the gradients. Raises as those do.
     """
-    fitted, _ = fit_methods(
+    fitted = fit_methods(
         model,
         pairs,
         [method],
+        differences=None,
         layers=layers,
         position=position,
         weight=weight,
@@ -59,6 +60,7 @@ def fit_methods(
     pairs: ContrastivePairs,
     methods: Sequence[str],
     *,
+    differences: Differences | None,
     layers: Layers,
     position: int | None,
     weight: Weight = WEIGHT,
@@ -66,20 +68,21 @@ def fit_methods(
     seed: int,
     batch_size: int | None,
     progress: Progress | None = None,
-) -> tuple[dict[str, Directions], Differences]:
-    """Method name -> directions, from one pass for the differences and one for the gradients.
+) -> dict[str, Directions]:
+    """Method name -> directions, from at most one pass for the differences and for the gradients.
 
-    The differences come along, whether a method needs them or not. Otherwise as `fit`.
+    Differences that are there already may be given. Otherwise as `fit`.
     """
     chosen = [method_of(name) for name in methods]
-    differences = collect_differences(
-        model,
-        pairs,
-        layers=layers,
-        position=-1 if position is None else position,
-        batch_size=batch_size,
-    )
-    evidence: dict[Source, Differences | LossGradients] = {"differences": differences}
+    evidence: dict[Source, Differences | LossGradients] = {}
+    if any(method.source == "differences" for method in chosen):
+        evidence["differences"] = differences or collect_differences(
+            model,
+            pairs,
+            layers=layers,
+            position=-1 if position is None else position,
+            batch_size=batch_size,
+        )
     by_gradients = [method.name for method in chosen if method.source == "gradients"]
     if by_gradients:
         evidence["gradients"] = loss_gradients(
@@ -110,7 +113,7 @@ def fit_methods(
             fitted[method.name] = fit_directions(
                 evidence[method.source], method=method.name, seed=seed
             )
-    return fitted, differences
+    return fitted
 
 
 def default_position(method: str, pairs: ContrastivePairs) -> int:

@@ -49,7 +49,7 @@ def gradient_fisher(
     longest rows share. The ridge is relative to the trace (1 by default), so the result does not
     depend on the scale of the loss. Source: the empirical Fisher of natural gradient descent (Amari
     1998); Kunstner et al. 2019 (arXiv:1905.12558) on why it is not the Fisher information. Cost:
-    one solve in the smaller of pairs and d_model. Fails when rows agree: their own direction is
+    one solve in the smaller of rows and d_model. Fails when rows agree: their own direction is
     then the one most shrunk.
     """
     rows = _rows(given, form)
@@ -70,7 +70,8 @@ def fisher_pullback(given: Gradients) -> Float[Tensor, " d_model"]:
     `(F + ridge tr(F)/d I)^-1 mean_i (g_neg_i - g_pos_i)` with `F = mean_j s_j s_j^T`, s_j the
     gradient at the hook of the log-probability of labels drawn from the model, over the root of
     their number: the Fisher information pulled back to the hook, of which `v^T F v` is the
-    curvature of the mean KL per token along v. So the push that gains most for the KL it costs.
+    curvature of the mean KL per token along v, for a push at the position that was read. So the
+    push there that gains most for the KL it costs.
     Source: natural gradient, Amari 1998. Cost: one more backward pass of the positive prompts for
     each score, one solve. Fails with few scores: F is then known in few directions, and the ridge
     decides elsewhere.

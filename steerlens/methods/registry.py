@@ -34,6 +34,7 @@ class Method:
     summary: str
     needs_scores: bool = False
     is_control: bool = False
+    is_pooled: bool = False
 
 
 def _of(name: str, source: Source, function: Callable[..., Tensor], **options: str) -> Method:
@@ -47,6 +48,7 @@ def _of(name: str, source: Source, function: Callable[..., Tensor], **options: s
         summary,
         needs_scores=function is gradient.fisher_pullback,
         is_control=function in (contrast.random, contrast.shuffled),
+        is_pooled=options.get("form") == "pooled",
     )
 
 
@@ -111,7 +113,8 @@ def fit_directions(
     gradients; `method` one of `METHODS`; `seed` matters to `random` and `shuffled` alone. The
     arithmetic is in float64, the result has the evidence's dtype. A direction fitted from
     differences is signed so that their mean projection is not negative, one from gradients so that
-    the loss falls along it on average; the controls keep the sign they are drawn with. Raises
+    the loss falls along it on average (when both sides are pushed apart; alike, for the pooled
+    forms); the controls keep the sign they are drawn with. Raises
     `DirectionError` on an unknown method, one that is fitted from something else, and where nothing
     is left beyond rounding (differences that are zero, that cancel for `mean_diff`, that are all
     equal for `pca_centred`; a gradient that is zero), naming the hook.
@@ -130,7 +133,7 @@ def fit_directions(
             if isinstance(evidence, Differences):
                 vectors.append(_from_activations(chosen, evidence, index, generator))
             else:
-                vectors.append(_from_gradients(chosen.function, evidence, index))
+                vectors.append(_from_gradients(chosen, evidence, index))
         except DirectionError as error:
             raise DirectionError(f"{method} at {hook_name}: {error}") from error
     like = evidence.positive
@@ -196,7 +199,7 @@ def _from_activations(
 
 
 def _from_gradients(
-    function: Callable[[Any], Tensor], evidence: LossGradients, index: int
+    method: Method, evidence: LossGradients, index: int
 ) -> Float[Tensor, " d_model"]:
     # The weighted sum of both terms in float64: one may be much longer than the other.
     positive = (
@@ -212,7 +215,10 @@ def _from_gradients(
             "the gradient of the loss is zero; take a position with a label after it, a margin "
             "below 1 and a weight above 0"
         )
-    return _oriented(_unit(function(given), rounding), given.paired)
+    if method.function is None:
+        raise DirectionError(f"{method.name} is trained, not fitted")
+    rows = given.pooled if method.is_pooled else given.paired
+    return _oriented(_unit(method.function(given), rounding), rows)
 
 
 def _unit(vector: Float[Tensor, " d_model"], rounding: float) -> Float[Tensor, " d_model"]:

@@ -21,6 +21,7 @@ from steerlens.loss import (
     preference_loss,
     promotion_loss,
 )
+from steerlens.measures import whole
 from steerlens.methods.registry import fit_directions
 from steerlens.methods.steps import Example, Objective, Outputs, make_side, push_example
 from steerlens.models import HookedModel
@@ -28,14 +29,15 @@ from steerlens.tokens import (
     Batch,
     TokenizedPairs,
     make_pair_batches,
+    tokenize_items,
     tokenize_pairs,
-    tokenize_prompt,
 )
 
 TOLERANCE = 0.01
 """The loss of logprob that the reference objective permits."""
 VALIDATION = 0.2
 """The share of the examples that decides when to stop."""
+MIN_EXAMPLES = 5
 
 OBJECTIVES = ("reference", "promotion", "preference")
 
@@ -77,14 +79,15 @@ def train_directions(
     `reference`: the loss against the unsteered model (`contrastive_steering_loss`, tolerance 0.01,
     weight 10000) of the pairs, positive prompts pushed by `+c v` and negative ones by `-c v`, read
     at the readout hook along its frozen mean-difference direction; at c = -1 the difference shall
-    shrink. `promotion`: `promotion_loss` of the `items`' continuations, the positive one promoted
-    at +1 and suppressed at -1. `preference`: `preference_loss` of their gaps. The last two need
-    `items`; their prompts are steered at all positions.
+    go the other way. `promotion`: `promotion_loss` of the `items`' continuations, the positive one
+    promoted at +1 and suppressed at -1. `preference`: `preference_loss` of their gaps. The last
+    two need `items`. All positions are steered.
 
     Training starts at 0 with steps of `step_size` times the mean residual norm at the hook, over
     the root of d_model, and ends after `max_epochs`, or when the loss on a held-out fifth of the
-    examples has not fallen for `patience` epochs; the best vector is kept. The readouts keep their
-    mean-difference direction. `seed` decides the order and the held-out fifth. Cost of an epoch:
+    examples has not fallen for `patience` epochs; the best vector is kept. A step takes up to
+    `examples_per_step` examples of about one length. The readouts keep their mean-difference
+    direction. `seed` decides the order and the held-out fifth. Cost of an epoch:
     two forward and two backward passes of all examples through the blocks after the hook.
 
     Raises `DirectionError` on an unknown objective, missing items, fewer than 5 examples, or a
@@ -103,20 +106,29 @@ def train_directions(
         model, pairs, layers=layers, position=position, batch_size=batch_size
     )
     frozen = fit_directions(differences)
-    groups = _groups(model, pairs, items if objective != "reference" else None, examples_per_step)
+    groups = _groups(
+        model,
+        pairs,
+        items if objective != "reference" else None,
+        size=whole("examples_per_step", examples_per_step, 1),
+        seed=whole("seed", seed, 0),
+    )
     trained, histories, norms = [], [], {}
     for hook_name in differences.hook_names:
         index = differences.all_hook_names.index(hook_name)
         both = torch.cat([differences.positive[index], differences.negative[index]])
         readout = readout_hook(hook_name, int(model.cfg.n_layers))
-        examples = [
-            Example(
-                make_side(model, up, hook_name, sign=1),
-                make_side(model, down, hook_name, sign=-1 if objective == "reference" else 1),
-                position,
-            )
-            for up, down in groups
-        ]
+        train, held_out = (
+            [
+                Example(
+                    make_side(model, up, hook_name, sign=1),
+                    make_side(model, down, hook_name, sign=-1 if objective == "reference" else 1),
+                    position,
+                )
+                for up, down in some
+            ]
+            for some in (groups.train, groups.held_out)
+        )
         run = _Training(
             model=model,
             hook_name=hook_name,
@@ -129,7 +141,7 @@ def train_directions(
             patience=patience,
             seed=seed,
         )
-        vector, history = run.train(examples, d_model=both.shape[-1], progress=progress)
+        vector, history = run.train(train, held_out, d_model=both.shape[-1], progress=progress)
         if not bool(vector.isfinite().all()) or not vector.any():
             raise DirectionError(
                 f"training at {hook_name} left no vector; take another objective or step size"
@@ -164,14 +176,16 @@ class _Training:
     seed: int
 
     def train(
-        self, examples: Sequence[Example], *, d_model: int, progress: Progress | None
+        self,
+        examples: Sequence[Example],
+        held_out: Sequence[Example],
+        *,
+        d_model: int,
+        progress: Progress | None,
     ) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
         """The vector with the lowest validation loss, and the losses of every epoch."""
         generator = np.random.default_rng(self.seed)
-        order = generator.permutation(len(examples))
-        n_held = max(1, round(VALIDATION * len(examples)))
-        held = [examples[i] for i in order[:n_held]]
-        rest = [examples[i] for i in order[n_held:]]
+        sizes = [len(example.positive.batch.rows) for example in held_out]
         device = examples[0].positive.batch.tokens.device
         vector = torch.zeros(d_model, device=device, requires_grad=True)
         adam = torch.optim.Adam([vector], lr=self.learning_rate)
@@ -179,13 +193,14 @@ class _Training:
         rows = []
         for epoch in range(self.max_epochs):
             losses = []
-            for i in generator.permutation(len(rest)):
-                loss, gradient = self._step(rest[i], vector)
+            for i in generator.permutation(len(examples)):
+                loss, gradient = self._step(examples[i], vector)
                 adam.zero_grad()
                 vector.grad = gradient
                 adam.step()
                 losses.append(loss)
-            validation = float(np.mean([self._step(example, vector)[0] for example in held]))
+            on_held_out = [self._step(example, vector)[0] for example in held_out]
+            validation = float(np.average(on_held_out, weights=sizes))
             norm = float(vector.detach().norm())
             rows.append((self.hook_name, epoch, float(np.mean(losses)), validation, norm))
             if progress is not None:
@@ -210,27 +225,46 @@ class _Training:
         )
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """Batches of examples, positive and negative sides alike; each of `train` is a step."""
+
+    train: tuple[tuple[Batch, Batch], ...]
+    held_out: tuple[tuple[Batch, Batch], ...]
+
+
 def _groups(
-    model: HookedModel, pairs: ContrastivePairs, items: PreferenceItems | None, size: int
-) -> list[tuple[Batch, Batch]]:
-    """Pairs, or items with either continuation, in batches of at most `size`; each is a step."""
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    items: PreferenceItems | None,
+    *,
+    size: int,
+    seed: int,
+) -> _Groups:
+    """Pairs, or items with either continuation: a random fifth held out, in batches of `size`."""
     tokenized = tokenize_pairs(model, pairs)
     if items is not None:
-        positive, negative = (
-            tuple(
-                tokenize_prompt(model, item.prompt, text, where=f"prompt of item {item.id!r}")
-                for item, text in zip(items, texts, strict=True)
-            )
-            for texts in ([i.positive for i in items], [i.negative for i in items])
-        )
-        tokenized = TokenizedPairs(positive, negative)
-    groups = make_pair_batches(model, tokenized, size)
-    if len(groups) < 2:
+        tokenized = TokenizedPairs(*tokenize_items(model, items))
+    n = len(tokenized.positive)
+    if n < MIN_EXAMPLES:
         raise DirectionError(
-            f"training holds a fifth of the examples out, and {len(tokenized.positive)} make one "
-            "step; give more, or fewer examples_per_step"
+            f"training holds a fifth of the examples out, so it takes at least {MIN_EXAMPLES}; got "
+            f"{n}"
         )
-    return list(groups)
+    order = np.random.default_rng(seed).permutation(n)
+    parts = np.split(order, [round(VALIDATION * n)])
+    held_out, train = (
+        make_pair_batches(
+            model,
+            TokenizedPairs(
+                tuple(tokenized.positive[i] for i in sorted(part)),
+                tuple(tokenized.negative[i] for i in sorted(part)),
+            ),
+            size,
+        )
+        for part in parts
+    )
+    return _Groups(train, held_out)
 
 
 def _objective(name: str, direction: Float[Tensor, " d_model"]) -> Objective:
