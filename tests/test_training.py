@@ -104,6 +104,39 @@ def test_a_step_reads_what_hooks_read(double: Any, pairs: sl.ContrastivePairs) -
     torch.testing.assert_close(seen[0].unsteered_positive, expected)
 
 
+def test_a_side_without_labels_is_run_to_the_readout_alone(
+    double: Any, pairs: sl.ContrastivePairs
+) -> None:
+    """The same reading and gradient, no logprob; and the loss alone without a gradient."""
+    both = make_pair_batches(double, tokenize_pairs(double, pairs[:4]), 4)[0]
+    vector = torch.linspace(-1, 1, 32, dtype=torch.float64)
+    found = []
+    for with_labels in (True, False):
+        negative = make_side(double, both[1], HOOK, sign=-1, with_labels=with_labels)
+        example = Example(make_side(double, both[0], HOOK, sign=1), negative, -2)
+        seen: list[Outputs] = []
+
+        def objective(found: Outputs, seen: list[Outputs] = seen) -> torch.Tensor:
+            seen.append(found)
+            differences = found.readout_positive - found.readout_negative
+            return differences.square().sum() + found.logprob_positive.sum()
+
+        options: dict[str, Any] = {
+            "hook_name": HOOK,
+            "readout": resid_post(1),
+            "objective": objective,
+        }
+        loss, gradient = push_example(double, example, vector.clone().requires_grad_(), **options)
+        found.append((loss, gradient))
+        alone, none = push_example(double, example, vector, with_gradient=False, **options)
+        assert alone == pytest.approx(loss)
+        assert not none.any()
+        assert bool(seen[0].logprob_negative.isnan().all()) != with_labels
+    assert found[0][0] == pytest.approx(found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+    assert bool(found[0][1].any())
+
+
 def gaps(model: Any, items: PreferenceItems, vector: torch.Tensor, sign: float) -> torch.Tensor:
     found = []
     for text in ("positive", "negative"):

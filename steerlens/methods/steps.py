@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.activations import reading_hook
@@ -25,13 +25,14 @@ class Side:
     """One side of an example: a batch, where it starts, what the unsteered model says of it.
 
     `sign` is that of the push at c = +1. `residual` enters the hook's block (None: from the
-    tokens on). `logprob` is that of the labels, unsteered (nats per token).
+    tokens on). `logprob` is that of the labels, unsteered (nats per token); None where the labels
+    do not matter, and the side is then run to the readout only.
     """
 
     batch: Batch
     sign: int
     residual: Residual | None
-    logprob: Float[Tensor, " row"]
+    logprob: Float[Tensor, " row"] | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,9 @@ class Outputs:
 Objective = Callable[[Outputs], Float[Tensor, ""]]
 
 
-def make_side(model: HookedModel, batch: Batch, hook_name: str, *, sign: int) -> Side:
+def make_side(
+    model: HookedModel, batch: Batch, hook_name: str, *, sign: int, with_labels: bool = True
+) -> Side:
     """A side, with the unsteered residual entering the hook's block and its labels' logprob."""
     block, n_layers = hook_layer(hook_name), int(model.cfg.n_layers)
     is_label = batch.label_mask()[:, 1:]
@@ -69,6 +72,8 @@ def make_side(model: HookedModel, batch: Batch, hook_name: str, *, sign: int) ->
         residual = None
         if block > 0:
             residual = advance(model, batch.tokens, batch.attention_mask, start=None, block=block)
+        if not with_labels:
+            return Side(batch, sign, residual, None)
         final = advance(
             model, batch.tokens, batch.attention_mask, start=residual, block=n_layers
         ).values
@@ -85,19 +90,24 @@ def push_example(
     hook_name: str,
     readout: str,
     objective: Objective,
+    with_gradient: bool = True,
 ) -> tuple[float, Float[Tensor, " d_model"]]:
     """The objective of an example under `+vector` and `-vector`, and its gradient there.
 
-    The gradient is taken in two steps, so that the logits of all labels never exist at once: of
-    the objective with respect to readouts and logprobs, then of these with respect to the vector.
+    Without `with_gradient` that is zero and not computed. Logprobs of a side whose labels do not
+    matter are NaN. The gradient is taken in two steps, so that the logits of all labels never exist
+    at once: of the objective with respect to readouts and logprobs, then of these with respect to
+    the vector.
     """
-    with inference(model), frozen_weights(model), torch.enable_grad():
+    with inference(model), frozen_weights(model), torch.set_grad_enabled(with_gradient):
         passes = [
             _push(model, side, vector, example.position, hook_name=hook_name, readout=readout)
             for side in (example.positive, example.negative)
         ]
         leaves = [
-            part.detach().requires_grad_() for one in passes for part in (one.readout, one.logprob)
+            part.detach().requires_grad_(with_gradient)
+            for one in passes
+            for part in (one.readout, one.logprob)
         ]
         readout_pos, logprob_pos, readout_neg, logprob_neg = leaves
         loss = objective(
@@ -106,10 +116,12 @@ def push_example(
                 readout_neg,
                 logprob_pos,
                 logprob_neg,
-                example.positive.logprob,
-                example.negative.logprob,
+                _known(example.positive),
+                _known(example.negative),
             )
         )
+        if not with_gradient:
+            return float(loss), torch.zeros_like(vector)
         grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
         total = torch.zeros_like(vector)
         for one, of_readout, of_logprob in zip(passes, grads[::2], grads[1::2], strict=True):
@@ -122,6 +134,12 @@ def push_example(
     return float(loss.detach()), total
 
 
+def _known(side: Side) -> Float[Tensor, " row"]:
+    if side.logprob is not None:
+        return side.logprob
+    return torch.full((len(side.batch.rows),), torch.nan, device=side.batch.tokens.device)
+
+
 @dataclass(frozen=True)
 class _Pass:
     """One side under both signs; `predictions` and `of_label` are those of `labels_gradients`."""
@@ -131,7 +149,7 @@ class _Pass:
     predictions: Float[Tensor, "label d_model"]
     of_label: Float[Tensor, "label d_model"]
     n_labels: Float[Tensor, " row"]
-    counts: Any
+    counts: Int[Tensor, " pushed_row"]
 
 
 def _push(
@@ -155,7 +173,8 @@ def _push(
     def add(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         return activation + (mask[..., None] * steps).to(activation)
 
-    last = resid_post(int(model.cfg.n_layers) - 1)
+    has_labels = side.logprob is not None
+    last = resid_post(int(model.cfg.n_layers) - 1 if has_labels else hook_layer(readout))
     hooks: list[tuple[str, HookFunction]] = [
         (hook_name, add),
         reading_hook(found, readout, batch.indices(position).repeat(n_signs)),
@@ -172,6 +191,13 @@ def _push(
         fwd_hooks=hooks,
         last_hook=last,
     )
+    shape = n_signs, len(batch.prompts)
+    state = found[readout].reshape(*shape, -1)
+    if not has_labels:
+        nothing = kept[0][:0, 0]
+        unknown = state.detach().new_full(shape, torch.nan)
+        counts = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=tokens.device)
+        return _Pass(state, unknown, nothing, nothing.detach(), unknown[0], counts)
     predictions = kept[0][:, :-1][is_label]
     labels = labels_gradients(
         model,
@@ -180,9 +206,8 @@ def _push(
         n_samples=0,
         generator=torch.Generator(),
     )
-    shape = n_signs, len(batch.prompts)
     return _Pass(
-        readout=found[readout].reshape(*shape, -1),
+        readout=state,
         logprob=mean_by_prompt(labels.logprob, is_label).reshape(shape),
         predictions=predictions,
         of_label=labels.of_label,

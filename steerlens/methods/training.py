@@ -87,8 +87,8 @@ def train_directions(
     the root of d_model, and ends after `max_epochs`, or when the loss on a held-out fifth of the
     examples has not fallen for `patience` epochs; the best vector is kept. A step takes up to
     `examples_per_step` examples of about one length. The readouts keep their mean-difference
-    direction. `seed` decides the order and the held-out fifth. Cost of an epoch:
-    two forward and two backward passes of all examples through the blocks after the hook.
+    direction. `seed` decides the order and the held-out fifth. Cost of an epoch: two forward and
+    two backward passes of all examples through the blocks from the hook on.
 
     Raises `DirectionError` on an unknown objective, missing items, fewer than 5 examples, or a
     vector that did not move; `SweepError` on a number that cannot be used; and as
@@ -119,14 +119,7 @@ def train_directions(
         both = torch.cat([differences.positive[index], differences.negative[index]])
         readout = readout_hook(hook_name, int(model.cfg.n_layers))
         train, held_out = (
-            [
-                Example(
-                    make_side(model, up, hook_name, sign=1),
-                    make_side(model, down, hook_name, sign=-1 if objective == "reference" else 1),
-                    position,
-                )
-                for up, down in some
-            ]
+            [_example(model, both_sides, hook_name, position, objective) for both_sides in some]
             for some in (groups.train, groups.held_out)
         )
         run = _Training(
@@ -199,7 +192,9 @@ class _Training:
                 vector.grad = gradient
                 adam.step()
                 losses.append(loss)
-            on_held_out = [self._step(example, vector)[0] for example in held_out]
+            on_held_out = [
+                self._step(example, vector, with_gradient=False)[0] for example in held_out
+            ]
             validation = float(np.average(on_held_out, weights=sizes))
             norm = float(vector.detach().norm())
             rows.append((self.hook_name, epoch, float(np.mean(losses)), validation, norm))
@@ -213,7 +208,9 @@ class _Training:
         names = ["hook_name", "epoch", "train_loss", "validation_loss", "norm"]
         return best.cpu(), pd.DataFrame(rows, columns=names)
 
-    def _step(self, example: Example, vector: Tensor) -> tuple[float, Float[Tensor, " d_model"]]:
+    def _step(
+        self, example: Example, vector: Tensor, *, with_gradient: bool = True
+    ) -> tuple[float, Float[Tensor, " d_model"]]:
         """The loss of an example under +vector and -vector, and its gradient."""
         return push_example(
             self.model,
@@ -222,7 +219,24 @@ class _Training:
             hook_name=self.hook_name,
             readout=self.readout,
             objective=self.objective,
+            with_gradient=with_gradient,
         )
+
+
+def _example(
+    model: HookedModel,
+    sides: tuple[Batch, Batch],
+    hook_name: str,
+    position: int,
+    objective: str,
+) -> Example:
+    is_pairs = objective == "reference"
+    positive = make_side(model, sides[0], hook_name, sign=1)
+    # The reference loss has the labels of the positive prompts alone.
+    negative = make_side(
+        model, sides[1], hook_name, sign=-1 if is_pairs else 1, with_labels=not is_pairs
+    )
+    return Example(positive, negative, position)
 
 
 @dataclass(frozen=True)
