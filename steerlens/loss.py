@@ -309,6 +309,8 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """A budget from "relative=0.01" or "kl=0.1". Raises `SweepError` on anything else."""
+        if not isinstance(text, str):
+            raise SweepError(f"expected a budget like relative=0.01 as text, got {text!r}")
         kind, _, number = text.partition("=")
         try:
             value = float(number)

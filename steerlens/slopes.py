@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.activations import by_halves
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, SweepError
 from steerlens.hooks import HookFunction, resid_post
 from steerlens.loss import label_logprob
 from steerlens.models import HookedModel, inference
@@ -155,7 +155,14 @@ def _stepping(
 
 @contextmanager
 def frozen_weights(model: Any) -> Iterator[None]:
-    """Inside the block weights need no gradient: nothing is kept for it, nothing computed."""
+    """Inside the block weights need no gradient: nothing is kept for it, nothing computed.
+
+    Raises `SweepError` under `torch.inference_mode`, where no gradient can be taken at all.
+    """
+    if torch.is_inference_mode_enabled():
+        raise SweepError(
+            "gradients cannot be taken inside torch.inference_mode; call this outside of it"
+        )
     weights = [p for p in getattr(model, "original_model", model).parameters() if p.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import sampled
 import steerlens as sl
 from steerlens import coherence, plain
 from steerlens.coherence import ROLLOUT_TOKENS, check_rollouts
+from steerlens.data import read_texts
 from steerlens.directions import Directions
 from steerlens.errors import DirectionError, HookError, PairError, SweepError
 from steerlens.loss import Budget
@@ -298,3 +300,34 @@ def test_an_overflow_is_beyond_the_boundary(
         llama, many, directions, layers=[4], budget="nats=50", n_bootstrap=50
     ).layers.iloc[0]
     assert row.boundary_pos == pytest.approx(2, rel=0.3)
+
+
+def test_a_budget_below_rounding_is_warned_of(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions
+) -> None:
+    options: dict[str, Any] = {"layers": [2], "n_bootstrap": 10}
+    with pytest.warns(RuntimeWarning, match="less than the rounding of a float32 model"):
+        sl.find_boundary(llama, many, directions, budget="kl=1e-8", **options)
+    sl.find_boundary(llama, many, directions, budget="kl=1e-5", **options)
+
+
+def test_a_text_without_continuations_is_not_steered_there(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions
+) -> None:
+    ended = sl.ContrastivePairs(
+        tuple(replace(pair, continuation="the sun") for pair in many), "ended"
+    )
+    options: dict[str, Any] = {"layers": [2], "n_bootstrap": 10, "budget": "nats=0.1"}
+    with pytest.raises(SweepError, match="'negative' has no continuations"):
+        sl.find_boundary(
+            llama, ended, directions, on="negative", steered_positions="last", **options
+        )
+    sl.find_boundary(llama, ended, directions, steered_positions="last", **options)
+
+
+def test_a_marked_file_is_the_same_text(tmp_path: Path) -> None:
+    """A byte order mark, the line ends of another system, and a line with a form feed in it."""
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_bytes(b"the river\nwas so\x0cgood\n")
+    marked.write_bytes(b"\xef\xbb\xbfthe river\r\nwas so\x0cgood\r\n")
+    assert read_texts(plain) == read_texts(marked) == ("the river", "was so\x0cgood")

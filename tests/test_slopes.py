@@ -10,7 +10,7 @@ from conftest import bridge, build_gpt2, build_llama
 import steerlens as sl
 from steerlens import passes, plain
 from steerlens import slopes as slopes_room
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, SweepError
 from steerlens.gradients import loss_gradients
 from steerlens.hooks import resid_post
 from steerlens.plain import Cost, Workload, make_workload
@@ -172,6 +172,15 @@ def test_out_of_memory_runs_halves(
     monkeypatch.setattr(slopes_room, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="1 prompts"):
         slopes(double, workload)
+
+
+def test_inference_mode_is_refused(double: Any, pairs: sl.ContrastivePairs) -> None:
+    workload = workload_of(double, pairs, "all")
+    with torch.inference_mode(), pytest.raises(SweepError, match="outside of it"):
+        slopes(double, workload)
+    with torch.inference_mode(), pytest.raises(SweepError, match="outside of it"):
+        loss_gradients(double, pairs, layers=[1])
+    slopes(double, workload)
 
 
 def test_a_model_whose_label_rows_are_not_alone_is_refused(
