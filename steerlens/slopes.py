@@ -3,6 +3,7 @@
 One forward pass, and one backward pass for each of the two, for all hooks at once.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.activations import by_halves
-from steerlens.errors import ModelError, SweepError
+from steerlens.errors import ActivationError, ModelError, SweepError
 from steerlens.hooks import HookFunction, resid_post
 from steerlens.loss import label_logprob
 from steerlens.models import HookedModel, inference
@@ -89,6 +90,11 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
         final = advance(model, one.tokens, one.attention_mask, start=None, block=n_layers).values
         found = labels_logprob(model, final[:, :-1][is_label], one.tokens[:, 1:][is_label])
     cost.add(one.tokens, 2 * n_layers)
+    if not math.isfinite(float(expected[0])):
+        raise ActivationError(
+            f"the labels of the {one.prompts[0].where} have logprob {float(expected[0])}; check "
+            "the model's weights, or load it in float32 or bfloat16"
+        )
     gap = float((found.mean() - expected[0]).abs())
     if not gap <= max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps):
         raise ModelError(

@@ -263,7 +263,8 @@ COMPARISON_COLUMNS: tuple[Column, ...] = (
         "verdict",
         "str",
         "",
-        "effect, reversed, no effect shown, budget not reached, search failed, or baseline",
+        "effect, reversed, no effect shown; or why there is none: budget not reached, search "
+        "failed, undefined (overflow), no null band, baseline",
     ),
 )
 """One row a method and layer, at equal damage."""

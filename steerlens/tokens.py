@@ -207,7 +207,10 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
 def tokenize_items(
     model: HookedModel, items: PreferenceItems
 ) -> tuple[tuple[TokenizedPrompt, ...], tuple[TokenizedPrompt, ...]]:
-    """Every item's prompt with its positive, and with its negative continuation."""
+    """Every item's prompt with its positive, and with its negative continuation.
+
+    Raises `PairError` as `tokenize_prompt`, and when both tokenise to the same ids.
+    """
     positive, negative = (
         tuple(
             tokenize_prompt(model, item.prompt, text, where=f"prompt of item {item.id!r}")
@@ -215,6 +218,12 @@ def tokenize_items(
         )
         for texts in ([item.positive for item in items], [item.negative for item in items])
     )
+    for item, one, other in zip(items, positive, negative, strict=True):
+        if one.continuation == other.continuation:
+            raise PairError(
+                f"the two continuations of item {item.id!r} tokenise to the same ids; remove it or "
+                "make them differ"
+            )
     return positive, negative
 
 

@@ -14,7 +14,12 @@ from steerlens.cells import Job
 from steerlens.data import Message
 from steerlens.errors import DirectionError, PairError, SweepError
 from steerlens.evaluate import CompareSettings, Comparison, compare, reliability
-from steerlens.evaluate.effects import damages, distinct_3, preference_gaps
+from steerlens.evaluate.effects import (
+    damages,
+    distinct_3,
+    mean_distinct_3,
+    preference_gaps,
+)
 from steerlens.evaluate.reliability import cosine, d_prime
 from steerlens.evaluate.runner import Measured
 from steerlens.evaluate.verdicts import effect_columns, with_verdicts
@@ -25,7 +30,7 @@ from steerlens.methods import null_directions
 from steerlens.models import inference
 from steerlens.plain import Cost
 from steerlens.tables import COMPARISON_COLUMNS, RELIABILITY_COLUMNS, SUMMARY_COLUMNS
-from steerlens.tokens import tokenize_prompt
+from steerlens.tokens import tokenize_items, tokenize_prompt
 
 HOOK = resid_post(1)
 WORDS = "walk sun rain soup bread night day kind rude it".split()
@@ -426,3 +431,65 @@ def test_d_prime_and_cosine_by_hand() -> None:
     assert math.isnan(d_prime(np.ones(3), np.zeros(3)))
     assert cosine(np.array([3.0, 4.0]), np.array([1.0, 0.0])) == pytest.approx(0.6)
     assert math.isnan(cosine(np.zeros(2), np.ones(2)))
+
+
+def test_items_that_tokenise_alike_are_refused(llama: Any) -> None:
+    alike = PreferenceItems(
+        (PreferenceItem("the sun", "zzz", "qqq", "1"), PreferenceItem("the day", "so", "it", "2"))
+    )
+    with pytest.raises(PairError, match="item '1' tokenise to the same ids"):
+        tokenize_items(llama, alike)
+
+
+def test_overflow_is_undefined_and_not_no_effect() -> None:
+    changes = np.array([[1.0, 2.0], [math.nan, 1.0]])
+    row = effect_columns(Measured(np.array([-1.0, 1.0]), changes), [np.arange(3.0)], settings())
+    assert list(row) == ["effect"]
+    rows = with_verdicts(
+        [
+            {**row, "method": "a", "train_effect": 0.1, "verdict": ""},
+            {
+                "method": "b",
+                "effect": 1.0,
+                "train_effect": 0.1,
+                "verdict": "",
+                "p_value": math.nan,
+                "null_low": math.nan,
+                "null_high": math.nan,
+            },
+        ]
+    )
+    assert [r["verdict"] for r in rows] == ["undefined", "no null band"]
+
+
+def test_continuations_stay_within_the_context(gpt2: Any) -> None:
+    """60 of 64 tokens are the prompt's: four are left, then two, which are no trigram."""
+    vector = {resid_post(1): torch.zeros(32)}
+    for n_words, expected in ((58, True), (60, False)):
+        prompt = tokenize_prompt(gpt2, "the " * n_words + "sun")
+        found = mean_distinct_3(gpt2, [prompt], vector, 1.0)
+        assert math.isfinite(found) == expected
+
+
+def test_few_pairs_have_few_shuffles(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    differences = sl.collect_differences(llama, pairs[:4], layers=[1])
+    with pytest.raises(DirectionError, match="in 6 ways only, and 20"):
+        null_directions(differences, n=20, seed=0)
+    assert len(null_directions(differences, n=6, seed=0)["shuffled"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neutral": []}, "list of at least 4 texts"),
+    ],
+)
+def test_texts_are_a_list(
+    llama: Any,
+    many: sl.ContrastivePairs,
+    items: PreferenceItems,
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(SweepError, match=message):
+        compare(llama, many, items, methods=["mean_diff"], layers=[1], **options)

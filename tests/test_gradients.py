@@ -8,7 +8,7 @@ import torch
 from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
-from steerlens.errors import ActivationError, HookError, SweepError
+from steerlens.errors import ActivationError, DirectionError, HookError, SweepError
 from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import resid_post
 from steerlens.loss import label_logprob
@@ -245,11 +245,9 @@ def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> No
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (
-            {"loss_hook": "blocks.0.hook_mlp_out"},
-            HookError,
-            "comes before blocks.0.hook_resid_post",
-        ),
+        ({"loss_hook": "blocks.0.hook_mlp_out"}, HookError, "a block's output"),
+        ({"loss_hook": resid_post(0), "layers": [1]}, HookError, "comes before blocks.1"),
+        ({"layers": ["blocks.0.hook_mlp_out", "blocks.0.mlp.hook_pre"]}, ActivationError, "widths"),
         ({"loss_hook": "all"}, HookError, "names 3"),
         ({"loss_hook": resid_post(2), "per_layer": True}, HookError, "not both"),
         ({"weight": -1}, SweepError, "weight"),
@@ -275,3 +273,21 @@ def test_repr_is_short(double: Any, continued: sl.ContrastivePairs) -> None:
     found = loss_gradients(double, continued, layers=[0], position=-1)
     assert isinstance(found, LossGradients)
     assert repr(found) == "LossGradients(1 hooks, 8 pairs, d_model 32)"
+
+
+def test_equal_prompts_have_no_separation(llama: Any) -> None:
+    """Up to position 4 both prompts are the same tokens: what differs is rounding."""
+    words = "walk sun rain soup bread night day kind".split()
+    given = sl.ContrastivePairs.from_lists(
+        [f"the river was {word} good and so" for word in words],
+        [f"the river was {word} bad" for word in words],
+    )
+    found = loss_gradients(llama, given, layers=[1], position=3)
+    assert not found.separation_positive.any()
+    assert not found.negative.any()
+    with pytest.raises(SweepError, match="no weight balances"):
+        found.with_weight("balanced")
+    with pytest.raises(DirectionError, match="nothing separates them there"):
+        sl.fit_directions(found, method="gradient_mean")
+    later = loss_gradients(llama, given, layers=[1], position=5)
+    assert bool(later.separation_positive.any())

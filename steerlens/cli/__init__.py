@@ -85,7 +85,7 @@ def sweep(
     ] = "relative=0.01",
     null: Annotated[
         int | None,
-        typer.Option("--null", help="Null vectors of each kind, random and shuffled: 20 or more."),
+        typer.Option("--null", help="Null vectors of each kind, random and shuffled, e.g. 20."),
     ] = None,
     batch_size: BatchOption = None,
     seed: SeedOption = 0,

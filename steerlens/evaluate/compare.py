@@ -1,6 +1,7 @@
 """Methods against each other at equal damage, on held-out items, with a null band."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -112,7 +113,7 @@ def compare(
     `collect_differences`, `loss_gradients` and `fit_directions` do.
     """
     settings = CompareSettings(
-        methods=tuple(dict.fromkeys(methods)),
+        methods=tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)),
         budget=str(check_search(budget=budget, search_range=search_range)),
         on=on,
         n_null=whole("n_null", n_null, 2),
@@ -121,8 +122,15 @@ def compare(
         seed=whole("seed", seed, 0),
         batch_size=whole_or_none("batch_size", batch_size, 1),
     )
-    _check(settings, items, train_items)
+    position = None if position is None else operator.index(position)
+    told = _with_persona(pairs, items)
+    _check(settings, items, train_items, off_target or {})
+    for some in (items, train_items, *(off_target or {}).values(), told):
+        if some is not None:
+            tokenize_items(model, some)  # so that what cannot be run is said before anything is
     tokenized = tokenize_pairs(model, pairs)
+    if isinstance(neutral, str) or neutral == []:
+        raise SweepError(f"neutral is a list of at least 4 texts, got {neutral!r}")
     texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
     if len(texts) < 4:
         raise SweepError(f"expected at least 4 neutral texts, got {len(texts)}")
@@ -148,12 +156,12 @@ def compare(
         layers=layers,
         position=position,
         items=train_items,
-        seed=seed,
+        seed=settings.seed,
         batch_size=batch_size,
         progress=progress,
     )
     subjects = Subjects(
-        differences.hook_names, fitted, null_directions(differences, n=n_null, seed=seed)
+        differences.hook_names, fitted, null_directions(differences, n=n_null, seed=settings.seed)
     )
     run = Runner(model, settings, Cost())
     found = _find(
@@ -168,7 +176,6 @@ def compare(
         say=say,
     )
     rows, by_item = _rows(run, subjects, found, items, say)
-    told = _with_persona(pairs, items)
     if told is not None:
         say("the persona written into the prompt")
         by_item[PROMPT] = run.gap(told) - run.gap(items)
@@ -275,8 +282,15 @@ def _null_effects(
 
 
 def _check(
-    settings: CompareSettings, items: PreferenceItems, train_items: PreferenceItems | None
+    settings: CompareSettings,
+    items: PreferenceItems,
+    train_items: PreferenceItems | None,
+    off_target: Mapping[str, PreferenceItems],
 ) -> None:
+    given: list[Any] = [items, *([] if train_items is None else [train_items])]
+    for some in (*given, *off_target.values()):
+        if not isinstance(some, PreferenceItems):
+            raise SweepError(f"items are PreferenceItems, not {type(some).__name__}")
     if not settings.methods:
         raise SweepError("expected at least one method, got none")
     for name in settings.methods:
@@ -302,7 +316,8 @@ def _with_persona(pairs: ContrastivePairs, items: PreferenceItems) -> Preference
         if isinstance(item.prompt, str) or item.prompt[0].role == "system":
             return None
         persona = Message("system", personas[i % len(personas)])
-        told.append(replace(item, prompt=(persona, *item.prompt)))
+        name = f"{item.id} (with the persona before it)"
+        told.append(replace(item, prompt=(persona, *item.prompt), id=name))
     return PreferenceItems(tuple(told), f"{items.name}, told")
 
 

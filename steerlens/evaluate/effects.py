@@ -91,7 +91,8 @@ def damages(
         kl = cell.kl.double().numpy()
         kl = kl[~np.isnan(kl)]
         lost = float((baseline - cell.logprob).double().mean())
-        return Damage(float(kl.mean()), float(np.percentile(kl, P95)), lost)
+        p95 = float(np.percentile(kl, P95)) if np.isfinite(kl).all() else float("nan")
+        return Damage(float(kl.mean()), p95, lost)
 
     return [[damage(cell) for cell in of_job] for of_job in cells]
 
@@ -104,11 +105,14 @@ def mean_distinct_3(
 ) -> float:
     """The mean of `distinct_3` over steered greedy continuations (40 tokens) of the prompts.
 
-    The prompts have one length. Continuations of fewer than three tokens do not count.
+    The prompts have one length; where the context leaves less room, the continuations are shorter.
+    Those of fewer than three tokens do not count, and NaN is returned when there are no others.
     """
-    continuations = generate_tokens(
-        model, prompts, directions, coefficient, max_new_tokens=NEW_TOKENS
-    )
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    room = NEW_TOKENS if n_ctx is None else min(NEW_TOKENS, n_ctx - len(prompts[0].prompt))
+    if room < 3:
+        return float("nan")
+    continuations = generate_tokens(model, prompts, directions, coefficient, max_new_tokens=room)
     shares = np.array([distinct_3(tokens) for tokens in continuations])
     return float(np.nanmean(shares)) if not np.isnan(shares).all() else float("nan")
 

@@ -1,5 +1,7 @@
 """How far a direction can be trusted before anything is steered: from the differences alone."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -8,6 +10,7 @@ from numpy.typing import NDArray
 from steerlens.activations import Differences
 from steerlens.errors import DirectionError
 from steerlens.hooks import hook_layer
+from steerlens.measures import whole
 from steerlens.tables import RELIABILITY_COLUMNS, Row, to_frame
 
 MIN_PAIRS = 8
@@ -22,6 +25,10 @@ def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) 
     quarter and of half of them. A cosine near 0 between halves means that there is no one direction
     to find at that hook. Raises `DirectionError` for fewer than 8 pairs or fewer than 2 splits.
     """
+    given: Any = differences
+    if not isinstance(given, Differences):
+        raise DirectionError(f"reliability is that of Differences, not of {type(given).__name__}")
+    n_splits, seed = whole("n_splits", n_splits, 0), whole("seed", seed, 0)
     n_pairs = differences.positive.shape[1]
     if n_pairs < MIN_PAIRS or n_splits < 2:
         raise DirectionError(

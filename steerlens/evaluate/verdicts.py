@@ -28,7 +28,12 @@ PROMPT = "prompt"
 def effect_columns(
     measured: Measured, nulls: Sequence[Float[np.ndarray, " null"]], settings: CompareSettings
 ) -> Row:
-    """Effect, its interval and null band, and the dose-response, of one method at one hook."""
+    """Effect, its interval and null band, and the dose-response, of one method at one hook.
+
+    NaN where the logprob of some item overflows at some dose.
+    """
+    if not np.isfinite(measured.changes).all():
+        return {"effect": math.nan}
     effect = float(measured.at_full.mean())
     low, high = bootstrap_interval(
         measured.at_full, n_resamples=settings.n_bootstrap, seed=settings.seed
@@ -94,6 +99,10 @@ def with_verdicts(rows: Sequence[Row]) -> list[Row]:
 def _verdict(row: Row) -> str:
     if "effect" not in row:
         return str(row["verdict"])
+    if math.isnan(row["effect"]):
+        return "undefined"
+    if math.isnan(row["p_holm"]):
+        return "no null band"
     is_inside = row["null_low"] <= row["effect"] <= row["null_high"]
     if is_inside or not row["p_holm"] < LEVEL:
         return "no effect shown"

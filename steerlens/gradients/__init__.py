@@ -6,7 +6,8 @@ The two terms are kept apart, as their balance is a choice that needs no second 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -21,9 +22,11 @@ from steerlens.hooks import (
     Layers,
     hook_layer,
     readout_hook,
+    resid_post,
     resolve_hooks,
 )
 from steerlens.loss import MARGIN, WEIGHT
+from steerlens.measures import whole
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
 from steerlens.slopes import BACKWARD_COST, check_label_rows
@@ -125,10 +128,10 @@ def loss_gradients(
 ) -> LossGradients:
     """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
 
-    The separation is that of the activations at `loss_hook`, by default the readout hook
-    (`blocks.{max(L, n_layers - 3)}.hook_resid_post`); with `per_layer`, at every hook itself.
-    States, and the activations differentiated, are those at `position` of each prompt. A state
-    influences later labels only, so the position must have a label after it in every positive
+    The separation is that of the activations at `loss_hook`, a block's output, by default the
+    readout hook (`blocks.{max(L, n_layers - 3)}.hook_resid_post`); with `per_layer`, at every hook
+    itself. States, and the activations differentiated, are those at `position` of each prompt. A
+    state influences later labels only, so the position must have a label after it in every positive
     prompt: -1 needs continuations, -2 (the default) does not. `margin` and `weight` as in
     `contrastive_steering_loss_noref`; "balanced" as in `with_weight`. `n_scores` label sequences
     are drawn for each positive prompt with `seed` (see `LossGradients.scores`).
@@ -150,8 +153,7 @@ def loss_gradients(
     _check_weight(weight)
     if not math.isfinite(margin):
         raise SweepError(f"expected a finite margin, got {margin}")
-    if n_scores < 0 or seed < 0:
-        raise SweepError(f"n_scores and seed are 0 or more, got {n_scores} and {seed}")
+    n_scores, seed = whole("n_scores", n_scores, 0), whole("seed", seed, 0)
     tokenized = tokenize_pairs(model, pairs)
     _check_position(tokenized, position)
     batches = make_pair_batches(model, tokenized, batch_size)
@@ -246,14 +248,16 @@ def _loss_hooks(
     if loss_hook is None:
         return tuple(readout_hook(name, int(model.cfg.n_layers)) for name in names)
     (resolved,) = _one_hook(model, loss_hook)
-    order = {name: i for i, name in enumerate(resolve_hooks(model, [*names, resolved]))}
-    late = [name for name in hook_names if order[name] > order[resolved]]
+    if resolved != resid_post(hook_layer(resolved)):
+        raise HookError(f"loss_hook is a block's output, blocks.N.hook_resid_post, not {resolved}")
+    late = [name for name in hook_names if hook_layer(name) > hook_layer(resolved)]
     if late:
         raise HookError(
             f"the loss hook {resolved} comes before {', '.join(late)}, which cannot move it; give "
             "a later loss hook, or earlier layers"
         )
-    return tuple(name if order[name] > order[resolved] else resolved for name in names)
+    deepest = hook_layer(resolved)
+    return tuple(name if hook_layer(name) > deepest else resolved for name in names)
 
 
 def _one_hook(model: HookedModel, loss_hook: str) -> tuple[str, ...]:
@@ -275,8 +279,9 @@ def _check_position(pairs: TokenizedPairs, position: int) -> None:
 
 
 def _check_weight(weight: Weight) -> None:
-    is_number = isinstance(weight, float | int) and math.isfinite(weight) and weight >= 0
-    if not (weight == "balanced" or is_number):
+    given: Any = weight
+    is_number = isinstance(given, Real) and 0 <= float(given) < math.inf
+    if not (isinstance(given, str) and given == "balanced") and not is_number:
         raise SweepError(f'weight is "balanced" or a number of 0 or more, got {weight!r}')
 
 

@@ -107,6 +107,12 @@ def _run(
         fwd_hooks=[*_reached(stepped, last_hook), *_reached(read, last_hook), keep],
         last_hook=last_hook,
     )
+    widths = {name: step.shape[-1] for name, step in steps.items()}
+    if set(widths.values()) != {kept[0].shape[-1]}:
+        raise ActivationError(
+            f"the hooks' activations have the widths {widths}; gradients are taken where it is "
+            "that of the residual stream"
+        )
     return _Run(steps, states, kept[0])
 
 
@@ -134,6 +140,18 @@ def _stepping(steps: dict[str, Tensor], name: str, indices: Int[Tensor, " prompt
     return add
 
 
+def _unit(
+    differences: Float[Tensor, "pair d_model"], *, like: Float[Tensor, "pair d_model"]
+) -> Float[Tensor, "pair d_model"]:
+    """The differences at norm 1; 0 where they are the rounding of such activations.
+
+    There the two prompts are equal, and the norm has no gradient.
+    """
+    norms = differences.norm(dim=-1, keepdim=True)
+    rounding = 8 * torch.finfo(like.dtype).eps * like.norm(dim=-1, keepdim=True)
+    return torch.where(norms > rounding, differences / norms, torch.zeros_like(differences))
+
+
 def _separation_rows(
     positive: _Run, negative: _Run, targets: dict[str, str]
 ) -> tuple[Float[Tensor, "all_hook pair d_model"], Float[Tensor, "all_hook pair d_model"]]:
@@ -141,8 +159,7 @@ def _separation_rows(
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     for loss_hook in dict.fromkeys(targets.values()):
         hs_pos, hs_neg = positive.states[loss_hook], negative.states[loss_hook]
-        # 0 where both are equal: the norm has no gradient there.
-        outward = torch.nn.functional.normalize((hs_pos - hs_neg).detach(), dim=-1)
+        outward = _unit((hs_pos - hs_neg).detach(), like=hs_pos.detach())
         names = [name for name, target in targets.items() if target == loss_hook]
         before = [name for name in names if name != loss_hook]
         sides = []

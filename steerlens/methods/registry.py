@@ -1,6 +1,7 @@
 """The registry of methods, and fitting a direction at every hook by one of them."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from steerlens.activations import Differences
 from steerlens.directions import Directions
 from steerlens.errors import DirectionError
 from steerlens.gradients import LossGradients
+from steerlens.measures import whole
 from steerlens.methods import contrast, gradient
 from steerlens.methods.evidence import Activations, Gradients
 
@@ -152,10 +154,16 @@ def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str,
     """`n` random and `n` shuffled directions at every hook: what a claim is compared with.
 
     Kind -> directions; their seeds are 1000 times `seed + 1`, and counted up from there, so that
-    they are not those of the methods of the same name. Raises `DirectionError` for fewer than two.
+    they are not those of methods of the same name with a small seed. Raises `SweepError` for fewer
+    than two, `DirectionError` when the pairs are too few for so many shuffles.
     """
-    if n < 2:
-        raise DirectionError(f"a null band takes at least 2 vectors of a kind, got {n}")
+    n, seed = whole("n", n, 2), whole("seed", seed, 0)
+    n_pairs = differences.positive.shape[1]
+    if math.comb(n_pairs, n_pairs // 2) < n:
+        raise DirectionError(
+            f"half of {n_pairs} pairs can be exchanged in {math.comb(n_pairs, n_pairs // 2)} ways "
+            f"only, and {n} shuffled vectors were asked for; fit on more pairs"
+        )
     seeds = range(1000 * (seed + 1), 1000 * (seed + 1) + n)
     return {
         kind: [fit_directions(differences, method=kind, seed=s) for s in seeds]
@@ -214,6 +222,11 @@ def _from_gradients(
         raise DirectionError(
             "the gradient of the loss is zero; take a position with a label after it, a margin "
             "below 1 and a weight above 0"
+        )
+    if not (evidence.separation_positive[index].any() or given.negative.any()):
+        raise DirectionError(
+            f"the two prompts have the same activation at position {evidence.position}, so nothing "
+            "separates them there; choose a position after the prompts begin to differ"
         )
     if method.function is None:
         raise DirectionError(f"{method.name} is trained, not fitted")

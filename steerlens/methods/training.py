@@ -135,12 +135,14 @@ def train_directions(
             seed=seed,
         )
         vector, history = run.train(train, held_out, d_model=both.shape[-1], progress=progress)
-        if not bool(vector.isfinite().all()) or not vector.any():
+        norm = float(vector.norm())
+        if not (math.isfinite(norm) and norm > 0):
             raise DirectionError(
-                f"training at {hook_name} left no vector; take another objective or step size"
+                f"training at {hook_name} left a vector of norm {norm} with step_size "
+                f"{step_size:g}; take another step size or objective"
             )
-        norms[hook_name] = float(vector.norm())
-        trained.append(vector / vector.norm())
+        norms[hook_name] = norm
+        trained.append(vector / norm)
         histories.append(history)
     readouts = [frozen[name] for name in differences.readout_names]
     directions = Directions(
