@@ -35,6 +35,11 @@ def main() -> None:
         for both in make_pair_batches(model, tokenize_pairs(model, pairs), None)
         for batch in both
     ]
+    # Before the timed runs, whose batches are larger.
+    for size in (2, 4, 8, 16):
+        before = peak()
+        sl.loss_gradients(model, pairs, batch_size=size)
+        print(f"batches of {size}: peak {peak():.0f} MB, {peak() - before:+.0f}")
     forward(model, batches)
     forwards, gradients = [], []
     for _ in range(args.rounds):
@@ -46,10 +51,6 @@ def main() -> None:
     print(f"forward passes {one:.2f} s ({min(forwards):.2f} to {max(forwards):.2f})")
     spread = f"{min(gradients):.2f} to {max(gradients):.2f}"
     print(f"gradients at all hooks {all_hooks:.2f} s ({spread}): {all_hooks / one:.2f} times")
-    for size in (2, 4, 8, 16):
-        before = peak()
-        sl.loss_gradients(model, pairs, batch_size=size)
-        print(f"batches of {size}: peak {peak():.0f} MB, {peak() - before:+.0f}")
 
 
 def forward(model: HookedModel, batches: list[Batch]) -> None:
