@@ -21,9 +21,12 @@ from steerlens.hooks import readout_hook, resolve_hooks
 from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.loss import (
     SteeringLoss,
+    coherence_hinge,
     contrastive_steering_loss,
     contrastive_steering_loss_noref,
     label_logprob,
+    ordering_penalty,
+    total_variation_barrier,
 )
 from steerlens.methods import (
     METHODS,
@@ -59,6 +62,7 @@ __all__ = [
     "SweepResult",
     "Trained",
     "boundary_shape",
+    "coherence_hinge",
     "collect_activations",
     "collect_differences",
     "compare",
@@ -76,6 +80,7 @@ __all__ = [
     "measure_layers",
     "neutral_texts",
     "null_directions",
+    "ordering_penalty",
     "predict_boundary",
     "provenance",
     "readout_hook",
@@ -85,5 +90,6 @@ __all__ = [
     "sweep",
     "tokenize_pairs",
     "tokenize_prompt",
+    "total_variation_barrier",
     "train_directions",
 ]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.cells import Job
+from steerlens.coherence import P95
 from steerlens.engine import make_plan, run_cells
 from steerlens.hooks import resid_post
 from steerlens.items import PreferenceItems
@@ -18,7 +19,6 @@ from steerlens.plain import CellOutput, Cost, Workload, run_baseline
 from steerlens.steering import generate_tokens
 from steerlens.tokens import TokenizedPrompt, make_batches, tokenize_items
 
-P95 = 95
 NEW_TOKENS = 40
 """Length of the greedy continuations that `distinct_3` looks at."""
 
@@ -91,7 +91,7 @@ def damages(
         kl = cell.kl.double().numpy()
         kl = kl[~np.isnan(kl)]
         lost = float((baseline - cell.logprob).double().mean())
-        p95 = float(np.percentile(kl, P95)) if np.isfinite(kl).all() else float("nan")
+        p95 = float(np.quantile(kl, P95)) if np.isfinite(kl).all() else float("nan")
         return Damage(float(kl.mean()), p95, lost)
 
     return [[damage(cell) for cell in of_job] for of_job in cells]
