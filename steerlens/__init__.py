@@ -38,7 +38,18 @@ from steerlens.methods import (
 )
 from steerlens.models import load_model, provenance
 from steerlens.shape import BoundaryShape, boundary_shape
-from steerlens.steering import generate, steer
+from steerlens.steering import (
+    Ablate,
+    Add,
+    Clamp,
+    Condition,
+    Rotate,
+    SteeringVector,
+    condition_accuracy,
+    fit_condition,
+    generate,
+    steer,
+)
 from steerlens.sweep import SweepResult, measure_layers, sweep
 from steerlens.tokens import tokenize_pairs, tokenize_prompt
 
@@ -46,9 +57,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "Ablate",
+    "Add",
     "BoundaryResult",
     "BoundaryShape",
+    "Clamp",
     "Comparison",
+    "Condition",
     "ContrastivePair",
     "ContrastivePairs",
     "Differences",
@@ -57,7 +72,9 @@ __all__ = [
     "Message",
     "PreferenceItem",
     "PreferenceItems",
+    "Rotate",
     "SteeringLoss",
+    "SteeringVector",
     "SteerlensError",
     "SweepResult",
     "Trained",
@@ -66,11 +83,13 @@ __all__ = [
     "collect_activations",
     "collect_differences",
     "compare",
+    "condition_accuracy",
     "contrastive_steering_loss",
     "contrastive_steering_loss_noref",
     "dataset_names",
     "find_boundary",
     "fit",
+    "fit_condition",
     "fit_directions",
     "generate",
     "gradient_terms",

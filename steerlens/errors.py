@@ -31,3 +31,11 @@ class SweepError(SteerlensError):
 
 class OutputError(SteerlensError):
     """An output folder cannot be written without losing what is there."""
+
+
+class SteeringError(SteerlensError):
+    """A steering vector cannot be applied, combined or read as asked."""
+
+
+class ExportError(SteerlensError):
+    """A steering vector cannot be carried by the format or model that was asked for."""

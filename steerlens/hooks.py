@@ -4,6 +4,8 @@ import difflib
 import fnmatch
 import operator
 import re
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, SupportsIndex, TypeAlias
@@ -19,6 +21,13 @@ HookFunction: TypeAlias = Callable[..., Any]
 
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:(-?\d+)?)?")
 _READOUT_DEPTH = 3
+
+_TWO_THREADS = (
+    "another thread has hooks on this model: their hooks would mix; wait for it to finish, or load "
+    "a model for each thread"
+)
+_guard = threading.Lock()
+_threads: "weakref.WeakKeyDictionary[Any, tuple[int, int]]" = weakref.WeakKeyDictionary()
 
 
 def resid_post(layer: int) -> str:
@@ -122,23 +131,48 @@ def _resolve_name(model: HookedModel, name: str) -> Sequence[str]:
 
 
 @contextmanager
+def _one_thread(model: HookedModel) -> Iterator[None]:
+    """This thread alone has hooks on the model inside the block; blocks of one thread may nest."""
+    here = threading.get_ident()
+    with _guard:
+        thread, depth = _threads.get(model, (here, 0))
+        if thread != here:
+            raise HookError(_TWO_THREADS)
+        _threads[model] = (here, depth + 1)
+    try:
+        yield
+    finally:
+        with _guard:
+            if depth:
+                _threads[model] = (here, depth)
+            else:
+                del _threads[model]
+
+
+@contextmanager
 def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[None]:
     """Hooks on the model inside the block only; every one of them must have fired by its end.
 
     The hooks are removed after the block and after an exception inside it; hooks that were there
-    before stay. Raises `HookError` when a name is unknown or needs a setting of the model first,
-    and at the end for hooks that did not fire, unless the block raised.
+    before stay, and act first where they are at the same place. Raises `HookError` when a name is
+    unknown or needs a setting of the model first, when another thread has hooks on the model or
+    runs it inside the block, and at the end for hooks that did not fire, unless the block raised.
     """
     silent = {name for name, _ in fwd_hooks}
+    here = threading.get_ident()
 
     def noting(name: str, function: HookFunction) -> HookFunction:
         def fire(activation: Any, hook: Any) -> Any:
+            if threading.get_ident() != here:
+                raise HookError(_TWO_THREADS)
             silent.discard(name)
             return function(activation, hook=hook)
 
         return fire
 
     with ExitStack() as stack:
+        if fwd_hooks:
+            stack.enter_context(_one_thread(model))
         try:
             stack.enter_context(
                 model.hooks(fwd_hooks=[(name, noting(name, call)) for name, call in fwd_hooks])

@@ -6,28 +6,11 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.errors import SweepError
-from steerlens.steering import addition, generate, steering_hooks
+from steerlens.errors import SteeringError
+from steerlens.steering import generate, steering_hooks
 from steerlens.tokens import tokenize_prompt
 
 HOOK = "blocks.1.hook_resid_post"
-
-
-def test_addition_by_hand() -> None:
-    activation = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]])
-    direction = torch.tensor([0.6, 0.8])
-    everywhere = addition(direction, -5)(activation, hook=None)
-    torch.testing.assert_close(everywhere, torch.tensor([[[-2.0, -2.0], [0.0, 0.0]]]))
-    mask = torch.tensor([[False, True]])
-    masked = addition(direction, -5, mask=mask)(activation, hook=None)
-    torch.testing.assert_close(masked, torch.tensor([[[1.0, 2.0], [0.0, 0.0]]]))
-    # Out of place: the activation given is as it was.
-    torch.testing.assert_close(activation, torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
-
-
-def test_addition_keeps_the_dtype() -> None:
-    activation = torch.ones(1, 2, 2, dtype=torch.bfloat16)
-    assert addition(torch.tensor([1.0, 0.0]), 2)(activation, hook=None).dtype == torch.bfloat16
 
 
 def test_coefficient_0_is_no_hook_at_all() -> None:
@@ -39,8 +22,8 @@ def test_coefficient_0_is_no_hook_at_all() -> None:
 
 @pytest.mark.parametrize("coefficient", [float("nan"), float("inf"), -float("inf")])
 def test_coefficient_must_be_finite(coefficient: float) -> None:
-    with pytest.raises(SweepError, match="finite"):
-        addition(torch.tensor([1.0]), coefficient)
+    with pytest.raises(SteeringError, match="finite"):
+        steering_hooks({HOOK: torch.tensor([1.0])}, coefficient)
 
 
 def test_steer_adds_inside_the_block_only(llama: Any) -> None:

@@ -1,0 +1,43 @@
+"""Steering vectors: what they do to activations, where, how strongly, and how they are kept."""
+
+from steerlens.steering.application import Steerable, steer, steering_hooks, steps
+from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient
+from steerlens.steering.conditions import Condition, condition_accuracy, fit_condition
+from steerlens.steering.generation import generate, generate_tokens
+from steerlens.steering.operators import (
+    OPERATORS,
+    Ablate,
+    Add,
+    Clamp,
+    Operator,
+    Rotate,
+    operator_of,
+)
+from steerlens.steering.origin import Origin
+from steerlens.steering.positions import Positions
+from steerlens.steering.vector import SteeringVector
+
+__all__ = [
+    "OPERATORS",
+    "Ablate",
+    "Add",
+    "Calibration",
+    "Clamp",
+    "Coefficient",
+    "Condition",
+    "Operator",
+    "Origin",
+    "Positions",
+    "Rotate",
+    "Steerable",
+    "SteeringVector",
+    "condition_accuracy",
+    "fit_condition",
+    "generate",
+    "generate_tokens",
+    "operator_of",
+    "parse_coefficient",
+    "steer",
+    "steering_hooks",
+    "steps",
+]

@@ -1,0 +1,192 @@
+"""A vector at work: its steps as hooks, and the context manager that puts them on a model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steerlens.errors import SteeringError
+from steerlens.hooks import HookFunction, hooked
+from steerlens.models import HookedModel
+from steerlens.steering.coefficients import (
+    Calibration,
+    Coefficient,
+    parse_coefficient,
+    step_sizes,
+)
+from steerlens.steering.conditions import Condition, Gate
+from steerlens.steering.operators import Add, Operator
+from steerlens.steering.positions import Positions, Watch, check_positions, watch
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """What `steps` asks of a steering vector."""
+
+    hook_names: tuple[str, ...]
+    directions: Any
+    scale: Any
+    calibration: Calibration
+    operator: Operator
+    condition: Condition | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done at one hook: `operator(activation, direction, amount)`."""
+
+    hook_name: str
+    operator: Operator
+    direction: Float[Tensor, " d_model"]
+    amount: float
+
+    def hook(self, chosen: Any = None) -> HookFunction:
+        """A forward hook, out of place; `chosen(activation, hook)` is a mask of tokens, or None."""
+
+        def act(activation: Tensor, hook: Any) -> Tensor:
+            mask = None if chosen is None else chosen(activation, hook)
+            moved = self.operator(activation, self.direction, self.amount)
+            if mask is None:
+                return moved
+            return torch.where(mask.to(activation.device)[..., None], moved, activation)
+
+        return act
+
+
+def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) -> tuple[Step, ...]:
+    """What a vector does at each of its hooks; nothing at coefficient 0.
+
+    Plain directions (a mapping) are added, as they are, with a coefficient in residual units.
+    Raises `SteeringError` when the coefficient has no meaning for them or for the operator: norms
+    and shares of the boundary are for `Add`.
+    """
+    parsed = parse_coefficient(coefficient)
+    if parsed.number == 0:
+        return ()
+    if not isinstance(vector, Steerable):
+        if parsed.unit != "residual":
+            raise SteeringError(
+                f"{coefficient!r} needs a SteeringVector, which knows its norms and boundary; "
+                "plain directions take a coefficient in residual units"
+            )
+        add = Add()
+        return tuple(Step(name, add, vector[name], parsed.number) for name in vector)
+    operator = vector.operator
+    if isinstance(operator, Add):
+        sizes = step_sizes(coefficient, vector.hook_names, vector.scale, vector.calibration)
+    elif parsed.unit != "residual":
+        raise SteeringError(
+            f"{coefficient!r} is a strength of add; {operator.name} takes a plain number"
+        )
+    else:
+        sizes = (parsed.number,) * len(vector.hook_names)
+    for size in sizes:
+        operator.check(size)
+    return tuple(
+        Step(name, operator, direction, size)
+        for name, direction, size in zip(vector.hook_names, vector.directions, sizes, strict=True)
+        if size != 0
+    )
+
+
+def step_hooks(
+    acts: Sequence[Step],
+    condition: Condition | None = None,
+    *,
+    mask: Bool[Tensor, "prompt token"] | None = None,
+) -> list[tuple[str, HookFunction]]:
+    """Hooks of steps on every token, or those of `mask` (Bool, prompt by token).
+
+    Raises `SteeringError` on a condition with scope "prompt": which tokens are the prompt's is not
+    known here (see `steer`).
+    """
+    if not acts:
+        return []
+    if condition is not None and condition.scope == "prompt":
+        raise SteeringError(
+            "a condition on the prompt must know which tokens are the prompt's: use `with "
+            "steer(model, vector, coefficient):`"
+        )
+    return _with_gate(acts, condition, None, (lambda _, __: mask) if mask is not None else None)
+
+
+def steering_hooks(
+    directions: Mapping[str, Tensor],
+    coefficient: float | int,
+    *,
+    mask: Bool[Tensor, "prompt token"] | None = None,
+) -> list[tuple[str, HookFunction]]:
+    """`(hook name, addition)` for every direction; none at coefficient 0, the identity.
+
+    Raises `SteeringError` when the coefficient is not finite.
+    """
+    return step_hooks(steps(directions, coefficient), mask=mask)
+
+
+@contextmanager
+def steer(
+    model: HookedModel,
+    vector: Steerable | Mapping[str, Tensor],
+    coefficient: Coefficient,
+    *,
+    positions: Positions = "all",
+) -> Iterator[None]:
+    """Steer inside the block, prompt and generated tokens alike unless `positions` says otherwise.
+
+    `vector` is a `SteeringVector`, or plain directions to be added. `positions` (see `Positions`)
+    mean the same tokens with a KV cache and without, and with padding on either side. Blocks may be
+    nested and repeated: at one hook the outer vector acts first. The hooks are gone after the
+    block, also after an exception.
+
+    Raises `SteeringError` when the coefficient has no meaning for the vector (see `Coefficient`);
+    `HookError` when a hook did not fire, or another thread uses the model inside the block.
+    """
+    check_positions(positions)
+    acts = steps(vector, coefficient)
+    condition = getattr(vector, "condition", None)
+    is_everywhere = isinstance(positions, str) and positions == "all"
+    with ExitStack() as stack:
+        seen = None
+        if acts and (not is_everywhere or (condition is not None and condition.scope == "prompt")):
+            seen = stack.enter_context(watch(model))
+        chosen = None
+        if seen is not None and not is_everywhere:
+            chosen = _at_positions(seen, positions)
+        fwd_hooks = _with_gate(acts, condition, seen, chosen) if acts else []
+        stack.enter_context(hooked(model, fwd_hooks))
+        yield
+
+
+def _at_positions(seen: Watch, positions: Positions) -> Any:
+    def chosen(activation: Tensor, hook: Any) -> Tensor:
+        return seen.now(activation, hook).mask(positions)
+
+    return chosen
+
+
+def _with_gate(
+    acts: Sequence[Step], condition: Condition | None, seen: Watch | None, chosen: Any
+) -> list[tuple[str, HookFunction]]:
+    """The steps' hooks; with a condition, behind the one that reads it."""
+    if condition is None:
+        return [(act.hook_name, act.hook(chosen)) for act in acts]
+    gate = Gate(condition, frozenset(act.hook_name for act in acts))
+
+    def read(activation: Tensor, hook: Any) -> None:
+        gate.read(activation, None if seen is None else seen.now(activation, hook))
+
+    def gated(name: str) -> Any:
+        def both(activation: Tensor, hook: Any) -> Tensor:
+            mask = gate.take(name).expand(activation.shape[:2])
+            return mask if chosen is None else mask & chosen(activation, hook).to(mask.device)
+
+        return both
+
+    return [
+        (condition.hook_name, read),
+        *((act.hook_name, act.hook(gated(act.hook_name))) for act in acts),
+    ]

@@ -1,0 +1,125 @@
+"""How strong: a coefficient in residual units, in residual norms, or as a share of the boundary."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.errors import SteeringError
+
+Coefficient: TypeAlias = float | int | str
+"""A number or "12.5" (residual units, times the vector's scale), "0.1 norm" (multiples of the mean
+residual norm at the hook), or "80%" (a share of the coherence boundary of its sign)."""
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+_TEXT = re.compile(rf"\s*({_NUMBER})\s*(%|norms?)?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What gives a coefficient its meaning at each hook; NaN where it was not measured.
+
+    `resid_norm` is the mean norm of the activations, `boundary_neg` and `boundary_pos` the
+    coherence boundary of each sign (residual units, each hook pushed alone; inf beyond the searched
+    range), `budget` and `text` what it was measured with and on.
+    """
+
+    resid_norm: Float[Tensor, " hook"]
+    boundary_neg: Float[Tensor, " hook"]
+    boundary_pos: Float[Tensor, " hook"]
+    budget: str
+    text: str
+
+    @classmethod
+    def unknown(cls, n_hooks: int) -> "Calibration":
+        """Nothing measured."""
+        nan = torch.full((n_hooks,), math.nan)
+        return cls(nan, nan, nan, "unknown", "unknown")
+
+    def take(self, rows: Sequence[int]) -> "Calibration":
+        """Some of its hooks."""
+        keep = list(rows)
+        return replace(
+            self,
+            resid_norm=self.resid_norm[keep],
+            boundary_neg=self.boundary_neg[keep],
+            boundary_pos=self.boundary_pos[keep],
+        )
+
+    def flipped(self) -> "Calibration":
+        """That of the opposite directions."""
+        return replace(self, boundary_neg=-self.boundary_pos, boundary_pos=-self.boundary_neg)
+
+    def without_boundary(self) -> "Calibration":
+        """The norms alone: what still holds for other directions at the same hooks."""
+        unknown = self.unknown(len(self.resid_norm))
+        return replace(unknown, resid_norm=self.resid_norm)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A coefficient read: the number, and "residual", "norm" or "boundary"."""
+
+    number: float
+    unit: str
+
+
+def parse_coefficient(coefficient: Coefficient) -> Parsed:
+    """Read a coefficient. Raises `SteeringError` when it is not a finite number with a known unit.
+
+    A percentage comes back as a share: "80%" is 0.8 of the boundary.
+    """
+    if isinstance(coefficient, str):
+        found = _TEXT.fullmatch(coefficient)
+        if found is None:
+            raise SteeringError(
+                f"cannot read the coefficient {coefficient!r}; expected a number in residual "
+                'units, a multiple of the mean residual norm ("0.1 norm"), or a share of the '
+                'coherence boundary ("80%")'
+            )
+        unit = (found[2] or "").lower()
+        number = float(found[1]) / (100 if unit == "%" else 1)
+        parsed = Parsed(number, {"": "residual", "%": "boundary"}.get(unit, "norm"))
+    else:
+        parsed = Parsed(float(coefficient), "residual")
+    if not math.isfinite(parsed.number):
+        raise SteeringError(f"expected a finite coefficient, got {coefficient!r}")
+    return parsed
+
+
+def step_sizes(
+    coefficient: Coefficient,
+    hook_names: Sequence[str],
+    scale: Float[Tensor, " hook"],
+    calibration: Calibration,
+) -> tuple[float, ...]:
+    """How far `coefficient` moves each hook's activation along its unit direction, residual units.
+
+    A number is multiplied by the hook's `scale`; norms and shares are not. Raises `SteeringError`
+    when what it is measured in is not known at a hook, or inf.
+    """
+    parsed = parse_coefficient(coefficient)
+    if parsed.number == 0:
+        return (0.0,) * len(hook_names)
+    if parsed.unit == "residual":
+        return tuple(parsed.number * s for s in scale.tolist())
+    if parsed.unit == "norm":
+        of, what = calibration.resid_norm, "mean residual norm"
+    elif parsed.number > 0:
+        of, what = calibration.boundary_pos, "positive coherence boundary"
+    else:
+        of, what = -calibration.boundary_neg, "negative coherence boundary"
+    for name, size in zip(hook_names, of.tolist(), strict=True):
+        if not math.isfinite(size):
+            reason = "is not known" if math.isnan(size) else "lies beyond the searched range"
+            raise SteeringError(
+                f"cannot take {coefficient!r} at {name}: its {what} {reason}; measure it with "
+                "find_boundary and give its layer table to SteeringVector.from_directions, or give "
+                "a coefficient in residual units"
+            )
+    return tuple(parsed.number * size for size in of.tolist())

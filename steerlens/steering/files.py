@@ -1,0 +1,138 @@
+"""The file of a steering vector: safetensors, with everything else as JSON in its metadata."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steerlens.errors import SteeringError
+
+FORMAT = "steerlens steering vector"
+FORMAT_VERSION = 1
+KEY = "steerlens"
+MEANING = {
+    "hook": "TransformerLens hook names; blocks.N.hook_resid_post is the output of block N, "
+    "counted from 0, before any final norm",
+    "normalisation": "each tensor named after a hook is a direction of norm 1; a plain coefficient "
+    "c moves the activation by c * scale along it, in residual-stream units",
+}
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+
+
+def encode(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
+    """The bytes of a file: `tensors` in float32 and `record`, a checksum of both with them.
+
+    The same values give the same bytes.
+    """
+    from safetensors.torch import save
+
+    plain = {name: t.detach().cpu().float().contiguous().clone() for name, t in tensors.items()}
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "meaning": MEANING, **record}
+    header = _without_nan(header)
+    header["sha256"] = _checksum(plain, header)
+    # One key: safetensors writes several in an order of its own, and the bytes would change.
+    return bytes(save(plain, {KEY: json.dumps(header)}))
+
+
+def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of a file.
+
+    Raises `SteeringError` when there is no such file, it is a pickle, not safetensors, truncated,
+    changed after it was written, not a steering vector, or of a version from the future.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    refuse_pickle(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise SteeringError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    try:
+        tensors = load(content)
+        header = _metadata(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SteeringError(
+            f"{str(path)!r} is not a whole safetensors file ({error}); it may be truncated"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise SteeringError(
+            f"{str(path)!r} holds no steering vector of steerlens (its metadata has no "
+            f"{FORMAT!r}); write one with SteeringVector.save or `steerlens extract`"
+        )
+    version = header.get("version")
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise SteeringError(
+            f"{str(path)!r} has format version {version!r}; this steerlens reads 1 to "
+            f"{FORMAT_VERSION}, so a newer one is needed"
+        )
+    given = header.pop("sha256", None)
+    if given != _checksum(tensors, header):
+        raise SteeringError(
+            f"{str(path)!r} was changed after it was written: its checksum does not match"
+        )
+    return tensors, header
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise `SteeringError` for a file whose name or first bytes say that it is a pickle."""
+    is_pickle = path.suffix.lower() in _PICKLES
+    if not is_pickle and path.is_file():
+        with path.open("rb") as file:
+            start = file.read(4)
+        # A pickle of protocol 2 or later; torch.save writes one inside a zip.
+        is_pickle = start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
+        is_pickle = is_pickle or start == b"PK\x03\x04"
+    if is_pickle:
+        raise SteeringError(
+            f"{str(path)!r} is a pickle: loading one can run any code, so it is refused; save the "
+            "tensors as safetensors or GGUF with the tool that made it"
+        )
+
+
+def number(value: Any) -> float:
+    """A number of a record, where None stands for NaN and "inf" and "-inf" for themselves.
+
+    Raises `TypeError` on anything else.
+    """
+    if value is None:
+        return math.nan
+    if value in ("inf", "-inf"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _metadata(content: bytes) -> dict[str, Any]:
+    """The record in a file that safetensors has read, so that its header is sound."""
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    header = json.loads(metadata.get(KEY, "{}"))
+    if not isinstance(header, dict):
+        raise ValueError(f"the metadata {KEY!r} is not an object")
+    return header
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN and no inf: None and "inf" instead."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,142 @@
+"""Where a steering vector comes from, and whether a model is the one it was made on."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from steerlens.directions import Directions
+from steerlens.models import HookedModel, provenance
+
+UNKNOWN = "unknown"
+_SAMPLED = 1024
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The model, tokenizer, data and method of a steering vector; "unknown" where not recorded.
+
+    `model` is its name, `revision` and `file_hash` as in `Provenance`; `weights`, `tokenizer` and
+    `chat_template` are fingerprints (sha256, hex), the first as `weights_fingerprint` says.
+    `pairs` is the fingerprint of the pairs' token ids. `versions` are those of the packages.
+    """
+
+    model: str = UNKNOWN
+    revision: str = UNKNOWN
+    file_hash: str = UNKNOWN
+    weights: str = UNKNOWN
+    weight_processing: str = UNKNOWN
+    dtype: str = UNKNOWN
+    architecture: str = UNKNOWN
+    tokenizer: str = UNKNOWN
+    chat_template: str = UNKNOWN
+    dataset: str = UNKNOWN
+    pairs: str = UNKNOWN
+    method: str = UNKNOWN
+    position: str = UNKNOWN
+    seed: str = UNKNOWN
+    versions: str = UNKNOWN
+
+    @classmethod
+    def of(cls, model: HookedModel, directions: Directions, *, dataset: str = UNKNOWN) -> "Origin":
+        """The origin of directions fitted on `model`; `dataset` is the name of their pairs."""
+        record = provenance(model)
+        versions = {
+            "steerlens": version("steerlens"),
+            "transformer-lens": record.transformer_lens,
+            "transformers": record.transformers,
+            "torch": record.torch,
+        }
+        return replace(
+            cls.of_model(model),
+            dataset=dataset,
+            pairs=directions.fingerprint,
+            method=directions.method,
+            position=str(directions.position),
+            seed=str(directions.seed),
+            versions=json.dumps(versions),
+        )
+
+    @classmethod
+    def of_model(cls, model: HookedModel) -> "Origin":
+        """The fields that a model alone gives."""
+        record = provenance(model)
+        tokenizer, template = tokenizer_fingerprints(model.tokenizer)
+        return cls(
+            model=record.name,
+            revision=record.revision,
+            file_hash=record.file_hash,
+            weights=weights_fingerprint(model),
+            weight_processing=record.weight_processing,
+            dtype=record.dtype,
+            architecture=architecture(model),
+            tokenizer=tokenizer,
+            chat_template=template,
+        )
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields as a plain dict."""
+        return asdict(self)
+
+    def differences(self, other: "Origin") -> list[str]:
+        """What tells the models of two origins apart, in words; what is not known differs not."""
+        names = {
+            "weights": "weights (or their dtype)",
+            "tokenizer": "tokenizer",
+            "chat_template": "chat template",
+        }
+        return [
+            f"{what} of {self.model!r} and of {other.model!r}"
+            for field, what in names.items()
+            if UNKNOWN not in (getattr(self, field), getattr(other, field))
+            and getattr(self, field) != getattr(other, field)
+        ]
+
+
+def architecture(model: HookedModel) -> str:
+    """The Hugging Face model type, such as "llama"; "unknown" for a `HookedTransformer`."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return str(getattr(config, "model_type", UNKNOWN))
+
+
+def weights_fingerprint(model: HookedModel) -> str:
+    """sha256 (hex) of a sample of the weights: names, shapes, 1024 evenly spaced values of each.
+
+    Fast on any model, and other weights, another dtype or processed weights give another one. A
+    change that misses every sampled value is not seen.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(_parameters(model)):
+        flat = weight.detach().reshape(-1)
+        rows = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
+        values = flat[rows.round().long().to(flat.device)].float().cpu()
+        digest.update(json.dumps([name, list(weight.shape)]).encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprints(tokenizer: Any) -> tuple[str, str]:
+    """sha256 (hex) of a tokenizer's vocabulary with its special tokens, and of its chat template.
+
+    "unknown" without a tokenizer, "none" where it has no template.
+    """
+    if tokenizer is None:
+        return UNKNOWN, UNKNOWN
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
+    template = getattr(tokenizer, "chat_template", None)
+    return _sha256(words), "none" if template is None else _sha256(json.dumps(template))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _parameters(model: HookedModel) -> Iterator[tuple[str, Any]]:
+    module: Any = getattr(model, "original_model", model)
+    for name, weight in module.named_parameters():
+        yield name.replace("._original_component", ""), weight

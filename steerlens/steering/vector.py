@@ -1,0 +1,480 @@
+"""The steering vector: directions with operator, scale, calibration and origin."""
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steerlens.directions import Directions
+from steerlens.errors import SteeringError
+from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
+from steerlens.models import HookedModel
+from steerlens.steering.application import step_hooks, steps
+from steerlens.steering.coefficients import Calibration, Coefficient
+from steerlens.steering.conditions import Condition
+from steerlens.steering.files import decode, encode, number
+from steerlens.steering.operators import Add, Operator, operator_of, operator_record
+from steerlens.steering.origin import UNKNOWN, Origin
+
+_UNIT_TOLERANCE = 1e-3
+_CONDITION = "condition."
+
+
+@dataclass(frozen=True, eq=False)
+class SteeringVector(Mapping[str, Tensor]):
+    """Hook name -> unit direction, with what is done along it, how far, and where it comes from.
+
+    `directions` are the rows in the order of `hook_names`. A coefficient c, a separate argument
+    everywhere, moves an activation by `c * scale` along the direction with the operator `Add`; the
+    other operators have no use for `scale`. Coefficient 0 is the identity with every operator.
+    Combining: `a + b`, `a - b`, `2 * a`, `-a`, `a.orthogonal_to(b)`, `a.interpolate(b, share)`, all
+    on `scale * direction`. Raises `SteeringError` when a direction does not have norm 1, a scale is
+    negative or not finite, or the shapes do not agree.
+    """
+
+    hook_names: tuple[str, ...]
+    directions: Float[Tensor, "hook d_model"]
+    scale: Float[Tensor, " hook"]
+    calibration: Calibration
+    operator: Operator = field(default_factory=Add)
+    condition: Condition | None = None
+    origin: Origin = field(default_factory=Origin)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "directions", self.directions.detach())
+        sizes = {len(self.hook_names), len(self.directions), len(self.scale)}
+        if (
+            len(sizes) > 1
+            or not self.hook_names
+            or len(set(self.hook_names)) < len(self.hook_names)
+        ):
+            raise SteeringError(
+                f"expected one direction and scale for each of some different hooks, got "
+                f"{len(self.hook_names)} names, {len(self.directions)} directions and "
+                f"{len(self.scale)} scales"
+            )
+        for name, norm in zip(self.hook_names, self.directions.norm(dim=-1).tolist(), strict=True):
+            if not abs(norm - 1) < _UNIT_TOLERANCE:
+                raise SteeringError(f"the direction at {name} has norm {norm:.6g}; expected 1")
+        if not bool((self.scale.isfinite() & (self.scale >= 0)).all()):
+            raise SteeringError(f"scales must be finite and at least 0, got {self.scale.tolist()}")
+        if self.condition is not None and len(self.condition.direction) != self.d_model:
+            raise SteeringError(
+                f"the condition's direction has {len(self.condition.direction)} numbers, the "
+                f"vector's {self.d_model}"
+            )
+
+    @classmethod
+    def from_directions(
+        cls,
+        model: HookedModel,
+        directions: Directions,
+        *,
+        layers: Layers | None = None,
+        operator: Operator | None = None,
+        condition: Condition | None = None,
+        layer_table: pd.DataFrame | None = None,
+        dataset: str = UNKNOWN,
+    ) -> "SteeringVector":
+        """A steering vector of the directions fitted on `model`, at `layers` or all their hooks.
+
+        `layer_table` is that of `find_boundary`, `sweep` or `measure_layers`: its residual norms
+        and boundaries give coefficients such as "0.1 norm" and "80%" a meaning. `dataset` names the
+        pairs in the origin. Raises `SteeringError` when a hook has no direction or is not in the
+        table.
+        """
+        names = directions.hook_names if layers is None else resolve_hooks(model, layers)
+        missing = [name for name in names if name not in directions]
+        if missing:
+            raise SteeringError(f"there is no direction at {', '.join(missing)}; fit one there")
+        return cls(
+            hook_names=names,
+            directions=torch.stack([directions[name].float().cpu() for name in names]),
+            scale=torch.ones(len(names)),
+            calibration=_calibration(names, layer_table),
+            operator=operator or Add(),
+            condition=condition,
+            origin=Origin.of(model, directions, dataset=dataset),
+        )
+
+    @classmethod
+    def from_vectors(
+        cls, vectors: Mapping[str, Tensor], *, origin: Origin | None = None
+    ) -> "SteeringVector":
+        """A steering vector of any tensors, made elsewhere: the norm of each becomes its scale.
+
+        Raises `SteeringError` on a vector that is zero, not finite, or not one row of numbers.
+        """
+        rows = {name: torch.as_tensor(v).detach().float().cpu() for name, v in vectors.items()}
+        shapes = {tuple(row.shape) for row in rows.values()}
+        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+            raise SteeringError(f"expected vectors of one length, got shapes {sorted(shapes)}")
+        stacked = torch.stack(list(rows.values()))
+        return cls.from_rows(tuple(rows), stacked, origin or Origin())
+
+    @classmethod
+    def from_rows(
+        cls,
+        hook_names: tuple[str, ...],
+        rows: Float[Tensor, "hook d_model"],
+        origin: Origin,
+        **rest: Any,
+    ) -> "SteeringVector":
+        """A steering vector whose directions and scales are those of `rows`; nothing calibrated.
+
+        Raises `SteeringError` when a row is zero or not finite: it has no direction.
+        """
+        scale = rows.double().norm(dim=-1)
+        for name, size in zip(hook_names, scale.tolist(), strict=True):
+            if not (math.isfinite(size) and size > 0):
+                raise SteeringError(
+                    f"the vector at {name} has norm {size:.6g}, so it has no direction"
+                )
+        unit = (rows.double() / scale[:, None]).float()
+        rest.setdefault("calibration", Calibration.unknown(len(hook_names)))
+        return cls(hook_names, unit, scale.float(), origin=origin, **rest)
+
+    # A mapping of the directions
+
+    def __getitem__(self, hook_name: str) -> Float[Tensor, " d_model"]:
+        if hook_name not in self.hook_names:
+            raise KeyError(hook_name)
+        return self.directions[self.hook_names.index(hook_name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.hook_names)
+
+    def __len__(self) -> int:
+        return len(self.hook_names)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is a steering vector that would be saved as the same bytes."""
+        return isinstance(other, SteeringVector) and self.to_bytes() == other.to_bytes()
+
+    def __repr__(self) -> str:
+        hooks = self.hook_names[0] if len(self) == 1 else f"{len(self)} hooks"
+        condition = "" if self.condition is None else f", {self.condition!r}"
+        return (
+            f"SteeringVector({self.operator.name}, {self.origin.method} on {self.origin.dataset}, "
+            f"{hooks}, d_model {self.d_model}{condition})"
+        )
+
+    @property
+    def d_model(self) -> int:
+        """The length of each direction."""
+        return int(self.directions.shape[1])
+
+    @property
+    def rows(self) -> Float[Tensor, "hook d_model"]:
+        """`scale * direction` of every hook: what coefficient 1 adds."""
+        return self.scale[:, None] * self.directions
+
+    def at(self, *hooks: str | int) -> "SteeringVector":
+        """The part at some hooks, given by name or by block. Raises `SteeringError` on others."""
+        kept = []
+        for hook in hooks:
+            found = [
+                row
+                for row, name in enumerate(self.hook_names)
+                if hook == name or (isinstance(hook, int) and hook_layer(name) == hook)
+            ]
+            if not found:
+                raise SteeringError(
+                    f"the vector has no hook {hook!r}; it has {', '.join(self.hook_names)}"
+                )
+            kept += [row for row in found if row not in kept]
+        if not kept:
+            raise SteeringError("give at least one hook name or block")
+        return replace(
+            self,
+            hook_names=tuple(self.hook_names[row] for row in kept),
+            directions=self.directions[kept],
+            scale=self.scale[kept],
+            calibration=self.calibration.take(kept),
+        )
+
+    # Applying
+
+    def fwd_hooks(
+        self, coefficient: Coefficient, *, mask: Bool[Tensor, "prompt token"] | None = None
+    ) -> list[tuple[str, HookFunction]]:
+        """`(hook name, function)` for `model.run_with_hooks` and `model.hooks`; none at 0.
+
+        `mask` (Bool, prompt by token) keeps the tokens to steer; without it, all are, also while
+        generating. For the prompt, the generated tokens or the last one alone, use `steer`, which
+        follows the KV cache. Raises `SteeringError` when the coefficient has no meaning here (see
+        `Coefficient`), and for a condition with scope "prompt", which needs `steer` too.
+        """
+        return step_hooks(steps(self, coefficient), self.condition, mask=mask)
+
+    # Combining
+
+    def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        return self._combined(other, lambda a, b: a + b, "({} + {})")
+
+    def __sub__(self, other: "SteeringVector") -> "SteeringVector":
+        return self._combined(other, lambda a, b: a - b, "({} - {})")
+
+    def __mul__(self, factor: float | int) -> "SteeringVector":
+        if not math.isfinite(factor) or factor == 0:
+            raise SteeringError(
+                f"a vector is scaled by a finite number that is not 0, not {factor}"
+            )
+        self._check_add("scaling", self)
+        sign = 1 if factor > 0 else -1
+        return replace(
+            self,
+            directions=self.directions * sign,
+            scale=self.scale * abs(factor),
+            calibration=self.calibration if sign > 0 else self.calibration.flipped(),
+        )
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "SteeringVector":
+        return self * -1
+
+    def orthogonal_to(self, other: "SteeringVector") -> "SteeringVector":
+        """What is left of `scale * direction` without its component along the other's direction.
+
+        Raises `SteeringError` when nothing is left, or the two do not match (see `__add__`).
+        """
+
+        def left(mine: Tensor, theirs: Tensor) -> Tensor:
+            unit = torch.nn.functional.normalize(theirs, dim=-1)
+            rest = mine - (mine * unit).sum(dim=-1, keepdim=True) * unit
+            # Of parallel vectors only rounding errors are left: not a direction.
+            is_noise = rest.norm(dim=-1) <= 1e-6 * mine.norm(dim=-1)
+            return torch.where(is_noise[:, None], 0.0, rest)
+
+        return self._combined(other, left, "({} without {})")
+
+    def interpolate(self, other: "SteeringVector", share: float | int) -> "SteeringVector":
+        """`(1 - share) * self + share * other`, on `scale * direction`.
+
+        Raises `SteeringError` when the result is zero, or the two do not match (see `__add__`).
+        """
+        how = f"({{}} to {{}} by {share:g})"
+        return self._combined(other, lambda a, b: (1 - share) * a + share * b, how)
+
+    def _combined(
+        self, other: "SteeringVector", combine: Callable[[Tensor, Tensor], Tensor], how: str
+    ) -> "SteeringVector":
+        self._check_match(other)
+        mine, theirs = self.origin, other.origin
+
+        def both(field: str) -> str:
+            values = getattr(mine, field), getattr(theirs, field)
+            return values[0] if values[0] == values[1] else how.format(*values)
+
+        fields = {f: both(f) for f in ("method", "dataset", "pairs", "position", "seed")}
+        return self.from_rows(
+            self.hook_names,
+            combine(self.rows, other.rows),
+            replace(mine, **fields),
+            calibration=self.calibration.without_boundary(),
+            condition=self.condition,
+        )
+
+    def _check_match(self, other: "SteeringVector") -> None:
+        if self.hook_names != other.hook_names:
+            mine, theirs = set(self.hook_names), set(other.hook_names)
+            raise SteeringError(
+                "the vectors have other hooks: only the first has "
+                f"{', '.join(sorted(mine - theirs)) or 'none'}, only the second "
+                f"{', '.join(sorted(theirs - mine)) or 'none'}; take the same part of both with "
+                ".at(...), in the same order"
+            )
+        self._check_add("combining", other)
+        if self.d_model != other.d_model:
+            raise SteeringError(f"the vectors have d_model {self.d_model} and {other.d_model}")
+        found = self.origin.differences(other.origin)
+        if found:
+            raise SteeringError(f"the vectors are of different models: other {'; '.join(found)}")
+        if not _same_condition(self.condition, other.condition):
+            raise SteeringError(
+                f"the vectors have other conditions: {self.condition} and {other.condition}"
+            )
+
+    def _check_add(self, what: str, other: "SteeringVector") -> None:
+        names = {self.operator.name, other.operator.name}
+        if names != {Add.name}:
+            raise SteeringError(
+                f"{what} is for vectors that are added, not for {', '.join(sorted(names))}"
+            )
+
+    # Files
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file with the metadata inside.
+
+        Raises `SteeringError` when the name does not end in .safetensors or cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise SteeringError(
+                f"expected a file name that ends in .safetensors, got {path.name!r}"
+            )
+        try:
+            path.write_bytes(self.to_bytes())
+        except OSError as error:
+            raise SteeringError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+    def to_bytes(self) -> bytes:
+        """The content of the file that `save` writes."""
+        tensors, record = self.to_record()
+        return encode(tensors, record)
+
+    def to_record(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors by name, and everything else as plain values."""
+        tensors = dict(zip(self.hook_names, self.directions, strict=True))
+        of = self.calibration
+        record: dict[str, Any] = {
+            "hooks": list(self.hook_names),
+            "scale": self.scale.tolist(),
+            "operator": operator_record(self.operator),
+            "resid_norm": of.resid_norm.tolist(),
+            "boundary_neg": of.boundary_neg.tolist(),
+            "boundary_pos": of.boundary_pos.tolist(),
+            "boundary_budget": of.budget,
+            "boundary_text": of.text,
+            "origin": self.origin.to_dict(),
+            "condition": None,
+        }
+        if self.condition is not None:
+            tensors[_CONDITION + self.condition.hook_name] = self.condition.direction
+            record["condition"] = {
+                "hook": self.condition.hook_name,
+                "threshold": self.condition.threshold,
+                "above": self.condition.above,
+                "scope": self.condition.scope,
+            }
+        return tensors, record
+
+    @classmethod
+    def from_record(
+        cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+    ) -> "SteeringVector":
+        """The inverse of `to_record`. Raises `SteeringError` that says what does not fit."""
+        try:
+            names = tuple(record["hooks"])
+            given = record["condition"]
+            condition = None
+            if given is not None:
+                direction = tensors[_CONDITION + given["hook"]]
+                rest = given["above"], given["scope"]
+                condition = Condition(given["hook"], direction, number(given["threshold"]), *rest)
+            numbers = {
+                field: torch.tensor([number(value) for value in record[field]])
+                for field in ("scale", "resid_norm", "boundary_neg", "boundary_pos")
+            }
+            return cls(
+                hook_names=names,
+                directions=torch.stack([tensors[name] for name in names]),
+                scale=numbers.pop("scale"),
+                calibration=Calibration(
+                    **numbers, budget=record["boundary_budget"], text=record["boundary_text"]
+                ),
+                operator=operator_of(**record["operator"]),
+                condition=condition,
+                origin=Origin(**record["origin"]),
+            )
+        except SteeringError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise SteeringError(
+                f"the record of the steering vector does not fit: {type(error).__name__}: {error}"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | Path, *, model: HookedModel | None = None) -> "SteeringVector":
+        """Read a file written by `save`; with a `model`, see that it fits (`check_model`).
+
+        Raises `SteeringError` when the file cannot be read whole, was changed, or is a pickle.
+        """
+        path = Path(path)
+        try:
+            vector = cls.from_record(*decode(path))
+        except SteeringError as error:
+            raise SteeringError(f"cannot load {str(path)!r}: {error}") from error
+        if model is not None:
+            vector.check_model(model)
+        return vector
+
+    def check_model(self, model: HookedModel) -> None:
+        """See that the vector fits `model`.
+
+        Raises `SteeringError` when d_model differs or a hook does not exist there; warns
+        (`UserWarning`) when the weights, the tokenizer or the chat template are others.
+        """
+        if int(model.cfg.d_model) != self.d_model:
+            raise SteeringError(
+                f"the vector has d_model {self.d_model}, the model {model.cfg.d_model}; it was "
+                f"made on {self.origin.model!r}"
+            )
+        extra = () if self.condition is None else (self.condition.hook_name,)
+        missing = [name for name in (*self.hook_names, *extra) if name not in model.hook_dict]
+        if missing:
+            raise SteeringError(
+                f"the model has no hook {', '.join(missing)} (it has {model.cfg.n_layers} layers); "
+                f"the vector was made on {self.origin.model!r}"
+            )
+        for what in self.origin.differences(Origin.of_model(model)):
+            warnings.warn(
+                f"the vector was made elsewhere: other {what}; its effect may be another",
+                UserWarning,
+                stacklevel=2,
+            )
+
+    def describe(self) -> dict[str, str]:
+        """What a file of this vector says, in words: origin, operation, convention, strengths."""
+        unknown = {UNKNOWN}
+        _, record = self.to_record()
+        origin = {k: v for k, v in record["origin"].items() if v not in unknown}
+        if "versions" in origin:
+            origin["versions"] = ", ".join(
+                f"{name} {value}" for name, value in json.loads(origin["versions"]).items()
+            )
+        return {
+            "operator": str(self.operator),
+            "condition": str(self.condition),
+            "boundary measured with": f"{self.calibration.budget} on {self.calibration.text} text",
+            **origin,
+        }
+
+
+def _calibration(names: Sequence[str], layer_table: pd.DataFrame | None) -> Calibration:
+    if layer_table is None:
+        return Calibration.unknown(len(names))
+    rows = layer_table.set_index("hook_name")
+    missing = [name for name in names if name not in rows.index]
+    if missing:
+        raise SteeringError(
+            f"the layer table has no row for {', '.join(missing)}; measure those layers too"
+        )
+    columns = {
+        column: torch.tensor([float(value) for value in rows.loc[list(names), column]])
+        for column in ("resid_norm", "boundary_neg", "boundary_pos")
+    }
+    settings = layer_table.attrs.get("settings", {})
+    measured = not bool(columns["boundary_pos"].isnan().all())
+    return Calibration(
+        **columns,
+        budget=str(settings.get("budget", UNKNOWN)) if measured else UNKNOWN,
+        text=str(settings.get("on", UNKNOWN)) if measured else UNKNOWN,
+    )
+
+
+def _same_condition(one: Condition | None, other: Condition | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    plain = [(c.hook_name, c.threshold, c.above, c.scope) for c in (one, other)]
+    return plain[0] == plain[1] and torch.equal(one.direction, other.direction)

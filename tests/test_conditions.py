@@ -1,0 +1,211 @@
+"""Conditional steering: where it acts, and how its threshold is fitted."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import steerlens as sl
+from steerlens.errors import HookError, SteeringError
+from steerlens.steering import generate_tokens
+from steerlens.steering.conditions import _best_threshold, prompt_projections
+from steerlens.tokens import TokenizedPrompt, tokenize_pairs
+
+EARLY, HOOK = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+DIRECTION = torch.nn.functional.normalize(torch.arange(1.0, 33.0), dim=0)
+OTHER = torch.nn.functional.normalize(torch.linspace(-1, 1, 32), dim=0)
+PROMPTS = [[1, 7, 9, 11, 6], [1, 8, 5, 20, 30]]
+
+
+def vector(condition: sl.Condition, hook: str = HOOK) -> sl.SteeringVector:
+    return replace(sl.SteeringVector.from_vectors({hook: DIRECTION}), condition=condition)
+
+
+def states(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.run_with_cache(tokens)[1][hook]
+
+
+def means(model: Any, hook: str) -> list[float]:
+    return (states(model, hook, torch.tensor(PROMPTS)) @ OTHER).mean(dim=1).tolist()
+
+
+@pytest.mark.parametrize("hook", [EARLY, HOOK])
+@pytest.mark.parametrize("above", [True, False])
+def test_a_prompt_is_steered_or_not(llama: Any, hook: str, above: bool) -> None:
+    first, second = means(llama, hook)
+    condition = sl.Condition(hook, OTHER, (first + second) / 2, above=above)
+    tokens = torch.tensor(PROMPTS)
+    plain = states(llama, HOOK, tokens)
+    with sl.steer(llama, vector(condition), 3.0):
+        steered = states(llama, HOOK, tokens)
+    is_steered = [(first > second) == above, (first < second) == above]
+    assert sorted(is_steered) == [False, True]
+    for row, expected in enumerate(is_steered):
+        torch.testing.assert_close(steered[row], plain[row] + expected * 3 * DIRECTION)
+
+
+def test_each_token_for_itself(llama: Any) -> None:
+    tokens = torch.tensor(PROMPTS)
+    projection = states(llama, HOOK, tokens) @ OTHER
+    condition = sl.Condition(HOOK, OTHER, float(projection.median()), scope="token")
+    passes = projection >= condition.threshold
+    assert 0 < int(passes.sum()) < passes.numel()
+    plain = states(llama, HOOK, tokens)
+    expected = plain + passes[..., None] * 3 * DIRECTION
+    with sl.steer(llama, vector(condition), 3.0):
+        torch.testing.assert_close(states(llama, HOOK, tokens), expected)
+    with llama.hooks(fwd_hooks=vector(condition).fwd_hooks(3.0)):
+        torch.testing.assert_close(states(llama, HOOK, tokens), expected)
+
+
+def test_a_condition_and_positions_together(llama: Any) -> None:
+    first, second = means(llama, EARLY)
+    condition = sl.Condition(EARLY, OTHER, (first + second) / 2)
+    tokens = torch.tensor(PROMPTS)
+    plain = states(llama, HOOK, tokens)
+    with sl.steer(llama, vector(condition), 3.0, positions="last"):
+        step = (states(llama, HOOK, tokens) - plain) @ DIRECTION
+    expected = torch.zeros(2, 5)
+    expected[0 if first > second else 1, -1] = 3.0
+    torch.testing.assert_close(step, expected, atol=1e-4, rtol=0)
+
+
+def test_the_decision_holds_while_generating(llama: Any) -> None:
+    first, second = means(llama, EARLY)
+    condition = sl.Condition(EARLY, OTHER, (first + second) / 2)
+    prompts = [TokenizedPrompt(tuple(ids), (), "prompt") for ids in PROMPTS]
+    steered, plain, always = (
+        generate_tokens(llama, prompts, of, c, max_new_tokens=6)
+        for of, c in (
+            (vector(condition), 25.0),
+            ({HOOK: DIRECTION}, 0),
+            ({HOOK: DIRECTION}, 25.0),
+        )
+    )
+    chosen = 0 if first > second else 1
+    assert steered[chosen] == always[chosen] != plain[chosen]
+    assert steered[1 - chosen] == plain[1 - chosen] != always[1 - chosen]
+    tokens = torch.tensor(PROMPTS)
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "verbose": False}
+    with torch.no_grad(), sl.steer(llama, vector(condition), 25.0):
+        cached = llama.generate(tokens, stop_at_eos=False, **options)
+        whole = llama.generate(tokens, stop_at_eos=False, use_past_kv_cache=False, **options)
+    assert torch.equal(cached, whole)
+
+
+def test_the_prompt_may_be_padded(llama: Any) -> None:
+    first = (states(llama, EARLY, torch.tensor([PROMPTS[0]])) @ OTHER).mean()
+    short = (states(llama, EARLY, torch.tensor([PROMPTS[1][:3]])) @ OTHER).mean()
+    condition = sl.Condition(EARLY, OTHER, float(first + short) / 2)
+    for tokens in (
+        [PROMPTS[0], [*PROMPTS[1][:3], 3, 3]],
+        [PROMPTS[0], [3, 3, *PROMPTS[1][:3]]],
+    ):
+        ids = torch.tensor(tokens)
+        mask = (ids != 3).long()
+        found: list[torch.Tensor] = []
+        with (
+            torch.no_grad(),
+            sl.steer(llama, vector(condition), 3.0),
+            llama.hooks(fwd_hooks=[(HOOK, lambda a, hook, into=found: into.append(a.clone()))]),
+        ):
+            llama(ids, attention_mask=mask)
+        with torch.no_grad():
+            plain: list[torch.Tensor] = []
+            with llama.hooks(
+                fwd_hooks=[(HOOK, lambda a, hook, into=plain: into.append(a.clone()))]
+            ):
+                llama(ids, attention_mask=mask)
+        step = ((found[0] - plain[0]) @ DIRECTION)[mask.bool()].reshape(-1)
+        expected = torch.tensor([3.0 * (first > short)] * 5 + [3.0 * (short > first)] * 3)
+        torch.testing.assert_close(step, expected, atol=1e-4, rtol=0)
+
+
+def test_a_condition_must_be_read_first(llama: Any) -> None:
+    late = vector(sl.Condition("blocks.2.hook_resid_post", OTHER, 0.0))
+    with (
+        pytest.raises(SteeringError, match=r"read after blocks\.1\.hook_resid_post is steered"),
+        sl.steer(llama, late, 1.0),
+    ):
+        states(llama, HOOK, torch.tensor(PROMPTS))
+    with pytest.raises(SteeringError, match="use `with steer"):
+        late.fwd_hooks(1.0)
+    assert late.fwd_hooks(0) == []
+    missing = vector(sl.Condition("blocks.9.hook_resid_post", OTHER, 0.0))
+    with pytest.raises(HookError), sl.steer(llama, missing, 1.0):
+        pass
+
+
+def test_a_cache_of_other_prompts_is_refused(llama: Any) -> None:
+    of = vector(sl.Condition(EARLY, OTHER, 0.0))
+    tokens = torch.tensor(PROMPTS)
+    with torch.no_grad(), sl.steer(llama, of, 1.0):
+        _, cache = llama(tokens, return_type="logits_and_cache", use_cache=True)
+        llama(torch.tensor([[9]]), return_type=None)
+        with pytest.raises(SteeringError, match="not read on these prompts"):
+            llama(torch.tensor([[12], [12]]), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"direction": torch.ones(32)}, "norm 5.65685; expected 1"),
+        ({"threshold": float("nan")}, "finite threshold"),
+    ],
+)
+def test_what_is_no_condition(fields: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"hook_name": HOOK, "direction": OTHER, "threshold": 0.0}
+    assert "prompt >= 0" in repr(sl.Condition(**good))
+    with pytest.raises(SteeringError, match=message):
+        sl.Condition(**good | fields)
+
+
+# Fitting
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "accuracy", "threshold"),
+    [
+        ([3.0, 4.0], [1.0, 2.0], 1.0, 2.5),
+        # One positive below one negative: three of four right at either cut.
+        ([3.0, 1.5], [1.0, 2.0], 0.75, 2.5),
+        # All the same: chance.
+        ([1.0, 1.0], [1.0, 1.0], 0.5, 1.0),
+    ],
+)
+def test_the_best_threshold_by_hand(
+    positive: list[float], negative: list[float], accuracy: float, threshold: float
+) -> None:
+    found = _best_threshold(torch.tensor(positive), torch.tensor(negative))
+    assert found == (pytest.approx(accuracy), pytest.approx(threshold))
+
+
+def test_projections_are_means_over_the_prompt(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    positive, negative = prompt_projections(llama, pairs, {EARLY: OTHER}, batch_size=3)
+    tokenized = tokenize_pairs(llama, pairs)
+    for found, side in ((positive, tokenized.positive), (negative, tokenized.negative)):
+        assert found.shape == (1, len(pairs))
+        for value, prompt in zip(found[0], side, strict=True):
+            expected = (states(llama, EARLY, torch.tensor([prompt.prompt])) @ OTHER).mean()
+            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fitted_condition_tells_the_sides_apart(llama: Any, many: sl.ContrastivePairs) -> None:
+    train, test = many[:12], many[12:]
+    directions = sl.fit_directions(sl.collect_differences(llama, train, layers=[0, 1], position=3))
+    condition = sl.fit_condition(llama, train, directions)
+    assert condition.hook_name in directions.hook_names
+    at_train = sl.condition_accuracy(llama, train, condition)
+    assert at_train >= max(
+        sl.condition_accuracy(
+            llama, train, sl.fit_condition(llama, train, directions, hook_name=name)
+        )
+        for name in directions
+    )
+    assert sl.condition_accuracy(llama, test, condition) > 0.6
+    turned = replace(condition, above=not condition.above)
+    assert sl.condition_accuracy(llama, train, turned) == pytest.approx(1 - at_train)
+    with pytest.raises(SteeringError, match="no direction at blocks"):
+        sl.fit_condition(llama, train, directions, hook_name="blocks.4.hook_resid_post")

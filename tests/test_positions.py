@@ -1,0 +1,224 @@
+"""Which tokens are steered: by name, with and without a KV cache, with padding on either side."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import steerlens as sl
+from steerlens.errors import HookError, SteeringError
+from steerlens.steering import Positions, generate_tokens
+from steerlens.steering.positions import Pass
+from steerlens.tokens import TokenizedPrompt
+
+HOOK = "blocks.1.hook_resid_post"
+DIRECTION = torch.nn.functional.normalize(torch.arange(1.0, 33.0), dim=0)
+PROMPTS = [[1, 7, 9, 11, 6], [1, 8, 5]]
+GREEDY: dict[str, Any] = {
+    "max_new_tokens": 5,
+    "do_sample": False,
+    "return_type": "tokens",
+    "verbose": False,
+    "stop_at_eos": False,
+}
+MASK = torch.tensor([[False, True, False, True, False]])
+
+
+def moved(
+    model: Any, positions: Positions, run: Any, coefficient: float = 4.0
+) -> list[list[list[bool]]]:
+    """For every pass of `run`, which tokens the block at HOOK put out moved by the coefficient."""
+    inputs: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+
+    def keep(into: list[torch.Tensor]) -> Any:
+        return lambda activation, hook: into.append(activation.clone())
+
+    with (
+        torch.no_grad(),
+        model.hooks(fwd_hooks=[(HOOK, keep(inputs))]),
+        sl.steer(model, {HOOK: DIRECTION}, coefficient, positions=positions),
+        model.hooks(fwd_hooks=[(HOOK, keep(outputs))]),
+    ):
+        run()
+    found = []
+    for before, after in zip(inputs, outputs, strict=True):
+        step = (after - before) @ DIRECTION
+        assert bool(((step.abs() < 1e-4) | ((step - coefficient).abs() < 1e-4)).all())
+        found.append((step > coefficient / 2).tolist())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("positions", "in_prompt", "later"),
+    [
+        ("all", [True] * 5, True),
+        ("prompt", [True] * 5, False),
+        ("generated", [False] * 5, True),
+        ("last", [False] * 4 + [True], False),
+        (MASK, MASK[0].tolist(), False),
+    ],
+)
+def test_the_same_tokens_with_and_without_a_kv_cache(
+    tiny: Any, positions: Any, in_prompt: list[bool], later: bool
+) -> None:
+    tokens = torch.tensor(PROMPTS[:1])
+    cached = moved(tiny, positions, lambda: tiny.generate(tokens, **GREEDY))
+    assert cached == [[in_prompt]] + [[[later]]] * 4
+    whole = moved(tiny, positions, lambda: tiny.generate(tokens, use_past_kv_cache=False, **GREEDY))
+    assert whole == [[in_prompt + [later] * n] for n in range(5)]
+    by_hugging_face = moved(
+        tiny,
+        positions,
+        lambda: tiny.hf_generate(
+            tokens, max_new_tokens=5, do_sample=False, return_type="tokens", stop_at_eos=False
+        ),
+    )
+    assert by_hugging_face == cached
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last", MASK])
+def test_greedy_tokens_are_the_same_with_and_without_a_kv_cache(llama: Any, positions: Any) -> None:
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        plain = llama.generate(tokens, **GREEDY)
+        with sl.steer(llama, {HOOK: DIRECTION}, 30.0, positions=positions):
+            cached = llama.generate(tokens, **GREEDY)
+            uncached = llama.generate(tokens, use_past_kv_cache=False, **GREEDY)
+            again = llama.generate(tokens, **GREEDY)
+    assert torch.equal(cached, uncached)
+    assert torch.equal(cached, again)
+    assert not torch.equal(cached, plain)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
+def test_a_batch_continues_each_prompt_as_it_does_alone(tiny: Any, positions: Any) -> None:
+    prompts = [TokenizedPrompt(tuple(ids), (), "prompt") for ids in PROMPTS]
+    options: dict[str, Any] = {"max_new_tokens": 6, "positions": positions}
+    alone = [
+        generate_tokens(tiny, [prompt], {HOOK: DIRECTION}, 20.0, **options)[0] for prompt in prompts
+    ]
+    together = generate_tokens(tiny, prompts, {HOOK: DIRECTION}, 20.0, **options)
+    assert together == alone
+    assert together != generate_tokens(tiny, prompts, {HOOK: DIRECTION}, 0, max_new_tokens=6)
+
+
+def test_the_last_token_with_padding_on_either_side(tiny: Any) -> None:
+    # The first prompt ends at column 4, the second at column 2, or at 4 with padding before it.
+    right = torch.tensor([PROMPTS[0], [*PROMPTS[1], 3, 3]])
+    left = torch.tensor([PROMPTS[0], [3, 3, *PROMPTS[1]]])
+    ends = [[False] * 4 + [True], [False] * 2 + [True] + [False] * 2]
+    assert moved(tiny, "last", lambda: tiny(right, attention_mask=(right != 3).long())) == [ends]
+    assert moved(tiny, "last", lambda: tiny(left, attention_mask=(left != 3).long())) == [
+        [ends[0], ends[0]]
+    ]
+    # Without a mask, by the tokenizer's own padding token, where a batch was padded.
+    assert tiny.tokenizer.padding_side == "right"
+    assert moved(tiny, "last", lambda: tiny(right)) == [ends]
+
+
+def test_a_manual_loop_on_a_kv_cache_is_generation(llama: Any) -> None:
+    def loop() -> None:
+        _, cache = llama(torch.tensor(PROMPTS[:1]), return_type="logits_and_cache", use_cache=True)
+        llama(torch.tensor([[12]]), past_key_values=cache)
+
+    assert moved(llama, "generated", loop) == [[[False] * 5], [[True]]]
+    assert moved(llama, "prompt", loop) == [[[True] * 5], [[False]]]
+
+
+def test_a_cache_from_before_the_block_is_refused(llama: Any) -> None:
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        _, cache = llama(tokens, return_type="logits_and_cache", use_cache=True)
+        with (
+            pytest.raises(SteeringError, match="where the prompt ends"),
+            sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="prompt"),
+        ):
+            llama(torch.tensor([[12]]), past_key_values=cache)
+        # All positions need not know.
+        with sl.steer(llama, {HOOK: DIRECTION}, 1.0):
+            llama(torch.tensor([[12]]), past_key_values=cache)
+
+
+def test_every_prompt_begins_anew(llama: Any) -> None:
+    def twice() -> None:
+        llama.generate(torch.tensor(PROMPTS[:1]), **GREEDY | {"max_new_tokens": 2})
+        llama.generate(torch.tensor(PROMPTS[1:]), **GREEDY | {"max_new_tokens": 2})
+        llama(torch.tensor(PROMPTS[:1]))
+
+    assert moved(llama, "last", twice) == [
+        [[False] * 4 + [True]],
+        [[False]],
+        [[False] * 2 + [True]],
+        [[False]],
+        [[False] * 4 + [True]],
+    ]
+
+
+def test_streamed_generation(llama: Any) -> None:
+    def stream() -> None:
+        for _ in llama.generate_stream(
+            torch.tensor(PROMPTS[:1]), max_new_tokens=3, do_sample=False, verbose=False
+        ):
+            pass
+
+    found = moved(llama, "generated", stream)
+    assert found[0] == [[False] * 5]
+    assert all(later == [[True]] for later in found[1:])
+    assert len(found) > 1
+
+
+def test_a_mask_of_another_shape_is_refused(llama: Any) -> None:
+    with (
+        pytest.raises(SteeringError, match=r"\(1, 5\), but the prompts of this pass are \(1, 3\)"),
+        torch.no_grad(),
+        sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions=MASK),
+    ):
+        llama(torch.tensor(PROMPTS[1:]))
+    assert not vars(llama).get("generate")
+
+
+def test_unknown_positions_are_refused_before_anything_runs(llama: Any) -> None:
+    with (
+        pytest.raises((SteeringError, Exception), match="positions"),
+        sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="first"),
+    ):  # type: ignore[arg-type]
+        pass
+
+
+def test_the_model_is_as_before_after_the_block(tiny: Any) -> None:
+    before = dict(vars(tiny))
+    hooks = len(tiny.original_model._forward_pre_hooks)
+
+    def failing() -> None:
+        with sl.steer(tiny, {HOOK: DIRECTION}, 1.0, positions="last"):
+            assert len(tiny.original_model._forward_pre_hooks) == hooks + 1
+            assert "generate" in vars(tiny)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        failing()
+    assert dict(vars(tiny)) == before
+    assert len(tiny.original_model._forward_pre_hooks) == hooks
+
+
+def test_a_hook_without_a_row_a_token_is_refused(llama: Any) -> None:
+    with (
+        pytest.raises((SteeringError, HookError, RuntimeError)),
+        torch.no_grad(),
+        sl.steer(llama, {"blocks.1.attn.hook_pattern": DIRECTION}, 1.0, positions="last"),
+    ):
+        llama(torch.tensor(PROMPTS[:1]))
+
+
+def test_a_pass_by_hand() -> None:
+    real = torch.tensor([[False, True, True, True], [True, True, True, True]])
+    now = Pass(n_before=0, n_prompt=3, real=real)
+    assert now.mask("prompt").tolist() == [[True, True, True, False]] * 2
+    assert now.mask("generated").tolist() == [[False, False, False, True]] * 2
+    assert now.mask("last").tolist() == [[False, False, True, False]] * 2
+    assert now.prompt_tokens().tolist() == [[False, True, True, False], [True, True, True, False]]
+    later = Pass(n_before=3, n_prompt=3, real=real)
+    assert later.mask("all").tolist() == [[True], [True]]
+    assert later.mask("generated").tolist() == [[True], [True]]
+    assert later.mask("last").tolist() == [[False], [False]]

@@ -1,0 +1,517 @@
+"""The steering vector: applying, combining, keeping."""
+
+import json
+import math
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from safetensors.torch import save
+
+import steerlens as sl
+from steerlens.errors import HookError, SteeringError
+from steerlens.steering import Calibration, Origin
+from steerlens.steering.files import KEY
+from steerlens.steering.origin import tokenizer_fingerprints, weights_fingerprint
+from tests.conftest import bridge, build_llama, build_tokenizer
+
+HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+TOKENS = torch.tensor([[1, 7, 9, 11]])
+FILES = Path(__file__).parent / "files"
+
+
+@pytest.fixture(scope="module")
+def layers(llama: Any, many: sl.ContrastivePairs, directions: sl.Directions) -> Any:
+    return sl.find_boundary(llama, many, directions, layers=[1, 2], budget="kl=0.5").layers
+
+
+@pytest.fixture(scope="module")
+def vector(llama: Any, directions: sl.Directions, layers: Any) -> sl.SteeringVector:
+    return sl.SteeringVector.from_directions(
+        llama, directions, layers=[1, 2], layer_table=layers, dataset="many"
+    )
+
+
+def made(*rows: list[float], **fields: Any) -> sl.SteeringVector:
+    """A vector from hand numbers, at blocks 0, 1, ..."""
+    named = {f"blocks.{i}.hook_resid_post": torch.tensor(row) for i, row in enumerate(rows)}
+    return replace(sl.SteeringVector.from_vectors(named), **fields)
+
+
+def logits(model: Any, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens)
+
+
+# Made from directions
+
+
+def test_what_a_fitted_direction_becomes(
+    vector: sl.SteeringVector, llama: Any, directions: sl.Directions, layers: Any
+) -> None:
+    assert vector.hook_names == HOOKS
+    assert list(vector) == list(HOOKS)
+    for name in HOOKS:
+        torch.testing.assert_close(vector[name], directions[name])
+    assert vector.scale.tolist() == [1, 1]
+    assert vector.calibration.resid_norm.tolist() == pytest.approx(layers.resid_norm.tolist())
+    assert vector.calibration.boundary_pos.tolist() == pytest.approx(layers.boundary_pos.tolist())
+    assert (vector.calibration.budget, vector.calibration.text) == ("kl=0.5", "positive")
+    origin = vector.origin
+    assert (origin.method, origin.dataset, origin.position) == ("mean_diff", "many", "-1")
+    assert origin.pairs == directions.fingerprint
+    assert origin.architecture == "llama"
+    assert "torch" in json.loads(origin.versions)
+    assert "mean_diff on many" in repr(vector)
+
+
+def test_directions_that_are_missing(llama: Any, directions: sl.Directions, layers: Any) -> None:
+    with pytest.raises(SteeringError, match=r"no direction at blocks\.1\.hook_mlp_out"):
+        sl.SteeringVector.from_directions(llama, directions, layers="blocks.1.hook_mlp_out")
+    with pytest.raises(SteeringError, match=r"no row for blocks\.3\.hook_resid_post"):
+        sl.SteeringVector.from_directions(llama, directions, layers=[1, 3], layer_table=layers)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hook_names": ("a",)}, "1 names, 2 directions and 2 scales"),
+        ({"scale": torch.tensor([1.0, -1.0])}, "at least 0"),
+        ({"scale": torch.tensor([1.0, math.nan])}, "finite"),
+        ({"directions": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}, r"block.*1.* norm 1\.41421"),
+        ({"directions": torch.tensor([[1.0, 0.0], [math.nan, 1.0]])}, "norm nan"),
+        ({"hook_names": ("a", "a")}, "different hooks"),
+        ({"hook_names": ()}, "0 names"),
+        ({"condition": sl.Condition("a", torch.ones(1), 0.0)}, "condition's direction has 1"),
+    ],
+)
+def test_what_is_no_vector(fields: dict[str, Any], message: str) -> None:
+    good = made([3.0, 4.0], [0.0, 2.0])
+    with pytest.raises(SteeringError, match=message):
+        replace(good, **fields)
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
+def test_tensors_without_a_direction(row: list[float]) -> None:
+    with pytest.raises(SteeringError, match="no direction"):
+        made(row)
+    assert made([3.0, 4.0]).scale.tolist() == [5.0]
+    torch.testing.assert_close(made([3.0, 4.0]).directions, torch.tensor([[0.6, 0.8]]))
+
+
+# Applying
+
+
+def test_fwd_hooks_go_straight_into_transformer_lens(llama: Any, vector: sl.SteeringVector) -> None:
+    one = vector.at(1)
+    plain, (_, cache) = logits(llama), llama.run_with_cache(TOKENS)
+    steered = llama.run_with_hooks(TOKENS, fwd_hooks=one.fwd_hooks(3))
+    with llama.hooks(fwd_hooks=one.fwd_hooks(3)):
+        _, inside = llama.run_with_cache(TOKENS)
+    torch.testing.assert_close(inside[HOOKS[0]], cache[HOOKS[0]] + 3 * one[HOOKS[0]])
+    with sl.steer(llama, one, 3):
+        assert torch.equal(logits(llama), steered)
+    assert not torch.equal(steered, plain)
+    assert torch.equal(logits(llama), plain)
+
+
+@pytest.mark.parametrize(
+    "operator", [sl.Add(), sl.Ablate(), sl.Clamp(2.0), sl.Rotate()], ids=lambda o: o.name
+)
+def test_coefficient_0_is_the_identity_with_every_operator(
+    llama: Any, vector: sl.SteeringVector, operator: Any
+) -> None:
+    other = replace(vector, operator=operator)
+    plain = logits(llama)
+    for zero in (0, -0.0, "0%", "0 norm"):
+        assert other.fwd_hooks(zero) == []
+        with sl.steer(llama, other, zero):
+            assert torch.equal(logits(llama), plain)
+    with sl.steer(llama, other, 0.5):
+        assert not torch.equal(logits(llama), plain)
+
+
+def test_shares_of_the_boundary_and_of_the_norm(
+    llama: Any, vector: sl.SteeringVector, layers: Any
+) -> None:
+    for coefficient, size in (
+        ("50%", 0.5 * layers.boundary_pos[0]),
+        ("-50%", 0.5 * layers.boundary_neg[0]),
+        ("0.1 norm", 0.1 * layers.resid_norm[0]),
+    ):
+        with sl.steer(llama, vector.at(1), coefficient):
+            by_share = logits(llama)
+        with sl.steer(llama, vector.at(1), float(size)):
+            torch.testing.assert_close(by_share, logits(llama), rtol=1e-4, atol=1e-4)
+
+
+def test_shares_need_a_vector_that_knows_them(llama: Any, directions: sl.Directions) -> None:
+    with (
+        pytest.raises(SteeringError, match="needs a SteeringVector"),
+        sl.steer(llama, directions, "80%"),
+    ):
+        pass
+    ablate = made([1.0] * 32, operator=sl.Ablate())
+    with pytest.raises(SteeringError, match="ablate takes a plain number"):
+        ablate.fwd_hooks("80%")
+    with pytest.raises(SteeringError, match="from 0 to 1"):
+        ablate.fwd_hooks(2)
+
+
+def test_nested_vectors_act_from_the_outside_in(llama: Any, vector: sl.SteeringVector) -> None:
+    one = vector.at(1)
+    gone = replace(one, operator=sl.Ablate())
+
+    def component() -> torch.Tensor:
+        _, cache = llama.run_with_cache(TOKENS)
+        return cache[HOOKS[0]] @ one[HOOKS[0]]
+
+    plain = component()
+    with sl.steer(llama, one, 5.0), sl.steer(llama, gone, 1.0):
+        torch.testing.assert_close(component(), torch.zeros(1, 4), atol=1e-5, rtol=0)
+    with sl.steer(llama, gone, 1.0), sl.steer(llama, one, 5.0):
+        torch.testing.assert_close(component(), torch.full((1, 4), 5.0))
+    with sl.steer(llama, one, 5.0), sl.steer(llama, one, 2.0):
+        torch.testing.assert_close(component(), plain + 7)
+    torch.testing.assert_close(component(), plain)
+
+
+def test_two_threads_on_one_model_get_an_error(llama: Any, vector: sl.SteeringVector) -> None:
+    errors: list[BaseException | None] = []
+
+    def run(action: Any) -> None:
+        def guarded() -> None:
+            try:
+                action()
+                errors.append(None)
+            except HookError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=guarded)
+        thread.start()
+        thread.join()
+
+    def steered() -> None:
+        with sl.steer(llama, vector, 1.0):
+            pass
+
+    def bare() -> None:
+        logits(llama)
+
+    with sl.steer(llama, vector, 1.0):
+        inside = logits(llama)
+        run(steered)
+        run(bare)
+        assert torch.equal(logits(llama), inside)
+    run(bare)
+    assert [type(error) for error in errors] == [HookError, HookError, type(None)]
+    assert "another thread" in str(errors[0])
+
+
+def test_another_thread_may_follow(llama: Any, vector: sl.SteeringVector) -> None:
+    found: list[torch.Tensor] = []
+
+    def steered() -> None:
+        with sl.steer(llama, vector, 1.0), sl.steer(llama, vector, 1.0):
+            found.append(logits(llama))
+
+    for _ in range(2):
+        thread = threading.Thread(target=steered)
+        thread.start()
+        thread.join()
+    steered()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+# Combining
+
+A, B = [3.0, 4.0], [0.0, 2.0]
+
+
+def rows(vector: sl.SteeringVector) -> list[float]:
+    return [round(value, 5) for value in vector.rows[0].tolist()]
+
+
+def test_algebra_by_hand() -> None:
+    a, b = made(A), made(B)
+    assert rows(a + b) == [3.0, 6.0]
+    assert rows(a - b) == [3.0, 2.0]
+    assert rows(2 * a) == rows(a * 2) == [6.0, 8.0]
+    assert rows(-a) == [-3.0, -4.0]
+    assert rows(a.orthogonal_to(b)) == [3.0, 0.0]
+    assert rows(a.interpolate(b, 0.25)) == [2.25, 3.5]
+    assert rows(a.interpolate(b, 0)) == A
+    assert rows(a.interpolate(b, 1)) == B
+
+
+numbers = arrays("float32", 4, elements=st.floats(-10, 10, width=32)).filter(
+    lambda row: float((row**2).sum()) > 1e-2
+)
+
+
+@given(numbers, numbers, st.floats(0.1, 5))
+def test_algebra_as_invariants(x: Any, y: Any, factor: float) -> None:
+    a, b = made(x.tolist()), made(y.tolist())
+    torch.testing.assert_close((a * factor).rows, factor * a.rows)
+    torch.testing.assert_close((a * -factor).rows, -factor * a.rows)
+    if torch.linalg.norm(a.rows + b.rows) > 1e-3:
+        torch.testing.assert_close((a + b).rows, a.rows + b.rows, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close((a + b).rows, (b + a).rows)
+    cosine = float(torch.nn.functional.cosine_similarity(a.rows, b.rows))
+    if abs(cosine) < 0.99:
+        left = a.orthogonal_to(b)
+        assert abs(float((left.directions * b.directions).sum())) < 1e-4
+
+
+def test_scaling_keeps_the_boundary_and_other_combinations_do_not() -> None:
+    known = Calibration(
+        torch.tensor([50.0]), torch.tensor([-4.0]), torch.tensor([8.0]), "kl=0.1", "neutral"
+    )
+    a, b = made(A, calibration=known), made(B, calibration=known)
+    assert (3 * a).calibration.boundary_pos.tolist() == [8.0]
+    assert (-a).calibration.boundary_pos.tolist() == [4.0]
+    assert (-a).calibration.boundary_neg.tolist() == [-8.0]
+    total = (a + b).calibration
+    assert total.boundary_pos.isnan().all()
+    assert total.resid_norm.tolist() == [50.0]
+    assert total.budget == "unknown"
+
+
+def test_what_cannot_be_combined() -> None:
+    a, b = made(A), made(B)
+    with pytest.raises(SteeringError, match=r"only the first has blocks\.1.*second none"):
+        made(A, A) + b
+    with pytest.raises(SteeringError, match="d_model 2 and 3"):
+        a + made([1.0, 0.0, 0.0])
+    with pytest.raises(SteeringError, match="not for ablate, add"):
+        a + replace(b, operator=sl.Ablate())
+    with pytest.raises(SteeringError, match="not for ablate"):
+        2 * replace(b, operator=sl.Ablate())
+    with pytest.raises(SteeringError, match="no direction"):
+        a - a
+    with pytest.raises(SteeringError, match="no direction"):
+        a.orthogonal_to(3 * a)
+    for factor in (0, math.inf, math.nan):
+        with pytest.raises(SteeringError, match="finite number that is not 0"):
+            a * factor
+    other = replace(b, origin=Origin(model="other", weights="w2", tokenizer="t2"))
+    mine = replace(a, origin=Origin(model="mine", weights="w1", tokenizer="t1"))
+    with pytest.raises(
+        SteeringError, match=r"other weights .* of 'mine' and of 'other'; tokenizer"
+    ):
+        mine + other
+    condition = sl.Condition("blocks.0.hook_resid_post", torch.tensor([1.0, 0.0]), 0.5)
+    with pytest.raises(SteeringError, match="other conditions"):
+        replace(a, condition=condition) + b
+    both = replace(a, condition=condition) + replace(b, condition=condition)
+    assert both.condition == condition
+
+
+def test_the_origin_of_a_combination() -> None:
+    a = made(A, origin=Origin(method="mean_diff", dataset="sentiment", seed="0"))
+    b = made(B, origin=Origin(method="pca", dataset="sentiment", seed="0"))
+    origin = (a - b).origin
+    assert (origin.method, origin.dataset, origin.seed) == ("(mean_diff - pca)", "sentiment", "0")
+
+
+def test_a_part_of_a_vector(vector: sl.SteeringVector) -> None:
+    assert vector.at(2).hook_names == (HOOKS[1],)
+    assert vector.at(HOOKS[1], 1).hook_names == (HOOKS[1], HOOKS[0])
+    assert torch.equal(vector.at(2)[HOOKS[1]], vector[HOOKS[1]])
+    assert float(vector.at(2).calibration.resid_norm) == float(vector.calibration.resid_norm[1])
+    with pytest.raises(SteeringError, match="no hook 7; it has"):
+        vector.at(7)
+    with pytest.raises(KeyError):
+        vector["blocks.7.hook_resid_post"]
+
+
+# Keeping
+
+
+@pytest.fixture
+def saved(vector: sl.SteeringVector, tmp_path: Path) -> Path:
+    vector.save(tmp_path / "v.safetensors")
+    return tmp_path / "v.safetensors"
+
+
+def test_a_file_holds_everything(vector: sl.SteeringVector, tmp_path: Path, llama: Any) -> None:
+    condition = sl.Condition(HOOKS[0], torch.nn.functional.normalize(torch.ones(32), dim=0), 0.5)
+    for one in (
+        vector,
+        replace(vector, operator=sl.Clamp(2.5), condition=condition),
+        replace(vector, condition=replace(condition, above=False, scope="token")),
+        2.5 * vector,
+        made(A),
+    ):
+        path = tmp_path / "v.safetensors"
+        one.save(path)
+        again = sl.SteeringVector.load(path)
+        assert again == one
+        assert again.operator == one.operator
+        assert again.origin == one.origin
+        again.save(path)
+        assert path.read_bytes() == one.to_bytes()
+    assert vector != 2 * vector
+    sl.SteeringVector.load(tmp_path / "v.safetensors")
+
+
+def test_the_same_logits_in_a_new_process(
+    saved: Path, vector: sl.SteeringVector, tmp_path: Path
+) -> None:
+    code = f"""
+import torch, steerlens as sl
+from tests.conftest import bridge, build_llama
+torch.set_num_threads(1)
+model = bridge(build_llama())
+vector = sl.SteeringVector.load({str(saved)!r}, model=model)
+with torch.no_grad(), sl.steer(model, vector, "40%"):
+    torch.save(model(torch.tensor([[1, 7, 9, 11]])), {str(tmp_path / "logits.pt")!r})
+"""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], check=True, cwd=Path(__file__).parent.parent
+    )
+    model = bridge(build_llama())
+    with sl.steer(model, vector, "40%"):
+        assert torch.equal(logits(model), torch.load(tmp_path / "logits.pt"))
+    assert not torch.equal(logits(model), torch.load(tmp_path / "logits.pt"))
+
+
+def test_another_model_is_told_apart(saved: Path, llama: Any, gpt2: Any, recwarn: Any) -> None:
+    sl.SteeringVector.load(saved, model=llama)
+    assert not [w for w in recwarn if "steering" in str(w.filename) or "vector" in str(w.message)]
+    with pytest.warns(UserWarning, match="other weights"):
+        sl.SteeringVector.load(saved, model=bridge(build_llama(seed=1)))
+    templated = bridge(build_llama(), tokenizer=build_tokenizer(chat_template="{{ messages }}"))
+    with pytest.warns(UserWarning, match="other chat template"):
+        sl.SteeringVector.load(saved, model=templated)
+    with pytest.warns(UserWarning, match="other tokenizer"):
+        sl.SteeringVector.load(saved, model=bridge(build_llama(), build_tokenizer(pad_token="a")))
+    with pytest.raises(SteeringError, match=r"no hook blocks\.2\.hook_resid_post .*2 layers"):
+        sl.SteeringVector.load(saved, model=bridge(build_llama(n_layers=2)))
+    narrow = made([1.0, 2.0])
+    with pytest.raises(SteeringError, match="d_model 2, the model 32"):
+        narrow.check_model(llama)
+
+
+def test_fingerprints() -> None:
+    model = bridge(build_llama())
+    before = weights_fingerprint(model)
+    assert before == weights_fingerprint(bridge(build_llama()))
+    with torch.no_grad():
+        next(iter(model.original_model.parameters())).add_(1e-3)
+    assert weights_fingerprint(model) != before
+    assert weights_fingerprint(bridge(build_llama(dtype=torch.bfloat16))) != before
+    assert tokenizer_fingerprints(None) == ("unknown", "unknown")
+    assert tokenizer_fingerprints(build_tokenizer(chat_template=None))[1] == "none"
+
+
+def test_names_of_files(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    with pytest.raises(SteeringError, match=r"ends in \.safetensors"):
+        vector.save(tmp_path / "v.pt")
+    with pytest.raises(SteeringError, match="No such file"):
+        vector.save(tmp_path / "missing" / "v.safetensors")
+    with pytest.raises(SteeringError, match="No such file"):
+        sl.SteeringVector.load(tmp_path / "v.safetensors")
+
+
+def test_pickles_are_refused_whatever_their_name(tmp_path: Path) -> None:
+    for name in ("v.pt", "v.safetensors"):
+        torch.save({"direction": torch.ones(2)}, tmp_path / name)
+        with pytest.raises(SteeringError, match="pickle: loading one can run any code"):
+            sl.SteeringVector.load(tmp_path / name)
+    torch.save(torch.ones(2), tmp_path / "old", _use_new_zipfile_serialization=False)
+    with pytest.raises(SteeringError, match="pickle"):
+        sl.SteeringVector.load(tmp_path / "old")
+
+
+def test_a_truncated_file_is_refused_at_every_length(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for length in [*range(0, len(whole), 97), len(whole) - 1]:
+        saved.write_bytes(whole[:length])
+        with pytest.raises(SteeringError, match="cannot load"):
+            sl.SteeringVector.load(saved)
+    saved.write_bytes(whole)
+    sl.SteeringVector.load(saved)
+
+
+def test_a_changed_file_is_refused_wherever_it_was_changed(saved: Path) -> None:
+    whole = saved.read_bytes()
+    for place in [*range(8, len(whole), 61), len(whole) - 1]:
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        saved.write_bytes(bytes(changed))
+        with pytest.raises(SteeringError, match="cannot load"):
+            sl.SteeringVector.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "format version 2; this steerlens reads 1"),
+        ({"version": "1"}, "format version '1'"),
+        ({"format": "another"}, "no steering vector of steerlens"),
+        ({"scale": [1.0, 5.0]}, "was changed"),
+        ({"hooks": None}, "was changed"),
+    ],
+)
+def test_headers_that_do_not_fit(saved: Path, change: dict[str, Any], message: str) -> None:
+    from safetensors.torch import load
+
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+    saved.write_bytes(save(load(content), {KEY: json.dumps(header | change)}))
+    with pytest.raises(SteeringError, match=message):
+        sl.SteeringVector.load(saved)
+
+
+def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "v.safetensors"
+    for metadata in (None, {KEY: "[]"}, {KEY: "{"}, {KEY: "[" * 100_000}, {KEY: "{}"}):
+        path.write_bytes(save({"x": torch.ones(2)}, metadata))
+        with pytest.raises(SteeringError, match="cannot load"):
+            sl.SteeringVector.load(path)
+
+
+def test_records_that_do_not_fit(vector: sl.SteeringVector) -> None:
+    tensors, record = vector.to_record()
+    assert sl.SteeringVector.from_record(tensors, record) == vector
+    for change in (
+        {"hooks": ["blocks.9.hook_resid_post"]},
+        {"scale": ["1", "1"]},
+        {"scale": [True, True]},
+        {"operator": {"name": "shift"}},
+        {"operator": None},
+        {"origin": {"colour": "red"}},
+        {"condition": {"hook": "x"}},
+        {"boundary_pos": 3},
+    ):
+        with pytest.raises(SteeringError):
+            sl.SteeringVector.from_record(tensors, record | change)
+
+
+def test_a_file_of_version_1_stays_readable() -> None:
+    vector = sl.SteeringVector.load(FILES / "vector_v1.safetensors")
+    assert vector.hook_names == ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
+    torch.testing.assert_close(vector.rows, torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
+    assert vector.calibration.boundary_pos.tolist() == [8.0, math.inf]
+    assert vector.calibration.boundary_neg[0].isnan()
+    assert vector.origin.method == "mean_diff"
+    assert vector.condition is not None
+    assert vector.condition.threshold == 0.5
+
+
+def test_what_a_vector_says_of_itself(vector: sl.SteeringVector) -> None:
+    told = vector.describe()
+    assert told["method"] == "mean_diff"
+    assert told["boundary measured with"] == "kl=0.5 on positive text"
+    assert "torch" in told["versions"]
