@@ -3,12 +3,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench test lint types unit install clean
+.PHONY: demo bench test test-llamacpp lint types unit install clean
 
 install: $(STAMP)
 
-# steering-vectors is the outside oracle of the tests. It asks for transformers < 5 but runs beside
-# the newer one, hence --no-deps.
+# steering-vectors and repeng are the outside oracles of the tests. They ask for transformers < 5 but
+# run beside the newer one, hence --no-deps.
 $(STAMP): pyproject.toml constraints.txt tests/oracles.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
@@ -27,6 +27,15 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench.py --out build/bench
 	$(BIN)/python tests/benchmarks/boundary.py --out build/bench
 	$(BIN)/python tests/benchmarks/gradients.py
+
+# Our vectors in llama.cpp itself, built from source in an environment of its own: some 10 minutes.
+LLAMACPP := build/llamacpp
+test-llamacpp: $(STAMP)
+	test -x $(LLAMACPP)/bin/python || $(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check cmake ninja
+	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r tests/llamacpp/requirements.txt
+	$(BIN)/python tests/llamacpp/compare.py --client $(LLAMACPP)/bin/python
 
 test: lint types unit
 

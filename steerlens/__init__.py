@@ -15,7 +15,16 @@ from steerlens.data import (
 )
 from steerlens.directions import Directions
 from steerlens.errors import SteerlensError
-from steerlens.evaluate import Comparison, compare, reliability
+from steerlens.evaluate import Comparison, compare, cosine_table, reliability
+from steerlens.export import (
+    bake,
+    from_gguf,
+    from_repeng,
+    from_steering_vectors,
+    to_gguf,
+    to_repeng,
+    to_steering_vectors,
+)
 from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import readout_hook, resolve_hooks
 from steerlens.items import PreferenceItem, PreferenceItems
@@ -78,6 +87,7 @@ __all__ = [
     "SteerlensError",
     "SweepResult",
     "Trained",
+    "bake",
     "boundary_shape",
     "coherence_hinge",
     "collect_activations",
@@ -86,11 +96,15 @@ __all__ = [
     "condition_accuracy",
     "contrastive_steering_loss",
     "contrastive_steering_loss_noref",
+    "cosine_table",
     "dataset_names",
     "find_boundary",
     "fit",
     "fit_condition",
     "fit_directions",
+    "from_gguf",
+    "from_repeng",
+    "from_steering_vectors",
     "generate",
     "gradient_terms",
     "label_logprob",
@@ -107,6 +121,9 @@ __all__ = [
     "resolve_hooks",
     "steer",
     "sweep",
+    "to_gguf",
+    "to_repeng",
+    "to_steering_vectors",
     "tokenize_pairs",
     "tokenize_prompt",
     "total_variation_barrier",

@@ -307,6 +307,18 @@ RELIABILITY_COLUMNS: tuple[Column, ...] = (
 )
 """One row a hook: how far its direction can be trusted before anything is steered."""
 
+COSINE_COLUMNS: tuple[Column, ...] = (
+    Column("vector_a", "str", "", "name of the first vector"),
+    Column("hook_a", "str", "", "hook of its direction"),
+    Column("layer_a", "int64", "", "block index of that hook"),
+    Column("vector_b", "str", "", "name of the second vector"),
+    Column("hook_b", "str", "", "hook of its direction"),
+    Column("layer_b", "int64", "", "block index of that hook"),
+    Column("cosine", "float64", "cosine", "between the two directions"),
+    Column("random_sd", "float64", "cosine", "standard deviation between random directions"),
+)
+"""One row a pair of directions."""
+
 GRADIENT_COLUMNS: tuple[Column, ...] = (
     *_HOOK,
     Column("loss_hook", "str", "", "hook at which the separation is taken"),

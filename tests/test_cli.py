@@ -15,13 +15,10 @@ from conftest import build_llama, build_tokenizer
 import steerlens as sl
 from steerlens import cli, data
 from steerlens.cli import main
-from steerlens.data import Message
 from steerlens.errors import SteerlensError
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.runs import RUN_FILES
-from steerlens.steering import generate
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, write_csv
-from steerlens.tokens import tokenize_prompt
 
 N_LAYERS = 4
 OPENINGS = ["the river was", "how was the day today", "I said", "the soup is so warm and good"]
@@ -95,16 +92,6 @@ def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:
 def layers(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     return lambda *arguments: run(
         "layers", "--model", model_folder, "--pairs", pairs_file, *arguments
-    )
-
-
-@pytest.fixture
-def steered(run: Main, model_folder: Path, pairs_file: Path) -> Main:
-    """`steerlens generate` on the small model."""
-    return lambda *arguments: run(
-        *("generate", "--model", model_folder, "--pairs", pairs_file, "--prompt", "you are"),
-        *("--layer", "1", "--max-new-tokens", "3", "--coefficients=-90,0,90"),
-        *arguments,
     )
 
 
@@ -422,7 +409,7 @@ def test_the_error_is_the_last_line_after_notes(sweep: Main, tmp_path: Path) -> 
         (["no-such-command"], ["no-such-command"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["generate", "--layer", "1"], ["--prompt"]),
-        (["generate", "--prompt", "hi"], ["--layer"]),
+        (["generate", "--prompt", "hi"], ["--vector", "--layer"]),
         (["datasets", "no-such"], ["no-such", "sentiment"]),
         (["datasets", "../tests"], ["../tests"]),
         (["models", "stray"], ["stray"]),
@@ -541,68 +528,6 @@ def test_layers_refuses_a_folder_and_keeps_an_old_file_after_an_error(
     assert out.read_text(encoding="utf-8").startswith("hook_name,")
 
 
-# generate
-
-
-def test_generate_prints_a_column_for_each_coefficient(
-    steered: Main, model_folder: Path, pairs_file: Path
-) -> None:
-    outcome = steered("--raw")
-    assert outcome.code == 0
-    assert "you are" in outcome.out
-    header, row = (
-        [cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")]
-        for line in outcome.out.splitlines()
-        if line.startswith(("┃", "│"))
-    )
-    assert header == ["-90", "0", "90"]
-    model = sl.load_model(str(model_folder), progress=False)
-    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
-    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers="1"))
-    steer = {"blocks.1.hook_resid_post": directions["blocks.1.hook_resid_post"]}
-    prompt = tokenize_prompt(model, "you are")
-    expected = [generate(model, prompt, steer, c, max_new_tokens=3) for c in (-90, 0, 90)]
-    assert row == expected
-    # Steering this hard must show, or the columns could be in any order.
-    assert len(set(row)) == 3
-
-
-@pytest.mark.parametrize(
-    ("options", "prompt"),
-    [([], (Message("user", "you are"),)), (["--raw"], "you are")],
-)
-def test_generate_uses_the_chat_template_unless_raw(
-    options: list[str], prompt: Any, steered: Main, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def tokenize(model: Any, given: Any) -> Any:
-        seen.append(given)
-        return tokenize_prompt(model, given)
-
-    monkeypatch.setattr(cli, "tokenize_prompt", tokenize)
-    assert steered(*options).code == 0
-    assert seen == [prompt]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--layer", "99"], ["layer 99"]),
-        (["--coefficients=nan"], ["finite"]),
-        (["--coefficients=x"], ["'x'"]),
-        (["--coefficients="], ["coefficient"]),
-        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
-        (["--prompt", "", "--raw"], ["prompt"]),
-        (["--pairs", "missing.jsonl"], ["missing.jsonl"]),
-        (["--prompt", " ".join(["sun"] * 80)], ["context"]),
-    ],
-)
-def test_generate_refuses(options: list[str], words: list[str], steered: Main) -> None:
-    assert steered("--quiet").code == 0
-    assert_error(steered("--quiet", *options), *words)
-
-
 # models, datasets, help
 
 
@@ -640,7 +565,8 @@ def test_no_arguments_show_the_help(run: Main) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["sweep", "boundary", "layers", "generate", "models", "datasets"]
+    "command",
+    ["sweep", "boundary", "layers", "extract", "generate", "export", "bake", "models", "datasets"],
 )
 def test_every_command_has_help(command: str, run: Main) -> None:
     outcome = run(command, "--help")

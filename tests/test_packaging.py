@@ -14,6 +14,7 @@ import steerlens as sl
 from steerlens.tables import (
     BOUNDARY_COLUMNS,
     COMPARISON_COLUMNS,
+    COSINE_COLUMNS,
     GRADIENT_COLUMNS,
     LAYER_COLUMNS,
     RELIABILITY_COLUMNS,
@@ -59,6 +60,7 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
     [
         *(SWEEP_COLUMNS + LAYER_COLUMNS + BOUNDARY_COLUMNS + SHAPE_COLUMNS),
         *(COMPARISON_COLUMNS + SUMMARY_COLUMNS + RELIABILITY_COLUMNS + GRADIENT_COLUMNS),
+        *COSINE_COLUMNS,
     ],
     ids=lambda c: c.name,
 )

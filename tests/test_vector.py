@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import bridge, build_llama, build_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -21,7 +22,6 @@ from steerlens.errors import HookError, SteeringError
 from steerlens.steering import Calibration, Origin
 from steerlens.steering.files import KEY
 from steerlens.steering.origin import tokenizer_fingerprints, weights_fingerprint
-from tests.conftest import bridge, build_llama, build_tokenizer
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 TOKENS = torch.tensor([[1, 7, 9, 11]])
@@ -368,17 +368,17 @@ def test_the_same_logits_in_a_new_process(
     saved: Path, vector: sl.SteeringVector, tmp_path: Path
 ) -> None:
     code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch, steerlens as sl
-from tests.conftest import bridge, build_llama
+from conftest import bridge, build_llama
 torch.set_num_threads(1)
 model = bridge(build_llama())
 vector = sl.SteeringVector.load({str(saved)!r}, model=model)
 with torch.no_grad(), sl.steer(model, vector, "40%"):
     torch.save(model(torch.tensor([[1, 7, 9, 11]])), {str(tmp_path / "logits.pt")!r})
 """
-    subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], check=True, cwd=Path(__file__).parent.parent
-    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
     model = bridge(build_llama())
     with sl.steer(model, vector, "40%"):
         assert torch.equal(logits(model), torch.load(tmp_path / "logits.pt"))

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from steerlens import data
 from steerlens.activations import collect_differences
 from steerlens.boundary import check_search, find_boundary
-from steerlens.cli import evaluation
+from steerlens.cli import evaluation, vectors
 from steerlens.cli.options import (
     DEBUG,
     BatchOption,
@@ -41,7 +40,7 @@ from steerlens.cli.printing import (
     print_cells,
     print_layers,
 )
-from steerlens.data import ContrastivePairs, Message, Prompt, read_texts
+from steerlens.data import ContrastivePairs, read_texts
 from steerlens.errors import SteerlensError
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
@@ -49,11 +48,9 @@ from steerlens.methods import METHODS, default_position, method_of, null_directi
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
 from steerlens.shape import boundary_shape, check_plane
-from steerlens.steering import generate as generate_text
 from steerlens.sweep import measure_layers
 from steerlens.sweep import sweep as run_sweep
 from steerlens.tables import write_csv
-from steerlens.tokens import tokenize_prompt
 
 IN_SAMPLE = (
     "note: measured on the pairs the directions are fitted on; give --test-pairs to hold some out"
@@ -282,47 +279,6 @@ def show_layers(
 
 
 @app.command()
-def generate(
-    prompt: Annotated[str, typer.Option("--prompt", help="What the user says.")],
-    layer: Annotated[str, typer.Option("--layer", help="Layer or hook name to steer.")],
-    coefficients: Annotated[
-        str, typer.Option("--coefficients", help="Residual units, e.g. --coefficients=-8,0,8")
-    ] = "-8,0,8",
-    model: ModelOption = DEFAULT_MODEL,
-    pairs: PairsOption = "sentiment",
-    method: MethodOption = "mean_diff",
-    position: PositionOption = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 40,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template round the prompt.")] = False,
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Greedy continuations of one prompt at several coefficients, side by side."""
-    numbers = numbers_of(coefficients)
-    method_of(method)
-    fit_on, _, _ = pairs_of(pairs, None, None)
-    position = default_position(method, fit_on) if position is None else position
-    loaded = load_model(model, progress=not quiet)
-    hook_names = resolve_hooks(loaded, layer)
-    chat: Prompt = prompt if raw else (Message("user", prompt),)
-    tokenized = tokenize_prompt(loaded, chat)
-    directions = fit(loaded, fit_on, layer, position, batch_size, method, seed, quiet=quiet)
-    steered = {name: directions[name] for name in hook_names}
-    table = Table(title=Text(prompt), show_lines=True)
-    for number in numbers:
-        table.add_column(f"{number:g}", ratio=1)
-    table.add_row(
-        *(
-            Text(generate_text(loaded, tokenized, steered, n, max_new_tokens=max_new_tokens))
-            for n in numbers
-        )
-    )
-    output.print(table)
-
-
-@app.command()
 def methods(debug: DebugOption = False) -> None:  # noqa: ARG001
     """What --method takes."""
     for name, method in METHODS.items():
@@ -344,6 +300,11 @@ def models(debug: DebugOption = False) -> None:  # noqa: ARG001
 
 app.command()(evaluation.compare)
 app.command()(evaluation.reliability)
+app.command()(vectors.extract)
+app.command()(vectors.generate)
+app.command()(vectors.export)
+app.command()(vectors.bake)
+app.add_typer(vectors.app, name="vectors")
 
 
 @app.command()

@@ -10,9 +10,10 @@ from steerlens import data
 from steerlens.boundary import On
 from steerlens.cli.printing import notes
 from steerlens.data import ContrastivePairs, read_texts
-from steerlens.errors import PairError, SweepError
+from steerlens.errors import PairError, SteeringError, SweepError
 from steerlens.measures import checked_coefficients
 from steerlens.methods import fit as fit_directions
+from steerlens.steering import parse_coefficient
 
 DEBUG = "--debug"
 ModelOption = Annotated[
@@ -57,6 +58,19 @@ SeedOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Errors only; no tables of a sweep.")]
 DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")]
+
+
+def strengths_of(text: str) -> list[str]:
+    """Coefficients with their units, joined by commas: "-80%,0,0.1 norm".
+
+    Raises `SteeringError` on anything else, and when there is none.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        parse_coefficient(part)
+    if not parts:
+        raise SteeringError("expected coefficients joined by commas, got none")
+    return parts
 
 
 def numbers_of(text: str) -> list[float]:

@@ -33,7 +33,7 @@ def encode(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
 
     plain = {name: t.detach().cpu().float().contiguous().clone() for name, t in tensors.items()}
     header = {"format": FORMAT, "version": FORMAT_VERSION, "meaning": MEANING, **record}
-    header = _without_nan(header)
+    header = without_nan(header)
     header["sha256"] = _checksum(plain, header)
     # One key: safetensors writes several in an order of its own, and the bytes would change.
     return bytes(save(plain, {KEY: json.dumps(header)}))
@@ -119,12 +119,12 @@ def _metadata(content: bytes) -> dict[str, Any]:
     return header
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN and no inf: None and "inf" instead."""
+def without_nan(value: Any) -> Any:
+    """Plain values with None for NaN and "inf" for inf, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {name: _without_nan(inner) for name, inner in value.items()}
+        return {name: without_nan(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value

@@ -1,0 +1,98 @@
+"""Steering vectors of other tools, as objects: `steering-vectors` and `repeng`, both ways."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from steerlens.errors import ExportError
+from steerlens.export.control_vector import block_rows
+from steerlens.hooks import hook_layer, resid_post
+from steerlens.steering import Add, Origin, SteeringVector
+
+_LAYER_TYPES = {
+    "decoder_block": "hook_resid_post",
+    "self_attn": "hook_attn_out",
+    "mlp": "hook_mlp_out",
+}
+
+
+@runtime_checkable
+class SteeringVectorsLike(Protocol):
+    """What a `steering_vectors.SteeringVector` is made of."""
+
+    layer_activations: Mapping[int, Tensor]
+    layer_type: str
+
+
+@runtime_checkable
+class RepengLike(Protocol):
+    """What a `repeng.ControlVector` is made of."""
+
+    model_type: str
+    directions: Mapping[int, Any]
+
+
+def to_steering_vectors(vector: SteeringVector) -> Any:
+    """A `steering_vectors.SteeringVector`: multiplier c there is coefficient c here.
+
+    It holds `scale * direction` by block and the kind of hook (block output, `hook_attn_out` or
+    `hook_mlp_out`); operator arguments, calibration and origin are not part of it. Raises
+    `ExportError` when the vector is not added everywhere, or has hooks of several or other kinds.
+    """
+    from steering_vectors import SteeringVector as Theirs
+
+    if not isinstance(vector.operator, Add) or vector.condition is not None:
+        raise ExportError("steering-vectors holds what is added: not an operator, not a condition")
+    kinds = {name.partition(f"blocks.{hook_layer(name)}.")[2] for name in vector.hook_names}
+    found = [theirs for theirs, ours in _LAYER_TYPES.items() if kinds == {ours}]
+    if not found:
+        raise ExportError(
+            f"steering-vectors knows one of {', '.join(_LAYER_TYPES.values())} for all layers of a "
+            f"vector; this one has {', '.join(sorted(kinds))}"
+        )
+    rows = dict(zip(map(hook_layer, vector.hook_names), vector.rows, strict=True))
+    return Theirs(layer_activations=rows, layer_type=found[0])
+
+
+def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
+    """Take over a `steering_vectors.SteeringVector`; the norm of each layer becomes its scale.
+
+    Its layers are block numbers from 0, as here; its origin is unknown. Raises `ExportError` on a
+    kind of layer without a TransformerLens hook, `SteeringError` on a vector without direction.
+    """
+    if vector.layer_type not in _LAYER_TYPES:
+        raise ExportError(
+            f"expected the layer type {', '.join(_LAYER_TYPES)}, got {vector.layer_type!r}"
+        )
+    hook = _LAYER_TYPES[vector.layer_type]
+    rows = {f"blocks.{block}.{hook}": row for block, row in vector.layer_activations.items()}
+    return SteeringVector.from_vectors(rows)
+
+
+def to_repeng(vector: SteeringVector) -> Any:
+    """A `repeng.ControlVector`: its coefficient c is c here.
+
+    Its layers are block outputs counted from 0, block 0 included. Raises `ExportError` when the
+    vector is not added everywhere to block outputs.
+    """
+    from repeng import ControlVector
+
+    rows = block_rows(vector, "repeng")
+    return ControlVector(
+        model_type=vector.origin.architecture,
+        directions={block: row.numpy() for block, row in rows.items()},
+    )
+
+
+def from_repeng(vector: RepengLike) -> SteeringVector:
+    """Take over a `repeng.ControlVector`; the norm of each layer becomes its scale.
+
+    repeng counts blocks from 0, reads and adds at block outputs. Only the architecture of the
+    model is known of its origin. Raises `SteeringError` on a vector without direction.
+    """
+    rows = {
+        resid_post(block): torch.tensor(row) for block, row in sorted(vector.directions.items())
+    }
+    return SteeringVector.from_vectors(rows, origin=Origin(architecture=str(vector.model_type)))

@@ -1,0 +1,266 @@
+"""`steerlens extract`, `generate`, `export`, `bake` and `vectors`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_cli import (  # noqa: F401 (fixtures)
+    Main,
+    assert_error,
+    content,
+    model_folder,
+    pairs_file,
+    run,
+)
+
+import steerlens as sl
+from steerlens.cli import vectors
+from steerlens.data import Message
+from steerlens.steering import generate
+from steerlens.tokens import tokenize_prompt
+
+HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture
+def steered(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+    """`steerlens generate` on the small model."""
+    return lambda *arguments: run(
+        *("generate", "--model", model_folder, "--pairs", pairs_file, "--prompt", "you are"),
+        *("--layer", "1", "--max-new-tokens", "3", "--coefficients=-90,0,90"),
+        *arguments,
+    )
+
+
+@pytest.fixture
+def extract(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+    """`steerlens extract` on one layer of the small model; a later option overrides these."""
+    return lambda *arguments: run(
+        *("extract", "--model", model_folder, "--pairs", pairs_file, "--layers", "1"),
+        *("--budget", "nats=0.1"),
+        *arguments,
+    )
+
+
+@pytest.fixture
+def file(extract: Main, tmp_path: Path) -> Path:
+    assert extract("--out", tmp_path / "v.safetensors", "--quiet").code == 0
+    return tmp_path / "v.safetensors"
+
+
+# extract
+
+
+def test_extract_writes_a_vector_with_its_boundary(
+    extract: Main,
+    tmp_path: Path,
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+) -> None:
+    out = tmp_path / "new" / "v.safetensors"
+    outcome = extract("--out", out)
+    assert outcome.code == 0
+    assert list(content(tmp_path / "new")) == ["v.safetensors"]
+    vector = sl.SteeringVector.load(out)
+    model = sl.load_model(str(model_folder), progress=False)
+    vector.check_model(model)
+    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
+    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers="1"))
+    torch.testing.assert_close(vector[HOOK], directions[HOOK])
+    found = sl.find_boundary(model, pairs, directions, budget="nats=0.1").layers
+    assert vector.calibration.boundary_pos.tolist() == pytest.approx(found.boundary_pos.tolist())
+    assert vector.calibration.budget == "nats=0.1"
+    assert vector.origin.dataset == pairs.name
+    assert f"{found.boundary_pos[0]:.4g}" in outcome.out
+    # Again, the same bytes.
+    first = out.read_bytes()
+    assert extract("--out", out, "--quiet").code == 0
+    assert out.read_bytes() == first
+
+
+def test_extract_of_several_layers_and_operators(extract: Main, tmp_path: Path) -> None:
+    out = tmp_path / "v.safetensors"
+    more = ("--layers", "0:3", "--method", "pca", "--no-boundary")
+    assert extract("--out", out, *more, "--operator", "clamp", "--value", "2.5").code == 0
+    vector = sl.SteeringVector.load(out)
+    assert len(vector) == 3
+    assert vector.operator == sl.Clamp(2.5)
+    assert vector.origin.method == "pca"
+    assert vector.calibration.boundary_pos.isnan().all()
+    assert bool((vector.calibration.resid_norm > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--out", "v.pt"], [".safetensors"]),
+        (["--operator", "shift"], ["shift"]),
+        (["--operator", "clamp"], ["value"]),
+        (["--layers", "99"], ["layer 99"]),
+        (["--method", "none"], ["none"]),
+        (["--budget", "x"], ["budget"]),
+        (["--pairs", "missing.jsonl"], ["missing.jsonl"]),
+        (["--on", "missing.txt"], ["missing.txt"]),
+    ],
+)
+def test_extract_refuses(
+    options: list[str], words: list[str], extract: Main, tmp_path: Path
+) -> None:
+    outcome = extract("--quiet", "--out", tmp_path / "v.safetensors", *options)
+    assert_error(outcome, *words)
+    assert content(tmp_path) == {}
+
+
+# generate
+
+
+def test_generate_prints_a_column_for_each_coefficient(
+    steered: Main,
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+) -> None:
+    outcome = steered("--raw")
+    assert outcome.code == 0
+    assert "you are" in outcome.out
+    header, row = (
+        [cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")]
+        for line in outcome.out.splitlines()
+        if line.startswith(("┃", "│"))
+    )
+    assert header == ["-90", "0", "90"]
+    model = sl.load_model(str(model_folder), progress=False)
+    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
+    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers="1"))
+    steer = {"blocks.1.hook_resid_post": directions["blocks.1.hook_resid_post"]}
+    prompt = tokenize_prompt(model, "you are")
+    expected = [generate(model, prompt, steer, c, max_new_tokens=3) for c in (-90, 0, 90)]
+    assert row == expected
+    # Steering this hard must show, or the columns could be in any order.
+    assert len(set(row)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt"),
+    [([], (Message("user", "you are"),)), (["--raw"], "you are")],
+)
+def test_generate_uses_the_chat_template_unless_raw(
+    options: list[str], prompt: Any, steered: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def tokenize(model: Any, given: Any) -> Any:
+        seen.append(given)
+        return tokenize_prompt(model, given)
+
+    monkeypatch.setattr(vectors, "tokenize_prompt", tokenize)
+    assert steered(*options).code == 0
+    assert seen == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layer", "99"], ["layer 99"]),
+        (["--coefficients=nan"], ["'nan'"]),
+        (["--coefficients=x"], ["'x'"]),
+        (["--coefficients="], ["coefficient"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens"]),
+        (["--prompt", "", "--raw"], ["prompt"]),
+        (["--pairs", "missing.jsonl"], ["missing.jsonl"]),
+        (["--prompt", " ".join(["sun"] * 80)], ["context"]),
+    ],
+)
+def test_generate_refuses(options: list[str], words: list[str], steered: Main) -> None:
+    assert steered("--quiet").code == 0
+    assert_error(steered("--quiet", *options), *words)
+
+
+def test_generate_with_a_vector(
+    run: Main,  # noqa: F811
+    file: Path,
+    model_folder: Path,  # noqa: F811
+) -> None:
+    ask = ("generate", "--vector", file, "--prompt", "you are", "--raw", "--max-new-tokens", "3")
+    outcome = run(*ask, "--coefficients=900%,0,2norm,90")
+    assert outcome.code == 0
+    header, row = (
+        [cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")]
+        for line in outcome.out.splitlines()
+        if line.startswith(("┃", "│"))
+    )
+    assert header == ["900%", "0", "2norm", "90"]
+    # The model is the one the vector was made on.
+    model = sl.load_model(str(model_folder), progress=False)
+    vector = sl.SteeringVector.load(file)
+    prompt = tokenize_prompt(model, "you are")
+    assert row == [generate(model, prompt, vector, c, max_new_tokens=3) for c in header]
+    assert len(set(row)) > 1
+    last = run(*ask, "--coefficient", "90", "--positions", "last").out
+    assert generate(model, prompt, vector, 90, max_new_tokens=3, positions="last") in last
+
+
+def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:  # noqa: F811
+    ask = ("generate", "--quiet", "--vector", file, "--prompt", "you are")
+    assert_error(run(*ask, "--layer", "2"), "no hook", "blocks.2")
+    assert_error(run(*ask, "--coefficient", "80 %%"), "80 %%")
+    assert_error(run(*ask, "--positions", "first"), "first")
+    assert_error(run(*ask[:3], file.with_name("none.safetensors"), *ask[4:]), "No such file")
+
+
+# export, bake
+
+
+def test_export_and_back(run: Main, file: Path, tmp_path: Path) -> None:  # noqa: F811
+    there, back = tmp_path / "v.gguf", tmp_path / "again.safetensors"
+    assert run("export", file, there).code == 0
+    assert sl.from_gguf(there) == sl.SteeringVector.load(file)
+    assert run("export", there, back, "--quiet").code == 0
+    assert back.read_bytes() == file.read_bytes()
+    assert_error(run("export", file, tmp_path / "v.bin"), ".gguf or .safetensors")
+    assert_error(run("export", tmp_path / "none.gguf", back), "none.gguf")
+
+
+def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "baked"
+    outcome = run("bake", file, "--coefficient", "50%", "--out", out)
+    assert outcome.code == 0
+    baked = transformers.AutoModelForCausalLM.from_pretrained(out)
+    vector = sl.SteeringVector.load(file)
+    expected = 0.5 * vector.calibration.boundary_pos[0] * vector[HOOK]
+    torch.testing.assert_close(baked.model.layers[1].mlp.down_proj.bias.detach(), expected)
+    assert not baked.model.layers[0].mlp.down_proj.bias.any()
+    assert json.loads((out / "steerlens.json").read_text())["coefficient"] == "50%"
+    assert_error(run("bake", file, "--coefficient", "1", "--out", out), "not empty")
+    # The negative boundary of this model lies beyond what was searched.
+    beyond = run("bake", file, "--coefficient=-50%", "--out", tmp_path / "x")
+    assert_error(beyond, "beyond the searched range")
+    assert_error(run("bake", file, "--coefficient", "1,2", "--out", tmp_path / "x"), "one")
+
+
+# vectors
+
+
+def test_vectors_show(run: Main, file: Path) -> None:  # noqa: F811
+    outcome = run("vectors", "show", file)
+    assert (outcome.code, outcome.err) == (0, "")
+    for word in ("mean_diff", HOOK, "nats=0.1 on positive text", "chat_template", "versions"):
+        assert word in outcome.out
+    norm = sl.SteeringVector.load(file).calibration.resid_norm[0]
+    assert f"{norm:.4g}" in outcome.out
+
+
+def test_vectors_compare(run: Main, extract: Main, file: Path, tmp_path: Path) -> None:  # noqa: F811
+    other = tmp_path / "pca.safetensors"
+    more = ("--method", "pca", "--layers", "1,2", "--no-boundary", "--quiet")
+    assert extract("--out", other, *more).code == 0
+    outcome = run("vectors", "compare", file, other)
+    assert outcome.code == 0
+    table = sl.cosine_table({path.name: sl.SteeringVector.load(path) for path in (file, other)})
+    assert len(table) == 3
+    for cosine in table.cosine:
+        assert f"{cosine:.4g}" in outcome.out
+    assert_error(run("vectors", "compare", file, file), "twice")
+    assert_error(run("vectors", "compare", file), "two or more directions")

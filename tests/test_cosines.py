@@ -1,0 +1,36 @@
+"""Cosines between vectors."""
+
+import pytest
+import torch
+
+import steerlens as sl
+from steerlens.errors import SteeringError
+from steerlens.tables import COSINE_COLUMNS
+
+
+def hook(layer: int) -> str:
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def test_cosines_by_hand() -> None:
+    a = {hook(0): torch.tensor([1.0, 0.0]), hook(3): torch.tensor([0.0, 2.0])}
+    b = sl.SteeringVector.from_vectors({hook(0): torch.tensor([3.0, 4.0])})
+    table = sl.cosine_table({"a": a, "b": b})
+    assert list(table.columns) == [column.name for column in COSINE_COLUMNS]
+    assert table[["vector_a", "layer_a", "vector_b", "layer_b"]].values.tolist() == [
+        ["a", 0, "a", 3],
+        ["a", 0, "b", 0],
+        ["a", 3, "b", 0],
+    ]
+    assert table.cosine.tolist() == pytest.approx([0.0, 0.6, 0.8])
+    assert table.random_sd.tolist() == pytest.approx([2**-0.5] * 3)
+
+
+def test_what_has_no_cosine() -> None:
+    one = {hook(0): torch.ones(2)}
+    with pytest.raises(SteeringError, match="got 1 of 2 numbers"):
+        sl.cosine_table({"a": one})
+    with pytest.raises(SteeringError, match="2 and 3 numbers"):
+        sl.cosine_table({"a": one, "b": {hook(0): torch.ones(3)}})
+    with pytest.raises(SteeringError, match="got 0 of no numbers"):
+        sl.cosine_table({})

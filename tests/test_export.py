@@ -1,0 +1,353 @@
+"""Vectors in other tools: an export is right when the target's logits are ours."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import steering_vectors
+import torch
+import transformers
+from conftest import bridge, build_gpt2, build_llama, build_tokenizer
+
+import steerlens as sl
+from steerlens.errors import ExportError, SteeringError
+from steerlens.export import CARRIERS
+from steerlens.steering import Calibration
+
+TOKENS = torch.tensor([[1, 7, 9, 11, 6], [1, 8, 5, 20, 30]])
+ROWS = {
+    f"blocks.{block}.hook_resid_post": torch.linspace(-1, 2, 32).roll(block) for block in (1, 2)
+}
+
+
+@pytest.fixture
+def vector(llama: Any, directions: sl.Directions) -> sl.SteeringVector:
+    known = Calibration(
+        torch.tensor([50.0, 60.0]),
+        torch.tensor([-4.0, -5.0]),
+        torch.tensor([8.0, math.inf]),
+        "kl=0.1",
+        "neutral",
+    )
+    made = sl.SteeringVector.from_directions(llama, directions, layers=[1, 2], dataset="many")
+    return replace(made, calibration=known)
+
+
+@pytest.fixture
+def repeng(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """repeng 0.4.0 names one type that numpy 2 has dropped, in an annotation."""
+    monkeypatch.setattr(np, "float_", np.float64, raising=False)
+    import repeng
+
+    return repeng
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(TOKENS)
+    return getattr(out, "logits", out)
+
+
+def steered(model: Any, vector: sl.SteeringVector, coefficient: Any) -> torch.Tensor:
+    with sl.steer(model, vector, coefficient):
+        return logits(model)
+
+
+# llama.cpp's control vectors
+
+
+def test_a_control_vector_by_its_format(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    sl.to_gguf(2.5 * vector, tmp_path / "v.gguf")
+    reader = gguf.GGUFReader(str(tmp_path / "v.gguf"))
+    assert reader.fields["general.architecture"].contents() == "controlvector"
+    assert reader.fields["controlvector.model_hint"].contents() == "llama"
+    assert reader.fields["controlvector.layer_count"].contents() == 2
+    assert [tensor.name for tensor in reader.tensors] == ["direction.1", "direction.2"]
+    for tensor, row in zip(reader.tensors, vector.rows, strict=True):
+        assert tensor.data.dtype == np.float32
+        np.testing.assert_allclose(tensor.data, 2.5 * row.numpy(), rtol=1e-6)
+
+
+def test_gguf_and_back(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    sl.to_gguf(vector, path)
+    assert sl.from_gguf(path) == vector
+    sl.to_gguf(2.5 * vector, path)
+    again = sl.from_gguf(path)
+    torch.testing.assert_close(again.rows, 2.5 * vector.rows)
+    assert again.origin == vector.origin
+    assert again.calibration.budget == "kl=0.1"
+    first = path.read_bytes()
+    sl.to_gguf(2.5 * vector, path)
+    assert path.read_bytes() == first
+
+
+def test_control_vectors_of_other_tools(tmp_path: Path, llama: Any) -> None:
+    path = tmp_path / "theirs.gguf"
+    writer = gguf.GGUFWriter(str(path), "controlvector")
+    writer.add_string("controlvector.model_hint", "llama")
+    writer.add_uint32("controlvector.layer_count", 4)
+    writer.add_tensor("direction.3", np.full(32, 0.5, dtype=np.float16))
+    writer.add_tensor("direction.1", np.full(32, 2.0, dtype=np.float32))
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
+    vector = sl.from_gguf(path)
+    assert vector.hook_names == ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
+    torch.testing.assert_close(vector.rows, torch.tensor([[2.0] * 32, [0.5] * 32]))
+    assert vector.origin.architecture == "llama"
+    assert vector.origin.weights == "unknown"
+    vector.check_model(llama)
+
+
+def test_block_0_has_no_slot(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    whole = sl.SteeringVector.from_vectors({"blocks.0.hook_resid_post": torch.ones(4)})
+    with pytest.raises(ExportError, match="no slot for the output of block 0"):
+        sl.to_gguf(whole, tmp_path / "v.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"operator": sl.Ablate()}, "cannot carry ablate"),
+        (
+            {"condition": sl.Condition("blocks.1.hook_resid_post", torch.ones(1) / 1, 0.0)},
+            "cannot carry a conditional vector",
+        ),
+        ({"hook_names": ("blocks.1.hook_mlp_out",)}, "not at blocks.1.hook_mlp_out"),
+    ],
+)
+def test_what_formats_that_only_add_cannot_carry(
+    tmp_path: Path, change: dict[str, Any], message: str, repeng: Any, llama: Any
+) -> None:
+    good = sl.SteeringVector.from_vectors({"blocks.1.hook_resid_post": torch.ones(1)})
+    bad = replace(good, **change)
+    for export in (
+        lambda v: sl.to_gguf(v, tmp_path / "v.gguf"),
+        sl.to_repeng,
+        lambda v: sl.bake(llama, v, 1.0, tmp_path / "baked"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export(bad)
+    sl.to_gguf(good, tmp_path / "v.gguf")
+    sl.to_repeng(good)
+
+
+def test_files_that_are_no_control_vectors(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"ends in \.gguf"):
+        sl.to_gguf(vector, tmp_path / "v.safetensors")
+    with pytest.raises(ExportError, match="cannot write"):
+        sl.to_gguf(vector, tmp_path / "missing" / "v.gguf")
+    with pytest.raises(ExportError, match="no GGUF file"):
+        sl.from_gguf(tmp_path / "v.gguf")
+    path = tmp_path / "v.gguf"
+    sl.to_gguf(vector, path)
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole) - 40, 101), len(whole) - 40]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(ExportError):
+            sl.from_gguf(path)
+    torch.save({}, path)
+    with pytest.raises(ExportError, match="pickle"):
+        sl.from_gguf(path)
+    for arch, name, data, message in (
+        ("llama", "direction.1", np.ones(4, np.float32), "architecture 'llama'"),
+        ("controlvector", "direction.x", np.ones(4, np.float32), "'direction.x'; expected"),
+        ("controlvector", "direction.1", np.ones((2, 2), np.float32), r"shape \(2, 2\)"),
+        ("controlvector", "direction.1", np.ones(4, np.int32), "I32"),
+        ("controlvector", "direction.1", np.zeros(4, np.float32), "no direction"),
+        ("controlvector", "direction.1", np.full(4, np.nan, np.float32), "no direction"),
+    ):
+        writer = gguf.GGUFWriter(str(path), arch)
+        writer.add_tensor(name, data)
+        for step in ("header", "kv_data", "tensors"):
+            getattr(writer, f"write_{step}_to_file")()
+        writer.close()
+        with pytest.raises(ExportError, match=message):
+            sl.from_gguf(path)
+
+
+def test_a_record_that_does_not_fit_its_tensors(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    sl.to_gguf(vector, path)
+    content = path.read_bytes()
+    assert content.count(b'"scale": [1.0, 1.0]') == 1
+    path.write_bytes(content.replace(b'"scale": [1.0, 1.0]', b'"scale": [1.0, 2.0]'))
+    with pytest.raises(ExportError, match="does not fit its tensors"):
+        sl.from_gguf(path)
+    path.write_bytes(content.replace(b'"scale": [1.0, 1.0]', b'"scale": {1.0, 1.0]'))
+    with pytest.raises(ExportError, match="does not fit its tensors"):
+        sl.from_gguf(path)
+
+
+# repeng
+
+
+def test_repeng_reads_our_files_and_we_read_its(
+    vector: sl.SteeringVector, tmp_path: Path, repeng: Any
+) -> None:
+    sl.to_gguf(vector, tmp_path / "ours.gguf")
+    theirs = repeng.ControlVector.import_gguf(tmp_path / "ours.gguf")
+    assert theirs == sl.to_repeng(vector)
+    theirs.export_gguf(tmp_path / "theirs.gguf")
+    again = sl.from_gguf(tmp_path / "theirs.gguf")
+    torch.testing.assert_close(again.rows, vector.rows)
+    assert again.hook_names == vector.hook_names
+    torch.testing.assert_close(sl.from_repeng(theirs).rows, vector.rows)
+    assert sl.from_repeng(theirs).origin.architecture == "llama"
+
+
+def test_repeng_gives_our_logits(llama: Any, vector: sl.SteeringVector, repeng: Any) -> None:
+    hugging_face = build_llama()
+    model = repeng.ControlModel(hugging_face, [1, 2])
+
+    def there() -> torch.Tensor:
+        # It wants the position of every token of every prompt.
+        with torch.no_grad():
+            return model(TOKENS, position_ids=torch.arange(5).expand(2, 5)).logits
+
+    for coefficient in (3.0, -3.0):
+        model.set_control(sl.to_repeng(vector), coefficient)
+        ours = steered(llama, vector, coefficient)
+        torch.testing.assert_close(there(), ours, rtol=1e-4, atol=1e-4)
+    # One block off is another vector.
+    shifted = {f"blocks.{b + 1}.hook_resid_post": vector.rows[b - 1] for b in (1, 2)}
+    off = steered(llama, sl.SteeringVector.from_vectors(shifted), -3.0)
+    assert float((there() - off).abs().max()) > 0.01
+
+
+# steering-vectors
+
+
+@pytest.mark.parametrize("hook", ["hook_resid_post", "hook_mlp_out", "hook_attn_out"])
+def test_steering_vectors_gives_our_logits(llama: Any, hook: str) -> None:
+    named = {name.replace("hook_resid_post", hook): row for name, row in ROWS.items()}
+    vector = sl.SteeringVector.from_vectors(named)
+    theirs = sl.to_steering_vectors(vector)
+    assert isinstance(theirs, steering_vectors.SteeringVector)
+    hugging_face = build_llama()
+    layers = {
+        "decoder_block": "model.layers.{num}",
+        "self_attn": "model.layers.{num}.self_attn",
+        "mlp": "model.layers.{num}.mlp",
+    }
+    with theirs.apply(hugging_face, layer_config=layers, multiplier=1.5):
+        there = logits(hugging_face)
+    torch.testing.assert_close(there, steered(llama, vector, 1.5), rtol=1e-4, atol=1e-4)
+    again = sl.from_steering_vectors(theirs)
+    assert again.hook_names == vector.hook_names
+    torch.testing.assert_close(again.rows, vector.rows)
+
+
+def test_what_steering_vectors_cannot_hold() -> None:
+    mixed = {"blocks.1.hook_mlp_out": torch.ones(2), "blocks.1.hook_attn_out": torch.ones(2)}
+    with pytest.raises(ExportError, match="this one has hook_attn_out, hook_mlp_out"):
+        sl.to_steering_vectors(sl.SteeringVector.from_vectors(mixed))
+    good = sl.SteeringVector.from_vectors(ROWS)
+    with pytest.raises(ExportError, match="not an operator"):
+        sl.to_steering_vectors(replace(good, operator=sl.Rotate()))
+    other = steering_vectors.SteeringVector({1: torch.ones(2)}, "input_layernorm")
+    with pytest.raises(ExportError, match="'input_layernorm'"):
+        sl.from_steering_vectors(other)
+    zero = steering_vectors.SteeringVector({1: torch.zeros(2)}, "mlp")
+    with pytest.raises(SteeringError, match="no direction"):
+        sl.from_steering_vectors(zero)
+
+
+# Baked into a checkpoint
+
+
+SMALL: dict[str, Any] = {"vocab_size": 160, "initializer_range": 0.3}
+CONFIGS = {
+    "gpt_neox": transformers.GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, **SMALL
+    ),
+    "gptj": transformers.GPTJConfig(n_embd=32, n_layer=3, n_head=4, rotary_dim=4, **SMALL),
+    "opt": transformers.OPTConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        vocab_size=160,
+        init_std=0.3,
+    ),
+    "phi": transformers.PhiConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, **SMALL
+    ),
+}
+
+
+def hugging_face(kind: str) -> Any:
+    if kind in ("llama", "gpt2"):
+        return {"llama": build_llama, "gpt2": build_gpt2}[kind]()
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind])).eval()
+
+
+@pytest.mark.parametrize("kind", CARRIERS)
+def test_a_baked_checkpoint_gives_the_hooked_logits(kind: str, tmp_path: Path) -> None:
+    model = bridge(hugging_face(kind))
+    vector = sl.SteeringVector.from_vectors(ROWS)
+    plain = logits(model)
+    sl.bake(model, vector, -1.5, tmp_path / "baked")
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
+    ours = steered(model, vector, -1.5)
+    largest = float(ours.abs().max())
+    torch.testing.assert_close(logits(baked), ours, rtol=0, atol=1e-4 * max(1, largest))
+    assert float((logits(baked) - plain).abs().max()) > 0.01 * largest
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "baked")
+    assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    record = json.loads((tmp_path / "baked" / "steerlens.json").read_text())
+    assert record["added"]["blocks.2.hook_resid_post"].format(2) in dict(baked.named_parameters())
+    assert record["coefficient"] == -1.5
+    # The model itself is as it was.
+    assert torch.equal(logits(model), plain)
+
+
+def test_what_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
+    vector = sl.SteeringVector.from_vectors(ROWS)
+    config = transformers.Qwen2Config(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        **SMALL,
+    )
+    qwen = bridge(transformers.AutoModelForCausalLM.from_config(config).eval())
+    with pytest.raises(ExportError, match="'qwen2' checkpoints have no bias"):
+        sl.bake(qwen, vector, 1.0, tmp_path / "baked")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ExportError, match="not empty"):
+        sl.bake(llama, vector, 1.0, tmp_path / "full")
+    processed = bridge(build_llama())
+    processed.enable_compatibility_mode()
+    with pytest.raises(ExportError, match="without weight processing"):
+        sl.bake(processed, vector, 1.0, tmp_path / "baked")
+    with pytest.raises(SteeringError, match="d_model 4"):
+        sl.bake(
+            llama,
+            sl.SteeringVector.from_vectors({"blocks.1.hook_resid_post": torch.ones(4)}),
+            1.0,
+            tmp_path / "baked",
+        )
+    assert not (tmp_path / "baked").exists()
+
+
+def test_a_model_that_is_not_what_its_weights_say_is_not_baked(tmp_path: Path) -> None:
+    model = bridge(build_llama())
+    handle = model.original_model.lm_head.register_forward_hook(lambda m, i, out: out * 1.01)
+    vector = sl.SteeringVector.from_vectors(ROWS)
+    with pytest.raises(ExportError, match="differ from the hooked model's by"):
+        sl.bake(model, vector, 1.0, tmp_path / "baked")
+    handle.remove()
+    sl.bake(model, vector, 1.0, tmp_path / "baked")
