@@ -235,7 +235,7 @@ def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None
     assert json.loads((out / "steerlens.json").read_text())["coefficient"] == "50%"
     assert_error(run("bake", file, "--coefficient", "1", "--out", out), "not empty")
     # The negative boundary of this model lies beyond what was searched.
-    beyond = run("bake", file, "--coefficient=-50%", "--out", tmp_path / "x")
+    beyond = run("bake", file, "--coefficient=-50%", "--quiet", "--out", tmp_path / "x")
     assert_error(beyond, "beyond the searched range")
     assert_error(run("bake", file, "--coefficient", "1,2", "--out", tmp_path / "x"), "one")
 

@@ -32,6 +32,7 @@ from steerlens.errors import SteeringError
 from steerlens.evaluate import cosine_table
 from steerlens.export import bake as bake_checkpoint
 from steerlens.export import from_gguf, to_gguf
+from steerlens.export.checkpoint import check_is_new
 from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, method_of
 from steerlens.models import DEFAULT_MODEL, load_model
@@ -220,6 +221,7 @@ def bake(
     strengths = strengths_of(coefficient)
     if len(strengths) != 1:
         raise SteeringError(f"expected one --coefficient, got {coefficient!r}")
+    check_is_new(out)
     steered = read_vector(vector)
     loaded = load_model(model or _model_of(steered), progress=not quiet)
     check_model(steered, loaded)

@@ -63,8 +63,7 @@ def bake(
     outputs, the check fails, or `out_dir` is not empty; `SteeringError` as `steer`.
     """
     out_dir = Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ExportError(f"{str(out_dir)!r} exists and is not empty; choose another folder")
+    check_is_new(out_dir)
     block_rows(vector, "a bias")
     vector.check_model(model)
     carrier = _carrier(model)
@@ -99,6 +98,12 @@ def bake(
     except OSError as error:
         raise ExportError(f"cannot write {str(out_dir)!r}: {error.strerror}") from error
     return out_dir
+
+
+def check_is_new(folder: Path) -> None:
+    """Raise `ExportError` when `folder` is there and not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{str(folder)!r} exists and is not empty; choose another folder")
 
 
 def _carrier(model: HookedModel) -> Carrier:
