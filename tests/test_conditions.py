@@ -9,7 +9,12 @@ import torch
 import steerlens as sl
 from steerlens.errors import HookError, SteeringError
 from steerlens.steering import generate_tokens
-from steerlens.steering.conditions import _best_threshold, prompt_projections
+from steerlens.steering.conditions import (
+    _best_threshold,
+    _cross_validated,
+    _fit,
+    prompt_means,
+)
 from steerlens.tokens import TokenizedPrompt, tokenize_pairs
 
 EARLY, HOOK = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -182,30 +187,45 @@ def test_the_best_threshold_by_hand(
     assert found == (pytest.approx(accuracy), pytest.approx(threshold))
 
 
-def test_projections_are_means_over_the_prompt(llama: Any, pairs: sl.ContrastivePairs) -> None:
-    positive, negative = prompt_projections(llama, pairs, {EARLY: OTHER}, batch_size=3)
+def test_means_are_over_the_prompt(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    positive, negative = prompt_means(llama, pairs, [EARLY, HOOK], batch_size=3)
     tokenized = tokenize_pairs(llama, pairs)
     for found, side in ((positive, tokenized.positive), (negative, tokenized.negative)):
-        assert found.shape == (1, len(pairs))
-        for value, prompt in zip(found[0], side, strict=True):
-            expected = (states(llama, EARLY, torch.tensor([prompt.prompt])) @ OTHER).mean()
-            torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+        assert found.shape == (2, len(pairs), 32)
+        for row, prompt in enumerate(side):
+            for index, name in enumerate((EARLY, HOOK)):
+                expected = states(llama, name, torch.tensor([prompt.prompt]))[0].mean(dim=0)
+                torch.testing.assert_close(found[index, row], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_fitted_condition_tells_the_sides_apart(llama: Any, many: sl.ContrastivePairs) -> None:
     train, test = many[:12], many[12:]
-    directions = sl.fit_directions(sl.collect_differences(llama, train, layers=[0, 1], position=3))
-    condition = sl.fit_condition(llama, train, directions)
-    assert condition.hook_name in directions.hook_names
+    condition = sl.fit_condition(llama, train, layers=[0, 1])
+    assert condition.hook_name in (EARLY, HOOK)
     at_train = sl.condition_accuracy(llama, train, condition)
-    assert at_train >= max(
-        sl.condition_accuracy(
-            llama, train, sl.fit_condition(llama, train, directions, hook_name=name)
-        )
-        for name in directions
-    )
-    assert sl.condition_accuracy(llama, test, condition) > 0.6
+    assert at_train > 0.8
+    assert sl.condition_accuracy(llama, test, condition) > 0.8
     turned = replace(condition, above=not condition.above)
     assert sl.condition_accuracy(llama, train, turned) == pytest.approx(1 - at_train)
-    with pytest.raises(SteeringError, match="no direction at blocks"):
-        sl.fit_condition(llama, train, directions, hook_name="blocks.4.hook_resid_post")
+    # A direction of one's own is taken as it is; one that says nothing is worth nothing.
+    given = sl.fit_condition(llama, train, layers=1, directions={HOOK: 3 * OTHER})
+    torch.testing.assert_close(given.direction, OTHER)
+    assert sl.condition_accuracy(llama, train, given) < at_train
+
+
+def test_the_hook_is_chosen_on_pairs_that_were_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((2, 50, 500), generator=generator)
+    # Noise in 500 dimensions can be told apart in-sample, and not beyond.
+    unit, threshold = _fit(noise[0], noise[1], None)
+    assert ((noise[0] @ unit >= threshold) & (noise[1] @ unit < threshold)).all()
+    assert _cross_validated(noise[0], noise[1], None) < 0.7
+    apart = noise + torch.tensor([1.0, -1.0])[:, None, None]
+    assert _cross_validated(apart[0], apart[1], None) == 1.0
+
+
+def test_what_a_condition_cannot_be_fitted_on(llama: Any, many: sl.ContrastivePairs) -> None:
+    with pytest.raises(SteeringError, match=r"no direction at blocks\.1"):
+        sl.fit_condition(llama, many, layers=[0, 1], directions={EARLY: OTHER})
+    with pytest.raises(SteeringError, match="do not differ"):
+        _fit(torch.ones(2, 3), torch.ones(2, 3), None)

@@ -12,7 +12,7 @@ from torch import Tensor
 from steerlens.activations import by_halves, check_finite
 from steerlens.data import ContrastivePairs
 from steerlens.errors import SteeringError
-from steerlens.hooks import HookFunction, hooked
+from steerlens.hooks import HookFunction, Layers, hooked, resolve_hooks
 from steerlens.models import HookedModel, inference
 from steerlens.steering.positions import Pass
 from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
@@ -20,6 +20,7 @@ from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, t
 Scope = Literal["prompt", "token"]
 
 _UNIT_TOLERANCE = 1e-3
+_FOLDS = 5
 
 
 @dataclass(frozen=True)
@@ -102,32 +103,34 @@ class Gate:
 def fit_condition(
     model: HookedModel,
     pairs: ContrastivePairs,
-    directions: Mapping[str, Tensor],
     *,
-    hook_name: str | None = None,
+    layers: Layers = "all",
+    directions: Mapping[str, Tensor] | None = None,
     batch_size: int | None = None,
 ) -> Condition:
-    """The threshold that best tells positive prompts (to be steered) from negative ones.
+    """The condition that best tells positive prompts (to be steered) from negative ones.
 
-    For each hook of `directions`, or `hook_name` alone, prompts are projected (the mean over their
-    tokens, residual units); the threshold lies half way between the two neighbouring projections
-    where balanced accuracy, the mean of the shares of positives at or above and of negatives
-    below, is largest; of several hooks the best one is taken, the earliest of equals. Test it on
-    other pairs with `condition_accuracy`. Raises `SteeringError` when `hook_name` has no direction.
+    What is compared is the mean projection over a prompt's tokens (residual units), on the mean
+    difference of the prompts' means at each hook of `layers`, or on `directions` where given. The
+    threshold lies half way between the two neighbouring projections where balanced accuracy (the
+    mean of the shares of positives at or above it and of negatives below) is largest. Of several
+    hooks the one is taken whose balanced accuracy in five-fold cross-validation over the pairs is
+    largest, the earliest of equals. What it is worth on other pairs: `condition_accuracy`. Raises
+    `SteeringError` when a hook has no direction, or the two sides' means do not differ.
     """
-    names = [hook_name] if hook_name is not None else list(directions)
-    missing = [name for name in names if name not in directions]
-    if missing or not names:
-        raise SteeringError(f"no direction at {', '.join(missing)}; it has {', '.join(directions)}")
-    units = {name: torch.nn.functional.normalize(directions[name], dim=0) for name in names}
-    positive, negative = prompt_projections(model, pairs, units, batch_size=batch_size)
-    best: tuple[float, Condition] | None = None
-    for row, name in enumerate(names):
-        accuracy, threshold = _best_threshold(positive[row], negative[row])
-        if best is None or accuracy > best[0]:
-            best = accuracy, Condition(name, units[name], threshold)
-    assert best is not None
-    return best[1]
+    names = resolve_hooks(model, layers)
+    missing = [name for name in names if directions is not None and name not in directions]
+    if missing:
+        raise SteeringError(f"no direction at {', '.join(missing)}; fit one, or leave them out")
+    positive, negative = prompt_means(model, pairs, names, batch_size=batch_size)
+    given = [None if directions is None else directions[name] for name in names]
+    scores = [
+        _cross_validated(positive[row], negative[row], direction) if len(names) > 1 else 0.0
+        for row, direction in enumerate(given)
+    ]
+    row = int(np.argmax(scores))
+    unit, threshold = _fit(positive[row], negative[row], given[row])
+    return Condition(names[row], unit, threshold)
 
 
 def condition_accuracy(
@@ -139,27 +142,25 @@ def condition_accuracy(
 ) -> float:
     """Balanced accuracy of a condition on pairs: positives should pass, negatives should not.
 
-    0.5 is chance. For scope "prompt"; with scope "token" the prompts' means are judged all the
-    same.
+    0.5 is chance. Prompts are judged by their mean, with scope "token" too.
     """
-    at = {condition.hook_name: condition.direction}
-    positive, negative = prompt_projections(model, pairs, at, batch_size=batch_size)
-    passes = condition.holds(positive).double().mean() + (
-        (~condition.holds(negative)).double().mean()
-    )
-    return float(passes / 2)
+    names = [condition.hook_name]
+    means = prompt_means(model, pairs, names, batch_size=batch_size)
+    positive, negative = (side[0] @ condition.direction for side in means)
+    return _balanced_accuracy(condition.holds(positive), condition.holds(negative))
 
 
-def prompt_projections(
+def prompt_means(
     model: HookedModel,
     pairs: ContrastivePairs,
-    directions: Mapping[str, Tensor],
+    hook_names: Sequence[str],
     *,
     batch_size: int | None = None,
-) -> tuple[Float[Tensor, "hook pair"], Float[Tensor, "hook pair"]]:
-    """Mean projection over each prompt's tokens on unit directions, positives and negatives.
+) -> tuple[Float[Tensor, "hook pair d_model"], Float[Tensor, "hook pair d_model"]]:
+    """Mean activation over each prompt's tokens, of positives and of negatives.
 
-    Residual units; continuations are not part of it. Raises as `tokenize_pairs`.
+    Residual units, float32 on the CPU; continuations are not part of it. Raises as
+    `tokenize_pairs`, and `ActivationError` on NaN or inf.
     """
     tokenized = tokenize_pairs(model, pairs)
     sides = []
@@ -169,32 +170,66 @@ def prompt_projections(
         with inference(model):
             found = by_halves(
                 [(batch,) for batch in batches],
-                lambda batch: _mean_projection(model, batch, directions),
+                lambda batch: _means(model, batch, hook_names),
             )
         order = pair_order([batch for (batch,), _ in found])
         sides.append(torch.cat([part for _, part in found], dim=1)[:, order])
-    check_finite(torch.stack(sides, dim=-1), list(directions))
+        check_finite(sides[-1], hook_names)
     return sides[0], sides[1]
 
 
-def _mean_projection(
-    model: HookedModel, batch: Batch, directions: Mapping[str, Tensor]
-) -> Float[Tensor, "hook prompt"]:
+def _means(
+    model: HookedModel, batch: Batch, hook_names: Sequence[str]
+) -> Float[Tensor, "hook prompt d_model"]:
     found: dict[str, Tensor] = {}
     of = batch.steered_mask("prompt")
 
     def reading(name: str) -> tuple[str, HookFunction]:
         def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-            wide = torch.promote_types(activation.dtype, torch.float32)
-            projection = activation.to(wide) @ directions[name].to(activation.device, wide)
-            kept = of.to(activation.device)
-            found[name] = ((projection * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
+            kept = of.to(activation.device)[..., None]
+            wide = activation.float()
+            found[name] = ((wide * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
 
         return name, read
 
-    with hooked(model, [reading(name) for name in directions]):
+    with hooked(model, [reading(name) for name in hook_names]):
         model(batch.tokens, return_type=None, **batch.forward_kwargs)
-    return torch.stack([found[name] for name in directions])
+    return torch.stack([found[name] for name in hook_names])
+
+
+def _fit(
+    positive: Float[Tensor, "pair d_model"],
+    negative: Float[Tensor, "pair d_model"],
+    direction: Tensor | None,
+) -> tuple[Float[Tensor, " d_model"], float]:
+    """A unit direction, `direction` or the mean difference, and the threshold along it."""
+    raw = (positive - negative).mean(dim=0) if direction is None else direction.float().cpu()
+    if not float(raw.norm()) > 0:
+        raise SteeringError("the prompts' means do not differ, so there is nothing to tell apart")
+    unit = raw / raw.norm()
+    return unit, _best_threshold(positive @ unit, negative @ unit)[1]
+
+
+def _cross_validated(
+    positive: Float[Tensor, "pair d_model"],
+    negative: Float[Tensor, "pair d_model"],
+    direction: Tensor | None,
+) -> float:
+    """Mean balanced accuracy on pairs that direction and threshold were not fitted on."""
+    fold = torch.arange(len(positive)) % min(_FOLDS, len(positive))
+    scores = []
+    for number in range(int(fold.max()) + 1):
+        out = fold == number
+        unit, threshold = _fit(positive[~out], negative[~out], direction)
+        scores.append(
+            _balanced_accuracy(positive[out] @ unit >= threshold, negative[out] @ unit >= threshold)
+        )
+    return float(np.mean(scores))
+
+
+def _balanced_accuracy(positive: Bool[Tensor, " pair"], negative: Bool[Tensor, " pair"]) -> float:
+    """The mean of the share of positives that pass and of negatives that do not."""
+    return float(positive.double().mean() + (~negative).double().mean()) / 2
 
 
 def _best_threshold(
