@@ -39,3 +39,7 @@ class SteeringError(SteerlensError):
 
 class ExportError(SteerlensError):
     """A steering vector cannot be carried by the format or model that was asked for."""
+
+
+class CircuitError(SteerlensError):
+    """A model cannot be taken apart into heads and MLPs, or a question about its circuit fails."""

@@ -319,6 +319,105 @@ COSINE_COLUMNS: tuple[Column, ...] = (
 )
 """One row a pair of directions."""
 
+_COMPONENT = (
+    Column("component", "str", "", "embed, head or mlp"),
+    Column("layer", "int64", "", "block index; -1 for embed"),
+    Column("head", "int64", "", "head index; -1 for embed and mlp"),
+)
+
+WRITER_COLUMNS: tuple[Column, ...] = (
+    *_COMPONENT,
+    Column(
+        "contribution",
+        "float64",
+        "residual units",
+        "mean over pairs of what it wrote of the difference, projected on the direction",
+    ),
+    Column("share", "float64", "share", "of the projection of the whole difference"),
+    Column("ci_low", "float64", "residual units", "95% bootstrap interval over pairs"),
+    Column("ci_high", "float64", "residual units", "95% bootstrap interval over pairs"),
+)
+"""One row a component that can have written the direction."""
+
+WRITER_POSITION_COLUMNS: tuple[Column, ...] = (
+    *_COMPONENT,
+    Column("position", "int64", "tokens", "token, counted from the prompt's end: -1 the last"),
+    Column("contribution", "float64", "residual units", "what it wrote there, as above"),
+)
+"""One row a component and token position."""
+
+READER_COLUMNS: tuple[Column, ...] = (
+    *_COMPONENT,
+    Column(
+        "effect",
+        "float64",
+        "logits",
+        "estimated change of the answer logit difference by its change alone, mean over prompts",
+    ),
+    Column("effect_ci_low", "float64", "logits", "95% bootstrap interval over prompts"),
+    Column("effect_ci_high", "float64", "logits", "95% bootstrap interval over prompts"),
+    Column("share", "float64", "share", "effect over the whole change by the vector"),
+    Column(
+        "direct",
+        "float64",
+        "logits",
+        "change of its own write into the answer logit difference, final norm frozen",
+    ),
+    Column("mediated", "float64", "logits", "effect - direct: through later components"),
+    Column("exact", "float64", "logits", "by patching its steered output in; NaN where not run"),
+    Column("exact_ci_low", "float64", "logits", "95% bootstrap interval over prompts"),
+    Column("exact_ci_high", "float64", "logits", "95% bootstrap interval over prompts"),
+)
+"""One row a component behind the steered hook."""
+
+CLAIM_COLUMNS: tuple[Column, ...] = (
+    Column("test", "str", "", "what was held at its unsteered value in the steered model"),
+    Column("n_components", "int64", "components", "heads and MLPs held; 0 where none are named"),
+    Column("n_draws", "int64", "draws", "random sets averaged over; 1 where nothing is random"),
+    Column("change", "float64", "logits", "steered - unsteered answer logit difference, mean"),
+    Column("remaining", "float64", "share", "change over that of the steered model, nothing held"),
+    Column("ci_low", "float64", "share", "95% bootstrap interval over prompts; random: over draws"),
+    Column(
+        "ci_high", "float64", "share", "95% bootstrap interval over prompts; random: over draws"
+    ),
+)
+"""One row a test of what carries the effect."""
+
+_LEVEL = Column("level", "str", "", "node (heads and MLPs) or edge (writer to reader)")
+
+CIRCUIT_COLUMNS: tuple[Column, ...] = (
+    _LEVEL,
+    Column("a", "str", "", "first model: unsteered, or a vector's name"),
+    Column("b", "str", "", "second model"),
+    Column("share", "float64", "share", "circuit size over all nodes or edges"),
+    Column("size", "int64", "nodes or edges", "the largest by absolute score"),
+    Column("iou", "float64", "share", "intersection over union of the two circuits"),
+    Column(
+        "iou_ceiling", "float64", "share", "of circuits from two halves of the pairs, one model"
+    ),
+    Column("iou_floor", "float64", "share", "of unsteered and pushed by a random vector, equal KL"),
+    Column("rank", "float64", "correlation", "Spearman's, of absolute scores, all nodes or edges"),
+    Column("rank_ceiling", "float64", "correlation", "the same between two halves of the pairs"),
+    Column("rank_floor", "float64", "correlation", "the same of unsteered and random vector"),
+    Column("a_in_a", "float64", "share", "faithfulness of a's circuit in a"),
+    Column("a_in_b", "float64", "share", "faithfulness of a's circuit in b"),
+    Column("b_in_a", "float64", "share", "faithfulness of b's circuit in a"),
+    Column("b_in_b", "float64", "share", "faithfulness of b's circuit in b"),
+)
+"""One row a pair of models, level and circuit size."""
+
+FAITHFULNESS_COLUMNS: tuple[Column, ...] = (
+    _LEVEL,
+    Column("circuit_of", "str", "", "model that the circuit was found in"),
+    Column("run_in", "str", "", "model that it is run in, all else at its mean"),
+    Column("share", "float64", "share", "circuit size over all nodes or edges"),
+    Column("size", "int64", "nodes or edges", "circuit size"),
+    Column("faithfulness", "float64", "share", "behaviour kept; 0 the empty circuit, 1 the model"),
+    Column("cpr", "float64", "share", "area under faithfulness against share, of the whole curve"),
+    Column("cmd", "float64", "share", "area between faithfulness and 1, of the whole curve"),
+)
+"""One row a circuit, the model it is run in, and its size."""
+
 GRADIENT_COLUMNS: tuple[Column, ...] = (
     *_HOOK,
     Column("loss_hook", "str", "", "hook at which the separation is taken"),

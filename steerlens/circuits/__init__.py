@@ -1,0 +1,25 @@
+"""Circuits: which heads and MLPs carry the effect, steered against unsteered."""
+
+from steerlens.circuits.attribution import Intervention
+from steerlens.circuits.behaviour import Answers, contrast_answers, item_answers
+from steerlens.circuits.comparison import Circuits, compare_circuits, random_intervention
+from steerlens.circuits.components import Component, Prompts, make_prompts
+from steerlens.circuits.readers import Readers, find_readers
+from steerlens.circuits.writers import Writers, find_writers
+
+__all__ = [
+    "Answers",
+    "Circuits",
+    "Component",
+    "Intervention",
+    "Prompts",
+    "Readers",
+    "Writers",
+    "compare_circuits",
+    "contrast_answers",
+    "find_readers",
+    "find_writers",
+    "item_answers",
+    "make_prompts",
+    "random_intervention",
+]

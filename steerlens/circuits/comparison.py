@@ -1,0 +1,352 @@
+"""Same circuit or another: circuits of one behaviour in several models, steered and not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steerlens.circuits.attribution import Intervention
+from steerlens.circuits.behaviour import Answers, row_slices
+from steerlens.circuits.components import Prompts, check_additive, make_prompts
+from steerlens.circuits.graphs import (
+    Contrast,
+    Means,
+    Scores,
+    attribute,
+    largest,
+    mean_writes,
+    run_edges,
+    run_nodes,
+)
+from steerlens.data import ContrastivePairs
+from steerlens.errors import CircuitError
+from steerlens.models import HookedModel, inference, provenance
+from steerlens.steering import SteeringVector, steps
+from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, Row, to_frame
+from steerlens.tokens import tokenize_pairs
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+UNSTEERED = "unsteered"
+LEVELS = ("node", "edge")
+
+
+@dataclass(frozen=True)
+class Circuits:
+    """`table` has a row a pair of models, level and size (`CIRCUIT_COLUMNS`), `faithfulness` one a
+    circuit, model and size (`FAITHFULNESS_COLUMNS`); `scores` the attributions of each model.
+    """
+
+    table: pd.DataFrame
+    faithfulness: pd.DataFrame
+    scores: Mapping[str, Scores]
+
+    def __repr__(self) -> str:
+        return f"Circuits({', '.join(self.scores)})"
+
+
+def compare_circuits(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    answers: Answers,
+    interventions: Mapping[str, Intervention],
+    *,
+    floor: Intervention | None = None,
+    shares: Sequence[float] = SHARES,
+    levels: Sequence[str] = LEVELS,
+    n_splits: int = 20,
+    seed: int = 0,
+) -> Circuits:
+    """The circuits of the pairs' contrast in the unsteered model and under each intervention.
+
+    The behaviour is the mean difference of the answer logit difference between the two prompts of
+    a pair. In each model nodes (heads and MLPs) and edges are scored by attribution against their
+    means there; the circuit of a size is the largest by absolute score. Two circuits are compared
+    by overlap (`iou`), by Spearman's correlation of all absolute scores (`rank`), and by running
+    each in the other's model, everything else at its mean there:
+    `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`.
+
+    Overlap alone is no evidence. Its ceiling is the overlap of circuits from random halves of the
+    pairs (mean over `n_splits` and both models), its floor that of the unsteered model with the one
+    under `floor`, best a random vector at equal KL (`random_intervention`; NaN without one). `cpr`
+    and `cmd` are the areas under faithfulness, and between it and 1, against the share of nodes or
+    edges from 0 to 1 (Mueller et al. 2025, arXiv:2504.13151).
+
+    Raises `CircuitError` on a share that is not between 0 and 1, an unknown level, an intervention
+    called "unsteered", when nothing is left of the behaviour to explain, and as `attribute` does.
+    """
+    _check(shares, levels, interventions)
+    check_additive(model)
+    contrast = make_contrast(model, pairs, answers)
+    models = {UNSTEERED: Intervention(), **interventions}
+    means = {name: mean_writes(model, contrast, of) for name, of in models.items()}
+    scores = {name: attribute(model, contrast, of, means[name]) for name, of in models.items()}
+    bottom = None
+    if floor is not None:
+        bottom = attribute(model, contrast, floor, mean_writes(model, contrast, floor))
+    attrs = {
+        "n_pairs": len(pairs),
+        "fingerprint": pairs.fingerprint,
+        "answers": answers.words(model),
+        "metric": {name: of.metric for name, of in scores.items()},
+        "coefficients": {name: of.coefficient for name, of in interventions.items()},
+        "n_splits": n_splits,
+        "seed": seed,
+        "provenance": provenance(model).to_dict(),
+    }
+    curves: dict[tuple[str, str, str], list[float]] = {}
+    for level, circuit_of, run_in in product(levels, models, models):
+        chosen = [_circuit(scores[circuit_of], level, share) for share in shares]
+        curves[level, circuit_of, run_in] = _faithfulness(
+            model, contrast, models[run_in], means[run_in], chosen, level
+        )
+    rows: list[Row] = []
+    for level, (a, b) in product(levels, combinations(models, 2)):
+        rows += _rows(scores, bottom, curves, shares, level, a, b, n_splits=n_splits, seed=seed)
+    return Circuits(
+        to_frame(rows, CIRCUIT_COLUMNS, attrs),
+        to_frame(_curve_rows(curves, scores, shares), FAITHFULNESS_COLUMNS, attrs),
+        scores,
+    )
+
+
+def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers) -> Contrast:
+    """Both sides of the pairs as one batch, positive prompts first.
+
+    Raises `CircuitError` when prompts begin with different tokens: the first is never ablated.
+    """
+    tokenized = tokenize_pairs(model, pairs)
+    prompts = make_prompts(model, [*tokenized.positive, *tokenized.negative])
+    if len(prompts.tokens[:, 0].unique()) > 1:  # type: ignore[no-untyped-call]
+        raise CircuitError(
+            "the prompts begin with different tokens; circuits are compared on prompts that begin "
+            "with the same one, such as BOS, because it is left as it is"
+        )
+    return Contrast(prompts, answers)
+
+
+def random_intervention(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    intervention: Intervention,
+    *,
+    seed: int = 0,
+) -> Intervention:
+    """A random direction at the same hook, at the coefficient with the same KL divergence.
+
+    Of next-token predictions from the unsteered model, mean over the tokens of the positive
+    prompts, to 2%. Raises `CircuitError` when the intervention is not a vector at one hook, or when
+    no coefficient up to 16 times its size reaches that divergence.
+    """
+    from scipy.optimize import brentq
+
+    acts = (
+        [] if intervention.vector is None else steps(intervention.vector, intervention.coefficient)
+    )
+    if len(acts) != 1:
+        raise CircuitError(f"expected a vector at one hook, got {len(acts)}")
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randn(len(acts[0].direction), generator=generator)
+    vector = SteeringVector.from_vectors({acts[0].hook_name: row})
+    vector = replace(vector, scale=torch.ones(1))
+    prompts = make_prompts(model, list(tokenize_pairs(model, pairs).positive))
+    wanted = mean_kl(model, prompts, intervention)
+    size = abs(acts[0].amount)
+
+    def gap(log_size: float) -> float:
+        found = mean_kl(model, prompts, Intervention(vector, float(np.exp(log_size))))
+        return float(np.log(found) - np.log(wanted))
+
+    low, high = np.log(size / 16), np.log(16 * size)
+    if gap(low) > 0 or gap(high) < 0:
+        raise CircuitError(
+            f"no coefficient from {size / 16:.3g} to {16 * size:.3g} of a random direction has the "
+            f"KL divergence {wanted:.3g} of the vector"
+        )
+    return Intervention(vector, float(np.exp(brentq(gap, low, high, xtol=0.01))))
+
+
+def mean_kl(model: HookedModel, prompts: Prompts, intervention: Intervention) -> float:
+    """Mean KL(unsteered || steered) of next-token predictions over real tokens, nats per token."""
+    total, count = 0.0, 0
+    for rows in row_slices(len(prompts)):
+        some = prompts.part(rows)
+        real = some.real.bool()
+        with inference(model):
+            plain = model(some.tokens)[real].float().log_softmax(dim=-1)
+            with intervention.on(model):
+                pushed = model(some.tokens)[real].float().log_softmax(dim=-1)
+        total += float((plain.exp() * (plain - pushed)).sum())
+        count += int(real.sum())
+    return total / count
+
+
+def _check(
+    shares: Sequence[float], levels: Sequence[str], interventions: Mapping[str, Intervention]
+) -> None:
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise CircuitError(f"shares are between 0 and 1, got {list(shares)}")
+    if not levels or set(levels) - set(LEVELS):
+        raise CircuitError(f"levels are {', '.join(LEVELS)}, got {list(levels)}")
+    if not interventions or UNSTEERED in interventions:
+        raise CircuitError(
+            f"give one or more interventions, none called {UNSTEERED!r}; got {list(interventions)}"
+        )
+
+
+def _values(scores: Scores, level: str) -> tuple[Tensor, Tensor]:
+    """Scores pair by pair, and which of them exist."""
+    if level == "node":
+        return scores.nodes, torch.ones(len(scores.nodes), dtype=torch.bool)
+    return scores.edges, scores.is_edge
+
+
+def _size(scores: Scores, level: str, share: float) -> int:
+    _, exists = _values(scores, level)
+    return max(1, round(share * int(exists.sum())))
+
+
+def _circuit(scores: Scores, level: str, share: float) -> Tensor:
+    values, exists = _values(scores, level)
+    return largest(values.mean(dim=-1), _size(scores, level, share), exists)
+
+
+def _faithfulness(
+    model: HookedModel,
+    contrast: Contrast,
+    intervention: Intervention,
+    means: Means,
+    circuits: Sequence[Tensor],
+    level: str,
+) -> list[float]:
+    run: Any = run_nodes if level == "node" else run_edges
+    whole = run(model, contrast, intervention, means, torch.ones_like(circuits[0]))
+    empty = run(model, contrast, intervention, means, torch.zeros_like(circuits[0]))
+    if not abs(whole - empty) > 1e-6 * max(abs(whole), abs(empty)):
+        raise CircuitError(
+            f"the behaviour is {whole:.3g} logits with and without all {level}s, so there is "
+            "nothing that a circuit could explain; choose answers that the pairs' sides differ in"
+        )
+    return [
+        (run(model, contrast, intervention, means, kept) - empty) / (whole - empty)
+        for kept in circuits
+    ]
+
+
+def _areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
+    """CPR and CMD: trapezoids from the empty circuit (0) to the whole model (1)."""
+    x = np.array([0.0, *shares, 1.0])
+    f = np.array([0.0, *faithfulness, 1.0])
+    return float(np.trapezoid(f, x)), float(np.trapezoid(np.abs(1 - f), x))
+
+
+def _curve_rows(
+    curves: Mapping[tuple[str, str, str], Sequence[float]],
+    scores: Mapping[str, Scores],
+    shares: Sequence[float],
+) -> list[Row]:
+    rows: list[Row] = []
+    for (level, circuit_of, run_in), curve in curves.items():
+        cpr, cmd = _areas(shares, curve)
+        for share, faithfulness in zip(shares, curve, strict=True):
+            rows.append(
+                {
+                    "level": level,
+                    "circuit_of": circuit_of,
+                    "run_in": run_in,
+                    "share": share,
+                    "size": _size(scores[circuit_of], level, share),
+                    "faithfulness": faithfulness,
+                    "cpr": cpr,
+                    "cmd": cmd,
+                }
+            )
+    return rows
+
+
+def _rows(
+    scores: Mapping[str, Scores],
+    bottom: Scores | None,
+    curves: Mapping[tuple[str, str, str], Sequence[float]],
+    shares: Sequence[float],
+    level: str,
+    a: str,
+    b: str,
+    *,
+    n_splits: int,
+    seed: int,
+) -> list[Row]:
+    rows: list[Row] = []
+    rank = _rank(*(_mean(scores[name], level) for name in (a, b)))
+    rank_floor = float("nan")
+    if bottom is not None:
+        rank_floor = _rank(_mean(scores[UNSTEERED], level), _mean(bottom, level))
+    halves = [
+        _halves(scores[name], level, seed=seed + split)
+        for name in (a, b)
+        for split in range(n_splits)
+    ]
+    rank_ceiling = _average([_rank(*pair) for pair in halves])
+    for i, share in enumerate(shares):
+        size = _size(scores[a], level, share)
+        overlap = float("nan")
+        if bottom is not None:
+            overlap = _iou(
+                _circuit(scores[UNSTEERED], level, share), _circuit(bottom, level, share)
+            )
+        rows.append(
+            {
+                "level": level,
+                "a": a,
+                "b": b,
+                "share": share,
+                "size": size,
+                "iou": _iou(_circuit(scores[a], level, share), _circuit(scores[b], level, share)),
+                "iou_ceiling": _average(
+                    [_iou(largest(one, size), largest(other, size)) for one, other in halves]
+                ),
+                "iou_floor": overlap,
+                "rank": rank,
+                "rank_ceiling": rank_ceiling,
+                "rank_floor": rank_floor,
+                "a_in_a": curves[level, a, a][i],
+                "a_in_b": curves[level, a, b][i],
+                "b_in_a": curves[level, b, a][i],
+                "b_in_b": curves[level, b, b][i],
+            }
+        )
+    return rows
+
+
+def _mean(scores: Scores, level: str) -> Float[Tensor, " item"]:
+    values, exists = _values(scores, level)
+    return values[exists].mean(dim=-1)
+
+
+def _halves(
+    scores: Scores, level: str, *, seed: int
+) -> tuple[Float[Tensor, " item"], Float[Tensor, " item"]]:
+    """Mean scores over two random halves of the pairs."""
+    values, exists = _values(scores, level)
+    order = torch.randperm(values.shape[-1], generator=torch.Generator().manual_seed(seed))
+    one, other = order.chunk(2)
+    return values[exists][:, one].mean(dim=-1), values[exists][:, other].mean(dim=-1)
+
+
+def _rank(one: Float[Tensor, " item"], other: Float[Tensor, " item"]) -> float:
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(one.abs().numpy(), other.abs().numpy()).statistic)
+
+
+def _iou(one: Bool[Tensor, "*shape"], other: Bool[Tensor, "*shape"]) -> float:
+    return float((one & other).sum()) / float((one | other).sum())
+
+
+def _average(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")

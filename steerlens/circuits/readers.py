@@ -1,0 +1,509 @@
+"""Who reads the direction: which later components turn the steering into another answer."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.circuits.attribution import Intervention, Traced, trace
+from steerlens.circuits.behaviour import Answers, measure, row_slices
+from steerlens.circuits.components import (
+    Component,
+    Prompts,
+    check_additive,
+    check_complete,
+    components,
+    contract,
+    cotangents,
+    hook_of,
+    writer_hooks,
+)
+from steerlens.circuits.writers import component_fields
+from steerlens.errors import CircuitError
+from steerlens.hooks import HookFunction, hook_layer, hooked, resid_post
+from steerlens.models import HookedModel, inference, provenance
+from steerlens.steering import Coefficient, SteeringVector, steps
+from steerlens.tables import CLAIM_COLUMNS, READER_COLUMNS, Row, to_frame
+from steerlens.uncertainty import bootstrap_intervals
+
+
+@dataclass(frozen=True)
+class Readers:
+    """`table` has a row a component behind the steered hook (`READER_COLUMNS`), largest effect
+    first; `claims` the tests of what carries it (`CLAIM_COLUMNS`).
+
+    `table.attrs` holds `metric_unsteered` and `metric_steered` (mean answer logit difference),
+    `vector_direct` (what the vector itself adds to it through the residual stream), `norm` (what is
+    left: the final norm's other scale), and `correlation`: Pearson's r of estimate and exact
+    patching over the patched components, by kind (NaN below three).
+    """
+
+    table: pd.DataFrame
+    claims: pd.DataFrame
+
+    def __repr__(self) -> str:
+        return f"Readers({self.table.attrs['hook_name']}, {len(self.table)} components)"
+
+
+def find_readers(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    vector: SteeringVector,
+    coefficient: Coefficient,
+    *,
+    top: int = 20,
+    ig_steps: int = 1,
+    n_claimed: int = 10,
+    n_draws: int = 10,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+) -> Readers:
+    """What carries a vector's effect on the answer logit difference, component by component.
+
+    `effect` estimates the change when this component's output alone is replaced by its steered
+    one in the unsteered model: `sum (a_steered - a_unsteered) . gradient`, the gradient of the
+    metric at the unsteered run, or its mean over `ig_steps` runs at the coefficients
+    `(k - 1/2) / ig_steps` of the whole (attribution patching, Nanda 2023; integrated gradients,
+    Hanna et al. 2024, arXiv:2403.17806, with the path along the coefficient). One backward pass
+    gives all components. `exact` is that replacement run, for the `top` components by estimate
+    (TransformerLens's `generic_activation_patch`). `direct` is the change of the component's own
+    write into the metric with the final norm frozen at the unsteered run, and `mediated` the rest
+    of its effect. All in logits, mean over prompts with 95% bootstrap intervals over prompts.
+
+    `claims` runs the steered model with attention patterns, or values, or the `n_claimed`
+    components of largest effect held at what they are unsteered, and with `n_draws` random sets of
+    as many other heads and MLPs, and says what share of the change remains.
+
+    Raises `CircuitError` when the vector does not act at one block output before the last, when the
+    coefficient is 0, when the heads and MLPs do not add up to the residual stream, and for a final
+    norm that the metric is not linear behind (soft-capped logits); `SteeringError` as `steer`.
+    """
+    check_additive(model)
+    hook_name = _steered_hook(model, vector, coefficient)
+    after = hook_layer(hook_name) + 1
+    steered = Intervention(vector, coefficient)
+    later = [part for part in components(model) if part.layer >= after]
+    found = [
+        _estimate(model, prompts.part(rows), answers.part(rows), steered, later, ig_steps=ig_steps)
+        for rows in row_slices(len(prompts))
+    ]
+    effect = torch.cat([part.effect for part in found], dim=1)
+    direct = torch.cat([part.direct for part in found], dim=1)
+    before, behind = (torch.cat([getattr(part, n) for part in found]) for n in ("before", "behind"))
+    change = float((behind - before).mean())
+    order = sorted(range(len(later)), key=lambda i: -abs(float(effect[i].mean())))
+    exact = _patched(model, prompts, answers, steered, [later[i] for i in order[:top]])
+    patched = {part: values - before for part, values in exact.items()}
+    vector_direct = float(torch.cat([part.vector_direct for part in found]).mean())
+    attrs = {
+        "hook_name": hook_name,
+        "coefficient": coefficient,
+        "n_prompts": len(prompts),
+        "metric_unsteered": float(before.mean()),
+        "metric_steered": float(behind.mean()),
+        "vector_direct": vector_direct,
+        "norm": change - vector_direct - float(direct.sum(dim=0).mean()),
+        "correlation": _correlations(later, effect, patched),
+        "ig_steps": ig_steps,
+        "answers": answers.words(model),
+        "n_bootstrap": n_bootstrap,
+        "seed": seed,
+        "provenance": provenance(model).to_dict(),
+    }
+    table = _table(
+        later, order, effect, direct, patched, change, attrs, n_bootstrap=n_bootstrap, seed=seed
+    )
+    named = [later[i] for i in order[:n_claimed]]
+    others = [later[i] for i in order[n_claimed:]]
+    claims = _claims(
+        model,
+        prompts,
+        answers,
+        steered,
+        named,
+        others,
+        (before, behind),
+        after,
+        n_draws=n_draws,
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+    )
+    return Readers(table, claims)
+
+
+def _steered_hook(model: HookedModel, vector: SteeringVector, coefficient: Coefficient) -> str:
+    names = [step.hook_name for step in steps(vector, coefficient)]
+    last = int(model.cfg.n_layers) - 1
+    if len(names) != 1 or names[0] != resid_post(hook_layer(names[0])):
+        what = ", ".join(names) or "no hook (coefficient 0)"
+        raise CircuitError(
+            f"expected a vector at one block output and a coefficient that is not 0, got {what}; "
+            "take one hook with .at(...)"
+        )
+    if hook_layer(names[0]) >= last:
+        raise CircuitError(f"nothing reads the output of block {last}, the last one")
+    return names[0]
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    effect: Float[Tensor, "component prompt"]
+    direct: Float[Tensor, "component prompt"]
+    vector_direct: Float[Tensor, " prompt"]
+    before: Float[Tensor, " prompt"]
+    behind: Float[Tensor, " prompt"]
+
+
+def _estimate(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    steered: Intervention,
+    later: Sequence[Component],
+    *,
+    ig_steps: int,
+) -> _Estimate:
+    """Effects of all later components on some prompts, from passes over all of them at once."""
+    n_layers = int(model.cfg.n_layers)
+    final = resid_post(n_layers - 1)
+    names = (*writer_hooks(model), final)
+    plain = trace(model, prompts, answers, names, with_gradients=True)
+    pushed = trace(model, prompts, answers, names, intervention=steered)
+    gradients = plain.gradients
+    if ig_steps > 1:
+        gradients = _path_gradients(model, prompts, answers, steered, names, ig_steps)
+    delta = {
+        name: pushed.activations[name] - plain.activations[name] for name in writer_hooks(model)
+    }
+    skip = len(components(model)) - len(later)
+    effect = contract(delta, {name: gradients[name].float() for name in delta}).sum(dim=2)[skip:]
+    readout = frozen_readout(model, prompts, answers, plain, final)
+    rows = torch.arange(len(prompts), device=prompts.last.device)
+
+    def at_last(activation: Tensor) -> Tensor:
+        return activation[rows, prompts.last][:, None]
+
+    last = {name: at_last(change) for name, change in delta.items()}
+    direct = contract(last, cotangents(model, readout))[skip:, :, 0]
+    whole = pushed.activations[final] - plain.activations[final]
+    stream = (at_last(whole)[:, 0].float() * readout).sum(dim=-1)
+    hook = steered.vector.hook_names[0] if steered.vector is not None else final
+    added = _added(model, prompts, steered, hook)
+    vector_direct = (added * readout).sum(dim=-1)
+    explained = float((direct.sum(dim=0) + vector_direct).sum())
+    scale = float(direct.abs().sum() + vector_direct.abs().sum())
+    check_complete(explained, float(stream.sum()), scale, "the change of the residual stream")
+    return _Estimate(
+        effect.cpu(), direct.cpu(), vector_direct.cpu(), plain.metric.cpu(), pushed.metric.cpu()
+    )
+
+
+def frozen_readout(
+    model: HookedModel, prompts: Prompts, answers: Answers, plain: Traced, final: str
+) -> Float[Tensor, "prompt d_model"]:
+    """The row that the final residual is multiplied with to give the metric, the norm frozen.
+
+    Per prompt, at its last token: `l = gradient + x (m - m_0) / |x|^2`, with x the residual there
+    (centred where the norm centres), m the metric and m_0 what a zero residual gives. A norm only
+    divides by its input's length, so the gradient lacks exactly the part along x. Raises
+    `CircuitError` when `l . x` is not `m - m_0`: the metric is then not linear behind the norm.
+    """
+    rows = torch.arange(len(prompts), device=prompts.last.device)
+    x = plain.activations[final][rows, prompts.last].float()
+    gradient = plain.gradients[final][rows, prompts.last].float()
+    if str(getattr(model.cfg, "normalization_type", "")).upper().startswith("LN"):
+        x = x - x.mean(dim=-1, keepdim=True)
+    with inference(model):
+        zero = torch.zeros((len(prompts), 1, x.shape[-1]), device=x.device).to(
+            plain.activations[final].dtype
+        )
+        logits = model.unembed(model.ln_final(zero))[:, 0].float()  # type: ignore[attr-defined]
+    constant = answers.logit_difference(logits).to(x.device)
+    gap = plain.metric.to(x.device) - constant
+    along = (gradient * x).sum(dim=-1)
+    scale = float((gradient.norm(dim=-1) * x.norm(dim=-1)).max())
+    if not float(along.abs().max()) <= 1e-2 * scale:
+        raise CircuitError(
+            "the answer logit difference is not linear behind the final norm (soft-capped logits, "
+            "or a norm of another kind), so it cannot be split into what each component wrote"
+        )
+    return gradient + x * (gap / (x * x).sum(dim=-1))[:, None]
+
+
+def _added(
+    model: HookedModel, prompts: Prompts, steered: Intervention, hook: str
+) -> Float[Tensor, "prompt d_model"]:
+    """What the vector adds at its hook to each prompt's last token."""
+    rows = torch.arange(len(prompts), device=prompts.last.device)
+    kept: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+        kept.append(activation[rows, prompts.last].float())
+
+    with inference(model):
+        for intervention in (steered, Intervention()):
+            with intervention.on(model), hooked(model, [(hook, keep)]):
+                model(prompts.tokens, stop_at_layer=hook_layer(hook) + 1, return_type=None)
+    return kept[0] - kept[1]
+
+
+def _path_gradients(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    steered: Intervention,
+    names: Sequence[str],
+    ig_steps: int,
+) -> Mapping[str, Tensor]:
+    """The mean gradient at coefficients in the middle of each of `ig_steps` equal parts."""
+    assert steered.vector is not None
+    total: dict[str, Tensor] = {}
+    ((_, amount),) = [(s.hook_name, s.amount) for s in steps(steered.vector, steered.coefficient)]
+    unscaled = replace(steered.vector, scale=torch.ones(1))
+    for k in range(ig_steps):
+        part = Intervention(unscaled, amount * (k + 0.5) / ig_steps)
+        found = trace(model, prompts, answers, names, intervention=part, with_gradients=True)
+        for name, gradient in found.gradients.items():
+            total[name] = total[name] + gradient if name in total else gradient
+    return {name: gradient / ig_steps for name, gradient in total.items()}
+
+
+def _patched(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    steered: Intervention,
+    parts: Sequence[Component],
+) -> dict[Component, Float[Tensor, " prompt"]]:
+    """The unsteered model's metric with the steered output of one component at a time."""
+    if not parts:
+        return {}
+    found: dict[Component, list[Tensor]] = {part: [] for part in parts}
+    for rows in row_slices(len(prompts)):
+        some, its = prompts.part(rows), answers.part(rows)
+        names = dict.fromkeys(hook_of(part) for part in parts)
+        clean = trace(model, some, its, list(names), intervention=steered).activations
+        for kind in ("head", "mlp"):
+            of_kind = [part for part in parts if part.kind == kind]
+            values = _patch_each(model, some, its, clean, of_kind)
+            for part, value in zip(of_kind, values, strict=True):
+                found[part].append(value)
+    return {part: torch.cat(values) for part, values in found.items()}
+
+
+def _patch_each(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    clean: Mapping[str, Tensor],
+    parts: Sequence[Component],
+) -> list[Float[Tensor, " prompt"]]:
+    """TransformerLens's activation patching of components of one kind, a forward pass each."""
+    if not parts:
+        return []
+    from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
+
+    is_head = parts[0].kind == "head"
+    index = {"layer": [part.layer for part in parts]}
+    setter: Callable[..., Tensor] = lambda corrupted, index, clean: clean  # noqa: ARG005, E731
+    if is_head:
+        index["head"] = [part.head for part in parts]
+        setter = layer_head_vector_patch_setter
+
+    def metric(logits: Tensor) -> Tensor:
+        at = torch.arange(len(prompts), device=logits.device)
+        return answers.logit_difference(logits[at, prompts.last.to(logits.device)].float())
+
+    # It shows a progress bar of its own that no setting turns off.
+    with inference(model), redirect_stderr(io.StringIO()):
+        result = generic_activation_patch(
+            model,
+            prompts.tokens,
+            clean,
+            metric,
+            setter,
+            "z" if is_head else "mlp_out",
+            index_df=pd.DataFrame(index),
+            reduce="none",
+        )
+    return [row.float().cpu() for row in result.values]
+
+
+def _correlations(
+    later: Sequence[Component],
+    effect: Float[Tensor, "component prompt"],
+    patched: Mapping[Component, Float[Tensor, " prompt"]],
+) -> dict[str, float | None]:
+    """Pearson's r of estimated and exact mean effects by kind; None (NaN) below three."""
+    found: dict[str, float | None] = {}
+    for kind in ("head", "mlp"):
+        pairs = [
+            (float(effect[i].mean()), float(patched[part].mean()))
+            for i, part in enumerate(later)
+            if part.kind == kind and part in patched
+        ]
+        enough = len(pairs) > 2 and all(np.std(column) > 0 for column in zip(*pairs, strict=True))
+        found[kind] = float(np.corrcoef(np.array(pairs).T)[0, 1]) if enough else None
+    return found
+
+
+def _table(
+    later: Sequence[Component],
+    order: Sequence[int],
+    effect: Float[Tensor, "component prompt"],
+    direct: Float[Tensor, "component prompt"],
+    patched: Mapping[Component, Float[Tensor, " prompt"]],
+    change: float,
+    attrs: dict[str, Any],
+    *,
+    n_bootstrap: int,
+    seed: int,
+) -> pd.DataFrame:
+    bounds = bootstrap_intervals(effect.double().numpy(), n_resamples=n_bootstrap, seed=seed)
+    rows: list[Row] = []
+    for i in order:
+        mean, own = float(effect[i].double().mean()), float(direct[i].double().mean())
+        row: dict[str, Any] = {
+            **component_fields(later[i]),
+            "effect": mean,
+            "effect_ci_low": float(bounds[0][i]),
+            "effect_ci_high": float(bounds[1][i]),
+            "share": mean / change if change else float("nan"),
+            "direct": own,
+            "mediated": mean - own,
+        }
+        if later[i] in patched:
+            exact = patched[later[i]].double().numpy()
+            low, high = bootstrap_intervals(exact[None], n_resamples=n_bootstrap, seed=seed)
+            row |= {
+                "exact": float(exact.mean()),
+                "exact_ci_low": float(low[0]),
+                "exact_ci_high": float(high[0]),
+            }
+        rows.append(row)
+    return to_frame(rows, READER_COLUMNS, attrs)
+
+
+def _claims(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    steered: Intervention,
+    named: Sequence[Component],
+    others: Sequence[Component],
+    metric: tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]],
+    after: int,
+    *,
+    n_draws: int,
+    n_bootstrap: int,
+    seed: int,
+) -> pd.DataFrame:
+    """The steered model with something held at its unsteered value."""
+    before, behind = metric
+    change = float((behind - before).mean())
+    layers = range(after, int(model.cfg.n_layers))
+
+    def row(test: str, n: int, changes: list[Float[Tensor, " prompt"]]) -> Row:
+        means = torch.stack([c.double().mean() for c in changes])
+        if len(changes) == 1:
+            ends = bootstrap_intervals(
+                changes[0].double().numpy()[None], n_resamples=n_bootstrap, seed=seed
+            )
+            low, high = float(ends[0][0]), float(ends[1][0])
+        else:
+            low, high = (float(means.quantile(q)) for q in (0.025, 0.975))
+        bounds = sorted((low / change, high / change)) if change else [float("nan")] * 2
+        return {
+            "test": test,
+            "n_components": n,
+            "n_draws": len(changes),
+            "change": float(means.mean()),
+            "remaining": float(means.mean()) / change if change else float("nan"),
+            "ci_low": bounds[0],
+            "ci_high": bounds[1],
+        }
+
+    def held(names: Sequence[str], parts: Sequence[Component] | None) -> Float[Tensor, " prompt"]:
+        return _held(model, prompts, answers, steered, names, parts) - before
+
+    patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
+    values = [f"blocks.{layer}.attn.hook_v" for layer in layers]
+    rows = [
+        row("nothing", 0, [behind - before]),
+        row("attention patterns", 0, [held(patterns, None)]),
+        row("attention values", 0, [held(values, None)]),
+        row("named components", len(named), [held((), named)]),
+    ]
+    generator = np.random.default_rng(seed)
+    draws = []
+    for _ in range(n_draws):
+        drawn = _as_many(named, others, generator)
+        if drawn is not None:
+            draws.append(held((), drawn))
+    if draws:
+        rows.append(row("random components", len(named), draws))
+    return to_frame(rows, CLAIM_COLUMNS, {})
+
+
+def _as_many(
+    named: Sequence[Component], others: Sequence[Component], generator: np.random.Generator
+) -> list[Component] | None:
+    """As many heads and MLPs as are named, of the others; None where there are too few."""
+    drawn: list[Component] = []
+    for kind in ("head", "mlp"):
+        n = sum(part.kind == kind for part in named)
+        pool = [part for part in others if part.kind == kind]
+        if len(pool) < n:
+            return None
+        drawn += [pool[i] for i in generator.choice(len(pool), n, replace=False)]
+    return drawn
+
+
+def _held(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    steered: Intervention,
+    hook_names: Sequence[str],
+    parts: Sequence[Component] | None,
+) -> Float[Tensor, " prompt"]:
+    """The steered model's metric with whole hooks, or some components, at unsteered values."""
+    heads: dict[str, list[int]] = {}
+    names = list(hook_names)
+    for part in parts or ():
+        if part.kind == "head":
+            heads.setdefault(hook_of(part), []).append(part.head)
+        else:
+            names.append(hook_of(part))
+    found = []
+    for rows in row_slices(len(prompts)):
+        some, its = prompts.part(rows), answers.part(rows)
+        kept = trace(model, some, its, [*names, *heads]).activations
+        fwd_hooks = [
+            *(_replacing(name, kept[name], None) for name in names),
+            *(_replacing(name, kept[name], which) for name, which in heads.items()),
+        ]
+        with steered.on(model), hooked(model, fwd_hooks):
+            found.append(measure(model, some, its))
+    return torch.cat(found)
+
+
+def _replacing(name: str, value: Tensor, heads: list[int] | None) -> tuple[str, HookFunction]:
+    """A hook that puts `value` in the activation's place, or that of some heads."""
+
+    def replace_it(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        if heads is None:
+            return value.to(activation)
+        changed = activation.clone()
+        changed[:, :, heads] = value.to(activation)[:, :, heads]
+        return changed
+
+    return name, replace_it

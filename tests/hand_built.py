@@ -1,0 +1,58 @@
+"""A model made by hand: head 1 of block 0 writes a direction, the MLP of block 1 reads it.
+
+Dimensions of the residual stream: 0 and 1 say "cheerful" and "gloomy", 2 is on at every token, 5 is
+the direction, 6 the answer. Everything else is small noise.
+"""
+
+from typing import Any
+
+import torch
+import transformers
+from conftest import bridge, build_tokenizer
+
+WIDTH, DIRECTION, ANSWER = 16, 5, 6
+
+
+def build(*, writes: bool = True, reads: bool = True, noise: float = 0.005) -> Any:
+    """The model; without its writer or its reader for the positive controls."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=160,
+        hidden_size=WIDTH,
+        intermediate_size=8,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=noise,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokenizer = build_tokenizer()
+    word = {
+        name: tokenizer.convert_tokens_to_ids(name)
+        for name in ("cheerful", "gloomy", "good", "bad")
+    }
+    with torch.no_grad():
+        embed = model.model.embed_tokens.weight
+        embed[:, 2] = 10.0
+        embed[word["cheerful"], 0] = 4.0
+        embed[word["gloomy"], 1] = 4.0
+        if writes:
+            # Head 1 has rows 8 to 15 of the values: one reads the concept, and the output adds it
+            # to the direction. Its queries and keys are noise, so it attends to all tokens alike.
+            attention = model.model.layers[0].self_attn
+            attention.v_proj.weight[8, 0] = 1.0
+            attention.v_proj.weight[8, 1] = -1.0
+            attention.o_proj.weight[DIRECTION, 8] = 5.0
+        if reads:
+            mlp = model.model.layers[1].mlp
+            mlp.gate_proj.weight[0, 2] = 0.5
+            mlp.up_proj.weight[0, DIRECTION] = 1.0
+            mlp.down_proj.weight[ANSWER, 0] = 0.5
+        model.lm_head.weight[word["good"], ANSWER] = 1.0
+        model.lm_head.weight[word["bad"], ANSWER] = -1.0
+    return bridge(model, tokenizer)
