@@ -246,7 +246,7 @@ def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None
 def test_vectors_show(run: Main, file: Path) -> None:  # noqa: F811
     outcome = run("vectors", "show", file)
     assert (outcome.code, outcome.err) == (0, "")
-    for word in ("mean_diff", HOOK, "nats=0.1 on positive text", "chat_template", "versions"):
+    for word in ("mean_diff", HOOK, "nats=0.1, on positive text", "chat_template", "versions"):
         assert word in outcome.out
     norm = sl.SteeringVector.load(file).calibration.resid_norm[0]
     assert f"{norm:.4g}" in outcome.out

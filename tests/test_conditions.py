@@ -8,8 +8,9 @@ import torch
 
 import steerlens as sl
 from steerlens.errors import HookError, SteeringError
-from steerlens.steering import generate_tokens
+from steerlens.steering import conditions, generate_tokens
 from steerlens.steering.conditions import (
+    _balanced_accuracy,
     _best_threshold,
     _cross_validated,
     _fit,
@@ -176,15 +177,18 @@ def test_what_is_no_condition(fields: dict[str, Any], message: str) -> None:
         ([3.0, 4.0], [1.0, 2.0], 1.0, 2.5),
         # One positive below one negative: three of four right at either cut.
         ([3.0, 1.5], [1.0, 2.0], 0.75, 2.5),
-        # All the same: chance.
+        # All the same, or the wrong way round: best that nobody passes, which is chance.
         ([1.0, 1.0], [1.0, 1.0], 0.5, 1.0),
+        ([1.0, 2.0], [3.0, 4.0], 0.5, 4.0),
     ],
 )
 def test_the_best_threshold_by_hand(
     positive: list[float], negative: list[float], accuracy: float, threshold: float
 ) -> None:
-    found = _best_threshold(torch.tensor(positive), torch.tensor(negative))
-    assert found == (pytest.approx(accuracy), pytest.approx(threshold))
+    up, down = torch.tensor(positive).double(), torch.tensor(negative).double()
+    found = _best_threshold(up, down)
+    assert found == pytest.approx(threshold)
+    assert _balanced_accuracy(up >= found, down >= found) == pytest.approx(accuracy)
 
 
 def test_means_are_over_the_prompt(llama: Any, pairs: sl.ContrastivePairs) -> None:
@@ -222,6 +226,17 @@ def test_the_hook_is_chosen_on_pairs_that_were_left_out() -> None:
     assert _cross_validated(noise[0], noise[1], None) < 0.7
     apart = noise + torch.tensor([1.0, -1.0])[:, None, None]
     assert _cross_validated(apart[0], apart[1], None) == 1.0
+
+
+def test_the_best_hook_is_taken(
+    llama: Any, many: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The middle one of three, by means put in the model's place."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn((2, 3, 20, 32), generator=generator)
+    means[0, 1] += 2
+    monkeypatch.setattr(conditions, "prompt_means", lambda *a, **k: (means[0], means[1]))
+    assert sl.fit_condition(llama, many, layers=[0, 1, 2]).hook_name == HOOK
 
 
 def test_what_a_condition_cannot_be_fitted_on(llama: Any, many: sl.ContrastivePairs) -> None:

@@ -78,6 +78,9 @@ def test_gguf_and_back(vector: sl.SteeringVector, tmp_path: Path) -> None:
     path = tmp_path / "v.gguf"
     sl.to_gguf(vector, path)
     assert sl.from_gguf(path) == vector
+    backwards = vector.at(2, 1)
+    sl.to_gguf(backwards, path)
+    assert sl.from_gguf(path) == backwards
     sl.to_gguf(2.5 * vector, path)
     again = sl.from_gguf(path)
     torch.testing.assert_close(again.rows, 2.5 * vector.rows)
@@ -306,7 +309,9 @@ def test_a_baked_checkpoint_gives_the_hooked_logits(kind: str, tmp_path: Path) -
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "baked")
     assert tokenizer.get_vocab() == build_tokenizer().get_vocab()
     record = json.loads((tmp_path / "baked" / "steerlens.json").read_text())
-    assert record["added"]["blocks.2.hook_resid_post"].format(2) in dict(baked.named_parameters())
+    added = record["added"]["blocks.2.hook_resid_post"]
+    assert added["bias"] in dict(baked.named_parameters())
+    assert added["residual_units"] == pytest.approx(-1.5 * float(vector.scale[1]))
     assert record["coefficient"] == -1.5
     # The model itself is as it was.
     assert torch.equal(logits(model), plain)
@@ -325,6 +330,8 @@ def test_what_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
     qwen = bridge(transformers.AutoModelForCausalLM.from_config(config).eval())
     with pytest.raises(ExportError, match="'qwen2' checkpoints have no bias"):
         sl.bake(qwen, vector, 1.0, tmp_path / "baked")
+    with pytest.raises(ExportError, match="coefficient 0"):
+        sl.bake(llama, vector, "0%", tmp_path / "baked")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ExportError, match="not empty"):

@@ -121,7 +121,7 @@ def test_edges_cut_equal_brute_force(tiny: Any, contrast: Any, means: Means) -> 
 
 
 def test_scores_are_derivatives_of_cutting(tiny: Any, contrast: Any, means: Means) -> None:
-    """Moving a component a little towards its mean changes the metric by its score, to first order."""
+    """Moving a component a little towards its mean changes the metric by its score."""
     scores = attribute(tiny, contrast, NOTHING, means)
     assert scores.metric == pytest.approx(metric(tiny, contrast), abs=1e-4)
     double = tiny  # float32: a step that is small and still seen

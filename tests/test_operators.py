@@ -97,7 +97,8 @@ def test_operators_keep_dtype_and_shape(operator: Any) -> None:
 def test_reductions_are_in_float32(operator: Any) -> None:
     # In float16 the sum of squares of such an activation is inf.
     activation = torch.full((1, 1, 64), 400.0, dtype=torch.float16)
-    out = operator(activation, torch.nn.functional.normalize(torch.arange(64.0), dim=0), 1)
+    direction = torch.nn.functional.normalize(torch.arange(64.0), dim=0)
+    out = operator(activation, direction.half(), 1)
     assert bool(out.isfinite().all())
     assert bool((activation**2).sum().isinf())
 
@@ -120,6 +121,21 @@ def test_amounts_out_of_range(operator: Any, amount: float) -> None:
         operator.check(amount)
     for right in (0.5, 1):
         operator.check(right)
+
+
+def test_angles_from_minus_180() -> None:
+    for right in (-180, 180):
+        Rotate().check(right)
+    with pytest.raises(SteeringError, match="-180 to 180"):
+        Rotate().check(-181)
+
+
+def test_what_is_along_the_direction_but_for_rounding_is_not_turned() -> None:
+    direction = torch.nn.functional.normalize(torch.arange(1.0, 8.0), dim=0)
+    h = (direction * 1e4)[None, None] / 3
+    across = h - (h @ direction)[..., None] * direction
+    assert bool(across.any()), "rounding leaves something"
+    assert torch.equal(Rotate()(h, direction, -90), h)
 
 
 def test_operators_by_name() -> None:

@@ -1,5 +1,6 @@
 """Which tokens are steered: by name, with and without a KV cache, with padding on either side."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import steerlens as sl
 from steerlens.errors import HookError, SteeringError
 from steerlens.steering import Positions, generate_tokens
-from steerlens.steering.positions import Pass
+from steerlens.steering.positions import Pass, check_positions
 from steerlens.tokens import TokenizedPrompt
 
 HOOK = "blocks.1.hook_resid_post"
@@ -178,12 +179,12 @@ def test_a_mask_of_another_shape_is_refused(llama: Any) -> None:
     assert not vars(llama).get("generate")
 
 
-def test_unknown_positions_are_refused_before_anything_runs(llama: Any) -> None:
-    with (
-        pytest.raises((SteeringError, Exception), match="positions"),
-        sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="first"),
-    ):  # type: ignore[arg-type]
-        pass
+def test_unknown_positions_are_refused(llama: Any) -> None:
+    unchecked = inspect.unwrap(check_positions)
+    for right in ("all", "prompt", "generated", "last", MASK):
+        unchecked(right)
+    with pytest.raises(SteeringError, match="positions are all, prompt, generated, last or a mask"):
+        unchecked("first")
 
 
 def test_the_model_is_as_before_after_the_block(tiny: Any) -> None:

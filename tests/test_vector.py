@@ -84,12 +84,14 @@ def test_directions_that_are_missing(llama: Any, directions: sl.Directions, laye
     ("fields", "message"),
     [
         ({"hook_names": ("a",)}, "1 names, 2 directions and 2 scales"),
-        ({"scale": torch.tensor([1.0, -1.0])}, "at least 0"),
+        ({"scale": torch.tensor([1.0, 0.0])}, "above 0"),
         ({"scale": torch.tensor([1.0, math.nan])}, "finite"),
         ({"directions": torch.tensor([[1.0, 0.0], [1.0, 1.0]])}, r"block.*1.* norm 1\.41421"),
         ({"directions": torch.tensor([[1.0, 0.0], [math.nan, 1.0]])}, "norm nan"),
         ({"hook_names": ("a", "a")}, "different hooks"),
         ({"hook_names": ()}, "0 names"),
+        ({"hook_names": ("hook_embed", "blocks.1.hook_resid_post")}, "inside blocks"),
+        ({"calibration": Calibration.unknown(1)}, r"calibration of 2 hooks, got one of \[1\]"),
         ({"condition": sl.Condition("a", torch.ones(1), 0.0)}, "condition's direction has 1"),
     ],
 )
@@ -343,6 +345,52 @@ def saved(vector: sl.SteeringVector, tmp_path: Path) -> Path:
     return tmp_path / "v.safetensors"
 
 
+def test_a_file_says_what_the_vector_is(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    """Field by field: comparing bytes would not see a field that is written wrong."""
+    condition = sl.Condition(
+        HOOKS[0],
+        torch.nn.functional.normalize(torch.ones(32), dim=0),
+        0.5,
+        above=False,
+        scope="token",
+    )
+    one = replace(3 * vector, operator=sl.Clamp(2.5), condition=condition)
+    one.save(tmp_path / "v.safetensors")
+    again = sl.SteeringVector.load(tmp_path / "v.safetensors")
+    assert torch.equal(again.directions, one.directions)
+    assert again.scale.tolist() == [3.0, 3.0]
+    for name in ("resid_norm", "boundary_neg", "boundary_pos"):
+        mine, theirs = (getattr(of.calibration, name) for of in (one, again))
+        assert torch.equal(mine, theirs)
+    assert (again.calibration.budget, again.calibration.text) == ("kl=0.5", "positive")
+    assert again.operator == sl.Clamp(2.5)
+    assert again.condition == condition
+    assert again.condition != replace(condition, above=True)
+    assert again.origin == one.origin
+    content = (tmp_path / "v.safetensors").read_bytes()
+    for word in (b"output of block N", b"residual units"):
+        assert word in content
+
+
+def test_headers_of_any_length_are_read(tmp_path: Path) -> None:
+    """Some lengths, as the first bytes of the file, look like the start of a pickle."""
+    looks_like = 0
+    for extra in range(0, 300, 4):
+        path = tmp_path / "v.safetensors"
+        made([3.0, 4.0], origin=Origin(dataset="x" * extra)).save(path)
+        looks_like += path.read_bytes()[:1] == b"\x80"
+        assert sl.SteeringVector.load(path).origin.dataset == "x" * extra
+    assert looks_like
+
+
+def test_a_mask_is_for_one_pass_of_its_shape(llama: Any, vector: sl.SteeringVector) -> None:
+    mask = torch.tensor([[True, False, True, True]])
+    right = llama.run_with_hooks(TOKENS, fwd_hooks=vector.fwd_hooks(1, mask=mask))
+    assert right.shape == logits(llama).shape
+    with pytest.raises(SteeringError, match=r"\(1, 4\), but this pass has \(1, 1\)"):
+        llama.run_with_hooks(TOKENS[:, :1], fwd_hooks=vector.fwd_hooks(1, mask=mask))
+
+
 def test_a_file_holds_everything(vector: sl.SteeringVector, tmp_path: Path, llama: Any) -> None:
     condition = sl.Condition(HOOKS[0], torch.nn.functional.normalize(torch.ones(32), dim=0), 0.5)
     for one in (
@@ -513,5 +561,5 @@ def test_a_file_of_version_1_stays_readable() -> None:
 def test_what_a_vector_says_of_itself(vector: sl.SteeringVector) -> None:
     told = vector.describe()
     assert told["method"] == "mean_diff"
-    assert told["boundary measured with"] == "kl=0.5 on positive text"
+    assert told["boundary"] == "kl=0.5, on positive text"
     assert "torch" in told["versions"]

@@ -15,6 +15,7 @@ from steerlens.boundary import check_search, find_boundary
 from steerlens.cli import evaluation, vectors
 from steerlens.cli.options import (
     DEBUG,
+    IN_SAMPLE,
     BatchOption,
     DebugOption,
     LayersOption,
@@ -51,10 +52,6 @@ from steerlens.shape import boundary_shape, check_plane
 from steerlens.sweep import measure_layers
 from steerlens.sweep import sweep as run_sweep
 from steerlens.tables import write_csv
-
-IN_SAMPLE = (
-    "note: measured on the pairs the directions are fitted on; give --test-pairs to hold some out"
-)
 
 app = typer.Typer(
     rich_markup_mode=None,

@@ -16,6 +16,9 @@ from steerlens.methods import fit as fit_directions
 from steerlens.steering import parse_coefficient
 
 DEBUG = "--debug"
+IN_SAMPLE = (
+    "note: measured on the pairs the directions are fitted on; give --test-pairs to hold some out"
+)
 ModelOption = Annotated[
     str, typer.Option("--model", help="Packaged model, local folder, GGUF file or hub id.")
 ]

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from steerlens.boundary import check_search, find_boundary
 from steerlens.cli.options import (
+    IN_SAMPLE,
     BatchOption,
     DebugOption,
     LayersOption,
@@ -37,7 +38,7 @@ from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, method_of
 from steerlens.models import DEFAULT_MODEL, load_model
 from steerlens.runs import check_out_file
-from steerlens.steering import SteeringVector, operator_of
+from steerlens.steering import SteeringVector, operator_of, parse_coefficient
 from steerlens.steering import generate as generate_text
 from steerlens.sweep import measure_layers
 from steerlens.tokens import tokenize_prompt
@@ -45,7 +46,7 @@ from steerlens.tokens import tokenize_prompt
 VectorArgument = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
 OptionalModel = Annotated[
     str | None,
-    typer.Option("--model", help="As elsewhere. Default: the model the vector was made on."),
+    typer.Option("--model", help="As elsewhere. Default: the vector's own, or the packaged one."),
 ]
 
 app = typer.Typer(
@@ -86,18 +87,20 @@ def extract(
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001 (read by main)
 ) -> None:
-    """Fit a direction and write it as a steering vector, with its boundary on held-out pairs."""
+    """Fit a direction and write it as a steering vector, its boundary with it."""
     method_of(method)
     act = operator_of(operator, value=value)
     text = text_of(on)
     check_search(budget=budget, search_range=4.0)
-    fit_on, measure_on, _ = pairs_of(pairs, test_pairs, max_pairs)
+    fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
     position = default_position(method, fit_on) if position is None else position
     if out.suffix != ".safetensors":
         raise SteeringError(f"--out {str(out)!r}: expected a name that ends in .safetensors")
     check_out_file(out)
     loaded = load_model(model, progress=not quiet)
     resolve_hooks(loaded, layers)
+    if not (is_held_out or quiet):
+        notes.print(IN_SAMPLE)
     directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
     if boundary:
         table = find_boundary(
@@ -162,6 +165,11 @@ def generate(
         raise SteeringError(f"--positions are {', '.join(known)}, not {positions!r}")
     if vector is None and layer is None:
         raise SteeringError("give --vector FILE, or --layer to fit a direction there")
+    if vector is None and any(parse_coefficient(s).unit != "residual" for s in strengths):
+        raise SteeringError(
+            "norms and shares of the boundary are those of a --vector (see `steerlens extract`); "
+            "give --coefficients in residual units"
+        )
     chat: Prompt = prompt if raw else (Message("user", prompt),)
     steered: Any
     if vector is not None:

@@ -45,7 +45,7 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     scale, calibration and origin travel in the metadata. Blocks are counted from 0 on both sides,
     but llama.cpp has no slot for block 0. Raises `ExportError` for a vector at block 0 or at other
     hooks than block outputs, with another operator than `Add` or a condition, and when the file
-    cannot be written.
+    name does not end in .gguf or cannot be written.
     """
     import gguf
 
@@ -132,7 +132,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
             raise ExportError(f"{str(path)!r} has a tensor {name!r}; expected direction.N, once")
         if kind not in ("F32", "F16") or data.ndim != 1:
             raise ExportError(
-                f"{name} in {str(path)!r} is {kind} of shape {data.shape}; expected a row of F32"
+                f"{name} in {str(path)!r} is {kind} of shape {data.shape}; expected a row of "
+                "F32 or F16"
             )
         rows[int(found[1])] = torch.from_numpy(data.astype(np.float32))
     if not rows:
@@ -149,14 +150,17 @@ def _with_record(vector: SteeringVector, text: Any) -> SteeringVector:
         written = SteeringVector.from_record(dict(vector), record | {"condition": None})
     except (ValueError, TypeError, RecursionError) as error:  # SteeringError is a ValueError
         raise SteeringError(f"its {RECORD} does not fit its tensors: {error}") from error
-    # The tensors are what llama.cpp adds, so they decide.
-    close = torch.allclose(written.rows, vector.rows, rtol=1e-4)
-    if written.hook_names != vector.hook_names or not close:
+    # The tensors are what llama.cpp adds, so they decide; they are sorted, the record need not be.
+    if set(written.hook_names) != set(vector.hook_names):
+        raise SteeringError(f"its {RECORD} does not fit its tensors: other hooks")
+    rows = vector.at(*written.hook_names).rows
+    if not torch.allclose(written.rows, rows, rtol=1e-4):
         raise SteeringError(f"its {RECORD} does not fit its tensors: other rows")
     return replace(
         vector,
+        hook_names=written.hook_names,
+        directions=rows / written.scale[:, None],
         scale=written.scale,
         calibration=written.calibration,
         origin=written.origin,
-        directions=vector.rows / written.scale[:, None],
     )

@@ -1,5 +1,6 @@
 """Steering vectors of other tools, as objects: `steering-vectors` and `repeng`, both ways."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,9 +13,9 @@ from steerlens.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
 
 _LAYER_TYPES = {
-    "decoder_block": "hook_resid_post",
-    "self_attn": "hook_attn_out",
-    "mlp": "hook_mlp_out",
+    "decoder_block": ("hook_resid_post",),
+    "self_attn": ("hook_attn_out", "attn.hook_out"),
+    "mlp": ("hook_mlp_out", "mlp.hook_out"),
 }
 
 
@@ -38,19 +39,19 @@ def to_steering_vectors(vector: SteeringVector) -> Any:
     """A `steering_vectors.SteeringVector`: multiplier c there is coefficient c here.
 
     It holds `scale * direction` by block and the kind of hook (block output, `hook_attn_out` or
-    `hook_mlp_out`); operator arguments, calibration and origin are not part of it. Raises
-    `ExportError` when the vector is not added everywhere, or has hooks of several or other kinds.
+    `hook_mlp_out`); calibration and origin are not part of it. Raises `ExportError` when the vector
+    is not added everywhere, has hooks of several or other kinds, or the package is not installed.
     """
-    from steering_vectors import SteeringVector as Theirs
+    Theirs = _installed("steering_vectors", "SteeringVector")
 
     if not isinstance(vector.operator, Add) or vector.condition is not None:
         raise ExportError("steering-vectors holds what is added: not an operator, not a condition")
     kinds = {name.partition(f"blocks.{hook_layer(name)}.")[2] for name in vector.hook_names}
-    found = [theirs for theirs, ours in _LAYER_TYPES.items() if kinds == {ours}]
+    found = [theirs for theirs, ours in _LAYER_TYPES.items() if kinds <= set(ours)]
     if not found:
         raise ExportError(
-            f"steering-vectors knows one of {', '.join(_LAYER_TYPES.values())} for all layers of a "
-            f"vector; this one has {', '.join(sorted(kinds))}"
+            f"steering-vectors knows one of {', '.join(ours[0] for ours in _LAYER_TYPES.values())} "
+            f"for all layers of a vector; this one has {', '.join(sorted(kinds))}"
         )
     rows = dict(zip(map(hook_layer, vector.hook_names), vector.rows, strict=True))
     return Theirs(layer_activations=rows, layer_type=found[0])
@@ -66,7 +67,7 @@ def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
         raise ExportError(
             f"expected the layer type {', '.join(_LAYER_TYPES)}, got {vector.layer_type!r}"
         )
-    hook = _LAYER_TYPES[vector.layer_type]
+    hook = _LAYER_TYPES[vector.layer_type][0]
     rows = {f"blocks.{block}.{hook}": row for block, row in vector.layer_activations.items()}
     return SteeringVector.from_vectors(rows)
 
@@ -75,12 +76,10 @@ def to_repeng(vector: SteeringVector) -> Any:
     """A `repeng.ControlVector`: its coefficient c is c here.
 
     Its layers are block outputs counted from 0, block 0 included. Raises `ExportError` when the
-    vector is not added everywhere to block outputs.
+    vector is not added everywhere to block outputs, or repeng is not installed.
     """
-    from repeng import ControlVector
-
     rows = block_rows(vector, "repeng")
-    return ControlVector(
+    return _installed("repeng", "ControlVector")(
         model_type=vector.origin.architecture,
         directions={block: row.numpy() for block, row in rows.items()},
     )
@@ -96,3 +95,13 @@ def from_repeng(vector: RepengLike) -> SteeringVector:
         resid_post(block): torch.tensor(row) for block, row in sorted(vector.directions.items())
     }
     return SteeringVector.from_vectors(rows, origin=Origin(architecture=str(vector.model_type)))
+
+
+def _installed(package: str, name: str) -> Any:
+    """A class of a package that steerlens does not depend on."""
+    try:
+        return getattr(importlib.import_module(package), name)
+    except ImportError as error:
+        raise ExportError(
+            f"{package} is not installed: pip install {package.replace('_', '-')}"
+        ) from error

@@ -25,7 +25,7 @@ from steerlens.steering.positions import Positions, Watch, check_positions, watc
 
 @runtime_checkable
 class Steerable(Protocol):
-    """What `steps` asks of a steering vector."""
+    """What applying asks of a steering vector."""
 
     hook_names: tuple[str, ...]
     directions: Any
@@ -35,7 +35,7 @@ class Steerable(Protocol):
     condition: Condition | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """What is done at one hook: `operator(activation, direction, amount)`."""
 
@@ -111,7 +111,7 @@ def step_hooks(
             "a condition on the prompt must know which tokens are the prompt's: use `with "
             "steer(model, vector, coefficient):`"
         )
-    return _with_gate(acts, condition, None, (lambda _, __: mask) if mask is not None else None)
+    return _with_gate(acts, condition, None, None if mask is None else _exactly(mask))
 
 
 def steering_hooks(
@@ -142,8 +142,11 @@ def steer(
     nested and repeated: at one hook the outer vector acts first. The hooks are gone after the
     block, also after an exception.
 
-    Raises `SteeringError` when the coefficient has no meaning for the vector (see `Coefficient`);
-    `HookError` when a hook did not fire, or another thread uses the model inside the block.
+    Raises `SteeringError` when the coefficient has no meaning for the vector (see `Coefficient`) or
+    the positions are unknown, and inside the block when a mask does not have the prompts' shape, a
+    KV cache comes from before the block, or the condition is read too late; `HookError` when a hook
+    did not fire or another thread has hooks on the model. A thread that runs the model while it is
+    steered here gets a `HookError` itself.
     """
     check_positions(positions)
     acts = steps(vector, coefficient)
@@ -159,6 +162,19 @@ def steer(
         fwd_hooks = _with_gate(acts, condition, seen, chosen) if acts else []
         stack.enter_context(hooked(model, fwd_hooks))
         yield
+
+
+def _exactly(mask: Tensor) -> Any:
+    def chosen(activation: Tensor, hook: Any) -> Tensor:
+        if activation.shape[:2] != mask.shape:
+            raise SteeringError(
+                f"the mask has shape {tuple(mask.shape)}, but this pass has "
+                f"{tuple(activation.shape[:2])} (prompts, tokens) at {getattr(hook, 'name', '')}; "
+                "while generating use `with steer(model, vector, coefficient, positions=mask):`"
+            )
+        return mask
+
+    return chosen
 
 
 def _at_positions(seen: Watch, positions: Positions) -> Any:

@@ -13,20 +13,22 @@ from torch import Tensor
 from steerlens.errors import SteeringError
 
 Coefficient: TypeAlias = float | int | str
-"""A number or "12.5" (residual units, times the vector's scale), "0.1 norm" (multiples of the mean
-residual norm at the hook), or "80%" (a share of the coherence boundary of its sign)."""
+"""With `Add`, a number or "12.5" (residual units, times the vector's scale), "0.1 norm" (multiples
+of the mean residual norm at the hook), or "80%" (a share of the coherence boundary of its sign);
+with `Ablate` and `Clamp` a strength from 0 to 1, with `Rotate` degrees."""
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _TEXT = re.compile(rf"\s*({_NUMBER})\s*(%|norms?)?\s*", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """What gives a coefficient its meaning at each hook; NaN where it was not measured.
 
-    `resid_norm` is the mean norm of the activations, `boundary_neg` and `boundary_pos` the
-    coherence boundary of each sign (residual units, each hook pushed alone; inf beyond the searched
-    range), `budget` and `text` what it was measured with and on.
+    `resid_norm` is the mean norm of both sides' activations at the fitted position, `boundary_neg`
+    (below 0) and `boundary_pos` the coherence boundary of each sign: residual units, each hook
+    pushed alone at all tokens; inf or -inf beyond the searched range. `budget` and `text` are what
+    it was measured with and on.
     """
 
     resid_norm: Float[Tensor, " hook"]
@@ -34,6 +36,11 @@ class Calibration:
     boundary_pos: Float[Tensor, " hook"]
     budget: str
     text: str
+
+    @property
+    def lengths(self) -> set[int]:
+        """How many hooks each measure has."""
+        return {len(of) for of in (self.resid_norm, self.boundary_neg, self.boundary_pos)}
 
     @classmethod
     def unknown(cls, n_hooks: int) -> "Calibration":
@@ -116,10 +123,13 @@ def step_sizes(
         of, what = -calibration.boundary_neg, "negative coherence boundary"
     for name, size in zip(hook_names, of.tolist(), strict=True):
         if not math.isfinite(size):
-            reason = "is not known" if math.isnan(size) else "lies beyond the searched range"
+            reason, cure = "is not known", "measure it with find_boundary"
+            if math.isinf(size):
+                reason = "lies beyond the searched range"
+                cure = "search further (search_range of find_boundary)"
             raise SteeringError(
-                f"cannot take {coefficient!r} at {name}: its {what} {reason}; measure it with "
-                "find_boundary and give its layer table to SteeringVector.from_directions, or give "
-                "a coefficient in residual units"
+                f"cannot take {coefficient!r} at {name}: its {what} {reason}; {cure} and give the "
+                "layer table to SteeringVector.from_directions, or give a coefficient in residual "
+                "units"
             )
     return tuple(parsed.number * size for size in of.tolist())

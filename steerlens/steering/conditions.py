@@ -23,7 +23,7 @@ _UNIT_TOLERANCE = 1e-3
 _FOLDS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Condition:
     """Steer where `h . direction >= threshold` at `hook_name` (`<` when `above` is False).
 
@@ -32,7 +32,8 @@ class Condition:
     decides for itself. `hook_name` must run before the steered hooks, or be the same one: the
     condition is read before the vector acts. The idea is conditional activation steering (Lee et
     al. 2024, arXiv:2409.05907); that work compares cosines, this one projections. Raises
-    `SteeringError` when the direction does not have norm 1 or the scope is unknown.
+    `SteeringError` when the direction does not have norm 1, the threshold is not finite, or the
+    scope is unknown.
     """
 
     hook_name: str
@@ -50,6 +51,16 @@ class Condition:
             raise SteeringError(f"a condition's scope is prompt or token, not {self.scope!r}")
         if not np.isfinite(self.threshold):
             raise SteeringError(f"expected a finite threshold, got {self.threshold}")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other is a condition with the same values."""
+        if not isinstance(other, Condition):
+            return NotImplemented
+        mine, theirs = (
+            (c.hook_name, c.threshold, c.above, c.scope, c.direction.tolist())
+            for c in (self, other)
+        )
+        return mine == theirs
 
     def __repr__(self) -> str:
         sign = ">=" if self.above else "<"
@@ -111,12 +122,13 @@ def fit_condition(
     """The condition that best tells positive prompts (to be steered) from negative ones.
 
     What is compared is the mean projection over a prompt's tokens (residual units), on the mean
-    difference of the prompts' means at each hook of `layers`, or on `directions` where given. The
-    threshold lies half way between the two neighbouring projections where balanced accuracy (the
-    mean of the shares of positives at or above it and of negatives below) is largest. Of several
-    hooks the one is taken whose balanced accuracy in five-fold cross-validation over the pairs is
-    largest, the earliest of equals. What it is worth on other pairs: `condition_accuracy`. Raises
-    `SteeringError` when a hook has no direction, or the two sides' means do not differ.
+    difference of the prompts' means at each hook of `layers`, or on `directions` where given (they
+    must point towards the positives: `above` is always True). The threshold lies half way between
+    the two neighbouring projections where balanced accuracy (the mean of the shares of positives
+    at or above it and of negatives below) is largest. Of several hooks the one is taken whose
+    balanced accuracy in five-fold cross-validation over the pairs is largest, the earliest of
+    equals. What it is worth on other pairs: `condition_accuracy`. Raises
+    `SteeringError` when a hook has no direction or a zero one, or the sides' means do not differ.
     """
     names = resolve_hooks(model, layers)
     missing = [name for name in names if directions is not None and name not in directions]
@@ -205,9 +217,13 @@ def _fit(
     """A unit direction, `direction` or the mean difference, and the threshold along it."""
     raw = (positive - negative).mean(dim=0) if direction is None else direction.float().cpu()
     if not float(raw.norm()) > 0:
-        raise SteeringError("the prompts' means do not differ, so there is nothing to tell apart")
+        raise SteeringError(
+            "the prompts' means do not differ, so there is nothing to tell apart"
+            if direction is None
+            else "the direction given for a condition is zero"
+        )
     unit = raw / raw.norm()
-    return unit, _best_threshold(positive @ unit, negative @ unit)[1]
+    return unit, _best_threshold(positive @ unit, negative @ unit)
 
 
 def _cross_validated(
@@ -232,17 +248,16 @@ def _balanced_accuracy(positive: Bool[Tensor, " pair"], negative: Bool[Tensor, "
     return float(positive.double().mean() + (~negative).double().mean()) / 2
 
 
-def _best_threshold(
-    positive: Float[Tensor, " pair"], negative: Float[Tensor, " pair"]
-) -> tuple[float, float]:
-    """The largest balanced accuracy, and the threshold between projections where it is reached."""
+def _best_threshold(positive: Float[Tensor, " pair"], negative: Float[Tensor, " pair"]) -> float:
+    """The threshold between two projections where balanced accuracy is largest."""
     from sklearn.metrics import roc_curve
 
     scores = torch.cat([positive, negative]).double().numpy()
     labels = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
     false, true, thresholds = roc_curve(labels, scores, drop_intermediate=False)
     best = int(np.argmax(true - false))
-    cut = thresholds[best] if np.isfinite(thresholds[best]) else scores.max()
+    cut = thresholds[best]
+    if not np.isfinite(cut):  # best that nobody passes
+        return float(np.nextafter(scores.max(), np.inf))
     below: Sequence[float] = scores[scores < cut]
-    middle = (cut + max(below)) / 2 if len(below) else cut
-    return float((true[best] + 1 - false[best]) / 2), float(middle)
+    return float((cut + max(below)) / 2 if len(below) else cut)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ KEY = "steerlens"
 MEANING = {
     "hook": "TransformerLens hook names; blocks.N.hook_resid_post is the output of block N, "
     "counted from 0, before any final norm",
-    "normalisation": "each tensor named after a hook is a direction of norm 1; a plain coefficient "
-    "c moves the activation by c * scale along it, in residual-stream units",
+    "normalisation": "each tensor named after a hook is a direction of norm 1; with the operator "
+    "add, a plain coefficient c moves the activation by c * scale along it, in residual units",
 }
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -48,7 +50,7 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    refuse_pickle(path)
+    _refuse_pickle_name(path)
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -57,6 +59,8 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = load(content)
         header = _metadata(content)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        # Only now: the length that a safetensors file begins with may look like a pickle.
+        refuse_pickle(path)
         raise SteeringError(
             f"{str(path)!r} is not a whole safetensors file ({error}); it may be truncated"
         ) from error
@@ -81,18 +85,34 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def refuse_pickle(path: Path) -> None:
     """Raise `SteeringError` for a file whose name or first bytes say that it is a pickle."""
-    is_pickle = path.suffix.lower() in _PICKLES
-    if not is_pickle and path.is_file():
-        with path.open("rb") as file:
-            start = file.read(4)
-        # A pickle of protocol 2 or later; torch.save writes one inside a zip.
-        is_pickle = start[:1] == b"\x80" and start[1:2] in b"\x02\x03\x04\x05"
-        is_pickle = is_pickle or start == b"PK\x03\x04"
-    if is_pickle:
-        raise SteeringError(
-            f"{str(path)!r} is a pickle: loading one can run any code, so it is refused; save the "
-            "tensors as safetensors or GGUF with the tool that made it"
-        )
+    _refuse_pickle_name(path)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(4)
+    # A pickle of protocol 2 or later; torch.save writes one inside a zip.
+    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04":
+        raise _pickle_error(path)
+
+
+def _refuse_pickle_name(path: Path) -> None:
+    if path.suffix.lower() in _PICKLES:
+        raise _pickle_error(path)
+
+
+def _pickle_error(path: Path) -> SteeringError:
+    return SteeringError(
+        f"{str(path)!r} is a pickle: loading one can run any code, so it is refused; save the "
+        "tensors as safetensors or GGUF with the tool that made it"
+    )
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, through a temporary one beside it. Raises `OSError`."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
 
 
 def number(value: Any) -> float:

@@ -21,8 +21,9 @@ class Origin:
     """The model, tokenizer, data and method of a steering vector; "unknown" where not recorded.
 
     `model` is its name, `revision` and `file_hash` as in `Provenance`; `weights`, `tokenizer` and
-    `chat_template` are fingerprints (sha256, hex), the first as `weights_fingerprint` says.
-    `pairs` is the fingerprint of the pairs' token ids. `versions` are those of the packages.
+    `chat_template` are fingerprints (sha256, hex; "none" without a template), the first as
+    `weights_fingerprint` says. `pairs` is the fingerprint of the pairs' content. `versions` are
+    those of the packages, as JSON.
     """
 
     model: str = UNKNOWN
@@ -104,7 +105,7 @@ def architecture(model: HookedModel) -> str:
 
 
 def weights_fingerprint(model: HookedModel) -> str:
-    """sha256 (hex) of a sample of the weights: names, shapes, 1024 evenly spaced values of each.
+    """sha256 (hex) of names, shapes, dtypes and 1024 evenly spaced values of each weight.
 
     Fast on any model, and other weights, another dtype or processed weights give another one. A
     change that misses every sampled value is not seen.
@@ -114,7 +115,7 @@ def weights_fingerprint(model: HookedModel) -> str:
         flat = weight.detach().reshape(-1)
         rows = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
         values = flat[rows.round().long().to(flat.device)].float().cpu()
-        digest.update(json.dumps([name, list(weight.shape)]).encode())
+        digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 

@@ -59,7 +59,7 @@ class Pass:
 
     def prompt_tokens(self) -> Bool[Tensor, "prompt token"]:
         """True at the real prompt tokens of this pass."""
-        return (self.mask("prompt")) & self.real[:, self.n_before :]
+        return self.mask("prompt") & self.real[:, self.n_before :]
 
 
 @dataclass
@@ -114,8 +114,9 @@ def watch(model: HookedModel) -> Iterator[Watch]:
     """Note every forward pass inside the block: where the prompt ends and what is padding.
 
     Inside `generate` the first pass is the prompt and what follows is generated. A pass outside it
-    is all prompt, or, on top of a KV cache, generated. Padding is what the attention mask says;
-    without a mask, the runs of padding tokens that the tokenizer would have written.
+    is all prompt, or, on top of a KV cache, generated. Padding is what the attention mask says (one
+    row a prompt); without a mask, and with several prompts, the padding tokens on the side that the
+    tokenizer pads.
     """
     noted = Watch()
     wrapped: Any = getattr(model, "original_model", None)
@@ -172,7 +173,7 @@ def _cached(hugging_face: Any, transformer_lens: Any) -> int:
 def _unpadded(
     model: HookedModel, tokens: Int[Tensor, "prompt token"]
 ) -> Bool[Tensor, "prompt token"] | None:
-    """False at runs of padding tokens at an end of a row, as far as several rows have such runs."""
+    """False at padding tokens on the side the tokenizer pads; None for one prompt: all are real."""
     pad = getattr(model.tokenizer, "pad_token_id", None)
     if pad is None or len(tokens) == 1:
         return None

@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.directions import Directions
-from steerlens.errors import SteeringError
+from steerlens.errors import HookError, SteeringError
 from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models import HookedModel
 from steerlens.steering.application import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
-from steerlens.steering.files import decode, encode, number
+from steerlens.steering.files import decode, encode, number, write_file
 from steerlens.steering.operators import Add, Operator, operator_of, operator_record
 from steerlens.steering.origin import UNKNOWN, Origin
 
@@ -37,7 +37,7 @@ class SteeringVector(Mapping[str, Tensor]):
     other operators have no use for `scale`. Coefficient 0 is the identity with every operator.
     Combining: `a + b`, `a - b`, `2 * a`, `-a`, `a.orthogonal_to(b)`, `a.interpolate(b, share)`, all
     on `scale * direction`. Raises `SteeringError` when a direction does not have norm 1, a scale is
-    negative or not finite, or the shapes do not agree.
+    not finite and above 0, a hook is not inside a block, or the lengths do not agree.
     """
 
     hook_names: tuple[str, ...]
@@ -64,8 +64,17 @@ class SteeringVector(Mapping[str, Tensor]):
         for name, norm in zip(self.hook_names, self.directions.norm(dim=-1).tolist(), strict=True):
             if not abs(norm - 1) < _UNIT_TOLERANCE:
                 raise SteeringError(f"the direction at {name} has norm {norm:.6g}; expected 1")
-        if not bool((self.scale.isfinite() & (self.scale >= 0)).all()):
-            raise SteeringError(f"scales must be finite and at least 0, got {self.scale.tolist()}")
+            try:
+                hook_layer(name)
+            except HookError as error:
+                raise SteeringError(f"a vector acts inside blocks: {error}") from error
+        if not bool((self.scale.isfinite() & (self.scale > 0)).all()):
+            raise SteeringError(f"scales must be finite and above 0, got {self.scale.tolist()}")
+        if {len(self.hook_names)} != self.calibration.lengths:
+            raise SteeringError(
+                f"expected a calibration of {len(self.hook_names)} hooks, got one of "
+                f"{sorted(self.calibration.lengths)}"
+            )
         if self.condition is not None and len(self.condition.direction) != self.d_model:
             raise SteeringError(
                 f"the condition's direction has {len(self.condition.direction)} numbers, the "
@@ -86,8 +95,8 @@ class SteeringVector(Mapping[str, Tensor]):
     ) -> "SteeringVector":
         """A steering vector of the directions fitted on `model`, at `layers` or all their hooks.
 
-        `layer_table` is that of `find_boundary`, `sweep` or `measure_layers`: its residual norms
-        and boundaries give coefficients such as "0.1 norm" and "80%" a meaning. `dataset` names the
+        `layer_table` gives coefficients such as "0.1 norm" and "80%" a meaning: that of
+        `find_boundary`, or, for norms alone, of `sweep` or `measure_layers`. `dataset` names the
         pairs in the origin. Raises `SteeringError` when a hook has no direction or is not in the
         table.
         """
@@ -118,20 +127,19 @@ class SteeringVector(Mapping[str, Tensor]):
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise SteeringError(f"expected vectors of one length, got shapes {sorted(shapes)}")
         stacked = torch.stack(list(rows.values()))
-        return cls.from_rows(tuple(rows), stacked, origin or Origin())
+        return cls._from_rows(
+            tuple(rows), stacked, origin or Origin(), Calibration.unknown(len(rows))
+        )
 
     @classmethod
-    def from_rows(
+    def _from_rows(
         cls,
         hook_names: tuple[str, ...],
-        rows: Float[Tensor, "hook d_model"],
+        rows: Tensor,
         origin: Origin,
-        **rest: Any,
+        calibration: Calibration,
+        condition: Condition | None = None,
     ) -> "SteeringVector":
-        """A steering vector whose directions and scales are those of `rows`; nothing calibrated.
-
-        Raises `SteeringError` when a row is zero or not finite: it has no direction.
-        """
         scale = rows.double().norm(dim=-1)
         for name, size in zip(hook_names, scale.tolist(), strict=True):
             if not (math.isfinite(size) and size > 0):
@@ -139,8 +147,7 @@ class SteeringVector(Mapping[str, Tensor]):
                     f"the vector at {name} has norm {size:.6g}, so it has no direction"
                 )
         unit = (rows.double() / scale[:, None]).float()
-        rest.setdefault("calibration", Calibration.unknown(len(hook_names)))
-        return cls(hook_names, unit, scale.float(), origin=origin, **rest)
+        return cls(hook_names, unit, scale.float(), calibration, condition=condition, origin=origin)
 
     # A mapping of the directions
 
@@ -208,16 +215,22 @@ class SteeringVector(Mapping[str, Tensor]):
     ) -> list[tuple[str, HookFunction]]:
         """`(hook name, function)` for `model.run_with_hooks` and `model.hooks`; none at 0.
 
-        `mask` (Bool, prompt by token) keeps the tokens to steer; without it, all are, also while
-        generating. For the prompt, the generated tokens or the last one alone, use `steer`, which
-        follows the KV cache. Raises `SteeringError` when the coefficient has no meaning here (see
-        `Coefficient`), and for a condition with scope "prompt", which needs `steer` too.
+        `mask` (Bool, prompt by token) keeps the tokens to steer in a pass of just that shape;
+        without it, all are, also while generating. For the prompt, the generated tokens or the
+        last one alone, use `steer`, which follows the KV cache. Raises `SteeringError` when the
+        coefficient has no meaning here (see `Coefficient`), and for a condition with scope
+        "prompt", which needs `steer` too.
         """
         return step_hooks(steps(self, coefficient), self.condition, mask=mask)
 
     # Combining
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
+        """The sum at every hook, its boundary unknown.
+
+        Raises `SteeringError` when hooks, d_model, known models, conditions or operators (other
+        than `Add`) differ, and when nothing is left at a hook.
+        """
         return self._combined(other, lambda a, b: a + b, "({} + {})")
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
@@ -245,7 +258,7 @@ class SteeringVector(Mapping[str, Tensor]):
     def orthogonal_to(self, other: "SteeringVector") -> "SteeringVector":
         """What is left of `scale * direction` without its component along the other's direction.
 
-        Raises `SteeringError` when nothing is left, or the two do not match (see `__add__`).
+        Raises `SteeringError` when nothing is left, and when a sum would.
         """
 
         def left(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -260,7 +273,7 @@ class SteeringVector(Mapping[str, Tensor]):
     def interpolate(self, other: "SteeringVector", share: float | int) -> "SteeringVector":
         """`(1 - share) * self + share * other`, on `scale * direction`.
 
-        Raises `SteeringError` when the result is zero, or the two do not match (see `__add__`).
+        Raises `SteeringError` when the result is zero, and when a sum would.
         """
         how = f"({{}} to {{}} by {share:g})"
         return self._combined(other, lambda a, b: (1 - share) * a + share * b, how)
@@ -276,17 +289,21 @@ class SteeringVector(Mapping[str, Tensor]):
             return values[0] if values[0] == values[1] else how.format(*values)
 
         fields = {f: both(f) for f in ("method", "dataset", "pairs", "position", "seed")}
-        return self.from_rows(
+        return self._from_rows(
             self.hook_names,
             combine(self.rows, other.rows),
             replace(mine, **fields),
-            calibration=self.calibration.without_boundary(),
-            condition=self.condition,
+            self.calibration.without_boundary(),
+            self.condition,
         )
 
     def _check_match(self, other: "SteeringVector") -> None:
         if self.hook_names != other.hook_names:
             mine, theirs = set(self.hook_names), set(other.hook_names)
+            if mine == theirs:
+                raise SteeringError(
+                    "the vectors have the same hooks in another order: use .at(...)"
+                )
             raise SteeringError(
                 "the vectors have other hooks: only the first has "
                 f"{', '.join(sorted(mine - theirs)) or 'none'}, only the second "
@@ -299,7 +316,7 @@ class SteeringVector(Mapping[str, Tensor]):
         found = self.origin.differences(other.origin)
         if found:
             raise SteeringError(f"the vectors are of different models: other {'; '.join(found)}")
-        if not _same_condition(self.condition, other.condition):
+        if self.condition != other.condition:
             raise SteeringError(
                 f"the vectors have other conditions: {self.condition} and {other.condition}"
             )
@@ -324,7 +341,7 @@ class SteeringVector(Mapping[str, Tensor]):
                 f"expected a file name that ends in .safetensors, got {path.name!r}"
             )
         try:
-            path.write_bytes(self.to_bytes())
+            write_file(path, self.to_bytes())
         except OSError as error:
             raise SteeringError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
@@ -435,10 +452,8 @@ class SteeringVector(Mapping[str, Tensor]):
             )
 
     def describe(self) -> dict[str, str]:
-        """What a file of this vector says, in words: origin, operation, convention, strengths."""
-        unknown = {UNKNOWN}
-        _, record = self.to_record()
-        origin = {k: v for k, v in record["origin"].items() if v not in unknown}
+        """Operator, condition, what the boundary was measured with, and the known origin."""
+        origin = {name: value for name, value in self.origin.to_dict().items() if value != UNKNOWN}
         if "versions" in origin:
             origin["versions"] = ", ".join(
                 f"{name} {value}" for name, value in json.loads(origin["versions"]).items()
@@ -446,7 +461,7 @@ class SteeringVector(Mapping[str, Tensor]):
         return {
             "operator": str(self.operator),
             "condition": str(self.condition),
-            "boundary measured with": f"{self.calibration.budget} on {self.calibration.text} text",
+            "boundary": f"{self.calibration.budget}, on {self.calibration.text} text",
             **origin,
         }
 
@@ -471,10 +486,3 @@ def _calibration(names: Sequence[str], layer_table: pd.DataFrame | None) -> Cali
         budget=str(settings.get("budget", UNKNOWN)) if measured else UNKNOWN,
         text=str(settings.get("on", UNKNOWN)) if measured else UNKNOWN,
     )
-
-
-def _same_condition(one: Condition | None, other: Condition | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    plain = [(c.hook_name, c.threshold, c.above, c.scope) for c in (one, other)]
-    return plain[0] == plain[1] and torch.equal(one.direction, other.direction)
