@@ -143,6 +143,7 @@ def _one_thread(model: HookedModel) -> Iterator[None]:
         yield
     finally:
         with _guard:
+            depth = _threads[model][1] - 1
             if depth:
                 _threads[model] = (here, depth)
             else:

@@ -144,14 +144,37 @@ def test_a_condition_must_be_read_first(llama: Any) -> None:
         pass
 
 
-def test_a_cache_of_other_prompts_is_refused(llama: Any) -> None:
+def test_each_cache_keeps_its_prompts_decision(llama: Any) -> None:
+    first, second = means(llama, EARLY)
+    of = vector(sl.Condition(EARLY, OTHER, (first + second) / 2, above=first > second))
+    passes, fails = (torch.tensor([ids]) for ids in PROMPTS)
+    options: dict[str, Any] = {"return_type": "logits_and_cache", "use_cache": True}
+    more = torch.tensor([[12]])
+    with torch.no_grad(), sl.steer(llama, of, 25.0):
+        _, cache = llama(passes, **options)
+        alone = llama(more, past_key_values=cache)
+        _, one = llama(passes, **options)
+        _, other = llama(fails, **options)
+        assert torch.equal(llama(more, past_key_values=one), alone)
+        unsteered = llama(more, past_key_values=other)
+    with torch.no_grad():
+        _, cache = llama(fails, **options)
+        torch.testing.assert_close(unsteered, llama(more, past_key_values=cache))
+        with (
+            pytest.raises(SteeringError, match="not run inside the block"),
+            sl.steer(llama, of, 1.0),
+        ):
+            llama(more, past_key_values=cache)
+
+
+def test_a_prompt_in_chunks_has_no_decision(llama: Any) -> None:
     of = vector(sl.Condition(EARLY, OTHER, 0.0))
-    tokens = torch.tensor(PROMPTS)
-    with torch.no_grad(), sl.steer(llama, of, 1.0):
-        _, cache = llama(tokens, return_type="logits_and_cache", use_cache=True)
-        llama(torch.tensor([[9]]), return_type=None)
-        with pytest.raises(SteeringError, match="not read on these prompts"):
-            llama(torch.tensor([[12], [12]]), past_key_values=cache)
+    tokens = torch.tensor([[*PROMPTS[0], 9]])
+    with (
+        pytest.raises(SteeringError, match="come in chunks"),
+        sl.steer(llama, of, 1.0),
+    ):
+        llama.hf_generate(tokens, max_new_tokens=2, do_sample=False, prefill_chunk_size=3)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,38 @@ def test_files_that_are_no_control_vectors(vector: sl.SteeringVector, tmp_path: 
             sl.from_gguf(path)
 
 
+def test_headers_that_claim_too_much(tmp_path: Path) -> None:
+    """Of 49 bytes, an array of 2^60 numbers: the reader would loop over it for ever."""
+    begin = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+    path = tmp_path / "v.gguf"
+    for rest in (
+        struct.pack("<IIQ", 9, 0, 2**60),
+        struct.pack("<IIQ", 9, 9, 2**60),
+        struct.pack("<IQ", 8, 2**60),
+        struct.pack("<I", 99),
+        struct.pack("<I", 4),
+    ):
+        path.write_bytes(begin + rest)
+        with pytest.raises(ExportError, match="not a whole GGUF file"):
+            sl.from_gguf(path)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60))
+    with pytest.raises(ExportError, match="claims"):
+        sl.from_gguf(path)
+
+
+def test_a_whole_header_is_let_through(vector: sl.SteeringVector, tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    writer = gguf.GGUFWriter(str(path), "controlvector")
+    writer.add_array("words", ["a", "bc"])
+    writer.add_array("numbers", [1, 2, 3])
+    writer.add_bool("yes", True)
+    writer.add_tensor("direction.1", np.ones(4, np.float32))
+    for step in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{step}_to_file")()
+    writer.close()
+    assert sl.from_gguf(path).scale.tolist() == [2.0]
+
+
 def test_a_record_that_does_not_fit_its_tensors(vector: sl.SteeringVector, tmp_path: Path) -> None:
     path = tmp_path / "v.gguf"
     sl.to_gguf(vector, path)
@@ -312,7 +345,7 @@ def test_a_baked_checkpoint_gives_the_hooked_logits(kind: str, tmp_path: Path) -
     added = record["added"]["blocks.2.hook_resid_post"]
     assert added["bias"] in dict(baked.named_parameters())
     assert added["residual_units"] == pytest.approx(-1.5 * float(vector.scale[1]))
-    assert record["coefficient"] == -1.5
+    assert record["coefficient"] == "-1.5"
     # The model itself is as it was.
     assert torch.equal(logits(model), plain)
 

@@ -1,13 +1,14 @@
 """Which tokens are steered: by name, with and without a KV cache, with padding on either side."""
 
 import inspect
+import threading
 from typing import Any
 
 import pytest
 import torch
 
 import steerlens as sl
-from steerlens.errors import HookError, SteeringError
+from steerlens.errors import SteeringError
 from steerlens.steering import Positions, generate_tokens
 from steerlens.steering.positions import Pass, check_positions
 from steerlens.tokens import TokenizedPrompt
@@ -203,13 +204,103 @@ def test_the_model_is_as_before_after_the_block(tiny: Any) -> None:
     assert len(tiny.original_model._forward_pre_hooks) == hooks
 
 
-def test_a_hook_without_a_row_a_token_is_refused(llama: Any) -> None:
+@pytest.mark.parametrize("name", ["hook_pattern", "hook_z"])
+def test_hooks_of_heads_are_refused(llama: Any, name: str) -> None:
+    """Four tokens and four heads: a mask of tokens would choose heads."""
+    tokens = torch.tensor([PROMPTS[0][:4]])
+    size = 4 if name == "hook_pattern" else 8
+    direction = torch.ones(size) / size**0.5
     with (
-        pytest.raises((SteeringError, HookError, RuntimeError)),
+        pytest.raises(SteeringError, match="with a row a token"),
         torch.no_grad(),
-        sl.steer(llama, {"blocks.1.attn.hook_pattern": DIRECTION}, 1.0, positions="last"),
+        sl.steer(llama, {f"blocks.1.attn.{name}": direction}, 1.0, positions="last"),
     ):
-        llama(torch.tensor(PROMPTS[:1]))
+        llama(tokens)
+
+
+@pytest.mark.parametrize("positions", [None, 3, b"all", [0, 1], torch.ones(1, 4), "first"], ids=str)
+def test_what_is_no_position(positions: Any) -> None:
+    with pytest.raises(SteeringError, match="or a mask"):
+        inspect.unwrap(check_positions)(positions)
+
+
+def test_a_stream_left_half_way_does_not_touch_what_runs_after(llama: Any) -> None:
+    tokens, others = (torch.tensor([ids]) for ids in PROMPTS)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "verbose": False}
+
+    def run() -> None:
+        stream = llama.generate_stream(tokens, max_tokens_per_yield=1, **options)
+        next(stream)
+        llama(others)
+        next(stream)
+
+    found = moved(llama, "last", run)
+    assert found[0] == [[False] * 4 + [True]]
+    assert [[False] * 2 + [True]] in found
+    assert sum(True in row for rows in found for row in rows) == 2
+
+
+def test_each_cache_keeps_its_prompts_end(llama: Any) -> None:
+    def run() -> None:
+        _, cache = llama(torch.tensor([[1, 8, 5]]), return_type="logits_and_cache", use_cache=True)
+        llama(torch.tensor(PROMPTS[:1]), return_type="logits_and_cache", use_cache=True)
+        llama(torch.tensor([[12]]), past_key_values=cache)
+
+    assert moved(llama, "generated", run) == [[[False] * 3], [[False] * 5], [[True]]]
+
+
+def test_a_prompt_in_chunks(llama: Any) -> None:
+    tokens = torch.tensor([[*PROMPTS[0], 9]])
+    options: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "stop_at_eos": False}
+
+    def run() -> None:
+        llama.hf_generate(tokens, prefill_chunk_size=3, **options)
+
+    assert moved(llama, "generated", run)[:3] == [[[False] * 3], [[False] * 3], [[True]]]
+    assert moved(llama, "last", run)[:3] == [[[False] * 3], [[False, False, True]], [[False]]]
+
+
+def test_hugging_faces_own_generate_without_a_cache(llama: Any) -> None:
+    tokens = torch.tensor(PROMPTS[1:])
+
+    def run() -> None:
+        llama.original_model.generate(
+            tokens, max_new_tokens=2, min_new_tokens=2, do_sample=False, use_cache=False
+        )
+
+    assert moved(llama, "generated", run) == [[[False] * 3], [[False] * 3 + [True]]]
+
+
+def test_a_mask_that_cannot_be_read_is_refused(llama: Any) -> None:
+    tokens = torch.tensor(PROMPTS[:1])
+    with (
+        pytest.raises(SteeringError, match=r"expected an attention mask of shape \(1, 5\)"),
+        torch.no_grad(),
+        sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="last"),
+    ):
+        llama(tokens, attention_mask=torch.ones(1, 1, 5, 5))
+
+
+def test_blocks_that_end_in_another_order_leave_nothing(llama: Any) -> None:
+    def block() -> Any:
+        with sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="last"):
+            yield
+
+    before = dict(vars(llama))
+    first, second = block(), block()
+    next(first)
+    next(second)
+    first.close()
+    second.close()
+    assert dict(vars(llama)) == before
+    llama.reset_hooks()
+    found: list[Any] = []
+    thread = threading.Thread(
+        target=lambda: found.extend(moved(llama, "all", lambda: llama(MASK.long())))
+    )
+    thread.start()
+    thread.join()
+    assert found == [[[True] * 5]]
 
 
 def test_a_pass_by_hand() -> None:

@@ -7,7 +7,7 @@ import torch
 
 import steerlens as sl
 from steerlens.errors import SteeringError
-from steerlens.steering import generate, steering_hooks
+from steerlens.steering import generate, generate_tokens, steering_hooks
 from steerlens.tokens import tokenize_prompt
 
 HOOK = "blocks.1.hook_resid_post"
@@ -55,6 +55,18 @@ def test_generation_with_the_kv_cache_equals_generation_without(llama: Any) -> N
     assert torch.equal(cached, uncached)
     with torch.no_grad():
         assert not torch.equal(cached, llama.generate(tokens, **options))
+
+
+def test_what_cannot_be_generated(llama: Any) -> None:
+    prompt = tokenize_prompt(llama, "the river was")
+    direction = {HOOK: torch.nn.functional.normalize(torch.randn(32), dim=0)}
+    for prompts, n, message in (
+        ([], 5, "1 or more new tokens, got 0"),
+        ([prompt], 0, "got 1 and 0"),
+        ([prompt], 61, "do not fit the model's context of 64"),
+    ):
+        with pytest.raises(SteeringError, match=message):
+            generate_tokens(llama, prompts, direction, 1.0, max_new_tokens=n)
 
 
 def test_generate_gives_the_new_text_only(llama: Any) -> None:

@@ -19,19 +19,24 @@ def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     is compared across its layers too. `random_sd` is the standard deviation of the cosine of two
     random directions, `1 / sqrt(d_model)`; directions in a real residual stream are not that
     random, so a cosine beyond it is not yet a shared concept. Raises `SteeringError` when there are
-    fewer than two directions or their lengths differ.
+    fewer than two directions, their lengths differ, or one is zero or not finite.
     """
     entries = [
-        (name, hook, vector[hook].double().flatten())
+        (name, hook, vector[hook].detach().double().clone())
         for name, vector in vectors.items()
         for hook in vector
     ]
     widths = sorted({len(direction) for _, _, direction in entries})
-    if len(entries) < 2 or len(widths) > 1:
+    if len(entries) < 2 or len(widths) > 1 or widths == [0]:
         raise SteeringError(
             f"expected two or more directions of one length, got {len(entries)} of "
             f"{' and '.join(map(str, widths)) or 'no'} numbers"
         )
+    for name, hook, direction in entries:
+        size = float(direction.abs().max())
+        if not 0 < size < float("inf"):
+            raise SteeringError(f"{name} has no direction at {hook}: it is zero or not finite")
+        direction /= size  # so that squares neither overflow nor vanish
     rows: list[Row] = [
         {
             "vector_a": name_a,

@@ -76,8 +76,10 @@ def bake(
     with torch.no_grad():
         weights = dict(plain.named_parameters())
         for name, row in added.items():
-            bias = weights[carrier.bias.format(name.split(".")[1])]
-            bias += row.to(bias)
+            where = carrier.bias.format(name.split(".")[1])
+            if where not in weights:
+                raise ExportError(f"this model has no {where}, so a bias cannot carry the vector")
+            weights[where] += row.to(weights[where])
     _check_logits(model, vector, coefficient, plain)
     record = {
         "what": "a bias was added to block outputs (blocks.N.hook_resid_post, N from 0)",
@@ -88,7 +90,7 @@ def bake(
             }
             for act in acts
         },
-        "coefficient": coefficient,
+        "coefficient": str(coefficient),
         "vector": vector.describe(),
         "model": provenance(model).to_dict(),
     }
@@ -102,15 +104,20 @@ def bake(
             if out_dir.exists():
                 out_dir.rmdir()
             shutil.move(whole, out_dir)
-    except OSError as error:
-        raise ExportError(f"cannot write {str(out_dir)!r}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # transformers checks the generation settings
+        raise ExportError(f"cannot write {str(out_dir)!r}: {error}") from error
     return out_dir
 
 
 def check_is_new(folder: Path) -> None:
-    """Raise `ExportError` when `folder` is there and not an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{str(folder)!r} exists and is not empty; choose another folder")
+    """Raise `ExportError` when `folder` is there and not an empty folder, a link, or no name."""
+    try:
+        if folder.is_symlink() or folder.resolve() == Path.cwd():
+            raise ExportError(f"{str(folder)!r} is a link or this folder; give a new folder's name")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ExportError(f"{str(folder)!r} exists and is not empty; choose another folder")
+    except OSError as error:
+        raise ExportError(f"cannot use {str(folder)!r}: {error.strerror}") from error
 
 
 def _carrier(model: HookedModel) -> Carrier:
@@ -121,6 +128,10 @@ def _carrier(model: HookedModel) -> Carrier:
             "a Hugging Face checkpoint; load the model with load_model"
         )
     kind = str(wrapped.config.model_type)
+    if getattr(wrapped.config, "do_layer_norm_before", True) is False:
+        raise ExportError("this model norms what a block adds, so a bias there is not the addition")
+    if model.tokenizer is None:
+        raise ExportError("the model has no tokenizer to go with the checkpoint; set one first")
     if kind not in CARRIERS:
         raise ExportError(
             f"{kind!r} checkpoints have no bias on what a block adds to the residual stream; "

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from steerlens.errors import ExportError, SteeringError
+from steerlens.export.gguf_header import check_lengths
 from steerlens.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
 from steerlens.steering.files import refuse_pickle, without_nan
 
 ARCHITECTURE = "controlvector"
 RECORD = "steerlens.vector"
-_NAME = re.compile(r"direction\.(\d+)")
+_NAME = re.compile(r"direction\.([0-9]{1,6})")
 
 
 def block_rows(vector: SteeringVector, target: str) -> dict[int, Tensor]:
@@ -110,6 +111,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
     import gguf
 
     try:
+        check_lengths(path.read_bytes())
         reader = gguf.GGUFReader(str(path))
         fields = {
             name: field.contents()
@@ -147,9 +149,11 @@ def _with_record(vector: SteeringVector, text: Any) -> SteeringVector:
         return vector
     try:
         record = json.loads(text)
-        written = SteeringVector.from_record(dict(vector), record | {"condition": None})
+        written = SteeringVector.from_record(dict(vector), record)
     except (ValueError, TypeError, RecursionError) as error:  # SteeringError is a ValueError
         raise SteeringError(f"its {RECORD} does not fit its tensors: {error}") from error
+    if not isinstance(written.operator, Add):
+        raise SteeringError(f"its {RECORD} names an operator that a control vector cannot carry")
     # The tensors are what llama.cpp adds, so they decide; they are sorted, the record need not be.
     if set(written.hook_names) != set(vector.hook_names):
         raise SteeringError(f"its {RECORD} does not fit its tensors: other hooks")

@@ -48,6 +48,11 @@ class Step:
         """A forward hook, out of place; `chosen(activation, hook)` is a mask of tokens, or None."""
 
         def act(activation: Tensor, hook: Any) -> Tensor:
+            if self.direction.shape != activation.shape[-1:]:
+                raise SteeringError(
+                    f"the direction at {self.hook_name} has {len(self.direction)} numbers, the "
+                    f"activation there {activation.shape[-1]}"
+                )
             mask = None if chosen is None else chosen(activation, hook)
             moved = self.operator(activation, self.direction, self.amount)
             if mask is None:
@@ -74,6 +79,13 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
                 "plain directions take a coefficient in residual units"
             )
         add = Add()
+        add.check(parsed.number)
+        for name in vector:
+            if vector[name].ndim != 1 or not bool(vector[name].isfinite().all()):
+                raise SteeringError(
+                    f"expected one row of finite numbers at {name}, got shape "
+                    f"{tuple(vector[name].shape)}"
+                )
         return tuple(Step(name, add, vector[name], parsed.number) for name in vector)
     operator = vector.operator
     if isinstance(operator, Add):
@@ -166,10 +178,10 @@ def steer(
 
 def _exactly(mask: Tensor) -> Any:
     def chosen(activation: Tensor, hook: Any) -> Tensor:
-        if activation.shape[:2] != mask.shape:
+        if activation.ndim != 3 or activation.shape[:2] != mask.shape:
             raise SteeringError(
                 f"the mask has shape {tuple(mask.shape)}, but this pass has "
-                f"{tuple(activation.shape[:2])} (prompts, tokens) at {getattr(hook, 'name', '')}; "
+                f"{tuple(activation.shape)[:-1]} (prompts, tokens) at {getattr(hook, 'name', '')}; "
                 "while generating use `with steer(model, vector, coefficient, positions=mask):`"
             )
         return mask

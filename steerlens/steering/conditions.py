@@ -43,6 +43,11 @@ class Condition:
     scope: Scope = "prompt"
 
     def __post_init__(self) -> None:
+        if self.direction.ndim != 1 or not isinstance(self.above, bool):
+            raise SteeringError(
+                f"expected one row as direction and above True or False, got shape "
+                f"{tuple(self.direction.shape)} and {self.above!r}"
+            )
         if not abs(float(self.direction.norm()) - 1) < _UNIT_TOLERANCE:
             raise SteeringError(
                 f"the condition's direction has norm {float(self.direction.norm()):.6g}; expected 1"
@@ -76,38 +81,44 @@ class Gate:
     """A condition while it is read: which rows or tokens of the current pass may be steered."""
 
     condition: Condition
-    waiting: frozenset[str]
+    steered: frozenset[str]
     decided: Bool[Tensor, "prompt gate"] | None = None
-    left: set[str] = field(default_factory=set)
+    waiting: set[str] = field(default_factory=set)
 
     def read(self, activation: Float[Tensor, "prompt token d_model"], now: Pass | None) -> None:
         """Decide for this pass; with scope "prompt", a pass on top of a KV cache keeps the last."""
         condition = self.condition
+        if activation.ndim != 3 or activation.shape[-1] != len(condition.direction):
+            raise SteeringError(
+                f"the activation at {condition.hook_name} is {tuple(activation.shape)}; a "
+                f"condition is read where it is (prompts, tokens, {len(condition.direction)})"
+            )
         wide = torch.promote_types(activation.dtype, torch.float32)
         projection = activation.to(wide) @ condition.direction.to(activation.device, wide)
-        self.left = set(self.waiting)
+        self.waiting = set(self.steered)
         if condition.scope == "token" or now is None:
             self.decided = condition.holds(projection)
             return
         if now.n_before:
-            if self.decided is None or len(self.decided) != len(projection):
+            if "gate" not in now.memory or now.n_before < now.n_prompt:
                 raise SteeringError(
-                    "the condition was not read on these prompts: a KV cache of other prompts is "
-                    "in use; run the whole prompts inside the block"
+                    "the condition was not read on the whole prompts: they come in chunks, or with "
+                    "a KV cache from elsewhere; run each prompt in one pass inside the block"
                 )
+            self.decided = now.memory["gate"]
             return
         of = now.prompt_tokens().to(projection.device)
         mean = (projection * of).sum(dim=1) / of.sum(dim=1).clamp(min=1)
-        self.decided = condition.holds(mean)[:, None]
+        self.decided = now.memory["gate"] = condition.holds(mean)[:, None]
 
     def take(self, hook_name: str) -> Bool[Tensor, "prompt gate"]:
         """The decision for a steered hook. Raises `SteeringError` when it is not made yet."""
-        if self.decided is None or hook_name not in self.left:
+        if self.decided is None or hook_name not in self.waiting:
             raise SteeringError(
                 f"the condition at {self.condition.hook_name} is read after {hook_name} is "
                 "steered; read it at an earlier hook"
             )
-        self.left.discard(hook_name)
+        self.waiting.discard(hook_name)
         return self.decided
 
 
@@ -136,6 +147,15 @@ def fit_condition(
         raise SteeringError(f"no direction at {', '.join(missing)}; fit one, or leave them out")
     positive, negative = prompt_means(model, pairs, names, batch_size=batch_size)
     given = [None if directions is None else directions[name] for name in names]
+    for name, direction in zip(names, given, strict=True):
+        width = positive.shape[-1]
+        if direction is not None and (
+            tuple(direction.shape) != (width,) or not bool(direction.isfinite().all())
+        ):
+            raise SteeringError(
+                f"expected {width} finite numbers as direction at {name}, got shape "
+                f"{tuple(direction.shape)}"
+            )
     scores = [
         _cross_validated(positive[row], negative[row], direction) if len(names) > 1 else 0.0
         for row, direction in enumerate(given)
@@ -158,7 +178,7 @@ def condition_accuracy(
     """
     names = [condition.hook_name]
     means = prompt_means(model, pairs, names, batch_size=batch_size)
-    positive, negative = (side[0] @ condition.direction for side in means)
+    positive, negative = (side[0] @ condition.direction.float().cpu() for side in means)
     return _balanced_accuracy(condition.holds(positive), condition.holds(negative))
 
 

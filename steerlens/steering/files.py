@@ -52,6 +52,8 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     _refuse_pickle_name(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise SteeringError(f"{str(path)!r} is not a file")
         content = path.read_bytes()
     except OSError as error:
         raise SteeringError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
@@ -86,10 +88,13 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def refuse_pickle(path: Path) -> None:
     """Raise `SteeringError` for a file whose name or first bytes say that it is a pickle."""
     _refuse_pickle_name(path)
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        start = file.read(4)
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise SteeringError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     # A pickle of protocol 2 or later; torch.save writes one inside a zip.
     if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04":
         raise _pickle_error(path)
@@ -154,5 +159,5 @@ def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from steerlens.directions import Directions
+from steerlens.errors import SteeringError
 from steerlens.models import HookedModel, provenance
 
 UNKNOWN = "unknown"
@@ -23,7 +24,7 @@ class Origin:
     `model` is its name, `revision` and `file_hash` as in `Provenance`; `weights`, `tokenizer` and
     `chat_template` are fingerprints (sha256, hex; "none" without a template), the first as
     `weights_fingerprint` says. `pairs` is the fingerprint of the pairs' content. `versions` are
-    those of the packages, as JSON.
+    those of the packages. Raises `SteeringError` when a field is not text.
     """
 
     model: str = UNKNOWN
@@ -42,6 +43,12 @@ class Origin:
     seed: str = UNKNOWN
     versions: str = UNKNOWN
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            # A lone surrogate is text that cannot be written anywhere.
+            if not isinstance(value, str) or value != value.encode("utf-8", "ignore").decode():
+                raise SteeringError(f"the origin's {name} is text, not {value!r}")
+
     @classmethod
     def of(cls, model: HookedModel, directions: Directions, *, dataset: str = UNKNOWN) -> "Origin":
         """The origin of directions fitted on `model`; `dataset` is the name of their pairs."""
@@ -52,6 +59,7 @@ class Origin:
             "transformers": record.transformers,
             "torch": record.torch,
         }
+        told = ", ".join(f"{name} {number}" for name, number in versions.items())
         return replace(
             cls.of_model(model),
             dataset=dataset,
@@ -59,7 +67,7 @@ class Origin:
             method=directions.method,
             position=str(directions.position),
             seed=str(directions.seed),
-            versions=json.dumps(versions),
+            versions=told,
         )
 
     @classmethod

@@ -1,8 +1,9 @@
 """Which tokens of a forward pass are the prompt's, also while decoding with a KV cache."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import isgeneratorfunction
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ Positions = Literal["all", "prompt", "generated", "last"] | Bool[Tensor, "prompt
 of the prompt, or those of a mask over the prompt's tokens (padding included). A name means the same
 tokens with and without a KV cache."""
 
+_NOTHING = object()
 _GENERATE = ("generate", "hf_generate", "generate_stream")
 
 
@@ -25,12 +27,14 @@ _GENERATE = ("generate", "hf_generate", "generate_stream")
 class Pass:
     """One forward pass over columns `n_before` and later; the prompt has the first `n_prompt`.
 
-    `real` is False at padding, over all columns up to the end of this pass.
+    `real` is False at padding, over all columns up to the end of this pass. `memory` is what was
+    decided on this prompt, kept from pass to pass.
     """
 
     n_before: int
     n_prompt: int
     real: Bool[Tensor, "prompt column"]
+    memory: dict[str, Any] = field(default_factory=dict)
 
     def mask(self, positions: Positions) -> Bool[Tensor, "prompt token"]:
         """True at the tokens of this pass that `positions` names.
@@ -50,11 +54,14 @@ class Pass:
             chosen[:, : self.n_prompt] = positions.cpu()
         elif positions == "last":
             last = (columns * (self.real & in_prompt)).argmax(dim=1, keepdim=True)
-            chosen = columns == last
+            # A prompt that comes in chunks has its last token in the last chunk.
+            chosen = (columns == last) & (len(columns) >= self.n_prompt)
         else:
-            chosen = {"all": torch.ones_like(in_prompt), "prompt": in_prompt}.get(
-                positions, ~in_prompt
-            )
+            chosen = {
+                "all": torch.ones_like(in_prompt),
+                "prompt": in_prompt,
+                "generated": ~in_prompt,
+            }[positions]
         return chosen[:, self.n_before :]
 
     def prompt_tokens(self) -> Bool[Tensor, "prompt token"]:
@@ -69,31 +76,53 @@ class Watch:
     current: Pass | None = None
     n_prompt: int | None = None
     is_generating: bool = False
+    known: "weakref.WeakKeyDictionary[Any, tuple[int, dict[str, Any]]]" = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
 
-    def note(self, rows: int, width: int, mask: Any, n_before: int) -> None:
-        """A pass over `width` new columns begins, after `n_before` that are in the cache.
+    def note(self, rows: int, width: int, mask: Any, n_before: int, cache: Any) -> None:
+        """A pass over `width` new columns begins, after `n_before` that are in the KV cache.
 
-        `mask` is the attention mask over all of them, if there is one.
+        `mask` is the attention mask over all of them, if there is one. Raises `SteeringError` when
+        a cache holds a prompt that was not run inside the block, or the mask cannot be read.
         """
-        is_first = n_before == 0 and not (self.is_generating and self.n_prompt is not None)
-        if is_first:
-            self.n_prompt = width
-        if self.n_prompt is None:
+        memory: dict[str, Any] = {} if self.current is None else self.current.memory
+        if n_before and cache is not None and cache in self.known:
+            self.n_prompt, memory = self.known[cache]
+        elif n_before and not (self.is_generating and self.n_prompt is not None):
             raise SteeringError(
-                "the first pass inside the block already has a KV cache, so it is not known where "
-                "the prompt ends; run the whole prompt inside the block, or steer all positions"
+                "this pass has a KV cache of a prompt that was not run inside the block, so it is "
+                "not known where the prompt ends; run the whole prompt inside the block, or steer "
+                "all positions"
             )
+        elif n_before == 0:
+            memory = {}
+            if not self.is_generating or self.n_prompt is None:
+                self.n_prompt = width
+        assert self.n_prompt is not None
         columns = n_before + width
         real = torch.ones((rows, columns), dtype=torch.bool)
-        if mask is not None and mask.ndim == 2 and mask.shape[1] == columns:
+        if mask is not None:
+            if tuple(mask.shape) != (rows, columns):
+                raise SteeringError(
+                    f"expected an attention mask of shape {(rows, columns)} (prompts, tokens), got "
+                    f"{tuple(mask.shape)}; steer all positions under such a mask"
+                )
             real = mask.bool().cpu()
-        self.current = Pass(n_before, self.n_prompt, real)
+        self.current = Pass(n_before, self.n_prompt, real, memory)
+        if cache is not None:
+            self.remember(cache)
+
+    def remember(self, cache: Any) -> None:
+        """The KV cache that the pass wrote to is this prompt's."""
+        if self.current is not None:
+            self.known[cache] = (self.current.n_prompt, self.current.memory)
 
     def now(self, activation: Any, hook: Any) -> Pass:
         """The pass that `activation` belongs to. Raises `SteeringError` when it is none noted."""
         found = self.current
         shape = None if found is None else (len(found.real), found.real.shape[1] - found.n_before)
-        if found is None or shape != tuple(activation.shape[:2]):
+        if found is None or activation.ndim != 3 or shape != tuple(activation.shape[:2]):
             raise SteeringError(
                 f"the activation at {getattr(hook, 'name', 'a hook')} is {tuple(activation.shape)},"
                 f" but this pass has {shape} (prompts, tokens): steer block outputs and other hooks"
@@ -103,10 +132,13 @@ class Watch:
 
 
 def check_positions(positions: Positions) -> None:
-    """Raise `SteeringError` when a name of positions is unknown."""
+    """Raise `SteeringError` when positions are neither a known name nor a bool mask."""
     names = get_args(get_args(Positions)[0])
-    if isinstance(positions, str) and positions not in names:
-        raise SteeringError(f"positions are {', '.join(names)} or a mask, not {positions!r}")
+    is_mask = isinstance(positions, Tensor) and positions.dtype == torch.bool
+    if not is_mask and not (isinstance(positions, str) and positions in names):
+        raise SteeringError(
+            f"positions are {', '.join(names)} or a mask (a bool tensor), not {positions!r}"
+        )
 
 
 @contextmanager
@@ -129,8 +161,19 @@ def watch(model: HookedModel) -> Iterator[Watch]:
             def before(module: Any, given: Any, named: Any) -> None:  # noqa: ARG001
                 _note(noted, model, given[0] if given else None, named)
 
-            handle = wrapped.register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(handle.remove)
+            def after(module: Any, given: Any, out: Any) -> None:  # noqa: ARG001
+                cache = getattr(out, "past_key_values", None)
+                if cache is not None:
+                    noted.remember(cache)
+
+            before_handle = wrapped.register_forward_pre_hook(before, with_kwargs=True)
+            stack.callback(before_handle.remove)
+            after_handle = wrapped.register_forward_hook(after)
+            stack.callback(after_handle.remove)
+            if hasattr(wrapped, "generate"):
+                stack.enter_context(
+                    _replaced(wrapped, "generate", _generating(wrapped, "generate", noted))
+                )
         else:
             forward = getattr(model, "forward")  # noqa: B009 (not in the protocol)
 
@@ -154,11 +197,13 @@ def _note(noted: Watch, model: HookedModel, given: Any, named: Any) -> None:
         raise SteeringError("cannot see the tokens of this pass; steer all positions instead")
     if shown.ndim == 1:
         shown = shown[None]
-    n_before = _cached(named.get("past_key_values"), named.get("past_kv_cache"))
+    hugging_face, own = named.get("past_key_values"), named.get("past_kv_cache")
+    n_before = _cached(hugging_face, own)
     mask = named.get("attention_mask")
     if mask is None and n_before == 0 and shown.ndim == 2 and not shown.is_floating_point():
         mask = _unpadded(model, shown)
-    noted.note(shown.shape[0], shown.shape[1], mask, n_before)
+    cache = own if hugging_face is None else hugging_face
+    noted.note(shown.shape[0], shown.shape[1], mask, n_before, cache)
 
 
 def _cached(hugging_face: Any, transformer_lens: Any) -> int:
@@ -184,40 +229,61 @@ def _unpadded(
     return torch.as_tensor(mask).bool()
 
 
-def _generating(model: HookedModel, name: str, noted: Watch) -> Callable[..., Any]:
+def _generating(model: Any, name: str, noted: Watch) -> Callable[..., Any]:
     method = getattr(model, name)
 
-    @contextmanager
-    def generating() -> Iterator[None]:
-        if noted.is_generating:  # one way to generate that calls another
-            yield
-            return
-        noted.is_generating, noted.n_prompt = True, None
-        try:
-            yield
-        finally:
-            noted.is_generating = False
-
     def generate(*given: Any, **named: Any) -> Any:
-        with generating():
+        if noted.is_generating:  # one way to generate that calls another
             return method(*given, **named)
+        outside = noted.n_prompt
+        noted.is_generating, noted.n_prompt = True, _width(given, named)
+        try:
+            return method(*given, **named)
+        finally:
+            noted.is_generating, noted.n_prompt = False, outside
 
     def stream(*given: Any, **named: Any) -> Iterator[Any]:
-        with generating():
-            yield from method(*given, **named)
+        # Between two items the caller may run anything: what is known of this prompt is taken away.
+        items = method(*given, **named)
+        inside = (True, _width(given, named), noted.current)
+        while True:
+            outside = (noted.is_generating, noted.n_prompt, noted.current)
+            noted.is_generating, noted.n_prompt, noted.current = inside
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                inside = (noted.is_generating, noted.n_prompt, noted.current)
+                noted.is_generating, noted.n_prompt, noted.current = outside
+            yield item
 
     return stream if isgeneratorfunction(method) else generate
 
 
+def _width(given: tuple[Any, ...], named: dict[str, Any]) -> int | None:
+    """How many tokens the prompts have that are given to `generate`, where they are tensors."""
+    names = ("input", "inputs", "input_ids")
+    prompt = given[0] if given else next((named[n] for n in names if n in named), None)
+    return int(prompt.shape[1]) if isinstance(prompt, Tensor) and prompt.ndim > 1 else None
+
+
 @contextmanager
-def _replaced(model: HookedModel, name: str, value: Any) -> Iterator[None]:
-    """An attribute of this one model, in front of its class's, inside the block."""
-    had, before = name in vars(model), vars(model).get(name)
+def _replaced(model: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this one model, in front of its class's, inside the block.
+
+    Blocks may end in another order than they began: one that ended is passed through until all
+    behind it have.
+    """
+    value.steerlens_before = vars(model).get(name, _NOTHING)
     object.__setattr__(model, name, value)
     try:
         yield
     finally:
-        if had:
-            object.__setattr__(model, name, before)
-        else:
-            object.__delattr__(model, name)
+        value.steerlens_ended = True
+        while getattr(vars(model).get(name), "steerlens_ended", False):
+            before = vars(model)[name].steerlens_before
+            if before is _NOTHING:
+                object.__delattr__(model, name)
+            else:
+                object.__setattr__(model, name, before)

@@ -1,6 +1,5 @@
 """The steering vector: directions with operator, scale, calibration and origin."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +48,13 @@ class SteeringVector(Mapping[str, Tensor]):
     origin: Origin = field(default_factory=Origin)
 
     def __post_init__(self) -> None:
+        is_table = self.directions.ndim == 2 and self.scale.ndim == 1
+        if not (is_table and self.directions.is_floating_point()):
+            raise SteeringError(
+                f"expected a row of floats for each hook and a scale, got "
+                f"{self.directions.dtype} of shape {tuple(self.directions.shape)} and scales of "
+                f"shape {tuple(self.scale.shape)}"
+            )
         object.__setattr__(self, "directions", self.directions.detach())
         sizes = {len(self.hook_names), len(self.directions), len(self.scale)}
         if (
@@ -262,7 +268,7 @@ class SteeringVector(Mapping[str, Tensor]):
         """
 
         def left(mine: Tensor, theirs: Tensor) -> Tensor:
-            unit = torch.nn.functional.normalize(theirs, dim=-1)
+            unit = theirs / theirs.norm(dim=-1, keepdim=True)
             rest = mine - (mine * unit).sum(dim=-1, keepdim=True) * unit
             # Of parallel vectors only rounding errors are left: not a direction.
             is_noise = rest.norm(dim=-1) <= 1e-6 * mine.norm(dim=-1)
@@ -386,7 +392,7 @@ class SteeringVector(Mapping[str, Tensor]):
             given = record["condition"]
             condition = None
             if given is not None:
-                direction = tensors[_CONDITION + given["hook"]]
+                direction = _real(tensors[_CONDITION + given["hook"]])
                 rest = given["above"], given["scope"]
                 condition = Condition(given["hook"], direction, number(given["threshold"]), *rest)
             numbers = {
@@ -395,7 +401,7 @@ class SteeringVector(Mapping[str, Tensor]):
             }
             return cls(
                 hook_names=names,
-                directions=torch.stack([tensors[name] for name in names]),
+                directions=torch.stack([_real(tensors[name]) for name in names]),
                 scale=numbers.pop("scale"),
                 calibration=Calibration(
                     **numbers, budget=record["boundary_budget"], text=record["boundary_text"]
@@ -406,7 +412,10 @@ class SteeringVector(Mapping[str, Tensor]):
             )
         except SteeringError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (
+            *(KeyError, TypeError, ValueError, RuntimeError, AttributeError),
+            OverflowError,
+        ) as error:
             raise SteeringError(
                 f"the record of the steering vector does not fit: {type(error).__name__}: {error}"
             ) from error
@@ -454,16 +463,19 @@ class SteeringVector(Mapping[str, Tensor]):
     def describe(self) -> dict[str, str]:
         """Operator, condition, what the boundary was measured with, and the known origin."""
         origin = {name: value for name, value in self.origin.to_dict().items() if value != UNKNOWN}
-        if "versions" in origin:
-            origin["versions"] = ", ".join(
-                f"{name} {value}" for name, value in json.loads(origin["versions"]).items()
-            )
         return {
             "operator": str(self.operator),
             "condition": str(self.condition),
             "boundary": f"{self.calibration.budget}, on {self.calibration.text} text",
             **origin,
         }
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """In float32. Raises `TypeError` on whole, complex and other numbers."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected float tensors, got {tensor.dtype}")
+    return tensor.float()
 
 
 def _calibration(names: Sequence[str], layer_table: pd.DataFrame | None) -> Calibration:
