@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -26,6 +27,16 @@ RUN_FILES = (
     "summary.csv",
     "effects.csv",
     "layers.csv",
+    "writers.csv",
+    "positions.csv",
+    "readers.csv",
+    "claims.csv",
+    "circuits.csv",
+    "faithfulness.csv",
+    "components.html",
+    "attention.html",
+    "tokens.html",
+    "graph.html",
     "directions.safetensors",
     RECORD,
 )
@@ -104,13 +115,15 @@ def write_run(
     request: Mapping[str, Any],
     *,
     seconds: float,
-    forward_equivalents: float,
+    forward_equivalents: float | None = None,
+    pages: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the files of a run; each appears whole, the record last.
 
     Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
-    of several; and `run.json`, with the seconds and forward-equivalents spent. Raises `OutputError`
+    of several; each of `pages` as `NAME.html`; and `run.json`, with the seconds and, where they are
+    counted, the forward-equivalents spent. Raises `OutputError`
     when a file cannot be written.
     """
     record = {
@@ -133,6 +146,8 @@ def write_run(
         for name, of in several.items():
             file = f"directions-{name}.safetensors" if name else "directions.safetensors"
             write_whole(folder / file, partial(write_directions, of))
+        for name, page in pages.items():
+            write_whole(folder / f"{name}.html", partial(_write_text, page))
         write_whole(folder / RECORD, lambda p: _write_json(record, p))
     except OSError as error:
         raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error
@@ -162,6 +177,10 @@ def write_directions(directions: Directions, path: Path) -> None:
     # One key: safetensors writes several in an order of its own, and the bytes would change.
     metadata = {"steerlens": json.dumps(fitted)}
     path.write_bytes(save(tensors, metadata))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _write_json(record: Mapping[str, Any], path: Path) -> None:

@@ -25,7 +25,7 @@ ORDER = (
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.
 HEAVY = (
-    "transformer_lens transformers circuitsvis datasets scipy sklearn safetensors gguf "
+    "transformer_lens transformers circuitsvis plotly datasets scipy sklearn safetensors gguf "
     "platformdirs typer rich"
 ).split()
 

@@ -100,11 +100,10 @@ def compare_circuits(
         "provenance": provenance(model).to_dict(),
     }
     curves: dict[tuple[str, str, str], list[float]] = {}
-    for level, circuit_of, run_in in product(levels, models, models):
-        chosen = [_circuit(scores[circuit_of], level, share) for share in shares]
-        curves[level, circuit_of, run_in] = _faithfulness(
-            model, contrast, models[run_in], means[run_in], chosen, level
-        )
+    for level, run_in in product(levels, models):
+        chosen = {of: [_circuit(scores[of], level, share) for share in shares] for of in models}
+        found = _faithfulness(model, contrast, models[run_in], means[run_in], chosen, level)
+        curves |= {(level, of, run_in): curve for of, curve in found.items()}
     rows: list[Row] = []
     for level, (a, b) in product(levels, combinations(models, 2)):
         rows += _rows(scores, bottom, curves, shares, level, a, b, n_splits=n_splits, seed=seed)
@@ -221,21 +220,26 @@ def _faithfulness(
     contrast: Contrast,
     intervention: Intervention,
     means: Means,
-    circuits: Sequence[Tensor],
+    circuits: Mapping[str, Sequence[Tensor]],
     level: str,
-) -> list[float]:
+) -> dict[str, list[float]]:
+    """Faithfulness in one model of the circuits of several, size by size."""
     run: Any = run_nodes if level == "node" else run_edges
-    whole = run(model, contrast, intervention, means, torch.ones_like(circuits[0]))
-    empty = run(model, contrast, intervention, means, torch.zeros_like(circuits[0]))
+    (like, *_), *_ = circuits.values()
+    whole = run(model, contrast, intervention, means, torch.ones_like(like))
+    empty = run(model, contrast, intervention, means, torch.zeros_like(like))
     if not abs(whole - empty) > 1e-6 * max(abs(whole), abs(empty)):
         raise CircuitError(
             f"the behaviour is {whole:.3g} logits with and without all {level}s, so there is "
             "nothing that a circuit could explain; choose answers that the pairs' sides differ in"
         )
-    return [
-        (run(model, contrast, intervention, means, kept) - empty) / (whole - empty)
-        for kept in circuits
-    ]
+    return {
+        of: [
+            (run(model, contrast, intervention, means, kept) - empty) / (whole - empty)
+            for kept in sizes
+        ]
+        for of, sizes in circuits.items()
+    }
 
 
 def _areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:

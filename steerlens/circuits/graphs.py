@@ -274,10 +274,12 @@ def run_edges(
 
     def fresh() -> list[tuple[str, HookFunction]]:
         written: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
 
         def keeping(name: str) -> tuple[str, HookFunction]:
             def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
                 written[name] = deviation(model, name, activation, means)
+                totals[name] = written[name].sum(dim=2)
 
             return name, keep
 
@@ -287,7 +289,7 @@ def run_edges(
                 for name, wrote in written.items():
                     gone = cut[start[name] : start[name] + wrote.shape[2], column]
                     if bool(gone.any()):
-                        out = out - wrote[:, :, gone.to(wrote.device)].sum(dim=2)
+                        out = out - _summed(wrote, totals[name], gone.to(wrote.device))
                 return out.to(activation)
 
             return seen[column].hook_name, read
@@ -310,6 +312,19 @@ def largest(
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.argsort(descending=True, stable=True)[:size]] = True
     return chosen.reshape(scores.shape)
+
+
+def _summed(
+    wrote: Float[Tensor, "prompt token part d_model"],
+    total: Float[Tensor, "prompt token d_model"],
+    which: Bool[Tensor, " part"],
+) -> Float[Tensor, "prompt token d_model"]:
+    """The sum over some parts, from whichever are fewer, those in it or those out of it."""
+    if bool(which.all()):
+        return total
+    if 2 * int(which.sum()) > len(which):
+        return total - wrote[:, :, ~which].sum(dim=2)
+    return wrote[:, :, which].sum(dim=2)
 
 
 def _mean_at(name: str, means: Means) -> Tensor:

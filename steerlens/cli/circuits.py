@@ -1,0 +1,167 @@
+"""`steerlens circuits`: who writes the direction, who reads it, and whether the circuit changes."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from steerlens.circuits import (
+    Component,
+    Intervention,
+    compare_circuits,
+    contrast_answers,
+    find_readers,
+    find_writers,
+    make_prompts,
+    random_intervention,
+)
+from steerlens.circuits.pictures import attention_page, graph_page, heat_map_page, tokens_page
+from steerlens.cli.options import (
+    IN_SAMPLE,
+    BatchOption,
+    DebugOption,
+    MethodOption,
+    ModelOption,
+    PairsOption,
+    PositionOption,
+    QuietOption,
+    SeedOption,
+    TestPairsOption,
+    fit,
+    pairs_of,
+    pairs_record,
+)
+from steerlens.cli.printing import notes, print_rows
+from steerlens.errors import CircuitError
+from steerlens.hooks import resolve_hooks
+from steerlens.methods import default_position, method_of
+from steerlens.models import DEFAULT_MODEL, load_model, provenance
+from steerlens.runs import check_run_folder, write_run
+from steerlens.steering import SteeringVector
+from steerlens.tokens import tokenize_pairs
+
+TOP_HEADS = 6
+
+
+def circuits(
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables, pictures and the record.")],
+    layer: Annotated[str, typer.Option("--layer", help="Block whose output is steered.")],
+    coefficient: Annotated[float, typer.Option("--coefficient", help="Residual units.")],
+    model: ModelOption = DEFAULT_MODEL,
+    pairs: PairsOption = "sentiment",
+    test_pairs: TestPairsOption = None,
+    max_pairs: Annotated[
+        int, typer.Option("--max-pairs", help="Measure on the first N pairs only.")
+    ] = 16,
+    method: MethodOption = "mean_diff",
+    position: PositionOption = None,
+    top: Annotated[int, typer.Option("--top", help="Components to patch exactly.")] = 20,
+    ig_steps: Annotated[
+        int, typer.Option("--ig-steps", min=1, help="Steps of integrated gradients; 1: none.")
+    ] = 1,
+    compare: Annotated[
+        bool, typer.Option(help="Compare the circuits too, steered and unsteered: takes longest.")
+    ] = True,
+    batch_size: BatchOption = None,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001 (read by main)
+) -> None:
+    """Which heads and MLPs write the direction, which read it, and is it the same circuit."""
+    method_of(method)
+    fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
+    position = default_position(method, fit_on) if position is None else position
+    loaded = load_model(model, progress=not quiet)
+    hook_names = resolve_hooks(loaded, layer)
+    if len(hook_names) != 1:
+        raise CircuitError(f"--layer {layer!r} names {len(hook_names)} hooks; give one")
+    request = {
+        "command": "circuits",
+        "model": provenance(loaded).to_dict(),
+        "fitted_on": pairs_record(fit_on),
+        "measured_on": pairs_record(measure_on),
+        "hook_names": hook_names,
+        "coefficient": coefficient,
+        "method": method,
+        "position": position,
+        "top": top,
+        "ig_steps": ig_steps,
+        "compare": compare,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    check_run_folder(out, request)
+    if not (is_held_out or quiet):
+        notes.print(IN_SAMPLE)
+
+    def say(text: str) -> None:
+        if not quiet:
+            notes.print(Text(text))
+
+    started = time.perf_counter()
+    directions = fit(loaded, fit_on, "all", position, batch_size, method, seed, quiet=quiet)
+    vector = SteeringVector.from_directions(loaded, directions, layers=layer, dataset=fit_on.name)
+    pushed = Intervention(vector, coefficient)
+    answers = contrast_answers(loaded, fit_on)
+    prompts = make_prompts(loaded, list(tokenize_pairs(loaded, measure_on).positive))
+    say("who writes the direction")
+    writers = find_writers(loaded, measure_on, directions, layer=layer, seed=seed)
+    say("who reads it")
+    readers = find_readers(
+        loaded, prompts, answers, vector, coefficient, top=top, ig_steps=ig_steps, seed=seed
+    )
+    tables = {
+        "writers": writers.table,
+        "positions": writers.positions,
+        "readers": readers.table,
+        "claims": readers.claims,
+    }
+    of_heads = readers.table[readers.table.component == "head"]
+    heads = [Component(*place) for place in of_heads[["layer", "head"]].to_numpy().tolist()]
+    pages = {"components": heat_map_page(writers.table, readers.table)}
+    pages["attention"] = attention_page(loaded, prompts, pushed, heads[:TOP_HEADS])
+    pages["tokens"] = tokens_page(loaded, prompts, directions, pushed)
+    if compare:
+        say("is it the same circuit")
+        found = compare_circuits(
+            loaded,
+            measure_on,
+            answers,
+            {method: pushed},
+            floor=random_intervention(loaded, measure_on, pushed, seed=seed),
+            seed=seed,
+        )
+        tables |= {"circuits": found.table, "faithfulness": found.faithfulness}
+        pages["graph"] = graph_page(loaded, found.scores)
+    seconds = time.perf_counter() - started
+    write_run(out, tables, directions, request, seconds=seconds, pages=pages)
+    if quiet:
+        return
+    by_size = writers.table.sort_values("contribution", key=abs, ascending=False)
+    columns = ["component", "layer", "head"]
+    intervals = ["ci_low", "ci_high"]
+    print_rows(
+        by_size.head(10),
+        "Who writes the direction",
+        [*columns, "contribution", "share", *intervals],
+    )
+    print_rows(
+        readers.table.head(10),
+        "Who reads it",
+        [*columns, "effect", "direct", "mediated", "exact"],
+    )
+    print_rows(readers.claims, "What carries it", ["test", "n_components", "remaining", *intervals])
+    correlation = readers.table.attrs["correlation"]
+    said = ", ".join(
+        f"{kind} {'undefined' if r is None else f'{r:.3f}'}" for kind, r in correlation.items()
+    )
+    notes.print(Text(f"estimate against exact patching, correlation: {said}"))
+    if compare:
+        print_rows(
+            found.table,
+            "Same circuit or another",
+            ["level", "share", "iou", "iou_ceiling", "iou_floor", "a_in_a", "a_in_b", "b_in_b"],
+        )
+    notes.print(Text(f"{seconds:.0f} s; written to {out}"))
