@@ -80,7 +80,7 @@ def find_readers(
 
     `claims` runs the steered model with attention patterns, or values, or the `n_claimed`
     components of largest effect held at what they are unsteered, and with `n_draws` random sets of
-    as many other heads and MLPs, and says what share of the change remains.
+    as many other heads and MLPs, and says what share of the change remains (0 claimed: no runs).
 
     Raises `CircuitError` when the vector does not act at one block output before the last, when the
     coefficient is 0, when the heads and MLPs do not add up to the residual stream, and for a final
@@ -436,8 +436,10 @@ def _claims(
 
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
     values = [f"blocks.{layer}.attn.hook_v" for layer in layers]
-    rows = [
-        row("nothing", 0, [behind - before]),
+    rows = [row("nothing", 0, [behind - before])]
+    if not named:
+        return to_frame(rows, CLAIM_COLUMNS, {})
+    rows += [
         row("attention patterns", 0, [held(patterns, None)]),
         row("attention values", 0, [held(values, None)]),
         row("named components", len(named), [held((), named)]),
