@@ -27,6 +27,7 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/bench.py --out build/bench
 	$(BIN)/python tests/benchmarks/boundary.py --out build/bench
 	$(BIN)/python tests/benchmarks/gradients.py
+	$(BIN)/python tests/benchmarks/circuits.py
 
 # Our vectors in llama.cpp itself, built from source in an environment of its own: some 10 minutes.
 LLAMACPP := build/llamacpp
