@@ -76,9 +76,7 @@ class Watch:
     current: Pass | None = None
     n_prompt: int | None = None
     is_generating: bool = False
-    known: "weakref.WeakKeyDictionary[Any, tuple[int, dict[str, Any]]]" = field(
-        default_factory=weakref.WeakKeyDictionary
-    )
+    known: dict[int, "tuple[weakref.ref[Any], int, dict[str, Any]]"] = field(default_factory=dict)
 
     def note(self, rows: int, width: int, mask: Any, n_before: int, cache: Any) -> None:
         """A pass over `width` new columns begins, after `n_before` that are in the KV cache.
@@ -87,8 +85,10 @@ class Watch:
         a cache holds a prompt that was not run inside the block, or the mask cannot be read.
         """
         memory: dict[str, Any] = {} if self.current is None else self.current.memory
-        if n_before and cache is not None and cache in self.known:
-            self.n_prompt, memory = self.known[cache]
+        reference, n_prompt, kept = self.known.get(id(cache), (None, 0, {}))
+        # By identity: not every cache can be hashed, and an id may be used again.
+        if n_before and reference is not None and reference() is cache:
+            self.n_prompt, memory = n_prompt, kept
         elif n_before and not (self.is_generating and self.n_prompt is not None):
             raise SteeringError(
                 "this pass has a KV cache of a prompt that was not run inside the block, so it is "
@@ -116,7 +116,8 @@ class Watch:
     def remember(self, cache: Any) -> None:
         """The KV cache that the pass wrote to is this prompt's."""
         if self.current is not None:
-            self.known[cache] = (self.current.n_prompt, self.current.memory)
+            of = (weakref.ref(cache), self.current.n_prompt, self.current.memory)
+            self.known[id(cache)] = of
 
     def now(self, activation: Any, hook: Any) -> Pass:
         """The pass that `activation` belongs to. Raises `SteeringError` when it is none noted."""
