@@ -373,7 +373,12 @@ READER_COLUMNS: tuple[Column, ...] = (
 CLAIM_COLUMNS: tuple[Column, ...] = (
     Column("test", "str", "", "what was held at its unsteered value in the steered model"),
     Column("n_components", "int64", "components", "heads and MLPs held; 0 where none are named"),
-    Column("n_draws", "int64", "draws", "random sets averaged over; 1 where nothing is random"),
+    Column(
+        "n_draws",
+        "int64",
+        "draws",
+        "random sets averaged over, else 1; 0 where the test cannot be run",
+    ),
     Column("change", "float64", "logits", "steered - unsteered answer logit difference, mean"),
     Column("remaining", "float64", "share", "change over that of the steered model, nothing held"),
     Column("ci_low", "float64", "share", "95% bootstrap interval over prompts; random: over draws"),
@@ -389,8 +394,8 @@ CIRCUIT_COLUMNS: tuple[Column, ...] = (
     _LEVEL,
     Column("a", "str", "", "first model: unsteered, or a vector's name"),
     Column("b", "str", "", "second model"),
-    Column("share", "float64", "share", "circuit size over all nodes or edges"),
-    Column("size", "int64", "nodes or edges", "the largest by absolute score"),
+    Column("share", "float64", "share", "asked-for size over all nodes or edges"),
+    Column("size", "int64", "nodes or edges", "the largest by absolute score; at least 1"),
     Column("iou", "float64", "share", "intersection over union of the two circuits"),
     Column(
         "iou_ceiling", "float64", "share", "of circuits from two halves of the pairs, one model"
@@ -410,8 +415,8 @@ FAITHFULNESS_COLUMNS: tuple[Column, ...] = (
     _LEVEL,
     Column("circuit_of", "str", "", "model that the circuit was found in"),
     Column("run_in", "str", "", "model that it is run in, all else at its mean"),
-    Column("share", "float64", "share", "circuit size over all nodes or edges"),
-    Column("size", "int64", "nodes or edges", "circuit size"),
+    Column("share", "float64", "share", "asked-for size over all nodes or edges"),
+    Column("size", "int64", "nodes or edges", "circuit size; at least 1"),
     Column("faithfulness", "float64", "share", "behaviour kept; 0 the empty circuit, 1 the model"),
     Column("cpr", "float64", "share", "area under faithfulness against share, of the whole curve"),
     Column("cmd", "float64", "share", "area between faithfulness and 1, of the whole curve"),

@@ -65,6 +65,26 @@ def bootstrap_intervals(
     return np.where(bad, math.nan, interval.low), np.where(bad, math.nan, interval.high)
 
 
+def ratio_interval(
+    values: Float[np.ndarray, " pair"],
+    of: Float[np.ndarray, " pair"],
+    *,
+    n_resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval (95%) of `mean(values) / mean(of)`, pairs drawn together.
+
+    NaN below two pairs and where either is not finite.
+    """
+    if len(values) < 2 or not (np.isfinite(values).all() and np.isfinite(of).all()):
+        return math.nan, math.nan
+    draws = np.random.default_rng(seed).integers(0, len(values), (n_resamples, len(values)))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = values[draws].mean(axis=1) / of[draws].mean(axis=1)
+    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class NullBand:
     """Where a value of the null lies with 95% probability, and how unlikely the value seen is."""

@@ -1,6 +1,7 @@
 """Writers and readers: found in a model made by hand, and equal to brute force."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -397,6 +398,78 @@ def test_traces_leave_the_model_as_it_was(tiny: Any, read: Any) -> None:
     assert components(tiny)[0] == Component(-1)
 
 
+def test_nothing_held_leaves_everything(read: Any) -> None:
+    row = read[3].claims.set_index("test").loc["nothing"]
+    assert (row.remaining, row.ci_low, row.ci_high) == pytest.approx((1, 1, 1))
+
+
+def test_patterns_that_a_model_does_not_use_say_nothing(pairs: sl.ContrastivePairs) -> None:
+    """On GPT-J what is put into the patterns is thrown away by the Bridge."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPTJConfig(
+        n_embd=32, n_layer=3, n_head=4, rotary_dim=4, vocab_size=160, initializer_range=0.3
+    )
+    model = bridge(transformers.AutoModelForCausalLM.from_config(config).eval())
+    steering = sl.SteeringVector.from_vectors({HAND: torch.linspace(-1, 1, 32)})
+    found = find_readers(
+        model,
+        asked(model, pairs),
+        contrast_answers(model, pairs, n_tokens=3),
+        steering,
+        2.0,
+        top=0,
+        n_claimed=2,
+        n_draws=1,
+    )
+    claims = found.claims.set_index("test")
+    assert math.isnan(claims.remaining["attention patterns"])
+    assert claims.n_draws["attention patterns"] == 0
+    assert math.isfinite(claims.remaining["attention values"])
+    assert math.isnan(claims.ci_low["random components"]), "one draw has no interval"
+
+
+def test_frozen_parameters_are_no_hindrance(pairs: sl.ContrastivePairs) -> None:
+    model = bridge(build_llama(n_layers=3))
+    steering = sl.SteeringVector.from_vectors({HAND: torch.linspace(-1, 1, 32)})
+    given = contrast_answers(model, pairs, n_tokens=3)
+    options: dict[str, Any] = {"top": 0, "n_claimed": 0}
+    before = find_readers(model, asked(model, pairs), given, steering, 2.0, **options).table
+    model.original_model.requires_grad_(False)
+    after = find_readers(model, asked(model, pairs), given, steering, 2.0, **options).table
+    assert after.effect.tolist() == pytest.approx(before.effect.tolist())
+    assert not any(p.requires_grad for p in model.original_model.parameters())
+    with torch.inference_mode(), pytest.raises(CircuitError, match="inference_mode"):
+        find_readers(model, asked(model, pairs), given, steering, 2.0, **options)
+
+
+def test_soft_capped_logits_are_refused(pairs: sl.ContrastivePairs) -> None:
+    model = bridge(build_llama(n_layers=3))
+    steering = sl.SteeringVector.from_vectors({HAND: torch.linspace(-1, 1, 32)})
+    given = contrast_answers(model, pairs, n_tokens=3)
+    handle = model.original_model.lm_head.register_forward_hook(
+        lambda module, args, out: 2 * torch.tanh(out / 2)
+    )
+    with pytest.raises(CircuitError, match="not linear behind"):
+        find_readers(model, asked(model, pairs), given, steering, 2.0, top=0, n_claimed=0)
+    handle.remove()
+    find_readers(model, asked(model, pairs), given, steering, 2.0, top=0, n_claimed=0)
+
+
+def test_conditions_on_prompts_are_refused() -> None:
+    condition = sl.Condition(HAND, axis(), 0.0)
+    with pytest.raises(CircuitError, match="without a condition on the prompt"):
+        Intervention(replace(vector(), condition=condition), 1.0)
+
+
+def test_negative_counts_are_refused(tiny: Any, read: Any) -> None:
+    prompts, given, steering, _ = read
+    for options in ({"top": -1}, {"n_claimed": -1}, {"n_draws": -1}, {"ig_steps": 0}):
+        with pytest.raises(CircuitError, match="0 or more"):
+            find_readers(tiny, prompts, given, steering, 1.0, **options)
+
+
 def test_readers_refuse(tiny: Any, read: Any) -> None:
     prompts, given, steering, _ = read
     last = int(tiny.cfg.n_layers) - 1
@@ -416,6 +489,23 @@ def test_readers_refuse(tiny: Any, read: Any) -> None:
 
 
 # Answers
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative"),
+    [
+        (torch.tensor([1, 2]), torch.tensor([3, 4])),
+        (torch.tensor([[1.0]]), torch.tensor([[2.0]])),
+        (torch.tensor([[1], [2]]), torch.tensor([[2]])),
+        (torch.zeros((1, 0), dtype=torch.long), torch.tensor([[2]])),
+    ],
+)
+def test_what_is_no_answer(positive: torch.Tensor, negative: torch.Tensor) -> None:
+    unchecked = object.__new__(Answers)
+    object.__setattr__(unchecked, "positive", positive)
+    object.__setattr__(unchecked, "negative", negative)
+    with pytest.raises(CircuitError, match="token ids, a row a prompt"):
+        unchecked.__post_init__()
 
 
 def test_answers_by_hand() -> None:

@@ -1,15 +1,20 @@
 """Node and edge scores, circuits run alone, and circuits compared."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+import transformers
+from conftest import bridge
 from hand_built import DIRECTION, WIDTH, build
 from test_circuits import answers, axis, hand_pairs  # noqa: F401 (fixture)
 
 import steerlens as sl
 from steerlens.circuits import (
+    Answers,
     Component,
     Intervention,
     compare_circuits,
@@ -339,8 +344,66 @@ def test_circuits_refuse(tiny: Any, pairs: sl.ContrastivePairs, steering: Any) -
     for bad in ({}, {UNSTEERED: NOTHING}):
         with pytest.raises(CircuitError, match="one or more interventions"):
             compare_circuits(tiny, pairs, given, bad)
-    with pytest.raises(CircuitError, match="vector at one hook"):
+    with pytest.raises(CircuitError, match="added at one hook, got 0"):
         random_intervention(tiny, pairs, NOTHING)
+
+
+def test_edges_are_for_vectors_that_are_added(
+    tiny: Any, pairs: sl.ContrastivePairs, steering: sl.SteeringVector
+) -> None:
+    given = contrast_answers(tiny, pairs, n_tokens=3)
+    gone = {"gone": Intervention(replace(steering, operator=sl.Ablate()), 1.0)}
+    with pytest.raises(CircuitError, match="vectors must be added"):
+        compare_circuits(tiny, pairs, given, gone, shares=(0.5,))
+    found = compare_circuits(tiny, pairs, given, gone, shares=(0.5,), levels=("node",), n_splits=1)
+    assert found.table.level.tolist() == ["node"]
+
+
+def test_the_order_of_shares_does_not_matter(
+    tiny: Any, pairs: sl.ContrastivePairs, steering: sl.SteeringVector
+) -> None:
+    given = contrast_answers(tiny, pairs, n_tokens=3)
+    options: dict[str, Any] = {"levels": ("node",), "n_splits": 1}
+    pushed = {"x": Intervention(steering, 1.0)}
+    one, other = (
+        compare_circuits(tiny, pairs, given, pushed, shares=shares, **options).faithfulness
+        for shares in ((0.2, 0.5), (0.5, 0.2, 0.5))
+    )
+    pd.testing.assert_frame_equal(one, other)
+
+
+def test_blocks_whose_writes_are_normed_are_refused() -> None:
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=160,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    model = bridge(transformers.Gemma2ForCausalLM(config).eval())
+    pairs = sl.ContrastivePairs.from_lists(
+        ["the day was good", "I felt good"], ["the day was bad", "I felt bad"]
+    )
+    vector = sl.SteeringVector.from_vectors({"blocks.0.hook_resid_post": torch.ones(32)})
+    with pytest.raises(CircuitError, match="unexplained"):
+        compare_circuits(
+            model, pairs, answers(model), {"x": Intervention(vector, 1.0)}, levels=("node",)
+        )
+
+
+def test_answers_of_each_pair(tiny: Any, pairs: sl.ContrastivePairs) -> None:
+    rows = torch.arange(len(pairs))[:, None] + 10
+    contrast = make_contrast(tiny, pairs, Answers(rows, rows + 20))
+    assert contrast.answers.positive[:, 0].tolist() == 2 * list(range(10, 18))
+    with pytest.raises(CircuitError, match="one row, or in 16"):
+        make_contrast(tiny, pairs, Answers(rows[:3], rows[:3] + 20))
+    with pytest.raises(CircuitError, match="from 0 to 159, got 500"):
+        make_contrast(tiny, pairs, Answers(torch.tensor([[500]]), torch.tensor([[1]])))
 
 
 def test_a_behaviour_that_is_not_there(hand_pairs: sl.ContrastivePairs) -> None:  # noqa: F811

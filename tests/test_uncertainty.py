@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t
 
-from steerlens.uncertainty import false_discovery, holm, null_band
+from steerlens.uncertainty import (
+    bootstrap_interval,
+    bootstrap_intervals,
+    false_discovery,
+    holm,
+    null_band,
+    ratio_interval,
+)
 
 
 def test_the_band_by_hand() -> None:
@@ -79,3 +86,22 @@ def test_corrections_never_lower_a_p_value_and_keep_the_order(values: list[float
         assert (corrected <= 1).all()
         order = p.argsort(kind="stable")
         assert (np.diff(corrected[order]) >= -1e-12).all()
+
+
+def test_the_interval_of_a_ratio() -> None:
+    of = np.array([1.0, 2.0, 3.0, 4.0])
+    assert ratio_interval(of, of, n_resamples=200, seed=0) == (1.0, 1.0)
+    low, high = ratio_interval(np.array([2.0, 1.0, 3.0, 4.0]), of, n_resamples=200, seed=0)
+    assert low < 1.0 < high
+    for bad in (np.array([1.0]), np.array([1.0, np.nan])):
+        assert np.isnan(ratio_interval(bad, np.ones(len(bad)), n_resamples=10, seed=0)).all()
+
+
+def test_intervals_of_rows_are_those_of_each() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 12))
+    low, high = bootstrap_intervals(values, n_resamples=300, seed=1)
+    for i, row in enumerate(values):
+        assert (low[i], high[i]) == pytest.approx(
+            bootstrap_interval(row, n_resamples=300, seed=1), abs=0.25
+        )
+    assert np.isnan(bootstrap_intervals(values[:, :1], n_resamples=10, seed=0)).all()

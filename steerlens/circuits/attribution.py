@@ -12,16 +12,29 @@ from torch import Tensor
 from steerlens.circuits.behaviour import Answers
 from steerlens.circuits.components import Prompts
 from steerlens.errors import CircuitError
+from steerlens.hooks import hooked
 from steerlens.models import HookedModel, inference
 from steerlens.steering import Coefficient, SteeringVector, steer
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """A vector at a coefficient, or nothing at all."""
+    """A vector at a coefficient, or nothing at all.
+
+    Raises `CircuitError` for a condition on whole prompts: circuits run prompts padded and in
+    parts, where it cannot be read.
+    """
 
     vector: SteeringVector | None = None
     coefficient: Coefficient = 0
+
+    def __post_init__(self) -> None:
+        condition = None if self.vector is None else self.vector.condition
+        if condition is not None and condition.scope == "prompt":
+            raise CircuitError(
+                "circuits take vectors without a condition on the prompt; leave the prompts out "
+                "that it would not steer"
+            )
 
     def on(self, model: HookedModel) -> AbstractContextManager[None]:
         """The model under it, inside the block."""
@@ -53,8 +66,10 @@ def trace(
     """Run prompts once, and back once where gradients are asked for, all rows together.
 
     By TransformerLens's `cache_activation_and_gradient`. Raises `CircuitError` when TransformerLens
-    4 is not there.
+    4 is not there, or inside `torch.inference_mode()`, which has no gradients.
     """
+    if with_gradients and torch.is_inference_mode_enabled():
+        raise CircuitError("gradients are needed; leave torch.inference_mode() first")
     cache_activation_and_gradient = _analysis()
     seen: list[Tensor] = []
 
@@ -66,7 +81,17 @@ def trace(
         return values.sum()
 
     # `inference` for evaluation mode alone: gradients are switched on again inside it.
-    with inference(model), torch.set_grad_enabled(with_gradients), intervention.on(model):
+    def begin(activation: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        # With frozen parameters nothing would have a gradient.
+        needs = with_gradients and not activation.requires_grad
+        return activation.detach().requires_grad_() if needs else None
+
+    with (
+        inference(model),
+        torch.set_grad_enabled(with_gradients),
+        hooked(model, [("hook_embed", begin)]),
+        intervention.on(model),
+    ):
         found = cache_activation_and_gradient(
             model,
             prompts.tokens,

@@ -22,11 +22,37 @@ ROWS = 16
 class Answers:
     """Token ids of the answer on either side: the metric is the difference of their mean logits.
 
-    One row for all prompts, or one a prompt.
+    One row for all prompts, or one a prompt; in a comparison of circuits, one a pair or one a
+    prompt, those of the positive prompts first. Raises `CircuitError` unless both are tables of
+    whole numbers with as many rows, one or more tokens in each.
     """
 
     positive: Int[Tensor, "#prompt positive_token"]
     negative: Int[Tensor, "#prompt negative_token"]
+
+    def __post_init__(self) -> None:
+        for ids in (self.positive, self.negative):
+            is_table = ids.ndim == 2 and 0 not in ids.shape and not ids.is_floating_point()
+            if not is_table or len(ids) != len(self.positive):
+                raise CircuitError(
+                    f"expected token ids, a row a prompt on both sides, got "
+                    f"{tuple(self.positive.shape)} and {tuple(self.negative.shape)}"
+                )
+
+    def check(self, model: HookedModel, n_prompts: int) -> None:
+        """Raise `CircuitError` unless they fit so many prompts and the model's vocabulary."""
+        if len(self.positive) not in (1, n_prompts):
+            raise CircuitError(
+                f"expected answers in one row, or in {n_prompts} (one a prompt), got "
+                f"{len(self.positive)}"
+            )
+        d_vocab = int(model.cfg.d_vocab)
+        for ids in (self.positive, self.negative):
+            if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
+                raise CircuitError(
+                    f"expected token ids from 0 to {d_vocab - 1}, got {int(ids.min())} to "
+                    f"{int(ids.max())}"
+                )
 
     def part(self, rows: slice) -> "Answers":
         """Those of some prompts; the same ones where there is one row for all."""

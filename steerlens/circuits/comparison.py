@@ -19,6 +19,7 @@ from steerlens.circuits.graphs import (
     Means,
     Scores,
     attribute,
+    check_sum,
     largest,
     mean_writes,
     run_edges,
@@ -27,7 +28,7 @@ from steerlens.circuits.graphs import (
 from steerlens.data import ContrastivePairs
 from steerlens.errors import CircuitError
 from steerlens.models import HookedModel, inference, provenance
-from steerlens.steering import SteeringVector, steps
+from steerlens.steering import Add, SteeringVector, steps
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, Row, to_frame
 from steerlens.tokens import tokenize_pairs
 
@@ -72,23 +73,35 @@ def compare_circuits(
     `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`.
 
     Overlap alone is no evidence. Its ceiling is the overlap of circuits from random halves of the
-    pairs (mean over `n_splits` and both models), its floor that of the unsteered model with the one
+    pairs (mean over `n_splits` and both models; each half has half the pairs, so an overlap on all
+    of them may exceed it), its floor that of the unsteered model with the one
     under `floor`, best a random vector at equal KL (`random_intervention`; NaN without one). `cpr`
     and `cmd` are the areas under faithfulness, and between it and 1, against the share of nodes or
-    edges from 0 to 1 (Mueller et al. 2025, arXiv:2504.13151).
+    edges that the circuit has, from 0 to 1 (Mueller et al. 2025, arXiv:2504.13151).
 
     Raises `CircuitError` on a share that is not between 0 and 1, an unknown level, an intervention
-    called "unsteered", when nothing is left of the behaviour to explain, and as `attribute` does.
+    called "unsteered", edges with another operator than `Add` or a condition, prompts that begin
+    with different tokens, answers that do not fit, a model whose heads and MLPs do not add up to
+    its stream, when nothing is left of the behaviour to explain, and as `attribute` does; and as
+    `tokenize_pairs`.
     """
-    _check(shares, levels, interventions)
+    shares, levels = sorted(set(shares)), tuple(dict.fromkeys(levels))
+    _check(shares, levels, interventions, floor)
     check_additive(model)
     contrast = make_contrast(model, pairs, answers)
+    check_sum(model, contrast)
+    with_edges = "edge" in levels
     models = {UNSTEERED: Intervention(), **interventions}
     means = {name: mean_writes(model, contrast, of) for name, of in models.items()}
-    scores = {name: attribute(model, contrast, of, means[name]) for name, of in models.items()}
+    scores = {
+        name: attribute(model, contrast, of, means[name], with_edges=with_edges)
+        for name, of in models.items()
+    }
     bottom = None
     if floor is not None:
-        bottom = attribute(model, contrast, floor, mean_writes(model, contrast, floor))
+        bottom = attribute(
+            model, contrast, floor, mean_writes(model, contrast, floor), with_edges=with_edges
+        )
     attrs = {
         "n_pairs": len(pairs),
         "fingerprint": pairs.fingerprint,
@@ -115,9 +128,10 @@ def compare_circuits(
 
 
 def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers) -> Contrast:
-    """Both sides of the pairs as one batch, positive prompts first.
+    """Both sides of the pairs as one batch, positive prompts first; answers one a pair or prompt.
 
-    Raises `CircuitError` when prompts begin with different tokens: the first is never ablated.
+    Raises `CircuitError` when prompts begin with different tokens (the first is never ablated), or
+    the answers do not fit.
     """
     tokenized = tokenize_pairs(model, pairs)
     prompts = make_prompts(model, [*tokenized.positive, *tokenized.negative])
@@ -126,6 +140,9 @@ def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers)
             "the prompts begin with different tokens; circuits are compared on prompts that begin "
             "with the same one, such as BOS, because it is left as it is"
         )
+    if len(answers.positive) == len(pairs) > 1:
+        answers = Answers(answers.positive.repeat(2, 1), answers.negative.repeat(2, 1))
+    answers.check(model, len(prompts))
     return Contrast(prompts, answers)
 
 
@@ -139,22 +156,25 @@ def random_intervention(
     """A random direction at the same hook, at the coefficient with the same KL divergence.
 
     Of next-token predictions from the unsteered model, mean over the tokens of the positive
-    prompts, to 2%. Raises `CircuitError` when the intervention is not a vector at one hook, or when
-    no coefficient up to 16 times its size reaches that divergence.
+    prompts, to about 2% (1% of the coefficient). Raises `CircuitError` when the intervention is not
+    an added vector at one hook, its divergence is 0 or not finite, or no coefficient up to 16 times
+    its own reaches it.
     """
     from scipy.optimize import brentq
 
     acts = (
         [] if intervention.vector is None else steps(intervention.vector, intervention.coefficient)
     )
-    if len(acts) != 1:
-        raise CircuitError(f"expected a vector at one hook, got {len(acts)}")
+    if len(acts) != 1 or not isinstance(acts[0].operator, Add):
+        raise CircuitError(f"expected a vector that is added at one hook, got {len(acts)} steps")
     generator = torch.Generator().manual_seed(seed)
     row = torch.randn(len(acts[0].direction), generator=generator)
     vector = SteeringVector.from_vectors({acts[0].hook_name: row})
     vector = replace(vector, scale=torch.ones(1))
     prompts = make_prompts(model, list(tokenize_pairs(model, pairs).positive))
     wanted = mean_kl(model, prompts, intervention)
+    if not 0 < wanted < float("inf"):
+        raise CircuitError(f"the vector's KL divergence is {wanted:.3g}; expected one above 0")
     size = abs(acts[0].amount)
 
     def gap(log_size: float) -> float:
@@ -162,7 +182,7 @@ def random_intervention(
         return float(np.log(found) - np.log(wanted))
 
     low, high = np.log(size / 16), np.log(16 * size)
-    if gap(low) > 0 or gap(high) < 0:
+    if not (gap(low) <= 0 <= gap(high)):
         raise CircuitError(
             f"no coefficient from {size / 16:.3g} to {16 * size:.3g} of a random direction has the "
             f"KL divergence {wanted:.3g} of the vector"
@@ -186,7 +206,10 @@ def mean_kl(model: HookedModel, prompts: Prompts, intervention: Intervention) ->
 
 
 def _check(
-    shares: Sequence[float], levels: Sequence[str], interventions: Mapping[str, Intervention]
+    shares: Sequence[float],
+    levels: Sequence[str],
+    interventions: Mapping[str, Intervention],
+    floor: Intervention | None,
 ) -> None:
     if not shares or not all(0 < share < 1 for share in shares):
         raise CircuitError(f"shares are between 0 and 1, got {list(shares)}")
@@ -196,6 +219,16 @@ def _check(
         raise CircuitError(
             f"give one or more interventions, none called {UNSTEERED!r}; got {list(interventions)}"
         )
+    for of in (*interventions.values(), *(() if floor is None else (floor,))):
+        if not isinstance(of, Intervention):
+            raise CircuitError(f"expected Intervention(vector, coefficient), got {of!r}")
+        if of.vector is None or "edge" not in levels:
+            continue
+        if not isinstance(of.vector.operator, Add) or of.vector.condition is not None:
+            raise CircuitError(
+                "edges are cut by subtraction from the stream, so vectors must be added, without "
+                'a condition; compare nodes alone, levels=("node",)'
+            )
 
 
 def _values(scores: Scores, level: str) -> tuple[Tensor, Tensor]:
@@ -243,7 +276,7 @@ def _faithfulness(
 
 
 def _areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
-    """CPR and CMD: trapezoids from the empty circuit (0) to the whole model (1)."""
+    """CPR and CMD: trapezoids from the empty circuit (0) to the whole model (1); shares rise."""
     x = np.array([0.0, *shares, 1.0])
     f = np.array([0.0, *faithfulness, 1.0])
     return float(np.trapezoid(f, x)), float(np.trapezoid(np.abs(1 - f), x))
@@ -256,7 +289,9 @@ def _curve_rows(
 ) -> list[Row]:
     rows: list[Row] = []
     for (level, circuit_of, run_in), curve in curves.items():
-        cpr, cmd = _areas(shares, curve)
+        of = scores[circuit_of]
+        total = int(_values(of, level)[1].sum())
+        cpr, cmd = _areas([_size(of, level, share) / total for share in shares], curve)
         for share, faithfulness in zip(shares, curve, strict=True):
             rows.append(
                 {

@@ -1,5 +1,6 @@
 """The components that write into the residual stream: embedding, heads, MLPs."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,7 +61,12 @@ class Prompts:
 
 
 def make_prompts(model: HookedModel, prompts: list[TokenizedPrompt]) -> Prompts:
-    """The prompts' own tokens, without continuations, on the model's device."""
+    """The prompts' own tokens, without continuations, on the model's device.
+
+    Raises `CircuitError` when there are none.
+    """
+    if not prompts:
+        raise CircuitError("expected one or more prompts, got none")
     width = max(len(prompt.prompt) for prompt in prompts)
     pad = getattr(model.tokenizer, "pad_token_id", None)
     tokens = torch.full((len(prompts), width), 0 if pad is None else pad)
@@ -156,10 +162,9 @@ def contract(
 
 
 def check_additive(model: HookedModel) -> None:
-    """Raise `CircuitError` unless this model's stream is the plain sum of heads and MLPs.
+    """Raise `CircuitError` unless every block has heads, an MLP, and the hooks to read them.
 
-    Blocks with a norm or a scale after attention or MLP, and mixture or recurrent blocks without
-    heads, are not.
+    Whether they add up is seen from the numbers: `check_complete`, `graphs.check_sum`.
     """
     for layer, block in enumerate(model.blocks):
         names = (head_hook(layer), mlp_hook(layer), resid_post(layer))
@@ -171,11 +176,18 @@ def check_additive(model: HookedModel) -> None:
             )
 
 
-def check_complete(explained: float, whole: float, scale: float, what: str) -> None:
-    """Raise `CircuitError` when the components' sum is not the whole, to 1e-3 of `scale`."""
-    if not abs(explained - whole) <= TOLERANCE * scale:
+def check_complete(
+    explained: float, whole: float, scale: float, what: str, dtype: torch.dtype
+) -> None:
+    """Raise `CircuitError` when the components' sum is not the whole.
+
+    To 1e-3 of `scale`, or 4 times the epsilon of the model's dtype where that is more.
+    """
+    if not (math.isfinite(explained) and math.isfinite(whole)):
+        raise CircuitError(f"{what} is not finite; try a smaller coefficient or float32")
+    if not abs(explained - whole) <= max(TOLERANCE, 4 * torch.finfo(dtype).eps) * scale:
         raise CircuitError(
             f"the components add up to {explained:.6g}, but {what} is {whole:.6g}: on this model "
             "heads and MLPs are normed, scaled or mixed before they are added to the residual "
-            "stream, so they cannot be told apart this way"
+            f"stream, or the change is lost in {dtype}'s rounding (try float32)"
         )

@@ -13,6 +13,7 @@ from steerlens.circuits.attribution import Intervention, trace
 from steerlens.circuits.behaviour import Answers, last_logits, row_slices
 from steerlens.circuits.components import (
     EMBED,
+    TOLERANCE,
     Component,
     Prompts,
     components,
@@ -23,7 +24,7 @@ from steerlens.circuits.components import (
     writer_hooks,
 )
 from steerlens.errors import CircuitError
-from steerlens.hooks import HookFunction, hooked
+from steerlens.hooks import HookFunction, hooked, resid_post
 from steerlens.models import HookedModel
 
 
@@ -108,7 +109,8 @@ def readers(model: HookedModel) -> tuple[Reader, ...]:
     if missing or getattr(model.cfg, "parallel_attn_mlp", False):
         raise CircuitError(
             f"edges are read at the norm before attention, MLP and logits; this model has no "
-            f"{', '.join(missing) or 'MLP that reads the attention of its block'}"
+            f"{', '.join(missing) or 'MLP that reads the attention of its block'}: compare nodes "
+            'alone, levels=("node",)'
         )
     return found
 
@@ -119,7 +121,10 @@ def nodes(model: HookedModel) -> tuple[Component, ...]:
 
 
 def existing_edges(model: HookedModel) -> Bool[Tensor, "writer reader"]:
-    """Whether each component (`components` order) comes before each reader (`readers` order)."""
+    """Whether each component (`components` order) comes before each reader (`readers` order).
+
+    Raises `CircuitError` as `readers` does.
+    """
     return torch.tensor(
         [[_is_before(part, reader) for reader in readers(model)] for part in components(model)]
     )
@@ -159,17 +164,47 @@ def mean_writes(model: HookedModel, contrast: Contrast, intervention: Interventi
     )
 
 
+def check_sum(model: HookedModel, contrast: Contrast) -> None:
+    """Raise `CircuitError` unless heads and MLPs, as they are read, add up to the residual stream.
+
+    On two prompts, to 1e-3 of the stream (4 epsilon in 16-bit dtypes); biases, the same everywhere,
+    are left out.
+    """
+    some = contrast.prompts.part(slice(0, 2))
+    final = resid_post(int(model.cfg.n_layers) - 1)
+    names = writer_hooks(model)
+    found = trace(model, some, contrast.answers.part(slice(0, 2)), [*names, final]).activations
+    rest = found[final].float()
+    for name in names:
+        activation = found[name].float()
+        if name.endswith("hook_z"):
+            weights = output_weights(model, int(name.split(".")[1])).to(activation)
+            activation = einsum(activation, weights, "p t h k, h k d -> p t d")
+        rest = rest - activation
+    off = float((rest - rest[:1, :1]).norm() / found[final].float().norm())
+    if not off <= max(TOLERANCE, 4 * torch.finfo(model.cfg.dtype).eps):
+        raise CircuitError(
+            f"heads and MLPs leave {off:.2g} of the residual stream unexplained: this model norms, "
+            "scales or mixes them before they are added, so it cannot be taken apart this way"
+        )
+
+
 def attribute(
-    model: HookedModel, contrast: Contrast, intervention: Intervention, means: Means
+    model: HookedModel,
+    contrast: Contrast,
+    intervention: Intervention,
+    means: Means,
+    *,
+    with_edges: bool = True,
 ) -> Scores:
-    """Score every node and every edge, from one forward and one backward pass over the prompts.
+    """Score every node and every edge, from one forward and one backward pass of each batch.
 
     `node = sum (a - mean) . d metric / d a`; `edge = sum (a_writer - mean) . d metric / d input of
     the reader` (edge attribution patching, Syed et al. 2023, arXiv:2310.10348, against the mean),
     summed over tokens. Keys and values may be shared by heads: a reader is a layer's attention as a
     whole. Raises `CircuitError` as `readers` does.
     """
-    seen = readers(model)
+    seen = readers(model) if with_edges else ()
     by_node, by_edge, metrics = [], [], []
     for rows in row_slices(len(contrast.prompts)):
         some = contrast.prompts.part(rows)
@@ -181,31 +216,37 @@ def attribute(
             intervention=intervention,
             with_gradients=True,
         )
-        of_readers = torch.stack([found.gradients[reader.hook_name].float() for reader in seen])
+        into = [found.gradients[reader.hook_name].float() for reader in seen]
         edge, node = [], []
         for name in writer_hooks(model):
-            written = deviation(model, name, found.activations[name], means)
-            edge.append(
-                einsum(
-                    written,
-                    of_readers,
-                    "prompt token part d, reader prompt token d -> part reader prompt",
+            if with_edges:
+                edge.append(
+                    einsum(
+                        deviation(model, name, found.activations[name], means),
+                        torch.stack(into),
+                        "prompt token part d, reader prompt token d -> part reader prompt",
+                    )
                 )
-            )
             delta = found.activations[name].float() - _mean_at(name, means)
             delta[:, 0] = 0
             product = (delta * found.gradients[name].float()).sum(dim=(1, -1))
             node.append(product.T if name.endswith("hook_z") else product[None])
-        by_edge.append(torch.cat(edge).cpu())
+        if with_edges:
+            by_edge.append(torch.cat(edge).cpu())
         by_node.append(torch.cat(node)[1:].cpu())
         metrics.append(found.metric.cpu())
     signs = contrast.signs
     metric = torch.cat(metrics) * signs
-    exists = existing_edges(model)
-    edges = _by_pair(torch.cat(by_edge, dim=2) * signs)
+    nodes_by_pair = _by_pair(torch.cat(by_node, dim=1) * signs)
+    if with_edges:
+        exists = existing_edges(model)
+        edges = torch.where(exists[..., None], _by_pair(torch.cat(by_edge, dim=2) * signs), 0.0)
+    else:
+        exists = torch.zeros((len(components(model)), 0), dtype=torch.bool)
+        edges = torch.zeros((*exists.shape, nodes_by_pair.shape[1]))
     return Scores(
-        _by_pair(torch.cat(by_node, dim=1) * signs),
-        torch.where(exists[..., None], edges, 0.0),
+        nodes_by_pair,
+        edges,
         exists,
         float(_by_pair(metric).mean()),
     )
@@ -264,7 +305,8 @@ def run_edges(
     """The metric when each reader sees only the writers `kept` for it, the others' means instead.
 
     A reader's input is the stream minus what each cut writer wrote beyond its mean in this same
-    run, so what it does see is what the circuit itself computes.
+    run, so what it does see is what the circuit itself computes. A vector that acts in between must
+    be added: `compare_circuits` refuses other operators.
     """
     parts, seen = components(model), readers(model)
     start: dict[str, int] = {}

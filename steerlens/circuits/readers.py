@@ -1,6 +1,7 @@
 """Who reads the direction: which later components turn the steering into another answer."""
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from steerlens.circuits.components import (
     components,
     contract,
     cotangents,
+    head_hook,
     hook_of,
     writer_hooks,
 )
@@ -31,7 +33,7 @@ from steerlens.hooks import HookFunction, hook_layer, hooked, resid_post
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.steering import Coefficient, SteeringVector, steps
 from steerlens.tables import CLAIM_COLUMNS, READER_COLUMNS, Row, to_frame
-from steerlens.uncertainty import bootstrap_intervals
+from steerlens.uncertainty import bootstrap_intervals, ratio_interval
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,21 @@ def find_readers(
     `claims` runs the steered model with attention patterns, or values, or the `n_claimed`
     components of largest effect held at what they are unsteered, and with `n_draws` random sets of
     as many other heads and MLPs, and says what share of the change remains (0 claimed: no runs).
+    NaN where a model does not use what is put into its patterns (then `n_draws` is 0), and where
+    fewer other components are left than were named.
 
     Raises `CircuitError` when the vector does not act at one block output before the last, when the
-    coefficient is 0, when the heads and MLPs do not add up to the residual stream, and for a final
-    norm that the metric is not linear behind (soft-capped logits); `SteeringError` as `steer`.
+    coefficient is 0, when the heads and MLPs do not add up to the residual stream, where the metric
+    is not linear behind the final norm (soft-capped logits), when the answers do not fit the
+    prompts, and on negative counts; `SteeringError` as `steer`.
     """
+    if min(top, n_claimed, n_draws) < 0 or ig_steps < 1:
+        raise CircuitError(
+            "top, n_claimed and n_draws are 0 or more and ig_steps 1 or more, got "
+            f"{top}, {n_claimed}, {n_draws} and {ig_steps}"
+        )
     check_additive(model)
+    answers.check(model, len(prompts))
     hook_name = _steered_hook(model, vector, coefficient)
     after = hook_layer(hook_name) + 1
     steered = Intervention(vector, coefficient)
@@ -140,17 +151,28 @@ def find_readers(
 
 
 def _steered_hook(model: HookedModel, vector: SteeringVector, coefficient: Coefficient) -> str:
+    if not isinstance(vector, SteeringVector):
+        raise CircuitError("expected a SteeringVector; make one with SteeringVector.from_vectors")
     names = [step.hook_name for step in steps(vector, coefficient)]
-    last = int(model.cfg.n_layers) - 1
-    if len(names) != 1 or names[0] != resid_post(hook_layer(names[0])):
+    if len(names) != 1:
         what = ", ".join(names) or "no hook (coefficient 0)"
         raise CircuitError(
             f"expected a vector at one block output and a coefficient that is not 0, got {what}; "
             "take one hook with .at(...)"
         )
-    if hook_layer(names[0]) >= last:
-        raise CircuitError(f"nothing reads the output of block {last}, the last one")
+    check_steered(model, names[0], 1)
     return names[0]
+
+
+def check_steered(model: HookedModel, hook_name: str, coefficient: float | int) -> None:
+    """Raise `CircuitError` unless the hook is a block output that something reads, c not 0."""
+    last = int(model.cfg.n_layers) - 1
+    if coefficient == 0:
+        raise CircuitError("with coefficient 0 nothing is steered; give another one")
+    if hook_name != resid_post(hook_layer(hook_name)):
+        raise CircuitError(f"expected a vector at one block output, got one at {hook_name}")
+    if hook_layer(hook_name) >= last:
+        raise CircuitError(f"nothing reads the output of block {last}, the last one")
 
 
 @dataclass(frozen=True)
@@ -200,7 +222,8 @@ def _estimate(
     vector_direct = (added * readout).sum(dim=-1)
     explained = float((direct.sum(dim=0) + vector_direct).sum())
     scale = float(direct.abs().sum() + vector_direct.abs().sum())
-    check_complete(explained, float(stream.sum()), scale, "the change of the residual stream")
+    what = "the change of the residual stream"
+    check_complete(explained, float(stream.sum()), scale, what, model.cfg.dtype)
     return _Estimate(
         effect.cpu(), direct.cpu(), vector_direct.cpu(), plain.metric.cpu(), pushed.metric.cpu()
     )
@@ -211,10 +234,11 @@ def frozen_readout(
 ) -> Float[Tensor, "prompt d_model"]:
     """The row that the final residual is multiplied with to give the metric, the norm frozen.
 
-    Per prompt, at its last token: `l = gradient + x (m - m_0) / |x|^2`, with x the residual there
-    (centred where the norm centres), m the metric and m_0 what a zero residual gives. A norm only
-    divides by its input's length, so the gradient lacks exactly the part along x. Raises
-    `CircuitError` when `l . x` is not `m - m_0`: the metric is then not linear behind the norm.
+    Per prompt, at its last token: `l = gradient + x (m - m_0) / (|x|^2 + d_model eps)`, with x the
+    residual there (centred where the norm centres), m the metric, m_0 what a zero residual gives
+    and eps the norm's: a norm divides by its input's length, so the gradient lacks the part along
+    x, and that part is what all of x writes. Raises `CircuitError` when the metric is not linear in
+    the norm's output y: half way from y(0) to y it must be half way from m_0 to m.
     """
     rows = torch.arange(len(prompts), device=prompts.last.device)
     x = plain.activations[final][rows, prompts.last].float()
@@ -225,17 +249,25 @@ def frozen_readout(
         zero = torch.zeros((len(prompts), 1, x.shape[-1]), device=x.device).to(
             plain.activations[final].dtype
         )
-        logits = model.unembed(model.ln_final(zero))[:, 0].float()  # type: ignore[attr-defined]
-    constant = answers.logit_difference(logits).to(x.device)
-    gap = plain.metric.to(x.device) - constant
-    along = (gradient * x).sum(dim=-1)
-    scale = float((gradient.norm(dim=-1) * x.norm(dim=-1)).max())
-    if not float(along.abs().max()) <= 1e-2 * scale:
+        parts: Any = model
+        nothing = parts.ln_final(zero)
+        whole = parts.ln_final(plain.activations[final][rows, prompts.last][:, None])
+        constant, half, full = (
+            answers.logit_difference(parts.unembed(y)[:, 0].float()).to(x.device)
+            for y in (nothing, (nothing + whole) / 2, whole)
+        )
+    metric = plain.metric.to(x.device)
+    gap = metric - constant
+    scale = max(float(gap.abs().max()), 1e-6)
+    slack = max(1e-3, 16 * torch.finfo(model.cfg.dtype).eps) * scale
+    off = torch.maximum((half - (constant + full) / 2).abs(), (full - metric).abs())
+    if not float(off.max()) <= slack:
         raise CircuitError(
             "the answer logit difference is not linear behind the final norm (soft-capped logits, "
             "or a norm of another kind), so it cannot be split into what each component wrote"
         )
-    return gradient + x * (gap / (x * x).sum(dim=-1))[:, None]
+    eps = float(getattr(model.cfg, "eps", 0.0) or 0.0)
+    return gradient + x * (gap / ((x * x).sum(dim=-1) + x.shape[-1] * eps))[:, None]
 
 
 def _added(
@@ -411,24 +443,27 @@ def _claims(
     change = float((behind - before).mean())
     layers = range(after, int(model.cfg.n_layers))
 
-    def row(test: str, n: int, changes: list[Float[Tensor, " prompt"]]) -> Row:
-        means = torch.stack([c.double().mean() for c in changes])
-        if len(changes) == 1:
-            ends = bootstrap_intervals(
-                changes[0].double().numpy()[None], n_resamples=n_bootstrap, seed=seed
+    whole = (behind - before).double()
+
+    def row(test: str, n: int, changes: list[Float[Tensor, " prompt"]], *, drawn: bool) -> Row:
+        means = torch.stack([c.double().mean() for c in changes]) if changes else torch.zeros(0)
+        low = high = float("nan")
+        if drawn and len(changes) > 1 and change:
+            ends = (means / change).quantile(torch.tensor([0.025, 0.975]).double())
+            low, high = ends.tolist()
+        elif not drawn and changes:
+            low, high = ratio_interval(
+                changes[0].double().numpy(), whole.numpy(), n_resamples=n_bootstrap, seed=seed
             )
-            low, high = float(ends[0][0]), float(ends[1][0])
-        else:
-            low, high = (float(means.quantile(q)) for q in (0.025, 0.975))
-        bounds = sorted((low / change, high / change)) if change else [float("nan")] * 2
+        mean = float(means.mean())
         return {
             "test": test,
             "n_components": n,
             "n_draws": len(changes),
-            "change": float(means.mean()),
-            "remaining": float(means.mean()) / change if change else float("nan"),
-            "ci_low": bounds[0],
-            "ci_high": bounds[1],
+            "change": mean,
+            "remaining": mean / change if change else float("nan"),
+            "ci_low": low,
+            "ci_high": high,
         }
 
     def held(names: Sequence[str], parts: Sequence[Component] | None) -> Float[Tensor, " prompt"]:
@@ -436,23 +471,42 @@ def _claims(
 
     patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
     values = [f"blocks.{layer}.attn.hook_v" for layer in layers]
-    rows = [row("nothing", 0, [behind - before])]
+    rows = [row("nothing", 0, [behind - before], drawn=False)]
     if not named:
         return to_frame(rows, CLAIM_COLUMNS, {})
-    rows += [
-        row("attention patterns", 0, [held(patterns, None)]),
-        row("attention values", 0, [held(values, None)]),
-        row("named components", len(named), [held((), named)]),
-    ]
+    for test, hooks in (("attention patterns", patterns), ("attention values", values)):
+        changes = [held(hooks, None)] if _is_live(model, prompts, hooks[0]) else []
+        rows.append(row(test, 0, changes, drawn=False))
+    rows.append(row("named components", len(named), [held((), named)], drawn=False))
     generator = np.random.default_rng(seed)
     draws = []
     for _ in range(n_draws):
         drawn = _as_many(named, others, generator)
         if drawn is not None:
             draws.append(held((), drawn))
-    if draws:
-        rows.append(row("random components", len(named), draws))
+    if n_draws:
+        rows.append(row("random components", len(named), draws, drawn=True))
     return to_frame(rows, CLAIM_COLUMNS, {})
+
+
+def _is_live(model: HookedModel, prompts: Prompts, name: str) -> bool:
+    """Whether what a hook returns is used: on some models that of attention patterns is not."""
+    heads = head_hook(hook_layer(name))
+    some = prompts.part(slice(0, 1))
+    kept: list[Tensor] = []
+
+    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+        kept.append(activation)
+
+    def drop(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        return torch.zeros_like(activation)
+
+    with inference(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # TransformerLens says so too; it is NaN here
+        for fwd_hooks in ([(heads, keep)], [(name, drop), (heads, keep)]):
+            with hooked(model, fwd_hooks):
+                model(some.tokens, return_type=None)
+    return not torch.equal(kept[0], kept[1])
 
 
 def _as_many(

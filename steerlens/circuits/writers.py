@@ -68,9 +68,12 @@ def find_writers(
     same on both sides and cancel.
 
     Raises `CircuitError` when the components do not add up to the projection within 1e-3 of the
-    sum of their sizes (blocks that norm or scale what they add), or the hook is not a block output;
+    sum of their sizes (blocks that norm or scale what they add; in 16-bit dtypes 4 epsilon), the
+    hook is not a block output, or `n_positions` is below 1;
     `DirectionError` when the hook has no direction; and as `tokenize_pairs`.
     """
+    if n_positions < 1:
+        raise CircuitError(f"n_positions must be at least 1, got {n_positions}")
     check_additive(model)
     name = _block_output(model, layer)
     if name not in directions:
@@ -88,7 +91,9 @@ def find_writers(
     whole = float((sides[0][1] - sides[1][1]).mean())
     by_pair = written[:, :, -1]
     mean = by_pair.mean(dim=1)
-    check_complete(float(mean.sum()), whole, float(mean.abs().sum()), f"the projection at {name}")
+    scale = float(mean.abs().sum())
+    what = f"the projection at {name}"
+    check_complete(float(mean.sum()), whole, scale, what, model.cfg.dtype)
     attrs = {
         "hook_name": name,
         "position": directions.position,

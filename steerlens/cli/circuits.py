@@ -17,7 +17,9 @@ from steerlens.circuits import (
     make_prompts,
     random_intervention,
 )
+from steerlens.circuits.graphs import readers as edge_readers
 from steerlens.circuits.pictures import attention_page, graph_page, heat_map_page, tokens_page
+from steerlens.circuits.readers import check_steered
 from steerlens.cli.options import (
     IN_SAMPLE,
     BatchOption,
@@ -57,7 +59,7 @@ def circuits(
     ] = 16,
     method: MethodOption = "mean_diff",
     position: PositionOption = None,
-    top: Annotated[int, typer.Option("--top", help="Components to patch exactly.")] = 20,
+    top: Annotated[int, typer.Option("--top", min=0, help="Components to patch exactly.")] = 20,
     ig_steps: Annotated[
         int, typer.Option("--ig-steps", min=1, help="Steps of integrated gradients; 1: none.")
     ] = 1,
@@ -77,6 +79,9 @@ def circuits(
     hook_names = resolve_hooks(loaded, layer)
     if len(hook_names) != 1:
         raise CircuitError(f"--layer {layer!r} names {len(hook_names)} hooks; give one")
+    check_steered(loaded, hook_names[0], coefficient)
+    if compare:
+        edge_readers(loaded)
     request = {
         "command": "circuits",
         "model": provenance(loaded).to_dict(),
