@@ -1,9 +1,6 @@
 """Who reads the direction: which later components turn the steering into another answer."""
 
-import io
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.circuits.attribution import Intervention, Traced, trace
-from steerlens.circuits.behaviour import Answers, measure, row_slices
+from steerlens.circuits.behaviour import Answers, row_slices
+from steerlens.circuits.claims import run_claims
 from steerlens.circuits.components import (
     Component,
     Prompts,
@@ -23,17 +21,16 @@ from steerlens.circuits.components import (
     components,
     contract,
     cotangents,
-    head_hook,
-    hook_of,
     writer_hooks,
 )
+from steerlens.circuits.patching import patch_components
 from steerlens.circuits.writers import component_fields
 from steerlens.errors import CircuitError
-from steerlens.hooks import HookFunction, hook_layer, hooked, resid_post
+from steerlens.hooks import hook_layer, hooked, resid_post
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.steering import Coefficient, SteeringVector, steps
-from steerlens.tables import CLAIM_COLUMNS, READER_COLUMNS, Row, to_frame
-from steerlens.uncertainty import bootstrap_intervals, ratio_interval
+from steerlens.tables import READER_COLUMNS, Row, to_frame
+from steerlens.uncertainty import bootstrap_intervals
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def find_readers(
     before, behind = (torch.cat([getattr(part, n) for part in found]) for n in ("before", "behind"))
     change = float((behind - before).mean())
     order = sorted(range(len(later)), key=lambda i: -abs(float(effect[i].mean())))
-    exact = _patched(model, prompts, answers, steered, [later[i] for i in order[:top]])
+    exact = patch_components(model, prompts, answers, steered, [later[i] for i in order[:top]])
     patched = {part: values - before for part, values in exact.items()}
     vector_direct = float(torch.cat([part.vector_direct for part in found]).mean())
     attrs = {
@@ -134,7 +131,7 @@ def find_readers(
     )
     named = [later[i] for i in order[:n_claimed]]
     others = [later[i] for i in order[n_claimed:]]
-    claims = _claims(
+    claims = run_claims(
         model,
         prompts,
         answers,
@@ -308,67 +305,6 @@ def _path_gradients(
     return {name: gradient / ig_steps for name, gradient in total.items()}
 
 
-def _patched(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
-    steered: Intervention,
-    parts: Sequence[Component],
-) -> dict[Component, Float[Tensor, " prompt"]]:
-    """The unsteered model's metric with the steered output of one component at a time."""
-    if not parts:
-        return {}
-    found: dict[Component, list[Tensor]] = {part: [] for part in parts}
-    for rows in row_slices(len(prompts)):
-        some, its = prompts.part(rows), answers.part(rows)
-        names = dict.fromkeys(hook_of(part) for part in parts)
-        clean = trace(model, some, its, list(names), intervention=steered).activations
-        for kind in ("head", "mlp"):
-            of_kind = [part for part in parts if part.kind == kind]
-            values = _patch_each(model, some, its, clean, of_kind)
-            for part, value in zip(of_kind, values, strict=True):
-                found[part].append(value)
-    return {part: torch.cat(values) for part, values in found.items()}
-
-
-def _patch_each(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
-    clean: Mapping[str, Tensor],
-    parts: Sequence[Component],
-) -> list[Float[Tensor, " prompt"]]:
-    """TransformerLens's activation patching of components of one kind, a forward pass each."""
-    if not parts:
-        return []
-    from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
-
-    is_head = parts[0].kind == "head"
-    index = {"layer": [part.layer for part in parts]}
-    setter: Callable[..., Tensor] = lambda corrupted, index, clean: clean  # noqa: ARG005, E731
-    if is_head:
-        index["head"] = [part.head for part in parts]
-        setter = layer_head_vector_patch_setter
-
-    def metric(logits: Tensor) -> Tensor:
-        at = torch.arange(len(prompts), device=logits.device)
-        return answers.logit_difference(logits[at, prompts.last.to(logits.device)].float())
-
-    # It shows a progress bar of its own that no setting turns off.
-    with inference(model), redirect_stderr(io.StringIO()):
-        result = generic_activation_patch(
-            model,
-            prompts.tokens,
-            clean,
-            metric,
-            setter,
-            "z" if is_head else "mlp_out",
-            index_df=pd.DataFrame(index),
-            reduce="none",
-        )
-    return [row.float().cpu() for row in result.values]
-
-
 def _correlations(
     later: Sequence[Component],
     effect: Float[Tensor, "component prompt"],
@@ -422,144 +358,3 @@ def _table(
             }
         rows.append(row)
     return to_frame(rows, READER_COLUMNS, attrs)
-
-
-def _claims(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
-    steered: Intervention,
-    named: Sequence[Component],
-    others: Sequence[Component],
-    metric: tuple[Float[Tensor, " prompt"], Float[Tensor, " prompt"]],
-    after: int,
-    *,
-    n_draws: int,
-    n_bootstrap: int,
-    seed: int,
-) -> pd.DataFrame:
-    """The steered model with something held at its unsteered value."""
-    before, behind = metric
-    change = float((behind - before).mean())
-    layers = range(after, int(model.cfg.n_layers))
-
-    whole = (behind - before).double()
-
-    def row(test: str, n: int, changes: list[Float[Tensor, " prompt"]], *, drawn: bool) -> Row:
-        means = torch.stack([c.double().mean() for c in changes]) if changes else torch.zeros(0)
-        low = high = float("nan")
-        if drawn and len(changes) > 1 and change:
-            ends = (means / change).quantile(torch.tensor([0.025, 0.975]).double())
-            low, high = ends.tolist()
-        elif not drawn and changes:
-            low, high = ratio_interval(
-                changes[0].double().numpy(), whole.numpy(), n_resamples=n_bootstrap, seed=seed
-            )
-        mean = float(means.mean())
-        return {
-            "test": test,
-            "n_components": n,
-            "n_draws": len(changes),
-            "change": mean,
-            "remaining": mean / change if change else float("nan"),
-            "ci_low": low,
-            "ci_high": high,
-        }
-
-    def held(names: Sequence[str], parts: Sequence[Component] | None) -> Float[Tensor, " prompt"]:
-        return _held(model, prompts, answers, steered, names, parts) - before
-
-    patterns = [f"blocks.{layer}.attn.hook_pattern" for layer in layers]
-    values = [f"blocks.{layer}.attn.hook_v" for layer in layers]
-    rows = [row("nothing", 0, [behind - before], drawn=False)]
-    if not named:
-        return to_frame(rows, CLAIM_COLUMNS, {})
-    for test, hooks in (("attention patterns", patterns), ("attention values", values)):
-        changes = [held(hooks, None)] if _is_live(model, prompts, hooks[0]) else []
-        rows.append(row(test, 0, changes, drawn=False))
-    rows.append(row("named components", len(named), [held((), named)], drawn=False))
-    generator = np.random.default_rng(seed)
-    draws = []
-    for _ in range(n_draws):
-        drawn = _as_many(named, others, generator)
-        if drawn is not None:
-            draws.append(held((), drawn))
-    if n_draws:
-        rows.append(row("random components", len(named), draws, drawn=True))
-    return to_frame(rows, CLAIM_COLUMNS, {})
-
-
-def _is_live(model: HookedModel, prompts: Prompts, name: str) -> bool:
-    """Whether what a hook returns is used: on some models that of attention patterns is not."""
-    heads = head_hook(hook_layer(name))
-    some = prompts.part(slice(0, 1))
-    kept: list[Tensor] = []
-
-    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-        kept.append(activation)
-
-    def drop(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        return torch.zeros_like(activation)
-
-    with inference(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # TransformerLens says so too; it is NaN here
-        for fwd_hooks in ([(heads, keep)], [(name, drop), (heads, keep)]):
-            with hooked(model, fwd_hooks):
-                model(some.tokens, return_type=None)
-    return not torch.equal(kept[0], kept[1])
-
-
-def _as_many(
-    named: Sequence[Component], others: Sequence[Component], generator: np.random.Generator
-) -> list[Component] | None:
-    """As many heads and MLPs as are named, of the others; None where there are too few."""
-    drawn: list[Component] = []
-    for kind in ("head", "mlp"):
-        n = sum(part.kind == kind for part in named)
-        pool = [part for part in others if part.kind == kind]
-        if len(pool) < n:
-            return None
-        drawn += [pool[i] for i in generator.choice(len(pool), n, replace=False)]
-    return drawn
-
-
-def _held(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
-    steered: Intervention,
-    hook_names: Sequence[str],
-    parts: Sequence[Component] | None,
-) -> Float[Tensor, " prompt"]:
-    """The steered model's metric with whole hooks, or some components, at unsteered values."""
-    heads: dict[str, list[int]] = {}
-    names = list(hook_names)
-    for part in parts or ():
-        if part.kind == "head":
-            heads.setdefault(hook_of(part), []).append(part.head)
-        else:
-            names.append(hook_of(part))
-    found = []
-    for rows in row_slices(len(prompts)):
-        some, its = prompts.part(rows), answers.part(rows)
-        kept = trace(model, some, its, [*names, *heads]).activations
-        fwd_hooks = [
-            *(_replacing(name, kept[name], None) for name in names),
-            *(_replacing(name, kept[name], which) for name, which in heads.items()),
-        ]
-        with steered.on(model), hooked(model, fwd_hooks):
-            found.append(measure(model, some, its))
-    return torch.cat(found)
-
-
-def _replacing(name: str, value: Tensor, heads: list[int] | None) -> tuple[str, HookFunction]:
-    """A hook that puts `value` in the activation's place, or that of some heads."""
-
-    def replace_it(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        if heads is None:
-            return value.to(activation)
-        changed = activation.clone()
-        changed[:, :, heads] = value.to(activation)[:, :, heads]
-        return changed
-
-    return name, replace_it

@@ -1,0 +1,76 @@
+"""Exact patching: one component's steered output in the unsteered model, by TransformerLens."""
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.circuits.attribution import Intervention, trace
+from steerlens.circuits.behaviour import Answers, row_slices
+from steerlens.circuits.components import Component, Prompts, hook_of
+from steerlens.models import HookedModel, inference
+
+
+def patch_components(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    steered: Intervention,
+    parts: Sequence[Component],
+) -> dict[Component, Float[Tensor, " prompt"]]:
+    """The unsteered model's metric with the steered output of one component at a time."""
+    if not parts:
+        return {}
+    found: dict[Component, list[Tensor]] = {part: [] for part in parts}
+    for rows in row_slices(len(prompts)):
+        some, its = prompts.part(rows), answers.part(rows)
+        names = dict.fromkeys(hook_of(part) for part in parts)
+        clean = trace(model, some, its, list(names), intervention=steered).activations
+        for kind in ("head", "mlp"):
+            of_kind = [part for part in parts if part.kind == kind]
+            values = _patch_each(model, some, its, clean, of_kind)
+            for part, value in zip(of_kind, values, strict=True):
+                found[part].append(value)
+    return {part: torch.cat(values) for part, values in found.items()}
+
+
+def _patch_each(
+    model: HookedModel,
+    prompts: Prompts,
+    answers: Answers,
+    clean: Mapping[str, Tensor],
+    parts: Sequence[Component],
+) -> list[Float[Tensor, " prompt"]]:
+    """TransformerLens's activation patching of components of one kind, a forward pass each."""
+    if not parts:
+        return []
+    from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
+
+    is_head = parts[0].kind == "head"
+    index = {"layer": [part.layer for part in parts]}
+    setter: Callable[..., Tensor] = lambda corrupted, index, clean: clean  # noqa: ARG005, E731
+    if is_head:
+        index["head"] = [part.head for part in parts]
+        setter = layer_head_vector_patch_setter
+
+    def metric(logits: Tensor) -> Tensor:
+        at = torch.arange(len(prompts), device=logits.device)
+        return answers.logit_difference(logits[at, prompts.last.to(logits.device)].float())
+
+    # It shows a progress bar of its own that no setting turns off.
+    with inference(model), redirect_stderr(io.StringIO()):
+        result = generic_activation_patch(
+            model,
+            prompts.tokens,
+            clean,
+            metric,
+            setter,
+            "z" if is_head else "mlp_out",
+            index_df=pd.DataFrame(index),
+            reduce="none",
+        )
+    return [row.float().cpu() for row in result.values]
