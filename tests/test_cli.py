@@ -126,8 +126,10 @@ def test_a_sweep_writes_five_files(sweep: Main, tmp_path: Path) -> None:
     out = tmp_path / "new" / "run"
     outcome = sweep("--out", out)
     assert outcome.code == 0
-    of_others = {"boundary.csv", "shape.csv", "comparison.csv", "summary.csv", "effects.csv"}
-    assert set(content(out)) == set(RUN_FILES) - of_others
+    assert set(content(out)) == {
+        *("sweep.csv", "sweep.parquet", "layers.csv", "directions.safetensors", "run.json")
+    }
+    assert set(content(out)) <= set(RUN_FILES)
     cells = table(out)
     assert list(cells.columns) == [column.name for column in SWEEP_COLUMNS]
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]

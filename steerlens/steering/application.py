@@ -98,6 +98,9 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
         sizes = (parsed.number,) * len(vector.hook_names)
     for size in sizes:
         operator.check(size)
+        # A sweep may try such a cell, and says that it overflows; a vector in use may not.
+        if abs(size) > torch.finfo(torch.float32).max:
+            raise SteeringError(f"expected a step that is finite in float32, got {size:.3g}")
     return tuple(
         Step(name, operator, direction, size)
         for name, direction, size in zip(vector.hook_names, vector.directions, sizes, strict=True)

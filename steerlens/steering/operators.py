@@ -27,9 +27,8 @@ class Add:
         return activation + (amount * _wide(direction, activation)).to(activation)
 
     def check(self, amount: float | int) -> None:
-        """Raise `SteeringError` unless `amount` is finite in float32."""
-        is_finite = abs(amount) <= torch.finfo(torch.float32).max
-        _check(is_finite, f"expected a finite coefficient, got {amount}")
+        """Raise `SteeringError` unless `amount` is finite."""
+        _check(math.isfinite(amount), f"expected a finite coefficient, got {amount}")
 
 
 @dataclass(frozen=True)
