@@ -8,7 +8,8 @@ from torch import Tensor
 
 from steerlens.errors import DirectionError
 
-_UNIT_TOLERANCE = 1e-3
+UNIT_TOLERANCE = 1e-3
+"""How far from 1 the norm of a unit direction may be."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Directions(Mapping[str, Tensor]):
         object.__setattr__(self, "vectors", self.vectors.detach())
         norms = self.vectors.norm(dim=-1)
         for name, norm in zip((*self.hook_names, *self.readout_names), norms.tolist(), strict=True):
-            if not abs(norm - 1) < _UNIT_TOLERANCE:
+            if not abs(norm - 1) < UNIT_TOLERANCE:
                 raise DirectionError(f"the direction at {name} has norm {norm:.6g}; expected 1")
 
     def __getitem__(self, hook_name: str) -> Float[Tensor, " d_model"]:

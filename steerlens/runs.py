@@ -1,10 +1,9 @@
 """Run folders: refuse to lose what is there, write whole files, record what was run."""
 
 import json
-import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ import pandas as pd
 
 from steerlens.directions import Directions
 from steerlens.errors import OutputError
+from steerlens.steering.files import write_whole
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
@@ -151,14 +151,6 @@ def write_run(
         write_whole(folder / RECORD, lambda p: _write_json(record, p))
     except OSError as error:
         raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
-        temporary = Path(beside) / path.name
-        write(temporary)
-        os.replace(temporary, path)
 
 
 def write_directions(directions: Directions, path: Path) -> None:

@@ -14,7 +14,8 @@ from safetensors import safe_open
 import steerlens as sl
 from steerlens import runs
 from steerlens.errors import OutputError
-from steerlens.runs import RUN_FILES, check_run_folder, write_directions, write_run, write_whole
+from steerlens.runs import RUN_FILES, check_run_folder, write_directions, write_run
+from steerlens.steering.files import write_whole
 
 REQUEST: dict[str, Any] = {
     "command": "sweep",

@@ -80,12 +80,12 @@ def trace(
         seen.append(values.detach())
         return values.sum()
 
-    # `inference` for evaluation mode alone: gradients are switched on again inside it.
     def begin(activation: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
         # With frozen parameters nothing would have a gradient.
         needs = with_gradients and not activation.requires_grad
         return activation.detach().requires_grad_() if needs else None
 
+    # `inference` for evaluation mode alone: gradients are switched on again inside it.
     with (
         inference(model),
         torch.set_grad_enabled(with_gradients),

@@ -74,8 +74,8 @@ def compare_circuits(
 
     Overlap alone is no evidence. Its ceiling is the overlap of circuits from random halves of the
     pairs (mean over `n_splits` and both models; each half has half the pairs, so an overlap on all
-    of them may exceed it), its floor that of the unsteered model with the one
-    under `floor`, best a random vector at equal KL (`random_intervention`; NaN without one). `cpr`
+    of them may exceed it), its floor that of the unsteered model with the one under `floor`, best a
+    random vector at equal KL (`random_intervention`; NaN without one). `cpr`
     and `cmd` are the areas under faithfulness, and between it and 1, against the share of nodes or
     edges that the circuit has, from 0 to 1 (Mueller et al. 2025, arXiv:2504.13151).
 
@@ -277,9 +277,11 @@ def _faithfulness(
 
 def _areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
     """CPR and CMD: trapezoids from the empty circuit (0) to the whole model (1); shares rise."""
+    from scipy.integrate import trapezoid
+
     x = np.array([0.0, *shares, 1.0])
     f = np.array([0.0, *faithfulness, 1.0])
-    return float(np.trapezoid(f, x)), float(np.trapezoid(np.abs(1 - f), x))
+    return float(trapezoid(f, x)), float(trapezoid(np.abs(1 - f), x))
 
 
 def _curve_rows(

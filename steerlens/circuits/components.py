@@ -27,7 +27,7 @@ class Component:
 
     @property
     def kind(self) -> str:
-        """ "embed", "head" or "mlp"."""
+        """Which of embed, head and mlp it is."""
         if self.layer < 0:
             return "embed"
         return "mlp" if self.head < 0 else "head"

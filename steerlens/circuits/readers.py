@@ -41,7 +41,7 @@ class Readers:
     `table.attrs` holds `metric_unsteered` and `metric_steered` (mean answer logit difference),
     `vector_direct` (what the vector itself adds to it through the residual stream), `norm` (what is
     left: the final norm's other scale), and `correlation`: Pearson's r of estimate and exact
-    patching over the patched components, by kind (NaN below three).
+    patching over the patched components, by kind (None below three).
     """
 
     table: pd.DataFrame
@@ -310,7 +310,7 @@ def _correlations(
     effect: Float[Tensor, "component prompt"],
     patched: Mapping[Component, Float[Tensor, " prompt"]],
 ) -> dict[str, float | None]:
-    """Pearson's r of estimated and exact mean effects by kind; None (NaN) below three."""
+    """Pearson's r of estimated and exact mean effects by kind; None below three."""
     found: dict[str, float | None] = {}
     for kind in ("head", "mlp"):
         pairs = [

@@ -47,8 +47,9 @@ from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
 from steerlens.methods import METHODS, default_position, method_of, null_directions
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
-from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
+from steerlens.runs import check_out_file, check_run_folder, write_run
 from steerlens.shape import boundary_shape, check_plane
+from steerlens.steering.files import write_whole
 from steerlens.sweep import measure_layers
 from steerlens.sweep import sweep as run_sweep
 from steerlens.tables import write_csv

@@ -30,7 +30,8 @@ from steerlens.hooks import resolve_hooks
 from steerlens.items import PreferenceItems
 from steerlens.methods import method_of
 from steerlens.models import DEFAULT_MODEL, load_model, provenance
-from steerlens.runs import check_out_file, check_run_folder, write_run, write_whole
+from steerlens.runs import check_out_file, check_run_folder, write_run
+from steerlens.steering.files import write_whole
 from steerlens.tables import write_csv
 
 TEST_SHARE = 0.7

@@ -1,9 +1,7 @@
 """GGUF control vectors, which llama.cpp and repeng read: both ways, through the `gguf` package."""
 
 import json
-import os
 import re
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from steerlens.errors import ExportError, SteeringError
 from steerlens.export.gguf_header import check_lengths
 from steerlens.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
-from steerlens.steering.files import refuse_pickle, without_nan
+from steerlens.steering.files import refuse_pickle, without_nan, write_whole
 
 ARCHITECTURE = "controlvector"
 RECORD = "steerlens.vector"
@@ -60,21 +58,21 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     if path.suffix != ".gguf":
         raise ExportError(f"expected a file name that ends in .gguf, got {path.name!r}")
     _, record = vector.to_record()
-    # The writer takes a path and writes as it goes: whole or absent, through a temporary file.
+
+    def fill(temporary: Path) -> None:
+        writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", vector.origin.architecture)
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(rows))
+        writer.add_string(RECORD, json.dumps(without_nan(record)))
+        for block, row in sorted(rows.items()):
+            writer.add_tensor(f"direction.{block}", row.float().contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
-            writer.add_string(f"{ARCHITECTURE}.model_hint", vector.origin.architecture)
-            writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(rows))
-            writer.add_string(RECORD, json.dumps(without_nan(record)))
-            for block, row in sorted(rows.items()):
-                writer.add_tensor(f"direction.{block}", row.float().contiguous().numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-            os.replace(temporary, path)
+        write_whole(path, fill)
     except OSError as error:
         raise ExportError(f"cannot write {str(path)!r}: {error.strerror}") from error
 

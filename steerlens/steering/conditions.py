@@ -11,6 +11,7 @@ from torch import Tensor
 
 from steerlens.activations import by_halves, check_finite
 from steerlens.data import ContrastivePairs
+from steerlens.directions import UNIT_TOLERANCE
 from steerlens.errors import SteeringError
 from steerlens.hooks import HookFunction, Layers, hooked, resolve_hooks
 from steerlens.models import HookedModel, inference
@@ -19,7 +20,6 @@ from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, t
 
 Scope = Literal["prompt", "token"]
 
-_UNIT_TOLERANCE = 1e-3
 _FOLDS = 5
 
 
@@ -48,7 +48,7 @@ class Condition:
                 f"expected one row as direction and above True or False, got shape "
                 f"{tuple(self.direction.shape)} and {self.above!r}"
             )
-        if not abs(float(self.direction.norm()) - 1) < _UNIT_TOLERANCE:
+        if not abs(float(self.direction.norm()) - 1) < UNIT_TOLERANCE:
             raise SteeringError(
                 f"the condition's direction has norm {float(self.direction.norm()):.6g}; expected 1"
             )

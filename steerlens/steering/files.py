@@ -5,7 +5,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,11 @@ def _pickle_error(path: Path) -> SteeringError:
     )
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, through a temporary one beside it. Raises `OSError`."""
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        temporary.write_bytes(content)
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
+        temporary = Path(beside) / path.name
+        write(temporary)
         os.replace(temporary, path)
 
 

@@ -12,18 +12,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.directions import Directions
+from steerlens.directions import UNIT_TOLERANCE, Directions
 from steerlens.errors import HookError, SteeringError
 from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models import HookedModel
 from steerlens.steering.application import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
-from steerlens.steering.files import decode, encode, number, write_file
+from steerlens.steering.files import decode, encode, number, write_whole
 from steerlens.steering.operators import Add, Operator, operator_of, operator_record
 from steerlens.steering.origin import UNKNOWN, Origin
 
-_UNIT_TOLERANCE = 1e-3
 _CONDITION = "condition."
 
 
@@ -68,7 +67,7 @@ class SteeringVector(Mapping[str, Tensor]):
                 f"{len(self.scale)} scales"
             )
         for name, norm in zip(self.hook_names, self.directions.norm(dim=-1).tolist(), strict=True):
-            if not abs(norm - 1) < _UNIT_TOLERANCE:
+            if not abs(norm - 1) < UNIT_TOLERANCE:
                 raise SteeringError(f"the direction at {name} has norm {norm:.6g}; expected 1")
             try:
                 hook_layer(name)
@@ -347,7 +346,7 @@ class SteeringVector(Mapping[str, Tensor]):
                 f"expected a file name that ends in .safetensors, got {path.name!r}"
             )
         try:
-            write_file(path, self.to_bytes())
+            write_whole(path, lambda temporary: temporary.write_bytes(self.to_bytes()))
         except OSError as error:
             raise SteeringError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
