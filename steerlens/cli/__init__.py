@@ -35,11 +35,14 @@ from steerlens.cli.options import (
 )
 from steerlens.cli.printing import (
     cells_bar,
+    keeping_warnings,
     notes,
     output,
     print_boundary,
     print_cells,
     print_layers,
+    warn,
+    warned,
 )
 from steerlens.data import ContrastivePairs, read_texts
 from steerlens.errors import SteerlensError
@@ -99,6 +102,7 @@ def sweep(
         "model": provenance(loaded).to_dict(),
         "fitted_on": pairs_record(fit_on),
         "measured_on": pairs_record(measure_on),
+        "held_out": is_held_out,
         "hook_names": resolve_hooks(loaded, layers),
         "coefficients": numbers,
         "method": method,
@@ -109,8 +113,8 @@ def sweep(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    if not is_held_out:
+        warn(IN_SAMPLE, quiet=quiet)
     started = time.perf_counter()
     directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
     nulls = None
@@ -135,7 +139,15 @@ def sweep(
     seconds = time.perf_counter() - started
     tables = {"sweep": result.table, "layers": result.layers}
     spent = result.table.attrs["forward_equivalents"]
-    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
+    write_run(
+        out,
+        tables,
+        directions,
+        request,
+        seconds=seconds,
+        forward_equivalents=spent,
+        warnings=warned(),
+    )
     if not quiet:
         print_layers(result.layers)
         print_cells(result)
@@ -196,6 +208,7 @@ def boundary(
         "model": provenance(loaded).to_dict(),
         "fitted_on": pairs_record(fit_on),
         "measured_on": pairs_record(measure_on),
+        "held_out": is_held_out,
         "on": on,
         "texts": list(read_texts(text)) if isinstance(text, Path) else None,
         "hook_names": hook_names,
@@ -208,8 +221,8 @@ def boundary(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    if not is_held_out:
+        warn(IN_SAMPLE, quiet=quiet)
     started = time.perf_counter()
     directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
     options: dict[str, Any] = {
@@ -229,7 +242,15 @@ def boundary(
         tables["shape"] = plane.table
     seconds = time.perf_counter() - started
     spent = sum(t.attrs["forward_equivalents"] for n, t in tables.items() if n != "boundary")
-    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
+    write_run(
+        out,
+        tables,
+        directions,
+        request,
+        seconds=seconds,
+        forward_equivalents=spent,
+        warnings=warned(),
+    )
     if not quiet:
         print_boundary(result.layers)
         if shape is not None:
@@ -265,8 +286,8 @@ def show_layers(
         check_out_file(out)
     loaded = load_model(model, progress=not quiet)
     directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    if not is_held_out:
+        warn(IN_SAMPLE, quiet=quiet)
     table = measure_layers(loaded, measure_on, directions, layers=layers, batch_size=batch_size)
     if out is not None:
         write_whole(out, lambda path: write_csv(table, path))
@@ -327,7 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit code 2 and one line on stderr for an error."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(args=given, standalone_mode=False, prog_name="steerlens")
+        with keeping_warnings():
+            code = app(args=given, standalone_mode=False, prog_name="steerlens")
     except Exception as error:
         if DEBUG in given:
             raise

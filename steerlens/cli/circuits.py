@@ -35,7 +35,7 @@ from steerlens.cli.options import (
     pairs_of,
     pairs_record,
 )
-from steerlens.cli.printing import notes, print_rows
+from steerlens.cli.printing import notes, print_rows, warn, warned
 from steerlens.errors import CircuitError
 from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, method_of
@@ -87,6 +87,7 @@ def circuits(
         "model": provenance(loaded).to_dict(),
         "fitted_on": pairs_record(fit_on),
         "measured_on": pairs_record(measure_on),
+        "held_out": is_held_out,
         "hook_names": hook_names,
         "coefficient": coefficient,
         "method": method,
@@ -98,8 +99,8 @@ def circuits(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    if not is_held_out:
+        warn(IN_SAMPLE, quiet=quiet)
 
     def say(text: str) -> None:
         if not quiet:
@@ -141,7 +142,7 @@ def circuits(
         tables |= {"circuits": found.table, "faithfulness": found.faithfulness}
         pages["graph"] = graph_page(loaded, found.scores)
     seconds = time.perf_counter() - started
-    write_run(out, tables, directions, request, seconds=seconds, pages=pages)
+    write_run(out, tables, directions, request, seconds=seconds, pages=pages, warnings=warned())
     if quiet:
         return
     by_size = writers.table.sort_values("contribution", key=abs, ascending=False)

@@ -22,7 +22,7 @@ from steerlens.cli.options import (
     pairs_of,
     pairs_record,
 )
-from steerlens.cli.printing import notes, print_rows, print_summary
+from steerlens.cli.printing import notes, print_rows, print_summary, warned
 from steerlens.errors import PairError
 from steerlens.evaluate import compare as run_compare
 from steerlens.evaluate import reliability as measure_reliability
@@ -131,7 +131,15 @@ def compare(
     seconds = time.perf_counter() - started
     tables = {"comparison": found.table, "summary": found.summary, "effects": found.effects}
     spent = found.table.attrs["forward_equivalents"]
-    write_run(out, tables, found.directions, request, seconds=seconds, forward_equivalents=spent)
+    write_run(
+        out,
+        tables,
+        found.directions,
+        request,
+        seconds=seconds,
+        forward_equivalents=spent,
+        warnings=warned(),
+    )
     if not quiet:
         columns = ["method", "layer", "coefficient", "effect", "null_low", "null_high", "p_holm"]
         columns += ["anti_steerable", "kl_nats", "degradation_nats", "off_target", "verdict"]

@@ -1,9 +1,11 @@
 """What the commands print: tables on stdout, progress and notes on stderr."""
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -23,6 +25,48 @@ from steerlens.sweep import SweepResult
 # Without a terminal there is no width to fit: wide enough that nothing is cut off.
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 notes = Console(stderr=True, highlight=False)
+_warned: ContextVar[tuple[str, ...]] = ContextVar("warned", default=())
+
+
+@contextmanager
+def keeping_warnings() -> Iterator[None]:
+    """Inside the block `warned` has the warnings given so far; they are shown all the same."""
+    before = _warned.set(())
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def keep(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            _keep(str(message))
+            shown(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = keep
+        try:
+            yield
+        finally:
+            _warned.reset(before)
+
+
+def warned() -> tuple[str, ...]:
+    """The texts of the warnings and of `warn`, each once, in the order in which they came."""
+    return _warned.get()
+
+
+def warn(text: str, *, quiet: bool) -> None:
+    """Print a note on stderr unless `quiet`, and keep it for the record."""
+    _keep(text)
+    if not quiet:
+        notes.print(Text(text))
+
+
+def _keep(text: str) -> None:
+    _warned.set(tuple(dict.fromkeys((*_warned.get(), text))))
 
 
 @contextmanager
