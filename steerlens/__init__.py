@@ -48,6 +48,7 @@ from steerlens.methods import (
     train_directions,
 )
 from steerlens.models import load_model, provenance
+from steerlens.report import Run, read_run, report
 from steerlens.shape import BoundaryShape, boundary_shape
 from steerlens.steering import (
     Ablate,
@@ -85,6 +86,7 @@ __all__ = [
     "PreferenceItem",
     "PreferenceItems",
     "Rotate",
+    "Run",
     "SteeringLoss",
     "SteeringVector",
     "SteerlensError",
@@ -121,8 +123,10 @@ __all__ = [
     "plots",
     "predict_boundary",
     "provenance",
+    "read_run",
     "readout_hook",
     "reliability",
+    "report",
     "resolve_hooks",
     "steer",
     "sweep",

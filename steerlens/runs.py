@@ -20,6 +20,7 @@ from steerlens.steering.files import without_nan, write_whole
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
+REPORT = "report.html"
 RUN_FILES = (
     "sweep.csv",
     "sweep.parquet",
@@ -42,6 +43,7 @@ RUN_FILES = (
     "attention.html",
     "tokens.html",
     "graph.html",
+    REPORT,
     "directions.safetensors",
     RECORD,
 )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from browser import open_browser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
@@ -186,3 +187,10 @@ def _hooks_are_gone(request: pytest.FixtureRequest) -> Iterator[None]:
             model = request.getfixturevalue(name)
             left = [n for n, point in model.hook_dict.items() if point.fwd_hooks]
             assert not left, f"hooks left on {name}: {left}"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium (`browser.Browser`) for the tests of HTML pages."""
+    with open_browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened

@@ -12,7 +12,7 @@ from rich.text import Text
 from steerlens import data
 from steerlens.activations import collect_differences
 from steerlens.boundary import check_search, find_boundary
-from steerlens.cli import circuits, evaluation, vectors
+from steerlens.cli import circuits, evaluation, report, vectors
 from steerlens.cli.options import (
     DEBUG,
     IN_SAMPLE,
@@ -401,6 +401,7 @@ def models(debug: DebugOption = False) -> None:  # noqa: ARG001
 app.command()(evaluation.compare)
 app.command()(evaluation.reliability)
 app.command()(circuits.circuits)
+app.command()(report.report)
 app.command()(vectors.extract)
 app.command()(vectors.generate)
 app.command()(vectors.export)

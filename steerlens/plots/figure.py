@@ -9,7 +9,7 @@ from typing import Any
 
 from steerlens.errors import OutputError, PlotError
 from steerlens.plots.marks import Frame, Layout
-from steerlens.plots.scripts import PLOTLY, page, script_tags
+from steerlens.plots.scripts import PLOTLY, WITHOUT_SCRIPTS, page, script_tags
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 SUFFIXES = (".png", ".svg", ".html")
@@ -101,8 +101,10 @@ def plotly_element(figure: Figure, name: str) -> str:
 
     data = to_json(figure.to_plotly(), validate=False).replace("<", "\\u003c")
     height = int(figure.to_plotly().layout.height)
+    # The figure may be wider than its place, which then scrolls, by keyboard too.
     return (
-        f'<div id="{name}" class="figure" role="img" aria-label="{html.escape(figure.title)}" '
-        f'style="min-height:{height}px"><noscript>This figure needs JavaScript.</noscript></div>\n'
+        f'<div class="scroll-x" tabindex="0" role="group" aria-label="{html.escape(figure.title)}">'
+        f'<div id="{name}" class="figure" style="min-height:{height}px">'
+        f"<p>{WITHOUT_SCRIPTS}</p></div></div>\n"
         f'<script type="application/json" class="plotly-data" data-for="{name}">{data}</script>'
     )
