@@ -38,6 +38,7 @@ RUN_FILES = (
     "readers.csv",
     "claims.csv",
     "circuits.csv",
+    "edges.csv",
     "faithfulness.csv",
     "components.html",
     "attention.html",

@@ -160,12 +160,25 @@ def circuits_tables() -> dict[str, pd.DataFrame]:
             **dict.fromkeys(("remaining", "ci_low", "ci_high"), math.nan),
         },
     ]
+    edges = [
+        {
+            "model": model,
+            "writer": "L3H5",
+            "writer_layer": 3,
+            "writer_head": 5,
+            "reader": "mlp13",
+            "reader_layer": 13,
+            "score": score,
+        }
+        for model, score in (("unsteered", 0.5), ("mean_diff", -0.25))
+    ]
     spots = [{**head, "layer": i, "position": -k} for i in range(30) for k in range(1, 31)]
     return {
         "writers": table("writers", writers),
         "positions": table("positions", spots),
         "readers": table("readers", readers, {"metric_unsteered": -0.5, "metric_steered": 2.25}),
         "claims": table("claims", claims, {}),
+        "edges": table("edges", edges, {}),
     }
 
 

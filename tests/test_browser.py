@@ -9,7 +9,7 @@ from browser import Browser, find_chromium
 from run_folders import HOSTILE, WRITERS, write_circuits, write_compare, write_sweep
 
 import steerlens as sl
-from steerlens.report.contents import COMMANDS
+from steerlens.report.contents import COMMANDS, FIGURES
 
 DRAWN = (
     "[...document.querySelectorAll('.figure')].every((figure) => figure.querySelector('.main-svg'))"
@@ -70,6 +70,24 @@ def test_without_a_browser_ci_fails_and_others_skip(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("CI")
     with pytest.raises(pytest.skip.Exception, match="apt-get install"):
         find_chromium()
+
+
+# Single figures
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_a_figure_opens_without_a_word(
+    command: str, browser: Browser, tmp_path: Path
+) -> None:
+    tables = sl.read_run(WRITERS[command](tmp_path / "run")).tables
+    figures = [figure for of in FIGURES if (figure := of.of(command, tables)) is not None]
+    assert figures
+    for number, figure in enumerate(figures):
+        page = tmp_path / f"{number}.html"
+        figure.save(page)
+        opened(browser, page, width=400)
+        assert browser.run("return document.documentElement.scrollWidth") <= 400
+        assert_quiet(browser)
 
 
 # The report

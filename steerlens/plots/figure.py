@@ -9,7 +9,7 @@ from typing import Any
 
 from steerlens.errors import OutputError, PlotError
 from steerlens.plots.marks import Frame, Layout
-from steerlens.plots.scripts import PLOTLY, WITHOUT_SCRIPTS, page, script_tags
+from steerlens.plots.scripts import PLOTLY, WITHOUT_SCRIPTS, page
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 SUFFIXES = (".png", ".svg", ".html")
@@ -63,12 +63,8 @@ class Figure:
 
     def to_html(self) -> str:
         """As one HTML page, interactive, that asks no network for anything (about 2 MB)."""
-        body = [
-            f"<p>{html.escape(self.caption)}</p>",
-            script_tags(PLOTLY),
-            plotly_element(self, "figure"),
-        ]
-        return page(self.title, "\n".join(body))
+        caption = f"<p>{html.escape(self.caption)}</p>"
+        return page(self.title, f"{caption}\n{plotly_element(self, 'figure')}", [PLOTLY])
 
     def save(self, path: str | Path) -> None:
         """Write a .png, .svg (the first frame; see `at`) or .html file, by the name's end.

@@ -88,11 +88,15 @@ def policy(scripts: Sequence[Script], own: Sequence[str] = ()) -> str:
     )
 
 
-def page(title: str, body: str) -> str:
-    """An HTML page around a body. The title is text; the body is HTML."""
+def page(title: str, body: str, scripts: Sequence[Script]) -> str:
+    """An HTML page around a body, with the scripts that it needs. The title is text, the body HTML.
+
+    Its policy lets no other script run, and nothing be fetched.
+    """
+    tags = "\n".join(map(script_tags, scripts))
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{policy(scripts)}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
-        f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main></body></html>\n"
+        f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main>\n{tags}\n</body></html>\n"
     )

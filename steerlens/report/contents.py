@@ -15,6 +15,7 @@ from steerlens.tables import (
     CLAIM_COLUMNS,
     COMPARISON_COLUMNS,
     CONTOUR_COLUMNS,
+    EDGE_COLUMNS,
     FAITHFULNESS_COLUMNS,
     GEOMETRY_COLUMNS,
     LAYER_COLUMNS,
@@ -107,6 +108,7 @@ TABLES: Mapping[str, TableContent] = MappingProxyType(
         "circuits": TableContent(
             "Same circuit or another", "a pair of models, level and size", CIRCUIT_COLUMNS
         ),
+        "edges": TableContent("The largest edges", "an edge of a model's circuit", EDGE_COLUMNS),
         "faithfulness": TableContent(
             "Faithfulness", "a circuit, the model it is run in, and its size", FAITHFULNESS_COLUMNS
         ),
@@ -150,6 +152,8 @@ FIGURES: tuple[FigureContent, ...] = (
     FigureContent(("sweep",), ("sweep",), plots.dose_response),
     FigureContent(("boundary",), ("layers",), plots.boundary),
     FigureContent(("compare",), ("comparison",), plots.comparison),
+    FigureContent(("circuits",), ("writers", "readers"), plots.components),
+    FigureContent(("circuits",), ("edges",), plots.circuit_graph),
     FigureContent(("geometry",), ("geometry", "contours", "shape"), _loss_geometry),
     FigureContent(("sweep", "boundary"), ("layers",), plots.layer_profile),
     FigureContent(("sweep",), ("points",), plots.differences),
