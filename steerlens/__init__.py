@@ -48,6 +48,7 @@ from steerlens.methods import (
     train_directions,
 )
 from steerlens.models import load_model, provenance
+from steerlens.progress import show_progress
 from steerlens.shape import BoundaryShape, boundary_shape
 from steerlens.steering import (
     Ablate,
@@ -124,6 +125,7 @@ __all__ = [
     "readout_hook",
     "reliability",
     "resolve_hooks",
+    "show_progress",
     "steer",
     "sweep",
     "to_gguf",

@@ -21,8 +21,9 @@ from steerlens.circuits import (
     contrast_answers,
     random_intervention,
 )
-from steerlens.circuits.comparison import UNSTEERED, _areas, make_contrast, mean_kl
+from steerlens.circuits.comparison import UNSTEERED, _areas, make_contrast
 from steerlens.circuits.components import components, head_hook, mlp_hook, output_weights
+from steerlens.circuits.floor import mean_kl
 from steerlens.circuits.graphs import (
     Means,
     Reader,

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -21,7 +21,6 @@ from steerlens.circuits.graphs import readers as edge_readers
 from steerlens.circuits.pictures import attention_page, graph_page, heat_map_page, tokens_page
 from steerlens.circuits.readers import check_steered
 from steerlens.cli.options import (
-    IN_SAMPLE,
     BatchOption,
     DebugOption,
     MethodOption,
@@ -31,14 +30,14 @@ from steerlens.cli.options import (
     QuietOption,
     SeedOption,
     TestPairsOption,
-    fit,
+    note_fit,
     pairs_of,
     pairs_record,
 )
-from steerlens.cli.printing import notes, print_rows
+from steerlens.cli.printing import notes, print_rows, progress_of
 from steerlens.errors import CircuitError
 from steerlens.hooks import resolve_hooks
-from steerlens.methods import default_position, method_of
+from steerlens.methods import default_position, fit, method_of
 from steerlens.models import DEFAULT_MODEL, load_model, provenance
 from steerlens.runs import check_run_folder, write_run
 from steerlens.steering import SteeringVector
@@ -98,25 +97,28 @@ def circuits(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
-
-    def say(text: str) -> None:
-        if not quiet:
-            notes.print(Text(text))
-
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
     started = time.perf_counter()
-    directions = fit(loaded, fit_on, "all", position, batch_size, method, seed, quiet=quiet)
-    vector = SteeringVector.from_directions(loaded, directions, layers=layer, dataset=fit_on.name)
-    pushed = Intervention(vector, coefficient)
-    answers = contrast_answers(loaded, fit_on)
-    prompts = make_prompts(loaded, list(tokenize_pairs(loaded, measure_on).positive))
-    say("who writes the direction")
-    writers = find_writers(loaded, measure_on, directions, layer=layer, seed=seed)
-    say("who reads it")
-    readers = find_readers(
-        loaded, prompts, answers, vector, coefficient, top=top, ig_steps=ig_steps, seed=seed
-    )
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"seed": seed, "progress": progress}
+        directions = fit(
+            loaded, fit_on, method=method, position=position, batch_size=batch_size, **shared
+        )
+        vector = SteeringVector.from_directions(
+            loaded, directions, layers=layer, dataset=fit_on.name
+        )
+        pushed = Intervention(vector, coefficient)
+        answers = contrast_answers(loaded, fit_on)
+        prompts = make_prompts(loaded, list(tokenize_pairs(loaded, measure_on).positive))
+        writers = find_writers(loaded, measure_on, directions, layer=layer, **shared)
+        readers = find_readers(
+            loaded, prompts, answers, vector, coefficient, top=top, ig_steps=ig_steps, **shared
+        )
+        if compare:
+            floor = random_intervention(loaded, measure_on, pushed, **shared)
+            found = compare_circuits(
+                loaded, measure_on, answers, {method: pushed}, floor=floor, **shared
+            )
     tables = {
         "writers": writers.table,
         "positions": writers.positions,
@@ -129,15 +131,6 @@ def circuits(
     pages["attention"] = attention_page(loaded, prompts, pushed, heads[:TOP_HEADS])
     pages["tokens"] = tokens_page(loaded, prompts, directions, pushed)
     if compare:
-        say("is it the same circuit")
-        found = compare_circuits(
-            loaded,
-            measure_on,
-            answers,
-            {method: pushed},
-            floor=random_intervention(loaded, measure_on, pushed, seed=seed),
-            seed=seed,
-        )
         tables |= {"circuits": found.table, "faithfulness": found.faithfulness}
         pages["graph"] = graph_page(loaded, found.scores)
     seconds = time.perf_counter() - started
