@@ -27,6 +27,8 @@ RUN_FILES = (
     "summary.csv",
     "effects.csv",
     "layers.csv",
+    "generations.csv",
+    "tokens.csv",
     "writers.csv",
     "positions.csv",
     "readers.csv",

@@ -20,7 +20,7 @@ PACKAGE = Path(steerlens.__file__).parent
 ORDER = (
     "errors data items models hooks tokens activations directions loss steering uncertainty tables "
     "plain passes parts cells engine measures slopes gradients methods sweep search coherence "
-    "pushes boundary shape evaluate export circuits runs cli"
+    "pushes boundary shape evaluate damage generations export plots circuits runs cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.

@@ -18,6 +18,7 @@ from steerlens.tables import (
     COMPARISON_COLUMNS,
     COSINE_COLUMNS,
     FAITHFULNESS_COLUMNS,
+    GENERATION_COLUMNS,
     GRADIENT_COLUMNS,
     LAYER_COLUMNS,
     READER_COLUMNS,
@@ -25,6 +26,7 @@ from steerlens.tables import (
     SHAPE_COLUMNS,
     SUMMARY_COLUMNS,
     SWEEP_COLUMNS,
+    TOKEN_COLUMNS,
     WRITER_COLUMNS,
     WRITER_POSITION_COLUMNS,
     Column,
@@ -68,6 +70,7 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
         *(COMPARISON_COLUMNS + SUMMARY_COLUMNS + RELIABILITY_COLUMNS + GRADIENT_COLUMNS),
         *(COSINE_COLUMNS + WRITER_COLUMNS + WRITER_POSITION_COLUMNS + READER_COLUMNS),
         *(CLAIM_COLUMNS + CIRCUIT_COLUMNS + FAITHFULNESS_COLUMNS),
+        *(TOKEN_COLUMNS + GENERATION_COLUMNS),
     ],
     ids=lambda c: c.name,
 )

@@ -10,15 +10,17 @@ from rich.text import Text
 from steerlens.circuits import (
     Component,
     Intervention,
+    attention_patterns,
     compare_circuits,
     contrast_answers,
     find_readers,
     find_writers,
     make_prompts,
     random_intervention,
+    token_projections,
 )
 from steerlens.circuits.graphs import readers as edge_readers
-from steerlens.circuits.pictures import attention_page, graph_page, heat_map_page, tokens_page
+from steerlens.circuits.pictures import graph_page, heat_map_page
 from steerlens.circuits.readers import check_steered
 from steerlens.cli.options import (
     IN_SAMPLE,
@@ -40,6 +42,7 @@ from steerlens.errors import CircuitError
 from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, method_of
 from steerlens.models import DEFAULT_MODEL, load_model, provenance
+from steerlens.plots.pages import attention_page, projection_page
 from steerlens.runs import check_run_folder, write_run
 from steerlens.steering import SteeringVector
 from steerlens.tokens import tokenize_pairs
@@ -126,8 +129,12 @@ def circuits(
     of_heads = readers.table[readers.table.component == "head"]
     heads = [Component(*place) for place in of_heads[["layer", "head"]].to_numpy().tolist()]
     pages = {"components": heat_map_page(writers.table, readers.table)}
-    pages["attention"] = attention_page(loaded, prompts, pushed, heads[:TOP_HEADS])
-    pages["tokens"] = tokens_page(loaded, prompts, directions, pushed)
+    seen = attention_patterns(loaded, prompts, pushed, heads[:TOP_HEADS])
+    patterns = {"Unsteered": seen.unsteered.numpy(), "Steered": seen.steered.numpy()}
+    pages["attention"] = attention_page(seen.tokens, seen.heads, patterns)
+    along = token_projections(loaded, prompts, directions, pushed)
+    projections = {"Unsteered": along.unsteered.numpy(), "Steered": along.steered.numpy()}
+    pages["tokens"] = projection_page(along.tokens, along.layers, projections)
     if compare:
         say("is it the same circuit")
         found = compare_circuits(
@@ -141,7 +148,14 @@ def circuits(
         tables |= {"circuits": found.table, "faithfulness": found.faithfulness}
         pages["graph"] = graph_page(loaded, found.scores)
     seconds = time.perf_counter() - started
-    write_run(out, tables, directions, request, seconds=seconds, pages=pages)
+    write_run(
+        out,
+        tables,
+        directions,
+        request,
+        seconds=seconds,
+        pages={name: made.html for name, made in pages.items()},
+    )
     if quiet:
         return
     by_size = writers.table.sort_values("contribution", key=abs, ascending=False)
