@@ -15,7 +15,7 @@ from steerlens.directions import Directions
 from steerlens.errors import ActivationError, DirectionError, SteeringError, SweepError
 from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, readout_hook, resolve_hooks
 from steerlens.loss import label_kl, label_logprobs
-from steerlens.measures import check_directions, checked_coefficients
+from steerlens.measures import check_directions
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.steering import Coefficient, Steerable, SteeringVector, steps
 from steerlens.steering.application import Step, step_hooks
@@ -162,14 +162,12 @@ def token_damage(
 def strengths_at(at: OneHook, coefficients: Iterable[Coefficient]) -> dict[Coefficient, float]:
     """Each coefficient, and as the tables have it (see `OneHook.amount`); without repeats.
 
-    Raises `SweepError` when there is none or, of plain directions, one that is not finite.
+    Raises `SweepError` when there is none, and `SteeringError` on one without a meaning here.
     """
-    given: list[Coefficient] = list(coefficients)
-    if not isinstance(at.vector, Steerable):
-        given = [*checked_coefficients([float(c) for c in given])]
-    if not given:
+    strengths = {c: at.amount(c) for c in coefficients}
+    if not strengths:
         raise SweepError("expected at least one coefficient, got none")
-    return {c: at.amount(c) for c in given}
+    return strengths
 
 
 def named_prompts(

@@ -285,7 +285,8 @@ def test_what_is_refused(
         (SweepError, "different ids", {"prompts": ["I", "you"], "ids": ["a", "a"]}),
         (SweepError, "different ids", {"ids": ["a", "b"]}),
         (SweepError, "at least one coefficient", {"coefficients": []}),
-        (SweepError, "finite", {"coefficients": [math.nan]}),
+        (SteeringError, "finite", {"coefficients": [math.nan]}),
+        (SteeringError, "needs a SteeringVector", {"coefficients": ["80%"]}),
         (PairError, "have no continuation", {"steered_positions": "last"}),
     ):
         with pytest.raises(error, match=message):

@@ -124,5 +124,5 @@ def test_what_is_refused(llama: Any, directions: sl.Directions) -> None:
         write(llama, PROMPTS, directions, layer=None)
     with pytest.raises(SweepError, match="list of prompts"):
         write(llama, [], directions)
-    with pytest.raises(SweepError, match="finite"):
+    with pytest.raises(SteeringError, match="finite"):
         write(llama, PROMPTS, directions, coefficients=[float("inf")])
