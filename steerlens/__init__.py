@@ -7,6 +7,7 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 from steerlens import plots
 from steerlens.activations import Differences, collect_activations, collect_differences
 from steerlens.boundary import BoundaryResult, find_boundary, predict_boundary
+from steerlens.damage import token_damage
 from steerlens.data import (
     ContrastivePair,
     ContrastivePairs,
@@ -26,6 +27,7 @@ from steerlens.export import (
     to_repeng,
     to_steering_vectors,
 )
+from steerlens.generations import generation_table
 from steerlens.geometry import LossGeometry, loss_geometry
 from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import readout_hook, resolve_hooks
@@ -110,6 +112,7 @@ __all__ = [
     "from_repeng",
     "from_steering_vectors",
     "generate",
+    "generation_table",
     "gradient_terms",
     "label_logprob",
     "load_model",
@@ -131,6 +134,7 @@ __all__ = [
     "to_gguf",
     "to_repeng",
     "to_steering_vectors",
+    "token_damage",
     "tokenize_pairs",
     "tokenize_prompt",
     "total_variation_barrier",

@@ -59,7 +59,7 @@ class LossGeometry:
             {
                 "layer": hook_label(str(name)),
                 "nearest boundary": float(shape.boundary.min()),
-                "at degrees": float(shape.angle[shape.boundary.idxmin()]),
+                "at degrees": float(shape.sort_values("boundary").angle.iloc[0]),
                 "furthest": float(shape.boundary.max()),
             }
             for name, shape in self.shape.groupby("hook_name", sort=False)

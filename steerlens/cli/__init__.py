@@ -13,6 +13,7 @@ from steerlens import data
 from steerlens.activations import collect_differences
 from steerlens.boundary import check_search, find_boundary
 from steerlens.cli import circuits, evaluation, vectors
+from steerlens.cli.examples import example_tables
 from steerlens.cli.options import (
     DEBUG,
     BatchOption,
@@ -83,6 +84,15 @@ def sweep(
         int | None,
         typer.Option("--null", help="Null vectors of each kind, random and shuffled, e.g. 20."),
     ] = None,
+    examples: Annotated[
+        int,
+        typer.Option(
+            "--examples",
+            min=0,
+            help="Prompts shown at the middle one of the layers: what the model writes at every "
+            "coefficient, and which tokens lose logprob. It illustrates, it chooses nothing.",
+        ),
+    ] = 2,
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -95,17 +105,20 @@ def sweep(
     fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
     position = default_position(method, fit_on) if position is None else position
     loaded = load_model(model, progress=not quiet)
+    hook_names = resolve_hooks(loaded, layers)
     request = {
         "command": "sweep",
         "model": provenance(loaded).to_dict(),
         "fitted_on": pairs_record(fit_on),
         "measured_on": pairs_record(measure_on),
-        "hook_names": resolve_hooks(loaded, layers),
+        "hook_names": hook_names,
         "coefficients": numbers,
         "method": method,
         "position": position,
         "budget": budget,
         "null": null,
+        "examples": examples,
+        "examples_at": "the middle one of hook_names: an illustration, chosen by nothing",
         "batch_size": batch_size,
         "seed": seed,
     }
@@ -131,8 +144,20 @@ def sweep(
         )
     seconds = time.perf_counter() - started
     tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
+    if examples:
+        tables |= example_tables(
+            loaded,
+            measure_on,
+            directions,
+            hook_name=hook_names[len(hook_names) // 2],
+            coefficients=numbers,
+            n_prompts=examples,
+            batch_size=batch_size,
+            quiet=quiet,
+        )
     spent = result.table.attrs["forward_equivalents"]
-    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
+    took = time.perf_counter() - started
+    write_run(out, tables, directions, request, seconds=took, forward_equivalents=spent)
     if not quiet:
         print_layers(result.layers)
         print_cells(result)

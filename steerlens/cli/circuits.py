@@ -7,18 +7,21 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from steerlens import plots
 from steerlens.circuits import (
     Component,
     Intervention,
+    attention_patterns,
     compare_circuits,
     contrast_answers,
     find_readers,
     find_writers,
     make_prompts,
     random_intervention,
+    token_projections,
 )
+from steerlens.circuits.edges import edge_table
 from steerlens.circuits.graphs import readers as edge_readers
-from steerlens.circuits.pictures import attention_page, graph_page, heat_map_page, tokens_page
 from steerlens.circuits.readers import check_steered
 from steerlens.cli.options import (
     BatchOption,
@@ -127,12 +130,17 @@ def circuits(
     }
     of_heads = readers.table[readers.table.component == "head"]
     heads = [Component(*place) for place in of_heads[["layer", "head"]].to_numpy().tolist()]
-    pages = {"components": heat_map_page(writers.table, readers.table)}
-    pages["attention"] = attention_page(loaded, prompts, pushed, heads[:TOP_HEADS])
-    pages["tokens"] = tokens_page(loaded, prompts, directions, pushed)
+    pages = {"components": plots.components(writers.table, readers.table).to_html()}
+    seen = attention_patterns(loaded, prompts, pushed, heads[:TOP_HEADS])
+    patterns = {"Unsteered": seen.unsteered.numpy(), "Steered": seen.steered.numpy()}
+    pages["attention"] = plots.attention_page(seen.tokens, seen.heads, patterns).html
+    along = token_projections(loaded, prompts, directions, pushed)
+    projections = {"Unsteered": along.unsteered.numpy(), "Steered": along.steered.numpy()}
+    pages["tokens"] = plots.projection_page(along.tokens, along.layers, projections).html
     if compare:
         tables |= {"circuits": found.table, "faithfulness": found.faithfulness}
-        pages["graph"] = graph_page(loaded, found.scores)
+        tables["edges"] = edge_table(loaded, found.scores)
+        pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
     seconds = time.perf_counter() - started
     write_run(out, tables, directions, request, seconds=seconds, pages=pages)
     if quiet:
