@@ -22,7 +22,7 @@ from test_cli import (  # noqa: F401 (fixtures)
 )
 
 from steerlens.cli.options import IN_SAMPLE
-from steerlens.cli.printing import keeping_warnings, warn, warned
+from steerlens.cli.warned import keeping_warnings, warn, warned
 
 
 def test_a_report_is_written_into_the_first_folder(run: Main, tmp_path: Path) -> None:  # noqa: F811
