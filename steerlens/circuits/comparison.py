@@ -84,6 +84,21 @@ def compare_circuits(
     with different tokens, answers that do not fit, a model whose heads and MLPs do not add up to
     its stream, when nothing is left of the behaviour to explain, and as `attribute` does; and as
     `tokenize_pairs`.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
+        >>> answers = contrast_answers(model, pairs, n_tokens=3)
+        >>> found = compare_circuits(
+        ...     model,
+        ...     pairs,
+        ...     answers,
+        ...     {"cheerful": Intervention(vector, 4)},
+        ...     shares=[0.2],
+        ...     levels=["node"],
+        ...     n_splits=2,
+        ... )
+        >>> found.table[["a", "b", "size"]].to_dict("list")
+        {'a': ['unsteered'], 'b': ['cheerful'], 'size': [5]}
     """
     shares, levels = sorted(set(shares)), tuple(dict.fromkeys(levels))
     _check(shares, levels, interventions, floor)
@@ -159,6 +174,12 @@ def random_intervention(
     prompts, to about 2% (1% of the coefficient). Raises `CircuitError` when the intervention is not
     an added vector at one hook, its divergence is 0 or not finite, or no coefficient up to 16 times
     its own reaches it.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, random_intervention
+        >>> floor = random_intervention(model, pairs, Intervention(vector, 4))
+        >>> floor.vector.hook_names
+        ('blocks.2.hook_resid_post',)
     """
     from scipy.optimize import brentq
 
