@@ -98,7 +98,7 @@ def find_boundary(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> BoundaryResult:
-    """The largest coefficient of each sign at which the model is still coherent, at every hook.
+    """The first coefficient of each sign beyond which the model exceeds its budget, at every hook.
 
     The boundary is where the loss first exceeds the `budget` (see `Budget`), outward from 0, in
     residual units, when `coefficient * direction` is added to the text `on` (see `On`). It is

@@ -47,9 +47,9 @@ def contrastive_steering_loss_noref(
 ) -> SteeringLoss:
     """The steering loss without a reference model: the baseline is this very forward pass.
 
-    separation = -mean_i ||hs_pos_i - hs_neg_i||_2
-    baseline = stop_gradient(logp_avg_pos_label)
-    coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
+        separation = -mean_i ||hs_pos_i - hs_neg_i||_2
+        baseline = stop_gradient(logp_avg_pos_label)
+        coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
     `hs_*` in residual units, `logp_avg_pos_label` in nats per token (negative). `mask` keeps the
     pairs whose logprob counts (all by default); the separation takes every pair. As logprobs are
@@ -91,8 +91,8 @@ def contrastive_steering_loss(
 ) -> SteeringLoss:
     """The steering loss against the unsteered model, along a frozen direction.
 
-    separation = -mean_i (hs_pos_i - hs_neg_i) . direction
-    coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
+        separation = -mean_i (hs_pos_i - hs_neg_i) . direction
+        coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
     `direction` is the unit vector fitted on the unsteered model: an intervention cannot win by
     rotating the difference. `baseline_logp_avg_pos_label` is the unsteered logprob (nats per
@@ -219,7 +219,7 @@ def ordering_penalty(
 ) -> Float[Tensor, ""]:
     """The preference gap must rise (or fall) from c = -1 over 0 to +1: by how much it does not.
 
-    mean_i relu(margin - (gap_none_i - gap_down_i)) + relu(margin - (gap_up_i - gap_none_i))
+        mean_i relu(margin - (gap_none_i - gap_down_i)) + relu(margin - (gap_up_i - gap_none_i))
 
     A gap is logprob(preferred continuation) - logprob(the other one), nats per token, at c = -1, 0
     and +1; with `rising=False` the steps are taken downwards. In nats per token, at least 0;
@@ -259,7 +259,8 @@ def preference_loss(
 ) -> Float[Tensor, ""]:
     """The bidirectional preference loss: a vector must work at c = +1, and against itself at -1.
 
-    mean_i -log sigmoid(beta (gap_up_i - gap_none_i)) - log sigmoid(beta (gap_none_i - gap_down_i))
+        mean_i -log sigmoid(beta (gap_up_i - gap_none_i))
+               - log sigmoid(beta (gap_none_i - gap_down_i))
 
     Gaps as in `ordering_penalty`. Above 0; unsteered `2 log 2`. After Cao et al. 2024
     (arXiv:2406.00045), which sums over tokens and draws the sign at random; here both signs count
@@ -345,9 +346,10 @@ class Budget:
 
     Of the labels' mean logprob: `relative` 0.01: logprob >= baseline / 0.99, that is at most about
     1% further below zero; `nats` 0.05: logprob >= baseline - 0.05 nats per token. Of the next-token
-    distribution, KL(unsteered || steered) in nats per token: `kl` its mean, `kl_p95` its 95th
-    percentile over all label tokens, `rollout_kl_p95` that percentile over the tokens of the
-    steered model's own greedy continuations.
+    distribution, KL(unsteered || steered) in nats per token: `kl` its mean over a prompt's labels
+    and then over prompts, `kl_p95` its 95th percentile over the labels of all prompts,
+    `rollout_kl_p95` that percentile over the tokens of the steered model's own greedy
+    continuations.
 
     Examples:
         >>> budget = Budget.parse("relative=0.01")
