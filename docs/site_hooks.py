@@ -6,6 +6,7 @@ all that a new one needs.
 
 import ast
 import importlib
+import inspect
 import json
 import re
 import sys
@@ -97,10 +98,14 @@ def home(module: str, name: str) -> str:
     return f"{module}.{name}"
 
 
+def _is_module(name: str) -> bool:
+    return inspect.ismodule(getattr(importlib.import_module("steerlens"), name))
+
+
 def at_the_top() -> dict[str, str]:
     """Each of `steerlens.__all__` -> the dotted name where it is defined."""
     exported = list(importlib.import_module("steerlens").__all__)
-    return {name: home("steerlens", name) for name in exported}
+    return {name: home("steerlens", name) for name in exported if not _is_module(name)}
 
 
 def members(room: str) -> list[str]:

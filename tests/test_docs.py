@@ -157,6 +157,13 @@ def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[Path, Page]) -
     assert not any('class="mermaid"' in path.read_text(encoding="utf-8") for path in pages)
 
 
+def test_the_search_needs_no_server(site: Path, pages: dict[Path, Page]) -> None:
+    """A page in a folder may not fetch, but it may run a script: the index is one."""
+    assert "find_boundary" in (site / "search" / "search_index.js").read_text(encoding="utf-8")
+    assert "assets/iframe-worker.js" in pages[site / "index.html"].loaded
+    assert (site / "assets" / "iframe-worker.js").is_file()
+
+
 def test_what_a_browser_would_load_is_seen() -> None:
     text = """<link rel="stylesheet" href="https://a/1"><script src="//b/2"></script><img src=http://c/3>
     <style>@import "https://d/4"; p { background: url(https://e/5) }</style>
@@ -210,7 +217,7 @@ def test_broken_links_are_seen(tmp_path: Path) -> None:
 
 def public() -> Iterator[tuple[str, str]]:
     """Room (or "") and name of all that is exported, by the package or by one of its rooms."""
-    yield from (("", name) for name in sl.__all__)
+    yield from (("", name) for name in sl.__all__ if not inspect.ismodule(getattr(sl, name)))
     for found in pkgutil.iter_modules(sl.__path__):
         if found.name == "__main__":
             continue
