@@ -33,13 +33,12 @@ MORE: dict[str, tuple[str, ...]] = {
     "uncertainty": ("*",),
     "tables": ("Column", "to_frame", "write_csv", "write_parquet"),
     "plain": ("Baseline", "CellOutput", "Cost", "forward_equivalents"),
-    "measures": ("SweepSettings", "layer_row", "measure"),
+    "measures": ("SweepSettings", "layer_row", "main_orthogonal", "measure", "point_rows"),
     "slopes": ("Slopes", "label_slopes"),
     "search": ("Curve", "Line", "crossing", "search"),
     "coherence": ("allowances", "mean_loss"),
     "pushes": ("Boundary", "choose_probes", "expect", "first_root"),
     "boundary": ("BoundarySettings", "On"),
-    "shape": ("main_orthogonal",),
     "gradients": ("Weight",),
     "methods": ("contrast.*", "gradient.*"),
     "evaluate": (
@@ -253,7 +252,7 @@ def linked() -> dict[str, tuple[str, str]]:
             name, target = where.rpartition(".")[2], (f"reference/{room}.html", where)
             seen[name] = seen.get(name, 0) + 1
             found[where.removeprefix("steerlens.")] = found[where] = target
-            found[name] = target
+            found[f"{room}.{name}"] = found[f"sl.{room}.{name}"] = found[name] = target
     single = {name for name, times in seen.items() if times > 1}
     # A plain word may be a command, a column or a room.
     plain = {name for name in found if re.fullmatch(r"[a-z]+", name)}

@@ -268,20 +268,23 @@ EXEMPT = {
 MADE_BY = {
     "BoundaryResult": "find_boundary",
     "BoundaryShape": "boundary_shape",
-    "Circuits": "compare_circuits",
+    "circuits.Circuits": "circuits.compare_circuits",
     "Comparison": "compare",
-    "Prompts": "make_prompts",
-    "Readers": "find_readers",
+    "LossGeometry": "loss_geometry",
+    "circuits.Prompts": "circuits.make_prompts",
+    "circuits.Readers": "circuits.find_readers",
     "SweepResult": "sweep",
     "Trained": "train_directions",
-    "Writers": "find_writers",
+    "circuits.Writers": "circuits.find_writers",
 }
 
 
 def callables() -> dict[str, Any]:
-    circuits = importlib.import_module("steerlens.circuits")
+    """Those of the package by name, and of its rooms of many functions by `room.name`."""
     found = {name: getattr(sl, name) for name in sl.__all__}
-    found |= {name: getattr(circuits, name) for name in circuits.__all__}
+    for room in ("circuits", "plots"):
+        module = importlib.import_module(f"steerlens.{room}")
+        found |= {f"{room}.{name}": getattr(module, name) for name in module.__all__}
     return {name: thing for name, thing in found.items() if callable(thing)}
 
 

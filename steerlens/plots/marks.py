@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Numbers: TypeAlias = tuple[float, ...]
+Numbers: TypeAlias = tuple[float | int, ...]
 Texts: TypeAlias = tuple[str, ...]
 
 # Okabe and Ito's colours, which people with any common colour blindness can tell apart.
@@ -27,7 +27,7 @@ class Line:
     name: str = ""
     color: str = BLUE
     dash: Dash = "solid"
-    width: float = 1.6
+    width: float | int = 1.6
     hover: Texts = ()
 
 
@@ -54,11 +54,11 @@ class Points:
     name: str = ""
     color: str = BLUE
     symbol: Symbol = "circle"
-    size: float = 6
+    size: float | int = 6
     low: Numbers = ()
     high: Numbers = ()
     interval: Literal["x", "y"] = "y"
-    bar: float = 1.2
+    bar: float | int = 1.2
     labels: Texts = ()
     hover: Texts = ()
 
@@ -88,7 +88,7 @@ class HeatMap:
     z: tuple[Numbers, ...]
     unit: str
     scale: Scale = "sequential"
-    reach: tuple[float, float] | None = None
+    reach: tuple[float | int, float | int] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Contours:
 class Rule:
     """A straight line right across the panel, at one value of an axis."""
 
-    at: float
+    at: float | int
     axis: Literal["x", "y"]
     name: str = ""
     color: str = GREY
@@ -124,7 +124,7 @@ class Axis:
     """An axis: what it counts, the part of it that is shown (all by default), ticks at integers."""
 
     title: str
-    reach: tuple[float, float] | None = None
+    reach: tuple[float | int, float | int] | None = None
     shown: bool = True
     whole: bool = False
 
