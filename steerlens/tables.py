@@ -434,6 +434,17 @@ FAITHFULNESS_COLUMNS: tuple[Column, ...] = (
 )
 """One row a circuit, the model it is run in, and its size."""
 
+EDGE_COLUMNS: tuple[Column, ...] = (
+    Column("model", "str", "", "unsteered, or a vector's name"),
+    Column("writer", "str", "", "component that writes, by name"),
+    Column("writer_layer", "int64", "", "its block; -1 for embed"),
+    Column("writer_head", "int64", "", "its head; -1 for embed and mlp"),
+    Column("reader", "str", "", "what reads it: attnL, mlpL or logits"),
+    Column("reader_layer", "int64", "", "its block; the number of blocks for logits"),
+    Column("score", "float64", "logits", "mean attribution over pairs; positive supports"),
+)
+"""One row an edge, the largest of each model."""
+
 GRADIENT_COLUMNS: tuple[Column, ...] = (
     *_HOOK,
     Column("loss_hook", "str", "", "hook at which the separation is taken"),

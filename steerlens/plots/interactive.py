@@ -360,17 +360,17 @@ def _text(text: str) -> str:
     return html.escape(text, quote=False).replace("\n", "<br>")
 
 
-def _places(values: Sequence[float] | Sequence[str]) -> list[Any]:
+def _places(values: Sequence[float | int] | Sequence[str]) -> list[Any]:
     return [
         _text(v) if isinstance(v, str) else v for v in values if isinstance(v, str)
     ] or _numbers([float(v) for v in values])
 
 
-def _numbers(values: Sequence[float]) -> list[float | None]:
+def _numbers(values: Sequence[float | int]) -> list[float | None]:
     return [_short(value) if math.isfinite(value) else None for value in values]
 
 
-def _short(value: float) -> float:
+def _short(value: float | int) -> float:
     """Five figures: more cannot be seen, and make the page larger."""
     return float(f"{value:.5g}")
 
