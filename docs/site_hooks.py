@@ -48,7 +48,7 @@ MORE: dict[str, tuple[str, ...]] = {
     "circuits": (
         *("components.contract", "components.cotangents", "readers.frozen_readout"),
         *("graphs.Contrast", "graphs.Means", "graphs.Reader", "graphs.Scores", "graphs.attribute"),
-        *("graphs.run_edges", "graphs.run_nodes", "comparison.mean_kl"),
+        *("graphs.run_edges", "graphs.run_nodes", "comparison.mean_kl", "edges.edge_table"),
     ),
 }
 
