@@ -29,6 +29,14 @@ class Differences:
     `positive` and `negative` hold `hook_names` first, then `readout_names`: further hooks at which
     a sweep over `hook_names` reads its effect, carried along so that one pass is enough. In
     residual units; float32, or float64 where the model is. `fingerprint` is that of the pairs.
+
+    Examples:
+        >>> differences
+        Differences(5 hooks, 8 pairs, d_model 32)
+        >>> differences.values.shape
+        torch.Size([5, 8, 32])
+        >>> differences["blocks.2.hook_resid_post"].shape
+        torch.Size([8, 32])
     """
 
     hook_names: tuple[str, ...]
@@ -89,6 +97,10 @@ def collect_differences(
     never touches padding or a continuation. States at `hook_resid_post` are block outputs, at the
     last layer too (before the final norm). Raises `ActivationError` on NaN or inf (naming the
     hook) and on a position outside a prompt (naming the pair), `HookError` on an unknown hook.
+
+    Examples:
+        >>> sl.collect_differences(model, pairs, layers=[0, 2], position=-1)
+        Differences(2 hooks, 8 pairs, d_model 32)
     """
     hook_names = resolve_hooks(model, layers)
     readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
@@ -130,6 +142,11 @@ def collect_activations(
     never computed and the peak memory does not grow with the number of prompts but for the result;
     out of memory halves a batch.
     Raises as `collect_differences`.
+
+    Examples:
+        >>> prompts = sl.tokenize_pairs(model, pairs).positive
+        >>> sl.collect_activations(model, prompts, ["blocks.2.hook_resid_post"]).shape
+        torch.Size([1, 8, 32])
     """
 
     def run(batch: Batch) -> Tensor:

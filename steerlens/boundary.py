@@ -116,7 +116,7 @@ def find_boundary(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> BoundaryResult:
-    """The largest coefficient of each sign at which the model is still coherent, at every hook.
+    """The first coefficient of each sign beyond which the model exceeds its budget, at every hook.
 
     The boundary is where the loss first exceeds the `budget` (see `Budget`), outward from 0, in
     residual units, when `coefficient * direction` is added to the text `on` (see `On`). It is
@@ -136,6 +136,13 @@ def find_boundary(
     and where a rollout budget meets steered positions other than "all"; `DirectionError` when a
     hook or its readout has no direction; and as `tokenize_pairs`, `run_baseline` and, for rollouts,
     `check_rollouts` do.
+
+    Examples:
+        >>> found = sl.find_boundary(model, pairs, directions, layers=[1, 2], budget="kl=0.1")
+        >>> found
+        BoundaryResult(2 hooks, kl=0.1)
+        >>> bool((found.layers.boundary_neg < 0).all() and (found.layers.boundary_pos > 0).all())
+        True
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
@@ -230,6 +237,11 @@ def predict_boundary(
     The predictions of `find_boundary`, without its search: nothing is steered, and the measured
     columns stay NaN. Expect them to be too small in the first layers. Raises `SweepError` on a bad
     budget or text, and otherwise as `find_boundary`.
+
+    Examples:
+        >>> table = sl.predict_boundary(model, pairs, directions, budget="kl=0.1")
+        >>> bool((table.predicted_boundary_pos == -table.predicted_boundary_neg).all())  # no slope
+        True
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     check_directions(directions, hook_names)

@@ -23,6 +23,13 @@ class Directions(Mapping[str, Tensor]):
     holds both, in that order. The sign is fixed by the method, most often so that positive prompts
     project higher on average. `fingerprint` is that of the pairs it was fitted on. Raises
     `DirectionError` when a vector does not have norm 1.
+
+    Examples:
+        >>> directions
+        Directions(mean_diff, 5 hooks, d_model 32, position -1)
+        >>> unit = directions["blocks.2.hook_resid_post"]
+        >>> float(unit.norm())
+        1.00
     """
 
     hook_names: tuple[str, ...]

@@ -92,8 +92,8 @@ def loss_geometry(
     where it lies beyond the search, of the largest that was found) the loss is measured in its
     reference form, read at the hook itself:
 
-    loss(p) = -(mean_i difference_i + 2 p) . direction
-              + weight * mean_i relu(margin * baseline_i - logp_i(p))^2
+        loss(p) = -(mean_i difference_i + 2 p) . direction
+                  + weight * mean_i relu(margin * baseline_i - logp_i(p))^2
 
     The arrows of `points` are minus the gradients of the two terms of the noref loss at p = 0, as
     the difference moves, pair by pair and within the plane: `difference_i / ||difference_i||` for
@@ -103,6 +103,16 @@ def loss_geometry(
     Cost: a boundary search and `6 * n_angles` cells of the positive prompts a hook, two forward and
     two backward passes for all. Raises as `boundary_shape`, and `SweepError` on a margin or weight
     that is not finite.
+
+    Examples:
+        >>> geometry = sl.loss_geometry(
+        ...     model, pairs, directions, layers=[1], n_angles=4, budget="kl=0.1", n_bootstrap=50
+        ... )
+        >>> geometry  # six shares of four boundaries, and none
+        LossGeometry(1 hooks, 28 pushes)
+        >>> pushes = geometry.contours
+        >>> np.allclose(pushes.loss, pushes.coherence_penalty - pushes.along)
+        True
     """
     hook_names = resolve_hooks(model, layers)
     check_directions(directions, hook_names)

@@ -280,7 +280,14 @@ def expect(
 
 
 def first_root(bend: float, slope: float, allowance: float) -> float:
-    """The smallest c > 0 with `slope * c + bend * c^2 = allowance` (bend >= 0), inf if none."""
+    """The smallest c > 0 with `slope * c + bend * c^2 = allowance` (bend >= 0), inf if none.
+
+    Examples:
+        >>> first_root(bend=0.5, slope=0.0, allowance=0.08)  # sqrt(0.08 / 0.5)
+        0.40
+        >>> first_root(bend=0.0, slope=-1.0, allowance=0.08)
+        inf
+    """
     if bend == 0:
         return allowance / slope if slope > 0 else math.inf
     return (math.sqrt(slope**2 + 4 * bend * allowance) - slope) / (2 * bend)

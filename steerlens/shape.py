@@ -105,6 +105,13 @@ def boundary_shape(
     and `-boundary_neg` that at 180 (estimated again, with other probes). Raises as `find_boundary`,
     `SweepError` when `layer` names more than one hook or there are fewer than 3 angles, and
     `DirectionError` when nothing is left of the differences.
+
+    Examples:
+        >>> shape = sl.boundary_shape(
+        ...     model, pairs, directions, layer=1, n_angles=4, budget="kl=0.1"
+        ... )
+        >>> shape.table.angle.tolist()
+        [0.0, 90.0, 180.0, 270.0]
     """
     hook_names = resolve_hooks(model, layer)
     check_plane(hook_names, n_angles)

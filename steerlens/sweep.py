@@ -118,6 +118,14 @@ def sweep(
     on coefficients that are not finite, `DirectionError` when a hook or its readout has no
     direction, `SweepError` on a bad budget or number of resamples, `HookError` on an unknown hook,
     and as `tokenize_pairs`, `make_workload` and `run_baseline` do.
+
+    Examples:
+        >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
+        >>> result
+        SweepResult(1 hooks x 3 coefficients, mean_diff)
+        >>> projection = result.table.projection  # at the readout itself each side moves by c
+        >>> (projection - projection[1]).tolist()
+        [-8.00, 0.00, 8.00]
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
@@ -226,6 +234,11 @@ def measure_layers(
     """The per-layer table alone (`LAYER_COLUMNS`), from the unsteered model: no cell is run.
 
     Raises as `sweep`.
+
+    Examples:
+        >>> table = sl.measure_layers(model, pairs, directions)
+        >>> bool((table.projection <= table.separation).all())
+        True
     """
     return sweep(
         model,

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -27,9 +27,9 @@ WORDS = """the a river walk was is I you are cheerful gloomy kind rude good bad 
 went by and or not very so it sun rain soup bread warm cold said felt today tomorrow""".split()
 
 
-def build_tokenizer(**options: Any) -> Any:
+def build_tokenizer(*, words: Sequence[str] = WORDS, **options: Any) -> Any:
     """Words and single characters as tokens; BOS is `<s>`, id 1."""
-    vocab = ["<unk>", "<s>", "</s>", "<pad>", *WORDS, *map(chr, range(33, 127)), "\n"]
+    vocab = ["<unk>", "<s>", "</s>", "<pad>", *words, *map(chr, range(33, 127)), "\n"]
     tokenizer = Tokenizer(
         models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(vocab))}, "<unk>")
     )

@@ -86,6 +86,21 @@ def compare_circuits(
     with different tokens, answers that do not fit, a model whose heads and MLPs do not add up to
     its stream, when nothing is left of the behaviour to explain, and as `attribute` does; and as
     `tokenize_pairs`.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
+        >>> answers = contrast_answers(model, pairs, n_tokens=3)
+        >>> found = compare_circuits(
+        ...     model,
+        ...     pairs,
+        ...     answers,
+        ...     {"cheerful": Intervention(vector, 4)},
+        ...     shares=[0.2],
+        ...     levels=["node"],
+        ...     n_splits=2,
+        ... )
+        >>> found.table[["a", "b", "size"]].to_dict("list")
+        {'a': ['unsteered'], 'b': ['cheerful'], 'size': [5]}
     """
     shares, levels = sorted(set(shares)), tuple(dict.fromkeys(levels))
     _check(shares, levels, interventions, floor)

@@ -30,6 +30,12 @@ def random_intervention(
     prompts, to about 2% (1% of the coefficient). To `progress` the search is one step. Raises
     `CircuitError` when the intervention is not an added vector at one hook, its divergence is 0 or
     not finite, or no coefficient up to 16 times its own reaches it.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, random_intervention
+        >>> floor = random_intervention(model, pairs, Intervention(vector, 4))
+        >>> floor.vector.hook_names
+        ('blocks.2.hook_resid_post',)
     """
     from scipy.optimize import brentq
 

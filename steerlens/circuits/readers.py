@@ -89,6 +89,16 @@ def find_readers(
     coefficient is 0, when the heads and MLPs do not add up to the residual stream, where the metric
     is not linear behind the final norm (soft-capped logits), when the answers do not fit the
     prompts, and on negative counts; `SteeringError` as `steer`.
+
+    Examples:
+        >>> from steerlens.circuits import contrast_answers, find_readers, make_prompts
+        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> answers = contrast_answers(model, pairs, n_tokens=3)
+        >>> readers = find_readers(model, prompts, answers, vector, 4, top=2, n_claimed=2)
+        >>> readers
+        Readers(blocks.2.hook_resid_post, 10 components)
+        >>> np.allclose(readers.table.effect, readers.table.direct + readers.table.mediated)
+        True
     """
     if min(top, n_claimed, n_draws) < 0 or ig_steps < 1:
         raise CircuitError(

@@ -73,6 +73,14 @@ def find_writers(
     sum of their sizes (blocks that norm or scale what they add; in 16-bit dtypes 4 epsilon), the
     hook is not a block output, or `n_positions` is below 1;
     `DirectionError` when the hook has no direction; and as `tokenize_pairs`.
+
+    Examples:
+        >>> from steerlens.circuits import find_writers
+        >>> writers = find_writers(model, pairs, directions, layer=2)
+        >>> writers
+        Writers(blocks.2.hook_resid_post, 16 components)
+        >>> float(writers.table.share.sum())
+        1.00
     """
     if n_positions < 1:
         raise CircuitError(f"n_positions must be at least 1, got {n_positions}")

@@ -75,7 +75,7 @@ def boundary(
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """The largest coefficient of each sign at which the model is still coherent, at every layer."""
+    """The first coefficient of each sign beyond which the budget is exceeded, at every layer."""
     method_of(method)
     text = text_of(on)
     check_search(budget=budget, search_range=search_range)

@@ -130,6 +130,20 @@ def compare(
     Raises `DirectionError` on an unknown method, `SweepError` on a budget, number or set of texts
     that cannot be used, `PairError` when training and held-out items share a prompt, and as
     `collect_differences`, `loss_gradients` and `fit_directions` do.
+
+    Examples:
+        >>> comparison = sl.compare(
+        ...     model,
+        ...     pairs,
+        ...     items,
+        ...     methods=["mean_diff", "pca"],
+        ...     layers=[1],
+        ...     neutral=["the river was so cold", "it was warm", "I felt the rain", "what a night"],
+        ...     n_null=2,
+        ...     n_bootstrap=50,
+        ... )
+        >>> comparison.table[["method", "layer"]].to_dict("list")
+        {'method': ['mean_diff', 'pca'], 'layer': [1, 1]}
     """
     settings = CompareSettings(
         methods=tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)),

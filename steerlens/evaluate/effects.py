@@ -139,6 +139,10 @@ def distinct_3(tokens: Sequence[int]) -> float:
     """Distinct trigrams over all trigrams of a text's tokens: 1 without repetition.
 
     NaN for fewer than three tokens.
+
+    Examples:
+        >>> distinct_3([1, 2, 3, 1, 2, 3])  # 123, 231, 312, 123
+        0.75
     """
     trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
     return len(set(trigrams)) / len(trigrams) if trigrams else float("nan")

@@ -55,6 +55,14 @@ class LossGradients:
     such gradient. `weights` multiply it, one a hook. The readouts come after `hook_names`, as in
     `Differences`. `scores` (none unless asked for) are gradients of the log-probability of label
     sequences drawn from the model, over the root of their length (nats per residual unit).
+
+    Examples:
+        >>> gradients = sl.loss_gradients(model, pairs, layers=[1, 2])
+        >>> gradients.positive.shape  # both hooks and the readout, 8 pairs
+        torch.Size([2, 8, 32])
+        >>> balanced = gradients.with_weight("balanced")
+        >>> bool((balanced.weights > 0).all())
+        True
     """
 
     hook_names: tuple[str, ...]
@@ -157,6 +165,10 @@ def loss_gradients(
     or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
     before a hook; `ModelError` as `check_label_rows`; `SweepError` on a bad weight, margin or
     number of scores.
+
+    Examples:
+        >>> sl.loss_gradients(model, pairs, layers=[1, 2])
+        LossGradients(2 hooks, 8 pairs, d_model 32)
     """
     hook_names = resolve_hooks(model, layers)
     n_layers = int(model.cfg.n_layers)
@@ -214,6 +226,11 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
     Columns: `GRADIENT_COLUMNS`. Norms and cosines are means over the positive rows, the cosine NaN
     where a row of either term is zero. The default weight of 10000 is a balance for one model and
     one layer: `balanced_weight` says which would make the two equal here.
+
+    Examples:
+        >>> terms = sl.gradient_terms(sl.loss_gradients(model, pairs, layers=[1, 2]))
+        >>> bool(terms.coherence_share.between(0, 1).all())
+        True
     """
     rows: list[Row] = []
     balanced = _balanced(gradients.separation_positive, gradients.coherence)

@@ -36,6 +36,10 @@ def fit(
     `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`, which
     takes `items` for the methods trained on continuations. `position` as in `default_position`
     unless given. `weight` is that of the coherence term in the gradients. Raises as those do.
+
+    Examples:
+        >>> sl.fit(model, pairs, method="gradient_mean", layers=[1, 2])
+        Directions(gradient_mean, 2 hooks, d_model 32, position -2)
     """
     fitted = fit_methods(
         model,

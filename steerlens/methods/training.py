@@ -92,6 +92,13 @@ def train_directions(
     Raises `DirectionError` on an unknown objective, missing items, fewer than 5 examples, or a
     vector that did not move; `SweepError` on a number that cannot be used; and as
     `collect_differences` does.
+
+    Examples:
+        >>> trained = sl.train_directions(model, pairs, layers=[1], max_epochs=2)
+        >>> trained.directions
+        Directions(optimised, 1 hooks, d_model 32, position -1)
+        >>> list(trained.history)
+        ['hook_name', 'epoch', 'train_loss', 'validation_loss', 'norm']
     """
     if objective not in OBJECTIVES:
         raise DirectionError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")

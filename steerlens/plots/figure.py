@@ -21,6 +21,14 @@ class Figure:
 
     `caption` says in a sentence what is drawn and in which units. Figures show themselves in
     notebooks: interactive where plotly's renderer is there, as a PNG elsewhere.
+
+    Examples:
+        >>> figure = sl.plots.layer_profile(sl.measure_layers(model, pairs, directions))
+        >>> figure
+        Figure('Layer by layer, unsteered', 4 panels)
+        >>> figure.save(folder / "profile.html")
+        >>> figure.to_plotly().layout.title.text
+        'Layer by layer, unsteered'
     """
 
     title: str
