@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from browser import open_browser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
@@ -192,5 +191,8 @@ def _hooks_are_gone(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium (`browser.Browser`) for the tests of HTML pages."""
+    # Here, for the examples in docstrings share this file, and stand beside no `browser`.
+    from browser import open_browser
+
     with open_browser(tmp_path_factory.mktemp("chromium")) as opened:
         yield opened
