@@ -4,6 +4,7 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 `sweep`; `find_boundary` for how far, `compare` for which method.
 """
 
+from steerlens import plots
 from steerlens.activations import Differences, collect_activations, collect_differences
 from steerlens.boundary import BoundaryResult, find_boundary, predict_boundary
 from steerlens.damage import token_damage
@@ -27,6 +28,7 @@ from steerlens.export import (
     to_steering_vectors,
 )
 from steerlens.generations import generation_table
+from steerlens.geometry import LossGeometry, loss_geometry
 from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import readout_hook, resolve_hooks
 from steerlens.items import PreferenceItem, PreferenceItems
@@ -79,6 +81,7 @@ __all__ = [
     "ContrastivePairs",
     "Differences",
     "Directions",
+    "LossGeometry",
     "LossGradients",
     "Message",
     "PreferenceItem",
@@ -112,11 +115,13 @@ __all__ = [
     "gradient_terms",
     "label_logprob",
     "load_model",
+    "loss_geometry",
     "loss_gradients",
     "measure_layers",
     "neutral_texts",
     "null_directions",
     "ordering_penalty",
+    "plots",
     "predict_boundary",
     "provenance",
     "readout_hook",

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from test_cli import (  # noqa: F401 (fixtures)
@@ -26,7 +25,6 @@ from steerlens.circuits import (
     make_prompts,
     token_projections,
 )
-from steerlens.circuits.pictures import heat_map_page
 from steerlens.hooks import resid_post
 from steerlens.tables import CIRCUIT_COLUMNS, READER_COLUMNS, WRITER_COLUMNS
 from steerlens.tokens import TokenizedPrompt
@@ -126,19 +124,3 @@ def test_pages_hold_what_was_found(circuits: Main, tmp_path: Path) -> None:
         page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
         assert f'"view": "{view}"' in page
         assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
-
-
-def test_the_heat_map_holds_every_component() -> None:
-    writers = pd.DataFrame(
-        {
-            "component": ["embed", "head", "head", "mlp"],
-            "layer": [-1, 0, 0, 0],
-            "head": [-1, 0, 1, -1],
-            "contribution": [9.0, 0.125, -0.25, 0.5],
-        }
-    )
-    page = heat_map_page(writers, writers.rename(columns={"contribution": "effect"})).html
-    assert page.count("cdn.plot.ly") <= page.count("plotly.js v")
-    assert "Who writes the direction" in page
-    assert "H1" in page
-    assert "MLP" in page

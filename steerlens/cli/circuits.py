@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from steerlens import plots
 from steerlens.circuits import (
     Component,
     Intervention,
@@ -19,8 +20,8 @@ from steerlens.circuits import (
     random_intervention,
     token_projections,
 )
+from steerlens.circuits.edges import edge_table
 from steerlens.circuits.graphs import readers as edge_readers
-from steerlens.circuits.pictures import graph_page, heat_map_page
 from steerlens.circuits.readers import check_steered
 from steerlens.cli.options import (
     IN_SAMPLE,
@@ -42,7 +43,6 @@ from steerlens.errors import CircuitError
 from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, method_of
 from steerlens.models import DEFAULT_MODEL, load_model, provenance
-from steerlens.plots.pages import attention_page, projection_page
 from steerlens.runs import check_run_folder, write_run
 from steerlens.steering import SteeringVector
 from steerlens.tokens import tokenize_pairs
@@ -128,13 +128,13 @@ def circuits(
     }
     of_heads = readers.table[readers.table.component == "head"]
     heads = [Component(*place) for place in of_heads[["layer", "head"]].to_numpy().tolist()]
-    pages = {"components": heat_map_page(writers.table, readers.table)}
+    pages = {"components": plots.components(writers.table, readers.table).to_html()}
     seen = attention_patterns(loaded, prompts, pushed, heads[:TOP_HEADS])
     patterns = {"Unsteered": seen.unsteered.numpy(), "Steered": seen.steered.numpy()}
-    pages["attention"] = attention_page(seen.tokens, seen.heads, patterns)
+    pages["attention"] = plots.attention_page(seen.tokens, seen.heads, patterns).html
     along = token_projections(loaded, prompts, directions, pushed)
     projections = {"Unsteered": along.unsteered.numpy(), "Steered": along.steered.numpy()}
-    pages["tokens"] = projection_page(along.tokens, along.layers, projections)
+    pages["tokens"] = plots.projection_page(along.tokens, along.layers, projections).html
     if compare:
         say("is it the same circuit")
         found = compare_circuits(
@@ -146,7 +146,7 @@ def circuits(
             seed=seed,
         )
         tables |= {"circuits": found.table, "faithfulness": found.faithfulness}
-        pages["graph"] = graph_page(loaded, found.scores)
+        pages["graph"] = plots.circuit_graph(edge_table(loaded, found.scores)).to_html()
     seconds = time.perf_counter() - started
     write_run(
         out,
@@ -154,7 +154,7 @@ def circuits(
         directions,
         request,
         seconds=seconds,
-        pages={name: made.html for name, made in pages.items()},
+        pages=pages,
     )
     if quiet:
         return

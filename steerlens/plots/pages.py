@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from steerlens.errors import OutputError, PlotError
 from steerlens.plots.scripts import CIRCUITSVIS, page, script_tags
+from steerlens.plots.sweeps import check_columns
 from steerlens.steering.files import write_whole
 from steerlens.tables import TOKEN_COLUMNS
 
@@ -247,12 +248,7 @@ def _reach(values: Float[np.ndarray, "..."]) -> float:
 
 
 def _check(tokens: pd.DataFrame) -> None:
-    missing = [c.name for c in TOKEN_COLUMNS if c.name not in tokens.columns]
-    if missing or tokens.empty:
-        raise PlotError(
-            f"expected the table of token_damage, got {len(tokens)} rows without "
-            f"{', '.join(missing) or 'any token'}"
-        )
+    check_columns(tokens, [column.name for column in TOKEN_COLUMNS], "the table of token_damage")
 
 
 def _groups(tokens: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:
