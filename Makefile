@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench test test-llamacpp lint types unit install clean
+.PHONY: demo bench docs test test-llamacpp lint types unit install clean
 
 install: $(STAMP)
 
@@ -49,6 +49,11 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest --nbmake tests tutorials
+	$(BIN)/python -m pytest --doctest-modules steerlens
+
+# The site, into build/site: without a network, warnings are errors.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -50,6 +50,8 @@ from steerlens.methods import (
     train_directions,
 )
 from steerlens.models import load_model, provenance
+from steerlens.progress import show_progress
+from steerlens.report import Run, read_run, report
 from steerlens.shape import BoundaryShape, boundary_shape
 from steerlens.steering import (
     Ablate,
@@ -87,6 +89,7 @@ __all__ = [
     "PreferenceItem",
     "PreferenceItems",
     "Rotate",
+    "Run",
     "SteeringLoss",
     "SteeringVector",
     "SteerlensError",
@@ -124,9 +127,12 @@ __all__ = [
     "plots",
     "predict_boundary",
     "provenance",
+    "read_run",
     "readout_hook",
     "reliability",
+    "report",
     "resolve_hooks",
+    "show_progress",
     "steer",
     "sweep",
     "to_gguf",

@@ -20,7 +20,12 @@ MIN_PAIRS = 2
 
 
 class Message(NamedTuple):
-    """One turn of a chat."""
+    """One turn of a chat.
+
+    Examples:
+        >>> sl.Message("user", "How was your day?").role
+        'user'
+    """
 
     role: str
     content: str
@@ -45,6 +50,11 @@ class ContrastivePair:
     A prompt is text, or a tuple of chat messages that the model's tokenizer renders. `continuation`
     is text that follows the positive prompt; where it is given, its tokens are the labels whose
     log-probability is measured.
+
+    Examples:
+        >>> pair = sl.ContrastivePair("You are kind.", "You are rude.", continuation="Hello!")
+        >>> pair.continuation
+        'Hello!'
     """
 
     positive: Prompt
@@ -58,6 +68,15 @@ class ContrastivePairs(Sequence[ContrastivePair]):
     """An immutable list of at least two contrastive pairs with distinct ids.
 
     Raises `PairError` on fewer than two pairs, repeated ids, or a pair whose two prompts are equal.
+
+    Examples:
+        >>> sl.ContrastivePairs.from_lists(
+        ...     ["I loved it because", "It was good, as"], ["I hated it because", "It was bad, as"]
+        ... )
+        ContrastivePairs('pairs', 2 pairs, ...)
+        >>> held_out = sl.ContrastivePairs.load("sentiment", split="test")
+        >>> len(held_out), len(held_out[:8])
+        (100, 8)
     """
 
     pairs: tuple[ContrastivePair, ...]
@@ -165,6 +184,15 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         Keys: `positive` and `negative` (text, or a list of `{"role", "content"}` messages),
         optional `continuation` (text) and `id` (text or a whole number; default the line number).
         Other keys are ignored unless they look misspelt. Raises `PairError` with file and line.
+
+        Examples:
+            >>> lines = [
+            ...     '{"positive": "I loved it because", "negative": "I hated it because"}',
+            ...     '{"positive": "It was good, as", "negative": "It was bad, as", "id": "good"}',
+            ... ]
+            >>> size = (folder / "mine.jsonl").write_text("\\n".join(lines))
+            >>> [pair.id for pair in sl.ContrastivePairs.from_jsonl(folder / "mine.jsonl")]
+            ['1', 'good']
         """
         pairs = [
             _pair_from_record(record, default_id=str(number), where=where)
@@ -192,6 +220,11 @@ class ContrastivePairs(Sequence[ContrastivePair]):
 
         The test part has `round(test_fraction * n)` pairs. Raises `PairError` unless both parts
         keep at least two pairs.
+
+        Examples:
+            >>> train, test = pairs.split(0.25)
+            >>> len(train), len(test)
+            (6, 2)
         """
         n_test = round(test_fraction * len(self)) if 0 < test_fraction < 1 else 0
         if min(n_test, len(self) - n_test) < MIN_PAIRS:
@@ -244,7 +277,12 @@ def shipped_folder() -> Path:
 
 
 def dataset_names() -> tuple[str, ...]:
-    """Names of the shipped pair datasets, sorted."""
+    """Names of the shipped pair datasets, sorted.
+
+    Examples:
+        >>> sl.dataset_names()
+        ('formality', 'honesty', 'sentiment')
+    """
     return tuple(sorted(path.parent.name for path in shipped_folder().glob("*/train.jsonl")))
 
 
@@ -257,7 +295,12 @@ def dataset_card(name: str) -> str:
 
 
 def neutral_texts() -> tuple[str, ...]:
-    """The shipped lines of neutral text, for measuring the side effects of steering."""
+    """The shipped lines of neutral text, for measuring the side effects of steering.
+
+    Examples:
+        >>> len(sl.neutral_texts())
+        200
+    """
     text = (shipped_folder() / "neutral" / "neutral.txt").read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line.strip())
 

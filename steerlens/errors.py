@@ -47,3 +47,7 @@ class CircuitError(SteerlensError):
 
 class PlotError(SteerlensError):
     """A table lacks what a figure is drawn from, or a figure is asked for what it does not have."""
+
+
+class ReportError(SteerlensError):
+    """A run folder cannot be read as one."""

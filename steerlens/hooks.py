@@ -48,6 +48,12 @@ def readout_hook(hook_name: str, n_layers: int) -> str:
 
     A block's output is its last hook, so the readout never comes before the intervention. Raises
     `HookError` when the hook is not inside a block.
+
+    Examples:
+        >>> sl.readout_hook("blocks.12.hook_resid_post", 30)
+        'blocks.27.hook_resid_post'
+        >>> sl.readout_hook("blocks.28.hook_mlp_out", 30)
+        'blocks.28.hook_resid_post'
     """
     return resid_post(max(hook_layer(hook_name), n_layers - _READOUT_DEPTH))
 
@@ -61,6 +67,12 @@ def resolve_hooks(model: HookedModel, layers: Layers = "all") -> tuple[str, ...]
     or a list of any of these. Layer numbers mean `blocks.N.hook_resid_post`; negative ones count
     from the end. Raises `HookError` for a layer or slice bound that does not exist, a hook outside
     the blocks, and a name or glob that matches nothing, with the nearest names.
+
+    Examples:
+        >>> sl.resolve_hooks(model, "1:5:2")
+        ('blocks.1.hook_resid_post', 'blocks.3.hook_resid_post')
+        >>> sl.resolve_hooks(model, [-1, "blocks.4.hook_mlp_out"])
+        ('blocks.4.hook_mlp_out', 'blocks.4.hook_resid_post')
     """
     names: list[str] = []
     for part in _parts(layers):

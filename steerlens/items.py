@@ -31,6 +31,11 @@ class PreferenceItem:
     """A prompt without a persona, and the continuations that the positive and negative side prefer.
 
     Steering towards the positive side should raise logprob(positive) - logprob(negative).
+
+    Examples:
+        >>> item = sl.PreferenceItem("The film was", positive=" a joy.", negative=" a bore.")
+        >>> item.positive
+        ' a joy.'
     """
 
     prompt: Prompt
@@ -44,6 +49,13 @@ class PreferenceItems(Sequence[PreferenceItem]):
     """An immutable list of at least two items with distinct ids.
 
     Raises `PairError` on fewer, repeated ids, or an item whose two continuations are equal.
+
+    Examples:
+        >>> sl.PreferenceItems.load("sentiment", split="train")
+        PreferenceItems('sentiment/items_train', 40 items, ...)
+        >>> train, test = items.split(0.5)
+        >>> len(train), len(test)
+        (3, 3)
     """
 
     items: tuple[PreferenceItem, ...]

@@ -23,6 +23,12 @@ class SteeringLoss(NamedTuple):
 
     `separation` is minus the mean separation (or projection), in residual units;
     `coherence_penalty` is at least 0, in nats^2 times the weight.
+
+    Examples:
+        >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+        >>> found = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, torch.tensor([-2.0]))
+        >>> float(found.separation), float(found.coherence_penalty), float(found.loss)
+        (-5.00, 4.00, -1.00)
     """
 
     loss: Float[Tensor, ""]
@@ -41,9 +47,9 @@ def contrastive_steering_loss_noref(
 ) -> SteeringLoss:
     """The steering loss without a reference model: the baseline is this very forward pass.
 
-    separation = -mean_i ||hs_pos_i - hs_neg_i||_2
-    baseline = stop_gradient(logp_avg_pos_label)
-    coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
+        separation = -mean_i ||hs_pos_i - hs_neg_i||_2
+        baseline = stop_gradient(logp_avg_pos_label)
+        coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
     `hs_*` in residual units, `logp_avg_pos_label` in nats per token (negative). `mask` keeps the
     pairs whose logprob counts (all by default); the separation takes every pair. As logprobs are
@@ -54,6 +60,15 @@ def contrastive_steering_loss_noref(
     later labels only, so read gradients at a position with a label after it: at the last token of a
     prompt without continuation the coherence gradient is zero.
     A mask that keeps no pair gives NaN.
+
+    Examples:
+        >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+        >>> logp = torch.tensor([-2.0], requires_grad=True)
+        >>> found = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, logp)
+        >>> found.separation.item(), found.coherence_penalty.item()  # -|(3, 4)| and logp^2
+        (-5.00, 4.00)
+        >>> torch.autograd.grad(found.loss, logp)[0].item()  # 200 * logp
+        -400.0
     """
     separation = -(hs_pos - hs_neg).norm(dim=-1).mean()
     penalty = coherence_penalty(
@@ -76,8 +91,8 @@ def contrastive_steering_loss(
 ) -> SteeringLoss:
     """The steering loss against the unsteered model, along a frozen direction.
 
-    separation = -mean_i (hs_pos_i - hs_neg_i) . direction
-    coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
+        separation = -mean_i (hs_pos_i - hs_neg_i) . direction
+        coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
     `direction` is the unit vector fitted on the unsteered model: an intervention cannot win by
     rotating the difference. `baseline_logp_avg_pos_label` is the unsteered logprob (nats per
@@ -87,6 +102,14 @@ def contrastive_steering_loss(
     to 1, replaces the margin by `1 / (1 - tolerance)`, which permits a loss: with 0.01 the penalty
     is 0 down to `baseline / 0.99`, the default of `coherent`, and 0 unsteered. Units and `mask` as
     in `contrastive_steering_loss_noref`. Raises `SweepError` on a tolerance outside its range.
+
+    Examples:
+        >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+        >>> logp, baseline = torch.tensor([-2.1]), torch.tensor([-2.0])
+        >>> direction = torch.tensor([1.0, 0.0])
+        >>> found = sl.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
+        >>> float(found.separation), float(found.coherence_penalty)  # -3 and 10000 * 0.12^2
+        (-3.00, 144.0)
     """
     if tolerance is not None:
         if not 0 <= tolerance < 1:
@@ -135,6 +158,11 @@ def coherence_hinge(
     the penalty rises with the `exponent`. Both logprobs in nats per token; no gradient flows
     through the baseline. At least 0; 0 unsteered, with gradient 0. Raises `SweepError` on a
     negative threshold or an exponent below 1.
+
+    Examples:
+        >>> logp, baseline = torch.tensor([-2.15]), torch.tensor([-2.0])
+        >>> float(sl.coherence_hinge(logp, baseline))  # 10000 * (0.15 - 0.05)^2
+        100.0
     """
     if not (threshold >= 0 and exponent >= 1):
         raise SweepError(
@@ -162,6 +190,13 @@ def total_variation_barrier(
     direction raises it. At or beyond `limit` the gradient is NaN. No gradient flows through
     `unsteered`. Raises `SweepError` unless the limit
     is above 0 and at most 1.
+
+    Examples:
+        >>> steered = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]).log()
+        >>> unsteered = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]).log()
+        >>> is_label = torch.tensor([[False, True]])
+        >>> float(sl.total_variation_barrier(steered, unsteered, is_label))  # -log(1 - 0.25 / 0.5)
+        0.693
     """
     if not 0 < limit <= 1:
         raise SweepError(f"limit must be above 0 and at most 1, got {limit}")
@@ -184,11 +219,16 @@ def ordering_penalty(
 ) -> Float[Tensor, ""]:
     """The preference gap must rise (or fall) from c = -1 over 0 to +1: by how much it does not.
 
-    mean_i relu(margin - (gap_none_i - gap_down_i)) + relu(margin - (gap_up_i - gap_none_i))
+        mean_i relu(margin - (gap_none_i - gap_down_i)) + relu(margin - (gap_up_i - gap_none_i))
 
     A gap is logprob(preferred continuation) - logprob(the other one), nats per token, at c = -1, 0
     and +1; with `rising=False` the steps are taken downwards. In nats per token, at least 0;
     unsteered, with all gaps equal, `2 * margin`.
+
+    Examples:
+        >>> down, none, up = torch.tensor([0.5]), torch.tensor([0.2]), torch.tensor([0.6])
+        >>> float(sl.ordering_penalty(down, none, up))  # the first step falls by 0.3
+        0.30
     """
     sign = 1 if rising else -1
     steps = (gap_none - gap_down, gap_up - gap_none)
@@ -219,7 +259,8 @@ def preference_loss(
 ) -> Float[Tensor, ""]:
     """The bidirectional preference loss: a vector must work at c = +1, and against itself at -1.
 
-    mean_i -log sigmoid(beta (gap_up_i - gap_none_i)) - log sigmoid(beta (gap_none_i - gap_down_i))
+        mean_i -log sigmoid(beta (gap_up_i - gap_none_i))
+               - log sigmoid(beta (gap_none_i - gap_down_i))
 
     Gaps as in `ordering_penalty`. Above 0; unsteered `2 log 2`. After Cao et al. 2024
     (arXiv:2406.00045), which sums over tokens and draws the sign at random; here both signs count
@@ -240,6 +281,13 @@ def label_logprob(
     `label_mask` is True at the tokens that count as labels; the label at token t is predicted by
     the logits at t - 1, so a label at the first token cannot be predicted and must not be marked.
     The log-softmax is taken in float32 at least. A prompt without labels gives NaN.
+
+    Examples:
+        >>> logits = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]]).log()
+        >>> tokens = torch.tensor([[0, 1, 0]])
+        >>> is_label = torch.tensor([[False, True, True]])
+        >>> sl.label_logprob(logits, tokens, is_label)  # (log 0.75 + log 0.5) / 2
+        tensor([-0.490])
     """
     return mean_by_prompt(label_logprobs(logits, tokens, label_mask), label_mask[:, 1:])
 
@@ -306,9 +354,17 @@ class Budget:
 
     Of the labels' mean logprob: `relative` 0.01: logprob >= baseline / 0.99, that is at most about
     1% further below zero; `nats` 0.05: logprob >= baseline - 0.05 nats per token. Of the next-token
-    distribution, KL(unsteered || steered) in nats per token: `kl` its mean, `kl_p95` its 95th
-    percentile over all label tokens, `rollout_kl_p95` that percentile over the tokens of the
-    steered model's own greedy continuations.
+    distribution, KL(unsteered || steered) in nats per token: `kl` its mean over a prompt's labels
+    and then over prompts, `kl_p95` its 95th percentile over the labels of all prompts,
+    `rollout_kl_p95` that percentile over the tokens of the steered model's own greedy
+    continuations.
+
+    Examples:
+        >>> budget = Budget.parse("relative=0.01")
+        >>> budget.min_logprob(-2.97), budget.allowance(-2.97)
+        (-3.00, 0.030)
+        >>> Budget.parse("kl=0.1").allowance(-2.97)
+        0.1
     """
 
     kind: Literal["relative", "nats"] | Divergence

@@ -152,7 +152,12 @@ def load_model(
 
 
 def provenance(model: HookedModel) -> Provenance:
-    """Where `model` came from; what is not known of a model made elsewhere says "unknown"."""
+    """Where `model` came from; what is not known of a model made elsewhere says "unknown".
+
+    Examples:
+        >>> sl.provenance(model).model_class
+        'TransformerBridge'
+    """
     name, source, revision, file_hash = _recorded.get(
         model, (str(getattr(model.cfg, "model_name", "unknown")), "object", "unknown", "unknown")
     )

@@ -1,9 +1,11 @@
 """Run folders: refuse to lose what is there, write whole files, record what was run."""
 
 import json
+import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +16,11 @@ import pandas as pd
 
 from steerlens.directions import Directions
 from steerlens.errors import OutputError
-from steerlens.steering.files import write_whole
+from steerlens.steering.files import without_nan, write_whole
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
+REPORT = "report.html"
 RUN_FILES = (
     "sweep.csv",
     "sweep.parquet",
@@ -27,21 +30,24 @@ RUN_FILES = (
     "summary.csv",
     "effects.csv",
     "layers.csv",
-    "generations.csv",
-    "tokens.csv",
     "points.csv",
     "geometry.csv",
     "contours.csv",
+    "generations.csv",
+    "tokens.csv",
     "writers.csv",
     "positions.csv",
     "readers.csv",
     "claims.csv",
     "circuits.csv",
+    "edges.csv",
     "faithfulness.csv",
+    "edges.csv",
     "components.html",
     "attention.html",
     "tokens.html",
     "graph.html",
+    REPORT,
     "directions.safetensors",
     RECORD,
 )
@@ -76,7 +82,7 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
         changed = sorted(
             key
             for key in {*earlier, *request}
-            if earlier.get(key) != json.loads(json.dumps(request)).get(key)
+            if earlier.get(key) != json.loads(json.dumps(without_nan(request))).get(key)
         )
     except (
         OSError,
@@ -122,25 +128,37 @@ def write_run(
     seconds: float,
     forward_equivalents: float | None = None,
     pages: Mapping[str, str] = MappingProxyType({}),
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write the files of a run; each appears whole, the record last.
 
     Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
     of several; each of `pages` as `NAME.html`; and `run.json`, with the seconds and, where they are
-    counted, the forward-equivalents spent. Raises `OutputError`
-    when a file cannot be written.
+    counted, the forward-equivalents spent, the rows and attrs of each table, and the `warnings`
+    given. In the record None stands for NaN, "inf" and "-inf" for themselves, as JSON has neither.
+    Raises `OutputError` when a file cannot be written.
     """
     record = {
         "request": dict(request),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
         "forward_equivalents": forward_equivalents,
+        "warnings": list(warnings),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("steerlens", "torch", "transformers", "pandas")},
             "transformer-lens": version("transformer-lens"),
         },
-        "machine": {"system": platform.system(), "processor": platform.machine()},
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "tables": {
+            name: {"rows": len(table), "attrs": dict(table.attrs)} for name, table in tables.items()
+        },
+        "pages": list(pages),
     }
     try:
         for name, table in tables.items():
@@ -181,4 +199,5 @@ def _write_text(text: str, path: Path) -> None:
 
 
 def _write_json(record: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")

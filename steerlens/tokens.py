@@ -188,6 +188,13 @@ def tokenize_prompt(
     on its own, so that it is the same ids after any prompt. `where` is what errors call it. Raises
     `PairError` when the prompt is empty or longer than the model's context, `ModelError` when the
     model has no tokenizer.
+
+    Examples:
+        >>> tokenized = sl.tokenize_prompt(model, "the river was", "so cold")
+        >>> model.tokenizer.decode(tokenized.continuation)
+        'so cold'
+        >>> tokenized.prompt  # BOS first
+        (1, 4, 6, 8)
     """
     return _tokenize(model, prompt, continuation, where=where)
 
@@ -198,6 +205,11 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
     Raises `PairError` that names the pair when its prompts tokenise to the same ids, when one is
     longer than the model's context, or when the positive one has no label: a single token with
     nothing after it.
+
+    Examples:
+        >>> tokenized = sl.tokenize_pairs(model, pairs)
+        >>> len(tokenized.positive[0]), len(tokenized.negative[0])
+        (7, 8)
     """
     positive, negative = [], []
     for pair in pairs:

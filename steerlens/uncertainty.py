@@ -19,6 +19,10 @@ def bootstrap_interval(
     Pairs are resampled with replacement (`scipy.stats.bootstrap`, percentile method, so that equal
     values give an interval of width 0). The same seed draws the same pairs for every cell. NaN
     among the values gives (NaN, NaN). With few pairs the interval is too narrow.
+
+    Examples:
+        >>> bootstrap_interval(np.array([2.0, 2.0, 2.0]), n_resamples=100, seed=0)
+        (2.0, 2.0)
     """
     if not np.isfinite(values).all():
         return float("nan"), float("nan")
@@ -75,6 +79,11 @@ def ratio_interval(
     """Percentile bootstrap interval (95%) of `mean(values) / mean(of)`, pairs drawn together.
 
     NaN below two pairs and where either is not finite.
+
+    Examples:
+        >>> values = np.array([1.0, 2.0, 3.0])
+        >>> ratio_interval(values, 2 * values, n_resamples=100, seed=0)
+        (0.5, 0.5)
     """
     if len(values) < 2 or not (np.isfinite(values).all() and np.isfinite(of).all()):
         return math.nan, math.nan
@@ -102,6 +111,13 @@ def null_band(value: float, nulls: Sequence[Float[np.ndarray, " null"]]) -> Null
     largest p-value, so that the harder kind decides. It takes the nulls of a kind to be normal,
     which lets 20 of them say more than that the value beats them all (p = 1/21). NaN where a kind
     has fewer than two values, one that is not finite, or no spread.
+
+    Examples:
+        >>> band = null_band(3.0, [np.array([-1.0, 0.0, 1.0])])  # mean 0, sd 1, t(2) = 4.30
+        >>> band.low, band.high  # -+ 4.30 sqrt(1 + 1/3)
+        (-4.97, 4.97)
+        >>> band.p_value
+        0.122
     """
     from scipy.stats import t
 
@@ -123,6 +139,10 @@ def false_discovery(p_values: Float[np.ndarray, " claim"]) -> Float[np.ndarray, 
     """Benjamini and Hochberg's adjusted p-values (q-values) of a family of claims.
 
     Those that are NaN stay NaN and do not count (`scipy.stats.false_discovery_control`).
+
+    Examples:
+        >>> false_discovery(np.array([0.01, 0.02, 0.9]))  # 3/1 0.01, 3/2 0.02, 3/3 0.9
+        array([0.03, 0.03, 0.9 ])
     """
     from scipy.stats import false_discovery_control
 
@@ -137,6 +157,10 @@ def holm(p_values: Float[np.ndarray, " claim"]) -> Float[np.ndarray, " claim"]:
     """Holm's adjusted p-values: the r-th smallest of n times n - r + 1, never falling, at most 1.
 
     Those that are NaN stay NaN and do not count.
+
+    Examples:
+        >>> holm(np.array([0.01, 0.02, 0.9]))  # 3 times 0.01, 2 times 0.02, once 0.9
+        array([0.03, 0.04, 0.9 ])
     """
     adjusted = np.full_like(p_values, math.nan)
     order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
@@ -165,6 +189,11 @@ def weighted_quantile(
     """The `quantile` (0 to 1) of all values that are not NaN, each pair's counted `counts` times.
 
     The smallest value whose share of counted values at or below it reaches `quantile`.
+
+    Examples:
+        >>> values = np.array([[1.0, 2.0], [3.0, np.nan]])
+        >>> weighted_quantile(values, np.array([[1.0, 1.0], [1.0, 3.0]]), 0.5)
+        array([2., 3.])
     """
     is_given = ~np.isnan(values)
     flat, owner = values[is_given], np.nonzero(is_given)[0]

@@ -5,12 +5,13 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from browser import open_browser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
@@ -26,9 +27,9 @@ WORDS = """the a river walk was is I you are cheerful gloomy kind rude good bad 
 went by and or not very so it sun rain soup bread warm cold said felt today tomorrow""".split()
 
 
-def build_tokenizer(**options: Any) -> Any:
+def build_tokenizer(*, words: Sequence[str] = WORDS, **options: Any) -> Any:
     """Words and single characters as tokens; BOS is `<s>`, id 1."""
-    vocab = ["<unk>", "<s>", "</s>", "<pad>", *WORDS, *map(chr, range(33, 127)), "\n"]
+    vocab = ["<unk>", "<s>", "</s>", "<pad>", *words, *map(chr, range(33, 127)), "\n"]
     tokenizer = Tokenizer(
         models.WordLevel({token: i for i, token in enumerate(dict.fromkeys(vocab))}, "<unk>")
     )
@@ -186,3 +187,10 @@ def _hooks_are_gone(request: pytest.FixtureRequest) -> Iterator[None]:
             model = request.getfixturevalue(name)
             left = [n for n, point in model.hook_dict.items() if point.fwd_hooks]
             assert not left, f"hooks left on {name}: {left}"
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium (`browser.Browser`) for the tests of HTML pages."""
+    with open_browser(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened

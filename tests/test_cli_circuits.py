@@ -45,7 +45,7 @@ def test_a_run_holds_tables_pages_and_record(circuits: Main, tmp_path: Path) -> 
     assert outcome.code == 0
     assert set(content(tmp_path / "a")) == {
         *("writers.csv", "positions.csv", "readers.csv", "claims.csv", "circuits.csv"),
-        *("faithfulness.csv", "directions.safetensors", "run.json"),
+        *("faithfulness.csv", "edges.csv", "directions.safetensors", "run.json"),
         *("components.html", "attention.html", "tokens.html", "graph.html"),
     }
     for name, columns in (

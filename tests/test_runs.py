@@ -1,7 +1,9 @@
 """Run folders: nothing is lost, files are whole, the record says what was run."""
 
 import json
+import math
 import platform
+from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -217,6 +219,33 @@ def test_the_record(written: Path, result: sl.SweepResult) -> None:
     assert record["versions"]["python"] == platform.python_version()
     for name in ("steerlens", "torch", "transformers", "transformer-lens", "pandas"):
         assert record["versions"][name] == version(name)
+    assert record["tables"] == {
+        "sweep": {"rows": 6, "attrs": result.table.attrs},
+        "layers": {"rows": 2, "attrs": result.layers.attrs},
+    }
+    assert (record["warnings"], record["pages"]) == ([], [])
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(record["finished"]) < timedelta(
+        minutes=10
+    )
+
+
+def no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def test_the_record_is_json_also_with_nan_and_inf(tmp_path: Path) -> None:
+    """None stands for NaN, and the same request may be run again."""
+    table = pd.DataFrame({"x": [1.0]})
+    table.attrs.update(searched=math.inf, ratios=[math.nan, -math.inf, 2.0])
+    request = REQUEST | {"search_range": math.inf}
+    write_run(tmp_path, {"layers": table}, {}, request, seconds=1.0, warnings=["told"])
+    text = (tmp_path / "run.json").read_text(encoding="utf-8")
+    record = json.loads(text, parse_constant=no_constant)
+    assert record["tables"]["layers"]["attrs"] == {"searched": "inf", "ratios": [None, "-inf", 2.0]}
+    assert record["warnings"] == ["told"]
+    check_run_folder(tmp_path, request)
+    with pytest.raises(ValueError, match="not JSON"):
+        json.loads("[NaN]", parse_constant=no_constant)
 
 
 def test_directions_read_back_with_how_they_were_fitted(

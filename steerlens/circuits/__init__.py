@@ -2,8 +2,9 @@
 
 from steerlens.circuits.attribution import Intervention
 from steerlens.circuits.behaviour import Answers, contrast_answers, item_answers
-from steerlens.circuits.comparison import Circuits, compare_circuits, random_intervention
+from steerlens.circuits.comparison import Circuits, compare_circuits
 from steerlens.circuits.components import Component, Prompts, make_prompts
+from steerlens.circuits.floor import random_intervention
 from steerlens.circuits.patterns import (
     Patterns,
     Projections,

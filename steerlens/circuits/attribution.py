@@ -23,6 +23,11 @@ class Intervention:
 
     Raises `CircuitError` for a condition on whole prompts: circuits run prompts padded and in
     parts, where it cannot be read.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention
+        >>> with Intervention(vector, 4).on(model):
+        ...     logits = model("the river was")
     """
 
     vector: SteeringVector | None = None

@@ -25,6 +25,12 @@ class Answers:
     One row for all prompts, or one a prompt; in a comparison of circuits, one a pair or one a
     prompt, those of the positive prompts first. Raises `CircuitError` unless both are tables of
     whole numbers with as many rows, one or more tokens in each.
+
+    Examples:
+        >>> from steerlens.circuits import Answers
+        >>> answers = Answers(torch.tensor([[0, 1]]), torch.tensor([[2]]))
+        >>> answers.logit_difference(torch.tensor([[4.0, 2.0, 1.0]]))  # (4 + 2) / 2 - 1
+        tensor([2.])
     """
 
     positive: Int[Tensor, "#prompt positive_token"]
@@ -82,6 +88,11 @@ def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: i
     the last prompt token, over the pairs: fit them on other pairs than are measured. For a
     behaviour that is not named by answer tokens of its own. Raises `CircuitError` when `n_tokens`
     is below 1 or more than half the vocabulary; and as `tokenize_pairs`.
+
+    Examples:
+        >>> from steerlens.circuits import contrast_answers
+        >>> contrast_answers(model, pairs, n_tokens=3).positive.shape
+        torch.Size([1, 3])
     """
     tokenized = tokenize_pairs(model, pairs)
     sides = [
@@ -107,6 +118,12 @@ def item_answers(model: HookedModel, items: PreferenceItems) -> tuple[Prompts, A
     """Items as prompts, with the first token of each continuation as answers.
 
     Raises `CircuitError` on an item whose two continuations begin with the same token.
+
+    Examples:
+        >>> from steerlens.circuits import item_answers
+        >>> prompts, answers = item_answers(model, items)
+        >>> len(prompts), answers.words(model)
+        (6, {'positive': ['warm'], 'negative': ['so']})
     """
     positive, negative = tokenize_items(model, items)
     for item, one, other in zip(items, positive, negative, strict=True):

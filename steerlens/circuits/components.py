@@ -20,7 +20,13 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, order=True)
 class Component:
-    """One writer: the embedding (layer -1), a head, or an MLP (head -1)."""
+    """One writer: the embedding (layer -1), a head, or an MLP (head -1).
+
+    Examples:
+        >>> from steerlens.circuits import Component
+        >>> [str(part) for part in (Component(-1), Component(3, head=1), Component(3))]
+        ['embed', 'L3H1', 'mlp3']
+    """
 
     layer: int
     head: int = -1
@@ -64,6 +70,12 @@ def make_prompts(model: HookedModel, prompts: list[TokenizedPrompt]) -> Prompts:
     """The prompts' own tokens, without continuations, on the model's device.
 
     Raises `CircuitError` when there are none.
+
+    Examples:
+        >>> from steerlens.circuits import make_prompts
+        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> len(prompts)
+        8
     """
     if not prompts:
         raise CircuitError("expected one or more prompts, got none")

@@ -17,6 +17,16 @@ def edge_table(
 
     `scores` are those of `compare_circuits`, a model's name each. Raises `CircuitError` as
     `readers` does.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
+        >>> from steerlens.circuits.edges import edge_table
+        >>> answers = contrast_answers(model, pairs, n_tokens=3)
+        >>> pushed = {"cheerful": Intervention(vector, 4)}
+        >>> found = compare_circuits(model, pairs, answers, pushed, shares=[0.2], n_splits=2)
+        >>> edges = edge_table(model, found.scores, n_edges=5)
+        >>> edges.groupby("model").size().to_dict()
+        {'cheerful': 5, 'unsteered': 5}
     """
     parts, ends = components(model), readers(model)
     rows: list[Row] = []

@@ -11,12 +11,10 @@ from rich.text import Text
 
 from steerlens import data
 from steerlens.activations import collect_differences
-from steerlens.boundary import check_search, find_boundary
-from steerlens.cli import circuits, evaluation, vectors
+from steerlens.cli import boundaries, circuits, evaluation, report, vectors
 from steerlens.cli.examples import example_tables
 from steerlens.cli.options import (
     DEBUG,
-    IN_SAMPLE,
     BatchOption,
     DebugOption,
     LayersOption,
@@ -28,30 +26,26 @@ from steerlens.cli.options import (
     QuietOption,
     SeedOption,
     TestPairsOption,
-    fit,
+    note_fit,
     numbers_of,
     pairs_of,
     pairs_record,
-    text_of,
 )
 from steerlens.cli.printing import (
-    cells_bar,
     notes,
     output,
-    print_boundary,
     print_cells,
     print_layers,
-    print_rows,
+    progress_of,
 )
-from steerlens.data import ContrastivePairs, read_texts
+from steerlens.cli.warned import keeping_warnings, warned
+from steerlens.data import ContrastivePairs
 from steerlens.errors import SteerlensError
-from steerlens.geometry import loss_geometry
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
-from steerlens.methods import METHODS, default_position, method_of, null_directions
+from steerlens.methods import METHODS, default_position, fit, method_of, null_directions
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run
-from steerlens.shape import boundary_shape, check_plane
 from steerlens.steering.files import write_whole
 from steerlens.sweep import measure_layers
 from steerlens.sweep import sweep as run_sweep
@@ -112,6 +106,7 @@ def sweep(
         "model": provenance(loaded).to_dict(),
         "fitted_on": pairs_record(fit_on),
         "measured_on": pairs_record(measure_on),
+        "held_out": is_held_out,
         "hook_names": hook_names,
         "coefficients": numbers,
         "method": method,
@@ -124,28 +119,24 @@ def sweep(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
     started = time.perf_counter()
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    nulls = None
-    if null is not None:
-        differences = collect_differences(
-            loaded, fit_on, layers=layers, position=position, batch_size=batch_size
-        )
-        nulls = null_directions(differences, n=null, seed=seed)
-    with cells_bar(quiet=quiet) as progress:
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
+        nulls = None
+        if null is not None:
+            differences = collect_differences(loaded, fit_on, position=position, **shared)
+            nulls = null_directions(differences, n=null, seed=seed)
         result = run_sweep(
             loaded,
             measure_on,
             directions,
-            layers=layers,
             coefficients=numbers,
             budget=budget,
-            batch_size=batch_size,
             seed=seed,
             nulls=nulls,
-            progress=progress,
+            **shared,
         )
     seconds = time.perf_counter() - started
     tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
@@ -162,7 +153,15 @@ def sweep(
         )
     spent = result.table.attrs["forward_equivalents"]
     took = time.perf_counter() - started
-    write_run(out, tables, directions, request, seconds=took, forward_equivalents=spent)
+    write_run(
+        out,
+        tables,
+        directions,
+        request,
+        seconds=took,
+        forward_equivalents=spent,
+        warnings=warned(),
+    )
     if not quiet:
         print_layers(result.layers)
         print_cells(result)
@@ -170,172 +169,6 @@ def sweep(
             Text(
                 f"{len(result.table)} cells in {seconds:.0f} s ({spent:.0f} forward-equivalents); "
                 f"written to {out}"
-            )
-        )
-
-
-@app.command()
-def boundary(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the tables and the record.")],
-    model: ModelOption = DEFAULT_MODEL,
-    pairs: PairsOption = "sentiment",
-    test_pairs: TestPairsOption = None,
-    max_pairs: MaxPairsOption = None,
-    layers: LayersOption = "all",
-    method: MethodOption = "mean_diff",
-    position: PositionOption = None,
-    on: Annotated[
-        str,
-        typer.Option("--on", help="positive, negative, neutral (shipped text), or a text file."),
-    ] = "positive",
-    budget: Annotated[
-        str,
-        typer.Option(
-            "--budget",
-            help="relative=0.01, nats=0.05, kl=0.1, kl_p95=1 or rollout_kl_p95=1",
-        ),
-    ] = "relative=0.01",
-    search_range: Annotated[
-        float,
-        typer.Option("--search-range", help="How far to look, in mean residual norms of a layer."),
-    ] = 4.0,
-    shape: Annotated[
-        int | None,
-        typer.Option("--shape", help="Of one layer: boundaries at so many angles in a plane."),
-    ] = None,
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """The largest coefficient of each sign at which the model is still coherent, at every layer."""
-    method_of(method)
-    text = text_of(on)
-    check_search(budget=budget, search_range=search_range)
-    fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
-    position = default_position(method, fit_on) if position is None else position
-    loaded = load_model(model, progress=not quiet)
-    hook_names = resolve_hooks(loaded, layers)
-    if shape is not None:
-        check_plane(hook_names, shape)
-    request = {
-        "command": "boundary",
-        "model": provenance(loaded).to_dict(),
-        "fitted_on": pairs_record(fit_on),
-        "measured_on": pairs_record(measure_on),
-        "on": on,
-        "texts": list(read_texts(text)) if isinstance(text, Path) else None,
-        "hook_names": hook_names,
-        "method": method,
-        "position": position,
-        "budget": budget,
-        "search_range": search_range,
-        "shape": shape,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
-    started = time.perf_counter()
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    options: dict[str, Any] = {
-        "on": text,
-        "budget": budget,
-        "search_range": search_range,
-        "batch_size": batch_size,
-        "seed": seed,
-        "progress": None if quiet else lambda text: notes.print(Text(text)),
-    }
-    result = find_boundary(loaded, measure_on, directions, layers=layers, **options)
-    tables = {"boundary": result.curves, "layers": result.layers}
-    if shape is not None:
-        plane = boundary_shape(
-            loaded, measure_on, directions, layer=layers, n_angles=shape, **options
-        )
-        tables["shape"] = plane.table
-    seconds = time.perf_counter() - started
-    spent = sum(t.attrs["forward_equivalents"] for n, t in tables.items() if n != "boundary")
-    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
-    if not quiet:
-        print_boundary(result.layers)
-        if shape is not None:
-            ratio = plane.table.attrs["radius_ratio"]
-            output.print(f"in the plane: largest boundary over smallest {ratio:.2f}")
-        notes.print(
-            Text(
-                f"{2 * len(result.layers)} boundaries in {seconds:.0f} s ({spent:.0f} "
-                f"forward-equivalents); written to {out}"
-            )
-        )
-
-
-@app.command()
-def geometry(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the tables and the record.")],
-    layers: Annotated[str, typer.Option("--layers", help="As of `sweep`; minutes for each.")],
-    model: ModelOption = DEFAULT_MODEL,
-    pairs: PairsOption = "sentiment",
-    test_pairs: TestPairsOption = None,
-    max_pairs: MaxPairsOption = None,
-    method: MethodOption = "mean_diff",
-    position: PositionOption = None,
-    angles: Annotated[
-        int, typer.Option("--angles", min=3, help="Angles of the plane to push along.")
-    ] = 16,
-    budget: Annotated[str, typer.Option("--budget", help="As of `boundary`.")] = "relative=0.01",
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """The loss, its gradients and the boundary in the plane of the direction, at some layers."""
-    method_of(method)
-    check_search(budget=budget, search_range=4.0)
-    fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
-    position = default_position(method, fit_on) if position is None else position
-    loaded = load_model(model, progress=not quiet)
-    hook_names = resolve_hooks(loaded, layers)
-    request = {
-        "command": "geometry",
-        "model": provenance(loaded).to_dict(),
-        "fitted_on": pairs_record(fit_on),
-        "measured_on": pairs_record(measure_on),
-        "hook_names": hook_names,
-        "method": method,
-        "position": position,
-        "angles": angles,
-        "budget": budget,
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
-    started = time.perf_counter()
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    found = loss_geometry(
-        loaded,
-        measure_on,
-        directions,
-        layers=layers,
-        n_angles=angles,
-        budget=budget,
-        batch_size=batch_size,
-        seed=seed,
-        progress=None if quiet else lambda text: notes.print(Text(text)),
-    )
-    seconds = time.perf_counter() - started
-    tables = {"geometry": found.points, "contours": found.contours, "shape": found.shape}
-    spent = found.points.attrs["forward_equivalents"]
-    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
-    if not quiet:
-        columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
-        print_rows(found.shape, "Boundary in the plane", columns)
-        notes.print(
-            Text(
-                f"{len(found.contours)} pushes in {seconds:.0f} s ({spent:.0f} "
-                f"forward-equivalents); written to {out}"
             )
         )
 
@@ -361,10 +194,11 @@ def show_layers(
     if out is not None:
         check_out_file(out)
     loaded = load_model(model, progress=not quiet)
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
-    table = measure_layers(loaded, measure_on, directions, layers=layers, batch_size=batch_size)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
+        table = measure_layers(loaded, measure_on, directions, **shared)
     if out is not None:
         write_whole(out, lambda path: write_csv(table, path))
         if not quiet:
@@ -393,9 +227,12 @@ def models(debug: DebugOption = False) -> None:  # noqa: ARG001
     )
 
 
+app.command()(boundaries.boundary)
+app.command()(boundaries.geometry)
 app.command()(evaluation.compare)
 app.command()(evaluation.reliability)
 app.command()(circuits.circuits)
+app.command()(report.report)
 app.command()(vectors.extract)
 app.command()(vectors.generate)
 app.command()(vectors.export)
@@ -424,7 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit code 2 and one line on stderr for an error."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(args=given, standalone_mode=False, prog_name="steerlens")
+        with keeping_warnings():
+            code = app(args=given, standalone_mode=False, prog_name="steerlens")
     except Exception as error:
         if DEBUG in given:
             raise

@@ -20,6 +20,11 @@ def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     random directions, `1 / sqrt(d_model)`; directions in a real residual stream are not that
     random, so a cosine beyond it is not yet a shared concept. Raises `SteeringError` when there are
     fewer than two directions, their lengths differ, or one is zero or not finite.
+
+    Examples:
+        >>> table = sl.cosine_table({"a": vector, "minus a": -1 * vector})
+        >>> table.cosine.tolist()
+        [-1.0]
     """
     entries = [
         (name, hook, vector[hook].detach().double().clone())

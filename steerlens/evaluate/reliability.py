@@ -24,6 +24,11 @@ def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) 
     / sqrt((var_pos + var_neg) / 2)`; and the cosine with the direction of all pairs of that of a
     quarter and of half of them. A cosine near 0 between halves means that there is no one direction
     to find at that hook. Raises `DirectionError` for fewer than 8 pairs or fewer than 2 splits.
+
+    Examples:
+        >>> table = sl.reliability(differences, n_splits=4)
+        >>> bool((table.split_half_cosine <= 1).all())
+        True
     """
     given: Any = differences
     if not isinstance(given, Differences):
@@ -96,6 +101,10 @@ def d_prime(positive: Float[np.ndarray, " pair"], negative: Float[np.ndarray, " 
     """`(mean_pos - mean_neg) / sqrt((var_pos + var_neg) / 2)`, variances with n - 1.
 
     NaN without spread.
+
+    Examples:
+        >>> d_prime(np.array([3.0, 5.0]), np.array([0.0, 2.0]))  # (4 - 1) / sqrt(2)
+        2.12
     """
     spread = float(np.sqrt((positive.var(ddof=1) + negative.var(ddof=1)) / 2))
     return float(positive.mean() - negative.mean()) / spread if spread > 0 else float("nan")

@@ -62,6 +62,11 @@ def bake(
     `TransformerBridge` without weight processing, the vector is not added everywhere to block
     outputs, the coefficient is 0, the check fails, or `out_dir` is not empty; `SteeringError` as
     `steer`.
+
+    Examples:
+        >>> path = sl.bake(model, vector, 4, folder / "steered")
+        >>> (path / "config.json").is_file()
+        True
     """
     out_dir = Path(out_dir)
     check_is_new(out_dir)

@@ -45,6 +45,9 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     but llama.cpp has no slot for block 0. Raises `ExportError` for a vector at block 0 or at other
     hooks than block outputs, with another operator than `Add` or a condition, and when the file
     name does not end in .gguf or cannot be written.
+
+    Examples:
+        >>> sl.to_gguf(vector, folder / "cheerful.gguf")
     """
     import gguf
 
@@ -84,6 +87,11 @@ def from_gguf(path: str | Path) -> SteeringVector:
     `to_gguf` wrote besides comes back too; otherwise the origin is unknown but for the
     architecture. Raises `ExportError` when the file cannot be read whole, is not a control vector,
     or holds tensors that are not float rows of one length.
+
+    Examples:
+        >>> sl.to_gguf(vector, folder / "cheerful.gguf")
+        >>> sl.from_gguf(folder / "cheerful.gguf").hook_names
+        ('blocks.2.hook_resid_post',)
     """
     path = Path(path)
     try:

@@ -62,6 +62,14 @@ def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
 
     Its layers are block numbers from 0, as here; its origin is unknown. Raises `ExportError` on a
     kind of layer without a TransformerLens hook, `SteeringError` on a vector without direction.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> theirs = SimpleNamespace(
+        ...     layer_type="decoder_block", layer_activations={2: torch.tensor([3.0, 4.0])}
+        ... )
+        >>> sl.from_steering_vectors(theirs).hook_names
+        ('blocks.2.hook_resid_post',)
     """
     if vector.layer_type not in _LAYER_TYPES:
         raise ExportError(
@@ -90,6 +98,12 @@ def from_repeng(vector: RepengLike) -> SteeringVector:
 
     repeng counts blocks from 0, reads and adds at block outputs. Only the architecture of the
     model is known of its origin. Raises `SteeringError` on a vector without direction.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> theirs = SimpleNamespace(model_type="llama", directions={2: np.array([3.0, 4.0])})
+        >>> sl.from_repeng(theirs).scale
+        tensor([5.])
     """
     rows = {
         resid_post(block): torch.tensor(row) for block, row in sorted(vector.directions.items())

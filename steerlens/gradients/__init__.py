@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steerlens.activations import by_halves, missing_readouts
 from steerlens.data import ContrastivePairs
+from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError, HookError, SweepError
 from steerlens.gradients.rows import batch_rows
 from steerlens.hooks import (
@@ -29,6 +30,7 @@ from steerlens.loss import MARGIN, WEIGHT
 from steerlens.measures import whole
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
+from steerlens.progress import Progress, part_of, silent
 from steerlens.slopes import BACKWARD_COST, check_label_rows
 from steerlens.tables import GRADIENT_COLUMNS, Row, to_frame
 from steerlens.tokens import (
@@ -53,6 +55,14 @@ class LossGradients:
     such gradient. `weights` multiply it, one a hook. The readouts come after `hook_names`, as in
     `Differences`. `scores` (none unless asked for) are gradients of the log-probability of label
     sequences drawn from the model, over the root of their length (nats per residual unit).
+
+    Examples:
+        >>> gradients = sl.loss_gradients(model, pairs, layers=[1, 2])
+        >>> gradients.positive.shape  # both hooks and the readout, 8 pairs
+        torch.Size([2, 8, 32])
+        >>> balanced = gradients.with_weight("balanced")
+        >>> bool((balanced.weights > 0).all())
+        True
     """
 
     hook_names: tuple[str, ...]
@@ -87,6 +97,16 @@ class LossGradients:
     def __repr__(self) -> str:
         _, n_pairs, d_model = self.coherence.shape
         return f"LossGradients({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
+
+    def _repr_html_(self) -> str:
+        terms = gradient_terms(self)
+        names = ["separation_norm", "coherence_norm", "coherence_share", "cosine", "weight"]
+        table = terms[names].rename(columns=lambda name: name.replace("_", " "))
+        for column in ("loss_hook", "hook_name"):
+            heading = "layer" if column == "hook_name" else "loss at"
+            table.insert(0, heading, [hook_label(name) for name in terms[column]])
+        about = [repr(self), f"position {self.position}", f"margin {self.margin:g}"]
+        return fragment([*about, f"pairs {self.fingerprint[:12]}"], table, n_labels=2)
 
     def with_weight(self, weight: Weight) -> "LossGradients":
         """The same gradients with another weight of the coherence term.
@@ -125,6 +145,7 @@ def loss_gradients(
     n_scores: int = 0,
     seed: int = 0,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> LossGradients:
     """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
 
@@ -144,6 +165,10 @@ def loss_gradients(
     or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
     before a hook; `ModelError` as `check_label_rows`; `SweepError` on a bad weight, margin or
     number of scores.
+
+    Examples:
+        >>> sl.loss_gradients(model, pairs, layers=[1, 2])
+        LossGradients(2 hooks, 8 pairs, d_model 32)
     """
     hook_names = resolve_hooks(model, layers)
     n_layers = int(model.cfg.n_layers)
@@ -164,6 +189,7 @@ def loss_gradients(
     found = by_halves(
         batches,
         lambda *both: batch_rows(model, both, targets, position, n_scores, generator),
+        progress=part_of(progress or silent, "gradients: pairs"),
     )
     order = pair_order([positive for (positive, _), _ in found])
 
@@ -200,6 +226,11 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
     Columns: `GRADIENT_COLUMNS`. Norms and cosines are means over the positive rows, the cosine NaN
     where a row of either term is zero. The default weight of 10000 is a balance for one model and
     one layer: `balanced_weight` says which would make the two equal here.
+
+    Examples:
+        >>> terms = sl.gradient_terms(sl.loss_gradients(model, pairs, layers=[1, 2]))
+        >>> bool(terms.coherence_share.between(0, 1).all())
+        True
     """
     rows: list[Row] = []
     balanced = _balanced(gradients.separation_positive, gradients.coherence)

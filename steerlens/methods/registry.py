@@ -120,6 +120,10 @@ def fit_directions(
     `DirectionError` on an unknown method, one that is fitted from something else, and where nothing
     is left beyond rounding (differences that are zero, that cancel for `mean_diff`, that are all
     equal for `pca_centred`; a gradient that is zero), naming the hook.
+
+    Examples:
+        >>> sl.fit_directions(differences, method="pca")
+        Directions(pca, 5 hooks, d_model 32, position -1)
     """
     chosen = method_of(method)
     given = "differences" if isinstance(evidence, Differences) else "gradients"
@@ -156,6 +160,11 @@ def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str,
     Kind -> directions; their seeds are 1000 times `seed + 1`, and counted up from there, so that
     they are not those of methods of the same name with a small seed. Raises `SweepError` for fewer
     than two, `DirectionError` when the pairs are too few for so many shuffles.
+
+    Examples:
+        >>> nulls = sl.null_directions(differences, n=3, seed=0)
+        >>> {kind: len(some) for kind, some in nulls.items()}
+        {'random': 3, 'shuffled': 3}
     """
     n, seed = whole("n", n, 2), whole("seed", seed, 0)
     n_pairs = differences.positive.shape[1]

@@ -27,6 +27,16 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
 
     Takes the tables of `find_writers` and `find_readers`. The last column of each map is the MLP;
     the embedding is left out. Raises `PlotError` on other tables.
+
+    Examples:
+        >>> from steerlens.circuits import contrast_answers, make_prompts
+        >>> from steerlens.circuits import find_readers, find_writers
+        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> answers = contrast_answers(model, pairs, n_tokens=3)
+        >>> writers = find_writers(model, pairs, directions, layer=2)
+        >>> readers = find_readers(model, prompts, answers, vector, 4, top=0, n_claimed=0)
+        >>> sl.plots.components(writers.table, readers.table)
+        Figure('Heads and MLPs', 2 panels)
     """
     panels = []
     for table, value, title, unit in (
@@ -65,6 +75,16 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
     """The largest edges of each model as a graph, from the embedding up to the logits.
 
     Takes the table of edges of `edge_table`; one frame a model. Raises `PlotError` on another.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
+        >>> from steerlens.circuits.edges import edge_table
+        >>> answers = contrast_answers(model, pairs, n_tokens=3)
+        >>> pushed = {"cheerful": Intervention(vector, 4)}
+        >>> found = compare_circuits(model, pairs, answers, pushed, shares=[0.2], n_splits=2)
+        >>> edges = edge_table(model, found.scores, n_edges=5)
+        >>> sl.plots.circuit_graph(edges)
+        Figure('The largest edges', 1 panels, 2 frames)
     """
     names = ["model", "writer", "writer_layer", "writer_head", "reader", "reader_layer", "score"]
     check_columns(edges, names, "the table of edges")

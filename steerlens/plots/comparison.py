@@ -18,6 +18,20 @@ def comparison(table: pd.DataFrame) -> Figure:
     Takes the table of `compare`. One frame shows each method at its layer chosen on training items
     (where there were some), the others one layer each. Filled points lie outside the null band with
     a corrected p-value below 0.05. Raises `PlotError` when the table is not a comparison.
+
+    Examples:
+        >>> found = sl.compare(
+        ...     model,
+        ...     pairs,
+        ...     items,
+        ...     methods=["mean_diff", "pca"],
+        ...     layers=[1],
+        ...     neutral=["the river was so cold", "it was warm", "I felt the rain", "what a night"],
+        ...     n_null=2,
+        ...     n_bootstrap=50,
+        ... )
+        >>> sl.plots.comparison(found.table)
+        Figure('Methods at equal damage', 1 panels)
     """
     needed = ["method", "layer", "effect", "effect_ci_low", "effect_ci_high", "null_low"]
     needed += ["null_high", "is_chosen", "verdict", "coefficient"]

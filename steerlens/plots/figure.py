@@ -9,7 +9,7 @@ from typing import Any
 
 from steerlens.errors import OutputError, PlotError
 from steerlens.plots.marks import Frame, Layout
-from steerlens.plots.scripts import PLOTLY, page, script_tags
+from steerlens.plots.scripts import PLOTLY, WITHOUT_SCRIPTS, page
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 SUFFIXES = (".png", ".svg", ".html")
@@ -21,6 +21,14 @@ class Figure:
 
     `caption` says in a sentence what is drawn and in which units. Figures show themselves in
     notebooks: interactive where plotly's renderer is there, as a PNG elsewhere.
+
+    Examples:
+        >>> figure = sl.plots.layer_profile(sl.measure_layers(model, pairs, directions))
+        >>> figure
+        Figure('Layer by layer, unsteered', 4 panels)
+        >>> figure.save(folder / "profile.html")
+        >>> figure.to_plotly().layout.title.text
+        'Layer by layer, unsteered'
     """
 
     title: str
@@ -63,12 +71,8 @@ class Figure:
 
     def to_html(self) -> str:
         """As one HTML page, interactive, that asks no network for anything (about 2 MB)."""
-        body = [
-            f"<p>{html.escape(self.caption)}</p>",
-            script_tags(PLOTLY),
-            plotly_element(self, "figure"),
-        ]
-        return page(self.title, "\n".join(body))
+        caption = f"<p>{html.escape(self.caption)}</p>"
+        return page(self.title, f"{caption}\n{plotly_element(self, 'figure')}", [PLOTLY])
 
     def save(self, path: str | Path) -> None:
         """Write a .png, .svg (the first frame; see `at`) or .html file, by the name's end.
@@ -101,8 +105,10 @@ def plotly_element(figure: Figure, name: str) -> str:
 
     data = to_json(figure.to_plotly(), validate=False).replace("<", "\\u003c")
     height = int(figure.to_plotly().layout.height)
+    # The figure may be wider than its place, which then scrolls, by keyboard too.
     return (
-        f'<div id="{name}" class="figure" role="img" aria-label="{html.escape(figure.title)}" '
-        f'style="min-height:{height}px"><noscript>This figure needs JavaScript.</noscript></div>\n'
+        f'<div class="scroll-x" tabindex="0" role="group" aria-label="{html.escape(figure.title)}">'
+        f'<div id="{name}" class="figure" style="min-height:{height}px">'
+        f"<p>{WITHOUT_SCRIPTS}</p></div></div>\n"
         f'<script type="application/json" class="plotly-data" data-for="{name}">{data}</script>'
     )

@@ -39,6 +39,14 @@ def differences(points: pd.DataFrame) -> Figure:
 
     Takes the table of points of a sweep or of a geometry; one frame a layer. A pair to the right of
     0 differs the way the direction says. Raises `PlotError` on another table.
+
+    Examples:
+        >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[0])
+        >>> figure = sl.plots.differences(result.points)
+        >>> figure
+        Figure('Differences of the pairs', 1 panels, 2 frames)
+        >>> figure.at("2")
+        Figure('Differences of the pairs', 1 panels)
     """
     names = ["hook_name", "layer", "pair", "along", "across", "separation"]
     check_columns(points, names, "the table of points")
@@ -82,6 +90,13 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
     by, with an arrow for each term of the loss: which way it pushes the pair. Between the measured
     pushes the square root of the penalty is interpolated (monotone in the push, `scipy`'s pchip).
     Raises `PlotError` on other tables.
+
+    Examples:
+        >>> geometry = sl.loss_geometry(
+        ...     model, pairs, directions, layers=[1], n_angles=4, budget="kl=0.1", n_bootstrap=50
+        ... )
+        >>> sl.plots.loss_geometry(geometry)
+        Figure('Loss geometry', 2 panels)
     """
     points, contours, shape = geometry.points, geometry.contours, geometry.shape
     plane = ["hook_name", "layer", "along", "across"]

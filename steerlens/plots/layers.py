@@ -34,6 +34,10 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
 
     Takes the per-layer table. Areas are 95% bootstrap intervals over pairs. Raises `PlotError`
     when the table is not a per-layer table.
+
+    Examples:
+        >>> sl.plots.layer_profile(sl.measure_layers(model, pairs, directions))
+        Figure('Layer by layer, unsteered', 4 panels)
     """
     ends = ("low", "high")
     intervals = [f"{name}_ci_{end}" for name, *_ in _PROFILE for end in ends]
@@ -66,6 +70,10 @@ def boundary(layers: pd.DataFrame) -> Figure:
     units, on the right as a share of the layer's mean residual norm. Areas are 95% bootstrap
     intervals; a boundary beyond the searched range is a triangle at the edge of the panel. Raises
     `PlotError` when the table is not a per-layer table.
+
+    Examples:
+        >>> sl.plots.boundary(sl.predict_boundary(model, pairs, directions, budget="kl=0.1"))
+        Figure('Coherence boundary', 2 panels)
     """
     signs = ("pos", "neg")
     names = [f"{part}boundary_{sign}" for part in ("", "predicted_") for sign in signs]

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerlens.errors import OutputError, PlotError
-from steerlens.plots.scripts import CIRCUITSVIS, page, script_tags
+from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
 from steerlens.plots.sweeps import check_columns
 from steerlens.steering.files import write_whole
 from steerlens.tables import TOKEN_COLUMNS
@@ -87,7 +87,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
     later = tokens[tokens.position > 0]
     reach = _reach(later[["projection", "steered_projection"]].to_numpy())
     damage = _reach(tokens.damage_nats.to_numpy())
-    body = [_TOKENS_STYLE, _VIEWS_STYLE, script_tags(CIRCUITSVIS), _legend(tokens)]
+    body = [_TOKENS_STYLE, _VIEWS_STYLE, _legend(tokens)]
     body.append(
         f"<p>Below each text, by value: projection on the direction (residual units; purple above "
         f"0, green below, full shade {reach:.3g}, the first token not counted), and damage (nats; "
@@ -139,7 +139,6 @@ def attention_page(
     expected = (len(heads), len(tokens), len(tokens))
     body = [
         _VIEWS_STYLE,
-        script_tags(CIRCUITSVIS),
         "<p>Share of a token's attention (rows, from 0 to 1 at full shade) that goes to each token "
         "up to it (columns).</p>",
     ]
@@ -173,7 +172,6 @@ def projection_page(
             )
     body = [
         _VIEWS_STYLE,
-        script_tags(CIRCUITSVIS),
         "<p>Projection on the direction of each layer, residual units: purple above 0, green "
         "below, full shade at the layer's largest, the first token not counted. A token shows its "
         "value under the pointer.</p>",
@@ -202,8 +200,8 @@ def circuitsvis_element(name: str, view: str, props: Mapping[str, Any]) -> str:
     # JSON inside a script: no text may end the element or begin another.
     data = json.dumps({"view": view, "props": _inert(dict(props))}, allow_nan=False)
     return (
-        f'<div id="{name}" class="figure view"><noscript>This view needs JavaScript.</noscript>'
-        f'</div>\n<script type="application/json" class="circuitsvis-data" data-for="{name}">'
+        f'<div id="{name}" class="figure view"><p>{WITHOUT_SCRIPTS}</p></div>\n'
+        f'<script type="application/json" class="circuitsvis-data" data-for="{name}">'
         f"{data.replace('<', chr(92) + 'u003c')}</script>"
     )
 
@@ -224,7 +222,7 @@ def _inert(value: Any) -> Any:
 
 
 def _page(title: str, body: Sequence[str]) -> Page:
-    return Page(title, page(title, "\n".join(body)))
+    return Page(title, page(title, "\n".join(body), [CIRCUITSVIS]))
 
 
 def _coloured(

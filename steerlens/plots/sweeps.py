@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from steerlens.display import hook_label
 from steerlens.errors import PlotError
-from steerlens.hooks import resid_post
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
     GREY,
@@ -38,17 +38,9 @@ def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
         raise PlotError(f"expected {what}; this table has no rows")
 
 
-def hook_label(hook_name: str, layer: int) -> str:
-    """The layer's number for a block output, the hook's whole name otherwise."""
-    return str(layer) if hook_name == resid_post(layer) else hook_name
-
-
 def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Label of each hook -> its rows, in the table's order."""
-    return {
-        hook_label(str(name), int(rows.layer.iloc[0])): rows
-        for name, rows in table.groupby("hook_name", sort=False)
-    }
+    return {hook_label(str(name)): rows for name, rows in table.groupby("hook_name", sort=False)}
 
 
 def ramp(n: int) -> list[str]:
@@ -71,6 +63,11 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
     Takes the table of a sweep; with the per-layer table of `find_boundary` the boundary of each
     sign is marked where the straight line between the cells on either side of it crosses it.
     Undefined cells are left out. Raises `PlotError` when the table is not that of a sweep.
+
+    Examples:
+        >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
+        >>> sl.plots.tradeoff(result.table)
+        Figure('Projection against degradation', 1 panels)
     """
     columns = ["hook_name", "layer", "coefficient", "projection", "degradation_nats", "coherent"]
     check_columns(sweep, columns, "the table of a sweep")
@@ -141,6 +138,11 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
     Takes the table of a sweep. Crosses are cells beyond the budget. Colours of degradation and loss
     stop at the 95th percentile of their size, so that a few broken cells do not bleach all others.
     Raises `PlotError` when the table is not that of a sweep.
+
+    Examples:
+        >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
+        >>> sl.plots.heat_maps(result.table)
+        Figure('Every cell', 3 panels)
     """
     shown: tuple[tuple[str, str, str, Scale], ...] = (
         ("projection", "Projection", RESIDUAL, "sequential"),
@@ -198,6 +200,11 @@ def dose_response(sweep: pd.DataFrame) -> Figure:
 
     Takes the table of a sweep. Intervals are its 95% bootstrap intervals over pairs. Raises
     `PlotError` when the table is not that of a sweep.
+
+    Examples:
+        >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
+        >>> sl.plots.dose_response(result.table)
+        Figure('Dose and response', 2 panels)
     """
     parts = (
         ("projection", "projection", f"projection at the readout ({RESIDUAL})"),

@@ -162,6 +162,13 @@ def steer(
     KV cache comes from before the block, or the condition is read too late; `HookError` when a hook
     did not fire or another thread has hooks on the model. A thread that runs the model while it is
     steered here gets a `HookError` itself.
+
+    Examples:
+        >>> plain = model("the river was")
+        >>> with sl.steer(model, vector, 4):
+        ...     steered = model("the river was")
+        >>> torch.equal(steered, plain), torch.equal(model("the river was"), plain)
+        (False, True)
     """
     check_positions(positions)
     acts = steps(vector, coefficient)

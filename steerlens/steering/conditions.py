@@ -34,6 +34,11 @@ class Condition:
     al. 2024, arXiv:2409.05907); that work compares cosines, this one projections. Raises
     `SteeringError` when the direction does not have norm 1, the threshold is not finite, or the
     scope is unknown.
+
+    Examples:
+        >>> condition = sl.Condition("blocks.0.hook_resid_post", torch.eye(32)[0], threshold=1.0)
+        >>> condition.holds(torch.tensor([0.5, 1.0]))
+        tensor([False,  True])
     """
 
     hook_name: str
@@ -140,6 +145,11 @@ def fit_condition(
     balanced accuracy in five-fold cross-validation over the pairs is largest, the earliest of
     equals. What it is worth on other pairs: `condition_accuracy`. Raises
     `SteeringError` when a hook has no direction or a zero one, or the sides' means do not differ.
+
+    Examples:
+        >>> condition = sl.fit_condition(model, pairs, layers=[0, 1])
+        >>> condition.hook_name
+        'blocks.0.hook_resid_post'
     """
     names = resolve_hooks(model, layers)
     missing = [name for name in names if directions is not None and name not in directions]
@@ -175,6 +185,11 @@ def condition_accuracy(
     """Balanced accuracy of a condition on pairs: positives should pass, negatives should not.
 
     0.5 is chance. Prompts are judged by their mean, with scope "token" too.
+
+    Examples:
+        >>> condition = sl.fit_condition(model, pairs, layers=[0])
+        >>> sl.condition_accuracy(model, pairs, condition)
+        1.0
     """
     names = [condition.hook_name]
     means = prompt_means(model, pairs, names, batch_size=batch_size)

@@ -27,6 +27,12 @@ def generate(
     """The greedy continuation of `prompt` under `steer`, as text without special tokens.
 
     Ends at the end-of-text token or after `max_new_tokens`. Raises as `steer`.
+
+    Examples:
+        >>> prompt = sl.tokenize_prompt(model, "the river was")
+        >>> text = sl.generate(model, prompt, vector, 4, max_new_tokens=5)
+        >>> len(text.split()) <= 5
+        True
     """
     (generated,) = generate_tokens(
         model,

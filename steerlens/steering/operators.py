@@ -16,7 +16,13 @@ Activation = Float[Tensor, "prompt token d_model"]
 
 @dataclass(frozen=True)
 class Add:
-    """`h + amount * d`: `amount` in residual units."""
+    """`h + amount * d`: `amount` in residual units.
+
+    Examples:
+        >>> h, d = torch.tensor([[[3.0, 4.0]]]), torch.tensor([1.0, 0.0])
+        >>> sl.Add()(h, d, -2)
+        tensor([[[1., 4.]]])
+    """
 
     name: ClassVar[str] = "add"
 
@@ -33,7 +39,13 @@ class Add:
 
 @dataclass(frozen=True)
 class Ablate:
-    """`h - amount * (h . d) d`: at amount 1 nothing is left along `d`."""
+    """`h - amount * (h . d) d`: at amount 1 nothing is left along `d`.
+
+    Examples:
+        >>> h, d = torch.tensor([[[3.0, 4.0]]]), torch.tensor([1.0, 0.0])
+        >>> sl.Ablate()(h, d, 1), sl.Ablate()(h, d, 0.5)
+        (tensor([[[0., 4.]]]), tensor([[[1.5, 4.0]]]))
+    """
 
     name: ClassVar[str] = "ablate"
 
@@ -54,6 +66,11 @@ class Clamp:
     """`h + amount * (value - h . d) d`: at amount 1 the component is `value`, in residual units.
 
     Raises `SteeringError` when `value` is not finite.
+
+    Examples:
+        >>> h, d = torch.tensor([[[3.0, 4.0]]]), torch.tensor([1.0, 0.0])
+        >>> sl.Clamp(-1)(h, d, 1)
+        tensor([[[-1., 4.]]])
     """
 
     value: float | int
@@ -82,6 +99,13 @@ class Rotate:
     Away from `d` for a negative amount. It stops at `d` (or at `-d`), so the angle to `d` becomes
     `clip(angle - amount, 0, 180)`. An activation along `d` or `-d` has no plane with it, and a zero
     one no direction: both stay as they are.
+
+    Examples:
+        >>> h, d = torch.tensor([[[0.0, 5.0]]]), torch.tensor([1.0, 0.0])
+        >>> sl.Rotate()(h, d, 30)  # 5 sin 30, 5 cos 30
+        tensor([[[2.50, 4.33]]])
+        >>> sl.Rotate()(h, d, 120)  # no further than d
+        tensor([[[5.00, 0.00]]])
     """
 
     name: ClassVar[str] = "rotate"

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.directions import UNIT_TOLERANCE, Directions
+from steerlens.display import MAX_LINE, fragment, hook_label, shortened
 from steerlens.errors import HookError, SteeringError
 from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models import HookedModel
@@ -36,6 +37,15 @@ class SteeringVector(Mapping[str, Tensor]):
     Combining: `a + b`, `a - b`, `2 * a`, `-a`, `a.orthogonal_to(b)`, `a.interpolate(b, share)`, all
     on `scale * direction`. Raises `SteeringError` when a direction does not have norm 1, a scale is
     not finite and above 0, a hook is not inside a block, or the lengths do not agree.
+
+    Examples:
+        >>> vector
+        SteeringVector(add, mean_diff on moods, blocks.2.hook_resid_post, d_model 32)
+        >>> (-2 * vector).scale
+        tensor([2.])
+        >>> vector.save(folder / "cheerful.safetensors")
+        >>> sl.SteeringVector.load(folder / "cheerful.safetensors", model=model) == vector
+        True
     """
 
     hook_names: tuple[str, ...]
@@ -104,6 +114,14 @@ class SteeringVector(Mapping[str, Tensor]):
         `find_boundary`, or, for norms alone, of `sweep` or `measure_layers`. `dataset` names the
         pairs in the origin. Raises `SteeringError` when a hook has no direction or is not in the
         table.
+
+        Examples:
+            >>> table = sl.measure_layers(model, pairs, directions, layers=[2])
+            >>> vector = sl.SteeringVector.from_directions(
+            ...     model, directions, layers=[2], layer_table=table
+            ... )
+            >>> len(vector.fwd_hooks("0.1 norm"))
+            1
         """
         names = directions.hook_names if layers is None else resolve_hooks(model, layers)
         missing = [name for name in names if name not in directions]
@@ -126,6 +144,12 @@ class SteeringVector(Mapping[str, Tensor]):
         """A steering vector of any tensors, made elsewhere: the norm of each becomes its scale.
 
         Raises `SteeringError` on a vector that is zero, not finite, or not one row of numbers.
+
+        Examples:
+            >>> given = {"blocks.2.hook_resid_post": torch.tensor([3.0, 4.0])}
+            >>> made = sl.SteeringVector.from_vectors(given)
+            >>> made.scale, made["blocks.2.hook_resid_post"]
+            (tensor([5.]), tensor([0.6, 0.8]))
         """
         rows = {name: torch.as_tensor(v).detach().float().cpu() for name, v in vectors.items()}
         shapes = {tuple(row.shape) for row in rows.values()}
@@ -174,10 +198,23 @@ class SteeringVector(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         hooks = self.hook_names[0] if len(self) == 1 else f"{len(self)} hooks"
         condition = "" if self.condition is None else f", {self.condition!r}"
-        return (
-            f"SteeringVector({self.operator.name}, {self.origin.method} on {self.origin.dataset}, "
-            f"{hooks}, d_model {self.d_model}{condition})"
-        )
+        origin = f"{shortened(self.origin.method)} on {shortened(self.origin.dataset)}"
+        line = f"{self.operator.name}, {origin}, {hooks}, d_model {self.d_model}{condition}"
+        return shortened(f"SteeringVector({line})", MAX_LINE)
+
+    def _repr_html_(self) -> str:
+        of = self.calibration
+        numbers = {
+            "scale": self.scale,
+            "resid norm": of.resid_norm,
+            "boundary -": of.boundary_neg,
+            "boundary +": of.boundary_pos,
+        }
+        columns = {heading: values.tolist() for heading, values in numbers.items()}
+        layers = [hook_label(name) for name in self.hook_names]
+        about = [repr(self), f"model {shortened(self.origin.model)}"]
+        about += [f"boundary of {shortened(of.budget)} on {shortened(of.text)} text"]
+        return fragment(about, pd.DataFrame({"layer": layers} | columns), note="residual units")
 
     @property
     def d_model(self) -> int:
@@ -225,6 +262,11 @@ class SteeringVector(Mapping[str, Tensor]):
         last one alone, use `steer`, which follows the KV cache. Raises `SteeringError` when the
         coefficient has no meaning here (see `Coefficient`), and for a condition with scope
         "prompt", which needs `steer` too.
+
+        Examples:
+            >>> logits = model.run_with_hooks("the river was", fwd_hooks=vector.fwd_hooks(4))
+            >>> vector.fwd_hooks(0)
+            []
         """
         return step_hooks(steps(self, coefficient), self.condition, mask=mask)
 

@@ -1,0 +1,279 @@
+"""What mkdocs builds besides docs/: a page a room, the notebooks, changelog and contributing.
+
+A room of the package gets a page when it has public names: a row in design.md's table of rooms is
+all that a new one needs.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import re
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+from mkdocs.utils import get_relative_url
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # this checkout's package
+
+# What users meet besides `steerlens.__all__` and the `__all__` of a room: "*" is every public name
+# that the module defines, "room.module" a module of a room that is a folder.
+MORE: dict[str, tuple[str, ...]] = {
+    "errors": ("*",),
+    "data": ("Prompt", "dataset_card", "render"),
+    "models": ("DEFAULT_MODEL", "PACKAGED_MODELS", "HookedModel", "Provenance", "cache_folder"),
+    "hooks": ("Layers", "hook_layer", "hooked", "resid_post"),
+    "tokens": ("SteeredPositions", "TokenizedPairs", "TokenizedPrompt", "tokenize_items"),
+    "loss": ("*",),
+    "uncertainty": ("*",),
+    "tables": ("Column", "to_frame", "write_csv", "write_parquet"),
+    "plain": ("Baseline", "CellOutput", "Cost", "forward_equivalents"),
+    "measures": ("SweepSettings", "layer_row", "main_orthogonal", "measure", "point_rows"),
+    "slopes": ("Slopes", "label_slopes"),
+    "search": ("Curve", "Line", "crossing", "search"),
+    "coherence": ("allowances", "mean_loss"),
+    "pushes": ("Boundary", "choose_probes", "expect", "first_root"),
+    "boundary": ("BoundarySettings", "On"),
+    "gradients": ("Weight",),
+    "methods": ("contrast.*", "gradient.*"),
+    "evaluate": (
+        *("effects.Damage", "effects.distinct_3", "effects.preference_gaps"),
+        *("reliability.cosine", "reliability.d_prime", "verdicts.effect_columns"),
+    ),
+    "circuits": (
+        *("components.contract", "components.cotangents", "readers.frozen_readout"),
+        *("graphs.Contrast", "graphs.Means", "graphs.Reader", "graphs.Scores", "graphs.attribute"),
+        *("graphs.run_edges", "graphs.run_nodes", "comparison.mean_kl", "edges.edge_table"),
+    ),
+}
+
+
+def rooms() -> dict[str, str]:
+    """Room -> purpose, in import order, from design.md's table."""
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = text.split("| module | purpose |")[1].split("\n\n")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    file = importlib.import_module(module).__file__
+    assert file is not None
+    return ast.parse(Path(file).read_text(encoding="utf-8"))
+
+
+def _defined(module: str) -> list[str]:
+    """Public names that a module itself defines, in its order."""
+    names: list[str] = []
+    for node in _tree(module).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.append(node.target.id)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [name for name in dict.fromkeys(names) if not name.startswith("_")]
+
+
+def _imported(module: str) -> dict[str, str]:
+    """Name -> the module that it is imported from by name."""
+    return {
+        alias.name: node.module
+        for node in _tree(module).body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+
+
+def home(module: str, name: str) -> str:
+    """The dotted name of `name` in the module that defines it."""
+    while name not in _defined(module):
+        module = _imported(module)[name]
+    return f"{module}.{name}"
+
+
+def _is_module(name: str) -> bool:
+    return inspect.ismodule(getattr(importlib.import_module("steerlens"), name))
+
+
+def at_the_top() -> dict[str, str]:
+    """Each of `steerlens.__all__` -> the dotted name where it is defined."""
+    exported = list(importlib.import_module("steerlens").__all__)
+    return {name: home("steerlens", name) for name in exported if not _is_module(name)}
+
+
+def members(room: str) -> list[str]:
+    """The dotted names that a room's page documents; what is at the top of the package first."""
+    package = f"steerlens.{room}"
+    found = [where for where in at_the_top().values() if where.startswith(f"{package}.")]
+    module = importlib.import_module(package)
+    found += [home(package, name) for name in getattr(module, "__all__", ())]
+    for given in MORE.get(room, ()):
+        of, _, name = f"{package}.{given}".rpartition(".")
+        every = _tree(of).body if name == "*" else ()
+        found += [
+            f"{of}.{node.name}"
+            for node in every
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        ]
+        found += [home(of, name)] if name != "*" else []
+    return list(dict.fromkeys(found))
+
+
+@cache
+def pages() -> dict[str, list[str]]:
+    """Room -> its members, of the rooms that have any."""
+    return {room: found for room in rooms() if (found := members(room))}
+
+
+def page_of(room: str) -> str:
+    """The reference page of a room, in Markdown."""
+    package, found = f"steerlens.{room}", pages()[room]
+    short = {where: name for name, where in at_the_top().items()}
+    top = [f"`sl.{short[where]}`" for where in found if where in short]
+    exported = set(getattr(importlib.import_module(package), "__all__", ()))
+    in_room = [
+        f"`{where.rpartition('.')[2]}`"
+        for where in found
+        if where not in short and where.rpartition(".")[2] in exported
+    ]
+    lines = [f"# {room}", "", f"{rooms()[room][0].upper()}{rooms()[room][1:]}.", ""]
+    if top:
+        lines += [f"After `import steerlens as sl`: {', '.join(top)}.", ""]
+    if in_room:
+        lines += [f"From `{package}`: {', '.join(in_room)}.", ""]
+    lines += [f"::: {where}\n" for where in found]
+    return "\n".join(lines)
+
+
+def index_of_rooms() -> str:
+    """A table of the rooms and what each is for."""
+    rows = [
+        f"| [{room}]({room}.md) | {rooms()[room]} | {', '.join(_names(room))} |" for room in pages()
+    ]
+    return "\n".join(["| room | purpose | names |", "| --- | --- | --- |", *rows, ""])
+
+
+def _names(room: str) -> list[str]:
+    short = {where: name for name, where in at_the_top().items()}
+    found = [where for where in pages()[room] if where in short] or pages()[room][:6]
+    return [f"[`{where.rpartition('.')[2]}`]({room}.md#{where})" for where in found]
+
+
+def notebooks() -> list[Path]:
+    """The tutorials, in the order of their names."""
+    return sorted((ROOT / "tutorials").glob("*.ipynb"))
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook's text and code as Markdown; its outputs are left to the notebook."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"]).strip("\n")
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+        elif cell["cell_type"] == "code" and source:
+            parts.append(f"```python\n{source}\n```")
+    text = "\n\n".join(parts)
+    note = f"*To run it: `tutorials/{path.name}` in the repository.*"
+    title, _, rest = text.partition("\n")
+    return f"{title}\n\n{note}\n{rest}\n"
+
+
+def title_of(path: Path) -> str:
+    """A notebook's heading."""
+    return notebook_page(path).partition("\n")[0].lstrip("# ")
+
+
+def options_of(command: str) -> str:
+    """The options of a command of `steerlens`, from the command itself."""
+    from typer.main import get_command
+
+    cli: Any = get_command(importlib.import_module("steerlens.cli").app)
+    for name in command.split():
+        cli = cli.commands[name]
+    rows = []
+    for option in cli.params:
+        names = [*option.opts, *option.secondary_opts]
+        if option.param_type_name != "option":
+            names = [option.name.upper()]
+        told = (getattr(option, "help", None) or "").replace("|", "&#124;")
+        is_flag = getattr(option, "is_flag", False) and not option.secondary_opts
+        given = "" if option.default in (None, "") or is_flag else f"`{option.default}`"
+        shown = ", ".join(f"`{name}`" for name in names)
+        rows.append(f"| {shown} | {told} | {'required' if option.required else given} |")
+    return "\n".join(["| option | | default |", "| --- | --- | --- |", *rows])
+
+
+def on_config(config: Any) -> Any:
+    """Put the rooms and the notebooks into the navigation."""
+    for entry in config.nav:
+        if isinstance(entry, dict) and "Reference" in entry:
+            entry["Reference"] += [{room: f"reference/{room}.md"} for room in pages()]
+        if isinstance(entry, dict) and "Tutorials" in entry:
+            entry["Tutorials"] += [
+                {title_of(path): f"tutorials/{path.stem}.md"} for path in notebooks()
+            ]
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made here."""
+    made = {f"reference/{room}.md": page_of(room) for room in pages()}
+    made |= {f"tutorials/{path.stem}.md": notebook_page(path) for path in notebooks()}
+    for name in ("CHANGELOG", "CONTRIBUTING"):
+        made[f"{name.lower()}.md"] = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    for where, content in made.items():
+        files.append(File.generated(config, where, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:  # noqa: ARG001
+    """Fill in the lists of rooms and of notebooks, and the options of commands."""
+    markdown = re.sub(r"<!-- options ([\w ]+) -->", lambda m: options_of(m[1]), markdown)
+    tutorials = "\n".join(f"- [{title_of(p)}]({p.stem}.md)" for p in notebooks())
+    return markdown.replace("<!-- rooms -->", index_of_rooms()).replace(
+        "<!-- notebooks -->", tutorials
+    )
+
+
+@cache
+def linked() -> dict[str, tuple[str, str]]:
+    """What is written in code type -> page and anchor of what it names, where that is one thing."""
+    found: dict[str, tuple[str, str]] = {}
+    seen: dict[str, int] = {}
+    for room, wheres in pages().items():
+        for where in wheres:
+            name, target = where.rpartition(".")[2], (f"reference/{room}.html", where)
+            seen[name] = seen.get(name, 0) + 1
+            found[where.removeprefix("steerlens.")] = found[where] = target
+            found[f"{room}.{name}"] = found[f"sl.{room}.{name}"] = found[name] = target
+    single = {name for name, times in seen.items() if times > 1}
+    # A plain word may be a command, a column or a room.
+    plain = {name for name in found if re.fullmatch(r"[a-z]+", name)}
+    for name, where in at_the_top().items():
+        room = where.split(".")[1]
+        found[f"sl.{name}"] = (f"reference/{room}.html", where)
+    return {name: target for name, target in found.items() if name not in single | plain}
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:  # noqa: ARG001
+    """Link what is named in code type to where it is told, outside of headings, code and links."""
+    parts = re.split(r"(<(?:a|pre|h[1-6])\b.*?</(?:a|pre|h[1-6])>)", html, flags=re.DOTALL)
+
+    def link(match: re.Match[str]) -> str:
+        target = linked().get(match[1])
+        if target is None:
+            return match[0]
+        url = get_relative_url(target[0], page.url)
+        return f'<a href="{url}#{target[1]}">{match[0]}</a>'
+
+    return "".join(
+        part if i % 2 else re.sub(r"<code>([\w.]+)</code>", link, part)
+        for i, part in enumerate(parts)
+    )

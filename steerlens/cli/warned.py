@@ -1,0 +1,54 @@
+"""The warnings of a run: shown on stderr as they come, and kept for its record."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TextIO
+
+from rich.text import Text
+
+from steerlens.cli.printing import notes
+
+_warned: ContextVar[tuple[str, ...]] = ContextVar("warned", default=())
+
+
+@contextmanager
+def keeping_warnings() -> Iterator[None]:
+    """Inside the block `warned` has the warnings given so far; they are shown all the same."""
+    before = _warned.set(())
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def keep(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            _keep(str(message))
+            shown(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = keep
+        try:
+            yield
+        finally:
+            _warned.reset(before)
+
+
+def warned() -> tuple[str, ...]:
+    """The texts of the warnings and of `warn`, each once, in the order in which they came."""
+    return _warned.get()
+
+
+def warn(text: str, *, quiet: bool) -> None:
+    """Print a note on stderr unless `quiet`, and keep it for the record."""
+    _keep(text)
+    if not quiet:
+        notes.print(Text(text))
+
+
+def _keep(text: str) -> None:
+    _warned.set(tuple(dict.fromkeys((*_warned.get(), text))))

@@ -1,0 +1,131 @@
+"""The page: a section a run, with summary, warnings, figures, texts and tables."""
+
+import html
+from collections.abc import Sequence
+from importlib.resources import files
+
+from steerlens.errors import ReportError
+from steerlens.plots.figure import Figure, plotly_element
+from steerlens.plots.scripts import PLOTLY, policy, script_tags
+from steerlens.report.contents import FIGURES, TABLES
+from steerlens.report.facts import facts
+from steerlens.report.listings import listing
+from steerlens.report.markup import Html, element, joined
+from steerlens.report.reading import Run
+from steerlens.report.summary import summarise
+from steerlens.report.texts import generations, tokens
+
+TITLE = "steerlens report"
+_FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{policy}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+
+def report(runs: Sequence[Run]) -> str:
+    """The HTML page of some runs, a section each, in the order given.
+
+    It holds the scripts and data that it needs, compressed, and asks no network for anything.
+    Without scripts the tables and texts are there all the same. Raises `ReportError` without runs.
+    """
+    if not runs:
+        raise ReportError("a report is of one run or more, got none")
+    sections = [_section(run, f"run{number}") for number, run in enumerate(runs, start=1)]
+    contents = element(
+        "nav",
+        element("ul", *(_entry(run, f"run{n}") for n, run in enumerate(runs, start=1))),
+        aria_label="Runs",
+    )
+    body = joined(
+        element("a", "Skip to the first run", href="#run1", class_="skip"),
+        element("header", element("h1", TITLE), contents),
+        element("main", *sections),
+        element("footer", element("p", _FOOT)),
+        Html(script_tags(PLOTLY)),
+        Html(f'<script type="module">{_resource("page.js")}</script>'),
+        by="\n",
+    )
+    title = f"{TITLE}: {', '.join(run.name for run in runs)}"
+    return _FRAME.format(
+        policy=policy([PLOTLY], [_resource("page.js")]),
+        title=html.escape(title),
+        style=_resource("page.css"),
+        body=body,
+    )
+
+
+def _resource(name: str) -> str:
+    return files("steerlens.report").joinpath(name).read_text(encoding="utf-8")
+
+
+_FOOT = (
+    "Made by steerlens from the files of the runs alone. The page holds all that it shows and asks "
+    "no network for anything."
+)
+
+
+def _section(run: Run, ident: str) -> Html:
+    parts = [_part(ident, title, content) for title, content in _contents(run, ident) if content]
+    heading = element("h2", _name(run), id=f"{ident}-title")
+    return element("section", heading, *parts, id=ident, aria_labelledby=f"{ident}-title")
+
+
+def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
+    """The parts of a run's section by title; a part without content is left out."""
+    tables = run.tables
+    said = [element("li", sentence) for sentence in summarise(run)]
+    figures = [figure for of in FIGURES if (figure := of.of(run.command, tables)) is not None]
+    drawn = [
+        _figure(figure, f"{ident}-figure{number}") for number, figure in enumerate(figures, start=1)
+    ]
+    texts = tables.get("generations")
+    damage = tables.get("tokens")
+    listed = [
+        listing(name, tables[name], content, f"{ident}-table-{name}")
+        for name, content in TABLES.items()
+        if name in tables
+    ]
+    return [
+        ("Summary", element("ul", *said, class_="summary") if said else Html("")),
+        ("Warnings", joined(*(_warning(str(text)) for text in run.record["warnings"]))),
+        ("What was run", facts(run)),
+        ("Figures", joined(*drawn)),
+        ("Generations", Html("") if texts is None else generations(texts, tables.get("sweep"))),
+        ("Token damage", Html("") if damage is None else tokens(damage)),
+        ("Tables", joined(*listed)),
+    ]
+
+
+def _part(ident: str, title: str, content: Html) -> Html:
+    name = f"{ident}-{title.lower().replace(' ', '-')}"
+    return element("section", element("h3", title, id=name), content, aria_labelledby=name)
+
+
+def _warning(text: str) -> Html:
+    return element(
+        "p", element("b", "Warning"), ": ", text.removeprefix("note: "), class_="warning"
+    )
+
+
+def _figure(figure: Figure, name: str) -> Html:
+    drawn = Html(plotly_element(figure, name))
+    caption = element("figcaption", figure.caption)
+    return element("figure", element("h4", figure.title), drawn, caption)
+
+
+def _name(run: Run) -> str:
+    return f"{run.command}: {run.name}"
+
+
+def _entry(run: Run, ident: str) -> Html:
+    return element("li", element("a", _name(run), href=f"#{ident}"))

