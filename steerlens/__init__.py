@@ -4,6 +4,7 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 `sweep`; `find_boundary` for how far, `compare` for which method.
 """
 
+from steerlens import plots
 from steerlens.activations import Differences, collect_activations, collect_differences
 from steerlens.boundary import BoundaryResult, find_boundary, predict_boundary
 from steerlens.data import (
@@ -25,6 +26,7 @@ from steerlens.export import (
     to_repeng,
     to_steering_vectors,
 )
+from steerlens.geometry import LossGeometry, loss_geometry
 from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import readout_hook, resolve_hooks
 from steerlens.items import PreferenceItem, PreferenceItems
@@ -78,6 +80,7 @@ __all__ = [
     "ContrastivePairs",
     "Differences",
     "Directions",
+    "LossGeometry",
     "LossGradients",
     "Message",
     "PreferenceItem",
@@ -110,11 +113,13 @@ __all__ = [
     "gradient_terms",
     "label_logprob",
     "load_model",
+    "loss_geometry",
     "loss_gradients",
     "measure_layers",
     "neutral_texts",
     "null_directions",
     "ordering_penalty",
+    "plots",
     "predict_boundary",
     "provenance",
     "readout_hook",

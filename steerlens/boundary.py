@@ -18,6 +18,7 @@ from steerlens.errors import SweepError
 from steerlens.hooks import Layers, readout_hook, resolve_hooks
 from steerlens.loss import Budget
 from steerlens.measures import (
+    N_BOOTSTRAP,
     check_directions,
     check_width,
     layer_row,
@@ -165,7 +166,8 @@ def find_boundary(
     tell = progress or silent
     plan = _plan_pairs(model, tokenized, pushes, directions, settings, cost, tell)
     baseline, workload = plan.prepared.unsteered, plan.prepared.workload
-    rows = {name: layer_row(name, baseline, directions[name]) for name in hook_names}
+    draws = {"n_bootstrap": settings.n_bootstrap, "seed": settings.seed}
+    rows = {name: layer_row(name, baseline, directions[name], **draws) for name in hook_names}
     limits = [settings.search_range * rows[push.hook_name]["resid_norm"] for push in pushes]
     text, unsteered = replace(workload, negative=()), baseline
     if on != "positive":
@@ -274,7 +276,7 @@ def predict_boundary(
     )
     table = [
         {
-            **layer_row(name, baseline, directions[name]),
+            **layer_row(name, baseline, directions[name], n_bootstrap=N_BOOTSTRAP, seed=seed),
             "predicted_boundary_pos": up.predicted,
             "predicted_boundary_neg": -down.predicted,
             "predicted_first_order_pos": up.first_order,

@@ -43,3 +43,7 @@ class ExportError(SteerlensError):
 
 class CircuitError(SteerlensError):
     """A model cannot be taken apart into heads and MLPs, or a question about its circuit fails."""
+
+
+class PlotError(SteerlensError):
+    """A table lacks what a figure is drawn from, or a figure is asked for what it does not have."""

@@ -27,7 +27,10 @@ from steerlens.models import HookedModel, provenance
 from steerlens.plain import Baseline, CellOutput, Cost, Workload, forward_equivalents
 from steerlens.tables import Row
 from steerlens.tokens import SteeredPositions
-from steerlens.uncertainty import bootstrap_interval
+from steerlens.uncertainty import bootstrap_interval, bootstrap_intervals, ratio_interval
+
+N_BOOTSTRAP = 2000
+"""Resamples of an interval where nobody says how many."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,13 @@ def layer_row(
     *,
     margin: float = MARGIN,
     weight: float = WEIGHT,
+    n_bootstrap: int,
+    seed: int,
 ) -> Row:
-    """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`)."""
+    """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`).
+
+    Intervals are 95% bootstrap intervals over pairs, the same pairs drawn for every number.
+    """
     cell = baseline.cell(hook_name)
     positive, negative = cell.positive.double(), cell.negative.double()
     differences = positive - negative
@@ -121,7 +129,21 @@ def layer_row(
         margin=margin,
         weight=weight,
     )
+    by_pair = {
+        "separation": norms,
+        "projection": projection,
+        "agreement": projection / norms,
+        "resid_norm": (positive.norm(dim=-1) + negative.norm(dim=-1)) / 2,
+    }
+    stacked = torch.stack([*by_pair.values()]).numpy()
+    lows, highs = bootstrap_intervals(stacked, n_resamples=n_bootstrap, seed=seed)
+    ends = dict(zip(by_pair, zip(lows.tolist(), highs.tolist(), strict=True), strict=True))
+    ends["explained_variance"] = ratio_interval(
+        projection.square().numpy(), norms.square().numpy(), n_resamples=n_bootstrap, seed=seed
+    )
     return {
+        **{f"{name}_ci_low": low for name, (low, _) in ends.items()},
+        **{f"{name}_ci_high": high for name, (_, high) in ends.items()},
         "hook_name": hook_name,
         "layer": hook_layer(hook_name),
         "separation": float(norms.mean()),
@@ -136,6 +158,58 @@ def layer_row(
         "prediction_trusted": False,
         "boundary_on": "none",
     }
+
+
+def point_rows(
+    hook_name: str,
+    baseline: Baseline,
+    direction: Float[Tensor, " d_model"],
+    ids: Sequence[str],
+) -> list[Row]:
+    """The unsteered differences of the pairs `ids` in a plane (`POINT_COLUMNS`), one row a pair.
+
+    The plane is spanned by the direction and `main_orthogonal` of these differences; where nothing
+    is left for that, `across` is NaN.
+    """
+    cell = baseline.cell(hook_name)
+    differences = cell.positive.double() - cell.negative.double()
+    unit = direction.double().cpu()
+    try:
+        across = (differences @ main_orthogonal(differences, unit)).tolist()
+    except DirectionError:
+        across = [math.nan] * len(ids)
+    along, norms = (differences @ unit).tolist(), differences.norm(dim=-1).tolist()
+    place = {"hook_name": hook_name, "layer": hook_layer(hook_name)}
+    return [
+        {**place, "pair": name, "along": x, "across": y, "separation": norm}
+        for name, x, y, norm in zip(ids, along, across, norms, strict=True)
+    ]
+
+
+def main_orthogonal(
+    differences: Float[Tensor, "pair d_model"], direction: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The unit vector, orthogonal to `direction`, with the largest sum of squared projections.
+
+    `argmax_v sum_i (r_i . v)^2` with `r_i = d_i - (d_i . direction) direction`. The mean projection
+    on it is positive; where that is 0, the component that is largest. Raises `DirectionError` when
+    nothing is left of the differences.
+    """
+    rest = differences - (differences @ direction)[:, None] * direction
+    if rest.norm() <= 1e-6 * differences.norm():
+        raise DirectionError(
+            "the differences lie along the direction alone, so no plane is left; use other pairs"
+        )
+    axis: Tensor = torch.linalg.svd(rest, full_matrices=False)[2][0]
+    axis = axis - (axis @ direction) * direction
+    along = rest @ axis
+    # A mean-difference direction fitted on these very pairs leaves a mean of 0 but for rounding.
+    leaning = (
+        along.mean() if along.mean().abs() > 1e-6 * along.norm() else axis[axis.abs().argmax()]
+    )
+    sign = -1.0 if float(leaning) < 0 else 1.0
+    unit: Tensor = sign * axis / axis.norm()
+    return unit
 
 
 def record(

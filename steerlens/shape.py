@@ -27,7 +27,7 @@ from steerlens.engine import make_plan
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import Budget
-from steerlens.measures import check_width, record
+from steerlens.measures import check_width, main_orthogonal, record
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, make_workload
 from steerlens.progress import Progress
@@ -54,6 +54,20 @@ class BoundaryShape:
     direction: Float[Tensor, " d_model"]
     orthogonal: Float[Tensor, " d_model"]
 
+    @property
+    def hook_name(self) -> str:
+        """The hook of the plane."""
+        return str(self.table.hook_name.iloc[0])
+
+    @property
+    def axes(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+        """`direction` and `orthogonal`."""
+        return self.direction, self.orthogonal
+
+    def at(self, angle: float) -> Float[Tensor, " d_model"]:
+        """The unit vector `cos(angle) * direction + sin(angle) * orthogonal`; angle in degrees."""
+        return turned(self.direction, self.orthogonal, angle)
+
     def __repr__(self) -> str:
         ratio = self.table.attrs["radius_ratio"]
         return f"BoundaryShape({len(self.table)} angles, radius ratio {ratio:.3g})"
@@ -61,8 +75,7 @@ class BoundaryShape:
     def _repr_html_(self) -> str:
         names = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high", "predicted_boundary"]
         table = self.table[names].rename(columns=lambda name: name.replace("_", " "))
-        layers = [f"layer {hook_label(name)}" for name in self.table.hook_name.unique()]
-        about = [repr(self), *layers, *measured(self.table.attrs)]
+        about = [repr(self), f"layer {hook_label(self.hook_name)}", *measured(self.table.attrs)]
         return fragment(about, table, note="residual units; inf is not reached")
 
 
@@ -130,7 +143,8 @@ def boundary_shape(
     readout = readout_hook(hook_name, int(model.cfg.n_layers))
     angles = [360 * i / n_angles for i in range(n_angles)]
     pushes = [
-        Push(hook_name, _at(direction, orthogonal, angle).to(wide), 1, readout) for angle in angles
+        Push(hook_name, turned(direction, orthogonal, angle).to(wide), 1, readout)
+        for angle in angles
     ]
     tokenized = tokenize_pairs(model, pairs)
     prompts = text_prompts(model, on, tokenized)
@@ -146,7 +160,12 @@ def boundary_shape(
         model, prompts, workload, (readout,), batch_size=batch_size, cost=cost, progress=progress
     )
     check_width(directions, unsteered)
-    plan = make_plan(model, text, unsteered, check_jobs(pushes), batch_size=batch_size, cost=cost)
+    plan = make_plan(
+        *(model, text, unsteered, check_jobs(pushes)),
+        batch_size=batch_size,
+        cost=cost,
+        progress=progress,
+    )
     found = find_boundaries(
         plan,
         prompts,
@@ -186,37 +205,16 @@ def check_plane(hook_names: Sequence[str], n_angles: int) -> None:
         raise SweepError(f"n_angles must be at least 3, got {n_angles}")
 
 
-def main_orthogonal(
-    differences: Float[Tensor, "pair d_model"], direction: Float[Tensor, " d_model"]
+def turned(
+    direction: Float[Tensor, " d_model"], orthogonal: Float[Tensor, " d_model"], angle: float
 ) -> Float[Tensor, " d_model"]:
-    """The unit vector, orthogonal to `direction`, with the largest sum of squared projections.
+    """The direction turned by an angle (degrees) towards the orthogonal one: a unit vector.
 
-    `argmax_v sum_i (r_i . v)^2` with `r_i = d_i - (d_i . direction) direction`. The mean projection
-    on it is positive; where that is 0, the component that is largest. Raises `DirectionError` when
-    nothing is left of the differences.
+    Computed in float64, of the direction's dtype.
     """
-    rest = differences - (differences @ direction)[:, None] * direction
-    if rest.norm() <= 1e-6 * differences.norm():
-        raise DirectionError(
-            "the differences lie along the direction alone, so no plane is left; use other pairs"
-        )
-    axis: Tensor = torch.linalg.svd(rest, full_matrices=False)[2][0]
-    axis = axis - (axis @ direction) * direction
-    along = rest @ axis
-    # A mean-difference direction fitted on these very pairs leaves a mean of 0 but for rounding.
-    leaning = (
-        along.mean() if along.mean().abs() > 1e-6 * along.norm() else axis[axis.abs().argmax()]
-    )
-    sign = -1.0 if float(leaning) < 0 else 1.0
-    unit: Tensor = sign * axis / axis.norm()
-    return unit
-
-
-def _at(direction: Tensor, orthogonal: Tensor, angle: float) -> Tensor:
-    turned: Tensor = (
-        math.cos(math.radians(angle)) * direction + math.sin(math.radians(angle)) * orthogonal
-    )
-    return turned
+    turn = math.radians(angle)
+    vector: Tensor = math.cos(turn) * direction.double() + math.sin(turn) * orthogonal.double()
+    return vector.to(direction.dtype)
 
 
 def _row(hook_name: str, angle: float, boundary: Boundary) -> Row:

@@ -29,6 +29,7 @@ from steerlens.measures import (
     layer_row,
     logprob_budget,
     measure,
+    point_rows,
     record,
     whole,
     whole_or_none,
@@ -41,7 +42,7 @@ from steerlens.plain import (
     run_baseline,
 )
 from steerlens.progress import Progress, silent
-from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Row, to_frame
+from steerlens.tables import LAYER_COLUMNS, POINT_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 from steerlens.uncertainty import false_discovery, null_band
 
@@ -50,11 +51,13 @@ from steerlens.uncertainty import false_discovery, null_band
 class SweepResult:
     """`table` has one row a cell (`SWEEP_COLUMNS`), `layers` one row a hook (`LAYER_COLUMNS`).
 
-    Both carry settings, model provenance and fingerprints in their `attrs`.
+    `points` has one row a hook and pair (`POINT_COLUMNS`): the unsteered differences. All
+    carry settings, model provenance and fingerprints in their `attrs`.
     """
 
     table: pd.DataFrame
     layers: pd.DataFrame
+    points: pd.DataFrame
     directions: Directions
     settings: SweepSettings
 
@@ -182,6 +185,7 @@ def sweep(
         **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
         "nulls": {kind: [one.seed for one in some] for kind, some in (nulls or {}).items()},
     }
+    ids = [pair.id for pair in pairs]
     return SweepResult(
         table=to_frame(rows, SWEEP_COLUMNS, attrs),
         layers=to_frame(
@@ -192,10 +196,17 @@ def sweep(
                     directions[name],
                     margin=settings.margin,
                     weight=settings.weight,
+                    n_bootstrap=settings.n_bootstrap,
+                    seed=settings.seed,
                 )
                 for name in hook_names
             ],
             LAYER_COLUMNS,
+            attrs,
+        ),
+        points=to_frame(
+            [row for n in hook_names for row in point_rows(n, baseline, directions[n], ids)],
+            POINT_COLUMNS,
             attrs,
         ),
         directions=directions,

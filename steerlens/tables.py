@@ -21,6 +21,12 @@ class Column:
     meaning: str
 
 
+def _interval(name: str, unit: str, over: str = "pairs") -> tuple[Column, Column]:
+    meaning = f"95% bootstrap interval over {over}"
+    low, high = (Column(f"{name}_ci_{end}", "float64", unit, meaning) for end in ("low", "high"))
+    return low, high
+
+
 _HOOK = (
     Column("hook_name", "str", "", "hook of the direction (where a cell adds it)"),
     Column("layer", "int64", "", "block index of the hook"),
@@ -170,6 +176,11 @@ LAYER_COLUMNS: tuple[Column, ...] = (
         "",
         "text of the boundary columns; none where they are empty",
     ),
+    *_interval("separation", "residual units"),
+    *_interval("projection", "residual units"),
+    *_interval("agreement", "cosine"),
+    *_interval("explained_variance", "share"),
+    *_interval("resid_norm", "residual units"),
 )
 """One row a hook, of the unsteered model; boundaries are NaN until they are measured."""
 
@@ -423,6 +434,17 @@ FAITHFULNESS_COLUMNS: tuple[Column, ...] = (
 )
 """One row a circuit, the model it is run in, and its size."""
 
+EDGE_COLUMNS: tuple[Column, ...] = (
+    Column("model", "str", "", "unsteered, or a vector's name"),
+    Column("writer", "str", "", "component that writes, by name"),
+    Column("writer_layer", "int64", "", "its block; -1 for embed"),
+    Column("writer_head", "int64", "", "its head; -1 for embed and mlp"),
+    Column("reader", "str", "", "what reads it: attnL, mlpL or logits"),
+    Column("reader_layer", "int64", "", "its block; the number of blocks for logits"),
+    Column("score", "float64", "logits", "mean attribution over pairs; positive supports"),
+)
+"""One row an edge, the largest of each model."""
+
 GRADIENT_COLUMNS: tuple[Column, ...] = (
     *_HOOK,
     Column("loss_hook", "str", "", "hook at which the separation is taken"),
@@ -457,6 +479,55 @@ SHAPE_COLUMNS: tuple[Column, ...] = (
     Column("predicted_boundary", "float64", "residual units", "from slope and curvature at 0"),
 )
 """One row an angle of a boundary's shape."""
+
+
+POINT_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("pair", "str", "", "id of the contrastive pair"),
+    Column("along", "float64", "residual units", "its difference . direction, unsteered"),
+    Column(
+        "across",
+        "float64",
+        "residual units",
+        "its difference . the main direction orthogonal to that; NaN where there is none",
+    ),
+    Column("separation", "float64", "residual units", "L2 norm of its difference"),
+)
+"""One row a hook and pair: the unsteered differences in the plane that shows most of them."""
+
+_PER_UNIT = "nats^2 * weight / residual unit"
+
+GEOMETRY_COLUMNS: tuple[Column, ...] = (
+    *POINT_COLUMNS,
+    Column("separation_along", "float64", "", "minus the separation's gradient, along"),
+    Column("separation_across", "float64", "", "the same, across"),
+    Column(
+        "coherence_along",
+        "float64",
+        _PER_UNIT,
+        "minus the gradient of the pair's coherence penalty, every token pushed, along",
+    ),
+    Column("coherence_across", "float64", _PER_UNIT, "the same, across"),
+)
+"""One row a hook and pair: its difference, and which way each term of the noref loss pushes it."""
+
+CONTOUR_COLUMNS: tuple[Column, ...] = (
+    *_HOOK,
+    Column("angle", "float64", "degrees", "of the push, from the direction to the orthogonal one"),
+    Column("coefficient", "float64", "residual units", "length of the push"),
+    Column("boundary", "float64", "residual units", "coherence boundary at this angle"),
+    Column("along", "float64", "residual units", "mean difference . direction, pushed"),
+    Column("across", "float64", "residual units", "mean difference . the orthogonal one, pushed"),
+    Column("degradation_nats", "float64", "nats per token", "loss of the labels' logprob"),
+    Column(
+        "coherence_penalty",
+        "float64",
+        "weight * nats^2",
+        "weight * mean of relu(margin * baseline - logprob)^2 over pairs",
+    ),
+    Column("loss", "float64", "", "-along + coherence_penalty (the reference form, at the hook)"),
+)
+"""One row a push in the plane of a hook: the loss there."""
 
 
 def to_frame(

@@ -127,7 +127,8 @@ def test_a_sweep_writes_five_files(sweep: Main, tmp_path: Path) -> None:
     outcome = sweep("--out", out)
     assert outcome.code == 0
     assert set(content(out)) == {
-        *("sweep.csv", "sweep.parquet", "layers.csv", "directions.safetensors", "run.json")
+        *("sweep.csv", "sweep.parquet", "layers.csv", "points.csv"),
+        *("directions.safetensors", "run.json"),
     }
     assert set(content(out)) <= set(RUN_FILES)
     cells = table(out)

@@ -20,13 +20,13 @@ PACKAGE = Path(steerlens.__file__).parent
 ORDER = (
     "errors progress data items models hooks display tokens activations directions loss steering "
     "uncertainty tables plain passes parts cells engine measures slopes gradients methods sweep "
-    "search coherence pushes boundary shape evaluate export circuits runs cli"
+    "search coherence pushes boundary shape geometry evaluate export circuits plots runs cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.
 HEAVY = (
-    "transformer_lens transformers circuitsvis plotly datasets scipy sklearn safetensors gguf "
-    "platformdirs typer rich IPython"
+    "transformer_lens transformers circuitsvis plotly matplotlib datasets scipy sklearn "
+    "safetensors gguf platformdirs typer rich IPython"
 ).split()
 
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef

@@ -147,6 +147,21 @@ def test_a_shape(
     assert found[-1] == ("intervals: pushes", 4)
 
 
+def test_the_geometry_of_several_layers(
+    run: Run, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    options: dict[str, Any] = {"layers": [1, 3], "n_angles": 3, "n_bootstrap": 2}
+    found = run(sl.loss_geometry, llama, many, directions, **options)
+    assert found[0] == ("layer 1 of 2, activations: prompts", 40)
+    assert ("layer 2 of 2, boundary on probes: pushes settled", 3) in found
+    assert found[-4:] == [
+        ("unsteered model: prompts", 40),
+        ("checks: hooks", 2),
+        ("loss in the plane: pushes", 2 * 3 * 6),
+        ("slopes: prompts", 20),
+    ]
+
+
 def items(start: str, n: int) -> PreferenceItems:
     words = "walk sun rain soup bread night".split()[:n]
     made = [PreferenceItem(f"{start} {word}", "warm and good", "so cold", word) for word in words]

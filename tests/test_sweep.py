@@ -1,5 +1,6 @@
 """The sweep: cells against bare hooks, coefficient 0, invariance, both tables."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -368,7 +369,7 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
         torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]),
         torch.tensor([-2.0, -4.0]),
     )
-    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]))
+    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]), n_bootstrap=500, seed=0)
     expected = {
         "separation": 3.0,
         "projection": 2.9,
@@ -382,6 +383,45 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
     }
     for column, value in expected.items():
         assert row[column] == pytest.approx(value, rel=1e-6), column
+    # Of two pairs a resample is one of them twice, or both: intervals run from one to the other.
+    ends = {
+        "separation": (1, 5),
+        "projection": (0.8, 5),
+        "agreement": (0.8, 1),
+        "explained_variance": (0.64, 1),
+        "resid_norm": (0.5, 2.5),
+    }
+    for column, interval in ends.items():
+        found = row[f"{column}_ci_low"], row[f"{column}_ci_high"]
+        assert found == pytest.approx(interval, rel=1e-6), column
+
+
+def test_points_by_hand() -> None:
+    """Differences (3, 4) and (0, 1) on the direction (1, 0) and what is orthogonal to it."""
+    from steerlens.measures import point_rows
+    from steerlens.plain import Baseline
+
+    name = "blocks.2.hook_resid_post"
+    states = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
+    baseline = Baseline((name,), states, torch.zeros_like(states), torch.zeros(2))
+    rows = point_rows(name, baseline, torch.tensor([1.0, 0.0]), ["a", "b"])
+    assert [(row["pair"], row["layer"]) for row in rows] == [("a", 2), ("b", 2)]
+    found = [[row[column] for column in ("along", "across", "separation")] for row in rows]
+    assert np.array(found) == pytest.approx(np.array([[3.0, 4.0, 5.0], [0.0, 1.0, 1.0]]))
+    # Along the direction alone nothing is left for a second axis.
+    flat = replace(baseline, positive=states * torch.tensor([1.0, 0.0]))
+    rows = point_rows(name, flat, torch.tensor([1.0, 0.0]), ["a", "b"])
+    assert [math.isnan(row["across"]) for row in rows] == [True, True]
+
+
+def test_points_are_those_of_the_layer_table(
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
+) -> None:
+    result = sl.sweep(llama, pairs, directions, coefficients=[0])
+    by_hook = result.points.groupby("hook_name", sort=False)
+    assert list(result.points.pair[: len(pairs)]) == [pair.id for pair in pairs]
+    for column, mean in (("projection", "along"), ("separation", "separation")):
+        assert by_hook[mean].mean().to_numpy() == pytest.approx(result.layers[column].to_numpy())
 
 
 def test_other_hooks_of_a_block_can_be_swept(llama: Any, pairs: sl.ContrastivePairs) -> None:

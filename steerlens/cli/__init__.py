@@ -38,10 +38,12 @@ from steerlens.cli.printing import (
     print_boundary,
     print_cells,
     print_layers,
+    print_rows,
     progress_of,
 )
 from steerlens.data import ContrastivePairs, read_texts
 from steerlens.errors import SteerlensError
+from steerlens.geometry import loss_geometry
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
 from steerlens.methods import METHODS, default_position, fit, method_of, null_directions
@@ -128,7 +130,7 @@ def sweep(
             **shared,
         )
     seconds = time.perf_counter() - started
-    tables = {"sweep": result.table, "layers": result.layers}
+    tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
     spent = result.table.attrs["forward_equivalents"]
     write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
     if not quiet:
@@ -227,6 +229,69 @@ def boundary(
         notes.print(
             Text(
                 f"{2 * len(result.layers)} boundaries in {seconds:.0f} s ({spent:.0f} "
+                f"forward-equivalents); written to {out}"
+            )
+        )
+
+
+@app.command()
+def geometry(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the tables and the record.")],
+    layers: Annotated[str, typer.Option("--layers", help="As of `sweep`; minutes for each.")],
+    model: ModelOption = DEFAULT_MODEL,
+    pairs: PairsOption = "sentiment",
+    test_pairs: TestPairsOption = None,
+    max_pairs: MaxPairsOption = None,
+    method: MethodOption = "mean_diff",
+    position: PositionOption = None,
+    angles: Annotated[
+        int, typer.Option("--angles", min=3, help="Angles of the plane to push along.")
+    ] = 16,
+    budget: Annotated[str, typer.Option("--budget", help="As of `boundary`.")] = "relative=0.01",
+    batch_size: BatchOption = None,
+    seed: SeedOption = 0,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """The loss, its gradients and the boundary in the plane of the direction, at some layers."""
+    method_of(method)
+    check_search(budget=budget, search_range=4.0)
+    fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
+    position = default_position(method, fit_on) if position is None else position
+    loaded = load_model(model, progress=not quiet)
+    hook_names = resolve_hooks(loaded, layers)
+    request = {
+        "command": "geometry",
+        "model": provenance(loaded).to_dict(),
+        "fitted_on": pairs_record(fit_on),
+        "measured_on": pairs_record(measure_on),
+        "hook_names": hook_names,
+        "method": method,
+        "position": position,
+        "angles": angles,
+        "budget": budget,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    check_run_folder(out, request)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
+    started = time.perf_counter()
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
+        found = loss_geometry(
+            loaded, measure_on, directions, n_angles=angles, budget=budget, seed=seed, **shared
+        )
+    seconds = time.perf_counter() - started
+    tables = {"geometry": found.points, "contours": found.contours, "shape": found.shape}
+    spent = found.points.attrs["forward_equivalents"]
+    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
+    if not quiet:
+        columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
+        print_rows(found.shape, "Boundary in the plane", columns)
+        notes.print(
+            Text(
+                f"{len(found.contours)} pushes in {seconds:.0f} s ({spent:.0f} "
                 f"forward-equivalents); written to {out}"
             )
         )

@@ -1,0 +1,37 @@
+"""The largest edges of circuits, as a table."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from steerlens.circuits.components import components
+from steerlens.circuits.graphs import Scores, largest, readers
+from steerlens.models import HookedModel
+from steerlens.tables import EDGE_COLUMNS, Row, to_frame
+
+
+def edge_table(
+    model: HookedModel, scores: Mapping[str, Scores], *, n_edges: int = 40
+) -> pd.DataFrame:
+    """The edges of each model with the largest absolute score, as a table (`EDGE_COLUMNS`).
+
+    `scores` are those of `compare_circuits`, a model's name each. Raises `CircuitError` as
+    `readers` does.
+    """
+    parts, ends = components(model), readers(model)
+    rows: list[Row] = []
+    for name, of in scores.items():
+        mean = of.edges.mean(dim=-1)
+        rows += [
+            {
+                "model": name,
+                "writer": str(parts[i]),
+                "writer_layer": parts[i].layer,
+                "writer_head": parts[i].head,
+                "reader": str(ends[j]),
+                "reader_layer": ends[j].layer,
+                "score": float(mean[i, j]),
+            }
+            for i, j in largest(mean, n_edges, of.is_edge).nonzero().tolist()
+        ]
+    return to_frame(rows, EDGE_COLUMNS, {"n_edges": n_edges})

@@ -1,0 +1,22 @@
+"""Tables to figures: for notebooks, HTML files, PNG and SVG."""
+
+from steerlens.plots.circuits import circuit_graph, components
+from steerlens.plots.comparison import comparison
+from steerlens.plots.figure import Figure
+from steerlens.plots.geometry import differences, loss_geometry
+from steerlens.plots.layers import boundary, layer_profile
+from steerlens.plots.sweeps import dose_response, heat_maps, tradeoff
+
+__all__ = [
+    "Figure",
+    "boundary",
+    "circuit_graph",
+    "comparison",
+    "components",
+    "differences",
+    "dose_response",
+    "heat_maps",
+    "layer_profile",
+    "loss_geometry",
+    "tradeoff",
+]

@@ -1,0 +1,230 @@
+"""What a sweep measured: projection against damage, layer by coefficient, dose and response."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from steerlens.errors import PlotError
+from steerlens.hooks import resid_post
+from steerlens.plots.figure import Figure
+from steerlens.plots.marks import (
+    GREY,
+    ORANGE,
+    Axis,
+    Band,
+    Frame,
+    HeatMap,
+    Layout,
+    Line,
+    Mark,
+    Panel,
+    Points,
+    Rule,
+    Scale,
+)
+
+RESIDUAL = "residual units"
+NATS = "nats per token"
+
+
+def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
+    """Raise `PlotError` when a table lacks columns, or rows; `what` says which it should be."""
+    missing = [name for name in names if name not in table.columns]
+    if missing:
+        raise PlotError(f"expected {what}; this table has no column {', '.join(missing)}")
+    if table.empty:
+        raise PlotError(f"expected {what}; this table has no rows")
+
+
+def hook_label(hook_name: str, layer: int) -> str:
+    """The layer's number for a block output, the hook's whole name otherwise."""
+    return str(layer) if hook_name == resid_post(layer) else hook_name
+
+
+def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Label of each hook -> its rows, in the table's order."""
+    return {
+        hook_label(str(name), int(rows.layer.iloc[0])): rows
+        for name, rows in table.groupby("hook_name", sort=False)
+    }
+
+
+def ramp(n: int) -> list[str]:
+    """`n` colours from dark blue to yellow-green, even in lightness: for layers in their order."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    # The map's last tenth is too pale for a line on white.
+    return [to_hex(colormaps["viridis"](0.9 * i / max(1, n - 1))) for i in range(n)]
+
+
+def numbers(values: object) -> tuple[float, ...]:
+    """A table's column, or any array, as a tuple of floats."""
+    return tuple(float(value) for value in np.asarray(values, dtype=np.float64))
+
+
+def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
+    """Projection against degradation, one curve a layer from the lowest coefficient to the highest.
+
+    Takes the table of a sweep; with the per-layer table of `find_boundary` the boundary of each
+    sign is marked where the straight line between the cells on either side of it crosses it.
+    Undefined cells are left out. Raises `PlotError` when the table is not that of a sweep.
+    """
+    columns = ["hook_name", "layer", "coefficient", "projection", "degradation_nats", "coherent"]
+    check_columns(sweep, columns, "the table of a sweep")
+    curves = by_hook(sweep)
+    marks: list[Mark] = [Rule(0.0, "x")]
+    for (label, rows), color in zip(curves.items(), ramp(len(curves)), strict=True):
+        rows = rows.sort_values("coefficient")
+        rows = rows[rows.projection.notna() & rows.degradation_nats.notna()]
+        hover = tuple(
+            f"layer {label}, coefficient {c:g}\nprojection {p:.4g}, degradation {d:+.4f}"
+            for c, p, d in rows[["coefficient", "projection", "degradation_nats"]].to_numpy()
+        )
+        x, y = numbers(rows.degradation_nats), numbers(rows.projection)
+        marks.append(Line(x, y, name=f"layer {label}", color=color, hover=hover))
+        for is_coherent, symbol in ((True, "circle"), (False, "circle-open")):
+            kept = np.flatnonzero(rows.coherent.to_numpy(dtype=bool) == is_coherent)
+            marks.append(
+                Points(
+                    tuple(x[i] for i in kept),
+                    tuple(y[i] for i in kept),
+                    name=f"layer {label}",
+                    color=color,
+                    symbol="circle" if symbol == "circle" else "circle-open",
+                    hover=tuple(hover[i] for i in kept),
+                )
+            )
+    if layers is not None:
+        marks.append(_boundaries(curves, layers))
+    panel = Panel(
+        marks,
+        Axis(f"degradation ({NATS}; right is worse)"),
+        Axis(f"projection at the readout ({RESIDUAL})"),
+    )
+    caption = (
+        "Each curve is one layer, from the lowest coefficient to the highest: mean projection of "
+        "the pairs' differences at the readout hook (residual units) against the loss of logprob "
+        "of the positive prompts' labels (nats per token). Open circles are beyond the budget."
+    )
+    if layers is not None:
+        caption += " Diamonds: the measured coherence boundary of each sign."
+    return Figure("Projection against degradation", caption, (Frame("", (panel,)),), _wide())
+
+
+def _boundaries(curves: dict[str, pd.DataFrame], layers: pd.DataFrame) -> Points:
+    check_columns(
+        layers, ["hook_name", "layer", "boundary_pos", "boundary_neg"], "the per-layer table"
+    )
+    x, y, hover = [], [], []
+    for label, rows in by_hook(layers).items():
+        if label not in curves:
+            continue
+        cells = curves[label].sort_values("coefficient")
+        reach = numbers(cells.coefficient)
+        for at in (float(rows.boundary_neg.iloc[0]), float(rows.boundary_pos.iloc[0])):
+            if not (math.isfinite(at) and reach[0] <= at <= reach[-1]):
+                continue
+            x.append(float(np.interp(at, reach, numbers(cells.degradation_nats))))
+            y.append(float(np.interp(at, reach, numbers(cells.projection))))
+            hover.append(f"layer {label}: boundary at {at:.4g}")
+    return Points(
+        tuple(x), tuple(y), "boundary", ORANGE, symbol="diamond", size=9, hover=tuple(hover)
+    )
+
+
+def heat_maps(sweep: pd.DataFrame) -> Figure:
+    """Layer by coefficient: projection, degradation and loss of every cell.
+
+    Takes the table of a sweep. Crosses are cells beyond the budget. Colours of degradation and loss
+    stop at the 95th percentile of their size, so that a few broken cells do not bleach all others.
+    Raises `PlotError` when the table is not that of a sweep.
+    """
+    shown: tuple[tuple[str, str, str, Scale], ...] = (
+        ("projection", "Projection", RESIDUAL, "sequential"),
+        ("degradation_nats", "Degradation", NATS, "diverging"),
+        ("loss", "Loss", "reference form", "sequential"),
+    )
+    columns = ["hook_name", "layer", "coefficient", "coherent", *(name for name, *_ in shown)]
+    check_columns(sweep, columns, "the table of a sweep")
+    curves = by_hook(sweep)
+    coefficients = sorted(set(numbers(sweep.coefficient)))
+    x, y = tuple(f"{c:g}" for c in coefficients), tuple(curves)
+    beyond = [
+        (f"{row.coefficient:g}", label)
+        for label, rows in curves.items()
+        for row in rows.itertuples()
+        if not row.coherent
+    ]
+    panels = []
+    for name, title, unit, scale in shown:
+        z = tuple(_row_of(rows, coefficients, name) for rows in curves.values())
+        values = np.abs([v for row in z for v in row if math.isfinite(v)] or [0.0])
+        cut = float(np.quantile(values, 0.95)) or float(values.max())
+        low = min((v for row in z for v in row if math.isfinite(v)), default=0.0)
+        reach = {"degradation_nats": (-cut, cut), "loss": (min(low, cut), cut)}.get(name)
+        crosses = Points(
+            tuple(c for c, _ in beyond), tuple(r for _, r in beyond), color=GREY, symbol="x", size=5
+        )
+        marks: list[Mark] = [HeatMap(x, y, z, unit, scale, reach)]
+        panels.append(
+            Panel(
+                [*marks, crosses] if beyond else marks,
+                Axis(f"coefficient ({RESIDUAL})"),
+                Axis("layer"),
+                title,
+            )
+        )
+    caption = (
+        "Every cell of the sweep: mean projection at the readout hook (residual units), loss of "
+        "logprob (nats per token; positive is worse) and the loss in its reference form. A cross "
+        "marks a cell beyond the budget; colours stop at the 95th percentile of degradation and "
+        "loss. Undefined cells are empty."
+    )
+    height = max(360, 12 * len(y) + 160)
+    layout = Layout(columns=3, width=400, height=height)
+    return Figure("Every cell", caption, (Frame("", tuple(panels)),), layout)
+
+
+def _row_of(rows: pd.DataFrame, coefficients: Sequence[float], name: str) -> tuple[float, ...]:
+    at = dict(zip(numbers(rows.coefficient), numbers(rows[name]), strict=True))
+    return tuple(at.get(c, math.nan) for c in coefficients)
+
+
+def dose_response(sweep: pd.DataFrame) -> Figure:
+    """Projection and degradation against the coefficient, with intervals, one curve a layer.
+
+    Takes the table of a sweep. Intervals are its 95% bootstrap intervals over pairs. Raises
+    `PlotError` when the table is not that of a sweep.
+    """
+    parts = (
+        ("projection", "projection", f"projection at the readout ({RESIDUAL})"),
+        ("degradation_nats", "degradation", f"degradation ({NATS})"),
+    )
+    intervals = [f"{name}_ci_{end}" for _, name, _ in parts for end in ("low", "high")]
+    columns = ["hook_name", "layer", "coefficient", *(name for name, *_ in parts), *intervals]
+    check_columns(sweep, columns, "the table of a sweep")
+    curves = by_hook(sweep)
+    panels = []
+    for column, name, title in parts:
+        marks: list[Mark] = [Rule(0.0, "x")]
+        for (label, rows), color in zip(curves.items(), ramp(len(curves)), strict=True):
+            rows = rows.sort_values("coefficient")
+            x = numbers(rows.coefficient)
+            low, high = (numbers(rows[f"{name}_ci_{end}"]) for end in ("low", "high"))
+            shown = f"layer {label}"
+            marks.append(Band(x, low, high, color, shown))
+            marks.append(Line(x, numbers(rows[column]), shown, color))
+        panels.append(Panel(marks, Axis(f"coefficient ({RESIDUAL})"), Axis(title)))
+    caption = (
+        "Mean projection at the readout hook (residual units) and loss of logprob (nats per token) "
+        "at every coefficient, one curve a layer; areas are 95% bootstrap intervals over pairs."
+    )
+    layout = Layout(columns=2, width=560, height=420)
+    return Figure("Dose and response", caption, (Frame("", tuple(panels)),), layout)
+
+
+def _wide() -> Layout:
+    return Layout(width=860, height=520)

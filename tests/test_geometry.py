@@ -1,0 +1,134 @@
+"""The loss in a plane: where pairs are pushed, and which way its terms push them."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import steerlens as sl
+from steerlens.directions import Directions
+from steerlens.errors import DirectionError, SweepError
+from steerlens.geometry import SHARES, loss_geometry
+from steerlens.loss import contrastive_steering_loss, label_logprob
+from steerlens.tables import CONTOUR_COLUMNS, GEOMETRY_COLUMNS, SHAPE_COLUMNS
+from steerlens.tokens import TokenizedPrompt, tokenize_pairs
+
+LAYERS = [1, 4]
+OPTIONS: dict[str, Any] = {"budget": "nats=0.1", "n_bootstrap": 20}
+
+
+@pytest.fixture(scope="module")
+def geometry(llama: Any, many: sl.ContrastivePairs, directions: Directions) -> sl.LossGeometry:
+    return loss_geometry(llama, many, directions, layers=LAYERS, n_angles=6, **OPTIONS)
+
+
+def logprob(
+    model: Any, prompt: TokenizedPrompt, hook_name: str, push: torch.Tensor
+) -> torch.Tensor:
+    """Of one prompt, by a bare hook that adds the push at every token."""
+    tokens = torch.tensor([prompt.prompt])
+    labels = torch.ones_like(tokens, dtype=torch.bool)
+    labels[:, 0] = False
+    logits = model.run_with_hooks(tokens, fwd_hooks=[(hook_name, lambda x, hook: x + push)])
+    return label_logprob(logits, tokens, labels)[0]
+
+
+def states(model: Any, prompt: TokenizedPrompt, hook_name: str) -> torch.Tensor:
+    _, cache = model.run_with_cache(torch.tensor([prompt.prompt]), names_filter=[hook_name])
+    return cache[hook_name][0, -1]
+
+
+def test_the_tables_have_their_columns_and_rows(
+    geometry: sl.LossGeometry, many: sl.ContrastivePairs
+) -> None:
+    for table, columns in (
+        (geometry.points, GEOMETRY_COLUMNS),
+        (geometry.contours, CONTOUR_COLUMNS),
+        (geometry.shape, SHAPE_COLUMNS),
+    ):
+        assert list(table.columns) == [column.name for column in columns]
+        assert sorted(set(table.layer)) == LAYERS
+        assert table.attrs["forward_equivalents"] > 10
+    assert len(geometry.points) == 2 * len(many)
+    assert len(geometry.shape) == 2 * 6
+    assert len(geometry.contours) == 2 * 6 * (1 + len(SHARES))
+    assert repr(geometry) == "LossGeometry(2 hooks, 84 pushes)"
+
+
+def test_the_loss_of_a_push_is_that_of_bare_hooks(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.LossGeometry
+) -> None:
+    name = "blocks.1.hook_resid_post"
+    plane = sl.boundary_shape(llama, many, directions, layer=1, n_angles=6, **OPTIONS)
+    rows = geometry.contours[(geometry.contours.hook_name == name)]
+    row = rows[(rows.angle == 60.0) & (rows.coefficient > 0)].iloc[2]
+    push = float(row.coefficient) * plane.at(60.0)
+    tokenized = tokenize_pairs(llama, many)
+    with torch.no_grad():
+        baseline = torch.stack([logprob(llama, p, name, 0 * push) for p in tokenized.positive])
+        pushed = torch.stack([logprob(llama, p, name, push) for p in tokenized.positive])
+        positive = torch.stack([states(llama, p, name) for p in tokenized.positive]) + push
+        negative = torch.stack([states(llama, p, name) for p in tokenized.negative]) - push
+    loss = contrastive_steering_loss(positive, negative, pushed, directions[name], baseline)
+    assert row.degradation_nats == pytest.approx(float((baseline - pushed).mean()), abs=1e-5)
+    assert row.loss == pytest.approx(float(loss.loss), rel=1e-4)
+    assert row.coherence_penalty == pytest.approx(float(loss.coherence_penalty), rel=1e-4)
+    # The push moves both sides, so the difference moves by twice as much, also across.
+    difference = (positive - negative).mean(dim=0)
+    assert row.along == pytest.approx(float(difference @ plane.direction), rel=1e-4)
+    assert row.across == pytest.approx(float(difference @ plane.orthogonal), rel=1e-4)
+
+
+def test_unpushed_the_loss_is_that_of_the_pairs(geometry: sl.LossGeometry) -> None:
+    for layer, points in geometry.points.groupby("layer"):
+        rows = geometry.contours[(geometry.contours.layer == layer)]
+        still = rows[rows.coefficient == 0]
+        assert (still.degradation_nats == 0).all()
+        assert still.along.to_numpy() == pytest.approx(points.along.mean(), rel=1e-6)
+        assert still.across.to_numpy() == pytest.approx(points.across.mean(), rel=1e-6, abs=1e-6)
+        pushed = rows[rows.coefficient > 0]
+        assert (pushed.degradation_nats != 0).all()
+
+
+def test_the_boundary_lies_where_the_degradation_spends_the_budget(
+    geometry: sl.LossGeometry,
+) -> None:
+    rows = geometry.contours
+    at = rows[np.isclose(rows.coefficient, rows.boundary)]
+    assert len(at) == 12
+    assert at.degradation_nats.to_numpy() == pytest.approx(0.1, rel=0.1)
+
+
+def test_arrows_are_finite_differences_of_the_loss(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.LossGeometry
+) -> None:
+    """Minus d(penalty)/d(difference): a push p moves the difference by 2 p, hence the half."""
+    name = "blocks.1.hook_resid_post"
+    plane = sl.boundary_shape(llama, many, directions, layer=1, n_angles=6, **OPTIONS)
+    points = geometry.points[geometry.points.hook_name == name]
+    prompt = tokenize_pairs(llama, many).positive[3]
+    step = 2e-2
+    for axis, column in zip(plane.axes, ("along", "across"), strict=True):
+        with torch.no_grad():
+            baseline, up, down = (
+                logprob(llama, prompt, name, c * axis).double() for c in (0, step, -step)
+            )
+        penalty = [1e4 * torch.relu(0.99 * baseline - moved) ** 2 for moved in (up, down)]
+        slope = float((penalty[0] - penalty[1]) / (2 * step))
+        assert points[f"coherence_{column}"].iloc[3] == pytest.approx(-slope / 2, rel=0.03)
+    unit = points.along / points.separation
+    assert points.separation_along.to_numpy() == pytest.approx(unit.to_numpy(), rel=1e-6)
+    assert (points.separation_along**2 + points.separation_across**2 <= 1 + 1e-9).all()
+
+
+def test_a_geometry_without_meaning_is_refused(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions
+) -> None:
+    with pytest.raises(SweepError, match="n_angles"):
+        loss_geometry(llama, many, directions, layers=[1], n_angles=2)
+    with pytest.raises(SweepError, match="weight"):
+        loss_geometry(llama, many, directions, layers=[1], weight=float("nan"))
+    fitted = sl.fit_directions(sl.collect_differences(llama, many, layers=[0]))
+    with pytest.raises(DirectionError, match=r"blocks\.1"):
+        loss_geometry(llama, many, fitted, layers=[1])
