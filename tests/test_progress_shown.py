@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from test_cli import model_folder, pairs_file  # noqa: F401 (fixtures)
 
 from steerlens import progress
 
@@ -173,6 +174,21 @@ def test_a_narrow_terminal_keeps_the_numbers() -> None:
     code = "FAIL = False" + SLOW.replace("cells", "step 2 of 9, boundary on probes: pushes settled")
     written = in_pty(code, columns=60)
     assert re.search(r"step 2\S* .*\u2026 .*\u2501.* \d+/60, \d+ s, \d+ s left", written)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_command_in_a_terminal(model_folder: Path, pairs_file: Path, quiet: bool) -> None:  # noqa: F811
+    options = ["--model", str(model_folder), "--pairs", str(pairs_file), "--layers", "1"]
+    options += ["--quiet"] if quiet else []
+    written = in_pty(f"from steerlens.cli import main; main({['layers', *options]})", columns=160)
+    if quiet:
+        assert written == ""
+        return
+    shown = screen(written)
+    assert any(re.fullmatch(r"activations: prompts 8/8, \d+ s", line) for line in shown)
+    assert any(line.startswith("Fitting mean_diff on 4 pairs") for line in shown)
+    assert shown[-1].startswith("baseline logprob")
+    assert written.count(SHOW_CURSOR) == written.count(HIDE_CURSOR) == 1
 
 
 # A notebook
