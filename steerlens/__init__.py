@@ -7,6 +7,7 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 from steerlens import plots
 from steerlens.activations import Differences, collect_activations, collect_differences
 from steerlens.boundary import BoundaryResult, find_boundary, predict_boundary
+from steerlens.damage import token_damage
 from steerlens.data import (
     ContrastivePair,
     ContrastivePairs,
@@ -26,6 +27,7 @@ from steerlens.export import (
     to_repeng,
     to_steering_vectors,
 )
+from steerlens.generations import generation_table
 from steerlens.geometry import LossGeometry, loss_geometry
 from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.hooks import readout_hook, resolve_hooks
@@ -48,6 +50,7 @@ from steerlens.methods import (
     train_directions,
 )
 from steerlens.models import load_model, provenance
+from steerlens.progress import show_progress
 from steerlens.shape import BoundaryShape, boundary_shape
 from steerlens.steering import (
     Ablate,
@@ -109,6 +112,7 @@ __all__ = [
     "from_repeng",
     "from_steering_vectors",
     "generate",
+    "generation_table",
     "gradient_terms",
     "label_logprob",
     "load_model",
@@ -124,11 +128,13 @@ __all__ = [
     "readout_hook",
     "reliability",
     "resolve_hooks",
+    "show_progress",
     "steer",
     "sweep",
     "to_gguf",
     "to_repeng",
     "to_steering_vectors",
+    "token_damage",
     "tokenize_pairs",
     "tokenize_prompt",
     "total_variation_barrier",

@@ -6,14 +6,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.data import ContrastivePairs
+from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, Layers, hooked, readout_hook, resolve_hooks
 from steerlens.models import HookedModel, inference
+from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
 
 T = TypeVar("T")
@@ -65,6 +68,19 @@ class Differences:
         _, n_pairs, d_model = self.positive.shape
         return f"Differences({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
 
+    def _repr_html_(self) -> str:
+        n_hooks = len(self.hook_names)
+        norms = torch.cat([self.positive, self.negative], dim=1)[:n_hooks].norm(dim=-1).mean(dim=1)
+        table = pd.DataFrame(
+            {
+                "layer": [hook_label(name) for name in self.hook_names],
+                "separation": self.values.norm(dim=-1).mean(dim=1).tolist(),
+                "resid norm": norms.tolist(),
+            }
+        )
+        about = [repr(self), f"position {self.position}", f"pairs {self.fingerprint[:12]}"]
+        return fragment(about, table, note="means over pairs, residual units")
+
 
 def collect_differences(
     model: HookedModel,
@@ -73,6 +89,7 @@ def collect_differences(
     layers: Layers = "all",
     position: int = -1,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Differences:
     """Activations of both sides of every pair and their differences.
 
@@ -95,8 +112,11 @@ def collect_differences(
             hook_names + readout_names,
             position=position,
             batch_size=batch_size,
+            progress=part_of(
+                progress or silent, "activations: prompts", before=before, total=2 * len(pairs)
+            ),
         )
-        for prompts in (tokenized.positive, tokenized.negative)
+        for before, prompts in ((0, tokenized.positive), (len(pairs), tokenized.negative))
     )
     return Differences(hook_names, readout_names, positive, negative, position, pairs.fingerprint)
 
@@ -114,6 +134,7 @@ def collect_activations(
     *,
     position: int = -1,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> Float[Tensor, "hook prompt d_model"]:
     """Activations at one position of every prompt, in the prompts' order, on the CPU.
 
@@ -133,7 +154,7 @@ def collect_activations(
 
     with inference(model):
         batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
-        done = by_halves(batches, run)
+        done = by_halves(batches, run, progress=part_of(progress or silent, "activations: prompts"))
     order = pair_order([batch for (batch,), _ in done])
     activations = torch.cat([values for _, values in done], dim=1)[:, order]
     check_finite(activations, hook_names)
@@ -204,13 +225,20 @@ def run_to_hooks(
 
 
 def by_halves(
-    batches: Sequence[tuple[Batch, ...]], run: Callable[..., T]
+    batches: Sequence[tuple[Batch, ...]], run: Callable[..., T], *, progress: Progress = silent
 ) -> list[tuple[tuple[Batch, ...], T]]:
     """`run(*batches)` of every group of batches with the same rows, beside the group that was run.
 
-    Where memory is out, of the halves of a group, with a warning.
+    Where memory is out, of the halves of a group, with a warning. `progress` is told of the rows.
     """
-    return [found for group in batches for found in _whole_or_halves(group, run)]
+    total, done = sum(len(group[0].rows) for group in batches), 0
+    found: list[tuple[tuple[Batch, ...], T]] = []
+    progress("rows", done, total)
+    for group in batches:
+        found += _whole_or_halves(group, run)
+        done += len(group[0].rows)
+        progress("rows", done, total)
+    return found
 
 
 def _whole_or_halves(

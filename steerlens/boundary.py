@@ -12,6 +12,7 @@ from steerlens.cells import Job
 from steerlens.coherence import Push, check_rollouts
 from steerlens.data import ContrastivePairs, neutral_texts, read_texts
 from steerlens.directions import Directions
+from steerlens.display import fragment, hook_label, measured, shortened
 from steerlens.engine import Plan, make_plan, plan_for, run_cells
 from steerlens.errors import SweepError
 from steerlens.hooks import Layers, readout_hook, resolve_hooks
@@ -33,7 +34,8 @@ from steerlens.plain import (
     make_workload,
     run_baseline,
 )
-from steerlens.pushes import Boundary, Progress, expect, find_boundaries
+from steerlens.progress import Progress, part_of, silent
+from steerlens.pushes import Boundary, expect, find_boundaries
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
@@ -81,7 +83,22 @@ class BoundaryResult:
     settings: BoundarySettings
 
     def __repr__(self) -> str:
-        return f"BoundaryResult({len(self.layers)} hooks, {self.settings.budget})"
+        return f"BoundaryResult({len(self.layers)} hooks, {shortened(self.settings.budget)})"
+
+    def _repr_html_(self) -> str:
+        layers = self.layers.reset_index(drop=True)
+        table = pd.DataFrame({"layer": [hook_label(name) for name in layers.hook_name]})
+        for sign in ("neg", "pos"):
+            name = f"boundary_{sign}"
+            table[f"boundary {sign}"] = layers[name]
+            low, high = layers[f"{name}_ci_low"], layers[f"{name}_ci_high"]
+            table[f"{sign} 95%"] = [f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)]
+            table[f"{sign} predicted"] = layers[f"predicted_{name}"]
+        table["resid norm"] = layers.resid_norm
+        table["projection there"] = layers.projection_at_boundary
+        return fragment(
+            [repr(self), *measured(layers.attrs)], table, note="residual units; inf is not reached"
+        )
 
 
 def find_boundary(
@@ -153,7 +170,8 @@ def find_boundary(
         for sign in (1, -1)
     ]
     cost = Cost()
-    plan = _plan_pairs(model, tokenized, pushes, directions, settings, cost)
+    tell = progress or silent
+    plan = _plan_pairs(model, tokenized, pushes, directions, settings, cost, tell)
     baseline, workload = plan.prepared.unsteered, plan.prepared.workload
     draws = {"n_bootstrap": settings.n_bootstrap, "seed": settings.seed}
     rows = {name: layer_row(name, baseline, directions[name], **draws) for name in hook_names}
@@ -161,7 +179,13 @@ def find_boundary(
     text, unsteered = replace(workload, negative=()), baseline
     if on != "positive":
         text, unsteered = text_workload(
-            model, prompts, workload, baseline.hook_names, batch_size=batch_size, cost=cost
+            model,
+            prompts,
+            workload,
+            baseline.hook_names,
+            batch_size=batch_size,
+            cost=cost,
+            progress=tell,
         )
     found = find_boundaries(
         plan_for(plan, text, replace(unsteered, negative=unsteered.negative[:, :0]), cost=cost),
@@ -175,7 +199,9 @@ def find_boundary(
         progress=progress,
     )
     is_positive = isinstance(on, str) and on == "positive"
-    projections = _projections(plan, directions, found[::2], cost, reads_positive=is_positive)
+    projections = _projections(
+        plan, directions, found[::2], cost, reads_positive=is_positive, progress=tell
+    )
     table = [
         {**rows[up.push.hook_name], **_columns(up, down), **there, "boundary_on": settings.on}
         for up, down, there in zip(found[::2], found[1::2], projections, strict=True)
@@ -204,6 +230,7 @@ def predict_boundary(
     steered_positions: SteeredPositions = "all",
     seed: int = 0,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """The per-layer table with the predicted boundaries alone, from two backward passes.
 
@@ -231,12 +258,18 @@ def predict_boundary(
         batch_size=batch_size,
     )
     cost = Cost()
-    baseline = run_baseline(model, workload, hook_names, cost=cost)
+    baseline = run_baseline(model, workload, hook_names, cost=cost, progress=progress)
     check_width(directions, baseline)
     logprob = baseline.logprob
     if on != "positive":
         _, unsteered = text_workload(
-            model, prompts, workload, hook_names, batch_size=batch_size, cost=cost
+            model,
+            prompts,
+            workload,
+            hook_names,
+            batch_size=batch_size,
+            cost=cost,
+            progress=progress,
         )
         logprob = unsteered.logprob
     along = {name: directions[name] for name in hook_names}
@@ -251,6 +284,7 @@ def predict_boundary(
         batch_size=batch_size,
         seed=seed,
         cost=cost,
+        progress=progress,
     )
     table = [
         {
@@ -282,6 +316,7 @@ def _plan_pairs(
     directions: Directions,
     settings: BoundarySettings,
     cost: Cost,
+    progress: Progress,
 ) -> Plan:
     """The pairs unsteered, at every hook and readout, and the hooks checked."""
     workload = make_workload(
@@ -292,10 +327,16 @@ def _plan_pairs(
         batch_size=settings.batch_size,
     )
     needed = dict.fromkeys([*settings.hook_names, *(push.readout for push in pushes)])
-    baseline = run_baseline(model, workload, tuple(needed), cost=cost)
+    baseline = run_baseline(model, workload, tuple(needed), cost=cost, progress=progress)
     check_width(directions, baseline)
     return make_plan(
-        model, workload, baseline, check_jobs(pushes), batch_size=settings.batch_size, cost=cost
+        model,
+        workload,
+        baseline,
+        check_jobs(pushes),
+        batch_size=settings.batch_size,
+        cost=cost,
+        progress=progress,
     )
 
 
@@ -312,12 +353,13 @@ def text_workload(
     *,
     batch_size: int | None,
     cost: Cost,
+    progress: Progress | None = None,
 ) -> tuple[Workload, Baseline]:
     """Texts as a workload like that of the pairs, read at their last token; and unsteered."""
     text = replace(
         pairs, positive=make_batches(model, prompts, batch_size), negative=(), position=-1
     )
-    return text, run_baseline(model, text, hook_names, cost=cost)
+    return text, run_baseline(model, text, hook_names, cost=cost, progress=progress)
 
 
 def check_search(*, budget: str, search_range: float | int) -> Budget:
@@ -435,6 +477,7 @@ def _projections(
     cost: Cost,
     *,
     reads_positive: bool,
+    progress: Progress,
 ) -> list[Row]:
     """`projection_at_boundary` of every hook; NaN where the boundary is beyond the range.
 
@@ -450,6 +493,8 @@ def _projections(
     if is_read:
         plan = plan_for(plan, replace(workload, positive=()), baseline, cost=cost)
     rows: dict[str, Row] = {}
+    tell = part_of(progress, "projections there: hooks")
+    tell("hooks", 0, len(jobs))
     for job, (cell,) in zip(jobs, run_cells(plan, jobs, cost=cost), strict=True):
         found = finite[job.hook_name]
         positive = found.read_at_nearest if is_read else cell.positive
@@ -459,4 +504,5 @@ def _projections(
         after = float(((positive - cell.negative).double() @ unit).mean())
         share = found.at / found.nearest
         rows[job.hook_name] = {"projection_at_boundary": before + share * (after - before)}
+        tell("hooks", len(rows), len(jobs))
     return [rows.get(found.push.hook_name, {}) for found in outward]

@@ -15,6 +15,7 @@ from steerlens.errors import SweepError
 from steerlens.loss import Budget, label_kl
 from steerlens.models import HookedModel, inference
 from steerlens.plain import Cost
+from steerlens.progress import Progress, silent
 from steerlens.steering import steer
 from steerlens.tokens import TokenizedPrompt, make_batches
 from steerlens.uncertainty import weighted_quantile
@@ -59,11 +60,24 @@ class Coherence:
     on_probes: Plan
 
     def measure(
-        self, pushes: Sequence[tuple[Push, float]], *, on_all: bool, cost: Cost
+        self,
+        pushes: Sequence[tuple[Push, float]],
+        *,
+        on_all: bool,
+        cost: Cost,
+        progress: Progress = silent,
     ) -> list[Reading]:
-        """A reading for every (push, coefficient >= 0), in one run unless they are rollouts."""
+        """A reading for every (push, coefficient >= 0), in one run unless they are rollouts.
+
+        `progress` is told of the pushes measured.
+        """
+        readings: dict[int, Reading] = {}
+        progress("pushes", 0, len(pushes))
         if self.budget.kind == "rollout_kl_p95":
-            return [self._rollouts(push, c, on_all=on_all, cost=cost) for push, c in pushes]
+            for i, (push, c) in enumerate(pushes):
+                readings[i] = self._rollouts(push, c, on_all=on_all, cost=cost)
+                progress("pushes", len(readings), len(pushes))
+            return list(readings.values())
         groups: dict[tuple[str, int], list[int]] = {}
         for i, (push, _) in enumerate(pushes):
             groups.setdefault((push.hook_name, id(push.direction)), []).append(i)
@@ -77,7 +91,6 @@ class Coherence:
         jobs.sort(key=lambda item: item[0].first_block)
         rows = np.arange(len(self.prompts)) if on_all else np.array(self.probes)
         plan = self.on_all if on_all else self.on_probes
-        readings: dict[int, Reading] = {}
         found = run_cells(plan, [job for job, _ in jobs], cost=cost)
         for (_, members), cells in zip(jobs, found, strict=True):
             for i, cell in zip(members, cells, strict=True):
@@ -86,6 +99,7 @@ class Coherence:
                     by_token = cell.kl.double().numpy()
                     values = by_token if self.budget.kind == "kl_p95" else np.nanmean(by_token, 1)
                 readings[i] = Reading(values, cell.positive)
+            progress("pushes", len(readings), len(pushes))
         return [readings[i] for i in range(len(pushes))]
 
     def _rollouts(self, push: Push, coefficient: float, *, on_all: bool, cost: Cost) -> Reading:

@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.display import fragment, hook_label, shortened
 from steerlens.errors import DirectionError
 
 UNIT_TOLERANCE = 1e-3
@@ -61,9 +63,15 @@ class Directions(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return (
-            f"Directions({self.method}, {len(self.hook_names)} hooks, "
+            f"Directions({shortened(self.method)}, {len(self.hook_names)} hooks, "
             f"d_model {self.vectors.shape[-1]}, position {self.position})"
         )
+
+    def _repr_html_(self) -> str:
+        uses = ["steered"] * len(self.hook_names) + ["readout"] * len(self.readout_names)
+        table = pd.DataFrame({"layer": [hook_label(name) for name in self._names], "use": uses})
+        about = [repr(self), f"seed {self.seed}", f"pairs {self.fingerprint[:12]}"]
+        return fragment(about, table, n_labels=2)
 
     @property
     def _names(self) -> tuple[str, ...]:

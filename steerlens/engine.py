@@ -7,6 +7,7 @@ numbers of the model itself, the plain loop is used, with a warning.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -19,6 +20,7 @@ from steerlens.models import HookedModel
 from steerlens.parts import Prepared, prepare
 from steerlens.passes import n_skippable
 from steerlens.plain import Baseline, CellOutput, Cost, Workload
+from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch
 
 
@@ -40,6 +42,7 @@ def make_plan(
     *,
     batch_size: int | None,
     cost: Cost,
+    progress: Progress | None = None,
 ) -> Plan:
     """Prepare `workload` and check every job's hook, so that `run_cells` may resume after it.
 
@@ -48,7 +51,8 @@ def make_plan(
     model, and the first job at its smallest coefficient what the plain loop gives. Hooks at which
     that differs by more than 1e-4 (of a readout's norm, or nats; 4 times the rounding of a
     half-precision dtype) run by the plain loop, with a warning; so does the reuse of a prefix,
-    which is given up for all hooks. `cost` is added to, the check included.
+    which is given up for all hooks. `cost` is added to, the check included. `progress` is told of
+    the hooks checked.
     """
     if not jobs:
         prepared = Prepared(workload, unsteered, (), (), batch_size)
@@ -59,11 +63,17 @@ def make_plan(
     baseline = plain.run_baseline(
         model, small, tuple(dict.fromkeys(job.readout for job in one_each)), cost=cost
     )
+    check = partial(
+        _reasons,
+        *(model, small, baseline, one_each),
+        cost=cost,
+        progress=part_of(progress or silent, "checks: hooks"),
+    )
     reuse_prefix = workload.steered_positions in ("continuation", "last")
-    reasons = _reasons(model, small, baseline, one_each, reuse_prefix=reuse_prefix, cost=cost)
+    reasons = check(reuse_prefix=reuse_prefix)
     if reuse_prefix and reasons:
         reuse_prefix = False
-        reasons = _reasons(model, small, baseline, one_each, reuse_prefix=False, cost=cost)
+        reasons = check(reuse_prefix=False)
         if not reasons:
             warnings.warn(
                 "the unsteered prompt's keys and values cannot be reused on this model; every "
@@ -132,6 +142,7 @@ def _reasons(
     *,
     reuse_prefix: bool,
     cost: Cost,
+    progress: Progress,
 ) -> dict[str, str]:
     """Hook name -> why it cannot be resumed after; empty when all can."""
     if n_skippable(model) != int(model.cfg.n_layers):
@@ -142,6 +153,7 @@ def _reasons(
     prepared: Prepared | None = None
     carried: Carried | None = None
     for i, job in enumerate(jobs):
+        progress("hooks", i, len(jobs))
         expected = [unsteered.cell(job.readout)]
         if i == 0:
             smallest = replace(job, coefficients=(min(job.coefficients, key=abs),))
@@ -173,6 +185,7 @@ def _reasons(
         reason = next((text for text in differences if text is not None), None)
         if reason is not None:
             reasons[job.hook_name] = reason
+    progress("hooks", len(jobs), len(jobs))
     return reasons
 
 

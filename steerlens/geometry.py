@@ -14,13 +14,14 @@ from steerlens.boundary import BoundarySettings, checked_settings
 from steerlens.cells import Job
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
+from steerlens.display import fragment, hook_label, measured
 from steerlens.engine import make_plan, run_cells
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import MARGIN, WEIGHT, coherence_penalty
 from steerlens.measures import check_directions, finite, record
 from steerlens.models import HookedModel
 from steerlens.plain import Baseline, Cost, Workload, make_workload, run_baseline
-from steerlens.pushes import Progress
+from steerlens.progress import Progress, silent, under
 from steerlens.shape import BoundaryShape, boundary_shape, check_plane
 from steerlens.slopes import label_slopes
 from steerlens.tables import (
@@ -52,6 +53,19 @@ class LossGeometry:
     def __repr__(self) -> str:
         n_hooks = self.points.hook_name.nunique()
         return f"LossGeometry({n_hooks} hooks, {len(self.contours)} pushes)"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {
+                "layer": hook_label(str(name)),
+                "nearest boundary": float(shape.boundary.min()),
+                "at degrees": float(shape.sort_values("boundary").angle.iloc[0]),
+                "furthest": float(shape.boundary.max()),
+            }
+            for name, shape in self.shape.groupby("hook_name", sort=False)
+        ]
+        about = [repr(self), *measured(self.points.attrs)]
+        return fragment(about, pd.DataFrame(rows), note="residual units; inf is not reached")
 
 
 def loss_geometry(
@@ -115,6 +129,7 @@ def loss_geometry(
         seed=seed,
         batch_size=batch_size,
     )
+    tell = progress or silent
     planes = [
         boundary_shape(
             model,
@@ -127,7 +142,7 @@ def loss_geometry(
             n_bootstrap=n_bootstrap,
             seed=seed,
             batch_size=batch_size,
-            progress=progress,
+            progress=under(tell, f"layer {hook_label(name)}"),
         )
         for name in hook_names
     ]
@@ -142,9 +157,9 @@ def loss_geometry(
     cost = Cost()
     readouts = tuple(readout_hook(name, int(model.cfg.n_layers)) for name in hook_names)
     baseline = run_baseline(
-        model, workload, tuple(dict.fromkeys([*hook_names, *readouts])), cost=cost
+        model, workload, tuple(dict.fromkeys([*hook_names, *readouts])), cost=cost, progress=tell
     )
-    logprobs = _pushed_logprobs(model, workload, baseline, planes, readouts, settings, cost)
+    logprobs = _pushed_logprobs(model, workload, baseline, planes, readouts, settings, cost, tell)
     slopes = label_slopes(
         model,
         make_batches(model, tokenized.positive, max(1, (batch_size or len(pairs)) // 2)),
@@ -205,6 +220,7 @@ def _pushed_logprobs(
     readouts: Sequence[str],
     settings: BoundarySettings,
     cost: Cost,
+    tell: Progress,
 ) -> list[list[list[tuple[float, Float[Tensor, " pair"]]]]]:
     """Of every plane and angle: the coefficients, and each positive prompt's logprob there."""
     jobs = [
@@ -219,12 +235,15 @@ def _pushed_logprobs(
         jobs,
         batch_size=settings.batch_size,
         cost=cost,
+        progress=tell,
     )
-    found = iter(run_cells(plan, jobs, cost=cost))
-    return [
-        [[(cell.coefficient, cell.logprob) for cell in next(found)] for _ in plane.table.angle]
-        for plane in planes
-    ]
+    tell("angles", 0, len(jobs))
+    found = []
+    for cells in run_cells(plan, jobs, cost=cost):
+        found.append([(cell.coefficient, cell.logprob) for cell in cells])
+        tell("angles", len(found), len(jobs))
+    n_angles = len(planes[0].table)
+    return [found[i : i + n_angles] for i in range(0, len(found), n_angles)]
 
 
 def _coefficients(plane: BoundaryShape) -> list[tuple[float, ...]]:

@@ -289,14 +289,22 @@ def label_logprob(
         >>> sl.label_logprob(logits, tokens, is_label)  # (log 0.75 + log 0.5) / 2
         tensor([-0.490])
     """
+    return mean_by_prompt(label_logprobs(logits, tokens, label_mask), label_mask[:, 1:])
+
+
+def label_logprobs(
+    logits: Float[Tensor, "prompt token vocab"],
+    tokens: Int[Tensor, "prompt token"],
+    label_mask: Bool[Tensor, "prompt token"],
+) -> Float[Tensor, " label"]:
+    """Log-probability of each label token, in nats, prompt after prompt (see `label_logprob`)."""
     is_label = label_mask[:, 1:]
     predictions = logits[:, :-1][is_label]
-    logprobs = -torch.nn.functional.cross_entropy(
+    return -torch.nn.functional.cross_entropy(
         predictions.to(torch.promote_types(predictions.dtype, torch.float32)),
         tokens[:, 1:][is_label],
         reduction="none",
     )
-    return mean_by_prompt(logprobs, is_label)
 
 
 def label_kl(

@@ -231,6 +231,7 @@ def record(
         "directions_seed": directions.seed,
         "fitted_on": directions.fingerprint,
         "measured_on": pairs.fingerprint,
+        "pairs": pairs.name,
         "model": provenance(model).to_dict(),
         "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
     }

@@ -15,6 +15,7 @@ from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hooked
 from steerlens.loss import label_kl, label_logprob
 from steerlens.models import HookedModel, inference
+from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import steering_hooks
 from steerlens.tokens import (
     Batch,
@@ -109,18 +110,30 @@ def make_workload(
 
 
 def run_baseline(
-    model: HookedModel, workload: Workload, hook_names: Sequence[str], *, cost: Cost
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    *,
+    cost: Cost,
+    progress: Progress | None = None,
 ) -> Baseline:
     """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
 
-    `cost` is added to: all blocks on both sides. Raises `ActivationError` that names the hooks with
-    NaN or inf, or the prompt whose labels have no finite logprob.
+    `cost` is added to: all blocks on both sides. `progress` is told of the prompts. Raises
+    `ActivationError` that names the hooks with NaN or inf, or the prompt whose labels have no
+    finite logprob.
     """
     for batch in (*workload.positive, *workload.negative):
         cost.add(batch.tokens, int(model.cfg.n_layers))
+    n_positive, n_negative = (
+        sum(len(batch.rows) for batch in side) for side in (workload.positive, workload.negative)
+    )
+    tell, what, total = progress or silent, "unsteered model: prompts", n_positive + n_negative
+    of_positive = part_of(tell, what, total=total)
+    of_negative = part_of(tell, what, before=n_positive, total=total)
     with inference(model):
-        positive, logprob, _ = _run_positive(model, workload, hook_names, {}, 0.0)
-        negative = _run_negative(model, workload, hook_names, {}, 0.0)
+        positive, logprob, _ = _run_positive(model, workload, hook_names, {}, 0.0, of_positive)
+        negative = _run_negative(model, workload, hook_names, {}, 0.0, of_negative)
     check_finite(positive, hook_names)
     check_finite(negative, hook_names)
     _check_labels(workload.positive, logprob)
@@ -189,6 +202,7 @@ def _run_positive(
     hook_names: Sequence[str],
     steered: dict[str, Tensor],
     coefficient: float,
+    progress: Progress = silent,
 ) -> tuple[
     Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"], Float[Tensor, "pair token"] | None
 ]:
@@ -210,7 +224,7 @@ def _run_positive(
         logprob = label_logprob(logits, batch.tokens, labels)
         return torch.stack([found[n].cpu() for n in hook_names]), logprob.cpu(), kl.cpu()
 
-    done = by_halves([(batch,) for batch in workload.positive], run)
+    done = by_halves([(batch,) for batch in workload.positive], run, progress=progress)
     batches = [batch for (batch,), _ in done]
     return (
         in_pair_order(batches, [activations for _, (activations, _, _) in done]),
@@ -225,6 +239,7 @@ def _run_negative(
     hook_names: Sequence[str],
     steered: dict[str, Tensor],
     coefficient: float,
+    progress: Progress = silent,
 ) -> Float[Tensor, "hook pair d_model"]:
     if not workload.negative:
         return torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
@@ -238,7 +253,7 @@ def _run_negative(
             fwd_hooks=_hooks(batch, workload, steered, coefficient),
         ).cpu()
 
-    done = by_halves([(batch,) for batch in workload.negative], run)
+    done = by_halves([(batch,) for batch in workload.negative], run, progress=progress)
     return in_pair_order([batch for (batch,), _ in done], [values for _, values in done])
 
 

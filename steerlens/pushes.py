@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from steerlens.hooks import hook_layer
 from steerlens.loss import Budget
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
+from steerlens.progress import Progress, part_of, silent
 from steerlens.search import FIRST_STEP, UNDEFINED, Curve, Line, first_crossings, loss_of, search
 from steerlens.slopes import label_slopes
 from steerlens.tables import Row
@@ -27,9 +28,6 @@ from steerlens.uncertainty import percentile_interval, resampled_counts
 MIN_PROBES = 8
 TRUSTED = 0.4
 """A prediction is trusted when it lies within this share of the measured boundary."""
-
-Progress = Callable[[str], None]
-"""Called with a line of text at every step of a search."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,11 @@ def find_boundaries(
     """The boundary along every push on one text, each searched up to its limit (residual units).
 
     `find_boundary` without the pairs: any directions, several at one hook too. `plan` is that of
-    the text as positive prompts, with the pushes' hooks checked. `cost` is added to.
+    the text as positive prompts, with the pushes' hooks checked. `cost` is added to. `progress` is
+    told of the prompts whose slopes are taken, the pushes that have settled on the probes, those
+    measured on all prompts (which moves some, to be measured again), and the intervals.
     """
-
-    def say(text: str) -> None:
-        if progress is not None:
-            progress(text)
-
+    tell = progress or silent
     workload, logprob = plan.prepared.workload, plan.prepared.unsteered.logprob
     allowance = float(allowances(budget, logprob.double().numpy(), np.ones((1, len(prompts))))[0])
     rounding = torch.finfo(plan.model.cfg.dtype).eps
@@ -116,7 +112,6 @@ def find_boundaries(
             RuntimeWarning,
             stacklevel=3,
         )
-    say(f"slopes at {len(pushes)} pushes")
     expected = expect(
         plan.model,
         prompts,
@@ -127,6 +122,7 @@ def find_boundaries(
         batch_size=plan.prepared.batch_size,
         seed=seed,
         cost=cost,
+        progress=tell,
     )
     probes = choose_probes(np.stack([of.slopes for of in expected]), seed)
     coherence = make_coherence(plan, prompts, budget=budget, probes=probes, cost=cost)
@@ -145,8 +141,12 @@ def find_boundaries(
     evaluations: list[list[tuple[float, int, float]]] = [[] for _ in pushes]
 
     def evaluate(points: Sequence[tuple[int, float]], on_all: bool) -> list[tuple[float, float]]:
-        say(f"{len(points)} pushes on {len(prompts) if on_all else len(probes)} prompts")
-        found = coherence.measure([(pushes[k], c) for k, c in points], on_all=on_all, cost=cost)
+        found = coherence.measure(
+            [(pushes[k], c) for k, c in points],
+            on_all=on_all,
+            cost=cost,
+            progress=part_of(tell, "boundary on all prompts: pushes") if on_all else silent,
+        )
         losses = []
         for (k, c), reading in zip(points, found, strict=True):
             of_probes = reading.values[list(probes)] if on_all else reading.values
@@ -159,9 +159,11 @@ def find_boundaries(
             evaluations[k].append((c, len(reading.values), on_every if on_all else on_few))
         return losses
 
-    found = search(lines, evaluate)
+    settled = part_of(tell, "boundary on probes: pushes settled")
+    found = search(lines, evaluate, progress=settled)
     counts = resampled_counts(len(prompts), n_resamples=n_bootstrap, seed=seed)
     boundaries = []
+    tell("intervals: pushes", 0, len(pushes))
     for k, (line, of) in enumerate(zip(found, expected, strict=True)):
         if math.isnan(line.at):
             warnings.warn(
@@ -185,6 +187,7 @@ def find_boundaries(
                 evaluations=tuple(evaluations[k]),
             )
         )
+        tell("intervals: pushes", len(boundaries), len(pushes))
     return boundaries
 
 
@@ -232,6 +235,7 @@ def expect(
     batch_size: int | None,
     seed: int,
     cost: Cost,
+    progress: Progress | None = None,
 ) -> list[Expected]:
     """Slopes and predicted boundary of every push, from one forward and two backward passes.
 
@@ -251,6 +255,7 @@ def expect(
         steered_positions=steered_positions,
         seed=seed,
         cost=cost,
+        progress=progress,
     )
     index = {key: i for i, key in enumerate(along)}
     expected = []

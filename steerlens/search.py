@@ -14,6 +14,8 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from steerlens.progress import Progress, silent
+
 FIRST_STEP = 1.25
 """How far beyond the prediction the first evaluation lies: predictions tend to be too small."""
 _PROBE_STEP = 0.25
@@ -109,6 +111,10 @@ class Line:
                 at = math.inf
         return replace(self, at=max(at, low))
 
+    def is_settled(self) -> bool:
+        """Whether the probes were measured near the estimate, and no gap there is in doubt."""
+        return self.step(self.curve.probes) <= _PROBE_STEP and self.doubtful_middle() is None
+
     def is_far_below(self) -> bool:
         """Whether D at the first point, past the prediction, is below a third of the allowance."""
         at = np.array([c for c, _ in self.curve.probes[:1]])
@@ -147,28 +153,38 @@ Evaluate = Callable[[Sequence[tuple[int, float]], bool], Sequence[tuple[float, f
 `on_all`) for each of them, in one batched run."""
 
 
-def search(lines: Sequence[Line], evaluate: Evaluate) -> list[Line]:
+def search(lines: Sequence[Line], evaluate: Evaluate, *, progress: Progress = silent) -> list[Line]:
     """Search all lines side by side: `Line.at` of each is its boundary.
 
     First on the probes until the next step is small, then on all prompts, then again on the probes
     with the offset of all prompts, and on all prompts once more where that moved far. A line that
-    does not settle in a dozen rounds ends as NaN.
+    does not settle in a dozen rounds ends as NaN. `progress` is told of the lines that have settled
+    on the probes; of the rest `evaluate` knows.
     """
     found = list(lines)
     everyone: Sequence[int] = range(len(found))
+
+    def tell() -> None:
+        # The last one counts when the next part begins: doubts may be left.
+        settled = sum(line.is_settled() for line in found)
+        progress("lines settled", min(settled, len(found) - 1), len(found))
+
+    progress("lines settled", 0, len(found))
     _measure(found, everyone, evaluate, on_all=False, widest_step=4.0)
     # Far below what was predicted there: look half way, lest it crossed before and came back.
     doubted = [k for k in everyone if found[k].is_far_below()]
     for k in doubted:
         found[k] = replace(found[k], at=found[k].curve.probes[0][0] / 2)
     _measure(found, doubted, evaluate, on_all=False, widest_step=4.0)
-    _settle_on_probes(found, everyone, evaluate)
+    tell()
+    _settle_on_probes(found, everyone, evaluate, tell)
     for _ in range(_MAX_DOUBTS):
         doubted = [k for k in everyone if found[k].doubtful_middle() is not None]
         for k in doubted:
             found[k] = replace(found[k], at=found[k].doubtful_middle() or found[k].at)
         _measure(found, doubted, evaluate, on_all=False, widest_step=2.0)
-        _settle_on_probes(found, doubted, evaluate)
+        _settle_on_probes(found, doubted, evaluate, tell)
+    progress("lines settled", len(found), len(found))
     active = everyone
     for _ in range(_MAX_FULL):
         _measure(found, active, evaluate, on_all=True, widest_step=1.5)
@@ -184,11 +200,16 @@ def search(lines: Sequence[Line], evaluate: Evaluate) -> list[Line]:
     return found
 
 
-def _settle_on_probes(lines: list[Line], which: Sequence[int], evaluate: Evaluate) -> None:
+def _settle_on_probes(
+    lines: list[Line], which: Sequence[int], evaluate: Evaluate, tell: Callable[[], None]
+) -> None:
     active = which
     for _ in range(_MAX_PROBES):
         active = [k for k in active if lines[k].step(lines[k].curve.probes) > _PROBE_STEP]
+        if not active:
+            return
         _measure(lines, active, evaluate, on_all=False, widest_step=2.0)
+        tell()
 
 
 def loss_of(

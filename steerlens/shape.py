@@ -22,6 +22,7 @@ from steerlens.boundary import (
 from steerlens.coherence import Push, check_rollouts
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
+from steerlens.display import fragment, hook_label, measured
 from steerlens.engine import make_plan
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
@@ -29,7 +30,8 @@ from steerlens.loss import Budget
 from steerlens.measures import check_width, main_orthogonal, record
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, make_workload
-from steerlens.pushes import Boundary, Progress, find_boundaries
+from steerlens.progress import Progress
+from steerlens.pushes import Boundary, find_boundaries
 from steerlens.tables import SHAPE_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     SteeredPositions,
@@ -69,6 +71,13 @@ class BoundaryShape:
     def __repr__(self) -> str:
         ratio = self.table.attrs["radius_ratio"]
         return f"BoundaryShape({len(self.table)} angles, radius ratio {ratio:.3g})"
+
+    def _repr_html_(self) -> str:
+        names = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high", "predicted_boundary"]
+        table = self.table[names].rename(columns=lambda name: name.replace("_", " "))
+        layers = [f"layer {hook_label(name)}" for name in self.table.hook_name.unique()]
+        about = [repr(self), *layers, *measured(self.table.attrs)]
+        return fragment(about, table, note="residual units; inf is not reached")
 
 
 def boundary_shape(
@@ -128,7 +137,12 @@ def boundary_shape(
             "it on this model"
         )
     differences = collect_differences(
-        model, pairs, layers=[hook_name], position=directions.position, batch_size=batch_size
+        model,
+        pairs,
+        layers=[hook_name],
+        position=directions.position,
+        batch_size=batch_size,
+        progress=progress,
     )
     orthogonal = main_orthogonal(differences[hook_name].double(), direction)
     limit = settings.search_range * float(
@@ -151,7 +165,7 @@ def boundary_shape(
         model, tokenized, position=-1, steered_positions=steered_positions, batch_size=batch_size
     )
     text, unsteered = text_workload(
-        model, prompts, workload, (readout,), batch_size=batch_size, cost=cost
+        model, prompts, workload, (readout,), batch_size=batch_size, cost=cost, progress=progress
     )
     check_width(directions, unsteered)
     plan = make_plan(model, text, unsteered, check_jobs(pushes), batch_size=batch_size, cost=cost)

@@ -20,6 +20,7 @@ from steerlens.loss import label_logprob
 from steerlens.models import HookedModel, inference
 from steerlens.passes import advance, labels_gradients, labels_logprob, run_from
 from steerlens.plain import Cost, in_pair_order
+from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch, SteeredPositions
 
 BACKWARD_COST = 2
@@ -48,6 +49,7 @@ def label_slopes(
     steered_positions: SteeredPositions,
     seed: int,
     cost: Cost,
+    progress: Progress | None = None,
 ) -> Slopes:
     """`Slopes` of the batches' prompts, in their order, along each (hook name, direction).
 
@@ -64,6 +66,7 @@ def label_slopes(
     found = by_halves(
         [(batch,) for batch in batches],
         lambda batch: _batch_slopes(model, batch, along, steered_positions, generator),
+        progress=part_of(progress or silent, "slopes: prompts"),
     )
     run = [batch for (batch,), _ in found]
     for batch in run:

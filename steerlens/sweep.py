@@ -1,7 +1,7 @@
 """The grid of cells: every hook at every coefficient, as tables."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from steerlens.cells import Job
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
+from steerlens.display import fragment, hook_label, measured, shortened
 from steerlens.engine import make_plan, run_cells
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import (
@@ -40,12 +41,10 @@ from steerlens.plain import (
     make_workload,
     run_baseline,
 )
+from steerlens.progress import Progress, silent
 from steerlens.tables import LAYER_COLUMNS, POINT_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 from steerlens.uncertainty import false_discovery, null_band
-
-Progress = Callable[[int, int], None]
-"""Called after every cell with the cells done and the cells in all."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,21 @@ class SweepResult:
     def __repr__(self) -> str:
         return (
             f"SweepResult({len(self.settings.hook_names)} hooks x "
-            f"{len(self.settings.coefficients)} coefficients, {self.directions.method})"
+            f"{len(self.settings.coefficients)} coefficients, {shortened(self.directions.method)})"
         )
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for hook_name, cells in self.table.groupby("hook_name", sort=False):
+            row = {"layer": hook_label(str(hook_name))}
+            for cell in cells.itertuples():
+                mark = "" if cell.coherent else " !"
+                row[f"c = {cell.coefficient:g}"] = (
+                    f"{cell.projection:.4g} ({cell.degradation_nats:+.3f}){mark}"
+                )
+            rows.append(row)
+        note = "projection (degradation, nats per token); ! beyond the budget"
+        return fragment([repr(self), *measured(self.table.attrs)], pd.DataFrame(rows), note=note)
 
 
 def sweep(
@@ -137,26 +149,32 @@ def sweep(
         steered_positions=steered_positions,
         batch_size=batch_size,
     )
-    cost = Cost()
-    baseline = run_baseline(
-        model, workload, tuple(dict.fromkeys([*hook_names, *readouts.values()])), cost=cost
-    )
+    cost, tell = Cost(), progress or silent
+    needed = tuple(dict.fromkeys([*hook_names, *readouts.values()]))
+    baseline = run_baseline(model, workload, needed, cost=cost, progress=tell)
     check_width(directions, baseline)
     rows: list[Row] = []
-    n_cells = len(hook_names) * len(settings.coefficients)
     pushes = tuple(c for c in settings.coefficients if c != 0)
     null = _named(nulls, hook_names)
+    done, n_cells = 0, len(hook_names) * (len(settings.coefficients) + len(null) * len(pushes))
     along = [directions, *(one for _, one in null)]
     jobs = [
         Job(name, of[name], pushes, readouts[name]) for name in hook_names for of in along if pushes
     ]
-    plan = make_plan(model, workload, baseline, jobs, batch_size=batch_size, cost=cost)
+    plan = make_plan(
+        model, workload, baseline, jobs, batch_size=batch_size, cost=cost, progress=tell
+    )
     steered = run_cells(plan, jobs, cost=cost)
+    tell("cells", done, n_cells)
     for hook_name in hook_names:
         readout = readouts[hook_name]
         unsteered = baseline.cell(readout)
         cells = {cell.coefficient: cell for cell in (next(steered) if pushes else [])}
-        at_null = [(kind, next(steered)) for kind, _ in null if pushes]
+        at_null = []
+        for kind, _ in null if pushes else ():
+            at_null.append((kind, next(steered)))
+            done += len(pushes)
+            tell("cells", done, n_cells)
         for coefficient in settings.coefficients:
             cell = unsteered if coefficient == 0 else cells[coefficient]
             where: dict[str, Any] = {
@@ -168,8 +186,8 @@ def sweep(
             if coefficient != 0 and at_null and "projection" in row:
                 row |= _null_columns(row["projection"], coefficient, at_null, directions[readout])
             rows.append(row)
-            if progress is not None:
-                progress(len(rows), n_cells)
+            done += 1
+            tell("cells", done, n_cells)
     rows = _with_q_values(rows)
     attrs = {
         **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
@@ -211,6 +229,7 @@ def measure_layers(
     *,
     layers: Layers | None = None,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """The per-layer table alone (`LAYER_COLUMNS`), from the unsteered model: no cell is run.
 
@@ -222,7 +241,13 @@ def measure_layers(
         True
     """
     return sweep(
-        model, pairs, directions, layers=layers, coefficients=[0.0], batch_size=batch_size
+        model,
+        pairs,
+        directions,
+        layers=layers,
+        coefficients=[0.0],
+        batch_size=batch_size,
+        progress=progress,
     ).layers
 
 

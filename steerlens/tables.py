@@ -1,5 +1,6 @@
 """Columns as data, with unit and meaning; rows to pandas; tables to files."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -480,6 +481,76 @@ SHAPE_COLUMNS: tuple[Column, ...] = (
 )
 """One row an angle of a boundary's shape."""
 
+TOKEN_COLUMNS: tuple[Column, ...] = (
+    Column("prompt", "str", "", "id of the pair, or number of the prompt"),
+    Column(
+        "side",
+        "str",
+        "",
+        "positive (runs with +coefficient) or negative (-coefficient); positive without a pair",
+    ),
+    *_HOOK,
+    Column(
+        "coefficient",
+        "float64",
+        "residual units",
+        "what multiplies the unit direction; of other operators their strength or angle",
+    ),
+    Column("readout_hook", "str", "", "hook at which the token is projected"),
+    Column("position", "int64", "tokens", "place in the prompt; 0 the first token, BOS included"),
+    Column("token_id", "int64", "", "id in the tokenizer's vocabulary"),
+    Column("token", "str", "", "the token decoded on its own; U+FFFD for a part of a character"),
+    Column("raw_token", "str", "", "the same as the vocabulary spells it"),
+    Column("is_read", "bool", "", "the direction was fitted on the activation at this token"),
+    Column("is_steered", "bool", "", "the direction is added at this token"),
+    Column(
+        "is_label",
+        "bool",
+        "",
+        "counts in the prompt's mean logprob: the continuation, or all tokens but the first",
+    ),
+    Column("projection", "float64", "residual units", "h . direction at the readout, unsteered"),
+    Column("steered_projection", "float64", "residual units", "the same, steered"),
+    Column(
+        "logprob_nats",
+        "float64",
+        "nats",
+        "log-probability of the token after those before it, unsteered; NaN at the first",
+    ),
+    Column("steered_logprob_nats", "float64", "nats", "the same, steered"),
+    Column(
+        "damage_nats", "float64", "nats", "logprob - steered logprob; positive is worse, NaN first"
+    ),
+    Column(
+        "kl_nats",
+        "float64",
+        "nats",
+        "KL(unsteered || steered) of the distributions that predict the token; NaN at the first",
+    ),
+)
+"""One row a token of a prompt, at one hook and coefficient."""
+
+GENERATION_COLUMNS: tuple[Column, ...] = (
+    Column("prompt", "str", "", "id of the pair, or number of the prompt"),
+    *_HOOK,
+    Column(
+        "coefficient",
+        "float64",
+        "residual units",
+        "what multiplies the unit direction; of other operators their strength or angle",
+    ),
+    Column("text", "str", "", "greedy continuation of the prompt, without special tokens"),
+    Column("n_tokens", "int64", "tokens", "tokens of the text"),
+    Column(
+        "end",
+        "str",
+        "",
+        "how it ends: stop (end-of-text token), length (as many tokens as asked for), context (the "
+        "model's context is full), overflow (not finite: no text)",
+    ),
+)
+"""One row a prompt and coefficient: what the steered model writes."""
+
 
 POINT_COLUMNS: tuple[Column, ...] = (
     *_HOOK,
@@ -553,8 +624,35 @@ def to_frame(
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write a table as CSV: full float precision, NaN as an empty field, LF line ends."""
-    frame.to_csv(path, index=False, lineterminator="\n")
+    """Write a table as CSV: full float precision, NaN as an empty field, LF line ends.
+
+    Text is quoted where it must be; all of it in a table with a carriage return in some text.
+    """
+    # Before Python 3.13 the csv module leaves a lone carriage return unquoted, and readers end the
+    # row there.
+    texts = [frame[name] for name in frame if pd.api.types.is_string_dtype(frame[name].dtype)]
+    has_return = any(text.astype("str").str.contains("\r", regex=False).any() for text in texts)
+    frame.to_csv(
+        path,
+        index=False,
+        lineterminator="\n",
+        quoting=csv.QUOTE_NONNUMERIC if has_return else csv.QUOTE_MINIMAL,
+    )
+
+
+def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
+    """Read a table that `write_csv` wrote, with the types of `columns`; no text becomes NaN.
+
+    A plain `pandas.read_csv` reads a token such as "NA" or "null", and an empty text, as NaN.
+    """
+    numbers = {column.name: [""] for column in columns if column.dtype == "float64"}
+    return pd.read_csv(
+        path,
+        dtype={column.name: column.dtype for column in columns},
+        keep_default_na=False,
+        na_values=numbers,
+        float_precision="round_trip",
+    )
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:

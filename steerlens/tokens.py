@@ -108,6 +108,10 @@ class Batch:
         """True at the label tokens: the continuation's, or every prompt token but the first."""
         return self._mask(lambda p: (len(p.prompt) if p.continuation else 1, len(p)))
 
+    def predicted_mask(self) -> Bool[Tensor, "prompt token"]:
+        """True at the tokens that others come before: all real ones but each prompt's first."""
+        return self._mask(lambda p: (1, len(p)))
+
     def steered_mask(self, positions: SteeredPositions) -> Bool[Tensor, "prompt token"]:
         """True at the real tokens that an intervention touches."""
         spans = {
@@ -135,6 +139,17 @@ class Batch:
 def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
     """The keyword of the model's forward pass for a mask; none where nothing is masked."""
     return {} if bool(attention_mask.all()) else {"attention_mask": attention_mask.long()}
+
+
+def token_texts(model: HookedModel, ids: Sequence[int]) -> list[str]:
+    """Each token decoded on its own; a part of a character comes out as U+FFFD."""
+    decode = model.tokenizer.decode
+    return [str(decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+
+
+def raw_tokens(model: HookedModel, ids: Sequence[int]) -> list[str]:
+    """Each token as the tokenizer's vocabulary spells it, which tells all of them apart."""
+    return [str(token) for token in model.tokenizer.convert_ids_to_tokens(list(ids))]
 
 
 def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:

@@ -84,6 +84,7 @@ def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens sweep` on the small model; a later option overrides these."""
     return lambda *arguments: run(
         *("sweep", "--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2"),
+        *("--examples", "0"),
         *arguments,
     )
 

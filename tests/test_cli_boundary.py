@@ -62,7 +62,7 @@ def test_a_run_holds_tables_directions_and_record(
         assert word in outcome.out
     assert "2 boundaries" in outcome.words
     assert "forward-equivalents" in outcome.words
-    assert "pushes on" in outcome.words
+    assert "boundary on probes: pushes settled 2/2" in outcome.words
 
 
 def test_quiet_prints_nothing(boundary: Main, tmp_path: Path) -> None:

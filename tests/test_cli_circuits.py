@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from test_cli import (  # noqa: F401 (fixtures)
@@ -19,8 +18,13 @@ from test_cli import (  # noqa: F401 (fixtures)
 )
 
 import steerlens as sl
-from steerlens.circuits import Component, Intervention, make_prompts
-from steerlens.circuits.pictures import attention_page, heat_map_page, tokens_page
+from steerlens.circuits import (
+    Component,
+    Intervention,
+    attention_patterns,
+    make_prompts,
+    token_projections,
+)
 from steerlens.hooks import resid_post
 from steerlens.tables import CIRCUIT_COLUMNS, READER_COLUMNS, WRITER_COLUMNS
 from steerlens.tokens import TokenizedPrompt
@@ -41,7 +45,7 @@ def test_a_run_holds_tables_pages_and_record(circuits: Main, tmp_path: Path) -> 
     assert outcome.code == 0
     assert set(content(tmp_path / "a")) == {
         *("writers.csv", "positions.csv", "readers.csv", "claims.csv", "circuits.csv"),
-        *("faithfulness.csv", "directions.safetensors", "run.json"),
+        *("faithfulness.csv", "edges.csv", "directions.safetensors", "run.json"),
         *("components.html", "attention.html", "tokens.html", "graph.html"),
     }
     for name, columns in (
@@ -92,52 +96,31 @@ def test_circuits_refuses(
 # Pages
 
 
-@pytest.fixture
-def hostile(llama: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model whose tokens would end a script element and begin another."""
-    text = "</script><script>alert(1)</script><!--"
-    monkeypatch.setattr(llama.tokenizer, "decode", lambda ids, **named: text)
-    return llama
-
-
-def test_pages_hold_their_data_and_ask_nobody(hostile: Any, directions: sl.Directions) -> None:
-    prompts = make_prompts(hostile, [TokenizedPrompt((1, 7, 9, 11), (), "prompt")])
-    vector = sl.SteeringVector.from_directions(hostile, directions, layers=[1])
+def test_patterns_and_projections_are_the_models(llama: Any, directions: sl.Directions) -> None:
+    prompts = make_prompts(llama, [TokenizedPrompt((1, 7, 9, 11), (), "prompt")])
+    vector = sl.SteeringVector.from_directions(llama, directions, layers=[1])
     pushed = Intervention(vector, 3.0)
-    attention = attention_page(hostile, prompts, pushed, [Component(2, 1), Component(3, 0)])
-    tokens = tokens_page(hostile, prompts, directions, pushed)
-    for page in (attention, tokens):
-        assert page.count("</script>") == 3, "the library and two views"
-        views = page[page.index("</script>") :]
-        assert views.count("<script>") == 2
-        assert "alert(1)" in views
-        assert not re.search(r"<(script|link|img)[^>]*(src|href)=", views)
-    tokens_ids = prompts.tokens
+    attention = attention_patterns(llama, prompts, pushed, [Component(2, 1), Component(3, 0)])
+    tokens = token_projections(llama, prompts, directions, pushed)
     with torch.no_grad():
-        _, cache = hostile.run_with_cache(tokens_ids)
-    pattern = cache["blocks.2.attn.hook_pattern"][0, 1]
-    shown = json.loads(re.findall(r"AttentionPatterns, (\{.*?\})\);</script>", attention)[0])
-    torch.testing.assert_close(torch.tensor(shown["attention"][0]), pattern)
-    assert shown["headLabels"] == ["L2H1", "L3H0"]
-    values = json.loads(re.findall(r"ColoredTokensMulti, (\{.*?\})\);</script>", tokens)[0])
-    name = resid_post(1)
-    row = values["labels"].index("layer 1")
-    torch.testing.assert_close(
-        torch.tensor(values["values"])[:, row], cache[name][0] @ directions[name]
-    )
+        _, unsteered = llama.run_with_cache(prompts.tokens)
+        with sl.steer(llama, vector, 3.0):
+            _, steered = llama.run_with_cache(prompts.tokens)
+    assert attention.tokens == tokens.tokens == ("<s>", "walk", "is", "you")
+    assert attention.heads == ("L2H1", "L3H0")
+    assert tokens.layers == tuple(f"layer {layer}" for layer in range(5))
+    name = resid_post(2)
+    for of, cache in (("unsteered", unsteered), ("steered", steered)):
+        patterns, values = getattr(attention, of), getattr(tokens, of)
+        torch.testing.assert_close(patterns[1], cache["blocks.3.attn.hook_pattern"][0, 0])
+        torch.testing.assert_close(values[2], cache[name][0] @ directions[name])
+    assert not torch.equal(attention.unsteered, attention.steered)
+    assert not torch.equal(tokens.unsteered, tokens.steered)
 
 
-def test_the_heat_map_holds_every_component() -> None:
-    writers = pd.DataFrame(
-        {
-            "component": ["embed", "head", "head", "mlp"],
-            "layer": [-1, 0, 0, 0],
-            "head": [-1, 0, 1, -1],
-            "contribution": [9.0, 0.125, -0.25, 0.5],
-        }
-    )
-    page = heat_map_page(writers, writers.rename(columns={"contribution": "effect"}))
-    assert page.count("cdn.plot.ly") <= page.count("plotly.js v")
-    assert "Who writes the direction" in page
-    assert "H1" in page
-    assert "MLP" in page
+def test_pages_hold_what_was_found(circuits: Main, tmp_path: Path) -> None:
+    assert circuits("--out", tmp_path, "--no-compare", "--quiet").code == 0
+    for name, view in (("attention", "AttentionHeads"), ("tokens", "ColoredTokens")):
+        page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        assert f'"view": "{view}"' in page
+        assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)

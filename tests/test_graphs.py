@@ -21,8 +21,10 @@ from steerlens.circuits import (
     contrast_answers,
     random_intervention,
 )
-from steerlens.circuits.comparison import UNSTEERED, _areas, make_contrast, mean_kl
+from steerlens.circuits.comparison import UNSTEERED, _areas, make_contrast
 from steerlens.circuits.components import components, head_hook, mlp_hook, output_weights
+from steerlens.circuits.edges import edge_table
+from steerlens.circuits.floor import mean_kl
 from steerlens.circuits.graphs import (
     Means,
     Reader,
@@ -169,6 +171,21 @@ def test_scores_are_derivatives_of_cutting(tiny: Any, contrast: Any, means: Mean
         )
         found = float(scores.edges[row, readers(tiny).index(reader)].mean())
         assert found == pytest.approx(-(up - down) / (2 * step), rel=0.02, abs=2e-3)
+
+
+def test_the_table_of_edges_has_the_largest_ones(tiny: Any, contrast: Any, means: Means) -> None:
+    scores = attribute(tiny, contrast, NOTHING, means)
+    table = edge_table(tiny, {"unsteered": scores}, n_edges=5)
+    mean = scores.edges.mean(dim=-1)
+    assert sorted(table.score.abs()) == pytest.approx(
+        mean[scores.is_edge].abs().topk(5).values.flip(0).tolist(), rel=1e-6
+    )
+    names = [str(part) for part in components(tiny)], [str(reader) for reader in readers(tiny)]
+    for row in table.itertuples():
+        at = names[0].index(row.writer), names[1].index(row.reader)
+        assert float(mean[at]) == pytest.approx(row.score, rel=1e-6)
+        assert row.writer_layer <= row.reader_layer
+    assert set(table.model) == {"unsteered"}
 
 
 def test_a_writers_edges_add_up_to_its_node(tiny: Any, contrast: Any, means: Means) -> None:

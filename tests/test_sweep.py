@@ -144,8 +144,9 @@ def test_logits_are_bit_equal_after_a_sweep_and_after_an_exception_inside_one(
         before = llama(tokens)
     sl.sweep(llama, pairs, directions, coefficients=[-1, 1])
 
-    def interrupt(done: int, total: int) -> None:
-        raise InterruptedError
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "cells" and done > 0:
+            raise InterruptedError
 
     def fail_while_steering() -> None:
         with torch.no_grad(), sl.steer(llama, directions, 4.0):
@@ -434,16 +435,38 @@ def test_other_hooks_of_a_block_can_be_swept(llama: Any, pairs: sl.ContrastivePa
 def test_progress_counts_every_cell(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions
 ) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     sl.sweep(
         llama,
         pairs,
         directions,
         layers="0:3",
         coefficients=[0, 1],
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda *told: seen.append(told),
     )
-    assert seen == [(i, 6) for i in range(1, 7)]
+    assert [told for told in seen if told[0] == "cells"] == [("cells", i, 6) for i in range(7)]
+    assert list(dict.fromkeys(what for what, _, _ in seen)) == [
+        *("unsteered model: prompts", "checks: hooks", "cells")
+    ]
+
+
+def test_progress_counts_the_cells_along_null_vectors(
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
+) -> None:
+    """2 hooks, 3 coefficients, 2 x 2 nulls at the two that are not 0: 2 * (3 + 4 * 2) cells."""
+    nulls = sl.null_directions(sl.collect_differences(llama, pairs), n=2, seed=0)
+    seen: list[tuple[int, int]] = []
+    sl.sweep(
+        llama,
+        pairs,
+        directions,
+        layers="0:2",
+        coefficients=[-1, 0, 1],
+        nulls=nulls,
+        progress=lambda what, *counts: seen.append(counts) if what == "cells" else None,
+    )
+    done = [0, 2, 4, 6, 8, 9, 10, 11, 13, 15, 17, 19, 20, 21, 22]
+    assert seen == [(i, 22) for i in done]
 
 
 def test_measure_layers_equals_the_sweeps_layer_table(

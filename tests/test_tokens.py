@@ -268,6 +268,8 @@ def test_split_batches_are_the_whole_prompts_in_two(
                 [False] + [True] * n_after
             )
             assert tail.steered_mask("last")[i].nonzero().tolist() == [[0]]
+            # In a part of the prompt the first token of the whole is another part's.
+            assert tail.predicted_mask()[i].sum() == n_after + 1
             if n_after:
                 assert tail.label_mask()[i].sum() == n_after
     assert sorted(rows) == list(range(len(prompts)))

@@ -197,12 +197,22 @@ def test_the_reference_loss_separates_the_pairs_within_the_boundary(
 
 
 def test_training_stops_early(llama: Any, many: sl.ContrastivePairs) -> None:
-    lines: list[str] = []
+    seen: list[tuple[str, int, int]] = []
     trained = train_directions(
-        llama, many, layers=[1], max_epochs=40, patience=1, step_size=0.5, progress=lines.append
+        *(llama, many),
+        layers=[1],
+        max_epochs=40,
+        patience=1,
+        step_size=0.5,
+        progress=lambda *told: seen.append(told),
     )
-    assert 2 <= len(trained.history) < 40
-    assert len(lines) == len(trained.history)
+    n_epochs = len(trained.history)
+    assert 2 <= n_epochs < 40
+    # One call an epoch; the last says that those to come are spared.
+    done = [*range(n_epochs), 40]
+    assert [told for told in seen if told[0] == "training: epochs"] == [
+        ("training: epochs", i, 40) for i in done
+    ]
     losses = trained.history.validation_loss.tolist()
     assert losses[-1] >= min(losses[:-1])
 

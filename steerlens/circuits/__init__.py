@@ -2,8 +2,15 @@
 
 from steerlens.circuits.attribution import Intervention
 from steerlens.circuits.behaviour import Answers, contrast_answers, item_answers
-from steerlens.circuits.comparison import Circuits, compare_circuits, random_intervention
+from steerlens.circuits.comparison import Circuits, compare_circuits
 from steerlens.circuits.components import Component, Prompts, make_prompts
+from steerlens.circuits.floor import random_intervention
+from steerlens.circuits.patterns import (
+    Patterns,
+    Projections,
+    attention_patterns,
+    token_projections,
+)
 from steerlens.circuits.readers import Readers, find_readers
 from steerlens.circuits.writers import Writers, find_writers
 
@@ -12,9 +19,12 @@ __all__ = [
     "Circuits",
     "Component",
     "Intervention",
+    "Patterns",
+    "Projections",
     "Prompts",
     "Readers",
     "Writers",
+    "attention_patterns",
     "compare_circuits",
     "contrast_answers",
     "find_readers",
@@ -22,4 +32,5 @@ __all__ = [
     "item_answers",
     "make_prompts",
     "random_intervention",
+    "token_projections",
 ]

@@ -15,6 +15,7 @@ from steerlens.circuits.behaviour import Answers, measure, row_slices
 from steerlens.circuits.components import Component, Prompts, head_hook, hook_of
 from steerlens.hooks import HookFunction, hook_layer, hooked
 from steerlens.models import HookedModel, inference
+from steerlens.progress import Progress, silent
 from steerlens.tables import CLAIM_COLUMNS, Row, to_frame
 from steerlens.uncertainty import ratio_interval
 
@@ -32,12 +33,13 @@ def run_claims(
     n_draws: int,
     n_bootstrap: int,
     seed: int,
+    progress: Progress = silent,
 ) -> pd.DataFrame:
     """The steered model with something held at its unsteered value (`CLAIM_COLUMNS`).
 
     Attention patterns, values, the `named` components, and `n_draws` times as many random `others`;
     `metric` is the answer logit difference unsteered and steered, prompt by prompt, `after` the
-    first block behind the vector. See `find_readers`.
+    first block behind the vector. `progress` is told of the runs. See `find_readers`.
     """
     before, behind = metric
     change = float((behind - before).mean())
@@ -74,16 +76,21 @@ def run_claims(
     rows = [row("nothing", 0, [behind - before], drawn=False)]
     if not named:
         return to_frame(rows, CLAIM_COLUMNS, {})
+    n_runs = 3 + n_draws
+    progress("runs", 0, n_runs)
     for test, hooks in (("attention patterns", patterns), ("attention values", values)):
         changes = [held(hooks, None)] if _is_live(model, prompts, hooks[0]) else []
         rows.append(row(test, 0, changes, drawn=False))
+        progress("runs", len(rows) - 1, n_runs)
     rows.append(row("named components", len(named), [held((), named)], drawn=False))
+    progress("runs", 3, n_runs)
     generator = np.random.default_rng(seed)
     draws = []
-    for _ in range(n_draws):
+    for i in range(n_draws):
         drawn = _as_many(named, others, generator)
         if drawn is not None:
             draws.append(held((), drawn))
+        progress("runs", 4 + i, n_runs)
     if n_draws:
         rows.append(row("random components", len(named), draws, drawn=True))
     return to_frame(rows, CLAIM_COLUMNS, {})

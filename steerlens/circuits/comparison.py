@@ -1,7 +1,7 @@
 """Same circuit or another: circuits of one behaviour in several models, steered and not."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.circuits.attribution import Intervention
-from steerlens.circuits.behaviour import Answers, row_slices
-from steerlens.circuits.components import Prompts, check_additive, make_prompts
+from steerlens.circuits.behaviour import Answers
+from steerlens.circuits.components import check_additive, make_prompts
 from steerlens.circuits.graphs import (
     Contrast,
     Means,
@@ -27,8 +27,9 @@ from steerlens.circuits.graphs import (
 )
 from steerlens.data import ContrastivePairs
 from steerlens.errors import CircuitError
-from steerlens.models import HookedModel, inference, provenance
-from steerlens.steering import Add, SteeringVector, steps
+from steerlens.models import HookedModel, provenance
+from steerlens.progress import Progress, part_of, silent
+from steerlens.steering import Add
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, Row, to_frame
 from steerlens.tokens import tokenize_pairs
 
@@ -62,6 +63,7 @@ def compare_circuits(
     levels: Sequence[str] = LEVELS,
     n_splits: int = 20,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Circuits:
     """The circuits of the pairs' contrast in the unsteered model and under each intervention.
 
@@ -107,16 +109,18 @@ def compare_circuits(
     check_sum(model, contrast)
     with_edges = "edge" in levels
     models = {UNSTEERED: Intervention(), **interventions}
-    means = {name: mean_writes(model, contrast, of) for name, of in models.items()}
-    scores = {
-        name: attribute(model, contrast, of, means[name], with_edges=with_edges)
-        for name, of in models.items()
-    }
-    bottom = None
+    tell, means, scores, bottom = progress or silent, {}, {}, None
+    n_models = len(models) + (floor is not None)
+    tell("circuits: models", 0, n_models)
+    for name, of in models.items():
+        means[name] = mean_writes(model, contrast, of)
+        scores[name] = attribute(model, contrast, of, means[name], with_edges=with_edges)
+        tell("circuits: models", len(scores), n_models)
     if floor is not None:
         bottom = attribute(
             model, contrast, floor, mean_writes(model, contrast, floor), with_edges=with_edges
         )
+        tell("circuits: models", n_models, n_models)
     attrs = {
         "n_pairs": len(pairs),
         "fingerprint": pairs.fingerprint,
@@ -128,9 +132,12 @@ def compare_circuits(
         "provenance": provenance(model).to_dict(),
     }
     curves: dict[tuple[str, str, str], list[float]] = {}
-    for level, run_in in product(levels, models):
+    per_model = 2 + len(models) * len(shares)
+    n_runs = len(levels) * len(models) * per_model
+    for i, (level, run_in) in enumerate(product(levels, models)):
         chosen = {of: [_circuit(scores[of], level, share) for share in shares] for of in models}
-        found = _faithfulness(model, contrast, models[run_in], means[run_in], chosen, level)
+        part = part_of(tell, "circuits on their own: runs", before=i * per_model, total=n_runs)
+        found = _faithfulness(model, contrast, models[run_in], means[run_in], chosen, level, part)
         curves |= {(level, of, run_in): curve for of, curve in found.items()}
     rows: list[Row] = []
     for level, (a, b) in product(levels, combinations(models, 2)):
@@ -159,71 +166,6 @@ def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers)
         answers = Answers(answers.positive.repeat(2, 1), answers.negative.repeat(2, 1))
     answers.check(model, len(prompts))
     return Contrast(prompts, answers)
-
-
-def random_intervention(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    intervention: Intervention,
-    *,
-    seed: int = 0,
-) -> Intervention:
-    """A random direction at the same hook, at the coefficient with the same KL divergence.
-
-    Of next-token predictions from the unsteered model, mean over the tokens of the positive
-    prompts, to about 2% (1% of the coefficient). Raises `CircuitError` when the intervention is not
-    an added vector at one hook, its divergence is 0 or not finite, or no coefficient up to 16 times
-    its own reaches it.
-
-    Examples:
-        >>> from steerlens.circuits import Intervention, random_intervention
-        >>> floor = random_intervention(model, pairs, Intervention(vector, 4))
-        >>> floor.vector.hook_names
-        ('blocks.2.hook_resid_post',)
-    """
-    from scipy.optimize import brentq
-
-    acts = (
-        [] if intervention.vector is None else steps(intervention.vector, intervention.coefficient)
-    )
-    if len(acts) != 1 or not isinstance(acts[0].operator, Add):
-        raise CircuitError(f"expected a vector that is added at one hook, got {len(acts)} steps")
-    generator = torch.Generator().manual_seed(seed)
-    row = torch.randn(len(acts[0].direction), generator=generator)
-    vector = SteeringVector.from_vectors({acts[0].hook_name: row})
-    vector = replace(vector, scale=torch.ones(1))
-    prompts = make_prompts(model, list(tokenize_pairs(model, pairs).positive))
-    wanted = mean_kl(model, prompts, intervention)
-    if not 0 < wanted < float("inf"):
-        raise CircuitError(f"the vector's KL divergence is {wanted:.3g}; expected one above 0")
-    size = abs(acts[0].amount)
-
-    def gap(log_size: float) -> float:
-        found = mean_kl(model, prompts, Intervention(vector, float(np.exp(log_size))))
-        return float(np.log(found) - np.log(wanted))
-
-    low, high = np.log(size / 16), np.log(16 * size)
-    if not (gap(low) <= 0 <= gap(high)):
-        raise CircuitError(
-            f"no coefficient from {size / 16:.3g} to {16 * size:.3g} of a random direction has the "
-            f"KL divergence {wanted:.3g} of the vector"
-        )
-    return Intervention(vector, float(np.exp(brentq(gap, low, high, xtol=0.01))))
-
-
-def mean_kl(model: HookedModel, prompts: Prompts, intervention: Intervention) -> float:
-    """Mean KL(unsteered || steered) of next-token predictions over real tokens, nats per token."""
-    total, count = 0.0, 0
-    for rows in row_slices(len(prompts)):
-        some = prompts.part(rows)
-        real = some.real.bool()
-        with inference(model):
-            plain = model(some.tokens)[real].float().log_softmax(dim=-1)
-            with intervention.on(model):
-                pushed = model(some.tokens)[real].float().log_softmax(dim=-1)
-        total += float((plain.exp() * (plain - pushed)).sum())
-        count += int(real.sum())
-    return total / count
 
 
 def _check(
@@ -276,22 +218,29 @@ def _faithfulness(
     means: Means,
     circuits: Mapping[str, Sequence[Tensor]],
     level: str,
+    progress: Progress,
 ) -> dict[str, list[float]]:
     """Faithfulness in one model of the circuits of several, size by size."""
-    run: Any = run_nodes if level == "node" else run_edges
+    run_part: Any = run_nodes if level == "node" else run_edges
+    done, n_runs = 0, 2 + sum(map(len, circuits.values()))
+    progress("runs", done, n_runs)
+
+    def run(kept: Tensor) -> float:
+        nonlocal done
+        metric: float = run_part(model, contrast, intervention, means, kept)
+        done += 1
+        progress("runs", done, n_runs)
+        return metric
+
     (like, *_), *_ = circuits.values()
-    whole = run(model, contrast, intervention, means, torch.ones_like(like))
-    empty = run(model, contrast, intervention, means, torch.zeros_like(like))
+    whole, empty = run(torch.ones_like(like)), run(torch.zeros_like(like))
     if not abs(whole - empty) > 1e-6 * max(abs(whole), abs(empty)):
         raise CircuitError(
             f"the behaviour is {whole:.3g} logits with and without all {level}s, so there is "
             "nothing that a circuit could explain; choose answers that the pairs' sides differ in"
         )
     return {
-        of: [
-            (run(model, contrast, intervention, means, kept) - empty) / (whole - empty)
-            for kept in sizes
-        ]
+        of: [(run(kept) - empty) / (whole - empty) for kept in sizes]
         for of, sizes in circuits.items()
     }
 

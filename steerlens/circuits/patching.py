@@ -13,6 +13,7 @@ from steerlens.circuits.attribution import Intervention, trace
 from steerlens.circuits.behaviour import Answers, row_slices
 from steerlens.circuits.components import Component, Prompts, hook_of
 from steerlens.models import HookedModel, inference
+from steerlens.progress import Progress, silent
 
 
 def patch_components(
@@ -21,40 +22,44 @@ def patch_components(
     answers: Answers,
     steered: Intervention,
     parts: Sequence[Component],
+    *,
+    progress: Progress = silent,
 ) -> dict[Component, Float[Tensor, " prompt"]]:
-    """The unsteered model's metric with the steered output of one component at a time."""
+    """The unsteered model's metric with the steered output of one component at a time.
+
+    `progress` is told of the forward passes: one a component and batch of prompts.
+    """
     if not parts:
         return {}
     found: dict[Component, list[Tensor]] = {part: [] for part in parts}
-    for rows in row_slices(len(prompts)):
+    done, slices = 0, row_slices(len(prompts))
+    progress("passes", done, len(slices) * len(parts))
+    for rows in slices:
         some, its = prompts.part(rows), answers.part(rows)
         names = dict.fromkeys(hook_of(part) for part in parts)
         clean = trace(model, some, its, list(names), intervention=steered).activations
-        for kind in ("head", "mlp"):
-            of_kind = [part for part in parts if part.kind == kind]
-            values = _patch_each(model, some, its, clean, of_kind)
-            for part, value in zip(of_kind, values, strict=True):
-                found[part].append(value)
+        for part in parts:
+            found[part].append(_patch(model, some, its, clean, part))
+            done += 1
+            progress("passes", done, len(slices) * len(parts))
     return {part: torch.cat(values) for part, values in found.items()}
 
 
-def _patch_each(
+def _patch(
     model: HookedModel,
     prompts: Prompts,
     answers: Answers,
     clean: Mapping[str, Tensor],
-    parts: Sequence[Component],
-) -> list[Float[Tensor, " prompt"]]:
-    """TransformerLens's activation patching of components of one kind, a forward pass each."""
-    if not parts:
-        return []
+    part: Component,
+) -> Float[Tensor, " prompt"]:
+    """TransformerLens's activation patching of one component: a forward pass."""
     from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
 
-    is_head = parts[0].kind == "head"
-    index = {"layer": [part.layer for part in parts]}
+    is_head = part.kind == "head"
+    index = {"layer": [part.layer]}
     setter: Callable[..., Tensor] = lambda corrupted, index, clean: clean  # noqa: ARG005, E731
     if is_head:
-        index["head"] = [part.head for part in parts]
+        index["head"] = [part.head]
         setter = layer_head_vector_patch_setter
 
     def metric(logits: Tensor) -> Tensor:
@@ -73,4 +78,5 @@ def _patch_each(
             index_df=pd.DataFrame(index),
             reduce="none",
         )
-    return [row.float().cpu() for row in result.values]
+    values: Tensor = result.values[0].float().cpu()
+    return values

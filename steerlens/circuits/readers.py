@@ -28,6 +28,7 @@ from steerlens.circuits.writers import component_fields
 from steerlens.errors import CircuitError
 from steerlens.hooks import hook_layer, hooked, resid_post
 from steerlens.models import HookedModel, inference, provenance
+from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Coefficient, SteeringVector, steps
 from steerlens.tables import READER_COLUMNS, Row, to_frame
 from steerlens.uncertainty import bootstrap_intervals
@@ -64,6 +65,7 @@ def find_readers(
     n_draws: int = 10,
     n_bootstrap: int = 2000,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Readers:
     """What carries a vector's effect on the answer logit difference, component by component.
 
@@ -109,16 +111,25 @@ def find_readers(
     after = hook_layer(hook_name) + 1
     steered = Intervention(vector, coefficient)
     later = [part for part in components(model) if part.layer >= after]
-    found = [
-        _estimate(model, prompts.part(rows), answers.part(rows), steered, later, ig_steps=ig_steps)
-        for rows in row_slices(len(prompts))
-    ]
+    tell, found = progress or silent, []
+    tell("estimates: prompts", 0, len(prompts))
+    for rows in row_slices(len(prompts)):
+        its = answers.part(rows)
+        found.append(_estimate(model, prompts.part(rows), its, steered, later, ig_steps=ig_steps))
+        tell("estimates: prompts", min(rows.stop, len(prompts)), len(prompts))
     effect = torch.cat([part.effect for part in found], dim=1)
     direct = torch.cat([part.direct for part in found], dim=1)
     before, behind = (torch.cat([getattr(part, n) for part in found]) for n in ("before", "behind"))
     change = float((behind - before).mean())
     order = sorted(range(len(later)), key=lambda i: -abs(float(effect[i].mean())))
-    exact = patch_components(model, prompts, answers, steered, [later[i] for i in order[:top]])
+    exact = patch_components(
+        model,
+        prompts,
+        answers,
+        steered,
+        [later[i] for i in order[:top]],
+        progress=part_of(tell, "exact patching: passes"),
+    )
     patched = {part: values - before for part, values in exact.items()}
     vector_direct = float(torch.cat([part.vector_direct for part in found]).mean())
     attrs = {
@@ -153,6 +164,7 @@ def find_readers(
         n_draws=n_draws,
         n_bootstrap=n_bootstrap,
         seed=seed,
+        progress=part_of(tell, "claims: runs"),
     )
     return Readers(table, claims)
 

@@ -25,6 +25,7 @@ from steerlens.directions import Directions
 from steerlens.errors import CircuitError, DirectionError
 from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, resid_post, resolve_hooks
 from steerlens.models import HookedModel, inference, provenance
+from steerlens.progress import Progress, part_of, silent
 from steerlens.tables import WRITER_COLUMNS, WRITER_POSITION_COLUMNS, Row, to_frame
 from steerlens.tokens import TokenizedPrompt, tokenize_pairs
 from steerlens.uncertainty import bootstrap_intervals
@@ -57,6 +58,7 @@ def find_writers(
     n_positions: int = 8,
     n_bootstrap: int = 2000,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Writers:
     """What each component wrote of the pairs' difference along the frozen direction at one hook.
 
@@ -91,9 +93,13 @@ def find_writers(
     parts = components(model, n_layers=n_layers)
     shortest = min(len(p.prompt) for p in (*tokenized.positive, *tokenized.negative))
     offsets = list(range(-min(n_positions, shortest), 0))
+    tell, n = progress or silent, len(pairs)
     sides = [
-        _side(model, list(side), directions[name], offsets, directions.position, n_layers)
-        for side in (tokenized.positive, tokenized.negative)
+        _side(
+            *(model, side, directions[name], offsets, directions.position, n_layers),
+            part_of(tell, "writers: prompts", before=before, total=2 * n),
+        )
+        for before, side in ((0, tokenized.positive), (n, tokenized.negative))
     ]
     written = sides[0][0] - sides[1][0]
     whole = float((sides[0][1] - sides[1][1]).mean())
@@ -137,9 +143,11 @@ def _side(
     offsets: Sequence[int],
     position: int,
     n_layers: int,
+    progress: Progress,
 ) -> tuple[Float[Tensor, "component pair offset"], Float[Tensor, " pair"]]:
     """Projected writes at each offset from the end, then at `position`; and the whole there."""
     written, wholes = [], []
+    progress("prompts", 0, len(prompts))
     for start in range(0, len(prompts), ROWS):
         some = list(prompts[start : start + ROWS])
         batch = make_prompts(model, some)
@@ -149,6 +157,7 @@ def _side(
         parts, whole = _projected_writes(model, batch, direction, columns, n_layers)
         written.append(parts)
         wholes.append(whole[:, -1])
+        progress("prompts", min(start + ROWS, len(prompts)), len(prompts))
     return torch.cat(written, dim=1), torch.cat(wholes)
 
 

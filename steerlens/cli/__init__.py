@@ -13,9 +13,9 @@ from steerlens import data
 from steerlens.activations import collect_differences
 from steerlens.boundary import check_search, find_boundary
 from steerlens.cli import circuits, evaluation, vectors
+from steerlens.cli.examples import example_tables
 from steerlens.cli.options import (
     DEBUG,
-    IN_SAMPLE,
     BatchOption,
     DebugOption,
     LayersOption,
@@ -27,27 +27,27 @@ from steerlens.cli.options import (
     QuietOption,
     SeedOption,
     TestPairsOption,
-    fit,
+    note_fit,
     numbers_of,
     pairs_of,
     pairs_record,
     text_of,
 )
 from steerlens.cli.printing import (
-    cells_bar,
     notes,
     output,
     print_boundary,
     print_cells,
     print_layers,
     print_rows,
+    progress_of,
 )
 from steerlens.data import ContrastivePairs, read_texts
 from steerlens.errors import SteerlensError
 from steerlens.geometry import loss_geometry
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
-from steerlens.methods import METHODS, default_position, method_of, null_directions
+from steerlens.methods import METHODS, default_position, fit, method_of, null_directions
 from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run
 from steerlens.shape import boundary_shape, check_plane
@@ -84,6 +84,15 @@ def sweep(
         int | None,
         typer.Option("--null", help="Null vectors of each kind, random and shuffled, e.g. 20."),
     ] = None,
+    examples: Annotated[
+        int,
+        typer.Option(
+            "--examples",
+            min=0,
+            help="Prompts shown at the middle one of the layers: what the model writes at every "
+            "coefficient, and which tokens lose logprob. It illustrates, it chooses nothing.",
+        ),
+    ] = 2,
     batch_size: BatchOption = None,
     seed: SeedOption = 0,
     quiet: QuietOption = False,
@@ -96,48 +105,59 @@ def sweep(
     fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
     position = default_position(method, fit_on) if position is None else position
     loaded = load_model(model, progress=not quiet)
+    hook_names = resolve_hooks(loaded, layers)
     request = {
         "command": "sweep",
         "model": provenance(loaded).to_dict(),
         "fitted_on": pairs_record(fit_on),
         "measured_on": pairs_record(measure_on),
-        "hook_names": resolve_hooks(loaded, layers),
+        "hook_names": hook_names,
         "coefficients": numbers,
         "method": method,
         "position": position,
         "budget": budget,
         "null": null,
+        "examples": examples,
+        "examples_at": "the middle one of hook_names: an illustration, chosen by nothing",
         "batch_size": batch_size,
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
     started = time.perf_counter()
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    nulls = None
-    if null is not None:
-        differences = collect_differences(
-            loaded, fit_on, layers=layers, position=position, batch_size=batch_size
-        )
-        nulls = null_directions(differences, n=null, seed=seed)
-    with cells_bar(quiet=quiet) as progress:
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
+        nulls = None
+        if null is not None:
+            differences = collect_differences(loaded, fit_on, position=position, **shared)
+            nulls = null_directions(differences, n=null, seed=seed)
         result = run_sweep(
             loaded,
             measure_on,
             directions,
-            layers=layers,
             coefficients=numbers,
             budget=budget,
-            batch_size=batch_size,
             seed=seed,
             nulls=nulls,
-            progress=progress,
+            **shared,
         )
     seconds = time.perf_counter() - started
     tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
+    if examples:
+        tables |= example_tables(
+            loaded,
+            measure_on,
+            directions,
+            hook_name=hook_names[len(hook_names) // 2],
+            coefficients=numbers,
+            n_prompts=examples,
+            batch_size=batch_size,
+            quiet=quiet,
+        )
     spent = result.table.attrs["forward_equivalents"]
-    write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
+    took = time.perf_counter() - started
+    write_run(out, tables, directions, request, seconds=took, forward_equivalents=spent)
     if not quiet:
         print_layers(result.layers)
         print_cells(result)
@@ -210,25 +230,19 @@ def boundary(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
     started = time.perf_counter()
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    options: dict[str, Any] = {
-        "on": text,
-        "budget": budget,
-        "search_range": search_range,
-        "batch_size": batch_size,
-        "seed": seed,
-        "progress": None if quiet else lambda text: notes.print(Text(text)),
-    }
-    result = find_boundary(loaded, measure_on, directions, layers=layers, **options)
-    tables = {"boundary": result.curves, "layers": result.layers}
-    if shape is not None:
-        plane = boundary_shape(
-            loaded, measure_on, directions, layer=layers, n_angles=shape, **options
-        )
-        tables["shape"] = plane.table
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
+        directions = fit(loaded, fit_on, method=method, layers=layers, position=position, **shared)
+        shared |= {"on": text, "budget": budget, "search_range": search_range}
+        result = find_boundary(loaded, measure_on, directions, layers=layers, **shared)
+        tables = {"boundary": result.curves, "layers": result.layers}
+        if shape is not None:
+            plane = boundary_shape(
+                loaded, measure_on, directions, layer=layers, n_angles=shape, **shared
+            )
+            tables["shape"] = plane.table
     seconds = time.perf_counter() - started
     spent = sum(t.attrs["forward_equivalents"] for n, t in tables.items() if n != "boundary")
     write_run(out, tables, directions, request, seconds=seconds, forward_equivalents=spent)
@@ -285,21 +299,15 @@ def geometry(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
     started = time.perf_counter()
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    found = loss_geometry(
-        loaded,
-        measure_on,
-        directions,
-        layers=layers,
-        n_angles=angles,
-        budget=budget,
-        batch_size=batch_size,
-        seed=seed,
-        progress=None if quiet else lambda text: notes.print(Text(text)),
-    )
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "seed": seed}
+        shared |= {"progress": progress}
+        directions = fit(loaded, fit_on, method=method, position=position, **shared)
+        found = loss_geometry(
+            loaded, measure_on, directions, n_angles=angles, budget=budget, **shared
+        )
     seconds = time.perf_counter() - started
     tables = {"geometry": found.points, "contours": found.contours, "shape": found.shape}
     spent = found.points.attrs["forward_equivalents"]
@@ -336,10 +344,11 @@ def show_layers(
     if out is not None:
         check_out_file(out)
     loaded = load_model(model, progress=not quiet)
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
-    table = measure_layers(loaded, measure_on, directions, layers=layers, batch_size=batch_size)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
+        table = measure_layers(loaded, measure_on, directions, **shared)
     if out is not None:
         write_whole(out, lambda path: write_csv(table, path))
         if not quiet:

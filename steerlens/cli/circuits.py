@@ -2,26 +2,28 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
+from steerlens import plots
 from steerlens.circuits import (
     Component,
     Intervention,
+    attention_patterns,
     compare_circuits,
     contrast_answers,
     find_readers,
     find_writers,
     make_prompts,
     random_intervention,
+    token_projections,
 )
+from steerlens.circuits.edges import edge_table
 from steerlens.circuits.graphs import readers as edge_readers
-from steerlens.circuits.pictures import attention_page, graph_page, heat_map_page, tokens_page
 from steerlens.circuits.readers import check_steered
 from steerlens.cli.options import (
-    IN_SAMPLE,
     BatchOption,
     DebugOption,
     MethodOption,
@@ -31,14 +33,14 @@ from steerlens.cli.options import (
     QuietOption,
     SeedOption,
     TestPairsOption,
-    fit,
+    note_fit,
     pairs_of,
     pairs_record,
 )
-from steerlens.cli.printing import notes, print_rows
+from steerlens.cli.printing import notes, print_rows, progress_of
 from steerlens.errors import CircuitError
 from steerlens.hooks import resolve_hooks
-from steerlens.methods import default_position, method_of
+from steerlens.methods import default_position, fit, method_of
 from steerlens.models import DEFAULT_MODEL, load_model, provenance
 from steerlens.runs import check_run_folder, write_run
 from steerlens.steering import SteeringVector
@@ -98,25 +100,28 @@ def circuits(
         "seed": seed,
     }
     check_run_folder(out, request)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
-
-    def say(text: str) -> None:
-        if not quiet:
-            notes.print(Text(text))
-
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
     started = time.perf_counter()
-    directions = fit(loaded, fit_on, "all", position, batch_size, method, seed, quiet=quiet)
-    vector = SteeringVector.from_directions(loaded, directions, layers=layer, dataset=fit_on.name)
-    pushed = Intervention(vector, coefficient)
-    answers = contrast_answers(loaded, fit_on)
-    prompts = make_prompts(loaded, list(tokenize_pairs(loaded, measure_on).positive))
-    say("who writes the direction")
-    writers = find_writers(loaded, measure_on, directions, layer=layer, seed=seed)
-    say("who reads it")
-    readers = find_readers(
-        loaded, prompts, answers, vector, coefficient, top=top, ig_steps=ig_steps, seed=seed
-    )
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"seed": seed, "progress": progress}
+        directions = fit(
+            loaded, fit_on, method=method, position=position, batch_size=batch_size, **shared
+        )
+        vector = SteeringVector.from_directions(
+            loaded, directions, layers=layer, dataset=fit_on.name
+        )
+        pushed = Intervention(vector, coefficient)
+        answers = contrast_answers(loaded, fit_on)
+        prompts = make_prompts(loaded, list(tokenize_pairs(loaded, measure_on).positive))
+        writers = find_writers(loaded, measure_on, directions, layer=layer, **shared)
+        readers = find_readers(
+            loaded, prompts, answers, vector, coefficient, top=top, ig_steps=ig_steps, **shared
+        )
+        if compare:
+            floor = random_intervention(loaded, measure_on, pushed, **shared)
+            found = compare_circuits(
+                loaded, measure_on, answers, {method: pushed}, floor=floor, **shared
+            )
     tables = {
         "writers": writers.table,
         "positions": writers.positions,
@@ -125,21 +130,17 @@ def circuits(
     }
     of_heads = readers.table[readers.table.component == "head"]
     heads = [Component(*place) for place in of_heads[["layer", "head"]].to_numpy().tolist()]
-    pages = {"components": heat_map_page(writers.table, readers.table)}
-    pages["attention"] = attention_page(loaded, prompts, pushed, heads[:TOP_HEADS])
-    pages["tokens"] = tokens_page(loaded, prompts, directions, pushed)
+    pages = {"components": plots.components(writers.table, readers.table).to_html()}
+    seen = attention_patterns(loaded, prompts, pushed, heads[:TOP_HEADS])
+    patterns = {"Unsteered": seen.unsteered.numpy(), "Steered": seen.steered.numpy()}
+    pages["attention"] = plots.attention_page(seen.tokens, seen.heads, patterns).html
+    along = token_projections(loaded, prompts, directions, pushed)
+    projections = {"Unsteered": along.unsteered.numpy(), "Steered": along.steered.numpy()}
+    pages["tokens"] = plots.projection_page(along.tokens, along.layers, projections).html
     if compare:
-        say("is it the same circuit")
-        found = compare_circuits(
-            loaded,
-            measure_on,
-            answers,
-            {method: pushed},
-            floor=random_intervention(loaded, measure_on, pushed, seed=seed),
-            seed=seed,
-        )
         tables |= {"circuits": found.table, "faithfulness": found.faithfulness}
-        pages["graph"] = graph_page(loaded, found.scores)
+        tables["edges"] = edge_table(loaded, found.scores)
+        pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
     seconds = time.perf_counter() - started
     write_run(out, tables, directions, request, seconds=seconds, pages=pages)
     if quiet:

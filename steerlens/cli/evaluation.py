@@ -22,7 +22,7 @@ from steerlens.cli.options import (
     pairs_of,
     pairs_record,
 )
-from steerlens.cli.printing import notes, print_rows, print_summary
+from steerlens.cli.printing import notes, print_rows, print_summary, progress_of
 from steerlens.errors import PairError
 from steerlens.evaluate import compare as run_compare
 from steerlens.evaluate import reliability as measure_reliability
@@ -112,22 +112,23 @@ def compare(
     }
     check_run_folder(out, request)
     started = time.perf_counter()
-    found = run_compare(
-        loaded,
-        fit_on,
-        test_items,
-        methods=names,
-        layers=layers,
-        train_items=train_items,
-        off_target=others,
-        budget=budget,
-        on=on,
-        n_null=null,
-        position=position,
-        seed=seed,
-        batch_size=batch_size,
-        progress=None if quiet else lambda text: notes.print(Text(text)),
-    )
+    with progress_of(quiet=quiet) as progress:
+        found = run_compare(
+            loaded,
+            fit_on,
+            test_items,
+            methods=names,
+            layers=layers,
+            train_items=train_items,
+            off_target=others,
+            budget=budget,
+            on=on,
+            n_null=null,
+            position=position,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
     seconds = time.perf_counter() - started
     tables = {"comparison": found.table, "summary": found.summary, "effects": found.effects}
     spent = found.table.attrs["forward_equivalents"]
@@ -161,13 +162,15 @@ def reliability(
     if out is not None:
         check_out_file(out)
     loaded = load_model(model, progress=not quiet)
-    differences = collect_differences(
-        loaded,
-        fit_on,
-        layers=layers,
-        position=-1 if position is None else position,
-        batch_size=batch_size,
-    )
+    with progress_of(quiet=quiet) as progress:
+        differences = collect_differences(
+            loaded,
+            fit_on,
+            layers=layers,
+            position=-1 if position is None else position,
+            batch_size=batch_size,
+            progress=progress,
+        )
     table = measure_reliability(differences, seed=seed)
     if out is not None:
         write_whole(out, lambda path: write_csv(table, path))

@@ -12,7 +12,6 @@ from steerlens.cli.printing import notes
 from steerlens.data import ContrastivePairs, read_texts
 from steerlens.errors import PairError, SteeringError, SweepError
 from steerlens.measures import checked_coefficients
-from steerlens.methods import fit as fit_directions
 from steerlens.steering import parse_coefficient
 
 DEBUG = "--debug"
@@ -134,27 +133,10 @@ def pairs_record(pairs: ContrastivePairs) -> dict[str, Any]:
     return {"name": pairs.name, "n_pairs": len(pairs), "fingerprint": pairs.fingerprint}
 
 
-def fit(
-    model: Any,
-    pairs: ContrastivePairs,
-    layers: str,
-    position: int,
-    batch_size: int | None,
-    method: str,
-    seed: int,
-    *,
-    quiet: bool,
-) -> Any:
-    """Directions fitted on `pairs`, with a note of it unless `quiet`."""
-    if not quiet:
-        notes.print(Text(f"Fitting {method} on {len(pairs)} pairs of {pairs.name}"))
-    return fit_directions(
-        model,
-        pairs,
-        method=method,
-        layers=layers,
-        position=position,
-        seed=seed,
-        batch_size=batch_size,
-        progress=None if quiet else lambda text: notes.print(Text(text)),
-    )
+def note_fit(method: str, pairs: ContrastivePairs, *, is_held_out: bool, quiet: bool) -> None:
+    """Say what is fitted, on which pairs, and whether they are measured on too; unless `quiet`."""
+    if quiet:
+        return
+    if not is_held_out:
+        notes.print(IN_SAMPLE)
+    notes.print(Text(f"Fitting {method} on {len(pairs)} pairs of {pairs.name}"))

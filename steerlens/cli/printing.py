@@ -1,23 +1,15 @@
 """What the commands print: tables on stdout, progress and notes on stderr."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
-from steerlens.hooks import resid_post
+from steerlens.display import hook_label
+from steerlens.progress import Progress, show_progress
 from steerlens.sweep import SweepResult
 
 # Without a terminal there is no width to fit: wide enough that nothing is cut off.
@@ -25,23 +17,9 @@ output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 notes = Console(stderr=True, highlight=False)
 
 
-@contextmanager
-def cells_bar(*, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A progress bar over cells inside the block; none when `quiet`."""
-    if quiet:
-        yield None
-        return
-    columns = (
-        TextColumn("cells"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=notes) as bar:
-        task = bar.add_task("cells", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def progress_of(*, quiet: bool) -> AbstractContextManager[Progress | None]:
+    """`show_progress`; or nothing to tell, when `quiet`. Print no notes inside the block."""
+    return nullcontext() if quiet else show_progress()
 
 
 def print_summary(table: Any) -> None:
@@ -83,7 +61,7 @@ def print_layers(table: Any) -> None:
     for name in names:
         shown.add_column(name.replace("_", " "), justify="right")
     for row in table.to_dict("records"):
-        shown.add_row(_hook_label(row), *(f"{row[name]:.4g}" for name in names))
+        shown.add_row(hook_label(row["hook_name"]), *(f"{row[name]:.4g}" for name in names))
     output.print(shown)
     output.print(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
 
@@ -106,7 +84,7 @@ def print_boundary(table: Any) -> None:
                 f"{row[f'predicted_{name}']:.4g}",
             ]
         shown.add_row(
-            _hook_label(row),
+            hook_label(row["hook_name"]),
             *cells,
             f"{row['resid_norm']:.4g}",
             f"{row['projection_at_boundary']:.4g}",
@@ -129,11 +107,5 @@ def print_cells(result: SweepResult) -> None:
             f"{' ' if row['coherent'] else '!'}"
             for row in records
         ]
-        shown.add_row(_hook_label(records[0]), *cells)
+        shown.add_row(hook_label(records[0]["hook_name"]), *cells)
     output.print(shown)
-
-
-def _hook_label(row: Any) -> str:
-    """The layer's number for a block output, the hook's whole name otherwise."""
-    is_block_output = row["hook_name"] == resid_post(row["layer"])
-    return str(row["layer"]) if is_block_output else str(row["hook_name"])

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from steerlens.boundary import check_search, find_boundary
 from steerlens.cli.options import (
-    IN_SAMPLE,
     BatchOption,
     DebugOption,
     LayersOption,
@@ -22,12 +21,12 @@ from steerlens.cli.options import (
     QuietOption,
     SeedOption,
     TestPairsOption,
-    fit,
+    note_fit,
     pairs_of,
     strengths_of,
     text_of,
 )
-from steerlens.cli.printing import notes, output, print_rows
+from steerlens.cli.printing import notes, output, print_rows, progress_of
 from steerlens.data import Message, Prompt
 from steerlens.errors import SteeringError
 from steerlens.evaluate import cosine_table
@@ -35,8 +34,9 @@ from steerlens.export import bake as bake_checkpoint
 from steerlens.export import from_gguf, to_gguf
 from steerlens.export.checkpoint import check_is_new
 from steerlens.hooks import resolve_hooks
-from steerlens.methods import default_position, method_of
+from steerlens.methods import default_position, fit, method_of
 from steerlens.models import DEFAULT_MODEL, load_model
+from steerlens.progress import silent
 from steerlens.runs import check_out_file
 from steerlens.steering import SteeringVector, operator_of, parse_coefficient
 from steerlens.steering import generate as generate_text
@@ -99,23 +99,16 @@ def extract(
     check_out_file(out)
     loaded = load_model(model, progress=not quiet)
     resolve_hooks(loaded, layers)
-    if not (is_held_out or quiet):
-        notes.print(IN_SAMPLE)
-    directions = fit(loaded, fit_on, layers, position, batch_size, method, seed, quiet=quiet)
-    if boundary:
-        table = find_boundary(
-            loaded,
-            measure_on,
-            directions,
-            layers=layers,
-            on=text,
-            budget=budget,
-            batch_size=batch_size,
-            seed=seed,
-            progress=None if quiet else lambda line: notes.print(Text(line)),
-        ).layers
-    else:
-        table = measure_layers(loaded, measure_on, directions, layers=layers, batch_size=batch_size)
+    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
+        if boundary:
+            table = find_boundary(
+                loaded, measure_on, directions, on=text, budget=budget, seed=seed, **shared
+            ).layers
+        else:
+            table = measure_layers(loaded, measure_on, directions, **shared)
     vector = SteeringVector.from_directions(
         loaded, directions, layers=layers, operator=act, layer_table=table, dataset=fit_on.name
     )
@@ -185,10 +178,27 @@ def generate(
         loaded = load_model(model or DEFAULT_MODEL, progress=not quiet)
         hooks = resolve_hooks(loaded, layer or "")
         tokenized = tokenize_prompt(loaded, chat)
-        directions = fit(loaded, fit_on, layer or "", at, batch_size, method, seed, quiet=quiet)
+        note_fit(method, fit_on, is_held_out=True, quiet=quiet)
+        with progress_of(quiet=quiet) as progress:
+            directions = fit(
+                loaded,
+                fit_on,
+                method=method,
+                layers=layer or "",
+                position=at,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
         steered = {name: directions[name] for name in hooks}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "positions": positions}
-    texts = [Text(generate_text(loaded, tokenized, steered, s, **options)) for s in strengths]
+    texts: list[Text] = []
+    with progress_of(quiet=quiet) as progress:
+        tell = progress or silent
+        tell("continuations", 0, len(strengths))
+        for strength in strengths:
+            texts.append(Text(generate_text(loaded, tokenized, steered, strength, **options)))
+            tell("continuations", len(texts), len(strengths))
     table = Table(title=Text(prompt), show_lines=True)
     for strength in strengths:
         table.add_column(Text(strength), ratio=1)

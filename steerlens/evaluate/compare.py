@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,13 +14,13 @@ from steerlens.activations import collect_differences
 from steerlens.boundary import check_search, text_prompts
 from steerlens.data import ContrastivePairs, Message
 from steerlens.directions import Directions
+from steerlens.display import fragment, measured, shortened
 from steerlens.errors import PairError, SweepError
 from steerlens.evaluate.effects import Damage, mean_distinct_3, of_one_length
 from steerlens.evaluate.runner import (
     CompareSettings,
     Index,
     Measured,
-    Progress,
     Runner,
     Subjects,
     mean_norms,
@@ -38,6 +38,7 @@ from steerlens.measures import whole, whole_or_none
 from steerlens.methods import fit_methods, method_of, null_directions
 from steerlens.models import HookedModel, provenance
 from steerlens.plain import Cost
+from steerlens.progress import Progress, part_of, silent, under
 from steerlens.tables import COMPARISON_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     TokenizedPrompt,
@@ -67,6 +68,24 @@ class Comparison:
     effects: pd.DataFrame = field(repr=False)
     directions: Mapping[str, Directions] = field(repr=False)
     settings: CompareSettings
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({len(self.settings.methods)} methods, {len(self.table)} rows, "
+            f"{len(self.effects)} items, {shortened(self.settings.budget)})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = self.table if self.summary.empty else self.summary
+        names = ["coefficient", "effect", "effect_ci_low", "effect_ci_high"]
+        names += ["rank"] if "rank" in rows else ["null_low", "null_high", "p_holm"]
+        table = rows[["method", "layer", "verdict", *names]]
+        return fragment(
+            [repr(self), *measured(self.table.attrs)],
+            table.rename(columns=lambda name: name.replace("_", " ")),
+            n_labels=3,
+            note="effects in nats per token, at equal damage",
+        )
 
 
 def compare(
@@ -149,18 +168,17 @@ def compare(
     if len(texts) < 4:
         raise SweepError(f"expected at least 4 neutral texts, got {len(texts)}")
     half = len(texts) // 2
-
-    def say(text: str) -> None:
-        if progress is not None:
-            progress(text)
-
-    say(f"fitting {len(settings.methods)} methods")
+    # Fitting, coefficients, effects, damage and texts; then what was given beside them.
+    others = (train_items, told, *(off_target or {}).values())
+    steps = _steps(progress or silent, 5 + sum(some is not None for some in others))
+    fitting = next(steps)
     differences = collect_differences(
         model,
         pairs,
         layers=layers,
         position=-1 if position is None else position,
         batch_size=batch_size,
+        progress=fitting,
     )
     fitted = fit_methods(
         model,
@@ -172,7 +190,7 @@ def compare(
         items=train_items,
         seed=settings.seed,
         batch_size=batch_size,
-        progress=progress,
+        progress=fitting,
     )
     subjects = Subjects(
         differences.hook_names, fitted, null_directions(differences, n=n_null, seed=settings.seed)
@@ -187,18 +205,21 @@ def compare(
         items=items,
         train_items=train_items,
         off_target=tuple((off_target or {}).values()),
-        say=say,
+        steps=steps,
     )
-    rows, by_item = _rows(run, subjects, found, items, say)
+    rows, by_item = _rows(run, subjects, found, items, next(steps))
     if told is not None:
-        say("the persona written into the prompt")
-        by_item[PROMPT] = run.gap(told) - run.gap(items)
+        tell, n, what = next(steps), 2 * len(items), "persona in the prompt: prompts"
+        of_told, of_items = (part_of(tell, what, before=at, total=2 * n) for at in (0, n))
+        by_item[PROMPT] = run.gap(told, of_told) - run.gap(items, of_items)
         rows.append(_prompt_row(by_item[PROMPT], settings))
     attrs = {
         "settings": asdict(settings),
         "positions": {name: of.position for name, of in fitted.items()},
         "fitted_on": pairs.fingerprint,
         "measured_on": items.fingerprint,
+        "pairs": pairs.name,
+        "items": items.name,
         "chosen_on": None if train_items is None else train_items.fingerprint,
         "off_target": {name: of.fingerprint for name, of in (off_target or {}).items()},
         "neutral": fingerprint(texts),
@@ -209,6 +230,11 @@ def compare(
     effects.attrs.update(attrs)
     table = to_frame(rows, COMPARISON_COLUMNS, attrs)
     return Comparison(table, summarise(table, effects, settings), effects, fitted, settings)
+
+
+def _steps(progress: Progress, n: int) -> Iterator[Progress]:
+    """The `Progress` of every step, one after the other."""
+    return (under(progress, f"step {i} of {n}") for i in range(1, n + 1))
 
 
 @dataclass(frozen=True)
@@ -232,28 +258,28 @@ def _find(
     items: PreferenceItems,
     train_items: PreferenceItems | None,
     off_target: Sequence[PreferenceItems],
-    say: Progress,
+    steps: Iterator[Progress],
 ) -> _Findings:
-    reached = run.calibrate(calibration, subjects, norms, say)
-    say(f"effects on {len(items)} items")
-    effects = run.effects(items, subjects, reached)
-    say("damage on neutral text")
-    damage = run.damages(held_out, subjects, reached)
+    reached = run.calibrate(calibration, subjects, norms, next(steps))
+    effects = run.effects(items, subjects, reached, next(steps))
+    damage = run.damages(held_out, subjects, reached, next(steps))
     on_train: Mapping[Index, float] = {}
     if train_items is not None:
-        on_train = run.mean_effects(train_items, subjects, reached)
-    elsewhere = [run.mean_effects(some, subjects, reached) for some in off_target]
+        on_train = run.mean_effects(train_items, subjects, reached, next(steps))
+    elsewhere = [run.mean_effects(some, subjects, reached, next(steps)) for some in off_target]
     return _Findings(reached, effects, damage, on_train, elsewhere)
 
 
 def _rows(
-    run: Runner, subjects: Subjects, found: _Findings, items: PreferenceItems, say: Progress
+    run: Runner, subjects: Subjects, found: _Findings, items: PreferenceItems, progress: Progress
 ) -> tuple[list[Row], dict[str, NDArray[np.float64]]]:
     """The rows of all methods and hooks with their verdicts, and the effects item by item."""
     rows: list[Row] = []
     by_item: dict[str, NDArray[np.float64]] = {}
     prompts = of_one_length(tokenize_items(run.model, items)[0], N_GENERATED)
-    for index in subjects.of_methods():
+    every = subjects.of_methods()
+    progress("texts: vectors", 0, len(every))
+    for index in every:
         name, hook_name = subjects.name(index), index[1]
         measured, reached = found.effects[index], found.reached[index]
         nulls = _null_effects(subjects, found, hook_name)
@@ -269,7 +295,6 @@ def _rows(
             "verdict": "search failed" if math.isnan(reached) else "budget not reached",
         }
         if measured is not None:
-            say(f"{name} at {hook_name}")
             by_item[f"{name} @ {hook_name}"] = measured.at_full
             steered = {hook_name: subjects.direction(index)}
             row |= effect_columns(measured, nulls, run.settings)
@@ -281,6 +306,7 @@ def _rows(
                 "distinct_3": mean_distinct_3(run.model, prompts, steered, reached),
             }
         rows.append(row)
+        progress("texts: vectors", len(rows), len(every))
     return with_verdicts(rows), by_item
 
 

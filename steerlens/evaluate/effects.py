@@ -16,6 +16,7 @@ from steerlens.hooks import resid_post
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
 from steerlens.plain import CellOutput, Cost, Workload, run_baseline
+from steerlens.progress import Progress, silent
 from steerlens.steering import generate_tokens
 from steerlens.tokens import TokenizedPrompt, make_batches, tokenize_items
 
@@ -43,27 +44,33 @@ def preference_gaps(
     *,
     batch_size: int | None,
     cost: Cost,
+    progress: Progress = silent,
 ) -> tuple[Float[np.ndarray, " item"], list[Float[np.ndarray, "coefficient item"]]]:
     """Preference gaps, unsteered and for every job at its coefficients, item by item.
 
     gap = logprob(positive continuation) - logprob(negative continuation), each the mean over its
     own tokens after the same prompt (nats per token), both steered alike at every
-    token. `cost` is added to.
+    token. `cost` is added to, `progress` told of the cells.
     """
     positive, negative = tokenize_items(model, items)
     workload = _workload(model, (*positive, *negative), batch_size)
-    baseline, cells = _cells(model, workload, jobs, batch_size, cost)
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost, progress)
     return _gap(baseline), [np.stack([_gap(cell.logprob) for cell in of_job]) for of_job in cells]
 
 
 def unsteered_gaps(
-    model: HookedModel, items: PreferenceItems, *, batch_size: int | None, cost: Cost
+    model: HookedModel,
+    items: PreferenceItems,
+    *,
+    batch_size: int | None,
+    cost: Cost,
+    progress: Progress = silent,
 ) -> Float[np.ndarray, " item"]:
-    """The preference gaps of the model as it is. `cost` is added to."""
+    """The preference gaps of the model as it is. `cost` is added to, `progress` told of prompts."""
     positive, negative = tokenize_items(model, items)
     workload = _workload(model, (*positive, *negative), batch_size)
     last = resid_post(int(model.cfg.n_layers) - 1)
-    return _gap(run_baseline(model, workload, (last,), cost=cost).logprob)
+    return _gap(run_baseline(model, workload, (last,), cost=cost, progress=progress).logprob)
 
 
 def _gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
@@ -80,10 +87,14 @@ def damages(
     *,
     batch_size: int | None,
     cost: Cost,
+    progress: Progress = silent,
 ) -> list[list[Damage]]:
-    """The damage on `texts` of every job at each of its coefficients. `cost` is added to."""
+    """The damage on `texts` of every job at each of its coefficients.
+
+    `cost` is added to, `progress` told of the cells.
+    """
     workload = _workload(model, texts, batch_size, with_kl=True)
-    baseline, cells = _cells(model, workload, jobs, batch_size, cost)
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost, progress)
 
     def damage(cell: CellOutput) -> Damage:
         if cell.kl is None:
@@ -154,6 +165,7 @@ def _cells(
     jobs: Sequence[Job],
     batch_size: int | None,
     cost: Cost,
+    progress: Progress,
 ) -> tuple[Float[Tensor, " prompt"], list[list[CellOutput]]]:
     """Unsteered logprobs, and the cells of every job, which may come in any order."""
     baseline = run_baseline(
@@ -162,5 +174,11 @@ def _cells(
     order = sorted(range(len(jobs)), key=lambda i: jobs[i].first_block)
     in_order = [jobs[i] for i in order]
     plan = make_plan(model, workload, baseline, in_order, batch_size=batch_size, cost=cost)
-    found = dict(zip(order, run_cells(plan, in_order, cost=cost), strict=True))
+    found: dict[int, list[CellOutput]] = {}
+    done, n_cells = 0, sum(len(job.coefficients) for job in jobs)
+    progress("cells", done, n_cells)
+    for i, cells in zip(order, run_cells(plan, in_order, cost=cost), strict=True):
+        found[i] = cells
+        done += len(cells)
+        progress("cells", done, n_cells)
     return baseline.logprob, [found[i] for i in range(len(jobs))]

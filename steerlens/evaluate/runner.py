@@ -1,7 +1,7 @@
 """What a comparison runs: coefficients that spend the budget, effects and damage there."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +27,9 @@ from steerlens.hooks import readout_hook
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, Workload, run_baseline
+from steerlens.progress import Progress, part_of
 from steerlens.pushes import find_boundaries
 from steerlens.tokens import TokenizedPrompt, make_batches, tokenize_items
-
-Progress = Callable[[str], None]
-"""Called with a line of text at every step."""
 
 DOSES = (-1.0, -0.5, 0.5, 1.0)
 """Shares of the coefficient at which the dose-response is measured, beside 0."""
@@ -136,10 +134,16 @@ class Runner:
         pushes = [Push(key[1], subjects.direction(key), 1, self._readout(key[1])) for key in index]
         workload = Workload(make_batches(model, prompts, settings.batch_size), (), -1, "all")
         readouts = tuple(dict.fromkeys(push.readout for push in pushes))
-        unsteered = run_baseline(model, workload, readouts, cost=self.cost)
+        unsteered = run_baseline(model, workload, readouts, cost=self.cost, progress=progress)
         jobs = check_jobs(pushes)
         plan = make_plan(
-            model, workload, unsteered, jobs, batch_size=settings.batch_size, cost=self.cost
+            model,
+            workload,
+            unsteered,
+            jobs,
+            batch_size=settings.batch_size,
+            cost=self.cost,
+            progress=progress,
         )
         found = find_boundaries(
             plan,
@@ -155,7 +159,11 @@ class Runner:
         return {key: boundary.at for key, boundary in zip(index, found, strict=True)}
 
     def effects(
-        self, items: PreferenceItems, subjects: Subjects, reached: Mapping[Index, float]
+        self,
+        items: PreferenceItems,
+        subjects: Subjects,
+        reached: Mapping[Index, float],
+        progress: Progress,
     ) -> dict[Index, Measured | None]:
         """Every method at all doses, every null at its coefficient; None without a coefficient."""
         n_methods = len(subjects.methods)
@@ -164,7 +172,10 @@ class Runner:
         jobs = [self._job(subjects, k, tuple(d * reached[k] for d in doses[k])) for k in usable]
         measured: dict[Index, Measured | None] = dict.fromkeys(subjects.all())
         if jobs:
-            unsteered, gaps = preference_gaps(self.model, items, jobs, **self._options)
+            tell = part_of(progress, "effects: cells")
+            unsteered, gaps = preference_gaps(
+                self.model, items, jobs, **self._options, progress=tell
+            )
             for key, job, found in zip(usable, jobs, gaps, strict=True):
                 measured[key] = Measured(np.array(job.coefficients), found - unsteered)
         return measured
@@ -174,32 +185,39 @@ class Runner:
         texts: Sequence[TokenizedPrompt],
         subjects: Subjects,
         reached: Mapping[Index, float],
+        progress: Progress,
     ) -> dict[Index, Damage]:
         """What every method costs on neutral text at its coefficient."""
         usable = _usable(subjects.of_methods(), reached)
         jobs = [self._job(subjects, key, (reached[key],)) for key in usable]
-        found = damages(self.model, texts, jobs, **self._options) if jobs else []
+        if not jobs:
+            return {}
+        tell = part_of(progress, "damage: cells")
+        found = damages(self.model, texts, jobs, **self._options, progress=tell)
         return {key: of_job[0] for key, of_job in zip(usable, found, strict=True)}
 
     def mean_effects(
-        self, items: PreferenceItems, subjects: Subjects, reached: Mapping[Index, float]
+        self,
+        items: PreferenceItems,
+        subjects: Subjects,
+        reached: Mapping[Index, float],
+        progress: Progress,
     ) -> dict[Index, float]:
         """Every method's mean effect on other items, at its coefficient."""
         usable = _usable(subjects.of_methods(), reached)
         jobs = [self._job(subjects, key, (reached[key],)) for key in usable]
         if not jobs:
             return {}
-        unsteered, gaps = preference_gaps(self.model, items, jobs, **self._options)
+        tell = part_of(progress, f"effects on {items.name}: cells")
+        unsteered, gaps = preference_gaps(self.model, items, jobs, **self._options, progress=tell)
         return {
             key: float((found[0] - unsteered).mean())
             for key, found in zip(usable, gaps, strict=True)
         }
 
-    def gap(self, items: PreferenceItems) -> Float[np.ndarray, " item"]:
+    def gap(self, items: PreferenceItems, progress: Progress) -> Float[np.ndarray, " item"]:
         """The unsteered preference gap of every item."""
-        return unsteered_gaps(
-            self.model, items, batch_size=self.settings.batch_size, cost=self.cost
-        )
+        return unsteered_gaps(self.model, items, **self._options, progress=progress)
 
     def forward_equivalents(self, items: PreferenceItems) -> float:
         """What was run, in forward passes of the items with both continuations."""

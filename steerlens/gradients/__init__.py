@@ -16,6 +16,7 @@ from torch import Tensor
 
 from steerlens.activations import by_halves, missing_readouts
 from steerlens.data import ContrastivePairs
+from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError, HookError, SweepError
 from steerlens.gradients.rows import batch_rows
 from steerlens.hooks import (
@@ -29,6 +30,7 @@ from steerlens.loss import MARGIN, WEIGHT
 from steerlens.measures import whole
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
+from steerlens.progress import Progress, part_of, silent
 from steerlens.slopes import BACKWARD_COST, check_label_rows
 from steerlens.tables import GRADIENT_COLUMNS, Row, to_frame
 from steerlens.tokens import (
@@ -96,6 +98,16 @@ class LossGradients:
         _, n_pairs, d_model = self.coherence.shape
         return f"LossGradients({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
 
+    def _repr_html_(self) -> str:
+        terms = gradient_terms(self)
+        names = ["separation_norm", "coherence_norm", "coherence_share", "cosine", "weight"]
+        table = terms[names].rename(columns=lambda name: name.replace("_", " "))
+        for column in ("loss_hook", "hook_name"):
+            heading = "layer" if column == "hook_name" else "loss at"
+            table.insert(0, heading, [hook_label(name) for name in terms[column]])
+        about = [repr(self), f"position {self.position}", f"margin {self.margin:g}"]
+        return fragment([*about, f"pairs {self.fingerprint[:12]}"], table, n_labels=2)
+
     def with_weight(self, weight: Weight) -> "LossGradients":
         """The same gradients with another weight of the coherence term.
 
@@ -133,6 +145,7 @@ def loss_gradients(
     n_scores: int = 0,
     seed: int = 0,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> LossGradients:
     """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
 
@@ -176,6 +189,7 @@ def loss_gradients(
     found = by_halves(
         batches,
         lambda *both: batch_rows(model, both, targets, position, n_scores, generator),
+        progress=part_of(progress or silent, "gradients: pairs"),
     )
     order = pair_order([positive for (positive, _), _ in found])
 

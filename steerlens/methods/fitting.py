@@ -1,6 +1,6 @@
 """Collect what methods are fitted from, once for all of them, and fit."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from steerlens.activations import Differences, collect_differences
 from steerlens.data import ContrastivePairs
@@ -12,12 +12,10 @@ from steerlens.loss import WEIGHT
 from steerlens.methods.registry import Source, fit_directions, method_of
 from steerlens.methods.training import train_directions
 from steerlens.models import HookedModel
+from steerlens.progress import Progress
 
 N_SCORES = 4
 """Label sequences drawn for each positive prompt where a method needs scores."""
-
-Progress = Callable[[str], None]
-"""Called with a line of text at every step."""
 
 
 def fit(
@@ -86,6 +84,7 @@ def fit_methods(
             layers=layers,
             position=-1 if position is None else position,
             batch_size=batch_size,
+            progress=progress,
         )
     by_gradients = [method.name for method in chosen if method.source == "gradients"]
     if by_gradients:
@@ -98,6 +97,7 @@ def fit_methods(
             n_scores=N_SCORES if any(method.needs_scores for method in chosen) else 0,
             seed=seed,
             batch_size=batch_size,
+            progress=progress,
         )
     fitted = {}
     for method in chosen:

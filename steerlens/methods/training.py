@@ -1,7 +1,7 @@
 """Train a vector on the frozen model: by the reference loss, or on given continuations."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,7 @@ from steerlens.measures import whole
 from steerlens.methods.registry import fit_directions
 from steerlens.methods.steps import Example, Objective, Outputs, make_side, push_example
 from steerlens.models import HookedModel
+from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import (
     Batch,
     TokenizedPairs,
@@ -40,9 +41,6 @@ VALIDATION = 0.2
 MIN_EXAMPLES = 5
 
 OBJECTIVES = ("reference", "promotion", "preference")
-
-Progress = Callable[[str], None]
-"""Called with a line of text after every epoch."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,8 @@ def train_directions(
     examples has not fallen for `patience` epochs; the best vector is kept. A step takes up to
     `examples_per_step` examples of about one length. The readouts keep their mean-difference
     direction. `seed` decides the order and the held-out fifth. Cost of an epoch: two forward and
-    two backward passes of all examples through the blocks from the hook on.
+    two backward passes of all examples through the blocks from the hook on. `progress` counts
+    `max_epochs` for every hook, those that it was spared too once it has ended.
 
     Raises `DirectionError` on an unknown objective, missing items, fewer than 5 examples, or a
     vector that did not move; `SweepError` on a number that cannot be used; and as
@@ -110,7 +109,12 @@ def train_directions(
     if not (math.isfinite(step_size) and step_size > 0 and max_epochs > 0 and patience > 0):
         raise SweepError("step_size, max_epochs and patience must be above 0")
     differences = collect_differences(
-        model, pairs, layers=layers, position=position, batch_size=batch_size
+        model,
+        pairs,
+        layers=layers,
+        position=position,
+        batch_size=batch_size,
+        progress=progress,
     )
     frozen = fit_directions(differences)
     groups = _groups(
@@ -121,7 +125,11 @@ def train_directions(
         seed=whole("seed", seed, 0),
     )
     trained, histories, norms = [], [], {}
-    for hook_name in differences.hook_names:
+    n_epochs = max_epochs * len(differences.hook_names)
+    for before, hook_name in zip(
+        range(0, n_epochs, max_epochs), differences.hook_names, strict=True
+    ):
+        tell = part_of(progress or silent, "training: epochs", before=before, total=n_epochs)
         index = differences.all_hook_names.index(hook_name)
         both = torch.cat([differences.positive[index], differences.negative[index]])
         readout = readout_hook(hook_name, int(model.cfg.n_layers))
@@ -141,7 +149,7 @@ def train_directions(
             patience=patience,
             seed=seed,
         )
-        vector, history = run.train(train, held_out, d_model=both.shape[-1], progress=progress)
+        vector, history = run.train(train, held_out, d_model=both.shape[-1], progress=tell)
         norm = float(vector.norm())
         if not (math.isfinite(norm) and norm > 0):
             raise DirectionError(
@@ -183,7 +191,7 @@ class _Training:
         held_out: Sequence[Example],
         *,
         d_model: int,
-        progress: Progress | None,
+        progress: Progress,
     ) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
         """The vector with the lowest validation loss, and the losses of every epoch."""
         generator = np.random.default_rng(self.seed)
@@ -193,6 +201,7 @@ class _Training:
         adam = torch.optim.Adam([vector], lr=self.learning_rate)
         best, best_loss, since = vector.detach().clone(), math.inf, 0
         rows = []
+        progress("epochs", 0, self.max_epochs)
         for epoch in range(self.max_epochs):
             losses = []
             for i in generator.permutation(len(examples)):
@@ -207,12 +216,12 @@ class _Training:
             validation = float(np.average(on_held_out, weights=sizes))
             norm = float(vector.detach().norm())
             rows.append((self.hook_name, epoch, float(np.mean(losses)), validation, norm))
-            if progress is not None:
-                progress(f"{self.hook_name} epoch {epoch}: validation loss {validation:.4g}")
             since += 1
             if validation < best_loss:
                 best, best_loss, since = vector.detach().clone(), validation, 0
-            if since >= self.patience:
+            is_over = since >= self.patience
+            progress("epochs", self.max_epochs if is_over else epoch + 1, self.max_epochs)
+            if is_over:
                 break
         names = ["hook_name", "epoch", "train_loss", "validation_loss", "norm"]
         return best.cpu(), pd.DataFrame(rows, columns=names)

@@ -1,14 +1,23 @@
-"""Tables to figures: for notebooks, HTML files, PNG and SVG."""
+"""Tables to figures and pages: for notebooks, HTML files, PNG and SVG."""
 
 from steerlens.plots.circuits import circuit_graph, components
 from steerlens.plots.comparison import comparison
 from steerlens.plots.figure import Figure
 from steerlens.plots.geometry import differences, loss_geometry
 from steerlens.plots.layers import boundary, layer_profile
+from steerlens.plots.pages import (
+    Page,
+    attention_page,
+    projection_page,
+    token_page,
+    token_table_html,
+)
 from steerlens.plots.sweeps import dose_response, heat_maps, tradeoff
 
 __all__ = [
     "Figure",
+    "Page",
+    "attention_page",
     "boundary",
     "circuit_graph",
     "comparison",
@@ -18,5 +27,8 @@ __all__ = [
     "heat_maps",
     "layer_profile",
     "loss_geometry",
+    "projection_page",
+    "token_page",
+    "token_table_html",
     "tradeoff",
 ]

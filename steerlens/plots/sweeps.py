@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from steerlens.display import hook_label
 from steerlens.errors import PlotError
-from steerlens.hooks import resid_post
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
     GREY,
@@ -38,17 +38,9 @@ def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
         raise PlotError(f"expected {what}; this table has no rows")
 
 
-def hook_label(hook_name: str, layer: int) -> str:
-    """The layer's number for a block output, the hook's whole name otherwise."""
-    return str(layer) if hook_name == resid_post(layer) else hook_name
-
-
 def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Label of each hook -> its rows, in the table's order."""
-    return {
-        hook_label(str(name), int(rows.layer.iloc[0])): rows
-        for name, rows in table.groupby("hook_name", sort=False)
-    }
+    return {hook_label(str(name)): rows for name, rows in table.groupby("hook_name", sort=False)}
 
 
 def ramp(n: int) -> list[str]:

@@ -3,7 +3,7 @@
 from steerlens.steering.application import Steerable, steer, steering_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient
 from steerlens.steering.conditions import Condition, condition_accuracy, fit_condition
-from steerlens.steering.generation import generate, generate_tokens
+from steerlens.steering.generation import decoded, generate, generate_tokens
 from steerlens.steering.operators import (
     OPERATORS,
     Ablate,
@@ -32,6 +32,7 @@ __all__ = [
     "Steerable",
     "SteeringVector",
     "condition_accuracy",
+    "decoded",
     "fit_condition",
     "generate",
     "generate_tokens",

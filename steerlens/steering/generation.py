@@ -42,7 +42,12 @@ def generate(
         max_new_tokens=max_new_tokens,
         positions=positions,
     )
-    return str(model.tokenizer.decode(list(generated), skip_special_tokens=True))
+    return decoded(model, generated)
+
+
+def decoded(model: HookedModel, ids: Sequence[int]) -> str:
+    """Generated tokens as text, without special tokens."""
+    return str(model.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def generate_tokens(

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.directions import UNIT_TOLERANCE, Directions
+from steerlens.display import MAX_LINE, fragment, hook_label, shortened
 from steerlens.errors import HookError, SteeringError
 from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models import HookedModel
@@ -197,10 +198,23 @@ class SteeringVector(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         hooks = self.hook_names[0] if len(self) == 1 else f"{len(self)} hooks"
         condition = "" if self.condition is None else f", {self.condition!r}"
-        return (
-            f"SteeringVector({self.operator.name}, {self.origin.method} on {self.origin.dataset}, "
-            f"{hooks}, d_model {self.d_model}{condition})"
-        )
+        origin = f"{shortened(self.origin.method)} on {shortened(self.origin.dataset)}"
+        line = f"{self.operator.name}, {origin}, {hooks}, d_model {self.d_model}{condition}"
+        return shortened(f"SteeringVector({line})", MAX_LINE)
+
+    def _repr_html_(self) -> str:
+        of = self.calibration
+        numbers = {
+            "scale": self.scale,
+            "resid norm": of.resid_norm,
+            "boundary -": of.boundary_neg,
+            "boundary +": of.boundary_pos,
+        }
+        columns = {heading: values.tolist() for heading, values in numbers.items()}
+        layers = [hook_label(name) for name in self.hook_names]
+        about = [repr(self), f"model {shortened(self.origin.model)}"]
+        about += [f"boundary of {shortened(of.budget)} on {shortened(of.text)} text"]
+        return fragment(about, pd.DataFrame({"layer": layers} | columns), note="residual units")
 
     @property
     def d_model(self) -> int:

@@ -1,0 +1,102 @@
+"""Where heads look and what every token projects to, on one prompt, unsteered and steered."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steerlens.circuits.attribution import Intervention
+from steerlens.circuits.components import Component, Prompts
+from steerlens.directions import Directions
+from steerlens.hooks import HookFunction, hook_layer, hooked
+from steerlens.models import HookedModel, inference
+from steerlens.tokens import token_texts
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Attention patterns of some heads on one text: each row the shares that a token (query)
+    takes from those up to it (key)."""
+
+    tokens: tuple[str, ...]
+    heads: tuple[str, ...]
+    unsteered: Float[Tensor, "head query key"]
+    steered: Float[Tensor, "head query key"]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Every token of one text on the direction of each layer, in residual units."""
+
+    tokens: tuple[str, ...]
+    layers: tuple[str, ...]
+    unsteered: Float[Tensor, "layer token"]
+    steered: Float[Tensor, "layer token"]
+
+
+def attention_patterns(
+    model: HookedModel,
+    prompts: Prompts,
+    intervention: Intervention,
+    heads: Sequence[Component],
+    *,
+    prompt: int = 0,
+) -> Patterns:
+    """Attention patterns of some heads on one prompt, unsteered and under the intervention."""
+    tokens = _tokens(prompts, prompt)
+    hooks = [f"blocks.{head.layer}.attn.hook_pattern" for head in heads]
+    unsteered, steered = (
+        torch.stack([found[hook][head.head] for hook, head in zip(hooks, heads, strict=True)])
+        for found in _both(model, tokens, sorted(set(hooks)), intervention)
+    )
+    words = tuple(token_texts(model, tokens.tolist()))
+    return Patterns(words, tuple(map(str, heads)), unsteered, steered)
+
+
+def token_projections(
+    model: HookedModel,
+    prompts: Prompts,
+    directions: Directions,
+    intervention: Intervention,
+    *,
+    prompt: int = 0,
+) -> Projections:
+    """One prompt's tokens on each layer's direction, unsteered and under the intervention."""
+    tokens = _tokens(prompts, prompt)
+    names = list(directions)
+    unsteered, steered = (
+        torch.stack([found[name] @ directions[name].float().cpu() for name in names])
+        for found in _both(model, tokens, names, intervention)
+    )
+    layers = tuple(f"layer {hook_layer(name)}" for name in names)
+    return Projections(tuple(token_texts(model, tokens.tolist())), layers, unsteered, steered)
+
+
+def _tokens(prompts: Prompts, prompt: int) -> Int[Tensor, " token"]:
+    return prompts.tokens[prompt, : int(prompts.last[prompt]) + 1]
+
+
+def _both(
+    model: HookedModel, tokens: Tensor, names: Sequence[str], intervention: Intervention
+) -> list[dict[str, Tensor]]:
+    """The activations at some hooks of one text, unsteered and steered, in float32."""
+    return [_activations(model, tokens, names, of) for of in (Intervention(), intervention)]
+
+
+def _activations(
+    model: HookedModel, tokens: Tensor, names: Sequence[str], intervention: Intervention
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def keeping(name: str) -> tuple[str, HookFunction]:
+        def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+            found[name] = activation[0].float().cpu()
+
+        return name, keep
+
+    with inference(model), intervention.on(model), hooked(model, [keeping(n) for n in names]):
+        model(tokens[None])
+    return found

@@ -1,0 +1,66 @@
+"""What a sweep shows of a few prompts: generations and damaged tokens."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from rich.text import Text
+
+from steerlens.cli.printing import notes
+from steerlens.damage import token_damage
+from steerlens.data import ContrastivePairs
+from steerlens.directions import Directions
+from steerlens.generations import generation_table
+from steerlens.models import HookedModel
+from steerlens.tokens import tokenize_pairs
+
+NEW_TOKENS = 40
+
+
+def example_tables(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    hook_name: str,
+    coefficients: Sequence[float],
+    n_prompts: int,
+    batch_size: int | None,
+    quiet: bool,
+) -> dict[str, pd.DataFrame]:
+    """Of the first positive prompts, steered at one hook: the tables of a run that illustrate it.
+
+    `generations` at every coefficient, `tokens` at the smallest and the largest. Unless `quiet`,
+    a note says which texts are short because the context is full.
+    """
+    ids = [pair.id for pair in pairs][:n_prompts]
+    prompts = tokenize_pairs(model, pairs).positive[:n_prompts]
+    if not quiet:
+        notes.print(Text(f"Examples: {len(ids)} prompts at {hook_name}"))
+    generations = generation_table(
+        model,
+        prompts,
+        directions,
+        layer=hook_name,
+        coefficients=coefficients,
+        max_new_tokens=NEW_TOKENS,
+        ids=ids,
+    )
+    short = generations[generations.end == "context"]
+    for prompt in () if quiet else dict.fromkeys(short.prompt):
+        n_tokens = int(short[short.prompt == prompt].n_tokens.max())
+        notes.print(
+            Text(
+                f"note: {n_tokens} of {NEW_TOKENS} new tokens fit the model's context after prompt "
+                f"{prompt!r}"
+            )
+        )
+    tokens = token_damage(
+        model,
+        prompts,
+        directions,
+        layer=hook_name,
+        coefficients=[min(coefficients), max(coefficients)],
+        ids=ids,
+        batch_size=batch_size,
+    )
+    return {"generations": generations, "tokens": tokens}

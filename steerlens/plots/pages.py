@@ -1,0 +1,323 @@
+"""Pages of tokens and attention: HTML that opens by itself, drawn with circuitsvis."""
+
+import html
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from steerlens.errors import OutputError, PlotError
+from steerlens.plots.scripts import CIRCUITSVIS, page, script_tags
+from steerlens.steering.files import write_whole
+from steerlens.tables import TOKEN_COLUMNS
+
+LOST, GAINED = "#d55e00", "#0072b2"
+HIGH, LOW = "#7b3294", "#1b7837"
+NUMBERED = 0.25
+"""Tokens are numbered from this share of the largest loss or gain on."""
+
+_TOKENS_STYLE = f"""<style>
+.steerlens-tokens p {{ margin: .9em 0 .2em }}
+.steerlens-tokens .text {{ font-family: ui-monospace, monospace; line-height: 2.4;
+  white-space: pre-wrap; overflow-wrap: anywhere }}
+.steerlens-tokens span {{ unicode-bidi: isolate; padding: .15em 0; border: 1px solid transparent;
+  background: color-mix(in srgb, var(--of, transparent) calc(var(--by, 0) * 1%), transparent) }}
+.steerlens-tokens .added {{ text-decoration: underline; text-underline-offset: .25em }}
+.steerlens-tokens .read {{ border: 2px solid; border-radius: .2em }}
+.steerlens-tokens .aside {{ font-style: italic }}
+.steerlens-tokens .lost {{ --of: {LOST} }}
+.steerlens-tokens .gained {{ --of: {GAINED} }}
+.steerlens-tokens ruby {{ white-space: pre }}
+.steerlens-tokens rt {{ font-size: .65em }}
+</style>"""
+# circuitsvis draws for white paper.
+_VIEWS_STYLE = (
+    "<style>.view { background: #fff; color: #111; color-scheme: light; padding: .4em }\n"
+)
+_VIEWS_STYLE += "details { margin: .4em 0 } summary { cursor: pointer }</style>"
+
+
+@dataclass(frozen=True)
+class Page:
+    """A whole HTML page that asks no network for anything; it shows itself in notebooks."""
+
+    title: str
+    html: str
+
+    def __repr__(self) -> str:
+        return f"Page({self.title!r}, {len(self.html.encode()) / 1000:.0f} kB)"
+
+    def save(self, path: str | Path) -> None:
+        """Write an .html file, whole.
+
+        Raises `PlotError` on another ending and `OutputError` where it cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".html":
+            raise PlotError(f"expected a name that ends in .html, got {path.name!r}")
+        try:
+            write_whole(path, lambda part: part.write_bytes(self.html.encode()))
+        except OSError as error:
+            raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+    def _repr_html_(self) -> str:
+        """A frame that holds the page, and cannot reach the notebook around it."""
+        return (
+            f'<iframe title="{html.escape(self.title)}" sandbox="allow-scripts" '
+            'style="width:100%;height:32rem;border:0;resize:vertical" '
+            f'srcdoc="{html.escape(self.html)}"></iframe>'
+        )
+
+
+def token_page(tokens: pd.DataFrame) -> Page:
+    """What `token_damage` found (`TOKEN_COLUMNS`), token by token.
+
+    For each prompt and coefficient the text as `token_table_html` marks it, then, to be hovered
+    over, every token's projection unsteered and steered (residual units) and its damage (nats).
+    Raises `PlotError` when columns are missing or there is no row.
+    """
+    _check(tokens)
+    later = tokens[tokens.position > 0]
+    reach = _reach(later[["projection", "steered_projection"]].to_numpy())
+    damage = _reach(tokens.damage_nats.to_numpy())
+    body = [_TOKENS_STYLE, _VIEWS_STYLE, script_tags(CIRCUITSVIS), _legend(tokens)]
+    body.append(
+        f"<p>Below each text, by value: projection on the direction (residual units; purple above "
+        f"0, green below, full shade {reach:.3g}, the first token not counted), and damage (nats; "
+        f"full shade {damage:.3g}). A token shows its value under the pointer.</p>"
+    )
+    for number, (heading, rows) in enumerate(_groups(tokens)):
+        words = [_shown(row) for row in rows]
+        body += [f"<h2>{html.escape(heading)}</h2>", _text(rows, damage)]
+        for name, what in (
+            ("projection", "Projection, unsteered"),
+            ("steered_projection", "Projection, steered"),
+            ("damage_nats", "Damage"),
+        ):
+            values = [row[name] for row in rows]
+            is_damage = name == "damage_nats"
+            colours = (LOST, GAINED) if is_damage else (HIGH, LOW)
+            props = _coloured(words, values, damage if is_damage else reach, colours)
+            body.append(f"<p>{what} ({'nats' if is_damage else 'residual units'})</p>")
+            body.append(circuitsvis_element(f"{name}-{number}", "ColoredTokens", props))
+    return _page("Tokens: read, steered, damaged", body)
+
+
+def token_table_html(tokens: pd.DataFrame) -> str:
+    """A few kB of HTML for a notebook or a report: each text with its tokens marked, no script.
+
+    From `TOKEN_COLUMNS`. Framed: where the direction is read; underlined: where it is added; red
+    and blue: tokens that lost and gained logprob, the largest with their loss in nats above them.
+    Raises `PlotError` as `token_page`.
+    """
+    _check(tokens)
+    damage = _reach(tokens.damage_nats.to_numpy())
+    parts = [_TOKENS_STYLE, _legend(tokens)]
+    for heading, rows in _groups(tokens):
+        parts += [f"<p><b>{html.escape(heading)}</b></p>", _text(rows, damage)]
+    return f'<div class="steerlens-tokens">{"".join(parts)}</div>'
+
+
+def attention_page(
+    tokens: Sequence[str],
+    heads: Sequence[str],
+    patterns: Mapping[str, Float[np.ndarray, "head query key"]],
+) -> Page:
+    """Attention patterns of some heads on one text, one view for each of `patterns`.
+
+    A pattern's rows sum to 1: how much each token (query) takes from every token up to it (key).
+    `patterns` have a name each, such as unsteered and steered; `heads` name the heads. Raises
+    `PlotError` when a pattern is not `[head, token, token]`.
+    """
+    expected = (len(heads), len(tokens), len(tokens))
+    body = [
+        _VIEWS_STYLE,
+        script_tags(CIRCUITSVIS),
+        "<p>Share of a token's attention (rows, from 0 to 1 at full shade) that goes to each token "
+        "up to it (columns).</p>",
+    ]
+    for number, (name, pattern) in enumerate(patterns.items()):
+        if pattern.shape != expected:
+            raise PlotError(f"expected patterns of shape {expected}, got {pattern.shape}")
+        props = {
+            "tokens": [_visible(token) for token in tokens],
+            "attention": pattern.tolist(),
+            "attentionHeadNames": list(heads),
+        }
+        body.append(f"<h2>{html.escape(name)}: {html.escape(', '.join(heads))}</h2>")
+        body.append(circuitsvis_element(f"attention-{number}", "AttentionHeads", props))
+    return _page("Attention of the top heads", body)
+
+
+def projection_page(
+    tokens: Sequence[str],
+    layers: Sequence[str],
+    projections: Mapping[str, Float[np.ndarray, "layer token"]],
+) -> Page:
+    """One text's tokens by their projection on each layer's direction (residual units).
+
+    Each of `projections`, such as unsteered and steered, is a line of a layer; their shades are the
+    same within a layer. Raises `PlotError` when one is not `[layer, token]`.
+    """
+    for values in projections.values():
+        if values.shape != (len(layers), len(tokens)):
+            raise PlotError(
+                f"expected projections of shape {(len(layers), len(tokens))}, got {values.shape}"
+            )
+    body = [
+        _VIEWS_STYLE,
+        script_tags(CIRCUITSVIS),
+        "<p>Projection on the direction of each layer, residual units: purple above 0, green "
+        "below, full shade at the layer's largest, the first token not counted. A token shows its "
+        "value under the pointer.</p>",
+    ]
+    words = [_visible(token) for token in tokens]
+    for row, layer in enumerate(layers):
+        reach = _reach(np.stack([values[row, 1:] for values in projections.values()]))
+        is_last = " open" if row == len(layers) - 1 else ""
+        body.append(
+            f"<details{is_last}><summary>{html.escape(layer)}: full shade {reach:.3g}</summary>"
+        )
+        for number, (name, values) in enumerate(projections.items()):
+            props = _coloured(words, values[row].tolist(), reach, (HIGH, LOW))
+            body.append(f"<p>{html.escape(name)}</p>")
+            body.append(circuitsvis_element(f"layer-{row}-{number}", "ColoredTokens", props))
+        body.append("</details>")
+    return _page("Projection on the direction, token by token", body)
+
+
+def circuitsvis_element(name: str, view: str, props: Mapping[str, Any]) -> str:
+    """An element that circuitsvis draws once the page's script of it is there.
+
+    `name` is the element's id, and must be one; `view` a component of circuitsvis with its `props`.
+    NaN and inf are left blank. Text stays text, in the page and in what circuitsvis makes of it.
+    """
+    # JSON inside a script: no text may end the element or begin another.
+    data = json.dumps({"view": view, "props": _inert(dict(props))}, allow_nan=False)
+    return (
+        f'<div id="{name}" class="figure view"><noscript>This view needs JavaScript.</noscript>'
+        f'</div>\n<script type="application/json" class="circuitsvis-data" data-for="{name}">'
+        f"{data.replace('<', chr(92) + 'u003c')}</script>"
+    )
+
+
+def _inert(value: Any) -> Any:
+    """`value` for circuitsvis, which sets tokens as HTML: no tag and no entity begins in a text.
+
+    A word joiner, which nothing shows, goes behind each `<` and `&`. Numbers that are not finite
+    become null.
+    """
+    if isinstance(value, dict):
+        return {name: _inert(of) for name, of in value.items()}
+    if isinstance(value, list):
+        return [_inert(of) for of in value]
+    if isinstance(value, str):
+        return value.replace("<", "<\u2060").replace("&", "&\u2060")
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _page(title: str, body: Sequence[str]) -> Page:
+    return Page(title, page(title, "\n".join(body)))
+
+
+def _coloured(
+    words: Sequence[str], values: Sequence[float], reach: float, colours: tuple[str, str]
+) -> dict[str, Any]:
+    """Props of `ColoredTokens`: colours of values above and below 0, full at `reach`."""
+    return {
+        "tokens": list(words),
+        "values": list(values),
+        "maxValue": reach,
+        "minValue": -reach,
+        "positiveColor": colours[0],
+        "negativeColor": colours[1],
+    }
+
+
+def _reach(values: Float[np.ndarray, "..."]) -> float:
+    """The largest absolute value that is finite; 1 where there is none but 0."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def _check(tokens: pd.DataFrame) -> None:
+    missing = [c.name for c in TOKEN_COLUMNS if c.name not in tokens.columns]
+    if missing or tokens.empty:
+        raise PlotError(
+            f"expected the table of token_damage, got {len(tokens)} rows without "
+            f"{', '.join(missing) or 'any token'}"
+        )
+
+
+def _groups(tokens: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Each text at each coefficient: a heading in words, and its rows."""
+    keys = ["prompt", "side", "hook_name", "coefficient"]
+    for _, group in tokens.groupby(keys, sort=False, dropna=False):
+        rows: list[dict[str, Any]] = [{**row} for _, row in group.iterrows()]
+        first = rows[0]
+        added = float(first["coefficient"]) * (-1 if first["side"] == "negative" else 1)
+        damage = group.damage_nats[group.is_label.astype(bool)].mean()
+        yield (
+            f"Prompt {first['prompt']}, {first['side']}, coefficient {added:+g} at "
+            f"{first['hook_name']}: {damage:+.3f} nats per token lost",
+            rows,
+        )
+
+
+def _legend(tokens: pd.DataFrame) -> str:
+    damage = _reach(tokens.damage_nats.to_numpy())
+    readouts = ", ".join(dict.fromkeys(map(str, tokens.readout_hook)))
+    return (
+        '<p class="legend">Framed: the token that the direction is read at. Underlined: where it '
+        "is added, coefficients in residual units. Italic: not counted in the mean. Red: lost "
+        f"logprob; blue: gained; full shade {damage:.3g} nats. A number above a token is its loss "
+        f"in nats (a gain is negative), from {NUMBERED * damage:.2g} on. Projections are read at "
+        f"{html.escape(readouts)}. What is undefined has no shade: the first token, which nothing "
+        "predicts, and all of a text on which the steered model overflows.</p>"
+    )
+
+
+def _text(rows: Sequence[Mapping[str, Any]], reach: float) -> str:
+    spans = [_span(row, reach) for row in rows]
+    return f'<div class="steerlens-tokens"><div class="text">{"".join(spans)}</div></div>'
+
+
+def _span(row: Mapping[str, Any], reach: float) -> str:
+    """One token, marked."""
+    damage = float(row["damage_nats"])
+    marks = {"read": row["is_read"], "added": row["is_steered"], "aside": not row["is_label"]}
+    marks |= {"lost": damage > 0, "gained": damage < 0}
+    names = " ".join(name for name, is_set in marks.items() if is_set)
+    shade = "" if not damage or math.isnan(damage) else _shade(damage, reach)
+    word = html.escape(_shown(row))
+    if abs(damage) >= NUMBERED * reach:
+        word = f"<ruby>{word}<rt>{damage:+.2g}</rt></ruby>"
+    told = (
+        f"{row['raw_token']}: {row['logprob_nats']:.3g} to {row['steered_logprob_nats']:.3g} nats"
+    )
+    return f'<span class="{names}"{shade} title="{html.escape(told)}">{word}</span>'
+
+
+def _shade(damage: float, reach: float) -> str:
+    """How strong the colour is, at most 70%: text has to be read on it, in light and in dark."""
+    return f' style="--by:{70 * min(abs(damage) / reach, 1):.0f}"'
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """A token's text; as the vocabulary spells it where the text shows nothing of it."""
+    text = str(row["token"])
+    seen = "".join(text.split())
+    if not text or "\ufffd" in seen or not seen.isprintable():
+        return str(row["raw_token"])
+    return _visible(text)
+
+
+def _visible(text: str) -> str:
+    """A text with a sign at its line ends."""
+    return text.replace("\r", "\u240d").replace("\n", "\u23ce\n")

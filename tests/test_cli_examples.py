@@ -1,0 +1,141 @@
+"""What `steerlens sweep` shows of a few prompts: generations.csv and tokens.csv."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_cli import (  # noqa: F401 (fixtures)
+    Main,
+    assert_error,
+    content,
+    model_folder,
+    pairs_file,
+    record,
+    run,
+    table,
+)
+
+import steerlens as sl
+from steerlens.hooks import resid_post
+from steerlens.plots.pages import token_page
+from steerlens.runs import RUN_FILES
+from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, read_csv
+
+BOTH = {"generations.csv", "tokens.csv"}
+
+
+@pytest.fixture
+def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+    """`steerlens sweep` with its examples on the small model; a later option overrides these."""
+    return lambda *arguments: run(
+        *("sweep", "--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,3"),
+        *arguments,
+    )
+
+
+def examples(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return (
+        read_csv(folder / "generations.csv", GENERATION_COLUMNS),
+        read_csv(folder / "tokens.csv", TOKEN_COLUMNS),
+    )
+
+
+def test_a_sweep_shows_two_prompts(
+    sweep: Main,
+    tmp_path: Path,
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+) -> None:
+    outcome = sweep("--out", tmp_path, "--layers", "0:3")
+    assert outcome.code == 0
+    assert f"Examples: 2 prompts at {resid_post(1)}" in outcome.words
+    assert BOTH <= set(content(tmp_path)) <= set(RUN_FILES)
+    generations, tokens = examples(tmp_path)
+    assert set(generations.hook_name) == set(tokens.hook_name) == {resid_post(1)}
+    assert generations.prompt.to_list() == ["1"] * 3 + ["2"] * 3
+    assert generations.coefficient.to_list() == [-2, 0, 3] * 2
+    assert generations.n_tokens.max() == 40
+    assert tokens.coefficient.drop_duplicates().to_list() == [-2, 3]
+    assert set(tokens.side) == {"positive"}
+    request = record(tmp_path)["request"]
+    assert request["examples"] == 2
+    assert "illustration" in request["examples_at"]
+    model = sl.load_model(str(model_folder), progress=False)
+    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
+    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers="0:3"))
+    prompts: list[Any] = [pair.positive for pair in pairs][:2]
+    options: dict[str, Any] = {"layer": 1}
+    pd.testing.assert_frame_equal(
+        generations,
+        sl.generation_table(model, prompts, directions, coefficients=[-2, 0, 3], **options),
+    )
+    pd.testing.assert_frame_equal(
+        tokens, sl.token_damage(model, prompts, directions, coefficients=[-2, 3], **options)
+    )
+    assert token_page(tokens).html.count("<h2>") == 4
+
+
+def test_the_examples_agree_with_the_cells(sweep: Main, tmp_path: Path) -> None:
+    """Of all prompts, the mean damage over labels is the cell's degradation."""
+    assert sweep("--out", tmp_path, "--examples", "9", "--quiet").code == 0
+    generations, tokens = examples(tmp_path)
+    assert generations.prompt.nunique() == 4, "as many as there are"
+    cells = table(tmp_path)
+    for coefficient in (-2, 3):
+        rows = tokens[(tokens.coefficient == coefficient) & tokens.is_label]
+        damage = rows.groupby("prompt").damage_nats.mean().mean()
+        of = cells[(cells.hook_name == resid_post(2)) & (cells.coefficient == coefficient)]
+        assert damage == pytest.approx(of.degradation_nats.item(), abs=2e-6)
+
+
+def test_without_examples(sweep: Main, tmp_path: Path) -> None:
+    outcome = sweep("--out", tmp_path, "--examples", "0")
+    assert outcome.code == 0
+    assert not BOTH & set(content(tmp_path))
+    assert "Examples" not in outcome.words
+    assert_error(sweep("--out", tmp_path / "b", "--examples", "-1", "--quiet"), "--examples")
+
+
+def test_the_examples_change_no_cell_and_are_the_same_bytes(sweep: Main, tmp_path: Path) -> None:
+    for name, n_examples in (("a", "1"), ("b", "1"), ("c", "0")):
+        assert sweep("--out", tmp_path / name, "--examples", n_examples, "--quiet").code == 0
+    a, b, c = (content(tmp_path / name) for name in "abc")
+    for name in c:
+        if name.endswith(".csv"):
+            assert a[name] == b[name] == c[name]
+    for name in BOTH:
+        assert a[name] == b[name]
+
+
+def test_a_cell_that_overflows_leaves_a_gap(sweep: Main, tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="left undefined"):
+        outcome = sweep("--out", tmp_path, "--coefficients=-2,1e39", "--layers", "1", "--quiet")
+    assert outcome.code == 0
+    generations, tokens = examples(tmp_path)
+    assert generations.end.to_list() == ["length", "overflow"] * 2
+    assert (generations.text == "").to_list() == [False, True] * 2
+    overflown = tokens.coefficient > 1
+    assert tokens.damage_nats[overflown].isna().all()
+    assert tokens.damage_nats[~overflown & (tokens.position > 0)].notna().all()
+
+
+@pytest.mark.parametrize("room", [9, 0])
+def test_a_prompt_near_the_context_limit_is_noted(room: int, sweep: Main, tmp_path: Path) -> None:
+    """The context has 64 tokens; BOS and four words stand around the others."""
+    n_words = 64 - room - 5
+    lines = [
+        {"id": f"long{i}", "positive": f"you are {word} {'so ' * n_words}good", "negative": "you"}
+        for i, word in enumerate(("kind", "warm"))
+    ]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    outcome = sweep("--out", tmp_path / "run", "--test-pairs", path, "--layers", "1")
+    assert outcome.code == 0
+    generations, _ = examples(tmp_path / "run")
+    assert generations.end.to_list() == ["context"] * 6
+    assert generations.n_tokens.to_list() == [room] * 6
+    assert f"{room} of 40 new tokens fit the model's context after prompt 'long0'" in (
+        outcome.words
+    )

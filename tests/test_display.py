@@ -1,0 +1,292 @@
+"""Results as a line and as a table in a notebook: what is in it, and that text stays text."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import steerlens as sl
+from steerlens.display import (
+    MAX_COLUMNS,
+    MAX_LINE,
+    MAX_ROWS,
+    fragment,
+    hook_label,
+    measured,
+    shortened,
+)
+from steerlens.evaluate import Comparison
+from steerlens.evaluate.runner import CompareSettings
+from steerlens.hooks import resid_post
+from steerlens.steering.coefficients import Calibration
+from steerlens.steering.origin import Origin
+from steerlens.tables import COMPARISON_COLUMNS, SUMMARY_COLUMNS, to_frame
+
+HOSTILE = "<script>go()</script> harmless <img src=x onerror=go()>"
+TAGS = {"div", "table", "thead", "tbody", "tr", "th", "td"}
+
+
+class Page(HTMLParser):
+    """The tags, styles and rows of text of an HTML fragment."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.styles = ""
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.styles += "".join(f"{value};" for _, value in attrs)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.rows and self.lasttag in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def shown(result: Any) -> Page:
+    """The page of a result, seen to be small, static and without colours of its own."""
+    page = result._repr_html_()
+    found = Page(page)
+    assert found.tags <= TAGS
+    assert found.attributes <= {"style"}
+    assert "background" not in found.styles
+    assert set(re.findall(r"(?<![-\w])color:(\w+)", found.styles)) == {"inherit"}
+    assert len(page) < 20_000
+    line = repr(result)
+    assert len(line) <= MAX_LINE
+    assert line.isprintable()
+    assert "tensor" not in line
+    assert line in found.text
+    return found
+
+
+# The helper
+
+
+def test_a_fragment_by_hand() -> None:
+    table = pd.DataFrame({"layer": ["3"], "a < b": [1.23456], "n": [7]})
+    assert fragment(["x", "model <m>"], table, note="units") == (
+        '<div style="color:inherit"><div>x, model &lt;m&gt;</div>'
+        '<table style="color:inherit;border-collapse:collapse;text-align:right">'
+        '<thead style="border-bottom:1px solid currentColor"><tr>'
+        '<th style="text-align:left">layer</th><th style="text-align:right">a &lt; b</th>'
+        '<th style="text-align:right">n</th></tr></thead>'
+        '<tbody><tr><td style="text-align:left">3</td><td>1.235</td><td>7</td></tr></tbody></table>'
+        "<div>units</div></div>"
+    )
+
+
+def test_long_tables_are_thinned_evenly_with_both_ends() -> None:
+    table = pd.DataFrame({"layer": [str(i) for i in range(59)]} | {f"c{i}": 0 for i in range(28)})
+    found = Page(fragment(["x"], table))
+    assert [row[0] for row in found.rows[1:]] == [str(i) for i in range(0, 59, 2)]
+    assert found.rows[0] == ["layer", *(f"c{3 * i}" for i in range(10))]
+    assert found.text.endswith("30 of 59 rows; 10 of 28 columns")
+    small = Page(fragment(["x"], table.iloc[:MAX_ROWS, : MAX_COLUMNS + 1], note="all"))
+    assert (len(small.rows), len(small.rows[0])) == (MAX_ROWS + 1, MAX_COLUMNS + 1)
+    assert small.text.endswith("all")
+
+
+@given(st.text(), st.integers(2, 60))
+def test_shortened_text_is_one_printable_line(text: str, size: int) -> None:
+    line = shortened(text, size)
+    assert len(line) <= size
+    assert line.isprintable()
+
+
+def test_shortened_text_by_hand() -> None:
+    assert shortened("a\n b\x1b[0m", 20) == "a b?[0m"
+    assert shortened("abcdefgh", 8) == "abcdefgh"
+    assert shortened("abcdefghi", 8) == "abcdefg…"
+
+
+@given(st.lists(st.text(), min_size=1, max_size=3), st.text())
+def test_no_text_becomes_a_tag(caption: list[str], text: str) -> None:
+    found = Page(fragment(caption, pd.DataFrame({text: [text]}), note=text))
+    assert found.tags == TAGS
+    assert found.rows == [[shortened(text)], [shortened(text)]]
+
+
+def test_a_blocks_output_is_its_layer() -> None:
+    assert hook_label("blocks.12.hook_resid_post") == "12"
+    assert hook_label("blocks.12.hook_resid_mid") == "blocks.12.hook_resid_mid"
+    assert hook_label("blocks.1.hook_resid_post\n") == "blocks.1.hook_resid_post\n"
+
+
+def test_a_caption_says_what_is_known() -> None:
+    attrs = {
+        "model": {"name": "tiny"},
+        "method": "pca",
+        "pairs": "sentiment/test",
+        "settings": {"budget": "kl=0.1", "on": "neutral"},
+    }
+    assert measured(attrs) == [
+        *("model tiny", "method pca", "pairs sentiment/test", "text neutral", "budget kl=0.1")
+    ]
+    assert measured({}) == []
+
+
+# Results
+
+
+@pytest.fixture(scope="module")
+def swept(llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions) -> sl.SweepResult:
+    options: dict[str, Any] = {"coefficients": [-500.0, 0.0, 1.0], "budget": "nats=0.0001"}
+    return sl.sweep(llama, pairs, directions, layers="0:3", **options)
+
+
+def test_a_sweep_is_layers_by_coefficients(swept: sl.SweepResult) -> None:
+    found = shown(swept)
+    assert found.rows[0] == ["layer", "c = -500", "c = 0", "c = 1"]
+    assert [row[0] for row in found.rows[1:]] == ["0", "1", "2"]
+    cells = [text for row in found.rows[1:] for text in row[1:]]
+    assert cells[:3] == [
+        f"{cell.projection:.4g} ({cell.degradation_nats:+.3f}){'' if cell.coherent else ' !'}"
+        for cell in swept.table.iloc[:3].itertuples()
+    ]
+    # What is incoherent is marked in the text, and the mark is explained.
+    assert [not text.endswith("!") for text in cells] == swept.table.coherent.tolist()
+    assert 3 <= swept.table.coherent.sum() < 9
+    assert "! beyond the budget" in found.text
+    for part in ("3 hooks x 3 coefficients, mean_diff", "model tiny", "pairs", "nats=0.0001"):
+        assert part in found.text
+
+
+def test_a_boundary_has_a_row_a_layer(
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    result = sl.find_boundary(llama, many, directions, layers=[1, 3], n_bootstrap=50)
+    found = shown(result)
+    assert [row[0] for row in found.rows[1:]] == ["1", "3"]
+    first = result.layers.iloc[0]
+    at = found.rows[0].index("boundary pos")
+    assert found.rows[1][at] == f"{first.boundary_pos:.4g}"
+    assert (
+        found.rows[1][at + 1]
+        == f"{first.boundary_pos_ci_low:.4g} to {first.boundary_pos_ci_high:.4g}"
+    )
+    assert "text positive, budget relative=0.01" in found.text
+    plane = sl.boundary_shape(llama, many, directions, layer=1, n_angles=4, n_bootstrap=50)
+    found = shown(plane)
+    assert [row[0] for row in found.rows[1:]] == ["0", "90", "180", "270"]
+    assert found.rows[2][1] == f"{plane.table.boundary[1]:.4g}"
+    assert "layer 1" in found.text
+
+
+def test_what_is_collected_shows_norms(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    differences = sl.collect_differences(llama, pairs, layers=[0, 1])
+    found = shown(differences)
+    assert found.rows[0] == ["layer", "separation", "resid norm"]
+    expected = float(differences[resid_post(1)].norm(dim=-1).mean())
+    assert found.rows[2][:2] == ["1", f"{expected:.4g}"]
+    assert len(found.rows) == 3  # without the readouts
+    gradients = sl.loss_gradients(llama, pairs, layers=[0, 1])
+    found = shown(gradients)
+    terms = sl.gradient_terms(gradients)
+    assert found.rows[0][:3] == ["layer", "loss at", "separation norm"]
+    assert found.rows[1][:3] == ["0", "2", f"{terms.separation_norm[0]:.4g}"]
+
+
+def test_directions_show_their_hooks(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    fitted = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[0, 1]))
+    found = shown(fitted)
+    assert found.rows[1:] == [["0", "steered"], ["1", "steered"], ["2", "readout"]]
+    assert "mean_diff" in found.text
+    assert "position -1" in found.text
+
+
+def comparison(method: str, *, chosen: bool) -> Comparison:
+    row = {"method": method, "layer": 1, "verdict": "effect", "effect": 0.5}
+    counts = {"hook_name": resid_post(1), "n_items": 2, "n_null": 4, "is_chosen": chosen}
+    table = to_frame([{**row, **counts, "p_holm": 0.01}], COMPARISON_COLUMNS, {"pairs": "p"})
+    rank = {"rank": 1, "rank_low": 1, "rank_high": 1}
+    summary = to_frame([{**row, **rank}] if chosen else [], SUMMARY_COLUMNS, {})
+    settings = CompareSettings((method,), "kl=0.1", "neutral", 2, 4.0, 2, 0, None)
+    return Comparison(table, summary, pd.DataFrame({"id": ["a", "b"]}), {}, settings)
+
+
+def test_a_comparison_shows_the_summary_or_every_row() -> None:
+    found = shown(comparison("pca", chosen=True))
+    assert repr(comparison("pca", chosen=True)) == "Comparison(1 methods, 1 rows, 2 items, kl=0.1)"
+    assert found.rows[0][:3] == ["method", "layer", "verdict"]
+    assert dict(zip(*found.rows, strict=True))["rank"] == "1"
+    found = shown(comparison("pca", chosen=False))
+    assert dict(zip(*found.rows, strict=True))["p holm"] == "0.01"
+
+
+# Hostile text
+
+
+def hostile_vector(directions: sl.Directions) -> sl.SteeringVector:
+    vector = sl.SteeringVector.from_vectors({HOOK: torch.ones(4)})
+    origin = Origin(model=HOSTILE, dataset=HOSTILE, method=HOSTILE)
+    calibration = Calibration(*[torch.ones(1)] * 3, budget=HOSTILE, text=HOSTILE)
+    return replace(vector, origin=origin, calibration=calibration)
+
+
+HOOK = f"blocks.1.{HOSTILE}"
+
+
+def with_attrs(result: Any, name: str) -> Any:
+    table = getattr(result, name).copy()
+    table.attrs |= {"model": {"name": HOSTILE}, "pairs": HOSTILE, "method": HOSTILE}
+    table["hook_name"] = HOOK
+    return replace(result, **{name: table})
+
+
+def test_hostile_names_stay_text(
+    swept: sl.SweepResult,
+    llama: Any,
+    many: sl.ContrastivePairs,
+    directions: sl.Directions,
+) -> None:
+    boundary = sl.find_boundary(llama, many, directions, layers=[1], n_bootstrap=2)
+    shape = sl.boundary_shape(llama, many, directions, layer=1, n_angles=3, n_bootstrap=2)
+    differences = sl.collect_differences(llama, many, layers=[1])
+    gradients = sl.loss_gradients(llama, many, layers=[1])
+    one = directions.vectors[:1]
+    results = [
+        with_attrs(swept, "table"),
+        with_attrs(boundary, "layers"),
+        with_attrs(shape, "table"),
+        comparison(HOSTILE, chosen=True),
+        hostile_vector(directions),
+        sl.Directions((HOOK,), (), one, HOSTILE, -1, 0, HOSTILE),
+        replace(differences, hook_names=(HOOK,), fingerprint=HOSTILE),
+        replace(gradients, hook_names=(HOOK,), loss_hooks=(HOOK,) * 2, fingerprint=HOSTILE),
+    ]
+    for result in results:
+        found = shown(result)  # no tag but those of a table
+        assert "<script>" in found.text, type(result)
+        page = result._repr_html_()
+        assert "<script" not in page
+        assert "<img" not in page
+        # Of what is too long for a table the beginning is there.
+        assert "&lt;script&gt;go()&lt;/script&gt; harmless" in page, type(result)
+
+
+def test_long_names_leave_a_short_line() -> None:
+    long = "a\n" * 300
+    vector = sl.SteeringVector.from_vectors(
+        {f"blocks.{i}.{long}": torch.ones(4) for i in range(1)},
+        origin=Origin(method=long, dataset=long),
+    )
+    shown(vector)
+    shown(sl.Directions(("x",), (), torch.eye(1, 4), long, -1, 0, ""))
+    assert "…" in repr(vector)

@@ -1,0 +1,128 @@
+"""What a steered model writes, and how each text ends."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import bridge, build_llama, build_tokenizer
+
+import steerlens as sl
+from steerlens.data import Message
+from steerlens.errors import SteeringError, SweepError
+from steerlens.hooks import resid_post
+from steerlens.steering import generate_tokens
+from steerlens.tables import GENERATION_COLUMNS, read_csv, write_csv
+from steerlens.tokens import tokenize_prompt
+
+HOOK = resid_post(1)
+PROMPTS = ["the river was", "how was the day today"]
+
+
+def write(model: Any, prompts: Any, along: Any, **given: Any) -> pd.DataFrame:
+    options = {"layer": 1, "coefficients": [-20, 0, 20], "max_new_tokens": 6, **given}
+    return sl.generation_table(model, prompts, along, **options)
+
+
+def test_it_is_what_generate_gives(tiny: Any, pairs: sl.ContrastivePairs) -> None:
+    fitted = sl.fit_directions(sl.collect_differences(tiny, pairs))
+    found = write(tiny, PROMPTS, fitted, ids=["a", "b"])
+    assert list(found.columns) == [column.name for column in GENERATION_COLUMNS]
+    assert found.prompt.to_list() == ["a"] * 3 + ["b"] * 3
+    assert (found.hook_name == HOOK).all()
+    assert found.coefficient.to_list() == [-20, 0, 20] * 2
+    for i, row in found.iterrows():
+        prompt = tokenize_prompt(tiny, PROMPTS[int(str(i)) // 3])
+        steered = {HOOK: fitted[HOOK]}
+        text = sl.generate(tiny, prompt, steered, row.coefficient, max_new_tokens=6)
+        assert (row.text, row.n_tokens, row.end) == (text, 6, "length")
+    assert found.text.nunique() > 3
+    assert found.equals(write(tiny, PROMPTS, fitted, ids=["a", "b"]))
+
+
+def test_a_vector_writes_too(llama: Any, directions: sl.Directions) -> None:
+    vector = 2 * sl.SteeringVector.from_directions(llama, directions, layers=[1])
+    found = write(llama, PROMPTS, vector, layer=None, coefficients=[10])
+    assert found.coefficient.to_list() == [20, 20]
+    plain = write(llama, PROMPTS, directions, coefficients=[20])
+    assert found.text.to_list() == plain.text.to_list()
+
+
+def test_a_chat_goes_on_after_its_header(llama: Any, directions: sl.Directions) -> None:
+    """The opening of the assistant, where there is one, is the prompt's and not written again."""
+    asked = (Message("user", "how are you"),)
+    opened = (*asked, Message("assistant", "it was"))
+    found = write(llama, [asked, opened], directions, coefficients=[0])
+    headers = ["[assistant]", "was"]
+    for prompt, header, text in zip([asked, opened], headers, found.text, strict=True):
+        ids = tokenize_prompt(llama, prompt).prompt
+        last = llama.tokenizer.convert_tokens_to_ids(header)
+        assert ids[-1] == last
+        direct = {HOOK: directions[HOOK]}
+        ((*written,),) = generate_tokens(
+            llama, [tokenize_prompt(llama, prompt)], direct, 0, max_new_tokens=6
+        )
+        assert text == llama.tokenizer.decode(written, skip_special_tokens=True)
+    assert found.text.nunique() == 2
+
+
+def test_a_continuation_of_the_prompts_own_is_left_out(
+    llama: Any, directions: sl.Directions
+) -> None:
+    plain, continued = (tokenize_prompt(llama, PROMPTS[0], c) for c in (None, "so cold"))
+    found = write(llama, [plain, continued], directions)
+    assert found.text[:3].to_list() == found.text[3:].to_list()
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "n_tokens", "end"), [(57, 6, "length"), (60, 4, "context"), (64, 0, "context")]
+)
+def test_the_context_may_be_full(
+    n_prompt: int, n_tokens: int, end: str, llama: Any, directions: sl.Directions
+) -> None:
+    prompt = " ".join(["river"] * (n_prompt - 1))
+    found = write(llama, [prompt], directions)
+    assert found.n_tokens.to_list() == [n_tokens] * 3
+    assert found.end.to_list() == [end] * 3
+    assert (found.text == "").all() == (n_tokens == 0)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_what_overflows_has_no_text(layer: int, llama: Any, directions: sl.Directions) -> None:
+    """At the last block nothing follows but the norm."""
+    found = write(llama, PROMPTS[:1], directions, layer=layer, coefficients=[1e39, 20, -1e39])
+    assert found.end.to_list() == ["overflow", "length", "overflow"]
+    assert found.text.to_list() == ["", found.text[1], ""]
+    assert found.n_tokens.to_list() == [0, 6, 0]
+
+
+def test_a_text_may_end_by_itself(llama: Any, directions: sl.Directions) -> None:
+    """The same model with a tokenizer to which a word that it writes is the end of text."""
+    prompt = tokenize_prompt(llama, PROMPTS[0])
+    (ids,) = generate_tokens(llama, [prompt], {HOOK: directions[HOOK]}, 0, max_new_tokens=6)
+    end = next(i for i in range(1, 6) if ids[i] not in ids[:i])
+    word = llama.tokenizer.convert_ids_to_tokens(ids[end])
+    ending = bridge(build_llama(), build_tokenizer(eos_token=word))
+    found = write(ending, [prompt], directions, coefficients=[0])
+    assert (found.end.item(), found.n_tokens.item()) == ("stop", end)
+    assert found.text.item() == llama.tokenizer.decode(ids[:end])
+
+
+def test_a_file_keeps_every_text(llama: Any, directions: sl.Directions, tmp_path: Path) -> None:
+    found = write(llama, PROMPTS, directions)
+    found.loc[:3, "text"] = ["", "NA", "a\rb\n", '"x",y']
+    write_csv(found, tmp_path / "generations.csv")
+    read = read_csv(tmp_path / "generations.csv", GENERATION_COLUMNS)
+    pd.testing.assert_frame_equal(read, found, check_exact=True)
+
+
+def test_what_is_refused(llama: Any, directions: sl.Directions) -> None:
+    assert len(write(llama, PROMPTS, directions)) == 6
+    with pytest.raises(SteeringError, match="got 1 and 0"):
+        write(llama, PROMPTS, directions, max_new_tokens=0)
+    with pytest.raises(SweepError, match="expected one hook, got 5"):
+        write(llama, PROMPTS, directions, layer=None)
+    with pytest.raises(SweepError, match="list of prompts"):
+        write(llama, [], directions)
+    with pytest.raises(SteeringError, match="finite"):
+        write(llama, PROMPTS, directions, coefficients=[float("inf")])
