@@ -82,6 +82,11 @@ def token_page(tokens: pd.DataFrame) -> Page:
     For each prompt and coefficient the text as `token_table_html` marks it, then, to be hovered
     over, every token's projection unsteered and steered (residual units) and its damage (nats).
     Raises `PlotError` when columns are missing or there is no row.
+
+    Examples:
+        >>> table = sl.token_damage(model, ["the river was so cold"], vector, coefficients=[4])
+        >>> page = sl.plots.token_page(table)
+        >>> page.save(folder / "tokens.html")
     """
     _check(tokens)
     later = tokens[tokens.position > 0]
@@ -116,6 +121,11 @@ def token_table_html(tokens: pd.DataFrame) -> str:
     From `TOKEN_COLUMNS`. Framed: where the direction is read; underlined: where it is added; red
     and blue: tokens that lost and gained logprob, the largest with their loss in nats above them.
     Raises `PlotError` as `token_page`.
+
+    Examples:
+        >>> table = sl.token_damage(model, ["the river was so cold"], vector, coefficients=[4])
+        >>> "river" in sl.plots.token_table_html(table)
+        True
     """
     _check(tokens)
     damage = _reach(tokens.damage_nats.to_numpy())
@@ -135,6 +145,11 @@ def attention_page(
     A pattern's rows sum to 1: how much each token (query) takes from every token up to it (key).
     `patterns` have a name each, such as unsteered and steered; `heads` name the heads. Raises
     `PlotError` when a pattern is not `[head, token, token]`.
+
+    Examples:
+        >>> patterns = {"unsteered": np.array([[[1.0, 0.0], [0.3, 0.7]]])}
+        >>> sl.plots.attention_page(["the", "river"], ["L3H0"], patterns).title
+        'Attention of the top heads'
     """
     expected = (len(heads), len(tokens), len(tokens))
     body = [
@@ -164,6 +179,11 @@ def projection_page(
 
     Each of `projections`, such as unsteered and steered, is a line of a layer; their shades are the
     same within a layer. Raises `PlotError` when one is not `[layer, token]`.
+
+    Examples:
+        >>> projections = {"unsteered": np.array([[0.5, -2.0]])}
+        >>> page = sl.plots.projection_page(["the", "river"], ["layer 2"], projections)
+        >>> page.save(folder / "projections.html")
     """
     for values in projections.values():
         if values.shape != (len(layers), len(tokens)):
