@@ -32,6 +32,8 @@ MORE: dict[str, tuple[str, ...]] = {
     "loss": ("*",),
     "uncertainty": ("*",),
     "tables": ("Column", "to_frame", "write_csv", "write_parquet"),
+    "progress": ("Progress",),
+    "damage": ("OneHook", "one_hook"),
     "plain": ("Baseline", "CellOutput", "Cost", "forward_equivalents"),
     "measures": ("SweepSettings", "layer_row", "main_orthogonal", "measure", "point_rows"),
     "slopes": ("Slopes", "label_slopes"),
@@ -48,7 +50,7 @@ MORE: dict[str, tuple[str, ...]] = {
     "circuits": (
         *("components.contract", "components.cotangents", "readers.frozen_readout"),
         *("graphs.Contrast", "graphs.Means", "graphs.Reader", "graphs.Scores", "graphs.attribute"),
-        *("graphs.run_edges", "graphs.run_nodes", "comparison.mean_kl", "edges.edge_table"),
+        *("graphs.run_edges", "graphs.run_nodes", "floor.mean_kl", "edges.edge_table"),
     ),
 }
 
@@ -92,7 +94,10 @@ def _imported(module: str) -> dict[str, str]:
 
 def home(module: str, name: str) -> str:
     """The dotted name of `name` in the module that defines it."""
+    start = module
     while name not in _defined(module):
+        if name not in _imported(module):
+            raise ValueError(f"{start} has no {name}; see MORE and __all__")
         module = _imported(module)[name]
     return f"{module}.{name}"
 

@@ -120,6 +120,13 @@ def token_damage(
     Raises as `one_hook`, `tokenize_prompt` and `steer`; `SweepError` when there are no prompts or
     coefficients; `PairError` on steered positions that reach no label; `ActivationError` when the
     fitted position lies outside a prompt; and `SteeringError` for a vector with a condition.
+
+    Examples:
+        >>> table = sl.token_damage(model, ["the river was"], vector, coefficients=[4])
+        >>> table.token.tolist()
+        ['<s>', 'the', 'river', 'was']
+        >>> table.damage_nats.isna().tolist()  # nothing predicts the first
+        [True, False, False, False]
     """
     at = one_hook(model, along, layer)
     if getattr(at.vector, "condition", None) is not None:

@@ -33,6 +33,13 @@ def generation_table(
     "context"), and where the steered model overflows there is none ("overflow"). `ids` name the
     prompts (numbers from 1 by default). Raises as `token_damage`, and as `generate` when no tokens
     are asked for.
+
+    Examples:
+        >>> table = sl.generation_table(
+        ...     model, ["the river was"], vector, coefficients=[-4, 0, 4], max_new_tokens=5
+        ... )
+        >>> table.coefficient.tolist()
+        [-4.0, 0.0, 4.0]
     """
     at = one_hook(model, along, layer)
     strengths = strengths_at(at, coefficients)

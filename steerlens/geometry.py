@@ -55,17 +55,20 @@ class LossGeometry:
         return f"LossGeometry({n_hooks} hooks, {len(self.contours)} pushes)"
 
     def _repr_html_(self) -> str:
-        rows = [
-            {
-                "layer": hook_label(str(name)),
-                "nearest boundary": float(shape.boundary.min()),
-                "at degrees": float(shape.sort_values("boundary").angle.iloc[0]),
-                "furthest": float(shape.boundary.max()),
-            }
-            for name, shape in self.shape.groupby("hook_name", sort=False)
-        ]
+        rows = []
+        for hook_name, points in self.points.groupby("hook_name", sort=False):
+            boundary = self.shape[self.shape.hook_name == hook_name].boundary
+            rows.append(
+                {
+                    "layer": hook_label(str(hook_name)),
+                    "pairs": len(points),
+                    "separation": float(points.separation.mean()),
+                    "least boundary": float(boundary.min()),
+                    "largest boundary": float(boundary.max()),
+                }
+            )
         about = [repr(self), *measured(self.points.attrs)]
-        return fragment(about, pd.DataFrame(rows), note="residual units; inf is not reached")
+        return fragment(about, pd.DataFrame(rows), note="residual units")
 
 
 def loss_geometry(
@@ -142,9 +145,9 @@ def loss_geometry(
             n_bootstrap=n_bootstrap,
             seed=seed,
             batch_size=batch_size,
-            progress=under(tell, f"layer {hook_label(name)}"),
+            progress=under(tell, f"layer {i} of {len(hook_names)}"),
         )
-        for name in hook_names
+        for i, name in enumerate(hook_names, start=1)
     ]
     tokenized = tokenize_pairs(model, pairs)
     workload = make_workload(
@@ -156,9 +159,8 @@ def loss_geometry(
     )
     cost = Cost()
     readouts = tuple(readout_hook(name, int(model.cfg.n_layers)) for name in hook_names)
-    baseline = run_baseline(
-        model, workload, tuple(dict.fromkeys([*hook_names, *readouts])), cost=cost, progress=tell
-    )
+    needed = tuple(dict.fromkeys([*hook_names, *readouts]))
+    baseline = run_baseline(model, workload, needed, cost=cost, progress=tell)
     logprobs = _pushed_logprobs(model, workload, baseline, planes, readouts, settings, cost, tell)
     slopes = label_slopes(
         model,
@@ -167,6 +169,7 @@ def loss_geometry(
         steered_positions="all",
         seed=seed,
         cost=cost,
+        progress=tell,
     )
     pull = weight * torch.relu((margin - 1) * baseline.logprob.double())
     ids = [pair.id for pair in pairs]
@@ -220,7 +223,7 @@ def _pushed_logprobs(
     readouts: Sequence[str],
     settings: BoundarySettings,
     cost: Cost,
-    tell: Progress,
+    progress: Progress,
 ) -> list[list[list[tuple[float, Float[Tensor, " pair"]]]]]:
     """Of every plane and angle: the coefficients, and each positive prompt's logprob there."""
     jobs = [
@@ -235,15 +238,16 @@ def _pushed_logprobs(
         jobs,
         batch_size=settings.batch_size,
         cost=cost,
-        progress=tell,
+        progress=progress,
     )
-    tell("angles", 0, len(jobs))
-    found = []
+    by_job: list[list[tuple[float, Float[Tensor, " pair"]]]] = []
+    what, n_pushes = "loss in the plane: pushes", len(jobs) * len(SHARES)
+    progress(what, 0, n_pushes)
     for cells in run_cells(plan, jobs, cost=cost):
-        found.append([(cell.coefficient, cell.logprob) for cell in cells])
-        tell("angles", len(found), len(jobs))
-    n_angles = len(planes[0].table)
-    return [found[i : i + n_angles] for i in range(0, len(found), n_angles)]
+        by_job.append([(cell.coefficient, cell.logprob) for cell in cells])
+        progress(what, len(by_job) * len(SHARES), n_pushes)
+    found = iter(by_job)
+    return [[next(found) for _ in plane.table.angle] for plane in planes]
 
 
 def _coefficients(plane: BoundaryShape) -> list[tuple[float, ...]]:

@@ -45,6 +45,12 @@ def show_progress() -> Iterator[Progress]:
     come takes as long as one made since the stage began. Where the first steps are the slow ones
     (a sweep's first layers have the most blocks after them) it is too long at first. Until a step
     is made, and once the estimate has run out, nothing is said.
+
+    Examples:
+        >>> with sl.show_progress() as progress:
+        ...     result = sl.sweep(
+        ...         model, pairs, directions, layers=[2], coefficients=[0, 4], progress=progress
+        ...     )
     """
     display = _notebook_display()
     console = None if display is not None else _terminal(sys.stderr)

@@ -75,8 +75,7 @@ class BoundaryShape:
     def _repr_html_(self) -> str:
         names = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high", "predicted_boundary"]
         table = self.table[names].rename(columns=lambda name: name.replace("_", " "))
-        layers = [f"layer {hook_label(name)}" for name in self.table.hook_name.unique()]
-        about = [repr(self), *layers, *measured(self.table.attrs)]
+        about = [repr(self), f"layer {hook_label(self.hook_name)}", *measured(self.table.attrs)]
         return fragment(about, table, note="residual units; inf is not reached")
 
 
@@ -168,7 +167,12 @@ def boundary_shape(
         model, prompts, workload, (readout,), batch_size=batch_size, cost=cost, progress=progress
     )
     check_width(directions, unsteered)
-    plan = make_plan(model, text, unsteered, check_jobs(pushes), batch_size=batch_size, cost=cost)
+    plan = make_plan(
+        *(model, text, unsteered, check_jobs(pushes)),
+        batch_size=batch_size,
+        cost=cost,
+        progress=progress,
+    )
     found = find_boundaries(
         plan,
         prompts,

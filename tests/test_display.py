@@ -189,6 +189,16 @@ def test_a_boundary_has_a_row_a_layer(
     assert "layer 1" in found.text
 
 
+def test_the_geometry_has_a_row_a_layer(
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    result = sl.loss_geometry(llama, many, directions, layers=[1, 3], n_angles=3, n_bootstrap=2)
+    found = shown(result)
+    assert [row[0] for row in found.rows[1:]] == ["1", "3"]
+    first = result.shape[result.shape.layer == 1].boundary
+    assert found.rows[1][-2:] == [f"{first.min():.4g}", f"{first.max():.4g}"]
+
+
 def test_what_is_collected_shows_norms(llama: Any, pairs: sl.ContrastivePairs) -> None:
     differences = sl.collect_differences(llama, pairs, layers=[0, 1])
     found = shown(differences)

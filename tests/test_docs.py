@@ -271,10 +271,13 @@ MADE_BY = {
     "circuits.Circuits": "circuits.compare_circuits",
     "Comparison": "compare",
     "LossGeometry": "loss_geometry",
+    "circuits.Patterns": "circuits.attention_patterns",
+    "circuits.Projections": "circuits.token_projections",
     "circuits.Prompts": "circuits.make_prompts",
     "circuits.Readers": "circuits.find_readers",
     "SweepResult": "sweep",
     "Trained": "train_directions",
+    "plots.Page": "plots.token_page",
     "circuits.Writers": "circuits.find_writers",
 }
 
@@ -385,6 +388,9 @@ def test_python_on_a_page_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sl, "load_model", lambda name: default_model)
+    # Fewer pairs and texts than ship, to be quick.
+    load = sl.ContrastivePairs.load
+    monkeypatch.setattr(sl.ContrastivePairs, "load", lambda name, **of: load(name, **of)[:16])
     few = sl.neutral_texts()[:16]
     monkeypatch.setattr("steerlens.boundary.neutral_texts", lambda: few)
     namespace: dict[str, Any] = {}

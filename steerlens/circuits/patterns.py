@@ -45,7 +45,17 @@ def attention_patterns(
     *,
     prompt: int = 0,
 ) -> Patterns:
-    """Attention patterns of some heads on one prompt, unsteered and under the intervention."""
+    """Attention patterns of some heads on one prompt, unsteered and under the intervention.
+
+    Examples:
+        >>> from steerlens.circuits import Component, Intervention
+        >>> from steerlens.circuits import attention_patterns, make_prompts
+        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> heads = [Component(3, head=0), Component(4, head=1)]
+        >>> patterns = attention_patterns(model, prompts, Intervention(vector, 4), heads)
+        >>> patterns.steered.shape  # each row of it sums to 1
+        torch.Size([2, 7, 7])
+    """
     tokens = _tokens(prompts, prompt)
     hooks = [f"blocks.{head.layer}.attn.hook_pattern" for head in heads]
     unsteered, steered = (
@@ -64,7 +74,15 @@ def token_projections(
     *,
     prompt: int = 0,
 ) -> Projections:
-    """One prompt's tokens on each layer's direction, unsteered and under the intervention."""
+    """One prompt's tokens on each layer's direction, unsteered and under the intervention.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, make_prompts, token_projections
+        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> found = token_projections(model, prompts, directions, Intervention(vector, 4))
+        >>> found.steered.shape
+        torch.Size([5, 7])
+    """
     tokens = _tokens(prompts, prompt)
     names = list(directions)
     unsteered, steered = (

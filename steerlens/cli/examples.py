@@ -6,6 +6,7 @@ import pandas as pd
 from rich.text import Text
 
 from steerlens.cli.printing import notes
+from steerlens.cli.warned import warn
 from steerlens.damage import token_damage
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
@@ -29,8 +30,8 @@ def example_tables(
 ) -> dict[str, pd.DataFrame]:
     """Of the first positive prompts, steered at one hook: the tables of a run that illustrate it.
 
-    `generations` at every coefficient, `tokens` at the smallest and the largest. Unless `quiet`,
-    a note says which texts are short because the context is full.
+    `generations` at every coefficient, `tokens` at the smallest and the largest. Notes, kept in the
+    record, say which texts are short because the context is full.
     """
     ids = [pair.id for pair in pairs][:n_prompts]
     prompts = tokenize_pairs(model, pairs).positive[:n_prompts]
@@ -46,13 +47,12 @@ def example_tables(
         ids=ids,
     )
     short = generations[generations.end == "context"]
-    for prompt in () if quiet else dict.fromkeys(short.prompt):
+    for prompt in dict.fromkeys(short.prompt):
         n_tokens = int(short[short.prompt == prompt].n_tokens.max())
-        notes.print(
-            Text(
-                f"note: {n_tokens} of {NEW_TOKENS} new tokens fit the model's context after prompt "
-                f"{prompt!r}"
-            )
+        warn(
+            f"note: {n_tokens} of {NEW_TOKENS} new tokens fit the model's context after prompt "
+            f"{prompt!r}",
+            quiet=quiet,
         )
     tokens = token_damage(
         model,

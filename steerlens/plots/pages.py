@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from steerlens.errors import OutputError, PlotError
 from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
+from steerlens.plots.sweeps import check_columns
 from steerlens.steering.files import write_whole
 from steerlens.tables import TOKEN_COLUMNS
 
@@ -82,6 +83,11 @@ def token_page(tokens: pd.DataFrame) -> Page:
     For each prompt and coefficient the text as `token_table_html` marks it, then, to be hovered
     over, every token's projection unsteered and steered (residual units) and its damage (nats).
     Raises `PlotError` when columns are missing or there is no row.
+
+    Examples:
+        >>> table = sl.token_damage(model, ["the river was so cold"], vector, coefficients=[4])
+        >>> page = sl.plots.token_page(table)
+        >>> page.save(folder / "tokens.html")
     """
     _check(tokens)
     later = tokens[tokens.position > 0]
@@ -116,6 +122,11 @@ def token_table_html(tokens: pd.DataFrame) -> str:
     From `TOKEN_COLUMNS`. Framed: where the direction is read; underlined: where it is added; red
     and blue: tokens that lost and gained logprob, the largest with their loss in nats above them.
     Raises `PlotError` as `token_page`.
+
+    Examples:
+        >>> table = sl.token_damage(model, ["the river was so cold"], vector, coefficients=[4])
+        >>> "river" in sl.plots.token_table_html(table)
+        True
     """
     _check(tokens)
     damage = _reach(tokens.damage_nats.to_numpy())
@@ -135,6 +146,11 @@ def attention_page(
     A pattern's rows sum to 1: how much each token (query) takes from every token up to it (key).
     `patterns` have a name each, such as unsteered and steered; `heads` name the heads. Raises
     `PlotError` when a pattern is not `[head, token, token]`.
+
+    Examples:
+        >>> patterns = {"unsteered": np.array([[[1.0, 0.0], [0.3, 0.7]]])}
+        >>> sl.plots.attention_page(["the", "river"], ["L3H0"], patterns).title
+        'Attention of the top heads'
     """
     expected = (len(heads), len(tokens), len(tokens))
     body = [
@@ -165,6 +181,11 @@ def projection_page(
 
     Each of `projections`, such as unsteered and steered, is a line of a layer; their shades are the
     same within a layer. Raises `PlotError` when one is not `[layer, token]`.
+
+    Examples:
+        >>> projections = {"unsteered": np.array([[0.5, -2.0]])}
+        >>> page = sl.plots.projection_page(["the", "river"], ["layer 2"], projections)
+        >>> page.save(folder / "projections.html")
     """
     for values in projections.values():
         if values.shape != (len(layers), len(tokens)):
@@ -251,12 +272,7 @@ def _reach(values: Float[np.ndarray, "..."]) -> float:
 
 
 def _check(tokens: pd.DataFrame) -> None:
-    missing = [c.name for c in TOKEN_COLUMNS if c.name not in tokens.columns]
-    if missing or tokens.empty:
-        raise PlotError(
-            f"expected the table of token_damage, got {len(tokens)} rows without "
-            f"{', '.join(missing) or 'any token'}"
-        )
+    check_columns(tokens, [column.name for column in TOKEN_COLUMNS], "the table of token_damage")
 
 
 def _groups(tokens: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:

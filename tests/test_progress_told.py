@@ -1,0 +1,253 @@
+"""What long functions tell of their progress: every stage from 0 to its total, one at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import sampled
+
+import steerlens as sl
+from steerlens.circuits import (
+    Intervention,
+    compare_circuits,
+    contrast_answers,
+    find_readers,
+    find_writers,
+    make_prompts,
+    random_intervention,
+)
+from steerlens.items import PreferenceItem, PreferenceItems
+from steerlens.progress import Progress
+from steerlens.tokens import tokenize_pairs
+
+Told = list[tuple[str, int, int]]
+
+
+def stages(told: Told) -> list[tuple[str, int]]:
+    """Names and totals of the stages, each seen to rise from 0 to its total and to end there."""
+    found: list[tuple[str, int]] = []
+    done = total = 0
+    for what, now, of in told:
+        if done == total:  # the one before is over, or there was none
+            found.append((what, of))
+            assert now == 0, what
+        else:
+            assert (what, of) == found[-1]
+            assert now >= done, what
+        done, total = now, of
+    assert done == total, found[-1:]
+    return found
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        [("cells", 1, 2), ("cells", 2, 2)],
+        [("cells", 0, 2), ("cells", 1, 2)],
+        [("cells", 0, 2), ("slopes", 0, 2)],
+        [("cells", 0, 2), ("cells", 1, 3), ("cells", 3, 3)],
+        [("cells", 0, 3), ("cells", 2, 3), ("cells", 1, 3), ("cells", 3, 3)],
+    ],
+)
+def test_the_check_of_stages_can_fail(told: Told) -> None:
+    with pytest.raises(AssertionError):
+        stages(told)
+    assert stages([("cells", 0, 2), ("cells", 1, 2), ("cells", 2, 2)]) == [("cells", 2)]
+
+
+@pytest.fixture
+def run() -> Callable[..., list[tuple[str, int]]]:
+    """Run a function with a `Progress`, and see that what it tells are whole stages."""
+
+    def call(function: Callable[..., Any], *given: Any, **options: Any) -> list[tuple[str, int]]:
+        told: Told = []
+        tell: Progress = lambda *one: told.append(one)  # noqa: E731
+        function(*given, **options, progress=tell)
+        return stages(told)
+
+    return call
+
+
+Run = Callable[..., list[tuple[str, int]]]
+
+
+def test_collecting(run: Run, llama: Any, pairs: sl.ContrastivePairs) -> None:
+    assert run(sl.collect_differences, llama, pairs) == [("activations: prompts", 16)]
+    some = tokenize_pairs(llama, pairs).positive
+    found = run(sl.collect_activations, llama, some, ["blocks.1.hook_resid_post"], batch_size=3)
+    assert found == [("activations: prompts", 8)]
+    assert run(sl.loss_gradients, llama, pairs, batch_size=3) == [("gradients: pairs", 8)]
+    assert run(sl.fit, llama, pairs, method="gradient_mean") == [("gradients: pairs", 8)]
+    fitted = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[1]))
+    assert run(sl.measure_layers, llama, pairs, fitted) == [
+        *(("unsteered model: prompts", 16), ("cells", 1))
+    ]
+
+
+def test_a_batch_is_told_of_once_it_is_run(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    told: Told = []
+    sl.collect_differences(llama, pairs, batch_size=1, progress=lambda *one: told.append(one))
+    assert sorted({done for _, done, _ in told}) == list(range(17))
+
+
+def test_training_counts_epochs_of_all_hooks(
+    run: Run, llama: Any, many: sl.ContrastivePairs
+) -> None:
+    options: dict[str, Any] = {"layers": [1, 2], "max_epochs": 2, "step_size": 0.02}
+    assert run(sl.train_directions, llama, many, **options) == [
+        *(("activations: prompts", 40), ("training: epochs", 4))
+    ]
+
+
+BOUNDARY = [
+    ("boundary on probes: pushes settled", 4),
+    ("boundary on all prompts: pushes", 4),
+]
+
+
+@pytest.mark.parametrize("on", ["positive", "negative"])
+def test_a_boundary(
+    run: Run, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions, on: Any
+) -> None:
+    found = run(sl.find_boundary, llama, many, directions, layers=[1, 3], on=on, n_bootstrap=20)
+    unsteered = [("unsteered model: prompts", 40), ("checks: hooks", 2)]
+    unsteered += [("unsteered model: prompts", 20)] if on == "negative" else []
+    before = [*unsteered, ("slopes: prompts", 20), *BOUNDARY]
+    assert found[: len(before)] == before
+    # Where all prompts moved the boundary, those pushes are measured again.
+    again = [of for what, of in found[len(before) :] if what == "boundary on all prompts: pushes"]
+    assert all(of <= 4 for of in again)
+    after = [stage for stage in found[len(before) :] if stage[0] != BOUNDARY[1][0]]
+    assert after[0] == ("intervals: pushes", 4)
+    assert [what for what, _ in after[1:]] == ["projections there: hooks"] * bool(after[1:])
+
+
+def test_rollouts_and_predictions(
+    run: Run, llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    options: dict[str, Any] = {"layers": [3], "budget": "rollout_kl_p95=0.5", "n_bootstrap": 2}
+    found = run(sl.find_boundary, llama, pairs[:3], directions, **options)
+    assert ("boundary on all prompts: pushes", 2) in found
+    assert run(sl.predict_boundary, llama, pairs, directions) == [
+        *(("unsteered model: prompts", 16), ("slopes: prompts", 8))
+    ]
+
+
+def test_a_shape(
+    run: Run, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    found = run(sl.boundary_shape, llama, many, directions, layer=1, n_angles=4, n_bootstrap=2)
+    assert found[:5] == [
+        ("activations: prompts", 40),
+        ("unsteered model: prompts", 20),
+        ("checks: hooks", 1),
+        ("slopes: prompts", 20),
+        BOUNDARY[0],
+    ]
+    assert found[-1] == ("intervals: pushes", 4)
+
+
+def test_the_geometry_of_several_layers(
+    run: Run, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    options: dict[str, Any] = {"layers": [1, 3], "n_angles": 3, "n_bootstrap": 2}
+    found = run(sl.loss_geometry, llama, many, directions, **options)
+    assert found[0] == ("layer 1 of 2, activations: prompts", 40)
+    assert ("layer 2 of 2, boundary on probes: pushes settled", 3) in found
+    assert found[-4:] == [
+        ("unsteered model: prompts", 40),
+        ("checks: hooks", 2),
+        ("loss in the plane: pushes", 2 * 3 * 6),
+        ("slopes: prompts", 20),
+    ]
+
+
+def items(start: str, n: int) -> PreferenceItems:
+    words = "walk sun rain soup bread night".split()[:n]
+    made = [PreferenceItem(f"{start} {word}", "warm and good", "so cold", word) for word in words]
+    return PreferenceItems(tuple(made), start)
+
+
+def test_a_comparison_has_numbered_steps(run: Run, llama: Any, many: sl.ContrastivePairs) -> None:
+    found = run(
+        sl.compare,
+        llama,
+        many,
+        items("the river was", 5),
+        methods=["mean_diff", "gradient_mean"],
+        layers=[1],
+        train_items=items("you said", 4),
+        off_target={"other": items("I felt", 3)},
+        neutral=[sampled(llama, "the river", 9, seed=100 + i) for i in range(8)],
+        n_null=2,
+        n_bootstrap=10,
+    )
+    # Two methods and four nulls at one hook; a method is measured at four doses.
+    once = [stage for stage in found if "all prompts" not in stage[0]]
+    assert once == [
+        ("step 1 of 7, activations: prompts", 40),
+        ("step 1 of 7, gradients: pairs", 20),
+        ("step 2 of 7, unsteered model: prompts", 4),
+        ("step 2 of 7, checks: hooks", 1),
+        ("step 2 of 7, slopes: prompts", 4),
+        ("step 2 of 7, boundary on probes: pushes settled", 6),
+        ("step 2 of 7, intervals: pushes", 6),
+        ("step 3 of 7, effects: cells", 2 * 4 + 4),
+        ("step 4 of 7, damage: cells", 2),
+        ("step 5 of 7, effects on you said: cells", 2),
+        ("step 6 of 7, effects on I felt: cells", 2),
+        ("step 7 of 7, texts: vectors", 2),
+    ]
+
+
+def test_a_comparison_with_personas_has_one_step_more(
+    run: Run, llama: Any, many: sl.ContrastivePairs
+) -> None:
+    def chat(system: str, text: str) -> list[dict[str, str]]:
+        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+
+    pairs = sl.ContrastivePairs.from_lists(
+        [chat("you are kind", str(pair.positive)) for pair in many],
+        [chat("you are rude", str(pair.negative)) for pair in many],
+    )
+    asked = [
+        PreferenceItem((sl.Message("user", f"the {word}"),), "good", "bad", word)
+        for word in ("sun", "rain", "soup")
+    ]
+    found = run(
+        *(sl.compare, llama, pairs, PreferenceItems(tuple(asked), "asked")),
+        methods=["mean_diff"],
+        layers=[1],
+        neutral=[sampled(llama, "the river", 9, seed=100 + i) for i in range(8)],
+        n_null=2,
+        n_bootstrap=10,
+    )
+    assert found[0][0].startswith("step 1 of 6, ")
+    # Both continuations of three items, with the persona and without.
+    assert found[-1] == ("step 6 of 6, persona in the prompt: prompts", 12)
+
+
+def test_circuits(run: Run, llama: Any, pairs: sl.ContrastivePairs) -> None:
+    directions = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[1]))
+    vector = sl.SteeringVector.from_directions(llama, directions)
+    answers = contrast_answers(llama, pairs, n_tokens=3)
+    assert run(find_writers, llama, pairs, directions, layer=1) == [("writers: prompts", 16)]
+    prompts = make_prompts(llama, list(tokenize_pairs(llama, pairs).positive))
+    found = run(find_readers, llama, prompts, answers, vector, 3.0, top=3, n_claimed=2, n_draws=2)
+    assert found == [
+        ("estimates: prompts", 8),
+        ("exact patching: passes", 3),
+        ("claims: runs", 3 + 2),
+    ]
+    alone = run(find_readers, llama, prompts, answers, vector, 3.0, top=0, n_claimed=0)
+    assert alone == [("estimates: prompts", 8)]
+    pushed = Intervention(vector, 3.0)
+    assert run(random_intervention, llama, pairs, pushed) == [("random vector at equal KL", 1)]
+    found = run(
+        *(compare_circuits, llama, pairs, answers, {"mean_diff": pushed}),
+        floor=pushed,
+        shares=(0.1, 0.5),
+        n_splits=2,
+    )
+    # Two levels, in two models: whole, empty, and two circuits at two sizes.
+    assert found == [("circuits: models", 3), ("circuits on their own: runs", 2 * 2 * (2 + 2 * 2))]
