@@ -174,7 +174,8 @@ def real_model() -> Any:
 def _threads(request: pytest.FixtureRequest) -> None:
     """The tiny models are so small that a second thread only waits for the first."""
     is_real = request.node.get_closest_marker("real") is not None
-    torch.set_num_threads((os.cpu_count() or 1) if is_real else 1)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers) if is_real else 1)
 
 
 @pytest.fixture(autouse=True)
