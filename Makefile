@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench docs test test-llamacpp lint types unit install clean
+.PHONY: demo bench docs models-table test test-llamacpp lint types unit install clean
 
 install: $(STAMP)
 
@@ -50,6 +50,10 @@ types: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests tutorials
 	$(BIN)/python -m pytest --doctest-modules steerlens
+
+# What works on which architecture, found by running it, into docs/models.md.
+models-table: $(STAMP)
+	$(BIN)/python tests/models_table.py
 
 # The site, into build/site: without a network, warnings are errors.
 docs: $(STAMP)
