@@ -51,7 +51,7 @@ def pairs() -> sl.ContrastivePairs:
 
 @cache
 def model_of(kind: str) -> Any:
-    """The model in TransformerLens, and Hugging Face's own. Raises `ModelError` as steerlens does."""
+    """The model in TransformerLens. Raises `ModelError` as `check_model`."""
     model = bridged(kind)
     sl.check_model(model)
     return model
@@ -136,8 +136,8 @@ def gradients(kind: str) -> None:
         gap = max(0.0, 0.99 * logprob[0] - logprob[-1])
         return float(-(state[-2] - still[-2]).double().norm() + 50.0 * gap**2)
 
-    # Five points, for many architectures norm or attend in float32 whatever their weights are: there
-    # a small step drowns in rounding.
+    # Five points, for many architectures norm or attend in float32 whatever their weights are:
+    # there a small step drowns in rounding.
     weights = {-2: 1 / 12, -1: -8 / 12, 1: 8 / 12, 2: -1 / 12}
     size = 1e-2
     for i in range(len(positive)):
@@ -224,7 +224,7 @@ COLUMNS = ("architecture", "what is particular", *CHECKS, "hooks besides block o
 
 
 def hooks(kind: str) -> str:
-    """Which parts of every block resolve to a hook that fires and holds `[prompt, token, width]`."""
+    """Which parts of every block have a hook that fires and holds `[prompt, token, width]`."""
     model, there = model_of(kind), []
     assert sl.resolve_hooks(model) == tuple(resid_post(i) for i in range(N_LAYERS))
     for name, pattern in PARTS.items():
@@ -243,18 +243,20 @@ def row(kind: str) -> tuple[str, ...]:
 
     Raises `AssertionError` where a number is wrong.
     """
-    found = []
-    for check in CHECKS.values():
-        try:
-            check(kind)
-            found.append("yes")
-        except SteerlensError:
-            found.append("refused")
+    found = [_outcome(check, kind) for check in CHECKS.values()]
     try:
         named = hooks(kind)
     except ModelError:
         named = "refused"
     return kind, ZOO[kind][0], *found, named
+
+
+def _outcome(check: Callable[[str], None], kind: str) -> str:
+    try:
+        check(kind)
+    except SteerlensError:
+        return "refused"
+    return "yes"
 
 
 def as_markdown(rows: list[tuple[str, ...]]) -> str:

@@ -1,4 +1,4 @@
-"""One tiny random-init model of each architecture, from its Hugging Face config, without network."""
+"""One tiny random-init model of each architecture, from its Hugging Face config."""
 
 import copy
 from typing import Any
