@@ -13,6 +13,7 @@ from steerlens.circuits.components import Component, Prompts
 from steerlens.directions import Directions
 from steerlens.hooks import HookFunction, hook_layer, hooked
 from steerlens.models import HookedModel, inference
+from steerlens.processing import check_processing
 from steerlens.tokens import token_texts
 
 
@@ -64,7 +65,11 @@ def token_projections(
     *,
     prompt: int = 0,
 ) -> Projections:
-    """One prompt's tokens on each layer's direction, unsteered and under the intervention."""
+    """One prompt's tokens on each layer's direction, unsteered and under the intervention.
+
+    Raises `ProcessingError` when they were fitted on a model with other weight processing.
+    """
+    check_processing(model, directions)
     tokens = _tokens(prompts, prompt)
     names = list(directions)
     unsteered, steered = (
