@@ -270,7 +270,6 @@ MADE_BY = {
     "BoundaryShape": "boundary_shape",
     "circuits.Circuits": "circuits.compare_circuits",
     "Comparison": "compare",
-    "Run": "read_run",
     "LossGeometry": "loss_geometry",
     "circuits.Patterns": "circuits.attention_patterns",
     "circuits.Projections": "circuits.token_projections",
