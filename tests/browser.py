@@ -16,6 +16,10 @@ FLAGS = (
     "--disable-background-networking --disable-component-update --disable-sync "
     "--hide-scrollbars --force-device-scale-factor=1"
 ).split()
+DRAWN = """[...document.querySelectorAll(".figure")].every((figure) =>
+  figure.classList.contains("view") ? figure.firstElementChild?.tagName !== "P"
+    : figure.querySelector(".main-svg"))"""
+"""JavaScript: every figure of plotly and every view of circuitsvis on a page is there."""
 INSTALL = "apt-get install -y --no-install-recommends chromium chromium-driver"
 LOCAL = ("file:", "data:", "blob:", "about:", "chrome:", "devtools:")
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from browser import open_browser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
@@ -175,7 +174,8 @@ def real_model() -> Any:
 def _threads(request: pytest.FixtureRequest) -> None:
     """The tiny models are so small that a second thread only waits for the first."""
     is_real = request.node.get_closest_marker("real") is not None
-    torch.set_num_threads((os.cpu_count() or 1) if is_real else 1)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers) if is_real else 1)
 
 
 @pytest.fixture(autouse=True)
@@ -192,5 +192,8 @@ def _hooks_are_gone(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A headless Chromium (`browser.Browser`) for the tests of HTML pages."""
+    # Here, for the examples in docstrings share this file, and stand beside no `browser`.
+    from browser import open_browser
+
     with open_browser(tmp_path_factory.mktemp("chromium")) as opened:
         yield opened

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from steerlens.hooks import resid_post
+from steerlens.plots import attention_page, projection_page
 from steerlens.report.contents import TABLES
 from steerlens.runs import write_run
 from steerlens.tables import Column, to_frame
@@ -112,6 +113,49 @@ def layers_table(n_layers: int = N_LAYERS) -> pd.DataFrame:
 
 def points_table(layers: Sequence[int] = tuple(range(N_LAYERS))) -> pd.DataFrame:
     return table("points", [{**hook(i), "pair": f"p{k}"} for i in layers for k in range(8)])
+
+
+def generations_table(text: str = "The weather is fine.", prompt: str = "p1") -> pd.DataFrame:
+    return table(
+        "generations",
+        [
+            {
+                **hook(12),
+                "prompt": p,
+                "coefficient": c,
+                "text": text,
+                "n_tokens": 5,
+                "end": "length",
+            }
+            for p in (prompt, "p2")
+            for c in COEFFICIENTS[1:-1]
+        ],
+    )
+
+
+def tokens_table(token: str = " fine", prompt: str = "p1") -> pd.DataFrame:
+    """A prompt of both sides at one coefficient; its third token loses most."""
+    words = ["<s>", "The weather is", token, "\n", " today"]
+    damage = [math.nan, 0.1, 2.5, -0.6, 0.0]
+    return table(
+        "tokens",
+        [
+            {
+                **hook(12),
+                "prompt": prompt,
+                "side": side,
+                "coefficient": 20.0,
+                "position": i,
+                "token": word,
+                "raw_token": word,
+                "is_read": i == 4,
+                "is_label": i > 0,
+                "damage_nats": damage[i],
+            }
+            for side in ("positive", "negative")
+            for i, word in enumerate(words)
+        ],
+    )
 
 
 def compare_tables(names: Sequence[str] = ("mean_diff", "pca")) -> dict[str, pd.DataFrame]:
@@ -254,11 +298,13 @@ def write(
 
 
 def write_sweep(folder: Path, **options: Any) -> Path:
-    """A sweep of 30 layers with its points."""
+    """A sweep of 30 layers with points, texts and tokens."""
     tables = {
         "sweep": sweep_table(),
         "layers": layers_table(),
         "points": points_table(),
+        "generations": generations_table(),
+        "tokens": tokens_table(),
     }
     return write(folder, "sweep", tables, **options)
 
@@ -284,9 +330,25 @@ def write_compare(
     return write(folder, "compare", compare_tables(names), **{**request, **options})
 
 
+def circuits_pages(token: str = " is") -> dict[str, str]:
+    """Pages with views, of two heads and of six layers, and two without."""
+    words, heads = ["<s>", "The", token], ["L3H5", "L4H1"]
+    pattern = np.tril(np.ones((2, 3, 3))) / np.array([1, 2, 3])[:, None]
+    along = np.arange(18.0).reshape(6, 3)
+    both = {"Unsteered": pattern, "Steered": pattern}
+    layers = [f"layer {i}" for i in range(6)]
+    return {
+        "components": "<p>drawn from the tables</p>",
+        "attention": attention_page(words, heads, both).html,
+        "tokens": projection_page(words, layers, {"Unsteered": along, "Steered": -along}).html,
+        "graph": "<p>drawn from the tables</p>",
+    }
+
+
 def write_circuits(folder: Path, **options: Any) -> Path:
-    """A run of `circuits` without its comparison."""
-    return write(folder, "circuits", circuits_tables(), coefficient=20.0, **options)
+    """A run of `circuits` without the tables of its comparison."""
+    given = {"coefficient": 20.0, "pages": circuits_pages(), **options}
+    return write(folder, "circuits", circuits_tables(), **given)
 
 
 def write_geometry(folder: Path, **options: Any) -> Path:

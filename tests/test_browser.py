@@ -5,15 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, find_chromium
+from browser import DRAWN, Browser, find_chromium
 from run_folders import HOSTILE, WRITERS, write_circuits, write_compare, write_sweep
 
 import steerlens as sl
 from steerlens.report.contents import COMMANDS, FIGURES
 
-DRAWN = (
-    "[...document.querySelectorAll('.figure')].every((figure) => figure.querySelector('.main-svg'))"
-)
 WIDTHS = (400, 1200)
 
 
@@ -99,8 +96,10 @@ def test_the_report_opens_without_a_word(
     dark: bool, width: int, browser: Browser, report: Path
 ) -> None:
     opened(browser, report, dark=dark, width=width)
-    n_figures = browser.run("return document.querySelectorAll('.plotly-data').length")
-    assert n_figures == browser.run("return document.querySelectorAll('.figure').length") > 5
+    for kind, least in (("plotly", 8), ("circuitsvis", 12)):
+        n_given = browser.run(f"return document.querySelectorAll('.{kind}-data').length")
+        assert n_given > least
+    assert browser.run("return document.querySelectorAll('.view svg, .view canvas').length") > 1
     assert browser.run("return performance.getEntriesByType('resource').length") == 0
     assert_quiet(browser)
     # Nothing but tables, figures and grids of texts is wider than the window.
@@ -109,7 +108,7 @@ def test_the_report_opens_without_a_word(
         wide = (
             "return Math.max(...[...document.querySelectorAll(given[0])].map(e => e.scrollWidth))"
         )
-        for selector in (".scroll", ".scroll-x"):
+        for selector in (".scroll", ".texts", ".scroll-x"):
             assert browser.run(wide.replace("given[0]", f"'{selector}'")) > width
 
 
@@ -246,7 +245,7 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(
         )
         seen.add(kind)
         assert style != "none" or kind == "INPUT"
-    assert {"A", "SUMMARY", "INPUT", "scroll-x", "scroll", "BUTTON"} <= seen
+    assert {"A", "SUMMARY", "INPUT", "scroll-x", "scroll", "texts", "BUTTON"} <= seen
 
 
 def test_without_scripts_tables_and_texts_are_there(browser: Browser, report: Path) -> None:

@@ -37,12 +37,18 @@ def draw(title: str, frames: Sequence[Frame], layout: Layout) -> Any:
 
     n_panels = len(frames[0].panels)
     rows = math.ceil(n_panels / layout.columns)
+    height = layout.height * rows + 90 + 70 * (len(frames) > 1)
+    width = layout.width * layout.columns
+    has_bars = any(
+        isinstance(mark, (HeatMap, Contours)) for panel in frames[0].panels for mark in panel.marks
+    )
+    # Between panels: an axis with its title, and a colour bar with its own, in pixels.
     figure = make_subplots(
         rows=rows,
         cols=layout.columns,
         subplot_titles=[_text(panel.title) or " " for panel in frames[0].panels],
-        horizontal_spacing=0.16 / layout.columns if layout.columns > 1 else 0.1,
-        vertical_spacing=0.22 / rows,
+        horizontal_spacing=(150 if has_bars else 80) / width,
+        vertical_spacing=100 / height,
     )
     places = [(i // layout.columns + 1, i % layout.columns + 1) for i in range(n_panels)]
     owners: list[int] = []
@@ -58,8 +64,8 @@ def draw(title: str, frames: Sequence[Frame], layout: Layout) -> Any:
         title={"text": _text(title), "x": 0, "xref": "paper", "font": {"size": 17}},
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 12},
-        height=layout.height * rows + 90 + 70 * (len(frames) > 1),
-        width=layout.width * layout.columns,
+        height=height,
+        width=width,
         margin={"l": 60, "r": 20, "t": 80, "b": 60},
         legend={"itemsizing": "constant", "tracegroupgap": 0},
         hoverlabel={"align": "left"},

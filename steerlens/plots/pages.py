@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,8 @@ def attention_page(
             "attentionHeadNames": list(heads),
         }
         body.append(f"<h2>{html.escape(name)}: {html.escape(', '.join(heads))}</h2>")
-        body.append(circuitsvis_element(f"attention-{number}", "AttentionHeads", props))
+        view = circuitsvis_element(f"attention-{number}", "AttentionHeads", props, title=name)
+        body.append(view)
     return _page("Attention of the top heads", body)
 
 
@@ -206,19 +208,23 @@ def projection_page(
         for number, (name, values) in enumerate(projections.items()):
             props = _coloured(words, values[row].tolist(), reach, (HIGH, LOW))
             body.append(f"<p>{html.escape(name)}</p>")
-            body.append(circuitsvis_element(f"layer-{row}-{number}", "ColoredTokens", props))
+            title = f"{layer}, {name}"
+            ident = f"layer-{row}-{number}"
+            body.append(circuitsvis_element(ident, "ColoredTokens", props, title=title))
         body.append("</details>")
     return _page("Projection on the direction, token by token", body)
 
 
-def circuitsvis_element(name: str, view: str, props: Mapping[str, Any]) -> str:
+def circuitsvis_element(name: str, view: str, props: Mapping[str, Any], *, title: str = "") -> str:
     """An element that circuitsvis draws once the page's script of it is there.
 
-    `name` is the element's id, and must be one; `view` a component of circuitsvis with its `props`.
-    NaN and inf are left blank. Text stays text, in the page and in what circuitsvis makes of it.
+    `name` is the element's id, and must be one; `view` a component of circuitsvis with its `props`;
+    the `title` is kept beside them, for a report. NaN and inf are left blank. Text stays text, in
+    the page and in what circuitsvis makes of it.
     """
     # JSON inside a script: no text may end the element or begin another.
-    data = json.dumps({"view": view, "props": _inert(dict(props))}, allow_nan=False)
+    given = {"view": view, "title": title, "props": _inert(dict(props))}
+    data = json.dumps(given, allow_nan=False)
     return (
         f'<div id="{name}" class="figure view"><p>{WITHOUT_SCRIPTS}</p></div>\n'
         f'<script type="application/json" class="circuitsvis-data" data-for="{name}">'
@@ -229,15 +235,15 @@ def circuitsvis_element(name: str, view: str, props: Mapping[str, Any]) -> str:
 def _inert(value: Any) -> Any:
     """`value` for circuitsvis, which sets tokens as HTML: no tag and no entity begins in a text.
 
-    A word joiner, which nothing shows, goes behind each `<` and `&`. Numbers that are not finite
-    become null.
+    A word joiner, which nothing shows, goes behind each `<` and `&` that has none. Numbers that
+    are not finite become null.
     """
     if isinstance(value, dict):
         return {name: _inert(of) for name, of in value.items()}
     if isinstance(value, list):
         return [_inert(of) for of in value]
     if isinstance(value, str):
-        return value.replace("<", "<\u2060").replace("&", "&\u2060")
+        return re.sub("([<&])(?!\u2060)", "\\1\u2060", value)
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -17,6 +17,7 @@ from steerlens.tables import (
     CONTOUR_COLUMNS,
     EDGE_COLUMNS,
     FAITHFULNESS_COLUMNS,
+    GENERATION_COLUMNS,
     GEOMETRY_COLUMNS,
     LAYER_COLUMNS,
     POINT_COLUMNS,
@@ -24,6 +25,7 @@ from steerlens.tables import (
     SHAPE_COLUMNS,
     SUMMARY_COLUMNS,
     SWEEP_COLUMNS,
+    TOKEN_COLUMNS,
     WRITER_COLUMNS,
     WRITER_POSITION_COLUMNS,
     Column,
@@ -121,9 +123,47 @@ TABLES: Mapping[str, TableContent] = MappingProxyType(
         "points": TableContent(
             "Pairs on the direction", "a hook and pair", POINT_COLUMNS, by="separation"
         ),
+        "generations": TableContent("Texts", "a prompt and coefficient", GENERATION_COLUMNS),
+        "tokens": TableContent(
+            "Every token",
+            "a token of a prompt, at one hook and coefficient",
+            TOKEN_COLUMNS,
+            by="damage_nats",
+        ),
     }
 )
 """Every table that a command writes, by file name, in the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class PageContent:
+    """A page of a run whose views a report shows: its title, what they show, and which they are.
+
+    `view` is the component of circuitsvis that draws them.
+    """
+
+    title: str
+    meaning: str
+    view: str
+
+
+PAGES: Mapping[str, PageContent] = MappingProxyType(
+    {
+        "attention": PageContent(
+            "Attention of the top heads",
+            "Share of a token's attention (rows, from 0 to 1 at full shade) that goes to each "
+            "token up to it (columns).",
+            "AttentionHeads",
+        ),
+        "tokens": PageContent(
+            "Projection on the direction, token by token",
+            "Residual units: purple above 0, green below, full shade at the layer's largest, the "
+            "first token not counted.",
+            "ColoredTokens",
+        ),
+    }
+)
+"""The pages whose views are shown; what the others show is drawn from the tables."""
 
 
 @dataclass(frozen=True)

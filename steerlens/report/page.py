@@ -1,21 +1,27 @@
 """The page: a section a run, with summary, warnings, figures, texts and tables."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from typing import Any
 
 from steerlens.errors import ReportError
+from steerlens.plots import token_table_html
 from steerlens.plots.figure import Figure, plotly_element
-from steerlens.plots.scripts import PLOTLY, policy, script_tags
-from steerlens.report.contents import FIGURES, TABLES
+from steerlens.plots.pages import circuitsvis_element
+from steerlens.plots.scripts import CIRCUITSVIS, PLOTLY, policy, script_tags
+from steerlens.report.contents import FIGURES, PAGES, TABLES
 from steerlens.report.facts import facts
 from steerlens.report.listings import listing
 from steerlens.report.markup import Html, element, joined
 from steerlens.report.reading import Run
 from steerlens.report.summary import summarise
-from steerlens.report.texts import generations, tokens
+from steerlens.report.texts import generations
 
 TITLE = "steerlens report"
+MAX_OPEN = 4
+"""Views of a page that are shown at once; more are folded away."""
+
 _FRAME = """<!doctype html>
 <html lang="en">
 <head>
@@ -45,6 +51,7 @@ def report(runs: Sequence[Run]) -> str:
     if not runs:
         raise ReportError("a report is of one run or more, got none")
     sections = [_section(run, f"run{number}") for number, run in enumerate(runs, start=1)]
+    scripts = [PLOTLY, CIRCUITSVIS] if any(run.views for run in runs) else [PLOTLY]
     contents = element(
         "nav",
         element("ul", *(_entry(run, f"run{n}") for n, run in enumerate(runs, start=1))),
@@ -55,13 +62,13 @@ def report(runs: Sequence[Run]) -> str:
         element("header", element("h1", TITLE), contents),
         element("main", *sections),
         element("footer", element("p", _FOOT)),
-        Html(script_tags(PLOTLY)),
+        *(Html(script_tags(script)) for script in scripts),
         Html(f'<script type="module">{_resource("page.js")}</script>'),
         by="\n",
     )
     title = f"{TITLE}: {', '.join(run.name for run in runs)}"
     return _FRAME.format(
-        policy=policy([PLOTLY], [_resource("page.js")]),
+        policy=policy(scripts, [_resource("page.js")]),
         title=html.escape(title),
         style=_resource("page.css"),
         body=body,
@@ -104,8 +111,9 @@ def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
         ("Warnings", joined(*(_warning(str(text)) for text in run.record["warnings"]))),
         ("What was run", facts(run)),
         ("Figures", joined(*drawn)),
+        ("Views", _views(run, ident)),
         ("Generations", Html("") if texts is None else generations(texts, tables.get("sweep"))),
-        ("Token damage", Html("") if damage is None else tokens(damage)),
+        ("Token damage", Html("") if damage is None else Html(token_table_html(damage))),
         ("Tables", joined(*listed)),
     ]
 
@@ -125,6 +133,41 @@ def _figure(figure: Figure, name: str) -> Html:
     drawn = Html(plotly_element(figure, name))
     caption = element("figcaption", figure.caption)
     return element("figure", element("h4", figure.title), drawn, caption)
+
+
+def _views(run: Run, ident: str) -> Html:
+    """The views of each page; many of them are folded away until they are asked for."""
+    parts = []
+    for page, content in PAGES.items():
+        views = [view for view in run.views if view.page == page]
+        shown = joined(
+            *(
+                joined(
+                    element("p", view.title, class_="note"),
+                    Html(
+                        circuitsvis_element(
+                            f"{ident}-{page}{number}", content.view, _rounded(view.props)
+                        )
+                    ),
+                )
+                for number, view in enumerate(views)
+            )
+        )
+        if len(views) > MAX_OPEN:
+            shown = element("details", element("summary", f"{len(views)} views"), shown)
+        if views:
+            note = element("p", content.meaning, class_="note")
+            parts.append(joined(element("h4", content.title), note, shown))
+    return joined(*parts)
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers with four digits, which is what can be seen of them."""
+    if isinstance(value, Mapping):
+        return {name: _rounded(of) for name, of in value.items()}
+    if isinstance(value, list):
+        return [_rounded(of) for of in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _name(run: Run) -> str:

@@ -5,13 +5,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from steerlens.errors import ReportError
-from steerlens.report.contents import COMMANDS, TABLES, TableContent
+from steerlens.report.contents import COMMANDS, PAGES, TABLES, TableContent
 from steerlens.runs import RECORD
 from steerlens.tables import Column
 
@@ -29,15 +30,25 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
 
 
 @dataclass(frozen=True)
+class View:
+    """A view on one of a run's pages, and what circuitsvis draws it from."""
+
+    page: str
+    title: str
+    props: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Run:
     """What a command wrote into a folder: `record` is its run.json, `tables` by file name.
 
-    Each table has the attrs it was written with.
+    Each table has the attrs it was written with; `views` are those on the pages in `PAGES`.
     """
 
     name: str
     record: Mapping[str, Any]
     tables: Mapping[str, pd.DataFrame]
+    views: tuple[View, ...] = ()
 
     def __repr__(self) -> str:
         return f"Run({self.name!r}, {self.command}, {', '.join(self.tables)})"
@@ -58,8 +69,8 @@ def read_run(folder: str | Path) -> Run:
     """Read the folder of a run: run.json, the tables that it names, the views on its pages.
 
     Raises `ReportError` when the folder has no run.json, the record is damaged or of an unknown
-    command, a table is missing or cut off, or its columns or cells are not those expected; the
-    message names the file, what was expected, and what to do.
+    command, a table or page is missing or cut off, or a table's columns or cells are not those
+    expected; the message names the file, what was expected, and what to do.
 
     Examples:
         >>> run = sl.read_run(run_folder)
@@ -75,7 +86,13 @@ def read_run(folder: str | Path) -> Run:
         name: _read_table(folder / f"{name}.csv", TABLES[name], kept, command)
         for name, kept in record["tables"].items()
     }
-    return Run(folder.resolve().name, record, tables)
+    views = [
+        view
+        for page in record["pages"]
+        if page in PAGES
+        for view in _read_views(folder / f"{page}.html", page, command)
+    ]
+    return Run(folder.resolve().name, record, tables, tuple(views))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -194,3 +211,47 @@ _KINDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "bool": ("True or False", {"True": True, "False": False}.__getitem__),
     "str": ("text", str),
 }
+
+
+class _ViewData(HTMLParser):
+    """The JSON of each view of circuitsvis on a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._is_inside = False
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._is_inside = tag == "script" and ("class", "circuitsvis-data") in attrs
+        if self._is_inside:
+            self.found.append("")
+
+    def handle_data(self, data: str) -> None:
+        if self._is_inside:
+            self.found[-1] += data
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002 (HTMLParser's signature)
+        self._is_inside = False
+
+
+def _read_views(path: Path, page: str, command: str) -> list[View]:
+    again = f"run `steerlens {command}` once more, into a new --out"
+    try:
+        given = [json.loads(text) for text in _ViewData(path.read_text(encoding="utf-8")).found]
+        views = [View(page, of["title"], of["props"]) for of in given]
+        known = all(of["view"] == PAGES[page].view for of in given)
+    except FileNotFoundError as error:
+        raise ReportError(
+            f"{str(path)!r} is missing, and {RECORD} says that the run wrote it; put it back or "
+            f"{again}"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ReportError(f"{str(path)!r} is not a page of steerlens ({error}); {again}") from error
+    if not views or not known:
+        raise ReportError(
+            f"{str(path)!r} has no views, or not only {PAGES[page].view}: it may be of another "
+            f"steerlens; {again}"
+        )
+    return views
