@@ -48,7 +48,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest --nbmake tests tutorials
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests tutorials
 	$(BIN)/python -m pytest --doctest-modules steerlens
 
 # The site, into build/site: without a network, warnings are errors.

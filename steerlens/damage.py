@@ -17,6 +17,7 @@ from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, readout_ho
 from steerlens.loss import label_kl, label_logprobs
 from steerlens.measures import check_directions
 from steerlens.models import HookedModel, inference, provenance
+from steerlens.processing import check_processing
 from steerlens.steering import Coefficient, Steerable, SteeringVector, steps
 from steerlens.steering.application import Step, step_hooks
 from steerlens.tables import TOKEN_COLUMNS, Row, to_frame
@@ -72,11 +73,13 @@ def one_hook(
     Directions are read at `readout_hook`, along its own direction, as in a sweep. A vector has no
     direction there, so it is read at its own hook, behind the addition. Raises `SweepError` when
     there is more than one hook, `DirectionError` when one has no direction or another width than
-    the model, and `SteeringError` for a vector without that hook.
+    the model, `SteeringError` for a vector without that hook, and `ProcessingError` when it was
+    fitted on a model with other weight processing.
     """
     names = along.hook_names if layer is None else resolve_hooks(model, layer)
     if len(names) != 1:
         raise SweepError(f"expected one hook, got {len(names)}; name one with layer=")
+    check_processing(model, along)
     (name,) = names
     if isinstance(along, SteeringVector):
         vector: Steerable | Mapping[str, Tensor] = along.at(name)

@@ -190,7 +190,7 @@ def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) ->
             stack.enter_context(
                 model.hooks(fwd_hooks=[(name, noting(name, call)) for name, call in fwd_hooks])
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, AssertionError) as error:  # the last of a HookedTransformer
             raise HookError(f"cannot hook this model: {error.args[0]}") from error
         yield
     if silent:

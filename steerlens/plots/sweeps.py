@@ -24,6 +24,7 @@ from steerlens.plots.marks import (
     Rule,
     Scale,
 )
+from steerlens.processing import check_same, processing_of
 
 RESIDUAL = "residual units"
 NATS = "nats per token"
@@ -62,7 +63,8 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
 
     Takes the table of a sweep; with the per-layer table of `find_boundary` the boundary of each
     sign is marked where the straight line between the cells on either side of it crosses it.
-    Undefined cells are left out. Raises `PlotError` when the table is not that of a sweep.
+    Undefined cells are left out. Raises `PlotError` when the table is not that of a sweep,
+    `ProcessingError` when the two are of models with different weight processing.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
@@ -95,6 +97,12 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
                 )
             )
     if layers is not None:
+        check_same(
+            "the sweep is of a model",
+            processing_of(sweep.attrs),
+            "that of the per-layer table",
+            processing_of(layers.attrs),
+        )
         marks.append(_boundaries(curves, layers))
     panel = Panel(
         marks,
