@@ -20,24 +20,24 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
     "layers": LAYER_COLUMNS,
     "boundary": LAYER_COLUMNS,
 }
-LAYERS = [5, 15, 25]
+LAYERS = [15, 26]
 TOLERANCE = 1e-3
 """In nats, cosines and shares; of the largest number of its column for all others."""
 
 
 def measure(model: Any) -> dict[str, pd.DataFrame]:
     """Sweep, layers and boundary on a few pairs that no direction was fitted on."""
-    fit_on = sl.ContrastivePairs.load("sentiment")[:8]
-    measure_on = sl.ContrastivePairs.load("sentiment", split="test")[:6]
+    fit_on = sl.ContrastivePairs.load("sentiment")[:4]
+    measure_on = sl.ContrastivePairs.load("sentiment", split="test")[:4]
     directions = sl.fit_directions(sl.collect_differences(model, fit_on, layers=LAYERS))
     cells = sl.sweep(model, measure_on, directions, coefficients=[-20, 0, 10], n_bootstrap=200)
-    boundary = sl.find_boundary(model, measure_on, directions, layers=[15], n_bootstrap=200)
+    boundary = sl.find_boundary(model, measure_on, directions, layers=[26], n_bootstrap=200)
     return {"sweep": cells.table, "layers": cells.layers, "boundary": boundary.layers}
 
 
 def token_ids(model: Any) -> str:
     """What both have to read: the fingerprint of the prompts' token ids."""
-    tokenized = tokenize_pairs(model, sl.ContrastivePairs.load("sentiment", split="test")[:6])
+    tokenized = tokenize_pairs(model, sl.ContrastivePairs.load("sentiment", split="test")[:4])
     return fingerprint((*tokenized.positive, *tokenized.negative))
 
 
