@@ -1,7 +1,7 @@
 """Load a `HookedTransformer`, the model class of TransformerLens 3, without weight processing."""
 
 import io
-import shutil
+import json
 import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -64,9 +64,12 @@ def _translated(
     from transformer_lens import HookedTransformer
     from transformer_lens import loading_from_pretrained as loading
 
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "n_positions" in config:  # GPT-2 was once saved with its context under both names
+        config.setdefault("n_ctx", config["n_positions"])
     # The architecture is guessed from the name before the config is read: a path may hold any word.
     with tempfile.TemporaryDirectory() as plain:
-        shutil.copy(folder / "config.json", plain)
+        (Path(plain) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         cfg = loading.get_pretrained_model_config(
             plain, hf_cfg=original.config.to_dict(), device=device, dtype=dtype
         )

@@ -243,6 +243,7 @@ def _boot(
     except Exception as error:  # hub, network, config and architecture errors share no base class
         reason = str(error).strip().splitlines() or [type(error).__name__]
         hint = "" if Path(name).is_dir() else f" (packaged models: {', '.join(PACKAGED_MODELS)})"
+        hint += "; TransformerLens 4 knows more architectures" if is_version_3() else ""
         raise ModelError(f"cannot load the model {name!r}: {reason[0]}{hint}") from error
 
 

@@ -87,6 +87,11 @@ def build_gpt2(*, seed: int = 0) -> Any:
 
 
 IS_TL3 = version("transformer-lens").startswith("3.")
+collect_ignore = [] if IS_TL3 else ["tl3"]  # which `make test-tl3` runs
+ATTN_OUT = "hook_attn_out" if IS_TL3 else "attn.hook_out"
+"""Where a block's attention is written, inside the block."""
+
+needs_bridge = pytest.mark.skipif(IS_TL3, reason="of a TransformerBridge alone")
 
 
 def bridge(hf_model: Any, tokenizer: Any = None, dtype: torch.dtype = torch.float32) -> Any:

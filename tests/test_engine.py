@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bridge, build_gpt2, build_llama
+from conftest import ATTN_OUT, bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens import cells, passes, plain
@@ -126,7 +126,7 @@ def test_hooks_inside_a_block_and_any_order_of_jobs(llama: Any, pairs: sl.Contra
         "blocks.0.hook_resid_mid",
         "blocks.2.hook_resid_pre",
         "blocks.0.hook_resid_pre",
-        "blocks.1.attn.hook_out",
+        f"blocks.1.{ATTN_OUT}",
         "blocks.1.hook_resid_post",
     ]
     workload = make(llama, pairs)
