@@ -131,6 +131,27 @@ def test_dark_and_light(browser: Browser, report: Path) -> None:
     assert min(ink) > 200
 
 
+LINE = "return getComputedStyle(document.querySelector('.figure .js-line')).stroke"
+
+
+def test_curves_follow_the_scheme_and_the_printer(browser: Browser, report: Path) -> None:
+    """A dark curve is lighter on a dark page, and itself again on a light one and on paper."""
+    opened(browser, report, dark=False)
+    light = browser.run(LINE)
+    schemes = [[{"name": "prefers-color-scheme", "value": value}] for value in ("dark", "light")]
+    emulate = browser.driver.execute_cdp_cmd
+    emulate("Emulation.setEmulatedMedia", {"media": "", "features": schemes[0]})
+    browser.wait(f"(() => {{ {LINE} }})() !== '{light}'")
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    assert browser.run(LINE) == light
+    assert browser.run("return document.querySelector('.figure').style.zoom") not in ("", "1")
+    browser.run("dispatchEvent(new Event('afterprint'))")
+    assert browser.run(LINE) != light
+    assert browser.run("return document.querySelector('.figure').style.zoom") == ""
+    emulate("Emulation.setEmulatedMedia", {"media": "", "features": schemes[1]})
+    browser.wait(f"(() => {{ {LINE} }})() === '{light}'")
+
+
 def test_a_dark_page_prints_light_and_whole(browser: Browser, report: Path) -> None:
     opened(browser, report, dark=True, media="print")
     ground, ink = colours(browser)

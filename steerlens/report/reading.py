@@ -75,7 +75,7 @@ def read_run(folder: str | Path) -> Run:
     Examples:
         >>> run = sl.read_run(run_folder)
         >>> run
-        Run('run', sweep, sweep, layers, points)
+        Run('run', sweep, sweep, layers, points, generations, tokens)
         >>> len(run.tables["layers"])
         30
     """
