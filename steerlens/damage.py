@@ -18,6 +18,7 @@ from steerlens.loss import label_kl, label_logprobs
 from steerlens.measures import check_directions
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.processing import check_processing
+from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Coefficient, Steerable, SteeringVector, steps
 from steerlens.steering.application import Step, step_hooks
 from steerlens.tables import TOKEN_COLUMNS, Row, to_frame
@@ -107,6 +108,7 @@ def token_damage(
     steered_positions: SteeredPositions = "all",
     ids: Sequence[str] | None = None,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Every token's logprob and projection, unsteered and steered (`TOKEN_COLUMNS`).
 
@@ -142,7 +144,9 @@ def token_damage(
     first = next(iter(sides.values()))
     check_steered_positions(steered_positions, TokenizedPairs(tuple(first), ()))
     rows: dict[tuple[str, int], list[Row]] = {}
-    for side, of_side in sides.items():
+    for i, (side, of_side) in enumerate(sides.items()):
+        before, total = i * len(names), len(sides) * len(names)
+        tell = part_of(progress or silent, "tokens: prompts", before=before, total=total)
         acts = [(amount, at.steps(c, SIDES[side])) for c, amount in strengths.items()]
 
         def run(batch: Batch, acts: Any = acts) -> list[list[Row]]:
@@ -150,7 +154,7 @@ def token_damage(
 
         with inference(model):
             batches = [(batch,) for batch in make_batches(model, of_side, batch_size)]
-            for (batch,), found in by_halves(batches, run):
+            for (batch,), found in by_halves(batches, run, progress=tell):
                 for row, of_prompt in zip(batch.rows, found, strict=True):
                     named = {
                         "prompt": names[row],
