@@ -207,6 +207,15 @@ def test_the_summary_of_circuits(tmp_path: Path) -> None:
     assert "random components" not in said
 
 
+def test_the_summary_of_a_geometry(tmp_path: Path) -> None:
+    """5 + 5 |cos|: 10 along the direction, 5 across it."""
+    said = sentences(WRITERS["geometry"](tmp_path / "run"))
+    assert said[1] == (
+        "In the plane of the direction, at layer 10 the boundary is found at 8 of 8 angles, from 5 "
+        "to 10 residual units away."
+    )
+
+
 # Tables
 
 
