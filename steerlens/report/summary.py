@@ -161,7 +161,7 @@ def _circuits(run: Run) -> list[str]:
     kept = [
         f"{row.test} {short(row.remaining)} ({short(row.ci_low)} to {short(row.ci_high)})"
         for row in _rows(claims)
-        if math.isfinite(row.remaining)
+        if math.isfinite(row.remaining) and row.test != "nothing"
     ]
     if kept:
         said.append(
