@@ -4,6 +4,7 @@ Run them with `pytest --doctest-modules steerlens`.
 """
 
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent
 @cache
 def _of_the_tests(name: str) -> Any:
     """A module of the tests under a name of its own: pytest has one `conftest` at a time."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))  # they import one another
     spec = importlib.util.spec_from_file_location(f"of_{name}", ROOT / "tests" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from steerlens.display import hook_label
 from steerlens.errors import PlotError
@@ -27,16 +28,24 @@ from steerlens.plots.marks import (
 from steerlens.processing import check_same, processing_of
 
 RESIDUAL = "residual units"
+TEXTS = ("hook_name", "pair", "method", "verdict", "component", "model", "writer", "reader")
+"""Columns of text; the others of a figure's tables are numbers."""
 NATS = "nats per token"
 
 
 def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
-    """Raise `PlotError` when a table lacks columns, or rows; `what` says which it should be."""
+    """Raise `PlotError` when a table lacks columns or rows, or has text where numbers belong.
+
+    `what` says which table it should be.
+    """
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise PlotError(f"expected {what}; this table has no column {', '.join(missing)}")
     if table.empty:
         raise PlotError(f"expected {what}; this table has no rows")
+    texts = [n for n in names if n not in TEXTS and not is_numeric_dtype(table[n])]
+    if texts:
+        raise PlotError(f"expected {what}; {', '.join(texts)} hold text, not numbers")
 
 
 def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
