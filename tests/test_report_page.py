@@ -205,6 +205,33 @@ def test_the_summary_of_circuits(tmp_path: Path) -> None:
     assert "mlp13: −1.75 logits by the estimate, −1.74 by exact" in said  # noqa: RUF001
     assert "attention values 0.12 (0.1 to 0.13)." in said
     assert "random components" not in said
+    assert "nothing" not in said
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["blocks.12.hook_resid_post"], "blocks.12.hook_resid_post"),
+        (
+            [f"blocks.{i}.hook_resid_post" for i in (0, 1, 2, 5, 7, 8)],
+            "block outputs (hook_resid_post) of layers 0–2, 5, 7, 8",  # noqa: RUF001
+        ),
+        (["hook_embed", "a", "b"], "hook_embed, a, b"),
+        (["blocks.0.hook_mlp_out"] * 3, ", ".join(["blocks.0.hook_mlp_out"] * 3)),
+    ],
+)
+def test_hooks_in_a_line(names: list[str], told: str, tmp_path: Path) -> None:
+    text = Outline(page_of(write_sweep(tmp_path / "run", hook_names=names))).text
+    assert f"hooks{told}fitted on" in text
+
+
+def test_the_summary_of_a_geometry(tmp_path: Path) -> None:
+    """5 + 5 |cos|: 10 along the direction, 5 across it."""
+    said = sentences(WRITERS["geometry"](tmp_path / "run"))
+    assert said[1] == (
+        "In the plane of the direction, at layer 10 the boundary is found at 8 of 8 angles, from 5 "
+        "to 10 residual units away."
+    )
 
 
 # Tables
