@@ -125,7 +125,7 @@ def test_the_last_token_with_padding_on_either_side(tiny: Any) -> None:
 def with_cache(model: Any, tokens: torch.Tensor, cache: Any = None) -> Any:
     """The KV cache after a pass, in the library's own kind: `cache` with these tokens added."""
     if IS_TL3:
-        from transformer_lens.cache import TransformerLensKeyValueCache
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         cache = cache or TransformerLensKeyValueCache.init_cache(model.cfg, "cpu", len(tokens))
         model(tokens, past_kv_cache=cache)
