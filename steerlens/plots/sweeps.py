@@ -28,7 +28,10 @@ from steerlens.plots.marks import (
 from steerlens.processing import check_same, processing_of
 
 RESIDUAL = "residual units"
-TEXTS = ("hook_name", "pair", "method", "verdict", "component", "model", "writer", "reader")
+TEXTS = (
+    *("hook_name", "readout_hook", "pair", "prompt", "side", "token", "raw_token"),
+    *("method", "verdict", "component", "model", "writer", "reader"),
+)
 """Columns of text; the others of a figure's tables are numbers."""
 NATS = "nats per token"
 
