@@ -63,7 +63,7 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests tutorials
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=900 tests tutorials
 	$(BIN)/python -m pytest --doctest-modules steerlens
 
 # The site, into build/site: without a network, warnings are errors.
