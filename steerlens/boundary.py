@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,7 @@ def find_boundary(
     n_bootstrap: int = 2000,
     seed: int = 0,
     batch_size: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> BoundaryResult:
     """The first coefficient of each sign beyond which the model exceeds its budget, at every hook.
@@ -132,6 +134,7 @@ def find_boundary(
     the baseline and the slope resampled too; as a resample is not searched again, their ends are
     right to about a fifth. `projection_at_boundary` is the projection of the cell at
     `boundary_pos`, on a line through c = 0 and the coefficient measured nearest to the boundary.
+    An `executor` runs the evaluations as in `sweep`, but for those of a rollout budget.
 
     Raises `SweepError` on a bad budget, range or number of resamples, on a text of a single token,
     and where a rollout budget meets steered positions other than "all"; `DirectionError` when a
@@ -174,7 +177,7 @@ def find_boundary(
     ]
     cost = Cost()
     tell = progress or silent
-    plan = _plan_pairs(model, tokenized, pushes, directions, settings, cost, tell)
+    plan = _plan_pairs(model, tokenized, pushes, directions, settings, cost, tell, executor)
     baseline, workload = plan.prepared.unsteered, plan.prepared.workload
     draws = {"n_bootstrap": settings.n_bootstrap, "seed": settings.seed}
     rows = {name: layer_row(name, baseline, directions[name], **draws) for name in hook_names}
@@ -321,6 +324,7 @@ def _plan_pairs(
     settings: BoundarySettings,
     cost: Cost,
     progress: Progress,
+    executor: Executor | None,
 ) -> Plan:
     """The pairs unsteered, at every hook and readout, and the hooks checked."""
     workload = make_workload(
@@ -341,6 +345,7 @@ def _plan_pairs(
         batch_size=settings.batch_size,
         cost=cost,
         progress=progress,
+        executor=executor,
     )
 
 

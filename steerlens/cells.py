@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steerlens import plain
 from steerlens.activations import is_out_of_memory, reading_hook, warn_of_memory
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.loss import mean_by_prompt
@@ -100,6 +101,36 @@ def fast_cells(
         for i, coefficient in enumerate(job.coefficients)
     ]
     return cells, Carried(positive, negative)
+
+
+def carry_past(model: HookedModel, prepared: Prepared, job: Job, carried: Carried) -> Carried:
+    """The residuals for the job after `job`, whose own cells are not run; not counted."""
+    cost = Cost()
+    with inference(model):
+        return Carried(
+            _carry(model, prepared.positive, carried.positive, job, cost),
+            _carry(model, prepared.negative, carried.negative, job, cost),
+        )
+
+
+def plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:
+    """The cells of `job` by the plain loop, whole forward passes. `cost` is added to."""
+    n_layers = int(model.cfg.n_layers)
+    for batch in workload.positive:
+        # A divergence takes the unsteered model's logits too.
+        cost.add(batch.tokens, n_layers * len(job.coefficients) * (1 + workload.with_kl))
+    for batch in workload.negative:
+        cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
+    return list(
+        plain.run_cells(
+            model,
+            workload,
+            hook_name=job.hook_name,
+            direction=job.direction,
+            coefficients=job.coefficients,
+            readout=job.readout,
+        )
+    )
 
 
 def _carry(

@@ -6,22 +6,23 @@ numbers of the model itself, the plain loop is used, with a warning.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from steerlens import plain
 from steerlens.activations import is_out_of_memory
-from steerlens.cells import Carried, Job, fast_cells
+from steerlens.cells import Carried, Job, fast_cells, plain_cells
 from steerlens.errors import SteerlensError
-from steerlens.hooks import hook_layer
 from steerlens.models import HookedModel
 from steerlens.parts import Prepared, prepare
 from steerlens.passes import n_skippable
 from steerlens.plain import Baseline, CellOutput, Cost, Workload
 from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch
+from steerlens.workers import Crew, gather, make_crew, new_key
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Plan:
     prepared: Prepared
     exact: frozenset[str]
     reuse_prefix: bool
+    crew: Crew | None = None
+    key: str = field(default_factory=new_key)
 
 
 def make_plan(
@@ -43,6 +46,7 @@ def make_plan(
     batch_size: int | None,
     cost: Cost,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Plan:
     """Prepare `workload` and check every job's hook, so that `run_cells` may resume after it.
 
@@ -52,11 +56,13 @@ def make_plan(
     that differs by more than 1e-4 (of a readout's norm, or nats; 4 times the rounding of a
     half-precision dtype) run by the plain loop, with a warning; so does the reuse of a prefix,
     which is given up for all hooks. `cost` is added to, the check included. `progress` is told of
-    the hooks checked.
+    the hooks checked. With an `executor` its workers run the cells; what is checked and what is
+    shared is run here. Raises as `workers.make_crew`.
     """
+    crew = None if executor is None else make_crew(executor, model)
     if not jobs:
         prepared = Prepared(workload, unsteered, (), (), batch_size)
-        return Plan(model, prepared, frozenset(), reuse_prefix=False)
+        return Plan(model, prepared, frozenset(), reuse_prefix=False, crew=crew)
     by_hook = {job.hook_name: job for job in reversed(jobs)}
     one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in jobs)]
     small = _check_workload(workload)
@@ -93,7 +99,7 @@ def make_plan(
         model, workload, unsteered, batch_size=batch_size, reuse_prefix=reuse_prefix, cost=cost
     )
     exact = frozenset(by_hook) - frozenset(reasons)
-    return Plan(model, prepared, exact, reuse_prefix=reuse_prefix)
+    return Plan(model, prepared, exact, reuse_prefix=reuse_prefix, crew=crew)
 
 
 def plan_for(plan: Plan, workload: Workload, unsteered: Baseline, *, cost: Cost) -> Plan:
@@ -106,7 +112,7 @@ def plan_for(plan: Plan, workload: Workload, unsteered: Baseline, *, cost: Cost)
         reuse_prefix=plan.reuse_prefix,
         cost=cost,
     )
-    return replace(plan, prepared=prepared)
+    return replace(plan, prepared=prepared, key=new_key())
 
 
 def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[CellOutput]]:
@@ -114,15 +120,43 @@ def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[C
 
     Jobs should come in layer order, as each one starts from where the last one stood. As many
     coefficients run at once as the plan's batch size, or the device, has room for; out of memory
-    halves that for the rest of the batch. `cost` is added to.
+    halves that for the rest of the batch. `cost` is added to. Raises as `finished_cells`.
     """
+    ready: dict[int, list[CellOutput]] = {}
+    n_given = 0
+    for i, cells in finished_cells(plan, jobs, cost=cost):
+        ready[i] = cells
+        while n_given in ready:
+            yield ready.pop(n_given)
+            n_given += 1
+
+
+def finished_cells(
+    plan: Plan, jobs: Sequence[Job], *, cost: Cost
+) -> Iterator[tuple[int, list[CellOutput]]]:
+    """(index of a job, its cells) as they are finished: in order unless workers run them.
+
+    Raises as `workers.gather` where they do.
+    """
+    if plan.crew is not None:
+        yield from gather(
+            plan.crew,
+            plan.prepared,
+            jobs,
+            key=plan.key,
+            exact=plan.exact,
+            reuse_prefix=plan.reuse_prefix,
+            n_layers=int(plan.model.cfg.n_layers),
+            cost=cost,
+        )
+        return
     carried = Carried.at_start(plan.prepared)
-    for job in jobs:
+    for i, job in enumerate(jobs):
         if job.hook_name in plan.exact:
             cells, carried = fast_cells(plan.model, plan.prepared, job, carried, cost)
-            yield cells
+            yield i, cells
         else:
-            yield _plain_cells(plan.model, plan.prepared.workload, job, cost)
+            yield i, plain_cells(plan.model, plan.prepared.workload, job, cost)
 
 
 def _check_workload(workload: Workload) -> Workload:
@@ -157,7 +191,7 @@ def _reasons(
         expected = [unsteered.cell(job.readout)]
         if i == 0:
             smallest = replace(job, coefficients=(min(job.coefficients, key=abs),))
-            expected += _plain_cells(model, workload, smallest, cost)
+            expected += plain_cells(model, workload, smallest, cost)
         at = replace(job, coefficients=tuple(cell.coefficient for cell in expected))
         try:
             if prepared is None:
@@ -211,22 +245,3 @@ def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
     shortest = first.row(0)
     is_one = first is last and len(first.prompts) == 1
     return (shortest,) if is_one else (shortest, last.row(len(last.prompts) - 1))
-
-
-def _plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:
-    n_layers = int(model.cfg.n_layers)
-    for batch in workload.positive:
-        # A divergence takes the unsteered model's logits too.
-        cost.add(batch.tokens, n_layers * len(job.coefficients) * (1 + workload.with_kl))
-    for batch in workload.negative:
-        cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
-    return list(
-        plain.run_cells(
-            model,
-            workload,
-            hook_name=job.hook_name,
-            direction=job.direction,
-            coefficients=job.coefficients,
-            readout=job.readout,
-        )
-    )

@@ -33,6 +33,10 @@ class SweepError(SteerlensError):
     """A sweep was asked for with settings that have no meaning."""
 
 
+class WorkerError(SteerlensError):
+    """Cells cannot be given to an executor, or what ran them there failed or has another model."""
+
+
 class OutputError(SteerlensError):
     """An output folder cannot be written without losing what is there."""
 

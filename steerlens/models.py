@@ -76,6 +76,9 @@ class Provenance:
 _recorded: "weakref.WeakKeyDictionary[Any, tuple[str, str, str, str]]" = weakref.WeakKeyDictionary()
 
 
+_loaded_with: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKeyDictionary()
+
+
 def load_model(
     name: str = DEFAULT_MODEL,
     *,
@@ -147,7 +150,29 @@ def load_model(
         commit = getattr(getattr(wrapped, "config", None), "_commit_hash", None)
         source = (source[0], commit or source[1], source[2])
     _recorded[model] = (name, *source)
+    _loaded_with[model] = {
+        "name": name,
+        "device": None if device is None else torch.device(device).type,
+        "device_map": device_map,
+        "dtype": dtype,
+        "quantization": quantization,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
     return model
+
+
+def load_arguments(model: HookedModel) -> dict[str, Any]:
+    """The arguments with which `load_model` gives this model again, in another process.
+
+    Of the device the kind alone. Raises `ModelError` when the model was not made by `load_model`.
+    """
+    if model not in _loaded_with:
+        raise ModelError(
+            f"expected a model that load_model gave, so that workers can load it too, got a "
+            f"{type(model).__name__} made elsewhere; save it to a folder and load that"
+        )
+    return _loaded_with[model]
 
 
 def provenance(model: HookedModel) -> Provenance:

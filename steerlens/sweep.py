@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,6 +98,7 @@ def sweep(
     seed: int = 0,
     batch_size: int | None = None,
     nulls: Mapping[str, Sequence[Directions]] | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Measure projection against logprob degradation at every hook and coefficient.
@@ -113,13 +115,17 @@ def sweep(
     `layers` (see `resolve_hooks`) defaults to the hooks the directions were fitted for. `budget`
     says what `coherent` means (see `Budget`). Intervals are 95% bootstrap intervals over pairs.
     With `nulls` (see `null_directions`) every cell is run along each of them too, at the same
-    coefficient and read along the same direction, and gets a null band, a p-value (see `null_band`)
-    and a q-value over all cells with a coefficient that is not 0; that costs as many sweeps again.
-    A cell whose numbers overflow is a row of NaN, not coherent, with a warning. Raises `SweepError`
-    on coefficients that are not finite, `DirectionError` when a hook or its readout has no
-    direction, `ProcessingError` when they were fitted on a model with other weight processing,
-    `SweepError` on a bad budget or number of resamples, `HookError` on an unknown hook, and as
-    `tokenize_pairs`, `make_workload` and `run_baseline` do.
+    coefficient and read along the same direction, and gets a null band, a p-value (see
+    `null_band`) and a q-value over all cells with a coefficient that is not 0; that costs as
+    many sweeps again. With an `executor` (`ProcessPoolExecutor` with the "spawn" context, a
+    Dask client's `get_executor()`, any other) its workers run the cells; each loads the model
+    once, so it has to come from `load_model`. The tables are the same bytes where device,
+    versions and number of threads are. A cell whose numbers overflow is a row of NaN, not
+    coherent, with a warning. Raises `SweepError` on coefficients that are not finite,
+    `DirectionError` when a hook or its readout has no direction, `ProcessingError` when they
+    were fitted on a model with other weight processing, `SweepError` on a bad budget or number
+    of resamples, `HookError` on an unknown hook, and as `tokenize_pairs`, `make_workload` and
+    `run_baseline` do.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
@@ -165,7 +171,14 @@ def sweep(
         Job(name, of[name], pushes, readouts[name]) for name in hook_names for of in along if pushes
     ]
     plan = make_plan(
-        model, workload, baseline, jobs, batch_size=batch_size, cost=cost, progress=tell
+        model,
+        workload,
+        baseline,
+        jobs,
+        batch_size=batch_size,
+        cost=cost,
+        progress=tell,
+        executor=executor,
     )
     steered = run_cells(plan, jobs, cost=cost)
     tell("cells", done, n_cells)

@@ -3,6 +3,7 @@
 import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -106,6 +107,7 @@ def compare(
     n_bootstrap: int = 2000,
     seed: int = 0,
     batch_size: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare methods at equal damage: fitted on `pairs`, measured on held-out `items`.
@@ -119,13 +121,14 @@ def compare(
     1/2 times the coefficient, for slope, Spearman correlation and monotone share of every item.
 
     `n_null` random and as many shuffled vectors at every hook, each at its own coefficient for the
-    same budget, give the null band and p-value (`null_band`); `p_holm` corrects over the layers of
-    a method, `q_value` over all rows. A row is an "effect" ("reversed" when negative) only outside
-    the band and with `p_holm` below 0.05; a p-value from so few nulls rests on their being normal.
-    The layer is chosen by the effect on `train_items`, never on `items`; methods trained on
-    continuations are trained on `train_items` too, so their choice of layer is in-sample.
-    `off_target` are items of other concepts. The baseline "prompt" writes the pairs' positive
-    system messages into the items' prompts, where both are chats.
+    same budget, give the null band and p-value (`null_band`); `p_holm` corrects over the layers
+    of a method, `q_value` over all rows. A row is an "effect" ("reversed" when negative) only
+    outside the band and with `p_holm` below 0.05; a p-value from so few nulls rests on their
+    being normal. The layer is chosen by the effect on `train_items`, never on `items`; methods
+    trained on continuations are trained on `train_items` too, so their choice of layer is
+    in-sample. `off_target` are items of other concepts. The baseline "prompt" writes the pairs'
+    positive system messages into the items' prompts, where both are chats. An `executor` runs
+    the cells as in `sweep`; directions are fitted here.
 
     Raises `DirectionError` on an unknown method, `SweepError` on a budget, number or set of texts
     that cannot be used, `PairError` when training and held-out items share a prompt, and as
@@ -195,7 +198,7 @@ def compare(
     subjects = Subjects(
         differences.hook_names, fitted, null_directions(differences, n=n_null, seed=settings.seed)
     )
-    run = Runner(model, settings, Cost())
+    run = Runner(model, settings, Cost(), executor)
     found = _find(
         run,
         subjects,

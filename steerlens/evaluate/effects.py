@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,17 +45,18 @@ def preference_gaps(
     *,
     batch_size: int | None,
     cost: Cost,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> tuple[Float[np.ndarray, " item"], list[Float[np.ndarray, "coefficient item"]]]:
     """Preference gaps, unsteered and for every job at its coefficients, item by item.
 
     gap = logprob(positive continuation) - logprob(negative continuation), each the mean over its
     own tokens after the same prompt (nats per token), both steered alike at every
-    token. `cost` is added to, `progress` told of the cells.
+    token. `cost` is added to, `progress` told of the cells; an `executor` runs them, if given.
     """
     positive, negative = tokenize_items(model, items)
     workload = _workload(model, (*positive, *negative), batch_size)
-    baseline, cells = _cells(model, workload, jobs, batch_size, cost, progress)
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost, executor, progress)
     return _gap(baseline), [np.stack([_gap(cell.logprob) for cell in of_job]) for of_job in cells]
 
 
@@ -87,14 +89,15 @@ def damages(
     *,
     batch_size: int | None,
     cost: Cost,
+    executor: Executor | None = None,
     progress: Progress = silent,
 ) -> list[list[Damage]]:
     """The damage on `texts` of every job at each of its coefficients.
 
-    `cost` is added to, `progress` told of the cells.
+    `cost` is added to, `progress` told of the cells; an `executor` runs them, if given.
     """
     workload = _workload(model, texts, batch_size, with_kl=True)
-    baseline, cells = _cells(model, workload, jobs, batch_size, cost, progress)
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost, executor, progress)
 
     def damage(cell: CellOutput) -> Damage:
         if cell.kl is None:
@@ -165,6 +168,7 @@ def _cells(
     jobs: Sequence[Job],
     batch_size: int | None,
     cost: Cost,
+    executor: Executor | None,
     progress: Progress,
 ) -> tuple[Float[Tensor, " prompt"], list[list[CellOutput]]]:
     """Unsteered logprobs, and the cells of every job, which may come in any order."""
@@ -173,7 +177,9 @@ def _cells(
     )
     order = sorted(range(len(jobs)), key=lambda i: jobs[i].first_block)
     in_order = [jobs[i] for i in order]
-    plan = make_plan(model, workload, baseline, in_order, batch_size=batch_size, cost=cost)
+    plan = make_plan(
+        model, workload, baseline, in_order, batch_size=batch_size, cost=cost, executor=executor
+    )
     found: dict[int, list[CellOutput]] = {}
     done, n_cells = 0, sum(len(job.coefficients) for job in jobs)
     progress("cells", done, n_cells)

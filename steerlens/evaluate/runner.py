@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,7 @@ class Runner:
     model: HookedModel
     settings: CompareSettings
     cost: Cost
+    executor: Executor | None = None
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -144,6 +146,7 @@ class Runner:
             batch_size=settings.batch_size,
             cost=self.cost,
             progress=progress,
+            executor=self.executor,
         )
         found = find_boundaries(
             plan,
@@ -174,7 +177,7 @@ class Runner:
         if jobs:
             tell = part_of(progress, "effects: cells")
             unsteered, gaps = preference_gaps(
-                self.model, items, jobs, **self._options, progress=tell
+                self.model, items, jobs, executor=self.executor, **self._options, progress=tell
             )
             for key, job, found in zip(usable, jobs, gaps, strict=True):
                 measured[key] = Measured(np.array(job.coefficients), found - unsteered)
@@ -193,7 +196,9 @@ class Runner:
         if not jobs:
             return {}
         tell = part_of(progress, "damage: cells")
-        found = damages(self.model, texts, jobs, **self._options, progress=tell)
+        found = damages(
+            self.model, texts, jobs, executor=self.executor, **self._options, progress=tell
+        )
         return {key: of_job[0] for key, of_job in zip(usable, found, strict=True)}
 
     def mean_effects(
@@ -209,7 +214,9 @@ class Runner:
         if not jobs:
             return {}
         tell = part_of(progress, f"effects on {items.name}: cells")
-        unsteered, gaps = preference_gaps(self.model, items, jobs, **self._options, progress=tell)
+        unsteered, gaps = preference_gaps(
+            self.model, items, jobs, executor=self.executor, **self._options, progress=tell
+        )
         return {
             key: float((found[0] - unsteered).mean())
             for key, found in zip(usable, gaps, strict=True)

@@ -1,0 +1,338 @@
+"""Cells on the workers of an executor: how they are cut into tasks, sent, run and gathered.
+
+A worker loads the model once and keeps it. What it needs of the unsteered model it computes
+itself, but for the baseline, which comes with the task.
+"""
+
+import pickle
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Executor, Future, as_completed
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from steerlens.cells import Carried, Job, carry_past, fast_cells, plain_cells
+from steerlens.errors import SteerlensError, WorkerError
+from steerlens.models import HookedModel, load_arguments, load_model, provenance
+from steerlens.parts import Prepared, prepare
+from steerlens.plain import Baseline, CellOutput, Cost, Workload, run_baseline
+from steerlens.tokens import Batch
+
+REPEATED = 0.1
+"""The unsteered blocks that tasks repeat, at most, as a share of the blocks of all cells."""
+
+MIN_TASKS = 4
+"""Tasks are not fewer for that, so that several workers have something to do."""
+
+
+@dataclass(frozen=True)
+class Crew:
+    """An executor, and how its workers get the model: with `load_model`, to this provenance."""
+
+    executor: Executor
+    arguments: dict[str, Any]
+    provenance: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Some jobs in layer order on one workload, for a worker.
+
+    `key` names the workload, which a worker prepares once; `exact` are the hooks it may resume
+    after.
+    """
+
+    key: str
+    arguments: dict[str, Any]
+    provenance: dict[str, str]
+    workload: Workload
+    unsteered: Baseline
+    batch_size: int | None
+    reuse_prefix: bool
+    exact: frozenset[str]
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The cells of a task's jobs, the block-evaluations they took, and the warnings given.
+
+    Not counted is what other tasks do too: the unsteered blocks before the first job.
+    """
+
+    cells: tuple[list[CellOutput], ...]
+    blocks: int
+    warnings: tuple[str, ...]
+
+
+def make_crew(executor: Executor, model: HookedModel) -> Crew:
+    """See that the executor's workers can load the model and run it.
+
+    Raises `ModelError` for a model not made by `load_model`, and `WorkerError` for what is no
+    executor, and for a pool of forked processes: after a fork PyTorch's threads may wait for ever.
+    """
+    given: Any = executor
+    if not isinstance(given, Executor):
+        raise WorkerError(
+            f"expected a concurrent.futures.Executor, got {type(given).__name__}; of a Dask client "
+            "that is client.get_executor()"
+        )
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        raise WorkerError(
+            "processes that are forked cannot run PyTorch safely; expected ProcessPoolExecutor("
+            "n, mp_context=multiprocessing.get_context('spawn'))"
+        )
+    return Crew(executor, dict(load_arguments(model)), provenance(model).to_dict())
+
+
+def new_key() -> str:
+    """A name for a prepared workload that no other has."""
+    return uuid.uuid4().hex
+
+
+def cut(jobs: Sequence[Job], n_layers: int) -> list[range]:
+    """Runs of jobs that cost about the same, early layers more than late ones.
+
+    A job costs the blocks from its hook to the end at every coefficient; a task repeats the blocks
+    before its first one. There are as many tasks as keep what is repeated within `REPEATED` of what
+    the cells cost, and at least `MIN_TASKS`, if there are as many jobs.
+    """
+    costs = [max(1, n_layers - job.first_block) * len(job.coefficients) for job in jobs]
+    for n_tasks in range(len(jobs), 0, -1):
+        runs = _even_runs(costs, n_tasks)
+        repeated = sum(jobs[run[0]].first_block for run in runs[1:])
+        if repeated <= REPEATED * sum(costs) or n_tasks <= MIN_TASKS:
+            return runs
+    return []
+
+
+def _even_runs(costs: Sequence[int], n_runs: int) -> list[range]:
+    """At most `n_runs` runs, each ended by the job that fills its share of what is left."""
+    runs: list[range] = []
+    start, spent, left = 0, 0, sum(costs)
+    for i, cost in enumerate(costs):
+        spent += cost
+        if spent * (n_runs - len(runs)) >= left or i == len(costs) - 1:
+            runs.append(range(start, i + 1))
+            start, spent, left = i + 1, 0, left - spent
+    return runs
+
+
+def gather(
+    crew: Crew,
+    prepared: Prepared,
+    jobs: Sequence[Job],
+    *,
+    key: str,
+    exact: frozenset[str],
+    reuse_prefix: bool,
+    n_layers: int,
+    cost: Cost,
+) -> Iterator[tuple[int, list[CellOutput]]]:
+    """(index of a job, its cells) as the workers finish them, in any order.
+
+    `cost` grows by what one process would have spent. When a task fails those that have begun are
+    waited for, and given too, before its error is raised: a `SteerlensError` as it was, another
+    as `WorkerError`. When the caller stops, tasks that have not begun are dropped.
+    """
+    runs = cut(jobs, n_layers)
+    tasks = [
+        Task(
+            key=key,
+            arguments=crew.arguments,
+            provenance=crew.provenance,
+            workload=_on(prepared.workload, torch.device("cpu")),
+            unsteered=_at(prepared.unsteered, [jobs[i].readout for i in run]),
+            batch_size=prepared.batch_size,
+            reuse_prefix=reuse_prefix,
+            exact=exact,
+            jobs=tuple(_to_cpu(jobs[i]) for i in run),
+        )
+        for run in runs
+    ]
+    _count_carried(prepared, [[jobs[i] for i in run] for run in runs], exact, cost)
+    futures = {
+        # As bytes: pools of processes would pass tensors as open files, of which there are few.
+        crew.executor.submit(run_task, pickle.dumps(task)): run
+        for task, run in zip(tasks, runs, strict=True)
+    }
+    failed: BaseException | None = None
+    try:
+        for future in as_completed(futures):
+            try:
+                answer: Answer = pickle.loads(future.result())
+            except CancelledError:
+                continue
+            except Exception as error:  # of the worker, of the network between, of the scheduler
+                failed = failed or error
+                _cancel(futures)
+                continue
+            cost.blocks += answer.blocks
+            for text in answer.warnings:
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
+            yield from zip(futures[future], answer.cells, strict=True)
+    finally:
+        _cancel(futures)
+    if isinstance(failed, SteerlensError):
+        raise failed
+    if failed is not None:
+        raise WorkerError(
+            f"a worker failed ({type(failed).__name__}: {failed}); see its log. What the others "
+            "finished is kept where the run has a folder"
+        ) from failed
+
+
+_turn = threading.Lock()
+_models: dict[str, Any] = {}
+_prepared: dict[str, Prepared] = {}
+
+
+def run_task(pickled: bytes) -> bytes:
+    """The pickled `Answer` to a `Task`, on this worker's own model; called by the executor.
+
+    Threads of one process take turns. Raises `WorkerError` when the model that the worker loads is
+    not the one that was measured unsteered.
+    """
+    task: Task = pickle.loads(pickled)
+    with _turn, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        model = _model_of(task)
+        prepared = replace(_prepared_of(task, model), unsteered=task.unsteered)
+        cost, carried = Cost(), Carried.at_start(prepared)
+        first = next((job for job in task.jobs if job.hook_name in task.exact), None)
+        if first is not None:
+            carried = carry_past(model, prepared, first, carried)
+        cells = []
+        for job in task.jobs:
+            here = replace(job, direction=job.direction.to(model.cfg.device))
+            if job.hook_name in task.exact:
+                found, carried = fast_cells(model, prepared, here, carried, cost)
+            else:
+                found = plain_cells(model, prepared.workload, here, cost)
+            cells.append([_alone(cell) for cell in found])
+    told = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    return pickle.dumps(Answer(tuple(cells), cost.blocks, tuple(dict.fromkeys(told))))
+
+
+def _model_of(task: Task) -> Any:
+    key = repr(sorted(task.arguments.items(), key=str))
+    if key not in _models:
+        _models.clear()  # before the next one is loaded: there may be no room for two
+        _prepared.clear()
+        model = load_model(**task.arguments, progress=False)
+        here = provenance(model).to_dict()
+        other = [
+            f"{name} {here[name]} (expected {value})"
+            for name, value in task.provenance.items()
+            if here[name] != value
+        ]
+        if other:
+            raise WorkerError(
+                f"this worker has another model or other versions: {', '.join(other)}; install "
+                "on every worker what the run was started with"
+            )
+        _models[key] = model
+    return _models[key]
+
+
+def _prepared_of(task: Task, model: Any) -> Prepared:
+    if task.key not in _prepared:
+        while len(_prepared) > 1:  # a search goes to and fro between two
+            del _prepared[next(iter(_prepared))]
+        workload = _on(task.workload, torch.device(model.cfg.device))
+        _check_same_model(model, workload, task.unsteered)
+        _prepared[task.key] = prepare(
+            model,
+            workload,
+            task.unsteered,
+            batch_size=task.batch_size,
+            reuse_prefix=task.reuse_prefix,
+            cost=Cost(),
+        )
+    return _prepared[task.key]
+
+
+def _check_same_model(model: Any, workload: Workload, unsteered: Baseline) -> None:
+    """Raise `WorkerError` unless the first batch's labels have the logprobs that came with it.
+
+    A model that was changed after it was loaded, by hooks or in its weights, shows here.
+    """
+    batches = workload.positive[:1]
+    if not batches:
+        return
+    row = batches[0].rows[0]
+    one = replace(workload, positive=(replace(batches[0].row(0), rows=(0,)),), negative=())
+    found = run_baseline(model, one, unsteered.hook_names[:1], cost=Cost()).logprob[0]
+    gap = abs(float(found) - float(unsteered.logprob[row]))
+    allowed = max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps)
+    if not gap <= allowed:
+        raise WorkerError(
+            f"the model of this worker gives the {batches[0].prompts[0].where} a logprob that is "
+            f"off by {gap:.2g} nats (expected at most {allowed:.2g}): was the model changed after "
+            "load_model, by hooks or in its weights? Save the changed model and load that"
+        )
+
+
+def _count_carried(
+    prepared: Prepared, runs: Sequence[Sequence[Job]], exact: frozenset[str], cost: Cost
+) -> None:
+    """Add the unsteered blocks between one task and the next, which each answer leaves out."""
+    stands = 0
+    for run in runs:
+        blocks = [job.first_block for job in run if job.hook_name in exact]
+        if blocks:
+            for part in (*prepared.positive, *prepared.negative):
+                cost.add(part.batch.tokens, blocks[0] - stands)
+            stands = blocks[-1]
+
+
+def _on(workload: Workload, device: torch.device) -> Workload:
+    return replace(
+        workload,
+        positive=tuple(_batch_on(batch, device) for batch in workload.positive),
+        negative=tuple(_batch_on(batch, device) for batch in workload.negative),
+    )
+
+
+def _batch_on(batch: Batch, device: torch.device) -> Batch:
+    return replace(
+        batch, tokens=batch.tokens.to(device), attention_mask=batch.attention_mask.to(device)
+    )
+
+
+def _at(unsteered: Baseline, readouts: Sequence[str]) -> Baseline:
+    """The baseline at some readouts, so that no more is sent than is read."""
+    names = tuple(dict.fromkeys(readouts))
+    rows = torch.tensor([unsteered.hook_names.index(name) for name in names])
+    return replace(
+        unsteered,
+        hook_names=names,
+        positive=unsteered.positive[rows],
+        negative=unsteered.negative[rows],
+    )
+
+
+def _alone(cell: CellOutput) -> CellOutput:
+    """The cell without the tensors that its own are views of: they would be sent along."""
+    return replace(
+        cell,
+        positive=cell.positive.clone(),
+        negative=cell.negative.clone(),
+        logprob=cell.logprob.clone(),
+        kl=None if cell.kl is None else cell.kl.clone(),
+    )
+
+
+def _to_cpu(job: Job) -> Job:
+    # A view would take the tensor that it looks at along.
+    return replace(job, direction=job.direction.detach().cpu().clone())
+
+
+def _cancel(futures: "dict[Future[bytes], range]") -> None:
+    for future in futures:
+        future.cancel()
