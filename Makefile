@@ -62,9 +62,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Two workers of one thread each; a notebook has both cores.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=900 tests tutorials
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 	$(BIN)/python -m pytest --doctest-modules steerlens
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 tutorials
 
 # The site, into build/site: without a network, warnings are errors.
 docs: $(STAMP)
