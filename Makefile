@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench docs test test-llamacpp test-tl3 lint types unit install clean
+.PHONY: demo bench docs models-table test test-llamacpp test-tl3 lint types unit install clean
 
 install: $(STAMP)
 
@@ -67,6 +67,10 @@ unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 	$(BIN)/python -m pytest --doctest-modules steerlens
 	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 tutorials
+
+# What works on which architecture, found by running it, into docs/models.md.
+models-table: $(STAMP)
+	$(BIN)/python tests/models_table.py
 
 # The site, into build/site: without a network, warnings are errors.
 docs: $(STAMP)

@@ -90,6 +90,7 @@ IS_TL3 = version("transformer-lens").startswith("3.")
 collect_ignore = [] if IS_TL3 else ["tl3"]  # which `make test-tl3` runs
 ATTN_OUT = "hook_attn_out" if IS_TL3 else "attn.hook_out"
 """Where a block's attention is written, inside the block."""
+FINAL_NORM = "ln_final.hook_normalized" if IS_TL3 else "ln_final.hook_out"
 
 needs_bridge = pytest.mark.skipif(IS_TL3, reason="of a TransformerBridge alone")
 

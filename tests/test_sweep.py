@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from bare import cell
-from conftest import ATTN_OUT, bridge, build_gpt2, build_llama
+from conftest import ATTN_OUT, bridge, build_gpt2, build_llama, needs_bridge
 
 import steerlens as sl
 from steerlens.activations import Differences
@@ -477,6 +477,7 @@ def test_measure_layers_equals_the_sweeps_layer_table(
     pd.testing.assert_frame_equal(alone, swept)
 
 
+@needs_bridge  # version 3 has no dropout
 def test_model_in_training_mode_is_measured_without_dropout(pairs: sl.ContrastivePairs) -> None:
     hf_model = build_gpt2()
     model = bridge(hf_model)
