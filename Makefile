@@ -44,13 +44,13 @@ TL3 := build/tl3
 TL3_TESTS := activations boundary directions engine hooks loss positions processing steering sweep
 test-tl3: $(STAMP) $(TL3)/.installed
 	$(BIN)/python tests/tl3/tables.py $(TL3)/tables
-	STEERLENS_BRIDGE_TABLES=$(TL3)/tables $(TL3)/bin/python -m pytest \
-		$(TL3_TESTS:%=tests/test_%.py) tests/tl3
+	OMP_NUM_THREADS=1 STEERLENS_BRIDGE_TABLES=$(TL3)/tables $(TL3)/bin/python -m pytest \
+		-n 2 --dist loadfile $(TL3_TESTS:%=tests/test_%.py) tests/tl3
 
 $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 	test -x $(TL3)/bin/python || $(PYTHON) -m venv $(TL3)
 	$(TL3)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c tests/tl3/constraints.txt -e . beartype hypothesis pytest
+		-c tests/tl3/constraints.txt -e . beartype hypothesis pytest pytest-xdist
 	touch $(TL3)/.installed
 
 test: lint types unit
@@ -62,9 +62,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+# Two workers of one thread each; a notebook has both cores.
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=900 tests tutorials
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
 	$(BIN)/python -m pytest --doctest-modules steerlens
+	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 tutorials
 
 # What works on which architecture, found by running it, into docs/models.md.
 models-table: $(STAMP)
