@@ -69,17 +69,16 @@ class Answer:
     warnings: tuple[str, ...]
 
 
-def make_crew(executor: Executor, model: HookedModel) -> Crew:
+def make_crew(executor: object, model: HookedModel) -> Crew:
     """See that the executor's workers can load the model and run it.
 
     Raises `ModelError` for a model not made by `load_model`, and `WorkerError` for what is no
     executor, and for a pool of forked processes: after a fork PyTorch's threads may wait for ever.
     """
-    given: Any = executor
-    if not isinstance(given, Executor):
+    if not isinstance(executor, Executor):
         raise WorkerError(
-            f"expected a concurrent.futures.Executor, got {type(given).__name__}; of a Dask client "
-            "that is client.get_executor()"
+            f"expected a concurrent.futures.Executor, got {type(executor).__name__}; of a Dask "
+            "client that is client.get_executor()"
         )
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
@@ -156,13 +155,16 @@ def gather(
         for run in runs
     ]
     _count_carried(prepared, [[jobs[i] for i in run] for run in runs], exact, cost)
-    futures = {
-        # As bytes: pools of processes would pass tensors as open files, of which there are few.
-        crew.executor.submit(run_task, pickle.dumps(task)): run
-        for task, run in zip(tasks, runs, strict=True)
-    }
-    failed: BaseException | None = None
+    futures: dict[Future[bytes], range] = {}
+    failed: Exception | None = None
     try:
+        try:
+            for task, run in zip(tasks, runs, strict=True):
+                # As bytes: pools of processes would pass tensors as open files, which are few.
+                futures[crew.executor.submit(run_task, pickle.dumps(task))] = run
+        except Exception as error:  # of a pool that is broken or shut
+            failed = error
+            _cancel(futures)
         for future in as_completed(futures):
             try:
                 answer: Answer = pickle.loads(future.result())
@@ -333,6 +335,6 @@ def _to_cpu(job: Job) -> Job:
     return replace(job, direction=job.direction.detach().cpu().clone())
 
 
-def _cancel(futures: "dict[Future[bytes], range]") -> None:
+def _cancel(futures: dict[Future[bytes], range]) -> None:
     for future in futures:
         future.cancel()

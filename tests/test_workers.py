@@ -1,0 +1,343 @@
+"""Cells on an executor's workers: the serial run's numbers, whatever happens to the workers."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from conftest import build_llama, build_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+import steerlens as sl
+from steerlens import workers
+from steerlens.cells import Job
+from steerlens.errors import ModelError, WorkerError
+from steerlens.hooks import resid_post
+from steerlens.workers import MIN_TASKS, REPEATED, cut
+
+COEFFICIENTS = [-3.0, 0.0, 0.5, 4.0]
+
+
+class Inline(Executor):
+    """Runs a task when it is submitted; what `spoil` raises is the task's error."""
+
+    def __init__(self, spoil: Callable[[int], None] = lambda n: None) -> None:
+        self.n_run = 0
+        self._spoil = spoil
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.n_run += 1
+        try:
+            self._spoil(self.n_run)
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    build_llama().save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Any:
+    return sl.load_model(str(folder), device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def fitted(model: Any, pairs: sl.ContrastivePairs) -> sl.Directions:
+    return sl.fit_directions(sl.collect_differences(model, pairs))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        2, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as executor:
+        yield executor
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """What tasks that ran in this process keep."""
+    yield
+    workers._models.clear()
+    workers._prepared.clear()
+
+
+def swept(model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, **options: Any) -> Any:
+    return sl.sweep(model, pairs, fitted, coefficients=COEFFICIENTS, n_bootstrap=50, **options)
+
+
+def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
+    """To the bit, and the same attrs."""
+    assert found.to_csv() == expected.to_csv()
+    assert found.attrs == expected.attrs
+
+
+# Cutting
+
+
+def jobs_at(*layers: int, n_coefficients: int = 4) -> list[Job]:
+    coefficients = tuple(map(float, range(1, n_coefficients + 1)))
+    return [Job(resid_post(i), torch.ones(2), coefficients, resid_post(i)) for i in layers]
+
+
+def test_cut_by_hand() -> None:
+    """Five blocks: after block i, 4 - i are left (1 at the last, where only labels are read)."""
+    # 16 + 12 + 8 + 4 + 4 = 44: a quarter each, of what is left.
+    assert cut(jobs_at(0, 1, 2, 3, 4), 5) == [
+        range(0, 1),
+        range(1, 2),
+        range(2, 3),
+        range(3, 5),
+    ]
+    # With 40 coefficients what is repeated (2 + 3 + 4 + 5 of 440) is below a tenth: one job a task.
+    assert len(cut(jobs_at(0, 1, 2, 3, 4, n_coefficients=40), 5)) == 5
+    assert cut([], 5) == []
+    assert cut(jobs_at(2), 5) == [range(0, 1)]
+
+
+@given(
+    layers=st.lists(st.integers(0, 29), min_size=1, max_size=60).map(sorted),
+    n_coefficients=st.integers(1, 50),
+)
+def test_every_job_is_in_one_task(layers: list[int], n_coefficients: int) -> None:
+    jobs = jobs_at(*layers, n_coefficients=n_coefficients)
+    runs = cut(jobs, 30)
+    assert [i for run in runs for i in run] == list(range(len(jobs)))
+    assert all(runs)
+    repeated = sum(jobs[run[0]].first_block for run in runs[1:])
+    cells = sum(max(1, 30 - job.first_block) * n_coefficients for job in jobs)
+    assert repeated <= REPEATED * cells or len(runs) <= MIN_TASKS
+
+
+# The serial run's numbers
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_a_sweep_in_processes_has_the_same_bytes(
+    model: Any,
+    pairs: sl.ContrastivePairs,
+    fitted: sl.Directions,
+    pool: ProcessPoolExecutor,
+    positions: Any,
+) -> None:
+    differences = sl.collect_differences(model, pairs)
+    options: dict[str, Any] = {"steered_positions": positions}
+    if positions == "all":
+        options["nulls"] = sl.null_directions(differences, n=2, seed=1)
+    else:
+        pairs = sl.ContrastivePairs.from_lists(
+            [pair.positive for pair in pairs],
+            [pair.negative for pair in pairs],
+            ["warm and good", "so cold", "bad", "rain", "a good day", "so", "kind", "by"],
+        )
+    expected = swept(model, pairs, fitted, **options)
+    found = swept(model, pairs, fitted, **options, executor=pool)
+    for name in ("table", "layers", "points"):
+        assert_same(getattr(found, name), getattr(expected, name))
+    assert found.table.projection.nunique() > 10
+
+
+@pytest.mark.parametrize("budget", ["relative=0.02", "kl=0.05"])
+def test_a_boundary_in_processes_has_the_same_bytes(
+    model: Any,
+    pairs: sl.ContrastivePairs,
+    fitted: sl.Directions,
+    pool: ProcessPoolExecutor,
+    budget: str,
+) -> None:
+    options: dict[str, Any] = {"budget": budget, "n_bootstrap": 50}
+    expected = sl.find_boundary(model, pairs, fitted, **options)
+    found = sl.find_boundary(model, pairs, fitted, **options, executor=pool)
+    assert_same(found.layers, expected.layers)
+    assert_same(found.curves, expected.curves)
+
+
+def test_a_comparison_in_processes_has_the_same_bytes(
+    model: Any, pairs: sl.ContrastivePairs, pool: ProcessPoolExecutor
+) -> None:
+    items = sl.PreferenceItems(
+        (
+            sl.PreferenceItem("you felt", "warm and good", "so cold", "1"),
+            sl.PreferenceItem("the river was", "good", "cold", "2"),
+            sl.PreferenceItem("I said it was", "kind", "very bad", "3"),
+        ),
+        "feelings",
+    )
+    options: dict[str, Any] = {
+        "methods": ["mean_diff"],
+        "layers": [1, 2],
+        "neutral": ["the river was so cold", "it was warm", "I felt the rain", "what a night"],
+        "n_null": 2,
+        "n_bootstrap": 50,
+    }
+    expected = sl.compare(model, pairs, items, **options)
+    found = sl.compare(model, pairs, items, **options, executor=pool)
+    assert_same(found.table, expected.table)
+
+
+def test_threads_take_turns_and_give_the_same_bytes(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    with ThreadPoolExecutor(3) as executor:
+        found = swept(model, pairs, fitted, executor=executor)
+    assert_same(found.table, swept(model, pairs, fitted).table)
+
+
+def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(
+    model: Any,
+    pairs: sl.ContrastivePairs,
+    fitted: sl.Directions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = swept(model, pairs, fitted)
+    monkeypatch.setattr("steerlens.engine.n_skippable", lambda model: 0)
+    with pytest.warns(RuntimeWarning, match="not one list"):
+        plainly = swept(model, pairs, fitted)
+    with pytest.warns(RuntimeWarning, match="not one list"):
+        found = swept(model, pairs, fitted, executor=Inline())
+    assert_same(found.table, plainly.table)
+    cost = found.table.attrs["forward_equivalents"]
+    assert cost > expected.table.attrs["forward_equivalents"]
+
+
+def test_a_workers_warnings_are_given_here(
+    model: Any,
+    pairs: sl.ContrastivePairs,
+    fitted: sl.Directions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first pass of every worker runs out of memory."""
+    expected = swept(model, pairs, fitted)
+    real, failed = workers.fast_cells, []
+
+    def short(*args: Any) -> Any:
+        import warnings
+
+        if not failed:
+            failed.append(True)
+            warnings.warn("out of memory: half of it", RuntimeWarning, stacklevel=1)
+        return real(*args)
+
+    monkeypatch.setattr(workers, "fast_cells", short)
+    with pytest.warns(RuntimeWarning, match="half of it"):
+        found = swept(model, pairs, fitted, executor=Inline())
+    assert_same(found.table, expected.table)
+
+
+# What cannot be given to workers
+
+
+def test_a_model_made_elsewhere_is_refused(
+    llama: Any, model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    with pytest.raises(ModelError, match="load_model gave"):
+        swept(llama, pairs, fitted, executor=Inline())
+    swept(model, pairs, fitted, executor=Inline())
+
+
+@pytest.mark.parametrize("given", [4, "processes", object()])
+def test_what_is_no_executor_is_refused(model: Any, given: Any) -> None:
+    with pytest.raises(WorkerError, match=r"expected a concurrent\.futures\.Executor"):
+        workers.make_crew(given, model)
+    workers.make_crew(Inline(), model)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_forked_processes_are_refused(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    context = multiprocessing.get_context("fork")
+    with (
+        ProcessPoolExecutor(1, mp_context=context) as executor,
+        pytest.raises(WorkerError, match=r"get_context\('spawn'\)"),
+    ):
+        swept(model, pairs, fitted, executor=executor)
+
+
+def test_a_model_that_was_changed_is_found_out(
+    folder: Path, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    changed = sl.load_model(str(folder), device="cpu", progress=False)
+    weight = changed.original_model.lm_head.weight
+    swept(changed, pairs, fitted, executor=Inline())
+    with torch.no_grad():
+        weight *= 1.1
+    with pytest.raises(WorkerError, match="was the model changed after load_model"):
+        swept(changed, pairs, fitted, executor=Inline())
+
+
+def test_a_worker_with_other_versions_is_refused(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = workers.provenance
+    seen: list[Any] = []
+
+    def other(model: Any) -> Any:
+        """Here as it is; on every worker of another version."""
+        seen.append(model)
+        return real(model) if len(seen) == 1 else replace(real(model), torch="0.1")
+
+    monkeypatch.setattr(workers, "provenance", other)
+    with pytest.raises(WorkerError, match=r"torch 0\.1 \(expected"):
+        swept(model, pairs, fitted, executor=Inline())
+
+
+# Workers that fail
+
+
+def test_what_others_finished_is_given_before_the_error(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    def spoil(n: int) -> None:
+        if n == 2:
+            raise OSError("the node is gone")
+
+    seen: list[int] = []
+    with pytest.raises(WorkerError, match=r"a worker failed \(OSError: the node is gone\)"):
+        swept(
+            model,
+            pairs,
+            fitted,
+            executor=Inline(spoil),
+            progress=lambda what, done, total: seen.append(done) if what == "cells" else None,
+        )
+    executor = Inline()
+    swept(model, pairs, fitted, executor=executor)
+    assert executor.n_run > 2
+
+
+def test_an_error_of_ours_comes_as_it_was(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    def spoil(n: int) -> None:
+        raise ModelError("no such model here")
+
+    with pytest.raises(ModelError, match="no such model here"):
+        swept(model, pairs, fitted, executor=Inline(spoil))
+
+
+def test_a_pool_whose_worker_is_killed_ends_with_an_error(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as executor:
+        os.kill(executor.submit(os.getpid).result(), signal.SIGKILL)
+        with pytest.raises(WorkerError, match="BrokenProcessPool"):
+            swept(model, pairs, fitted, executor=executor)
