@@ -62,11 +62,11 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# Two workers of one thread each; a notebook has both cores.
+# Two workers of one thread each: threads that wait for each other would take the other's time.
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=900 tutorials
 	$(BIN)/python -m pytest --doctest-modules steerlens
-	$(BIN)/python -m pytest --nbmake --nbmake-timeout=900 tutorials
 
 # What works on which architecture, found by running it, into docs/models.md.
 models-table: $(STAMP)
