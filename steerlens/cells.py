@@ -102,6 +102,16 @@ def fast_cells(
     return cells, Carried(positive, negative)
 
 
+def carry_past(model: HookedModel, prepared: Prepared, job: Job, carried: Carried) -> Carried:
+    """The residuals for the job after `job`, whose own cells are not run; not counted."""
+    cost = Cost()
+    with inference(model):
+        return Carried(
+            _carry(model, prepared.positive, carried.positive, job, cost),
+            _carry(model, prepared.negative, carried.negative, job, cost),
+        )
+
+
 def _carry(
     model: HookedModel,
     parts: Sequence[Part],

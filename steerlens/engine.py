@@ -5,7 +5,7 @@ numbers of the model itself, the plain loop is used, with a warning.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 
 from steerlens import plain
 from steerlens.activations import is_out_of_memory
-from steerlens.cells import Carried, Job, fast_cells
+from steerlens.cells import Carried, Job, carry_past, fast_cells
 from steerlens.errors import SteerlensError
 from steerlens.hooks import hook_layer
 from steerlens.models import HookedModel
@@ -109,8 +109,14 @@ def plan_for(plan: Plan, workload: Workload, unsteered: Baseline, *, cost: Cost)
     return replace(plan, prepared=prepared)
 
 
-def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[CellOutput]]:
+def run_cells(
+    plan: Plan, jobs: Sequence[Job], *, cost: Cost, known: Collection[str] = ()
+) -> Iterator[list[CellOutput]]:
     """The cells of every job, job by job and in the order of its coefficients.
+
+    Nothing is run or yielded for jobs at the `known` hooks, and nothing is added to `cost` for
+    them; but the unsteered residual goes through them, so that the cells after them have the
+    same bits and the same cost as if they had been run.
 
     Jobs should come in layer order, as each one starts from where the last one stood. As many
     coefficients run at once as the plan's batch size, or the device, has room for; out of memory
@@ -118,7 +124,10 @@ def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[C
     """
     carried = Carried.at_start(plan.prepared)
     for job in jobs:
-        if job.hook_name in plan.exact:
+        if job.hook_name in known:
+            if job.hook_name in plan.exact:
+                carried = carry_past(plan.model, plan.prepared, job, carried)
+        elif job.hook_name in plan.exact:
             cells, carried = fast_cells(plan.model, plan.prepared, job, carried, cost)
             yield cells
         else:

@@ -1,12 +1,15 @@
 """The grid of cells: every hook at every coefficient, as tables."""
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,8 +37,9 @@ from steerlens.measures import (
     whole,
     whole_or_none,
 )
-from steerlens.models import HookedModel
+from steerlens.models import HookedModel, provenance
 from steerlens.plain import (
+    Baseline,
     CellOutput,
     Cost,
     make_workload,
@@ -45,6 +49,34 @@ from steerlens.progress import Progress, silent
 from steerlens.tables import LAYER_COLUMNS, POINT_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 from steerlens.uncertainty import false_discovery, null_band
+
+
+@dataclass(frozen=True)
+class FinishedHook:
+    """The cells of one hook: their rows without q-values, and the block-evaluations they took."""
+
+    hook_name: str
+    rows: tuple[Row, ...]
+    blocks: int
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Where the finished hooks of a sweep are kept, so that it can go on where it stopped.
+
+    `steerlens.runs.open_parts` makes one in a folder.
+    """
+
+    def finished(self, of: str) -> Mapping[str, FinishedHook]:
+        """Hook name -> what is kept of it. `of` is the sha256 of all that decides the cells.
+
+        Raises where what is kept is of another sweep.
+        """
+        ...
+
+    def keep(self, hook: FinishedHook) -> None:
+        """Keep a hook; it must be safe when this returns."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,7 @@ def sweep(
     seed: int = 0,
     batch_size: int | None = None,
     nulls: Mapping[str, Sequence[Directions]] | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Measure projection against logprob degradation at every hook and coefficient.
@@ -114,10 +147,12 @@ def sweep(
     With `nulls` (see `null_directions`) every cell is run along each of them too, at the same
     coefficient and read along the same direction, and gets a null band, a p-value (see `null_band`)
     and a q-value over all cells with a coefficient that is not 0; that costs as many sweeps again.
-    A cell whose numbers overflow is a row of NaN, not coherent, with a warning. Raises `SweepError`
-    on coefficients that are not finite, `DirectionError` when a hook or its readout has no
-    direction, `SweepError` on a bad budget or number of resamples, `HookError` on an unknown hook,
-    and as `tokenize_pairs`, `make_workload` and `run_baseline` do.
+    A cell whose numbers overflow is a row of NaN, not coherent, with a warning. A `checkpoint` is
+    given each hook when its cells are done, and those that it has are not run again: the tables are
+    the same to the bit. Raises `SweepError` on coefficients that are not finite, `DirectionError`
+    when a hook or its readout has no direction, `SweepError` on a bad budget or number of
+    resamples, `HookError` on an unknown hook, and as `tokenize_pairs`, `make_workload`,
+    `run_baseline` and the `checkpoint` do.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
@@ -153,10 +188,13 @@ def sweep(
     needed = tuple(dict.fromkeys([*hook_names, *readouts.values()]))
     baseline = run_baseline(model, workload, needed, cost=cost, progress=tell)
     check_width(directions, baseline)
-    rows: list[Row] = []
     pushes = tuple(c for c in settings.coefficients if c != 0)
     null = _named(nulls, hook_names)
-    done, n_cells = 0, len(hook_names) * (len(settings.coefficients) + len(null) * len(pushes))
+    known: Mapping[str, FinishedHook] = {}
+    if checkpoint is not None:
+        known = checkpoint.finished(
+            _fingerprint(model, pairs, directions, settings, null, baseline)
+        )
     along = [directions, *(one for _, one in null)]
     jobs = [
         Job(name, of[name], pushes, readouts[name]) for name in hook_names for of in along if pushes
@@ -164,10 +202,17 @@ def sweep(
     plan = make_plan(
         model, workload, baseline, jobs, batch_size=batch_size, cost=cost, progress=tell
     )
-    steered = run_cells(plan, jobs, cost=cost)
+    steered = run_cells(plan, jobs, cost=cost, known=known)
+    of_hook = len(settings.coefficients) + len(null) * len(pushes)
+    done, n_cells = of_hook * len(known), of_hook * len(hook_names)
     tell("cells", done, n_cells)
+    rows: list[Row] = []
     for hook_name in hook_names:
-        readout = readouts[hook_name]
+        if hook_name in known:
+            cost.blocks += known[hook_name].blocks
+            rows += known[hook_name].rows
+            continue
+        readout, before = readouts[hook_name], cost.blocks
         unsteered = baseline.cell(readout)
         cells = {cell.coefficient: cell for cell in (next(steered) if pushes else [])}
         at_null = []
@@ -175,6 +220,7 @@ def sweep(
             at_null.append((kind, next(steered)))
             done += len(pushes)
             tell("cells", done, n_cells)
+        found: list[Row] = []
         for coefficient in settings.coefficients:
             cell = unsteered if coefficient == 0 else cells[coefficient]
             where: dict[str, Any] = {
@@ -185,9 +231,12 @@ def sweep(
             row = {**where, **measure(cell, unsteered, directions[readout], settings)}
             if coefficient != 0 and at_null and "projection" in row:
                 row |= _null_columns(row["projection"], coefficient, at_null, directions[readout])
-            rows.append(row)
+            found.append(row)
             done += 1
             tell("cells", done, n_cells)
+        rows += found
+        if checkpoint is not None:
+            checkpoint.keep(FinishedHook(hook_name, tuple(found), cost.blocks - before))
     rows = _with_q_values(rows)
     attrs = {
         **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
@@ -258,6 +307,38 @@ def _named(
     for _, one in named:
         check_directions(one, hook_names)
     return named
+
+
+def _fingerprint(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    settings: SweepSettings,
+    null: Sequence[tuple[str, Directions]],
+    baseline: Baseline,
+) -> str:
+    """The sha256 of all that decides a cell: the unsteered activations too, to the bit."""
+    told = {
+        "model": provenance(model).to_dict(),
+        "pairs": pairs.fingerprint,
+        "settings": asdict(settings),
+        "along": [
+            (kind, of.hook_names, of.readout_names) for kind, of in (("", directions), *null)
+        ],
+        "baseline": baseline.hook_names,
+    }
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for tensor in _tensors(directions, null, baseline):
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(
+    directions: Directions, null: Sequence[tuple[str, Directions]], baseline: Baseline
+) -> Iterator[Tensor]:
+    yield from (of.vectors for of in (directions, *(one for _, one in null)))
+    yield from (baseline.positive, baseline.negative, baseline.logprob)
 
 
 def _null_columns(
