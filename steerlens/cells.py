@@ -4,7 +4,7 @@ The unsteered residual of all rows is carried along from hook to hook; a cell ru
 its hook only, on several coefficients at once; only label positions reach the unembedding.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +46,15 @@ class Job:
     def first_block(self) -> int:
         """The first block that has to run."""
         return hook_layer(self.hook_name) + int(self.starts_after)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The cells of the job with this index, and the block-evaluations they took."""
+
+    index: int
+    cells: list[CellOutput]
+    blocks: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,36 @@ def carry_past(model: HookedModel, prepared: Prepared, job: Job, carried: Carrie
             _carry(model, prepared.positive, carried.positive, job, cost),
             _carry(model, prepared.negative, carried.negative, job, cost),
         )
+
+
+def cells_in_turn(
+    model: HookedModel,
+    prepared: Prepared,
+    jobs: Sequence[Job],
+    exact: Collection[str],
+    *,
+    known: Collection[str] = (),
+    after: Job | None = None,
+    cost: Cost,
+) -> Iterator[Finished]:
+    """The cells of every job, one after another: resumed after the `exact` hooks, plain elsewhere.
+
+    Jobs at `known` hooks, and the one that these come `after`, are passed without being counted.
+    """
+    carried = Carried.at_start(prepared)
+    if after is not None:
+        carried = carry_past(model, prepared, after, carried)
+    for i, job in enumerate(jobs):
+        before = cost.blocks
+        if job.hook_name in known:
+            if job.hook_name in exact:
+                carried = carry_past(model, prepared, job, carried)
+            continue
+        if job.hook_name in exact:
+            cells, carried = fast_cells(model, prepared, job, carried, cost)
+        else:
+            cells = plain_cells(model, prepared.workload, job, cost)
+        yield Finished(i, cells, cost.blocks - before)
 
 
 def plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:

@@ -5,7 +5,7 @@ numbers of the model itself, the plain loop is used, with a warning.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 
 from steerlens import plain
 from steerlens.activations import is_out_of_memory
-from steerlens.cells import Carried, Job, fast_cells, plain_cells
+from steerlens.cells import Carried, Finished, Job, cells_in_turn, fast_cells, plain_cells
 from steerlens.errors import SteerlensError
 from steerlens.models import HookedModel
 from steerlens.parts import Prepared, prepare
@@ -118,25 +118,30 @@ def plan_for(plan: Plan, workload: Workload, unsteered: Baseline, *, cost: Cost)
 def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[CellOutput]]:
     """The cells of every job, job by job and in the order of its coefficients.
 
-    Jobs should come in layer order, as each one starts from where the last one stood. As many
-    coefficients run at once as the plan's batch size, or the device, has room for; out of memory
-    halves that for the rest of the batch. `cost` is added to. Raises as `finished_cells`.
+    As `finished_cells`, whatever the order in which workers finish.
     """
     ready: dict[int, list[CellOutput]] = {}
     n_given = 0
-    for i, cells in finished_cells(plan, jobs, cost=cost):
-        ready[i] = cells
+    for finished in finished_cells(plan, jobs, cost=cost):
+        ready[finished.index] = finished.cells
         while n_given in ready:
             yield ready.pop(n_given)
             n_given += 1
 
 
 def finished_cells(
-    plan: Plan, jobs: Sequence[Job], *, cost: Cost
-) -> Iterator[tuple[int, list[CellOutput]]]:
-    """(index of a job, its cells) as they are finished: in order unless workers run them.
+    plan: Plan, jobs: Sequence[Job], *, cost: Cost, known: Collection[str] = ()
+) -> Iterator[Finished]:
+    """The cells of the jobs as they are finished: in order, unless workers run them.
 
-    Raises as `workers.gather` where they do.
+    Nothing is run or yielded for jobs at the `known` hooks, and nothing is added to `cost` for
+    them; but the unsteered residual goes through them, so that the cells after them have the
+    same bits and the same cost as if they had been run.
+
+    Jobs should come in layer order, as each one starts from where the last one stood. As many
+    coefficients run at once as the plan's batch size, or the device, has room for; out of memory
+    halves that for the rest of the batch. `cost` is added to. Raises as `workers.gather` where
+    workers run them.
     """
     if plan.crew is not None:
         yield from gather(
@@ -146,17 +151,11 @@ def finished_cells(
             key=plan.key,
             exact=plan.exact,
             reuse_prefix=plan.reuse_prefix,
-            n_layers=int(plan.model.cfg.n_layers),
+            known=known,
             cost=cost,
         )
         return
-    carried = Carried.at_start(plan.prepared)
-    for i, job in enumerate(jobs):
-        if job.hook_name in plan.exact:
-            cells, carried = fast_cells(plan.model, plan.prepared, job, carried, cost)
-            yield i, cells
-        else:
-            yield i, plain_cells(plan.model, plan.prepared.workload, job, cost)
+    yield from cells_in_turn(plan.model, plan.prepared, jobs, plan.exact, known=known, cost=cost)
 
 
 def _check_workload(workload: Workload) -> Workload:

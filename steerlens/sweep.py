@@ -1,21 +1,24 @@
 """The grid of cells: every hook at every coefficient, as tables."""
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.cells import Job
+from steerlens.cells import Finished, Job
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.display import fragment, hook_label, measured, shortened
-from steerlens.engine import make_plan, run_cells
+from steerlens.engine import finished_cells, make_plan
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import (
     MARGIN,
@@ -35,8 +38,9 @@ from steerlens.measures import (
     whole,
     whole_or_none,
 )
-from steerlens.models import HookedModel
+from steerlens.models import HookedModel, provenance
 from steerlens.plain import (
+    Baseline,
     CellOutput,
     Cost,
     make_workload,
@@ -47,6 +51,34 @@ from steerlens.progress import Progress, silent
 from steerlens.tables import LAYER_COLUMNS, POINT_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
 from steerlens.uncertainty import false_discovery, null_band
+
+
+@dataclass(frozen=True)
+class FinishedHook:
+    """The cells of one hook: their rows without q-values, and the block-evaluations they took."""
+
+    hook_name: str
+    rows: tuple[Row, ...]
+    blocks: int
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Where the finished hooks of a sweep are kept, so that it can go on where it stopped.
+
+    `steerlens.runs.open_parts` makes one in a folder.
+    """
+
+    def finished(self, of: str) -> Mapping[str, FinishedHook]:
+        """Hook name -> what is kept of it. `of` is the sha256 of all that decides the cells.
+
+        Raises where what is kept is of another sweep.
+        """
+        ...
+
+    def keep(self, hook: FinishedHook) -> None:
+        """Keep a hook; it must be safe when this returns."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -98,6 +130,7 @@ def sweep(
     seed: int = 0,
     batch_size: int | None = None,
     nulls: Mapping[str, Sequence[Directions]] | None = None,
+    checkpoint: Checkpoint | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
@@ -117,15 +150,20 @@ def sweep(
     With `nulls` (see `null_directions`) every cell is run along each of them too, at the same
     coefficient and read along the same direction, and gets a null band, a p-value (see
     `null_band`) and a q-value over all cells with a coefficient that is not 0; that costs as
-    many sweeps again. With an `executor` (`ProcessPoolExecutor` with the "spawn" context, a
-    Dask client's `get_executor()`, any other) its workers run the cells; each loads the model
-    once, so it has to come from `load_model`. The tables are the same bytes where device,
-    versions and number of threads are. A cell whose numbers overflow is a row of NaN, not
-    coherent, with a warning. Raises `SweepError` on coefficients that are not finite,
-    `DirectionError` when a hook or its readout has no direction, `ProcessingError` when they
-    were fitted on a model with other weight processing, `SweepError` on a bad budget or number
-    of resamples, `HookError` on an unknown hook, and as `tokenize_pairs`, `make_workload` and
-    `run_baseline` do.
+    many sweeps again. A cell whose numbers overflow is a row of NaN, not coherent, with a warning.
+
+    A `checkpoint` is given each hook when its cells are done, and those that it has are not run
+    again. With an `executor` (`ProcessPoolExecutor` with the "spawn" context, a Dask client's
+    `get_executor()`, any other) its workers run the cells; each loads the model once, so it has to
+    come from `load_model`. Either way the tables are the same to the bit, where device, versions
+    and number of threads are.
+
+    Raises `SweepError` on coefficients that are not finite, a bad budget or number of resamples;
+    `DirectionError` when a hook or its readout has no direction; `ProcessingError` when they were
+    fitted on a model with other weight processing; `HookError` on an unknown hook; `ModelError`
+    and `WorkerError` when an executor cannot run the model or a worker fails, after what the
+    others finished was kept; and as `tokenize_pairs`, `make_workload`, `run_baseline` and the
+    `checkpoint` do.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
@@ -163,9 +201,12 @@ def sweep(
     needed = tuple(dict.fromkeys([*hook_names, *readouts.values()]))
     baseline = run_baseline(model, workload, needed, cost=cost, progress=tell)
     check_width(directions, baseline)
-    rows: list[Row] = []
     pushes = tuple(c for c in settings.coefficients if c != 0)
-    done, n_cells = 0, len(hook_names) * (len(settings.coefficients) + len(null) * len(pushes))
+    known: Mapping[str, FinishedHook] = {}
+    if checkpoint is not None:
+        known = checkpoint.finished(
+            _fingerprint(model, pairs, directions, settings, null, baseline)
+        )
     along = [directions, *(one for _, one in null)]
     jobs = [
         Job(name, of[name], pushes, readouts[name]) for name in hook_names for of in along if pushes
@@ -180,30 +221,33 @@ def sweep(
         progress=tell,
         executor=executor,
     )
-    steered = run_cells(plan, jobs, cost=cost)
+    of_hook = len(settings.coefficients) + len(null) * len(pushes)
+    done, n_cells = of_hook * len(known), of_hook * len(hook_names)
     tell("cells", done, n_cells)
-    for hook_name in hook_names:
-        readout = readouts[hook_name]
-        unsteered = baseline.cell(readout)
-        cells = {cell.coefficient: cell for cell in (next(steered) if pushes else [])}
-        at_null = []
-        for kind, _ in null if pushes else ():
-            at_null.append((kind, next(steered)))
-            done += len(pushes)
-            tell("cells", done, n_cells)
-        for coefficient in settings.coefficients:
-            cell = unsteered if coefficient == 0 else cells[coefficient]
-            where: dict[str, Any] = {
-                "hook_name": hook_name,
-                "layer": hook_layer(hook_name),
-                "readout_hook": readout,
-            }
-            row = {**where, **measure(cell, unsteered, directions[readout], settings)}
-            if coefficient != 0 and at_null and "projection" in row:
-                row |= _null_columns(row["projection"], coefficient, at_null, directions[readout])
-            rows.append(row)
-            done += 1
-            tell("cells", done, n_cells)
+    cost.blocks += sum(one.blocks for one in known.values())
+    found: dict[str, Sequence[Row]] = {name: one.rows for name, one in known.items()}
+    if not pushes:
+        for name in hook_names:
+            found[name] = _hook_rows(name, readouts[name], baseline, directions, settings, {}, [])
+    ready: dict[str, dict[int, Finished]] = {}
+    for one in finished_cells(plan, jobs, cost=cost, known=known):
+        name = jobs[one.index].hook_name
+        of_name = ready.setdefault(name, {})
+        of_name[one.index % len(along)] = one
+        done += len(pushes)
+        if len(of_name) == len(along):
+            del ready[name]
+            done += len(settings.coefficients) - len(pushes)
+            at_null = [(kind, of_name[i + 1].cells) for i, (kind, _) in enumerate(null)]
+            cells = {cell.coefficient: cell for cell in of_name[0].cells}
+            found[name] = _hook_rows(
+                name, readouts[name], baseline, directions, settings, cells, at_null
+            )
+            if checkpoint is not None:
+                blocks = sum(of_job.blocks for of_job in of_name.values())
+                checkpoint.keep(FinishedHook(name, tuple(found[name]), blocks))
+        tell("cells", done, n_cells)
+    rows = [row for name in hook_names for row in found[name]]
     rows = _with_q_values(rows)
     attrs = {
         **record(model, pairs, directions, asdict(settings), workload=workload, cost=cost),
@@ -267,6 +311,32 @@ def measure_layers(
     ).layers
 
 
+def _hook_rows(
+    hook_name: str,
+    readout: str,
+    baseline: Baseline,
+    directions: Directions,
+    settings: SweepSettings,
+    cells: Mapping[float, CellOutput],
+    at_null: Sequence[tuple[str, Sequence[CellOutput]]],
+) -> list[Row]:
+    """The rows of a hook's cells, without q-values."""
+    unsteered = baseline.cell(readout)
+    rows: list[Row] = []
+    for coefficient in settings.coefficients:
+        cell = unsteered if coefficient == 0 else cells[coefficient]
+        where: dict[str, Any] = {
+            "hook_name": hook_name,
+            "layer": hook_layer(hook_name),
+            "readout_hook": readout,
+        }
+        row = {**where, **measure(cell, unsteered, directions[readout], settings)}
+        if coefficient != 0 and at_null and "projection" in row:
+            row |= _null_columns(row["projection"], coefficient, at_null, directions[readout])
+        rows.append(row)
+    return rows
+
+
 def _named(
     nulls: Mapping[str, Sequence[Directions]] | None, hook_names: Sequence[str]
 ) -> list[tuple[str, Directions]]:
@@ -274,6 +344,38 @@ def _named(
     for _, one in named:
         check_directions(one, hook_names)
     return named
+
+
+def _fingerprint(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    settings: SweepSettings,
+    null: Sequence[tuple[str, Directions]],
+    baseline: Baseline,
+) -> str:
+    """The sha256 of all that decides a cell: the unsteered activations too, to the bit."""
+    told = {
+        "model": provenance(model).to_dict(),
+        "pairs": pairs.fingerprint,
+        "settings": asdict(settings),
+        "along": [
+            (kind, of.hook_names, of.readout_names) for kind, of in (("", directions), *null)
+        ],
+        "baseline": baseline.hook_names,
+    }
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for tensor in _tensors(directions, null, baseline):
+        plain = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(
+    directions: Directions, null: Sequence[tuple[str, Directions]], baseline: Baseline
+) -> Iterator[Tensor]:
+    yield from (of.vectors for of in (directions, *(one for _, one in null)))
+    yield from (baseline.positive, baseline.negative, baseline.logprob)
 
 
 def _null_columns(

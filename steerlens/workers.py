@@ -8,14 +8,14 @@ import pickle
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, Executor, Future, as_completed
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from steerlens.cells import Carried, Job, carry_past, fast_cells, plain_cells
+from steerlens.cells import Finished, Job, cells_in_turn
 from steerlens.errors import SteerlensError, WorkerError
 from steerlens.models import HookedModel, load_arguments, load_model, provenance
 from steerlens.parts import Prepared, prepare
@@ -36,6 +36,7 @@ class Crew:
     executor: Executor
     arguments: dict[str, Any]
     provenance: dict[str, str]
+    n_layers: int
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Task:
     """Some jobs in layer order on one workload, for a worker.
 
     `key` names the workload, which a worker prepares once; `exact` are the hooks it may resume
-    after.
+    after, `known` those whose cells are not run, `after` the job that these come after.
     """
 
     key: str
@@ -54,18 +55,16 @@ class Task:
     batch_size: int | None
     reuse_prefix: bool
     exact: frozenset[str]
+    known: frozenset[str]
+    after: Job | None
     jobs: tuple[Job, ...]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The cells of a task's jobs, the block-evaluations they took, and the warnings given.
+    """The finished jobs of a task, indexed within it, and the warnings given."""
 
-    Not counted is what other tasks do too: the unsteered blocks before the first job.
-    """
-
-    cells: tuple[list[CellOutput], ...]
-    blocks: int
+    finished: tuple[Finished, ...]
     warnings: tuple[str, ...]
 
 
@@ -86,7 +85,9 @@ def make_crew(executor: object, model: HookedModel) -> Crew:
             "processes that are forked cannot run PyTorch safely; expected ProcessPoolExecutor("
             "n, mp_context=multiprocessing.get_context('spawn'))"
         )
-    return Crew(executor, dict(load_arguments(model)), provenance(model).to_dict())
+    return Crew(
+        executor, dict(load_arguments(model)), provenance(model).to_dict(), int(model.cfg.n_layers)
+    )
 
 
 def new_key() -> str:
@@ -130,38 +131,42 @@ def gather(
     key: str,
     exact: frozenset[str],
     reuse_prefix: bool,
-    n_layers: int,
+    known: Collection[str],
     cost: Cost,
-) -> Iterator[tuple[int, list[CellOutput]]]:
-    """(index of a job, its cells) as the workers finish them, in any order.
+) -> Iterator[Finished]:
+    """The cells of every job that is not at a `known` hook, in the order that workers finish them.
 
-    `cost` grows by what one process would have spent. When a task fails those that have begun are
-    waited for, and given too, before its error is raised: a `SteerlensError` as it was, another
-    as `WorkerError`. When the caller stops, tasks that have not begun are dropped.
+    `cost` grows by what one process would have spent: not by the unsteered blocks that tasks
+    repeat. When a task fails those that have begun are waited for, and given too, before its error
+    is raised: a `SteerlensError` as it was, another as `WorkerError`. When the caller stops, tasks
+    that have not begun are dropped.
     """
-    runs = cut(jobs, n_layers)
-    tasks = [
-        Task(
+    wanted = [i for i, job in enumerate(jobs) if job.hook_name not in known]
+    tasks = []
+    for run in cut([jobs[i] for i in wanted], crew.n_layers):
+        first, last = wanted[run[0]], wanted[run[-1]]
+        before = [job for job in jobs[:first] if job.hook_name in exact]
+        task = Task(
             key=key,
             arguments=crew.arguments,
             provenance=crew.provenance,
             workload=_on(prepared.workload, torch.device("cpu")),
-            unsteered=_at(prepared.unsteered, [jobs[i].readout for i in run]),
+            unsteered=_at(prepared.unsteered, [job.readout for job in jobs[first : last + 1]]),
             batch_size=prepared.batch_size,
             reuse_prefix=reuse_prefix,
             exact=exact,
-            jobs=tuple(_to_cpu(jobs[i]) for i in run),
+            known=frozenset(known),
+            after=_to_cpu(before[-1]) if before else None,
+            jobs=tuple(map(_to_cpu, jobs[first : last + 1])),
         )
-        for run in runs
-    ]
-    _count_carried(prepared, [[jobs[i] for i in run] for run in runs], exact, cost)
-    futures: dict[Future[bytes], range] = {}
+        tasks.append((first, task))
+    futures: dict[Future[bytes], int] = {}
     failed: Exception | None = None
     try:
         try:
-            for task, run in zip(tasks, runs, strict=True):
+            for first, task in tasks:
                 # As bytes: pools of processes would pass tensors as open files, which are few.
-                futures[crew.executor.submit(run_task, pickle.dumps(task))] = run
+                futures[crew.executor.submit(run_task, pickle.dumps(task))] = first
         except Exception as error:  # of a pool that is broken or shut
             failed = error
             _cancel(futures)
@@ -174,10 +179,11 @@ def gather(
                 failed = failed or error
                 _cancel(futures)
                 continue
-            cost.blocks += answer.blocks
             for text in answer.warnings:
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
-            yield from zip(futures[future], answer.cells, strict=True)
+            for one in answer.finished:
+                cost.blocks += one.blocks
+                yield replace(one, index=futures[future] + one.index)
     finally:
         _cancel(futures)
     if isinstance(failed, SteerlensError):
@@ -205,20 +211,21 @@ def run_task(pickled: bytes) -> bytes:
         warnings.simplefilter("always", RuntimeWarning)
         model = _model_of(task)
         prepared = replace(_prepared_of(task, model), unsteered=task.unsteered)
-        cost, carried = Cost(), Carried.at_start(prepared)
-        first = next((job for job in task.jobs if job.hook_name in task.exact), None)
-        if first is not None:
-            carried = carry_past(model, prepared, first, carried)
-        cells = []
-        for job in task.jobs:
-            here = replace(job, direction=job.direction.to(model.cfg.device))
-            if job.hook_name in task.exact:
-                found, carried = fast_cells(model, prepared, here, carried, cost)
-            else:
-                found = plain_cells(model, prepared.workload, here, cost)
-            cells.append([_alone(cell) for cell in found])
+        device = model.cfg.device
+        finished = [
+            replace(one, cells=[_alone(cell) for cell in one.cells])
+            for one in cells_in_turn(
+                model,
+                prepared,
+                [_to(job, device) for job in task.jobs],
+                task.exact,
+                known=task.known,
+                after=None if task.after is None else _to(task.after, device),
+                cost=Cost(),
+            )
+        ]
     told = [str(one.message) for one in caught if one.category is RuntimeWarning]
-    return pickle.dumps(Answer(tuple(cells), cost.blocks, tuple(dict.fromkeys(told))))
+    return pickle.dumps(Answer(tuple(finished), tuple(dict.fromkeys(told))))
 
 
 def _model_of(task: Task) -> Any:
@@ -280,19 +287,6 @@ def _check_same_model(model: Any, workload: Workload, unsteered: Baseline) -> No
         )
 
 
-def _count_carried(
-    prepared: Prepared, runs: Sequence[Sequence[Job]], exact: frozenset[str], cost: Cost
-) -> None:
-    """Add the unsteered blocks between one task and the next, which each answer leaves out."""
-    stands = 0
-    for run in runs:
-        blocks = [job.first_block for job in run if job.hook_name in exact]
-        if blocks:
-            for part in (*prepared.positive, *prepared.negative):
-                cost.add(part.batch.tokens, blocks[0] - stands)
-            stands = blocks[-1]
-
-
 def _on(workload: Workload, device: torch.device) -> Workload:
     return replace(
         workload,
@@ -335,6 +329,10 @@ def _to_cpu(job: Job) -> Job:
     return replace(job, direction=job.direction.detach().cpu().clone())
 
 
-def _cancel(futures: dict[Future[bytes], range]) -> None:
+def _to(job: Job, device: Any) -> Job:
+    return replace(job, direction=job.direction.to(device))
+
+
+def _cancel(futures: dict[Future[bytes], int]) -> None:
     for future in futures:
         future.cancel()

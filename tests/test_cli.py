@@ -15,7 +15,7 @@ from conftest import build_llama, build_tokenizer
 import steerlens as sl
 from steerlens import cli, data
 from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
-from steerlens.cli import main
+from steerlens.cli import main, sweeps
 from steerlens.errors import SteerlensError
 from steerlens.runs import RUN_FILES
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, write_csv
@@ -234,10 +234,10 @@ def test_the_same_request_may_be_run_again(sweep: Main, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--coefficients=-2,0,4"], "coefficients"),
-        (["--layers", "0", "--seed", "1"], "hook_names, seed"),
-        (["--method", "pca"], "method"),
-        (["--max-pairs", "3"], "measured_on"),
+        (["--coefficients=-2,0,4"], "coefficients ([-2.0, 0.0, 2.0], now [-2.0, 0.0, 4.0])"),
+        (["--layers", "0", "--seed", "1"], "seed (0, now 1)"),
+        (["--method", "pca"], "method ('mean_diff', now 'pca')"),
+        (["--max-pairs", "3"], "n_pairs (4, now 3)"),
     ],
 )
 def test_another_request_into_the_same_folder_is_refused(
@@ -245,7 +245,7 @@ def test_another_request_into_the_same_folder_is_refused(
 ) -> None:
     assert sweep("--out", tmp_path).code == 0
     before = content(tmp_path)
-    assert_error(sweep(*options, "--quiet", "--out", tmp_path), f"other {named};", str(tmp_path))
+    assert_error(sweep(*options, "--quiet", "--out", tmp_path), f"{named};", str(tmp_path))
     assert content(tmp_path) == before
 
 
@@ -256,7 +256,7 @@ def test_other_pairs_in_a_file_of_the_same_name_are_refused(sweep: Main, tmp_pat
     before = content(out)
     write_pairs(pairs, OPENINGS, negative="rude")
     outcome = sweep("--pairs", pairs, "--quiet", "--out", out)
-    assert_error(outcome, "other fitted_on, measured_on;")
+    assert_error(outcome, "other fitted_on.fingerprint (", ", measured_on.fingerprint (")
     assert content(out) == before
 
 
@@ -474,8 +474,10 @@ def test_an_interrupted_sweep_leaves_no_files(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "run_sweep", interrupt)
-        assert sweep("--out", tmp_path).code == 130
+        patch.setattr(sweeps, "fit", interrupt)
+        outcome = sweep("--out", tmp_path)
+        assert outcome.code == 130
+        assert "before a hook was finished" in outcome.words
     assert content(tmp_path) == {}
     assert sweep("--out", tmp_path).code == 0
 

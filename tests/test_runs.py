@@ -95,11 +95,11 @@ def test_the_same_request_is_accepted_again(written: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "seed"),
-        ({"coefficients": [-1.0, 1.0]}, "coefficients"),
-        ({"model": {"name": "tiny", "file_hash": "abd"}}, "model"),
-        ({"seed": 1, "command": "other"}, "command, seed"),
-        ({"method": "pca"}, "method"),
+        ({"seed": 1}, "seed (0, now 1)"),
+        ({"coefficients": [-1.0, 1.0]}, "coefficients ([-1.0, 0.0, 1.0], now [-1.0, 1.0])"),
+        ({"model": {"name": "tiny", "file_hash": "abd"}}, "model.file_hash ('abc', now 'abd')"),
+        ({"seed": 1, "command": "other"}, "command ('sweep', now 'other'), seed (0, now 1)"),
+        ({"method": "pca"}, "method (nothing, now 'pca')"),
     ],
 )
 def test_another_request_is_refused_by_name(
@@ -111,7 +111,7 @@ def test_another_request_is_refused_by_name(
 
 def test_a_request_without_an_earlier_key_is_refused(written: Path) -> None:
     fewer = {key: value for key, value in REQUEST.items() if key != "seed"}
-    assert "other seed;" in refused(written, fewer)
+    assert "other seed (0, now nothing);" in refused(written, fewer)
 
 
 @pytest.mark.parametrize("name", [name for name in RUN_FILES if name != "run.json"])

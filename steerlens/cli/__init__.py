@@ -1,7 +1,6 @@
 """The `steerlens` command: parse, call, write. The only room that prints."""
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +9,8 @@ import typer
 from rich.text import Text
 
 from steerlens import data
-from steerlens.activations import collect_differences
 from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
-from steerlens.cli import boundaries, circuits, evaluation, report, vectors
-from steerlens.cli.examples import example_tables
+from steerlens.cli import boundaries, circuits, evaluation, report, sweeps, vectors
 from steerlens.cli.options import (
     DEBUG,
     BatchOption,
@@ -28,28 +25,22 @@ from steerlens.cli.options import (
     SeedOption,
     TestPairsOption,
     note_fit,
-    numbers_of,
     pairs_of,
-    pairs_record,
 )
 from steerlens.cli.printing import (
     notes,
     output,
-    print_cells,
     print_layers,
     progress_of,
 )
-from steerlens.cli.warned import keeping_warnings, warned
+from steerlens.cli.warned import keeping_warnings
 from steerlens.data import ContrastivePairs
 from steerlens.errors import SteerlensError
-from steerlens.hooks import resolve_hooks
-from steerlens.loss import Budget
-from steerlens.methods import METHODS, default_position, fit, method_of, null_directions
-from steerlens.models import load_model, provenance
-from steerlens.runs import check_out_file, check_run_folder, write_run
+from steerlens.methods import METHODS, default_position, fit
+from steerlens.models import load_model
+from steerlens.runs import check_out_file
 from steerlens.steering.files import write_whole
 from steerlens.sweep import measure_layers
-from steerlens.sweep import sweep as run_sweep
 from steerlens.tables import write_csv
 
 app = typer.Typer(
@@ -58,120 +49,6 @@ app = typer.Typer(
     add_completion=False,
     help="Where a model separates two concepts, along which direction, and how far it goes.",
 )
-
-
-@app.command()
-def sweep(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the tables and the record.")],
-    model: ModelOption = DEFAULT_MODEL,
-    pairs: PairsOption = "sentiment",
-    test_pairs: TestPairsOption = None,
-    max_pairs: MaxPairsOption = None,
-    layers: LayersOption = "all",
-    coefficients: Annotated[
-        str, typer.Option("--coefficients", help="Residual units, e.g. --coefficients=-8,0,8")
-    ] = "-8,-4,0,4,8",
-    method: MethodOption = "mean_diff",
-    position: PositionOption = None,
-    budget: Annotated[
-        str, typer.Option("--budget", help="What counts as coherent: relative=0.01 or nats=0.05")
-    ] = "relative=0.01",
-    null: Annotated[
-        int | None,
-        typer.Option("--null", help="Null vectors of each kind, random and shuffled, e.g. 20."),
-    ] = None,
-    examples: Annotated[
-        int,
-        typer.Option(
-            "--examples",
-            min=0,
-            help="Prompts shown at the middle one of the layers: what the model writes at every "
-            "coefficient, and which tokens lose logprob. It illustrates, it chooses nothing.",
-        ),
-    ] = 2,
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,  # noqa: ARG001 (read by main)
-) -> None:
-    """Measure projection against logprob degradation at every layer and coefficient."""
-    numbers = numbers_of(coefficients)
-    Budget.parse(budget)
-    method_of(method)
-    fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
-    position = default_position(method, fit_on) if position is None else position
-    loaded = load_model(model, progress=not quiet)
-    hook_names = resolve_hooks(loaded, layers)
-    request = {
-        "command": "sweep",
-        "model": provenance(loaded).to_dict(),
-        "fitted_on": pairs_record(fit_on),
-        "measured_on": pairs_record(measure_on),
-        "held_out": is_held_out,
-        "hook_names": hook_names,
-        "coefficients": numbers,
-        "method": method,
-        "position": position,
-        "budget": budget,
-        "null": null,
-        "examples": examples,
-        "examples_at": "the middle one of hook_names: an illustration, chosen by nothing",
-        "batch_size": batch_size,
-        "seed": seed,
-    }
-    check_run_folder(out, request)
-    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
-    started = time.perf_counter()
-    with progress_of(quiet=quiet) as progress:
-        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
-        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
-        nulls = None
-        if null is not None:
-            differences = collect_differences(loaded, fit_on, position=position, **shared)
-            nulls = null_directions(differences, n=null, seed=seed)
-        result = run_sweep(
-            loaded,
-            measure_on,
-            directions,
-            coefficients=numbers,
-            budget=budget,
-            seed=seed,
-            nulls=nulls,
-            **shared,
-        )
-    seconds = time.perf_counter() - started
-    tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
-    if examples:
-        tables |= example_tables(
-            loaded,
-            measure_on,
-            directions,
-            hook_name=hook_names[len(hook_names) // 2],
-            coefficients=numbers,
-            n_prompts=examples,
-            batch_size=batch_size,
-            quiet=quiet,
-        )
-    spent = result.table.attrs["forward_equivalents"]
-    took = time.perf_counter() - started
-    write_run(
-        out,
-        tables,
-        directions,
-        request,
-        seconds=took,
-        forward_equivalents=spent,
-        warnings=warned(),
-    )
-    if not quiet:
-        print_layers(result.layers)
-        print_cells(result)
-        notes.print(
-            Text(
-                f"{len(result.table)} cells in {seconds:.0f} s ({spent:.0f} forward-equivalents); "
-                f"written to {out}"
-            )
-        )
 
 
 @app.command(name="layers")
@@ -228,6 +105,7 @@ def models(debug: DebugOption = False) -> None:  # noqa: ARG001
     )
 
 
+app.command()(sweeps.sweep)
 app.command()(boundaries.boundary)
 app.command()(boundaries.geometry)
 app.command()(evaluation.compare)

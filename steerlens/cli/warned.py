@@ -28,7 +28,7 @@ def keeping_warnings() -> Iterator[None]:
             file: TextIO | None = None,
             line: str | None = None,
         ) -> None:
-            _keep(str(message))
+            keep_warning(str(message))
             shown(message, category, filename, lineno, file, line)
 
         warnings.showwarning = keep
@@ -45,10 +45,11 @@ def warned() -> tuple[str, ...]:
 
 def warn(text: str, *, quiet: bool) -> None:
     """Print a note on stderr unless `quiet`, and keep it for the record."""
-    _keep(text)
+    keep_warning(text)
     if not quiet:
         notes.print(Text(text))
 
 
-def _keep(text: str) -> None:
+def keep_warning(text: str) -> None:
+    """Keep a warning for the record that was shown already."""
     _warned.set(tuple(dict.fromkeys((*_warned.get(), text))))

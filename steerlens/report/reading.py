@@ -13,7 +13,8 @@ import pandas as pd
 
 from steerlens.errors import ReportError
 from steerlens.report.contents import COMMANDS, PAGES, TABLES, TableContent
-from steerlens.runs import RECORD
+from steerlens.runs import PARTS, RECORD
+from steerlens.runs.unfinished import read_started
 from steerlens.tables import Column
 
 _PARTS: dict[str, type | tuple[type, ...]] = {
@@ -68,7 +69,8 @@ class Run:
 def read_run(folder: str | Path) -> Run:
     """Read the folder of a run: run.json, the tables that it names, the views on its pages.
 
-    Raises `ReportError` when the folder has no run.json, the record is damaged or of an unknown
+    Raises `ReportError` when the folder has no run.json, or is that of an unfinished run (naming
+    the hooks that are finished), the record is damaged or of an unknown
     command, a table or page is missing or cut off, or a table's columns or cells are not those
     expected; the message names the file, what was expected, and what to do.
 
@@ -97,6 +99,14 @@ def read_run(folder: str | Path) -> Run:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
+    started = read_started(folder)
+    if started is not None:
+        done, n_hooks = started.has_part, len(started.hook_names)
+        raise ReportError(
+            f"{str(folder)!r} is an unfinished run, with {len(done)} of {n_hooks} hooks finished "
+            f"({', '.join(done) or 'none'}); `steerlens sweep --resume {folder}` goes on with it, "
+            f"pandas.read_parquet({str(folder / PARTS)!r}) has the cells of those"
+        )
     if not path.exists():
         what = "no such folder" if not folder.exists() else f"it holds no {RECORD}"
         raise ReportError(

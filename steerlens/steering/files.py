@@ -113,11 +113,22 @@ def _pickle_error(path: Path) -> SteeringError:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent."""
+    """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent.
+
+    It is on the disk when this returns, so that a power cut takes nothing of it.
+    """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
         temporary = Path(beside) / path.name
         write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def number(value: Any) -> float:

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
+import torch
 
 from steerlens.directions import Directions
 from steerlens.errors import OutputError
@@ -20,6 +21,9 @@ from steerlens.steering.files import without_nan, write_whole
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
+PARTS = "parts"
+STARTED = "_request.json"
+"""In the folder of parts: what was asked for. Readers of Parquet pass over a name like that."""
 REPORT = "report.html"
 RUN_FILES = (
     "sweep.csv",
@@ -58,7 +62,8 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
     """Make `folder` and see that a run of `request` may be written there, before any work.
 
     A run of the same request may be written again. Raises `OutputError` when the folder holds a
-    run of another request (naming what differs), or results without a record, or cannot be written.
+    run of another request (naming what differs, with both values), an unfinished run, or results
+    without a record, or cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,6 +75,11 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
         ) from error
     record = folder / RECORD
     if not record.exists():
+        if (folder / PARTS / STARTED).exists():
+            raise OutputError(
+                f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` "
+                "goes on with it; or choose another --out or delete it"
+            )
         found = [name for name in RUN_FILES if (folder / name).exists()]
         if found:
             raise OutputError(
@@ -79,11 +89,9 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
         return
     try:
         earlier = json.loads(record.read_text(encoding="utf-8"))["request"]
-        changed = sorted(
-            key
-            for key in {*earlier, *request}
-            if earlier.get(key) != json.loads(json.dumps(without_nan(request))).get(key)
-        )
+        if not isinstance(earlier, dict):
+            raise TypeError("its request is not an object")
+        changed = differences(earlier, request)
     except (
         OSError,
         ValueError,
@@ -100,6 +108,39 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
             f"{str(folder)!r} already holds a run with other {', '.join(changed)}; choose another "
             "--out or delete it"
         )
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two records say otherwise: a text for each key, inside objects too, with both values.
+
+    Raises `AttributeError` when one is not an object.
+
+    Examples:
+        >>> from steerlens.runs import differences
+        >>> differences({"seed": 0, "model": {"dtype": "float32"}}, {"seed": 0, "model": {}})
+        ["model.dtype ('float32', now nothing)"]
+    """
+    there, here = _flat(earlier), _flat(json.loads(json.dumps(without_nan(now))))
+    return [
+        f"{key} ({_told(there, key)}, now {_told(here, key)})"
+        for key in sorted({*there, *here})
+        if (key in there, there.get(key)) != (key in here, here.get(key))
+    ]
+
+
+def _flat(record: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        name = f"{before}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
+
+
+def _told(record: Mapping[str, Any], key: str) -> str:
+    if key not in record:
+        return "nothing"
+    text = repr(record[key])
+    return text if len(text) <= 80 else f"{text[:60]}... of {len(text)} characters"
 
 
 def check_out_file(path: Path) -> None:
@@ -129,6 +170,7 @@ def write_run(
     forward_equivalents: float | None = None,
     pages: Mapping[str, str] = MappingProxyType({}),
     warnings: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of a run; each appears whole, the record last.
 
@@ -136,7 +178,9 @@ def write_run(
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
     of several; each of `pages` as `NAME.html`; and `run.json`, with the seconds and, where they are
     counted, the forward-equivalents spent, the rows and attrs of each table, and the `warnings`
-    given. In the record None stands for NaN, "inf" and "-inf" for themselves, as JSON has neither.
+    given, and the `options` of the command, from which it can be run again. In the record None
+    stands for NaN, "inf" and "-inf" for themselves, as JSON has neither.
+
     Raises `OutputError` when a file cannot be written.
     """
     record = {
@@ -145,11 +189,7 @@ def write_run(
         "seconds": round(seconds, 3),
         "forward_equivalents": forward_equivalents,
         "warnings": list(warnings),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("steerlens", "torch", "transformers", "pandas")},
-            "transformer-lens": version("transformer-lens"),
-        },
+        "versions": versions(),
         "machine": {
             "system": platform.system(),
             "processor": platform.machine(),
@@ -159,6 +199,7 @@ def write_run(
             name: {"rows": len(table), "attrs": dict(table.attrs)} for name, table in tables.items()
         },
         "pages": list(pages),
+        **({} if options is None else {"options": dict(options)}),
     }
     try:
         for name, table in tables.items():
@@ -171,9 +212,15 @@ def write_run(
             write_whole(folder / file, partial(write_directions, of))
         for name, page in pages.items():
             write_whole(folder / f"{name}.html", partial(_write_text, page))
-        write_whole(folder / RECORD, lambda p: _write_json(record, p))
+        write_whole(folder / RECORD, lambda p: write_json(record, p))
     except OSError as error:
         raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that a record tells."""
+    names = ("steerlens", "torch", "transformers", "pandas", "transformer-lens")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def write_directions(directions: Directions, path: Path) -> None:
@@ -195,10 +242,38 @@ def write_directions(directions: Directions, path: Path) -> None:
     path.write_bytes(save(tensors, metadata))
 
 
+def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
+    """Directions that `write_directions` wrote; `hook_names` are those that are not readouts.
+
+    Raises `OutputError` when the file is damaged or has others.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            fitted = json.loads(file.metadata()["steerlens"])
+            names = (*hook_names, *fitted["readout_hooks"])
+            if set(names) != set(file.keys()):
+                raise ValueError("it has other hooks")
+            vectors = torch.stack([file.get_tensor(name) for name in names])
+        return Directions(
+            hook_names=tuple(hook_names),
+            readout_names=tuple(fitted["readout_hooks"]),
+            vectors=vectors,
+            method=fitted["method"],
+            position=fitted["position"],
+            seed=fitted["seed"],
+            fingerprint=fitted["fitted_on"],
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise OutputError(f"{str(path)!r} holds no directions of this run ({error})") from error
+
+
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _write_json(record: Mapping[str, Any], path: Path) -> None:
+def write_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record as JSON, as `without_nan` makes it."""
     text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,310 @@
+"""A run that is not finished: its parts on disk, and who may write them.
+
+In `parts/` of the run folder: `_request.json`, what was asked for, written first;
+`_directions.safetensors`; a Parquet file a hook, each written whole and once; and `_lock`.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from steerlens.directions import Directions
+from steerlens.errors import OutputError, SteerlensError
+from steerlens.runs import (
+    PARTS,
+    RECORD,
+    RUN_FILES,
+    STARTED,
+    check_run_folder,
+    differences,
+    read_directions,
+    versions,
+    write_directions,
+    write_json,
+)
+from steerlens.steering.files import write_whole
+from steerlens.sweep import FinishedHook
+from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
+
+DIRECTIONS = "_directions.safetensors"
+LOCK = "_lock"
+
+
+@dataclass(frozen=True)
+class Started:
+    """What an unfinished run was asked for, and the hooks that have a part."""
+
+    request: Mapping[str, Any]
+    options: Mapping[str, Any]
+    versions: Mapping[str, str]
+    has_part: tuple[str, ...]
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """All hooks of the run."""
+        return tuple(self.request["hook_names"])
+
+
+def read_started(folder: Path) -> Started | None:
+    """What the unfinished run in a folder is; None when there is none.
+
+    A folder with a run.json is finished. Raises `OutputError` when the record is damaged.
+    """
+    path = folder / PARTS / STARTED
+    if (folder / RECORD).exists() or not path.exists():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        request, options, made_by = (dict(record[k]) for k in ("request", "options", "versions"))
+        names = [str(name) for name in request["hook_names"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{str(path)!r} is not the record of an unfinished run ({error}); delete the folder "
+            "and run the command once more"
+        ) from error
+    found = tuple(name for i, name in enumerate(names) if _part(folder, i).exists())
+    return Started(request, options, made_by, found)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record of a finished run, from its run.json or its folder: to run it again.
+
+    Raises `OutputError` when it is not one, or says no options.
+    """
+    path = path / RECORD if path.is_dir() else path
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: dict(record[name]) for name in ("request", "options", "versions")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OutputError(
+            f"{str(path)!r} is not the record of a run that can be repeated ({error}); expected "
+            f"the {RECORD} of a sweep, written by this steerlens or a newer one"
+        ) from error
+
+
+class Parts:
+    """The parts of a run that this process may write: a `Checkpoint` (see `open_parts`).
+
+    `seconds` and `warned` are of the hooks that were finished before, and known once `finished` is
+    called.
+    """
+
+    def __init__(
+        self, folder: Path, hook_names: Sequence[str], warned: Callable[[], Sequence[str]]
+    ) -> None:
+        self._folder, self._hook_names, self._warned = folder, tuple(hook_names), warned
+        self._of, self._since = "", time.perf_counter()
+        self.seconds = 0.0
+        self.warned: tuple[str, ...] = ()
+
+    def directions(self, fit: Callable[[], Directions]) -> Directions:
+        """The directions that were fitted before; else those of `fit`, which are kept."""
+        path = self._folder / PARTS / DIRECTIONS
+        if path.exists():
+            try:
+                return read_directions(path, self._hook_names)
+            except OutputError as error:
+                warnings.warn(f"{error}; fitted again", RuntimeWarning, stacklevel=2)
+        directions = fit()
+        self._write(path, partial(write_directions, directions))
+        return directions
+
+    def finished(self, of: str) -> dict[str, FinishedHook]:
+        """The hooks that have a part. One that is damaged is left out, with a warning.
+
+        Raises `OutputError` when a part is of another sweep than the one that `of` names.
+        """
+        self._of, self._since = of, time.perf_counter()
+        known = {}
+        for i, name in enumerate(self._hook_names):
+            path = _part(self._folder, i)
+            if not path.exists():
+                continue
+            frame = _read_part(path, name)
+            if frame is None:
+                warnings.warn(
+                    f"{str(path)!r} is damaged; the cells of {name} are run again",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                continue
+            if frame.attrs["of"] != of:
+                raise OutputError(
+                    f"{str(path)!r} was measured with other settings, directions or unsteered "
+                    "activations, to the bit: on another device, number of threads or machine? Go "
+                    "on as it was begun, or start again in another --out"
+                )
+            rows: Any = frame.to_dict("records")
+            known[name] = FinishedHook(name, tuple(rows), frame.attrs["blocks"])
+            self.seconds += frame.attrs["seconds"]
+            self.warned = tuple(dict.fromkeys((*self.warned, *frame.attrs["warnings"])))
+        return known
+
+    def keep(self, hook: FinishedHook) -> None:
+        """Write the part of a hook; it is on the disk when this returns.
+
+        Raises `OutputError` when it cannot be written.
+        """
+        now = time.perf_counter()
+        attrs = {
+            "of": self._of,
+            "hook_name": hook.hook_name,
+            "blocks": hook.blocks,
+            "seconds": now - self._since,
+            "warnings": list(self._warned()),
+        }
+        self._since = now
+        frame = to_frame(hook.rows, SWEEP_COLUMNS, attrs)
+        frame.attrs["sha256"] = _checksum(frame)
+        path = _part(self._folder, self._hook_names.index(hook.hook_name))
+        self._write(path, partial(write_parquet, frame))
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        try:
+            write_whole(path, write)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {str(path)!r}: {error.strerror or error}; what is finished is kept: "
+                f"make room, then `steerlens sweep --resume {self._folder}`"
+            ) from error
+
+
+@contextmanager
+def open_parts(
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    options: Mapping[str, Any],
+    resume: bool = False,
+    warned: Callable[[], Sequence[str]] = tuple,
+) -> Iterator[Parts]:
+    """The parts of a run of `request`, for this process alone; removed when the block ends well.
+
+    After an error, an interrupt or a kill they stay, if there are any, and `resume` goes on with
+    them. `request` has the `hook_names`, `options` what the command was given, `warned` the
+    warnings so far. Raises `OutputError` as `check_run_folder` does, when another process has the
+    folder, and with `resume` when there is no unfinished run, or one of another request or other
+    versions (naming both values).
+    """
+    inside = folder / PARTS
+    if not resume:
+        try:
+            inside.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(
+                f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
+            ) from error
+    with _locked(folder):
+        if resume:
+            _check_same(folder, request)
+        else:
+            check_run_folder(folder, request)
+            _start(folder, request, options)
+        try:
+            yield Parts(folder, request["hook_names"], warned)
+        except BaseException as error:
+            if not _is_worth_keeping(inside, error):
+                shutil.rmtree(inside, ignore_errors=True)
+            raise
+        # What a kill half way through a table left beside it.
+        for name in RUN_FILES:
+            for left in folder.glob(f".{name}-*"):
+                shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(inside, ignore_errors=True)
+
+
+def _is_worth_keeping(inside: Path, error: BaseException) -> bool:
+    """Whether there is something to go on with: no request that failed before its first cell."""
+    if any(inside.glob("*.parquet")) or isinstance(error, OutputError):
+        return True
+    return (inside / DIRECTIONS).exists() and not isinstance(error, SteerlensError)
+
+
+def _start(folder: Path, request: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    record = {
+        "request": dict(request),
+        "options": dict(options),
+        "versions": versions(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    try:
+        # Of a run that was finished, or killed before its record was written.
+        for path in (folder / PARTS).iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
+        write_whole(folder / PARTS / STARTED, lambda path: write_json(record, path))
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another --out"
+        ) from error
+
+
+def _check_same(folder: Path, request: Mapping[str, Any]) -> None:
+    started = read_started(folder)
+    if started is None:
+        raise OutputError(f"{str(folder)!r} holds no unfinished run; start one with --out")
+    changed = [
+        *differences(started.request, request),
+        *(f"version of {text}" for text in differences(started.versions, versions())),
+    ]
+    if changed:
+        raise OutputError(
+            f"the unfinished run in {str(folder)!r} was begun with other {', '.join(changed)}; go "
+            "on as it was begun, or start again in another --out"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system drops with the process that holds it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / PARTS / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OutputError(
+            f"another process is at work in {str(folder)!r}; wait for it, or choose another --out"
+        ) from error
+    except OSError as error:
+        raise OutputError(
+            f"cannot lock {str(folder)!r}: {error.strerror or error}; choose another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _part(folder: Path, index: int) -> Path:
+    return folder / PARTS / f"{index:04d}.parquet"
+
+
+def _read_part(path: Path, hook_name: str) -> pd.DataFrame | None:
+    """The rows of a part, or None when they are not those that were written."""
+    try:
+        frame = pd.read_parquet(path, engine="pyarrow")
+        given = frame.attrs.pop("sha256")
+        is_whole = given == _checksum(frame) and frame.attrs["hook_name"] == hook_name
+    # Whatever pyarrow makes of damaged bytes: its errors share no base class.
+    except Exception:
+        return None
+    return frame if is_whole else None
+
+
+def _checksum(frame: pd.DataFrame) -> str:
+    text = frame.to_csv(index=False) + json.dumps(frame.attrs, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,373 @@
+"""A sweep that is stopped: what stays, who may go on with it, and that the bytes are the same."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_cli import (  # noqa: F401 (fixtures)
+    N_LAYERS,
+    OPENINGS,
+    Main,
+    assert_error,
+    content,
+    model_folder,
+    pairs_file,
+    record,
+    run,
+    sweep,
+    write_pairs,
+)
+
+import steerlens as sl
+from steerlens.cli import main, sweeps
+from steerlens.errors import OutputError, ReportError
+from steerlens.runs import check_run_folder, differences, unfinished
+from steerlens.runs.unfinished import Parts, open_parts, read_started
+from steerlens.sweep import FinishedHook
+
+HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
+NULLS = ("--null", "2")
+Stop = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder: Path, pairs_file: Path, tmp_path_factory: Any) -> dict[str, bytes]:  # noqa: F811
+    """The files of a run that was not stopped."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    options = ["--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2", *NULLS]
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *map(str, options), "--examples", "0", "--quiet", "--out", str(out)])
+    assert stop.value.code == 0
+    return content(out)
+
+
+def assert_finished(folder: Path, whole: dict[str, bytes]) -> None:
+    found = content(folder)
+    assert found.keys() == whole.keys()
+    changed = [name for name in found if found[name] != whole[name]]
+    assert changed == ["run.json"]  # seconds and the date
+
+
+@pytest.fixture
+def stop(sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stop:  # noqa: F811
+    """A run that is stopped by an error when it is about to write that part; its folder."""
+
+    def stopped(at: int, error: BaseException, code: int, *words: str) -> Path:
+        write, written = unfinished.write_parquet, []
+
+        def fail(frame: pd.DataFrame, path: Path) -> None:
+            written.append(path)
+            if len(written) > at:
+                path.write_bytes(b"half")
+                raise error
+            write(frame, path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(unfinished, "write_parquet", fail)
+            outcome = sweep(*NULLS, "--quiet", "--out", tmp_path / "run")
+        assert outcome.code == code
+        assert outcome.err.count("\n") == 1
+        for word in words:
+            assert word in outcome.words
+        return tmp_path / "run"
+
+    return stopped
+
+
+def interrupted(stop: Stop, at: int = 2) -> Path:
+    return stop(at, KeyboardInterrupt(), 130, f"{at} of {N_LAYERS} hooks", "--resume")
+
+
+def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
+    run: Main,  # noqa: F811
+    stop: Stop,
+    whole: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = interrupted(stop)
+    kept: list[str] = []
+    fits: list[str] = []
+    measured: list[float] = []
+    keep, module = Parts.keep, sys.modules["steerlens.sweep"]
+    measure, fit = module.measure, sweeps.fit
+    run_cells = module.run_cells
+    yielded: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> Any:
+        for cells in run_cells(*args, **options):
+            yielded.append(len(cells))
+            yield cells
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Parts, "keep", lambda parts, hook: (kept.append(hook.hook_name), keep(parts, hook))[1]
+        )
+        patch.setattr(module, "run_cells", counted)
+        patch.setattr(
+            module, "measure", lambda cell, *rest: (measured.append(0), measure(cell, *rest))[1]
+        )
+        patch.setattr(sweeps, "fit", lambda *args, **options: fits.append("fit"))
+        assert run("sweep", "--resume", folder, "--quiet").code == 0
+    assert sweeps.fit is fit
+    assert kept == HOOKS[2:]
+    assert len(measured) == 2 * 3  # hooks left, coefficients
+    assert yielded == [2] * 2 * 5  # hooks left, along the direction and four nulls
+    assert fits == []  # directions are read back
+    assert_finished(folder, whole)
+    record_now = json.loads(content(folder)["run.json"])
+    assert record_now["warnings"] == json.loads(whole["run.json"])["warnings"] != []
+
+
+def test_a_full_disk_leaves_what_can_be_resumed(
+    run: Main,  # noqa: F811
+    stop: Stop,
+    whole: dict[str, bytes],
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    folder = stop(1, full, 2, "steerlens: cannot write", "No space left", "--resume ")
+    assert_finished_after_resume(run, folder, whole)
+
+
+def assert_finished_after_resume(
+    run: Main,  # noqa: F811
+    folder: Path,
+    whole: dict[str, bytes],
+) -> None:
+    outcome = run("sweep", "--resume", folder, "--quiet")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+    assert_finished(folder, whole)
+
+
+def test_an_unfinished_run_says_what_it_is(
+    run: Main,  # noqa: F811
+    sweep: Main,  # noqa: F811
+    stop: Stop,
+) -> None:
+    folder = interrupted(stop)
+    for word in ("unfinished", f"2 of {N_LAYERS}", HOOKS[1], f"--resume {folder}", "read_parquet"):
+        with pytest.raises(ReportError, match=word.replace(".", r"\.")):
+            sl.read_run(folder)
+        assert_error(run("report", folder), word)
+    cells = pd.read_parquet(folder / "parts")
+    assert cells.hook_name.drop_duplicates().to_list() == HOOKS[:2]
+    assert cells.q_value.isna().all()
+    assert cells.p_value.notna().any()
+    assert_error(sweep(*NULLS, "--quiet", "--out", folder), "unfinished", "--resume")
+    with pytest.raises(OutputError, match="unfinished"):
+        check_run_folder(folder, {"command": "boundary"})
+
+
+def test_another_request_or_version_is_refused_with_both_values(
+    run: Main,  # noqa: F811
+    stop: Stop,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, bytes],
+) -> None:
+    folder = interrupted(stop)
+    resume = ("sweep", "--quiet", "--resume", folder)
+    assert_error(run(*resume, "--seed", "1"), "seed (0, now 1)")
+    assert_error(run(*resume, "--null", "3"), "null (2, now 3)")
+    others = write_pairs(tmp_path / "other.jsonl", OPENINGS[:3])
+    assert_error(run(*resume, "--pairs", others), "fitted_on.n_pairs (4, now 3)", "fingerprint (")
+    assert_error(run(*resume, "--out", tmp_path / "b"), "leave out --out")
+    with monkeypatch.context() as patch:
+        now = unfinished.versions()
+        patch.setattr(unfinished, "versions", lambda: now | {"torch": "0.1"})
+        assert_error(run(*resume), f"version of torch ({now['torch']!r}, now '0.1')")
+    assert_error(run("sweep", "--quiet", "--resume", tmp_path), "holds no unfinished run")
+    assert_error(run("sweep", "--quiet"), "--out")
+    assert_finished_after_resume(run, folder, whole)
+    again = run(*resume[:1], "--resume", folder)
+    assert (again.code, "nothing to do" in again.words) == (0, True)
+
+
+def test_an_error_before_the_first_cell_leaves_nothing(sweep: Main, tmp_path: Path) -> None:  # noqa: F811
+    assert_error(sweep("--quiet", "--position", "99", "--out", tmp_path / "run"), "99")
+    assert content(tmp_path / "run") == {}
+
+
+# Parts
+
+
+def part(folder: Path) -> Path:
+    return folder / "parts" / "0000.parquet"
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-1]])
+def test_a_truncated_part_is_run_again(
+    damage: Callable[[bytes], bytes],
+    run: Main,  # noqa: F811
+    stop: Stop,
+    whole: dict[str, bytes],
+) -> None:
+    folder = interrupted(stop)
+    part(folder).write_bytes(damage(part(folder).read_bytes()))
+    with pytest.warns(RuntimeWarning, match=r"0000\.parquet' is damaged"):
+        assert run("sweep", "--resume", folder, "--quiet").code == 0
+    assert_finished(folder, whole)
+    assert "is damaged" in str(record(folder)["warnings"])
+
+
+REQUEST = {"command": "sweep", "hook_names": HOOKS}
+ROW = {
+    "hook_name": HOOKS[0],
+    "layer": 0,
+    "readout_hook": HOOKS[2],
+    "coefficient": 0.1,
+    "n_pairs": 3,
+    "coherent": True,
+    "projection": 1 / 3,
+}
+
+
+def kept_part(folder: Path) -> None:
+    with suppress(KeyboardInterrupt), open_parts(folder, REQUEST, options={}) as parts:
+        assert parts.finished("of") == {}
+        parts.keep(FinishedHook(HOOKS[0], (ROW,), 7))
+        raise KeyboardInterrupt
+
+
+def test_no_changed_byte_of_a_part_changes_a_number(tmp_path: Path) -> None:
+    kept_part(tmp_path)
+    good = part(tmp_path).read_bytes()
+    before = unfinished._read_part(part(tmp_path), HOOKS[0])
+    assert before is not None
+    assert before.projection.to_list() == [1 / 3]
+    refused = 0
+    for place in range(0, len(good), 211):
+        part(tmp_path).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        found = unfinished._read_part(part(tmp_path), HOOKS[0])
+        refused += found is None
+        assert found is None or (found.equals(before) and found.attrs == before.attrs)
+    assert refused > 0
+    part(tmp_path).write_bytes(good)
+    assert unfinished._read_part(part(tmp_path), HOOKS[1]) is None
+
+
+def test_a_part_of_another_sweep_is_refused(tmp_path: Path) -> None:
+    kept_part(tmp_path)
+    with open_parts(tmp_path, REQUEST, options={}, resume=True) as parts:
+        with pytest.raises(OutputError, match="number of threads"):
+            parts.finished("other")
+        (hook,) = parts.finished("of").values()
+    assert (hook.blocks, hook.rows[0]["projection"]) == (7, 1 / 3)
+    assert not (tmp_path / "parts").exists()
+
+
+def test_differences_by_hand() -> None:
+    earlier = {"a": 1, "of": {"x": 1, "y": [1]}, "gone": None}
+    assert differences(earlier, {"of": {"y": [1], "x": 2}, "a": 1}) == [
+        "gone (None, now nothing)",
+        "of.x (1, now 2)",
+    ]
+    assert differences(earlier, dict(reversed(earlier.items()))) == []
+
+
+# One process a folder
+
+
+def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    lock = tmp_path / "parts" / "_lock"
+    lock.parent.mkdir()
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
+    hold += "; print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"1\n"
+        with (
+            pytest.raises(OutputError, match="another process is at work"),
+            open_parts(tmp_path, REQUEST, options={}),
+        ):
+            pass
+        holder.kill()
+    with open_parts(tmp_path, REQUEST, options={}):
+        started = read_started(tmp_path)
+        assert started is not None
+        assert started.hook_names == tuple(HOOKS)
+    assert read_started(tmp_path) is None
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
+def test_stopped_by_a_signal_until_it_is_finished(
+    signal: str,
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+    whole: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    options = ["--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2", *NULLS]
+    script = [sys.executable, Path(__file__).parent / "killed.py", signal, "3", log]
+    done = subprocess.run(
+        [*map(str, (*script, *options)), "--examples", "0", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(sl.__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": str(Path(sl.__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text(encoding="utf-8").splitlines()
+    ended = {"SIGKILL": "ended -9", "SIGINT": "ended 130"}[signal]
+    assert ended in lines
+    assert ("--resume" in done.stderr) is (signal == "SIGINT")
+    for name in HOOKS:
+        after = lines[lines.index(f"kept {name}") :] if f"kept {name}" in lines else []
+        assert f"ran {name}" not in after
+    assert_finished(out, whole)
+
+
+# --from
+
+
+def test_a_run_is_repeated_from_its_record(
+    run: Main,  # noqa: F811
+    sweep: Main,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    pairs, first = write_pairs(tmp_path / "pairs.jsonl", OPENINGS), tmp_path / "a"
+    assert sweep("--pairs", pairs, "--seed", "5", "--out", first).code == 0
+    source = first / "run.json"
+    outcome = run("sweep", "--from", source, "--out", tmp_path / "b")
+    assert (outcome.code, "not as recorded" in outcome.words) == (0, False)
+    before, after = content(first), content(tmp_path / "b")
+    assert [name for name in before if before[name] != after[name]] == ["run.json"]
+    write_pairs(pairs, OPENINGS, negative="rude")
+    old = json.loads(source.read_text(encoding="utf-8"))
+    old["versions"]["torch"] = "0.1"
+    source.write_text(json.dumps(old), encoding="utf-8")
+    outcome = run("sweep", "--from", first, "--seed", "6", "--out", tmp_path / "c")
+    assert outcome.code == 0
+    said = " ".join(record(tmp_path / "c")["warnings"])
+    for word in ("seed (5, now 6)", "fitted_on.fingerprint (", "version of torch ('0.1', now"):
+        assert word in said
+    assert "method" not in said
+    assert content(tmp_path / "c")["sweep.csv"] != before["sweep.csv"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(None, "options"), ({"seed": 0}, "model"), ([1], "cannot"), (3, "repeat")],
+)
+def test_a_record_that_cannot_be_repeated(
+    options: Any,
+    named: str,
+    run: Main,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    said = {"request": {}, "versions": {}} | ({} if options is None else {"options": options})
+    (tmp_path / "run.json").write_text(json.dumps(said), encoding="utf-8")
+    outcome = run("sweep", "--from", tmp_path, "--out", tmp_path / "b", "--quiet")
+    assert_error(outcome, "record", named)
+    assert not (tmp_path / "b").exists()
