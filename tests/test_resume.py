@@ -98,19 +98,19 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
     measured: list[float] = []
     keep, module = Parts.keep, sys.modules["steerlens.sweep"]
     measure, fit = module.measure, sweeps.fit
-    run_cells = module.run_cells
+    finished_cells = module.finished_cells
     yielded: list[int] = []
 
     def counted(*args: Any, **options: Any) -> Any:
-        for cells in run_cells(*args, **options):
-            yielded.append(len(cells))
-            yield cells
+        for finished in finished_cells(*args, **options):
+            yielded.append(len(finished.cells))
+            yield finished
 
     with monkeypatch.context() as patch:
         patch.setattr(
             Parts, "keep", lambda parts, hook: (kept.append(hook.hook_name), keep(parts, hook))[1]
         )
-        patch.setattr(module, "run_cells", counted)
+        patch.setattr(module, "finished_cells", counted)
         patch.setattr(
             module, "measure", lambda cell, *rest: (measured.append(0), measure(cell, *rest))[1]
         )
