@@ -346,9 +346,12 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
             )
         )
     except Exception as error:  # jinja2 and transformers raise many types here
+        roles = [message.role for message in prompt]
+        hint = ""
+        if "system" in roles:
+            hint = "; if it takes no system turn, write that text into the user's turn"
         raise PairError(
-            f"the chat template rejects the messages with roles "
-            f"{[message.role for message in prompt]}: {error}"
+            f"the chat template rejects the messages with roles {roles}: {error}{hint}"
         ) from error
 
 

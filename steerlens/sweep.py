@@ -45,6 +45,7 @@ from steerlens.plain import (
     make_workload,
     run_baseline,
 )
+from steerlens.processing import check_processing
 from steerlens.progress import Progress, silent
 from steerlens.tables import LAYER_COLUMNS, POINT_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
@@ -150,9 +151,10 @@ def sweep(
     A cell whose numbers overflow is a row of NaN, not coherent, with a warning. A `checkpoint` is
     given each hook when its cells are done, and those that it has are not run again: the tables are
     the same to the bit. Raises `SweepError` on coefficients that are not finite, `DirectionError`
-    when a hook or its readout has no direction, `SweepError` on a bad budget or number of
-    resamples, `HookError` on an unknown hook, and as `tokenize_pairs`, `make_workload`,
-    `run_baseline` and the `checkpoint` do.
+    when a hook or its readout has no direction, `ProcessingError` when they were fitted on a model
+    with other weight processing, `SweepError` on a bad budget or number of resamples, `HookError`
+    on an unknown hook, and as `tokenize_pairs`, `make_workload`, `run_baseline` and the
+    `checkpoint` do.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
@@ -165,6 +167,8 @@ def sweep(
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
     check_directions(directions, [*hook_names, *readouts.values()])
+    null = _named(nulls, hook_names)
+    check_processing(model, directions, *(one for _, one in null))
     settings = SweepSettings(
         hook_names=hook_names,
         coefficients=checked_coefficients(coefficients),
@@ -189,7 +193,6 @@ def sweep(
     baseline = run_baseline(model, workload, needed, cost=cost, progress=tell)
     check_width(directions, baseline)
     pushes = tuple(c for c in settings.coefficients if c != 0)
-    null = _named(nulls, hook_names)
     known: Mapping[str, FinishedHook] = {}
     if checkpoint is not None:
         known = checkpoint.finished(

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from steerlens import data
+from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.cli import boundaries, circuits, evaluation, report, sweeps, vectors
 from steerlens.cli.options import (
     DEBUG,
@@ -36,7 +37,7 @@ from steerlens.cli.warned import keeping_warnings
 from steerlens.data import ContrastivePairs
 from steerlens.errors import SteerlensError
 from steerlens.methods import METHODS, default_position, fit
-from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model
+from steerlens.models import load_model
 from steerlens.runs import check_out_file
 from steerlens.steering.files import write_whole
 from steerlens.sweep import measure_layers

@@ -9,6 +9,7 @@ import typer
 from rich.text import Text
 
 from steerlens.activations import collect_differences
+from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.examples import example_tables
 from steerlens.cli.options import (
     BatchOption,
@@ -33,7 +34,7 @@ from steerlens.errors import OutputError
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
 from steerlens.methods import default_position, fit, method_of, null_directions
-from steerlens.models import DEFAULT_MODEL, load_model, provenance
+from steerlens.models import load_model, provenance
 from steerlens.runs import RECORD, differences, versions, write_run
 from steerlens.runs.unfinished import open_parts, read_record, read_started
 from steerlens.sweep import sweep as run_sweep

@@ -44,15 +44,9 @@ def report(runs: Sequence[Run]) -> str:
     It holds the scripts and data that it needs, compressed, and asks no network for anything.
     Without scripts the tables and texts are there all the same. Raises `ReportError` without runs.
 
-    Example:
-        >>> from steerlens.runs import write_run
-        >>> found = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
-        >>> request = {"command": "sweep", "budget": "relative=0.01"}
-        >>> tables = {"sweep": found.table, "layers": found.layers}
-        >>> write_run(folder, tables, directions, request, seconds=1.0)
-        >>> page = sl.report([sl.read_run(folder)])
-        >>> len(page) < 5_000_000, "http://" in page[: page.index("packed-")]
-        (True, False)
+    Examples:
+        >>> page = sl.report([sl.read_run(run_folder)])
+        >>> size = (folder / "report.html").write_text(page, encoding="utf-8")
     """
     if not runs:
         raise ReportError("a report is of one run or more, got none")

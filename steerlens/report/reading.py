@@ -74,14 +74,12 @@ def read_run(folder: str | Path) -> Run:
     command, a table or page is missing or cut off, or a table's columns or cells are not those
     expected; the message names the file, what was expected, and what to do.
 
-    Example:
-        >>> from steerlens.runs import write_run
-        >>> found = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
-        >>> tables = {"sweep": found.table, "layers": found.layers}
-        >>> write_run(folder, tables, directions, {"command": "sweep"}, seconds=1.0)
-        >>> run = sl.read_run(folder)
-        >>> run.command, {name: len(table) for name, table in run.tables.items()}
-        ('sweep', {'sweep': 3, 'layers': 1})
+    Examples:
+        >>> run = sl.read_run(run_folder)
+        >>> run
+        Run('run', sweep, sweep, layers, points, generations, tokens)
+        >>> len(run.tables["layers"])
+        30
     """
     folder = Path(folder)
     record = _read_record(folder)

@@ -77,8 +77,8 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
     if not record.exists():
         if (folder / PARTS / STARTED).exists():
             raise OutputError(
-                f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` goes "
-                "on with it; or choose another --out or delete it"
+                f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` "
+                "goes on with it; or choose another --out or delete it"
             )
         found = [name for name in RUN_FILES if (folder / name).exists()]
         if found:
@@ -177,8 +177,9 @@ def write_run(
     Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
     of several; each of `pages` as `NAME.html`; and `run.json`, with the seconds and, where they are
-    counted, the forward-equivalents spent, the rows and attrs of each table, and the `warnings`
-    given, and the `options` of the command, from which it can be run again. In the record None stands for NaN, "inf" and "-inf" for themselves, as JSON has neither.
+    counted, the forward-equivalents spent, the rows and attrs of each table, the `warnings` given,
+    and the `options` of the command, from which it can be run again. In the record None stands for
+    NaN, "inf" and "-inf" for themselves, as JSON has neither.
     Raises `OutputError` when a file cannot be written.
     """
     record = {
@@ -230,6 +231,7 @@ def write_directions(directions: Directions, path: Path) -> None:
         "position": directions.position,
         "seed": directions.seed,
         "fitted_on": directions.fingerprint,
+        "weight_processing": directions.weight_processing,
         "readout_hooks": directions.readout_names,
     }
     names = (*directions.hook_names, *directions.readout_names)
@@ -261,6 +263,7 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
             position=fitted["position"],
             seed=fitted["seed"],
             fingerprint=fitted["fitted_on"],
+            weight_processing=fitted["weight_processing"],
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise OutputError(f"{str(path)!r} holds no directions of this run ({error})") from error

@@ -70,8 +70,8 @@ def read_started(folder: Path) -> Started | None:
         names = [str(name) for name in request["hook_names"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{str(path)!r} is not the record of an unfinished run ({error}); delete the folder and "
-            "run the command once more"
+            f"{str(path)!r} is not the record of an unfinished run ({error}); delete the folder "
+            "and run the command once more"
         ) from error
     found = tuple(name for i, name in enumerate(names) if _part(folder, i).exists())
     return Started(request, options, made_by, found)
@@ -88,8 +88,8 @@ def read_record(path: Path) -> dict[str, Any]:
         return {name: dict(record[name]) for name in ("request", "options", "versions")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{str(path)!r} is not the record of a run that can be repeated ({error}); expected the "
-            f"{RECORD} of a sweep, written by this steerlens or a newer one"
+            f"{str(path)!r} is not the record of a run that can be repeated ({error}); expected "
+            f"the {RECORD} of a sweep, written by this steerlens or a newer one"
         ) from error
 
 
@@ -191,11 +191,11 @@ def open_parts(
 ) -> Iterator[Parts]:
     """The parts of a run of `request`, for this process alone; removed when the block ends well.
 
-    After an error, an interrupt or a kill they stay, if there are any, and `resume` goes on with them. `request` has
-    the `hook_names`, `options` what the command was given, `warned` the warnings so far. Raises
-    `OutputError` as `check_run_folder` does, when another process has the folder, and with `resume`
-    when there is no unfinished run, or one of another request or other versions (naming both
-    values).
+    After an error, an interrupt or a kill they stay, if there are any, and `resume` goes on with
+    them. `request` has the `hook_names`, `options` what the command was given, `warned` the
+    warnings so far. Raises `OutputError` as `check_run_folder` does, when another process has the
+    folder, and with `resume` when there is no unfinished run, or one of another request or other
+    versions (naming both values).
     """
     inside = folder / PARTS
     if not resume:
@@ -262,8 +262,8 @@ def _check_same(folder: Path, request: Mapping[str, Any]) -> None:
     ]
     if changed:
         raise OutputError(
-            f"the unfinished run in {str(folder)!r} was begun with other {', '.join(changed)}; go on "
-            "as it was begun, or start again in another --out"
+            f"the unfinished run in {str(folder)!r} was begun with other {', '.join(changed)}; go "
+            "on as it was begun, or start again in another --out"
         )
 
 
