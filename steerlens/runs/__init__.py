@@ -264,6 +264,7 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
             position=fitted["position"],
             seed=fitted["seed"],
             fingerprint=fitted["fitted_on"],
+            weight_processing=fitted["weight_processing"],
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise OutputError(f"{str(path)!r} holds no directions of this run ({error})") from error
