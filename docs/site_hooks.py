@@ -30,6 +30,7 @@ MORE: dict[str, tuple[str, ...]] = {
     "models": ("HookedModel", "Provenance", "Quantization"),
     "hooks": ("Layers", "hook_layer", "hooked", "resid_post"),
     "tokens": ("SteeredPositions", "TokenizedPairs", "TokenizedPrompt", "tokenize_items"),
+    "memory": ("check_memory", "free_bytes", "is_out_of_memory", "pass_bytes"),
     "loss": ("*",),
     "uncertainty": ("*",),
     "tables": ("Column", "to_frame", "write_csv", "write_parquet"),

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 
 from steerlens import plain
-from steerlens.activations import is_out_of_memory
 from steerlens.cells import Carried, Job, carry_past, fast_cells
 from steerlens.errors import SteerlensError
 from steerlens.hooks import hook_layer
+from steerlens.memory import is_out_of_memory
 from steerlens.models import HookedModel
 from steerlens.parts import Prepared, prepare
 from steerlens.passes import n_skippable
@@ -182,12 +182,9 @@ def _reasons(
             found, carried = fast_cells(model, prepared, at, carried, cost)
         except SteerlensError:
             raise
-        except RuntimeError as error:
+        except Exception as error:  # whatever a model's own code raises when its blocks are skipped
             if is_out_of_memory(error):
                 raise
-            reasons[job.hook_name] = f"{type(error).__name__}: {error}"
-            continue
-        except Exception as error:  # whatever a model's own code raises when its blocks are skipped
             reasons[job.hook_name] = f"{type(error).__name__}: {error}"
             continue
         differences = (_difference(f, e, tolerance) for f, e in zip(found, expected, strict=True))

@@ -33,6 +33,10 @@ class SweepError(SteerlensError):
     """A sweep was asked for with settings that have no meaning."""
 
 
+class MemoryLimitError(SteerlensError):
+    """What was asked for cannot fit into the memory of the model's device."""
+
+
 class OutputError(SteerlensError):
     """An output folder cannot be written without losing what is there."""
 

@@ -36,7 +36,7 @@ from steerlens.loss import Budget
 from steerlens.methods import default_position, fit, method_of, null_directions
 from steerlens.models import load_model, provenance
 from steerlens.runs import RECORD, differences, versions, write_run
-from steerlens.runs.unfinished import open_parts, read_record, read_started
+from steerlens.runs.unfinished import clear_finished, open_parts, read_record, read_started
 from steerlens.sweep import sweep as run_sweep
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ def sweep(
     if resume is not None:
         started = read_started(resume)
         if started is None and (resume / RECORD).exists():
+            clear_finished(resume)
             if not quiet:
                 notes.print(Text(f"{resume} is finished: nothing to do"))
             return
