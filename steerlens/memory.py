@@ -81,11 +81,11 @@ def pass_bytes(
     """Bytes that a pass of `rows` prompts of `width` tokens takes beside the weights, at its peak.
 
     From the model's config alone: d_model, n_heads, n_layers, d_mlp and d_vocab. `label_rows` is
-    the number of labels that are predicted. Without gradients the larger of three matrices of
-    attention scores, and the logits of all tokens beside those of the labels in `dtype` and
-    float32. With gradients, that of a pair of prompts: what every block keeps for the backward pass
-    on both sides, and the logits of some labels. A lower bound: it counts what cannot be done
-    without. Measured peaks are one to three times as high.
+    the number of labels that are predicted. Without gradients it is the larger of one block (three
+    matrices of attention scores, two residuals) and the output (the logits of all tokens, and those
+    of the labels in `dtype` and in float32). With gradients, that of pairs of prompts: what every
+    block keeps for the backward pass on both sides, and the logits of some labels. A lower bound:
+    it counts what cannot be done without. Measured peaks are one to three times as high.
 
     Examples:
         >>> from steerlens.memory import pass_bytes
@@ -171,9 +171,10 @@ def check_memory(
             return
 
 
-def _device(model: HookedModel) -> torch.device | None:
+def _device(model: Any) -> torch.device | None:
     """The device of all weights; None where they lie on several."""
-    module: Any = getattr(model, "original_model", None) or model
+    # A Bridge does not list the weights of the Hugging Face model that it wraps.
+    module = getattr(model, "original_model", None) or model
     devices = {weight.device for weight in module.parameters()}
     return devices.pop() if len(devices) == 1 else None
 

@@ -1,7 +1,8 @@
 """`steerlens sweep`: run it, go on with it after an interrupt, repeat it from its record."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -267,16 +268,17 @@ def _run(
                     quiet=quiet,
                 )
             spent = result.table.attrs["forward_equivalents"]
-            write_run(
-                out,
-                tables,
-                directions,
-                request,
-                seconds=parts.seconds + time.perf_counter() - started,
-                forward_equivalents=spent,
-                warnings=warned(),
-                options=options,
-            )
+            with _saying_how_to_resume(out):
+                write_run(
+                    out,
+                    tables,
+                    directions,
+                    request,
+                    seconds=parts.seconds + time.perf_counter() - started,
+                    forward_equivalents=spent,
+                    warnings=warned(),
+                    options=options,
+                )
     except KeyboardInterrupt:
         _note_interrupt(out)
         raise typer.Exit(INTERRUPTED) from None
@@ -289,6 +291,16 @@ def _run(
                 f"written to {out}"
             )
         )
+
+
+@contextmanager
+def _saying_how_to_resume(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(
+            f"{error}; all cells are kept: make room, then `steerlens sweep --resume {out}`"
+        ) from error
 
 
 def _note_interrupt(out: Path) -> None:

@@ -196,6 +196,14 @@ def open_parts(
     warnings so far. Raises `OutputError` as `check_run_folder` does, when another process has the
     folder, and with `resume` when there is no unfinished run, or one of another request or other
     versions (naming both values).
+
+    Examples:
+        >>> from steerlens.runs.unfinished import open_parts, read_started
+        >>> request = {"hook_names": directions.hook_names, "seed": 0}
+        >>> with open_parts(folder, request, options={}) as parts:
+        ...     _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=parts)
+        ...     len(read_started(folder).has_part)
+        5
     """
     inside = folder / PARTS
     if not resume:
