@@ -30,6 +30,7 @@ MORE: dict[str, tuple[str, ...]] = {
     "models": ("HookedModel", "Provenance", "Quantization"),
     "hooks": ("Layers", "hook_layer", "hooked", "resid_post"),
     "tokens": ("SteeredPositions", "TokenizedPairs", "TokenizedPrompt", "tokenize_items"),
+    "memory": ("check_memory", "free_bytes", "is_out_of_memory", "pass_bytes"),
     "loss": ("*",),
     "uncertainty": ("*",),
     "tables": ("Column", "to_frame", "write_csv", "write_parquet"),
@@ -38,6 +39,7 @@ MORE: dict[str, tuple[str, ...]] = {
     "plain": ("Baseline", "CellOutput", "Cost", "forward_equivalents"),
     "measures": ("SweepSettings", "layer_row", "main_orthogonal", "measure", "point_rows"),
     "slopes": ("Slopes", "label_slopes"),
+    "sweep": ("Checkpoint", "FinishedHook"),
     "search": ("Curve", "Line", "crossing", "search"),
     "coherence": ("allowances", "mean_loss"),
     "pushes": ("Boundary", "choose_probes", "expect", "first_root"),
@@ -53,6 +55,7 @@ MORE: dict[str, tuple[str, ...]] = {
         *("graphs.Contrast", "graphs.Means", "graphs.Reader", "graphs.Scores", "graphs.attribute"),
         *("graphs.run_edges", "graphs.run_nodes", "floor.mean_kl", "edges.edge_table"),
     ),
+    "runs": ("differences", "unfinished.open_parts", "unfinished.read_started"),
 }
 
 

@@ -1,6 +1,5 @@
 """Run pairs through a model, keep only the asked-for positions, and take differences."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from steerlens.data import ContrastivePairs
 from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, Layers, hooked, readout_hook, resolve_hooks
+from steerlens.memory import is_out_of_memory, warn_of_memory
 from steerlens.models import HookedModel, inference
 from steerlens.processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, part_of, silent
@@ -252,23 +252,11 @@ def _whole_or_halves(
 ) -> list[tuple[tuple[Batch, ...], T]]:
     try:
         return [(group, run(*group))]
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if len(group[0].rows) == 1 or not is_out_of_memory(error):
             raise
     warn_of_memory(len(group[0].rows) // 2)
     return by_halves(list(zip(*(batch.halves() for batch in group), strict=True)), run)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def warn_of_memory(size: int) -> None:
-    """Say that passes go on with `size` prompts."""
-    warnings.warn(
-        f"out of memory: going on with {size} prompts a pass", RuntimeWarning, stacklevel=3
-    )
 
 
 class _AllRead(Exception):  # noqa: N818 (a signal, not an error)

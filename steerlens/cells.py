@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens import plain
-from steerlens.activations import is_out_of_memory, reading_hook, warn_of_memory
+from steerlens.activations import reading_hook
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.loss import mean_by_prompt
+from steerlens.memory import in_slices
 from steerlens.models import HookedModel, inference
 from steerlens.parts import Part, Prepared, advance_part
 from steerlens.passes import Residual, labels_kl, labels_logprob, run_from
@@ -325,19 +326,8 @@ class _Run:
         wide = torch.promote_types(self.job.direction.dtype, torch.float32)
         exact = torch.tensor(coefficients, dtype=wide, device=device)
         signed = (sign * exact).repeat_interleave(n_prompts)
-        outputs: list[tuple[Tensor, ...]] = []
-        done, size = 0, self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
-        while done < len(rows):
-            part = slice(done, done + size)
-            try:
-                outputs.append(run(rows[part], signed[part]))
-            except RuntimeError as error:
-                if size == 1 or not is_out_of_memory(error):
-                    raise
-                size //= 2
-                warn_of_memory(size)
-                continue
-            done += size
+        size = self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
+        outputs = in_slices(len(rows), size, lambda part: run(rows[part], signed[part]))
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
 
 

@@ -13,9 +13,9 @@ from functools import partial
 import torch
 
 from steerlens import plain
-from steerlens.activations import is_out_of_memory
 from steerlens.cells import Carried, Finished, Job, cells_in_turn, fast_cells, plain_cells
 from steerlens.errors import SteerlensError
+from steerlens.memory import is_out_of_memory
 from steerlens.models import HookedModel
 from steerlens.parts import Prepared, prepare
 from steerlens.passes import n_skippable
@@ -206,12 +206,9 @@ def _reasons(
             found, carried = fast_cells(model, prepared, at, carried, cost)
         except SteerlensError:
             raise
-        except RuntimeError as error:
+        except Exception as error:  # whatever a model's own code raises when its blocks are skipped
             if is_out_of_memory(error):
                 raise
-            reasons[job.hook_name] = f"{type(error).__name__}: {error}"
-            continue
-        except Exception as error:  # whatever a model's own code raises when its blocks are skipped
             reasons[job.hook_name] = f"{type(error).__name__}: {error}"
             continue
         differences = (_difference(f, e, tolerance) for f, e in zip(found, expected, strict=True))

@@ -37,6 +37,10 @@ class WorkerError(SteerlensError):
     """Cells cannot be given to an executor, or what ran them there failed or has another model."""
 
 
+class MemoryLimitError(SteerlensError):
+    """What was asked for cannot fit into the memory of the model's device."""
+
+
 class OutputError(SteerlensError):
     """An output folder cannot be written without losing what is there."""
 

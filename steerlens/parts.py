@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.activations import by_halves
+from steerlens.memory import in_slices
 from steerlens.models import HookedModel, inference
 from steerlens.passes import Prefix, Residual, advance, run_prefix, takes_cache
 from steerlens.plain import Baseline, Cost, Workload
@@ -80,12 +82,14 @@ def _parts(
     )
     if not is_split:
         return tuple(Part(batch) for batch in batches)
-    parts = []
     in_order = [prompts[row] for row in sorted(prompts)]
-    for head, tail in make_split_batches(model, in_order, batch_size):
+    found = by_halves(
+        make_split_batches(model, in_order, batch_size),
+        lambda head, tail: run_prefix(model, head),  # noqa: ARG005
+    )
+    for (head, _), _ in found:
         cost.add(head.tokens, int(model.cfg.n_layers))
-        parts.append(Part(tail, run_prefix(model, head)))
-    return tuple(parts)
+    return tuple(Part(tail, prefix) for (_, tail), prefix in found)
 
 
 def _with_final(model: HookedModel, part: Part, cost: Cost) -> Part:
@@ -97,11 +101,25 @@ def _with_final(model: HookedModel, part: Part, cost: Cost) -> Part:
 
 
 def advance_part(model: HookedModel, part: Part, start: Residual | None, block: int) -> Residual:
-    """The unsteered residual of a part entering `block`, computed on from `start`."""
+    """The unsteered residual of a part entering `block`, computed on from `start`.
+
+    Out of memory halves the rows of a pass.
+    """
     batch, prefix = part.batch, part.prefix
-    if prefix is not None:
-        rows = torch.arange(len(batch.prompts), device=batch.tokens.device)
-        prefix = prefix.at(rows, 0 if start is None else start.block)
-    return advance(
-        model, batch.tokens, batch.attention_mask, start=start, prefix=prefix, block=block
-    )
+    if start is not None and start.block == block:
+        return start
+
+    def run(of: slice) -> Tensor:
+        rows = torch.arange(of.start, of.stop, device=batch.tokens.device)
+        residual = advance(
+            model,
+            batch.tokens[of],
+            batch.attention_mask[of],
+            start=None if start is None else replace(start, values=start.values[of]),
+            prefix=None if prefix is None else prefix.at(rows, start.block if start else 0),
+            block=block,
+        )
+        return residual.values
+
+    found = in_slices(len(batch.prompts), len(batch.prompts), run)
+    return Residual(block, found[0] if len(found) == 1 else torch.cat(found))

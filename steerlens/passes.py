@@ -18,11 +18,9 @@ from torch import Tensor
 
 from steerlens.hooks import HookFunction, hooked, resid_post
 from steerlens.loss import divergence
+from steerlens.memory import LOGITS_PER_PASS
 from steerlens.models import HookedModel
 from steerlens.tokens import Batch, mask_kwargs
-
-LOGITS_PER_PASS = 2**23
-"""Logits that exist at once: 32 MiB of float32, and a few times that while they are reduced."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from steerlens.activations import by_halves, check_finite, reading_hook, run_to_
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hooked
 from steerlens.loss import label_kl, label_logprob
+from steerlens.memory import check_memory
 from steerlens.models import HookedModel, inference
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import steering_hooks
@@ -121,8 +122,9 @@ def run_baseline(
 
     `cost` is added to: all blocks on both sides. `progress` is told of the prompts. Raises
     `ActivationError` that names the hooks with NaN or inf, or the prompt whose labels have no
-    finite logprob.
+    finite logprob, and as `check_memory`.
     """
+    check_memory(model, workload.positive)
     for batch in (*workload.positive, *workload.negative):
         cost.add(batch.tokens, int(model.cfg.n_layers))
     n_positive, n_negative = (

@@ -66,7 +66,16 @@ class FinishedHook:
 class Checkpoint(Protocol):
     """Where the finished hooks of a sweep are kept, so that it can go on where it stopped.
 
-    `steerlens.runs.open_parts` makes one in a folder.
+    `steerlens.runs.unfinished.open_parts` makes one in a folder.
+
+    Examples:
+        >>> class InMemory(dict):
+        ...     def finished(self, of): return dict(self)
+        ...     def keep(self, hook): self[hook.hook_name] = hook
+        >>> kept = InMemory()
+        >>> _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=kept)
+        >>> len(kept), len(kept["blocks.1.hook_resid_post"].rows)  # hooks; cells of one
+        (5, 2)
     """
 
     def finished(self, of: str) -> Mapping[str, FinishedHook]:

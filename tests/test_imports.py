@@ -19,15 +19,15 @@ PACKAGE = Path(steerlens.__file__).parent
 # A module imports only from modules to its left.
 ORDER = (
     "errors progress data items processing checkpoints fidelity hooked_transformer models hooks "
-    "display tokens activations directions loss steering uncertainty tables plain passes parts "
-    "cells workers engine measures slopes gradients methods sweep search coherence pushes "
+    "display tokens memory activations directions loss steering uncertainty tables plain passes "
+    "parts cells workers engine measures slopes gradients methods sweep search coherence pushes "
     "boundary shape geometry evaluate damage generations export circuits plots runs report cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.
 HEAVY = (
     "transformer_lens transformers accelerate circuitsvis plotly matplotlib datasets scipy sklearn "
-    "safetensors gguf platformdirs typer rich IPython"
+    "safetensors gguf platformdirs filelock psutil typer rich IPython"
 ).split()
 
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef

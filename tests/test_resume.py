@@ -3,9 +3,10 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from test_cli import (  # noqa: F401 (fixtures)
 )
 
 import steerlens as sl
+from steerlens import runs
 from steerlens.cli import main, sweeps
 from steerlens.errors import OutputError, ReportError
 from steerlens.runs import check_run_folder, differences, unfinished
@@ -136,6 +138,59 @@ def test_a_full_disk_leaves_what_can_be_resumed(
     assert_finished_after_resume(run, folder, whole)
 
 
+def test_a_full_disk_while_the_tables_are_written(
+    run: Main,  # noqa: F811
+    sweep: Main,  # noqa: F811
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(frame: pd.DataFrame, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_csv", fail)
+        outcome = sweep(*NULLS, "--quiet", "--out", tmp_path / "run")
+    assert_error(outcome, "cannot write", "No space left", "--resume")
+    assert not (tmp_path / "run" / "sweep.csv").exists()
+    with monkeypatch.context() as patch:
+        # No cell is measured again.
+        patch.setattr(sys.modules["steerlens.sweep"], "measure", None)
+        assert_finished_after_resume(run, tmp_path / "run", whole)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, with room for some parts; skipped where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if mount is None or subprocess.run([mount, *options], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    run: Main,  # noqa: F811
+    sweep: Main,  # noqa: F811
+    whole: dict[str, bytes],
+    small_disk: Path,
+) -> None:
+    folder = small_disk / "run"
+    assert_error(sweep(*NULLS, "--quiet", "--out", folder), "No space left", "make room", "resume")
+    started = read_started(folder)
+    assert started is not None
+    assert 0 < len(started.has_part) < N_LAYERS
+    assert_error(run("sweep", "--quiet", "--resume", folder), "No space left", "make room")
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert_finished_after_resume(run, folder, whole)
+
+
 def assert_finished_after_resume(
     run: Main,  # noqa: F811
     folder: Path,
@@ -165,6 +220,30 @@ def test_an_unfinished_run_says_what_it_is(
         check_run_folder(folder, {"command": "boundary"})
 
 
+def test_the_cells_can_be_read_while_it_runs(
+    sweep: Main,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, bytes],
+) -> None:
+    """Also where a kill left half a part beside the whole ones."""
+    folder, seen, keep = tmp_path / "run", [], Parts.keep
+
+    def keep_and_read(parts: Parts, hook: FinishedHook) -> None:
+        keep(parts, hook)
+        half = folder / "parts" / ".0003.parquet-killed"
+        half.mkdir(exist_ok=True)
+        (half / "0003.parquet").write_bytes(b"half")
+        cells = pd.read_parquet(folder / "parts")
+        seen.append(cells.hook_name.drop_duplicates().to_list())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "keep", keep_and_read)
+        assert sweep(*NULLS, "--quiet", "--out", folder).code == 0
+    assert seen == [HOOKS[: i + 1] for i in range(N_LAYERS)]
+    assert_finished(folder, whole)
+
+
 def test_another_request_or_version_is_refused_with_both_values(
     run: Main,  # noqa: F811
     stop: Stop,
@@ -186,8 +265,12 @@ def test_another_request_or_version_is_refused_with_both_values(
     assert_error(run("sweep", "--quiet", "--resume", tmp_path), "holds no unfinished run")
     assert_error(run("sweep", "--quiet"), "--out")
     assert_finished_after_resume(run, folder, whole)
+    # As a kill leaves it between the record and the removal of the parts.
+    (folder / "parts").mkdir()
+    (folder / "parts" / "0000.parquet").write_bytes(b"")
     again = run(*resume[:1], "--resume", folder)
     assert (again.code, "nothing to do" in again.words) == (0, True)
+    assert_finished(folder, whole)
 
 
 def test_an_error_before_the_first_cell_leaves_nothing(sweep: Main, tmp_path: Path) -> None:  # noqa: F811

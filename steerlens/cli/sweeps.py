@@ -1,8 +1,9 @@
 """`steerlens sweep`: run it, go on with it after an interrupt, repeat it from its record."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +39,7 @@ from steerlens.loss import Budget
 from steerlens.methods import default_position, fit, method_of, null_directions
 from steerlens.models import load_model, provenance
 from steerlens.runs import RECORD, differences, versions, write_run
-from steerlens.runs.unfinished import open_parts, read_record, read_started
+from steerlens.runs.unfinished import clear_finished, open_parts, read_record, read_started
 from steerlens.sweep import sweep as run_sweep
 
 if TYPE_CHECKING:
@@ -142,6 +143,7 @@ def sweep(
         if resume is not None:
             started = read_started(resume)
             if started is None and (resume / RECORD).exists():
+                clear_finished(resume)
                 if not quiet:
                     notes.print(Text(f"{resume} is finished: nothing to do"))
                 return
@@ -273,16 +275,17 @@ def _run(
                     quiet=quiet,
                 )
             spent = result.table.attrs["forward_equivalents"]
-            write_run(
-                out,
-                tables,
-                directions,
-                request,
-                seconds=parts.seconds + time.perf_counter() - started,
-                forward_equivalents=spent,
-                warnings=warned(),
-                options=options,
-            )
+            with _saying_how_to_resume(out):
+                write_run(
+                    out,
+                    tables,
+                    directions,
+                    request,
+                    seconds=parts.seconds + time.perf_counter() - started,
+                    forward_equivalents=spent,
+                    warnings=warned(),
+                    options=options,
+                )
     except KeyboardInterrupt:
         _note_interrupt(out)
         raise typer.Exit(INTERRUPTED) from None
@@ -295,6 +298,16 @@ def _run(
                 f"written to {out}"
             )
         )
+
+
+@contextmanager
+def _saying_how_to_resume(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OutputError as error:
+        raise OutputError(
+            f"{error}; all cells are kept: make room, then `steerlens sweep --resume {out}`"
+        ) from error
 
 
 def _note_interrupt(out: Path) -> None:

@@ -28,6 +28,7 @@ from steerlens.hooks import (
 )
 from steerlens.loss import MARGIN, WEIGHT
 from steerlens.measures import whole
+from steerlens.memory import check_memory
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
 from steerlens.processing import UNKNOWN, weight_processing
@@ -165,8 +166,8 @@ def loss_gradients(
     scores are random, and may.
     Raises `ActivationError` on a position without a label after it or outside a prompt, and on NaN
     or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
-    before a hook; `ModelError` as `check_label_rows`; `SweepError` on a bad weight, margin or
-    number of scores.
+    before a hook; `ModelError` as `check_label_rows`; `MemoryLimitError` as `check_memory`;
+    `SweepError` on a bad weight, margin or number of scores.
 
     Examples:
         >>> sl.loss_gradients(model, pairs, layers=[1, 2])
@@ -184,6 +185,7 @@ def loss_gradients(
     tokenized = tokenize_pairs(model, pairs)
     _check_position(tokenized, position)
     batches = make_pair_batches(model, tokenized, batch_size)
+    check_memory(model, [positive for positive, _ in batches], with_gradients=True)
     cost = Cost()
     check_label_rows(model, batches[0][0], cost=cost)
     generator = torch.Generator().manual_seed(seed)

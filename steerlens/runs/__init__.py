@@ -117,8 +117,9 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
 
     Examples:
         >>> from steerlens.runs import differences
-        >>> differences({"seed": 0, "model": {"dtype": "float32"}}, {"seed": 0, "model": {}})
-        ["model.dtype ('float32', now nothing)"]
+        >>> earlier = {"seed": 0, "model": {"dtype": "float32"}}
+        >>> differences(earlier, {"seed": 0, "model": {"dtype": "float16"}, "null": 2})
+        ["model.dtype ('float32', now 'float16')", 'null (nothing, now 2)']
     """
     there, here = _flat(earlier), _flat(json.loads(json.dumps(without_nan(now))))
     return [

@@ -10,7 +10,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -196,6 +196,14 @@ def open_parts(
     warnings so far. Raises `OutputError` as `check_run_folder` does, when another process has the
     folder, and with `resume` when there is no unfinished run, or one of another request or other
     versions (naming both values).
+
+    Examples:
+        >>> from steerlens.runs.unfinished import open_parts, read_started
+        >>> request = {"hook_names": directions.hook_names, "seed": 0}
+        >>> with open_parts(folder, request, options={}) as parts:
+        ...     _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=parts)
+        ...     len(read_started(folder).has_part)
+        5
     """
     inside = folder / PARTS
     if not resume:
@@ -206,22 +214,39 @@ def open_parts(
                 f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
             ) from error
     with _locked(folder):
-        if resume:
-            _check_same(folder, request)
-        else:
-            check_run_folder(folder, request)
-            _start(folder, request, options)
+        try:
+            if resume:
+                _check_same(folder, request)
+            else:
+                check_run_folder(folder, request)
+                _start(folder, request, options)
+        except BaseException:
+            # What was refused leaves nothing behind, but for the unfinished run of another request.
+            if not (inside / STARTED).exists():
+                shutil.rmtree(inside, ignore_errors=True)
+            raise
         try:
             yield Parts(folder, request["hook_names"], warned)
         except BaseException as error:
             if not _is_worth_keeping(inside, error):
                 shutil.rmtree(inside, ignore_errors=True)
             raise
-        # What a kill half way through a table left beside it.
-        for name in RUN_FILES:
-            for left in folder.glob(f".{name}-*"):
-                shutil.rmtree(left, ignore_errors=True)
-        shutil.rmtree(inside, ignore_errors=True)
+        _clear(folder)
+
+
+def clear_finished(folder: Path) -> None:
+    """Remove what a kill left beside the files of a run that is finished, unless it is at work."""
+    if (folder / PARTS).exists():
+        with suppress(OutputError), _locked(folder):
+            _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove the parts, and what a kill half way through a table left beside it."""
+    for name in RUN_FILES:
+        for left in folder.glob(f".{name}-*"):
+            shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
 def _is_worth_keeping(inside: Path, error: BaseException) -> bool:
