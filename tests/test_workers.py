@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import steerlens as sl
-from steerlens import workers
+from steerlens import cells, workers
 from steerlens.cells import Job
 from steerlens.errors import ModelError, WorkerError
 from steerlens.hooks import resid_post
@@ -225,7 +225,7 @@ def test_a_workers_warnings_are_given_here(
 ) -> None:
     """The first pass of every worker runs out of memory."""
     expected = swept(model, pairs, fitted)
-    real, failed = workers.fast_cells, []
+    real, failed = cells.fast_cells, []
 
     def short(*args: Any) -> Any:
         import warnings
@@ -235,7 +235,7 @@ def test_a_workers_warnings_are_given_here(
             warnings.warn("out of memory: half of it", RuntimeWarning, stacklevel=1)
         return real(*args)
 
-    monkeypatch.setattr(workers, "fast_cells", short)
+    monkeypatch.setattr(cells, "fast_cells", short)
     with pytest.warns(RuntimeWarning, match="half of it"):
         found = swept(model, pairs, fitted, executor=Inline())
     assert_same(found.table, expected.table)
