@@ -2,17 +2,15 @@
 
 import errno
 import json
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import build_llama, build_tokenizer
 from test_cli import (  # noqa: F401 (fixtures)
     N_LAYERS,
     OPENINGS,
@@ -32,7 +30,7 @@ from steerlens import runs
 from steerlens.cli import main, sweeps
 from steerlens.errors import OutputError, ReportError
 from steerlens.runs import check_run_folder, differences, unfinished
-from steerlens.runs.unfinished import Parts, open_parts, read_started
+from steerlens.runs.unfinished import Parts, open_parts
 from steerlens.sweep import FinishedHook
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
@@ -160,37 +158,6 @@ def test_a_full_disk_while_the_tables_are_written(
         assert_finished_after_resume(run, tmp_path / "run", whole)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, with room for some parts; skipped where none may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = shutil.which("mount")
-    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-    if mount is None or subprocess.run([mount, *options], capture_output=True).returncode:
-        pytest.skip("no file system may be mounted here")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_disk_that_is_really_full(
-    run: Main,  # noqa: F811
-    sweep: Main,  # noqa: F811
-    whole: dict[str, bytes],
-    small_disk: Path,
-) -> None:
-    folder = small_disk / "run"
-    assert_error(sweep(*NULLS, "--quiet", "--out", folder), "No space left", "make room", "resume")
-    started = read_started(folder)
-    assert started is not None
-    assert 0 < len(started.has_part) < N_LAYERS
-    assert_error(run("sweep", "--quiet", "--resume", folder), "No space left", "make room")
-    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    assert_finished_after_resume(run, folder, whole)
-
-
 def assert_finished_after_resume(
     run: Main,  # noqa: F811
     folder: Path,
@@ -257,6 +224,9 @@ def test_another_request_or_version_is_refused_with_both_values(
     assert_error(run(*resume, "--null", "3"), "null (2, now 3)")
     others = write_pairs(tmp_path / "other.jsonl", OPENINGS[:3])
     assert_error(run(*resume, "--pairs", others), "fitted_on.n_pairs (4, now 3)", "fingerprint (")
+    build_llama(n_layers=N_LAYERS, seed=1).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    assert_error(run(*resume, "--model", tmp_path / "model"), "model.file_hash (", "model.name (")
     assert_error(run(*resume, "--out", tmp_path / "b"), "leave out --out")
     with monkeypatch.context() as patch:
         now = unfinished.versions()
@@ -355,62 +325,6 @@ def test_differences_by_hand() -> None:
     assert differences(earlier, dict(reversed(earlier.items()))) == []
 
 
-# One process a folder
-
-
-def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    lock = tmp_path / "parts" / "_lock"
-    lock.parent.mkdir()
-    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
-    hold += "; print(1, flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"1\n"
-        with (
-            pytest.raises(OutputError, match="another process is at work"),
-            open_parts(tmp_path, REQUEST, options={}),
-        ):
-            pass
-        holder.kill()
-    with open_parts(tmp_path, REQUEST, options={}):
-        started = read_started(tmp_path)
-        assert started is not None
-        assert started.hook_names == tuple(HOOKS)
-    assert read_started(tmp_path) is None
-
-
-@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
-def test_stopped_by_a_signal_until_it_is_finished(
-    signal: str,
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
-    whole: dict[str, bytes],
-    tmp_path: Path,
-) -> None:
-    out, log = tmp_path / "run", tmp_path / "log"
-    options = ["--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2", *NULLS]
-    script = [sys.executable, Path(__file__).parent / "killed.py", signal, "3", log]
-    done = subprocess.run(
-        [*map(str, (*script, *options)), "--examples", "0", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(sl.__file__).parent.parent,
-        env={**os.environ, "PYTHONPATH": str(Path(sl.__file__).parent.parent)},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = log.read_text(encoding="utf-8").splitlines()
-    ended = {"SIGKILL": "ended -9", "SIGINT": "ended 130"}[signal]
-    assert ended in lines
-    assert ("--resume" in done.stderr) is (signal == "SIGINT")
-    for name in HOOKS:
-        after = lines[lines.index(f"kept {name}") :] if f"kept {name}" in lines else []
-        assert f"ran {name}" not in after
-    assert_finished(out, whole)
-
-
 # --from
 
 
@@ -429,11 +343,17 @@ def test_a_run_is_repeated_from_its_record(
     write_pairs(pairs, OPENINGS, negative="rude")
     old = json.loads(source.read_text(encoding="utf-8"))
     old["versions"]["torch"] = "0.1"
+    old["request"]["model"]["file_hash"] = "abc"
     source.write_text(json.dumps(old), encoding="utf-8")
     outcome = run("sweep", "--from", first, "--seed", "6", "--out", tmp_path / "c")
     assert outcome.code == 0
     said = " ".join(record(tmp_path / "c")["warnings"])
-    for word in ("seed (5, now 6)", "fitted_on.fingerprint (", "version of torch ('0.1', now"):
+    for word in (
+        "seed (5, now 6)",
+        "model.file_hash ('abc', now",
+        "fitted_on.fingerprint (",
+        "version of torch ('0.1', now",
+    ):
         assert word in said
     assert "method" not in said
     assert content(tmp_path / "c")["sweep.csv"] != before["sweep.csv"]

@@ -185,7 +185,15 @@ def _note_resumed(folder: Path, n_known: int, n_hooks: int, *, quiet: bool) -> N
         notes.print(Text(f"Going on in {folder}: {n_known} of {n_hooks} hooks are finished"))
 
 
-def _run(
+def _run(options: Mapping[str, Any], out: Path, **how: Any) -> None:
+    try:
+        _run_to_end(options, out, **how)
+    except KeyboardInterrupt:
+        _note_interrupt(out)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _run_to_end(
     options: Mapping[str, Any],
     out: Path,
     *,
@@ -228,67 +236,61 @@ def _run(
             *(f"version of {text}" for text in differences(recorded["versions"], versions())),
         ]:
             warn(f"note: not as recorded: {text}", quiet=quiet)
-    try:
-        with open_parts(out, request, options=options, resume=resume, warned=warned) as parts:
-            note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
-            started = time.perf_counter()
-            with progress_of(quiet=quiet) as progress:
-                shared: dict[str, Any] = {
-                    "layers": options["layers"],
-                    "batch_size": batch_size,
-                    "progress": progress,
-                }
-                directions = parts.directions(
-                    lambda: fit(
-                        loaded, fit_on, method=method, position=position, seed=seed, **shared
-                    )
-                )
-                nulls = None
-                if options["null"] is not None:
-                    differ = collect_differences(loaded, fit_on, position=position, **shared)
-                    nulls = null_directions(differ, n=options["null"], seed=seed)
-                result = run_sweep(
-                    loaded,
-                    measure_on,
-                    directions,
-                    coefficients=numbers,
-                    budget=options["budget"],
-                    seed=seed,
-                    nulls=nulls,
-                    checkpoint=parts,
-                    executor=executor,
-                    **shared,
-                )
-            for text in parts.warned:
-                keep_warning(text)
-            seconds = parts.seconds + time.perf_counter() - started
-            tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
-            if options["examples"]:
-                tables |= example_tables(
-                    loaded,
-                    measure_on,
-                    directions,
-                    hook_name=hook_names[len(hook_names) // 2],
-                    coefficients=numbers,
-                    n_prompts=options["examples"],
-                    batch_size=batch_size,
-                    quiet=quiet,
-                )
-            spent = result.table.attrs["forward_equivalents"]
-            with _saying_how_to_resume(out):
-                write_run(
-                    out,
-                    tables,
-                    directions,
-                    request,
-                    seconds=parts.seconds + time.perf_counter() - started,
-                    forward_equivalents=spent,
-                    warnings=warned(),
-                    options=options,
-                )
-    except KeyboardInterrupt:
-        _note_interrupt(out)
-        raise typer.Exit(INTERRUPTED) from None
+    with open_parts(out, request, options=options, resume=resume, warned=warned) as parts:
+        note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
+        started = time.perf_counter()
+        with progress_of(quiet=quiet) as progress:
+            shared: dict[str, Any] = {
+                "layers": options["layers"],
+                "batch_size": batch_size,
+                "progress": progress,
+            }
+            directions = parts.directions(
+                lambda: fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
+            )
+            nulls = None
+            if options["null"] is not None:
+                differ = collect_differences(loaded, fit_on, position=position, **shared)
+                nulls = null_directions(differ, n=options["null"], seed=seed)
+            result = run_sweep(
+                loaded,
+                measure_on,
+                directions,
+                coefficients=numbers,
+                budget=options["budget"],
+                seed=seed,
+                nulls=nulls,
+                checkpoint=parts,
+                executor=executor,
+                **shared,
+            )
+        for text in parts.warned:
+            keep_warning(text)
+        seconds = parts.seconds + time.perf_counter() - started
+        tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
+        if options["examples"]:
+            tables |= example_tables(
+                loaded,
+                measure_on,
+                directions,
+                hook_name=hook_names[len(hook_names) // 2],
+                coefficients=numbers,
+                n_prompts=options["examples"],
+                batch_size=batch_size,
+                quiet=quiet,
+            )
+        spent = result.table.attrs["forward_equivalents"]
+        with _saying_how_to_resume(out):
+            write_run(
+                out,
+                tables,
+                directions,
+                request,
+                seconds=parts.seconds + time.perf_counter() - started,
+                forward_equivalents=spent,
+                warnings=warned(),
+                options=options,
+            )
     if not quiet:
         print_layers(result.layers)
         print_cells(result)
@@ -312,13 +314,13 @@ def _saying_how_to_resume(out: Path) -> Iterator[None]:
 
 def _note_interrupt(out: Path) -> None:
     started = read_started(out)
-    if started is None:
-        notes.print(Text("steerlens: interrupted before a hook was finished"), soft_wrap=True)
-        return
-    notes.print(
-        Text(
-            f"steerlens: interrupted with {len(started.has_part)} of {len(started.hook_names)} "
-            f"hooks finished; `steerlens sweep --resume {out}` goes on"
-        ),
-        soft_wrap=True,
-    )
+    if started is not None:
+        text = (
+            f"with {len(started.has_part)} of {len(started.hook_names)} hooks finished; "
+            f"`steerlens sweep --resume {out}` goes on"
+        )
+    elif (out / RECORD).exists():
+        text = f"(the tables in {out} are whole)"
+    else:
+        text = "before a hook was finished"
+    notes.print(Text(f"steerlens: interrupted {text}"), soft_wrap=True)

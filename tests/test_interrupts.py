@@ -1,0 +1,145 @@
+"""A run that is stopped from outside: by a full disk, a signal, or another process at work."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Main, assert_error, model_folder, pairs_file, run, sweep  # noqa: F401 (fixtures)
+from test_resume import (  # noqa: F401 (fixtures)
+    HOOKS,
+    N_LAYERS,
+    NULLS,
+    REQUEST,
+    Stop,
+    assert_finished,
+    assert_finished_after_resume,
+    interrupted,
+    stop,
+    whole,
+)
+
+import steerlens as sl
+from steerlens.cli import sweeps
+from steerlens.errors import OutputError
+from steerlens.runs.unfinished import open_parts, read_started
+
+# A full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, with room for some parts; skipped where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if mount is None or subprocess.run([mount, *options], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full(
+    run: Main,  # noqa: F811
+    sweep: Main,  # noqa: F811
+    whole: dict[str, bytes],  # noqa: F811
+    small_disk: Path,
+) -> None:
+    folder = small_disk / "run"
+    assert_error(sweep(*NULLS, "--quiet", "--out", folder), "No space left", "make room", "resume")
+    started = read_started(folder)
+    assert started is not None
+    assert 0 < len(started.has_part) < N_LAYERS
+    assert_error(run("sweep", "--quiet", "--resume", folder), "No space left", "make room")
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    assert_finished_after_resume(run, folder, whole)
+
+
+# An interrupt
+
+
+def test_an_interrupt_says_how_to_go_on_at_any_moment(
+    run: Main,  # noqa: F811
+    sweep: Main,  # noqa: F811
+    stop: Stop,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder = interrupted(stop)
+    before = sorted(path.name for path in (folder / "parts").iterdir())
+    for name in ("load_model", "collect_differences", "run_sweep"):
+        with monkeypatch.context() as patch:
+            patch.setattr(sweeps, name, interrupt)
+            outcome = run("sweep", "--quiet", "--resume", folder)
+        assert (outcome.code, f"--resume {folder}" in outcome.words) == (130, True)
+        assert sorted(path.name for path in (folder / "parts").iterdir()) == before
+    with monkeypatch.context() as patch:
+        patch.setattr(sweeps, "print_layers", interrupt)
+        outcome = run("sweep", "--resume", folder)
+    assert (outcome.code, "are whole" in outcome.words) == (130, True)
+    assert sl.read_run(folder).tables["sweep"].hook_name.nunique() == N_LAYERS
+
+
+# One process a folder
+
+
+def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> None:
+    lock = tmp_path / "parts" / "_lock"
+    lock.parent.mkdir()
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire()"
+    hold += "; print(1, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"1\n"
+        with (
+            pytest.raises(OutputError, match="another process is at work"),
+            open_parts(tmp_path, REQUEST, options={}),
+        ):
+            pass
+        holder.kill()
+    with open_parts(tmp_path, REQUEST, options={}):
+        started = read_started(tmp_path)
+        assert started is not None
+        assert started.hook_names == tuple(HOOKS)
+    assert read_started(tmp_path) is None
+
+
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
+def test_stopped_by_a_signal_until_it_is_finished(
+    signal: str,
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+    whole: dict[str, bytes],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    options = ["--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2", *NULLS]
+    script = [sys.executable, Path(__file__).parent / "killed.py", signal, "3", log]
+    done = subprocess.run(
+        [*map(str, (*script, *options)), "--examples", "0", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(sl.__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": str(Path(sl.__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    lines = log.read_text(encoding="utf-8").splitlines()
+    ended = {"SIGKILL": "ended -9", "SIGINT": "ended 130"}[signal]
+    assert ended in lines
+    assert ("--resume" in done.stderr) is (signal == "SIGINT")
+    for name in HOOKS:
+        after = lines[lines.index(f"kept {name}") :] if f"kept {name}" in lines else []
+        assert f"ran {name}" not in after
+    assert_finished(out, whole)
