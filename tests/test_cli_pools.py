@@ -1,0 +1,66 @@
+"""`steerlens sweep --workers` and `--dask`: the same bytes, and errors in one line."""
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import (  # noqa: F401 (fixtures)
+    Main,
+    assert_error,
+    content,
+    model_folder,
+    pairs_file,
+    run,
+    sweep,
+)
+
+from steerlens.cli.pools import executor_of
+from steerlens.errors import WorkerError
+
+
+def test_two_workers_write_the_same_bytes(sweep: Main, tmp_path: Path) -> None:  # noqa: F811
+    threads = torch.get_num_threads()
+    serial, shared = tmp_path / "serial", tmp_path / "shared"
+    assert sweep("--quiet", "--out", serial).code == 0
+    outcome = sweep("--quiet", "--workers", "2", "--out", shared)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert torch.get_num_threads() == threads
+    found, expected = content(shared), content(serial)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == ["run.json"]
+    assert multiprocessing.active_children() == []
+
+
+def test_what_cannot_be_started_is_said_in_one_line(
+    sweep: Main,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    assert_error(sweep("--workers", "2", "--dask", "tcp://h:1", "--out", out), "one of them")
+    assert_error(sweep("--dask", "nowhere", "--out", out), "no Dask scheduler answers", "nowhere")
+    assert not out.exists()
+
+
+def test_workers_are_ended_after_an_error() -> None:
+    import time
+
+    def fail() -> None:
+        with executor_of(workers=1, dask=None) as executor:
+            assert executor is not None
+            executor.submit(time.sleep, 600)
+            executor.submit(time.sleep, 600)
+            while not multiprocessing.active_children():
+                time.sleep(0.01)
+            raise WorkerError("enough")
+
+    with pytest.raises(WorkerError, match="enough"):
+        fail()
+    for process in multiprocessing.active_children():
+        process.join(60)
+    assert multiprocessing.active_children() == []
+
+
+def test_none_is_asked_for() -> None:
+    with executor_of(workers=None, dask=None) as executor:
+        assert executor is None
