@@ -22,6 +22,7 @@ from steerlens.measures import (
     N_BOOTSTRAP,
     check_directions,
     check_width,
+    finite,
     layer_row,
     record,
     whole,
@@ -378,7 +379,7 @@ def check_search(*, budget: str, search_range: float | int) -> Budget:
         raise SweepError(
             f"the budget {parsed} leaves no room: no coefficient is within it; give one above 0"
         )
-    if not 1e-6 <= search_range <= 1e6:
+    if not 1e-6 <= finite("search_range", search_range) <= 1e6:
         raise SweepError(
             f"search_range must be from 1e-6 to 1e6 mean residual norms, got {search_range}"
         )

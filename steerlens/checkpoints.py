@@ -81,12 +81,18 @@ def _quiet_stderr(*, quiet: bool) -> Iterator[None]:
 
 
 def hash_files(paths: list[Path]) -> str:
-    """sha256 (hex) of the files' content, one after another."""
+    """sha256 (hex) of the files' content, one after another.
+
+    Raises `ModelError` when one cannot be read.
+    """
     digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+    try:
+        for path in paths:
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+    except OSError as error:
+        raise ModelError(f"cannot read {str(path)!r} ({error.strerror})") from error
     return digest.hexdigest()
 
 

@@ -178,6 +178,9 @@ def strengths_at(at: OneHook, coefficients: Iterable[Coefficient]) -> dict[Coeff
 
     Raises `SweepError` when there is none, and `SteeringError` on one without a meaning here.
     """
+    given: Any = coefficients  # what the annotation promises is what is checked here
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise SweepError(f"expected a list of coefficients, got {given!r:.80}")
     strengths = {c: at.amount(c) for c in coefficients}
     if not strengths:
         raise SweepError("expected at least one coefficient, got none")

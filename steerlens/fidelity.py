@@ -33,11 +33,34 @@ _checked: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def check_device_map(device_map: str | Mapping[str, str | int] | None) -> None:
-    """Raise `ModelError` where a device map sends layers to the disk or to "meta"."""
-    places = {} if device_map is None or isinstance(device_map, str) else device_map
+    """Raise `ModelError` on what is no device map, or sends layers to the disk or to "meta"."""
+    given: Any = device_map  # what the annotation promises is what is checked here
+    if given is None or (isinstance(given, str) and given):
+        return
+    if not isinstance(given, Mapping) or not given:
+        raise ModelError(
+            "expected a device_map such as 'balanced', or module name -> device such as "
+            f"{{'': 'cuda:0'}}, got {given!r:.80}"
+        )
+    places: Mapping[str, Any] = given
     away = [part or "the model" for part, place in places.items() if place in ("disk", "meta")]
     if away:
         raise ModelError(_OFFLOADED.format(", ".join(away)))
+
+
+def check_placed(model: Any, device_map: str | Mapping[str, str | int] | None) -> None:
+    """Raise `ModelError` where a device map names what is no module or weight of the model."""
+    if not isinstance(device_map, Mapping):
+        return
+    wrapped = model.original_model
+    named = [*wrapped.named_modules(), *wrapped.named_parameters(), *wrapped.named_buffers()]
+    known = {name.replace("._original_component", "") for name, _ in named}
+    unknown = [name for name in device_map if name not in known]
+    if unknown:
+        raise ModelError(
+            f"device_map names {', '.join(map(repr, unknown))}, and the model has no such module; "
+            f"it has {', '.join(name for name, _ in wrapped.named_children())}"
+        )
 
 
 def check_model(model: Any) -> None:
@@ -45,20 +68,26 @@ def check_model(model: Any) -> None:
 
     On two rows of up to 16 tokens spread over the vocabulary, the second of them padded on the
     tokenizer's side, against the rows run alone with the attention that Hugging Face chooses by
-    itself. The weights are shared, so it takes two forward passes and next to no memory. Done once
-    a model: by `load_model`, and for a Bridge made elsewhere when it first runs without hooks of
-    others. Not for what is not the checkpoint's model any more, or cannot be built twice: a
-    `HookedTransformer`, compatibility mode, quantized weights, PyTorch hooks on parts, a dtype in
-    which Hugging Face's own logits overflow.
+    itself. The weights are shared, so it takes three short forward passes (five in half precision)
+    and next to no memory. Done once a model: by `load_model`, and for a Bridge made elsewhere when
+    it first runs without hooks of others. Not for what is not the checkpoint's model any more, or
+    cannot be built twice: a `HookedTransformer`, compatibility mode, quantized weights, PyTorch
+    hooks on parts, a dtype in which Hugging Face's own logits overflow.
 
-    Raises `ModelError` where weights are offloaded (on the device "meta"), and where the root mean
-    square of the difference is more than 0.001 of that of the centred logits, or is NaN. In half
-    precision twice as much is allowed as one more rounding of what every module puts out changes,
-    so a small fault goes unseen there. Warns where Hugging Face's model cannot be built or run.
+    Raises `ModelError` on what is no model of TransformerLens, where weights are offloaded (on the
+    device "meta"), and where the root mean square of the difference is more than 0.001 of that of
+    the centred logits, or is NaN. In half precision twice as much is allowed as one more rounding
+    of what every innermost module puts out changes, so a small fault goes unseen there. Warns where
+    Hugging Face's model cannot be built or run.
 
     Examples:
         >>> sl.check_model(model)
     """
+    if not (hasattr(model, "hook_dict") and hasattr(model, "cfg")):
+        raise ModelError(
+            "expected a model of TransformerLens, as load_model returns, got "
+            f"{type(model).__name__}"
+        )
     if model in _checked:
         return
     wrapped = getattr(model, "original_model", None)

@@ -9,6 +9,7 @@ from steerlens.damage import OneHook, named_prompts, one_hook, strengths_at
 from steerlens.data import Prompt
 from steerlens.directions import Directions
 from steerlens.hooks import Layers, hook_layer
+from steerlens.measures import whole
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.progress import Progress, silent
 from steerlens.steering import Coefficient, SteeringVector, decoded, generate_tokens, steer
@@ -33,8 +34,8 @@ def generation_table(
     header, or after what its last assistant message opens with; a continuation of the prompt's own
     is left out. Where the context has no room for `max_new_tokens` the text is shorter (`end` is
     "context"), and where the steered model overflows there is none ("overflow"). `ids` name the
-    prompts (numbers from 1 by default). Raises as `token_damage`, and as `generate` when no tokens
-    are asked for.
+    prompts (numbers from 1 by default). Raises as `one_hook` and `tokenize_prompt`, `SweepError`
+    without prompts or coefficients, and as `generate`.
 
     Examples:
         >>> table = sl.generation_table(
@@ -43,6 +44,7 @@ def generation_table(
         >>> table.coefficient.tolist()
         [-4.0, 0.0, 4.0]
     """
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     at = one_hook(model, along, layer)
     strengths = strengths_at(at, coefficients)
     names, tokenized = named_prompts(model, prompts, ids)

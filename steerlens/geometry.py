@@ -16,6 +16,7 @@ from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.display import fragment, hook_label, measured
 from steerlens.engine import make_plan, run_cells
+from steerlens.errors import SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import MARGIN, WEIGHT, coherence_penalty
 from steerlens.measures import check_directions, finite, record
@@ -44,7 +45,7 @@ class LossGeometry:
     `contours` (`CONTOUR_COLUMNS`) holds the loss where the pairs were pushed in the plane, `shape`
     (`SHAPE_COLUMNS`) the boundary of every angle. The plane at each hook is that of the frozen
     direction and the main orthogonal one. All tables carry settings, provenance and the
-    `forward_equivalents` spent in their attrs.
+    `forward_equivalents` spent in their attrs, `shape` also how far was `searched` at each hook.
     """
 
     points: pd.DataFrame
@@ -69,7 +70,7 @@ class LossGeometry:
                 }
             )
         about = [repr(self), *measured(self.points.attrs)]
-        return fragment(about, pd.DataFrame(rows), note="residual units")
+        return fragment(about, pd.DataFrame(rows), note="residual units; inf is not reached")
 
 
 def loss_geometry(
@@ -93,7 +94,8 @@ def loss_geometry(
     A push p in the plane adds `+p` to every token of the positive prompts and `-p` to those of the
     negative ones, so that the difference of each pair moves by `2 p` at the hook (residual units).
     `shape` is `boundary_shape` at `n_angles` angles. At shares of each angle's boundary (`SHARES`;
-    where it lies beyond the search, of the largest that was found) the loss is measured in its
+    where it is NaN or beyond the search, of the largest that was found or, where none was found, of
+    the searched range) the loss is measured in its
     reference form, read at the hook itself:
 
         loss(p) = -(mean_i difference_i + 2 p) . direction
@@ -106,7 +108,7 @@ def loss_geometry(
 
     Cost: a boundary search and `6 * n_angles` cells of the positive prompts a hook, two forward and
     two backward passes for all. Raises as `boundary_shape`, and `SweepError` on a margin or weight
-    that is not finite.
+    that is not finite, or a weight below 0.
 
     Examples:
         >>> geometry = sl.loss_geometry(
@@ -123,6 +125,8 @@ def loss_geometry(
     check_processing(model, directions)
     check_plane(hook_names[:1], n_angles)
     margin, weight = finite("margin", margin), finite("weight", weight)
+    if weight < 0:
+        raise SweepError(f"weight must be 0 or more, got {weight}")
     settings = checked_settings(
         hook_names=hook_names,
         on="positive",
@@ -186,10 +190,11 @@ def loss_geometry(
     attrs = record(model, pairs, directions, given, workload=workload, cost=cost)
     spent = sum(plane.table.attrs["forward_equivalents"] for plane in planes)
     attrs["forward_equivalents"] = round(attrs["forward_equivalents"] + spent, 3)
+    searched = {plane.hook_name: plane.table.attrs["searched"] for plane in planes}
     return LossGeometry(
         points=to_frame(points, GEOMETRY_COLUMNS, attrs),
         contours=to_frame(contours, CONTOUR_COLUMNS, attrs),
-        shape=_joined([plane.table for plane in planes], attrs),
+        shape=_joined([plane.table for plane in planes], {**attrs, "searched": searched}),
     )
 
 

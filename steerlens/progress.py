@@ -24,6 +24,8 @@ EVERY = 5.0
 """Seconds between two lines in a log, but for the last line of a stage."""
 REDRAW = 0.25
 """Seconds between two pictures of a stage in a notebook."""
+ENOUGH = 0.05
+"""The share of a stage's steps from which on their pace says how long the others take."""
 BAR_WIDTH = 20
 KEPT_STAGES = 20
 """Finished stages that stay in a notebook's output."""
@@ -43,8 +45,8 @@ def show_progress() -> Iterator[Progress]:
 
     The time left is that of the current stage alone, from its own pace: it assumes that a step to
     come takes as long as one made since the stage began. Where the first steps are the slow ones
-    (a sweep's first layers have the most blocks after them) it is too long at first. Until a step
-    is made, and once the estimate has run out, nothing is said.
+    (a sweep's first layers have the most blocks after them) it is too long at first. Until 5% of
+    the steps are made, and once the estimate has run out, nothing is said.
 
     Examples:
         >>> with sl.show_progress() as progress:
@@ -126,10 +128,10 @@ def follow(stage: Stage | None, what: str, done: int, total: int, now: float) ->
 def seconds_left(stage: Stage, now: float) -> float:
     """`(total - done) * (told - began) / (done - first) - (now - told)`; NaN where that is unknown.
 
-    That is before a step is made, and when the estimate has run out.
+    That is before 5% of the steps are made, and when the estimate has run out.
     """
     made = stage.done - stage.first
-    if made <= 0:
+    if made <= 0 or made < ENOUGH * stage.total:
         return math.nan
     pace = (stage.told - stage.began) / made
     left = (stage.total - stage.done) * pace - (now - stage.told)

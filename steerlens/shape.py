@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -27,7 +28,7 @@ from steerlens.engine import make_plan
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import Budget
-from steerlens.measures import check_width, main_orthogonal, record
+from steerlens.measures import check_width, main_orthogonal, record, whole
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, make_workload
 from steerlens.processing import check_processing
@@ -206,12 +207,11 @@ def _ratio(reach: Sequence[float]) -> float:
     return max(reach) / min(reach)
 
 
-def check_plane(hook_names: Sequence[str], n_angles: int) -> None:
+def check_plane(hook_names: Sequence[str], n_angles: Any) -> None:
     """Raise `SweepError` when there is not one hook, or too few angles for a shape."""
     if len(hook_names) != 1:
         raise SweepError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
-    if n_angles < 3:
-        raise SweepError(f"n_angles must be at least 3, got {n_angles}")
+    whole("n_angles", n_angles, 3)
 
 
 def turned(

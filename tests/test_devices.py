@@ -60,6 +60,11 @@ def test_a_device_and_a_map_exclude_each_other(folder: str) -> None:
         sl.load_model(folder, device="cpu", device_map={"": "cpu"}, progress=False)
 
 
+def test_a_device_map_of_no_modules_is_refused(folder: str) -> None:
+    with pytest.raises(ModelError, match="names 'foo', and the model has no such module"):
+        sl.load_model(folder, device_map={"": "cpu", "foo": "cpu"}, progress=False)
+
+
 def test_offloaded_layers_of_a_model_made_elsewhere_are_refused(
     folder: str, tmp_path: Path, pairs: sl.ContrastivePairs
 ) -> None:

@@ -56,6 +56,15 @@ def test_the_tables_have_their_columns_and_rows(
     assert repr(geometry) == "LossGeometry(2 hooks, 84 pushes)"
 
 
+def test_the_shape_says_how_far_each_hook_was_searched(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.LossGeometry
+) -> None:
+    plane = sl.boundary_shape(llama, many, directions, layer=4, n_angles=3, **OPTIONS)
+    searched = geometry.shape.attrs["searched"]
+    assert list(searched) == ["blocks.1.hook_resid_post", "blocks.4.hook_resid_post"]
+    assert searched["blocks.4.hook_resid_post"] == plane.table.attrs["searched"]
+
+
 def test_the_loss_of_a_push_is_that_of_bare_hooks(
     llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.LossGeometry
 ) -> None:
@@ -129,6 +138,8 @@ def test_a_geometry_without_meaning_is_refused(
         loss_geometry(llama, many, directions, layers=[1], n_angles=2)
     with pytest.raises(SweepError, match="weight"):
         loss_geometry(llama, many, directions, layers=[1], weight=float("nan"))
+    with pytest.raises(SweepError, match="weight must be 0 or more"):
+        loss_geometry(llama, many, directions, layers=[1], weight=-1)
     fitted = sl.fit_directions(sl.collect_differences(llama, many, layers=[0]))
     with pytest.raises(DirectionError, match=r"blocks\.1"):
         loss_geometry(llama, many, fitted, layers=[1])

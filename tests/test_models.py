@@ -218,6 +218,29 @@ def test_a_damaged_folder_is_refused_in_one_line(
     assert_one_line(error, str(own_folder), words)
 
 
+@pytest.mark.parametrize("as_path", [str, Path])
+def test_a_folder_may_be_a_path(as_path: Any, model_folder: Path) -> None:
+    model = sl.load_model(as_path(model_folder), progress=False)
+    assert sl.provenance(model).name == str(model_folder)
+
+
+def test_weights_that_cannot_be_read_are_named(own_folder: Path) -> None:
+    """As in a hub's cache that is half filled."""
+    weights = own_folder / "model.safetensors"
+    weights.rename(own_folder / "elsewhere")
+    weights.symlink_to(own_folder / "nothing")
+    with pytest.raises(ModelError) as error:
+        sl.load_model(own_folder, progress=False)
+    assert_one_line(error, "cannot read", str(weights), "No such file")
+    weights.unlink()
+    (own_folder / "elsewhere").rename(weights)
+    sl.load_model(own_folder, progress=False)
+    (own_folder / "x.bin").mkdir()
+    with pytest.raises(ModelError) as error:
+        sl.load_model(own_folder, progress=False)
+    assert_one_line(error, "cannot read", "x.bin", "Is a directory")
+
+
 # Hub ids
 
 

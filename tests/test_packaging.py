@@ -93,5 +93,5 @@ def test_the_readmes_example_runs(
     exec(compile(example, "README.md", "exec"), {})
     shown = capsys.readouterr().out
     assert "degradation_nats" in shown
-    assert "The weather today is" in shown
+    assert shown.count("How was your day? It was") == 2
     assert "plotly" in (tmp_path / "tradeoff.html").read_text(encoding="utf-8")

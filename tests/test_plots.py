@@ -116,6 +116,7 @@ def comparison() -> pd.DataFrame:
         [
             {
                 "method": method,
+                "hook_name": f"blocks.{layer}.hook_resid_post",
                 "layer": layer,
                 "effect": effect,
                 "effect_ci_low": effect - 0.1,
@@ -282,6 +283,7 @@ def test_dose_and_response_carry_their_intervals(sweep: pd.DataFrame) -> None:
 
 
 def test_boundaries_beyond_the_range_are_triangles(layers: pd.DataFrame) -> None:
+    layers["hook_name"] = [HOOKS[0], "blocks.1.hook_resid_post"]
     figure = plots.boundary(layers)
     lines = {line.name: line for line in marks(figure, Line)}
     assert lines["outward, c > 0"].y[0] == 3

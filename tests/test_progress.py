@@ -79,6 +79,11 @@ def test_time_left_is_undefined_before_a_step_and_once_it_has_run_out() -> None:
     begun = Stage("cells", done=0, total=10, first=0, began=0.0, told=0.0)
     assert math.isnan(seconds_left(begun, 5.0))
     assert status(begun, 5.0) == "cells 0/10, 5 s"
+    # One cell of 150 says nothing of the others, which may be far quicker; 7 are less than 5%.
+    for done, is_known in ((1, False), (7, False), (8, True)):
+        early = Stage("cells", done=done, total=150, first=0, began=0.0, told=42.0)
+        assert math.isnan(seconds_left(early, 42.0)) is not is_known
+        assert ("left" in status(early, 42.0)) is is_known
     # 9 of 10 in 9 s: 1 s left, of which 3 have passed.
     late = Stage("cells", done=9, total=10, first=0, began=0.0, told=9.0)
     assert math.isnan(seconds_left(late, 12.0))

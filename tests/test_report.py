@@ -15,13 +15,14 @@ from run_folders import (
     ATTRS,
     HOSTILE,
     WRITERS,
-    compare_tables,
+    geometry_tables,
     layers_table,
     points_table,
     sweep_table,
     write,
     write_boundary,
     write_circuits,
+    write_compare,
     write_sweep,
 )
 
@@ -30,6 +31,7 @@ from steerlens.errors import ReportError
 from steerlens.report.contents import COMMANDS, FIGURES, TABLES
 from steerlens.report.markup import Html, element, joined
 from steerlens.report.numbers import change, decimals_for, fixed, short
+from steerlens.report.summary import summarise
 from steerlens.runs import RUN_FILES
 from steerlens.tables import read_csv
 
@@ -38,6 +40,8 @@ VIEWS = [
     ("attention", "Steered"),
     ("tokens", "layer 0, Unsteered"),
 ]
+
+SHORT = sweep_table(1)
 
 # Reading
 
@@ -73,20 +77,19 @@ def test_text_is_read_as_it_was(text: str, tmp_path_factory: pytest.TempPathFact
     """Commas, quotes, line ends, and what pandas takes for a missing value."""
     folder = tmp_path_factory.mktemp("text") / "run"
     table = points_table((0,)).assign(pair=text)
-    run = sl.read_run(write(folder, "sweep", {"points": table}))
+    run = sl.read_run(write(folder, "sweep", {"sweep": SHORT, "points": table}))
     pd.testing.assert_frame_equal(run.tables["points"], table, check_exact=True)
 
 
 @pytest.mark.parametrize("text", ["NA", "null", "", "nan", "None", '"', "a\r\nb", "a\rb", "1e5"])
 def test_text_that_looks_like_something_else(text: str, tmp_path: Path) -> None:
-    tables = {"points": points_table((0,)).assign(pair=text)}
+    tables = {"sweep": SHORT, "points": points_table((0,)).assign(pair=text)}
     run = sl.read_run(write(tmp_path / "run", "sweep", tables))
     assert (run.tables["points"].pair == text).all()
 
 
 def test_effects_have_a_column_for_every_method(tmp_path: Path) -> None:
-    tables = compare_tables(["mean_diff", "pca"])
-    run = sl.read_run(write(tmp_path / "run", "compare", tables))
+    run = sl.read_run(write_compare(tmp_path / "run", ["mean_diff", "pca"]))
     assert list(run.tables["effects"].columns) == ["id", "mean_diff @ blocks.10.hook_resid_post"]
     assert run.tables["effects"].iloc[:, 1].tolist() == [0.5, 0.25]
 
@@ -181,6 +184,13 @@ def cell(value: str) -> Callable[[str], str]:
             ["points.csv", "number"],
         ),
         (file_with("points.csv", cell('"')), ["points.csv"]),
+        (
+            file_with("layers.csv", lambda t: t.replace(",0,", ",99999999999999999999,", 1)),
+            ["row 1, column layer", "a whole number", "'99999999999999999999'"],
+        ),
+        (record_with(pages=[["x"]]), ["run.json", "the names of its pages"]),
+        (record_with(pages=[{}]), ["run.json", "the names of its pages"]),
+        (record_with(tables={}), ["run.json", "a sweep has the table 'sweep'"]),
     ],
 )
 def test_what_is_damaged_is_named(
@@ -189,6 +199,41 @@ def test_what_is_damaged_is_named(
     message = damaged(tmp_path / "run", damage)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("other", COMMANDS)
+def test_the_record_of_another_command_is_refused(command: str, other: str, tmp_path: Path) -> None:
+    """A report of what was read never fails; what it would fail on cannot be read."""
+    folder = WRITERS[command](tmp_path / "run")
+    record = json.loads((folder / "run.json").read_text())
+    record_with(request=record["request"] | {"command": other})(folder)
+    if command == other:
+        assert sl.report([sl.read_run(folder)])
+        return
+    with pytest.raises(ReportError, match=f"not a whole run record: a {other} has"):
+        sl.read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("command", "changes", "words"),
+    [
+        ("sweep", {"budget": None}, "'budget' in its request"),
+        ("sweep", {"measured_on": {"n_pairs": 8}}, "name and n_pairs in its 'measured_on'"),
+        ("sweep", {"fitted_on": {"name": "a"}}, "name and n_pairs in its 'fitted_on'"),
+        ("boundary", {"budget": 3}, "'budget' in its request"),
+        ("compare", {"on": None}, "'on' in its request"),
+        ("compare", {"measured_on": None}, "'measured_on' in its request"),
+        ("compare", {"chosen_on": {"name": "a"}}, "name and n_items in its 'chosen_on'"),
+        ("circuits", {"coefficient": "far"}, "'coefficient' in its request"),
+    ],
+)
+def test_a_request_that_lacks_something_is_refused(
+    command: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = WRITERS[command](tmp_path / "run", **changes)
+    with pytest.raises(ReportError, match=words):
+        sl.read_run(folder)
 
 
 def test_no_folder(tmp_path: Path) -> None:
@@ -318,6 +363,17 @@ def test_numbers_in_running_text() -> None:
 def test_a_report_needs_a_run() -> None:
     with pytest.raises(ReportError, match="one run or more"):
         sl.report([])
+
+
+def test_hooks_of_one_layer_have_a_sentence_each(tmp_path: Path) -> None:
+    tables = geometry_tables()
+    shape = tables["shape"]
+    other = shape.assign(hook_name="blocks.10.hook_mlp_out", boundary=math.inf)
+    tables["shape"] = pd.concat([shape, other], ignore_index=True)
+    tables["shape"].attrs.update(shape.attrs)
+    said = summarise(sl.read_run(write(tmp_path / "run", "geometry", tables)))[-2:]
+    assert "at layer 10 the boundary is found at 8 of 8 angles" in said[0]
+    assert "at layer blocks.10.hook_mlp_out the boundary is found at 0 of 8 angles" in said[1]
 
 
 def test_boundaries_are_read_with_their_infinities(tmp_path: Path) -> None:

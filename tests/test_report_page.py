@@ -146,7 +146,7 @@ def test_the_summary_of_a_sweep(tmp_path: Path) -> None:
         "Measured on 8 pairs of sentiment/test; the directions are fitted on another set, 120 "
         "pairs of sentiment/train."
     )
-    assert said[1] == "Unsteered, the labels have −2.5 nats per token."  # noqa: RUF001
+    assert said[1] == "Unsteered, the labels' mean logprob is −2.5 nats per token."  # noqa: RUF001
     assert said[2] == "Of 210 cells 150 are within the budget (relative=0.01)."
     # gain 3 at layer 12, times c = -20; the readouts, with a gain of 5, do not count.
     assert "most at layer 12 with coefficient −20: by −60 residual units" in said[3]  # noqa: RUF001

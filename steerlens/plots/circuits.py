@@ -20,14 +20,14 @@ from steerlens.plots.marks import (
     Panel,
     Points,
 )
-from steerlens.plots.sweeps import check_columns, numbers
+from steerlens.plots.sweeps import check_columns, check_distinct, numbers
 
 
 def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
     """Contributions to the direction and effects on the answer, by layer and head.
 
     Takes the tables of `find_writers` and `find_readers`. The last column of each map is the MLP;
-    the embedding is left out. Raises `PlotError` on other tables.
+    the embedding is left out. Raises `PlotError` on other tables, and on several rows a component.
 
     Examples:
         >>> from steerlens.circuits import contrast_answers, make_prompts
@@ -44,7 +44,8 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
         (writers, "contribution", "Who writes the direction", "residual units"),
         (readers, "effect", "Who reads it (estimated effect)", "logits"),
     ):
-        check_columns(table, ["component", "layer", "head", value], "a table of components")
+        needed = ["component", "layer", "head", value]
+        check_columns(table, needed, "a table of components", finite=["layer", "head"])
         panels.append(Panel([_grid(table, value, unit)], Axis("head"), Axis("layer"), title))
     caption = (
         "Left: what each head and MLP wrote of the pairs' difference, projected on the direction "
@@ -60,6 +61,9 @@ def _grid(table: pd.DataFrame, value: str, unit: str) -> HeatMap:
     rows = table[table.component != "embed"]
     if rows.empty:
         raise PlotError(f"expected heads or MLPs with a {value}; the table has the embedding alone")
+    check_distinct(
+        rows, ["layer", "head"], "give find_writers(...).table and find_readers(...).table"
+    )
     n_heads = int(rows["head"].max()) + 1
     layers = sorted(set(rows.layer.astype(int)))
     at = {
@@ -77,7 +81,8 @@ def _grid(table: pd.DataFrame, value: str, unit: str) -> HeatMap:
 def circuit_graph(edges: pd.DataFrame) -> Figure:
     """The largest edges of each model as a graph, from the embedding up to the logits.
 
-    Takes the table of edges of `edge_table`; one frame a model. Raises `PlotError` on another.
+    Takes the table of edges of `edge_table`; one frame a model. Raises `PlotError` on another,
+    and on a place or score that is not finite.
 
     Examples:
         >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
@@ -90,7 +95,8 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
         Figure('The largest edges', 1 panels, 2 frames)
     """
     names = ["model", "writer", "writer_layer", "writer_head", "reader", "reader_layer", "score"]
-    check_columns(edges, names, "the table of edges")
+    numbered = ["writer_layer", "writer_head", "reader_layer", "score"]
+    check_columns(edges, names, "the table of edges", finite=numbered)
     width = int(edges.writer_head.max()) + 2
     frames = []
     for name, rows in edges.groupby("model", sort=False):

@@ -2,11 +2,13 @@
 
 import math
 
+import numpy as np
 import pandas as pd
 
+from steerlens.errors import PlotError
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import BLUE, GREY, ORANGE, PALE, Axis, Frame, Layout, Mark, Panel, Points
-from steerlens.plots.sweeps import NATS, check_columns, numbers
+from steerlens.plots.sweeps import NATS, by_hook, check_columns, numbers
 
 _CHOSEN = "chosen on training items"
 _SHOWN = ("effect", "reversed")
@@ -16,8 +18,9 @@ def comparison(table: pd.DataFrame) -> Figure:
     """The effect of every method at equal damage with its interval, and the null band.
 
     Takes the table of `compare`. One frame shows each method at its layer chosen on training items
-    (where there were some), the others one layer each. Filled points lie outside the null band with
-    a corrected p-value below 0.05. Raises `PlotError` when the table is not a comparison.
+    (where there were some), the others one hook each. Filled points are effects, or effects the
+    other way (reversed), outside the null band with a corrected p-value below 0.05. Raises
+    `PlotError` when the table is not a comparison, or an effect is infinite.
 
     Examples:
         >>> found = sl.compare(
@@ -33,24 +36,28 @@ def comparison(table: pd.DataFrame) -> Figure:
         >>> sl.plots.comparison(found.table)
         Figure('Methods at equal damage', 1 panels)
     """
-    needed = ["method", "layer", "effect", "effect_ci_low", "effect_ci_high", "null_low"]
-    needed += ["null_high", "is_chosen", "verdict", "coefficient"]
-    check_columns(table, needed, "the table of a comparison")
+    effects = ["effect", "effect_ci_low", "effect_ci_high"]
+    needed = ["method", "hook_name", "layer", *effects, "null_low", "null_high", "is_chosen"]
+    needed += ["verdict", "coefficient"]
+    check_columns(table, needed, "the table of a comparison", finite=["layer", "is_chosen"])
+    if np.isinf(table[effects].to_numpy(dtype=float)).any():
+        raise PlotError("expected the table of a comparison; an effect or its interval is infinite")
     baseline = table[table.layer < 0]
     frames = []
-    chosen = table[table.is_chosen]
+    chosen = table[table.is_chosen.astype(bool)]
     if not chosen.empty:
         frames.append(Frame(_CHOSEN, (_panel(pd.concat([chosen, baseline])),)))
-    for layer in sorted(set(table.layer[table.layer >= 0])):
-        rows = pd.concat([table[table.layer == layer], baseline])
-        frames.append(Frame(f"layer {layer}", (_panel(rows),)))
+    steered = table[table.layer >= 0].sort_values("layer", kind="stable")
+    for label, rows in by_hook(steered).items():
+        frames.append(Frame(f"layer {label}", (_panel(pd.concat([rows, baseline])),)))
     if not frames:
         frames.append(Frame("baseline", (_panel(baseline),)))
     caption = (
         "Mean change of logprob(positive continuation) - logprob(negative one) on held-out items "
         "(nats per token), every method at the coefficient that spends the same budget; bars are "
         "95% bootstrap intervals over items. Grey: where 95% of random and shuffled vectors at the "
-        "same budget lie. Filled points are effects (outside the band, corrected p below 0.05)."
+        "same budget lie. Filled points are effects, or effects the other way (outside the band, "
+        "corrected p below 0.05)."
     )
     height = 130 + 26 * table.method.nunique()
     layout = Layout(width=860, height=height, slider="shown:")
@@ -82,7 +89,10 @@ def _panel(rows: pd.DataFrame) -> Panel:
                 bar=7,
             )
         )
-    for is_shown, name, color in ((True, "effect", ORANGE), (False, "no effect shown", BLUE)):
+    for is_shown, name, color in (
+        (True, "effect or reversed", ORANGE),
+        (False, "no effect shown", BLUE),
+    ):
         some = rows[rows.verdict.isin(_SHOWN) == is_shown]
         some = some[some.effect.notna()]
         if some.empty:

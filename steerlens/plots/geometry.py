@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from steerlens.errors import PlotError
 from steerlens.geometry import LossGeometry
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
@@ -26,12 +28,14 @@ from steerlens.plots.marks import (
     Points,
     Rule,
 )
-from steerlens.plots.sweeps import RESIDUAL, by_hook, check_columns, numbers
+from steerlens.plots.sweeps import RESIDUAL, by_hook, check_columns, check_distinct, numbers
 
 N_GRID = 61
 N_LEVELS = 16
 ARROW = 0.16
 """Length of a kind's longest arrow, as a share of the panel."""
+HALF = 0.78
+"""Half the side of the panel that shows the pairs from near by, as a share of their spread."""
 
 
 def differences(points: pd.DataFrame) -> Figure:
@@ -88,8 +92,9 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
     Takes the tables of `steerlens.loss_geometry`. On the left the contours of the loss over where
     the mean difference is pushed to, and the measured boundary; on the right the pairs from near
     by, with an arrow for each term of the loss: which way it pushes the pair. Between the measured
-    pushes the square root of the penalty is interpolated (monotone in the push, `scipy`'s pchip).
-    Raises `PlotError` on other tables.
+    pushes the square root of the penalty is interpolated (shape-preserving, `scipy`'s pchip).
+    Raises `PlotError` on other tables, on tables of different hooks, and on pushes between which
+    nothing can be interpolated.
 
     Examples:
         >>> geometry = sl.loss_geometry(
@@ -98,15 +103,36 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
         >>> sl.plots.loss_geometry(geometry)
         Figure('Loss geometry', 2 panels)
     """
+    given: Any = geometry  # what the annotation promises is what is checked here
+    if not isinstance(given, LossGeometry):
+        raise PlotError(
+            f"expected the LossGeometry of steerlens.loss_geometry, got {type(given).__name__}"
+        )
     points, contours, shape = geometry.points, geometry.contours, geometry.shape
     plane = ["hook_name", "layer", "along", "across"]
     arrows = [f"{term}_{axis}" for term in ("separation", "coherence") for axis in plane[2:]]
-    check_columns(points, [*plane, "pair", *arrows], "the points of a loss geometry")
+    check_columns(
+        points, [*plane, "pair", *arrows], "the points of a loss geometry", finite=plane[2:]
+    )
     heights = ["angle", "coefficient", "coherence_penalty", "loss"]
-    check_columns(contours, [*plane, *heights], "the contours of a loss geometry")
+    check_columns(
+        contours, [*plane, *heights], "the contours of a loss geometry", finite=heights[:2]
+    )
     ends = ["boundary", "boundary_ci_low", "boundary_ci_high"]
-    check_columns(shape, ["hook_name", "layer", "angle", *ends], "the shape of a loss geometry")
+    check_columns(
+        shape,
+        ["hook_name", "layer", "angle", *ends],
+        "the shape of a loss geometry",
+        finite=["angle"],
+    )
+    _check_pushes(contours)
     pushes, shapes = by_hook(contours), by_hook(shape)
+    for label in by_hook(points):
+        for what, tables in (("contours", pushes), ("shape", shapes)):
+            if label not in tables:
+                raise PlotError(
+                    f"the points have hook {label}, the {what} only {', '.join(tables)}"
+                )
     frames = [
         Frame(label, (_far(rows, pushes[label], shapes[label]), _near(rows)))
         for label, rows in by_hook(points).items()
@@ -121,6 +147,22 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
     )
     layout = Layout(columns=2, width=620, height=560, slider="layer")
     return Figure("Loss geometry", caption, tuple(frames), layout)
+
+
+def _check_pushes(contours: pd.DataFrame) -> None:
+    """Raise `PlotError` on pushes between which nothing can be interpolated."""
+    check_distinct(
+        contours, ["hook_name", "angle", "coefficient"], "give the contours of one loss geometry"
+    )
+    furthest = contours.groupby("hook_name", sort=False).coefficient.max()
+    for column, is_wrong, expected in (
+        ("angle", not contours.angle.between(0, 360, inclusive="left").all(), "from 0 up to 360"),
+        ("coefficient", bool((contours.coefficient < 0).any()), "0 or more"),
+        ("coefficient", bool((furthest == 0).any()), "above 0 in some push of every hook"),
+        ("coherence_penalty", bool((contours.coherence_penalty < 0).any()), "0 or more"),
+    ):
+        if is_wrong:
+            raise PlotError(f"the contours of a loss geometry: expected {column} {expected}")
 
 
 def _far(points: pd.DataFrame, pushes: pd.DataFrame, shape: pd.DataFrame) -> Panel:
@@ -166,25 +208,25 @@ def _near(points: pd.DataFrame) -> Panel:
         ("coherence", "coherence: to better logprob", GREEN),
     ):
         dx, dy = numbers(points[f"{term}_along"]), numbers(points[f"{term}_across"])
-        longest = max((math.hypot(*pair) for pair in zip(dx, dy, strict=True)), default=0.0)
-        scale = ARROW * 1.4 * spread / longest if longest > 0 else 0.0
+        lengths = [math.hypot(*pair) for pair in zip(dx, dy, strict=True)]
+        known = [i for i, length in enumerate(lengths) if math.isfinite(length)]
+        longest = max((lengths[i] for i in known), default=0.0)
+        scale = ARROW * 2 * HALF * spread / longest if longest > 0 else 0.0
+        pairs = [str(pair) for pair in points.pair]
         marks.append(
             Arrows(
-                x,
-                y,
-                tuple(scale * value for value in dx),
-                tuple(scale * value for value in dy),
+                tuple(x[i] for i in known),
+                tuple(y[i] for i in known),
+                tuple(scale * dx[i] for i in known),
+                tuple(scale * dy[i] for i in known),
                 name,
                 color,
-                hover=tuple(
-                    f"{pair}: {term} ({along:.3g}, {across:.3g})"
-                    for pair, along, across in zip(points.pair, dx, dy, strict=True)
-                ),
+                hover=tuple(f"{pairs[i]}: {term} ({dx[i]:.3g}, {dy[i]:.3g})" for i in known),
             )
         )
     marks.append(Points(x, y, "a pair", GREY, size=5))
     middle = ((max(x) + min(x)) / 2, (max(y) + min(y)) / 2)
-    return _plane(marks, "Both terms, pair by pair", reach=(middle, 0.78 * spread))
+    return _plane(marks, "Both terms, pair by pair", reach=(middle, HALF * spread))
 
 
 def _plane(

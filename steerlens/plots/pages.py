@@ -145,22 +145,20 @@ def attention_page(
 
     A pattern's rows sum to 1: how much each token (query) takes from every token up to it (key).
     `patterns` have a name each, such as unsteered and steered; `heads` name the heads. Raises
-    `PlotError` when a pattern is not `[head, token, token]`.
+    `PlotError` when there is none, or a pattern is not `[head, token, token]`.
 
     Examples:
         >>> patterns = {"unsteered": np.array([[[1.0, 0.0], [0.3, 0.7]]])}
         >>> sl.plots.attention_page(["the", "river"], ["L3H0"], patterns).title
         'Attention of the top heads'
     """
-    expected = (len(heads), len(tokens), len(tokens))
+    drawn = _arrays("patterns", patterns, (len(heads), len(tokens), len(tokens)))
     body = [
         _VIEWS_STYLE,
         "<p>Share of a token's attention (rows, from 0 to 1 at full shade) that goes to each token "
         "up to it (columns).</p>",
     ]
-    for number, (name, pattern) in enumerate(patterns.items()):
-        if pattern.shape != expected:
-            raise PlotError(f"expected patterns of shape {expected}, got {pattern.shape}")
+    for number, (name, pattern) in enumerate(drawn.items()):
         props = {
             "tokens": [_visible(token) for token in tokens],
             "attention": pattern.tolist(),
@@ -180,18 +178,14 @@ def projection_page(
     """One text's tokens by their projection on each layer's direction (residual units).
 
     Each of `projections`, such as unsteered and steered, is a line of a layer; their shades are the
-    same within a layer. Raises `PlotError` when one is not `[layer, token]`.
+    same within a layer. Raises `PlotError` when there is none, or one is not `[layer, token]`.
 
     Examples:
         >>> projections = {"unsteered": np.array([[0.5, -2.0]])}
         >>> page = sl.plots.projection_page(["the", "river"], ["layer 2"], projections)
         >>> page.save(folder / "projections.html")
     """
-    for values in projections.values():
-        if values.shape != (len(layers), len(tokens)):
-            raise PlotError(
-                f"expected projections of shape {(len(layers), len(tokens))}, got {values.shape}"
-            )
+    drawn = _arrays("projections", projections, (len(layers), len(tokens)))
     body = [
         _VIEWS_STYLE,
         "<p>Projection on the direction of each layer, residual units: purple above 0, green "
@@ -200,12 +194,12 @@ def projection_page(
     ]
     words = [_visible(token) for token in tokens]
     for row, layer in enumerate(layers):
-        reach = _reach(np.stack([values[row, 1:] for values in projections.values()]))
+        reach = _reach(np.stack([values[row, 1:] for values in drawn.values()]))
         is_last = " open" if row == len(layers) - 1 else ""
         body.append(
             f"<details{is_last}><summary>{html.escape(layer)}: full shade {reach:.3g}</summary>"
         )
-        for number, (name, values) in enumerate(projections.items()):
+        for number, (name, values) in enumerate(drawn.items()):
             props = _coloured(words, values[row].tolist(), reach, (HIGH, LOW))
             body.append(f"<p>{html.escape(name)}</p>")
             title = f"{layer}, {name}"
@@ -213,6 +207,20 @@ def projection_page(
             body.append(circuitsvis_element(ident, "ColoredTokens", props, title=title))
         body.append("</details>")
     return _page("Projection on the direction, token by token", body)
+
+
+def _arrays(what: str, given: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """Each of the given, by name, as an array of that shape; or a `PlotError`."""
+    if not isinstance(given, Mapping) or not given:
+        raise PlotError(f"expected one or more {what} by name, got {given!r:.80}")
+    try:
+        arrays = {name: np.asarray(values, dtype=float) for name, values in given.items()}
+    except (TypeError, ValueError) as error:
+        raise PlotError(f"expected {what} of shape {shape} in numbers ({error})") from error
+    for values in arrays.values():
+        if values.shape != shape:
+            raise PlotError(f"expected {what} of shape {shape}, got {values.shape}")
+    return arrays
 
 
 def circuitsvis_element(name: str, view: str, props: Mapping[str, Any], *, title: str = "") -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -36,11 +37,18 @@ TEXTS = (
 NATS = "nats per token"
 
 
-def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
+def check_columns(
+    table: pd.DataFrame, names: Sequence[str], what: str, *, finite: Sequence[str] = ()
+) -> None:
     """Raise `PlotError` when a table lacks columns or rows, or has text where numbers belong.
 
-    `what` says which table it should be.
+    `what` says which table it should be; the columns in `finite` may hold neither NaN nor inf.
     """
+    given: Any = table  # what the annotation promises is what is checked here
+    if not isinstance(given, pd.DataFrame):
+        raise PlotError(
+            f"expected {what}, a DataFrame such as result.table, got {type(given).__name__}"
+        )
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise PlotError(f"expected {what}; this table has no column {', '.join(missing)}")
@@ -49,11 +57,29 @@ def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
     texts = [n for n in names if n not in TEXTS and not is_numeric_dtype(table[n])]
     if texts:
         raise PlotError(f"expected {what}; {', '.join(texts)} hold text, not numbers")
+    for name in finite:
+        if not np.isfinite(table[name].to_numpy(dtype=float)).all():
+            raise PlotError(f"expected {what}; {name} holds values that are not finite")
+
+
+def check_distinct(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
+    """Raise `PlotError` when two rows have the same values in the columns; `what` is the remedy."""
+    repeated = table[table.duplicated(list(names))]
+    if not repeated.empty:
+        row = ", ".join(f"{name} {repeated[name].iloc[0]}" for name in names)
+        raise PlotError(f"expected one row for {row}, got several; {what}")
 
 
 def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Label of each hook -> its rows, in the table's order."""
     return {hook_label(str(name)): rows for name, rows in table.groupby("hook_name", sort=False)}
+
+
+def by_kind(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Kind of hook (its name after the block's) -> its rows, from the first layer to the last."""
+    kinds = table.hook_name.astype(str).str.replace(r"^blocks\.\d+\.", "", regex=True)
+    rows = table.sort_values("layer", kind="stable")
+    return {str(kind): of for kind, of in rows.groupby(kinds, sort=False)}
 
 
 def ramp(n: int) -> list[str]:
@@ -109,6 +135,7 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
                 )
             )
     if layers is not None:
+        _check_layers(layers)
         check_same(
             "the sweep is of a model",
             processing_of(sweep.attrs),
@@ -131,10 +158,12 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
     return Figure("Projection against degradation", caption, (Frame("", (panel,)),), _wide())
 
 
+def _check_layers(layers: pd.DataFrame) -> None:
+    names = ["hook_name", "layer", "boundary_pos", "boundary_neg"]
+    check_columns(layers, names, "the per-layer table")
+
+
 def _boundaries(curves: dict[str, pd.DataFrame], layers: pd.DataFrame) -> Points:
-    check_columns(
-        layers, ["hook_name", "layer", "boundary_pos", "boundary_neg"], "the per-layer table"
-    )
     x, y, hover = [], [], []
     for label, rows in by_hook(layers).items():
         if label not in curves:
@@ -157,7 +186,7 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
 
     Takes the table of a sweep. Crosses are cells beyond the budget. Colours of degradation and loss
     stop at the 95th percentile of their size, so that a few broken cells do not bleach all others.
-    Raises `PlotError` when the table is not that of a sweep.
+    Raises `PlotError` when the table is not that of a sweep, or has two rows of one cell.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
@@ -171,14 +200,16 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
     )
     columns = ["hook_name", "layer", "coefficient", "coherent", *(name for name, *_ in shown)]
     check_columns(sweep, columns, "the table of a sweep")
+    check_distinct(sweep, ["hook_name", "coefficient"], "give the table of one sweep")
     curves = by_hook(sweep)
     coefficients = sorted(set(numbers(sweep.coefficient)))
-    x, y = tuple(f"{c:g}" for c in coefficients), tuple(curves)
+    named = _labels(coefficients)
+    x, y = tuple(named.values()), tuple(curves)
     beyond = [
-        (f"{row.coefficient:g}", label)
+        (named[coefficient], label)
         for label, rows in curves.items()
-        for row in rows.itertuples()
-        if not row.coherent
+        for coefficient, is_coherent in zip(numbers(rows.coefficient), rows.coherent, strict=True)
+        if not is_coherent
     ]
     panels = []
     for name, title, unit, scale in shown:
@@ -208,6 +239,12 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
     height = max(360, 12 * len(y) + 160)
     layout = Layout(columns=3, width=400, height=height)
     return Figure("Every cell", caption, (Frame("", tuple(panels)),), layout)
+
+
+def _labels(coefficients: Sequence[float]) -> dict[float, str]:
+    """Each coefficient as text: six digits, or all of them where six tell some not apart."""
+    short = {c: f"{c:g}" for c in coefficients}
+    return short if len(set(short.values())) == len(short) else {c: repr(c) for c in coefficients}
 
 
 def _row_of(rows: pd.DataFrame, coefficients: Sequence[float], name: str) -> tuple[float, ...]:

@@ -34,6 +34,30 @@ from steerlens.tables import (
 COMMANDS = ("sweep", "boundary", "compare", "circuits", "geometry")
 """The commands that write a run folder."""
 
+
+@dataclass(frozen=True)
+class Needed:
+    """What the summary of a command reads: tables by file name, and keys of the request."""
+
+    tables: tuple[str, ...]
+    request: Mapping[str, type | tuple[type, ...]]
+
+
+NEEDED: Mapping[str, Needed] = MappingProxyType(
+    {
+        "sweep": Needed(("sweep",), MappingProxyType({"budget": str})),
+        "boundary": Needed(("layers",), MappingProxyType({"budget": str, "on": str})),
+        "compare": Needed(
+            ("comparison", "summary"),
+            MappingProxyType({"budget": str, "on": str, "measured_on": dict}),
+        ),
+        "circuits": Needed(
+            ("writers", "readers", "claims"), MappingProxyType({"coefficient": (int, float)})
+        ),
+        "geometry": Needed(("shape",), MappingProxyType({})),
+    }
+)
+
 MAX_ROWS = 600
 """Rows of a table that a report shows; of a longer table, the largest by `TableContent.by`."""
 

@@ -42,12 +42,19 @@ def report(runs: Sequence[Run]) -> str:
     """The HTML page of some runs, a section each, in the order given.
 
     It holds the scripts and data that it needs, compressed, and asks no network for anything.
-    Without scripts the tables and texts are there all the same. Raises `ReportError` without runs.
+    Without scripts the tables and texts are there all the same. Raises `ReportError` on what is not
+    a list of runs, or an empty one.
 
     Examples:
         >>> page = sl.report([sl.read_run(run_folder)])
         >>> size = (folder / "report.html").write_text(page, encoding="utf-8")
     """
+    given: Any = runs  # what the annotation promises is what is checked here
+    is_list = isinstance(given, Sequence) and not isinstance(given, str)
+    if not is_list or not all(isinstance(run, Run) for run in given):
+        raise ReportError(
+            f"expected a list of runs, as [read_run(folder)], got {type(given).__name__}"
+        )
     if not runs:
         raise ReportError("a report is of one run or more, got none")
     sections = [_section(run, f"run{number}") for number, run in enumerate(runs, start=1)]

@@ -9,10 +9,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from steerlens.errors import ReportError
-from steerlens.report.contents import COMMANDS, PAGES, TABLES, TableContent
+from steerlens.report.contents import COMMANDS, NEEDED, PAGES, TABLES, TableContent
 from steerlens.runs import PARTS, RECORD
 from steerlens.runs.unfinished import read_started
 from steerlens.tables import Column
@@ -70,8 +71,8 @@ def read_run(folder: str | Path) -> Run:
     """Read the folder of a run: run.json, the tables that it names, the views on its pages.
 
     Raises `ReportError` when the folder has no run.json, or is that of an unfinished run (naming
-    the hooks that are finished), the record is damaged or of an unknown
-    command, a table or page is missing or cut off, or a table's columns or cells are not those
+    the hooks that are finished), the record is damaged or of an unknown command, a table, or a page
+    whose views are shown, is missing or cut off, or a table's columns or cells are not those
     expected; the message names the file, what was expected, and what to do.
 
     Examples:
@@ -81,7 +82,10 @@ def read_run(folder: str | Path) -> Run:
         >>> len(run.tables["layers"])
         30
     """
-    folder = Path(folder)
+    try:
+        folder = Path(folder)
+    except TypeError as error:
+        raise ReportError(f"expected the folder of a run, got {folder!r:.80}") from error
     record = _read_record(folder)
     command = record["request"]["command"]
     tables = {
@@ -137,7 +141,33 @@ def _read_record(folder: Path) -> dict[str, Any]:
                 f"{str(path)!r} names a table {name!r} that this steerlens does not know, or not "
                 f"its rows and attrs; expected some of {', '.join(TABLES)}: {again}"
             )
+    missing = _missing(record)
+    if missing:
+        raise ReportError(
+            f"{str(path)!r} is not a whole run record: a {command} has {missing}, which is missing "
+            f"or of another kind; it may be of an older steerlens: {again}"
+        )
     return dict(record)
+
+
+def _missing(record: Mapping[str, Any]) -> str:
+    """What a report needs of this command and the record lacks, in words; "" where it is whole."""
+    request = record["request"]
+    needed = NEEDED[request["command"]]
+    for name in needed.tables:
+        if name not in record["tables"]:
+            return f"the table {name!r}"
+    for name, kind in needed.request.items():
+        if not _is(request.get(name), kind):
+            return f"{name!r} in its request"
+    for name in ("fitted_on", "chosen_on", "measured_on"):
+        of_items = request["command"] == "compare" and name != "fitted_on"
+        size, given = "n_items" if of_items else "n_pairs", request.get(name)
+        if isinstance(given, dict) and not {"name", size} <= {*given}:
+            return f"name and {size} in its {name!r}"
+    if not all(isinstance(page, str) for page in record["pages"]):
+        return "the names of its pages"
+    return ""
 
 
 def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
@@ -207,7 +237,7 @@ def _cells(path: Path, column: Column, texts: Sequence[str], again: str) -> list
     try:
         for text in texts:
             made.append(read(text))  # noqa: PERF401 (the length says which row failed)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
         raise ReportError(
             f"{str(path)!r}, row {len(made) + 1}, column {column.name}: expected {expected}, got "
             f"{texts[len(made)]!r}; {again}"
@@ -217,7 +247,7 @@ def _cells(path: Path, column: Column, texts: Sequence[str], again: str) -> list
 
 _KINDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
     "float64": ("a number or nothing", lambda text: float(text) if text else math.nan),
-    "int64": ("a whole number", int),
+    "int64": ("a whole number", lambda text: int(np.int64(int(text)))),
     "bool": ("True or False", {"True": True, "False": False}.__getitem__),
     "str": ("text", str),
 }

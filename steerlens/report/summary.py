@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from steerlens.display import hook_label
 from steerlens.report.numbers import change, short
 from steerlens.report.reading import Run
 
@@ -39,7 +40,8 @@ def _sweep(run: Run) -> list[str]:
     if not cells:
         return []
     said.append(
-        f"Unsteered, the labels have {short(cells[0].baseline_logprob_nats)} nats per token."
+        f"Unsteered, the labels' mean logprob is {short(cells[0].baseline_logprob_nats)} nats per "
+        "token."
     )
     within = [cell for cell in cells if cell.coherent]
     said.append(
@@ -71,8 +73,8 @@ def _boundary(run: Run) -> list[str]:
     if not layers:
         return []
     said = [
-        f"Unsteered, the labels have {short(layers[0].logprob_nats)} nats per token. The budget is "
-        f"{run.request['budget']} on {run.request['on']} text."
+        f"Unsteered, the labels' mean logprob is {short(layers[0].logprob_nats)} nats per token. "
+        f"The budget is {run.request['budget']} on {run.request['on']} text."
     ]
     for sign, name in (("pos", "c > 0"), ("neg", "c < 0")):
         at = {row: float(getattr(row, f"boundary_{sign}")) for row in layers}
@@ -186,14 +188,15 @@ def _component(row: Any) -> str:
 
 
 def _geometry(run: Run) -> list[str]:
-    by_layer: dict[int, list[float]] = {}
+    by_hook: dict[str, list[float]] = {}
     for row in _rows(run.tables["shape"]):
-        by_layer.setdefault(row.layer, []).append(row.boundary)
+        by_hook.setdefault(row.hook_name, []).append(row.boundary)
     said = []
-    for layer, reach in by_layer.items():
+    for name, reach in by_hook.items():
         finite = [at for at in reach if math.isfinite(at)]
         beyond = sum(map(math.isinf, reach))
-        parts = [f"at layer {layer} the boundary is found at {len(finite)} of {len(reach)} angles"]
+        where = f"at layer {hook_label(name)} the boundary is found"
+        parts = [f"{where} at {len(finite)} of {len(reach)} angles"]
         if finite:
             parts.append(f"from {short(min(finite))} to {short(max(finite))} residual units away")
         if beyond:

@@ -1,0 +1,243 @@
+"""Figures of odd tables: undefined and far values, several hooks of a layer, repeated rows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from run_folders import (
+    circuits_tables,
+    compare_tables,
+    geometry_tables,
+    layers_table,
+    sweep_table,
+)
+
+from steerlens import plots
+from steerlens.errors import PlotError
+from steerlens.geometry import LossGeometry
+from steerlens.plots.geometry import ARROW
+from steerlens.plots.marks import Arrows, Band, HeatMap, Line, Points
+
+
+def marks(figure: plots.Figure, kind: type, panel: int = 0, frame: int = 0) -> list[Any]:
+    return [m for m in figure.frames[frame].panels[panel].marks if isinstance(m, kind)]
+
+
+@pytest.fixture
+def layers() -> pd.DataFrame:
+    """Of three layers, with boundaries of 5, 6, 8 and -6, -7, -8, in norms of 10; and intervals."""
+    table = layers_table(3).assign(boundary_pos=[5.0, 6.0, 8.0], resid_norm=10.0)
+    for sign in ("pos", "neg"):
+        table[f"boundary_{sign}_ci_low"] = table[f"boundary_{sign}"] - 0.5
+        table[f"boundary_{sign}_ci_high"] = table[f"boundary_{sign}"] + 0.5
+    return table
+
+
+@pytest.fixture
+def geometry() -> LossGeometry:
+    tables = geometry_tables()
+    return LossGeometry(tables["geometry"], tables["contours"], tables["shape"])
+
+
+# Layers
+
+
+def test_an_interval_without_ends_is_a_gap(layers: pd.DataFrame) -> None:
+    ends = [f"boundary_{sign}_ci_{end}" for sign in ("pos", "neg") for end in ("low", "high")]
+    layers.loc[1, ends] = math.nan
+    for panel in (0, 1):
+        for band in marks(plots.boundary(layers), Band, panel):
+            assert [math.isnan(v) for v in band.low] == [False, True, False]
+            assert [math.isnan(v) for v in band.high] == [False, True, False]
+
+
+def test_what_lies_beyond_the_panel_is_told(layers: pd.DataFrame) -> None:
+    told = "Predictions beyond the panel are left out, intervals end at its edge."
+    assert told not in plots.boundary(layers).caption
+    far = layers.assign(predicted_boundary_neg=-100.0)
+    assert told in plots.boundary(far).caption
+    (dashed,) = (
+        m for m in marks(plots.boundary(far), Line) if m.name == "predicted, inward, c < 0"
+    )
+    assert np.isnan(dashed.y).all()
+    # 8 is the largest boundary, so the panel's edge lies at 8.8.
+    cut = layers.assign(boundary_pos_ci_high=20.0)
+    assert told in plots.boundary(cut).caption
+    outward, _ = marks(plots.boundary(cut), Band)
+    assert outward.high == pytest.approx((8.8, 8.8, 8.8))
+
+
+def test_without_any_boundary_the_predictions_make_the_panel(layers: pd.DataFrame) -> None:
+    beyond = layers.assign(boundary_pos=math.inf, boundary_neg=-math.inf)
+    figure = plots.boundary(beyond)
+    (dashed,) = (m for m in marks(figure, Line) if m.name == "predicted, outward, c > 0")
+    assert dashed.y == pytest.approx((5.5, 6.5, 7.5))
+    (triangles,) = (m for m in marks(figure, Points) if m.symbol == "triangle-up")
+    assert triangles.y == pytest.approx([1.1 * 7.5] * 3)
+
+
+def two_kinds(table: pd.DataFrame) -> pd.DataFrame:
+    """The table's block outputs, and as many MLP outputs."""
+    names = table.hook_name.str.replace("hook_resid_post", "hook_mlp_out")
+    both = pd.concat([table, table.assign(hook_name=names)], ignore_index=True)
+    both.attrs.update(table.attrs)
+    return both
+
+
+@pytest.mark.parametrize("draw", [plots.layer_profile, plots.boundary])
+def test_hooks_of_one_layer_are_not_joined(
+    draw: Callable[[pd.DataFrame], plots.Figure], layers: pd.DataFrame
+) -> None:
+    figure = draw(two_kinds(layers))
+    assert [frame.label for frame in figure.frames] == ["hook_resid_post", "hook_mlp_out"]
+    for frame in (0, 1):
+        assert marks(figure, Line, frame=frame)[0].x == (0, 1, 2)
+    assert len(draw(layers).frames) == 1
+    assert figure.to_bytes("png")
+
+
+def test_a_comparison_has_a_frame_for_every_hook() -> None:
+    figure = plots.comparison(two_kinds(compare_tables()["comparison"]))
+    assert [frame.label for frame in figure.frames][1:] == [
+        "layer 10",
+        "layer blocks.10.hook_mlp_out",
+        "layer 20",
+        "layer blocks.20.hook_mlp_out",
+    ]
+    assert len(marks(figure, Points, frame=1)[0].y) == 2
+
+
+# Repeated rows, and numbers that are nearly the same
+
+
+def test_a_component_has_one_row() -> None:
+    tables = circuits_tables()
+    with pytest.raises(PlotError, match=r"layer 0, head 5.*find_writers\(\.\.\.\)\.table"):
+        plots.components(tables["positions"], tables["readers"])
+    assert plots.components(tables["writers"], tables["readers"])
+
+
+def test_a_cell_has_one_row() -> None:
+    table = sweep_table(2)
+    twice = pd.concat([table, table[table.coefficient == 10]])
+    with pytest.raises(PlotError, match=r"blocks\.0\.hook_resid_post, coefficient 10"):
+        plots.heat_maps(twice)
+    assert plots.heat_maps(table)
+
+
+def test_coefficients_that_are_nearly_the_same_keep_their_columns() -> None:
+    table = sweep_table(2)
+    table = table[table.coefficient.isin([-40.0, 40.0])]
+    near = table.assign(coefficient=np.where(table.coefficient < 0, 1.0000001, 1.0000002))
+    figure = plots.heat_maps(near)
+    (cells,) = marks(figure, HeatMap)
+    assert cells.x == ("1.0000001", "1.0000002")
+    (crosses,) = marks(figure, Points)
+    assert set(crosses.x) == set(cells.x)
+    (short,) = marks(plots.heat_maps(table), HeatMap)
+    assert short.x == ("-40", "40")
+
+
+# Arrows
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_undefined_arrow_does_not_hide_the_others(value: float, geometry: LossGeometry) -> None:
+    odd = geometry.points.copy()
+    odd.loc[0, "coherence_along"] = value
+    figure = plots.loss_geometry(replace(geometry, points=odd))
+    _, whole = marks(plots.loss_geometry(geometry), Arrows, panel=1)
+    separation, coherence = marks(figure, Arrows, panel=1)
+    assert len(separation.x) == 8
+    assert len(coherence.x) == len(coherence.dx) == len(coherence.hover) == 7
+    assert max(map(math.hypot, coherence.dx, coherence.dy)) == pytest.approx(
+        max(map(math.hypot, whole.dx, whole.dy))
+    )
+    assert figure.to_bytes("png")
+
+
+def test_the_longest_arrow_is_the_share_of_the_panel_that_is_told(geometry: LossGeometry) -> None:
+    figure = plots.loss_geometry(geometry)
+    low, high = figure.frames[0].panels[1].x.reach
+    for arrows in marks(figure, Arrows, panel=1):
+        longest = max(map(math.hypot, arrows.dx, arrows.dy))
+        assert longest == pytest.approx(ARROW * (high - low))
+
+
+# What cannot be drawn
+
+
+def geometry_with(part: str, **columns: Any) -> Callable[[LossGeometry], LossGeometry]:
+    return lambda whole: replace(whole, **{part: getattr(whole, part).assign(**columns)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (geometry_with("contours", hook_name="blocks.1.hook_resid_post"), "hook 10, the contours"),
+        (geometry_with("shape", hook_name="blocks.1.hook_resid_post"), "hook 10, the shape"),
+        (geometry_with("points", along=math.nan), "along holds values that are not finite"),
+        (geometry_with("points", across=math.inf), "across holds values"),
+        (geometry_with("contours", coefficient=math.nan), "coefficient holds values"),
+        (geometry_with("contours", angle=math.inf), "angle holds values"),
+        (geometry_with("contours", coefficient=0.0), "several; give the contours"),
+        (geometry_with("contours", angle=range(360, 376)), "angle from 0 up to 360"),
+        (
+            geometry_with("contours", coefficient=[-1.0, 1.0] * 8),
+            "coefficient 0 or more",
+        ),
+        (geometry_with("contours", coherence_penalty=-1.0), "coherence_penalty 0 or more"),
+    ],
+)
+def test_a_geometry_that_cannot_be_drawn(
+    change: Callable[[LossGeometry], LossGeometry], words: str, geometry: LossGeometry
+) -> None:
+    assert plots.loss_geometry(geometry)
+    with pytest.raises(PlotError, match=words):
+        plots.loss_geometry(change(geometry))
+
+
+def test_pushes_of_no_length_are_no_plane(geometry: LossGeometry) -> None:
+    still = geometry.contours.groupby("angle").head(1).assign(coefficient=0.0)
+    with pytest.raises(PlotError, match="coefficient above 0"):
+        plots.loss_geometry(replace(geometry, contours=still))
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"effect": math.inf}, "infinite"),
+        ({"effect_ci_low": -math.inf}, "infinite"),
+        ({"is_chosen": math.nan}, "is_chosen holds values"),
+        ({"layer": math.nan}, "layer holds values"),
+    ],
+)
+def test_a_comparison_that_cannot_be_drawn(columns: dict[str, Any], words: str) -> None:
+    table = compare_tables()["comparison"]
+    with pytest.raises(PlotError, match=words):
+        plots.comparison(table.assign(**columns))
+    # Truth values as numbers, as some files have them, are read as what they are.
+    numbered = table.assign(is_chosen=table.is_chosen.astype(int))
+    assert plots.comparison(numbered) == plots.comparison(table)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [
+        *(("writers", "head"), ("writers", "layer"), ("edges", "score")),
+        *(("edges", "writer_layer"), ("edges", "reader_layer")),
+    ],
+)
+def test_circuits_that_cannot_be_drawn(name: str, column: str, value: float) -> None:
+    tables = circuits_tables()
+    assert plots.circuit_graph(tables["edges"])
+    tables[name] = tables[name].assign(**{column: value})
+    given = [tables["edges"]] if name == "edges" else [tables["writers"], tables["readers"]]
+    draw: Any = plots.circuit_graph if name == "edges" else plots.components
+    with pytest.raises(PlotError, match=f"{column} holds values that are not finite"):
+        draw(*given)
