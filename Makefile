@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench docs test test-llamacpp lint types unit install clean
+.PHONY: demo bench docs test test-llamacpp fuzz lint types unit install clean
 
 install: $(STAMP)
 
@@ -37,6 +37,17 @@ test-llamacpp: $(STAMP)
 	$(LLAMACPP)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r tests/llamacpp/requirements.txt
 	$(BIN)/python tests/llamacpp/compare.py --client $(LLAMACPP)/bin/python
+
+# Four readers, 200,000 inputs each, with atheris in an environment of its own, at low priority.
+FUZZ := build/fuzz
+fuzz: $(STAMP)
+	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r tests/fuzz/requirements.txt
+	for kind in pairs items vectors ggufs; do \
+		PYTHONPATH=$(CURDIR):$(wildcard $(CURDIR)/$(VENV)/lib/python3*/site-packages) nice -n 19 \
+			$(FUZZ)/bin/python tests/fuzz/readers.py $$kind build/fuzz/$$kind -runs=200000 || exit 1; \
+	done
 
 test: lint types unit
 
