@@ -20,7 +20,7 @@ def read_whole(path: Path, error: type[SteerlensError]) -> bytes:
     """
     try:
         if path.exists() and not path.is_file():
-            raise error(f"{str(path)!r} is not a file; give the name of a regular file")
+            raise error(f"{str(path)!r} cannot be read: it is not a file; give a file's name")
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise error(

@@ -97,6 +97,8 @@ def from_gguf(path: str | Path) -> SteeringVector:
     path = Path(path)
     try:
         refuse_pickle(path)
+        if not path.exists():
+            raise ExportError(f"no GGUF file at {str(path)!r}")
         content = read_whole(path, ExportError)
         fields, rows = _read(path, content)
         architecture = fields.get("general.architecture")

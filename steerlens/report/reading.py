@@ -101,7 +101,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         )
     again = "run the command once more, into a new --out"
     try:
-        record = strict_json(read_whole(path, ReportError).decode("utf-8"))
+        record = strict_json(read_whole(path, ReportError).decode("utf-8-sig"))
     except ReportError:
         raise
     except ValueError as error:
@@ -195,7 +195,7 @@ def _read_text(path: Path, again: str) -> str:
             f"{str(path)!r} is missing, and {RECORD} says that the run wrote it; put it back or "
             f"{again}"
         )
-    return read_whole(path, ReportError).decode("utf-8")
+    return read_whole(path, ReportError).decode("utf-8-sig")
 
 
 def _columns_of(
@@ -229,7 +229,7 @@ def _cells(path: Path, column: Column, texts: Sequence[str], again: str) -> list
     except (ValueError, KeyError) as error:
         raise ReportError(
             f"{str(path)!r}, row {len(made) + 1}, column {column.name}: expected {expected}, got "
-            f"{texts[len(made)]!r}; {again}"
+            f"{texts[len(made)][:80]!r}; {again}"
         ) from error
     return made
 
