@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench docs test test-llamacpp fuzz lint types unit install clean
+.PHONY: demo bench docs fuzz models-table test test-llamacpp test-tl3 lint types unit install clean
 
 install: $(STAMP)
 
@@ -38,6 +38,21 @@ test-llamacpp: $(STAMP)
 		-r tests/llamacpp/requirements.txt
 	$(BIN)/python tests/llamacpp/compare.py --client $(LLAMACPP)/bin/python
 
+# The core on TransformerLens 3 (HookedTransformer), in an environment of its own, and its tables beside
+# those of TransformerLens 4.
+TL3 := build/tl3
+TL3_TESTS := activations boundary directions engine hooks loss positions processing steering sweep
+test-tl3: $(STAMP) $(TL3)/.installed
+	$(BIN)/python tests/tl3/tables.py $(TL3)/tables
+	STEERLENS_BRIDGE_TABLES=$(TL3)/tables $(TL3)/bin/python -m pytest \
+		$(TL3_TESTS:%=tests/test_%.py) tests/tl3
+
+$(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
+	test -x $(TL3)/bin/python || $(PYTHON) -m venv $(TL3)
+	$(TL3)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c tests/tl3/constraints.txt -e . beartype hypothesis pytest
+	touch $(TL3)/.installed
+
 # Four readers, 200,000 inputs each, with atheris in an environment of its own, at low priority.
 FUZZ := build/fuzz
 fuzz: $(STAMP)
@@ -59,8 +74,12 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests tutorials
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=900 tests tutorials
 	$(BIN)/python -m pytest --doctest-modules steerlens
+
+# What works on which architecture, found by running it, into docs/models.md.
+models-table: $(STAMP)
+	$(BIN)/python tests/models_table.py
 
 # The site, into build/site: without a network, warnings are errors.
 docs: $(STAMP)

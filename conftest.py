@@ -4,6 +4,7 @@ Run them with `pytest --doctest-modules steerlens`.
 """
 
 import importlib.util
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ ROOT = Path(__file__).resolve().parent
 
 
 @cache
-def _builders() -> Any:
-    """tests/conftest.py under a name of its own: pytest has one `conftest` at a time."""
-    spec = importlib.util.spec_from_file_location("tiny_models", ROOT / "tests" / "conftest.py")
+def _of_the_tests(name: str) -> Any:
+    """A module of the tests under a name of its own: pytest has one `conftest` at a time."""
+    if str(ROOT / "tests") not in sys.path:
+        sys.path.append(str(ROOT / "tests"))  # they import one another
+    spec = importlib.util.spec_from_file_location(f"of_{name}", ROOT / "tests" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -27,14 +30,14 @@ def _builders() -> Any:
 
 @cache
 def example_names() -> dict[str, Any]:
-    """What every example finds there, besides `folder`, an empty folder of its own."""
+    """What every example finds there, besides `folder` and `run_folder`."""
     import numpy as np
     import torch
 
     import steerlens as sl
 
     torch.set_num_threads(1)
-    tiny = _builders()
+    tiny = _of_the_tests("conftest")
     model = tiny.bridge(tiny.build_llama())
     openings = (
         "the river was",
@@ -74,5 +77,9 @@ def example_names() -> dict[str, Any]:
 def _names(
     request: pytest.FixtureRequest, doctest_namespace: dict[str, Any], tmp_path: Path
 ) -> None:
-    if isinstance(request.node, DoctestItem):
-        doctest_namespace.update(example_names(), folder=tmp_path)
+    if not isinstance(request.node, DoctestItem):
+        return
+    doctest_namespace.update(example_names(), folder=tmp_path)
+    if request.node.name.startswith("steerlens.report"):
+        write_sweep = _of_the_tests("run_folders").write_sweep
+        doctest_namespace["run_folder"] = write_sweep(tmp_path / "run")

@@ -26,7 +26,8 @@ if str(ROOT) not in sys.path:
 MORE: dict[str, tuple[str, ...]] = {
     "errors": ("*",),
     "data": ("Prompt", "dataset_card", "render"),
-    "models": ("DEFAULT_MODEL", "PACKAGED_MODELS", "HookedModel", "Provenance", "cache_folder"),
+    "checkpoints": ("DEFAULT_MODEL", "PACKAGED_MODELS", "cache_folder"),
+    "models": ("HookedModel", "Provenance", "Quantization"),
     "hooks": ("Layers", "hook_layer", "hooked", "resid_post"),
     "tokens": ("SteeredPositions", "TokenizedPairs", "TokenizedPrompt", "tokenize_items"),
     "loss": ("*",),

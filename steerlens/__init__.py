@@ -27,6 +27,7 @@ from steerlens.export import (
     to_repeng,
     to_steering_vectors,
 )
+from steerlens.fidelity import check_model
 from steerlens.generations import generation_table
 from steerlens.geometry import LossGeometry, loss_geometry
 from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
@@ -97,6 +98,7 @@ __all__ = [
     "Trained",
     "bake",
     "boundary_shape",
+    "check_model",
     "coherence_hinge",
     "collect_activations",
     "collect_differences",

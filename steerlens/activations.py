@@ -16,6 +16,7 @@ from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, Layers, hooked, readout_hook, resolve_hooks
 from steerlens.models import HookedModel, inference
+from steerlens.processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
 
@@ -28,7 +29,8 @@ class Differences:
 
     `positive` and `negative` hold `hook_names` first, then `readout_names`: further hooks at which
     a sweep over `hook_names` reads its effect, carried along so that one pass is enough. In
-    residual units; float32, or float64 where the model is. `fingerprint` is that of the pairs.
+    residual units; float32, or float64 where the model is. `fingerprint` is that of the pairs,
+    `weight_processing` that of the model's weights.
 
     Examples:
         >>> differences
@@ -45,6 +47,7 @@ class Differences:
     negative: Float[Tensor, "all_hook pair d_model"]
     position: int
     fingerprint: str
+    weight_processing: str = UNKNOWN
 
     @property
     def all_hook_names(self) -> tuple[str, ...]:
@@ -118,7 +121,10 @@ def collect_differences(
         )
         for before, prompts in ((0, tokenized.positive), (len(pairs), tokenized.negative))
     )
-    return Differences(hook_names, readout_names, positive, negative, position, pairs.fingerprint)
+    return Differences(
+        *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
+        weight_processing=weight_processing(model),
+    )
 
 
 def missing_readouts(hook_names: Sequence[str], n_layers: int) -> tuple[str, ...]:

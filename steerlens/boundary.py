@@ -34,6 +34,7 @@ from steerlens.plain import (
     make_workload,
     run_baseline,
 )
+from steerlens.processing import check_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.pushes import Boundary, expect, find_boundaries
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, Row, to_frame
@@ -134,7 +135,8 @@ def find_boundary(
 
     Raises `SweepError` on a bad budget, range or number of resamples, on a text of a single token,
     and where a rollout budget meets steered positions other than "all"; `DirectionError` when a
-    hook or its readout has no direction; and as `tokenize_pairs`, `run_baseline` and, for rollouts,
+    hook or its readout has no direction; `ProcessingError` when they were fitted on a model with
+    other weight processing; and as `tokenize_pairs`, `run_baseline` and, for rollouts,
     `check_rollouts` do.
 
     Examples:
@@ -147,6 +149,7 @@ def find_boundary(
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
     check_directions(directions, [*hook_names, *readouts.values()])
+    check_processing(model, directions)
     settings = checked_settings(
         hook_names=hook_names,
         on=text_name(on),
@@ -245,6 +248,7 @@ def predict_boundary(
     """
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     check_directions(directions, hook_names)
+    check_processing(model, directions)
     parsed = check_search(budget=budget, search_range=1.0)
     seed, batch_size = whole("seed", seed, 0), whole_or_none("batch_size", batch_size, 1)
     tokenized = tokenize_pairs(model, pairs)

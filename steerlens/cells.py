@@ -151,7 +151,8 @@ class _Run:
             readout = self._pass(
                 part, start, rows, coefficients, into=final, last_block=self._n_layers - 1
             )
-            predictions = final["residual"][:, :-1][is_label]
+            residual = final["residual"]
+            predictions = residual[:, :-1][is_label.to(residual.device)]
             logprob = labels_logprob(self.model, predictions, batch.tokens[rows][:, 1:][is_label])
             kl = logprob.new_zeros(0)
             if part.final is not None:
@@ -206,7 +207,7 @@ class _Run:
         add = _addition_by_row(job.direction, coefficients, mask)
         hooks: list[tuple[str, HookFunction]] = []
         if start is not None:
-            start = replace(start, values=start.values[rows])
+            start = replace(start, values=start.values[rows.to(start.values.device)])
         if not job.starts_after or start is None:
             hooks.append((job.hook_name, lambda activation, hook: add(activation)))  # noqa: ARG005
         else:

@@ -17,6 +17,8 @@ from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, readout_ho
 from steerlens.loss import label_kl, label_logprobs
 from steerlens.measures import check_directions
 from steerlens.models import HookedModel, inference, provenance
+from steerlens.processing import check_processing
+from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Coefficient, Steerable, SteeringVector, steps
 from steerlens.steering.application import Step, step_hooks
 from steerlens.tables import TOKEN_COLUMNS, Row, to_frame
@@ -72,11 +74,13 @@ def one_hook(
     Directions are read at `readout_hook`, along its own direction, as in a sweep. A vector has no
     direction there, so it is read at its own hook, behind the addition. Raises `SweepError` when
     there is more than one hook, `DirectionError` when one has no direction or another width than
-    the model, and `SteeringError` for a vector without that hook.
+    the model, `SteeringError` for a vector without that hook, and `ProcessingError` when it was
+    fitted on a model with other weight processing.
     """
     names = along.hook_names if layer is None else resolve_hooks(model, layer)
     if len(names) != 1:
         raise SweepError(f"expected one hook, got {len(names)}; name one with layer=")
+    check_processing(model, along)
     (name,) = names
     if isinstance(along, SteeringVector):
         vector: Steerable | Mapping[str, Tensor] = along.at(name)
@@ -104,6 +108,7 @@ def token_damage(
     steered_positions: SteeredPositions = "all",
     ids: Sequence[str] | None = None,
     batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Every token's logprob and projection, unsteered and steered (`TOKEN_COLUMNS`).
 
@@ -139,7 +144,9 @@ def token_damage(
     first = next(iter(sides.values()))
     check_steered_positions(steered_positions, TokenizedPairs(tuple(first), ()))
     rows: dict[tuple[str, int], list[Row]] = {}
-    for side, of_side in sides.items():
+    for i, (side, of_side) in enumerate(sides.items()):
+        before, total = i * len(names), len(sides) * len(names)
+        tell = part_of(progress or silent, "tokens: prompts", before=before, total=total)
         acts = [(amount, at.steps(c, SIDES[side])) for c, amount in strengths.items()]
 
         def run(batch: Batch, acts: Any = acts) -> list[list[Row]]:
@@ -147,7 +154,7 @@ def token_damage(
 
         with inference(model):
             batches = [(batch,) for batch in make_batches(model, of_side, batch_size)]
-            for (batch,), found in by_halves(batches, run):
+            for (batch,), found in by_halves(batches, run, progress=tell):
                 for row, of_prompt in zip(batch.rows, found, strict=True):
                     named = {
                         "prompt": names[row],

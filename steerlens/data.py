@@ -247,7 +247,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
 
     Raises `PairError` with file and line.
     """
-    raw = read_whole(path, PairError)
+    raw = read_whole(path, PairError, pipes=True)
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         where = f"{path}:{number}"
         if line.strip():
@@ -311,7 +311,7 @@ def read_texts(path: Path) -> tuple[str, ...]:
     """
     try:
         # Cut at line ends alone: splitlines knows others, which a line of text may hold.
-        text = read_whole(path, PairError).decode("utf-8-sig")
+        text = read_whole(path, PairError, pipes=True).decode("utf-8-sig")
         lines = text.replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise PairError(f"cannot read texts from {str(path)!r}: {error}") from error
@@ -346,9 +346,12 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
             )
         )
     except Exception as error:  # jinja2 and transformers raise many types here
+        roles = [message.role for message in prompt]
+        hint = ""
+        if "system" in roles:
+            hint = "; if it takes no system turn, write that text into the user's turn"
         raise PairError(
-            f"the chat template rejects the messages with roles "
-            f"{[message.role for message in prompt]}: {error}"
+            f"the chat template rejects the messages with roles {roles}: {error}{hint}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steerlens.display import fragment, hook_label, shortened
 from steerlens.errors import DirectionError
+from steerlens.processing import UNKNOWN
 
 UNIT_TOLERANCE = 1e-3
 """How far from 1 the norm of a unit direction may be."""
@@ -21,7 +22,8 @@ class Directions(Mapping[str, Tensor]):
     Iterating gives `hook_names`, the hooks that were asked for; the readouts carried along for a
     sweep (`readout_names`) are found by `directions[name]` too, but are not steered. `vectors`
     holds both, in that order. The sign is fixed by the method, most often so that positive prompts
-    project higher on average. `fingerprint` is that of the pairs it was fitted on. Raises
+    project higher on average. `fingerprint` is that of the pairs it was fitted on, and
+    `weight_processing` that of the model's weights: another model may not use them. Raises
     `DirectionError` when a vector does not have norm 1.
 
     Examples:
@@ -39,6 +41,7 @@ class Directions(Mapping[str, Tensor]):
     position: int
     seed: int
     fingerprint: str
+    weight_processing: str = UNKNOWN
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", self.vectors.detach())

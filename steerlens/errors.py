@@ -25,6 +25,10 @@ class DirectionError(SteerlensError):
     """A direction cannot be fitted or is missing."""
 
 
+class ProcessingError(SteerlensError):
+    """Numbers of models with different weight processing were about to be put together."""
+
+
 class SweepError(SteerlensError):
     """A sweep was asked for with settings that have no meaning."""
 

@@ -10,6 +10,7 @@ from steerlens.data import Prompt
 from steerlens.directions import Directions
 from steerlens.hooks import Layers, hook_layer
 from steerlens.models import HookedModel, inference, provenance
+from steerlens.progress import Progress, silent
 from steerlens.steering import Coefficient, SteeringVector, decoded, generate_tokens, steer
 from steerlens.tables import GENERATION_COLUMNS, Row, to_frame
 from steerlens.tokens import TokenizedPrompt, fingerprint
@@ -24,6 +25,7 @@ def generation_table(
     coefficients: Sequence[Coefficient],
     max_new_tokens: int = 40,
     ids: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """The greedy continuation of every prompt at every coefficient (`GENERATION_COLUMNS`).
 
@@ -44,17 +46,21 @@ def generation_table(
     at = one_hook(model, along, layer)
     strengths = strengths_at(at, coefficients)
     names, tokenized = named_prompts(model, prompts, ids)
-    rows = [
-        {
-            "prompt": name,
-            "hook_name": at.hook_name,
-            "layer": hook_layer(at.hook_name),
-            "coefficient": amount,
-            **_continued(model, prompt, at, coefficient, max_new_tokens),
-        }
-        for name, prompt in zip(names, tokenized, strict=True)
-        for coefficient, amount in strengths.items()
-    ]
+    rows: list[Row] = []
+    tell, total = progress or silent, len(names) * len(strengths)
+    tell("continuations", 0, total)
+    for name, prompt in zip(names, tokenized, strict=True):
+        for coefficient, amount in strengths.items():
+            rows.append(
+                {
+                    "prompt": name,
+                    "hook_name": at.hook_name,
+                    "layer": hook_layer(at.hook_name),
+                    "coefficient": amount,
+                    **_continued(model, prompt, at, coefficient, max_new_tokens),
+                }
+            )
+            tell("continuations", len(rows), total)
     attrs = {
         "settings": {"max_new_tokens": max_new_tokens},
         "text": fingerprint(tokenized),

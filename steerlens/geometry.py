@@ -21,6 +21,7 @@ from steerlens.loss import MARGIN, WEIGHT, coherence_penalty
 from steerlens.measures import check_directions, finite, record
 from steerlens.models import HookedModel
 from steerlens.plain import Baseline, Cost, Workload, make_workload, run_baseline
+from steerlens.processing import check_processing
 from steerlens.progress import Progress, silent, under
 from steerlens.shape import BoundaryShape, boundary_shape, check_plane
 from steerlens.slopes import label_slopes
@@ -119,6 +120,7 @@ def loss_geometry(
     """
     hook_names = resolve_hooks(model, layers)
     check_directions(directions, hook_names)
+    check_processing(model, directions)
     check_plane(hook_names[:1], n_angles)
     margin, weight = finite("margin", margin), finite("weight", weight)
     settings = checked_settings(

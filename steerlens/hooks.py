@@ -162,6 +162,16 @@ def _one_thread(model: HookedModel) -> Iterator[None]:
                 del _threads[model]
 
 
+def _check_settings(model: Any, fwd_hooks: Sequence[tuple[str, HookFunction]]) -> None:
+    """A `HookedTransformer` checks settings where one hook is added, but not in `hooks`.
+
+    Raises `AssertionError` that says which setting a hook needs.
+    """
+    if not hasattr(model, "original_model") and hasattr(model, "check_hooks_to_add"):
+        for name, function in fwd_hooks:
+            model.check_hooks_to_add(model.hook_dict[name], name, function)
+
+
 @contextmanager
 def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[None]:
     """Hooks on the model inside the block only; every one of them must have fired by its end.
@@ -187,10 +197,11 @@ def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) ->
         if fwd_hooks:
             stack.enter_context(_one_thread(model))
         try:
+            _check_settings(model, fwd_hooks)
             stack.enter_context(
                 model.hooks(fwd_hooks=[(name, noting(name, call)) for name, call in fwd_hooks])
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, AssertionError) as error:
             raise HookError(f"cannot hook this model: {error.args[0]}") from error
         yield
     if silent:

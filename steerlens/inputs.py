@@ -12,27 +12,33 @@ MAX_DEPTH = 64
 """How deep arrays and objects may stand in each other."""
 
 
-def read_whole(path: Path, error: type[SteerlensError]) -> bytes:
-    """The bytes of a file.
+def read_whole(path: Path, error: type[SteerlensError], *, pipes: bool = False) -> bytes:
+    """The bytes of a file; where `pipes`, also of a pipe or device, as /dev/stdin is.
 
-    Raises `error` that names the file when it cannot be read, is no regular file (a pipe would
-    wait for ever) or is larger than `MAX_BYTES`.
+    Raises `error` that names the file when it cannot be read, holds more than `MAX_BYTES` (which a
+    device that never ends does too), or is no regular file and `pipes` is False.
     """
     try:
-        if path.exists() and not path.is_file():
+        is_file = path.is_file()
+        if path.exists() and not is_file and (path.is_dir() or not pipes):
             raise error(f"{str(path)!r} cannot be read: it is not a file; give a file's name")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise error(
-                f"{str(path)!r} has {size} bytes, and at most {MAX_BYTES} are read; split it, or "
-                "see whether it is what its name says"
-            )
-        return path.read_bytes()
+        size = path.stat().st_size if is_file else 0
+        content = b""
+        if size <= MAX_BYTES:
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
     except error:
         raise
     except (OSError, ValueError) as failure:  # ValueError: a name with a null character
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"{str(path)!r} cannot be read: {reason}") from failure
+    if max(size, len(content)) > MAX_BYTES:
+        told = f"has {size} bytes" if size else "does not end"
+        raise error(
+            f"{str(path)!r} {told}, and at most {MAX_BYTES} bytes are read; split it, or see "
+            "whether it is what its name says"
+        )
+    return content
 
 
 def strict_json(text: str) -> Any:

@@ -298,11 +298,11 @@ def label_logprobs(
     label_mask: Bool[Tensor, "prompt token"],
 ) -> Float[Tensor, " label"]:
     """Log-probability of each label token, in nats, prompt after prompt (see `label_logprob`)."""
-    is_label = label_mask[:, 1:]
+    is_label = label_mask[:, 1:].to(logits.device)
     predictions = logits[:, :-1][is_label]
     return -torch.nn.functional.cross_entropy(
         predictions.to(torch.promote_types(predictions.dtype, torch.float32)),
-        tokens[:, 1:][is_label],
+        tokens.to(logits.device)[:, 1:][is_label],
         reduction="none",
     )
 
@@ -317,9 +317,11 @@ def label_kl(
     `logits` are the steered model's. Labels as in `label_logprob`, prompt after prompt; log-softmax
     and sum in float32 at least.
     """
-    is_label = label_mask[:, 1:]
+    is_label = label_mask[:, 1:].to(logits.device)
     steered, reference = (
-        part[:, :-1][is_label].to(torch.promote_types(part.dtype, torch.float32)).log_softmax(-1)
+        part.to(logits.device)[:, :-1][is_label]
+        .to(torch.promote_types(part.dtype, torch.float32))
+        .log_softmax(-1)
         for part in (logits, unsteered)
     )
     return divergence(steered, reference)
@@ -343,6 +345,7 @@ def mean_by_prompt(
 
     NaN for a prompt without labels.
     """
+    is_label = is_label.to(values.device)
     spread = values.new_zeros(is_label.shape).masked_scatter(is_label, values)
     total = reduce(spread, "prompt token -> prompt", "sum")
     return total / reduce(is_label, "prompt token -> prompt", "sum")

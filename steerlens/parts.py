@@ -92,7 +92,8 @@ def _with_final(model: HookedModel, part: Part, cost: Cost) -> Part:
     n_layers = int(model.cfg.n_layers)
     cost.add(part.batch.tokens, n_layers)
     final = advance_part(model, part, None, n_layers).values
-    return replace(part, final=final[:, :-1][part.batch.label_mask()[:, 1:]])
+    is_label = part.batch.label_mask()[:, 1:].to(final.device)
+    return replace(part, final=final[:, :-1][is_label])
 
 
 def advance_part(model: HookedModel, part: Part, start: Residual | None, block: int) -> Residual:

@@ -49,7 +49,7 @@ class Prefix:
         copied.layers = [copy.copy(layer) for layer in self.cache.layers]
         # Of the blocks before it only the length is looked at.
         for layer in copied.layers[block:]:
-            layer.batch_select_indices(rows)
+            layer.batch_select_indices(rows.to(layer.keys.device))
         return Prefix(copied, self.attention_mask[rows])
 
 
@@ -224,11 +224,13 @@ def _logits(
     """
     n_layers, n_rows = int(model.cfg.n_layers), max(1, LOGITS_PER_PASS // int(model.cfg.d_vocab))
     for rows, *others in zip(*(torch.split(t, n_rows) for t in (final, *beside)), strict=True):
-        ids = torch.zeros((len(rows), 1), dtype=torch.long, device=rows.device)
+        ids = torch.zeros((len(rows), 1), dtype=torch.long, device=model.cfg.device)
         with _blocks_skipped(model, Residual(n_layers, rows[:, None])):
             # The ids are not looked at: every block stands aside for the rows.
             logits = model(ids, return_type="logits")[:, 0]
-        yield logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(others)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # On a model that is spread over devices, labels lie where the tokens are.
+        yield wide, tuple(other.to(wide.device) for other in others)
 
 
 def n_skippable(model: HookedModel) -> int:

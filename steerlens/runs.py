@@ -185,6 +185,7 @@ def write_directions(directions: Directions, path: Path) -> None:
         "position": directions.position,
         "seed": directions.seed,
         "fitted_on": directions.fingerprint,
+        "weight_processing": directions.weight_processing,
         "readout_hooks": directions.readout_names,
     }
     names = (*directions.hook_names, *directions.readout_names)

@@ -30,6 +30,7 @@ from steerlens.loss import Budget
 from steerlens.measures import check_width, main_orthogonal, record
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, make_workload
+from steerlens.processing import check_processing
 from steerlens.progress import Progress
 from steerlens.pushes import Boundary, find_boundaries
 from steerlens.tables import SHAPE_COLUMNS, Row, to_frame
@@ -117,6 +118,7 @@ def boundary_shape(
     (hook_name,) = hook_names
     if hook_name not in directions:
         raise DirectionError(f"no direction was fitted at {hook_name}; fit one there")
+    check_processing(model, directions)
     settings = checked_settings(
         hook_names=hook_names,
         on=text_name(on),

@@ -91,7 +91,9 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
         logits = model(one.tokens, return_type="logits", **one.forward_kwargs)
         expected = label_logprob(logits, one.tokens, one.label_mask())
         final = advance(model, one.tokens, one.attention_mask, start=None, block=n_layers).values
-        found = labels_logprob(model, final[:, :-1][is_label], one.tokens[:, 1:][is_label])
+        found = labels_logprob(
+            model, final[:, :-1][is_label.to(final.device)], one.tokens[:, 1:][is_label]
+        )
     cost.add(one.tokens, 2 * n_layers)
     if not math.isfinite(float(expected[0])):
         raise ActivationError(
@@ -134,7 +136,7 @@ def _batch_slopes(
             fwd_hooks=[*hooks, (last, lambda activation, hook: kept.append(activation))],  # noqa: ARG005
             last_hook=last,
         )
-        predictions = kept[0][:, :-1][is_label]
+        predictions = kept[0][:, :-1][is_label.to(kept[0].device)]
         found = labels_gradients(
             model,
             predictions.detach(),

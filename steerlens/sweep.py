@@ -41,6 +41,7 @@ from steerlens.plain import (
     make_workload,
     run_baseline,
 )
+from steerlens.processing import check_processing
 from steerlens.progress import Progress, silent
 from steerlens.tables import LAYER_COLUMNS, POINT_COLUMNS, SWEEP_COLUMNS, Row, to_frame
 from steerlens.tokens import SteeredPositions, tokenize_pairs
@@ -116,8 +117,9 @@ def sweep(
     and a q-value over all cells with a coefficient that is not 0; that costs as many sweeps again.
     A cell whose numbers overflow is a row of NaN, not coherent, with a warning. Raises `SweepError`
     on coefficients that are not finite, `DirectionError` when a hook or its readout has no
-    direction, `SweepError` on a bad budget or number of resamples, `HookError` on an unknown hook,
-    and as `tokenize_pairs`, `make_workload` and `run_baseline` do.
+    direction, `ProcessingError` when they were fitted on a model with other weight processing,
+    `SweepError` on a bad budget or number of resamples, `HookError` on an unknown hook, and as
+    `tokenize_pairs`, `make_workload` and `run_baseline` do.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
@@ -130,6 +132,8 @@ def sweep(
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     readouts = {name: readout_hook(name, int(model.cfg.n_layers)) for name in hook_names}
     check_directions(directions, [*hook_names, *readouts.values()])
+    null = _named(nulls, hook_names)
+    check_processing(model, directions, *(one for _, one in null))
     settings = SweepSettings(
         hook_names=hook_names,
         coefficients=checked_coefficients(coefficients),
@@ -155,7 +159,6 @@ def sweep(
     check_width(directions, baseline)
     rows: list[Row] = []
     pushes = tuple(c for c in settings.coefficients if c != 0)
-    null = _named(nulls, hook_names)
     done, n_cells = 0, len(hook_names) * (len(settings.coefficients) + len(null) * len(pushes))
     along = [directions, *(one for _, one in null)]
     jobs = [

@@ -5,9 +5,12 @@ from typing import Any
 import numpy as np
 import torch
 
+BLOCKS = ("model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers")
+
 
 def _blocks(hf_model: Any) -> Any:
-    return hf_model.model.layers if hasattr(hf_model, "model") else hf_model.transformer.h
+    modules = dict(hf_model.named_modules())
+    return next(modules[name] for name in BLOCKS if name in modules)
 
 
 def run(

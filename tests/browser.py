@@ -50,6 +50,7 @@ def open_browser(profile: Path) -> Iterator["Browser"]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     # With its path given, selenium looks for no driver, here or elsewhere.
     chrome = Chrome(options=options, service=Service(executable_path=driver))
+    chrome.set_script_timeout(120)
     try:
         yield Browser(chrome)
     finally:
@@ -108,7 +109,7 @@ class Browser:
         assert "error" not in outcome, outcome["error"]
         return outcome.get("value")
 
-    def wait(self, condition: str, seconds: float = 30) -> None:
+    def wait(self, condition: str, seconds: float = 120) -> None:
         """Wait until a JavaScript expression is true; an assertion fails when it never is."""
         from selenium.webdriver.support.ui import WebDriverWait
 

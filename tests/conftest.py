@@ -6,11 +6,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from hooked import hooked_transformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
@@ -84,7 +86,19 @@ def build_gpt2(*, seed: int = 0) -> Any:
     return transformers.GPT2LMHeadModel(config).eval()
 
 
+IS_TL3 = version("transformer-lens").startswith("3.")
+collect_ignore = [] if IS_TL3 else ["tl3"]  # which `make test-tl3` runs
+ATTN_OUT = "hook_attn_out" if IS_TL3 else "attn.hook_out"
+"""Where a block's attention is written, inside the block."""
+FINAL_NORM = "ln_final.hook_normalized" if IS_TL3 else "ln_final.hook_out"
+
+needs_bridge = pytest.mark.skipif(IS_TL3, reason="of a TransformerBridge alone")
+
+
 def bridge(hf_model: Any, tokenizer: Any = None, dtype: torch.dtype = torch.float32) -> Any:
+    """In TransformerLens: a `TransformerBridge`; with its version 3, a `HookedTransformer`."""
+    if IS_TL3:
+        return hooked_transformer(hf_model, tokenizer or build_tokenizer(), dtype)
     from transformer_lens.model_bridge import TransformerBridge
 
     return TransformerBridge.boot_transformers(

@@ -159,7 +159,7 @@ def vectors() -> dict[str, Bad]:
         "hooks_numbers": Bad(_made(hooks=[1]), ("does not fit",)),
         "hooks_lists": Bad(_made(hooks=[[HOOK]]), ("does not fit",)),
         "hooks_none": Bad(_made(hooks=[]), ("hook",)),
-        "hook_twice": Bad(_made(hooks=[HOOK, HOOK], scale=[1.0, 1.0]), (HOOK,)),
+        "hook_twice": Bad(_made(hooks=[HOOK, HOOK], scale=[1.0, 1.0]), ("different hooks",)),
         "hook_missing": Bad(_made(hooks=["../../etc/passwd"]), ("../../etc/passwd",)),
         "scale_nan": Bad(_made(scale=[math.nan]), ("scale",)),
         "scale_huge": Bad(_made(scale=[10**400]), ("does not fit",)),

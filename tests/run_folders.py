@@ -198,6 +198,7 @@ def circuits_tables() -> dict[str, pd.DataFrame]:
         {**head, "layer": 21, "effect": 0.97, "exact": math.nan},
     ]
     claims = [
+        {"test": "nothing", "remaining": 1.0, "ci_low": 1.0, "ci_high": 1.0},
         {"test": "attention values", "remaining": 0.12, "ci_low": 0.1, "ci_high": 0.13},
         {
             "test": "random components",

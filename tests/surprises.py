@@ -157,6 +157,9 @@ def counting(model: Any, stop_at: int | None = None, kind: type[BaseException] =
 # A watch on files, network and pickles
 
 NETWORK = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "socket.gethostbyname")
+# What another process does is not seen, so none may be started.
+PROCESSES = ("subprocess.Popen", "os.system", "os.posix_spawn", "os.exec", "os.fork")
+REFUSED = (*NETWORK, *PROCESSES, "pickle.find_class")
 # Event -> the places in its arguments of the paths that are written.
 WRITING = {
     "os.mkdir": (0,),
@@ -194,7 +197,7 @@ def _written(event: str, args: Any) -> list[str]:
 
 @contextmanager
 def watched(*folders: Path) -> Iterator[list[str]]:
-    """Refuse the network and pickles; give what was asked for and what was written elsewhere.
+    """Refuse network, pickles and processes; give what was asked for and written elsewhere.
 
     `folders` are those in which writing is as it should be.
     """
@@ -202,7 +205,7 @@ def watched(*folders: Path) -> Iterator[list[str]]:
     inside = [os.path.realpath(folder) for folder in folders]
 
     def listen(event: str, args: Any) -> None:
-        if event in NETWORK or event == "pickle.find_class":
+        if event in REFUSED:
             found.append(f"{event} {args[-2:]}")
             raise PermissionError(f"refused: {event}")
         for path in _written(event, args):
@@ -225,7 +228,7 @@ def watched(*folders: Path) -> Iterator[list[str]]:
             setattr(of, name, loader)
 
 
-LOADERS = ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load"))
+LOADERS = ((pickle, "load"), (pickle, "loads"), (torch, "load"))
 
 
 def _refusing(name: str, found: list[str]) -> Callable[..., Any]:

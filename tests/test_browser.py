@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from browser import DRAWN, Browser, find_chromium
 from run_folders import HOSTILE, WRITERS, write_circuits, write_compare, write_sweep
+from test_cli import model_folder, pairs_file  # noqa: F401 (fixtures)
 
 import steerlens as sl
+from steerlens.cli import main
 from steerlens.report.contents import COMMANDS, FIGURES
 
 WIDTHS = (400, 1200)
@@ -87,6 +89,43 @@ def test_the_page_of_a_figure_opens_without_a_word(
         assert_quiet(browser)
 
 
+PAGES = ("attention", "tokens", "components", "graph")
+
+
+@pytest.fixture(scope="module")
+def circuits(
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of `steerlens circuits` on a small model."""
+    out = tmp_path_factory.mktemp("circuits") / "run"
+    options = ["--layer", "1", "--coefficient", "5", "--quiet", "--out", str(out)]
+    with pytest.raises(SystemExit) as stop:
+        main(["circuits", "--model", str(model_folder), "--pairs", str(pairs_file), *options])
+    assert stop.value.code == 0
+    return out
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_of_circuits_open_without_a_word(
+    name: str, dark: bool, browser: Browser, circuits: Path
+) -> None:
+    opened(browser, circuits / f"{name}.html", dark=dark, width=400)
+    assert browser.run("return document.querySelectorAll('.figure').length") > 0
+    assert browser.run("return document.documentElement.scrollWidth") <= 400
+    assert_quiet(browser)
+
+
+def test_a_report_of_circuits_has_their_views(browser: Browser, circuits: Path) -> None:
+    opened(browser, written(circuits / "report.html", circuits))
+    assert browser.run("return document.querySelectorAll('.view').length") > 2
+    assert "Attention of the top heads" in browser.text("main")
+    assert "The largest edges" in browser.text("main")
+    assert_quiet(browser)
+
+
 # The report
 
 
@@ -129,6 +168,27 @@ def test_dark_and_light(browser: Browser, report: Path) -> None:
     ground, ink = colours(opened(browser, report, dark=True))
     assert max(ground) < 40
     assert min(ink) > 200
+
+
+LINE = "return getComputedStyle(document.querySelector('.figure .js-line')).stroke"
+
+
+def test_curves_follow_the_scheme_and_the_printer(browser: Browser, report: Path) -> None:
+    """A dark curve is lighter on a dark page, and itself again on a light one and on paper."""
+    opened(browser, report, dark=False)
+    light = browser.run(LINE)
+    schemes = [[{"name": "prefers-color-scheme", "value": value}] for value in ("dark", "light")]
+    emulate = browser.driver.execute_cdp_cmd
+    emulate("Emulation.setEmulatedMedia", {"media": "", "features": schemes[0]})
+    browser.wait(f"(() => {{ {LINE} }})() !== '{light}'")
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    assert browser.run(LINE) == light
+    assert browser.run("return document.querySelector('.figure').style.zoom") not in ("", "1")
+    browser.run("dispatchEvent(new Event('afterprint'))")
+    assert browser.run(LINE) != light
+    assert browser.run("return document.querySelector('.figure').style.zoom") == ""
+    emulate("Emulation.setEmulatedMedia", {"media": "", "features": schemes[1]})
+    browser.wait(f"(() => {{ {LINE} }})() === '{light}'")
 
 
 def test_a_dark_page_prints_light_and_whole(browser: Browser, report: Path) -> None:

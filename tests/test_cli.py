@@ -14,9 +14,9 @@ from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
 from steerlens import cli, data
+from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.cli import main
 from steerlens.errors import SteerlensError
-from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.runs import RUN_FILES
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, write_csv
 

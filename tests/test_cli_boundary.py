@@ -18,7 +18,7 @@ from test_cli import (  # noqa: F401 (fixtures)
 
 import steerlens as sl
 import steerlens.boundary
-from steerlens import cli
+from steerlens.cli import boundaries
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
 
 
@@ -140,7 +140,7 @@ def test_errors_are_one_line_and_come_before_the_work(
     def too_late(*args: object, **kwargs: object) -> None:
         raise AssertionError("the search began")
 
-    monkeypatch.setattr(cli, "find_boundary", too_late)
+    monkeypatch.setattr(boundaries, "find_boundary", too_late)
     assert_error(boundary("--quiet", "--out", tmp_path / "run", *options), *words)
     assert content(tmp_path / "run") == {}
 

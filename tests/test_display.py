@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steerlens as sl
@@ -103,6 +103,7 @@ def test_long_tables_are_thinned_evenly_with_both_ends() -> None:
     assert small.text.endswith("all")
 
 
+@settings(deadline=None)
 @given(st.text(), st.integers(2, 60))
 def test_shortened_text_is_one_printable_line(text: str, size: int) -> None:
     line = shortened(text, size)
@@ -116,7 +117,12 @@ def test_shortened_text_by_hand() -> None:
     assert shortened("abcdefghi", 8) == "abcdefg…"
 
 
-@given(st.lists(st.text(), min_size=1, max_size=3), st.text())
+PARTS = ["<b>", "<img src=x onerror=y>", "</td>", "<!--", "]]>", "&lt;", '"', "'", "a", " "]
+TEXT = st.lists(st.sampled_from(PARTS) | st.characters(codec="utf-8")).map("".join)
+
+
+@settings(deadline=None)
+@given(st.lists(TEXT, min_size=1, max_size=3), TEXT)
 def test_no_text_becomes_a_tag(caption: list[str], text: str) -> None:
     found = Page(fragment(caption, pd.DataFrame({text: [text]}), note=text))
     assert found.tags == TAGS

@@ -275,6 +275,7 @@ MADE_BY = {
     "circuits.Projections": "circuits.token_projections",
     "circuits.Prompts": "circuits.make_prompts",
     "circuits.Readers": "circuits.find_readers",
+    "Run": "read_run",
     "SweepResult": "sweep",
     "Trained": "train_directions",
     "plots.Page": "plots.token_page",

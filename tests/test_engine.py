@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bridge, build_gpt2, build_llama
+from conftest import ATTN_OUT, FINAL_NORM, bridge, build_gpt2, build_llama, needs_bridge
 
 import steerlens as sl
 from steerlens import cells, passes, plain
@@ -126,7 +126,7 @@ def test_hooks_inside_a_block_and_any_order_of_jobs(llama: Any, pairs: sl.Contra
         "blocks.0.hook_resid_mid",
         "blocks.2.hook_resid_pre",
         "blocks.0.hook_resid_pre",
-        "blocks.1.attn.hook_out",
+        f"blocks.1.{ATTN_OUT}",
         "blocks.1.hook_resid_post",
     ]
     workload = make(llama, pairs)
@@ -150,6 +150,7 @@ def test_cost_is_that_of_the_blocks_that_run(llama: Any, pairs: sl.ContrastivePa
     assert last.blocks == 5 * (positive + negative)
 
 
+@needs_bridge  # which alone takes Hugging Face's cache
 @pytest.mark.parametrize("positions", ["continuation", "last"])
 def test_only_tokens_from_the_last_prompt_token_on_are_run(
     llama: Any, continued: sl.ContrastivePairs, positions: str
@@ -178,6 +179,7 @@ def test_only_tokens_from_the_last_prompt_token_on_are_run(
     assert cost.blocks == heads + tails
 
 
+@needs_bridge
 def test_a_prefix_that_cannot_be_reused_is_found_out(continued: sl.ContrastivePairs) -> None:
     """Block 3 adds the mean over all tokens of the pass: another one when only a few are run."""
     hf_model = build_llama()
@@ -293,13 +295,12 @@ def test_other_errors_are_not_taken_for_out_of_memory(
 
 def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs) -> None:
     """Block 3 looks at what block 0 computed: standing aside, block 0 gives it something else."""
-    hf_model = build_llama()
+    model = bridge(build_llama())
     seen: list[torch.Tensor] = []
-    hf_model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
-    hf_model.model.layers[3].mlp.register_forward_hook(
+    model.blocks[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.detach()))
+    model.blocks[3].mlp.register_forward_hook(
         lambda m, a, out: out + (seen.pop() if seen else torch.zeros_like(out))
     )
-    model = bridge(hf_model)
     workload, jobs = make(model, pairs), make_jobs(model, [resid_post(0), resid_post(1)])
     with pytest.warns(RuntimeWarning, match="does not reproduce this model"):
         found = planned(model, workload, jobs, rows=16)
@@ -317,13 +318,12 @@ def test_every_hook_is_checked_and_huge_coefficients_hide_nothing(
     pairs: sl.ContrastivePairs,
 ) -> None:
     """Block 4 adds what block 2 computed: resuming after block 0 is exact, after block 3 not."""
-    hf_model = build_llama()
+    model = bridge(build_llama())
     kept: dict[str, torch.Tensor] = {}
-    hf_model.model.layers[2].mlp.register_forward_hook(lambda m, a, out: kept.update(out=out))
-    hf_model.model.layers[4].mlp.register_forward_hook(
+    model.blocks[2].mlp.register_forward_hook(lambda m, a, out: kept.update(out=out))
+    model.blocks[4].mlp.register_forward_hook(
         lambda m, a, out: out + kept["out"] if kept["out"].shape == out.shape else out
     )
-    model = bridge(hf_model)
     workload = make(model, pairs)
     exact, wrong = (
         replace(job, coefficients=(*COEFFICIENTS, 1e20))
@@ -350,7 +350,7 @@ def test_a_users_hook_on_the_end_of_the_model_is_found_out(
 
     workload, jobs = make(llama, pairs), make_jobs(llama, [resid_post(1)])
     without = by_plain_loop(llama, workload, jobs[0])
-    llama.add_hook("ln_final.hook_out", late)
+    llama.add_hook(FINAL_NORM, late)
     try:
         with pytest.warns(RuntimeWarning, match="logprob differs"):
             (found,) = planned(llama, workload, jobs, rows=16)

@@ -129,7 +129,7 @@ def test_names_that_are_no_files(kind: str, tmp_path: Path) -> None:
             OPENERS[kind](path)
 
 
-@pytest.mark.parametrize("kind", OPENERS)
+@pytest.mark.parametrize("kind", ["vectors", "ggufs", "runs"])
 def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path, run: Path) -> None:
     pipe = tmp_path / "pipe"
     if kind == "runs":
@@ -139,6 +139,24 @@ def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path, run: Path) -> None:
     os.mkfifo(pipe)
     with pytest.raises(sl.SteerlensError, match="not a file"):
         OPENERS[kind](pipe.parent if kind == "runs" else pipe)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "items", "texts"])
+def test_lines_come_from_a_pipe_too(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from /dev/stdin; what never ends is not read for ever."""
+    content = hostile.lines(ITEM, ITEM) if kind == "items" else hostile.lines(PAIR, PAIR)
+    ends = os.pipe()
+    try:
+        os.write(ends[1], content)
+        os.close(ends[1])
+        assert len(OPENERS[kind](Path(f"/dev/fd/{ends[0]}"))) == 3
+    finally:
+        os.close(ends[0])
+    monkeypatch.setattr(inputs, "MAX_BYTES", 1 << 20)
+    with pytest.raises(sl.SteerlensError, match=r"'/dev/zero' does not end.* 1048576 bytes"):
+        OPENERS[kind](Path("/dev/zero"))
 
 
 @pytest.mark.parametrize("kind", READERS)

@@ -18,15 +18,15 @@ import steerlens
 PACKAGE = Path(steerlens.__file__).parent
 # A module imports only from modules to its left.
 ORDER = (
-    "errors progress inputs data items models hooks display tokens activations directions loss "
-    "steering uncertainty tables plain passes parts cells engine measures slopes gradients "
-    "methods sweep search coherence pushes boundary shape geometry evaluate damage generations "
-    "export circuits plots runs report cli"
+    "errors progress inputs data items processing checkpoints fidelity hooked_transformer models "
+    "hooks display tokens activations directions loss steering uncertainty tables plain passes "
+    "parts cells engine measures slopes gradients methods sweep search coherence pushes boundary "
+    "shape geometry evaluate damage generations export circuits plots runs report cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.
 HEAVY = (
-    "transformer_lens transformers circuitsvis plotly matplotlib datasets scipy sklearn "
+    "transformer_lens transformers accelerate circuitsvis plotly matplotlib datasets scipy sklearn "
     "safetensors gguf platformdirs typer rich IPython"
 ).split()
 

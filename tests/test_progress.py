@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlens.progress import (
@@ -187,6 +187,7 @@ def test_a_stage_that_another_cuts_off_is_not_lost() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.sampled_from("ab"), st.integers(0, 4), st.floats(0, 4)),

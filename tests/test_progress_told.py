@@ -162,6 +162,17 @@ def test_the_geometry_of_several_layers(
     ]
 
 
+def test_what_is_shown_of_prompts(
+    run: Run, llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    options: dict[str, Any] = {"layer": 1, "coefficients": [-2, 0, 2]}
+    texts = ["the river was", "I said"]
+    found = run(sl.generation_table, llama, texts, directions, max_new_tokens=3, **options)
+    assert found == [("continuations", 6)]
+    assert run(sl.token_damage, llama, texts, directions, **options) == [("tokens: prompts", 2)]
+    assert run(sl.token_damage, llama, pairs, directions, **options) == [("tokens: prompts", 16)]
+
+
 def items(start: str, n: int) -> PreferenceItems:
     words = "walk sun rain soup bread night".split()[:n]
     made = [PreferenceItem(f"{start} {word}", "warm and good", "so cold", word) for word in words]

@@ -12,9 +12,9 @@ from bare import cell
 import steerlens as sl
 from steerlens import plain
 from steerlens.cells import Job
+from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.data import render
 from steerlens.engine import make_plan, run_cells
-from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.plain import Cost, make_workload
 from steerlens.steering import generate
 from steerlens.tokens import tokenize_pairs, tokenize_prompt

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from run_folders import (
     ATTRS,
@@ -21,6 +21,7 @@ from run_folders import (
     sweep_table,
     write,
     write_boundary,
+    write_circuits,
     write_sweep,
 )
 
@@ -30,6 +31,13 @@ from steerlens.report.contents import COMMANDS, FIGURES, TABLES
 from steerlens.report.markup import Html, element, joined
 from steerlens.report.numbers import change, decimals_for, fixed, short
 from steerlens.runs import RUN_FILES
+from steerlens.tables import read_csv
+
+VIEWS = [
+    ("attention", "Unsteered"),
+    ("attention", "Steered"),
+    ("tokens", "layer 0, Unsteered"),
+]
 
 # Reading
 
@@ -43,8 +51,11 @@ def test_a_run_reads_back_as_it_was_written(command: str, tmp_path: Path) -> Non
     assert run.record["warnings"] == ["note: in-sample"]
     assert sorted(run.tables) == sorted(path.stem for path in folder.glob("*.csv"))
     for name, table in run.tables.items():
-        plain = pd.read_csv(folder / f"{name}.csv", float_precision="round_trip")
+        columns = TABLES[name].columns_of([str(column) for column in table.columns])
+        plain = read_csv(folder / f"{name}.csv", columns)
         pd.testing.assert_frame_equal(table, plain, check_exact=True)
+    titles = [(view.page, view.title) for view in run.views]
+    assert titles[:3] == ([] if command != "circuits" else VIEWS)
     assert repr(run).startswith(f"Run('run', {command}, ")
 
 
@@ -56,9 +67,8 @@ def test_tables_have_the_attrs_that_they_were_written_with(tmp_path: Path) -> No
     assert run.tables["sweep"].attrs == ATTRS
 
 
-@given(
-    text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=20)
-)
+@settings(deadline=None, max_examples=50)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))
 def test_text_is_read_as_it_was(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Commas, quotes, line ends, and what pandas takes for a missing value."""
     folder = tmp_path_factory.mktemp("text") / "run"
@@ -67,7 +77,7 @@ def test_text_is_read_as_it_was(text: str, tmp_path_factory: pytest.TempPathFact
     pd.testing.assert_frame_equal(run.tables["points"], table, check_exact=True)
 
 
-@pytest.mark.parametrize("text", ["NA", "null", "", "nan", "None", '"', "a\r\nb", "1e5"])
+@pytest.mark.parametrize("text", ["NA", "null", "", "nan", "None", '"', "a\r\nb", "a\rb", "1e5"])
 def test_text_that_looks_like_something_else(text: str, tmp_path: Path) -> None:
     tables = {"points": points_table((0,)).assign(pair=text)}
     run = sl.read_run(write(tmp_path / "run", "sweep", tables))
@@ -191,6 +201,34 @@ def test_the_second_column_of_a_row_that_is_too_short(tmp_path: Path) -> None:
         tmp_path / "run", file_with("points.csv", lambda t: t.replace(",p1,", ",", 1))
     )
     assert "row 2: expected 6 cells, got 5" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda p: p.unlink(), ["attention.html", "is missing", "steerlens circuits"]),
+        (lambda p: p.write_text("<p>"), ["attention.html", "no views", "AttentionHeads"]),
+        (
+            lambda p: p.write_text(p.read_text().replace("AttentionHeads", "ColoredTokens")),
+            ["attention.html", "not only AttentionHeads"],
+        ),
+        (
+            lambda p: p.write_text(p.read_text().replace('"props"', '"prop"')),
+            ["attention.html", "not a page of steerlens", "props"],
+        ),
+        (lambda p: p.write_bytes(b"\xff"), ["attention.html", "not a page of steerlens"]),
+    ],
+)
+def test_a_damaged_page_is_named(
+    damage: Callable[[Path], None], words: list[str], tmp_path: Path
+) -> None:
+    folder = write_circuits(tmp_path / "run")
+    assert len(sl.read_run(folder).views) == 14
+    damage(folder / "attention.html")
+    with pytest.raises(ReportError) as error:
+        sl.read_run(folder)
+    for word in (*words, str(folder)):
+        assert word in str(error.value)
 
 
 # Markup

@@ -15,13 +15,17 @@ from run_folders import (
     HOSTILE,
     MODEL,
     WRITERS,
+    circuits_pages,
     compare_tables,
+    generations_table,
     hook,
     layers_table,
     points_table,
     sweep_table,
     table,
+    tokens_table,
     write,
+    write_circuits,
     write_compare,
     write_sweep,
 )
@@ -201,6 +205,33 @@ def test_the_summary_of_circuits(tmp_path: Path) -> None:
     assert "mlp13: −1.75 logits by the estimate, −1.74 by exact" in said  # noqa: RUF001
     assert "attention values 0.12 (0.1 to 0.13)." in said
     assert "random components" not in said
+    assert "nothing" not in said
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["blocks.12.hook_resid_post"], "blocks.12.hook_resid_post"),
+        (
+            [f"blocks.{i}.hook_resid_post" for i in (0, 1, 2, 5, 7, 8)],
+            "block outputs (hook_resid_post) of layers 0–2, 5, 7, 8",  # noqa: RUF001
+        ),
+        (["hook_embed", "a", "b"], "hook_embed, a, b"),
+        (["blocks.0.hook_mlp_out"] * 3, ", ".join(["blocks.0.hook_mlp_out"] * 3)),
+    ],
+)
+def test_hooks_in_a_line(names: list[str], told: str, tmp_path: Path) -> None:
+    text = Outline(page_of(write_sweep(tmp_path / "run", hook_names=names))).text
+    assert f"hooks{told}fitted on" in text
+
+
+def test_the_summary_of_a_geometry(tmp_path: Path) -> None:
+    """5 + 5 |cos|: 10 along the direction, 5 across it."""
+    said = sentences(WRITERS["geometry"](tmp_path / "run"))
+    assert said[1] == (
+        "In the plane of the direction, at layer 10 the boundary is found at 8 of 8 angles, from 5 "
+        "to 10 residual units away."
+    )
 
 
 # Tables
@@ -298,6 +329,8 @@ def hostile_run(folder: Path) -> Path:
         "sweep": cells,
         "layers": layers_table(4),
         "points": points,
+        "generations": generations_table(HOSTILE, HOSTILE),
+        "tokens": tokens_table(HOSTILE, HOSTILE),
     }
     return write(
         folder,
@@ -348,6 +381,44 @@ def test_hostile_methods_stay_text(tmp_path: Path) -> None:
     # plotly makes elements of some tags in its texts; escaped, they are shown as they are.
     assert HOSTILE in {html.unescape(label) for label in labels}
     assert not any("<" in label for label in labels)
+
+
+def test_hostile_tokens_stay_text_in_views(tmp_path: Path) -> None:
+    """circuitsvis sets tokens as HTML: behind each `<` and `&` goes a character without width."""
+    page = page_of(write_circuits(tmp_path / "run", pages=circuits_pages(HOSTILE)))
+    assert_harmless(page)
+    found = re.findall(r'class="circuitsvis-data"[^>]*>(.*?)</script>', page)
+    assert len(found) == 14
+    for text in found:
+        token = json.loads(text)["props"]["tokens"][2]
+        assert token.replace("\u2060", "") == HOSTILE
+        assert not re.search("[<&](?!\u2060)", token)
+
+
+def test_views_are_rounded_and_their_script_travels_only_with_them(tmp_path: Path) -> None:
+    page = page_of(write_circuits(tmp_path / "run"))
+    assert page.count('id="packed-circuitsvis"') == 1
+    views = " ".join(re.findall(r'class="circuitsvis-data"[^>]*>(.*?)</script>', page))
+    assert "0.3333]" in views
+    assert "0.33333" not in views
+    assert "0.33333" in circuits_pages()["attention"]
+    assert "packed-circuitsvis" not in page_of(write_sweep(tmp_path / "sweep"))
+
+
+def test_texts_are_side_by_side_and_say_whether_they_are_coherent(tmp_path: Path) -> None:
+    text = Outline(page_of(write_sweep(tmp_path / "run"))).text
+    part = text[text.index("Greedy continuations") : text.index("Token damage")]
+    columns = [f"c = {c}" for c in ("−20", "−10", "0, unsteered", "10", "20")]  # noqa: RUF001
+    places = [part.index(f"{column}within budget") for column in columns]
+    assert places == sorted(places)
+    assert part.count("The weather is fine.") == 10
+    assert "beyond the budget" not in part
+    cells = sweep_table().assign(coherent=False)
+    tables = {"sweep": cells, "generations": generations_table()}
+    assert (
+        "c = 20beyond the budget"
+        in Outline(page_of(write(tmp_path / "more", "sweep", tables))).text
+    )
 
 
 def test_figures_are_left_out_where_their_table_is_empty(tmp_path: Path) -> None:

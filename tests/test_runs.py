@@ -263,6 +263,7 @@ def test_directions_read_back_with_how_they_were_fitted(
         "position": -1,
         "seed": 4,
         "fitted_on": pairs.fingerprint,
+        "weight_processing": "none",
         "readout_hooks": ["blocks.2.hook_resid_post"],
     }
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from bare import cell
-from conftest import bridge, build_gpt2, build_llama
+from conftest import ATTN_OUT, bridge, build_gpt2, build_llama, needs_bridge
 
 import steerlens as sl
 from steerlens.activations import Differences
@@ -425,7 +425,7 @@ def test_points_are_those_of_the_layer_table(
 
 
 def test_other_hooks_of_a_block_can_be_swept(llama: Any, pairs: sl.ContrastivePairs) -> None:
-    layers = "blocks.1.hook_mlp_out,blocks.1.hook_resid_mid,blocks.0.attn.hook_out"
+    layers = f"blocks.1.hook_mlp_out,blocks.1.hook_resid_mid,blocks.0.{ATTN_OUT}"
     fitted = sl.fit_directions(sl.collect_differences(llama, pairs, layers=layers))
     table = sl.sweep(llama, pairs, fitted, coefficients=[0, 2]).table
     assert set(table.readout_hook) == {"blocks.2.hook_resid_post"}
@@ -477,6 +477,7 @@ def test_measure_layers_equals_the_sweeps_layer_table(
     pd.testing.assert_frame_equal(alone, swept)
 
 
+@needs_bridge  # version 3 has no dropout
 def test_model_in_training_mode_is_measured_without_dropout(pairs: sl.ContrastivePairs) -> None:
     hf_model = build_gpt2()
     model = bridge(hf_model)

@@ -58,6 +58,13 @@ def numbered(*lengths: tuple[int, int]) -> list[TokenizedPrompt]:
 # BOS
 
 
+def give_tokenizer(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> None:
+    """Another tokenizer for the test; TransformerLens changes the vocabulary's size with it."""
+    for name in ("d_vocab", "d_vocab_out"):
+        monkeypatch.setattr(model.cfg, name, getattr(model.cfg, name))
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+
+
 @pytest.mark.parametrize("text", ["the river was", "you are kind . how\n", "rain"])
 def test_plain_text_has_the_ids_of_transformer_lens(tiny: Any, text: str) -> None:
     ids = tokenize_prompt(tiny, text).prompt
@@ -78,7 +85,7 @@ def test_bos_is_not_doubled_when_the_template_writes_it(
     assert ids.count(BOS) == 1
     assert ids[0] == BOS
     # A template that leaves BOS out gets it from us, to the same ids.
-    monkeypatch.setattr(llama, "tokenizer", without_bos)
+    give_tokenizer(monkeypatch, llama, without_bos)
     assert tokenize_prompt(llama, CHAT).prompt == ids
 
 
@@ -94,7 +101,7 @@ def test_the_model_decides_on_bos(llama: Any, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_tokenizer_without_bos_adds_none(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with_bos = tokenize_prompt(llama, "the river").prompt
-    monkeypatch.setattr(llama, "tokenizer", build_tokenizer())
+    give_tokenizer(monkeypatch, llama, build_tokenizer())
     llama.tokenizer.bos_token = None  # Only now: a bridge that is given no BOS takes EOS for it.
     assert (BOS, *tokenize_prompt(llama, "the river").prompt) == with_bos
 
@@ -185,7 +192,7 @@ def test_a_model_without_a_tokenizer_is_refused(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert tokenize_prompt(llama, "the river").prompt
-    monkeypatch.setattr(llama, "tokenizer", None)
+    give_tokenizer(monkeypatch, llama, None)
     with pytest.raises(ModelError, match="no tokenizer"):
         tokenize_prompt(llama, "the river")
 

@@ -13,6 +13,7 @@ from steerlens.circuits.components import Component, Prompts
 from steerlens.directions import Directions
 from steerlens.hooks import HookFunction, hook_layer, hooked
 from steerlens.models import HookedModel, inference
+from steerlens.processing import check_processing
 from steerlens.tokens import token_texts
 
 
@@ -76,6 +77,8 @@ def token_projections(
 ) -> Projections:
     """One prompt's tokens on each layer's direction, unsteered and under the intervention.
 
+    Raises `ProcessingError` when they were fitted on a model with other weight processing.
+
     Examples:
         >>> from steerlens.circuits import Intervention, make_prompts, token_projections
         >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
@@ -83,6 +86,7 @@ def token_projections(
         >>> found.steered.shape
         torch.Size([5, 7])
     """
+    check_processing(model, directions)
     tokens = _tokens(prompts, prompt)
     names = list(directions)
     unsteered, steered = (

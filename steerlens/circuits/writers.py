@@ -25,6 +25,7 @@ from steerlens.directions import Directions
 from steerlens.errors import CircuitError, DirectionError
 from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, resid_post, resolve_hooks
 from steerlens.models import HookedModel, inference, provenance
+from steerlens.processing import check_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.tables import WRITER_COLUMNS, WRITER_POSITION_COLUMNS, Row, to_frame
 from steerlens.tokens import TokenizedPrompt, tokenize_pairs
@@ -72,7 +73,8 @@ def find_writers(
     Raises `CircuitError` when the components do not add up to the projection within 1e-3 of the
     sum of their sizes (blocks that norm or scale what they add; in 16-bit dtypes 4 epsilon), the
     hook is not a block output, or `n_positions` is below 1;
-    `DirectionError` when the hook has no direction; and as `tokenize_pairs`.
+    `DirectionError` when the hook has no direction; `ProcessingError` when it was fitted on a model
+    with other weight processing; and as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import find_writers
@@ -88,6 +90,7 @@ def find_writers(
     name = _block_output(model, layer)
     if name not in directions:
         raise DirectionError(f"there is no direction at {name}; fit one there")
+    check_processing(model, directions)
     tokenized = tokenize_pairs(model, pairs)
     n_layers = hook_layer(name) + 1
     parts = components(model, n_layers=n_layers)

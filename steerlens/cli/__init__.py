@@ -11,6 +11,7 @@ from rich.text import Text
 
 from steerlens import data
 from steerlens.activations import collect_differences
+from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.cli import boundaries, circuits, evaluation, report, vectors
 from steerlens.cli.examples import example_tables
 from steerlens.cli.options import (
@@ -44,7 +45,7 @@ from steerlens.errors import SteerlensError
 from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
 from steerlens.methods import METHODS, default_position, fit, method_of, null_directions
-from steerlens.models import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder, load_model, provenance
+from steerlens.models import load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run
 from steerlens.steering.files import write_whole
 from steerlens.sweep import measure_layers

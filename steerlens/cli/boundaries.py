@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from steerlens.boundary import check_search, find_boundary
+from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.options import (
     BatchOption,
     DebugOption,
@@ -37,7 +38,7 @@ from steerlens.data import read_texts
 from steerlens.geometry import loss_geometry
 from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, fit, method_of
-from steerlens.models import DEFAULT_MODEL, load_model, provenance
+from steerlens.models import load_model, provenance
 from steerlens.runs import check_run_folder, write_run
 from steerlens.shape import boundary_shape, check_plane
 

@@ -8,6 +8,7 @@ import typer
 from rich.text import Text
 
 from steerlens import plots
+from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.circuits import (
     Component,
     Intervention,
@@ -42,7 +43,7 @@ from steerlens.cli.warned import warned
 from steerlens.errors import CircuitError
 from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, fit, method_of
-from steerlens.models import DEFAULT_MODEL, load_model, provenance
+from steerlens.models import load_model, provenance
 from steerlens.runs import check_run_folder, write_run
 from steerlens.steering import SteeringVector
 from steerlens.tokens import tokenize_pairs

@@ -10,6 +10,7 @@ from rich.text import Text
 from steerlens import data
 from steerlens.activations import collect_differences
 from steerlens.boundary import check_search
+from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.options import (
     BatchOption,
     DebugOption,
@@ -30,7 +31,7 @@ from steerlens.evaluate import reliability as measure_reliability
 from steerlens.hooks import resolve_hooks
 from steerlens.items import PreferenceItems
 from steerlens.methods import method_of
-from steerlens.models import DEFAULT_MODEL, load_model, provenance
+from steerlens.models import load_model, provenance
 from steerlens.runs import check_out_file, check_run_folder, write_run
 from steerlens.steering.files import write_whole
 from steerlens.tables import write_csv

@@ -1,11 +1,12 @@
 """What a sweep shows of a few prompts: generations and damaged tokens."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 from rich.text import Text
 
-from steerlens.cli.printing import notes
+from steerlens.cli.printing import notes, progress_of
 from steerlens.cli.warned import warn
 from steerlens.damage import token_damage
 from steerlens.data import ContrastivePairs
@@ -37,15 +38,20 @@ def example_tables(
     prompts = tokenize_pairs(model, pairs).positive[:n_prompts]
     if not quiet:
         notes.print(Text(f"Examples: {len(ids)} prompts at {hook_name}"))
-    generations = generation_table(
-        model,
-        prompts,
-        directions,
-        layer=hook_name,
-        coefficients=coefficients,
-        max_new_tokens=NEW_TOKENS,
-        ids=ids,
-    )
+    with progress_of(quiet=quiet) as progress:
+        shared: dict[str, Any] = {"layer": hook_name, "ids": ids, "progress": progress}
+        generations = generation_table(
+            *(model, prompts, directions),
+            coefficients=coefficients,
+            max_new_tokens=NEW_TOKENS,
+            **shared,
+        )
+        tokens = token_damage(
+            *(model, prompts, directions),
+            coefficients=[min(coefficients), max(coefficients)],
+            batch_size=batch_size,
+            **shared,
+        )
     short = generations[generations.end == "context"]
     for prompt in dict.fromkeys(short.prompt):
         n_tokens = int(short[short.prompt == prompt].n_tokens.max())
@@ -54,13 +60,4 @@ def example_tables(
             f"{prompt!r}",
             quiet=quiet,
         )
-    tokens = token_damage(
-        model,
-        prompts,
-        directions,
-        layer=hook_name,
-        coefficients=[min(coefficients), max(coefficients)],
-        ids=ids,
-        batch_size=batch_size,
-    )
     return {"generations": generations, "tokens": tokens}

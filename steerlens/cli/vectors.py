@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steerlens.boundary import check_search, find_boundary
+from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.options import (
     BatchOption,
     DebugOption,
@@ -35,7 +36,7 @@ from steerlens.export import from_gguf, to_gguf
 from steerlens.export.checkpoint import check_is_new
 from steerlens.hooks import resolve_hooks
 from steerlens.methods import default_position, fit, method_of
-from steerlens.models import DEFAULT_MODEL, load_model
+from steerlens.models import load_model
 from steerlens.progress import silent
 from steerlens.runs import check_out_file
 from steerlens.steering import SteeringVector, operator_of, parse_coefficient

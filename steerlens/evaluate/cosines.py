@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steerlens.errors import SteeringError
 from steerlens.hooks import hook_layer
+from steerlens.processing import check_one
 from steerlens.tables import COSINE_COLUMNS, Row, to_frame
 
 
@@ -19,13 +20,15 @@ def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     is compared across its layers too. `random_sd` is the standard deviation of the cosine of two
     random directions, `1 / sqrt(d_model)`; directions in a real residual stream are not that
     random, so a cosine beyond it is not yet a shared concept. Raises `SteeringError` when there are
-    fewer than two directions, their lengths differ, or one is zero or not finite.
+    fewer than two directions, their lengths differ, or one is zero or not finite, and
+    `ProcessingError` when they were fitted on models with different weight processing.
 
     Examples:
         >>> table = sl.cosine_table({"a": vector, "minus a": -1 * vector})
         >>> table.cosine.tolist()
         [-1.0]
     """
+    check_one(vectors)
     entries = [
         (name, hook, vector[hook].detach().double().clone())
         for name, vector in vectors.items()

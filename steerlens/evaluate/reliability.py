@@ -59,6 +59,7 @@ def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) 
         "seed": seed,
         "position": differences.position,
         "measured_on": differences.fingerprint,
+        "weight_processing": differences.weight_processing,
     }
     return to_frame(rows, RELIABILITY_COLUMNS, attrs)
 

@@ -30,6 +30,7 @@ from steerlens.loss import MARGIN, WEIGHT
 from steerlens.measures import whole
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
+from steerlens.processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.slopes import BACKWARD_COST, check_label_rows
 from steerlens.tables import GRADIENT_COLUMNS, Row, to_frame
@@ -78,6 +79,7 @@ class LossGradients:
     position: int
     fingerprint: str
     forward_equivalents: float
+    weight_processing: str = UNKNOWN
 
     @property
     def all_hook_names(self) -> tuple[str, ...]:
@@ -215,6 +217,7 @@ def loss_gradients(
         forward_equivalents=_spent(
             [both for both, _ in found], targets, n_layers, n_scores, cost=cost
         ),
+        weight_processing=weight_processing(model),
     )
     _check_finite(gradients)
     return gradients.with_weight(weight)
@@ -257,6 +260,7 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
         "margin": gradients.margin,
         "position": gradients.position,
         "measured_on": gradients.fingerprint,
+        "weight_processing": gradients.weight_processing,
         "forward_equivalents": gradients.forward_equivalents,
     }
     return to_frame(rows, GRADIENT_COLUMNS, attrs)

@@ -46,7 +46,7 @@ def batch_rows(
         positive = _run(model, batch, targets, position, last_hook=last)
         negative = _run(model, both[1], targets, position, last_hook=deepest)
         separation_positive, separation_negative = _separation_rows(positive, negative, targets)
-        predictions = positive.final[:, :-1][is_label]
+        predictions = positive.final[:, :-1][is_label.to(positive.final.device)]
         labels = batch.tokens[:, 1:][is_label]
         found = labels_gradients(
             model, predictions.detach(), labels, n_samples=n_scores, generator=generator
@@ -54,7 +54,7 @@ def batch_rows(
         steps = [positive.steps[name] for name in targets]
         shares = (1 / n_labels).repeat_interleave(n_labels)[:, None].to(predictions)
         slopes = [
-            torch.stack(
+            _on_cpu(
                 torch.autograd.grad(
                     predictions, steps, of * scale, retain_graph=True, materialize_grads=True
                 )
@@ -68,10 +68,10 @@ def batch_rows(
     logprob = torch.stack([values.mean() for values in per_label])[:, None]
     scores = torch.stack(slopes[1:], dim=1) if n_scores else slopes[0][:, None][:, :0]
     return Rows(
-        separation_positive.cpu(),
-        separation_negative.cpu(),
-        slopes[0].cpu(),
-        scores.cpu(),
+        separation_positive,
+        separation_negative,
+        slopes[0],
+        scores,
         logprob.cpu(),
     )
 
@@ -173,6 +173,11 @@ def _separation_rows(
             sides.append(dict(zip(before, grads, strict=True)) | {loss_hook: sign * outward})
         rows |= {name: (sides[0][name], sides[1][name]) for name in names}
     return (
-        torch.stack([rows[name][0] for name in targets]),
-        torch.stack([rows[name][1] for name in targets]),
+        _on_cpu([rows[name][0] for name in targets]),
+        _on_cpu([rows[name][1] for name in targets]),
     )
+
+
+def _on_cpu(rows: Sequence[Float[Tensor, "pair d_model"]]) -> Float[Tensor, "hook pair d_model"]:
+    """Rows of hooks whose blocks may lie on different devices, stacked."""
+    return torch.stack([row.cpu() for row in rows])

@@ -151,6 +151,7 @@ def fit_directions(
         position=evidence.position,
         seed=seed,
         fingerprint=evidence.fingerprint,
+        weight_processing=evidence.weight_processing,
     )
 
 

@@ -78,7 +78,7 @@ def make_side(
             model, batch.tokens, batch.attention_mask, start=residual, block=n_layers
         ).values
         labels = batch.tokens[:, 1:][is_label]
-        logprob = labels_logprob(model, final[:, :-1][is_label], labels)
+        logprob = labels_logprob(model, final[:, :-1][is_label.to(final.device)], labels)
     return Side(batch, sign, residual, mean_by_prompt(logprob, is_label))
 
 
@@ -198,7 +198,7 @@ def _push(
         unknown = state.detach().new_full(shape, torch.nan)
         counts = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=tokens.device)
         return _Pass(state, unknown, nothing, nothing.detach(), unknown[0], counts)
-    predictions = kept[0][:, :-1][is_label]
+    predictions = kept[0][:, :-1][is_label.to(kept[0].device)]
     labels = labels_gradients(
         model,
         predictions.detach(),

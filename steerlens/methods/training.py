@@ -168,6 +168,7 @@ def train_directions(
         position=position,
         seed=seed,
         fingerprint=differences.fingerprint,
+        weight_processing=differences.weight_processing,
     )
     return Trained(directions, norms, pd.concat(histories, ignore_index=True))
 

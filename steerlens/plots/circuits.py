@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from steerlens.errors import PlotError
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
     BLUE,
@@ -38,7 +39,7 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
         >>> sl.plots.components(writers.table, readers.table)
         Figure('Heads and MLPs', 2 panels)
     """
-    panels = []
+    panels: list[Panel] = []
     for table, value, title, unit in (
         (writers, "contribution", "Who writes the direction", "residual units"),
         (readers, "effect", "Who reads it (estimated effect)", "logits"),
@@ -57,6 +58,8 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
 
 def _grid(table: pd.DataFrame, value: str, unit: str) -> HeatMap:
     rows = table[table.component != "embed"]
+    if rows.empty:
+        raise PlotError(f"expected heads or MLPs with a {value}; the table has the embedding alone")
     n_heads = int(rows["head"].max()) + 1
     layers = sorted(set(rows.layer.astype(int)))
     at = {

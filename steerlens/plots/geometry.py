@@ -221,7 +221,7 @@ def _contours(pushes: pd.DataFrame, mean: tuple[float, float]) -> Contours:
     push_x, push_y = np.meshgrid(side / 2, side / 2)
     loss = interpolated_penalty(pushes, push_x, push_y) - x[None, :]
     inside = loss[np.isfinite(loss)]
-    low, high = float(inside.min()), float(np.quantile(inside, 0.85))
+    low, high = (0.0, 1.0) if not inside.size else (inside.min(), np.quantile(inside, 0.85))
     levels = np.linspace(low, high if high > low else low + 1, N_LEVELS)
     z = tuple(numbers(row) for row in loss)
     return Contours(numbers(x), numbers(y), z, numbers(levels), "loss")
@@ -235,14 +235,19 @@ def interpolated_penalty(
     """The coherence penalty at the pushes (x, y), from those measured; NaN beyond them.
 
     Along every measured angle, and between the angles, the square root of the penalty is
-    interpolated by pchip, which neither overshoots nor rises where the measured values fall.
+    interpolated by pchip, which neither overshoots nor rises where the measured values fall. Pushes
+    on which the model overflowed are left out; with fewer than three angles left all is NaN.
     """
     from scipy.interpolate import PchipInterpolator
 
+    known = pushes[np.isfinite(pushes.coherence_penalty)]
     by_angle = {
         float(rows.angle.iloc[0]): rows.sort_values("coefficient")
-        for _, rows in pushes.groupby("angle")
+        for _, rows in known.groupby("angle")
+        if len(rows) > 1
     }
+    if len(by_angle) < 3:
+        return np.full_like(x, math.nan)
     shares = np.linspace(0, 1, 25)
     roots = [
         PchipInterpolator(

@@ -1,11 +1,14 @@
 // Draws the figures of a page, once plotly is there.
-const dark = matchMedia("screen and (prefers-color-scheme: dark)");
+const scheme = matchMedia("screen and (prefers-color-scheme: dark)");
+const PAPER = 680; // pixels between the margins of a page of paper
+let isPrinted = false;
+const isDark = () => scheme.matches && !isPrinted;
 const clear = "rgba(0,0,0,0)", buttons = ["toImage", "zoom2d", "pan2d", "resetScale2d"];
 // On a dark page a dark colour is mixed with white until it can be seen.
 function seen(color) {
   const hex = /^#[0-9a-f]{6}$/i.test(color);
   let [, ...parts] = /^rgba\((\d+), *(\d+), *(\d+), *([\d.]+)\)$/.exec(color) ?? [];
-  if (!dark.matches || !(hex || parts.length)) return color;
+  if (!isDark() || !(hex || parts.length)) return color;
   const alpha = parts[3] ?? 1;
   parts = hex ? [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16))
     : parts.slice(0, 3).map(Number);
@@ -14,7 +17,7 @@ function seen(color) {
   return `rgba(${parts.map(Math.round)}, ${alpha})`;
 }
 function recolour(element, given) {
-  const ink = dark.matches ? "#d8d8d8" : "#222", grid = dark.matches ? "#3a3a3a" : "#e4e4e4";
+  const ink = isDark() ? "#d8d8d8" : "#222", grid = isDark() ? "#3a3a3a" : "#e4e4e4";
   const change = {paper_bgcolor: clear, plot_bgcolor: clear, "font.color": ink,
     "legend.bgcolor": clear, "modebar.bgcolor": clear, "modebar.color": ink,
     "modebar.activecolor": ink};
@@ -63,9 +66,18 @@ for (const data of document.querySelectorAll("script.plotly-data")) {
   if (sliders?.length) slider(element, sliders[0]);
   // Panels side by side get no narrower than they can be read; the element around scrolls.
   const panels = Object.keys(layout).filter((key) => /^xaxis/.test(key)).length;
-  if (panels > 1) element.style.minWidth = `${Math.round(0.75 * width)}px`;
-  Plotly.newPlot(element, given.data, {...layout, autosize: true},
+  if (panels > 1) element.style.minWidth = `${width}px`;
+  // A copy: plotly writes into what it is given, and `given` keeps the colours of a light page.
+  Plotly.newPlot(element, structuredClone(given.data), {...layout, autosize: true},
     {responsive: true, displaylogo: false, modeBarButtons: [buttons]})
     .then(() => recolour(element, given));
-  dark.addEventListener("change", () => recolour(element, given));
+  scheme.addEventListener("change", () => recolour(element, given));
+  for (const [name, starts] of [["beforeprint", true], ["afterprint", false]])
+    addEventListener(name, () => {
+      isPrinted = starts;
+      recolour(element, given);
+      const shown = element.offsetWidth;
+      element.style.width = starts ? `${shown}px` : "";
+      element.style.zoom = starts ? Math.min(1, PAPER / shown) : "";
+    });
 }

@@ -32,7 +32,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #d8d8d8; --paper: #161616 } }
 body { font-family: system-ui, sans-serif; line-height: 1.45; margin: 1.2rem auto; max-width: 75rem;
   padding: 0 1rem; color: var(--ink); background: var(--paper) }
-.scroll-x { max-width: 100%; overflow-x: auto }
+.scroll-x, .view { max-width: 100%; overflow-x: auto }
 .frames { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; max-width: 40rem }
 .frames input { flex: 1 1 12rem; accent-color: currentcolor }
 """

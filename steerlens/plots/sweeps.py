@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from steerlens.display import hook_label
 from steerlens.errors import PlotError
@@ -24,18 +25,30 @@ from steerlens.plots.marks import (
     Rule,
     Scale,
 )
+from steerlens.processing import check_same, processing_of
 
 RESIDUAL = "residual units"
+TEXTS = (
+    *("hook_name", "readout_hook", "pair", "prompt", "side", "token", "raw_token"),
+    *("method", "verdict", "component", "model", "writer", "reader"),
+)
+"""Columns of text; the others of a figure's tables are numbers."""
 NATS = "nats per token"
 
 
 def check_columns(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
-    """Raise `PlotError` when a table lacks columns, or rows; `what` says which it should be."""
+    """Raise `PlotError` when a table lacks columns or rows, or has text where numbers belong.
+
+    `what` says which table it should be.
+    """
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise PlotError(f"expected {what}; this table has no column {', '.join(missing)}")
     if table.empty:
         raise PlotError(f"expected {what}; this table has no rows")
+    texts = [n for n in names if n not in TEXTS and not is_numeric_dtype(table[n])]
+    if texts:
+        raise PlotError(f"expected {what}; {', '.join(texts)} hold text, not numbers")
 
 
 def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -62,7 +75,8 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
 
     Takes the table of a sweep; with the per-layer table of `find_boundary` the boundary of each
     sign is marked where the straight line between the cells on either side of it crosses it.
-    Undefined cells are left out. Raises `PlotError` when the table is not that of a sweep.
+    Undefined cells are left out. Raises `PlotError` when the table is not that of a sweep,
+    `ProcessingError` when the two are of models with different weight processing.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
@@ -95,6 +109,12 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
                 )
             )
     if layers is not None:
+        check_same(
+            "the sweep is of a model",
+            processing_of(sweep.attrs),
+            "that of the per-layer table",
+            processing_of(layers.attrs),
+        )
         marks.append(_boundaries(curves, layers))
     panel = Panel(
         marks,

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from steerlens.errors import HookError
 from steerlens.hooks import hook_layer, resid_post
 from steerlens.report.markup import Html, element, joined
 from steerlens.report.numbers import short
@@ -45,14 +46,13 @@ def _hooks(names: Any) -> str:
     """Hook names in a line: layers where all of them are block outputs."""
     if not isinstance(names, Sequence) or isinstance(names, str):
         return _said(names)
+    listed = ", ".join(map(str, names))
     try:
         layers = [hook_layer(str(name)) for name in names]
-    except ValueError:
-        return _said(names)
-    if len(names) < 3 or any(
-        name != resid_post(layer) for name, layer in zip(names, layers, strict=True)
-    ):
-        return _said(names)
+    except HookError:
+        return listed
+    if len(names) < 3 or list(names) != [resid_post(layer) for layer in layers]:
+        return listed
     return f"block outputs (hook_resid_post) of layers {_ranges(layers)}"
 
 

@@ -43,6 +43,10 @@ def report(runs: Sequence[Run]) -> str:
 
     It holds the scripts and data that it needs, compressed, and asks no network for anything.
     Without scripts the tables and texts are there all the same. Raises `ReportError` without runs.
+
+    Examples:
+        >>> page = sl.report([sl.read_run(run_folder)])
+        >>> size = (folder / "report.html").write_text(page, encoding="utf-8")
     """
     if not runs:
         raise ReportError("a report is of one run or more, got none")

@@ -74,6 +74,13 @@ def read_run(folder: str | Path) -> Run:
     Raises `ReportError` when the folder has no run.json, the record is damaged or of an unknown
     command, a table or page is missing or cut off, or a table's columns or cells are not those
     expected; the message names the file, what was expected, and what to do.
+
+    Examples:
+        >>> run = sl.read_run(run_folder)
+        >>> run
+        Run('run', sweep, sweep, layers, points, generations, tokens)
+        >>> len(run.tables["layers"])
+        30
     """
     folder = Path(folder)
     record = _read_record(folder)

@@ -161,7 +161,7 @@ def _circuits(run: Run) -> list[str]:
     kept = [
         f"{row.test} {short(row.remaining)} ({short(row.ci_low)} to {short(row.ci_high)})"
         for row in _rows(claims)
-        if math.isfinite(row.remaining)
+        if math.isfinite(row.remaining) and row.test != "nothing"
     ]
     if kept:
         said.append(
@@ -185,8 +185,21 @@ def _component(row: Any) -> str:
     return f"mlp{row.layer}" if row.component == "mlp" else f"L{row.layer}H{row.head}"
 
 
-def _nothing(run: Run) -> list[str]:  # noqa: ARG001
-    return []
+def _geometry(run: Run) -> list[str]:
+    by_layer: dict[int, list[float]] = {}
+    for row in _rows(run.tables["shape"]):
+        by_layer.setdefault(row.layer, []).append(row.boundary)
+    said = []
+    for layer, reach in by_layer.items():
+        finite = [at for at in reach if math.isfinite(at)]
+        beyond = sum(map(math.isinf, reach))
+        parts = [f"at layer {layer} the boundary is found at {len(finite)} of {len(reach)} angles"]
+        if finite:
+            parts.append(f"from {short(min(finite))} to {short(max(finite))} residual units away")
+        if beyond:
+            parts.append(f"beyond the searched range at {beyond}")
+        said.append(f"In the plane of the direction, {', '.join(parts)}.")
+    return said
 
 
 _SUMMARIES: Mapping[str, Callable[[Run], list[str]]] = {
@@ -194,5 +207,5 @@ _SUMMARIES: Mapping[str, Callable[[Run], list[str]]] = {
     "boundary": _boundary,
     "compare": _compare,
     "circuits": _circuits,
-    "geometry": _nothing,
+    "geometry": _geometry,
 }

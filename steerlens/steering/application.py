@@ -12,6 +12,7 @@ from torch import Tensor
 from steerlens.errors import SteeringError
 from steerlens.hooks import HookFunction, hooked
 from steerlens.models import HookedModel
+from steerlens.processing import check_processing
 from steerlens.steering.coefficients import (
     Calibration,
     Coefficient,
@@ -160,7 +161,8 @@ def steer(
     Raises `SteeringError` when the coefficient has no meaning for the vector (see `Coefficient`) or
     the positions are unknown, and inside the block when a mask does not have the prompts' shape, a
     KV cache comes from before the block, or the condition is read too late; `HookError` when a hook
-    did not fire or another thread has hooks on the model. A thread that runs the model while it is
+    did not fire or another thread has hooks on the model; `ProcessingError` when the vector was
+    fitted on a model with other weight processing. A thread that runs the model while it is
     steered here gets a `HookError` itself.
 
     Examples:
@@ -171,6 +173,7 @@ def steer(
         (False, True)
     """
     check_positions(positions)
+    check_processing(model, vector)
     acts = steps(vector, coefficient)
     condition = getattr(vector, "condition", None)
     is_everywhere = isinstance(positions, str) and positions == "all"

@@ -12,8 +12,11 @@ import torch
 from steerlens.directions import Directions
 from steerlens.errors import SteeringError
 from steerlens.models import HookedModel, provenance
+from steerlens.processing import UNKNOWN, check_processing
 
-UNKNOWN = "unknown"
+LAYOUT = "HookedTransformer "
+"""What the fingerprint of a `HookedTransformer`'s weights begins with."""
+
 _SAMPLED = 1024
 
 
@@ -51,7 +54,11 @@ class Origin:
 
     @classmethod
     def of(cls, model: HookedModel, directions: Directions, *, dataset: str = UNKNOWN) -> "Origin":
-        """The origin of directions fitted on `model`; `dataset` is the name of their pairs."""
+        """The origin of directions fitted on `model`; `dataset` is the name of their pairs.
+
+        Raises `ProcessingError` when they were fitted on a model with other weight processing.
+        """
+        check_processing(model, directions)
         record = provenance(model)
         versions = {
             "steerlens": version("steerlens"),
@@ -103,7 +110,18 @@ class Origin:
             for field, what in names.items()
             if UNKNOWN not in (getattr(self, field), getattr(other, field))
             and getattr(self, field) != getattr(other, field)
+            and not (field == "weights" and self._other_layout(other))
         ]
+
+    def _other_layout(self, other: "Origin") -> bool:
+        """Whether the fingerprints of the same weights would differ.
+
+        The files' hashes decide where both are known.
+        """
+        has_mark = {one.weights.startswith(LAYOUT) for one in (self, other)}
+        same_file = self.file_hash == other.file_hash and self.dtype == other.dtype
+        is_known = UNKNOWN not in (self.file_hash, other.file_hash)
+        return len(has_mark) > 1 and (same_file or not is_known)
 
 
 def architecture(model: HookedModel) -> str:
@@ -116,7 +134,8 @@ def weights_fingerprint(model: HookedModel) -> str:
     """sha256 (hex) of names, shapes, dtypes and 1024 evenly spaced values of each weight.
 
     Fast on any model, and other weights, another dtype or processed weights give another one. A
-    change that misses every sampled value is not seen.
+    change that misses every sampled value is not seen. A `HookedTransformer` names its weights in
+    its own way, so its fingerprint is marked, and is not compared with one of a Bridge.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(_parameters(model)):
@@ -125,7 +144,8 @@ def weights_fingerprint(model: HookedModel) -> str:
         values = flat[rows.round().long().to(flat.device)].float().cpu()
         digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
         digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
+    layout = "" if hasattr(model, "original_model") else LAYOUT
+    return layout + digest.hexdigest()
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> tuple[str, str]:

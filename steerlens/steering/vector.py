@@ -17,12 +17,13 @@ from steerlens.display import MAX_LINE, fragment, hook_label, shortened
 from steerlens.errors import HookError, SteeringError
 from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models import HookedModel
+from steerlens.processing import UNKNOWN, check_processing, check_same, processing_of
 from steerlens.steering.application import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
 from steerlens.steering.files import decode, encode, number, write_whole
 from steerlens.steering.operators import Add, Operator, operator_of, operator_record
-from steerlens.steering.origin import UNKNOWN, Origin
+from steerlens.steering.origin import Origin
 
 _CONDITION = "condition."
 
@@ -113,7 +114,7 @@ class SteeringVector(Mapping[str, Tensor]):
         `layer_table` gives coefficients such as "0.1 norm" and "80%" a meaning: that of
         `find_boundary`, or, for norms alone, of `sweep` or `measure_layers`. `dataset` names the
         pairs in the origin. Raises `SteeringError` when a hook has no direction or is not in the
-        table.
+        table, and `ProcessingError` when model, directions and table differ in weight processing.
 
         Examples:
             >>> table = sl.measure_layers(model, pairs, directions, layers=[2])
@@ -127,6 +128,14 @@ class SteeringVector(Mapping[str, Tensor]):
         missing = [name for name in names if name not in directions]
         if missing:
             raise SteeringError(f"there is no direction at {', '.join(missing)}; fit one there")
+        origin = Origin.of(model, directions, dataset=dataset)
+        if layer_table is not None:
+            check_same(
+                "the layer table is of a model",
+                processing_of(layer_table.attrs),
+                "this model",
+                origin.weight_processing,
+            )
         return cls(
             hook_names=names,
             directions=torch.stack([directions[name].float().cpu() for name in names]),
@@ -134,7 +143,7 @@ class SteeringVector(Mapping[str, Tensor]):
             calibration=_calibration(names, layer_table),
             operator=operator or Add(),
             condition=condition,
-            origin=Origin.of(model, directions, dataset=dataset),
+            origin=origin,
         )
 
     @classmethod
@@ -217,6 +226,11 @@ class SteeringVector(Mapping[str, Tensor]):
         return fragment(about, pd.DataFrame({"layer": layers} | columns), note="residual units")
 
     @property
+    def weight_processing(self) -> str:
+        """What was done to the weights of the model it was made on (see `Provenance`)."""
+        return self.origin.weight_processing
+
+    @property
     def d_model(self) -> int:
         """The length of each direction."""
         return int(self.directions.shape[1])
@@ -276,7 +290,8 @@ class SteeringVector(Mapping[str, Tensor]):
         """The sum at every hook, its boundary unknown.
 
         Raises `SteeringError` when hooks, d_model, known models, conditions or operators (other
-        than `Add`) differ, and when nothing is left at a hook.
+        than `Add`) differ, and when nothing is left at a hook; `ProcessingError` when they were
+        fitted on models with different weight processing.
         """
         return self._combined(other, lambda a, b: a + b, "({} + {})")
 
@@ -360,6 +375,12 @@ class SteeringVector(Mapping[str, Tensor]):
         self._check_add("combining", other)
         if self.d_model != other.d_model:
             raise SteeringError(f"the vectors have d_model {self.d_model} and {other.d_model}")
+        check_same(
+            "the first vector was fitted on a model",
+            self.weight_processing,
+            "that of the second",
+            other.weight_processing,
+        )
         found = self.origin.differences(other.origin)
         if found:
             raise SteeringError(f"the vectors are of different models: other {'; '.join(found)}")
@@ -479,7 +500,8 @@ class SteeringVector(Mapping[str, Tensor]):
     def check_model(self, model: HookedModel) -> None:
         """See that the vector fits `model`.
 
-        Raises `SteeringError` when d_model differs or a hook does not exist there; warns
+        Raises `SteeringError` when d_model differs or a hook does not exist there, and
+        `ProcessingError` when the model's weights were processed in another way; warns
         (`UserWarning`) when the weights, the tokenizer or the chat template are others.
         """
         if int(model.cfg.d_model) != self.d_model:
@@ -494,6 +516,7 @@ class SteeringVector(Mapping[str, Tensor]):
                 f"the model has no hook {', '.join(missing)} (it has {model.cfg.n_layers} layers); "
                 f"the vector was made on {self.origin.model!r}"
             )
+        check_processing(model, self)
         for what in self.origin.differences(Origin.of_model(model)):
             warnings.warn(
                 f"the vector was made elsewhere: other {what}; its effect may be another",

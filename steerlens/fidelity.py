@@ -1,0 +1,219 @@
+"""See that a Bridge computes what Hugging Face computes from the same weights.
+
+TransformerLens rewrites parts of a model to hook them. Where that gives other logits, every number
+measured on it would be about another model.
+"""
+
+import copy
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from steerlens.errors import ModelError
+
+TOLERANCE = 1e-3
+"""The largest difference, root mean square over that of the centred logits. Rounding in float32
+stays a hundred times below it; in half precision `ROUNDINGS` times what rounding does there."""
+
+ROUNDINGS = 2
+
+N_TOKENS, N_PADDED = 16, 5
+
+_OFFLOADED = (
+    "{} is offloaded, so its weights are not there to be read; put every layer on a device, such "
+    "as 'cpu' or 'cuda:0', or load the model in a smaller dtype"
+)
+
+_checked: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+def check_device_map(device_map: str | Mapping[str, str | int] | None) -> None:
+    """Raise `ModelError` where a device map sends layers to the disk or to "meta"."""
+    places = {} if device_map is None or isinstance(device_map, str) else device_map
+    away = [part or "the model" for part, place in places.items() if place in ("disk", "meta")]
+    if away:
+        raise ModelError(_OFFLOADED.format(", ".join(away)))
+
+
+def check_model(model: Any) -> None:
+    """See that the model's logits are those of Hugging Face's own code, from the same weights.
+
+    On two rows of up to 16 tokens spread over the vocabulary, the second of them padded on the
+    tokenizer's side, against the rows run alone with the attention that Hugging Face chooses by
+    itself. The weights are shared, so it takes two forward passes and next to no memory. Done once
+    a model: by `load_model`, and for a Bridge made elsewhere when it first runs without hooks of
+    others. Not for what is not the checkpoint's model any more, or cannot be built twice: a
+    `HookedTransformer`, compatibility mode, quantized weights, PyTorch hooks on parts, a dtype in
+    which Hugging Face's own logits overflow.
+
+    Raises `ModelError` where weights are offloaded (on the device "meta"), and where the root mean
+    square of the difference is more than 0.001 of that of the centred logits, or is NaN. In half
+    precision twice as much is allowed as one more rounding of what every module puts out changes,
+    so a small fault goes unseen there. Warns where Hugging Face's model cannot be built or run.
+
+    Examples:
+        >>> sl.check_model(model)
+    """
+    if model in _checked:
+        return
+    wrapped = getattr(model, "original_model", None)
+    if wrapped is not None:
+        away = [name for name, weight in wrapped.named_parameters() if weight.device.type == "meta"]
+        if away:
+            raise ModelError(_OFFLOADED.format(away[0].replace("._original_component", "")))
+    if not _is_plain(model):
+        _checked.add(model)
+        return
+    if _is_hooked(model):
+        return
+    tokens, mask = _probe(model)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            plain = _plain_model(model.original_model)
+            expected = _run_alone(plain, tokens, mask)
+            allowed = max(TOLERANCE, ROUNDINGS * _rounding(plain, tokens, mask, expected))
+        except Exception as error:  # whatever a model's own code raises where it is built alone
+            _checked.add(model)
+            warnings.warn(
+                f"{_name(model)}: not checked against Hugging Face, whose own model could not be "
+                f"built or run ({type(error).__name__}: {error})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return
+        if not all(bool(of_row.isfinite().all()) for of_row in expected):
+            # An overflow of the dtype is no fault of the Bridge; reading such activations raises.
+            _checked.add(model)
+            return
+        found = model(tokens, return_type="logits", attention_mask=mask.long())
+    for what, row in (("", 0), (" where a batch is padded", 1)):
+        gap = _gap(found[row][mask[row]], expected[row])
+        if not gap <= allowed:
+            raise ModelError(
+                f"{_name(model)}: TransformerLens does not reproduce this model{what}: its logits "
+                f"differ from Hugging Face's by {gap:.2g} of their size (expected at most "
+                f"{allowed:.2g}); use another model, or another version of TransformerLens"
+            )
+    _checked.add(model)
+
+
+def _is_hooked(model: Any) -> bool:
+    """Whether hooks are on the model that TransformerLens did not put there itself."""
+    hooks = [handle.user_hook for point in model.hook_dict.values() for handle in point.fwd_hooks]
+    return not all(str(hook.__module__).startswith("transformer_lens") for hook in hooks)
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether the model should be what its weights say, in Hugging Face's code."""
+    from transformer_lens.hook_points import HookPoint
+
+    wrapped = getattr(model, "original_model", None)
+    if wrapped is None or getattr(model, "compatibility_mode", False):
+        return False
+    if getattr(wrapped.config, "quantization_config", None) is not None:
+        return False
+    # A Bridge that has run once has hooks of its own on its norms.
+    return all(
+        str(hook.__module__).startswith("transformer_lens")
+        for part in wrapped.modules()
+        if not isinstance(part, HookPoint)
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    )
+
+
+def _probe(
+    model: Any,
+) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
+    """Two rows of token ids, the same ones every time, and which of them are real."""
+    n = min(N_TOKENS, int(getattr(model.cfg, "n_ctx", None) or N_TOKENS))
+    ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 2 * n).long()
+    tokens = torch.stack([ids[::2], ids[1::2]])
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    padded = max(0, min(N_PADDED, n - 2))
+    is_left = getattr(model.tokenizer, "padding_side", "right") == "left"
+    mask[1, slice(0, padded) if is_left else slice(n - padded, n)] = False
+    return tokens.to(model.cfg.device), mask.to(model.cfg.device)
+
+
+def _run_alone(
+    plain: Any, tokens: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]
+) -> list[Float[Tensor, "_ vocab"]]:
+    """Logits of Hugging Face's own model at the real tokens of each row."""
+    logits = (
+        plain(ids[real][None], use_cache=False).logits[0]
+        for ids, real in zip(tokens, mask, strict=True)
+    )
+    return [of_row.to(tokens.device) for of_row in logits]
+
+
+def _rounding(
+    plain: Any,
+    tokens: Int[Tensor, "row token"],
+    mask: Bool[Tensor, "row token"],
+    expected: list[Float[Tensor, "_ vocab"]],
+) -> float:
+    """How far logits move (as `_gap`) when every innermost module's output is rounded once more.
+
+    0 in float32 and float64, where it does not matter.
+    """
+    if torch.finfo(expected[0].dtype).eps < TOLERANCE / ROUNDINGS:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+
+    def round_again(part: Any, args: Any, output: Any) -> Any:  # noqa: ARG001
+        if not (isinstance(output, Tensor) and output.is_floating_point()):
+            return output
+        signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) - 0.5
+        wide = output.float()
+        return (wide + wide * signs * torch.finfo(output.dtype).eps).to(output.dtype)
+
+    handles = [
+        part.register_forward_hook(round_again)
+        for part in plain.modules()
+        if not any(True for _ in part.children())
+    ]
+    try:
+        moved = _run_alone(plain, tokens, mask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _gap(torch.cat(moved), torch.cat(expected))
+
+
+def _plain_model(wrapped: Any) -> Any:
+    """Hugging Face's own model with the very weights of the wrapped one, not a copy of them."""
+    from accelerate import dispatch_model, init_empty_weights
+
+    config = copy.deepcopy(wrapped.config)
+    # What the Bridge asks for, to hook attention; Hugging Face chooses by itself.
+    config.output_attentions = False
+    config._attn_implementation = None
+    with init_empty_weights(include_buffers=False):
+        plain = type(wrapped)._from_config(config).eval()
+    weights = {
+        name.replace("._original_component", ""): weight
+        for name, weight in wrapped.state_dict().items()
+    }
+    plain.load_state_dict(
+        {name: weights[name] for name in plain.state_dict()}, strict=True, assign=True
+    )
+    places = getattr(wrapped, "hf_device_map", {})
+    if len(set(places.values())) > 1:
+        return dispatch_model(plain, places)
+    return plain.to(next(wrapped.parameters()).device)
+
+
+def _gap(found: Float[Tensor, "token vocab"], expected: Float[Tensor, "token vocab"]) -> float:
+    """Root mean square of the difference, over that of the centred expected logits."""
+    ours, theirs = found.double(), expected.double()
+    size = (theirs - theirs.mean(dim=-1, keepdim=True)).square().mean().sqrt()
+    return float((ours - theirs).square().mean().sqrt() / size)
+
+
+def _name(model: Any) -> str:
+    return repr(str(getattr(model.cfg, "model_name", "the model")))

@@ -1,0 +1,157 @@
+"""What works on which architecture, and models that TransformerLens does not reproduce."""
+
+import warnings
+from typing import Any
+
+import models_table
+import pytest
+import torch
+from conftest import bridge, build_gpt2, build_llama
+from zoo import ZOO, bridged, hugging_face
+
+import steerlens as sl
+from steerlens import fidelity
+from steerlens.errors import ModelError
+from steerlens.models import inference
+
+TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
+
+
+@pytest.mark.parametrize("kind", ZOO)
+def test_the_table_says_what_was_found(kind: str) -> None:
+    """Raises where a number is wrong; `make models-table` writes the table anew."""
+    assert models_table.row(kind) == models_table.committed()[kind]
+
+
+def test_the_table_has_every_architecture() -> None:
+    committed = models_table.committed()
+    assert list(committed) == list(ZOO)
+    assert {"yes", "refused"} == {cell for row in committed.values() for cell in row[2:8]}
+
+
+# Models that are not reproduced
+
+
+def broken() -> Any:
+    """A Llama in TransformerLens whose rotary frequencies are not those of its config."""
+    model = bridge(build_llama())
+    for name, buffer in model.original_model.named_buffers():
+        if "inv_freq" in name:
+            buffer.mul_(1.5)
+    return model
+
+
+def test_a_model_that_is_not_reproduced_is_refused_at_first_use(pairs: sl.ContrastivePairs) -> None:
+    model = broken()
+    with pytest.raises(ModelError, match=r"does not reproduce this model: its logits differ .* by"):
+        sl.collect_differences(model, pairs)
+    with pytest.raises(ModelError, match="does not reproduce"):
+        sl.check_model(broken())
+    sl.collect_differences(bridge(build_llama()), pairs)
+
+
+def test_a_model_that_ran_before_is_checked_too() -> None:
+    model = broken()
+    model(TOKENS)
+    with pytest.raises(ModelError, match="does not reproduce"):
+        sl.check_model(model)
+
+
+@pytest.mark.parametrize("kind", ["Falcon RW", "Falcon 40B"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_falcon_is_seen_in_every_dtype(kind: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match="does not reproduce"):
+        sl.check_model(bridged(kind, dtype))
+    sl.check_model(bridged("Falcon 7B", dtype))
+
+
+def test_falcon_with_alibi_differs_from_hugging_face() -> None:
+    """The fault itself: the Bridge is Hugging Face's eager attention, which is not its default."""
+    with torch.no_grad():
+        found = bridged("Falcon RW")(TOKENS)
+        default = hugging_face("Falcon RW")(TOKENS).logits
+        eager = hugging_face("Falcon RW", attn_implementation="eager")(TOKENS).logits
+    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-4)
+    assert (found - default).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama", "Gemma 2", "OPT", "Mixtral", "Qwen2-MoE"])
+def test_rounding_is_not_taken_for_a_fault(kind: str, dtype: torch.dtype) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sl.check_model(bridged(kind, dtype))
+
+
+def test_only_padding_may_be_at_fault() -> None:
+    model = bridge(build_llama())
+    forward = model.forward
+
+    def without_mask(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    model.tokenizer.padding_side = "left"
+    model.forward = without_mask
+    with pytest.raises(ModelError, match="does not reproduce this model where a batch is padded"):
+        sl.check_model(model)
+    model.forward = forward
+    sl.check_model(model)
+
+
+def test_the_gap_by_hand() -> None:
+    """Centred logits (1, -1) and (2, -2): root mean square sqrt(2.5); off by 0.5 at one of four."""
+    expected = torch.tensor([[11.0, 9.0], [2.0, -2.0]])
+    found = expected + torch.tensor([[0.5, 0.0], [0.0, 0.0]])
+    assert fidelity._gap(found, expected) == pytest.approx(0.25 / 2.5**0.5)
+    assert not fidelity._gap(found * torch.nan, expected) <= 1.0
+
+
+def test_the_check_is_made_once_and_shares_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Any] = []
+    real = fidelity._plain_model
+
+    def building(wrapped: Any) -> Any:
+        built.append(real(wrapped))
+        return built[-1]
+
+    monkeypatch.setattr(fidelity, "_plain_model", building)
+    model = bridge(build_gpt2())
+    seed = torch.get_rng_state()
+    for _ in range(3):
+        with inference(model):
+            pass
+    assert torch.equal(torch.get_rng_state(), seed)
+    (plain,) = built
+    ours = {weight.data_ptr() for weight in model.original_model.parameters()}
+    assert {weight.data_ptr() for weight in plain.parameters()} <= ours
+
+
+def test_hooks_of_others_postpone_the_check() -> None:
+    model = broken()
+    model.add_hook("blocks.0.hook_resid_post", lambda activation, hook: activation * 2)
+    sl.check_model(model)
+    model.reset_hooks()
+    with pytest.raises(ModelError, match="does not reproduce"):
+        sl.check_model(model)
+
+
+def test_what_is_not_the_checkpoints_model_is_not_compared() -> None:
+    changed = build_llama()
+    changed.model.layers[1].mlp.register_forward_hook(lambda part, args, out: out * 2)
+    sl.check_model(bridge(changed))
+    processed = bridge(build_llama())
+    processed.enable_compatibility_mode(disable_warnings=True)
+    sl.check_model(processed)
+
+
+def test_a_model_that_cannot_be_built_again_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(wrapped: Any) -> None:
+        raise TypeError("needs a vocabulary")
+
+    monkeypatch.setattr(fidelity, "_plain_model", fail)
+    model = broken()
+    with pytest.warns(RuntimeWarning, match=r"not checked against .*TypeError: needs a vocabulary"):
+        sl.check_model(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sl.check_model(model)  # said once

@@ -1,0 +1,150 @@
+"""Tokenizers that lack something, text of any script, and prompts as long as the context."""
+
+import atexit
+import shutil
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import bridge, build_gpt2, build_llama, build_tokenizer
+from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import models as kinds
+
+import steerlens as sl
+from steerlens.damage import token_damage
+from steerlens.errors import PairError, SteeringError
+from steerlens.steering import generate_tokens
+
+N_CTX = 64
+SCRIPTS = [
+    "\u0645\u0631\u062d\u0628\u0627 \u064a\u0627",  # Arabic, from right to left
+    "\u05e9\u05dc\u05d5\u05dd \u05dc\u05da",  # Hebrew, from right to left
+    "\u4f60\u597d\u554a",  # Chinese
+    "na\u00efve \U0001f600",  # an accent, and a character of four bytes
+]
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "<s>[{{ m.role }}] {{ m.content }} {% endfor %}"
+)
+
+
+def byte_tokenizer() -> Any:
+    """One token a letter of a few, and bytes for everything else, as SentencePiece falls back."""
+    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581"]
+    vocab += [chr(i) for i in range(ord("a"), ord("z") + 1)]
+    tokenizer = Tokenizer(
+        kinds.BPE({token: i for i, token in enumerate(vocab)}, [], unk_token="<unk>")
+    )
+    tokenizer.model.byte_fallback = True
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    folder = tempfile.mkdtemp(prefix="steerlens-tokenizer-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    fast.save_pretrained(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def byte_model() -> Any:
+    hf_model = build_llama(n_layers=3)
+    hf_model.resize_token_embeddings(320)
+    return bridge(hf_model, byte_tokenizer())
+
+
+# What a tokenizer lacks
+
+
+@pytest.mark.parametrize("missing", ["bos_token", "pad_token"])
+def test_the_same_ids_give_the_same_numbers_without_it(
+    missing: str, pairs: sl.ContrastivePairs
+) -> None:
+    """The pad token's id is never looked at; without BOS the first token is another."""
+    model = bridge(build_gpt2(), build_tokenizer(**{missing: None}))
+    whole = bridge(build_gpt2())
+    found, expected = (sl.collect_differences(one, pairs, batch_size=8) for one in (model, whole))
+    is_same = torch.allclose(found.positive, expected.positive, atol=1e-5)
+    assert is_same is (missing == "pad_token")
+    assert found.positive.isfinite().all()
+
+
+def test_a_template_without_a_system_turn_says_what_to_do() -> None:
+    model = bridge(build_gpt2(), build_tokenizer(chat_template=NO_SYSTEM))
+    system = [{"role": "system", "content": "kind"}, {"role": "user", "content": "how was it"}]
+    user = [{"role": "user", "content": "kind how was it"}]
+    with pytest.raises(PairError, match=r"not supported; if it takes no system turn, write that"):
+        sl.tokenize_prompt(model, _messages(system))
+    assert len(sl.tokenize_prompt(model, _messages(user)).prompt) > 3
+
+
+def _messages(turns: list[dict[str, str]]) -> tuple[sl.Message, ...]:
+    return tuple(sl.Message(**turn) for turn in turns)
+
+
+# Text of any script
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_any_script_comes_back_from_bytes(byte_model: Any, text: str) -> None:
+    tokenized = sl.tokenize_prompt(byte_model, text, text)
+    assert byte_model.tokenizer.decode(tokenized.continuation) == text
+    unknown = byte_model.tokenizer.unk_token_id
+    assert unknown not in tokenized.prompt
+
+
+def test_pairs_and_tokens_of_any_script(byte_model: Any) -> None:
+    pairs = sl.ContrastivePairs.from_lists(
+        [f"good {text}" for text in SCRIPTS], [f"bad {text}" for text in SCRIPTS]
+    )
+    directions = sl.fit_directions(sl.collect_differences(byte_model, pairs))
+    assert (
+        sl.sweep(byte_model, pairs, directions, coefficients=[0, 1], n_bootstrap=2)
+        .table.logprob_nats.notna()
+        .all()
+    )
+    table = token_damage(byte_model, pairs, directions, layer=1, coefficients=[1])
+    first = table[(table["side"] == "positive") & (table["prompt"] == "1")]
+    assert "\ufffd" in "".join(first["token"])  # a part of a character
+    assert "good" in "".join(first["token"])
+
+
+# The context to its last token
+
+
+@pytest.mark.parametrize("n_after", [0, 3])
+def test_a_full_context_is_measured_and_one_token_more_is_not(llama: Any, n_after: int) -> None:
+    after = [" ".join(["so"] * n_after)] * 2 if n_after else None
+    for more in (0, 1):
+        words = ["very"] * (N_CTX - 2 - n_after + more)
+        pairs = sl.ContrastivePairs.from_lists(
+            [" ".join([*words, word]) for word in ("kind", "good")],
+            [" ".join([*words[: -1 - more], word]) for word in ("rude", "bad")],
+            after,
+        )
+        if more:
+            with pytest.raises(PairError, match=f"has {N_CTX + 1} tokens .* context is {N_CTX}"):
+                sl.collect_differences(llama, pairs)
+            continue
+        directions = sl.fit_directions(sl.collect_differences(llama, pairs))
+        swept = sl.sweep(llama, pairs, directions, coefficients=[0, 2], n_bootstrap=2)
+        assert swept.table.logprob_nats.notna().all()
+        found = sl.find_boundary(llama, pairs, directions, layers=[2], budget="kl=0.1")
+        assert (found.layers.boundary_pos > 0).all()
+
+
+def test_generation_fills_the_context_and_no_more(llama: Any) -> None:
+    prompt = sl.tokenize_prompt(llama, " ".join(["very"] * (N_CTX - 5)))
+    unit = torch.nn.functional.normalize(torch.arange(1.0, 33.0), dim=0)
+    vector = {"blocks.1.hook_resid_post": unit}
+    assert len(prompt) == N_CTX - 4
+    (generated,) = generate_tokens(llama, [prompt], vector, 1.0, max_new_tokens=4)
+    assert len(generated) <= 4
+    with pytest.raises(SteeringError, match=r"5 new tokens after a prompt of 60 do not fit"):
+        generate_tokens(llama, [prompt], vector, 1.0, max_new_tokens=5)
