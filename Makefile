@@ -53,16 +53,19 @@ $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 		-c tests/tl3/constraints.txt -e . beartype hypothesis pytest
 	touch $(TL3)/.installed
 
-# Four readers, 200,000 inputs each, with atheris in an environment of its own, at low priority.
+# The readers of files, 200,000 inputs a kind, with atheris in an environment of its own, at low priority.
 FUZZ := build/fuzz
+FUZZ_KINDS := pairs items vectors vector_records ggufs records csvs pages
 fuzz: $(STAMP)
 	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
 	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r tests/fuzz/requirements.txt
-	for kind in pairs items vectors ggufs; do \
-		PYTHONPATH=$(CURDIR):$(wildcard $(CURDIR)/$(VENV)/lib/python3*/site-packages) nice -n 19 \
-			$(FUZZ)/bin/python tests/fuzz/readers.py $$kind build/fuzz/$$kind -runs=200000 || exit 1; \
+	for kind in $(FUZZ_KINDS); do \
+		PYTHONPATH="$(CURDIR):$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)" nice -n 15 \
+			$(FUZZ)/bin/python tests/fuzz/readers.py $$kind $(FUZZ)/$$kind -runs=200000 \
+			-max_len=4096 -timeout=10 -rss_limit_mb=4096 || exit 1; \
 	done
+	cat $(FUZZ_KINDS:%=$(FUZZ)/%/outcome.json)
 
 test: lint types unit
 
