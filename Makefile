@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench docs models-table test test-llamacpp test-tl3 lint types unit install clean
+.PHONY: demo bench docs fuzz models-table test test-llamacpp test-tl3 lint types unit install clean
 
 install: $(STAMP)
 
@@ -52,6 +52,20 @@ $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 	$(TL3)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c tests/tl3/constraints.txt -e . beartype hypothesis pytest pytest-xdist
 	touch $(TL3)/.installed
+
+# The readers of files, 200,000 inputs a kind, with atheris in an environment of its own, at low priority.
+FUZZ := build/fuzz
+FUZZ_KINDS := pairs items vectors vector_records ggufs records csvs pages
+fuzz: $(STAMP)
+	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r tests/fuzz/requirements.txt
+	for kind in $(FUZZ_KINDS); do \
+		PYTHONPATH="$(CURDIR):$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)" nice -n 15 \
+			$(FUZZ)/bin/python tests/fuzz/readers.py $$kind $(FUZZ)/$$kind -runs=200000 \
+			-max_len=4096 -timeout=10 -rss_limit_mb=4096 || exit 1; \
+	done
+	cat $(FUZZ_KINDS:%=$(FUZZ)/%/outcome.json)
 
 test: lint types unit
 

@@ -206,7 +206,8 @@ def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> Non
     config = copy.deepcopy(packed.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(packed.state_dict())
     plain.config._name_or_path = name
     with _quiet_stderr(quiet=not progress):

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, overload, runtime_check
 import numpy as np
 
 from steerlens.errors import PairError
+from steerlens.inputs import read_whole, strict_json
 
 REQUIRED_KEYS = ("positive", "negative")
 OPTIONAL_KEYS = ("continuation", "id")
 SPLITS = ("train", "test")
+_LONGEST_TYPO = 20
 MIN_PAIRS = 2
 
 
@@ -245,10 +247,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
 
     Raises `PairError` with file and line.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise PairError(f"{path}: cannot be read ({error.strerror or error})") from error
+    raw = read_whole(path, PairError, pipes=True)
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         where = f"{path}:{number}"
         if line.strip():
@@ -257,10 +256,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
 
 def _parse(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"), object_pairs_hook=_without_repeats)
+        return strict_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise PairError(f"{where}: not UTF-8 text ({error.reason})") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise PairError(f"{where}: not a JSON object on one line ({error})") from error
 
 
@@ -312,8 +311,9 @@ def read_texts(path: Path) -> tuple[str, ...]:
     """
     try:
         # Cut at line ends alone: splitlines knows others, which a line of text may hold.
-        lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_whole(path, PairError, pipes=True).decode("utf-8-sig")
+        lines = text.replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
         raise PairError(f"cannot read texts from {str(path)!r}: {error}") from error
     texts = tuple(line for line in lines if line.strip())
     if not texts:
@@ -355,14 +355,6 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
         ) from error
 
 
-def _without_repeats(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(items)
-    if len(record) < len(items):
-        keys = [key for key, _ in items]
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice")
-    return record
-
-
 def _no_dataset(name: str) -> str:
     return f"no dataset {name!r} is shipped; there are {', '.join(dataset_names())}"
 
@@ -378,11 +370,13 @@ def _pair_from_record(record: Any, *, default_id: str, where: str) -> Contrastiv
         if key not in record:
             raise PairError(
                 f"{where}: missing key {key!r}; expected positive, negative and optionally "
-                f"continuation, id; got {sorted(map(str, record))}"
+                f"continuation, id; got {', '.join(sorted(map(str, record)))[:200]}"
             )
     known = (*REQUIRED_KEYS, *OPTIONAL_KEYS)
     for key in record:
-        near = [] if key in known else difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
+        if key in known or len(str(key)) > _LONGEST_TYPO:
+            continue
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
         if near:
             raise PairError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     pair = ContrastivePair(
@@ -406,7 +400,7 @@ def checked_id(value: Any, default: str, *, where: str) -> str:
     """An id as text, `default` for None. Raises `PairError` unless text or a whole number."""
     if value is None:
         return default
-    if not isinstance(value, str | int):
+    if not isinstance(value, str | int) or isinstance(value, bool):
         raise PairError(f"{where}: id must be text or a whole number, got {type(value).__name__}")
     return _unicode(str(value), where=f"{where}: id")
 
@@ -439,7 +433,8 @@ def _message(value: Any, *, where: str) -> Message:
 def checked_text(value: Any, *, where: str) -> str:
     """Text that is not empty and is UTF-8. Raises `PairError` on anything else."""
     if not isinstance(value, str) or not value:
-        raise PairError(f"{where}: expected text that is not empty, got {value!r:.40}")
+        got = "empty text" if value == "" else type(value).__name__
+        raise PairError(f"{where}: expected text that is not empty, got {got}")
     return _unicode(value, where=where)
 
 

@@ -146,10 +146,12 @@ def _is_plain(model: Any) -> bool:
         return False
     if getattr(wrapped.config, "quantization_config", None) is not None:
         return False
-    return not any(
-        part._forward_hooks or part._forward_pre_hooks
+    # A Bridge that has run once has hooks of its own on its norms.
+    return all(
+        str(hook.__module__).startswith("transformer_lens")
         for part in wrapped.modules()
         if not isinstance(part, HookPoint)
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     )
 
 

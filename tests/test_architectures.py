@@ -50,6 +50,13 @@ def test_a_model_that_is_not_reproduced_is_refused_at_first_use(pairs: sl.Contra
     sl.collect_differences(bridge(build_llama()), pairs)
 
 
+def test_a_model_that_ran_before_is_checked_too() -> None:
+    model = broken()
+    model(TOKENS)
+    with pytest.raises(ModelError, match="does not reproduce"):
+        sl.check_model(model)
+
+
 @pytest.mark.parametrize("kind", ["Falcon RW", "Falcon 40B"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_falcon_is_seen_in_every_dtype(kind: str, dtype: torch.dtype) -> None:

@@ -156,7 +156,8 @@ def _plain_model(model: HookedModel, carrier: Carrier) -> Any:
     # What the Bridge asks for, to hook attention; a checkpoint should not be bound to it.
     config.output_attentions = False
     config._attn_implementation = None
-    plain = transformers.AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn
+        plain = transformers.AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
     weights = {
         name.replace("._original_component", ""): weight
         for name, weight in wrapped.state_dict().items()

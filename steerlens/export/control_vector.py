@@ -13,6 +13,7 @@ from torch import Tensor
 from steerlens.errors import ExportError, SteeringError
 from steerlens.export.gguf_header import check_lengths
 from steerlens.hooks import hook_layer, resid_post
+from steerlens.inputs import read_whole, strict_json
 from steerlens.steering import Add, Origin, SteeringVector
 from steerlens.steering.files import refuse_pickle, without_nan, write_whole
 
@@ -96,9 +97,10 @@ def from_gguf(path: str | Path) -> SteeringVector:
     path = Path(path)
     try:
         refuse_pickle(path)
-        if not path.is_file():
+        if not path.exists():
             raise ExportError(f"no GGUF file at {str(path)!r}")
-        fields, rows = _read(path)
+        content = read_whole(path, ExportError)
+        fields, rows = _read(path, content)
         architecture = fields.get("general.architecture")
         if architecture != ARCHITECTURE:
             raise ExportError(
@@ -112,12 +114,12 @@ def from_gguf(path: str | Path) -> SteeringVector:
         raise ExportError(f"cannot read {str(path)!r}: {error}") from error
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
+def _read(path: Path, content: bytes) -> tuple[dict[str, Any], dict[int, Tensor]]:
     """The string fields and the rows by block of a GGUF file."""
     import gguf
 
     try:
-        check_lengths(path.read_bytes())
+        check_lengths(content)
         reader = gguf.GGUFReader(str(path))
         fields = {
             name: field.contents()
@@ -154,9 +156,9 @@ def _with_record(vector: SteeringVector, text: Any) -> SteeringVector:
     if text is None:
         return vector
     try:
-        record = json.loads(text)
+        record = strict_json(text)
         written = SteeringVector.from_record(dict(vector), record)
-    except (ValueError, TypeError, RecursionError) as error:  # SteeringError is a ValueError
+    except (ValueError, TypeError) as error:  # SteeringError is a ValueError
         raise SteeringError(f"its {RECORD} does not fit its tensors: {error}") from error
     if not isinstance(written.operator, Add):
         raise SteeringError(f"its {RECORD} names an operator that a control vector cannot carry")

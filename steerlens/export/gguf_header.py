@@ -8,7 +8,7 @@ _MAX_DEPTH = 4
 
 
 def check_lengths(content: bytes) -> None:
-    """Raise `ValueError` when a count or length in the header is more than the file holds.
+    """Raise `ValueError` when a header claims more than the file holds, or a key occurs twice.
 
     The `gguf` package loops over what a header claims, for ever if that is 2^60 numbers. Format:
     magic, version, numbers of tensors and of keys; keys with type and value; little-endian.
@@ -19,8 +19,13 @@ def check_lengths(content: bytes) -> None:
     if n_tensors > len(content) or n_keys > len(content):
         raise ValueError(f"it claims {n_tensors} tensors and {n_keys} keys in {len(content)} bytes")
     at = 24
+    keys: set[bytes] = set()
     for _ in range(n_keys):
-        at = _skip_string(content, at)
+        start, at = at + 8, _skip_string(content, at)
+        key = content[start:at]
+        if key in keys:
+            raise ValueError(f"its key {key.decode('utf-8', 'backslashreplace')!r} occurs twice")
+        keys.add(key)
         at = _skip_value(content, at + 4, _number(content, at, "I"))
 
 

@@ -1,23 +1,25 @@
 """A run folder read back: its record, its tables, the views on its pages."""
 
 import csv
-import json
+import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from steerlens.errors import ReportError
+from steerlens.inputs import read_whole, strict_json
 from steerlens.report.contents import COMMANDS, NEEDED, PAGES, TABLES, TableContent
-from steerlens.runs import PARTS, RECORD
+from steerlens.runs import PARTS, RECORD, RUN_FILES
 from steerlens.runs.unfinished import read_started
 from steerlens.tables import Column
 
+MAX_NUMBER = 1e18
 _PARTS: dict[str, type | tuple[type, ...]] = {
     "request": dict,
     "finished": str,
@@ -103,7 +105,7 @@ def read_run(folder: str | Path) -> Run:
 
 def _read_record(folder: Path) -> dict[str, Any]:
     path = folder / RECORD
-    started = read_started(folder)
+    started = read_started(folder) if _exists(folder) else None
     if started is not None:
         done, n_hooks = started.has_part, len(started.hook_names)
         raise ReportError(
@@ -111,16 +113,18 @@ def _read_record(folder: Path) -> dict[str, Any]:
             f"({', '.join(done) or 'none'}); `steerlens sweep --resume {folder}` goes on with it, "
             f"pandas.read_parquet({str(folder / PARTS)!r}) has the cells of those"
         )
-    if not path.exists():
-        what = "no such folder" if not folder.exists() else f"it holds no {RECORD}"
+    if not _exists(path):
+        what = "no such folder" if not _exists(folder) else f"it holds no {RECORD}"
         raise ReportError(
             f"{str(folder)!r} is not the folder of a run: {what}; give the --out folder of "
             f"{', '.join(COMMANDS)}"
         )
     again = "run the command once more, into a new --out"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = strict_json(read_whole(path, ReportError).decode("utf-8-sig"))
+    except ReportError:
+        raise
+    except ValueError as error:
         raise ReportError(f"{str(path)!r} is not a run record ({error}); {again}") from error
     for name, kind in _PARTS.items():
         if not isinstance(record, dict) or name not in record or not _is(record[name], kind):
@@ -128,6 +132,20 @@ def _read_record(folder: Path) -> dict[str, Any]:
                 f"{str(path)!r} is not a whole run record: expected {', '.join(_PARTS)}, and "
                 f"{name!r} is missing or of another kind; it may be of an older steerlens: {again}"
             )
+    strings = (*record["pages"], *record["warnings"])
+    numbers = (record["seconds"], record["forward_equivalents"] or 0)
+    if not all(isinstance(s, str) for s in strings) or not all(
+        0 <= n < MAX_NUMBER for n in numbers
+    ):
+        raise ReportError(
+            f"{str(path)!r} is not a whole run record: pages and warnings are texts, seconds and "
+            f"forward_equivalents numbers from 0 to {MAX_NUMBER:g}; {again}"
+        )
+    unknown = [page for page in record["pages"] if f"{page}.html" not in RUN_FILES]
+    if unknown:
+        raise ReportError(
+            f"{str(path)!r} names a page {unknown[0]!r} that this steerlens does not know; {again}"
+        )
     command = record["request"].get("command")
     if command not in COMMANDS:
         raise ReportError(
@@ -170,6 +188,13 @@ def _missing(record: Mapping[str, Any]) -> str:
     return ""
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -179,14 +204,11 @@ def _read_table(
 ) -> pd.DataFrame:
     again = f"run `steerlens {command}` once more, into a new --out"
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            names, *rows = list(csv.reader(file, strict=True)) or [[]]
-    except FileNotFoundError as error:
-        raise ReportError(
-            f"{str(path)!r} is missing, and {RECORD} says that the run wrote it; put it back or "
-            f"{again}"
-        ) from error
-    except (OSError, ValueError, csv.Error) as error:
+        text = _read_text(path, again)
+        names, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
+    except ReportError:
+        raise
+    except (ValueError, csv.Error) as error:
         raise ReportError(f"{str(path)!r} cannot be read as CSV ({error}); {again}") from error
     columns = _columns_of(path, names, content, again)
     if len(rows) != kept["rows"]:
@@ -212,11 +234,24 @@ def _read_table(
     return frame
 
 
+def _read_text(path: Path, again: str) -> str:
+    """Of a file that the record names."""
+    if not _exists(path):
+        raise ReportError(
+            f"{str(path)!r} is missing, and {RECORD} says that the run wrote it; put it back or "
+            f"{again}"
+        )
+    return read_whole(path, ReportError).decode("utf-8-sig")
+
+
 def _columns_of(
     path: Path, names: Sequence[str], content: TableContent, again: str
 ) -> tuple[Column, ...]:
     columns = content.columns_of(names)
     expected = [column.name for column in columns]
+    if len(set(names)) < len(names):
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ReportError(f"{str(path)!r} has the column {twice!r} twice; {again}")
     if list(names) != expected:
         missing = [name for name in expected if name not in names]
         unknown = [name for name in names if name not in expected]
@@ -240,14 +275,27 @@ def _cells(path: Path, column: Column, texts: Sequence[str], again: str) -> list
     except (ValueError, KeyError, OverflowError) as error:
         raise ReportError(
             f"{str(path)!r}, row {len(made) + 1}, column {column.name}: expected {expected}, got "
-            f"{texts[len(made)]!r}; {again}"
+            f"{texts[len(made)][:80]!r}; {again}"
         ) from error
     return made
 
 
+def _number(text: str) -> float:
+    if not _PLAIN.fullmatch(text):  # float and int take 1_000 and other digits too
+        raise ValueError(text)
+    return float(text)
+
+
+def _whole_number(text: str) -> int:
+    if not _PLAIN.fullmatch(text) or abs(int(text)) >= 1 << 63:
+        raise ValueError(text)
+    return int(text)
+
+
+_PLAIN = re.compile(r"[-+]?(?:[0-9.]+(?:[eE][-+]?[0-9]+)?|inf|nan)?")
 _KINDS: Mapping[str, tuple[str, Callable[[str], Any]]] = {
-    "float64": ("a number or nothing", lambda text: float(text) if text else math.nan),
-    "int64": ("a whole number", lambda text: int(np.int64(int(text)))),
+    "float64": ("a number or nothing", lambda text: _number(text) if text else math.nan),
+    "int64": ("a whole number", _whole_number),
     "bool": ("True or False", {"True": True, "False": False}.__getitem__),
     "str": ("text", str),
 }
@@ -279,15 +327,15 @@ class _ViewData(HTMLParser):
 def _read_views(path: Path, page: str, command: str) -> list[View]:
     again = f"run `steerlens {command}` once more, into a new --out"
     try:
-        given = [json.loads(text) for text in _ViewData(path.read_text(encoding="utf-8")).found]
+        given = [strict_json(text) for text in _ViewData(_read_text(path, again)).found]
         views = [View(page, of["title"], of["props"]) for of in given]
         known = all(of["view"] == PAGES[page].view for of in given)
-    except FileNotFoundError as error:
-        raise ReportError(
-            f"{str(path)!r} is missing, and {RECORD} says that the run wrote it; put it back or "
-            f"{again}"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if not all(isinstance(v.title, str) and isinstance(v.props, dict) for v in views):
+            raise TypeError("a view's title is text and its props an object")
+    except ReportError:
+        raise
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        # AssertionError: what HTMLParser raises on a declaration that is none.
         raise ReportError(f"{str(path)!r} is not a page of steerlens ({error}); {again}") from error
     if not views or not known:
         raise ReportError(

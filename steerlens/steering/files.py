@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from steerlens.errors import SteeringError
+from steerlens.inputs import read_whole, strict_json
 
 FORMAT = "steerlens steering vector"
 FORMAT_VERSION = 1
@@ -51,16 +52,11 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load
 
     _refuse_pickle_name(path)
-    try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
-            raise SteeringError(f"{str(path)!r} is not a file")
-        content = path.read_bytes()
-    except OSError as error:
-        raise SteeringError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    content = read_whole(path, SteeringError)
     try:
         tensors = load(content)
         header = _metadata(content)
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Only now: the length that a safetensors file begins with may look like a pickle.
         refuse_pickle(path)
         raise SteeringError(
@@ -148,8 +144,8 @@ def number(value: Any) -> float:
 def _metadata(content: bytes) -> dict[str, Any]:
     """The record in a file that safetensors has read, so that its header is sound."""
     length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    header = json.loads(metadata.get(KEY, "{}"))
+    whole = strict_json(content[8 : 8 + length].decode("utf-8"))
+    header = strict_json((whole.get("__metadata__") or {}).get(KEY, "{}"))
     if not isinstance(header, dict):
         raise ValueError(f"the metadata {KEY!r} is not an object")
     return header

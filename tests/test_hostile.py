@@ -1,0 +1,292 @@
+"""Bad files: each gives one error that names the file and the reason, never anything else."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+from hostile import FOLDER, HOOK, ITEM, PAIR, SUFFIXES, corpus
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from run_folders import write_circuits
+
+import steerlens as sl
+from steerlens import inputs
+from steerlens.data import read_texts
+
+Reader = Callable[[Path], Any]
+READERS: dict[str, Reader] = {
+    "pairs": sl.ContrastivePairs.from_jsonl,
+    "items": sl.PreferenceItems.from_jsonl,
+    "vectors": sl.SteeringVector.load,
+    "ggufs": sl.from_gguf,
+}
+# Files of a run folder, which are read with all of it.
+INSIDE = {"records": "run.json", "csvs": "writers.csv", "pages": "attention.html"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_circuits(tmp_path_factory.mktemp("runs") / "run")
+
+
+def names() -> list[str]:
+    return [str(path.relative_to(FOLDER)) for path in sorted(FOLDER.rglob("*.*"))]
+
+
+def read(kind: str, path: Path, run: Path) -> Any:
+    """What the reader of that kind makes of a file."""
+    if kind in READERS:
+        return READERS[kind](path)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "run"
+        shutil.copytree(run, copy)
+        (copy / INSIDE[kind]).write_bytes(path.read_bytes())
+        return sl.read_run(copy)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_bad_file_is_named_with_its_reason(name: str, run: Path) -> None:
+    kind, path = name.split("/")[0], FOLDER / name
+    bad = corpus(run)[kind][path.stem]
+    assert path.read_bytes() == bad.content or kind in INSIDE  # a run has times and versions
+    with pytest.raises(sl.SteerlensError) as caught:
+        read(kind, path, run)
+    message = str(caught.value)
+    for told in (INSIDE.get(kind, path.name), *bad.told):
+        assert told in message
+    assert len(message) < 2000
+
+
+def test_the_corpus_is_that_of_the_script(run: Path) -> None:
+    expected = {
+        f"{kind}/{name}.{SUFFIXES[kind]}" for kind, files in corpus(run).items() for name in files
+    }
+    assert set(names()) == expected
+
+
+def test_sound_files_are_read(run: Path, tmp_path: Path) -> None:
+    vector = hostile.vector()
+    good = {
+        "pairs": hostile.lines(PAIR, PAIR),
+        "items": hostile.lines(ITEM, ITEM),
+        "vectors": vector.to_bytes(),
+        "ggufs": hostile.gguf(),
+        **{kind: (run / name).read_bytes() for kind, name in INSIDE.items()},
+    }
+    for kind, content in good.items():
+        path = tmp_path / f"good.{SUFFIXES[kind]}"
+        path.write_bytes(content)
+        found = read(kind, path, run)
+        if kind in ("vectors", "ggufs"):
+            assert found.hook_names == (HOOK,)
+            assert found.rows.tolist() == vector.rows.tolist()
+
+
+@pytest.mark.parametrize("kind", ["pairs", "items"])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+def test_line_ends_and_byte_order_marks(
+    kind: str, end: bytes, start: bytes, tmp_path: Path
+) -> None:
+    good = {"pairs": PAIR, "items": ITEM}[kind]
+    plain, other = tmp_path / "plain.jsonl", tmp_path / "other.jsonl"
+    plain.write_bytes(hostile.lines(good, good))
+    other.write_bytes(start + hostile.lines(good, good, end))
+    assert READERS[kind](other).fingerprint == READERS[kind](plain).fingerprint
+
+
+def test_run_files_with_windows_line_ends(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for name in ("writers.csv", "run.json"):
+        content = (copy / name).read_bytes().replace(b"\r\n", b"\n")
+        (copy / name).write_bytes(content.replace(b"\n", b"\r\n"))
+    read_again, before = sl.read_run(copy), sl.read_run(run)
+    assert read_again.tables["writers"].equals(before.tables["writers"])
+
+
+# What no file can hold: pipes, links, sizes, names
+
+OPENERS: dict[str, Reader] = {
+    **READERS,
+    "texts": read_texts,
+    "runs": sl.read_run,
+}
+
+
+@pytest.mark.parametrize("kind", OPENERS)
+def test_names_that_are_no_files(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in (folder, tmp_path / "none", tmp_path / ("x" * 5000), Path("a\0b")):
+        with pytest.raises(sl.SteerlensError):
+            OPENERS[kind](path)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "ggufs", "runs"])
+def test_a_pipe_is_not_waited_for(kind: str, tmp_path: Path, run: Path) -> None:
+    pipe = tmp_path / "pipe"
+    if kind == "runs":
+        pipe = tmp_path / "run" / "writers.csv"
+        shutil.copytree(run, pipe.parent)
+        pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(sl.SteerlensError, match="not a file"):
+        OPENERS[kind](pipe.parent if kind == "runs" else pipe)
+
+
+@pytest.mark.parametrize("kind", ["pairs", "items", "texts"])
+def test_lines_come_from_a_pipe_too(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from /dev/stdin; what never ends is not read for ever."""
+    content = hostile.lines(ITEM, ITEM) if kind == "items" else hostile.lines(PAIR, PAIR)
+    ends = os.pipe()
+    try:
+        os.write(ends[1], content)
+        os.close(ends[1])
+        assert len(OPENERS[kind](Path(f"/dev/fd/{ends[0]}"))) == 3
+    finally:
+        os.close(ends[0])
+    monkeypatch.setattr(inputs, "MAX_BYTES", 1 << 20)
+    with pytest.raises(sl.SteerlensError, match=r"'/dev/zero' does not end.* 1048576 bytes"):
+        OPENERS[kind](Path("/dev/zero"))
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_file_of_any_size_is_refused_before_it_is_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "large"
+    with large.open("wb") as file:
+        file.truncate(1 << 40)  # sparse
+    with pytest.raises(sl.SteerlensError, match=f"{1 << 40} bytes"):
+        READERS[kind](large)
+    small = tmp_path / "small.jsonl"
+    small.write_bytes(hostile.lines(PAIR, PAIR))
+    monkeypatch.setattr(inputs, "MAX_BYTES", small.stat().st_size)
+    assert len(sl.ContrastivePairs.from_jsonl(small)) == 3
+    monkeypatch.setattr(inputs, "MAX_BYTES", small.stat().st_size - 1)
+    with pytest.raises(sl.SteerlensError, match="small"):
+        sl.ContrastivePairs.from_jsonl(small)
+
+
+def test_many_keys_are_told_apart_at_once(tmp_path: Path) -> None:
+    """With a search for the repeated key that looks at every pair of keys it would not end."""
+    keys = ", ".join(f'"{i}": 0' for i in range(100_000))
+    path = tmp_path / "many.jsonl"
+    path.write_text("{" + keys + ', "99999": 0}')
+    with pytest.raises(sl.SteerlensError, match=r"many\.jsonl:1.*'99999' occurs twice"):
+        sl.ContrastivePairs.from_jsonl(path)
+
+
+def test_depth_is_counted() -> None:
+    deepest = "[" * inputs.MAX_DEPTH + "]" * inputs.MAX_DEPTH
+    assert inputs.strict_json(deepest) is not None
+    with pytest.raises(ValueError, match="nested deeper than 64"):
+        inputs.strict_json(f"[{deepest}]")
+    with pytest.raises(ValueError, match="nested deeper than 64"):
+        inputs.strict_json(f'{{"a": {deepest}}}')
+
+
+def test_an_output_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    precious, link = tmp_path / "precious", tmp_path / "v.safetensors"
+    precious.write_text("mine")
+    for path, write in (
+        (link, hostile.vector().save),
+        (tmp_path / "v.gguf", lambda p: sl.to_gguf(hostile.vector(), p)),
+    ):
+        path.symlink_to(precious)
+        write(path)
+        assert not path.is_symlink()
+        assert path.stat().st_size > 4
+        assert precious.read_text() == "mine"
+
+
+# Random bytes, and sound files with some bytes changed
+
+EXAMPLES = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn, good: bytes) -> bytes:
+    """`good` with pieces cut out, put in, or doubled."""
+    content = bytearray(good)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(content)))
+        until = draw(st.integers(at, min(len(content), at + 16)))
+        content[at:until] = draw(st.one_of(st.binary(max_size=16), st.just(content[at:until] * 2)))
+    return bytes(content)
+
+
+def refused_or_sound(read: Reader, path: Path, content: bytes) -> None:
+    """Whatever is raised but a SteerlensError that names the file fails the test."""
+    path.write_bytes(content)
+    message = ""
+    try:
+        read(path)
+    except sl.SteerlensError as error:
+        message = str(error)
+    assert not message or path.name in message
+
+
+JSONL = st.one_of(st.binary(max_size=200), mutated(hostile.lines(PAIR, PAIR)))
+JSONL_ITEMS = st.one_of(st.binary(max_size=200), mutated(hostile.lines(ITEM, ITEM)))
+
+
+@given(content=JSONL)
+@EXAMPLES
+def test_any_bytes_as_pairs(content: bytes, tmp_path: Path) -> None:
+    refused_or_sound(sl.ContrastivePairs.from_jsonl, tmp_path / "f.jsonl", content)
+
+
+@given(content=JSONL_ITEMS)
+@EXAMPLES
+def test_any_bytes_as_items(content: bytes, tmp_path: Path) -> None:
+    refused_or_sound(sl.PreferenceItems.from_jsonl, tmp_path / "f.jsonl", content)
+
+
+@given(content=st.one_of(st.binary(max_size=200), mutated(hostile.vector().to_bytes())))
+@EXAMPLES
+def test_any_bytes_as_a_vector(content: bytes, tmp_path: Path) -> None:
+    refused_or_sound(sl.SteeringVector.load, tmp_path / "f.safetensors", content)
+
+
+@given(content=st.one_of(st.binary(max_size=200), mutated(hostile.gguf())))
+@EXAMPLES
+def test_any_bytes_as_gguf(content: bytes, tmp_path: Path) -> None:
+    refused_or_sound(sl.from_gguf, tmp_path / "f.gguf", content)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
+    max_leaves=8,
+)
+
+
+@given(data=st.data())
+@EXAMPLES
+def test_any_bytes_in_a_run(data: st.DataObject, run: Path) -> None:
+    name = data.draw(st.sampled_from(list(INSIDE.values())))
+    path, good = run / name, (run / name).read_bytes()
+    content = data.draw(st.one_of(st.binary(max_size=200), mutated(good)))
+    if name == "run.json" and data.draw(st.booleans()):
+        record = json.loads(good)
+        record[data.draw(st.sampled_from(list(record)))] = data.draw(JSON)
+        content = json.dumps(record).encode()
+    try:
+        refused_or_sound(lambda _: sl.read_run(run), path, content)
+    except AssertionError:
+        # Another file of the folder may be at fault, when the record was changed.
+        assert name == "run.json"
+    finally:
+        path.write_bytes(good)
