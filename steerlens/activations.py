@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerlens.bare import for_hooks
 from steerlens.data import ContrastivePairs
 from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError
@@ -155,10 +156,12 @@ def collect_activations(
         torch.Size([1, 8, 32])
     """
 
-    def run(batch: Batch) -> Tensor:
-        return run_to_hooks(model, batch, hook_names, indices=batch.indices(position)).cpu()
+    runner = for_hooks(model, hook_names)
 
-    with inference(model):
+    def run(batch: Batch) -> Tensor:
+        return run_to_hooks(runner, batch, hook_names, indices=batch.indices(position)).cpu()
+
+    with inference(runner):
         batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
         done = by_halves(batches, run, progress=part_of(progress or silent, "activations: prompts"))
     order = pair_order([batch for (batch,), _ in done])

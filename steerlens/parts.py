@@ -103,5 +103,11 @@ def advance_part(model: HookedModel, part: Part, start: Residual | None, block: 
         rows = torch.arange(len(batch.prompts), device=batch.tokens.device)
         prefix = prefix.at(rows, 0 if start is None else start.block)
     return advance(
-        model, batch.tokens, batch.attention_mask, start=start, prefix=prefix, block=block
+        model,
+        batch.tokens,
+        batch.attention_mask,
+        start=start,
+        prefix=prefix,
+        block=block,
+        is_padded=not bool(batch.is_whole.all()),
     )

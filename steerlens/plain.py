@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.activations import by_halves, check_finite, reading_hook, run_to_hooks
+from steerlens.bare import for_hooks
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hooked
 from steerlens.loss import label_kl, label_logprob
@@ -119,16 +120,28 @@ def run_baseline(
 ) -> Baseline:
     """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
 
+    Run by the bare model where `hook_names` allow it (see `bare.for_hooks`), as the cells are.
     `cost` is added to: all blocks on both sides. `progress` is told of the prompts. Raises
     `ActivationError` that names the hooks with NaN or inf, or the prompt whose labels have no
     finite logprob.
     """
+    return baseline_of(for_hooks(model, hook_names), workload, hook_names, cost, progress or silent)
+
+
+def baseline_of(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    cost: Cost,
+    tell: Progress = silent,
+) -> Baseline:
+    """`run_baseline` by the very model that is given."""
     for batch in (*workload.positive, *workload.negative):
         cost.add(batch.tokens, int(model.cfg.n_layers))
     n_positive, n_negative = (
         sum(len(batch.rows) for batch in side) for side in (workload.positive, workload.negative)
     )
-    tell, what, total = progress or silent, "unsteered model: prompts", n_positive + n_negative
+    what, total = "unsteered model: prompts", n_positive + n_negative
     of_positive = part_of(tell, what, total=total)
     of_negative = part_of(tell, what, before=n_positive, total=total)
     with inference(model):
