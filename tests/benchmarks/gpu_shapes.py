@@ -1,4 +1,4 @@
-"""Random-init models of real shapes on a GPU, work of an exact size for them, and its arithmetic."""
+"""Random-init models of real shapes, work of an exact size for them, and its arithmetic."""
 
 import random
 import tempfile
