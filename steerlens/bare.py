@@ -8,7 +8,8 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ DEVICES = {"cuda"}
 _known: "weakref.WeakKeyDictionary[Any, BareModel | None]" = weakref.WeakKeyDictionary()
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What a block is given beside the residual, which is its first argument or a keyword."""
+
+    is_positional: bool
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 class BareModel(torch.nn.Module):
     """Hugging Face's own model, to be run and hooked as a Bridge is (see `HookedModel`).
 
@@ -41,6 +51,8 @@ class BareModel(torch.nn.Module):
         self.blocks = list(blocks)  # a list, so that they are not listed twice
         self.hook_dict = {resid_post(i): block for i, block in enumerate(self.blocks)}
         self.compiled: CompiledBlocks | None = None
+        self.can_resume = True
+        self._beside: dict[int, dict[int, _Call]] = {}
         self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
         self.eval().requires_grad_(False)
 
@@ -61,8 +73,50 @@ class BareModel(torch.nn.Module):
             if self._takes_positions and not bool(attention_mask[:, 0].all()):
                 positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
                 kwargs["position_ids"] = positions[:, -tokens.shape[1] :]
-        logits: Tensor = self.original_model(input_ids=tokens, **kwargs).logits
+        is_alone = attention_mask is None and past_key_values is None
+        with self._noting_calls(*tokens.shape) if is_alone else nullcontext():
+            logits: Tensor = self.original_model(input_ids=tokens, **kwargs).logits
         return logits
+
+    def resume(self, values: Float[Tensor, "row token d_model"], block: int, last: int) -> bool:
+        """Run blocks `block` to `last` alone, from the residual entering the first of them.
+
+        They are given what the model's own forward pass gave them at this number of tokens. False,
+        and nothing run, where that is not known yet, or is not the same for all rows.
+        """
+        calls = self._beside.get(values.shape[1], {})
+        if not self.can_resume or any(i not in calls for i in range(block, last + 1)):
+            return False
+        for i in range(block, last + 1):
+            call = calls[i]
+            args = (values, *call.args) if call.is_positional else call.args
+            kwargs = call.kwargs if call.is_positional else {"hidden_states": values, **call.kwargs}
+            output = self.blocks[i](*args, **kwargs)
+            values = output[0] if isinstance(output, tuple) else output
+        return True
+
+    @contextmanager
+    def _noting_calls(self, n_rows: int, n_tokens: int) -> Iterator[None]:
+        """Keep what each block is given beside the residual, where it is the same for all rows."""
+        calls = self._beside.setdefault(n_tokens, {})
+        # One row does not show it, and an inference tensor could not be differentiated later.
+        if n_rows < 2 or len(calls) == len(self.blocks) or torch.is_inference_mode_enabled():
+            yield
+            return
+
+        def note(i: int) -> Callable[..., None]:
+            def hook(module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+                rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+                if _is_shared((args[1:], rest), n_rows):
+                    calls[i] = _Call(bool(args), args[1:], rest)
+
+            return hook
+
+        with ExitStack() as stack:
+            for i, block in enumerate(self.blocks):
+                handle = block.register_forward_pre_hook(note(i), with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
 
     @contextmanager
     def hooks(self, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]] = ()) -> Iterator[None]:
@@ -81,6 +135,16 @@ class BareModel(torch.nn.Module):
         """Compile the blocks, once; the first pass then takes seconds more (see `compiled`)."""
         if self.compiled is None:
             self.compiled = CompiledBlocks(self.blocks)
+
+
+def no_prefix() -> Any:
+    """A cache without keys and values. Given it, Hugging Face's code asks the GPU for nothing.
+
+    Without one it looks for packed sequences, and waits for all that the GPU is at.
+    """
+    from transformers import DynamicCache
+
+    return DynamicCache()
 
 
 def for_hooks(model: HookedModel, hook_names: Sequence[str]) -> HookedModel:
@@ -162,11 +226,23 @@ def _difference(model: Any, bare: BareModel) -> str | None:
         gap = _relative(ours[name][mask], expected[mask])
         if not gap <= allowed:
             return f"{name} differs by {gap:.2g} of its size"
+    bare.can_resume = _resumes(bare, tokens, allowed)
     return None
 
 
+def _resumes(bare: BareModel, tokens: Int[Tensor, "row token"], allowed: float) -> bool:
+    """Whether blocks run alone give what they gave, for rows in another order too."""
+    first, last = resid_post(0), resid_post(len(bare.blocks) - 1)
+    whole, alone = _outputs(bare, tokens, None), {}
+    with torch.no_grad(), bare.hooks(fwd_hooks=[(last, lambda a, hook: alone.update({last: a}))]):  # noqa: ARG005
+        if not bare.resume(whole[first].flip(0), 1, len(bare.blocks) - 1):
+            return False
+    found, expected = alone.get(last, whole[first]).flip(0), whole[last]
+    return _relative(found.flatten(0, 1), expected.flatten(0, 1)) <= allowed
+
+
 def _outputs(
-    model: Any, tokens: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"]
+    model: Any, tokens: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"] | None
 ) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
 
@@ -177,8 +253,9 @@ def _outputs(
         return hook
 
     names = [resid_post(i) for i in range(len(model.blocks))]
+    kwargs = {} if mask is None else {"attention_mask": mask.long()}
     with inference(model), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
-        found["logits"] = model(tokens, return_type="logits", attention_mask=mask.long())
+        found["logits"] = model(tokens, return_type="logits", **kwargs)
     return found
 
 
@@ -187,6 +264,18 @@ def _relative(found: Float[Tensor, "token d"], expected: Float[Tensor, "token d"
     ours, theirs = found.double(), expected.double()
     gaps = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)
     return float(gaps.median()) if bool(gaps.isfinite().all()) else float("nan")
+
+
+def _is_shared(value: Any, n_rows: int) -> bool:
+    """Whether an argument is the same for every row of a batch."""
+    if isinstance(value, Tensor):
+        # One dimension may be that of the tokens.
+        return value.ndim == 0 or value.shape[0] == 1 or (value.ndim == 1 and len(value) != n_rows)
+    if isinstance(value, Mapping):
+        return all(_is_shared(one, n_rows) for one in value.values())
+    if isinstance(value, tuple | list):
+        return all(_is_shared(one, n_rows) for one in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _on_output(function: Callable[..., Any]) -> Callable[..., Any]:

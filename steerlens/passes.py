@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from steerlens.hooks import HookFunction, hooked, resid_post
+from steerlens.bare import BareModel, no_prefix
+from steerlens.hooks import HookFunction, hook_layer, hooked, resid_post
 from steerlens.loss import divergence
 from steerlens.models import HookedModel
 from steerlens.tokens import Batch, mask_kwargs
@@ -108,7 +109,11 @@ def run_from(
         hooked(model, [*fwd_hooks, (last_hook, stop)]),
         suppress(_Stop),
     ):
-        model(tokens, return_type=None, **_pass_kwargs(attention_mask, prefix, is_padded))
+        kwargs = _pass_kwargs(attention_mask, prefix, is_padded)
+        if isinstance(model, BareModel) and start is not None and not kwargs:
+            # It ends at `last_hook` too, unless it cannot be done.
+            model.resume(start.values, start.block, hook_layer(last_hook))
+        model(tokens, return_type=None, **kwargs)
 
 
 def _pass_kwargs(
@@ -233,11 +238,12 @@ def _logits(
     if final.device.type == "cuda":
         n_logits *= TIMES_ON_CUDA
     n_rows = max(1, n_logits // int(model.cfg.d_vocab))
+    kwargs = {"past_key_values": no_prefix()} if isinstance(model, BareModel) else {}
     for rows, *others in zip(*(torch.split(t, n_rows) for t in (final, *beside)), strict=True):
         ids = torch.zeros((len(rows), 1), dtype=torch.long, device=model.cfg.device)
         with _blocks_skipped(model, Residual(n_layers, rows[:, None])):
             # The ids are not looked at: every block stands aside for the rows.
-            logits = model(ids, return_type="logits")[:, 0]
+            logits = model(ids, return_type="logits", **kwargs)[:, 0]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # On a model that is spread over devices, labels lie where the tokens are.
         yield wide, tuple(other.to(wide.device) for other in others)

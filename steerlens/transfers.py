@@ -27,7 +27,7 @@ class Arriving:
 
 def to_host(values: Shaped[Tensor, "..."]) -> Arriving:
     """Begin to copy `values` to the CPU."""
-    if values.device.type != "cuda":
+    if values.device.type != "cuda" or values.numel() == 0:
         return Arriving(values.cpu(), None)
     pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     pinned.copy_(values, non_blocking=True)
@@ -38,6 +38,7 @@ def to_device(
     values: Shaped[Tensor, "..."], device: torch.device | str | None
 ) -> Shaped[Tensor, "..."]:
     """`values` on `device`."""
-    if device is None or torch.device(device).type != "cuda" or values.device.type != "cpu":
+    is_copied = device is not None and torch.device(device).type == "cuda"
+    if not is_copied or values.device.type != "cpu" or values.numel() == 0:
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)

@@ -99,6 +99,64 @@ def test_it_runs_in_place_of_the_bridge(
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_blocks_run_alone_once_their_arguments_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = sl.ContrastivePairs.from_lists(
+        ["you are kind and good", "it was so warm and"],
+        ["you are rude and bad", "it was so cold and"],
+    )
+    options: dict[str, Any] = {"layers": [0, 2], "coefficients": [-2, 3], "n_bootstrap": 2}
+    tables, passes = [], []
+    forward = BareModel.forward
+    monkeypatch.setattr(
+        BareModel,
+        "forward",
+        lambda *args, **kwargs: (passes.append(1), forward(*args, **kwargs))[1],
+    )
+    n_passes = []
+    for alone in (True, False):
+        model = bridge(build_llama())
+        runner = for_hooks(model, HOOKS)
+        assert runner.can_resume
+        runner.can_resume = alone
+        directions = sl.fit_directions(sl.collect_differences(model, pairs))
+        passes.clear()
+        tables.append(sl.sweep(model, pairs, directions, **options).table)
+        n_passes.append(len(passes))
+    assert n_passes[0] < n_passes[1]
+    for column in ("projection", "logprob_nats"):
+        assert tables[0][column].tolist() == tables[1][column].tolist()
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_a_block_alone_that_is_wrong_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    resume = BareModel.resume
+    monkeypatch.setattr(BareModel, "resume", lambda self, x, *rest: resume(self, x * 1.5, *rest))
+    assert not for_hooks(bridge(build_llama()), HOOKS).can_resume
+    monkeypatch.undo()
+    monkeypatch.setattr(bare, "DEVICES", {"cpu"})
+    assert for_hooks(bridge(build_llama()), HOOKS).can_resume
+
+
+@pytest.mark.parametrize(
+    ("value", "is_shared"),
+    [
+        (None, True),
+        (torch.tensor(3.0), True),
+        (torch.zeros(1, 5, 8), True),
+        (torch.zeros(5), True),
+        (torch.zeros(3), False),  # one a row, maybe
+        (torch.zeros(3, 5, 8), False),
+        (torch.zeros(5, 8), False),
+        ((torch.zeros(1, 5), {"mask": None, "scale": 0.5}), True),
+        ((torch.zeros(1, 5), {"mask": torch.zeros(3, 1, 5, 5)}), False),
+        (object(), False),
+    ],
+)
+def test_what_is_the_same_for_all_rows(value: Any, is_shared: bool) -> None:
+    assert bare._is_shared(value, 3) is is_shared
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_where_it_is_not_taken(texts: sl.ContrastivePairs) -> None:
     model = bridge(build_llama())
     assert isinstance(for_hooks(model, HOOKS), BareModel)
