@@ -130,11 +130,13 @@ class Batch:
     def _mask(self, name: str) -> tuple[Tensor, Tensor]:
         """A mask on the CPU and on the batch's device, made once: not to be written to."""
         if name not in self._masks:
-            mask = torch.zeros(self.attention_mask.shape, dtype=torch.bool)
-            for row, (start, prompt) in enumerate(zip(self._starts, self.prompts, strict=True)):
-                first, end = _SPANS[name](prompt)
-                mask[row, max(start + first, 0) : max(start + end, 0)] = True
-            self._masks[name] = mask, to_device(mask, self.attention_mask.device)
+            # Kept, so it must not be an inference tensor, which gradients cannot be taken through.
+            with torch.inference_mode(mode=False):
+                mask = torch.zeros(self.attention_mask.shape, dtype=torch.bool)
+                for row, (start, prompt) in enumerate(zip(self._starts, self.prompts, strict=True)):
+                    first, end = _SPANS[name](prompt)
+                    mask[row, max(start + first, 0) : max(start + end, 0)] = True
+                self._masks[name] = mask, to_device(mask, self.attention_mask.device)
         return self._masks[name]
 
     @cached_property
