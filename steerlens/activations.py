@@ -20,6 +20,7 @@ from steerlens.models import HookedModel, inference
 from steerlens.processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
+from steerlens.transfers import to_device
 
 T = TypeVar("T")
 
@@ -219,6 +220,7 @@ def run_to_hooks(
     same hook. Raises `HookError` when a hook does not fire.
     """
     found: dict[str, Tensor] = {}
+    indices = to_device(indices, batch.tokens.device)
     readers = [reading_hook(found, name, indices) for name in hook_names]
     stopping = [
         (name, _then_stop(read, lambda: len(found) == len(hook_names))) for name, read in readers

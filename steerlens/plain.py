@@ -26,6 +26,7 @@ from steerlens.tokens import (
     make_batches,
     pair_order,
 )
+from steerlens.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def _run_positive(
 
     def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         found: dict[str, Tensor] = {}
-        indices = batch.indices(workload.position)
+        indices = to_device(batch.indices(workload.position), batch.tokens.device)
         readers = [reading_hook(found, name, indices) for name in hook_names]
         labels = batch.label_mask()
         with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):
