@@ -66,18 +66,6 @@ def give_tokenizer(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) 
 
 
 @pytest.mark.parametrize("text", ["the river was", "you are kind . how\n", "rain"])
-def test_masks_are_kept_and_can_be_differentiated_through(
-    llama: Any, pairs: ContrastivePairs
-) -> None:
-    (batch, *_) = make_batches(llama, tokenize_pairs(llama, pairs).positive, 3)
-    with torch.inference_mode():
-        first = batch.steered_mask("all")
-    assert batch.steered_mask("all") is first
-    assert not first.is_inference()
-    assert torch.equal(batch.labels_on_cpu(), batch.label_mask())
-    assert batch.is_whole.tolist() == batch.attention_mask.all(dim=1).tolist()
-
-
 def test_plain_text_has_the_ids_of_transformer_lens(tiny: Any, text: str) -> None:
     ids = tokenize_prompt(tiny, text).prompt
     assert ids == tuple(tiny.to_tokens(text)[0].tolist())
@@ -422,3 +410,15 @@ def test_unknown_steered_positions_are_refused_with_the_known_ones() -> None:
     with pytest.raises(PairError, match=r"'continuation', 'last'.* not 'first'"):
         check_steered_positions("first", tokenized(2, 1))
     check_steered_positions("all", tokenized(2, 1))
+
+
+def test_masks_are_kept_and_can_be_differentiated_through(
+    llama: Any, pairs: ContrastivePairs
+) -> None:
+    (batch, *_) = make_batches(llama, tokenize_pairs(llama, pairs).positive, 3)
+    with torch.inference_mode():
+        first = batch.steered_mask("all")
+    assert batch.steered_mask("all") is first
+    assert not first.is_inference()
+    assert torch.equal(batch.labels_on_cpu(), batch.label_mask())
+    assert batch.is_whole.tolist() == batch.attention_mask.all(dim=1).tolist()
