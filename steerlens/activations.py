@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerlens.bare import for_hooks
 from steerlens.data import ContrastivePairs
 from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError
@@ -19,6 +20,7 @@ from steerlens.models import HookedModel, inference
 from steerlens.processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
+from steerlens.transfers import to_device
 
 T = TypeVar("T")
 
@@ -155,10 +157,12 @@ def collect_activations(
         torch.Size([1, 8, 32])
     """
 
-    def run(batch: Batch) -> Tensor:
-        return run_to_hooks(model, batch, hook_names, indices=batch.indices(position)).cpu()
+    runner = for_hooks(model, hook_names)
 
-    with inference(model):
+    def run(batch: Batch) -> Tensor:
+        return run_to_hooks(runner, batch, hook_names, indices=batch.indices(position)).cpu()
+
+    with inference(runner):
         batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
         done = by_halves(batches, run, progress=part_of(progress or silent, "activations: prompts"))
     order = pair_order([batch for (batch,), _ in done])
@@ -216,6 +220,7 @@ def run_to_hooks(
     same hook. Raises `HookError` when a hook does not fire.
     """
     found: dict[str, Tensor] = {}
+    indices = to_device(indices, batch.tokens.device)
     readers = [reading_hook(found, name, indices) for name in hook_names]
     stopping = [
         (name, _then_stop(read, lambda: len(found) == len(hook_names))) for name, read in readers

@@ -6,6 +6,8 @@ its hook only, on several coefficients at once; only label positions reach the u
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +29,7 @@ from steerlens.plain import (
     in_pair_order,
 )
 from steerlens.tokens import Batch, rows_per_pass
+from steerlens.transfers import Arriving, to_device, to_host
 
 
 @dataclass(frozen=True)
@@ -78,29 +81,55 @@ def fast_cells(
 
     Nothing is checked here: see `engine.run_cells`. `cost` is added to.
     """
+    finish, carried = start_cells(model, prepared, job, carried, cost)
+    return finish(), carried
+
+
+def start_cells(
+    model: HookedModel, prepared: Prepared, job: Job, carried: Carried, cost: Cost
+) -> tuple[Callable[[], list[CellOutput]], Carried]:
+    """`fast_cells` with its cells still to be waited for: a GPU is given the next job meanwhile."""
     run = _Run(model, prepared.workload, job, prepared.batch_size, cost)
     with inference(model):
         positive = _carry(model, prepared.positive, carried.positive, job, cost)
         negative = _carry(model, prepared.negative, carried.negative, job, cost)
         up = [run.positive(p, r) for p, r in zip(prepared.positive, positive, strict=True)]
         down = [run.negative(p, r) for p, r in zip(prepared.negative, negative, strict=True)]
+    finish = partial(_finished, prepared, job, up, down)
+    return finish, Carried(positive, negative)
+
+
+def _finished(
+    prepared: Prepared,
+    job: Job,
+    up: Sequence["_Slices"],
+    down: Sequence["_Slices"],
+) -> list[CellOutput]:
+    """The cells of a job from the outputs of its parts."""
     n = len(job.coefficients)
     nothing = torch.zeros((n, 0, len(job.direction)))
     readouts_pos, logprobs, kl, readouts_neg = nothing, torch.zeros((n, 0)), None, nothing
     if up:
         batches = [part.batch for part in prepared.positive]
-        readouts_pos = in_pair_order(batches, [readout for readout, _, _ in up])
-        logprobs = in_pair_order(batches, [logprob for _, logprob, _ in up])
+        joined = [_joined(slices) for slices in up]
+        readouts_pos = in_pair_order(
+            batches, [of[0].reshape(n, -1, of[0].shape[-1]) for of in joined]
+        )
+        logprobs = in_pair_order(batches, [of[1].reshape(n, -1) for of in joined])
         if prepared.workload.with_kl:
-            kl = by_token(batches, [divergence for _, _, divergence in up])
+            kl = by_token(batches, [of[2].reshape(n, -1) for of in joined])
     if prepared.workload.steered_positions == "continuation":
         # What is read lies before every steered token, so it is the unsteered model's to the bit.
         unsteered = prepared.unsteered.cell(job.readout)
         readouts_pos = unsteered.positive.expand(n, -1, -1)
         readouts_neg = unsteered.negative.expand(n, -1, -1)
     elif down:
-        readouts_neg = in_pair_order([part.batch for part in prepared.negative], down)
-    cells = [
+        read = [_joined(slices)[0] for slices in down]
+        readouts_neg = in_pair_order(
+            [part.batch for part in prepared.negative],
+            [of.reshape(n, -1, of.shape[-1]) for of in read],
+        )
+    return [
         CellOutput(
             coefficient,
             readouts_pos[i],
@@ -110,7 +139,6 @@ def fast_cells(
         )
         for i, coefficient in enumerate(job.coefficients)
     ]
-    return cells, Carried(positive, negative)
 
 
 def carry_past(model: HookedModel, prepared: Prepared, job: Job, carried: Carried) -> Carried:
@@ -135,11 +163,14 @@ def cells_in_turn(
 ) -> Iterator[Finished]:
     """The cells of every job, one after another: resumed after the `exact` hooks, plain elsewhere.
 
-    Jobs at `known` hooks, and the one that these come `after`, are passed without being counted.
+    Jobs at `known` hooks, and the one that these come `after`, are passed without being counted. On
+    a GPU a job is begun before the one before it is waited for.
     """
     carried = Carried.at_start(prepared)
     if after is not None:
         carried = carry_past(model, prepared, after, carried)
+    overlaps = torch.device(model.cfg.device or "cpu").type == "cuda"
+    begun: Callable[[], Finished] | None = None
     for i, job in enumerate(jobs):
         before = cost.blocks
         if job.hook_name in known:
@@ -147,10 +178,22 @@ def cells_in_turn(
                 carried = carry_past(model, prepared, job, carried)
             continue
         if job.hook_name in exact:
-            cells, carried = fast_cells(model, prepared, job, carried, cost)
+            finish, carried = start_cells(model, prepared, job, carried, cost)
         else:
-            cells = plain_cells(model, prepared.workload, job, cost)
-        yield Finished(i, cells, cost.blocks - before)
+            finish = partial(list, plain_cells(model, prepared.workload, job, cost))
+        this = partial(_as_finished, i, finish, cost.blocks - before)
+        if begun is not None:
+            yield begun()
+        begun = this
+        if not overlaps:
+            yield begun()
+            begun = None
+    if begun is not None:
+        yield begun()
+
+
+def _as_finished(index: int, finish: Callable[[], list[CellOutput]], blocks: int) -> Finished:
+    return Finished(index, finish(), blocks)
 
 
 def plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:
@@ -201,57 +244,43 @@ class _Run:
     batch_size: int | None
     cost: Cost
 
-    def positive(
-        self, part: Part, start: Residual | None
-    ) -> tuple[
-        Float[Tensor, "coefficient prompt d_model"],
-        Float[Tensor, "coefficient prompt"],
-        Float[Tensor, "coefficient label"],
-    ]:
+    def positive(self, part: Part, start: Residual | None) -> "_Slices":
         """Readouts, label logprobs and divergences (0 labels unless asked for) at `+coefficient`.
 
         The divergences come prompt after prompt.
         """
         batch = part.batch
-        labels = batch.label_mask()[:, 1:]
-        n_labels = labels.sum(dim=1).tolist()
+        labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()[:, 1:]
+        n_labels = on_cpu.sum(dim=1).tolist()
+        width = batch.tokens.shape[1]
 
-        def run(rows: Tensor, coefficients: Tensor) -> tuple[Tensor, ...]:
+        def run(some: _Rows) -> tuple[Tensor, ...]:
             final: dict[str, Tensor] = {}
-            is_label = labels[rows]
-            readout = self._pass(
-                part, start, rows, coefficients, into=final, last_block=self._n_layers - 1
-            )
+            readout = self._pass(part, start, some, into=final, last_block=self._n_layers - 1)
             residual = final["residual"]
-            predictions = residual[:, :-1][is_label.to(residual.device)]
-            logprob = labels_logprob(self.model, predictions, batch.tokens[rows][:, 1:][is_label])
+            row, column = on_cpu[some.on_cpu].nonzero(as_tuple=True)
+            # Places in the rows end to end; a mask would have to be counted on the device first.
+            before = to_device(row * width + column, batch.tokens.device)
+            predictions = residual.flatten(0, 1)[before.to(residual.device)]
+            wanted = batch.tokens[some.rows].flatten()[before + 1]
+            logprob = labels_logprob(self.model, predictions, wanted)
             kl = logprob.new_zeros(0)
             if part.final is not None:
                 by_row = torch.split(part.final, n_labels)
-                unsteered = torch.cat([by_row[row] for row in rows.tolist()])
+                unsteered = torch.cat([by_row[row] for row in some.on_cpu.tolist()])
                 kl = labels_kl(self.model, predictions, unsteered)
-            return readout.cpu(), mean_by_prompt(logprob, is_label).cpu(), kl.cpu()
+            return readout, mean_by_prompt(logprob, labels[some.rows]), kl
 
-        readout, logprob, kl = self._in_slices(batch, run, sign=1.0)
-        shape = len(self.job.coefficients), len(batch.prompts)
-        return (
-            readout.reshape(*shape, -1),
-            logprob.reshape(shape),
-            kl.reshape(shape[0], len(kl) // shape[0]),
-        )
+        return self._in_slices(batch, run, sign=1.0)
 
-    def negative(
-        self, part: Part, start: Residual | None
-    ) -> Float[Tensor, "coefficient prompt d_model"]:
+    def negative(self, part: Part, start: Residual | None) -> "_Slices":
         """Readouts under `-coefficient`."""
         last_block = hook_layer(self.job.readout)
 
-        def run(rows: Tensor, coefficients: Tensor) -> tuple[Tensor]:
-            readout = self._pass(part, start, rows, coefficients, into={}, last_block=last_block)
-            return (readout.cpu(),)
+        def run(some: _Rows) -> tuple[Tensor]:
+            return (self._pass(part, start, some, into={}, last_block=last_block),)
 
-        (readout,) = self._in_slices(part.batch, run, sign=-1.0)
-        return readout.reshape(len(self.job.coefficients), len(part.batch.prompts), -1)
+        return self._in_slices(part.batch, run, sign=-1.0)
 
     @property
     def _n_layers(self) -> int:
@@ -261,21 +290,20 @@ class _Run:
         self,
         part: Part,
         start: Residual | None,
-        rows: Int[Tensor, " row"],
-        coefficients: Float[Tensor, " row"],
+        some: "_Rows",
         *,
         into: dict[str, Tensor],
         last_block: int,
     ) -> Float[Tensor, "row d_model"]:
-        """Steer `rows` and run them up to the end of `last_block`; the activations at the readout.
+        """Steer some rows and run them up to the end of `last_block`; what the readout holds.
 
         The residual after `last_block` is stored as `into["residual"]`.
         """
-        job, batch = self.job, part.batch
+        job, batch, rows = self.job, part.batch, some.rows
         tokens = batch.tokens[rows]
         mask = batch.steered_mask(self.workload.steered_positions)[rows]
-        indices = batch.indices(self.workload.position)[rows.cpu()]
-        add = _addition_by_row(job.direction, coefficients, mask)
+        indices = to_device(batch.indices(self.workload.position)[some.on_cpu], batch.tokens.device)
+        add = _addition_by_row(some.direction, some.coefficients, mask)
         hooks: list[tuple[str, HookFunction]] = []
         if start is not None:
             start = replace(start, values=start.values[rows.to(start.values.device)])
@@ -301,6 +329,7 @@ class _Run:
                 prefix=None if part.prefix is None else part.prefix.at(rows, first_block),
                 fwd_hooks=hooks,
                 last_hook=last,
+                is_padded=not bool(batch.is_whole[some.on_cpu].all()),
             )
         if start is not None and self._reads_at_start(start):
             _, read = reading_hook(found, job.readout, indices)
@@ -312,23 +341,45 @@ class _Run:
         return start is not None and self.job.readout == resid_post(start.block - 1)
 
     def _in_slices(
-        self,
-        batch: Batch,
-        run: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
-        *,
-        sign: float,
-    ) -> tuple[Tensor, ...]:
-        """`run` over all (coefficient, prompt), some at a time, joined in that order."""
+        self, batch: Batch, run: Callable[["_Rows"], tuple[Tensor, ...]], *, sign: float
+    ) -> "_Slices":
+        """`run` over all (coefficient, prompt), some at a time, in that order."""
         n_prompts, coefficients = len(batch.prompts), self.job.coefficients
         device = batch.tokens.device
-        rows = torch.arange(n_prompts, device=device).repeat(len(coefficients))
+        on_cpu = torch.arange(n_prompts).repeat(len(coefficients))
+        rows = to_device(on_cpu, device)
         # A half-precision direction must not round the coefficients.
         wide = torch.promote_types(self.job.direction.dtype, torch.float32)
-        exact = torch.tensor(coefficients, dtype=wide, device=device)
-        signed = (sign * exact).repeat_interleave(n_prompts)
+        exact = torch.tensor(coefficients, dtype=wide)
+        signed = to_device((sign * exact).repeat_interleave(n_prompts), device)
+        direction = to_device(self.job.direction, device)
         size = self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
-        outputs = in_slices(len(rows), size, lambda part: run(rows[part], signed[part]))
-        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+
+        def begin(part: slice) -> tuple[Arriving, ...]:
+            found = run(_Rows(on_cpu[part], rows[part], signed[part], direction))
+            return tuple(to_host(values) for values in found)
+
+        return in_slices(len(rows), size, begin)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a part, on the CPU and on the model's device; what is added to each of them there."""
+
+    on_cpu: Int[Tensor, " row"]
+    rows: Int[Tensor, " row"]
+    coefficients: Float[Tensor, " row"]
+    direction: Float[Tensor, " d_model"]
+
+
+_Slices: TypeAlias = list[tuple[Arriving, ...]]
+"""What each pass of a part gave, on its way to the CPU."""
+
+
+def _joined(slices: _Slices) -> tuple[Tensor, ...]:
+    """The passes' outputs, waited for, one after another."""
+    arrived = [[one.arrived() for one in of] for of in slices]
+    return tuple(torch.cat(parts) for parts in zip(*arrived, strict=True))
 
 
 def _addition_by_row(

@@ -13,8 +13,11 @@ from functools import partial
 import torch
 
 from steerlens import plain
+from steerlens.bare import BareModel, for_hooks
 from steerlens.cells import Carried, Finished, Job, cells_in_turn, fast_cells, plain_cells
+from steerlens.compiled import COMPILE_FROM
 from steerlens.errors import SteerlensError
+from steerlens.hooks import hook_layer
 from steerlens.memory import is_out_of_memory
 from steerlens.models import HookedModel
 from steerlens.parts import Prepared, prepare
@@ -24,12 +27,19 @@ from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch
 from steerlens.workers import Crew, gather, make_crew, new_key
 
+SPLIT = ("continuation", "last")
+"""Steered positions before which a prompt is unsteered, so that its keys and values can be kept."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A workload that is prepared, and the hooks after which it was seen to resume exactly."""
+    """A workload that is prepared, and the hooks after which it was seen to resume exactly.
+
+    `runner` is what runs: the model, or the bare one under it (see `bare.for_hooks`).
+    """
 
     model: HookedModel
+    runner: HookedModel
     prepared: Prepared
     exact: frozenset[str]
     reuse_prefix: bool
@@ -53,40 +63,35 @@ def make_plan(
     `unsteered` is the baseline of `workload` at every readout. Every hook is checked on two prompts
     a side, the shortest and the longest: resumed at coefficient 0 it has to give the unsteered
     model, and the first job at its smallest coefficient what the plain loop gives. Hooks at which
-    that differs by more than 1e-4 (of a readout's norm, or nats; 4 times the rounding of a
+    that differs by more than 1e-4 (of a readout's norm, or nats; 8 times the rounding of a
     half-precision dtype) run by the plain loop, with a warning; so does the reuse of a prefix,
-    which is given up for all hooks. `cost` is added to, the check included. `progress` is told of
-    the hooks checked. With an `executor` its workers run the cells; what is checked and what is
-    shared is run here. Raises as `workers.make_crew`.
+    which is given up for all hooks. The check compares what runs, the bare model where there is one
+    (see `bare.for_hooks`), with its own plain loop; where it cannot be resumed the Bridge is taken,
+    with a warning. `cost` is added to, the check included. `progress` is told of the hooks checked.
+    With an `executor` its workers run the cells; what is checked and what is shared is run here.
+    Raises as `workers.make_crew`.
     """
     crew = None if executor is None else make_crew(executor, model)
     if not jobs:
         prepared = Prepared(workload, unsteered, (), (), batch_size)
-        return Plan(model, prepared, frozenset(), reuse_prefix=False, crew=crew)
+        return Plan(model, model, prepared, frozenset(), reuse_prefix=False, crew=crew)
     by_hook = {job.hook_name: job for job in reversed(jobs)}
     one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in jobs)]
-    small = _check_workload(workload)
-    baseline = plain.run_baseline(
-        model, small, tuple(dict.fromkeys(job.readout for job in one_each)), cost=cost
-    )
     check = partial(
-        _reasons,
-        *(model, small, baseline, one_each),
-        cost=cost,
-        progress=part_of(progress or silent, "checks: hooks"),
+        _check, _check_workload(workload), one_each, cost=cost, progress=progress or silent
     )
-    reuse_prefix = workload.steered_positions in ("continuation", "last")
-    reasons = check(reuse_prefix=reuse_prefix)
-    if reuse_prefix and reasons:
-        reuse_prefix = False
-        reasons = check(reuse_prefix=False)
-        if not reasons:
-            warnings.warn(
-                "the unsteered prompt's keys and values cannot be reused on this model; every "
-                "token is run, which is slower",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+    runner = for_hooks(model, [*by_hook, *(job.readout for job in jobs)])
+    reuse_prefix, reasons = check(runner)
+    if reasons and runner is not model:
+        name, reason = next(iter(reasons.items()))
+        warnings.warn(
+            f"Hugging Face's own blocks cannot be resumed after {name} ({reason}); passes run "
+            "through the Bridge, which is slower on a GPU",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        runner = model
+        reuse_prefix, reasons = check(runner)
     if reasons:
         name, reason = next(iter(reasons.items()))
         warnings.warn(
@@ -95,17 +100,26 @@ def make_plan(
             RuntimeWarning,
             stacklevel=3,
         )
+    elif reuse_prefix is False and workload.steered_positions in SPLIT:
+        warnings.warn(
+            "the unsteered prompt's keys and values cannot be reused on this model; every "
+            "token is run, which is slower",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if isinstance(runner, BareModel) and _arithmetic(runner, workload, jobs) > COMPILE_FROM:
+        runner.compile_blocks()
     prepared = prepare(
-        model, workload, unsteered, batch_size=batch_size, reuse_prefix=reuse_prefix, cost=cost
+        runner, workload, unsteered, batch_size=batch_size, reuse_prefix=reuse_prefix, cost=cost
     )
     exact = frozenset(by_hook) - frozenset(reasons)
-    return Plan(model, prepared, exact, reuse_prefix=reuse_prefix, crew=crew)
+    return Plan(model, runner, prepared, exact, reuse_prefix=reuse_prefix, crew=crew)
 
 
 def plan_for(plan: Plan, workload: Workload, unsteered: Baseline, *, cost: Cost) -> Plan:
     """The plan for another workload of the same model and hooks, not checked again."""
     prepared = prepare(
-        plan.model,
+        plan.runner,
         workload,
         unsteered,
         batch_size=plan.prepared.batch_size,
@@ -148,6 +162,7 @@ def finished_cells(
             plan.crew,
             plan.prepared,
             jobs,
+            runner=plan.runner,
             key=plan.key,
             exact=plan.exact,
             reuse_prefix=plan.reuse_prefix,
@@ -155,7 +170,54 @@ def finished_cells(
             cost=cost,
         )
         return
-    yield from cells_in_turn(plan.model, plan.prepared, jobs, plan.exact, known=known, cost=cost)
+    yield from cells_in_turn(plan.runner, plan.prepared, jobs, plan.exact, known=known, cost=cost)
+
+
+def _check(
+    workload: Workload,
+    jobs: Sequence[Job],
+    runner: HookedModel,
+    *,
+    cost: Cost,
+    progress: Progress,
+) -> tuple[bool, dict[str, str]]:
+    """Whether a prefix can be reused, and hook name -> why it cannot be resumed after."""
+    readouts = tuple(dict.fromkeys(job.readout for job in jobs))
+    baseline = plain.baseline_of(runner, workload, readouts, cost)
+    tell = part_of(progress, "checks: hooks")
+    reuses = [True, False] if workload.steered_positions in SPLIT else [False]
+    for reuse_prefix in reuses:
+        reasons = _reasons(
+            runner,
+            workload,
+            baseline,
+            jobs,
+            reuse_prefix=reuse_prefix,
+            cost=cost,
+            progress=tell,
+        )
+        if not reasons:
+            break
+    return reuse_prefix, reasons
+
+
+def _arithmetic(runner: BareModel, workload: Workload, jobs: Sequence[Job]) -> float:
+    """Floating-point operations of the cells, two a weight and token."""
+    n_layers = len(runner.blocks)
+    n_positive, n_negative = (
+        sum(batch.tokens.numel() for batch in side)
+        for side in (workload.positive, workload.negative)
+    )
+    weights: int = sum(weight.numel() for block in runner.blocks for weight in block.parameters())
+    passed = sum(
+        len(job.coefficients)
+        * (
+            n_positive * (n_layers - job.first_block)
+            + n_negative * (hook_layer(job.readout) + 1 - job.first_block)
+        )
+        for job in jobs
+    )
+    return 2 * weights / n_layers * passed
 
 
 def _check_workload(workload: Workload) -> Workload:
@@ -180,8 +242,8 @@ def _reasons(
     """Hook name -> why it cannot be resumed after; empty when all can."""
     if n_skippable(model) != int(model.cfg.n_layers):
         return {job.hook_name: "its blocks are not one list" for job in jobs}
-    # Four times the rounding of a half-precision dtype; rounding of float32 never comes near.
-    tolerance = max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps)
+    # Eight times the rounding of a half-precision dtype; rounding of float32 never comes near.
+    tolerance = max(1e-4, 8 * torch.finfo(model.cfg.dtype).eps)
     reasons: dict[str, str] = {}
     prepared: Prepared | None = None
     carried: Carried | None = None

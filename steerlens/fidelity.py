@@ -100,7 +100,7 @@ def check_model(model: Any) -> None:
         return
     if _is_hooked(model):
         return
-    tokens, mask = _probe(model)
+    tokens, mask = probe(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             plain = _plain_model(model.original_model)
@@ -121,13 +121,36 @@ def check_model(model: Any) -> None:
             return
         found = model(tokens, return_type="logits", attention_mask=mask.long())
     for what, row in (("", 0), (" where a batch is padded", 1)):
-        gap = _gap(found[row][mask[row]], expected[row])
+        gap = logits_gap(found[row][mask[row]], expected[row])
         if not gap <= allowed:
             raise ModelError(
                 f"{_name(model)}: TransformerLens does not reproduce this model{what}: its logits "
                 f"differ from Hugging Face's by {gap:.2g} of their size (expected at most "
                 f"{allowed:.2g}); use another model, or another version of TransformerLens"
             )
+    _checked.add(model)
+
+
+def own_model(model: Any) -> Any:
+    """Hugging Face's own model with the weights of a Bridge; None where it would be another one.
+
+    That is where the Bridge is not what the checkpoint says (see `check_model`), has hooks of
+    others on it, or is spread over devices.
+    """
+    if not is_untouched(model):
+        return None
+    if len(set(getattr(model.original_model, "hf_device_map", {}).values())) > 1:
+        return None
+    return _plain_model(model.original_model)
+
+
+def is_untouched(model: Any) -> bool:
+    """Whether a Bridge is what the checkpoint says, without hooks of others."""
+    return _is_plain(model) and not _is_hooked(model)
+
+
+def mark_checked(model: Any) -> None:
+    """Spare `model` the check of `check_model`."""
     _checked.add(model)
 
 
@@ -146,16 +169,18 @@ def _is_plain(model: Any) -> bool:
         return False
     if getattr(wrapped.config, "quantization_config", None) is not None:
         return False
-    # A Bridge that has run once has hooks of its own on its norms.
-    return all(
-        str(hook.__module__).startswith("transformer_lens")
+    hooks = (
+        hook
         for part in wrapped.modules()
         if not isinstance(part, HookPoint)
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     )
+    # Both libraries read activations by hooks of their own, and leave them where they are.
+    libraries = ("transformers.", "transformer_lens.")
+    return all(str(getattr(hook, "__module__", "")).startswith(libraries) for hook in hooks)
 
 
-def _probe(
+def probe(
     model: Any,
 ) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
     """Two rows of token ids, the same ones every time, and which of them are real."""
@@ -186,7 +211,7 @@ def _rounding(
     mask: Bool[Tensor, "row token"],
     expected: list[Float[Tensor, "_ vocab"]],
 ) -> float:
-    """How far logits move (as `_gap`) when every innermost module's output is rounded once more.
+    """`logits_gap` when every innermost module's output is rounded once more.
 
     0 in float32 and float64, where it does not matter.
     """
@@ -211,7 +236,7 @@ def _rounding(
     finally:
         for handle in handles:
             handle.remove()
-    return _gap(torch.cat(moved), torch.cat(expected))
+    return logits_gap(torch.cat(moved), torch.cat(expected))
 
 
 def _plain_model(wrapped: Any) -> Any:
@@ -237,7 +262,9 @@ def _plain_model(wrapped: Any) -> Any:
     return plain.to(next(wrapped.parameters()).device)
 
 
-def _gap(found: Float[Tensor, "token vocab"], expected: Float[Tensor, "token vocab"]) -> float:
+def logits_gap(
+    found: Float[Tensor, "token vocab"], expected: Float[Tensor, "token vocab"]
+) -> float:
     """Root mean square of the difference, over that of the centred expected logits."""
     ours, theirs = found.double(), expected.double()
     size = (theirs - theirs.mean(dim=-1, keepdim=True)).square().mean().sqrt()

@@ -118,6 +118,7 @@ def advance_part(model: HookedModel, part: Part, start: Residual | None, block: 
             start=None if start is None else replace(start, values=start.values[of]),
             prefix=None if prefix is None else prefix.at(rows, start.block if start else 0),
             block=block,
+            is_padded=not bool(batch.is_whole[of].all()),
         )
         return residual.values
 

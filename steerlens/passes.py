@@ -16,11 +16,15 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from steerlens.hooks import HookFunction, hooked, resid_post
+from steerlens.bare import BareModel, no_prefix
+from steerlens.hooks import HookFunction, hook_layer, hooked, resid_post
 from steerlens.loss import divergence
 from steerlens.memory import LOGITS_PER_PASS
 from steerlens.models import HookedModel
 from steerlens.tokens import Batch, mask_kwargs
+
+TIMES_ON_CUDA = 16
+"""How many times as many logits exist at once on a GPU, which is idle while a pass is prepared."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +89,14 @@ def run_from(
     prefix: Prefix | None = None,
     fwd_hooks: Sequence[tuple[str, HookFunction]],
     last_hook: str,
+    is_padded: bool | None = None,
 ) -> None:
     """Run blocks `start.block` and later (all of them without `start`), up to `last_hook`.
 
     What is wanted of the pass is kept by `fwd_hooks`; nothing after `last_hook` is computed.
-    With `prefix`, the tokens follow those of the prefix, whose cache is added to. Raises
-    `HookError` when a hook did not fire.
+    With `prefix`, the tokens follow those of the prefix, whose cache is added to. `is_padded` says
+    whether the mask hides anything, which is looked up unless given. Raises `HookError` when a hook
+    did not fire.
     """
 
     def stop(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
@@ -101,14 +107,18 @@ def run_from(
         hooked(model, [*fwd_hooks, (last_hook, stop)]),
         suppress(_Stop),
     ):
-        model(tokens, return_type=None, **_pass_kwargs(attention_mask, prefix))
+        kwargs = _pass_kwargs(attention_mask, prefix, is_padded)
+        if isinstance(model, BareModel) and start is not None and not kwargs:
+            # It ends at `last_hook` too, unless it cannot be done.
+            model.resume(start.values, start.block, hook_layer(last_hook))
+        model(tokens, return_type=None, **kwargs)
 
 
 def _pass_kwargs(
-    attention_mask: Bool[Tensor, "row token"], prefix: Prefix | None
+    attention_mask: Bool[Tensor, "row token"], prefix: Prefix | None, is_padded: bool | None
 ) -> dict[str, Any]:
     if prefix is None:
-        return mask_kwargs(attention_mask)
+        return {} if is_padded is False else mask_kwargs(attention_mask)
     # The mask spans the prefix too; the model takes the tokens' positions from it.
     joined = torch.cat([prefix.attention_mask, attention_mask], dim=1)
     return {"attention_mask": joined.long(), "past_key_values": prefix.cache}
@@ -122,6 +132,7 @@ def advance(
     start: Residual | None,
     prefix: Prefix | None = None,
     block: int,
+    is_padded: bool | None = None,
 ) -> Residual:
     """The unsteered residual entering `block`, which is 1 or more, computed on from `start`."""
     if start is not None and start.block == block:
@@ -136,6 +147,7 @@ def advance(
         prefix=prefix,
         fwd_hooks=[(hook_name, _keeping(kept))],
         last_hook=hook_name,
+        is_padded=is_padded,
     )
     return Residual(block, kept[0])
 
@@ -220,12 +232,16 @@ def _logits(
     The final norm and the unembedding run on these rows alone, a part at a time, so the logits of
     all positions never exist.
     """
-    n_layers, n_rows = int(model.cfg.n_layers), max(1, LOGITS_PER_PASS // int(model.cfg.d_vocab))
+    n_layers, n_logits = int(model.cfg.n_layers), LOGITS_PER_PASS
+    if final.device.type == "cuda":
+        n_logits *= TIMES_ON_CUDA
+    n_rows = max(1, n_logits // int(model.cfg.d_vocab))
+    kwargs = {"past_key_values": no_prefix()} if isinstance(model, BareModel) else {}
     for rows, *others in zip(*(torch.split(t, n_rows) for t in (final, *beside)), strict=True):
         ids = torch.zeros((len(rows), 1), dtype=torch.long, device=model.cfg.device)
         with _blocks_skipped(model, Residual(n_layers, rows[:, None])):
             # The ids are not looked at: every block stands aside for the rows.
-            logits = model(ids, return_type="logits")[:, 0]
+            logits = model(ids, return_type="logits", **kwargs)[:, 0]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # On a model that is spread over devices, labels lie where the tokens are.
         yield wide, tuple(other.to(wide.device) for other in others)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.activations import by_halves, check_finite, reading_hook, run_to_hooks
+from steerlens.bare import for_hooks
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hooked
 from steerlens.loss import label_kl, label_logprob
@@ -26,6 +27,7 @@ from steerlens.tokens import (
     make_batches,
     pair_order,
 )
+from steerlens.transfers import to_device
 
 
 @dataclass(frozen=True)
@@ -120,17 +122,29 @@ def run_baseline(
 ) -> Baseline:
     """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
 
+    Run by the bare model where `hook_names` allow it (see `bare.for_hooks`), as the cells are.
     `cost` is added to: all blocks on both sides. `progress` is told of the prompts. Raises
     `ActivationError` that names the hooks with NaN or inf, or the prompt whose labels have no
     finite logprob, and as `check_memory`.
     """
     check_memory(model, workload.positive)
+    return baseline_of(for_hooks(model, hook_names), workload, hook_names, cost, progress or silent)
+
+
+def baseline_of(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    cost: Cost,
+    tell: Progress = silent,
+) -> Baseline:
+    """`run_baseline` by the very model that is given."""
     for batch in (*workload.positive, *workload.negative):
         cost.add(batch.tokens, int(model.cfg.n_layers))
     n_positive, n_negative = (
         sum(len(batch.rows) for batch in side) for side in (workload.positive, workload.negative)
     )
-    tell, what, total = progress or silent, "unsteered model: prompts", n_positive + n_negative
+    what, total = "unsteered model: prompts", n_positive + n_negative
     of_positive = part_of(tell, what, total=total)
     of_negative = part_of(tell, what, before=n_positive, total=total)
     with inference(model):
@@ -214,7 +228,7 @@ def _run_positive(
 
     def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         found: dict[str, Tensor] = {}
-        indices = batch.indices(workload.position)
+        indices = to_device(batch.indices(workload.position), batch.tokens.device)
         readers = [reading_hook(found, name, indices) for name in hook_names]
         labels = batch.label_mask()
         with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):

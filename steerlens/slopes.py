@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.activations import by_halves
+from steerlens.bare import for_hooks
 from steerlens.errors import ActivationError, ModelError, SweepError
 from steerlens.hooks import HookFunction, resid_post
 from steerlens.loss import label_logprob
@@ -61,6 +62,7 @@ def label_slopes(
     added to: a forward pass and two backward passes, each counted as two forward passes, and a
     check of one prompt. Raises `ModelError` as `check_label_rows`.
     """
+    model = for_hooks(model, [name for name, _ in along])
     check_label_rows(model, batches[0], cost=cost)
     generator = torch.Generator().manual_seed(seed)
     found = by_halves(

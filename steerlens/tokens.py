@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from steerlens.data import ContrastivePairs, Prompt, render
 from steerlens.errors import ActivationError, ModelError, PairError
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
+from steerlens.transfers import to_device
 
 SteeredPositions = Literal["all", "prompt", "continuation", "last"]
 """Which real tokens an intervention touches; "last" is the last prompt token."""
@@ -81,7 +83,7 @@ class Batch:
 
     def indices(self, position: int) -> Int[Tensor, " prompt"]:
         """Column of `position` in each row. Raises `ActivationError` outside a prompt."""
-        return torch.tensor(self._starts()) + torch.tensor(
+        return torch.tensor(self._starts) + torch.tensor(
             [prompt.index(position) for prompt in self.prompts]
         )
 
@@ -106,34 +108,58 @@ class Batch:
 
     def label_mask(self) -> Bool[Tensor, "prompt token"]:
         """True at the label tokens: the continuation's, or every prompt token but the first."""
-        return self._mask(lambda p: (len(p.prompt) if p.continuation else 1, len(p)))
+        return self._mask("labels")[1]
+
+    def labels_on_cpu(self) -> Bool[Tensor, "prompt token"]:
+        """`label_mask` on the CPU, wherever the batch is."""
+        return self._mask("labels")[0]
 
     def predicted_mask(self) -> Bool[Tensor, "prompt token"]:
         """True at the tokens that others come before: all real ones but each prompt's first."""
-        return self._mask(lambda p: (1, len(p)))
+        return self._mask("predicted")[1]
 
     def steered_mask(self, positions: SteeredPositions) -> Bool[Tensor, "prompt token"]:
         """True at the real tokens that an intervention touches."""
-        spans = {
-            "all": lambda p: (0, len(p)),
-            "prompt": lambda p: (0, len(p.prompt)),
-            "continuation": lambda p: (len(p.prompt), len(p)),
-            "last": lambda p: (len(p.prompt) - 1, len(p.prompt)),
-        }
-        return self._mask(spans[positions])
+        return self._mask(positions)[1]
 
-    def _mask(self, span: Any) -> Bool[Tensor, "prompt token"]:
-        mask = torch.zeros_like(self.attention_mask)
-        for row, (start, prompt) in enumerate(zip(self._starts(), self.prompts, strict=True)):
-            first, end = span(prompt)
-            mask[row, max(start + first, 0) : max(start + end, 0)] = True
-        return mask
+    @cached_property
+    def is_whole(self) -> Bool[Tensor, " prompt"]:
+        """Which rows hold no padding, on the CPU."""
+        return self.attention_mask.all(dim=1).cpu()
 
+    def _mask(self, name: str) -> tuple[Tensor, Tensor]:
+        """A mask on the CPU and on the batch's device, made once: not to be written to."""
+        if name not in self._masks:
+            # Kept, so it must not be an inference tensor, which gradients cannot be taken through.
+            with torch.inference_mode(mode=False):
+                mask = torch.zeros(self.attention_mask.shape, dtype=torch.bool)
+                for row, (start, prompt) in enumerate(zip(self._starts, self.prompts, strict=True)):
+                    first, end = _SPANS[name](prompt)
+                    mask[row, max(start + first, 0) : max(start + end, 0)] = True
+                self._masks[name] = mask, to_device(mask, self.attention_mask.device)
+        return self._masks[name]
+
+    @cached_property
+    def _masks(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
+    @cached_property
     def _starts(self) -> list[int]:
         """The column of each prompt's first token; below 0 when it is not in the batch."""
         starts = self.attention_mask.int().argmax(dim=1).tolist()
         n_before = self.n_before or (0,) * len(starts)
         return [start - before for start, before in zip(starts, n_before, strict=True)]
+
+
+_SPANS: dict[str, Callable[[TokenizedPrompt], tuple[int, int]]] = {
+    "labels": lambda p: (len(p.prompt) if p.continuation else 1, len(p)),
+    "predicted": lambda p: (1, len(p)),
+    "all": lambda p: (0, len(p)),
+    "prompt": lambda p: (0, len(p.prompt)),
+    "continuation": lambda p: (len(p.prompt), len(p)),
+    "last": lambda p: (len(p.prompt) - 1, len(p.prompt)),
+}
+"""Of a prompt's tokens the first that a mask marks, and the one after the last."""
 
 
 def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from steerlens.bare import BareModel, for_hooks
 from steerlens.cells import Finished, Job, cells_in_turn
 from steerlens.errors import SteerlensError, WorkerError
 from steerlens.models import HookedModel, load_arguments, load_model, provenance
@@ -44,7 +45,8 @@ class Task:
     """Some jobs in layer order on one workload, for a worker.
 
     `key` names the workload, which a worker prepares once; `exact` are the hooks it may resume
-    after, `known` those whose cells are not run, `after` the job that these come after.
+    after, `known` those whose cells are not run, `after` the job that these come after. `is_bare`
+    and `is_compiled` say what runs (see `bare.for_hooks`).
     """
 
     key: str
@@ -56,6 +58,8 @@ class Task:
     reuse_prefix: bool
     exact: frozenset[str]
     known: frozenset[str]
+    is_bare: bool
+    is_compiled: bool
     after: Job | None
     jobs: tuple[Job, ...]
 
@@ -128,6 +132,7 @@ def gather(
     prepared: Prepared,
     jobs: Sequence[Job],
     *,
+    runner: HookedModel,
     key: str,
     exact: frozenset[str],
     reuse_prefix: bool,
@@ -156,6 +161,8 @@ def gather(
             reuse_prefix=reuse_prefix,
             exact=exact,
             known=frozenset(known),
+            is_bare=isinstance(runner, BareModel),
+            is_compiled=isinstance(runner, BareModel) and runner.compiled is not None,
             after=_to_cpu(before[-1]) if before else None,
             jobs=tuple(map(_to_cpu, jobs[first : last + 1])),
         )
@@ -209,7 +216,7 @@ def run_task(pickled: bytes) -> bytes:
     task: Task = pickle.loads(pickled)
     with _turn, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        model = _model_of(task)
+        model = _runner_of(task, _model_of(task))
         prepared = replace(_prepared_of(task, model), unsteered=task.unsteered)
         device = model.cfg.device
         finished = [
@@ -247,6 +254,16 @@ def _model_of(task: Task) -> Any:
             )
         _models[key] = model
     return _models[key]
+
+
+def _runner_of(task: Task, model: Any) -> Any:
+    """What runs: the model, or the bare one under it where the task says so."""
+    if not task.is_bare:
+        return model
+    runner = for_hooks(model, [name for job in task.jobs for name in (job.hook_name, job.readout)])
+    if task.is_compiled and isinstance(runner, BareModel):
+        runner.compile_blocks()
+    return runner
 
 
 def _prepared_of(task: Task, model: Any) -> Prepared:

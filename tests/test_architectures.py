@@ -102,8 +102,8 @@ def test_the_gap_by_hand() -> None:
     """Centred logits (1, -1) and (2, -2): root mean square sqrt(2.5); off by 0.5 at one of four."""
     expected = torch.tensor([[11.0, 9.0], [2.0, -2.0]])
     found = expected + torch.tensor([[0.5, 0.0], [0.0, 0.0]])
-    assert fidelity._gap(found, expected) == pytest.approx(0.25 / 2.5**0.5)
-    assert not fidelity._gap(found * torch.nan, expected) <= 1.0
+    assert fidelity.logits_gap(found, expected) == pytest.approx(0.25 / 2.5**0.5)
+    assert not fidelity.logits_gap(found * torch.nan, expected) <= 1.0
 
 
 def test_the_check_is_made_once_and_shares_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -410,3 +410,15 @@ def test_unknown_steered_positions_are_refused_with_the_known_ones() -> None:
     with pytest.raises(PairError, match=r"'continuation', 'last'.* not 'first'"):
         check_steered_positions("first", tokenized(2, 1))
     check_steered_positions("all", tokenized(2, 1))
+
+
+def test_masks_are_kept_and_can_be_differentiated_through(
+    llama: Any, pairs: ContrastivePairs
+) -> None:
+    (batch, *_) = make_batches(llama, tokenize_pairs(llama, pairs).positive, 3)
+    with torch.inference_mode():
+        first = batch.steered_mask("all")
+    assert batch.steered_mask("all") is first
+    assert not first.is_inference()
+    assert torch.equal(batch.labels_on_cpu(), batch.label_mask())
+    assert batch.is_whole.tolist() == batch.attention_mask.all(dim=1).tolist()

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.activations import by_halves, missing_readouts
+from steerlens.bare import for_hooks
 from steerlens.data import ContrastivePairs
 from steerlens.display import fragment, hook_label
 from steerlens.errors import ActivationError, HookError, SweepError
@@ -187,7 +188,7 @@ def loss_gradients(
     batches = make_pair_batches(model, tokenized, batch_size)
     check_memory(model, [positive for positive, _ in batches], with_gradients=True)
     cost = Cost()
-    check_label_rows(model, batches[0][0], cost=cost)
+    check_label_rows(for_hooks(model, (*names, *loss_hooks)), batches[0][0], cost=cost)
     generator = torch.Generator().manual_seed(seed)
     targets = dict(zip(names, loss_hooks, strict=True))
     found = by_halves(

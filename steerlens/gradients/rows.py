@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.activations import reading_hook
+from steerlens.bare import for_hooks
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models import HookedModel, inference
@@ -37,6 +38,7 @@ def batch_rows(
     generator: torch.Generator,
 ) -> Rows:
     """Run a batch of pairs forward and backward; `targets` maps each hook to its loss hook."""
+    model = for_hooks(model, [*targets, *targets.values()])
     batch = both[0]
     is_label = batch.label_mask()[:, 1:]
     n_labels = is_label.sum(dim=1)
