@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo bench docs fuzz models-table test test-llamacpp test-tl3 lint types unit install clean
+.PHONY: audit demo bench docs fuzz models-table test test-llamacpp test-oldest test-tl3 lint types unit install clean
 
 install: $(STAMP)
 
@@ -53,6 +53,28 @@ $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 		-c tests/tl3/constraints.txt -e . beartype hypothesis pytest pytest-xdist
 	touch $(TL3)/.installed
 
+# The core on the oldest versions that pyproject.toml allows, in an environment of its own. Shapes are
+# not checked: the plugin of that jaxtyping does not start after tests/conftest.py.
+OLDEST := build/oldest
+OLDEST_TESTS := activations boundary cli data directions engine hooks hostile loss plots positions report \
+	steering sweep tables uncertainty
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -o addopts="--strict-markers -ra" -m "not real" \
+		$(OLDEST_TESTS:%=tests/test_%.py)
+
+$(OLDEST)/.installed: pyproject.toml tests/oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c tests/oldest.txt -e . beartype hypothesis pytest
+	touch $(OLDEST)/.installed
+
+# Known vulnerabilities of the versions in constraints.txt, as PyPI knows them.
+AUDIT := build/audit
+audit:
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
 # The readers of files, 200,000 inputs a kind, with atheris in an environment of its own, at low priority.
 FUZZ := build/fuzz
 FUZZ_KINDS := pairs items vectors vector_records ggufs records csvs pages
@@ -63,7 +85,7 @@ fuzz: $(STAMP)
 	for kind in $(FUZZ_KINDS); do \
 		PYTHONPATH="$(CURDIR):$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)" nice -n 15 \
 			$(FUZZ)/bin/python tests/fuzz/readers.py $$kind $(FUZZ)/$$kind -runs=200000 \
-			-max_len=4096 -timeout=10 -rss_limit_mb=4096 || exit 1; \
+			-max_len=4096 -timeout=10 -rss_limit_mb=4096 -artifact_prefix=$(FUZZ)/$$kind/ || exit 1; \
 	done
 	cat $(FUZZ_KINDS:%=$(FUZZ)/%/outcome.json)
 

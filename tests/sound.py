@@ -63,7 +63,7 @@ def check_vector(content: bytes, found: sl.SteeringVector) -> None:
     header = json.loads(content[8 : 8 + length], object_pairs_hook=unique)
     record = json.loads(header["__metadata__"][KEY], object_pairs_hook=unique)
     assert tuple(record["hooks"]) == found.hook_names
-    assert record["scale"] == found.scale.tolist()
+    assert np.array_equal(np.float32(record["scale"]), found.scale.numpy())
     for name, direction in zip(found.hook_names, found.directions, strict=True):
         start, end = header[name]["data_offsets"]
         row = np.frombuffer(content[8 + length :][start:end], dtype="<f4")

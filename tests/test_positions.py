@@ -101,9 +101,9 @@ def test_a_batch_continues_each_prompt_as_it_does_alone(tiny: Any, positions: An
     prompts = [TokenizedPrompt(tuple(ids), (), "prompt") for ids in PROMPTS]
     options: dict[str, Any] = {"max_new_tokens": 6, "positions": positions}
     alone = [
-        generate_tokens(tiny, [prompt], {HOOK: DIRECTION}, 20.0, **options)[0] for prompt in prompts
+        generate_tokens(tiny, [prompt], {HOOK: DIRECTION}, 60.0, **options)[0] for prompt in prompts
     ]
-    together = generate_tokens(tiny, prompts, {HOOK: DIRECTION}, 20.0, **options)
+    together = generate_tokens(tiny, prompts, {HOOK: DIRECTION}, 60.0, **options)
     assert together == alone
     assert together != generate_tokens(tiny, prompts, {HOOK: DIRECTION}, 0, max_new_tokens=6)
 

@@ -1,0 +1,77 @@
+"""Every dependency is listed with its licence, and the oldest versions are those allowed."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+# Written in docs/dependencies.md -> what the package's own metadata says.
+KINDS = {
+    "Apache-2.0": "Apache",
+    "BSD-3-Clause": "BSD",
+    "ISC": "ISC",
+    "MIT": "MIT",
+    "MPL-2.0": "MPL",
+    "Python Software Foundation": "Python Software Foundation",
+}
+
+
+def requirements(*, extras: bool) -> dict[str, Requirement]:
+    """What pyproject.toml asks for, by name."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    head, _, rest = text.partition("\n[project.optional-dependencies]\n")
+    lists = head.split("\ndependencies = [")[1].split("]\n")[0]
+    if extras:
+        lists += rest.split("\n[")[0]
+    found = [Requirement(given) for given in re.findall(r'"([^"]+)"', lists)]
+    return {one.name: one for one in found if one.name != "steerlens"}
+
+
+def listed() -> dict[str, str]:
+    """Package -> licence, as docs/dependencies.md says."""
+    text = (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", text, flags=re.MULTILINE)
+    return {name: licence for name, licence in rows if name not in ("package", "---")}
+
+
+def oldest() -> dict[str, str]:
+    lines = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pinned = (line.split("==", 1) for line in lines if not line.startswith("#"))
+    return dict(pinned)
+
+
+def stated(name: str) -> str:
+    """All that the installed package says of its licence."""
+    metadata = importlib.metadata.metadata(name)
+    fields = ("License-Expression", "License", "Classifier")
+    return "\n".join(str(value) for field in fields for value in metadata.get_all(field, []))
+
+
+def test_every_dependency_is_listed() -> None:
+    assert set(listed()) == set(requirements(extras=True))
+    assert {"torch", "ruff"} <= set(listed())
+    assert "ruff" not in requirements(extras=False)
+
+
+@pytest.mark.parametrize("name", requirements(extras=True))
+def test_the_licence_is_what_the_package_says(name: str) -> None:
+    licence = listed()[name]
+    (kind,) = (said for written, said in KINDS.items() if licence.startswith(written))
+    assert kind in stated(name)
+    assert "GPL" not in licence
+
+
+def test_oldest_versions_are_the_lower_bounds() -> None:
+    bounds = {
+        name: next(part.version for part in one.specifier if part.operator == ">=")
+        for name, one in requirements(extras=False).items()
+    }
+    pinned = oldest()
+    assert set(pinned) == set(bounds)
+    for name, bound in bounds.items():
+        if name != "torch":  # the only CPU build at hand is newer
+            assert (pinned[name] + ".0.0").startswith(f"{bound}.0"), name
+        assert Requirement(f"{name}>={bound}").specifier.contains(pinned[name])
