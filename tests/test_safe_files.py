@@ -167,7 +167,7 @@ def unsafe(source: str) -> list[str]:
 def test_no_unsafe_loading_and_no_network_in_the_source(path: Path) -> None:
     found = unsafe(path.read_text(encoding="utf-8"))
     if path.stem == "workers":
-        # Between a run and its own workers, as executors do it anyway: no file, nobody else's bytes.
+        # Between a run and its own workers, as executors do anyway: no file, no bytes of others.
         assert sorted(set(found)) == ["pickle.d", "pickle.l"]
     else:
         assert found == []
