@@ -59,7 +59,7 @@ def strike_at(moment: int) -> None:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _ in range(TRIES):
     is_begun = (Path(OUT) / "parts" / "_request.json").exists()
-    moment = moments.randint(1, 40)
+    moment = moments.randint(1, 90)
     child = os.fork()
     if child == 0:
         strike_at(moment)
