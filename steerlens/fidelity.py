@@ -265,10 +265,14 @@ def _plain_model(wrapped: Any) -> Any:
 def logits_gap(
     found: Float[Tensor, "token vocab"], expected: Float[Tensor, "token vocab"]
 ) -> float:
-    """Root mean square of the difference, over that of the centred expected logits."""
+    """Root mean square of the difference, over that of the centred expected logits.
+
+    0 where both are the same, also where all tokens are as likely and so the logits have no size.
+    """
     ours, theirs = found.double(), expected.double()
     size = (theirs - theirs.mean(dim=-1, keepdim=True)).square().mean().sqrt()
-    return float((ours - theirs).square().mean().sqrt() / size)
+    apart = (ours - theirs).square().mean().sqrt()
+    return float(apart / size) if apart != 0 else 0.0
 
 
 def _name(model: Any) -> str:

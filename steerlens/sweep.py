@@ -235,27 +235,34 @@ def sweep(
     tell("cells", done, n_cells)
     cost.blocks += sum(one.blocks for one in known.values())
     found: dict[str, Sequence[Row]] = {name: one.rows for name, one in known.items()}
-    if not pushes:
-        for name in hook_names:
-            found[name] = _hook_rows(name, readouts[name], baseline, directions, settings, {}, [])
-    ready: dict[str, dict[int, Finished]] = {}
+    ready: dict[str, dict[int, Finished]] = {name: {} for name in hook_names if name not in known}
+
+    def finish(name: str) -> None:
+        nonlocal done
+        of_name = ready.pop(name)
+        at_null = [
+            (kind, of_name[i + 1].cells) for i, (kind, _) in enumerate(null if pushes else ())
+        ]
+        cells = {cell.coefficient: cell for cell in (of_name[0].cells if pushes else ())}
+        rows = _hook_rows(name, readouts[name], baseline, directions, settings, cells, at_null)
+        found[name] = rows
+        for _ in rows:
+            done += 1
+            tell("cells", done, n_cells)
+        if checkpoint is not None:
+            blocks = sum(of_job.blocks for of_job in of_name.values())
+            checkpoint.keep(FinishedHook(name, tuple(rows), blocks))
+
     for one in finished_cells(plan, jobs, cost=cost, known=known):
-        name = jobs[one.index].hook_name
-        of_name = ready.setdefault(name, {})
-        of_name[one.index % len(along)] = one
-        done += len(pushes)
-        if len(of_name) == len(along):
-            del ready[name]
-            done += len(settings.coefficients) - len(pushes)
-            at_null = [(kind, of_name[i + 1].cells) for i, (kind, _) in enumerate(null)]
-            cells = {cell.coefficient: cell for cell in of_name[0].cells}
-            found[name] = _hook_rows(
-                name, readouts[name], baseline, directions, settings, cells, at_null
-            )
-            if checkpoint is not None:
-                blocks = sum(of_job.blocks for of_job in of_name.values())
-                checkpoint.keep(FinishedHook(name, tuple(found[name]), blocks))
-        tell("cells", done, n_cells)
+        name, index = jobs[one.index].hook_name, one.index % len(along)
+        ready[name][index] = one
+        if index > 0:
+            done += len(pushes)
+            tell("cells", done, n_cells)
+        if len(ready[name]) == len(along):
+            finish(name)
+    for name in list(ready):  # without a push there is no job
+        finish(name)
     rows = [row for name in hook_names for row in found[name]]
     rows = _with_q_values(rows)
     attrs = {

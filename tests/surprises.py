@@ -192,6 +192,9 @@ def _written(event: str, args: Any) -> list[str]:
         paths = [path] if is_writing and not isinstance(path, int) else []
     else:
         paths = [args[i] for i in WRITING.get(event, ())]
+        if event in ("os.remove", "os.rmdir") and isinstance(args[1], int) and args[1] >= 0:
+            # Named within an open folder, as shutil.rmtree does.
+            paths = [os.path.join(os.readlink(f"/proc/self/fd/{args[1]}"), os.fsdecode(args[0]))]
     return [os.path.abspath(os.fsdecode(path)) for path in paths if not isinstance(path, int)]
 
 

@@ -218,7 +218,7 @@ BREAKERS: list[tuple[str, Callable[[Any], Iterator[None]]]] = [
         lambda m: swapped(
             lambda: signal.getsignal(signal.SIGINT),
             lambda v: signal.signal(signal.SIGINT, v),
-            signal.SIG_IGN,
+            signal.SIG_DFL,  # a process in the background ignores it already
         ),
     ),
     ("modes", lambda m: attribute(m.original_model.get_submodule("model"), "training", True)),

@@ -225,7 +225,7 @@ def test_a_workers_warnings_are_given_here(
 ) -> None:
     """The first pass of every worker runs out of memory."""
     expected = swept(model, pairs, fitted)
-    real, failed = cells.fast_cells, []
+    real, failed = cells.start_cells, []
 
     def short(*args: Any) -> Any:
         import warnings
@@ -235,7 +235,7 @@ def test_a_workers_warnings_are_given_here(
             warnings.warn("out of memory: half of it", RuntimeWarning, stacklevel=1)
         return real(*args)
 
-    monkeypatch.setattr(cells, "fast_cells", short)
+    monkeypatch.setattr(cells, "start_cells", short)
     with pytest.warns(RuntimeWarning, match="half of it"):
         found = swept(model, pairs, fitted, executor=Inline())
     assert_same(found.table, expected.table)
