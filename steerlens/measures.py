@@ -268,11 +268,15 @@ def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ..
     return checked
 
 
-def finite(name: str, value: float) -> float:
+def finite(name: str, value: float | int) -> float:
     """The value as a float. Raises `SweepError` unless it is finite."""
-    if not math.isfinite(value):
-        raise SweepError(f"expected a finite {name}, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond every float
+        number = math.inf
+    if not math.isfinite(number):
+        raise SweepError(f"expected a finite {name}, got {number}")
+    return number
 
 
 def whole(name: str, value: Any, least: int) -> int:
