@@ -149,13 +149,17 @@ def collect_activations(
     The model runs in length-sorted batches and stops after the last hook, so the unembedding is
     never computed and the peak memory does not grow with the number of prompts but for the result;
     out of memory halves a batch.
-    Raises as `collect_differences`.
+    Raises `ActivationError` without prompts or hooks, and as `collect_differences`.
 
     Examples:
         >>> prompts = sl.tokenize_pairs(model, pairs).positive
         >>> sl.collect_activations(model, prompts, ["blocks.2.hook_resid_post"]).shape
         torch.Size([1, 8, 32])
     """
+    if not prompts or not hook_names:
+        raise ActivationError(
+            f"expected prompts and hook names, got {len(prompts)} and {len(hook_names)}"
+        )
 
     runner = for_hooks(model, hook_names)
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.activations import by_halves
-from steerlens.data import ContrastivePairs, Prompt
+from steerlens.data import ContrastivePairs, Prompt, unicode_text
 from steerlens.directions import Directions
 from steerlens.errors import ActivationError, DirectionError, SteeringError, SweepError
 from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, readout_hook, resolve_hooks
@@ -194,11 +194,13 @@ def named_prompts(
 ) -> tuple[list[str], list[TokenizedPrompt]]:
     """A name for each prompt, its number from 1 unless `ids` has one, and its tokens.
 
-    Raises `SweepError` when there are none or `ids` are not one a prompt.
+    Raises `SweepError` when there are none or `ids` are not one a prompt; `PairError` on an id that
+    is not Unicode text.
     """
     if isinstance(prompts, str) or not prompts:
         raise SweepError(f"expected a list of prompts, got {prompts!r:.80}")
-    names = [str(i) for i in range(1, len(prompts) + 1)] if ids is None else list(ids)
+    given = [str(i) for i in range(1, len(prompts) + 1)] if ids is None else list(ids)
+    names = [unicode_text(name, where="ids") for name in given]
     if len(set(names)) != len(prompts):
         raise SweepError(f"expected {len(prompts)} different ids, one a prompt, got {names}")
     tokenized = [

@@ -402,7 +402,7 @@ def checked_id(value: Any, default: str, *, where: str) -> str:
         return default
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise PairError(f"{where}: id must be text or a whole number, got {type(value).__name__}")
-    return _unicode(str(value), where=f"{where}: id")
+    return unicode_text(str(value), where=f"{where}: id")
 
 
 def checked_prompt(value: Any, *, where: str) -> Prompt:
@@ -427,7 +427,7 @@ def _message(value: Any, *, where: str) -> Message:
     role, content = value["role"], value["content"]
     if not isinstance(role, str) or not isinstance(content, str):
         raise PairError(f"{where}: role and content must be text")
-    return Message(_unicode(role, where=where), _unicode(content, where=where))
+    return Message(unicode_text(role, where=where), unicode_text(content, where=where))
 
 
 def checked_text(value: Any, *, where: str) -> str:
@@ -435,10 +435,11 @@ def checked_text(value: Any, *, where: str) -> str:
     if not isinstance(value, str) or not value:
         got = "empty text" if value == "" else type(value).__name__
         raise PairError(f"{where}: expected text that is not empty, got {got}")
-    return _unicode(value, where=where)
+    return unicode_text(value, where=where)
 
 
-def _unicode(value: str, *, where: str) -> str:
+def unicode_text(value: str, *, where: str) -> str:
+    """The text. Raises `PairError` on half a surrogate pair, which is no character."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:

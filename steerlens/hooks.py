@@ -19,7 +19,9 @@ Layers: TypeAlias = str | SupportsIndex | slice | Iterable[SupportsIndex | str |
 HookFunction: TypeAlias = Callable[..., Any]
 """`(activation, hook) -> activation | None`, as TransformerLens calls it."""
 
-_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(:(-?\d+)?)?")
+# Python refuses to read numbers of more than some thousand digits.
+_NUMBER = r"-?\d{1,9}"
+_SLICE = re.compile(rf"({_NUMBER})?:({_NUMBER})?(:({_NUMBER})?)?")
 _READOUT_DEPTH = 3
 
 _TWO_THREADS = (
@@ -97,7 +99,7 @@ def _parts(layers: Layers) -> list[str | int | slice]:
 
 def _resolve_part(model: HookedModel, part: str | int | slice) -> Sequence[str]:
     n_layers = int(model.cfg.n_layers)
-    if isinstance(part, str) and re.fullmatch(r"-?\d+", part):
+    if isinstance(part, str) and re.fullmatch(_NUMBER, part):
         part = int(part)
     if isinstance(part, str) and part == "all":
         part = slice(None)

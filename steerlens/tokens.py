@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from steerlens.data import ContrastivePairs, Prompt, render
+from steerlens.data import ContrastivePairs, Prompt, render, unicode_text
 from steerlens.errors import ActivationError, ModelError, PairError
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
@@ -382,7 +382,8 @@ def _tokenize(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ModelError("the model has no tokenizer; set one with model.set_tokenizer(...)")
-    ids = tokenizer(render(prompt, tokenizer), add_special_tokens=False)["input_ids"]
+    text = unicode_text(render(prompt, tokenizer), where=where)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise PairError(f"the {where} has no tokens; give some text")
     bos = tokenizer.bos_token_id
@@ -390,7 +391,8 @@ def _tokenize(
         ids = [bos, *ids]
     after = []
     if continuation is not None:
-        after = tokenizer(continuation, add_special_tokens=False)["input_ids"]
+        text = unicode_text(continuation, where=f"the continuation of the {where}")
+        after = tokenizer(text, add_special_tokens=False)["input_ids"]
     if continuation is not None and not after:
         raise PairError(f"the continuation of the {where} has no tokens; give some text")
     n_ctx = getattr(model.cfg, "n_ctx", None)

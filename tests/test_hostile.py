@@ -14,6 +14,7 @@ from hostile import FOLDER, HOOK, ITEM, PAIR, SUFFIXES, corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from run_folders import write_circuits
+from sound import CHECKS
 
 import steerlens as sl
 from steerlens import inputs
@@ -227,15 +228,17 @@ def mutated(draw: st.DrawFn, good: bytes) -> bytes:
     return bytes(content)
 
 
-def refused_or_sound(read: Reader, path: Path, content: bytes) -> None:
-    """Whatever is raised but a SteerlensError that names the file fails the test."""
+def refused_or_sound(read: Reader, path: Path, content: bytes, kind: str) -> None:
+    """A SteerlensError that names the file, or what the file says."""
     path.write_bytes(content)
-    message = ""
     try:
-        read(path)
+        found = read(path)
     except sl.SteerlensError as error:
         message = str(error)
-    assert not message or path.name in message
+    else:
+        CHECKS[kind](content, found)
+        return
+    assert path.name in message
 
 
 JSONL = st.one_of(st.binary(max_size=200), mutated(hostile.lines(PAIR, PAIR)))
@@ -245,25 +248,25 @@ JSONL_ITEMS = st.one_of(st.binary(max_size=200), mutated(hostile.lines(ITEM, ITE
 @given(content=JSONL)
 @EXAMPLES
 def test_any_bytes_as_pairs(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.ContrastivePairs.from_jsonl, tmp_path / "f.jsonl", content)
+    refused_or_sound(sl.ContrastivePairs.from_jsonl, tmp_path / "f.jsonl", content, "pairs")
 
 
 @given(content=JSONL_ITEMS)
 @EXAMPLES
 def test_any_bytes_as_items(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.PreferenceItems.from_jsonl, tmp_path / "f.jsonl", content)
+    refused_or_sound(sl.PreferenceItems.from_jsonl, tmp_path / "f.jsonl", content, "items")
 
 
 @given(content=st.one_of(st.binary(max_size=200), mutated(hostile.vector().to_bytes())))
 @EXAMPLES
 def test_any_bytes_as_a_vector(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.SteeringVector.load, tmp_path / "f.safetensors", content)
+    refused_or_sound(sl.SteeringVector.load, tmp_path / "f.safetensors", content, "vectors")
 
 
 @given(content=st.one_of(st.binary(max_size=200), mutated(hostile.gguf())))
 @EXAMPLES
 def test_any_bytes_as_gguf(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.from_gguf, tmp_path / "f.gguf", content)
+    refused_or_sound(sl.from_gguf, tmp_path / "f.gguf", content, "ggufs")
 
 
 JSON = st.recursive(
@@ -276,17 +279,42 @@ JSON = st.recursive(
 @given(data=st.data())
 @EXAMPLES
 def test_any_bytes_in_a_run(data: st.DataObject, run: Path) -> None:
-    name = data.draw(st.sampled_from(list(INSIDE.values())))
-    path, good = run / name, (run / name).read_bytes()
+    kind = data.draw(st.sampled_from(list(INSIDE)))
+    path, good = run / INSIDE[kind], (run / INSIDE[kind]).read_bytes()
     content = data.draw(st.one_of(st.binary(max_size=200), mutated(good)))
-    if name == "run.json" and data.draw(st.booleans()):
+    if kind == "records" and data.draw(st.booleans()):
         record = json.loads(good)
         record[data.draw(st.sampled_from(list(record)))] = data.draw(JSON)
         content = json.dumps(record).encode()
+    # When the record was changed, another file of the folder may be at fault.
+    named = run if kind == "records" else path
+    path.write_bytes(content)
     try:
-        refused_or_sound(lambda _: sl.read_run(run), path, content)
-    except AssertionError:
-        # Another file of the folder may be at fault, when the record was changed.
-        assert name == "run.json"
+        found = sl.read_run(run)
+    except sl.SteerlensError as error:
+        message = str(error)
+    else:
+        CHECKS[kind](content, found)
+        message = named.name
     finally:
         path.write_bytes(good)
+    assert named.name in message
+
+
+def test_the_checks_see_what_a_file_does_not_say(run: Path, tmp_path: Path) -> None:
+    good = hostile.lines(PAIR, PAIR)
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(good)
+    found = sl.ContrastivePairs.from_jsonl(path)
+    CHECKS["pairs"](good, found)
+    for other in (good + PAIR, good.replace(b"a", b"c", 1), good.replace(b"{", b'{"x":1,"x":1,')):
+        with pytest.raises(AssertionError):
+            CHECKS["pairs"](other, found)
+    text, again = (run / "writers.csv").read_bytes(), sl.read_run(run)
+    CHECKS["csvs"](text, again)
+    with pytest.raises(AssertionError):
+        CHECKS["csvs"](text.replace(b"1", b"2", 1), again)
+    vector = hostile.vector()
+    CHECKS["vectors"](vector.to_bytes(), vector)
+    with pytest.raises(AssertionError):
+        CHECKS["vectors"](vector.to_bytes(), vector * 2)

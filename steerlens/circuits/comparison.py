@@ -27,6 +27,7 @@ from steerlens.circuits.graphs import (
 )
 from steerlens.data import ContrastivePairs
 from steerlens.errors import CircuitError
+from steerlens.measures import whole
 from steerlens.models import HookedModel, provenance
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Add
@@ -84,8 +85,8 @@ def compare_circuits(
     Raises `CircuitError` on a share that is not between 0 and 1, an unknown level, an intervention
     called "unsteered", edges with another operator than `Add` or a condition, prompts that begin
     with different tokens, answers that do not fit, a model whose heads and MLPs do not add up to
-    its stream, when nothing is left of the behaviour to explain, and as `attribute` does; and as
-    `tokenize_pairs`.
+    its stream, when nothing is left of the behaviour to explain, and as `attribute` does;
+    `SweepError` on a negative seed or number of splits; and as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
@@ -104,6 +105,7 @@ def compare_circuits(
     """
     shares, levels = sorted(set(shares)), tuple(dict.fromkeys(levels))
     _check(shares, levels, interventions, floor)
+    n_splits, seed = whole("n_splits", n_splits, 0), whole("seed", seed, 0)
     check_additive(model)
     contrast = make_contrast(model, pairs, answers)
     check_sum(model, contrast)

@@ -10,6 +10,7 @@ from steerlens.circuits.behaviour import row_slices
 from steerlens.circuits.components import Prompts, make_prompts
 from steerlens.data import ContrastivePairs
 from steerlens.errors import CircuitError
+from steerlens.measures import whole
 from steerlens.models import HookedModel, inference
 from steerlens.progress import Progress, silent
 from steerlens.steering import Add, SteeringVector, steps
@@ -29,7 +30,8 @@ def random_intervention(
     Of next-token predictions from the unsteered model, mean over the tokens of the positive
     prompts, to about 2% (1% of the coefficient). To `progress` the search is one step. Raises
     `CircuitError` when the intervention is not an added vector at one hook, its divergence is 0 or
-    not finite, or no coefficient up to 16 times its own reaches it.
+    not finite, or no coefficient up to 16 times its own reaches it; `SweepError` on a negative
+    seed.
 
     Examples:
         >>> from steerlens.circuits import Intervention, random_intervention
@@ -44,7 +46,7 @@ def random_intervention(
     )
     if len(acts) != 1 or not isinstance(acts[0].operator, Add):
         raise CircuitError(f"expected a vector that is added at one hook, got {len(acts)} steps")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(whole("seed", seed, 0))
     row = torch.randn(len(acts[0].direction), generator=generator)
     vector = SteeringVector.from_vectors({acts[0].hook_name: row})
     vector = replace(vector, scale=torch.ones(1))

@@ -11,6 +11,7 @@ from torch import Tensor
 from steerlens.circuits.attribution import Intervention
 from steerlens.circuits.components import Component, Prompts
 from steerlens.directions import Directions
+from steerlens.errors import CircuitError
 from steerlens.hooks import HookFunction, hook_layer, hooked
 from steerlens.models import HookedModel, inference
 from steerlens.processing import check_processing
@@ -48,6 +49,9 @@ def attention_patterns(
 ) -> Patterns:
     """Attention patterns of some heads on one prompt, unsteered and under the intervention.
 
+    Raises `CircuitError` without heads, on one that the model does not have, and when there is no
+    such prompt.
+
     Examples:
         >>> from steerlens.circuits import Component, Intervention
         >>> from steerlens.circuits import attention_patterns, make_prompts
@@ -57,6 +61,13 @@ def attention_patterns(
         >>> patterns.steered.shape  # each row of it sums to 1
         torch.Size([2, 7, 7])
     """
+    n_heads = int(model.cfg.n_heads)
+    bad = [str(head) for head in heads if not 0 <= head.head < n_heads]
+    if bad or not heads:
+        raise CircuitError(
+            f"expected attention heads, 0 to {n_heads - 1} of a layer, got "
+            f"{', '.join(bad) or 'none'}"
+        )
     tokens = _tokens(prompts, prompt)
     hooks = [f"blocks.{head.layer}.attn.hook_pattern" for head in heads]
     unsteered, steered = (
@@ -77,7 +88,8 @@ def token_projections(
 ) -> Projections:
     """One prompt's tokens on each layer's direction, unsteered and under the intervention.
 
-    Raises `ProcessingError` when they were fitted on a model with other weight processing.
+    Raises `ProcessingError` when they were fitted on a model with other weight processing;
+    `CircuitError` when there is no such prompt.
 
     Examples:
         >>> from steerlens.circuits import Intervention, make_prompts, token_projections
@@ -98,6 +110,8 @@ def token_projections(
 
 
 def _tokens(prompts: Prompts, prompt: int) -> Int[Tensor, " token"]:
+    if not -len(prompts) <= prompt < len(prompts):
+        raise CircuitError(f"there is no prompt {prompt}; there are {len(prompts)}, from 0")
     return prompts.tokens[prompt, : int(prompts.last[prompt]) + 1]
 
 

@@ -27,6 +27,7 @@ from steerlens.circuits.patching import patch_components
 from steerlens.circuits.writers import component_fields
 from steerlens.errors import CircuitError
 from steerlens.hooks import hook_layer, hooked, resid_post
+from steerlens.measures import whole
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Coefficient, SteeringVector, steps
@@ -88,7 +89,8 @@ def find_readers(
     Raises `CircuitError` when the vector does not act at one block output before the last, when the
     coefficient is 0, when the heads and MLPs do not add up to the residual stream, where the metric
     is not linear behind the final norm (soft-capped logits), when the answers do not fit the
-    prompts, and on negative counts; `SteeringError` as `steer`.
+    prompts, and on negative counts; `SweepError` on `n_bootstrap` below 2 or a negative seed;
+    `SteeringError` as `steer`.
 
     Examples:
         >>> from steerlens.circuits import contrast_answers, find_readers, make_prompts
@@ -105,6 +107,7 @@ def find_readers(
             "top, n_claimed and n_draws are 0 or more and ig_steps 1 or more, got "
             f"{top}, {n_claimed}, {n_draws} and {ig_steps}"
         )
+    n_bootstrap, seed = whole("n_bootstrap", n_bootstrap, 2), whole("seed", seed, 0)
     check_additive(model)
     answers.check(model, len(prompts))
     hook_name = _steered_hook(model, vector, coefficient)

@@ -24,6 +24,7 @@ from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.errors import CircuitError, DirectionError
 from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, resid_post, resolve_hooks
+from steerlens.measures import whole
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.processing import check_processing
 from steerlens.progress import Progress, part_of, silent
@@ -74,7 +75,8 @@ def find_writers(
     sum of their sizes (blocks that norm or scale what they add; in 16-bit dtypes 4 epsilon), the
     hook is not a block output, or `n_positions` is below 1;
     `DirectionError` when the hook has no direction; `ProcessingError` when it was fitted on a model
-    with other weight processing; and as `tokenize_pairs`.
+    with other weight processing; `SweepError` on `n_bootstrap` below 2 or a negative seed; and as
+    `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import find_writers
@@ -86,6 +88,7 @@ def find_writers(
     """
     if n_positions < 1:
         raise CircuitError(f"n_positions must be at least 1, got {n_positions}")
+    n_bootstrap, seed = whole("n_bootstrap", n_bootstrap, 2), whole("seed", seed, 0)
     check_additive(model)
     name = _block_output(model, layer)
     if name not in directions:
@@ -105,24 +108,24 @@ def find_writers(
         for before, side in ((0, tokenized.positive), (n, tokenized.negative))
     ]
     written = sides[0][0] - sides[1][0]
-    whole = float((sides[0][1] - sides[1][1]).mean())
+    total = float((sides[0][1] - sides[1][1]).mean())
     by_pair = written[:, :, -1]
     mean = by_pair.mean(dim=1)
     scale = float(mean.abs().sum())
     what = f"the projection at {name}"
-    check_complete(float(mean.sum()), whole, scale, what, model.cfg.dtype)
+    check_complete(float(mean.sum()), total, scale, what, model.cfg.dtype)
     attrs = {
         "hook_name": name,
         "position": directions.position,
         "n_pairs": len(pairs),
-        "projection": whole,
-        "residual": abs(float(mean.sum()) - whole) / abs(whole) if whole else float("nan"),
+        "projection": total,
+        "residual": abs(float(mean.sum()) - total) / abs(total) if total else float("nan"),
         "provenance": provenance(model).to_dict(),
         "seed": seed,
         "n_bootstrap": n_bootstrap,
     }
     return Writers(
-        _table(parts, by_pair, whole, attrs, n_bootstrap=n_bootstrap, seed=seed),
+        _table(parts, by_pair, total, attrs, n_bootstrap=n_bootstrap, seed=seed),
         _positions(parts, written[:, :, :-1], offsets, attrs),
     )
 
@@ -148,7 +151,7 @@ def _side(
     n_layers: int,
     progress: Progress,
 ) -> tuple[Float[Tensor, "component pair offset"], Float[Tensor, " pair"]]:
-    """Projected writes at each offset from the end, then at `position`; and the whole there."""
+    """Projected writes at each offset from the end, then at `position`; and the total there."""
     written, wholes = [], []
     progress("prompts", 0, len(prompts))
     for start in range(0, len(prompts), ROWS):
@@ -157,9 +160,9 @@ def _side(
         at = torch.tensor([prompt.index(position) for prompt in some], device=batch.last.device)
         columns = batch.last[:, None] + 1 + torch.tensor([offsets], device=batch.last.device)
         columns = torch.cat([columns, at[:, None]], dim=1)
-        parts, whole = _projected_writes(model, batch, direction, columns, n_layers)
+        parts, total = _projected_writes(model, batch, direction, columns, n_layers)
         written.append(parts)
-        wholes.append(whole[:, -1])
+        wholes.append(total[:, -1])
         progress("prompts", min(start + ROWS, len(prompts)), len(prompts))
     return torch.cat(written, dim=1), torch.cat(wholes)
 
@@ -193,7 +196,7 @@ def _projected_writes(
 def _table(
     parts: Sequence[Component],
     by_pair: Float[Tensor, "component pair"],
-    whole: float,
+    total: float,
     attrs: dict[str, Any],
     *,
     n_bootstrap: int,
@@ -204,7 +207,7 @@ def _table(
         {
             **component_fields(component),
             "contribution": mean,
-            "share": mean / whole if whole else float("nan"),
+            "share": mean / total if total else float("nan"),
             "ci_low": float(low[i]),
             "ci_high": float(high[i]),
         }

@@ -28,7 +28,7 @@ from steerlens.hooks import (
     resolve_hooks,
 )
 from steerlens.loss import MARGIN, WEIGHT
-from steerlens.measures import whole
+from steerlens.measures import finite, whole
 from steerlens.memory import check_memory
 from steerlens.models import HookedModel
 from steerlens.plain import Cost
@@ -180,8 +180,7 @@ def loss_gradients(
     names = hook_names + readouts
     loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook, per_layer=per_layer)
     _check_weight(weight)
-    if not math.isfinite(margin):
-        raise SweepError(f"expected a finite margin, got {margin}")
+    margin = finite("margin", margin)
     n_scores, seed = whole("n_scores", n_scores, 0), whole("seed", seed, 0)
     tokenized = tokenize_pairs(model, pairs)
     _check_position(tokenized, position)
@@ -318,9 +317,10 @@ def _check_position(pairs: TokenizedPairs, position: int) -> None:
 
 def _check_weight(weight: Weight) -> None:
     given: Any = weight
-    is_number = isinstance(given, Real) and 0 <= float(given) < math.inf
+    number: Any = weight
+    is_number = isinstance(given, Real) and 0 <= number <= torch.finfo(torch.float32).max
     if not (isinstance(given, str) and given == "balanced") and not is_number:
-        raise SweepError(f'weight is "balanced" or a number of 0 or more, got {weight!r}')
+        raise SweepError(f'weight is "balanced" or a float32 of 0 or more, got {weight!r:.40}')
 
 
 def _check_finite(gradients: LossGradients) -> None:

@@ -21,7 +21,7 @@ from steerlens.loss import (
     preference_loss,
     promotion_loss,
 )
-from steerlens.measures import whole
+from steerlens.measures import finite, whole
 from steerlens.methods.registry import fit_directions
 from steerlens.methods.steps import Example, Objective, Outputs, make_side, push_example
 from steerlens.models import HookedModel
@@ -106,7 +106,7 @@ def train_directions(
         raise DirectionError(
             f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
         )
-    if not (math.isfinite(step_size) and step_size > 0 and max_epochs > 0 and patience > 0):
+    if not (finite("step_size", step_size) > 0 and max_epochs > 0 and patience > 0):
         raise SweepError("step_size, max_epochs and patience must be above 0")
     differences = collect_differences(
         model,

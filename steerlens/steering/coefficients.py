@@ -93,9 +93,12 @@ def parse_coefficient(coefficient: Coefficient) -> Parsed:
         number = float(found[1]) / (100 if unit == "%" else 1)
         parsed = Parsed(number, {"": "residual", "%": "boundary"}.get(unit, "norm"))
     else:
-        parsed = Parsed(float(coefficient), "residual")
+        try:
+            parsed = Parsed(float(coefficient), "residual")
+        except OverflowError:  # a whole number beyond every float
+            parsed = Parsed(math.inf, "residual")
     if not math.isfinite(parsed.number):
-        raise SteeringError(f"expected a finite coefficient, got {coefficient!r}")
+        raise SteeringError(f"expected a finite coefficient, got {parsed.number}")
     return parsed
 
 

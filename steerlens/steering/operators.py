@@ -1,6 +1,7 @@
 """What a steering vector does to an activation: pure functions of it, a direction and an amount."""
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ class Add:
 
     def check(self, amount: float | int) -> None:
         """Raise `SteeringError` unless `amount` is finite."""
-        _check(math.isfinite(amount), f"expected a finite coefficient, got {amount}")
+        _check(is_finite(amount), f"expected a finite coefficient, got {amount}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Clamp:
     name: ClassVar[str] = "clamp"
 
     def __post_init__(self) -> None:
-        _check(math.isfinite(self.value), f"expected a finite value to clamp to, got {self.value}")
+        _check(is_finite(self.value), f"expected a finite value to clamp to, got {self.value}")
 
     def __call__(
         self, activation: Activation, direction: Float[Tensor, " d_model"], amount: float | int
@@ -159,6 +160,11 @@ def operator_record(operator: Operator) -> dict[str, Any]:
     """The operator as plain values, which `operator_of` takes back as keywords."""
     value = {"value": operator.value} if isinstance(operator, Clamp) else {}
     return {"name": operator.name, **value}
+
+
+def is_finite(value: float | int) -> bool:
+    """Whether a number is one as a float: not NaN, inf, or a whole number beyond every float."""
+    return -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _wide(tensor: Tensor, other: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from steerlens.steering.application import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
 from steerlens.steering.files import decode, encode, number, write_whole
-from steerlens.steering.operators import Add, Operator, operator_of, operator_record
+from steerlens.steering.operators import Add, Operator, is_finite, operator_of, operator_record
 from steerlens.steering.origin import Origin
 
 _CONDITION = "condition."
@@ -299,7 +299,7 @@ class SteeringVector(Mapping[str, Tensor]):
         return self._combined(other, lambda a, b: a - b, "({} - {})")
 
     def __mul__(self, factor: float | int) -> "SteeringVector":
-        if not math.isfinite(factor) or factor == 0:
+        if not is_finite(factor) or factor == 0:
             raise SteeringError(
                 f"a vector is scaled by a finite number that is not 0, not {factor}"
             )
@@ -308,7 +308,7 @@ class SteeringVector(Mapping[str, Tensor]):
         return replace(
             self,
             directions=self.directions * sign,
-            scale=self.scale * abs(factor),
+            scale=self.scale * abs(float(factor)),
             calibration=self.calibration if sign > 0 else self.calibration.flipped(),
         )
 
@@ -335,10 +335,14 @@ class SteeringVector(Mapping[str, Tensor]):
     def interpolate(self, other: "SteeringVector", share: float | int) -> "SteeringVector":
         """`(1 - share) * self + share * other`, on `scale * direction`.
 
-        Raises `SteeringError` when the result is zero, and when a sum would.
+        Raises `SteeringError` on a share that is not finite, when the result is zero, and when a
+        sum would.
         """
+        if not is_finite(share):
+            raise SteeringError(f"a share is a finite number, not {share}")
         how = f"({{}} to {{}} by {share:g})"
-        return self._combined(other, lambda a, b: (1 - share) * a + share * b, how)
+        part = float(share)
+        return self._combined(other, lambda a, b: (1 - part) * a + part * b, how)
 
     def _combined(
         self, other: "SteeringVector", combine: Callable[[Tensor, Tensor], Tensor], how: str
