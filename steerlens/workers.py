@@ -9,7 +9,7 @@ import threading
 import uuid
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import CancelledError, Executor, Future, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,21 +176,23 @@ def gather(
                 futures[crew.executor.submit(run_task, pickle.dumps(task))] = first
         except Exception as error:  # of a pool that is broken or shut
             failed = error
-            _cancel(futures)
-        for future in as_completed(futures):
-            try:
-                answer: Answer = pickle.loads(future.result())
-            except CancelledError:
-                continue
-            except Exception as error:  # of the worker, of the network between, of the scheduler
-                failed = failed or error
-                _cancel(futures)
-                continue
-            for text in answer.warnings:
-                warnings.warn(text, RuntimeWarning, stacklevel=3)
-            for one in answer.finished:
-                cost.blocks += one.blocks
-                yield replace(one, index=futures[future] + one.index)
+            futures = {future: first for future, first in futures.items() if not future.cancel()}
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                try:
+                    answer: Answer = pickle.loads(future.result())
+                except Exception as error:  # of the worker, the network between, the scheduler
+                    failed = failed or error
+                    # Not every executor tells of a task that was dropped, so it is not waited for.
+                    waiting = {other for other in waiting if not other.cancel()}
+                    continue
+                for text in answer.warnings:
+                    warnings.warn(text, RuntimeWarning, stacklevel=3)
+                for one in answer.finished:
+                    cost.blocks += one.blocks
+                    yield replace(one, index=futures[future] + one.index)
     finally:
         _cancel(futures)
     if isinstance(failed, SteerlensError):

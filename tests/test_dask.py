@@ -3,14 +3,30 @@
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
 from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
+from steerlens.errors import WorkerError
 
 COEFFICIENTS = [-3.0, 0.0, 0.5, 4.0]
+
+
+class Deadly(Executor):
+    """Dask's executor, but one task kills its worker, whichever that is."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._n = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self._n += 1
+        if self._n == 2:
+            return self._executor.submit(os._exit, 1)
+        return self._executor.submit(fn, *args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +35,7 @@ def client() -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     options = {
+        "distributed.scheduler.allowed-failures": 1,
         # A slow machine is not a dead one.
         "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": "1",
         "distributed.comm.timeouts.connect": "120s",
@@ -66,3 +83,12 @@ def test_the_same_bytes_also_when_a_worker_is_killed_in_mid_run(
     found = swept(model, pairs, fitted, executor=executor, progress=kill)
     assert found.table.to_csv() == expected
     assert killed
+
+
+def test_a_task_that_kills_every_worker_ends_the_run(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, client: Any
+) -> None:
+    with pytest.raises(WorkerError, match="a worker failed"):
+        swept(model, pairs, fitted, executor=Deadly(client.get_executor()))
+    # The others go on working.
+    swept(model, pairs, fitted, executor=client.get_executor())
