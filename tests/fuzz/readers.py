@@ -7,6 +7,7 @@ where what it read is not what the file says (tests/sound.py), and where an inpu
 """
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -115,6 +116,7 @@ def main() -> None:
     folder = Path(given)
     corpus = folder / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "files", ignore_errors=True)
     kind = kinds(folder / "files")[name]
     (corpus / "good").write_bytes(kind.good)
     path = folder / "files" / kind.name
