@@ -147,6 +147,7 @@ def gather(
     that have not begun are dropped.
     """
     wanted = [i for i, job in enumerate(jobs) if job.hook_name not in known]
+    workload = _on(prepared.workload, torch.device("cpu"))
     tasks = []
     for run in cut([jobs[i] for i in wanted], crew.n_layers):
         first, last = wanted[run[0]], wanted[run[-1]]
@@ -155,7 +156,7 @@ def gather(
             key=key,
             arguments=crew.arguments,
             provenance=crew.provenance,
-            workload=_on(prepared.workload, torch.device("cpu")),
+            workload=workload,
             unsteered=_at(prepared.unsteered, [job.readout for job in jobs[first : last + 1]]),
             batch_size=prepared.batch_size,
             reuse_prefix=reuse_prefix,

@@ -188,8 +188,8 @@ def cell(value: str) -> Callable[[str], str]:
             file_with("layers.csv", lambda t: t.replace(",0,", ",99999999999999999999,", 1)),
             ["row 1, column layer", "a whole number", "'99999999999999999999'"],
         ),
-        (record_with(pages=[["x"]]), ["run.json", "not a whole run record"]),
-        (record_with(pages=[{}]), ["run.json", "not a whole run record"]),
+        (record_with(pages=[["x"]]), ["run.json", "pages and warnings are texts"]),
+        (record_with(pages=[{}]), ["run.json", "pages and warnings are texts"]),
         (record_with(tables={}), ["run.json", "a sweep has the table 'sweep'"]),
     ],
 )

@@ -226,7 +226,7 @@ def _run_to_end(
         "budget": options["budget"],
         "null": options["null"],
         "examples": options["examples"],
-        "examples_at": "the middle one of hook_names: an illustration, chosen by nothing",
+        "examples_at": "the middle one of hook_names, whatever the numbers: an illustration",
         "batch_size": batch_size,
         "seed": seed,
     }
@@ -266,7 +266,6 @@ def _run_to_end(
             )
         for text in parts.warned:
             keep_warning(text)
-        seconds = parts.seconds + time.perf_counter() - started
         tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
         if options["examples"]:
             tables |= example_tables(
@@ -280,13 +279,14 @@ def _run_to_end(
                 quiet=quiet,
             )
         spent = result.table.attrs["forward_equivalents"]
+        seconds = parts.seconds + time.perf_counter() - started
         with _saying_how_to_resume(out):
             write_run(
                 out,
                 tables,
                 directions,
                 request,
-                seconds=parts.seconds + time.perf_counter() - started,
+                seconds=seconds,
                 forward_equivalents=spent,
                 warnings=warned(),
                 options=options,

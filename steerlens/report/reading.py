@@ -183,8 +183,6 @@ def _missing(record: Mapping[str, Any]) -> str:
         size, given = "n_items" if of_items else "n_pairs", request.get(name)
         if isinstance(given, dict) and not {"name", size} <= {*given}:
             return f"name and {size} in its {name!r}"
-    if not all(isinstance(page, str) for page in record["pages"]):
-        return "the names of its pages"
     return ""
 
 

@@ -46,7 +46,6 @@ RUN_FILES = (
     "circuits.csv",
     "edges.csv",
     "faithfulness.csv",
-    "edges.csv",
     "components.html",
     "attention.html",
     "tokens.html",
