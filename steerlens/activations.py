@@ -198,16 +198,28 @@ def reading_hook(
     """
 
     def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
-        if activation.ndim != 3:
-            raise ActivationError(
-                f"hook {hook_name} holds a tensor of shape {tuple(activation.shape)}; expected "
-                "[prompt, token, d_model], so choose a hook on the residual stream or its writers"
-            )
-        row = torch.arange(len(activation), device=activation.device)
-        chosen = activation[row, indices.to(activation.device)]
-        into[hook_name] = chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+        check_residual(activation, hook_name)
+        into[hook_name] = at_position(activation, indices)
 
     return hook_name, read
+
+
+def check_residual(activation: Tensor, hook_name: str) -> None:
+    """Raise `ActivationError` unless the hook's activation is `[prompt, token, d_model]`."""
+    if activation.ndim != 3:
+        raise ActivationError(
+            f"hook {hook_name} holds a tensor of shape {tuple(activation.shape)}; expected "
+            "[prompt, token, d_model], so choose a hook on the residual stream or its writers"
+        )
+
+
+def at_position(
+    values: Float[Tensor, "row token d_model"], indices: Int[Tensor, " row"]
+) -> Float[Tensor, "row d_model"]:
+    """Each row's values at its own token, in float32 at least."""
+    row = torch.arange(len(values), device=values.device)
+    chosen = values[row, indices.to(values.device)]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
 
 
 def run_to_hooks(

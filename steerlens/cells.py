@@ -28,7 +28,7 @@ from steerlens.plain import (
     by_token,
     in_pair_order,
 )
-from steerlens.tokens import Batch, rows_per_pass
+from steerlens.tokens import Batch, before_labels, rows_per_pass
 from steerlens.transfers import Arriving, to_device, to_host
 
 
@@ -158,17 +158,14 @@ def cells_in_turn(
     exact: Collection[str],
     *,
     known: Collection[str] = (),
-    after: Job | None = None,
     cost: Cost,
 ) -> Iterator[Finished]:
     """The cells of every job, one after another: resumed after the `exact` hooks, plain elsewhere.
 
-    Jobs at `known` hooks, and the one that these come `after`, are passed without being counted. On
-    a GPU a job is begun before the one before it is waited for.
+    Jobs at `known` hooks are passed without being counted. On a GPU a job is begun before the one
+    before it is waited for.
     """
     carried = Carried.at_start(prepared)
-    if after is not None:
-        carried = carry_past(model, prepared, after, carried)
     overlaps = torch.device(model.cfg.device or "cpu").type == "cuda"
     begun: Callable[[], Finished] | None = None
     for i, job in enumerate(jobs):
@@ -250,17 +247,14 @@ class _Run:
         The divergences come prompt after prompt.
         """
         batch = part.batch
-        labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()[:, 1:]
-        n_labels = on_cpu.sum(dim=1).tolist()
-        width = batch.tokens.shape[1]
+        labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()
+        n_labels = on_cpu[:, 1:].sum(dim=1).tolist()
 
         def run(some: _Rows) -> tuple[Tensor, ...]:
             final: dict[str, Tensor] = {}
             readout = self._pass(part, start, some, into=final, last_block=self._n_layers - 1)
             residual = final["residual"]
-            row, column = on_cpu[some.on_cpu].nonzero(as_tuple=True)
-            # Places in the rows end to end; a mask would have to be counted on the device first.
-            before = to_device(row * width + column, batch.tokens.device)
+            before = before_labels(on_cpu[some.on_cpu], batch.tokens.device)
             predictions = residual.flatten(0, 1)[before.to(residual.device)]
             wanted = batch.tokens[some.rows].flatten()[before + 1]
             logprob = labels_logprob(self.model, predictions, wanted)

@@ -202,13 +202,12 @@ def _check(
 
 
 def _arithmetic(runner: BareModel, workload: Workload, jobs: Sequence[Job]) -> float:
-    """Floating-point operations of the cells, two a weight and token."""
+    """Floating-point operations of the cells."""
     n_layers = len(runner.blocks)
     n_positive, n_negative = (
         sum(batch.tokens.numel() for batch in side)
         for side in (workload.positive, workload.negative)
     )
-    weights: int = sum(weight.numel() for block in runner.blocks for weight in block.parameters())
     passed = sum(
         len(job.coefficients)
         * (
@@ -217,7 +216,7 @@ def _arithmetic(runner: BareModel, workload: Workload, jobs: Sequence[Job]) -> f
         )
         for job in jobs
     )
-    return 2 * weights / n_layers * passed
+    return runner.block_operations * passed
 
 
 def _check_workload(workload: Workload) -> Workload:

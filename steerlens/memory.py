@@ -139,7 +139,7 @@ def check_memory(
         return
 
     def needed(batch: Batch, rows: int) -> int:
-        labels = int(batch.label_mask().sum())
+        labels = int(batch.labels_on_cpu().sum())
         return pass_bytes(
             model.cfg,
             rows=rows,

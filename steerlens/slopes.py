@@ -4,6 +4,7 @@ One forward pass, and one backward pass for each of the two, for all hooks at on
 """
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.activations import by_halves
-from steerlens.bare import for_hooks
+from steerlens.bare import BareModel, for_hooks
 from steerlens.errors import ActivationError, ModelError, SweepError
 from steerlens.hooks import HookFunction, resid_post
 from steerlens.loss import label_logprob
@@ -22,10 +23,14 @@ from steerlens.models import HookedModel, inference
 from steerlens.passes import advance, labels_gradients, labels_logprob, run_from
 from steerlens.plain import Cost, in_pair_order
 from steerlens.progress import Progress, part_of, silent
-from steerlens.tokens import Batch, SteeredPositions
+from steerlens.tokens import Batch, SteeredPositions, before_labels
+from steerlens.transfers import to_device
 
 BACKWARD_COST = 2
 """Block-evaluations that a backward pass through a block counts for: the usual estimate."""
+
+
+_checked: "weakref.WeakSet[BareModel]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,10 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
 
     Gradients start from the final norm and the unembedding run on those rows alone. Raises
     `ModelError` where that is another function than the model's (a hook there that looks at other
-    positions, for one). `cost` is added to.
+    positions, for one). `cost` is added to. Once a `BareModel`: nobody else can hook that.
     """
+    if model in _checked:
+        return
     one = batch.row(0)
     is_label = one.label_mask()[:, 1:]
     n_layers = int(model.cfg.n_layers)
@@ -109,6 +116,8 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
             f"by {gap:.2g} nats per token, so its gradients cannot be taken here; take off hooks "
             "at ln_final or unembed that look at other positions"
         )
+    if isinstance(model, BareModel):
+        _checked.add(model)
 
 
 def _batch_slopes(
@@ -118,9 +127,10 @@ def _batch_slopes(
     steered_positions: SteeredPositions,
     generator: torch.Generator,
 ) -> tuple[Float[Tensor, "direction prompt"], Float[Tensor, "direction prompt"]]:
-    mask = batch.steered_mask(steered_positions)
-    is_label = batch.label_mask()[:, 1:]
-    n_labels = is_label.sum(dim=1)
+    mask, on_cpu = batch.steered_mask(steered_positions), batch.labels_on_cpu()
+    n_labels = on_cpu[:, 1:].sum(dim=1)
+    before = before_labels(on_cpu, mask.device)
+    shares = to_device((1 / n_labels).repeat_interleave(n_labels)[:, None], mask.device)
     kept: list[Tensor] = []
     with inference(model), frozen_weights(model), torch.enable_grad():
         wide = torch.promote_types(model.cfg.dtype, torch.float32)
@@ -138,20 +148,20 @@ def _batch_slopes(
             fwd_hooks=[*hooks, (last, lambda activation, hook: kept.append(activation))],  # noqa: ARG005
             last_hook=last,
         )
-        predictions = kept[0][:, :-1][is_label.to(kept[0].device)]
+        predictions = kept[0].flatten(0, 1)[before.to(kept[0].device)]
         found = labels_gradients(
             model,
             predictions.detach(),
-            batch.tokens[:, 1:][is_label],
+            batch.tokens.flatten()[before + 1],
             n_samples=1,
             generator=generator,
         )
-        weights = (1 / n_labels).repeat_interleave(n_labels)[:, None].to(predictions)
+        weights = shares.to(predictions)
         (slope,) = torch.autograd.grad(
             predictions, steps, found.of_label * weights, retain_graph=True
         )
         (score,) = torch.autograd.grad(predictions, steps, found.of_samples[0])
-    return slope.cpu(), (score.square() / n_labels).cpu()
+    return slope.cpu(), score.cpu().square() / n_labels
 
 
 def _stepping(

@@ -167,6 +167,15 @@ def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
     return {} if bool(attention_mask.all()) else {"attention_mask": attention_mask.long()}
 
 
+def before_labels(labels: Bool[Tensor, "row token"], device: torch.device) -> Int[Tensor, " label"]:
+    """Places, in the rows end to end, of the tokens before the labels, on `device`.
+
+    `labels` is on the CPU: a mask on a GPU would have to be counted first, and waited for.
+    """
+    row, column = labels[:, 1:].nonzero(as_tuple=True)
+    return to_device(row * labels.shape[1] + column, device)
+
+
 def token_texts(model: HookedModel, ids: Sequence[int]) -> list[str]:
     """Each token decoded on its own; a part of a character comes out as U+FFFD."""
     decode = model.tokenizer.decode
@@ -331,6 +340,12 @@ def make_pair_batches(
         positive, negative = (_batch(model, side, rows) for side in sides)
         batches.append((positive, negative))
     return tuple(batches)
+
+
+def join(model: HookedModel, batches: Sequence[Batch]) -> Batch:
+    """The prompts of all batches, one batch after another, padded to one length."""
+    prompts = [prompt for batch in batches for prompt in batch.prompts]
+    return _batch(model, prompts, tuple(range(len(prompts))))
 
 
 def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[int, ...]) -> Batch:

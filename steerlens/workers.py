@@ -1,4 +1,4 @@
-"""Cells on the workers of an executor: how they are cut into tasks, sent, run and gathered.
+"""Cells on the workers of an executor: a task a hook, sent, run and gathered.
 
 A worker loads the model once and keeps it. What it needs of the unsteered model it computes
 itself, but for the baseline, which comes with the task.
@@ -11,23 +11,18 @@ import warnings
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 
 from steerlens.bare import BareModel, for_hooks
-from steerlens.cells import Finished, Job, cells_in_turn
+from steerlens.cells import Carried, Finished, Job, carry_past, fast_cells, plain_cells
 from steerlens.errors import SteerlensError, WorkerError
 from steerlens.models import HookedModel, load_arguments, load_model, provenance
 from steerlens.parts import Prepared, prepare
 from steerlens.plain import Baseline, CellOutput, Cost, Workload, run_baseline
 from steerlens.tokens import Batch
-
-REPEATED = 0.1
-"""The unsteered blocks that tasks repeat, at most, as a share of the blocks of all cells."""
-
-MIN_TASKS = 4
-"""Tasks are not fewer for that, so that several workers have something to do."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +37,11 @@ class Crew:
 
 @dataclass(frozen=True)
 class Task:
-    """Some jobs in layer order on one workload, for a worker.
+    """The jobs at one hook, on one workload, for a worker.
 
-    `key` names the workload, which a worker prepares once; `exact` are the hooks it may resume
-    after, `known` those whose cells are not run, `after` the job that these come after. `is_bare`
-    and `is_compiled` say what runs (see `bare.for_hooks`).
+    `key` names the workload, which a worker prepares once. With `resumes` they may start after the
+    hook; the unsteered blocks up to that of the job that they come `after` are not counted.
+    `is_bare` and `is_compiled` say what runs (see `bare.for_hooks`).
     """
 
     key: str
@@ -56,8 +51,7 @@ class Task:
     unsteered: Baseline
     batch_size: int | None
     reuse_prefix: bool
-    exact: frozenset[str]
-    known: frozenset[str]
+    resumes: bool
     is_bare: bool
     is_compiled: bool
     after: Job | None
@@ -70,6 +64,14 @@ class Answer:
 
     finished: tuple[Finished, ...]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """A workload as a worker keeps it: prepared, with the residuals where its last job stood."""
+
+    prepared: Prepared
+    carried: Carried
 
 
 def make_crew(executor: object, model: HookedModel) -> Crew:
@@ -99,34 +101,6 @@ def new_key() -> str:
     return uuid.uuid4().hex
 
 
-def cut(jobs: Sequence[Job], n_layers: int) -> list[range]:
-    """Runs of jobs that cost about the same, early layers more than late ones.
-
-    A job costs the blocks from its hook to the end at every coefficient; a task repeats the blocks
-    before its first one. There are as many tasks as keep what is repeated within `REPEATED` of what
-    the cells cost, and at least `MIN_TASKS`, if there are as many jobs.
-    """
-    costs = [max(1, n_layers - job.first_block) * len(job.coefficients) for job in jobs]
-    for n_tasks in range(len(jobs), 0, -1):
-        runs = _even_runs(costs, n_tasks)
-        repeated = sum(jobs[run[0]].first_block for run in runs[1:])
-        if repeated <= REPEATED * sum(costs) or n_tasks <= MIN_TASKS:
-            return runs
-    return []
-
-
-def _even_runs(costs: Sequence[int], n_runs: int) -> list[range]:
-    """At most `n_runs` runs, each ended by the job that fills its share of what is left."""
-    runs: list[range] = []
-    start, spent, left = 0, 0, sum(costs)
-    for i, cost in enumerate(costs):
-        spent += cost
-        if spent * (n_runs - len(runs)) >= left or i == len(costs) - 1:
-            runs.append(range(start, i + 1))
-            start, spent, left = i + 1, 0, left - spent
-    return runs
-
-
 def gather(
     crew: Crew,
     prepared: Prepared,
@@ -141,33 +115,35 @@ def gather(
 ) -> Iterator[Finished]:
     """The cells of every job that is not at a `known` hook, in the order that workers finish them.
 
-    `cost` grows by what one process would have spent: not by the unsteered blocks that tasks
-    repeat. When a task fails those that have begun are waited for, and given too, before its error
-    is raised: a `SteerlensError` as it was, another as `WorkerError`. When the caller stops, tasks
-    that have not begun are dropped.
+    The jobs at a hook are a task, and early layers, which cost most, should come first: so that
+    workers end together. `cost` grows by what one process would have spent: not by the unsteered
+    blocks that every worker runs for itself. When a task fails those that have begun are waited
+    for, and given too, before its error is raised: a `SteerlensError` as it was, another as
+    `WorkerError`. When the caller stops, tasks that have not begun are dropped.
     """
-    wanted = [i for i, job in enumerate(jobs) if job.hook_name not in known]
     workload = _on(prepared.workload, torch.device("cpu"))
-    tasks = []
-    for run in cut([jobs[i] for i in wanted], crew.n_layers):
-        first, last = wanted[run[0]], wanted[run[-1]]
-        before = [job for job in jobs[:first] if job.hook_name in exact]
-        task = Task(
-            key=key,
-            arguments=crew.arguments,
-            provenance=crew.provenance,
-            workload=workload,
-            unsteered=_at(prepared.unsteered, [job.readout for job in jobs[first : last + 1]]),
-            batch_size=prepared.batch_size,
-            reuse_prefix=reuse_prefix,
-            exact=exact,
-            known=frozenset(known),
-            is_bare=isinstance(runner, BareModel),
-            is_compiled=isinstance(runner, BareModel) and runner.compiled is not None,
-            after=_to_cpu(before[-1]) if before else None,
-            jobs=tuple(map(_to_cpu, jobs[first : last + 1])),
-        )
-        tasks.append((first, task))
+    tasks: list[tuple[int, Task]] = []
+    after: Job | None = None
+    for hook_name, some in groupby(enumerate(jobs), key=lambda item: item[1].hook_name):
+        indices, at_hook = zip(*some, strict=True)
+        if hook_name not in known:
+            task = Task(
+                key=key,
+                arguments=crew.arguments,
+                provenance=crew.provenance,
+                workload=workload,
+                unsteered=_at(prepared.unsteered, [job.readout for job in at_hook]),
+                batch_size=prepared.batch_size,
+                reuse_prefix=reuse_prefix,
+                resumes=hook_name in exact,
+                is_bare=isinstance(runner, BareModel),
+                is_compiled=isinstance(runner, BareModel) and runner.compiled is not None,
+                after=after,
+                jobs=tuple(map(_to_cpu, at_hook)),
+            )
+            tasks.append((indices[0], task))
+        if hook_name in exact:
+            after = _to_cpu(at_hook[-1])
     futures: dict[Future[bytes], int] = {}
     failed: Exception | None = None
     try:
@@ -207,7 +183,7 @@ def gather(
 
 _turn = threading.Lock()
 _models: dict[str, Any] = {}
-_prepared: dict[str, Prepared] = {}
+_standing: dict[str, _Standing] = {}
 
 
 def run_task(pickled: bytes) -> bytes:
@@ -220,29 +196,35 @@ def run_task(pickled: bytes) -> bytes:
     with _turn, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         model = _runner_of(task, _model_of(task))
-        prepared = replace(_prepared_of(task, model), unsteered=task.unsteered)
-        device = model.cfg.device
-        finished = [
-            replace(one, cells=[_alone(cell) for cell in one.cells])
-            for one in cells_in_turn(
-                model,
-                prepared,
-                [_to(job, device) for job in task.jobs],
-                task.exact,
-                known=task.known,
-                after=None if task.after is None else _to(task.after, device),
-                cost=Cost(),
-            )
-        ]
+        finished = _finished(task, model, _standing_of(task, model))
     told = [str(one.message) for one in caught if one.category is RuntimeWarning]
     return pickle.dumps(Answer(tuple(finished), tuple(dict.fromkeys(told))))
+
+
+def _finished(task: Task, model: Any, standing: _Standing) -> list[Finished]:
+    """The task's jobs one after another; the worker then stands where the last one did."""
+    prepared = replace(standing.prepared, unsteered=task.unsteered)
+    carried = Carried.at_start(prepared)
+    if task.resumes and task.after is not None:
+        after = _to(task.after, model.cfg.device)
+        carried = carry_past(model, prepared, after, standing.carried)
+    finished = []
+    for i, job in enumerate(_to(job, model.cfg.device) for job in task.jobs):
+        cost = Cost()
+        if task.resumes:
+            cells, carried = fast_cells(model, prepared, job, carried, cost)
+        else:
+            cells = plain_cells(model, prepared.workload, job, cost)
+        finished.append(Finished(i, [_alone(cell) for cell in cells], cost.blocks))
+    _standing[task.key] = replace(standing, carried=carried)
+    return finished
 
 
 def _model_of(task: Task) -> Any:
     key = repr(sorted(task.arguments.items(), key=str))
     if key not in _models:
         _models.clear()  # before the next one is loaded: there may be no room for two
-        _prepared.clear()
+        _standing.clear()
         model = load_model(**task.arguments, progress=False)
         here = provenance(model).to_dict()
         other = [
@@ -269,13 +251,13 @@ def _runner_of(task: Task, model: Any) -> Any:
     return runner
 
 
-def _prepared_of(task: Task, model: Any) -> Prepared:
-    if task.key not in _prepared:
-        while len(_prepared) > 1:  # a search goes to and fro between two
-            del _prepared[next(iter(_prepared))]
+def _standing_of(task: Task, model: Any) -> _Standing:
+    if task.key not in _standing:
+        while len(_standing) > 1:  # a search goes to and fro between two
+            del _standing[next(iter(_standing))]
         workload = _on(task.workload, torch.device(model.cfg.device))
         _check_same_model(model, workload, task.unsteered)
-        _prepared[task.key] = prepare(
+        prepared = prepare(
             model,
             workload,
             task.unsteered,
@@ -283,7 +265,8 @@ def _prepared_of(task: Task, model: Any) -> Prepared:
             reuse_prefix=task.reuse_prefix,
             cost=Cost(),
         )
-    return _prepared[task.key]
+        _standing[task.key] = _Standing(prepared, Carried.at_start(prepared))
+    return _standing[task.key]
 
 
 def _check_same_model(model: Any, workload: Workload, unsteered: Baseline) -> None:

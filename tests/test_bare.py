@@ -1,5 +1,6 @@
 """Hugging Face's own blocks in place of the Bridge's: the same numbers, and found out where not."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,9 @@ from zoo import bridged
 import steerlens as sl
 from steerlens import bare, compiled, engine
 from steerlens.bare import BareModel, for_hooks
+from steerlens.gradients import rows
 from steerlens.hooks import resid_post
+from steerlens.tokens import join
 
 pytestmark = needs_bridge
 
@@ -77,6 +80,30 @@ def test_numbers_are_those_of_the_bridge(
     assert isinstance(for_hooks(model, HOOKS), BareModel)
     for name, values in expected.items():
         torch.testing.assert_close(found[name], values, rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"layers": [0, 2], "loss_hook": "blocks.3.hook_resid_post"}, {"per_layer": True}],
+)
+@pytest.mark.usefixtures("on_cpu")
+def test_both_sides_in_one_pass_have_the_gradients_of_two(
+    texts: sl.ContrastivePairs, side: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bridge(build_llama())
+    model.tokenizer.padding_side = side
+    found = {}
+    for bound in (0, math.inf):
+        monkeypatch.setattr(rows, "LAUNCH_BOUND", bound)
+        joined: list[Any] = []
+        monkeypatch.setattr(rows, "join", lambda *args, j=joined: j.append(args) or join(*args))
+        found[bound] = sl.loss_gradients(model, texts, position=-1, **options)
+        assert bool(joined) == (bound > 0)
+    for name in ("separation_positive", "separation_negative", "coherence", "logprob"):
+        values = getattr(found[0], name)
+        assert bool((values != 0).any())
+        torch.testing.assert_close(getattr(found[math.inf], name), values, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("on_cpu")

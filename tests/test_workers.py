@@ -13,15 +13,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import build_llama, build_tokenizer
-from hypothesis import given
-from hypothesis import strategies as st
 
 import steerlens as sl
 from steerlens import cells, workers
-from steerlens.cells import Job
 from steerlens.errors import ModelError, WorkerError
-from steerlens.hooks import resid_post
-from steerlens.workers import MIN_TASKS, REPEATED, cut
 
 COEFFICIENTS = [-3.0, 0.0, 0.5, 4.0]
 
@@ -41,6 +36,22 @@ class Inline(Executor):
             future.set_result(fn(*args, **kwargs))
         except Exception as error:
             future.set_exception(error)
+        return future
+
+
+class LastFirst(Executor):
+    """Keeps the first `n` tasks, and then runs them in reverse order."""
+
+    def __init__(self, n: int) -> None:
+        self.kept: list[Callable[[], None]] = []
+        self._n = n
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.kept.append(lambda: future.set_result(fn(*args, **kwargs)))
+        if len(self.kept) == self._n:
+            for run in reversed(self.kept):
+                run()
         return future
 
 
@@ -76,7 +87,7 @@ def _forget() -> Iterator[None]:
     """What tasks that ran in this process keep."""
     yield
     workers._models.clear()
-    workers._prepared.clear()
+    workers._standing.clear()
 
 
 def swept(model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, **options: Any) -> Any:
@@ -87,43 +98,6 @@ def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     """To the bit, and the same attrs."""
     assert found.to_csv() == expected.to_csv()
     assert found.attrs == expected.attrs
-
-
-# Cutting
-
-
-def jobs_at(*layers: int, n_coefficients: int = 4) -> list[Job]:
-    coefficients = tuple(map(float, range(1, n_coefficients + 1)))
-    return [Job(resid_post(i), torch.ones(2), coefficients, resid_post(i)) for i in layers]
-
-
-def test_cut_by_hand() -> None:
-    """Five blocks: after block i, 4 - i are left (1 at the last, where only labels are read)."""
-    # 16 + 12 + 8 + 4 + 4 = 44: a quarter each, of what is left.
-    assert cut(jobs_at(0, 1, 2, 3, 4), 5) == [
-        range(0, 1),
-        range(1, 2),
-        range(2, 3),
-        range(3, 5),
-    ]
-    # With 40 coefficients what is repeated (2 + 3 + 4 + 5 of 440) is below a tenth: one job a task.
-    assert len(cut(jobs_at(0, 1, 2, 3, 4, n_coefficients=40), 5)) == 5
-    assert cut([], 5) == []
-    assert cut(jobs_at(2), 5) == [range(0, 1)]
-
-
-@given(
-    layers=st.lists(st.integers(0, 29), min_size=1, max_size=60).map(sorted),
-    n_coefficients=st.integers(1, 50),
-)
-def test_every_job_is_in_one_task(layers: list[int], n_coefficients: int) -> None:
-    jobs = jobs_at(*layers, n_coefficients=n_coefficients)
-    runs = cut(jobs, 30)
-    assert [i for run in runs for i in run] == list(range(len(jobs)))
-    assert all(runs)
-    repeated = sum(jobs[run[0]].first_block for run in runs[1:])
-    cells = sum(max(1, 30 - job.first_block) * n_coefficients for job in jobs)
-    assert repeated <= REPEATED * cells or len(runs) <= MIN_TASKS
 
 
 # The serial run's numbers
@@ -198,6 +172,43 @@ def test_threads_take_turns_and_give_the_same_bytes(
     with ThreadPoolExecutor(3) as executor:
         found = swept(model, pairs, fitted, executor=executor)
     assert_same(found.table, swept(model, pairs, fitted).table)
+
+
+def test_a_task_is_a_hook_and_their_order_changes_nothing(
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    """Also where nulls make it several jobs a hook, and a worker goes back to an earlier layer."""
+    nulls = sl.null_directions(sl.collect_differences(model, pairs), n=2, seed=1)
+    expected = swept(model, pairs, fitted, nulls=nulls)
+    executor = LastFirst(expected.table.hook_name.nunique())
+    found = swept(model, pairs, fitted, nulls=nulls, executor=executor)
+    assert len(executor.kept) == expected.table.hook_name.nunique() > 2
+    assert_same(found.table, expected.table)
+
+
+def test_a_worker_runs_the_unsteered_blocks_once(
+    model: Any,
+    pairs: sl.ContrastivePairs,
+    fitted: sl.Directions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It goes on from where its last task stood; one that goes backwards cannot."""
+    real, starts = cells.advance_part, []
+
+    def counting(model: Any, part: Any, start: Any, block: int) -> Any:
+        starts.append(start is None)
+        return real(model, part, start, block)
+
+    monkeypatch.setattr(cells, "advance_part", counting)
+    swept(model, pairs, fitted, executor=Inline())
+    forward = sum(starts)
+    starts.clear()
+    n_hooks = int(model.cfg.n_layers)
+    swept(model, pairs, fitted, executor=LastFirst(n_hooks))
+    assert forward < sum(starts)
+    starts.clear()
+    swept(model, pairs, fitted)
+    assert forward == sum(starts)
 
 
 def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(

@@ -185,14 +185,15 @@ def loss_gradients(
     tokenized = tokenize_pairs(model, pairs)
     _check_position(tokenized, position)
     batches = make_pair_batches(model, tokenized, batch_size)
-    check_memory(model, [positive for positive, _ in batches], with_gradients=True)
+    runner = for_hooks(model, (*names, *loss_hooks))
+    check_memory(runner, [positive for positive, _ in batches], with_gradients=True)
     cost = Cost()
-    check_label_rows(for_hooks(model, (*names, *loss_hooks)), batches[0][0], cost=cost)
+    check_label_rows(runner, batches[0][0], cost=cost)
     generator = torch.Generator().manual_seed(seed)
     targets = dict(zip(names, loss_hooks, strict=True))
     found = by_halves(
         batches,
-        lambda *both: batch_rows(model, both, targets, position, n_scores, generator),
+        lambda *both: batch_rows(runner, both, targets, position, n_scores, generator),
         progress=part_of(progress or silent, "gradients: pairs"),
     )
     order = pair_order([positive for (positive, _), _ in found])

@@ -1,6 +1,6 @@
 """One batch of pairs, forward and backward: the rows of both terms at every hook."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.activations import reading_hook
-from steerlens.bare import for_hooks
+from steerlens.activations import at_position, check_residual, reading_hook
+from steerlens.bare import BareModel
 from steerlens.errors import ActivationError
 from steerlens.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models import HookedModel, inference
-from steerlens.passes import labels_gradients, run_from
+from steerlens.passes import Residual, advance, labels_gradients, run_from
 from steerlens.slopes import frozen_weights
-from steerlens.tokens import Batch
+from steerlens.tokens import Batch, before_labels, join
+from steerlens.transfers import to_device, to_host
+
+LAUNCH_BOUND = 4e11
+"""Floating-point operations of a block below which a GPU waits for its next one: about a
+millisecond's. Both sides of the pairs then run in one pass, which takes more arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -38,108 +43,152 @@ def batch_rows(
     generator: torch.Generator,
 ) -> Rows:
     """Run a batch of pairs forward and backward; `targets` maps each hook to its loss hook."""
-    model = for_hooks(model, [*targets, *targets.values()])
-    batch = both[0]
-    is_label = batch.label_mask()[:, 1:]
-    n_labels = is_label.sum(dim=1)
-    last = resid_post(int(model.cfg.n_layers) - 1)
-    deepest = resid_post(max(hook_layer(name) for name in targets.values()))
+    is_joined = _is_launch_bound(model, both)
+    batches = (join(model, both),) if is_joined else both
+    batch = batches[0].halves()[0] if is_joined else both[0]
+    device, on_cpu = batch.tokens.device, batch.labels_on_cpu()
+    before = before_labels(on_cpu, device)
+    n_labels = on_cpu[:, 1:].sum(dim=1)
+    shares = to_device((1 / n_labels).repeat_interleave(n_labels)[:, None], device)
     with inference(model), frozen_weights(model), torch.enable_grad():
-        positive = _run(model, batch, targets, position, last_hook=last)
-        negative = _run(model, both[1], targets, position, last_hook=deepest)
-        separation_positive, separation_negative = _separation_rows(positive, negative, targets)
-        predictions = positive.final[:, :-1][is_label.to(positive.final.device)]
-        labels = batch.tokens[:, 1:][is_label]
+        graphs, final = _forward(model, batches, batch, targets, position)
+        separation = to_host(_separation_rows(graphs, targets))
+        predictions = final.flatten(0, 1)[before.to(final.device)]
+        labels = batch.tokens.flatten()[before + 1]
         found = labels_gradients(
             model, predictions.detach(), labels, n_samples=n_scores, generator=generator
         )
-        steps = [positive.steps[name] for name in targets]
-        shares = (1 / n_labels).repeat_interleave(n_labels)[:, None].to(predictions)
+        scale = shares.to(predictions)
+        cotangents = [found.of_label * scale, *(of * scale.sqrt() for of in found.of_samples)]
         slopes = [
-            _on_cpu(
-                torch.autograd.grad(
-                    predictions, steps, of * scale, retain_graph=True, materialize_grads=True
-                )
-            )
-            for of, scale in [
-                (found.of_label, shares),
-                *((sample, shares.sqrt()) for sample in found.of_samples),
-            ]
+            to_host(graphs[0].rows_of(targets, predictions, cotangent)[:, : len(batch.prompts)])
+            for cotangent in cotangents
         ]
-    per_label = torch.split(found.logprob, n_labels.tolist())
-    logprob = torch.stack([values.mean() for values in per_label])[:, None]
-    scores = torch.stack(slopes[1:], dim=1) if n_scores else slopes[0][:, None][:, :0]
+    per_label = torch.split(found.logprob.cpu(), n_labels.tolist())
+    positive, negative = separation.arrived().chunk(2, dim=1)
+    slope, *scores = [of.arrived() for of in slopes]
     return Rows(
-        separation_positive,
-        separation_negative,
-        slopes[0],
-        scores,
-        logprob.cpu(),
+        positive,
+        negative,
+        slope,
+        torch.stack(scores, dim=1) if scores else slope[:, None][:, :0],
+        torch.stack([values.mean() for values in per_label])[:, None],
     )
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One side's pass, with its graph: a zero step at every hook, the states, and the output."""
+class _Graph:
+    """A pass with its graph: the activations at the hooks, the states there, and the output."""
 
-    steps: dict[str, Float[Tensor, "prompt d_model"]]
-    states: dict[str, Float[Tensor, "prompt d_model"]]
-    final: Float[Tensor, "prompt token d_model"]
+    held: dict[str, Float[Tensor, "row token d_model"]]
+    states: dict[str, Float[Tensor, "row d_model"]]
+    indices: Int[Tensor, " row"]
+    output: Float[Tensor, "row token d_model"]
+
+    def rows_of(
+        self,
+        names: Iterable[str],
+        of: Float[Tensor, "any d_model"],
+        by: Float[Tensor, "any d_model"],
+    ) -> Float[Tensor, "hook row d_model"]:
+        """The gradient of `(of * by).sum()` at the hooks, at the position."""
+        held = [self.held[name] for name in names]
+        grads = torch.autograd.grad(of, held, by, retain_graph=True, materialize_grads=True)
+        return _stacked([at_position(grad, self.indices) for grad in grads])
+
+
+def _is_launch_bound(model: HookedModel, both: tuple[Batch, Batch]) -> bool:
+    """Whether a GPU would be done with a block before it is given the next one."""
+    tokens = sum(batch.tokens.numel() for batch in both)
+    return isinstance(model, BareModel) and model.block_operations * tokens < LAUNCH_BOUND
+
+
+def _forward(
+    model: HookedModel,
+    batches: tuple[Batch, ...],
+    positive: Batch,
+    targets: dict[str, str],
+    position: int,
+) -> tuple[list[_Graph], Float[Tensor, "row token d_model"]]:
+    """The graph of every batch, and the last block's output for `positive`.
+
+    That is the first batch, or its first half where there is but one.
+    """
+    last_block = int(model.cfg.n_layers) - 1
+    deepest = max(hook_layer(name) for name in targets.values())
+    # Where a position is, and what is padded, is looked up before the device is kept busy.
+    places = [(batch.indices(position), not bool(batch.is_whole.all())) for batch in batches]
+    ends = (last_block, deepest) if len(batches) == 2 else (deepest,)
+    graphs = [
+        _run(model, batch, targets, *place, last_block=end)
+        for batch, place, end in zip(batches, places, ends, strict=True)
+    ]
+    final = graphs[0].output
+    if len(batches) == 1:
+        final = advance(
+            model,
+            positive.tokens,
+            positive.attention_mask,
+            start=Residual(deepest + 1, final[: len(positive.prompts)]),
+            block=last_block + 1,
+            is_padded=not bool(positive.is_whole.all()),
+        ).values
+    return graphs, final
 
 
 def _run(
-    model: HookedModel, batch: Batch, targets: dict[str, str], position: int, *, last_hook: str
-) -> _Run:
-    """Run a batch with a differentiable step of 0 at `position` of every hook.
-
-    The derivative with respect to the step is that with respect to the activation.
-    """
-    indices = batch.indices(position).to(batch.tokens.device)
-    steps: dict[str, Tensor] = {}
+    model: HookedModel,
+    batch: Batch,
+    targets: dict[str, str],
+    indices: Int[Tensor, " row"],
+    is_padded: bool,
+    *,
+    last_block: int,
+) -> _Graph:
+    """Run a batch up to the end of `last_block`, with a graph from the first hook on."""
+    indices = to_device(indices, batch.tokens.device)
+    held: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
     kept: list[Tensor] = []
-    stepped = [(name, _stepping(steps, name, indices)) for name in targets]
     wanted = dict.fromkeys([*targets, *targets.values()])
-    read = [reading_hook(states, name, indices) for name in wanted]
-    keep = (last_hook, lambda activation, hook: kept.append(activation))  # noqa: ARG005
+    last_hook = resid_post(last_block)
     run_from(
         model,
         batch.tokens,
         batch.attention_mask,
-        fwd_hooks=[*_reached(stepped, last_hook), *_reached(read, last_hook), keep],
+        fwd_hooks=[
+            *((name, _holding(held, name)) for name in targets),
+            *(reading_hook(states, name, indices) for name in wanted),
+            (last_hook, lambda activation, hook: kept.append(activation)),  # noqa: ARG005
+        ],
         last_hook=last_hook,
+        is_padded=is_padded,
     )
-    widths = {name: step.shape[-1] for name, step in steps.items()}
+    widths = {name: activation.shape[-1] for name, activation in held.items()}
     if set(widths.values()) != {kept[0].shape[-1]}:
         raise ActivationError(
             f"the hooks' activations have the widths {widths}; gradients are taken where it is "
             "that of the residual stream"
         )
-    return _Run(steps, states, kept[0])
+    return _Graph(held, states, indices, kept[0])
 
 
-def _reached(
-    hooks: Sequence[tuple[str, HookFunction]], last_hook: str
-) -> list[tuple[str, HookFunction]]:
-    return [(name, hook) for name, hook in hooks if hook_layer(name) <= hook_layer(last_hook)]
+def _holding(held: dict[str, Tensor], name: str) -> HookFunction:
+    """A hook after which the pass goes on from `held[name]` alone, and from a copy of it.
 
+    So nothing that the model does to the copy in place, or with the activation elsewhere, is in
+    the gradient.
+    """
 
-def _stepping(steps: dict[str, Tensor], name: str, indices: Int[Tensor, " prompt"]) -> HookFunction:
-    def add(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        if activation.ndim != 3:
-            raise ActivationError(
-                f"hook {name} holds a tensor of shape {tuple(activation.shape)}; expected "
-                "[prompt, token, d_model], so choose a hook on the residual stream or its writers"
-            )
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        step = activation.new_zeros((len(activation), activation.shape[-1]), dtype=wide)
-        steps[name] = step.requires_grad_()
-        rows = torch.arange(len(activation), device=activation.device)
-        return activation.index_put(
-            (rows, indices.to(rows.device)), steps[name].to(activation.dtype), accumulate=True
-        )
+    def hold(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        check_residual(activation, name)
+        if activation.requires_grad:
+            held[name] = activation.view_as(activation)
+        else:
+            held[name] = activation.detach().requires_grad_()
+        return held[name].clone()
 
-    return add
+    return hold
 
 
 def _unit(
@@ -155,31 +204,33 @@ def _unit(
 
 
 def _separation_rows(
-    positive: _Run, negative: _Run, targets: dict[str, str]
-) -> tuple[Float[Tensor, "all_hook pair d_model"], Float[Tensor, "all_hook pair d_model"]]:
-    """The gradient of `-||hs_pos - hs_neg||` at each hook's loss hook, of either side's step."""
-    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    graphs: Sequence[_Graph], targets: dict[str, str]
+) -> Float[Tensor, "all_hook row d_model"]:
+    """The gradient of `-||hs_pos - hs_neg||` at each hook's loss hook, of both sides' activations.
+
+    The positive rows come first.
+    """
+    rows: dict[str, Tensor] = {}
     for loss_hook in dict.fromkeys(targets.values()):
-        hs_pos, hs_neg = positive.states[loss_hook], negative.states[loss_hook]
-        outward = _unit((hs_pos - hs_neg).detach(), like=hs_pos.detach())
-        names = [name for name, target in targets.items() if target == loss_hook]
-        before = [name for name in names if name != loss_hook]
-        sides = []
-        for side, state, sign in ((positive, hs_pos, -1), (negative, hs_neg, 1)):
-            steps = [side.steps[name] for name in before]
-            grads = (
-                torch.autograd.grad(state, steps, sign * outward, retain_graph=True)
-                if steps
-                else ()
+        states = torch.cat([graph.states[loss_hook] for graph in graphs]).detach()
+        hs_pos, hs_neg = states.chunk(2)
+        outward = _unit(hs_pos - hs_neg, like=hs_pos)
+        slope = torch.cat([-outward, outward])
+        rows[loss_hook] = slope
+        names = [n for n, target in targets.items() if target == loss_hook and n != loss_hook]
+        if names:
+            sizes = [len(graph.indices) for graph in graphs]
+            found = torch.cat(
+                [
+                    graph.rows_of(names, graph.states[loss_hook], part)
+                    for graph, part in zip(graphs, torch.split(slope, sizes), strict=True)
+                ],
+                dim=1,
             )
-            sides.append(dict(zip(before, grads, strict=True)) | {loss_hook: sign * outward})
-        rows |= {name: (sides[0][name], sides[1][name]) for name in names}
-    return (
-        _on_cpu([rows[name][0] for name in targets]),
-        _on_cpu([rows[name][1] for name in targets]),
-    )
+            rows |= dict(zip(names, found, strict=True))
+    return _stacked([rows[name] for name in targets])
 
 
-def _on_cpu(rows: Sequence[Float[Tensor, "pair d_model"]]) -> Float[Tensor, "hook pair d_model"]:
-    """Rows of hooks whose blocks may lie on different devices, stacked."""
-    return torch.stack([row.cpu() for row in rows])
+def _stacked(rows: Sequence[Float[Tensor, "row d_model"]]) -> Float[Tensor, "hook row d_model"]:
+    """Rows of hooks whose blocks may lie on different devices."""
+    return torch.stack([row.to(rows[0].device) for row in rows])

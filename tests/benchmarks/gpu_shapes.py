@@ -4,6 +4,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -70,6 +71,20 @@ def build(name: str, *, device: str, dtype: torch.dtype, tiny: bool = False, see
     """A `TransformerBridge` of that shape, its weights made on the device; `tiny` for a trial."""
     from transformer_lens.model_bridge import TransformerBridge
 
+    model = _made(name, device=device, dtype=dtype, tiny=tiny, seed=seed)
+    return TransformerBridge.boot_transformers(
+        name, hf_model=model, tokenizer=_tokenizer(), device=device, dtype=dtype
+    )
+
+
+def save(name: str, folder: Path, *, device: str, tiny: bool = False, seed: int = 0) -> None:
+    """Write a model of that shape in bfloat16, as a checkpoint of Hugging Face's, to a folder."""
+    model = _made(name, device=device, dtype=torch.bfloat16, tiny=tiny, seed=seed)
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+
+
+def _made(name: str, *, device: str, dtype: torch.dtype, tiny: bool, seed: int) -> Any:
     kind, settings = SHAPES[name]
     sizes = {**settings, **TINY} if tiny else settings
     if tiny and "num_key_value_heads" in settings:
@@ -82,9 +97,7 @@ def build(name: str, *, device: str, dtype: torch.dtype, tiny: bool = False, see
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.config.architectures = [type(model).__name__]
     model.requires_grad_(False)
-    return TransformerBridge.boot_transformers(
-        name, hf_model=model, tokenizer=_tokenizer(), device=device, dtype=dtype
-    )
+    return model
 
 
 def _tokenizer() -> Any:
