@@ -51,7 +51,7 @@ BUDGETS = {
     "correct": 75,
     "sweep": 180,
     "boundary": 60,
-    "gradients": 50,
+    "gradients": 75,
     "profile": 30,
     "peers": 40,
     "qwen": 75,

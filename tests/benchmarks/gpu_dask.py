@@ -31,8 +31,8 @@ COEFFICIENTS = [-8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0]
 
 
 @contextmanager
-def cluster(folder: Path, gpus: list[str]) -> Iterator[Client]:
-    """A scheduler and a worker of one thread for every GPU, named "0", "1" and so on."""
+def cluster(folder: Path, gpus: list[str]) -> Iterator[tuple[Client, list[str]]]:
+    """A scheduler and a worker of one thread for every GPU: a client, the workers' addresses."""
     address = folder / "scheduler.json"
     options = ["--scheduler-file", str(address), "--no-dashboard"]
     command = [sys.executable, "-m"]
@@ -40,18 +40,18 @@ def cluster(folder: Path, gpus: list[str]) -> Iterator[Client]:
         subprocess.Popen([*command, "distributed.cli.dask_scheduler", "--port", "0", *options])
     ]
     try:
-        for i, gpu in enumerate(gpus):
+        for gpu in gpus:
             seen = {} if gpu == "cpu" else {"CUDA_VISIBLE_DEVICES": gpu}
-            worker = ["distributed.cli.dask_worker", "--nthreads", "1", "--name", str(i)]
+            worker = ["distributed.cli.dask_worker", "--nthreads", "1", "--memory-limit", "0"]
             started.append(
                 subprocess.Popen(
-                    [*command, *worker, "--memory-limit", "0", *options],
+                    [*command, *worker, *options],
                     env=dict(os.environ) | seen,
                 )
             )
         with Client(scheduler_file=str(address), timeout=60) as client:
             client.wait_for_workers(len(gpus), timeout=120)
-            yield client
+            yield client, list(client.scheduler_info()["workers"])
     finally:
         for process in reversed(started):
             process.terminate()
@@ -70,7 +70,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     gpus = args.gpus.split(",")
     device = "cpu" if gpus[0] == "cpu" else "cuda"
-    with tempfile.TemporaryDirectory() as name, cluster(Path(name), gpus) as client:
+    with tempfile.TemporaryDirectory() as name, cluster(Path(name), gpus) as (client, workers):
         save("Llama 7B", Path(name) / "model", device=device, tiny=args.quick)
         model = sl.load_model(f"{name}/model", device=device, dtype=torch.bfloat16, progress=False)
         pairs = make_pairs(4, 12) if args.quick else make_pairs(args.pairs, 48)
@@ -87,12 +87,12 @@ def main() -> None:
             )
 
         ways = {
-            "one": client.get_executor(workers=["0"]),
+            "one": client.get_executor(workers=workers[:1]),
             "all": client.get_executor(),
             "no executor": None,
         }
-        for i in range(len(gpus)):  # every worker loads the model
-            swept(client.get_executor(workers=[str(i)]), [-1])
+        for worker in workers:  # each loads the model
+            swept(client.get_executor(workers=[worker]), [-1])
         print("ready", flush=True)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         tables: dict[str, str] = {}

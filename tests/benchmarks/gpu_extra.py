@@ -1,6 +1,7 @@
 """Parts of `gpu.py` beside the sweep: correctness, boundary, gradients, peers, profile, SmolLM2."""
 
 import os
+import statistics
 import traceback
 import warnings
 from collections.abc import Callable
@@ -115,34 +116,9 @@ def boundary(session: Any) -> None:
 def gradients(session: Any) -> None:
     """Gradients at all hooks against forward plus backward, extraction against forward passes."""
     model = session.model("Llama 7B")
+    for n_pairs, n_tokens in ((4, 12),) if session.quick else ((8, 48), (32, 128)):
+        _gradients(session, model, n_pairs, n_tokens)
     plain, _ = own(model)
-    pairs = make_pairs(4, 12) if session.quick else make_pairs(8, 48)
-    tokenized = tokenize_pairs(model, pairs)
-    batches = [b for both in make_pair_batches(model, tokenized, None) for b in both]
-
-    def forward_backward(*, weights: bool) -> None:
-        with torch.enable_grad():
-            for batch in batches:
-                hidden = plain.get_input_embeddings()(batch.tokens)
-                hidden = hidden if weights else hidden.detach().requires_grad_()
-                logits = plain(inputs_embeds=hidden, use_cache=False).logits
-                (-label_logprob(logits, batch.tokens, batch.label_mask()).mean()).backward()
-        plain.zero_grad(set_to_none=True)
-
-    times: dict[str, float] = {}
-    for weights in (False, True):
-        plain.requires_grad_(weights)
-        name = "forward and backward" + (", weights too" if weights else "")
-        times[name] = fastest(
-            session, name, lambda weights=weights: forward_backward(weights=weights)
-        )
-    plain.requires_grad_(False)
-    ours = fastest(
-        session,
-        "gradients of both terms, all hooks",
-        lambda: sl.loss_gradients(model, pairs, position=MARGIN_POSITION),
-    )
-    session.row("gradients", "ratios", **{f"to {name}": ours / s for name, s in times.items()})
     many = make_pairs(4, 12) if session.quick else make_pairs(64, 128)
     sides = [
         b for both in make_pair_batches(model, tokenize_pairs(model, many), None) for b in both
@@ -160,6 +136,52 @@ def gradients(session: Any) -> None:
         lambda: sl.collect_differences(model, many),
     )
     session.row("gradients", "extraction", ratio=taken / base)
+
+
+def _gradients(session: Any, model: Any, n_pairs: int, n_tokens: int) -> None:
+    """Medians of interleaved rounds, and the peak memory of each way."""
+    plain, _ = own(model)
+    pairs = make_pairs(n_pairs, n_tokens)
+    tokenized = tokenize_pairs(model, pairs)
+    batches = [b for both in make_pair_batches(model, tokenized, None) for b in both]
+
+    def forward_backward(*, weights: bool) -> None:
+        plain.requires_grad_(weights)
+        with torch.enable_grad():
+            for batch in batches:
+                hidden = plain.get_input_embeddings()(batch.tokens)
+                hidden = hidden if weights else hidden.detach().requires_grad_()
+                logits = plain(inputs_embeds=hidden, use_cache=False).logits
+                (-label_logprob(logits, batch.tokens, batch.label_mask()).mean()).backward()
+        plain.requires_grad_(False)
+        plain.zero_grad(set_to_none=True)
+
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: sl.loss_gradients(model, pairs, position=MARGIN_POSITION),
+        "forward and backward": lambda: forward_backward(weights=False),
+        "forward and backward, weights too": lambda: forward_backward(weights=True),
+    }
+    size, peaks = f"{n_pairs} x {n_tokens}", {}
+    for way, run in ways.items():
+        run()
+        session.peak_gb()
+        run()
+        peaks[way] = session.peak_gb()
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(2 if session.quick else 7):
+        for way, run in ways.items():
+            seconds[way].append(timed(run, session.device))
+    base = statistics.median(seconds["ours"])
+    for way, values in seconds.items():
+        session.row(
+            "gradients",
+            f"{size}, {way}",
+            s=statistics.median(values),
+            min_s=min(values),
+            max_s=max(values),
+            ours_over_it=base / statistics.median(values),
+            peak_gb=peaks[way],
+        )
 
 
 def fastest(session: Any, what: str, run: Callable[[], object]) -> float:
