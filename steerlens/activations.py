@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.bare import for_hooks
@@ -19,8 +19,8 @@ from steerlens.memory import is_out_of_memory, warn_of_memory
 from steerlens.models import HookedModel, inference
 from steerlens.processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, part_of, silent
-from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
-from steerlens.transfers import to_device
+from steerlens.tokens import Batch, TokenizedPrompt, in_pair_order, make_batches, tokenize_pairs
+from steerlens.transfers import Arriving, to_device, to_host
 
 T = TypeVar("T")
 
@@ -110,19 +110,15 @@ def collect_differences(
     hook_names = resolve_hooks(model, layers)
     readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
     tokenized = tokenize_pairs(model, pairs)
-    positive, negative = (
-        collect_activations(
-            model,
-            prompts,
-            hook_names + readout_names,
-            position=position,
-            batch_size=batch_size,
-            progress=part_of(
-                progress or silent, "activations: prompts", before=before, total=2 * len(pairs)
-            ),
-        )
-        for before, prompts in ((0, tokenized.positive), (len(pairs), tokenized.negative))
-    )
+    # Both sides at once: a GPU is not left idle between them.
+    positive, negative = collect_activations(
+        model,
+        tokenized.positive + tokenized.negative,
+        hook_names + readout_names,
+        position=position,
+        batch_size=batch_size,
+        progress=progress,
+    ).chunk(2, dim=1)
     return Differences(
         *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
         weight_processing=weight_processing(model),
@@ -163,23 +159,33 @@ def collect_activations(
 
     runner = for_hooks(model, hook_names)
 
-    def run(batch: Batch) -> Tensor:
-        return run_to_hooks(runner, batch, hook_names, indices=batch.indices(position)).cpu()
+    def run(batch: Batch) -> Arriving:
+        return to_host(run_to_hooks(runner, batch, hook_names, indices=batch.indices(position)))
 
     with inference(runner):
         batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
         done = by_halves(batches, run, progress=part_of(progress or silent, "activations: prompts"))
-    order = pair_order([batch for (batch,), _ in done])
-    activations = torch.cat([values for _, values in done], dim=1)[:, order]
+    activations = in_pair_order(
+        [batch for (batch,), _ in done], [values.arrived() for _, values in done]
+    )
     check_finite(activations, hook_names)
     return activations
+
+
+def are_finite(values: Float[Tensor, "hook ..."]) -> Bool[Tensor, " hook"]:
+    """Whether everything at a hook is finite; nothing of the size of `values` is made."""
+    rows = values.flatten(start_dim=1)
+    if rows.shape[1] == 0:
+        return torch.ones(len(rows), dtype=torch.bool)
+    largest: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    return largest.isfinite()
 
 
 def check_finite(
     activations: Float[Tensor, "hook prompt d_model"], hook_names: Sequence[str]
 ) -> None:
     """Raise `ActivationError` that names the hooks with NaN or inf."""
-    finite = activations.isfinite().flatten(start_dim=1).all(dim=1)
+    finite = are_finite(activations)
     if not finite.all():
         bad = [name for name, ok in zip(hook_names, finite.tolist(), strict=True) if not ok]
         raise ActivationError(

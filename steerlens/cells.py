@@ -26,9 +26,8 @@ from steerlens.plain import (
     Cost,
     Workload,
     by_token,
-    in_pair_order,
 )
-from steerlens.tokens import Batch, before_labels, rows_per_pass
+from steerlens.tokens import Batch, before_labels, in_pair_order, rows_per_pass
 from steerlens.transfers import Arriving, to_device, to_host
 
 

@@ -295,10 +295,8 @@ def _difference(found: CellOutput, expected: CellOutput, tolerance: float) -> st
 
 
 def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """The shortest and the longest prompt of length-sorted batches, each on its own."""
+    """The shortest and the longest prompt of length-sorted batches, as padded as they are."""
     if not batches:
         return ()
     first, last = batches[0], batches[-1]
-    shortest = first.row(0)
-    is_one = first is last and len(first.prompts) == 1
-    return (shortest,) if is_one else (shortest, last.row(len(last.prompts) - 1))
+    return (first.ends(),) if first is last else (first.row(0), last.row(len(last.prompts) - 1))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.activations import by_halves, check_finite, reading_hook, run_to_hooks
@@ -24,8 +24,8 @@ from steerlens.tokens import (
     SteeredPositions,
     TokenizedPairs,
     check_steered_positions,
+    in_pair_order,
     make_batches,
-    pair_order,
 )
 from steerlens.transfers import to_device
 
@@ -176,13 +176,6 @@ def run_cells(
             positive, logprob, kl = _run_positive(model, workload, [readout], steered, coefficient)
             negative = _run_negative(model, workload, [readout], steered, -coefficient)
         yield CellOutput(coefficient, positive[0], negative[0], logprob, kl)
-
-
-def in_pair_order(
-    batches: Sequence[Batch], values: Sequence[Shaped[Tensor, "n _ ..."]]
-) -> Shaped[Tensor, "n pair ..."]:
-    """Values of one batch after another, joined and in the order of the pairs."""
-    return torch.cat(list(values), dim=1)[:, pair_order(batches)]
 
 
 def by_token(

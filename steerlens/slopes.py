@@ -21,9 +21,9 @@ from steerlens.hooks import HookFunction, resid_post
 from steerlens.loss import label_logprob
 from steerlens.models import HookedModel, inference
 from steerlens.passes import advance, labels_gradients, labels_logprob, run_from
-from steerlens.plain import Cost, in_pair_order
+from steerlens.plain import Cost
 from steerlens.progress import Progress, part_of, silent
-from steerlens.tokens import Batch, SteeredPositions, before_labels
+from steerlens.tokens import Batch, SteeredPositions, before_labels, in_pair_order
 from steerlens.transfers import to_device
 
 BACKWARD_COST = 2

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from steerlens.data import ContrastivePairs, Prompt, render, unicode_text
@@ -96,6 +96,10 @@ class Batch:
     def row(self, index: int) -> "Batch":
         """One of its prompts alone, as padded as it is."""
         return self._part(slice(index, index + 1))
+
+    def ends(self) -> "Batch":
+        """Its first and its last prompt, as padded as they are; itself when there is one."""
+        return self._part(slice(None, None, max(1, len(self.rows) - 1)))
 
     def _part(self, part: slice) -> "Batch":
         return Batch(
@@ -193,9 +197,20 @@ def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
-def pair_order(batches: Sequence[Batch]) -> Int[Tensor, " pair"]:
-    """What puts the batches' rows, one batch after another, back in the order of the pairs."""
-    return torch.tensor([row for batch in batches for row in batch.rows]).argsort()
+def in_pair_order(
+    batches: Sequence[Batch], values: Sequence[Shaped[Tensor, "..."]], *, dim: int = 1
+) -> Shaped[Tensor, "..."]:
+    """Values of the rows of one batch after another, joined along `dim` in the pairs' order."""
+    rows = torch.tensor([row for batch in batches for row in batch.rows])
+    places = torch.empty_like(rows)
+    places[rows.argsort()] = torch.arange(len(rows))
+    shape = list(values[0].shape)
+    shape[dim] = len(rows)
+    joined = values[0].new_empty(shape)
+    of_batch = torch.split(places, [len(batch.rows) for batch in batches])
+    for at, some in zip(of_batch, values, strict=True):
+        joined.index_copy_(dim, at, some)
+    return joined
 
 
 def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:

@@ -155,4 +155,5 @@ def test_half_precision_model_gives_float32_activations(pairs: sl.ContrastivePai
 
 def test_memory_keeps_one_position_only(llama: Any, pairs: sl.ContrastivePairs) -> None:
     found = sl.collect_differences(llama, pairs)
-    assert found.positive.untyped_storage().nbytes() == 5 * 8 * 32 * 4
+    # Both sides lie in one tensor.
+    assert found.positive.untyped_storage().nbytes() == 2 * 5 * 8 * 32 * 4

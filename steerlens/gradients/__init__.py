@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.activations import by_halves, missing_readouts
+from steerlens.activations import are_finite, by_halves, missing_readouts
 from steerlens.bare import for_hooks
 from steerlens.data import ContrastivePairs
 from steerlens.display import fragment, hook_label
@@ -39,8 +39,8 @@ from steerlens.tables import GRADIENT_COLUMNS, Row, to_frame
 from steerlens.tokens import (
     Batch,
     TokenizedPairs,
+    in_pair_order,
     make_pair_batches,
-    pair_order,
     tokenize_pairs,
 )
 
@@ -196,10 +196,10 @@ def loss_gradients(
         lambda *both: batch_rows(runner, both, targets, position, n_scores, generator),
         progress=part_of(progress or silent, "gradients: pairs"),
     )
-    order = pair_order([positive for (positive, _), _ in found])
+    run = [positive for (positive, _), _ in found]
 
     def joined(name: str) -> Tensor:
-        return torch.cat([getattr(rows, name) for _, rows in found], dim=-2)[..., order, :]
+        return in_pair_order(run, [getattr(rows, name) for _, rows in found], dim=-2)
 
     logprob = joined("logprob")[:, 0]
     # d relu(margin * b - l)^2 = -2 relu((margin - 1) * l) dl, as b is l with its gradient stopped.
@@ -331,9 +331,9 @@ def _check_finite(gradients: LossGradients) -> None:
         gradients.coherence,
         gradients.scores,
     )
-    finite = [part.isfinite().flatten(1).all(1) for part in parts]
-    for i, name in enumerate(gradients.all_hook_names):
-        if not all(bool(of_part[i]) for of_part in finite):
+    finite = torch.stack([are_finite(part) for part in parts]).all(dim=0)
+    for name, is_finite in zip(gradients.all_hook_names, finite.tolist(), strict=True):
+        if not is_finite:
             raise ActivationError(
                 f"NaN or inf in the gradients at {name}; load the model in float32 or bfloat16"
             )

@@ -16,7 +16,7 @@ from steerlens.errors import SteeringError
 from steerlens.hooks import HookFunction, Layers, hooked, resolve_hooks
 from steerlens.models import HookedModel, inference
 from steerlens.steering.positions import Pass
-from steerlens.tokens import Batch, TokenizedPrompt, make_batches, pair_order, tokenize_pairs
+from steerlens.tokens import Batch, TokenizedPrompt, in_pair_order, make_batches, tokenize_pairs
 
 Scope = Literal["prompt", "token"]
 
@@ -219,8 +219,8 @@ def prompt_means(
                 [(batch,) for batch in batches],
                 lambda batch: _means(model, batch, hook_names),
             )
-        order = pair_order([batch for (batch,), _ in found])
-        sides.append(torch.cat([part for _, part in found], dim=1)[:, order])
+        run, means = [batch for (batch,), _ in found], [part for _, part in found]
+        sides.append(in_pair_order(run, means))
         check_finite(sides[-1], hook_names)
     return sides[0], sides[1]
 

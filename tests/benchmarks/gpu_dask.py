@@ -42,6 +42,7 @@ def cluster(folder: Path, gpus: list[str]) -> Iterator[tuple[Client, list[str]]]
     try:
         for gpu in gpus:
             seen = {} if gpu == "cpu" else {"CUDA_VISIBLE_DEVICES": gpu}
+            seen["OMP_NUM_THREADS"] = str(share(gpus))
             worker = ["distributed.cli.dask_worker", "--nthreads", "1", "--memory-limit", "0"]
             started.append(
                 subprocess.Popen(
@@ -58,6 +59,11 @@ def cluster(folder: Path, gpus: list[str]) -> Iterator[tuple[Client, list[str]]]
             process.wait(timeout=30)
 
 
+def share(gpus: list[str]) -> int:
+    """Threads for each worker and for this process: more in all than cores wait for each other."""
+    return max(1, (os.cpu_count() or 1) // (len(gpus) + 1))
+
+
 def main() -> None:
     """Start the workers, time them and print two lines."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -69,6 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     gpus = args.gpus.split(",")
+    torch.set_num_threads(share(gpus))
     device = "cpu" if gpus[0] == "cpu" else "cuda"
     with tempfile.TemporaryDirectory() as name, cluster(Path(name), gpus) as (client, workers):
         save("Llama 7B", Path(name) / "model", device=device, tiny=args.quick)
@@ -91,7 +98,8 @@ def main() -> None:
             "all": client.get_executor(),
             "no executor": None,
         }
-        for worker in workers:  # each loads the model
+        swept(client.get_executor(), [-2, -1])  # a task for each: they load the model together
+        for worker in workers:
             swept(client.get_executor(workers=[worker]), [-1])
         print("ready", flush=True)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
