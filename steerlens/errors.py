@@ -1,5 +1,7 @@
 """Errors that say what was expected, what came, and what to do."""
 
+from typing import Any
+
 
 class SteerlensError(ValueError):
     """Base of every error steerlens raises on purpose; the CLI prints it as one line."""
@@ -63,3 +65,11 @@ class PlotError(SteerlensError):
 
 class ReportError(SteerlensError):
     """A run folder cannot be read as one."""
+
+
+def told(value: Any) -> str:
+    """What was given, as an error says it: up to 80 characters of its repr."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:  # Python refuses to write thousands of digits
+        return f"{type(value).__name__} with a number of more digits than can be written"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, SupportsIndex, TypeAlias
 
-from steerlens.errors import HookError
+from steerlens.errors import HookError, told
 from steerlens.models import HookedModel
 
 Layers: TypeAlias = str | SupportsIndex | slice | Iterable[SupportsIndex | str | slice]
@@ -49,7 +49,7 @@ def readout_hook(hook_name: str, n_layers: int) -> str:
     """`blocks.{max(L, n_layers - 3)}.hook_resid_post` for a hook in block L.
 
     A block's output is its last hook, so the readout never comes before the intervention. Raises
-    `HookError` when the hook is not inside a block.
+    `HookError` when the hook is not inside a block, or the number of layers that of no model.
 
     Examples:
         >>> sl.readout_hook("blocks.12.hook_resid_post", 30)
@@ -57,6 +57,8 @@ def readout_hook(hook_name: str, n_layers: int) -> str:
         >>> sl.readout_hook("blocks.28.hook_mlp_out", 30)
         'blocks.28.hook_resid_post'
     """
+    if n_layers >= 2**63:
+        raise HookError(f"no model has {told(n_layers)} layers")
     return resid_post(max(hook_layer(hook_name), n_layers - _READOUT_DEPTH))
 
 
@@ -93,7 +95,7 @@ def _parts(layers: Layers) -> list[str | int | slice]:
     if isinstance(layers, SupportsIndex):  # numpy's whole numbers too
         return [operator.index(layers)]
     if not isinstance(layers, Iterable):
-        raise HookError(f"layers are numbers, slices, names or lists of these, not {layers!r}")
+        raise HookError(f"layers are numbers, slices, names or lists of these, not {told(layers)}")
     return [part for layer in layers for part in _parts(layer)]
 
 
@@ -110,7 +112,8 @@ def _resolve_part(model: HookedModel, part: str | int | slice) -> Sequence[str]:
     if isinstance(part, int):
         if not -n_layers <= part < n_layers:
             raise HookError(
-                f"layer {part} does not exist: the model has {n_layers} layers, 0 to {n_layers - 1}"
+                f"layer {told(part)} does not exist: the model has {n_layers} layers, "
+                f"0 to {n_layers - 1}"
             )
         return [resid_post(part % n_layers)]
     return _resolve_name(model, part)
@@ -122,8 +125,8 @@ def _resolve_slice(part: slice, n_layers: int) -> list[str]:
     for bound in (part.start, part.stop):
         if bound is not None and not -n_layers <= bound <= n_layers:
             raise HookError(
-                f"layer slice bound {bound} is out of range: the model has {n_layers} layers, "
-                f"0 to {n_layers - 1}"
+                f"layer slice bound {told(bound)} is out of range: the model has {n_layers} "
+                f"layers, 0 to {n_layers - 1}"
             )
     return [resid_post(layer) for layer in range(n_layers)[part]]
 

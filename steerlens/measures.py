@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
-from steerlens.errors import DirectionError, SweepError
+from steerlens.errors import DirectionError, SweepError, told
 from steerlens.hooks import hook_layer
 from steerlens.loss import (
     MARGIN,
@@ -260,7 +260,7 @@ def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ..
         # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
         checked = tuple(dict.fromkeys(float(c) + 0.0 for c in given))
     except (TypeError, ValueError, OverflowError) as error:
-        raise SweepError(f"expected a list of finite coefficients, got {given!r:.80}") from error
+        raise SweepError(f"expected a list of finite coefficients, got {told(given)}") from error
     if not checked:
         raise SweepError("expected at least one coefficient, got none")
     for coefficient in checked:
@@ -275,7 +275,7 @@ def finite(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise SweepError(f"expected a finite {name}, got {value!r:.80}")
+        raise SweepError(f"expected a finite {name}, got {told(value)}")
     return number
 
 
@@ -284,9 +284,9 @@ def whole(name: str, value: Any, least: int) -> int:
     try:
         number = operator.index(value)
     except TypeError as error:
-        raise SweepError(f"{name} must be a whole number, got {value!r}") from error
+        raise SweepError(f"{name} must be a whole number, got {told(value)}") from error
     if not least <= number < 2**63:
-        raise SweepError(f"{name} must be at least {least} and below 2**63, got {number}")
+        raise SweepError(f"{name} must be at least {least} and below 2**63, got {told(number)}")
     return number
 
 

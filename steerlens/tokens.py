@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from steerlens.data import ContrastivePairs, Prompt, render, unicode_text
-from steerlens.errors import ActivationError, ModelError, PairError
+from steerlens.errors import ActivationError, ModelError, PairError, told
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel
 from steerlens.transfers import to_device
@@ -48,7 +48,7 @@ class TokenizedPrompt:
         """
         if not -len(self.prompt) <= position < len(self.prompt):
             raise ActivationError(
-                f"position {position} is outside the {self.where}, which has "
+                f"position {told(position)} is outside the {self.where}, which has "
                 f"{len(self.prompt)} tokens"
             )
         return position % len(self.prompt)

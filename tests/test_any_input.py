@@ -53,12 +53,15 @@ TEXTS = st.one_of(
     ),
 )
 # Where more is only slow.
+# More digits than Python writes.
+LONG = st.sampled_from([5000]).map(lambda n_digits: 10**n_digits)
 FEW = st.integers(-3, 2) | st.just(-(10**30))
-WHOLES = st.integers() | st.sampled_from([-1, 2**31, 2**63, 2**64, -(2**63), 10**30])
+WHOLES = st.integers() | st.sampled_from([-1, 2**31, 2**63, 2**64, -(2**63), 10**30]) | LONG
 NUMBERS = (
     st.floats()
     | st.integers()
     | st.sampled_from([float("nan"), float("inf"), 1e308, 5e-324, 10**400])
+    | LONG
 )
 LAYERS = st.recursive(
     TEXTS | WHOLES | st.slices(4) | st.builds(slice, WHOLES, WHOLES, WHOLES),

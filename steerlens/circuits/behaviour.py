@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steerlens.circuits.components import Prompts, make_prompts
 from steerlens.data import ContrastivePairs
-from steerlens.errors import CircuitError
+from steerlens.errors import CircuitError, told
 from steerlens.items import PreferenceItems
 from steerlens.models import HookedModel, inference
 from steerlens.tokens import TokenizedPrompt, tokenize_items, tokenize_pairs
@@ -107,7 +107,8 @@ def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: i
     difference = sides[0] - sides[1]
     if not 1 <= n_tokens <= len(difference) // 2:
         raise CircuitError(
-            f"n_tokens is from 1 to half the vocabulary ({len(difference) // 2}), not {n_tokens}"
+            f"n_tokens is from 1 to half the vocabulary ({len(difference) // 2}), "
+            f"not {told(n_tokens)}"
         )
     return Answers(
         difference.topk(n_tokens).indices[None], (-difference).topk(n_tokens).indices[None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.circuits.attribution import Intervention
 from steerlens.circuits.components import Component, Prompts
 from steerlens.directions import Directions
-from steerlens.errors import CircuitError
+from steerlens.errors import CircuitError, told
 from steerlens.hooks import HookFunction, hook_layer, hooked
 from steerlens.models import HookedModel, inference
 from steerlens.processing import check_processing
@@ -111,7 +111,7 @@ def token_projections(
 
 def _tokens(prompts: Prompts, prompt: int) -> Int[Tensor, " token"]:
     if not -len(prompts) <= prompt < len(prompts):
-        raise CircuitError(f"there is no prompt {prompt}; there are {len(prompts)}, from 0")
+        raise CircuitError(f"there is no prompt {told(prompt)}; there are {len(prompts)}, from 0")
     return prompts.tokens[prompt, : int(prompts.last[prompt]) + 1]
 
 

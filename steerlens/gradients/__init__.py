@@ -18,7 +18,7 @@ from steerlens.activations import are_finite, by_halves, missing_readouts
 from steerlens.bare import for_hooks
 from steerlens.data import ContrastivePairs
 from steerlens.display import fragment, hook_label
-from steerlens.errors import ActivationError, HookError, SweepError
+from steerlens.errors import ActivationError, HookError, SweepError, told
 from steerlens.gradients.rows import batch_rows
 from steerlens.hooks import (
     Layers,
@@ -321,7 +321,7 @@ def _check_weight(weight: Weight) -> None:
     number: Any = weight
     is_number = isinstance(given, Real) and 0 <= number <= torch.finfo(torch.float32).max
     if not (isinstance(given, str) and given == "balanced") and not is_number:
-        raise SweepError(f'weight is "balanced" or a float32 of 0 or more, got {weight!r:.40}')
+        raise SweepError(f'weight is "balanced" or a float32 of 0 or more, got {told(weight)}')
 
 
 def _check_finite(gradients: LossGradients) -> None:

@@ -263,4 +263,5 @@ def _oriented(
 
 
 def _hook_seed(seed: int, hook_name: str) -> int:
+    seed = whole("seed", seed, 0)
     return int.from_bytes(hashlib.sha256(f"{seed}:{hook_name}".encode()).digest()[:7], "big")

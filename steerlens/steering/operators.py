@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.errors import SteeringError
+from steerlens.errors import SteeringError, told
 
 Activation = Float[Tensor, "prompt token d_model"]
 
@@ -78,7 +78,9 @@ class Clamp:
     name: ClassVar[str] = "clamp"
 
     def __post_init__(self) -> None:
-        _check(is_finite(self.value), f"expected a finite value to clamp to, got {self.value}")
+        _check(
+            is_finite(self.value), f"expected a finite value to clamp to, got {told(self.value)}"
+        )
 
     def __call__(
         self, activation: Activation, direction: Float[Tensor, " d_model"], amount: float | int
@@ -152,7 +154,9 @@ def operator_of(name: str, *, value: float | int | None = None) -> Operator:
     if name not in OPERATORS:
         raise SteeringError(f"unknown operator {name!r}; expected one of {', '.join(OPERATORS)}")
     if (name == Clamp.name) != (value is not None):
-        raise SteeringError(f"clamp needs the value to set the component to, {name!r} got {value}")
+        raise SteeringError(
+            f"clamp needs the value to set the component to, {name!r} got {told(value)}"
+        )
     return OPERATORS[name]() if value is None else OPERATORS[name](value)
 
 

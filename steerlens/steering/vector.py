@@ -14,7 +14,7 @@ from torch import Tensor
 
 from steerlens.directions import UNIT_TOLERANCE, Directions
 from steerlens.display import MAX_LINE, fragment, hook_label, shortened
-from steerlens.errors import HookError, SteeringError
+from steerlens.errors import HookError, SteeringError, told
 from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models import HookedModel
 from steerlens.processing import UNKNOWN, check_processing, check_same, processing_of
@@ -251,7 +251,7 @@ class SteeringVector(Mapping[str, Tensor]):
             ]
             if not found:
                 raise SteeringError(
-                    f"the vector has no hook {hook!r}; it has {', '.join(self.hook_names)}"
+                    f"the vector has no hook {told(hook)}; it has {', '.join(self.hook_names)}"
                 )
             kept += [row for row in found if row not in kept]
         if not kept:
@@ -301,7 +301,7 @@ class SteeringVector(Mapping[str, Tensor]):
     def __mul__(self, factor: float | int) -> "SteeringVector":
         if not is_finite(factor) or factor == 0:
             raise SteeringError(
-                f"a vector is scaled by a finite number that is not 0, not {factor}"
+                f"a vector is scaled by a finite number that is not 0, not {told(factor)}"
             )
         self._check_add("scaling", self)
         sign = 1 if factor > 0 else -1
@@ -339,7 +339,7 @@ class SteeringVector(Mapping[str, Tensor]):
         sum would.
         """
         if not is_finite(share):
-            raise SteeringError(f"a share is a finite number, not {share}")
+            raise SteeringError(f"a share is a finite number, not {told(share)}")
         how = f"({{}} to {{}} by {share:g})"
         part = float(share)
         return self._combined(other, lambda a, b: (1 - part) * a + part * b, how)
