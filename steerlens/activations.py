@@ -20,9 +20,11 @@ from steerlens.models import HookedModel, inference
 from steerlens.processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.tokens import Batch, TokenizedPrompt, in_pair_order, make_batches, tokenize_pairs
-from steerlens.transfers import Arriving, to_device, to_host
+from steerlens.transfers import PINNED, Arriving, to_device, to_host
 
 T = TypeVar("T")
+
+CONTIGUOUS = torch.contiguous_format
 
 
 @dataclass(frozen=True)
@@ -111,14 +113,16 @@ def collect_differences(
     readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
     tokenized = tokenize_pairs(model, pairs)
     # Both sides at once: a GPU is not left idle between them.
-    positive, negative = collect_activations(
+    both = collect_activations(
         model,
         tokenized.positive + tokenized.negative,
         hook_names + readout_names,
         position=position,
         batch_size=batch_size,
         progress=progress,
-    ).chunk(2, dim=1)
+    )
+    # Each a tensor of its own, which can be kept and written without the other.
+    positive, negative = (side.clone(memory_format=CONTIGUOUS) for side in both.chunk(2, dim=1))
     return Differences(
         *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
         weight_processing=weight_processing(model),
@@ -158,9 +162,12 @@ def collect_activations(
         )
 
     runner = for_hooks(model, hook_names)
+    n_values = len(prompts) * len(hook_names) * int(model.cfg.d_model)
+    pins = n_values <= PINNED
 
     def run(batch: Batch) -> Arriving:
-        return to_host(run_to_hooks(runner, batch, hook_names, indices=batch.indices(position)))
+        found = run_to_hooks(runner, batch, hook_names, indices=batch.indices(position))
+        return to_host(found, pins=pins)
 
     with inference(runner):
         batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
@@ -173,7 +180,7 @@ def collect_activations(
 
 
 def are_finite(values: Float[Tensor, "hook ..."]) -> Bool[Tensor, " hook"]:
-    """Whether everything at a hook is finite; nothing of the size of `values` is made."""
+    """Whether everything at a hook is finite; contiguous values are not copied."""
     rows = values.flatten(start_dim=1)
     if rows.shape[1] == 0:
         return torch.ones(len(rows), dtype=torch.bool)

@@ -52,7 +52,9 @@ class BareModel(torch.nn.Module):
         self.hook_dict = {resid_post(i): block for i, block in enumerate(self.blocks)}
         weights = sum(weight.numel() for block in self.blocks for weight in block.parameters())
         self.block_operations: float = 2 * weights / len(self.blocks)
-        """Floating-point operations of a token in a block, two a weight; the mean over blocks."""
+        """Floating-point operations of a token in a block, two a weight; the mean over blocks.
+
+        More than that of a mixture of experts, of which a token passes through few."""
         self.compiled: CompiledBlocks | None = None
         self.can_resume = True
         self._beside: dict[int, dict[int, _Call]] = {}

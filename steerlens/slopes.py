@@ -89,11 +89,13 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
 
     Gradients start from the final norm and the unembedding run on those rows alone. Raises
     `ModelError` where that is another function than the model's (a hook there that looks at other
-    positions, for one). `cost` is added to. Once a `BareModel`: nobody else can hook that.
+    positions, for one). `cost` is added to. A `BareModel` is looked at once, as nobody else can
+    hook it; it is counted every time, so that a cost does not depend on what was run before.
     """
+    one = batch.row(0)
+    cost.add(one.tokens, 2 * int(model.cfg.n_layers))
     if model in _checked:
         return
-    one = batch.row(0)
     is_label = one.label_mask()[:, 1:]
     n_layers = int(model.cfg.n_layers)
     with inference(model):
@@ -103,7 +105,6 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
         found = labels_logprob(
             model, final[:, :-1][is_label.to(final.device)], one.tokens[:, 1:][is_label]
         )
-    cost.add(one.tokens, 2 * n_layers)
     if not math.isfinite(float(expected[0])):
         raise ActivationError(
             f"the labels of the {one.prompts[0].where} have logprob {float(expected[0])}; check "

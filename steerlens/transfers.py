@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+PINNED = 2**26
+"""Values up to which results wait in pinned memory: it is locked, and stays with the process."""
+
 
 @dataclass(frozen=True)
 class Arriving:
@@ -25,9 +28,9 @@ class Arriving:
         return self.values
 
 
-def to_host(values: Shaped[Tensor, "..."]) -> Arriving:
-    """Begin to copy `values` to the CPU."""
-    if values.device.type != "cuda" or values.numel() == 0:
+def to_host(values: Shaped[Tensor, "..."], *, pins: bool = True) -> Arriving:
+    """Begin to copy `values` to the CPU; unless it `pins` memory, wait for them."""
+    if values.device.type != "cuda" or values.numel() == 0 or not pins:
         return Arriving(values.cpu(), None)
     pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     pinned.copy_(values, non_blocking=True)

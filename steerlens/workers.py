@@ -216,7 +216,8 @@ def _finished(task: Task, model: Any, standing: _Standing) -> list[Finished]:
         else:
             cells = plain_cells(model, prepared.workload, job, cost)
         finished.append(Finished(i, [_alone(cell) for cell in cells], cost.blocks))
-    _standing[task.key] = replace(standing, carried=carried)
+    if task.resumes:
+        _standing[task.key] = replace(standing, carried=carried)
     return finished
 
 

@@ -155,5 +155,6 @@ def test_half_precision_model_gives_float32_activations(pairs: sl.ContrastivePai
 
 def test_memory_keeps_one_position_only(llama: Any, pairs: sl.ContrastivePairs) -> None:
     found = sl.collect_differences(llama, pairs)
-    # Both sides lie in one tensor.
-    assert found.positive.untyped_storage().nbytes() == 2 * 5 * 8 * 32 * 4
+    for side in (found.positive, found.negative):
+        assert side.is_contiguous()
+        assert side.untyped_storage().nbytes() == 5 * 8 * 32 * 4

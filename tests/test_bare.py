@@ -82,6 +82,13 @@ def test_numbers_are_those_of_the_bridge(
         torch.testing.assert_close(found[name], values, rtol=2e-3, atol=2e-4, msg=name)
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_a_cost_does_not_depend_on_what_was_run_before(texts: sl.ContrastivePairs) -> None:
+    model = bridge(build_llama())
+    costs = [sl.loss_gradients(model, texts, position=-1).forward_equivalents for _ in range(2)]
+    assert costs[0] == costs[1] > 4
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize(
     "options",

@@ -17,6 +17,7 @@ from conftest import build_llama, build_tokenizer
 import steerlens as sl
 from steerlens import cells, workers
 from steerlens.errors import ModelError, WorkerError
+from steerlens.hooks import resid_post
 
 COEFFICIENTS = [-3.0, 0.0, 0.5, 4.0]
 
@@ -209,6 +210,32 @@ def test_a_worker_runs_the_unsteered_blocks_once(
     starts.clear()
     swept(model, pairs, fitted)
     assert forward == sum(starts)
+
+
+def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
+    model: Any,
+    pairs: sl.ContrastivePairs,
+    fitted: sl.Directions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, starts = cells.advance_part, []
+
+    def counting(model: Any, part: Any, start: Any, block: int) -> Any:
+        starts.append((None if start is None else start.block, block))
+        return real(model, part, start, block)
+
+    monkeypatch.setattr("steerlens.engine._reasons", lambda *args, **kwargs: {resid_post(1): "no"})
+    monkeypatch.setattr(cells, "advance_part", counting)
+    found = {}
+    for name, executor in {"serial": None, "inline": Inline()}.items():
+        starts.clear()
+        with pytest.warns(RuntimeWarning, match=r"blocks\.1\."):
+            found[name] = swept(model, pairs, fitted, executor=executor)
+        # Those that stand still are advanced by nothing.
+        found[f"{name} moves"] = [move for move in starts if move[0] != move[1]]
+    assert_same(found["inline"].table, found["serial"].table)
+    assert found["inline moves"] == found["serial moves"]
+    assert any(start is not None for start, _ in found["serial moves"])
 
 
 def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(

@@ -162,9 +162,10 @@ def loss_gradients(
     are drawn for each positive prompt with `seed` (see `LossGradients.scores`).
 
     Cost: a forward pass of both sides; a backward pass of both from the loss hook and of the
-    positive side from the labels; one more for each score. Weights need no gradient; memory grows
-    with the batch alone, and out of memory halves it. The rows do not depend on the batch size; the
-    scores are random, and may.
+    positive side from the labels; one more for each score. It is counted so where a GPU runs both
+    sides in one pass, too, whose padding and zero rows take more. Weights need no gradient; memory
+    grows with the batch alone, and out of memory halves it. The rows do not depend on the batch
+    size; the scores are random, and may.
     Raises `ActivationError` on a position without a label after it or outside a prompt, and on NaN
     or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
     before a hook; `ModelError` as `check_label_rows`; `MemoryLimitError` as `check_memory`;

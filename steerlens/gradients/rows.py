@@ -65,8 +65,9 @@ def batch_rows(
             for cotangent in cotangents
         ]
     per_label = torch.split(found.logprob.cpu(), n_labels.tolist())
-    positive, negative = separation.arrived().chunk(2, dim=1)
-    slope, *scores = [of.arrived() for of in slopes]
+    # Copies, since what has arrived is in pinned memory, of which there should not be much.
+    positive, negative = separation.arrived().clone().chunk(2, dim=1)
+    slope, *scores = [of.arrived().clone() for of in slopes]
     return Rows(
         positive,
         negative,
@@ -99,7 +100,7 @@ class _Graph:
 
 def _is_launch_bound(model: HookedModel, both: tuple[Batch, Batch]) -> bool:
     """Whether a GPU would be done with a block before it is given the next one."""
-    tokens = sum(batch.tokens.numel() for batch in both)
+    tokens = 2 * len(both[0].prompts) * max(batch.tokens.shape[1] for batch in both)
     return isinstance(model, BareModel) and model.block_operations * tokens < LAUNCH_BOUND
 
 
