@@ -57,6 +57,7 @@ BUDGETS = {
     "qwen": 75,
     "llama70b": 90,
     "smol": 60,
+    "dask": 300,
 }
 
 
@@ -248,6 +249,8 @@ def profile(session: Session) -> None:
         names = (jobs[0].hook_name, jobs[0].readout)
         unsteered = run_baseline(model, workload, names, cost=Cost())
         plan = make_plan(model, workload, unsteered, jobs, batch_size=None, cost=Cost())
+        if isinstance(plan.runner, BareModel) and session.device == "cuda":
+            plan.runner.compile_blocks()
 
         def run(plan: Plan = plan, jobs: list[Job] = jobs) -> None:
             list(run_cells(plan, jobs, cost=Cost()))
@@ -298,6 +301,7 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "qwen": qwen,
     "llama70b": llama70b,
     "smol": gpu_extra.smol,
+    "dask": gpu_extra.dask,
 }
 
 
@@ -308,7 +312,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, for a trial on a CPU")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
-    parser.add_argument("--seconds", type=float, default=460.0, help="begin no part after this")
+    parser.add_argument("--seconds", type=float, default=900.0, help="begin no part after this")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     started = perf_counter()

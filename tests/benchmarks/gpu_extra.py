@@ -1,7 +1,11 @@
 """Parts of `gpu.py` beside the sweep: correctness, boundary, gradients, peers, profile, SmolLM2."""
 
+import gc
+import json
 import os
 import statistics
+import subprocess
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -297,6 +301,23 @@ def by_nnsight(plain: Any, batch: Any, job: Any, coefficient: float) -> Tensor:
         logits = traced.output.logits.save()
     state.cpu()
     return label_logprob(logits, batch.tokens, batch.label_mask())
+
+
+def dask(session: Any) -> None:
+    """Two GPUs through Dask, by `gpu_dask.py`; left out where there are not two."""
+    if session.device == "cuda" and torch.cuda.device_count() < 2:
+        session.row("dask", "left out: there are not two GPUs")
+        return
+    session.models.clear()
+    gc.collect()
+    gpus = "0,1" if session.device == "cuda" else "cpu,cpu"
+    command = [sys.executable, str(Path(__file__).with_name("gpu_dask.py")), "--gpus", gpus]
+    command += ["--rounds", "1", "--out", str(session.out)] + ["--quick"] * session.quick
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    found = json.loads((session.out / "gpu_dask.json").read_text(encoding="utf-8"))
+    for way, seconds in found["seconds"].items():
+        session.row("dask", f"a sweep of all layers, {way}", s=statistics.median(seconds))
+    session.row("dask", "two workers", times=found["times"], same_bytes=found["same_bytes"])
 
 
 def smol(session: Any) -> None:
