@@ -246,7 +246,7 @@ def tokenize_prompt(
         >>> tokenized.prompt  # BOS first
         (1, 4, 6, 8)
     """
-    return _tokenize(model, prompt, continuation, where=where)
+    return _tokenize(model, [(prompt, continuation, where)])[0]
 
 
 def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:
@@ -261,11 +261,18 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
         >>> len(tokenized.positive[0]), len(tokenized.negative[0])
         (7, 8)
     """
-    positive, negative = [], []
-    for pair in pairs:
-        name = f"prompt of pair {pair.id!r}"
-        pos = _tokenize(model, pair.positive, pair.continuation, where=f"positive {name}")
-        neg = _tokenize(model, pair.negative, None, where=f"negative {name}")
+    names = [f"prompt of pair {pair.id!r}" for pair in pairs]
+    positive, negative = (
+        _tokenize(model, side)
+        for side in (
+            [
+                (p.positive, p.continuation, f"positive {n}")
+                for p, n in zip(pairs, names, strict=True)
+            ],
+            [(p.negative, None, f"negative {n}") for p, n in zip(pairs, names, strict=True)],
+        )
+    )
+    for pair, pos, neg in zip(pairs, positive, negative, strict=True):
         if pos.prompt == neg.prompt:
             raise PairError(
                 f"the two prompts of pair {pair.id!r} tokenise to the same ids; their difference "
@@ -276,8 +283,6 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
                 f"the positive prompt of pair {pair.id!r} is a single token, so there is no label "
                 "whose logprob could be measured; make it longer or give a continuation"
             )
-        positive.append(pos)
-        negative.append(neg)
     return TokenizedPairs(tuple(positive), tuple(negative))
 
 
@@ -290,8 +295,13 @@ def tokenize_items(
     """
     positive, negative = (
         tuple(
-            tokenize_prompt(model, item.prompt, text, where=f"prompt of item {item.id!r}")
-            for item, text in zip(items, texts, strict=True)
+            _tokenize(
+                model,
+                [
+                    (item.prompt, text, f"prompt of item {item.id!r}")
+                    for item, text in zip(items, texts, strict=True)
+                ],
+            )
         )
         for texts in ([item.positive for item in items], [item.negative for item in items])
     )
@@ -407,31 +417,48 @@ def rows_per_pass(model: HookedModel, width: int) -> int:
 
 
 def _tokenize(
-    model: HookedModel, prompt: Prompt, continuation: str | None, *, where: str
-) -> TokenizedPrompt:
+    model: HookedModel, given: Sequence[tuple[Prompt, str | None, str]]
+) -> list[TokenizedPrompt]:
+    """Prompts with their continuations, and what errors call them: all texts at once."""
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ModelError("the model has no tokenizer; set one with model.set_tokenizer(...)")
-    text = unicode_text(render(prompt, tokenizer), where=where)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise PairError(f"the {where} has no tokens; give some text")
+    prompts = _ids(
+        tokenizer,
+        [unicode_text(render(prompt, tokenizer), where=where) for prompt, _, where in given],
+    )
+    texts = [
+        unicode_text(text, where=f"the continuation of the {where}")
+        for _, text, where in given
+        if text is not None
+    ]
+    continuations = iter(_ids(tokenizer, texts))
     bos = tokenizer.bos_token_id
-    if getattr(model.cfg, "default_prepend_bos", True) and bos is not None and ids[:1] != [bos]:
-        ids = [bos, *ids]
-    after = []
-    if continuation is not None:
-        text = unicode_text(continuation, where=f"the continuation of the {where}")
-        after = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if continuation is not None and not after:
-        raise PairError(f"the continuation of the {where} has no tokens; give some text")
+    has_bos = getattr(model.cfg, "default_prepend_bos", True) and bos is not None
     n_ctx = getattr(model.cfg, "n_ctx", None)
-    if n_ctx is not None and len(ids) + len(after) > n_ctx:
-        raise PairError(
-            f"the {where} has {len(ids) + len(after)} tokens with its continuation, but the "
-            f"model's context is {n_ctx}; shorten it"
-        )
-    return TokenizedPrompt(tuple(ids), tuple(after), where)
+    found = []
+    for ids, (_, continuation, where) in zip(prompts, given, strict=True):
+        if not ids:
+            raise PairError(f"the {where} has no tokens; give some text")
+        before = [bos, *ids] if has_bos and ids[:1] != [bos] else ids
+        after = [] if continuation is None else next(continuations)
+        if continuation is not None and not after:
+            raise PairError(f"the continuation of the {where} has no tokens; give some text")
+        if n_ctx is not None and len(before) + len(after) > n_ctx:
+            raise PairError(
+                f"the {where} has {len(before) + len(after)} tokens with its continuation, but the "
+                f"model's context is {n_ctx}; shorten it"
+            )
+        found.append(TokenizedPrompt(tuple(before), tuple(after), where))
+    return found
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Each text's ids, without special tokens."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def _padded(
