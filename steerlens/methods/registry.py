@@ -119,7 +119,8 @@ def fit_directions(
     forms); the controls keep the sign they are drawn with. Raises
     `DirectionError` on an unknown method, one that is fitted from something else, and where nothing
     is left beyond rounding (differences that are zero, that cancel for `mean_diff`, that are all
-    equal for `pca_centred`; a gradient that is zero), naming the hook.
+    equal for `pca_centred`; a gradient that is zero), naming the hook, and `SweepError` on a seed
+    that is no whole number from 0 on.
 
     Examples:
         >>> sl.fit_directions(differences, method="pca")
