@@ -217,7 +217,7 @@ def reading_hook(
     return hook_name, read
 
 
-def check_residual(activation: Tensor, hook_name: str) -> None:
+def check_residual(activation: Float[Tensor, "..."], hook_name: str) -> None:
     """Raise `ActivationError` unless the hook's activation is `[prompt, token, d_model]`."""
     if activation.ndim != 3:
         raise ActivationError(

@@ -83,6 +83,19 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield executor
 
 
+@pytest.fixture
+def advances(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int | None, int]]:
+    """Where unsteered residuals are advanced from (None: the start), and the block they enter."""
+    real, seen = cells.advance_part, []
+
+    def noting(model: Any, part: Any, start: Any, block: int) -> Any:
+        seen.append((None if start is None else start.block, block))
+        return real(model, part, start, block)
+
+    monkeypatch.setattr(cells, "advance_part", noting)
+    return seen
+
+
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """What tasks that ran in this process keep."""
@@ -188,54 +201,36 @@ def test_a_task_is_a_hook_and_their_order_changes_nothing(
 
 
 def test_a_worker_runs_the_unsteered_blocks_once(
-    model: Any,
-    pairs: sl.ContrastivePairs,
-    fitted: sl.Directions,
-    monkeypatch: pytest.MonkeyPatch,
+    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, advances: list[Any]
 ) -> None:
     """It goes on from where its last task stood; one that goes backwards cannot."""
-    real, starts = cells.advance_part, []
-
-    def counting(model: Any, part: Any, start: Any, block: int) -> Any:
-        starts.append(start is None)
-        return real(model, part, start, block)
-
-    monkeypatch.setattr(cells, "advance_part", counting)
-    swept(model, pairs, fitted, executor=Inline())
-    forward = sum(starts)
-    starts.clear()
-    n_hooks = int(model.cfg.n_layers)
-    swept(model, pairs, fitted, executor=LastFirst(n_hooks))
-    assert forward < sum(starts)
-    starts.clear()
-    swept(model, pairs, fitted)
-    assert forward == sum(starts)
+    n_from_start = {}
+    executors = {"serial": None, "inline": Inline(), "backwards": LastFirst(model.cfg.n_layers)}
+    for name, executor in executors.items():
+        advances.clear()
+        swept(model, pairs, fitted, executor=executor)
+        n_from_start[name] = sum(start is None for start, _ in advances)
+    assert n_from_start["serial"] == n_from_start["inline"] < n_from_start["backwards"]
 
 
 def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
     model: Any,
     pairs: sl.ContrastivePairs,
     fitted: sl.Directions,
+    advances: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real, starts = cells.advance_part, []
-
-    def counting(model: Any, part: Any, start: Any, block: int) -> Any:
-        starts.append((None if start is None else start.block, block))
-        return real(model, part, start, block)
-
     monkeypatch.setattr("steerlens.engine._reasons", lambda *args, **kwargs: {resid_post(1): "no"})
-    monkeypatch.setattr(cells, "advance_part", counting)
-    found = {}
+    tables, moves = {}, {}
     for name, executor in {"serial": None, "inline": Inline()}.items():
-        starts.clear()
+        advances.clear()
         with pytest.warns(RuntimeWarning, match=r"blocks\.1\."):
-            found[name] = swept(model, pairs, fitted, executor=executor)
-        # Those that stand still are advanced by nothing.
-        found[f"{name} moves"] = [move for move in starts if move[0] != move[1]]
-    assert_same(found["inline"].table, found["serial"].table)
-    assert found["inline moves"] == found["serial moves"]
-    assert any(start is not None for start, _ in found["serial moves"])
+            tables[name] = swept(model, pairs, fitted, executor=executor).table
+        # Those that stand there already are advanced by nothing.
+        moves[name] = [move for move in advances if move[0] != move[1]]
+    assert_same(tables["inline"], tables["serial"])
+    assert moves["inline"] == moves["serial"]
+    assert any(start is not None for start, _ in moves["serial"])
 
 
 def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(
