@@ -24,8 +24,6 @@ from steerlens.transfers import PINNED, Arriving, to_device, to_host
 
 T = TypeVar("T")
 
-CONTIGUOUS = torch.contiguous_format
-
 
 @dataclass(frozen=True)
 class Differences:
@@ -122,7 +120,9 @@ def collect_differences(
         progress=progress,
     )
     # Each a tensor of its own, which can be kept and written without the other.
-    positive, negative = (side.clone(memory_format=CONTIGUOUS) for side in both.chunk(2, dim=1))
+    positive, negative = (
+        side.clone(memory_format=torch.contiguous_format) for side in both.chunk(2, dim=1)
+    )
     return Differences(
         *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
         weight_processing=weight_processing(model),

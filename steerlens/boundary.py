@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from steerlens.arguments import finite, whole, whole_or_none
 from steerlens.cells import Job
 from steerlens.coherence import Push, check_rollouts
 from steerlens.data import ContrastivePairs, neutral_texts, read_texts
@@ -18,16 +19,7 @@ from steerlens.engine import Plan, make_plan, plan_for, run_cells
 from steerlens.errors import SweepError
 from steerlens.hooks import Layers, readout_hook, resolve_hooks
 from steerlens.loss import Budget
-from steerlens.measures import (
-    N_BOOTSTRAP,
-    check_directions,
-    check_width,
-    finite,
-    layer_row,
-    record,
-    whole,
-    whole_or_none,
-)
+from steerlens.measures import N_BOOTSTRAP, check_directions, check_width, layer_row, record
 from steerlens.models import HookedModel
 from steerlens.plain import (
     Baseline,

@@ -3,7 +3,6 @@
 import difflib
 import hashlib
 import json
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, overload, runtime_check
 
 import numpy as np
 
-from steerlens.errors import PairError, told
+from steerlens.arguments import whole
+from steerlens.errors import PairError
 from steerlens.inputs import read_whole, strict_json
 
 REQUIRED_KEYS = ("positive", "negative")
@@ -222,7 +222,7 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         """A random (train, test) partition, the same for the same seed; order is kept in each.
 
         The test part has `round(test_fraction * n)` pairs. Raises `PairError` unless both parts
-        keep at least two pairs, and on a seed that is no whole number from 0 on.
+        keep at least two pairs, and `SweepError` on a seed that is no whole number from 0 on.
 
         Examples:
             >>> train, test = pairs.split(0.25)
@@ -235,24 +235,13 @@ class ContrastivePairs(Sequence[ContrastivePair]):
                 f"{self.name}: test_fraction={test_fraction} of {len(self)} pairs must leave at "
                 f"least {MIN_PAIRS} pairs in each part"
             )
-        order = np.random.default_rng(checked_seed(seed)).permutation(len(self))
+        order = np.random.default_rng(whole("seed", seed, 0)).permutation(len(self))
         chosen = set(order[:n_test].tolist())
         train = tuple(pair for i, pair in enumerate(self.pairs) if i not in chosen)
         test = tuple(pair for i, pair in enumerate(self.pairs) if i in chosen)
         return ContrastivePairs(train, f"{self.name}[train]"), ContrastivePairs(
             test, f"{self.name}[test]"
         )
-
-
-def checked_seed(seed: Any) -> int:
-    """The seed as an int. Raises `PairError` unless it is a whole number from 0 on."""
-    try:
-        number = operator.index(seed)
-    except TypeError:
-        number = -1
-    if not 0 <= number < 2**63:
-        raise PairError(f"a seed is a whole number from 0 on and below 2**63, got {told(seed)}")
-    return number
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import pandas as pd
 import torch
 
+from steerlens.arguments import whole
 from steerlens.damage import OneHook, named_prompts, one_hook, strengths_at
 from steerlens.data import Prompt
 from steerlens.directions import Directions
 from steerlens.hooks import Layers, hook_layer
-from steerlens.measures import whole
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.progress import Progress, silent
 from steerlens.steering import Coefficient, SteeringVector, decoded, generate_tokens, steer

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.arguments import finite
 from steerlens.boundary import BoundarySettings, checked_settings
 from steerlens.cells import Job
 from steerlens.data import ContrastivePairs
@@ -19,7 +20,7 @@ from steerlens.engine import make_plan, run_cells
 from steerlens.errors import SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import MARGIN, WEIGHT, coherence_penalty
-from steerlens.measures import check_directions, finite, record
+from steerlens.measures import check_directions, record
 from steerlens.models import HookedModel
 from steerlens.plain import Baseline, Cost, Workload, make_workload, run_baseline
 from steerlens.processing import check_processing

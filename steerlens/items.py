@@ -9,12 +9,12 @@ from typing import Any, overload
 
 import numpy as np
 
+from steerlens.arguments import whole
 from steerlens.data import (
     SPLITS,
     Prompt,
     checked_id,
     checked_prompt,
-    checked_seed,
     checked_text,
     dataset_names,
     printable,
@@ -137,12 +137,12 @@ class PreferenceItems(Sequence[PreferenceItem]):
         """A random (train, test) partition, the same for the same seed; order is kept in each.
 
         Items with the same prompt stay together. The test part has `round(test_fraction * n)` of
-        the n prompts. Raises `PairError` unless both parts keep at least two items, and on a seed
-        that is no whole number from 0 on.
+        the n prompts. Raises `PairError` unless both parts keep at least two items, and
+        `SweepError` on a seed that is no whole number from 0 on.
         """
         prompts = list(dict.fromkeys(item.prompt for item in self.items))
         n_test = round(test_fraction * len(prompts)) if 0 < test_fraction < 1 else 0
-        order = np.random.default_rng(checked_seed(seed)).permutation(len(prompts))
+        order = np.random.default_rng(whole("seed", seed, 0)).permutation(len(prompts))
         chosen = {prompts[i] for i in order[:n_test]}
         parts = [
             tuple(item for item in self.items if (item.prompt in chosen) == is_test)

@@ -1,7 +1,6 @@
 """The numbers of one cell and of one layer, and the checks that come before them."""
 
 import math
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.arguments import finite
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.errors import DirectionError, SweepError, told
@@ -266,33 +266,6 @@ def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ..
     for coefficient in checked:
         finite("coefficient", coefficient)
     return checked
-
-
-def finite(name: str, value: Any) -> float:
-    """The value as a float. Raises `SweepError` unless it is finite."""
-    try:
-        number = float(value) if not isinstance(value, str) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise SweepError(f"expected a finite {name}, got {told(value)}")
-    return number
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """The value as an int. Raises `SweepError` unless it is a whole number from `least` on."""
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise SweepError(f"{name} must be a whole number, got {told(value)}") from error
-    if not least <= number < 2**63:
-        raise SweepError(f"{name} must be at least {least} and below 2**63, got {told(number)}")
-    return number
-
-
-def whole_or_none(name: str, value: Any, least: int) -> int | None:
-    """None, or as `whole`."""
-    return None if value is None else whole(name, value, least)
 
 
 def check_directions(directions: Directions, hook_names: Sequence[str]) -> None:

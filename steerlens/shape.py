@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.activations import collect_differences
+from steerlens.arguments import whole
 from steerlens.boundary import (
     On,
     check_jobs,
@@ -28,7 +29,7 @@ from steerlens.engine import make_plan
 from steerlens.errors import DirectionError, SweepError
 from steerlens.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.loss import Budget
-from steerlens.measures import check_width, main_orthogonal, record, whole
+from steerlens.measures import check_width, main_orthogonal, record
 from steerlens.models import HookedModel
 from steerlens.plain import Cost, make_workload
 from steerlens.processing import check_processing

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.arguments import finite, whole, whole_or_none
 from steerlens.cells import Finished, Job
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
@@ -29,14 +30,11 @@ from steerlens.measures import (
     check_directions,
     check_width,
     checked_coefficients,
-    finite,
     layer_row,
     logprob_budget,
     measure,
     point_rows,
     record,
-    whole,
-    whole_or_none,
 )
 from steerlens.models import HookedModel, provenance
 from steerlens.plain import (

@@ -89,7 +89,7 @@ from run_folders import layers_table, sweep_table, write_sweep
 from steerlens import plots
 from steerlens.boundary import check_search
 from steerlens.damage import strengths_at
-from steerlens.measures import finite
+from steerlens.arguments import finite
 from steerlens.shape import check_plane
 
 table, at = sweep_table(2), None

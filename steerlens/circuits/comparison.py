@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from steerlens.arguments import whole
 from steerlens.circuits.attribution import Intervention
 from steerlens.circuits.behaviour import Answers
 from steerlens.circuits.components import check_additive, make_prompts
@@ -27,7 +28,6 @@ from steerlens.circuits.graphs import (
 )
 from steerlens.data import ContrastivePairs
 from steerlens.errors import CircuitError
-from steerlens.measures import whole
 from steerlens.models import HookedModel, provenance
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Add

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from steerlens.arguments import whole
 from steerlens.circuits.attribution import Intervention
 from steerlens.circuits.behaviour import row_slices
 from steerlens.circuits.components import Prompts, make_prompts
 from steerlens.data import ContrastivePairs
 from steerlens.errors import CircuitError
-from steerlens.measures import whole
 from steerlens.models import HookedModel, inference
 from steerlens.progress import Progress, silent
 from steerlens.steering import Add, SteeringVector, steps

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.arguments import whole
 from steerlens.circuits.attribution import Intervention, Traced, trace
 from steerlens.circuits.behaviour import Answers, row_slices
 from steerlens.circuits.claims import run_claims
@@ -27,7 +28,6 @@ from steerlens.circuits.patching import patch_components
 from steerlens.circuits.writers import component_fields
 from steerlens.errors import CircuitError
 from steerlens.hooks import hook_layer, hooked, resid_post
-from steerlens.measures import whole
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Coefficient, SteeringVector, steps

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerlens.arguments import whole
 from steerlens.circuits.components import (
     Component,
     Prompts,
@@ -24,7 +25,6 @@ from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.errors import CircuitError, DirectionError
 from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, resid_post, resolve_hooks
-from steerlens.measures import whole
 from steerlens.models import HookedModel, inference, provenance
 from steerlens.processing import check_processing
 from steerlens.progress import Progress, part_of, silent

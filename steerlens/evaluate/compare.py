@@ -12,6 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from steerlens.activations import collect_differences
+from steerlens.arguments import whole, whole_or_none
 from steerlens.boundary import check_search, text_prompts
 from steerlens.data import ContrastivePairs, Message
 from steerlens.directions import Directions
@@ -35,7 +36,6 @@ from steerlens.evaluate.verdicts import (
 )
 from steerlens.hooks import Layers, hook_layer
 from steerlens.items import PreferenceItem, PreferenceItems
-from steerlens.measures import whole, whole_or_none
 from steerlens.methods import fit_methods, method_of, null_directions
 from steerlens.models import HookedModel, provenance
 from steerlens.plain import Cost

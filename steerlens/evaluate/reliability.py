@@ -8,9 +8,9 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.activations import Differences
+from steerlens.arguments import whole
 from steerlens.errors import DirectionError
 from steerlens.hooks import hook_layer
-from steerlens.measures import whole
 from steerlens.tables import RELIABILITY_COLUMNS, Row, to_frame
 
 MIN_PAIRS = 8

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.activations import are_finite, by_halves, missing_readouts
+from steerlens.arguments import finite, whole
 from steerlens.bare import for_hooks
 from steerlens.data import ContrastivePairs
 from steerlens.display import fragment, hook_label
@@ -28,7 +29,6 @@ from steerlens.hooks import (
     resolve_hooks,
 )
 from steerlens.loss import MARGIN, WEIGHT
-from steerlens.measures import finite, whole
 from steerlens.memory import check_memory
 from steerlens.models import HookedModel
 from steerlens.plain import Cost

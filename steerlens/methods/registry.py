@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.activations import Differences
+from steerlens.arguments import whole
 from steerlens.directions import Directions
 from steerlens.errors import DirectionError
 from steerlens.gradients import LossGradients
-from steerlens.measures import whole
 from steerlens.methods import contrast, gradient
 from steerlens.methods.evidence import Activations, Gradients
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.activations import collect_differences
+from steerlens.arguments import finite, whole
 from steerlens.data import ContrastivePairs
 from steerlens.directions import Directions
 from steerlens.errors import DirectionError, SweepError
@@ -21,7 +22,6 @@ from steerlens.loss import (
     preference_loss,
     promotion_loss,
 )
-from steerlens.measures import finite, whole
 from steerlens.methods.registry import fit_directions
 from steerlens.methods.steps import Example, Objective, Outputs, make_side, push_example
 from steerlens.models import HookedModel

@@ -35,7 +35,7 @@ class Add:
 
     def check(self, amount: float | int) -> None:
         """Raise `SteeringError` unless `amount` is finite."""
-        _check(is_finite(amount), f"expected a finite coefficient, got {amount}")
+        _check(is_finite(amount), f"expected a finite coefficient, got {told(amount)}")
 
 
 @dataclass(frozen=True)
