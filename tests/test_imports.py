@@ -19,10 +19,10 @@ PACKAGE = Path(steerlens.__file__).parent
 # A module imports only from modules to its left.
 ORDER = (
     "errors arguments progress inputs data items processing checkpoints fidelity "
-    "hooked_transformer models hooks compiled bare transfers display tokens memory activations directions loss steering "
-    "uncertainty tables plain passes parts cells workers engine measures slopes gradients methods "
-    "sweep search coherence pushes boundary shape geometry evaluate damage generations export "
-    "circuits plots runs report cli"
+    "hooked_transformer models hooks compiled bare transfers display tokens memory activations "
+    "directions loss steering uncertainty tables plain passes parts cells workers engine measures "
+    "slopes gradients methods sweep search coherence pushes boundary shape geometry evaluate "
+    "damage generations export circuits plots runs report cli"
 ).split()
 EXEMPT = ("__init__", "__main__")
 # What makes an import slow, or is needed by one command or one kind of model only.
