@@ -5,34 +5,23 @@ The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `f
 """
 
 from steerlens import plots
-from steerlens.activations import Differences, collect_activations, collect_differences
-from steerlens.boundary import BoundaryResult, find_boundary, predict_boundary
-from steerlens.damage import token_damage
-from steerlens.data import (
+from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.data.pairs import (
     ContrastivePair,
     ContrastivePairs,
     Message,
     dataset_names,
     neutral_texts,
 )
-from steerlens.directions import Directions
+from steerlens.directions.differences import Differences, collect_differences
+from steerlens.directions.directions import Directions
+from steerlens.directions.fitting import fit
+from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
+from steerlens.directions.methods import METHODS, fit_directions, null_directions
+from steerlens.directions.training import Trained, train_directions
+from steerlens.engine.capture import collect_activations
+from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
 from steerlens.errors import SteerlensError
-from steerlens.evaluate import Comparison, compare, cosine_table, reliability
-from steerlens.export import (
-    bake,
-    from_gguf,
-    from_repeng,
-    from_steering_vectors,
-    to_gguf,
-    to_repeng,
-    to_steering_vectors,
-)
-from steerlens.fidelity import check_model
-from steerlens.generations import generation_table
-from steerlens.geometry import LossGeometry, loss_geometry
-from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
-from steerlens.hooks import readout_hook, resolve_hooks
-from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.loss import (
     SteeringLoss,
     coherence_hinge,
@@ -42,18 +31,20 @@ from steerlens.loss import (
     ordering_penalty,
     total_variation_barrier,
 )
-from steerlens.methods import (
-    METHODS,
-    Trained,
-    fit,
-    fit_directions,
-    null_directions,
-    train_directions,
-)
-from steerlens.models import load_model, provenance
+from steerlens.measure.boundary import BoundaryResult, find_boundary, predict_boundary
+from steerlens.measure.comparison import Comparison, compare
+from steerlens.measure.cosines import cosine_table
+from steerlens.measure.plane import LossGeometry, loss_geometry
+from steerlens.measure.plane_boundary import BoundaryShape, boundary_shape
+from steerlens.measure.split_half import reliability
+from steerlens.measure.sweeps import SweepResult, measure_layers, sweep
+from steerlens.measure.tokens import generation_table, token_damage
+from steerlens.models.hooks import readout_hook, resolve_hooks
+from steerlens.models.loading import load_model, provenance
+from steerlens.models.verification import check_model
 from steerlens.progress import show_progress
-from steerlens.report import Run, read_run, report
-from steerlens.shape import BoundaryShape, boundary_shape
+from steerlens.runs.html_report.page import report
+from steerlens.runs.reading import Run, read_run
 from steerlens.steering import (
     Ablate,
     Add,
@@ -66,8 +57,15 @@ from steerlens.steering import (
     generate,
     steer,
 )
-from steerlens.sweep import SweepResult, measure_layers, sweep
-from steerlens.tokens import tokenize_pairs, tokenize_prompt
+from steerlens.steering.export import (
+    bake,
+    from_gguf,
+    from_repeng,
+    from_steering_vectors,
+    to_gguf,
+    to_repeng,
+    to_steering_vectors,
+)
 
 __version__ = "0.1.0"
 

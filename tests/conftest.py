@@ -16,8 +16,8 @@ from hooked import hooked_transformer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import steerlens as sl
-from steerlens import tokens
-from steerlens.tokens import tokenize_prompt
+from steerlens.engine import batches
+from steerlens.engine.tokenization import tokenize_prompt
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}"
@@ -175,7 +175,7 @@ def directions(llama: Any, many: sl.ContrastivePairs) -> sl.Directions:
 def much_padding() -> Iterator[None]:
     """Batches as large as asked for, however much padding that takes: so that it is put to test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "MAX_PADDING", 1.0)
+        patch.setattr(batches, "MAX_PADDING", 1.0)
         yield
 
 

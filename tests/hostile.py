@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 
 import steerlens as sl
-from steerlens.steering.files import KEY, encode
+from steerlens.steering.vector_file import KEY, encode
 
 FOLDER = Path(__file__).resolve().parent / "files" / "hostile"
 HOOK = "blocks.1.hook_resid_post"

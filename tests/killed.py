@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlens import cli
-from steerlens.runs import unfinished
+from steerlens.runs.record import unfinished
 
 TRIES = 40
 _, NAME, SEED, LOG, *ARGUMENTS = sys.argv
@@ -52,7 +52,7 @@ def strike_at(moment: int) -> None:
     unfinished.Parts.keep = counted(keep)
     os.fsync, os.replace = counted(os.fsync), counted(os.replace)
     os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
-    module = sys.modules["steerlens.sweep"]
+    module = sys.modules["steerlens.measure.sweeps"]
     module.measure = counted(module.measure)
 
 

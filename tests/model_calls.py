@@ -9,7 +9,8 @@ import torch
 from conftest import bridge, build_llama
 
 import steerlens as sl
-from steerlens import circuits, fidelity, steering
+from steerlens import circuits, steering
+from steerlens.models import verification as fidelity
 
 HOOK = "blocks.1.hook_resid_post"
 SMALL = {"n_bootstrap": 20, "batch_size": 4}

@@ -18,11 +18,11 @@ import torch
 from zoo import ZOO, bridged, hugging_face
 
 import steerlens as sl
+from steerlens.directions.gradients import loss_gradients
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import HookError, ModelError, SteerlensError
-from steerlens.gradients import loss_gradients
-from steerlens.hooks import resid_post
+from steerlens.models.hooks import resid_post
 from steerlens.steering import generate_tokens
-from steerlens.tokens import TokenizedPrompt, tokenize_pairs
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 START, END = "<!-- table: make models-table -->", "<!-- end of table -->"

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from steerlens.hooks import resid_post
+from steerlens.models.hooks import resid_post
 from steerlens.plots import attention_page, projection_page
-from steerlens.report.contents import TABLES
-from steerlens.runs import write_run
+from steerlens.runs.html_report.contents import TABLES
+from steerlens.runs.record import write_run
 from steerlens.tables import Column, to_frame
 
 HOSTILE = (

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import steerlens as sl
-from steerlens.report.contents import COMMANDS
-from steerlens.steering.files import KEY
+from steerlens.runs.html_report.contents import COMMANDS
+from steerlens.steering.vector_file import KEY
 
 
 def unique(items: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import torch
 from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import ActivationError
-from steerlens.tokens import tokenize_pairs
 
 
 def hf_block_outputs(hf_model: Any, ids: tuple[int, ...]) -> torch.Tensor:

@@ -10,9 +10,9 @@ from conftest import bridge, build_gpt2, build_llama
 from zoo import ZOO, bridged, hugging_face
 
 import steerlens as sl
-from steerlens import fidelity
 from steerlens.errors import ModelError
-from steerlens.models import inference
+from steerlens.models import verification as fidelity
+from steerlens.models.loading import inference
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 

@@ -11,11 +11,13 @@ from conftest import bridge, build_llama, needs_bridge
 from zoo import bridged
 
 import steerlens as sl
-from steerlens import bare, compiled, engine
-from steerlens.bare import BareModel, for_hooks
-from steerlens.gradients import rows
-from steerlens.hooks import resid_post
-from steerlens.tokens import join
+from steerlens.engine import backend as bare
+from steerlens.engine import compiled
+from steerlens.engine import gradient_rows as rows
+from steerlens.engine import plan as engine
+from steerlens.engine.backend import BareModel, for_hooks
+from steerlens.engine.batches import join
+from steerlens.models.hooks import resid_post
 
 pytestmark = needs_bridge
 

@@ -11,22 +11,23 @@ import torch
 from conftest import sampled
 
 import steerlens as sl
-from steerlens import coherence, plain
-from steerlens.coherence import ROLLOUT_TOKENS, check_rollouts
-from steerlens.data import read_texts
-from steerlens.directions import Directions
-from steerlens.errors import DirectionError, HookError, PairError, SweepError
-from steerlens.loss import Budget
-from steerlens.plain import Cost, Workload
-from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS
-from steerlens.tokens import (
+from steerlens.data.pairs import read_texts
+from steerlens.directions.directions import Directions
+from steerlens.engine import plain_loop as plain
+from steerlens.engine.batches import make_batches
+from steerlens.engine.tokenization import (
     TokenizedPrompt,
     fingerprint,
-    make_batches,
     tokenize_pairs,
     tokenize_prompt,
 )
-from steerlens.uncertainty import weighted_quantile
+from steerlens.engine.workload import Cost, Workload
+from steerlens.errors import DirectionError, HookError, PairError, SweepError
+from steerlens.loss import Budget
+from steerlens.measure import coherence
+from steerlens.measure.coherence import ROLLOUT_TOKENS, check_rollouts
+from steerlens.stats import weighted_quantile
+from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS
 
 
 def brute_force(

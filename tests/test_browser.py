@@ -11,7 +11,7 @@ from test_cli import model_folder, pairs_file  # noqa: F401 (fixtures)
 
 import steerlens as sl
 from steerlens.cli import main
-from steerlens.report.contents import COMMANDS, FIGURES
+from steerlens.runs.html_report.contents import COMMANDS, FIGURES
 
 WIDTHS = (400, 1200)
 

@@ -21,19 +21,14 @@ from steerlens.circuits import (
     item_answers,
     make_prompts,
 )
-from steerlens.circuits.attribution import trace
-from steerlens.circuits.behaviour import measure
+from steerlens.circuits.answers import measure
 from steerlens.circuits.components import components, head_hook, mlp_hook, writer_hooks
+from steerlens.circuits.interventions import trace
 from steerlens.circuits.readers import frozen_readout
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import CircuitError, DirectionError
-from steerlens.hooks import resid_post
-from steerlens.tables import (
-    CLAIM_COLUMNS,
-    READER_COLUMNS,
-    WRITER_COLUMNS,
-    WRITER_POSITION_COLUMNS,
-)
-from steerlens.tokens import tokenize_pairs
+from steerlens.models.hooks import resid_post
+from steerlens.tables import CLAIM_COLUMNS, READER_COLUMNS, WRITER_COLUMNS, WRITER_POSITION_COLUMNS
 
 HAND = "blocks.0.hook_resid_post"
 

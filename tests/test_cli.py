@@ -13,11 +13,12 @@ import pytest
 from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens import cli, data
-from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
+from steerlens import cli
 from steerlens.cli import main, sweeps
+from steerlens.data import pairs as data
 from steerlens.errors import SteerlensError
-from steerlens.runs import RUN_FILES
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
+from steerlens.runs.record import RUN_FILES
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, write_csv
 
 N_LAYERS = 4

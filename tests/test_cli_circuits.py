@@ -25,9 +25,9 @@ from steerlens.circuits import (
     make_prompts,
     token_projections,
 )
-from steerlens.hooks import resid_post
+from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.models.hooks import resid_post
 from steerlens.tables import CIRCUIT_COLUMNS, READER_COLUMNS, WRITER_COLUMNS
-from steerlens.tokens import TokenizedPrompt
 
 
 @pytest.fixture

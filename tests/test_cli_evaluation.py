@@ -17,7 +17,7 @@ from test_cli import (  # noqa: F401 (fixtures)
     write_pairs,
 )
 
-from steerlens.methods import METHODS
+from steerlens.directions.methods import METHODS
 from steerlens.tables import COMPARISON_COLUMNS, RELIABILITY_COLUMNS, SUMMARY_COLUMNS
 
 WORDS = "walk sun rain soup bread night day kind rude it you a".split()

@@ -18,9 +18,9 @@ from test_cli import (  # noqa: F401 (fixtures)
 )
 
 import steerlens as sl
-from steerlens.hooks import resid_post
+from steerlens.models.hooks import resid_post
 from steerlens.plots.pages import token_page
-from steerlens.runs import RUN_FILES
+from steerlens.runs.record import RUN_FILES
 from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, read_csv
 
 BOTH = {"generations.csv", "tokens.csv"}

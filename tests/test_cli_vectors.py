@@ -18,9 +18,9 @@ from test_cli import (  # noqa: F401 (fixtures)
 
 import steerlens as sl
 from steerlens.cli import vectors
-from steerlens.data import Message
+from steerlens.data.pairs import Message
+from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.steering import generate
-from steerlens.tokens import tokenize_prompt
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import HookError, SteeringError
 from steerlens.steering import conditions, generate_tokens
 from steerlens.steering.conditions import (
@@ -16,7 +17,6 @@ from steerlens.steering.conditions import (
     _fit,
     prompt_means,
 )
-from steerlens.tokens import TokenizedPrompt, tokenize_pairs
 
 EARLY, HOOK = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
 DIRECTION = torch.nn.functional.normalize(torch.arange(1.0, 33.0), dim=0)

@@ -14,18 +14,12 @@ from conftest import bridge
 from test_tokens import padding
 
 import steerlens as sl
-from steerlens.data import Message
-from steerlens.errors import (
-    ActivationError,
-    DirectionError,
-    PairError,
-    SteeringError,
-    SweepError,
-)
-from steerlens.hooks import readout_hook, resid_post
+from steerlens.data.pairs import Message
+from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
+from steerlens.errors import ActivationError, DirectionError, PairError, SteeringError, SweepError
+from steerlens.models.hooks import readout_hook, resid_post
 from steerlens.steering import Ablate
 from steerlens.tables import TOKEN_COLUMNS, read_csv, write_csv
-from steerlens.tokens import tokenize_pairs, tokenize_prompt
 
 HOOK = resid_post(1)
 NUMBERS = ["projection", "steered_projection", "logprob_nats", "steered_logprob_nats"]

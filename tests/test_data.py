@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlens import ContrastivePair, ContrastivePairs, dataset_names, neutral_texts
-from steerlens.data import Message, dataset_card, render
+from steerlens.data.pairs import Message, dataset_card, render
 from steerlens.errors import PairError
 
 GOOD = '{"positive": "you are kind", "negative": "you are rude"}'

@@ -10,11 +10,11 @@ from conftest import bridge, build_llama, build_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steerlens as sl
-from steerlens.activations import reading_hook
-from steerlens.cells import _addition_by_row
+from steerlens.engine.capture import reading_hook
+from steerlens.engine.cells import _addition_by_row
+from steerlens.engine.slopes import _stepping
 from steerlens.errors import ModelError
-from steerlens.slopes import _stepping
-from steerlens.steering.application import step_hooks, steps
+from steerlens.steering.apply import step_hooks, steps
 
 N_LAYERS = 4
 DIRECTION = torch.nn.functional.normalize(torch.arange(1.0, 33.0), dim=0)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steerlens as sl
-from steerlens.activations import Differences
+from steerlens.directions.differences import Differences
 from steerlens.errors import DirectionError
-from steerlens.models import inference
+from steerlens.models.loading import inference
 from steerlens.steering import steering_hooks
 
 HOOK = "blocks.0.hook_resid_post"

@@ -12,21 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steerlens as sl
-from steerlens.display import (
+from steerlens.measure.comparison import Comparison
+from steerlens.measure.equal_damage import CompareSettings
+from steerlens.models.hooks import resid_post
+from steerlens.steering.coefficients import Calibration
+from steerlens.steering.origin import Origin
+from steerlens.tables import (
+    COMPARISON_COLUMNS,
     MAX_COLUMNS,
     MAX_LINE,
     MAX_ROWS,
+    SUMMARY_COLUMNS,
     fragment,
     hook_label,
     measured,
     shortened,
+    to_frame,
 )
-from steerlens.evaluate import Comparison
-from steerlens.evaluate.runner import CompareSettings
-from steerlens.hooks import resid_post
-from steerlens.steering.coefficients import Calibration
-from steerlens.steering.origin import Origin
-from steerlens.tables import COMPARISON_COLUMNS, SUMMARY_COLUMNS, to_frame
 
 HOSTILE = "<script>go()</script> harmless <img src=x onerror=go()>"
 TAGS = {"div", "table", "thead", "tbody", "tr", "th", "td"}

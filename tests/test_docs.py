@@ -393,7 +393,7 @@ def test_python_on_a_page_runs(
     load = sl.ContrastivePairs.load
     monkeypatch.setattr(sl.ContrastivePairs, "load", lambda name, **of: load(name, **of)[:16])
     few = sl.neutral_texts()[:16]
-    monkeypatch.setattr("steerlens.boundary.neutral_texts", lambda: few)
+    monkeypatch.setattr("steerlens.measure.boundary.neutral_texts", lambda: few)
     namespace: dict[str, Any] = {}
     for block in blocks(path.read_text(encoding="utf-8"), "python"):
         calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]

@@ -10,9 +10,9 @@ import transformers
 from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
-from steerlens import models
+from steerlens.directions.gradients import loss_gradients
 from steerlens.errors import ActivationError, ModelError
-from steerlens.gradients import loss_gradients
+from steerlens.models import loading as models
 
 HALF = [torch.bfloat16, torch.float16]
 LARGEST = 65504.0

@@ -9,13 +9,15 @@ import torch
 from conftest import ATTN_OUT, FINAL_NORM, bridge, build_gpt2, build_llama, needs_bridge
 
 import steerlens as sl
-from steerlens import cells, passes, plain
-from steerlens.cells import Carried, Job, fast_cells
-from steerlens.engine import make_plan, run_cells
-from steerlens.hooks import readout_hook, resid_post
-from steerlens.parts import prepare
-from steerlens.plain import CellOutput, Cost, Workload, forward_equivalents, make_workload
-from steerlens.tokens import tokenize_pairs
+from steerlens.engine import cells
+from steerlens.engine import plain_loop as plain
+from steerlens.engine import resume as passes
+from steerlens.engine.cells import Carried, Job, fast_cells
+from steerlens.engine.plan import make_plan, run_cells
+from steerlens.engine.prefixes import prepare
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.engine.workload import CellOutput, Cost, Workload, forward_equivalents, make_workload
+from steerlens.models.hooks import readout_hook, resid_post
 
 COEFFICIENTS = (-3.0, 0.5, 4.0)
 

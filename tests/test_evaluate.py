@@ -10,27 +10,24 @@ import torch
 from conftest import sampled
 
 import steerlens as sl
-from steerlens.cells import Job
-from steerlens.data import Message
+from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.data.pairs import Message
+from steerlens.directions.methods import null_directions
+from steerlens.engine.cells import Job
+from steerlens.engine.tokenization import tokenize_items, tokenize_prompt
+from steerlens.engine.workload import Cost
 from steerlens.errors import DirectionError, PairError, SweepError
-from steerlens.evaluate import CompareSettings, Comparison, compare, reliability
-from steerlens.evaluate.effects import (
-    damages,
-    distinct_3,
-    mean_distinct_3,
-    preference_gaps,
-)
-from steerlens.evaluate.reliability import cosine, d_prime
-from steerlens.evaluate.runner import Measured
-from steerlens.evaluate.verdicts import effect_columns, with_verdicts
-from steerlens.hooks import resid_post
-from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.loss import label_logprob
-from steerlens.methods import null_directions
-from steerlens.models import inference
-from steerlens.plain import Cost
+from steerlens.measure import comparison as compare
+from steerlens.measure import split_half as reliability
+from steerlens.measure.comparison import Comparison
+from steerlens.measure.effects import damages, distinct_3, mean_distinct_3, preference_gaps
+from steerlens.measure.equal_damage import CompareSettings, Measured
+from steerlens.measure.split_half import cosine, d_prime
+from steerlens.measure.verdicts import effect_columns, with_verdicts
+from steerlens.models.hooks import resid_post
+from steerlens.models.loading import inference
 from steerlens.tables import COMPARISON_COLUMNS, RELIABILITY_COLUMNS, SUMMARY_COLUMNS
-from steerlens.tokens import tokenize_items, tokenize_prompt
 
 HOOK = resid_post(1)
 WORDS = "walk sun rain soup bread night day kind rude it".split()

@@ -18,8 +18,8 @@ from conftest import bridge, build_gpt2, build_llama, build_tokenizer
 
 import steerlens as sl
 from steerlens.errors import ExportError, SteeringError
-from steerlens.export import CARRIERS
 from steerlens.steering import Calibration
+from steerlens.steering.export import CARRIERS
 
 TOKENS = torch.tensor([[1, 7, 9, 11, 6], [1, 8, 5, 20, 30]])
 ROWS = {

@@ -8,12 +8,12 @@ import pytest
 from conftest import bridge, build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens.data import Message
+from steerlens.data.pairs import Message
+from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import SteeringError, SweepError
-from steerlens.hooks import resid_post
+from steerlens.models.hooks import resid_post
 from steerlens.steering import generate_tokens
 from steerlens.tables import GENERATION_COLUMNS, read_csv, write_csv
-from steerlens.tokens import tokenize_prompt
 
 HOOK = resid_post(1)
 PROMPTS = ["the river was", "how was the day today"]

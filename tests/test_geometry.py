@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.directions import Directions
+from steerlens.directions.directions import Directions
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import DirectionError, SweepError
-from steerlens.geometry import SHARES, loss_geometry
 from steerlens.loss import contrastive_steering_loss, label_logprob
+from steerlens.measure.plane import SHARES, loss_geometry
 from steerlens.tables import CONTOUR_COLUMNS, GEOMETRY_COLUMNS, SHAPE_COLUMNS
-from steerlens.tokens import TokenizedPrompt, tokenize_pairs
 
 LAYERS = [1, 4]
 OPTIONS: dict[str, Any] = {"budget": "nats=0.1", "n_bootstrap": 20}

@@ -8,13 +8,14 @@ import torch
 from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
+from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
+from steerlens.engine.batches import make_batches
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import ActivationError, DirectionError, HookError, SweepError
-from steerlens.gradients import LossGradients, gradient_terms, loss_gradients
-from steerlens.hooks import resid_post
 from steerlens.loss import label_logprob
-from steerlens.models import inference
+from steerlens.models.hooks import resid_post
+from steerlens.models.loading import inference
 from steerlens.tables import GRADIENT_COLUMNS
-from steerlens.tokens import TokenizedPrompt, make_batches, tokenize_pairs
 
 HOOKS = ("blocks.0.hook_mlp_out", resid_post(0), resid_post(1))
 

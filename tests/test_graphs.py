@@ -24,7 +24,6 @@ from steerlens.circuits import (
 from steerlens.circuits.comparison import UNSTEERED, _areas, make_contrast
 from steerlens.circuits.components import components, head_hook, mlp_hook, output_weights
 from steerlens.circuits.edges import edge_table
-from steerlens.circuits.floor import mean_kl
 from steerlens.circuits.graphs import (
     Means,
     Reader,
@@ -37,6 +36,7 @@ from steerlens.circuits.graphs import (
     run_edges,
     run_nodes,
 )
+from steerlens.circuits.random_control import mean_kl
 from steerlens.errors import CircuitError
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steerlens import readout_hook, resolve_hooks
 from steerlens.errors import HookError
-from steerlens.hooks import hook_layer, hooked, resid_post
+from steerlens.models.hooks import hook_layer, hooked, resid_post
 
 N_LAYERS = 5  # of the `llama` fixture
 TOKENS = torch.tensor([[1, 4, 6, 9], [1, 7, 5, 8]])

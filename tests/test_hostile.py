@@ -17,8 +17,8 @@ from run_folders import write_circuits
 from sound import CHECKS
 
 import steerlens as sl
-from steerlens import inputs
-from steerlens.data import read_texts
+from steerlens import files as inputs
+from steerlens.data.pairs import read_texts
 
 Reader = Callable[[Path], Any]
 READERS: dict[str, Reader] = {

@@ -94,18 +94,18 @@ def test_every_module_has_a_place_in_the_order() -> None:
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("from steerlens.data import ContrastivePairs", []),
+        ("from steerlens.data.pairs import ContrastivePairs", []),
         ("from steerlens import data, errors", []),
-        ("import steerlens.data", []),
+        ("import steerlens.data.pairs", []),
         ("from .errors import HookError", []),
         ("import torch\nfrom pathlib import Path", []),
-        ("from steerlens.sweep import sweep", ["sweep"]),
+        ("from steerlens.measure.sweeps import sweep", ["sweep"]),
         ("from steerlens import cli, data", ["cli"]),
         ("import os, steerlens.tables as t", ["tables"]),
         ("from .loss import label_logprob", ["loss"]),
         ("from . import engine", ["engine"]),
-        ("def late():\n    from steerlens.runs import write_run", ["runs"]),
-        ("if TYPE_CHECKING:\n    from steerlens.tokens import Batch", ["tokens"]),
+        ("def late():\n    from steerlens.runs.record import write_run", ["runs"]),
+        ("if TYPE_CHECKING:\n    from steerlens.engine.tokenization import Batch", ["tokens"]),
         # The package itself is below every module.
         ("import steerlens", [""]),
         ("from steerlens import load_model", [""]),

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from steerlens.data import ContrastivePairs, Message, dataset_names
+from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.data.pairs import ContrastivePairs, Message, dataset_names
 from steerlens.errors import PairError
-from steerlens.items import PreferenceItem, PreferenceItems
 
 GOOD = {"prompt": "The film was", "positive": " great.", "negative": " dull."}
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steerlens as sl
+from steerlens.engine.batches import make_batches
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import SweepError
 from steerlens.loss import Budget, coherence_penalty
-from steerlens.tokens import make_batches, tokenize_pairs
 
 # Differences (3, 4) and (0, 1): norms 5 and 1.
 HS_POS = [[3.0, 4.0], [0.0, 0.0]]

@@ -15,12 +15,20 @@ from live import LiveBytes
 from test_cli import Main, model_folder, pairs_file, run, sweep  # noqa: F401 (fixtures)
 
 import steerlens as sl
-from steerlens import cells, memory
+from steerlens.engine import cells, memory
+from steerlens.engine.batches import make_batches, make_pair_batches
+from steerlens.engine.memory import (
+    check_memory,
+    free_bytes,
+    in_slices,
+    is_out_of_memory,
+    pass_bytes,
+)
+from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.engine.workload import Cost, Workload
 from steerlens.errors import MemoryLimitError
-from steerlens.hooks import resid_post
-from steerlens.memory import check_memory, free_bytes, in_slices, is_out_of_memory, pass_bytes
-from steerlens.plain import Cost, Workload, run_baseline
-from steerlens.tokens import make_batches, make_pair_batches, tokenize_pairs
+from steerlens.models.hooks import resid_post
 
 TOO_MUCH = 2**60
 CFG = SimpleNamespace(d_model=4, n_heads=2, n_layers=3, d_mlp=8, d_vocab=20)

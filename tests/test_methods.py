@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import steerlens as sl
-from steerlens.activations import Differences
+from steerlens.directions import contrast_methods as contrast
+from steerlens.directions import gradient_methods as gradient
+from steerlens.directions.differences import Differences
+from steerlens.directions.evidence import Activations, Gradients, first_axis, ridge_solve
+from steerlens.directions.gradients import LossGradients, loss_gradients
+from steerlens.directions.methods import METHODS
 from steerlens.errors import DirectionError
-from steerlens.gradients import LossGradients, loss_gradients
-from steerlens.methods import METHODS, contrast, gradient
-from steerlens.methods.evidence import Activations, Gradients, first_axis, ridge_solve
 
 HOOK = "blocks.0.hook_resid_post"
 BY_DIFFERENCES = [name for name, m in METHODS.items() if m.source == "differences"]

@@ -18,10 +18,10 @@ from conftest import WORDS, bridge, build_gpt2, build_llama, build_tokenizer
 from transformer_lens.model_bridge import TransformerBridge
 
 import steerlens as sl
-from steerlens import checkpoints
-from steerlens.checkpoints import CACHE_VARIABLE, PackagedModel, cache_folder
 from steerlens.errors import ModelError
-from steerlens.models import inference
+from steerlens.models import packaged as checkpoints
+from steerlens.models.loading import inference
+from steerlens.models.packaged import CACHE_VARIABLE, PackagedModel, cache_folder
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 GGUF_NAMES = {

@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from steerlens.errors import SteeringError
 from steerlens.steering import Ablate, Add, Clamp, Rotate, operator_of
-from steerlens.steering.application import Step, step_hooks
+from steerlens.steering.apply import Step, step_hooks
 from steerlens.steering.operators import operator_record
 
 D = torch.tensor([0.6, 0.8])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from steerlens import plots
 from steerlens.errors import OutputError, PlotError
-from steerlens.geometry import SHARES, LossGeometry
+from steerlens.measure.plane import SHARES, LossGeometry
 from steerlens.plots.geometry import interpolated_penalty
 from steerlens.plots.marks import (
     Arrows,

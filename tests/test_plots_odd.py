@@ -18,7 +18,7 @@ from run_folders import (
 
 from steerlens import plots
 from steerlens.errors import PlotError
-from steerlens.geometry import LossGeometry
+from steerlens.measure.plane import LossGeometry
 from steerlens.plots.geometry import ARROW
 from steerlens.plots.marks import Arrows, Band, HeatMap, Line, Points
 

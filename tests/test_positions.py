@@ -9,10 +9,10 @@ import torch
 from conftest import IS_TL3, needs_bridge
 
 import steerlens as sl
+from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import SteeringError
 from steerlens.steering import Positions, generate_tokens
-from steerlens.steering.positions import Pass, check_positions
-from steerlens.tokens import TokenizedPrompt
+from steerlens.steering.cache_positions import Pass, check_positions
 
 HOOK = "blocks.1.hook_resid_post"
 DIRECTION = torch.nn.functional.normalize(torch.arange(1.0, 33.0), dim=0)

@@ -14,7 +14,7 @@ from hooked import hooked_transformer
 import steerlens as sl
 from steerlens.circuits import find_writers
 from steerlens.errors import ProcessingError
-from steerlens.processing import check_one, check_same, weight_processing
+from steerlens.models.weight_processing import check_one, check_same, weight_processing
 from steerlens.steering import Origin
 
 HOOK = "blocks.1.hook_resid_post"

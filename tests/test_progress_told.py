@@ -16,9 +16,9 @@ from steerlens.circuits import (
     make_prompts,
     random_intervention,
 )
-from steerlens.items import PreferenceItem, PreferenceItems
+from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.progress import Progress
-from steerlens.tokens import tokenize_pairs
 
 Told = list[tuple[str, int, int]]
 

@@ -8,14 +8,15 @@ import pandas as pd
 import pytest
 
 import steerlens as sl
-from steerlens.coherence import allowances, mean_loss
-from steerlens.directions import Directions
+from steerlens.directions.directions import Directions
+from steerlens.engine.batches import make_batches
+from steerlens.engine.slopes import label_slopes
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.engine.workload import Cost
 from steerlens.loss import Budget
-from steerlens.plain import Cost
-from steerlens.pushes import choose_probes, first_root
-from steerlens.slopes import label_slopes
+from steerlens.measure.coherence import allowances, mean_loss
+from steerlens.measure.pushes import choose_probes, first_root
 from steerlens.tables import LAYER_COLUMNS
-from steerlens.tokens import make_batches, tokenize_pairs
 
 
 def test_first_roots_by_hand() -> None:

@@ -10,14 +10,14 @@ import transformers
 from bare import cell
 
 import steerlens as sl
-from steerlens import plain
-from steerlens.cells import Job
-from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
-from steerlens.data import render
-from steerlens.engine import make_plan, run_cells
-from steerlens.plain import Cost, make_workload
+from steerlens.data.pairs import render
+from steerlens.engine import plain_loop as plain
+from steerlens.engine.cells import Job
+from steerlens.engine.plan import make_plan, run_cells
+from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
+from steerlens.engine.workload import Cost, make_workload
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.steering import generate
-from steerlens.tokens import tokenize_pairs, tokenize_prompt
 
 pytestmark = pytest.mark.real
 

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 import steerlens as sl
-from steerlens.data import Message
+from steerlens.data.pairs import Message
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.steering import generate, generate_tokens
-from steerlens.tokens import TokenizedPrompt, tokenize_prompt
 
 pytestmark = pytest.mark.real
 

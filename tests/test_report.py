@@ -28,11 +28,11 @@ from run_folders import (
 
 import steerlens as sl
 from steerlens.errors import ReportError
-from steerlens.report.contents import COMMANDS, FIGURES, TABLES
-from steerlens.report.markup import Html, element, joined
-from steerlens.report.numbers import change, decimals_for, fixed, short
-from steerlens.report.summary import summarise
-from steerlens.runs import RUN_FILES
+from steerlens.runs.html_report.contents import COMMANDS, FIGURES, TABLES
+from steerlens.runs.html_report.markup import Html, element, joined
+from steerlens.runs.html_report.numbers import change, decimals_for, fixed, short
+from steerlens.runs.html_report.summary import summarise
+from steerlens.runs.record import RUN_FILES
 from steerlens.tables import read_csv
 
 VIEWS = [

@@ -31,9 +31,9 @@ from run_folders import (
 )
 
 import steerlens as sl
-from steerlens.report.contents import COMMANDS, MAX_ROWS, TABLES
-from steerlens.report.listings import listing
-from steerlens.report.summary import summarise
+from steerlens.runs.html_report.contents import COMMANDS, MAX_ROWS, TABLES
+from steerlens.runs.html_report.listings import listing
+from steerlens.runs.html_report.summary import summarise
 
 MEGABYTE = 1_000_000
 VOID = ("meta", "br", "input", "link", "img")

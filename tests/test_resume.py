@@ -26,12 +26,13 @@ from test_cli import (  # noqa: F401 (fixtures)
 )
 
 import steerlens as sl
-from steerlens import runs
 from steerlens.cli import main, sweeps
 from steerlens.errors import OutputError, ReportError
-from steerlens.runs import check_run_folder, differences, unfinished
+from steerlens.measure.sweeps import FinishedHook
+from steerlens.runs import record as runs
+from steerlens.runs import unfinished
+from steerlens.runs.record import check_run_folder, differences
 from steerlens.runs.unfinished import Parts, open_parts
-from steerlens.sweep import FinishedHook
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 NULLS = ("--null", "2")
@@ -96,7 +97,7 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
     kept: list[str] = []
     fits: list[str] = []
     measured: list[float] = []
-    keep, module = Parts.keep, sys.modules["steerlens.sweep"]
+    keep, module = Parts.keep, sys.modules["steerlens.measure.sweeps"]
     measure, fit = module.measure, sweeps.fit
     finished_cells = module.finished_cells
     yielded: list[int] = []
@@ -154,7 +155,7 @@ def test_a_full_disk_while_the_tables_are_written(
     assert not (tmp_path / "run" / "sweep.csv").exists()
     with monkeypatch.context() as patch:
         # No cell is measured again.
-        patch.setattr(sys.modules["steerlens.sweep"], "measure", None)
+        patch.setattr(sys.modules["steerlens.measure.sweeps"], "measure", None)
         assert_finished_after_resume(run, tmp_path / "run", whole)
 
 

@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 
 import steerlens as sl
-from steerlens import runs
 from steerlens.errors import OutputError
-from steerlens.runs import RUN_FILES, check_run_folder, write_directions, write_run
-from steerlens.steering.files import write_whole
+from steerlens.files import write_whole
+from steerlens.runs import record as runs
+from steerlens.runs.record import RUN_FILES, check_run_folder, write_directions, write_run
 
 REQUEST: dict[str, Any] = {
     "command": "sweep",

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlens.search import Curve, Line, crossing, first_crossings, search
+from steerlens.measure.search import Curve, Line, crossing, first_crossings, search
 
 
 def line(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.directions import Directions
+from steerlens.directions.directions import Directions
 from steerlens.errors import DirectionError, SweepError
-from steerlens.shape import main_orthogonal
+from steerlens.measure.plane_boundary import main_orthogonal
 from steerlens.tables import SHAPE_COLUMNS
 
 

@@ -8,14 +8,15 @@ import torch
 from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
-from steerlens import passes, plain
-from steerlens import slopes as slopes_room
+from steerlens.directions.gradients import loss_gradients
+from steerlens.engine import plain_loop as plain
+from steerlens.engine import resume as passes
+from steerlens.engine import slopes as slopes_room
+from steerlens.engine.slopes import Slopes, label_slopes
+from steerlens.engine.tokenization import SteeredPositions, tokenize_pairs
+from steerlens.engine.workload import Cost, Workload, make_workload
 from steerlens.errors import ModelError, SweepError
-from steerlens.gradients import loss_gradients
-from steerlens.hooks import resid_post
-from steerlens.plain import Cost, Workload, make_workload
-from steerlens.slopes import Slopes, label_slopes
-from steerlens.tokens import SteeredPositions, tokenize_pairs
+from steerlens.models.hooks import resid_post
 
 HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import steerlens as sl
+from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import SteeringError
 from steerlens.steering import generate, generate_tokens, steering_hooks
-from steerlens.tokens import tokenize_prompt
 
 HOOK = "blocks.1.hook_resid_post"
 

@@ -12,13 +12,14 @@ from bare import cell
 from conftest import ATTN_OUT, bridge, build_gpt2, build_llama, needs_bridge
 
 import steerlens as sl
-from steerlens.activations import Differences
-from steerlens.directions import Directions
+from steerlens.directions.differences import Differences
+from steerlens.directions.directions import Directions
+from steerlens.directions.methods import null_directions
+from steerlens.engine.batches import make_batches
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import DirectionError, PairError, SweepError
-from steerlens.methods import null_directions
+from steerlens.stats import false_discovery, null_band
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS
-from steerlens.tokens import make_batches, tokenize_pairs
-from steerlens.uncertainty import false_discovery, null_band
 
 COEFFICIENTS = (-2.0, 0.0, 0.5, 3.0)
 
@@ -359,8 +360,8 @@ def test_same_seed_gives_the_same_table_and_another_seed_other_intervals(
 
 def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
     """Differences (3, 4) and (0, 1) against the direction (0.6, 0.8): projections 5 and 0.8."""
-    from steerlens.measures import layer_row
-    from steerlens.plain import Baseline
+    from steerlens.engine.workload import Baseline
+    from steerlens.measure.rows import layer_row
 
     name = "blocks.0.hook_resid_post"
     baseline = Baseline(
@@ -398,8 +399,8 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
 
 def test_points_by_hand() -> None:
     """Differences (3, 4) and (0, 1) on the direction (1, 0) and what is orthogonal to it."""
-    from steerlens.measures import point_rows
-    from steerlens.plain import Baseline
+    from steerlens.engine.workload import Baseline
+    from steerlens.measure.rows import point_rows
 
     name = "blocks.2.hook_resid_post"
     states = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])

@@ -9,14 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steerlens.tables import (
-    LAYER_COLUMNS,
-    SWEEP_COLUMNS,
-    to_frame,
-    write_csv,
-    write_parquet,
-)
-from steerlens.uncertainty import bootstrap_interval
+from steerlens.stats import bootstrap_interval
+from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, to_frame, write_csv, write_parquet
 
 # Copied from the design, so that a renamed or moved column shows here.
 SWEEP_NAMES = [

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as kinds
 
 import steerlens as sl
-from steerlens.damage import token_damage
 from steerlens.errors import PairError, SteeringError
+from steerlens.measure.tokens import token_damage
 from steerlens.steering import generate_tokens
 
 N_CTX = 64

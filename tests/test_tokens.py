@@ -11,19 +11,18 @@ from conftest import bridge, build_llama, build_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlens import ContrastivePairs, tokens
-from steerlens.data import Message, render
-from steerlens.errors import ActivationError, ModelError, PairError
-from steerlens.tokens import (
-    Batch,
+from steerlens import ContrastivePairs
+from steerlens.data.pairs import Message, render
+from steerlens.engine import tokenization as tokens
+from steerlens.engine.batches import Batch, make_batches, make_split_batches
+from steerlens.engine.tokenization import (
     TokenizedPairs,
     TokenizedPrompt,
     check_steered_positions,
-    make_batches,
-    make_split_batches,
     tokenize_pairs,
     tokenize_prompt,
 )
+from steerlens.errors import ActivationError, ModelError, PairError
 
 BOS, EOS, PAD = 1, 2, 3
 N_CTX = 64

@@ -8,14 +8,16 @@ import torch
 from conftest import bridge, build_gpt2
 
 import steerlens as sl
+from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.directions.fitting import fit
+from steerlens.directions.training import train_directions
+from steerlens.engine.batches import make_pair_batches
+from steerlens.engine.push_steps import Example, Outputs, make_side, push_example
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import DirectionError, SweepError
-from steerlens.hooks import resid_post
-from steerlens.items import PreferenceItem, PreferenceItems
 from steerlens.loss import label_logprob
-from steerlens.methods import fit, train_directions
-from steerlens.methods.steps import Example, Outputs, make_side, push_example
-from steerlens.models import inference
-from steerlens.tokens import make_pair_batches, tokenize_pairs
+from steerlens.models.hooks import resid_post
+from steerlens.models.loading import inference
 
 HOOK = resid_post(1)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t
 
-from steerlens.uncertainty import (
+from steerlens.stats import (
     bootstrap_interval,
     bootstrap_intervals,
     false_discovery,

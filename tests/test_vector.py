@@ -20,8 +20,8 @@ from safetensors.torch import save
 import steerlens as sl
 from steerlens.errors import HookError, SteeringError
 from steerlens.steering import Calibration, Origin
-from steerlens.steering.files import KEY
 from steerlens.steering.origin import tokenizer_fingerprints, weights_fingerprint
+from steerlens.steering.vector_file import KEY
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 TOKENS = torch.tensor([[1, 7, 9, 11]])

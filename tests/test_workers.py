@@ -15,9 +15,9 @@ import torch
 from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens import cells, workers
+from steerlens.engine import cells, workers
 from steerlens.errors import ModelError, WorkerError
-from steerlens.hooks import resid_post
+from steerlens.models.hooks import resid_post
 
 COEFFICIENTS = [-3.0, 0.0, 0.5, 4.0]
 
@@ -220,7 +220,9 @@ def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
     advances: list[Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("steerlens.engine._reasons", lambda *args, **kwargs: {resid_post(1): "no"})
+    monkeypatch.setattr(
+        "steerlens.engine.plan._reasons", lambda *args, **kwargs: {resid_post(1): "no"}
+    )
     tables, moves = {}, {}
     for name, executor in {"serial": None, "inline": Inline()}.items():
         advances.clear()
@@ -240,7 +242,7 @@ def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = swept(model, pairs, fitted)
-    monkeypatch.setattr("steerlens.engine.n_skippable", lambda model: 0)
+    monkeypatch.setattr("steerlens.engine.plan.n_skippable", lambda model: 0)
     with pytest.warns(RuntimeWarning, match="not one list"):
         plainly = swept(model, pairs, fitted)
     with pytest.warns(RuntimeWarning, match="not one list"):

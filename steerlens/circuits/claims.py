@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.circuits.attribution import Intervention, trace
-from steerlens.circuits.behaviour import Answers, measure, row_slices
+from steerlens.circuits.answers import Answers, measure, row_slices
 from steerlens.circuits.components import Component, Prompts, head_hook, hook_of
-from steerlens.hooks import HookFunction, hook_layer, hooked
-from steerlens.models import HookedModel, inference
+from steerlens.circuits.interventions import Intervention, trace
+from steerlens.models.hooks import HookFunction, hook_layer, hooked
+from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, silent
+from steerlens.stats import ratio_interval
 from steerlens.tables import CLAIM_COLUMNS, Row, to_frame
-from steerlens.uncertainty import ratio_interval
 
 
 def run_claims(

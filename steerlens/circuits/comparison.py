@@ -11,9 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.arguments import whole
-from steerlens.circuits.attribution import Intervention
-from steerlens.circuits.behaviour import Answers
+from steerlens.circuits.answers import Answers
 from steerlens.circuits.components import check_additive, make_prompts
 from steerlens.circuits.graphs import (
     Contrast,
@@ -26,13 +24,14 @@ from steerlens.circuits.graphs import (
     run_edges,
     run_nodes,
 )
-from steerlens.data import ContrastivePairs
-from steerlens.errors import CircuitError
-from steerlens.models import HookedModel, provenance
+from steerlens.circuits.interventions import Intervention
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.errors import CircuitError, whole
+from steerlens.models.loading import HookedModel, provenance
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Add
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, Row, to_frame
-from steerlens.tokens import tokenize_pairs
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 UNSTEERED = "unsteered"

@@ -9,10 +9,10 @@ from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import CircuitError
-from steerlens.hooks import hook_layer, resid_post
-from steerlens.models import HookedModel
-from steerlens.tokens import TokenizedPrompt
+from steerlens.models.hooks import hook_layer, resid_post
+from steerlens.models.loading import HookedModel
 
 TOLERANCE = 1e-3
 """Largest part of what was written that the components may leave unexplained."""

@@ -6,7 +6,7 @@ import pandas as pd
 
 from steerlens.circuits.components import components
 from steerlens.circuits.graphs import Scores, largest, readers
-from steerlens.models import HookedModel
+from steerlens.models.loading import HookedModel
 from steerlens.tables import EDGE_COLUMNS, Row, to_frame
 
 

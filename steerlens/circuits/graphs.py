@@ -9,8 +9,7 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.circuits.attribution import Intervention, trace
-from steerlens.circuits.behaviour import Answers, last_logits, row_slices
+from steerlens.circuits.answers import Answers, last_logits, row_slices
 from steerlens.circuits.components import (
     EMBED,
     TOLERANCE,
@@ -23,9 +22,10 @@ from steerlens.circuits.components import (
     output_weights,
     writer_hooks,
 )
+from steerlens.circuits.interventions import Intervention, trace
 from steerlens.errors import CircuitError
-from steerlens.hooks import HookFunction, hooked, resid_post
-from steerlens.models import HookedModel
+from steerlens.models.hooks import HookFunction, hooked, resid_post
+from steerlens.models.loading import HookedModel
 
 
 @dataclass(frozen=True, order=True)

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.circuits.attribution import Intervention, trace
-from steerlens.circuits.behaviour import Answers, row_slices
+from steerlens.circuits.answers import Answers, row_slices
 from steerlens.circuits.components import Component, Prompts, hook_of
-from steerlens.models import HookedModel, inference
+from steerlens.circuits.interventions import Intervention, trace
+from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, silent
 
 

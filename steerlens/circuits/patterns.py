@@ -8,14 +8,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.circuits.attribution import Intervention
 from steerlens.circuits.components import Component, Prompts
-from steerlens.directions import Directions
+from steerlens.circuits.interventions import Intervention
+from steerlens.directions.directions import Directions
+from steerlens.engine.tokenization import token_texts
 from steerlens.errors import CircuitError, told
-from steerlens.hooks import HookFunction, hook_layer, hooked
-from steerlens.models import HookedModel, inference
-from steerlens.processing import check_processing
-from steerlens.tokens import token_texts
+from steerlens.models.hooks import HookFunction, hook_layer, hooked
+from steerlens.models.loading import HookedModel, inference
+from steerlens.models.weight_processing import check_processing
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.arguments import whole
-from steerlens.circuits.attribution import Intervention, Traced, trace
-from steerlens.circuits.behaviour import Answers, row_slices
+from steerlens.circuits.answers import Answers, row_slices
 from steerlens.circuits.claims import run_claims
 from steerlens.circuits.components import (
     Component,
@@ -24,15 +22,16 @@ from steerlens.circuits.components import (
     cotangents,
     writer_hooks,
 )
+from steerlens.circuits.interventions import Intervention, Traced, trace
 from steerlens.circuits.patching import patch_components
 from steerlens.circuits.writers import component_fields
-from steerlens.errors import CircuitError
-from steerlens.hooks import hook_layer, hooked, resid_post
-from steerlens.models import HookedModel, inference, provenance
+from steerlens.errors import CircuitError, whole
+from steerlens.models.hooks import hook_layer, hooked, resid_post
+from steerlens.models.loading import HookedModel, inference, provenance
 from steerlens.progress import Progress, part_of, silent
+from steerlens.stats import bootstrap_intervals
 from steerlens.steering import Coefficient, SteeringVector, steps
 from steerlens.tables import READER_COLUMNS, Row, to_frame
-from steerlens.uncertainty import bootstrap_intervals
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.arguments import whole
 from steerlens.circuits.components import (
     Component,
     Prompts,
@@ -21,16 +20,23 @@ from steerlens.circuits.components import (
     make_prompts,
     writer_hooks,
 )
-from steerlens.data import ContrastivePairs
-from steerlens.directions import Directions
-from steerlens.errors import CircuitError, DirectionError
-from steerlens.hooks import HookFunction, Layers, hook_layer, hooked, resid_post, resolve_hooks
-from steerlens.models import HookedModel, inference, provenance
-from steerlens.processing import check_processing
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.directions.directions import Directions
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
+from steerlens.errors import CircuitError, DirectionError, whole
+from steerlens.models.hooks import (
+    HookFunction,
+    Layers,
+    hook_layer,
+    hooked,
+    resid_post,
+    resolve_hooks,
+)
+from steerlens.models.loading import HookedModel, inference, provenance
+from steerlens.models.weight_processing import check_processing
 from steerlens.progress import Progress, part_of, silent
+from steerlens.stats import bootstrap_intervals
 from steerlens.tables import WRITER_COLUMNS, WRITER_POSITION_COLUMNS, Row, to_frame
-from steerlens.tokens import TokenizedPrompt, tokenize_pairs
-from steerlens.uncertainty import bootstrap_intervals
 
 ROWS = 16
 """Prompts in one pass: their writes at every layer are held at once."""

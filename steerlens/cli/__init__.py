@@ -8,8 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from steerlens import data
-from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.cli import boundaries, circuits, evaluation, report, sweeps, vectors
 from steerlens.cli.options import (
     DEBUG,
@@ -27,20 +25,23 @@ from steerlens.cli.options import (
     note_fit,
     pairs_of,
 )
-from steerlens.cli.printing import (
-    notes,
-    output,
-    print_layers,
-    progress_of,
-)
+from steerlens.cli.printing import notes, output, print_layers, progress_of
 from steerlens.cli.warned import keeping_warnings
-from steerlens.data import ContrastivePairs
+from steerlens.data.pairs import (
+    SPLITS,
+    ContrastivePairs,
+    dataset_card,
+    dataset_names,
+    neutral_texts,
+)
+from steerlens.directions.fitting import default_position, fit
+from steerlens.directions.methods import METHODS
 from steerlens.errors import SteerlensError
-from steerlens.methods import METHODS, default_position, fit
-from steerlens.models import load_model
-from steerlens.runs import check_out_file
-from steerlens.steering.files import write_whole
-from steerlens.sweep import measure_layers
+from steerlens.files import write_whole
+from steerlens.measure.sweeps import measure_layers
+from steerlens.models.loading import load_model
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
+from steerlens.runs.record import check_out_file
 from steerlens.tables import write_csv
 
 app = typer.Typer(
@@ -126,14 +127,12 @@ def datasets(
 ) -> None:
     """Datasets shipped with steerlens; with a name, its card."""
     if name is not None:
-        output.print(Text(data.dataset_card(name)))
+        output.print(Text(dataset_card(name)))
         return
-    for dataset in data.dataset_names():
-        sizes = [
-            f"{len(ContrastivePairs.load(dataset, split=split))} {split}" for split in data.SPLITS
-        ]
+    for dataset in dataset_names():
+        sizes = [f"{len(ContrastivePairs.load(dataset, split=split))} {split}" for split in SPLITS]
         output.print(Text(f"{dataset}: {', '.join(sizes)} pairs"))
-    output.print(Text(f"neutral: {len(data.neutral_texts())} lines of neutral text"))
+    output.print(Text(f"neutral: {len(neutral_texts())} lines of neutral text"))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

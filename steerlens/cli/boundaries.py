@@ -7,8 +7,6 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from steerlens.boundary import check_search, find_boundary
-from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.options import (
     BatchOption,
     DebugOption,
@@ -26,21 +24,18 @@ from steerlens.cli.options import (
     pairs_record,
     text_of,
 )
-from steerlens.cli.printing import (
-    notes,
-    output,
-    print_boundary,
-    print_rows,
-    progress_of,
-)
+from steerlens.cli.printing import notes, output, print_boundary, print_rows, progress_of
 from steerlens.cli.warned import warned
-from steerlens.data import read_texts
-from steerlens.geometry import loss_geometry
-from steerlens.hooks import resolve_hooks
-from steerlens.methods import default_position, fit, method_of
-from steerlens.models import load_model, provenance
-from steerlens.runs import check_run_folder, write_run
-from steerlens.shape import boundary_shape, check_plane
+from steerlens.data.pairs import read_texts
+from steerlens.directions.fitting import default_position, fit
+from steerlens.directions.methods import method_of
+from steerlens.measure.boundary import check_search, find_boundary
+from steerlens.measure.plane import loss_geometry
+from steerlens.measure.plane_boundary import boundary_shape, check_plane
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import load_model, provenance
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.runs.record import check_run_folder, write_run
 
 
 def boundary(

@@ -8,7 +8,6 @@ import typer
 from rich.text import Text
 
 from steerlens import plots
-from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.circuits import (
     Component,
     Intervention,
@@ -40,13 +39,15 @@ from steerlens.cli.options import (
 )
 from steerlens.cli.printing import notes, print_rows, progress_of
 from steerlens.cli.warned import warned
+from steerlens.directions.fitting import default_position, fit
+from steerlens.directions.methods import method_of
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import CircuitError
-from steerlens.hooks import resolve_hooks
-from steerlens.methods import default_position, fit, method_of
-from steerlens.models import load_model, provenance
-from steerlens.runs import check_run_folder, write_run
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import load_model, provenance
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.runs.record import check_run_folder, write_run
 from steerlens.steering import SteeringVector
-from steerlens.tokens import tokenize_pairs
 
 TOP_HEADS = 6
 

@@ -7,10 +7,6 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from steerlens import data
-from steerlens.activations import collect_differences
-from steerlens.boundary import check_search
-from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.options import (
     BatchOption,
     DebugOption,
@@ -25,15 +21,19 @@ from steerlens.cli.options import (
 )
 from steerlens.cli.printing import notes, print_rows, print_summary, progress_of
 from steerlens.cli.warned import warned
+from steerlens.data.items import PreferenceItems
+from steerlens.data.pairs import SPLITS, dataset_names
+from steerlens.directions.differences import collect_differences
+from steerlens.directions.methods import method_of
 from steerlens.errors import PairError
-from steerlens.evaluate import compare as run_compare
-from steerlens.evaluate import reliability as measure_reliability
-from steerlens.hooks import resolve_hooks
-from steerlens.items import PreferenceItems
-from steerlens.methods import method_of
-from steerlens.models import load_model, provenance
-from steerlens.runs import check_out_file, check_run_folder, write_run
-from steerlens.steering.files import write_whole
+from steerlens.files import write_whole
+from steerlens.measure.boundary import check_search
+from steerlens.measure.comparison import compare as run_compare
+from steerlens.measure.split_half import reliability as measure_reliability
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import load_model, provenance
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.runs.record import check_out_file, check_run_folder, write_run
 from steerlens.tables import write_csv
 
 TEST_SHARE = 0.7
@@ -200,11 +200,11 @@ def _quarters(n_layers: int) -> str:
 
 def _items_of(source: str, seed: int) -> tuple[PreferenceItems, PreferenceItems]:
     """Training and held-out items: a shipped dataset's parts, or those of a file."""
-    if source in data.dataset_names():
-        train, test = (PreferenceItems.load(source, split=split) for split in data.SPLITS)
+    if source in dataset_names():
+        train, test = (PreferenceItems.load(source, split=split) for split in SPLITS)
         return train, test
     if not Path(source).exists():
-        shipped = ", ".join(data.dataset_names())
+        shipped = ", ".join(dataset_names())
         raise PairError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
     try:
         found = PreferenceItems.from_jsonl(source)
@@ -219,7 +219,7 @@ def _items_of(source: str, seed: int) -> tuple[PreferenceItems, PreferenceItems]
 def _others(names: str, measured: tuple[str | None, str]) -> dict[str, PreferenceItems]:
     if names == "none":
         return {}
-    chosen = data.dataset_names() if names == "all" else [n.strip() for n in names.split(",")]
+    chosen = dataset_names() if names == "all" else [n.strip() for n in names.split(",")]
     return {
         name: PreferenceItems.load(name, split="test") for name in chosen if name not in measured
     }

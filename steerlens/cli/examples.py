@@ -8,12 +8,11 @@ from rich.text import Text
 
 from steerlens.cli.printing import notes, progress_of
 from steerlens.cli.warned import warn
-from steerlens.damage import token_damage
-from steerlens.data import ContrastivePairs
-from steerlens.directions import Directions
-from steerlens.generations import generation_table
-from steerlens.models import HookedModel
-from steerlens.tokens import tokenize_pairs
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.directions.directions import Directions
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.measure.tokens import generation_table, token_damage
+from steerlens.models.loading import HookedModel
 
 NEW_TOKENS = 40
 

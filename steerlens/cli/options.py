@@ -6,13 +6,12 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from steerlens import data
-from steerlens.boundary import On
 from steerlens.cli.printing import notes
 from steerlens.cli.warned import warn
-from steerlens.data import ContrastivePairs, read_texts
+from steerlens.data.pairs import ContrastivePairs, dataset_names, read_texts
 from steerlens.errors import PairError, SteeringError, SweepError
-from steerlens.measures import checked_coefficients
+from steerlens.measure.boundary import On
+from steerlens.measure.rows import checked_coefficients
 from steerlens.steering import parse_coefficient
 
 DEBUG = "--debug"
@@ -106,7 +105,7 @@ def _read_pairs(source: str, split: str) -> ContrastivePairs:
     if _is_shipped(source):
         return ContrastivePairs.load(source, split=split)
     if not Path(source).exists():
-        shipped = ", ".join(data.dataset_names())
+        shipped = ", ".join(dataset_names())
         raise PairError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
     return ContrastivePairs.from_jsonl(source)
 
@@ -126,7 +125,7 @@ def text_of(on: str) -> On:
 
 
 def _is_shipped(source: str) -> bool:
-    return source in data.dataset_names()
+    return source in dataset_names()
 
 
 def pairs_record(pairs: ContrastivePairs) -> dict[str, Any]:

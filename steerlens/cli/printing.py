@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from steerlens.display import hook_label
+from steerlens.measure.sweeps import SweepResult
 from steerlens.progress import Progress, show_progress
-from steerlens.sweep import SweepResult
+from steerlens.tables import hook_label
 
 # Without a terminal there is no width to fit: wide enough that nothing is cut off.
 output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)

@@ -9,10 +9,10 @@ from rich.text import Text
 
 from steerlens.cli.options import DebugOption, QuietOption
 from steerlens.cli.printing import notes
-from steerlens.report import read_run
-from steerlens.report import report as make_report
-from steerlens.runs import REPORT, check_out_file
-from steerlens.steering.files import write_whole
+from steerlens.files import write_whole
+from steerlens.runs.html_report.page import report as make_report
+from steerlens.runs.reading import read_run
+from steerlens.runs.record import REPORT, check_out_file
 
 
 def report(

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from steerlens.activations import collect_differences
-from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.examples import example_tables
 from steerlens.cli.options import (
     BatchOption,
@@ -33,14 +31,17 @@ from steerlens.cli.options import (
 from steerlens.cli.pools import DaskOption, WorkersOption, executor_of
 from steerlens.cli.printing import notes, print_cells, print_layers, progress_of
 from steerlens.cli.warned import keep_warning, warn, warned
+from steerlens.directions.differences import collect_differences
+from steerlens.directions.fitting import default_position, fit
+from steerlens.directions.methods import method_of, null_directions
 from steerlens.errors import OutputError
-from steerlens.hooks import resolve_hooks
 from steerlens.loss import Budget
-from steerlens.methods import default_position, fit, method_of, null_directions
-from steerlens.models import load_model, provenance
-from steerlens.runs import RECORD, differences, versions, write_run
+from steerlens.measure.sweeps import sweep as run_sweep
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import load_model, provenance
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.runs.record import RECORD, differences, versions, write_run
 from steerlens.runs.unfinished import clear_finished, open_parts, read_record, read_started
-from steerlens.sweep import sweep as run_sweep
 
 if TYPE_CHECKING:
     _Context = typer.Context

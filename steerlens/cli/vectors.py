@@ -8,8 +8,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from steerlens.boundary import check_search, find_boundary
-from steerlens.checkpoints import DEFAULT_MODEL
 from steerlens.cli.options import (
     BatchOption,
     DebugOption,
@@ -28,21 +26,24 @@ from steerlens.cli.options import (
     text_of,
 )
 from steerlens.cli.printing import notes, output, print_rows, progress_of
-from steerlens.data import Message, Prompt
+from steerlens.data.pairs import Message, Prompt
+from steerlens.directions.fitting import default_position, fit
+from steerlens.directions.methods import method_of
+from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import SteeringError
-from steerlens.evaluate import cosine_table
-from steerlens.export import bake as bake_checkpoint
-from steerlens.export import from_gguf, to_gguf
-from steerlens.export.checkpoint import check_is_new
-from steerlens.hooks import resolve_hooks
-from steerlens.methods import default_position, fit, method_of
-from steerlens.models import load_model
+from steerlens.measure.boundary import check_search, find_boundary
+from steerlens.measure.cosines import cosine_table
+from steerlens.measure.sweeps import measure_layers
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import load_model
+from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import silent
-from steerlens.runs import check_out_file
+from steerlens.runs.record import check_out_file
 from steerlens.steering import SteeringVector, operator_of, parse_coefficient
 from steerlens.steering import generate as generate_text
-from steerlens.sweep import measure_layers
-from steerlens.tokens import tokenize_prompt
+from steerlens.steering.export import bake as bake_checkpoint
+from steerlens.steering.export import from_gguf, to_gguf
+from steerlens.steering.export.huggingface import check_is_new
 
 VectorArgument = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
 OptionalModel = Annotated[

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.errors import PlotError
-from steerlens.geometry import LossGeometry
+from steerlens.measure.plane import LossGeometry
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
     BLUE,

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from steerlens.display import hook_label
 from steerlens.errors import PlotError
+from steerlens.models.weight_processing import check_same, processing_of
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
     GREY,
@@ -26,7 +26,7 @@ from steerlens.plots.marks import (
     Rule,
     Scale,
 )
-from steerlens.processing import check_same, processing_of
+from steerlens.tables import hook_label
 
 RESIDUAL = "residual units"
 TEXTS = (

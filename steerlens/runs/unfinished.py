@@ -19,9 +19,11 @@ from typing import Any
 
 import pandas as pd
 
-from steerlens.directions import Directions
+from steerlens.directions.directions import Directions
 from steerlens.errors import OutputError, SteerlensError
-from steerlens.runs import (
+from steerlens.files import write_whole
+from steerlens.measure.sweeps import FinishedHook
+from steerlens.runs.record import (
     PARTS,
     RECORD,
     RUN_FILES,
@@ -33,8 +35,6 @@ from steerlens.runs import (
     write_directions,
     write_json,
 )
-from steerlens.steering.files import write_whole
-from steerlens.sweep import FinishedHook
 from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
 
 DIRECTIONS = "_directions.safetensors"
@@ -198,7 +198,7 @@ def open_parts(
     versions (naming both values).
 
     Examples:
-        >>> from steerlens.runs.unfinished import open_parts, read_started
+        >>> from steerlens.runs.record.unfinished import open_parts, read_started
         >>> request = {"hook_names": directions.hook_names, "seed": 0}
         >>> with open_parts(folder, request, options={}) as parts:
         ...     _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=parts)

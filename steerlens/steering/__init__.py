@@ -1,6 +1,7 @@
 """Steering vectors: what they do to activations, where, how strongly, and how they are kept."""
 
-from steerlens.steering.application import Steerable, steer, steering_hooks, steps
+from steerlens.steering.apply import Steerable, steer, steering_hooks, steps
+from steerlens.steering.cache_positions import Positions
 from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient
 from steerlens.steering.conditions import Condition, condition_accuracy, fit_condition
 from steerlens.steering.generation import decoded, generate, generate_tokens
@@ -14,7 +15,6 @@ from steerlens.steering.operators import (
     operator_of,
 )
 from steerlens.steering.origin import Origin
-from steerlens.steering.positions import Positions
 from steerlens.steering.vector import SteeringVector
 
 __all__ = [

@@ -9,14 +9,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.activations import by_halves, check_finite
-from steerlens.data import ContrastivePairs
-from steerlens.directions import UNIT_TOLERANCE
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.directions.directions import UNIT_TOLERANCE
+from steerlens.engine.batches import Batch, in_pair_order, make_batches
+from steerlens.engine.capture import by_halves, check_finite
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import SteeringError
-from steerlens.hooks import HookFunction, Layers, hooked, resolve_hooks
-from steerlens.models import HookedModel, inference
-from steerlens.steering.positions import Pass
-from steerlens.tokens import Batch, TokenizedPrompt, in_pair_order, make_batches, tokenize_pairs
+from steerlens.models.hooks import HookFunction, Layers, hooked, resolve_hooks
+from steerlens.models.loading import HookedModel, inference
+from steerlens.steering.cache_positions import Pass
 
 Scope = Literal["prompt", "token"]
 

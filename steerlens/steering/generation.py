@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import SteeringError
-from steerlens.models import HookedModel, inference
-from steerlens.steering.application import Steerable, steer
+from steerlens.models.loading import HookedModel, inference
+from steerlens.steering.apply import Steerable, steer
+from steerlens.steering.cache_positions import Positions
 from steerlens.steering.coefficients import Coefficient
-from steerlens.steering.positions import Positions
-from steerlens.tokens import TokenizedPrompt
 
 
 def generate(

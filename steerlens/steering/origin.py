@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from steerlens.directions import Directions
+from steerlens.directions.directions import Directions
 from steerlens.errors import SteeringError
-from steerlens.models import HookedModel, provenance
-from steerlens.processing import UNKNOWN, check_processing
+from steerlens.models.loading import HookedModel, provenance
+from steerlens.models.weight_processing import UNKNOWN, check_processing
 
 LAYOUT = "HookedTransformer "
 """What the fingerprint of a `HookedTransformer`'s weights begins with."""

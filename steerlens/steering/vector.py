@@ -12,18 +12,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.directions import UNIT_TOLERANCE, Directions
-from steerlens.display import MAX_LINE, fragment, hook_label, shortened
+from steerlens.directions.directions import UNIT_TOLERANCE, Directions
 from steerlens.errors import HookError, SteeringError, told
-from steerlens.hooks import HookFunction, Layers, hook_layer, resolve_hooks
-from steerlens.models import HookedModel
-from steerlens.processing import UNKNOWN, check_processing, check_same, processing_of
-from steerlens.steering.application import step_hooks, steps
+from steerlens.files import number, write_whole
+from steerlens.models.hooks import HookFunction, Layers, hook_layer, resolve_hooks
+from steerlens.models.loading import HookedModel
+from steerlens.models.weight_processing import UNKNOWN, check_processing, check_same, processing_of
+from steerlens.steering.apply import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
-from steerlens.steering.files import decode, encode, number, write_whole
 from steerlens.steering.operators import Add, Operator, is_finite, operator_of, operator_record
 from steerlens.steering.origin import Origin
+from steerlens.steering.vector_file import decode, encode
+from steerlens.tables import MAX_LINE, fragment, hook_label, shortened
 
 _CONDITION = "condition."
 

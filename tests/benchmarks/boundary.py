@@ -17,15 +17,16 @@ import torch
 from report import header
 
 import steerlens as sl
-from steerlens.cells import Job
-from steerlens.directions import Directions
-from steerlens.engine import make_plan, run_cells
-from steerlens.hooks import hook_layer, readout_hook
+from steerlens.directions.directions import Directions
+from steerlens.engine.cells import Job
+from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.plan import make_plan, run_cells
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.engine.workload import Cost, forward_equivalents, make_workload
 from steerlens.loss import Budget
-from steerlens.models import HookedModel
-from steerlens.plain import Cost, forward_equivalents, make_workload, run_baseline
-from steerlens.search import first_crossings
-from steerlens.tokens import tokenize_pairs
+from steerlens.measure.search import first_crossings
+from steerlens.models.hooks import hook_layer, readout_hook
+from steerlens.models.loading import HookedModel
 
 BUDGET = "relative=0.01"
 N_POINTS = 40

@@ -19,8 +19,8 @@ from transformer_lens.tools.analysis import attribution_patch
 
 import steerlens as sl
 from steerlens.circuits import contrast_answers, find_readers, find_writers, make_prompts
-from steerlens.hooks import resid_post
-from steerlens.tokens import tokenize_pairs
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.models.hooks import resid_post
 
 LAYER, COEFFICIENT = 12, 20.0
 

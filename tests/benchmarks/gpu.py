@@ -35,11 +35,12 @@ from gpu_shapes import (
     timed,
 )
 
-from steerlens import bare
-from steerlens.bare import BareModel, for_hooks
-from steerlens.cells import Job
-from steerlens.engine import Plan, make_plan, run_cells
-from steerlens.plain import CellOutput, Cost, run_baseline
+from steerlens.engine import backend as bare
+from steerlens.engine.backend import BareModel, for_hooks
+from steerlens.engine.cells import Job
+from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.plan import Plan, make_plan, run_cells
+from steerlens.engine.workload import CellOutput, Cost
 
 COEFFICIENTS = (-8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0)
 SIZES = ((8, 48), (32, 48), (64, 128))

@@ -17,11 +17,13 @@ from gpu_shapes import hook_loop, make_jobs, make_pairs, make_workload, timed
 from torch import Tensor
 
 import steerlens as sl
-from steerlens import bare, fidelity
-from steerlens.bare import BareModel, for_hooks
-from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
+from steerlens.engine import backend as bare
+from steerlens.engine.backend import BareModel, for_hooks
+from steerlens.engine.batches import make_pair_batches
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.loss import label_logprob
-from steerlens.tokens import make_pair_batches, tokenize_pairs
+from steerlens.models import verification as fidelity
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 
 COMPILE_ON_CPU = bool(os.environ.get("COMPILE_ON_CPU"))
 MARGIN_POSITION = -2  # a position that a label follows

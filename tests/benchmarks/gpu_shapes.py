@@ -14,11 +14,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
 import steerlens as sl
-from steerlens.cells import Job
-from steerlens.hooks import readout_hook, resid_post
+from steerlens.engine.batches import Batch, make_batches
+from steerlens.engine.cells import Job
+from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.engine.workload import Workload
 from steerlens.loss import label_logprob
-from steerlens.plain import Workload
-from steerlens.tokens import Batch, TokenizedPrompt, make_batches
+from steerlens.models.hooks import readout_hook, resid_post
 
 WORDS = [f"word{i}" for i in range(200)]
 Shape = tuple[Any, dict[str, Any]]

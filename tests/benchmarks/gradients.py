@@ -16,8 +16,9 @@ import torch
 from report import header
 
 import steerlens as sl
-from steerlens.models import HookedModel, inference
-from steerlens.tokens import Batch, make_pair_batches, tokenize_pairs
+from steerlens.engine.batches import Batch, make_pair_batches
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.models.loading import HookedModel, inference
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from work import Cell, Work
 
 import steerlens as sl
-from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
-from steerlens.data import render
+from steerlens.data.pairs import render
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 
 HERE = Path(__file__).resolve().parent
 CONTINUATION = " wonderful, and I enjoyed every minute of it."

@@ -28,7 +28,7 @@ with atheris.instrument_imports(include=["steerlens", "gguf", "json"]):
     from safetensors.torch import save
 
     import steerlens as sl
-    from steerlens.steering.files import KEY, encode
+    from steerlens.steering.vector_file import KEY, encode
 
 EVERY = 1000
 

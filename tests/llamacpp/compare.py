@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 import steerlens as sl
-from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS
 
 BLOCKS = (10, 20)
 COEFFICIENTS = (-30.0, 30.0)

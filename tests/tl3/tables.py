@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 
 import steerlens as sl
+from steerlens.engine.tokenization import fingerprint, tokenize_pairs
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Column, read_csv, write_csv
-from steerlens.tokens import fingerprint, tokenize_pairs
 
 COLUMNS: dict[str, tuple[Column, ...]] = {
     "sweep": SWEEP_COLUMNS,

@@ -14,8 +14,8 @@ from hooked import hooked_transformer
 from tables import COLUMNS, differences, measure, read, token_ids
 
 import steerlens as sl
-from steerlens.checkpoints import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.errors import ModelError
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 

@@ -1,0 +1,166 @@
+"""What a circuit is a circuit of: the answer logit difference at the last token of each prompt."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steerlens.circuits.components import Prompts, make_prompts
+from steerlens.data.items import PreferenceItems
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
+from steerlens.errors import CircuitError, told
+from steerlens.models.loading import HookedModel, inference
+
+ROWS = 16
+"""Prompts in one pass."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Token ids of the answer on either side: the metric is the difference of their mean logits.
+
+    One row for all prompts, or one a prompt; in a comparison of circuits, one a pair or one a
+    prompt, those of the positive prompts first. Raises `CircuitError` unless both are tables of
+    whole numbers with as many rows, one or more tokens in each.
+
+    Examples:
+        >>> from steerlens.circuits import Answers
+        >>> answers = Answers(torch.tensor([[0, 1]]), torch.tensor([[2]]))
+        >>> answers.logit_difference(torch.tensor([[4.0, 2.0, 1.0]]))  # (4 + 2) / 2 - 1
+        tensor([2.])
+    """
+
+    positive: Int[Tensor, "#prompt positive_token"]
+    negative: Int[Tensor, "#prompt negative_token"]
+
+    def __post_init__(self) -> None:
+        for ids in (self.positive, self.negative):
+            is_table = ids.ndim == 2 and 0 not in ids.shape and not ids.is_floating_point()
+            if not is_table or len(ids) != len(self.positive):
+                raise CircuitError(
+                    f"expected token ids, a row a prompt on both sides, got "
+                    f"{tuple(self.positive.shape)} and {tuple(self.negative.shape)}"
+                )
+
+    def check(self, model: HookedModel, n_prompts: int) -> None:
+        """Raise `CircuitError` unless they fit so many prompts and the model's vocabulary."""
+        if len(self.positive) not in (1, n_prompts):
+            raise CircuitError(
+                f"expected answers in one row, or in {n_prompts} (one a prompt), got "
+                f"{len(self.positive)}"
+            )
+        d_vocab = int(model.cfg.d_vocab)
+        for ids in (self.positive, self.negative):
+            if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
+                raise CircuitError(
+                    f"expected token ids from 0 to {d_vocab - 1}, got {int(ids.min())} to "
+                    f"{int(ids.max())}"
+                )
+
+    def part(self, rows: slice) -> "Answers":
+        """Those of some prompts; the same ones where there is one row for all."""
+        if len(self.positive) == 1:
+            return self
+        return Answers(self.positive[rows], self.negative[rows])
+
+    def logit_difference(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
+        """Mean logit of the positive tokens minus mean logit of the negative ones, in logits."""
+        positive, negative = (
+            ids.to(logits.device).expand(len(logits), -1) for ids in (self.positive, self.negative)
+        )
+        return logits.gather(1, positive).mean(dim=1) - logits.gather(1, negative).mean(dim=1)
+
+    def words(self, model: HookedModel) -> dict[str, list[str]]:
+        """The tokens as text, of the first row."""
+        return {
+            side: [str(model.tokenizer.decode([token])) for token in ids[0].tolist()]
+            for side, ids in (("positive", self.positive), ("negative", self.negative))
+        }
+
+
+def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: int = 10) -> Answers:
+    """The tokens that the positive prompts make likelier than the negative ones, and the reverse.
+
+    The `n_tokens` largest and smallest mean differences of the next-token log-probability after
+    the last prompt token, over the pairs: fit them on other pairs than are measured. For a
+    behaviour that is not named by answer tokens of its own. Raises `CircuitError` when `n_tokens`
+    is below 1 or more than half the vocabulary; and as `tokenize_pairs`.
+
+    Examples:
+        >>> from steerlens.circuits import contrast_answers
+        >>> contrast_answers(model, pairs, n_tokens=3).positive.shape
+        torch.Size([1, 3])
+    """
+    tokenized = tokenize_pairs(model, pairs)
+    sides = [
+        torch.cat(
+            [
+                last_logits(model, make_prompts(model, some)).log_softmax(dim=-1)
+                for some in _slices(list(side))
+            ]
+        ).mean(dim=0)
+        for side in (tokenized.positive, tokenized.negative)
+    ]
+    difference = sides[0] - sides[1]
+    if not 1 <= n_tokens <= len(difference) // 2:
+        raise CircuitError(
+            f"n_tokens is from 1 to half the vocabulary ({len(difference) // 2}), "
+            f"not {told(n_tokens)}"
+        )
+    return Answers(
+        difference.topk(n_tokens).indices[None], (-difference).topk(n_tokens).indices[None]
+    )
+
+
+def item_answers(model: HookedModel, items: PreferenceItems) -> tuple[Prompts, Answers]:
+    """Items as prompts, with the first token of each continuation as answers.
+
+    Raises `CircuitError` on an item whose two continuations begin with the same token.
+
+    Examples:
+        >>> from steerlens.circuits import item_answers
+        >>> prompts, answers = item_answers(model, items)
+        >>> len(prompts), answers.words(model)
+        (6, {'positive': ['warm'], 'negative': ['so']})
+    """
+    positive, negative = tokenize_items(model, items)
+    for item, one, other in zip(items, positive, negative, strict=True):
+        if one.continuation[0] == other.continuation[0]:
+            raise CircuitError(
+                f"both continuations of item {item.id!r} begin with the same token, so it has no "
+                "answer logit difference; leave it out or reword it"
+            )
+    first = [[[p.continuation[0]] for p in side] for side in (positive, negative)]
+    answers = Answers(torch.tensor(first[0]), torch.tensor(first[1]))
+    return make_prompts(model, list(positive)), answers
+
+
+def last_logits(model: HookedModel, prompts: Prompts) -> Float[Tensor, "prompt vocab"]:
+    """Logits after each prompt's last token, float32 on the CPU, without gradients."""
+    with inference(model):
+        logits = model(prompts.tokens)
+    rows = torch.arange(len(prompts), device=logits.device)
+    found: Float[Tensor, "prompt vocab"] = logits[rows, prompts.last.to(logits.device)]
+    return found.float().cpu()
+
+
+def measure(model: HookedModel, prompts: Prompts, answers: Answers) -> Float[Tensor, " prompt"]:
+    """The answer logit difference of every prompt, in passes of `ROWS`."""
+    return torch.cat(
+        [
+            answers.part(rows).logit_difference(last_logits(model, prompts.part(rows)))
+            for rows in row_slices(len(prompts))
+        ]
+    )
+
+
+def row_slices(n_prompts: int) -> list[slice]:
+    """The rows of each pass."""
+    return [slice(start, start + ROWS) for start in range(0, n_prompts, ROWS)]
+
+
+def _slices(prompts: list[TokenizedPrompt]) -> Sequence[list[TokenizedPrompt]]:
+    return [prompts[rows] for rows in row_slices(len(prompts))]

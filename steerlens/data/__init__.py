@@ -1,0 +1,1 @@
+"""Contrastive pairs and preference items: read, checked, shipped."""

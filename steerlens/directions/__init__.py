@@ -1,0 +1,1 @@
+"""Differences, gradients, and the methods that fit a direction to them."""

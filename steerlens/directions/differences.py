@@ -1,0 +1,128 @@
+"""Differences of activations: positive minus negative, at every hook, pair by pair."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.engine.capture import collect_activations
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
+from steerlens.models.loading import HookedModel
+from steerlens.models.weight_processing import UNKNOWN, weight_processing
+from steerlens.progress import Progress
+from steerlens.tables import fragment, hook_label
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Activations of the positive and the negative prompts at some hooks and one position.
+
+    `positive` and `negative` hold `hook_names` first, then `readout_names`: further hooks at which
+    a sweep over `hook_names` reads its effect, carried along so that one pass is enough. In
+    residual units; float32, or float64 where the model is. `fingerprint` is that of the pairs,
+    `weight_processing` that of the model's weights.
+
+    Examples:
+        >>> differences
+        Differences(5 hooks, 8 pairs, d_model 32)
+        >>> differences.values.shape
+        torch.Size([5, 8, 32])
+        >>> differences["blocks.2.hook_resid_post"].shape
+        torch.Size([8, 32])
+    """
+
+    hook_names: tuple[str, ...]
+    readout_names: tuple[str, ...]
+    positive: Float[Tensor, "all_hook pair d_model"]
+    negative: Float[Tensor, "all_hook pair d_model"]
+    position: int
+    fingerprint: str
+    weight_processing: str = UNKNOWN
+
+    @property
+    def all_hook_names(self) -> tuple[str, ...]:
+        """`hook_names`, then `readout_names`."""
+        return self.hook_names + self.readout_names
+
+    @property
+    def values(self) -> Float[Tensor, "hook pair d_model"]:
+        """`positive - negative` at `hook_names`, without the readouts."""
+        n_hooks = len(self.hook_names)
+        return self.positive[:n_hooks] - self.negative[:n_hooks]
+
+    def __getitem__(self, hook_name: str) -> Float[Tensor, "pair d_model"]:
+        """`positive - negative` at one hook. Raises `KeyError` when it was not collected."""
+        if hook_name not in self.all_hook_names:
+            raise KeyError(hook_name)
+        index = self.all_hook_names.index(hook_name)
+        return self.positive[index] - self.negative[index]
+
+    def __repr__(self) -> str:
+        _, n_pairs, d_model = self.positive.shape
+        return f"Differences({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
+
+    def _repr_html_(self) -> str:
+        n_hooks = len(self.hook_names)
+        norms = torch.cat([self.positive, self.negative], dim=1)[:n_hooks].norm(dim=-1).mean(dim=1)
+        table = pd.DataFrame(
+            {
+                "layer": [hook_label(name) for name in self.hook_names],
+                "separation": self.values.norm(dim=-1).mean(dim=1).tolist(),
+                "resid norm": norms.tolist(),
+            }
+        )
+        about = [repr(self), f"position {self.position}", f"pairs {self.fingerprint[:12]}"]
+        return fragment(about, table, note="means over pairs, residual units")
+
+
+def collect_differences(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    *,
+    layers: Layers = "all",
+    position: int = -1,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Differences:
+    """Activations of both sides of every pair and their differences.
+
+    `layers` as in `resolve_hooks`; `position` counts in each prompt, negative from its end, and
+    never touches padding or a continuation. States at `hook_resid_post` are block outputs, at the
+    last layer too (before the final norm). Raises `ActivationError` on NaN or inf (naming the
+    hook) and on a position outside a prompt (naming the pair), `HookError` on an unknown hook.
+
+    Examples:
+        >>> sl.collect_differences(model, pairs, layers=[0, 2], position=-1)
+        Differences(2 hooks, 8 pairs, d_model 32)
+    """
+    hook_names = resolve_hooks(model, layers)
+    readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
+    tokenized = tokenize_pairs(model, pairs)
+    # Both sides at once: a GPU is not left idle between them.
+    both = collect_activations(
+        model,
+        tokenized.positive + tokenized.negative,
+        hook_names + readout_names,
+        position=position,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    # Each a tensor of its own, which can be kept and written without the other.
+    positive, negative = (
+        side.clone(memory_format=torch.contiguous_format) for side in both.chunk(2, dim=1)
+    )
+    return Differences(
+        *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
+        weight_processing=weight_processing(model),
+    )
+
+
+def missing_readouts(hook_names: Sequence[str], n_layers: int) -> tuple[str, ...]:
+    """The readout hooks of `hook_names` that are not among them, in layer order."""
+    readouts = dict.fromkeys(readout_hook(name, n_layers) for name in hook_names)
+    return tuple(name for name in readouts if name not in hook_names)

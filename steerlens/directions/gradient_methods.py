@@ -1,0 +1,104 @@
+"""Methods that look at the gradients of the loss: one forward and backward pass of the pairs."""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.directions.evidence import Gradients, first_axis, ridge_solve
+from steerlens.errors import DirectionError
+
+Form = Literal["paired", "pooled"]
+FisherKind = Literal["empirical", "centred", "norm_weighted"]
+
+RIDGE = 1.0
+"""Regularisation of a Fisher matrix, in multiples of its mean eigenvalue, trace / d_model."""
+
+
+def gradient_mean(given: Gradients, form: Form = "paired") -> Float[Tensor, " d_model"]:
+    """The mean descent direction of the loss: `mean_i (g_neg_i - g_pos_i)`.
+
+    g is the gradient of each pair's noref loss (see `LossGradients`), so a small push of +v on the
+    positive and -v on the negative prompts lowers the loss fastest along it. `pooled` takes
+    `-mean` over the rows of both sides instead: the separation's rows point opposite ways and
+    nearly cancel, so what is left is the coherence term's. Cost: a mean. Fails when one term's
+    weight drowns the other (see `gradient_terms`), or the gradients of the pairs disagree.
+    """
+    return _rows(given, form).mean(dim=0)
+
+
+def gradient_svd(given: Gradients, form: Form = "paired") -> Float[Tensor, " d_model"]:
+    """The first right singular vector of the rows of `gradient_mean`, uncentred.
+
+    `argmax_u sum_i (r_i . u)^2`, r_i the paired (or pooled) rows; its sign is that of descent on
+    average. Cost: one thin SVD. Fails when one pair's gradient is much longer than the rest: it
+    then decides alone.
+    """
+    return first_axis(_rows(given, form))
+
+
+def gradient_fisher(
+    given: Gradients, form: Form = "paired", kind: FisherKind = "empirical"
+) -> Float[Tensor, " d_model"]:
+    """The mean descent direction, preconditioned by the second moments of the rows.
+
+    `(F + ridge tr(F)/d I)^-1 mean_i r_i`, r as in `gradient_mean`. `empirical`:
+    `F = mean_i r_i r_i^T`; `centred`: the covariance, of `r_i - mean r`; `norm_weighted`:
+    `sum_i w_i r_i r_i^T` with `w_i = |r_i| / sum_j |r_j|`, which turns further away from what the
+    longest rows share. The ridge is relative to the trace (1 by default), so the result does not
+    depend on the scale of the loss. Source: the empirical Fisher of natural gradient descent (Amari
+    1998); Kunstner et al. 2019 (arXiv:1905.12558) on why it is not the Fisher information. Cost:
+    one solve in the smaller of rows and d_model. Fails when rows agree: their own direction is
+    then the one most shrunk.
+    """
+    rows = _rows(given, form)
+    n = len(rows)
+    weights = torch.full((n,), 1 / n, dtype=rows.dtype)
+    moments = rows
+    if kind == "centred":
+        moments = rows - rows.mean(dim=0)
+    if kind == "norm_weighted":
+        norms = rows.norm(dim=-1)
+        weights = norms / norms.sum()
+    return _preconditioned(moments * weights.sqrt()[:, None], rows.mean(dim=0))
+
+
+def fisher_pullback(given: Gradients) -> Float[Tensor, " d_model"]:
+    """The mean descent direction in the metric of the model's own next-token distributions.
+
+    `(F + ridge tr(F)/d I)^-1 mean_i (g_neg_i - g_pos_i)` with `F = mean_j s_j s_j^T`, s_j the
+    gradient at the hook of the log-probability of labels drawn from the model, over the root of
+    their number: the Fisher information pulled back to the hook, of which `v^T F v` is the
+    curvature of the mean KL per token along v, for a push at the position that was read. So the
+    push there that gains most for the KL it costs.
+    Source: natural gradient, Amari 1998. Cost: one more backward pass of the positive prompts for
+    each score, one solve. Fails with few scores: F is then known in few directions, and the ridge
+    decides elsewhere.
+    """
+    scores = given.scores
+    if len(scores) == 0:
+        raise DirectionError("the gradients hold no scores; ask loss_gradients for some (n_scores)")
+    if not scores.any():
+        raise DirectionError(
+            "the model's predictions do not depend on this hook and position, so there is no "
+            "metric; take an earlier position"
+        )
+    return _preconditioned(scores / len(scores) ** 0.5, given.paired.mean(dim=0))
+
+
+def _rows(given: Gradients, form: Form) -> Float[Tensor, "row d_model"]:
+    return given.paired if form == "paired" else given.pooled
+
+
+def _preconditioned(
+    rows: Float[Tensor, "row d_model"], target: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_model"]:
+    ridge = RIDGE * float(rows.square().sum()) / rows.shape[-1]
+    if ridge == 0:
+        raise DirectionError(
+            "the second moments of the gradient rows are zero: they are all equal, or all zero; "
+            "use gradient_mean"
+        )
+    # In units of the ridge, so that the result is about as long as the mean row.
+    return ridge * ridge_solve(rows, ridge, target)

@@ -1,0 +1,358 @@
+"""The gradient of the loss at every hook, pair by pair: one pass over the pairs.
+
+The two terms are kept apart, as their balance is a choice that needs no second pass.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.directions.differences import missing_readouts
+from steerlens.engine.backend import for_hooks
+from steerlens.engine.batches import Batch, in_pair_order, make_pair_batches
+from steerlens.engine.capture import are_finite, by_halves
+from steerlens.engine.gradient_rows import batch_rows
+from steerlens.engine.memory import check_memory
+from steerlens.engine.slopes import BACKWARD_COST, check_label_rows
+from steerlens.engine.tokenization import TokenizedPairs, tokenize_pairs
+from steerlens.engine.workload import Cost
+from steerlens.errors import ActivationError, HookError, SweepError, finite, told, whole
+from steerlens.loss import MARGIN, WEIGHT
+from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post, resolve_hooks
+from steerlens.models.loading import HookedModel
+from steerlens.models.weight_processing import UNKNOWN, weight_processing
+from steerlens.progress import Progress, part_of, silent
+from steerlens.tables import GRADIENT_COLUMNS, Row, fragment, hook_label, to_frame
+
+Weight = float | int | Literal["balanced"]
+
+
+@dataclass(frozen=True)
+class LossGradients:
+    """Gradients of each pair's noref loss at every hook and one position; no mean over pairs.
+
+    Row i of the separation is the gradient of `-||hs_pos_i - hs_neg_i||_2` at the hook's loss hook,
+    with respect to the activation of the positive and of the negative prompt (no unit). Row i of
+    `coherence` is that of `relu(margin * baseline_i - logp_i)^2` (nats^2 per residual unit) with
+    respect to the positive one: the labels are the positive prompt's, so the negative prompt has no
+    such gradient. `weights` multiply it, one a hook. The readouts come after `hook_names`, as in
+    `Differences`. `scores` (none unless asked for) are gradients of the log-probability of label
+    sequences drawn from the model, over the root of their length (nats per residual unit).
+
+    Examples:
+        >>> gradients = sl.loss_gradients(model, pairs, layers=[1, 2])
+        >>> gradients.positive.shape  # both hooks and the readout, 8 pairs
+        torch.Size([2, 8, 32])
+        >>> balanced = gradients.with_weight("balanced")
+        >>> bool((balanced.weights > 0).all())
+        True
+    """
+
+    hook_names: tuple[str, ...]
+    readout_names: tuple[str, ...]
+    loss_hooks: tuple[str, ...]
+    separation_positive: Float[Tensor, "all_hook pair d_model"]
+    separation_negative: Float[Tensor, "all_hook pair d_model"]
+    coherence: Float[Tensor, "all_hook pair d_model"]
+    weights: Float[Tensor, " all_hook"]
+    logprob: Float[Tensor, " pair"]
+    scores: Float[Tensor, "all_hook score d_model"] = field(repr=False)
+    margin: float
+    position: int
+    fingerprint: str
+    forward_equivalents: float
+    weight_processing: str = UNKNOWN
+
+    @property
+    def all_hook_names(self) -> tuple[str, ...]:
+        """`hook_names`, then `readout_names`."""
+        return self.hook_names + self.readout_names
+
+    @property
+    def positive(self) -> Float[Tensor, "all_hook pair d_model"]:
+        """The gradient of the whole loss with respect to the positive prompts' activations."""
+        return self.separation_positive + self.weights[:, None, None] * self.coherence
+
+    @property
+    def negative(self) -> Float[Tensor, "all_hook pair d_model"]:
+        """The same for the negative prompts: of the separation alone."""
+        return self.separation_negative
+
+    def __repr__(self) -> str:
+        _, n_pairs, d_model = self.coherence.shape
+        return f"LossGradients({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
+
+    def _repr_html_(self) -> str:
+        terms = gradient_terms(self)
+        names = ["separation_norm", "coherence_norm", "coherence_share", "cosine", "weight"]
+        table = terms[names].rename(columns=lambda name: name.replace("_", " "))
+        for column in ("loss_hook", "hook_name"):
+            heading = "layer" if column == "hook_name" else "loss at"
+            table.insert(0, heading, [hook_label(name) for name in terms[column]])
+        about = [repr(self), f"position {self.position}", f"margin {self.margin:g}"]
+        return fragment([*about, f"pairs {self.fingerprint[:12]}"], table, n_labels=2)
+
+    def with_weight(self, weight: Weight) -> "LossGradients":
+        """The same gradients with another weight of the coherence term.
+
+        "balanced" gives every hook the weight at which both terms have the same mean norm over the
+        positive rows. Raises `SweepError` on a weight that is negative or not finite, and where one
+        of the terms is zero at a hook, so that nothing balances it.
+        """
+        _check_weight(weight)
+        if weight != "balanced":
+            return replace(self, weights=torch.full_like(self.weights, float(weight)))
+        weights = _balanced(self.separation_positive, self.coherence)
+        if not bool((weights.isfinite() & (weights > 0)).all()):
+            names = [
+                name
+                for name, weight in zip(self.all_hook_names, weights.tolist(), strict=True)
+                if not (math.isfinite(weight) and weight > 0)
+            ]
+            raise SweepError(
+                f"one of the two gradients is zero at {', '.join(names)}, so no weight balances "
+                "them; take a margin below 1, a loss hook further on, or a weight of your own"
+            )
+        return replace(self, weights=weights)
+
+
+def loss_gradients(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    *,
+    layers: Layers = "all",
+    position: int = -2,
+    loss_hook: str | None = None,
+    per_layer: bool = False,
+    margin: float | int = MARGIN,
+    weight: Weight = WEIGHT,
+    n_scores: int = 0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> LossGradients:
+    """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
+
+    The separation is that of the activations at `loss_hook`, a block's output, by default the
+    readout hook (`blocks.{max(L, n_layers - 3)}.hook_resid_post`); with `per_layer`, at every hook
+    itself. States, and the activations differentiated, are those at `position` of each prompt. A
+    state influences later labels only, so the position must have a label after it in every positive
+    prompt: -1 needs continuations, -2 (the default) does not. `margin` and `weight` as in
+    `contrastive_steering_loss_noref`; "balanced" as in `with_weight`. `n_scores` label sequences
+    are drawn for each positive prompt with `seed` (see `LossGradients.scores`).
+
+    Cost: a forward pass of both sides; a backward pass of both from the loss hook and of the
+    positive side from the labels; one more for each score. It is counted so where a GPU runs both
+    sides in one pass, too, whose padding and zero rows take more. Weights need no gradient; memory
+    grows with the batch alone, and out of memory halves it. The rows do not depend on the batch
+    size; the scores are random, and may.
+    Raises `ActivationError` on a position without a label after it or outside a prompt, and on NaN
+    or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
+    before a hook; `ModelError` as `check_label_rows`; `MemoryLimitError` as `check_memory`;
+    `SweepError` on a bad weight, margin or number of scores.
+
+    Examples:
+        >>> sl.loss_gradients(model, pairs, layers=[1, 2])
+        LossGradients(2 hooks, 8 pairs, d_model 32)
+    """
+    hook_names = resolve_hooks(model, layers)
+    n_layers = int(model.cfg.n_layers)
+    readouts = missing_readouts(hook_names, n_layers)
+    names = hook_names + readouts
+    loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook, per_layer=per_layer)
+    _check_weight(weight)
+    margin = finite("margin", margin)
+    n_scores, seed = whole("n_scores", n_scores, 0), whole("seed", seed, 0)
+    tokenized = tokenize_pairs(model, pairs)
+    _check_position(tokenized, position)
+    batches = make_pair_batches(model, tokenized, batch_size)
+    runner = for_hooks(model, (*names, *loss_hooks))
+    check_memory(runner, [positive for positive, _ in batches], with_gradients=True)
+    cost = Cost()
+    check_label_rows(runner, batches[0][0], cost=cost)
+    generator = torch.Generator().manual_seed(seed)
+    targets = dict(zip(names, loss_hooks, strict=True))
+    found = by_halves(
+        batches,
+        lambda *both: batch_rows(runner, both, targets, position, n_scores, generator),
+        progress=part_of(progress or silent, "gradients: pairs"),
+    )
+    run = [positive for (positive, _), _ in found]
+
+    def joined(name: str) -> Tensor:
+        return in_pair_order(run, [getattr(rows, name) for _, rows in found], dim=-2)
+
+    logprob = joined("logprob")[:, 0]
+    # d relu(margin * b - l)^2 = -2 relu((margin - 1) * l) dl, as b is l with its gradient stopped.
+    slope = -2 * torch.relu((margin - 1) * logprob)
+    gradients = LossGradients(
+        hook_names=hook_names,
+        readout_names=readouts,
+        loss_hooks=loss_hooks,
+        separation_positive=joined("separation_positive"),
+        separation_negative=joined("separation_negative"),
+        coherence=slope[:, None] * joined("logprob_slope"),
+        weights=torch.full((len(names),), math.nan),
+        logprob=logprob,
+        scores=joined("scores").flatten(1, 2),
+        margin=float(margin),
+        position=position,
+        fingerprint=pairs.fingerprint,
+        forward_equivalents=_spent(
+            [both for both, _ in found], targets, n_layers, n_scores, cost=cost
+        ),
+        weight_processing=weight_processing(model),
+    )
+    _check_finite(gradients)
+    return gradients.with_weight(weight)
+
+
+def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
+    """Which term dominates where: norms and cosine of the two, one row a hook.
+
+    Columns: `GRADIENT_COLUMNS`. Norms and cosines are means over the positive rows, the cosine NaN
+    where a row of either term is zero. The default weight of 10000 is a balance for one model and
+    one layer: `balanced_weight` says which would make the two equal here.
+
+    Examples:
+        >>> terms = sl.gradient_terms(sl.loss_gradients(model, pairs, layers=[1, 2]))
+        >>> bool(terms.coherence_share.between(0, 1).all())
+        True
+    """
+    rows: list[Row] = []
+    balanced = _balanced(gradients.separation_positive, gradients.coherence)
+    for i, name in enumerate(gradients.hook_names):
+        separation, coherence = gradients.separation_positive[i], gradients.coherence[i]
+        norms = separation.norm(dim=-1) * coherence.norm(dim=-1)
+        separation_norm = float(separation.norm(dim=-1).mean())
+        coherence_norm = float(gradients.weights[i] * coherence.norm(dim=-1).mean())
+        rows.append(
+            {
+                "hook_name": name,
+                "layer": hook_layer(name),
+                "loss_hook": gradients.loss_hooks[i],
+                "n_pairs": len(separation),
+                "separation_norm": separation_norm,
+                "coherence_norm": coherence_norm,
+                "coherence_share": coherence_norm / (separation_norm + coherence_norm),
+                "cosine": float(((separation * coherence).sum(-1) / norms).mean()),
+                "weight": float(gradients.weights[i]),
+                "balanced_weight": float(balanced[i]),
+            }
+        )
+    attrs = {
+        "margin": gradients.margin,
+        "position": gradients.position,
+        "measured_on": gradients.fingerprint,
+        "weight_processing": gradients.weight_processing,
+        "forward_equivalents": gradients.forward_equivalents,
+    }
+    return to_frame(rows, GRADIENT_COLUMNS, attrs)
+
+
+def _loss_hooks(
+    model: HookedModel,
+    hook_names: Sequence[str],
+    readouts: Sequence[str],
+    loss_hook: str | None,
+    *,
+    per_layer: bool,
+) -> tuple[str, ...]:
+    """The loss hook of every hook, and of every readout: itself where it comes after that."""
+    names = (*hook_names, *readouts)
+    if per_layer and loss_hook is not None:
+        raise HookError("give a loss_hook or per_layer, not both")
+    if per_layer:
+        return tuple(names)
+    if loss_hook is None:
+        return tuple(readout_hook(name, int(model.cfg.n_layers)) for name in names)
+    (resolved,) = _one_hook(model, loss_hook)
+    if resolved != resid_post(hook_layer(resolved)):
+        raise HookError(f"loss_hook is a block's output, blocks.N.hook_resid_post, not {resolved}")
+    late = [name for name in hook_names if hook_layer(name) > hook_layer(resolved)]
+    if late:
+        raise HookError(
+            f"the loss hook {resolved} comes before {', '.join(late)}, which cannot move it; give "
+            "a later loss hook, or earlier layers"
+        )
+    deepest = hook_layer(resolved)
+    return tuple(name if hook_layer(name) > deepest else resolved for name in names)
+
+
+def _one_hook(model: HookedModel, loss_hook: str) -> tuple[str, ...]:
+    resolved = resolve_hooks(model, loss_hook)
+    if len(resolved) != 1:
+        raise HookError(f"loss_hook is one hook, and {loss_hook!r} names {len(resolved)}")
+    return resolved
+
+
+def _check_position(pairs: TokenizedPairs, position: int) -> None:
+    for prompt in pairs.negative:
+        prompt.index(position)
+    for prompt in pairs.positive:
+        if prompt.index(position) >= len(prompt) - 1:
+            raise ActivationError(
+                f"no label comes after position {position} of the {prompt.where}, so its coherence "
+                "gradient would be 0; take an earlier position, or give every pair a continuation"
+            )
+
+
+def _check_weight(weight: Weight) -> None:
+    given: Any = weight
+    number: Any = weight
+    is_number = isinstance(given, Real) and 0 <= number <= torch.finfo(torch.float32).max
+    if not (isinstance(given, str) and given == "balanced") and not is_number:
+        raise SweepError(f'weight is "balanced" or a float32 of 0 or more, got {told(weight)}')
+
+
+def _check_finite(gradients: LossGradients) -> None:
+    parts = (
+        gradients.separation_positive,
+        gradients.separation_negative,
+        gradients.coherence,
+        gradients.scores,
+    )
+    finite = torch.stack([are_finite(part) for part in parts]).all(dim=0)
+    for name, is_finite in zip(gradients.all_hook_names, finite.tolist(), strict=True):
+        if not is_finite:
+            raise ActivationError(
+                f"NaN or inf in the gradients at {name}; load the model in float32 or bfloat16"
+            )
+
+
+def _balanced(
+    separation: Float[Tensor, "all_hook pair d_model"],
+    coherence: Float[Tensor, "all_hook pair d_model"],
+) -> Float[Tensor, " all_hook"]:
+    """The weight of the coherence term at which both have the same mean row norm; may be inf."""
+    weights: Tensor = separation.norm(dim=-1).mean(dim=-1) / coherence.norm(dim=-1).mean(dim=-1)
+    return weights
+
+
+def _spent(
+    batches: Sequence[tuple[Batch, ...]],
+    targets: dict[str, str],
+    n_layers: int,
+    n_scores: int,
+    *,
+    cost: Cost,
+) -> float:
+    """`cost` and the batches', in full forward passes of the positive prompts."""
+    deepest = max(hook_layer(hook) for hook in targets.values()) + 1
+    # At a loss hook itself the gradient is known without a backward pass.
+    apart = {target for name, target in targets.items() if name != target}
+    backward = sum(hook_layer(hook) + 1 for hook in apart)
+    for positive, negative in batches:
+        labels = n_layers * (1 + n_scores)
+        cost.add(positive.tokens, n_layers + BACKWARD_COST * (labels + backward))
+        cost.add(negative.tokens, deepest + BACKWARD_COST * backward)
+    one = sum(positive.tokens.numel() for positive, _ in batches) * n_layers
+    return round(cost.blocks / one, 3)

@@ -1,0 +1,280 @@
+"""Tokenized prompts in length-sorted, padded batches: which tokens are labels, which steered."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
+from steerlens.engine.transfer import to_device
+from steerlens.errors import ActivationError
+from steerlens.models.loading import HookedModel
+
+PaddingSide = Literal["left", "right"]
+
+
+MAX_PADDING = 0.1
+"""The largest share of a batch that may be padding."""
+
+
+TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
+"""Tokens in one pass where the caller gives no batch size, by device type: more of them run no
+faster and only take memory."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded to one length. `rows` are their places in the list they came from.
+
+    The first `n_before` tokens of each prompt, 0 unless given, come before the batch (see
+    `make_split_batches`).
+    """
+
+    rows: tuple[int, ...]
+    prompts: tuple[TokenizedPrompt, ...]
+    tokens: Int[Tensor, "prompt token"]
+    attention_mask: Bool[Tensor, "prompt token"]
+    n_before: tuple[int, ...] = ()
+
+    @property
+    def forward_kwargs(self) -> dict[str, Any]:
+        """The attention mask for the model's forward pass; none where nothing is padded."""
+        return mask_kwargs(self.attention_mask)
+
+    def indices(self, position: int) -> Int[Tensor, " prompt"]:
+        """Column of `position` in each row. Raises `ActivationError` outside a prompt."""
+        return torch.tensor(self._starts) + torch.tensor(
+            [prompt.index(position) for prompt in self.prompts]
+        )
+
+    def halves(self) -> tuple["Batch", ...]:
+        """The first and the second half of its prompts; itself when there is one prompt."""
+        middle = len(self.rows) // 2
+        parts = (slice(0, middle), slice(middle, None)) if middle else (slice(None),)
+        return tuple(self._part(part) for part in parts)
+
+    def row(self, index: int) -> "Batch":
+        """One of its prompts alone, as padded as it is."""
+        return self._part(slice(index, index + 1))
+
+    def ends(self) -> "Batch":
+        """Its first and its last prompt, as padded as they are; itself when there is one."""
+        return self._part(slice(None, None, max(1, len(self.rows) - 1)))
+
+    def _part(self, part: slice) -> "Batch":
+        return Batch(
+            self.rows[part],
+            self.prompts[part],
+            self.tokens[part],
+            self.attention_mask[part],
+            self.n_before[part],
+        )
+
+    def label_mask(self) -> Bool[Tensor, "prompt token"]:
+        """True at the label tokens: the continuation's, or every prompt token but the first."""
+        return self._mask("labels")[1]
+
+    def labels_on_cpu(self) -> Bool[Tensor, "prompt token"]:
+        """`label_mask` on the CPU, wherever the batch is."""
+        return self._mask("labels")[0]
+
+    def predicted_mask(self) -> Bool[Tensor, "prompt token"]:
+        """True at the tokens that others come before: all real ones but each prompt's first."""
+        return self._mask("predicted")[1]
+
+    def steered_mask(self, positions: SteeredPositions) -> Bool[Tensor, "prompt token"]:
+        """True at the real tokens that an intervention touches."""
+        return self._mask(positions)[1]
+
+    @cached_property
+    def is_whole(self) -> Bool[Tensor, " prompt"]:
+        """Which rows hold no padding, on the CPU."""
+        return self.attention_mask.all(dim=1).cpu()
+
+    def _mask(self, name: str) -> tuple[Tensor, Tensor]:
+        """A mask on the CPU and on the batch's device, made once: not to be written to."""
+        if name not in self._masks:
+            # Kept, so it must not be an inference tensor, which gradients cannot be taken through.
+            with torch.inference_mode(mode=False):
+                mask = torch.zeros(self.attention_mask.shape, dtype=torch.bool)
+                for row, (start, prompt) in enumerate(zip(self._starts, self.prompts, strict=True)):
+                    first, end = _SPANS[name](prompt)
+                    mask[row, max(start + first, 0) : max(start + end, 0)] = True
+                self._masks[name] = mask, to_device(mask, self.attention_mask.device)
+        return self._masks[name]
+
+    @cached_property
+    def _masks(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """The column of each prompt's first token; below 0 when it is not in the batch."""
+        starts = self.attention_mask.int().argmax(dim=1).tolist()
+        n_before = self.n_before or (0,) * len(starts)
+        return [start - before for start, before in zip(starts, n_before, strict=True)]
+
+
+_SPANS: dict[str, Callable[[TokenizedPrompt], tuple[int, int]]] = {
+    "labels": lambda p: (len(p.prompt) if p.continuation else 1, len(p)),
+    "predicted": lambda p: (1, len(p)),
+    "all": lambda p: (0, len(p)),
+    "prompt": lambda p: (0, len(p.prompt)),
+    "continuation": lambda p: (len(p.prompt), len(p)),
+    "last": lambda p: (len(p.prompt) - 1, len(p.prompt)),
+}
+"""Of a prompt's tokens the first that a mask marks, and the one after the last."""
+
+
+def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
+    """The keyword of the model's forward pass for a mask; none where nothing is masked."""
+    return {} if bool(attention_mask.all()) else {"attention_mask": attention_mask.long()}
+
+
+def before_labels(labels: Bool[Tensor, "row token"], device: torch.device) -> Int[Tensor, " label"]:
+    """Places, in the rows end to end, of the tokens before the labels, on `device`.
+
+    `labels` is on the CPU: a mask on a GPU would have to be counted first, and waited for.
+    """
+    row, column = labels[:, 1:].nonzero(as_tuple=True)
+    return to_device(row * labels.shape[1] + column, device)
+
+
+def in_pair_order(
+    batches: Sequence[Batch], values: Sequence[Shaped[Tensor, "..."]], *, dim: int = 1
+) -> Shaped[Tensor, "..."]:
+    """Values of the rows of one batch after another, joined along `dim` in the pairs' order."""
+    rows = torch.tensor([row for batch in batches for row in batch.rows])
+    places = torch.empty_like(rows)
+    places[rows.argsort()] = torch.arange(len(rows))
+    shape = list(values[0].shape)
+    shape[dim] = len(rows)
+    joined = values[0].new_empty(shape)
+    of_batch = torch.split(places, [len(batch.rows) for batch in batches])
+    for at, some in zip(of_batch, values, strict=True):
+        joined.index_copy_(dim, at, some)
+    return joined
+
+
+def make_batches(
+    model: HookedModel, prompts: Sequence[TokenizedPrompt], batch_size: int | None
+) -> tuple[Batch, ...]:
+    """Length-sorted batches, padded on the side the model's tokenizer pads.
+
+    A batch holds at most `batch_size` prompts (`rows_per_pass` without one) and at most a tenth of
+    padding. Raises `ActivationError` when `batch_size` is below 1.
+    """
+    groups = _groups([(len(prompt),) for prompt in prompts], model, batch_size)
+    return tuple(_batch(model, prompts, rows) for rows in groups)
+
+
+def make_split_batches(
+    model: HookedModel, prompts: Sequence[TokenizedPrompt], batch_size: int | None
+) -> tuple[tuple[Batch, Batch], ...]:
+    """Batches in two parts: all prompt tokens but the last; and that one with the continuation.
+
+    The first part is padded on the left and the second on the right, so that the parts joined are
+    whole prompts; neither holds more than a tenth of padding. Every prompt must have two tokens.
+    """
+    n_before = [len(prompt.prompt) - 1 for prompt in prompts]
+    lengths = [(len(p) - n, n) for p, n in zip(prompts, n_before, strict=True)]
+    batches = []
+    for rows in _groups(lengths, model, batch_size):
+        of, cuts = tuple(prompts[row] for row in rows), tuple(n_before[row] for row in rows)
+        ids = [prompt.prompt + prompt.continuation for prompt in of]
+        heads = [tokens[:n] for tokens, n in zip(ids, cuts, strict=True)]
+        tails = [tokens[n:] for tokens, n in zip(ids, cuts, strict=True)]
+        batches.append(
+            (
+                Batch(rows, of, *_padded(heads, "left", device=_device(model))),
+                Batch(rows, of, *_padded(tails, "right", device=_device(model)), cuts),
+            )
+        )
+    return tuple(batches)
+
+
+def make_pair_batches(
+    model: HookedModel, pairs: TokenizedPairs, batch_size: int | None
+) -> tuple[tuple[Batch, Batch], ...]:
+    """Batches of positive prompts, each with the batch of the same pairs' negative ones.
+
+    As `make_batches`, with at most a tenth of padding on either side of the pairs.
+    """
+    sides = (pairs.positive, pairs.negative)
+    lengths = [(len(pos), len(neg)) for pos, neg in zip(*sides, strict=True)]
+    batches = []
+    for rows in _groups(lengths, model, batch_size):
+        positive, negative = (_batch(model, side, rows) for side in sides)
+        batches.append((positive, negative))
+    return tuple(batches)
+
+
+def join(model: HookedModel, batches: Sequence[Batch]) -> Batch:
+    """The prompts of all batches, one batch after another, padded to one length."""
+    prompts = [prompt for batch in batches for prompt in batch.prompts]
+    return _batch(model, prompts, tuple(range(len(prompts))))
+
+
+def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[int, ...]) -> Batch:
+    """Some of the prompts, padded on the side the model's tokenizer pads."""
+    pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
+    side: PaddingSide = getattr(model.tokenizer, "padding_side", "right")
+    of = tuple(prompts[row] for row in rows)
+    ids = [prompt.prompt + prompt.continuation for prompt in of]
+    return Batch(rows, of, *_padded(ids, side, pad_id=pad_id, device=_device(model)))
+
+
+def _groups(
+    lengths: Sequence[tuple[int, ...]], model: HookedModel, batch_size: int | None
+) -> list[tuple[int, ...]]:
+    """Rows sorted by length, in groups of which no part would be padded by more than a tenth."""
+    if batch_size is not None and batch_size < 1:
+        raise ActivationError(f"batch_size must be at least 1, got {batch_size}")
+    groups: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        grown = [*groups[-1], row] if groups else [row]
+        parts = list(zip(*(lengths[i] for i in grown), strict=True))
+        widths = [max(part) for part in parts]
+        is_padded = any(
+            len(grown) * width - sum(part) > MAX_PADDING * len(grown) * width
+            for part, width in zip(parts, widths, strict=True)
+        )
+        is_full = len(grown) > (batch_size or rows_per_pass(model, max(widths)))
+        if not groups or is_padded or is_full:
+            groups.append([row])
+        else:
+            groups[-1] = grown
+    return [tuple(group) for group in groups]
+
+
+def _device(model: HookedModel) -> torch.device | None:
+    return torch.device(model.cfg.device) if model.cfg.device else None
+
+
+def rows_per_pass(model: HookedModel, width: int) -> int:
+    """How many rows of `width` tokens keep the model's device busy (see `TOKENS_PER_PASS`)."""
+    device = _device(model)
+    kind = "cpu" if device is None else device.type
+    return max(1, TOKENS_PER_PASS.get(kind, TOKENS_PER_PASS["cpu"]) // width)
+
+
+def _padded(
+    ids: Sequence[tuple[int, ...]],
+    side: PaddingSide,
+    *,
+    pad_id: int = 0,
+    device: torch.device | None,
+) -> tuple[Int[Tensor, "prompt token"], Bool[Tensor, "prompt token"]]:
+    """Ids padded to one length, and the mask that is True at the real ones."""
+    width = max(len(row) for row in ids)
+    tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(ids), width), dtype=torch.bool)
+    for i, row in enumerate(ids):
+        start = width - len(row) if side == "left" else 0
+        tokens[i, start : start + len(row)] = torch.tensor(row)
+        mask[i, start : start + len(row)] = True
+    return tokens.to(device), mask.to(device)

@@ -1,0 +1,192 @@
+"""Run pairs through a model, keep only the asked-for positions, and take differences."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from steerlens.engine.backend import for_hooks
+from steerlens.engine.batches import Batch, in_pair_order, make_batches
+from steerlens.engine.memory import is_out_of_memory, warn_of_memory
+from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
+from steerlens.errors import ActivationError
+from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.loading import HookedModel, inference
+from steerlens.progress import Progress, part_of, silent
+
+T = TypeVar("T")
+
+
+def collect_activations(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    hook_names: Sequence[str],
+    *,
+    position: int = -1,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "hook prompt d_model"]:
+    """Activations at one position of every prompt, in the prompts' order, on the CPU.
+
+    The model runs in length-sorted batches and stops after the last hook, so the unembedding is
+    never computed and the peak memory does not grow with the number of prompts but for the result;
+    out of memory halves a batch.
+    Raises `ActivationError` without prompts or hooks, and as `collect_differences`.
+
+    Examples:
+        >>> prompts = sl.tokenize_pairs(model, pairs).positive
+        >>> sl.collect_activations(model, prompts, ["blocks.2.hook_resid_post"]).shape
+        torch.Size([1, 8, 32])
+    """
+    if not prompts or not hook_names:
+        raise ActivationError(
+            f"expected prompts and hook names, got {len(prompts)} and {len(hook_names)}"
+        )
+
+    runner = for_hooks(model, hook_names)
+    n_values = len(prompts) * len(hook_names) * int(model.cfg.d_model)
+    pins = n_values <= PINNED
+
+    def run(batch: Batch) -> Arriving:
+        found = run_to_hooks(runner, batch, hook_names, indices=batch.indices(position))
+        return to_host(found, pins=pins)
+
+    with inference(runner):
+        batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
+        done = by_halves(batches, run, progress=part_of(progress or silent, "activations: prompts"))
+    activations = in_pair_order(
+        [batch for (batch,), _ in done], [values.arrived() for _, values in done]
+    )
+    check_finite(activations, hook_names)
+    return activations
+
+
+def are_finite(values: Float[Tensor, "hook ..."]) -> Bool[Tensor, " hook"]:
+    """Whether everything at a hook is finite; contiguous values are not copied."""
+    rows = values.flatten(start_dim=1)
+    if rows.shape[1] == 0:
+        return torch.ones(len(rows), dtype=torch.bool)
+    largest: Tensor = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1)
+    return largest.isfinite()
+
+
+def check_finite(
+    activations: Float[Tensor, "hook prompt d_model"], hook_names: Sequence[str]
+) -> None:
+    """Raise `ActivationError` that names the hooks with NaN or inf."""
+    finite = are_finite(activations)
+    if not finite.all():
+        bad = [name for name, ok in zip(hook_names, finite.tolist(), strict=True) if not ok]
+        raise ActivationError(
+            f"NaN or inf in the activations at {', '.join(bad)}; try dtype float32 or bfloat16 "
+            "(float16 overflows beyond 65504) and check the model's weights"
+        )
+
+
+def reading_hook(
+    into: dict[str, Tensor], hook_name: str, indices: Int[Tensor, " prompt"]
+) -> tuple[str, HookFunction]:
+    """A forward hook that stores `activation[row, indices[row]]` as `into[hook_name]`.
+
+    The stored tensor is `Float["prompt d_model"]` in float32 at least. The hook raises
+    `ActivationError` when the activation is not `[prompt, token, d_model]`.
+    """
+
+    def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+        check_residual(activation, hook_name)
+        into[hook_name] = at_position(activation, indices)
+
+    return hook_name, read
+
+
+def check_residual(activation: Float[Tensor, "..."], hook_name: str) -> None:
+    """Raise `ActivationError` unless the hook's activation is `[prompt, token, d_model]`."""
+    if activation.ndim != 3:
+        raise ActivationError(
+            f"hook {hook_name} holds a tensor of shape {tuple(activation.shape)}; expected "
+            "[prompt, token, d_model], so choose a hook on the residual stream or its writers"
+        )
+
+
+def at_position(
+    values: Float[Tensor, "row token d_model"], indices: Int[Tensor, " row"]
+) -> Float[Tensor, "row d_model"]:
+    """Each row's values at its own token, in float32 at least."""
+    row = torch.arange(len(values), device=values.device)
+    chosen = values[row, indices.to(values.device)]
+    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+
+
+def run_to_hooks(
+    model: HookedModel,
+    batch: Batch,
+    hook_names: Sequence[str],
+    *,
+    indices: Int[Tensor, " prompt"],
+    fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
+) -> Float[Tensor, "hook prompt d_model"]:
+    """Run a batch until every hook has been read once, and stop there.
+
+    `indices` are the columns to read; `fwd_hooks` (an intervention) act before the reading at the
+    same hook. Raises `HookError` when a hook does not fire.
+    """
+    found: dict[str, Tensor] = {}
+    indices = to_device(indices, batch.tokens.device)
+    readers = [reading_hook(found, name, indices) for name in hook_names]
+    stopping = [
+        (name, _then_stop(read, lambda: len(found) == len(hook_names))) for name, read in readers
+    ]
+    with hooked(model, [*fwd_hooks, *stopping]), suppress(_AllRead):
+        model(batch.tokens, return_type=None, **batch.forward_kwargs)
+    shapes = {tuple(found[name].shape) for name in hook_names}
+    if len(shapes) > 1:
+        raise ActivationError(
+            f"the hooks have activations of different shapes {sorted(shapes)}; run them apart"
+        )
+    return torch.stack([found[name].to(found[hook_names[0]].device) for name in hook_names])
+
+
+def by_halves(
+    batches: Sequence[tuple[Batch, ...]], run: Callable[..., T], *, progress: Progress = silent
+) -> list[tuple[tuple[Batch, ...], T]]:
+    """`run(*batches)` of every group of batches with the same rows, beside the group that was run.
+
+    Where memory is out, of the halves of a group, with a warning. `progress` is told of the rows.
+    """
+    total, done = sum(len(group[0].rows) for group in batches), 0
+    found: list[tuple[tuple[Batch, ...], T]] = []
+    progress("rows", done, total)
+    for group in batches:
+        found += _whole_or_halves(group, run)
+        done += len(group[0].rows)
+        progress("rows", done, total)
+    return found
+
+
+def _whole_or_halves(
+    group: tuple[Batch, ...], run: Callable[..., T]
+) -> list[tuple[tuple[Batch, ...], T]]:
+    try:
+        return [(group, run(*group))]
+    except (RuntimeError, MemoryError) as error:
+        if len(group[0].rows) == 1 or not is_out_of_memory(error):
+            raise
+    warn_of_memory(len(group[0].rows) // 2)
+    return by_halves(list(zip(*(batch.halves() for batch in group), strict=True)), run)
+
+
+class _AllRead(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised inside the forward pass to end it once nothing is left to read."""
+
+
+def _then_stop(read: HookFunction, is_done: Callable[[], bool]) -> HookFunction:
+    def read_then_stop(activation: Tensor, hook: Any) -> None:
+        read(activation, hook)
+        if is_done():
+            raise _AllRead
+
+    return read_then_stop

@@ -1,0 +1,392 @@
+"""The cells of one hook, resumed after it: what the engine spends its time on.
+
+The unsteered residual of all rows is carried along from hook to hook; a cell runs the blocks after
+its hook only, on several coefficients at once; only label positions reach the unembedding.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from steerlens.engine import plain_loop
+from steerlens.engine.batches import Batch, before_labels, in_pair_order, rows_per_pass
+from steerlens.engine.capture import reading_hook
+from steerlens.engine.memory import in_slices
+from steerlens.engine.plain_loop import by_token
+from steerlens.engine.prefixes import Part, Prepared, advance_part
+from steerlens.engine.resume import Residual, labels_kl, labels_logprob, run_from
+from steerlens.engine.transfer import Arriving, to_device, to_host
+from steerlens.engine.workload import CellOutput, Cost, Workload
+from steerlens.loss import mean_by_prompt
+from steerlens.models.hooks import HookFunction, hook_layer, resid_post
+from steerlens.models.loading import HookedModel, inference
+
+
+@dataclass(frozen=True)
+class Job:
+    """The cells of one hook: its direction, the coefficients, and where the effect is read."""
+
+    hook_name: str
+    direction: Float[Tensor, " d_model"]
+    coefficients: tuple[float, ...]
+    readout: str
+
+    @property
+    def starts_after(self) -> bool:
+        """Whether the hook is a block's output, so that the block need not run again."""
+        return self.hook_name == resid_post(hook_layer(self.hook_name))
+
+    @property
+    def first_block(self) -> int:
+        """The first block that has to run."""
+        return hook_layer(self.hook_name) + int(self.starts_after)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The cells of the job with this index, and the block-evaluations they took."""
+
+    index: int
+    cells: list[CellOutput]
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Carried:
+    """The unsteered residual of every part, where the last job stood."""
+
+    positive: tuple[Residual | None, ...]
+    negative: tuple[Residual | None, ...]
+
+    @classmethod
+    def at_start(cls, prepared: Prepared) -> "Carried":
+        """Nothing computed yet."""
+        return cls((None,) * len(prepared.positive), (None,) * len(prepared.negative))
+
+
+def fast_cells(
+    model: HookedModel, prepared: Prepared, job: Job, carried: Carried, cost: Cost
+) -> tuple[list[CellOutput], Carried]:
+    """The cells of `job` in the order of its coefficients, and the residuals for the job after it.
+
+    Nothing is checked here: see `engine.run_cells`. `cost` is added to.
+    """
+    finish, carried = start_cells(model, prepared, job, carried, cost)
+    return finish(), carried
+
+
+def start_cells(
+    model: HookedModel, prepared: Prepared, job: Job, carried: Carried, cost: Cost
+) -> tuple[Callable[[], list[CellOutput]], Carried]:
+    """`fast_cells` with its cells still to be waited for: a GPU is given the next job meanwhile."""
+    run = _Run(model, prepared.workload, job, prepared.batch_size, cost)
+    with inference(model):
+        positive = _carry(model, prepared.positive, carried.positive, job, cost)
+        negative = _carry(model, prepared.negative, carried.negative, job, cost)
+        up = [run.positive(p, r) for p, r in zip(prepared.positive, positive, strict=True)]
+        down = [run.negative(p, r) for p, r in zip(prepared.negative, negative, strict=True)]
+    finish = partial(_finished, prepared, job, up, down)
+    return finish, Carried(positive, negative)
+
+
+def _finished(
+    prepared: Prepared,
+    job: Job,
+    up: Sequence["_Slices"],
+    down: Sequence["_Slices"],
+) -> list[CellOutput]:
+    """The cells of a job from the outputs of its parts."""
+    n = len(job.coefficients)
+    nothing = torch.zeros((n, 0, len(job.direction)))
+    readouts_pos, logprobs, kl, readouts_neg = nothing, torch.zeros((n, 0)), None, nothing
+    if up:
+        batches = [part.batch for part in prepared.positive]
+        joined = [_joined(slices) for slices in up]
+        readouts_pos = in_pair_order(
+            batches, [of[0].reshape(n, -1, of[0].shape[-1]) for of in joined]
+        )
+        logprobs = in_pair_order(batches, [of[1].reshape(n, -1) for of in joined])
+        if prepared.workload.with_kl:
+            kl = by_token(batches, [of[2].reshape(n, -1) for of in joined])
+    if prepared.workload.steered_positions == "continuation":
+        # What is read lies before every steered token, so it is the unsteered model's to the bit.
+        unsteered = prepared.unsteered.cell(job.readout)
+        readouts_pos = unsteered.positive.expand(n, -1, -1)
+        readouts_neg = unsteered.negative.expand(n, -1, -1)
+    elif down:
+        read = [_joined(slices)[0] for slices in down]
+        readouts_neg = in_pair_order(
+            [part.batch for part in prepared.negative],
+            [of.reshape(n, -1, of.shape[-1]) for of in read],
+        )
+    return [
+        CellOutput(
+            coefficient,
+            readouts_pos[i],
+            readouts_neg[i],
+            logprobs[i],
+            None if kl is None else kl[i],
+        )
+        for i, coefficient in enumerate(job.coefficients)
+    ]
+
+
+def carry_past(model: HookedModel, prepared: Prepared, job: Job, carried: Carried) -> Carried:
+    """The residuals for the job after `job`, whose own cells are not run; not counted."""
+    cost = Cost()
+    with inference(model):
+        return Carried(
+            _carry(model, prepared.positive, carried.positive, job, cost),
+            _carry(model, prepared.negative, carried.negative, job, cost),
+        )
+
+
+def cells_in_turn(
+    model: HookedModel,
+    prepared: Prepared,
+    jobs: Sequence[Job],
+    exact: Collection[str],
+    *,
+    known: Collection[str] = (),
+    cost: Cost,
+) -> Iterator[Finished]:
+    """The cells of every job, one after another: resumed after the `exact` hooks, plain elsewhere.
+
+    Jobs at `known` hooks are passed without being counted. On a GPU a job is begun before the one
+    before it is waited for.
+    """
+    carried = Carried.at_start(prepared)
+    overlaps = torch.device(model.cfg.device or "cpu").type == "cuda"
+    begun: Callable[[], Finished] | None = None
+    for i, job in enumerate(jobs):
+        before = cost.blocks
+        if job.hook_name in known:
+            if job.hook_name in exact:
+                carried = carry_past(model, prepared, job, carried)
+            continue
+        if job.hook_name in exact:
+            finish, carried = start_cells(model, prepared, job, carried, cost)
+        else:
+            finish = partial(list, plain_cells(model, prepared.workload, job, cost))
+        this = partial(_as_finished, i, finish, cost.blocks - before)
+        if begun is not None:
+            yield begun()
+        begun = this
+        if not overlaps:
+            yield begun()
+            begun = None
+    if begun is not None:
+        yield begun()
+
+
+def _as_finished(index: int, finish: Callable[[], list[CellOutput]], blocks: int) -> Finished:
+    return Finished(index, finish(), blocks)
+
+
+def plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:
+    """The cells of `job` by the plain loop, whole forward passes. `cost` is added to."""
+    n_layers = int(model.cfg.n_layers)
+    for batch in workload.positive:
+        # A divergence takes the unsteered model's logits too.
+        cost.add(batch.tokens, n_layers * len(job.coefficients) * (1 + workload.with_kl))
+    for batch in workload.negative:
+        cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
+    return list(
+        plain_loop.run_cells(
+            model,
+            workload,
+            hook_name=job.hook_name,
+            direction=job.direction,
+            coefficients=job.coefficients,
+            readout=job.readout,
+        )
+    )
+
+
+def _carry(
+    model: HookedModel,
+    parts: Sequence[Part],
+    residuals: Sequence[Residual | None],
+    job: Job,
+    cost: Cost,
+) -> tuple[Residual | None, ...]:
+    """The unsteered residuals entering the job's first block, from those of the job before."""
+    if job.first_block == 0:
+        return (None,) * len(parts)
+    carried = []
+    for part, known in zip(parts, residuals, strict=True):
+        start = known if known is not None and known.block <= job.first_block else None
+        cost.add(part.batch.tokens, job.first_block - (0 if start is None else start.block))
+        carried.append(advance_part(model, part, start, job.first_block))
+    return tuple(carried)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One job on one workload: what every one of its passes shares."""
+
+    model: HookedModel
+    workload: Workload
+    job: Job
+    batch_size: int | None
+    cost: Cost
+
+    def positive(self, part: Part, start: Residual | None) -> "_Slices":
+        """Readouts, label logprobs and divergences (0 labels unless asked for) at `+coefficient`.
+
+        The divergences come prompt after prompt.
+        """
+        batch = part.batch
+        labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()
+        n_labels = on_cpu[:, 1:].sum(dim=1).tolist()
+
+        def run(some: _Rows) -> tuple[Tensor, ...]:
+            final: dict[str, Tensor] = {}
+            readout = self._pass(part, start, some, into=final, last_block=self._n_layers - 1)
+            residual = final["residual"]
+            before = before_labels(on_cpu[some.on_cpu], batch.tokens.device)
+            predictions = residual.flatten(0, 1)[before.to(residual.device)]
+            wanted = batch.tokens[some.rows].flatten()[before + 1]
+            logprob = labels_logprob(self.model, predictions, wanted)
+            kl = logprob.new_zeros(0)
+            if part.final is not None:
+                by_row = torch.split(part.final, n_labels)
+                unsteered = torch.cat([by_row[row] for row in some.on_cpu.tolist()])
+                kl = labels_kl(self.model, predictions, unsteered)
+            return readout, mean_by_prompt(logprob, labels[some.rows]), kl
+
+        return self._in_slices(batch, run, sign=1.0)
+
+    def negative(self, part: Part, start: Residual | None) -> "_Slices":
+        """Readouts under `-coefficient`."""
+        last_block = hook_layer(self.job.readout)
+
+        def run(some: _Rows) -> tuple[Tensor]:
+            return (self._pass(part, start, some, into={}, last_block=last_block),)
+
+        return self._in_slices(part.batch, run, sign=-1.0)
+
+    @property
+    def _n_layers(self) -> int:
+        return int(self.model.cfg.n_layers)
+
+    def _pass(
+        self,
+        part: Part,
+        start: Residual | None,
+        some: "_Rows",
+        *,
+        into: dict[str, Tensor],
+        last_block: int,
+    ) -> Float[Tensor, "row d_model"]:
+        """Steer some rows and run them up to the end of `last_block`; what the readout holds.
+
+        The residual after `last_block` is stored as `into["residual"]`.
+        """
+        job, batch, rows = self.job, part.batch, some.rows
+        tokens = batch.tokens[rows]
+        mask = batch.steered_mask(self.workload.steered_positions)[rows]
+        indices = to_device(batch.indices(self.workload.position)[some.on_cpu], batch.tokens.device)
+        add = _addition_by_row(some.direction, some.coefficients, mask)
+        hooks: list[tuple[str, HookFunction]] = []
+        if start is not None:
+            start = replace(start, values=start.values[rows.to(start.values.device)])
+        if not job.starts_after or start is None:
+            hooks.append((job.hook_name, lambda activation, hook: add(activation)))  # noqa: ARG005
+        else:
+            start = replace(start, values=add(start.values))
+        found: dict[str, Tensor] = {}
+        if start is not None and start.block == last_block + 1:
+            into["residual"] = start.values
+        else:
+            last = resid_post(last_block)
+            hooks.append((last, _storing(into)))
+            if not self._reads_at_start(start):
+                hooks.append(reading_hook(found, job.readout, indices))
+            first_block = 0 if start is None else start.block
+            self.cost.add(tokens, last_block + 1 - first_block)
+            run_from(
+                self.model,
+                tokens,
+                batch.attention_mask[rows],
+                start=start,
+                prefix=None if part.prefix is None else part.prefix.at(rows, first_block),
+                fwd_hooks=hooks,
+                last_hook=last,
+                is_padded=not bool(batch.is_whole[some.on_cpu].all()),
+            )
+        if start is not None and self._reads_at_start(start):
+            _, read = reading_hook(found, job.readout, indices)
+            read(start.values, None)
+        return found[job.readout]
+
+    def _reads_at_start(self, start: Residual | None) -> bool:
+        """Whether the readout is the residual that the pass starts from."""
+        return start is not None and self.job.readout == resid_post(start.block - 1)
+
+    def _in_slices(
+        self, batch: Batch, run: Callable[["_Rows"], tuple[Tensor, ...]], *, sign: float
+    ) -> "_Slices":
+        """`run` over all (coefficient, prompt), some at a time, in that order."""
+        n_prompts, coefficients = len(batch.prompts), self.job.coefficients
+        device = batch.tokens.device
+        on_cpu = torch.arange(n_prompts).repeat(len(coefficients))
+        rows = to_device(on_cpu, device)
+        # A half-precision direction must not round the coefficients.
+        wide = torch.promote_types(self.job.direction.dtype, torch.float32)
+        exact = torch.tensor(coefficients, dtype=wide)
+        signed = to_device((sign * exact).repeat_interleave(n_prompts), device)
+        direction = to_device(self.job.direction, device)
+        size = self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
+
+        def begin(part: slice) -> tuple[Arriving, ...]:
+            found = run(_Rows(on_cpu[part], rows[part], signed[part], direction))
+            return tuple(to_host(values) for values in found)
+
+        return in_slices(len(rows), size, begin)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a part, on the CPU and on the model's device; what is added to each of them there."""
+
+    on_cpu: Int[Tensor, " row"]
+    rows: Int[Tensor, " row"]
+    coefficients: Float[Tensor, " row"]
+    direction: Float[Tensor, " d_model"]
+
+
+_Slices: TypeAlias = list[tuple[Arriving, ...]]
+"""What each pass of a part gave, on its way to the CPU."""
+
+
+def _joined(slices: _Slices) -> tuple[Tensor, ...]:
+    """The passes' outputs, waited for, one after another."""
+    arrived = [[one.arrived() for one in of] for of in slices]
+    return tuple(torch.cat(parts) for parts in zip(*arrived, strict=True))
+
+
+def _addition_by_row(
+    direction: Float[Tensor, " d_model"],
+    coefficients: Float[Tensor, " row"],
+    mask: Bool[Tensor, "row token"],
+) -> Callable[[Tensor], Tensor]:
+    """Adds `coefficients[row] * direction` at the masked tokens of each row, out of place."""
+
+    def add(activation: Tensor) -> Tensor:
+        step = (coefficients[:, None] * direction.to(coefficients)).to(activation)
+        return activation + mask.to(activation)[..., None] * step[:, None]
+
+    return add
+
+
+def _storing(into: dict[str, Tensor]) -> HookFunction:
+    def store(activation: Tensor, hook: object) -> None:  # noqa: ARG001
+        into["residual"] = activation
+
+    return store

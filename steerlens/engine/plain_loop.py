@@ -1,0 +1,200 @@
+"""The plain loop: one hooked forward pass of every batch for every cell.
+
+Slow and simple. It measures the unsteered model, and is what the engine is checked against.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steerlens.engine.backend import for_hooks
+from steerlens.engine.batches import Batch, in_pair_order
+from steerlens.engine.capture import by_halves, check_finite, reading_hook, run_to_hooks
+from steerlens.engine.memory import check_memory
+from steerlens.engine.transfer import to_device
+from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload
+from steerlens.errors import ActivationError
+from steerlens.loss import label_kl, label_logprob
+from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.loading import HookedModel, inference
+from steerlens.progress import Progress, part_of, silent
+
+
+def run_baseline(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    *,
+    cost: Cost,
+    progress: Progress | None = None,
+) -> Baseline:
+    """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
+
+    Run by the bare model where `hook_names` allow it (see `bare.for_hooks`), as the cells are.
+    `cost` is added to: all blocks on both sides. `progress` is told of the prompts. Raises
+    `ActivationError` that names the hooks with NaN or inf, or the prompt whose labels have no
+    finite logprob, and as `check_memory`.
+    """
+    check_memory(model, workload.positive)
+    return baseline_of(for_hooks(model, hook_names), workload, hook_names, cost, progress or silent)
+
+
+def baseline_of(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    cost: Cost,
+    tell: Progress = silent,
+) -> Baseline:
+    """`run_baseline` by the very model that is given."""
+    for batch in (*workload.positive, *workload.negative):
+        cost.add(batch.tokens, int(model.cfg.n_layers))
+    n_positive, n_negative = (
+        sum(len(batch.rows) for batch in side) for side in (workload.positive, workload.negative)
+    )
+    what, total = "unsteered model: prompts", n_positive + n_negative
+    of_positive = part_of(tell, what, total=total)
+    of_negative = part_of(tell, what, before=n_positive, total=total)
+    with inference(model):
+        positive, logprob, _ = _run_positive(model, workload, hook_names, {}, 0.0, of_positive)
+        negative = _run_negative(model, workload, hook_names, {}, 0.0, of_negative)
+    check_finite(positive, hook_names)
+    check_finite(negative, hook_names)
+    _check_labels(workload.positive, logprob)
+    return Baseline(tuple(hook_names), positive, negative, logprob)
+
+
+def run_cells(
+    model: HookedModel,
+    workload: Workload,
+    *,
+    hook_name: str,
+    direction: Float[Tensor, " d_model"],
+    coefficients: Sequence[float],
+    readout: str,
+) -> Iterator[CellOutput]:
+    """The cells of one hook, one for each coefficient, in order.
+
+    Positive prompts run with `+coefficient * direction` added at `hook_name`, negative prompts with
+    `-coefficient * direction`, both read at `readout`.
+    """
+    steered = {hook_name: direction}
+    for coefficient in coefficients:
+        with inference(model):
+            positive, logprob, kl = _run_positive(model, workload, [readout], steered, coefficient)
+            negative = _run_negative(model, workload, [readout], steered, -coefficient)
+        yield CellOutput(coefficient, positive[0], negative[0], logprob, kl)
+
+
+def by_token(
+    batches: Sequence[Batch], values: Sequence[Float[Tensor, "n _"]]
+) -> Float[Tensor, "n pair token"]:
+    """Values at the labels of one batch after another, as rows of tokens: NaN where no label is."""
+    width = max(batch.tokens.shape[1] for batch in batches)
+    spread = []
+    for batch, given in zip(batches, values, strict=True):
+        rows = torch.full((len(given), len(batch.prompts), width), torch.nan, dtype=given.dtype)
+        labels = torch.zeros((len(batch.prompts), width), dtype=torch.bool)
+        labels[:, : batch.tokens.shape[1]] = batch.label_mask().cpu()
+        # An undefined divergence is no padding: it must not be left out of a mean.
+        rows[:, labels] = torch.where(given.isnan(), torch.inf, given)
+        spread.append(rows)
+    return in_pair_order(batches, spread)
+
+
+def _check_labels(batches: Sequence[Batch], logprob: Float[Tensor, " pair"]) -> None:
+    undefined = (~logprob.isfinite()).nonzero().flatten().tolist()
+    if undefined:
+        prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
+        raise ActivationError(
+            f"the labels of the {prompts[undefined[0]].where} have logprob "
+            f"{float(logprob[undefined[0]])} without steering ({len(undefined)} such prompts); "
+            "leave out texts that the model rules out, or load it in float32"
+        )
+
+
+def _run_positive(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    steered: dict[str, Tensor],
+    coefficient: float,
+    progress: Progress = silent,
+) -> tuple[
+    Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"], Float[Tensor, "pair token"] | None
+]:
+    if not workload.positive:
+        nothing = torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
+        return nothing, torch.zeros(0), None
+
+    def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        found: dict[str, Tensor] = {}
+        indices = to_device(batch.indices(workload.position), batch.tokens.device)
+        readers = [reading_hook(found, name, indices) for name in hook_names]
+        labels = batch.label_mask()
+        with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):
+            logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
+        kl = logits.new_zeros(0)
+        if workload.with_kl:
+            unsteered = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
+            kl = label_kl(logits, unsteered, labels)
+        logprob = label_logprob(logits, batch.tokens, labels)
+        return torch.stack([found[n].cpu() for n in hook_names]), logprob.cpu(), kl.cpu()
+
+    done = by_halves([(batch,) for batch in workload.positive], run, progress=progress)
+    batches = [batch for (batch,), _ in done]
+    return (
+        in_pair_order(batches, [activations for _, (activations, _, _) in done]),
+        in_pair_order(batches, [logprob[None] for _, (_, logprob, _) in done])[0],
+        by_token(batches, [kl[None] for _, (_, _, kl) in done])[0] if workload.with_kl else None,
+    )
+
+
+def _run_negative(
+    model: HookedModel,
+    workload: Workload,
+    hook_names: Sequence[str],
+    steered: dict[str, Tensor],
+    coefficient: float,
+    progress: Progress = silent,
+) -> Float[Tensor, "hook pair d_model"]:
+    if not workload.negative:
+        return torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
+
+    def run(batch: Batch) -> Tensor:
+        return run_to_hooks(
+            model,
+            batch,
+            hook_names,
+            indices=batch.indices(workload.position),
+            fwd_hooks=_hooks(batch, workload, steered, coefficient),
+        ).cpu()
+
+    done = by_halves([(batch,) for batch in workload.negative], run, progress=progress)
+    return in_pair_order([batch for (batch,), _ in done], [values for _, values in done])
+
+
+def _hooks(
+    batch: Batch, workload: Workload, steered: dict[str, Tensor], coefficient: float
+) -> list[tuple[str, HookFunction]]:
+    if coefficient == 0:
+        return []
+    mask = batch.steered_mask(workload.steered_positions)
+    return [(name, _addition(direction, coefficient, mask)) for name, direction in steered.items()]
+
+
+def _addition(
+    direction: Float[Tensor, " d_model"], coefficient: float, mask: Bool[Tensor, "row token"]
+) -> HookFunction:
+    """Adds `coefficient * direction` at the masked tokens, out of place."""
+
+    def add(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 (TransformerLens's signature)
+        dtype = torch.promote_types(direction.dtype, activation.dtype)
+        wide = direction.to(activation.device, torch.promote_types(dtype, torch.float32))
+        moved = activation + (coefficient * wide).to(activation)
+        return torch.where(mask.to(activation.device)[..., None], moved, activation)
+
+    return add

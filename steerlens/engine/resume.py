@@ -1,0 +1,316 @@
+"""Forward passes of a part of the model: from one block on, up to one hook, at label positions.
+
+The model's own forward runs every time, with the blocks that are not wanted standing aside: so its
+masks, rotary angles, caches and logit soft-capping come along, whatever the architecture.
+"""
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from steerlens.engine.backend import BareModel, no_prefix
+from steerlens.engine.batches import Batch, mask_kwargs
+from steerlens.engine.memory import LOGITS_PER_PASS
+from steerlens.loss import divergence
+from steerlens.models.hooks import HookFunction, hook_layer, hooked, resid_post
+from steerlens.models.loading import HookedModel
+
+TIMES_ON_CUDA = 16
+"""How many times as many logits exist at once on a GPU, which is idle while a pass is prepared."""
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream entering block `block` on every token of some rows."""
+
+    block: int
+    values: Float[Tensor, "row token d_model"]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The unsteered keys and values, in every block, of the tokens before those that are run.
+
+    `cache` is Hugging Face's, as the model filled it; it is never changed, only copied.
+    """
+
+    cache: Any
+    attention_mask: Bool[Tensor, "row token"]
+
+    def at(self, rows: Int[Tensor, " row"], block: int) -> "Prefix":
+        """A copy for some rows, in that order, to which a pass from `block` on may add tokens."""
+        copied = copy.copy(self.cache)
+        copied.layers = [copy.copy(layer) for layer in self.cache.layers]
+        # Of the blocks before it only the length is looked at.
+        for layer in copied.layers[block:]:
+            layer.batch_select_indices(rows.to(layer.keys.device))
+        return Prefix(copied, self.attention_mask[rows])
+
+
+def run_prefix(model: Any, batch: Batch) -> Prefix:
+    """Run the unsteered tokens of `batch` and keep their keys and values.
+
+    The model has to take `past_key_values` (see `takes_cache`).
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.original_model.config)
+    run_from(
+        model,
+        batch.tokens,
+        batch.attention_mask,
+        prefix=Prefix(cache, batch.attention_mask[:, :0]),
+        fwd_hooks=[],
+        last_hook=resid_post(int(model.cfg.n_layers) - 1),
+    )
+    return Prefix(cache, batch.attention_mask)
+
+
+def takes_cache(model: Any) -> bool:
+    """Whether the model's forward pass takes Hugging Face's cache of keys and values."""
+    is_named = "past_key_values" in inspect.signature(model.forward).parameters
+    return is_named and hasattr(model, "original_model")
+
+
+def run_from(
+    model: HookedModel,
+    tokens: Int[Tensor, "row token"],
+    attention_mask: Bool[Tensor, "row token"],
+    *,
+    start: Residual | None = None,
+    prefix: Prefix | None = None,
+    fwd_hooks: Sequence[tuple[str, HookFunction]],
+    last_hook: str,
+    is_padded: bool | None = None,
+) -> None:
+    """Run blocks `start.block` and later (all of them without `start`), up to `last_hook`.
+
+    What is wanted of the pass is kept by `fwd_hooks`; nothing after `last_hook` is computed.
+    With `prefix`, the tokens follow those of the prefix, whose cache is added to. `is_padded` says
+    whether the mask hides anything, which is looked up unless given. Raises `HookError` when a hook
+    did not fire.
+    """
+
+    def stop(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+        raise _Stop
+
+    with (
+        _blocks_skipped(model, start),
+        hooked(model, [*fwd_hooks, (last_hook, stop)]),
+        suppress(_Stop),
+    ):
+        kwargs = _pass_kwargs(attention_mask, prefix, is_padded)
+        if isinstance(model, BareModel) and start is not None and not kwargs:
+            # It ends at `last_hook` too, unless it cannot be done.
+            model.resume(start.values, start.block, hook_layer(last_hook))
+        model(tokens, return_type=None, **kwargs)
+
+
+def _pass_kwargs(
+    attention_mask: Bool[Tensor, "row token"], prefix: Prefix | None, is_padded: bool | None
+) -> dict[str, Any]:
+    if prefix is None:
+        return {} if is_padded is False else mask_kwargs(attention_mask)
+    # The mask spans the prefix too; the model takes the tokens' positions from it.
+    joined = torch.cat([prefix.attention_mask, attention_mask], dim=1)
+    return {"attention_mask": joined.long(), "past_key_values": prefix.cache}
+
+
+def advance(
+    model: HookedModel,
+    tokens: Int[Tensor, "row token"],
+    attention_mask: Bool[Tensor, "row token"],
+    *,
+    start: Residual | None,
+    prefix: Prefix | None = None,
+    block: int,
+    is_padded: bool | None = None,
+) -> Residual:
+    """The unsteered residual entering `block`, which is 1 or more, computed on from `start`."""
+    if start is not None and start.block == block:
+        return start
+    kept: list[Tensor] = []
+    hook_name = resid_post(block - 1)
+    run_from(
+        model,
+        tokens,
+        attention_mask,
+        start=start,
+        prefix=prefix,
+        fwd_hooks=[(hook_name, _keeping(kept))],
+        last_hook=hook_name,
+        is_padded=is_padded,
+    )
+    return Residual(block, kept[0])
+
+
+def labels_logprob(
+    model: HookedModel,
+    final: Float[Tensor, "label d_model"],
+    labels: Int[Tensor, " label"],
+) -> Float[Tensor, " label"]:
+    """Log-probability (nats) of each label, from the last block's output at the token before it."""
+    logprobs = [
+        -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        for logits, (wanted,) in _logits(model, final, labels)
+    ]
+    return torch.cat(logprobs)
+
+
+def labels_kl(
+    model: HookedModel,
+    final: Float[Tensor, "label d_model"],
+    unsteered: Float[Tensor, "label d_model"],
+) -> Float[Tensor, " label"]:
+    """KL(unsteered || steered), nats, of the next-token distributions after each residual.
+
+    Both arguments are outputs of the last block.
+    """
+    divergences = []
+    for logits, (rows,) in _logits(model, final, unsteered):
+        ((reference, _),) = _logits(model, rows)
+        divergences.append(divergence(logits.log_softmax(-1), reference.log_softmax(-1)))
+    return torch.cat(divergences)
+
+
+class LabelGradients(NamedTuple):
+    """Log-probabilities (nats) of labels and of sampled labels, and how each output moves them.
+
+    `logprob` is that of each label; `of_label` its gradient with respect to the last block's output
+    that predicts it; `of_samples` the gradients for labels sampled there.
+    """
+
+    logprob: Float[Tensor, " label"]
+    of_label: Float[Tensor, "label d_model"]
+    of_samples: Float[Tensor, "sample label d_model"]
+
+
+def labels_gradients(
+    model: HookedModel,
+    final: Float[Tensor, "label d_model"],
+    labels: Int[Tensor, " label"],
+    *,
+    n_samples: int,
+    generator: torch.Generator,
+) -> LabelGradients:
+    """Gradients at each output of the last block (`final`), of its label and of sampled labels.
+
+    Samples are from the model's own distribution, drawn on the CPU so that the device does not
+    change them.
+    """
+    logprob: list[Tensor] = []
+    totals = final.new_zeros((1 + n_samples, *final.shape))
+    with torch.enable_grad():
+        rows = final.detach().requires_grad_()
+        for logits, (wanted,) in _logits(model, rows, labels):
+            logprobs = logits.log_softmax(-1)
+            ids = [wanted[:, None]]
+            if n_samples:
+                likely = logprobs.detach().exp().cpu()
+                sampled = torch.multinomial(likely, n_samples, True, generator=generator)
+                ids += list(sampled.to(logprobs.device).T[..., None])
+            chosen = [logprobs.gather(1, column) for column in ids]
+            logprob.append(chosen[0][:, 0].detach())
+            for total, column in zip(totals, chosen, strict=True):
+                total += torch.autograd.grad(column.sum(), rows, retain_graph=True)[0]
+    return LabelGradients(torch.cat(logprob), totals[0], totals[1:])
+
+
+def _logits(
+    model: HookedModel, final: Float[Tensor, "label d_model"], *beside: Shaped[Tensor, "label ..."]
+) -> Iterator[tuple[Float[Tensor, "part vocab"], tuple[Tensor, ...]]]:
+    """Logits (float32 at least) after the last block's output, and the same rows of `beside`.
+
+    The final norm and the unembedding run on these rows alone, a part at a time, so the logits of
+    all positions never exist.
+    """
+    n_layers, n_logits = int(model.cfg.n_layers), LOGITS_PER_PASS
+    if final.device.type == "cuda":
+        n_logits *= TIMES_ON_CUDA
+    n_rows = max(1, n_logits // int(model.cfg.d_vocab))
+    kwargs = {"past_key_values": no_prefix()} if isinstance(model, BareModel) else {}
+    for rows, *others in zip(*(torch.split(t, n_rows) for t in (final, *beside)), strict=True):
+        ids = torch.zeros((len(rows), 1), dtype=torch.long, device=model.cfg.device)
+        with _blocks_skipped(model, Residual(n_layers, rows[:, None])):
+            # The ids are not looked at: every block stands aside for the rows.
+            logits = model(ids, return_type="logits", **kwargs)[:, 0]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # On a model that is spread over devices, labels lie where the tokens are.
+        yield wide, tuple(other.to(wide.device) for other in others)
+
+
+def n_skippable(model: HookedModel) -> int:
+    """How many blocks the model has in `model.blocks`, 0 when there is no such list."""
+    return len(getattr(model, "blocks", ()))
+
+
+class _Stop(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised inside the forward pass to end it after the last hook that is wanted."""
+
+
+def _keeping(kept: list[Tensor]) -> HookFunction:
+    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+        kept.append(activation)
+
+    return keep
+
+
+@contextmanager
+def _blocks_skipped(model: Any, start: Residual | None) -> Iterator[None]:
+    """Blocks before `start.block` stand aside; the last of them gives `start.values`."""
+    skipped = [] if start is None else list(model.blocks)[: start.block]
+    lengths = _tuple_lengths(model) if skipped else ()
+    before = [block.__dict__.get("forward") for block in skipped]
+    for i, block in enumerate(skipped):
+        values = start.values if start is not None and i == len(skipped) - 1 else None
+        block.__dict__["forward"] = _standing_aside(values, lengths[i])
+    try:
+        yield
+    finally:
+        for block, forward in zip(skipped, before, strict=True):
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = forward
+
+
+def _standing_aside(values: Tensor | None, tuple_length: int) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        output = given if values is None else values
+        return (output, *[None] * (tuple_length - 1)) if tuple_length else output
+
+    return forward
+
+
+_known_lengths: "weakref.WeakKeyDictionary[Any, tuple[int, ...]]" = weakref.WeakKeyDictionary()
+
+
+def _tuple_lengths(model: Any) -> tuple[int, ...]:
+    """Items in the tuple that each block returns, 0 for a block that returns a tensor."""
+    if model not in _known_lengths:
+        lengths: list[int] = []
+        handles = [
+            block.register_forward_hook(
+                lambda module, args, output: lengths.append(  # noqa: ARG005
+                    len(output) if isinstance(output, tuple) else 0
+                )
+            )
+            for block in model.blocks
+        ]
+        try:
+            with torch.no_grad():
+                model(torch.zeros((1, 1), dtype=torch.long, device=model.cfg.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        _known_lengths[model] = tuple(lengths)
+    return _known_lengths[model]

@@ -1,0 +1,211 @@
+"""Prompts as token ids: BOS, continuations, positions, and length-sorted padded batches."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from steerlens.data.items import PreferenceItems
+from steerlens.data.pairs import ContrastivePairs, Prompt, render, unicode_text
+from steerlens.errors import ActivationError, ModelError, PairError, told
+from steerlens.models.loading import HookedModel
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """The ids of a prompt and of the continuation after it (empty when there is none)."""
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+    where: str
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.continuation)
+
+    def index(self, position: int) -> int:
+        """The token index of `position`, counted in the prompt; negative ones from its end.
+
+        Raises `ActivationError` when the prompt is too short.
+        """
+        if not -len(self.prompt) <= position < len(self.prompt):
+            raise ActivationError(
+                f"position {told(position)} is outside the {self.where}, which has "
+                f"{len(self.prompt)} tokens"
+            )
+        return position % len(self.prompt)
+
+
+@dataclass(frozen=True)
+class TokenizedPairs:
+    """Positive and negative prompts in pair order; continuations follow the positive ones only."""
+
+    positive: tuple[TokenizedPrompt, ...]
+    negative: tuple[TokenizedPrompt, ...]
+
+
+def token_texts(model: HookedModel, ids: Sequence[int]) -> list[str]:
+    """Each token decoded on its own; a part of a character comes out as U+FFFD."""
+    decode = model.tokenizer.decode
+    return [str(decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+
+
+def raw_tokens(model: HookedModel, ids: Sequence[int]) -> list[str]:
+    """Each token as the tokenizer's vocabulary spells it, which tells all of them apart."""
+    return [str(token) for token in model.tokenizer.convert_ids_to_tokens(list(ids))]
+
+
+def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
+    """sha256 (hex) of the prompts' token ids and where each continuation begins."""
+    ids = [[prompt.prompt, prompt.continuation] for prompt in prompts]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
+    """Raise `PairError` when steering at `positions` cannot reach any label token."""
+    if positions not in get_args(SteeredPositions):
+        raise PairError(f"steered positions are {get_args(SteeredPositions)}, not {positions!r}")
+    needs_continuation = positions in ("continuation", "last")
+    if needs_continuation and not all(prompt.continuation for prompt in pairs.positive):
+        raise PairError(
+            f"steering at {positions!r} can only change labels after the prompt, but some pairs "
+            "have no continuation; give one for every pair, or steer all positions"
+        )
+
+
+def tokenize_prompt(
+    model: HookedModel,
+    prompt: Prompt,
+    continuation: str | None = None,
+    *,
+    where: str = "prompt",
+) -> TokenizedPrompt:
+    """Ids of a rendered prompt; BOS as the model has it by default, never doubled.
+
+    A BOS that the chat template already wrote is not written again. The continuation is tokenised
+    on its own, so that it is the same ids after any prompt. `where` is what errors call it. Raises
+    `PairError` when the prompt is empty or longer than the model's context, `ModelError` when the
+    model has no tokenizer.
+
+    Examples:
+        >>> tokenized = sl.tokenize_prompt(model, "the river was", "so cold")
+        >>> model.tokenizer.decode(tokenized.continuation)
+        'so cold'
+        >>> tokenized.prompt  # BOS first
+        (1, 4, 6, 8)
+    """
+    return _tokenize(model, [(prompt, continuation, where)])[0]
+
+
+def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:
+    """Ids of every pair's prompts (see `tokenize_prompt`).
+
+    Raises `PairError` that names the pair when its prompts tokenise to the same ids, when one is
+    longer than the model's context, or when the positive one has no label: a single token with
+    nothing after it.
+
+    Examples:
+        >>> tokenized = sl.tokenize_pairs(model, pairs)
+        >>> len(tokenized.positive[0]), len(tokenized.negative[0])
+        (7, 8)
+    """
+    names = [f"prompt of pair {pair.id!r}" for pair in pairs]
+    positive, negative = (
+        _tokenize(model, side)
+        for side in (
+            [
+                (p.positive, p.continuation, f"positive {n}")
+                for p, n in zip(pairs, names, strict=True)
+            ],
+            [(p.negative, None, f"negative {n}") for p, n in zip(pairs, names, strict=True)],
+        )
+    )
+    for pair, pos, neg in zip(pairs, positive, negative, strict=True):
+        if pos.prompt == neg.prompt:
+            raise PairError(
+                f"the two prompts of pair {pair.id!r} tokenise to the same ids; their difference "
+                "is zero, so remove the pair or make them differ"
+            )
+        if len(pos) < 2:
+            raise PairError(
+                f"the positive prompt of pair {pair.id!r} is a single token, so there is no label "
+                "whose logprob could be measured; make it longer or give a continuation"
+            )
+    return TokenizedPairs(tuple(positive), tuple(negative))
+
+
+def tokenize_items(
+    model: HookedModel, items: PreferenceItems
+) -> tuple[tuple[TokenizedPrompt, ...], tuple[TokenizedPrompt, ...]]:
+    """Every item's prompt with its positive, and with its negative continuation.
+
+    Raises `PairError` as `tokenize_prompt`, and when both tokenise to the same ids.
+    """
+    positive, negative = (
+        tuple(
+            _tokenize(
+                model,
+                [
+                    (item.prompt, text, f"prompt of item {item.id!r}")
+                    for item, text in zip(items, texts, strict=True)
+                ],
+            )
+        )
+        for texts in ([item.positive for item in items], [item.negative for item in items])
+    )
+    for item, one, other in zip(items, positive, negative, strict=True):
+        if one.continuation == other.continuation:
+            raise PairError(
+                f"the two continuations of item {item.id!r} tokenise to the same ids; remove it or "
+                "make them differ"
+            )
+    return positive, negative
+
+
+def _tokenize(
+    model: HookedModel, given: Sequence[tuple[Prompt, str | None, str]]
+) -> list[TokenizedPrompt]:
+    """Prompts with their continuations, and what errors call them: all texts at once."""
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise ModelError("the model has no tokenizer; set one with model.set_tokenizer(...)")
+    prompts = _ids(
+        tokenizer,
+        [unicode_text(render(prompt, tokenizer), where=where) for prompt, _, where in given],
+    )
+    texts = [
+        unicode_text(text, where=f"the continuation of the {where}")
+        for _, text, where in given
+        if text is not None
+    ]
+    continuations = iter(_ids(tokenizer, texts))
+    bos = tokenizer.bos_token_id
+    has_bos = getattr(model.cfg, "default_prepend_bos", True) and bos is not None
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    found = []
+    for ids, (_, continuation, where) in zip(prompts, given, strict=True):
+        if not ids:
+            raise PairError(f"the {where} has no tokens; give some text")
+        before = [bos, *ids] if has_bos and ids[:1] != [bos] else ids
+        after = [] if continuation is None else next(continuations)
+        if continuation is not None and not after:
+            raise PairError(f"the continuation of the {where} has no tokens; give some text")
+        if n_ctx is not None and len(before) + len(after) > n_ctx:
+            raise PairError(
+                f"the {where} has {len(before) + len(after)} tokens with its continuation, but the "
+                f"model's context is {n_ctx}; shorten it"
+            )
+        found.append(TokenizedPrompt(tuple(before), tuple(after), where))
+    return found
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Each text's ids, without special tokens."""
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+SteeredPositions = Literal["all", "prompt", "continuation", "last"]
+"""Which real tokens an intervention touches; "last" is the last prompt token."""

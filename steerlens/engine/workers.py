@@ -1,0 +1,343 @@
+"""Cells on the workers of an executor: a task a hook, sent, run and gathered.
+
+A worker loads the model once and keeps it. What it needs of the unsteered model it computes
+itself, but for the baseline, which comes with the task.
+"""
+
+import pickle
+import threading
+import uuid
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from steerlens.engine.backend import BareModel, for_hooks
+from steerlens.engine.batches import Batch
+from steerlens.engine.cells import Carried, Finished, Job, carry_past, fast_cells, plain_cells
+from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.prefixes import Prepared, prepare
+from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload
+from steerlens.errors import SteerlensError, WorkerError
+from steerlens.models.loading import HookedModel, load_arguments, load_model, provenance
+
+
+@dataclass(frozen=True)
+class Crew:
+    """An executor, and how its workers get the model: with `load_model`, to this provenance."""
+
+    executor: Executor
+    arguments: dict[str, Any]
+    provenance: dict[str, str]
+    n_layers: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """The jobs at one hook, on one workload, for a worker.
+
+    `key` names the workload, which a worker prepares once. With `resumes` they may start after the
+    hook; the unsteered blocks up to that of the job that they come `after` are not counted.
+    `is_bare` and `is_compiled` say what runs (see `bare.for_hooks`).
+    """
+
+    key: str
+    arguments: dict[str, Any]
+    provenance: dict[str, str]
+    workload: Workload
+    unsteered: Baseline
+    batch_size: int | None
+    reuse_prefix: bool
+    resumes: bool
+    is_bare: bool
+    is_compiled: bool
+    after: Job | None
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The finished jobs of a task, indexed within it, and the warnings given."""
+
+    finished: tuple[Finished, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """A workload as a worker keeps it: prepared, with the residuals where its last job stood."""
+
+    prepared: Prepared
+    carried: Carried
+
+
+def make_crew(executor: object, model: HookedModel) -> Crew:
+    """See that the executor's workers can load the model and run it.
+
+    Raises `ModelError` for a model not made by `load_model`, and `WorkerError` for what is no
+    executor, and for a pool of forked processes: after a fork PyTorch's threads may wait for ever.
+    """
+    if not isinstance(executor, Executor):
+        raise WorkerError(
+            f"expected a concurrent.futures.Executor, got {type(executor).__name__}; of a Dask "
+            "client that is client.get_executor()"
+        )
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        raise WorkerError(
+            "processes that are forked cannot run PyTorch safely; expected ProcessPoolExecutor("
+            "n, mp_context=multiprocessing.get_context('spawn'))"
+        )
+    return Crew(
+        executor, dict(load_arguments(model)), provenance(model).to_dict(), int(model.cfg.n_layers)
+    )
+
+
+def new_key() -> str:
+    """A name for a prepared workload that no other has."""
+    return uuid.uuid4().hex
+
+
+def gather(
+    crew: Crew,
+    prepared: Prepared,
+    jobs: Sequence[Job],
+    *,
+    runner: HookedModel,
+    key: str,
+    exact: frozenset[str],
+    reuse_prefix: bool,
+    known: Collection[str],
+    cost: Cost,
+) -> Iterator[Finished]:
+    """The cells of every job that is not at a `known` hook, in the order that workers finish them.
+
+    The jobs at a hook are a task, and early layers, which cost most, should come first: so that
+    workers end together. `cost` grows by what one process would have spent: not by the unsteered
+    blocks that every worker runs for itself. When a task fails those that have begun are waited
+    for, and given too, before its error is raised: a `SteerlensError` as it was, another as
+    `WorkerError`. When the caller stops, tasks that have not begun are dropped.
+    """
+    workload = _on(prepared.workload, torch.device("cpu"))
+    tasks: list[tuple[int, Task]] = []
+    after: Job | None = None
+    for hook_name, some in groupby(enumerate(jobs), key=lambda item: item[1].hook_name):
+        indices, at_hook = zip(*some, strict=True)
+        if hook_name not in known:
+            task = Task(
+                key=key,
+                arguments=crew.arguments,
+                provenance=crew.provenance,
+                workload=workload,
+                unsteered=_at(prepared.unsteered, [job.readout for job in at_hook]),
+                batch_size=prepared.batch_size,
+                reuse_prefix=reuse_prefix,
+                resumes=hook_name in exact,
+                is_bare=isinstance(runner, BareModel),
+                is_compiled=isinstance(runner, BareModel) and runner.compiled is not None,
+                after=after,
+                jobs=tuple(map(_to_cpu, at_hook)),
+            )
+            tasks.append((indices[0], task))
+        if hook_name in exact:
+            after = _to_cpu(at_hook[-1])
+    futures: dict[Future[bytes], int] = {}
+    failed: Exception | None = None
+    try:
+        try:
+            for first, task in tasks:
+                # As bytes: pools of processes would pass tensors as open files, which are few.
+                futures[crew.executor.submit(run_task, pickle.dumps(task))] = first
+        except Exception as error:  # of a pool that is broken or shut
+            failed = error
+            futures = {future: first for future, first in futures.items() if not future.cancel()}
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                try:
+                    answer: Answer = pickle.loads(future.result())
+                except Exception as error:  # of the worker, the network between, the scheduler
+                    failed = failed or error
+                    # Not every executor tells of a task that was dropped, so it is not waited for.
+                    waiting = {other for other in waiting if not other.cancel()}
+                    continue
+                for text in answer.warnings:
+                    warnings.warn(text, RuntimeWarning, stacklevel=3)
+                for one in answer.finished:
+                    cost.blocks += one.blocks
+                    yield replace(one, index=futures[future] + one.index)
+    finally:
+        _cancel(futures)
+    if isinstance(failed, SteerlensError):
+        raise failed
+    if failed is not None:
+        raise WorkerError(
+            f"a worker failed ({type(failed).__name__}: {failed}); see its log. What the others "
+            "finished is kept where the run has a folder"
+        ) from failed
+
+
+_turn = threading.Lock()
+_models: dict[str, Any] = {}
+_standing: dict[str, _Standing] = {}
+
+
+def run_task(pickled: bytes) -> bytes:
+    """The pickled `Answer` to a `Task`, on this worker's own model; called by the executor.
+
+    Threads of one process take turns. Raises `WorkerError` when the model that the worker loads is
+    not the one that was measured unsteered.
+    """
+    task: Task = pickle.loads(pickled)
+    with _turn, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RuntimeWarning)
+        model = _runner_of(task, _model_of(task))
+        finished = _finished(task, model, _standing_of(task, model))
+    told = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    return pickle.dumps(Answer(tuple(finished), tuple(dict.fromkeys(told))))
+
+
+def _finished(task: Task, model: Any, standing: _Standing) -> list[Finished]:
+    """The task's jobs one after another; the worker then stands where the last one did."""
+    prepared = replace(standing.prepared, unsteered=task.unsteered)
+    carried = Carried.at_start(prepared)
+    if task.resumes and task.after is not None:
+        after = _to(task.after, model.cfg.device)
+        carried = carry_past(model, prepared, after, standing.carried)
+    finished = []
+    for i, job in enumerate(_to(job, model.cfg.device) for job in task.jobs):
+        cost = Cost()
+        if task.resumes:
+            cells, carried = fast_cells(model, prepared, job, carried, cost)
+        else:
+            cells = plain_cells(model, prepared.workload, job, cost)
+        finished.append(Finished(i, [_alone(cell) for cell in cells], cost.blocks))
+    if task.resumes:
+        _standing[task.key] = replace(standing, carried=carried)
+    return finished
+
+
+def _model_of(task: Task) -> Any:
+    key = repr(sorted(task.arguments.items(), key=str))
+    if key not in _models:
+        _models.clear()  # before the next one is loaded: there may be no room for two
+        _standing.clear()
+        model = load_model(**task.arguments, progress=False)
+        here = provenance(model).to_dict()
+        other = [
+            f"{name} {here[name]} (expected {value})"
+            for name, value in task.provenance.items()
+            if here[name] != value
+        ]
+        if other:
+            raise WorkerError(
+                f"this worker has another model or other versions: {', '.join(other)}; install "
+                "on every worker what the run was started with"
+            )
+        _models[key] = model
+    return _models[key]
+
+
+def _runner_of(task: Task, model: Any) -> Any:
+    """What runs: the model, or the bare one under it where the task says so."""
+    if not task.is_bare:
+        return model
+    runner = for_hooks(model, [name for job in task.jobs for name in (job.hook_name, job.readout)])
+    if task.is_compiled and isinstance(runner, BareModel):
+        runner.compile_blocks()
+    return runner
+
+
+def _standing_of(task: Task, model: Any) -> _Standing:
+    if task.key not in _standing:
+        while len(_standing) > 1:  # a search goes to and fro between two
+            del _standing[next(iter(_standing))]
+        workload = _on(task.workload, torch.device(model.cfg.device))
+        _check_same_model(model, workload, task.unsteered)
+        prepared = prepare(
+            model,
+            workload,
+            task.unsteered,
+            batch_size=task.batch_size,
+            reuse_prefix=task.reuse_prefix,
+            cost=Cost(),
+        )
+        _standing[task.key] = _Standing(prepared, Carried.at_start(prepared))
+    return _standing[task.key]
+
+
+def _check_same_model(model: Any, workload: Workload, unsteered: Baseline) -> None:
+    """Raise `WorkerError` unless the first batch's labels have the logprobs that came with it.
+
+    A model that was changed after it was loaded, by hooks or in its weights, shows here.
+    """
+    batches = workload.positive[:1]
+    if not batches:
+        return
+    row = batches[0].rows[0]
+    one = replace(workload, positive=(replace(batches[0].row(0), rows=(0,)),), negative=())
+    found = run_baseline(model, one, unsteered.hook_names[:1], cost=Cost()).logprob[0]
+    gap = abs(float(found) - float(unsteered.logprob[row]))
+    allowed = max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps)
+    if not gap <= allowed:
+        raise WorkerError(
+            f"the model of this worker gives the {batches[0].prompts[0].where} a logprob that is "
+            f"off by {gap:.2g} nats (expected at most {allowed:.2g}): was the model changed after "
+            "load_model, by hooks or in its weights? Save the changed model and load that"
+        )
+
+
+def _on(workload: Workload, device: torch.device) -> Workload:
+    return replace(
+        workload,
+        positive=tuple(_batch_on(batch, device) for batch in workload.positive),
+        negative=tuple(_batch_on(batch, device) for batch in workload.negative),
+    )
+
+
+def _batch_on(batch: Batch, device: torch.device) -> Batch:
+    return replace(
+        batch, tokens=batch.tokens.to(device), attention_mask=batch.attention_mask.to(device)
+    )
+
+
+def _at(unsteered: Baseline, readouts: Sequence[str]) -> Baseline:
+    """The baseline at some readouts, so that no more is sent than is read."""
+    names = tuple(dict.fromkeys(readouts))
+    rows = torch.tensor([unsteered.hook_names.index(name) for name in names])
+    return replace(
+        unsteered,
+        hook_names=names,
+        positive=unsteered.positive[rows],
+        negative=unsteered.negative[rows],
+    )
+
+
+def _alone(cell: CellOutput) -> CellOutput:
+    """The cell without the tensors that its own are views of: they would be sent along."""
+    return replace(
+        cell,
+        positive=cell.positive.clone(),
+        negative=cell.negative.clone(),
+        logprob=cell.logprob.clone(),
+        kl=None if cell.kl is None else cell.kl.clone(),
+    )
+
+
+def _to_cpu(job: Job) -> Job:
+    # A view would take the tensor that it looks at along.
+    return replace(job, direction=job.direction.detach().cpu().clone())
+
+
+def _to(job: Job, device: Any) -> Job:
+    return replace(job, direction=job.direction.to(device))
+
+
+def _cancel(futures: dict[Future[bytes], int]) -> None:
+    for future in futures:
+        future.cancel()

@@ -1,0 +1,209 @@
+"""What a push along a direction costs on a text, prompt by prompt: the loss a budget bounds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steerlens.engine.batches import make_batches
+from steerlens.engine.cells import Job
+from steerlens.engine.plan import Plan, plan_for, run_cells
+from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.engine.workload import Cost
+from steerlens.errors import SweepError
+from steerlens.loss import Budget, label_kl
+from steerlens.models.loading import HookedModel, inference
+from steerlens.progress import Progress, silent
+from steerlens.stats import weighted_quantile
+from steerlens.steering import steer
+
+ROLLOUT_TOKENS = 24
+"""Tokens of a greedy continuation that a rollout budget looks at."""
+P95 = 0.95
+
+
+@dataclass(frozen=True)
+class Push:
+    """A direction at a hook, the sign of the coefficient, and where the effect is read."""
+
+    hook_name: str
+    direction: Float[Tensor, " d_model"]
+    sign: int
+    readout: str
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One push at one coefficient, prompt by prompt.
+
+    `values` are degradations (nats per token), mean divergences (nats per token), or the divergence
+    at every token (NaN-padded), as the budget needs; `readout` the activations at the readout hook.
+    """
+
+    values: Float[np.ndarray, "prompt *token"]
+    readout: Float[Tensor, "prompt d_model"]
+
+
+@dataclass(frozen=True)
+class Coherence:
+    """A text, ready to be measured under many pushes: on all prompts, or on `probes` alone."""
+
+    model: HookedModel
+    prompts: tuple[TokenizedPrompt, ...]
+    budget: Budget
+    logprob: Float[np.ndarray, " prompt"]
+    probes: tuple[int, ...]
+    on_all: Plan
+    on_probes: Plan
+
+    def measure(
+        self,
+        pushes: Sequence[tuple[Push, float]],
+        *,
+        on_all: bool,
+        cost: Cost,
+        progress: Progress = silent,
+    ) -> list[Reading]:
+        """A reading for every (push, coefficient >= 0), in one run unless they are rollouts.
+
+        `progress` is told of the pushes measured.
+        """
+        readings: dict[int, Reading] = {}
+        progress("pushes", 0, len(pushes))
+        if self.budget.kind == "rollout_kl_p95":
+            for i, (push, c) in enumerate(pushes):
+                readings[i] = self._rollouts(push, c, on_all=on_all, cost=cost)
+                progress("pushes", len(readings), len(pushes))
+            return list(readings.values())
+        groups: dict[tuple[str, int], list[int]] = {}
+        for i, (push, _) in enumerate(pushes):
+            groups.setdefault((push.hook_name, id(push.direction)), []).append(i)
+        jobs = []
+        for members in groups.values():
+            push = pushes[members[0]][0]
+            coefficients = tuple(pushes[i][0].sign * pushes[i][1] for i in members)
+            job = Job(push.hook_name, push.direction, coefficients, push.readout)
+            jobs.append((job, members))
+        # Each job starts from where the last one stood, so none may begin before it.
+        jobs.sort(key=lambda item: item[0].first_block)
+        rows = np.arange(len(self.prompts)) if on_all else np.array(self.probes)
+        plan = self.on_all if on_all else self.on_probes
+        found = run_cells(plan, [job for job, _ in jobs], cost=cost)
+        for (_, members), cells in zip(jobs, found, strict=True):
+            for i, cell in zip(members, cells, strict=True):
+                values = self.logprob[rows] - cell.logprob.double().numpy()
+                if cell.kl is not None:
+                    by_token = cell.kl.double().numpy()
+                    values = by_token if self.budget.kind == "kl_p95" else np.nanmean(by_token, 1)
+                readings[i] = Reading(values, cell.positive)
+            progress("pushes", len(readings), len(pushes))
+        return [readings[i] for i in range(len(pushes))]
+
+    def _rollouts(self, push: Push, coefficient: float, *, on_all: bool, cost: Cost) -> Reading:
+        rows = range(len(self.prompts)) if on_all else self.probes
+        values = np.full((len(rows), ROLLOUT_TOKENS), np.nan)
+        for i, row in enumerate(rows):
+            found = _rollout_kl(self.model, self.prompts[row], push, coefficient, cost)
+            values[i, : len(found)] = found
+        return Reading(values, torch.zeros((len(rows), 0)))
+
+
+def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budget: Budget) -> None:
+    """Raise `SweepError` when the continuations of a rollout budget would not fit the context."""
+    n_ctx, longest = getattr(model.cfg, "n_ctx", None), max(len(p.prompt) for p in prompts)
+    is_long = n_ctx is not None and longest + ROLLOUT_TOKENS > n_ctx
+    if budget.kind == "rollout_kl_p95" and is_long:
+        raise SweepError(
+            f"a rollout adds {ROLLOUT_TOKENS} tokens, and the longest prompt has {longest} of the "
+            f"model's {n_ctx}; shorten it or take another budget"
+        )
+
+
+def mean_loss(
+    values: Float[np.ndarray, "prompt *token"], counts: Float[np.ndarray, "resample prompt"]
+) -> Float[np.ndarray, " resample"]:
+    """The loss that a budget bounds, each prompt counted `counts` times; inf if undefined.
+
+    The mean of one value a prompt; of values at every token (NaN-padded) the 95th percentile.
+    """
+    if values.ndim == 2:
+        is_undefined = np.isnan(values).all(axis=1).any() or np.isinf(values).any()
+        return (
+            np.full(len(counts), np.inf) if is_undefined else weighted_quantile(values, counts, P95)
+        )
+    if not np.isfinite(values).all():
+        return np.full(len(counts), np.inf)
+    means: NDArray[np.float64] = counts @ values / counts.sum(axis=1)
+    return means
+
+
+def allowances(
+    budget: Budget,
+    logprob: Float[np.ndarray, " prompt"],
+    counts: Float[np.ndarray, "resample prompt"],
+) -> Float[np.ndarray, " resample"]:
+    """The largest loss within the budget; a relative one depends on the prompts drawn."""
+    baselines = counts @ logprob / counts.sum(axis=1)
+    return np.array([budget.allowance(float(baseline)) for baseline in baselines])
+
+
+def make_coherence(
+    plan: Plan,
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    budget: Budget,
+    probes: Sequence[int],
+    cost: Cost,
+) -> Coherence:
+    """Prepare the text of `plan`, its positive prompts, as a whole and its probes alone."""
+    unsteered = plan.prepared.unsteered
+    workload = replace(plan.prepared.workload, with_kl=budget.is_divergence)
+    few = replace(
+        workload,
+        positive=make_batches(
+            plan.model, [prompts[row] for row in probes], plan.prepared.batch_size
+        ),
+    )
+    rows = torch.tensor(list(probes))
+    of_few = replace(
+        unsteered, positive=unsteered.positive[:, rows], logprob=unsteered.logprob[rows]
+    )
+    return Coherence(
+        model=plan.model,
+        prompts=tuple(prompts),
+        budget=budget,
+        logprob=unsteered.logprob.double().numpy(),
+        probes=tuple(probes),
+        on_all=plan_for(plan, workload, unsteered, cost=cost) if workload.with_kl else plan,
+        on_probes=plan_for(plan, few, of_few, cost=cost),
+    )
+
+
+def _rollout_kl(
+    model: HookedModel, prompt: TokenizedPrompt, push: Push, coefficient: float, cost: Cost
+) -> Float[np.ndarray, " token"]:
+    """KL(unsteered || steered), nats, at each token of the steered model's greedy continuation."""
+    steered = {push.hook_name: push.direction}
+    signed = push.sign * coefficient
+    tokens = torch.tensor([prompt.prompt], device=model.cfg.device)
+    n_prompt = tokens.shape[1]
+    with inference(model):
+        with steer(model, steered, signed):
+            generated = model.generate(
+                tokens,
+                max_new_tokens=ROLLOUT_TOKENS,
+                do_sample=False,
+                return_type="tokens",
+                verbose=False,
+            )
+            logits = model(generated, return_type="logits")
+        unsteered = model(generated, return_type="logits")
+    cost.add(generated, 3 * int(model.cfg.n_layers))
+    labels = torch.zeros_like(generated, dtype=torch.bool)
+    labels[:, n_prompt:] = True
+    found = label_kl(logits, unsteered, labels).double().cpu().numpy()
+    return np.where(np.isfinite(found), found, np.inf)

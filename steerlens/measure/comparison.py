@@ -1,0 +1,373 @@
+"""Methods against each other at equal damage, on held-out items, with a null band."""
+
+import math
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.data.pairs import ContrastivePairs, Message
+from steerlens.directions.differences import collect_differences
+from steerlens.directions.directions import Directions
+from steerlens.directions.fitting import fit_methods
+from steerlens.directions.methods import method_of, null_directions
+from steerlens.engine.tokenization import (
+    TokenizedPrompt,
+    fingerprint,
+    tokenize_items,
+    tokenize_pairs,
+)
+from steerlens.engine.workload import Cost
+from steerlens.errors import PairError, SweepError, whole, whole_or_none
+from steerlens.measure.boundary import check_search, text_prompts
+from steerlens.measure.effects import Damage, mean_distinct_3, of_one_length
+from steerlens.measure.equal_damage import (
+    CompareSettings,
+    Index,
+    Measured,
+    Runner,
+    Subjects,
+    mean_norms,
+)
+from steerlens.measure.verdicts import PROMPT, effect_columns, mean_abs, summarise, with_verdicts
+from steerlens.models.hooks import Layers, hook_layer
+from steerlens.models.loading import HookedModel, provenance
+from steerlens.progress import Progress, part_of, silent, under
+from steerlens.stats import bootstrap_interval
+from steerlens.tables import COMPARISON_COLUMNS, Row, fragment, measured, shortened, to_frame
+
+N_GENERATED = 4
+"""Most items whose prompts, of one length, are continued greedily for `distinct_3`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`table` has one row a method and layer (`COMPARISON_COLUMNS`), `summary` one a method.
+
+    `summary` (`SUMMARY_COLUMNS`) holds each method at the layer chosen on training items, best
+    first; it is empty when there are none. `effects` are the effects item by item, one row an item
+    and one column a row of `table` ("method @ hook name"). The tables carry settings, model
+    provenance, fingerprints and `forward_equivalents` (of the held-out items with both
+    continuations; fitting and generation are not counted) in their attrs.
+    """
+
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    effects: pd.DataFrame = field(repr=False)
+    directions: Mapping[str, Directions] = field(repr=False)
+    settings: CompareSettings
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({len(self.settings.methods)} methods, {len(self.table)} rows, "
+            f"{len(self.effects)} items, {shortened(self.settings.budget)})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = self.table if self.summary.empty else self.summary
+        names = ["coefficient", "effect", "effect_ci_low", "effect_ci_high"]
+        names += ["rank"] if "rank" in rows else ["null_low", "null_high", "p_holm"]
+        table = rows[["method", "layer", "verdict", *names]]
+        return fragment(
+            [repr(self), *measured(self.table.attrs)],
+            table.rename(columns=lambda name: name.replace("_", " ")),
+            n_labels=3,
+            note="effects in nats per token, at equal damage",
+        )
+
+
+def compare(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    items: PreferenceItems,
+    *,
+    methods: Sequence[str],
+    layers: Layers,
+    train_items: PreferenceItems | None = None,
+    off_target: Mapping[str, PreferenceItems] | None = None,
+    budget: str = "kl=0.1",
+    on: str = "neutral",
+    neutral: Sequence[str] | None = None,
+    n_null: int = 20,
+    position: int | None = None,
+    search_range: float | int = 4.0,
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+    batch_size: int | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare methods at equal damage: fitted on `pairs`, measured on held-out `items`.
+
+    Every direction's coefficient (residual units, positive) is the one at which the `budget` (see
+    `Budget`) is spent on the first half of the `neutral` texts (shipped lines by default), or, with
+    `on="positive"`, on the pairs' positive prompts: its coherence boundary there. The effect is the
+    mean change of the preference gap, `logprob(positive continuation) - logprob(negative one)`
+    (nats per token), with a 95% bootstrap interval over items; damage is measured on the second
+    half of the neutral texts. Every token is steered. The gap is also measured at -1, -1/2, 0 and
+    1/2 times the coefficient, for slope, Spearman correlation and monotone share of every item.
+
+    `n_null` random and as many shuffled vectors at every hook, each at its own coefficient for the
+    same budget, give the null band and p-value (`null_band`); `p_holm` corrects over the layers
+    of a method, `q_value` over all rows. A row is an "effect" ("reversed" when negative) only
+    outside the band and with `p_holm` below 0.05; a p-value from so few nulls rests on their
+    being normal. The layer is chosen by the effect on `train_items`, never on `items`; methods
+    trained on continuations are trained on `train_items` too, so their choice of layer is
+    in-sample. `off_target` are items of other concepts. The baseline "prompt" writes the pairs'
+    positive system messages into the items' prompts, where both are chats. An `executor` runs
+    the cells as in `sweep`; directions are fitted here.
+
+    Raises `DirectionError` on an unknown method, `SweepError` on a budget, number or set of texts
+    that cannot be used, `PairError` when training and held-out items share a prompt, and as
+    `collect_differences`, `loss_gradients` and `fit_directions` do.
+
+    Examples:
+        >>> comparison = sl.compare(
+        ...     model,
+        ...     pairs,
+        ...     items,
+        ...     methods=["mean_diff", "pca"],
+        ...     layers=[1],
+        ...     neutral=["the river was so cold", "it was warm", "I felt the rain", "what a night"],
+        ...     n_null=2,
+        ...     n_bootstrap=50,
+        ... )
+        >>> comparison.table[["method", "layer"]].to_dict("list")
+        {'method': ['mean_diff', 'pca'], 'layer': [1, 1]}
+    """
+    settings = CompareSettings(
+        methods=tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)),
+        budget=str(check_search(budget=budget, search_range=search_range)),
+        on=on,
+        n_null=whole("n_null", n_null, 2),
+        search_range=float(search_range),
+        n_bootstrap=whole("n_bootstrap", n_bootstrap, 2),
+        seed=whole("seed", seed, 0),
+        batch_size=whole_or_none("batch_size", batch_size, 1),
+    )
+    position = None if position is None else operator.index(position)
+    told = _with_persona(pairs, items)
+    _check(settings, items, train_items, off_target or {})
+    for some in (items, train_items, *(off_target or {}).values(), told):
+        if some is not None:
+            tokenize_items(model, some)  # so that what cannot be run is said before anything is
+    tokenized = tokenize_pairs(model, pairs)
+    if isinstance(neutral, str) or neutral == []:
+        raise SweepError(f"neutral is a list of at least 4 texts, got {neutral!r}")
+    texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
+    if len(texts) < 4:
+        raise SweepError(f"expected at least 4 neutral texts, got {len(texts)}")
+    half = len(texts) // 2
+    # Fitting, coefficients, effects, damage and texts; then what was given beside them.
+    others = (train_items, told, *(off_target or {}).values())
+    steps = _steps(progress or silent, 5 + sum(some is not None for some in others))
+    fitting = next(steps)
+    differences = collect_differences(
+        model,
+        pairs,
+        layers=layers,
+        position=-1 if position is None else position,
+        batch_size=batch_size,
+        progress=fitting,
+    )
+    fitted = fit_methods(
+        model,
+        pairs,
+        settings.methods,
+        differences=differences,
+        layers=layers,
+        position=position,
+        items=train_items,
+        seed=settings.seed,
+        batch_size=batch_size,
+        progress=fitting,
+    )
+    subjects = Subjects(
+        differences.hook_names, fitted, null_directions(differences, n=n_null, seed=settings.seed)
+    )
+    run = Runner(model, settings, Cost(), executor)
+    found = _find(
+        run,
+        subjects,
+        mean_norms(differences),
+        calibration=tokenized.positive if on == "positive" else texts[:half],
+        held_out=texts[half:],
+        items=items,
+        train_items=train_items,
+        off_target=tuple((off_target or {}).values()),
+        steps=steps,
+    )
+    rows, by_item = _rows(run, subjects, found, items, next(steps))
+    if told is not None:
+        tell, n, what = next(steps), 2 * len(items), "persona in the prompt: prompts"
+        of_told, of_items = (part_of(tell, what, before=at, total=2 * n) for at in (0, n))
+        by_item[PROMPT] = run.gap(told, of_told) - run.gap(items, of_items)
+        rows.append(_prompt_row(by_item[PROMPT], settings))
+    attrs = {
+        "settings": asdict(settings),
+        "positions": {name: of.position for name, of in fitted.items()},
+        "fitted_on": pairs.fingerprint,
+        "measured_on": items.fingerprint,
+        "pairs": pairs.name,
+        "items": items.name,
+        "chosen_on": None if train_items is None else train_items.fingerprint,
+        "off_target": {name: of.fingerprint for name, of in (off_target or {}).items()},
+        "neutral": fingerprint(texts),
+        "model": provenance(model).to_dict(),
+        "forward_equivalents": run.forward_equivalents(items),
+    }
+    effects = pd.DataFrame({"id": [item.id for item in items], **by_item})
+    effects.attrs.update(attrs)
+    table = to_frame(rows, COMPARISON_COLUMNS, attrs)
+    return Comparison(table, summarise(table, effects, settings), effects, fitted, settings)
+
+
+def _steps(progress: Progress, n: int) -> Iterator[Progress]:
+    """The `Progress` of every step, one after the other."""
+    return (under(progress, f"step {i} of {n}") for i in range(1, n + 1))
+
+
+@dataclass(frozen=True)
+class _Findings:
+    """What was measured of every subject at every hook; `elsewhere` of the off-target items."""
+
+    reached: Mapping[Index, float]
+    effects: Mapping[Index, Measured | None]
+    damage: Mapping[Index, Damage]
+    on_train: Mapping[Index, float]
+    elsewhere: Sequence[Mapping[Index, float]]
+
+
+def _find(
+    run: Runner,
+    subjects: Subjects,
+    norms: Mapping[str, float],
+    *,
+    calibration: Sequence[TokenizedPrompt],
+    held_out: Sequence[TokenizedPrompt],
+    items: PreferenceItems,
+    train_items: PreferenceItems | None,
+    off_target: Sequence[PreferenceItems],
+    steps: Iterator[Progress],
+) -> _Findings:
+    reached = run.calibrate(calibration, subjects, norms, next(steps))
+    effects = run.effects(items, subjects, reached, next(steps))
+    damage = run.damages(held_out, subjects, reached, next(steps))
+    on_train: Mapping[Index, float] = {}
+    if train_items is not None:
+        on_train = run.mean_effects(train_items, subjects, reached, next(steps))
+    elsewhere = [run.mean_effects(some, subjects, reached, next(steps)) for some in off_target]
+    return _Findings(reached, effects, damage, on_train, elsewhere)
+
+
+def _rows(
+    run: Runner, subjects: Subjects, found: _Findings, items: PreferenceItems, progress: Progress
+) -> tuple[list[Row], dict[str, NDArray[np.float64]]]:
+    """The rows of all methods and hooks with their verdicts, and the effects item by item."""
+    rows: list[Row] = []
+    by_item: dict[str, NDArray[np.float64]] = {}
+    prompts = of_one_length(tokenize_items(run.model, items)[0], N_GENERATED)
+    every = subjects.of_methods()
+    progress("texts: vectors", 0, len(every))
+    for index in every:
+        name, hook_name = subjects.name(index), index[1]
+        measured, reached = found.effects[index], found.reached[index]
+        nulls = _null_effects(subjects, found, hook_name)
+        row: dict[str, Any] = {
+            "method": name,
+            "hook_name": hook_name,
+            "layer": hook_layer(hook_name),
+            "coefficient": reached,
+            "n_items": len(items),
+            "train_effect": found.on_train.get(index, math.nan),
+            "is_chosen": False,
+            "n_null": sum(map(len, nulls)),
+            "verdict": "search failed" if math.isnan(reached) else "budget not reached",
+        }
+        if measured is not None:
+            by_item[f"{name} @ {hook_name}"] = measured.at_full
+            steered = {hook_name: subjects.direction(index)}
+            row |= effect_columns(measured, nulls, run.settings)
+            row |= {
+                "kl_nats": found.damage[index].kl,
+                "kl_p95_nats": found.damage[index].kl_p95,
+                "degradation_nats": found.damage[index].degradation,
+                "off_target": mean_abs([some[index] for some in found.elsewhere]),
+                "distinct_3": mean_distinct_3(run.model, prompts, steered, reached),
+            }
+        rows.append(row)
+        progress("texts: vectors", len(rows), len(every))
+    return with_verdicts(rows), by_item
+
+
+def _null_effects(
+    subjects: Subjects, found: _Findings, hook_name: str
+) -> list[NDArray[np.float64]]:
+    """The mean effects of the nulls at a hook, kind by kind; those beyond the range left out."""
+    kinds = []
+    for of_kind in subjects.of_nulls(hook_name):
+        measured = [found.effects[index] for index in of_kind]
+        kinds.append(np.array([float(m.at_full.mean()) for m in measured if m is not None]))
+    return kinds
+
+
+def _check(
+    settings: CompareSettings,
+    items: PreferenceItems,
+    train_items: PreferenceItems | None,
+    off_target: Mapping[str, PreferenceItems],
+) -> None:
+    given: list[Any] = [items, *([] if train_items is None else [train_items])]
+    for some in (*given, *off_target.values()):
+        if not isinstance(some, PreferenceItems):
+            raise SweepError(f"items are PreferenceItems, not {type(some).__name__}")
+    if not settings.methods:
+        raise SweepError("expected at least one method, got none")
+    for name in settings.methods:
+        method_of(name)
+    if settings.on not in ("neutral", "positive"):
+        raise SweepError(f"on is neutral or positive, not {settings.on!r}")
+    shared = {item.prompt for item in items} & {item.prompt for item in train_items or ()}
+    if shared:
+        raise PairError(
+            f"{len(shared)} prompts are both in the training and in the held-out items, so the "
+            "layer would be chosen on the test data; take them out of one"
+        )
+
+
+def _with_persona(pairs: ContrastivePairs, items: PreferenceItems) -> PreferenceItems | None:
+    """The items with the positive personas in turn as system messages; None without any."""
+    firsts = [pair.positive[0] for pair in pairs if not isinstance(pair.positive, str)]
+    personas = list(dict.fromkeys(first.content for first in firsts if first.role == "system"))
+    if not personas:
+        return None
+    told: list[PreferenceItem] = []
+    for i, item in enumerate(items):
+        if isinstance(item.prompt, str) or item.prompt[0].role == "system":
+            return None
+        persona = Message("system", personas[i % len(personas)])
+        name = f"{item.id} (with the persona before it)"
+        told.append(replace(item, prompt=(persona, *item.prompt), id=name))
+    return PreferenceItems(tuple(told), f"{items.name}, told")
+
+
+def _prompt_row(change: NDArray[np.float64], settings: CompareSettings) -> Row:
+    low, high = bootstrap_interval(change, n_resamples=settings.n_bootstrap, seed=settings.seed)
+    return {
+        "method": PROMPT,
+        "hook_name": "none",
+        "layer": -1,
+        "n_items": len(change),
+        "n_null": 0,
+        "effect": float(change.mean()),
+        "effect_ci_low": low,
+        "effect_ci_high": high,
+        "is_chosen": False,
+        "verdict": "baseline",
+    }

@@ -1,0 +1,192 @@
+"""What steering does to held-out items and to neutral text: effect and damage, cell by cell."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steerlens.data.items import PreferenceItems
+from steerlens.engine.batches import make_batches
+from steerlens.engine.cells import Job
+from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.plan import make_plan, run_cells
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
+from steerlens.engine.workload import CellOutput, Cost, Workload
+from steerlens.measure.coherence import P95
+from steerlens.models.hooks import resid_post
+from steerlens.models.loading import HookedModel
+from steerlens.progress import Progress, silent
+from steerlens.steering import generate_tokens
+
+NEW_TOKENS = 40
+"""Length of the greedy continuations that `distinct_3` looks at."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What a push costs on neutral text, in nats per token.
+
+    `kl` and `kl_p95` are the mean and the 95th percentile of KL(unsteered || steered) over all
+    predicted tokens, `degradation` the mean loss of the tokens' logprob.
+    """
+
+    kl: float
+    kl_p95: float
+    degradation: float
+
+
+def preference_gaps(
+    model: HookedModel,
+    items: PreferenceItems,
+    jobs: Sequence[Job],
+    *,
+    batch_size: int | None,
+    cost: Cost,
+    executor: Executor | None = None,
+    progress: Progress = silent,
+) -> tuple[Float[np.ndarray, " item"], list[Float[np.ndarray, "coefficient item"]]]:
+    """Preference gaps, unsteered and for every job at its coefficients, item by item.
+
+    gap = logprob(positive continuation) - logprob(negative continuation), each the mean over its
+    own tokens after the same prompt (nats per token), both steered alike at every
+    token. `cost` is added to, `progress` told of the cells; an `executor` runs them, if given.
+    """
+    positive, negative = tokenize_items(model, items)
+    workload = _workload(model, (*positive, *negative), batch_size)
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost, executor, progress)
+    return _gap(baseline), [np.stack([_gap(cell.logprob) for cell in of_job]) for of_job in cells]
+
+
+def unsteered_gaps(
+    model: HookedModel,
+    items: PreferenceItems,
+    *,
+    batch_size: int | None,
+    cost: Cost,
+    progress: Progress = silent,
+) -> Float[np.ndarray, " item"]:
+    """The preference gaps of the model as it is. `cost` is added to, `progress` told of prompts."""
+    positive, negative = tokenize_items(model, items)
+    workload = _workload(model, (*positive, *negative), batch_size)
+    last = resid_post(int(model.cfg.n_layers) - 1)
+    return _gap(run_baseline(model, workload, (last,), cost=cost, progress=progress).logprob)
+
+
+def _gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
+    """Of prompts with the positive continuations, then with the negative ones."""
+    values: NDArray[np.float64] = logprob.double().numpy()
+    n_items = len(values) // 2
+    return values[:n_items] - values[n_items:]
+
+
+def damages(
+    model: HookedModel,
+    texts: Sequence[TokenizedPrompt],
+    jobs: Sequence[Job],
+    *,
+    batch_size: int | None,
+    cost: Cost,
+    executor: Executor | None = None,
+    progress: Progress = silent,
+) -> list[list[Damage]]:
+    """The damage on `texts` of every job at each of its coefficients.
+
+    `cost` is added to, `progress` told of the cells; an `executor` runs them, if given.
+    """
+    workload = _workload(model, texts, batch_size, with_kl=True)
+    baseline, cells = _cells(model, workload, jobs, batch_size, cost, executor, progress)
+
+    def damage(cell: CellOutput) -> Damage:
+        if cell.kl is None:
+            raise AssertionError("the workload asks for divergences")
+        kl = cell.kl.double().numpy()
+        kl = kl[~np.isnan(kl)]
+        lost = float((baseline - cell.logprob).double().mean())
+        p95 = float(np.quantile(kl, P95)) if np.isfinite(kl).all() else float("nan")
+        return Damage(float(kl.mean()), p95, lost)
+
+    return [[damage(cell) for cell in of_job] for of_job in cells]
+
+
+def mean_distinct_3(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    directions: Mapping[str, Tensor],
+    coefficient: float,
+) -> float:
+    """The mean of `distinct_3` over steered greedy continuations (40 tokens) of the prompts.
+
+    The prompts have one length; where the context leaves less room, the continuations are shorter.
+    Those of fewer than three tokens do not count, and NaN is returned when there are no others.
+    """
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    room = NEW_TOKENS if n_ctx is None else min(NEW_TOKENS, n_ctx - len(prompts[0].prompt))
+    if room < 3:
+        return float("nan")
+    continuations = generate_tokens(model, prompts, directions, coefficient, max_new_tokens=room)
+    shares = np.array([distinct_3(tokens) for tokens in continuations])
+    return float(np.nanmean(shares)) if not np.isnan(shares).all() else float("nan")
+
+
+def of_one_length(prompts: Sequence[TokenizedPrompt], n: int) -> tuple[TokenizedPrompt, ...]:
+    """The first `n` prompts of the commonest length, so that they can be continued together."""
+    lengths = Counter(len(prompt.prompt) for prompt in prompts)
+    commonest = max(lengths, key=lambda length: (lengths[length], -length))
+    return tuple(prompt for prompt in prompts if len(prompt.prompt) == commonest)[:n]
+
+
+def distinct_3(tokens: Sequence[int]) -> float:
+    """Distinct trigrams over all trigrams of a text's tokens: 1 without repetition.
+
+    NaN for fewer than three tokens.
+
+    Examples:
+        >>> distinct_3([1, 2, 3, 1, 2, 3])  # 123, 231, 312, 123
+        0.75
+    """
+    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
+    return len(set(trigrams)) / len(trigrams) if trigrams else float("nan")
+
+
+def _workload(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    batch_size: int | None,
+    *,
+    with_kl: bool = False,
+) -> Workload:
+    batches = make_batches(model, prompts, batch_size)
+    return Workload(batches, (), -1, "all", with_kl)
+
+
+def _cells(
+    model: HookedModel,
+    workload: Workload,
+    jobs: Sequence[Job],
+    batch_size: int | None,
+    cost: Cost,
+    executor: Executor | None,
+    progress: Progress,
+) -> tuple[Float[Tensor, " prompt"], list[list[CellOutput]]]:
+    """Unsteered logprobs, and the cells of every job, which may come in any order."""
+    baseline = run_baseline(
+        model, workload, tuple(dict.fromkeys(job.readout for job in jobs)), cost=cost
+    )
+    order = sorted(range(len(jobs)), key=lambda i: jobs[i].first_block)
+    in_order = [jobs[i] for i in order]
+    plan = make_plan(
+        model, workload, baseline, in_order, batch_size=batch_size, cost=cost, executor=executor
+    )
+    found: dict[int, list[CellOutput]] = {}
+    done, n_cells = 0, sum(len(job.coefficients) for job in jobs)
+    progress("cells", done, n_cells)
+    for i, cells in zip(order, run_cells(plan, in_order, cost=cost), strict=True):
+        found[i] = cells
+        done += len(cells)
+        progress("cells", done, n_cells)
+    return baseline.logprob, [found[i] for i in range(len(jobs))]

@@ -1,0 +1,296 @@
+"""The numbers of one cell and of one layer, and the checks that come before them."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.directions.directions import Directions
+from steerlens.engine.tokenization import SteeredPositions
+from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload, forward_equivalents
+from steerlens.errors import DirectionError, SweepError, finite, told
+from steerlens.loss import (
+    MARGIN,
+    WEIGHT,
+    Budget,
+    contrastive_steering_loss,
+    contrastive_steering_loss_noref,
+)
+from steerlens.models.hooks import hook_layer
+from steerlens.models.loading import HookedModel, provenance
+from steerlens.stats import bootstrap_interval, bootstrap_intervals, ratio_interval
+from steerlens.tables import Row
+
+N_BOOTSTRAP = 2000
+"""Resamples of an interval where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """Everything besides model, pairs and directions that decides a sweep's numbers."""
+
+    hook_names: tuple[str, ...]
+    coefficients: tuple[float, ...]
+    position: int
+    steered_positions: SteeredPositions
+    budget: str
+    margin: float
+    weight: float
+    n_bootstrap: int
+    seed: int
+    batch_size: int | None
+
+
+def measure(
+    cell: CellOutput,
+    unsteered: CellOutput,
+    direction: Float[Tensor, " d_model"],
+    settings: SweepSettings,
+) -> Row:
+    """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own).
+
+    `direction` is the readout hook's unit direction. Means and the loss are over pairs, in float64.
+    """
+    unit = direction.double().cpu()
+    positive, negative = cell.positive.double(), cell.negative.double()
+    logprob, baseline = cell.logprob.double(), unsteered.logprob.double()
+    mean_baseline = float(baseline.mean())
+    row: dict[str, Any] = {
+        "coefficient": cell.coefficient,
+        "n_pairs": len(logprob),
+        "baseline_logprob_nats": mean_baseline,
+        "coherent": False,
+    }
+    if not all(bool(part.isfinite().all()) for part in (positive, negative, logprob)):
+        warnings.warn(
+            f"NaN or inf at coefficient {cell.coefficient:g}: the cell is left undefined",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return row
+    projection = (positive - negative) @ unit
+    degradation = baseline - logprob
+    loss = contrastive_steering_loss(
+        positive,
+        negative,
+        logprob,
+        unit,
+        baseline,
+        margin=settings.margin,
+        weight=settings.weight,
+    )
+    mean_logprob = float(logprob.mean())
+    min_logprob = Budget.parse(settings.budget).min_logprob(mean_baseline)
+    return row | {
+        "projection": float(projection.mean()),
+        **_interval("projection", projection, settings),
+        "projection_shift": float(((positive - unsteered.positive.double()) @ unit).mean()),
+        "separation": float((positive - negative).norm(dim=-1).mean()),
+        "logprob_nats": mean_logprob,
+        "degradation_nats": float(degradation.mean()),
+        **_interval("degradation", degradation, settings),
+        "coherence_penalty": float(loss.coherence_penalty),
+        "loss": float(loss.loss),
+        "coherent": mean_logprob >= min_logprob,
+    }
+
+
+def layer_row(
+    hook_name: str,
+    baseline: Baseline,
+    direction: Float[Tensor, " d_model"],
+    *,
+    margin: float = MARGIN,
+    weight: float = WEIGHT,
+    n_bootstrap: int,
+    seed: int,
+) -> Row:
+    """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`).
+
+    Intervals are 95% bootstrap intervals over pairs, the same pairs drawn for every number.
+    """
+    cell = baseline.cell(hook_name)
+    positive, negative = cell.positive.double(), cell.negative.double()
+    differences = positive - negative
+    norms = differences.norm(dim=-1)
+    projection = differences @ direction.double().cpu()
+    loss = contrastive_steering_loss_noref(
+        positive,
+        negative,
+        cell.logprob.double(),
+        margin=margin,
+        weight=weight,
+    )
+    by_pair = {
+        "separation": norms,
+        "projection": projection,
+        "agreement": projection / norms,
+        "resid_norm": (positive.norm(dim=-1) + negative.norm(dim=-1)) / 2,
+    }
+    stacked = torch.stack([*by_pair.values()]).numpy()
+    lows, highs = bootstrap_intervals(stacked, n_resamples=n_bootstrap, seed=seed)
+    ends = dict(zip(by_pair, zip(lows.tolist(), highs.tolist(), strict=True), strict=True))
+    ends["explained_variance"] = ratio_interval(
+        projection.square().numpy(), norms.square().numpy(), n_resamples=n_bootstrap, seed=seed
+    )
+    return {
+        **{f"{name}_ci_low": low for name, (low, _) in ends.items()},
+        **{f"{name}_ci_high": high for name, (_, high) in ends.items()},
+        "hook_name": hook_name,
+        "layer": hook_layer(hook_name),
+        "separation": float(norms.mean()),
+        "projection": float(projection.mean()),
+        "projection_std": float(projection.std()),
+        "agreement": float((projection / norms).mean()),
+        "explained_variance": float(projection.square().sum() / norms.square().sum()),
+        "resid_norm": float(torch.cat([positive, negative]).norm(dim=-1).mean()),
+        "logprob_nats": float(cell.logprob.double().mean()),
+        "coherence_penalty": float(loss.coherence_penalty),
+        "loss": float(loss.loss),
+        "prediction_trusted": False,
+        "boundary_on": "none",
+    }
+
+
+def point_rows(
+    hook_name: str,
+    baseline: Baseline,
+    direction: Float[Tensor, " d_model"],
+    ids: Sequence[str],
+) -> list[Row]:
+    """The unsteered differences of the pairs `ids` in a plane (`POINT_COLUMNS`), one row a pair.
+
+    The plane is spanned by the direction and `main_orthogonal` of these differences; where nothing
+    is left for that, `across` is NaN.
+    """
+    cell = baseline.cell(hook_name)
+    differences = cell.positive.double() - cell.negative.double()
+    unit = direction.double().cpu()
+    try:
+        across = (differences @ main_orthogonal(differences, unit)).tolist()
+    except DirectionError:
+        across = [math.nan] * len(ids)
+    along, norms = (differences @ unit).tolist(), differences.norm(dim=-1).tolist()
+    place = {"hook_name": hook_name, "layer": hook_layer(hook_name)}
+    return [
+        {**place, "pair": name, "along": x, "across": y, "separation": norm}
+        for name, x, y, norm in zip(ids, along, across, norms, strict=True)
+    ]
+
+
+def main_orthogonal(
+    differences: Float[Tensor, "pair d_model"], direction: Float[Tensor, " d_model"]
+) -> Float[Tensor, " d_model"]:
+    """The unit vector, orthogonal to `direction`, with the largest sum of squared projections.
+
+    `argmax_v sum_i (r_i . v)^2` with `r_i = d_i - (d_i . direction) direction`. The mean projection
+    on it is positive; where that is 0, the component that is largest. Raises `DirectionError` when
+    nothing is left of the differences.
+    """
+    rest = differences - (differences @ direction)[:, None] * direction
+    if rest.norm() <= 1e-6 * differences.norm():
+        raise DirectionError(
+            "the differences lie along the direction alone, so no plane is left; use other pairs"
+        )
+    axis: Tensor = torch.linalg.svd(rest, full_matrices=False)[2][0]
+    axis = axis - (axis @ direction) * direction
+    along = rest @ axis
+    # A mean-difference direction fitted on these very pairs leaves a mean of 0 but for rounding.
+    leaning = (
+        along.mean() if along.mean().abs() > 1e-6 * along.norm() else axis[axis.abs().argmax()]
+    )
+    sign = -1.0 if float(leaning) < 0 else 1.0
+    unit: Tensor = sign * axis / axis.norm()
+    return unit
+
+
+def record(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    settings: Mapping[str, Any],
+    *,
+    workload: Workload,
+    cost: Cost,
+) -> dict[str, Any]:
+    """What a table carries in its attrs: settings, where its numbers come from, what they cost.
+
+    `cost` is given in forward-equivalents of the pairs' `workload`.
+    """
+    return {
+        "settings": dict(settings),
+        "method": directions.method,
+        "directions_seed": directions.seed,
+        "fitted_on": directions.fingerprint,
+        "measured_on": pairs.fingerprint,
+        "pairs": pairs.name,
+        "model": provenance(model).to_dict(),
+        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
+    }
+
+
+def logprob_budget(text: str) -> Budget:
+    """The budget of a sweep. Raises `SweepError` for one of a KL divergence."""
+    budget = Budget.parse(text)
+    if budget.is_divergence:
+        raise SweepError(
+            f"a sweep measures logprob, so its budget is relative= or nats=, not {budget.kind}=; "
+            "find_boundary takes the others"
+        )
+    return budget
+
+
+def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
+    """The coefficients as distinct floats, in order.
+
+    Raises `SweepError` when there is none, or one that is not a finite number.
+    """
+    given: Any = coefficients  # what the annotation promises is what is checked here
+    try:
+        if isinstance(given, str):
+            raise TypeError("text")
+        # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
+        checked = tuple(dict.fromkeys(float(c) + 0.0 for c in given))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise SweepError(f"expected a list of finite coefficients, got {told(given)}") from error
+    if not checked:
+        raise SweepError("expected at least one coefficient, got none")
+    for coefficient in checked:
+        finite("coefficient", coefficient)
+    return checked
+
+
+def check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
+    """Raise `DirectionError` when a hook has no direction."""
+    missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
+    if missing:
+        raise DirectionError(
+            f"no direction was fitted at {', '.join(missing)}; pass the same layers to "
+            "collect_differences, which adds the readout hooks by itself"
+        )
+
+
+def check_width(directions: Directions, baseline: Baseline) -> None:
+    """Raise `DirectionError` when the directions are another width than the activations."""
+    expected, found = baseline.positive.shape[-1], directions.vectors.shape[-1]
+    if expected != found:
+        raise DirectionError(
+            f"the directions have d_model {found}, this model's activations {expected}; fit them "
+            "on this model"
+        )
+
+
+def _interval(
+    name: str, values: Float[Tensor, " pair"], settings: SweepSettings
+) -> dict[str, float]:
+    low, high = bootstrap_interval(
+        values.numpy().astype(np.float64), n_resamples=settings.n_bootstrap, seed=settings.seed
+    )
+    return {f"{name}_ci_low": low, f"{name}_ci_high": high}

@@ -1,0 +1,110 @@
+"""How far a direction can be trusted before anything is steered: from the differences alone."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from steerlens.directions.differences import Differences
+from steerlens.errors import DirectionError, whole
+from steerlens.models.hooks import hook_layer
+from steerlens.tables import RELIABILITY_COLUMNS, Row, to_frame
+
+MIN_PAIRS = 8
+
+
+def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) -> pd.DataFrame:
+    """Reliability of the mean-difference direction, one row a hook (`RELIABILITY_COLUMNS`).
+
+    Over `n_splits` random halves of the pairs: the cosine between the two halves' directions; d' of
+    the projections on one half's direction of the other half's activations, `(mean_pos - mean_neg)
+    / sqrt((var_pos + var_neg) / 2)`; and the cosine with the direction of all pairs of that of a
+    quarter and of half of them. A cosine near 0 between halves means that there is no one direction
+    to find at that hook. Raises `DirectionError` for fewer than 8 pairs or fewer than 2 splits.
+
+    Examples:
+        >>> table = sl.reliability(differences, n_splits=4)
+        >>> bool((table.split_half_cosine <= 1).all())
+        True
+    """
+    given: Any = differences
+    if not isinstance(given, Differences):
+        raise DirectionError(f"reliability is that of Differences, not of {type(given).__name__}")
+    n_splits, seed = whole("n_splits", n_splits, 0), whole("seed", seed, 0)
+    n_pairs = differences.positive.shape[1]
+    if n_pairs < MIN_PAIRS or n_splits < 2:
+        raise DirectionError(
+            f"reliability takes at least {MIN_PAIRS} pairs and 2 splits, got {n_pairs} and "
+            f"{n_splits}"
+        )
+    generator = np.random.default_rng(seed)
+    orders = [generator.permutation(n_pairs) for _ in range(n_splits)]
+    rows: list[Row] = []
+    for i, name in enumerate(differences.hook_names):
+        sides = (differences.positive[i], differences.negative[i])
+        positive, negative = (side.double().cpu().numpy() for side in sides)
+        rows.append(
+            {
+                "hook_name": name,
+                "layer": hook_layer(name),
+                "n_pairs": n_pairs,
+                **_at_hook(positive, negative, orders),
+            }
+        )
+    attrs = {
+        "n_splits": n_splits,
+        "seed": seed,
+        "position": differences.position,
+        "measured_on": differences.fingerprint,
+        "weight_processing": differences.weight_processing,
+    }
+    return to_frame(rows, RELIABILITY_COLUMNS, attrs)
+
+
+def _at_hook(
+    positive: NDArray[np.float64],
+    negative: NDArray[np.float64],
+    orders: list[NDArray[np.int64]],
+) -> dict[str, float]:
+    values = positive - negative
+    n_pairs = len(values)
+    mean = values.mean(axis=0)
+    halves, separations, quarters, half_to_all = [], [], [], []
+    for order in orders:
+        first, second = order[: n_pairs // 2], order[n_pairs // 2 :]
+        one, other = values[first].mean(axis=0), values[second].mean(axis=0)
+        halves.append(cosine(one, other))
+        half_to_all.append(cosine(one, mean))
+        quarters.append(cosine(values[order[: max(1, n_pairs // 4)]].mean(axis=0), mean))
+        separations.append(d_prime(positive[second] @ one, negative[second] @ one))
+    axis = np.linalg.svd(values, full_matrices=False)[2][0]
+    return {
+        "agreement": float(np.mean([cosine(value, mean) for value in values])),
+        "class_separation": float(np.mean(separations)),
+        "split_half_cosine": float(np.mean(halves)),
+        "split_half_cosine_low": float(np.quantile(halves, 0.025)),
+        "cosine_quarter": float(np.mean(quarters)),
+        "cosine_half": float(np.mean(half_to_all)),
+        "pca_cosine": abs(cosine(axis, mean)),
+    }
+
+
+def cosine(one: Float[np.ndarray, " d_model"], other: Float[np.ndarray, " d_model"]) -> float:
+    """The cosine of two vectors; NaN where one of them is zero."""
+    norms = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / norms if norms > 0 else float("nan")
+
+
+def d_prime(positive: Float[np.ndarray, " pair"], negative: Float[np.ndarray, " pair"]) -> float:
+    """`(mean_pos - mean_neg) / sqrt((var_pos + var_neg) / 2)`, variances with n - 1.
+
+    NaN without spread.
+
+    Examples:
+        >>> d_prime(np.array([3.0, 5.0]), np.array([0.0, 2.0]))  # (4 - 1) / sqrt(2)
+        2.12
+    """
+    spread = float(np.sqrt((positive.var(ddof=1) + negative.var(ddof=1)) / 2))
+    return float(positive.mean() - negative.mean()) / spread if spread > 0 else float("nan")

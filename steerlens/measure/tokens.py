@@ -1,0 +1,433 @@
+"""Token by token: which tokens lose logprob under a push, and what a steered model writes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steerlens.data.pairs import ContrastivePairs, Prompt, unicode_text
+from steerlens.directions.directions import Directions
+from steerlens.engine.batches import Batch, make_batches
+from steerlens.engine.capture import by_halves
+from steerlens.engine.tokenization import (
+    SteeredPositions,
+    TokenizedPairs,
+    TokenizedPrompt,
+    check_steered_positions,
+    fingerprint,
+    raw_tokens,
+    token_texts,
+    tokenize_pairs,
+    tokenize_prompt,
+)
+from steerlens.errors import ActivationError, DirectionError, SteeringError, SweepError, whole
+from steerlens.loss import label_kl, label_logprobs
+from steerlens.measure.rows import check_directions
+from steerlens.models.hooks import (
+    HookFunction,
+    Layers,
+    hook_layer,
+    hooked,
+    readout_hook,
+    resolve_hooks,
+)
+from steerlens.models.loading import HookedModel, inference, provenance
+from steerlens.models.weight_processing import check_processing
+from steerlens.progress import Progress, part_of, silent
+from steerlens.steering import (
+    Coefficient,
+    Steerable,
+    SteeringVector,
+    decoded,
+    generate_tokens,
+    steer,
+    steps,
+)
+from steerlens.steering.apply import Step, step_hooks
+from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, Row, to_frame
+
+SIDES = {"positive": 1, "negative": -1}
+"""Each side of a pair, and the sign of the coefficient that it runs with."""
+
+
+"""Each side of a pair, and the sign of the coefficient that it runs with."""
+
+
+@dataclass(frozen=True)
+class OneHook:
+    """What is added at one hook, and where and along what its effect is read.
+
+    `position` is the token that the direction was fitted at, None where that is not known.
+    """
+
+    hook_name: str
+    vector: Steerable | Mapping[str, Tensor]
+    readout: str
+    direction: Float[Tensor, " d_model"]
+    position: int | None
+
+    def steps(self, coefficient: Coefficient, sign: int) -> tuple[Step, ...]:
+        """What is done at `sign` times the coefficient. Raises `SteeringError` as `steps`."""
+        acts = tuple(replace(s, amount=sign * s.amount) for s in steps(self.vector, coefficient))
+        for act in acts:
+            act.operator.check(act.amount)
+        return acts
+
+    def amount(self, coefficient: Coefficient) -> float:
+        """The coefficient as the tables have it: in residual units with `Add`."""
+        acts = self.steps(coefficient, 1)
+        return acts[0].amount if acts else 0.0
+
+
+def one_hook(
+    model: HookedModel, along: Directions | SteeringVector, layer: Layers | None
+) -> OneHook:
+    """The part of directions or a vector at the one hook that `layer` names (all by default).
+
+    Directions are read at `readout_hook`, along its own direction, as in a sweep. A vector has no
+    direction there, so it is read at its own hook, behind the addition. Raises `SweepError` when
+    there is more than one hook, `DirectionError` when one has no direction or another width than
+    the model, `SteeringError` for a vector without that hook, and `ProcessingError` when it was
+    fitted on a model with other weight processing.
+    """
+    names = along.hook_names if layer is None else resolve_hooks(model, layer)
+    if len(names) != 1:
+        raise SweepError(f"expected one hook, got {len(names)}; name one with layer=")
+    check_processing(model, along)
+    (name,) = names
+    if isinstance(along, SteeringVector):
+        vector: Steerable | Mapping[str, Tensor] = along.at(name)
+        readout, told = name, along.origin.position
+        position = int(told) if told.removeprefix("-").isdecimal() else None
+    else:
+        readout = readout_hook(name, int(model.cfg.n_layers))
+        check_directions(along, [name, readout])
+        vector, position = {name: along[name]}, along.position
+    width, expected = len(along[readout]), int(model.cfg.d_model)
+    if width != expected:
+        raise DirectionError(
+            f"the direction has d_model {width}, this model {expected}; fit it on this model"
+        )
+    return OneHook(name, vector, readout, along[readout], position)
+
+
+def token_damage(
+    model: HookedModel,
+    prompts: ContrastivePairs | Sequence[Prompt | TokenizedPrompt],
+    along: Directions | SteeringVector,
+    *,
+    layer: Layers | None = None,
+    coefficients: Sequence[Coefficient],
+    steered_positions: SteeredPositions = "all",
+    ids: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Every token's logprob and projection, unsteered and steered (`TOKEN_COLUMNS`).
+
+    `damage_nats = logprob - steered logprob` of a token after those before it, in nats: over the
+    label tokens of a positive prompt its mean is that prompt's share of a sweep's degradation. It
+    and the KL divergence are NaN at the first token, which nothing predicts, and where the steered
+    model overflows. Projections are `h . direction`, in residual units, at the readout hook and
+    along its frozen direction (see `one_hook`): of the pairs, positive minus negative at the token
+    that is read, their mean is a sweep's `projection`.
+
+    `prompts` are pairs, whose positive prompts run with `+coefficient` and negative ones with
+    `-coefficient`, or any prompts, which run with `+coefficient`; `ids` name these (numbers from 1
+    by default). The direction is added at one hook, `layer`, on the tokens of `steered_positions`.
+    Raises as `one_hook`, `tokenize_prompt` and `steer`; `SweepError` when there are no prompts or
+    coefficients; `PairError` on steered positions that reach no label; `ActivationError` when the
+    fitted position lies outside a prompt; and `SteeringError` for a vector with a condition.
+
+    Examples:
+        >>> table = sl.token_damage(model, ["the river was"], vector, coefficients=[4])
+        >>> table.token.tolist()
+        ['<s>', 'the', 'river', 'was']
+        >>> table.damage_nats.isna().tolist()  # nothing predicts the first
+        [True, False, False, False]
+    """
+    at = one_hook(model, along, layer)
+    if getattr(at.vector, "condition", None) is not None:
+        raise SteeringError(
+            "which tokens a vector with a condition steers is decided as it runs; leave out the "
+            "prompts that it would not steer, and give it without its condition"
+        )
+    strengths = strengths_at(at, coefficients)
+    names, sides = _sides(model, prompts, ids)
+    first = next(iter(sides.values()))
+    check_steered_positions(steered_positions, TokenizedPairs(tuple(first), ()))
+    rows: dict[tuple[str, int], list[Row]] = {}
+    for i, (side, of_side) in enumerate(sides.items()):
+        before, total = i * len(names), len(sides) * len(names)
+        tell = part_of(progress or silent, "tokens: prompts", before=before, total=total)
+        acts = [(amount, at.steps(c, SIDES[side])) for c, amount in strengths.items()]
+
+        def run(batch: Batch, acts: Any = acts) -> list[list[Row]]:
+            return _rows(model, batch, at, acts, steered_positions)
+
+        with inference(model):
+            batches = [(batch,) for batch in make_batches(model, of_side, batch_size)]
+            for (batch,), found in by_halves(batches, run, progress=tell):
+                for row, of_prompt in zip(batch.rows, found, strict=True):
+                    named = {
+                        "prompt": names[row],
+                        "side": side,
+                        "hook_name": at.hook_name,
+                        "layer": hook_layer(at.hook_name),
+                        "readout_hook": at.readout,
+                    }
+                    rows[side, row] = [{**named, **of} for of in of_prompt]
+    attrs = {
+        "settings": {"steered_positions": steered_positions, "position": at.position},
+        "text": {side: fingerprint(of_side) for side, of_side in sides.items()},
+        "model": provenance(model).to_dict(),
+    }
+    ordered = (rows[side, i] for i in range(len(names)) for side in sides)
+    return to_frame([row for of in ordered for row in of], TOKEN_COLUMNS, attrs)
+
+
+def strengths_at(at: OneHook, coefficients: Iterable[Coefficient]) -> dict[Coefficient, float]:
+    """Each coefficient, and as the tables have it (see `OneHook.amount`); without repeats.
+
+    Raises `SweepError` when there is none, and `SteeringError` on one without a meaning here.
+    """
+    given: Any = coefficients  # what the annotation promises is what is checked here
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise SweepError(f"expected a list of coefficients, got {given!r:.80}")
+    strengths = {c: at.amount(c) for c in coefficients}
+    if not strengths:
+        raise SweepError("expected at least one coefficient, got none")
+    return strengths
+
+
+def named_prompts(
+    model: HookedModel,
+    prompts: Sequence[Prompt | TokenizedPrompt],
+    ids: Sequence[str] | None,
+) -> tuple[list[str], list[TokenizedPrompt]]:
+    """A name for each prompt, its number from 1 unless `ids` has one, and its tokens.
+
+    Raises `SweepError` when there are none or `ids` are not one a prompt; `PairError` on an id that
+    is not Unicode text.
+    """
+    if isinstance(prompts, str) or not prompts:
+        raise SweepError(f"expected a list of prompts, got {prompts!r:.80}")
+    given = [str(i) for i in range(1, len(prompts) + 1)] if ids is None else list(ids)
+    names = [unicode_text(name, where="ids") for name in given]
+    if len(set(names)) != len(prompts):
+        raise SweepError(f"expected {len(prompts)} different ids, one a prompt, got {names}")
+    tokenized = [
+        prompt
+        if isinstance(prompt, TokenizedPrompt)
+        else tokenize_prompt(model, prompt, where=f"prompt {name!r}")
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    return names, tokenized
+
+
+def _sides(
+    model: HookedModel,
+    prompts: ContrastivePairs | Sequence[Prompt | TokenizedPrompt],
+    ids: Sequence[str] | None,
+) -> tuple[list[str], dict[str, list[TokenizedPrompt]]]:
+    """The prompts' names, and the tokens of each side."""
+    if isinstance(prompts, ContrastivePairs):
+        tokenized = tokenize_pairs(model, prompts)
+        names, _ = named_prompts(model, tokenized.positive, ids or [pair.id for pair in prompts])
+        return names, {"positive": [*tokenized.positive], "negative": [*tokenized.negative]}
+    names, alone = named_prompts(model, prompts, ids)
+    return names, {"positive": alone}
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One pass over a batch: the logits, and every token's projection at the readout."""
+
+    logits: Float[Tensor, "prompt token vocab"]
+    projection: Float[Tensor, "prompt token"]
+
+
+def _see(
+    model: HookedModel, batch: Batch, at: OneHook, fwd_hooks: Sequence[tuple[str, HookFunction]]
+) -> _Seen:
+    found: dict[str, Tensor] = {}
+
+    def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+        if activation.ndim != 3:
+            raise ActivationError(
+                f"hook {at.readout} holds a tensor of shape {tuple(activation.shape)}; expected "
+                "[prompt, token, d_model]"
+            )
+        found["projection"] = activation.double().cpu() @ at.direction.double().cpu()
+
+    with hooked(model, [*fwd_hooks, (at.readout, read)]):
+        logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
+    return _Seen(logits, found["projection"])
+
+
+def _rows(
+    model: HookedModel,
+    batch: Batch,
+    at: OneHook,
+    acts: Sequence[tuple[float, tuple[Step, ...]]],
+    positions: SteeredPositions,
+) -> list[list[Row]]:
+    """The rows of each prompt of a batch: one coefficient after another, token by token."""
+    mask = batch.steered_mask(positions)
+    unsteered = _see(model, batch, at, [])
+    rows: list[list[Row]] = [[] for _ in batch.prompts]
+    for amount, steps_at in acts:
+        steered = _see(model, batch, at, step_hooks(steps_at, mask=mask))
+        for i, of_prompt in enumerate(rows):
+            part = slice(i, i + 1)
+            of_prompt.extend(
+                _prompt_rows(
+                    model,
+                    batch.row(i),
+                    _Seen(unsteered.logits[part], unsteered.projection[part]),
+                    _Seen(steered.logits[part], steered.projection[part]),
+                    is_steered=mask[i],
+                    position=at.position,
+                    coefficient=amount,
+                )
+            )
+    return rows
+
+
+def _prompt_rows(
+    model: HookedModel,
+    one: Batch,
+    unsteered: _Seen,
+    steered: _Seen,
+    *,
+    is_steered: Bool[Tensor, " token"],
+    position: int | None,
+    coefficient: float,
+) -> list[Row]:
+    """The rows of a batch of one prompt at one coefficient."""
+    (prompt,) = one.prompts
+    predicted = one.predicted_mask()
+    real = one.attention_mask[0].cpu()
+    is_read = torch.zeros_like(real)
+    if position is not None:
+        is_read[one.indices(position)] = True
+
+    def spread(values: Float[Tensor, " label"]) -> Float[Tensor, " token"]:
+        rows = torch.full(real.shape, torch.nan, dtype=torch.float64)
+        rows[predicted[0].cpu()] = values.double().cpu()
+        return rows
+
+    logprob = spread(label_logprobs(unsteered.logits, one.tokens, predicted))
+    steered_logprob = spread(label_logprobs(steered.logits, one.tokens, predicted))
+    ids = [*prompt.prompt, *prompt.continuation]
+    columns: dict[str, list[Any]] = {
+        "position": list(range(len(prompt))),
+        "token_id": ids,
+        "token": token_texts(model, ids),
+        "raw_token": raw_tokens(model, ids),
+    }
+    for name, values in {
+        "is_read": is_read,
+        "is_steered": is_steered.cpu(),
+        "is_label": one.label_mask()[0].cpu(),
+        "projection": unsteered.projection[0],
+        "steered_projection": steered.projection[0],
+        "logprob_nats": logprob,
+        "steered_logprob_nats": steered_logprob,
+        "damage_nats": logprob - steered_logprob,
+        "kl_nats": spread(label_kl(steered.logits, unsteered.logits, predicted)),
+    }.items():
+        columns[name] = values[real].tolist()
+    rows = (
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    )
+    return [{"coefficient": coefficient, **row} for row in rows]
+
+
+def generation_table(
+    model: HookedModel,
+    prompts: Sequence[Prompt | TokenizedPrompt],
+    along: Directions | SteeringVector,
+    *,
+    layer: Layers | None = None,
+    coefficients: Sequence[Coefficient],
+    max_new_tokens: int = 40,
+    ids: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """The greedy continuation of every prompt at every coefficient (`GENERATION_COLUMNS`).
+
+    As `generate`, with every token steered at one hook, `layer`. A chat goes on after its assistant
+    header, or after what its last assistant message opens with; a continuation of the prompt's own
+    is left out. Where the context has no room for `max_new_tokens` the text is shorter (`end` is
+    "context"), and where the steered model overflows there is none ("overflow"). `ids` name the
+    prompts (numbers from 1 by default). Raises as `one_hook` and `tokenize_prompt`, `SweepError`
+    without prompts or coefficients, and as `generate`.
+
+    Examples:
+        >>> table = sl.generation_table(
+        ...     model, ["the river was"], vector, coefficients=[-4, 0, 4], max_new_tokens=5
+        ... )
+        >>> table.coefficient.tolist()
+        [-4.0, 0.0, 4.0]
+    """
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
+    at = one_hook(model, along, layer)
+    strengths = strengths_at(at, coefficients)
+    names, tokenized = named_prompts(model, prompts, ids)
+    rows: list[Row] = []
+    tell, total = progress or silent, len(names) * len(strengths)
+    tell("continuations", 0, total)
+    for name, prompt in zip(names, tokenized, strict=True):
+        for coefficient, amount in strengths.items():
+            rows.append(
+                {
+                    "prompt": name,
+                    "hook_name": at.hook_name,
+                    "layer": hook_layer(at.hook_name),
+                    "coefficient": amount,
+                    **_continued(model, prompt, at, coefficient, max_new_tokens),
+                }
+            )
+            tell("continuations", len(rows), total)
+    attrs = {
+        "settings": {"max_new_tokens": max_new_tokens},
+        "text": fingerprint(tokenized),
+        "model": provenance(model).to_dict(),
+    }
+    return to_frame(rows, GENERATION_COLUMNS, attrs)
+
+
+def _continued(
+    model: HookedModel,
+    prompt: TokenizedPrompt,
+    at: OneHook,
+    coefficient: Coefficient,
+    max_new_tokens: int,
+) -> Row:
+    """Text, length and end of one continuation."""
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    room = max_new_tokens if n_ctx is None else min(max_new_tokens, n_ctx - len(prompt.prompt))
+    if room < 1 <= max_new_tokens:
+        return {"text": "", "n_tokens": 0, "end": "context"}
+    (ids,) = generate_tokens(model, [prompt], at.vector, coefficient, max_new_tokens=room)
+    if not _is_finite(model, [*prompt.prompt, *ids], at, coefficient):
+        return {"text": "", "n_tokens": 0, "end": "overflow"}
+    is_full = room < max_new_tokens
+    end = "stop" if len(ids) < room else "context" if is_full else "length"
+    return {"text": decoded(model, ids), "n_tokens": len(ids), "end": end}
+
+
+def _is_finite(
+    model: HookedModel, ids: Sequence[int], at: OneHook, coefficient: Coefficient
+) -> bool:
+    """Whether the steered model still has a prediction after every token of a text."""
+    tokens = torch.tensor([list(ids)], device=model.cfg.device)
+    with inference(model), steer(model, at.vector, coefficient):
+        logits = model(tokens, return_type="logits")
+    # The largest, and so NaN and inf: a model may rule single tokens out with -inf.
+    return bool(logits.amax(dim=-1).isfinite().all())

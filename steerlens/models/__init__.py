@@ -1,0 +1,1 @@
+"""Models: loaded, proved to be the ones that were meant, their hooks named."""

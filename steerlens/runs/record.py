@@ -1,0 +1,280 @@
+"""Run folders: refuse to lose what is there, write whole files, record what was run."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pandas as pd
+import torch
+
+from steerlens.directions.directions import Directions
+from steerlens.errors import OutputError
+from steerlens.files import without_nan, write_whole
+from steerlens.tables import write_csv, write_parquet
+
+RECORD = "run.json"
+PARTS = "parts"
+STARTED = "_request.json"
+"""In the folder of parts: what was asked for. Readers of Parquet pass over a name like that."""
+REPORT = "report.html"
+RUN_FILES = (
+    "sweep.csv",
+    "sweep.parquet",
+    "boundary.csv",
+    "shape.csv",
+    "comparison.csv",
+    "summary.csv",
+    "effects.csv",
+    "layers.csv",
+    "points.csv",
+    "geometry.csv",
+    "contours.csv",
+    "generations.csv",
+    "tokens.csv",
+    "writers.csv",
+    "positions.csv",
+    "readers.csv",
+    "claims.csv",
+    "circuits.csv",
+    "edges.csv",
+    "faithfulness.csv",
+    "components.html",
+    "attention.html",
+    "tokens.html",
+    "graph.html",
+    REPORT,
+    "directions.safetensors",
+    RECORD,
+)
+"""Every file that some command writes into a run folder."""
+
+
+def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
+    """Make `folder` and see that a run of `request` may be written there, before any work.
+
+    A run of the same request may be written again. Raises `OutputError` when the folder holds a
+    run of another request (naming what differs, with both values), an unfinished run, or results
+    without a record, or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
+        ) from error
+    record = folder / RECORD
+    if not record.exists():
+        if (folder / PARTS / STARTED).exists():
+            raise OutputError(
+                f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` "
+                "goes on with it; or choose another --out or delete it"
+            )
+        found = [name for name in RUN_FILES if (folder / name).exists()]
+        if found:
+            raise OutputError(
+                f"{str(folder)!r} holds {', '.join(found)} but no {RECORD}, so they may belong to "
+                "another run; choose another --out or move them away"
+            )
+        return
+    try:
+        earlier = json.loads(record.read_text(encoding="utf-8"))["request"]
+        if not isinstance(earlier, dict):
+            raise TypeError("its request is not an object")
+        changed = differences(earlier, request)
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise OutputError(
+            f"{str(record)!r} is not a run record ({error}); choose another --out"
+        ) from error
+    if changed:
+        raise OutputError(
+            f"{str(folder)!r} already holds a run with other {', '.join(changed)}; choose another "
+            "--out or delete it"
+        )
+
+
+def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two records say otherwise: a text for each key, inside objects too, with both values.
+
+    Raises `AttributeError` when one is not an object.
+
+    Examples:
+        >>> from steerlens.runs.record import differences
+        >>> earlier = {"seed": 0, "model": {"dtype": "float32"}}
+        >>> differences(earlier, {"seed": 0, "model": {"dtype": "float16"}, "null": 2})
+        ["model.dtype ('float32', now 'float16')", 'null (nothing, now 2)']
+    """
+    there, here = _flat(earlier), _flat(json.loads(json.dumps(without_nan(now))))
+    return [
+        f"{key} ({_told(there, key)}, now {_told(here, key)})"
+        for key in sorted({*there, *here})
+        if (key in there, there.get(key)) != (key in here, here.get(key))
+    ]
+
+
+def _flat(record: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in record.items():
+        name = f"{before}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
+
+
+def _told(record: Mapping[str, Any], key: str) -> str:
+    if key not in record:
+        return "nothing"
+    text = repr(record[key])
+    return text if len(text) <= 80 else f"{text[:60]}... of {len(text)} characters"
+
+
+def check_out_file(path: Path) -> None:
+    """Make the folder of `path` and see that a file may be written there, before any work.
+
+    Raises `OutputError` when it may not, or when `path` is a folder.
+    """
+    if path.is_dir():
+        raise OutputError(f"--out {str(path)!r} is a folder; expected a file name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out"
+        ) from error
+
+
+def write_run(
+    folder: Path,
+    tables: Mapping[str, pd.DataFrame],
+    directions: Directions | Mapping[str, Directions],
+    request: Mapping[str, Any],
+    *,
+    seconds: float,
+    forward_equivalents: float | None = None,
+    pages: Mapping[str, str] = MappingProxyType({}),
+    warnings: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the files of a run; each appears whole, the record last.
+
+    Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
+    (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
+    of several; each of `pages` as `NAME.html`; and `run.json`, with the seconds and, where they are
+    counted, the forward-equivalents spent, the rows and attrs of each table, and the `warnings`
+    given, and the `options` of the command, from which it can be run again. In the record None
+    stands for NaN, "inf" and "-inf" for themselves, as JSON has neither.
+
+    Raises `OutputError` when a file cannot be written.
+    """
+    record = {
+        "request": dict(request),
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "forward_equivalents": forward_equivalents,
+        "warnings": list(warnings),
+        "versions": versions(),
+        "machine": {
+            "system": platform.system(),
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+        },
+        "tables": {
+            name: {"rows": len(table), "attrs": dict(table.attrs)} for name, table in tables.items()
+        },
+        "pages": list(pages),
+        **({} if options is None else {"options": dict(options)}),
+    }
+    try:
+        for name, table in tables.items():
+            write_whole(folder / f"{name}.csv", partial(write_csv, table))
+            if name == "sweep":
+                write_whole(folder / f"{name}.parquet", partial(write_parquet, table))
+        several = {"": directions} if isinstance(directions, Directions) else directions
+        for name, of in several.items():
+            file = f"directions-{name}.safetensors" if name else "directions.safetensors"
+            write_whole(folder / file, partial(write_directions, of))
+        for name, page in pages.items():
+            write_whole(folder / f"{name}.html", partial(_write_text, page))
+        write_whole(folder / RECORD, lambda p: write_json(record, p))
+    except OSError as error:
+        raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error
+
+
+def versions() -> dict[str, str]:
+    """The versions that a record tells."""
+    names = ("steerlens", "torch", "transformers", "pandas", "transformer-lens")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_directions(directions: Directions, path: Path) -> None:
+    """Write directions as safetensors: hook names as keys, how they were fitted as metadata."""
+    from safetensors.torch import save
+
+    fitted = {
+        "method": directions.method,
+        "position": directions.position,
+        "seed": directions.seed,
+        "fitted_on": directions.fingerprint,
+        "weight_processing": directions.weight_processing,
+        "readout_hooks": directions.readout_names,
+    }
+    names = (*directions.hook_names, *directions.readout_names)
+    tensors = {name: directions[name].contiguous() for name in names}
+    # One key: safetensors writes several in an order of its own, and the bytes would change.
+    metadata = {"steerlens": json.dumps(fitted)}
+    path.write_bytes(save(tensors, metadata))
+
+
+def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
+    """Directions that `write_directions` wrote; `hook_names` are those that are not readouts.
+
+    Raises `OutputError` when the file is damaged or has others.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            fitted = json.loads(file.metadata()["steerlens"])
+            names = (*hook_names, *fitted["readout_hooks"])
+            if set(names) != set(file.keys()):
+                raise ValueError("it has other hooks")
+            vectors = torch.stack([file.get_tensor(name) for name in names])
+        return Directions(
+            hook_names=tuple(hook_names),
+            readout_names=tuple(fitted["readout_hooks"]),
+            vectors=vectors,
+            method=fitted["method"],
+            position=fitted["position"],
+            seed=fitted["seed"],
+            fingerprint=fitted["fitted_on"],
+            weight_processing=fitted["weight_processing"],
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise OutputError(f"{str(path)!r} holds no directions of this run ({error})") from error
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def write_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record as JSON, as `without_nan` makes it."""
+    text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,228 @@
+"""A vector at work: its steps as hooks, and the context manager that puts them on a model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from steerlens.errors import SteeringError
+from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.loading import HookedModel
+from steerlens.models.weight_processing import check_processing
+from steerlens.steering.cache_positions import Positions, Watch, check_positions, watch
+from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient, step_sizes
+from steerlens.steering.conditions import Condition, Gate
+from steerlens.steering.operators import Add, Operator
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """What applying asks of a steering vector."""
+
+    hook_names: tuple[str, ...]
+    directions: Any
+    scale: Any
+    calibration: Calibration
+    operator: Operator
+    condition: Condition | None
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What is done at one hook: `operator(activation, direction, amount)`."""
+
+    hook_name: str
+    operator: Operator
+    direction: Float[Tensor, " d_model"]
+    amount: float
+
+    def hook(self, chosen: Any = None) -> HookFunction:
+        """A forward hook, out of place; `chosen(activation, hook)` is a mask of tokens, or None."""
+
+        def act(activation: Tensor, hook: Any) -> Tensor:
+            if self.direction.shape != activation.shape[-1:]:
+                raise SteeringError(
+                    f"the direction at {self.hook_name} has {len(self.direction)} numbers, the "
+                    f"activation there {activation.shape[-1]}"
+                )
+            mask = None if chosen is None else chosen(activation, hook)
+            moved = self.operator(activation, self.direction, self.amount)
+            if mask is None:
+                return moved
+            return torch.where(mask.to(activation.device)[..., None], moved, activation)
+
+        return act
+
+
+def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) -> tuple[Step, ...]:
+    """What a vector does at each of its hooks; nothing at coefficient 0.
+
+    Plain directions (a mapping) are added, as they are, with a coefficient in residual units.
+    Raises `SteeringError` when the coefficient has no meaning for them or for the operator: norms
+    and shares of the boundary are for `Add`.
+    """
+    parsed = parse_coefficient(coefficient)
+    if parsed.number == 0:
+        return ()
+    if not isinstance(vector, Steerable):
+        if parsed.unit != "residual":
+            raise SteeringError(
+                f"{coefficient!r} needs a SteeringVector, which knows its norms and boundary; "
+                "plain directions take a coefficient in residual units"
+            )
+        add = Add()
+        add.check(parsed.number)
+        for name in vector:
+            if vector[name].ndim != 1 or not bool(vector[name].isfinite().all()):
+                raise SteeringError(
+                    f"expected one row of finite numbers at {name}, got shape "
+                    f"{tuple(vector[name].shape)}"
+                )
+        return tuple(Step(name, add, vector[name], parsed.number) for name in vector)
+    operator = vector.operator
+    if isinstance(operator, Add):
+        sizes = step_sizes(coefficient, vector.hook_names, vector.scale, vector.calibration)
+    elif parsed.unit != "residual":
+        raise SteeringError(
+            f"{coefficient!r} is a strength of add; {operator.name} takes a plain number"
+        )
+    else:
+        sizes = (parsed.number,) * len(vector.hook_names)
+    for size in sizes:
+        operator.check(size)
+        # A sweep may try such a cell, and says that it overflows; a vector in use may not.
+        if abs(size) > torch.finfo(torch.float32).max:
+            raise SteeringError(f"expected a step that is finite in float32, got {size:.3g}")
+    return tuple(
+        Step(name, operator, direction, size)
+        for name, direction, size in zip(vector.hook_names, vector.directions, sizes, strict=True)
+        if size != 0
+    )
+
+
+def step_hooks(
+    acts: Sequence[Step],
+    condition: Condition | None = None,
+    *,
+    mask: Bool[Tensor, "prompt token"] | None = None,
+) -> list[tuple[str, HookFunction]]:
+    """Hooks of steps on every token, or those of `mask` (Bool, prompt by token).
+
+    Raises `SteeringError` on a condition with scope "prompt": which tokens are the prompt's is not
+    known here (see `steer`).
+    """
+    if not acts:
+        return []
+    if condition is not None and condition.scope == "prompt":
+        raise SteeringError(
+            "a condition on the prompt must know which tokens are the prompt's: use `with "
+            "steer(model, vector, coefficient):`"
+        )
+    return _with_gate(acts, condition, None, None if mask is None else _exactly(mask))
+
+
+def steering_hooks(
+    directions: Mapping[str, Tensor],
+    coefficient: float | int,
+    *,
+    mask: Bool[Tensor, "prompt token"] | None = None,
+) -> list[tuple[str, HookFunction]]:
+    """`(hook name, addition)` for every direction; none at coefficient 0, the identity.
+
+    Raises `SteeringError` when the coefficient is not finite.
+    """
+    return step_hooks(steps(directions, coefficient), mask=mask)
+
+
+@contextmanager
+def steer(
+    model: HookedModel,
+    vector: Steerable | Mapping[str, Tensor],
+    coefficient: Coefficient,
+    *,
+    positions: Positions = "all",
+) -> Iterator[None]:
+    """Steer inside the block, prompt and generated tokens alike unless `positions` says otherwise.
+
+    `vector` is a `SteeringVector`, or plain directions to be added. `positions` (see `Positions`)
+    mean the same tokens with a KV cache and without, and with padding on either side. Blocks may be
+    nested and repeated: at one hook the outer vector acts first. The hooks are gone after the
+    block, also after an exception.
+
+    Raises `SteeringError` when the coefficient has no meaning for the vector (see `Coefficient`) or
+    the positions are unknown, and inside the block when a mask does not have the prompts' shape, a
+    KV cache comes from before the block, or the condition is read too late; `HookError` when a hook
+    did not fire or another thread has hooks on the model; `ProcessingError` when the vector was
+    fitted on a model with other weight processing. A thread that runs the model while it is
+    steered here gets a `HookError` itself.
+
+    Examples:
+        >>> plain = model("the river was")
+        >>> with sl.steer(model, vector, 4):
+        ...     steered = model("the river was")
+        >>> torch.equal(steered, plain), torch.equal(model("the river was"), plain)
+        (False, True)
+    """
+    check_positions(positions)
+    check_processing(model, vector)
+    acts = steps(vector, coefficient)
+    condition = getattr(vector, "condition", None)
+    is_everywhere = isinstance(positions, str) and positions == "all"
+    with ExitStack() as stack:
+        seen = None
+        if acts and (not is_everywhere or (condition is not None and condition.scope == "prompt")):
+            seen = stack.enter_context(watch(model))
+        chosen = None
+        if seen is not None and not is_everywhere:
+            chosen = _at_positions(seen, positions)
+        fwd_hooks = _with_gate(acts, condition, seen, chosen) if acts else []
+        stack.enter_context(hooked(model, fwd_hooks))
+        yield
+
+
+def _exactly(mask: Tensor) -> Any:
+    def chosen(activation: Tensor, hook: Any) -> Tensor:
+        if activation.ndim != 3 or activation.shape[:2] != mask.shape:
+            raise SteeringError(
+                f"the mask has shape {tuple(mask.shape)}, but this pass has "
+                f"{tuple(activation.shape)[:-1]} (prompts, tokens) at {getattr(hook, 'name', '')}; "
+                "while generating use `with steer(model, vector, coefficient, positions=mask):`"
+            )
+        return mask
+
+    return chosen
+
+
+def _at_positions(seen: Watch, positions: Positions) -> Any:
+    def chosen(activation: Tensor, hook: Any) -> Tensor:
+        return seen.now(activation, hook).mask(positions)
+
+    return chosen
+
+
+def _with_gate(
+    acts: Sequence[Step], condition: Condition | None, seen: Watch | None, chosen: Any
+) -> list[tuple[str, HookFunction]]:
+    """The steps' hooks; with a condition, behind the one that reads it."""
+    if condition is None:
+        return [(act.hook_name, act.hook(chosen)) for act in acts]
+    gate = Gate(condition, frozenset(act.hook_name for act in acts))
+
+    def read(activation: Tensor, hook: Any) -> None:
+        gate.read(activation, None if seen is None else seen.now(activation, hook))
+
+    def gated(name: str) -> Any:
+        def both(activation: Tensor, hook: Any) -> Tensor:
+            mask = gate.take(name).expand(activation.shape[:2])
+            return mask if chosen is None else mask & chosen(activation, hook).to(mask.device)
+
+        return both
+
+    return [
+        (condition.hook_name, read),
+        *((act.hook_name, act.hook(gated(act.hook_name))) for act in acts),
+    ]

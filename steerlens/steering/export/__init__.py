@@ -1,0 +1,21 @@
+"""Steering vectors in other tools: GGUF control vectors, baked checkpoints, other packages."""
+
+from steerlens.steering.export.gguf_file import from_gguf, to_gguf
+from steerlens.steering.export.huggingface import CARRIERS, bake
+from steerlens.steering.export.other_tools import (
+    from_repeng,
+    from_steering_vectors,
+    to_repeng,
+    to_steering_vectors,
+)
+
+__all__ = [
+    "CARRIERS",
+    "bake",
+    "from_gguf",
+    "from_repeng",
+    "from_steering_vectors",
+    "to_gguf",
+    "to_repeng",
+    "to_steering_vectors",
+]

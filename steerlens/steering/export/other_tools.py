@@ -1,0 +1,121 @@
+"""Steering vectors of other tools, as objects: `steering-vectors` and `repeng`, both ways."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from steerlens.errors import ExportError
+from steerlens.models.hooks import hook_layer, resid_post
+from steerlens.steering import Add, Origin, SteeringVector
+from steerlens.steering.export.gguf_file import block_rows
+
+_LAYER_TYPES = {
+    "decoder_block": ("hook_resid_post",),
+    "self_attn": ("hook_attn_out", "attn.hook_out"),
+    "mlp": ("hook_mlp_out", "mlp.hook_out"),
+}
+
+
+@runtime_checkable
+class SteeringVectorsLike(Protocol):
+    """What a `steering_vectors.SteeringVector` is made of."""
+
+    layer_activations: Mapping[int, Tensor]
+    layer_type: str
+
+
+@runtime_checkable
+class RepengLike(Protocol):
+    """What a `repeng.ControlVector` is made of."""
+
+    model_type: str
+    directions: Mapping[int, Any]
+
+
+def to_steering_vectors(vector: SteeringVector) -> Any:
+    """A `steering_vectors.SteeringVector`: multiplier c there is coefficient c here.
+
+    It holds `scale * direction` by block and the kind of hook (block output, `hook_attn_out` or
+    `hook_mlp_out`); calibration and origin are not part of it. Raises `ExportError` when the vector
+    is not added everywhere, has hooks of several or other kinds, or the package is not installed.
+    """
+    Theirs = _installed("steering_vectors", "SteeringVector")
+
+    if not isinstance(vector.operator, Add) or vector.condition is not None:
+        raise ExportError("steering-vectors holds what is added: not an operator, not a condition")
+    kinds = {name.partition(f"blocks.{hook_layer(name)}.")[2] for name in vector.hook_names}
+    found = [theirs for theirs, ours in _LAYER_TYPES.items() if kinds <= set(ours)]
+    if not found:
+        raise ExportError(
+            f"steering-vectors knows one of {', '.join(ours[0] for ours in _LAYER_TYPES.values())} "
+            f"for all layers of a vector; this one has {', '.join(sorted(kinds))}"
+        )
+    rows = dict(zip(map(hook_layer, vector.hook_names), vector.rows, strict=True))
+    return Theirs(layer_activations=rows, layer_type=found[0])
+
+
+def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
+    """Take over a `steering_vectors.SteeringVector`; the norm of each layer becomes its scale.
+
+    Its layers are block numbers from 0, as here; its origin is unknown. Raises `ExportError` on a
+    kind of layer without a TransformerLens hook, `SteeringError` on a vector without direction.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> theirs = SimpleNamespace(
+        ...     layer_type="decoder_block", layer_activations={2: torch.tensor([3.0, 4.0])}
+        ... )
+        >>> sl.from_steering_vectors(theirs).hook_names
+        ('blocks.2.hook_resid_post',)
+    """
+    if vector.layer_type not in _LAYER_TYPES:
+        raise ExportError(
+            f"expected the layer type {', '.join(_LAYER_TYPES)}, got {vector.layer_type!r}"
+        )
+    hook = _LAYER_TYPES[vector.layer_type][0]
+    rows = {f"blocks.{block}.{hook}": row for block, row in vector.layer_activations.items()}
+    return SteeringVector.from_vectors(rows)
+
+
+def to_repeng(vector: SteeringVector) -> Any:
+    """A `repeng.ControlVector`: its coefficient c is c here.
+
+    Its layers are block outputs counted from 0, block 0 included. Raises `ExportError` when the
+    vector is not added everywhere to block outputs, or repeng is not installed.
+    """
+    rows = block_rows(vector, "repeng")
+    return _installed("repeng", "ControlVector")(
+        model_type=vector.origin.architecture,
+        directions={block: row.numpy() for block, row in rows.items()},
+    )
+
+
+def from_repeng(vector: RepengLike) -> SteeringVector:
+    """Take over a `repeng.ControlVector`; the norm of each layer becomes its scale.
+
+    repeng counts blocks from 0, reads and adds at block outputs. Only the architecture of the
+    model is known of its origin. Raises `SteeringError` on a vector without direction.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> theirs = SimpleNamespace(model_type="llama", directions={2: np.array([3.0, 4.0])})
+        >>> sl.from_repeng(theirs).scale
+        tensor([5.])
+    """
+    rows = {
+        resid_post(block): torch.tensor(row) for block, row in sorted(vector.directions.items())
+    }
+    return SteeringVector.from_vectors(rows, origin=Origin(architecture=str(vector.model_type)))
+
+
+def _installed(package: str, name: str) -> Any:
+    """A class of a package that steerlens does not depend on."""
+    try:
+        return getattr(importlib.import_module(package), name)
+    except ImportError as error:
+        raise ExportError(
+            f"{package} is not installed: pip install {package.replace('_', '-')}"
+        ) from error
