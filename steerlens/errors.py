@@ -9,64 +9,28 @@ class SteerlensError(ValueError):
     """Base of every error steerlens raises on purpose; the CLI prints it as one line."""
 
 
-class PairError(SteerlensError):
-    """A contrastive pair, or a file of them, cannot be used."""
+class InputError(SteerlensError):
+    """What a caller gave cannot be used: pairs, directions, settings, vectors, tables."""
 
 
 class ModelError(SteerlensError):
-    """A model cannot be found, fetched, checked or loaded."""
+    """A model cannot be found, fetched, checked or loaded, or its own numbers are not finite."""
 
 
 class HookError(SteerlensError):
     """A hook name is unknown on this model, or a hook that was asked for did not fire."""
 
 
-class ActivationError(SteerlensError):
-    """Activations are not finite, or a position lies outside a prompt."""
-
-
-class DirectionError(SteerlensError):
-    """A direction cannot be fitted or is missing."""
-
-
-class ProcessingError(SteerlensError):
-    """Numbers of models with different weight processing were about to be put together."""
-
-
-class SweepError(SteerlensError):
-    """A sweep was asked for with settings that have no meaning."""
-
-
-class WorkerError(SteerlensError):
-    """Cells cannot be given to an executor, or what ran them there failed or has another model."""
-
-
 class MemoryLimitError(SteerlensError):
     """What was asked for cannot fit into the memory of the model's device."""
 
 
-class OutputError(SteerlensError):
-    """An output folder cannot be written without losing what is there."""
+class FileError(SteerlensError):
+    """A file or folder cannot be read as what it should be, or not written without a loss."""
 
 
-class SteeringError(SteerlensError):
-    """A steering vector cannot be applied, combined or read as asked."""
-
-
-class ExportError(SteerlensError):
-    """A steering vector cannot be carried by the format or model that was asked for."""
-
-
-class CircuitError(SteerlensError):
-    """A model cannot be taken apart into heads and MLPs, or a question about its circuit fails."""
-
-
-class PlotError(SteerlensError):
-    """A table lacks what a figure is drawn from, or a figure is asked for what it does not have."""
-
-
-class ReportError(SteerlensError):
-    """A run folder cannot be read as one."""
+class WorkerError(SteerlensError):
+    """Cells cannot be given to an executor, or what ran them there failed or has another model."""
 
 
 def told(value: Any) -> str:
@@ -78,24 +42,24 @@ def told(value: Any) -> str:
 
 
 def finite(name: str, value: Any) -> float:
-    """The value as a float. Raises `SweepError` unless it is finite."""
+    """The value as a float. Raises `InputError` unless it is finite."""
     try:
         number = float(value) if not isinstance(value, str) else math.nan
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise SweepError(f"expected a finite {name}, got {told(value)}")
+        raise InputError(f"expected a finite {name}, got {told(value)}")
     return number
 
 
 def whole(name: str, value: Any, least: int) -> int:
-    """The value as an int. Raises `SweepError` unless it is a whole number from `least` on."""
+    """The value as an int. Raises `InputError` unless it is a whole number from `least` on."""
     try:
         number = operator.index(value)
     except TypeError as error:
-        raise SweepError(f"{name} must be a whole number, got {told(value)}") from error
+        raise InputError(f"{name} must be a whole number, got {told(value)}") from error
     if not least <= number < 2**63:
-        raise SweepError(f"{name} must be at least {least} and below 2**63, got {told(number)}")
+        raise InputError(f"{name} must be at least {least} and below 2**63, got {told(number)}")
     return number
 
 

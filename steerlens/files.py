@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from steerlens.errors import SteeringError, SteerlensError
+from steerlens.errors import InputError, SteerlensError
 
 MAX_BYTES = 1 << 30
 """Largest file that is read into memory: 1 GiB."""
@@ -83,7 +83,7 @@ _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise `SteeringError` for a file whose name or first bytes say that it is a pickle."""
+    """Raise `InputError` for a file whose name or first bytes say that it is a pickle."""
     _refuse_pickle_name(path)
     try:
         if not path.is_file():
@@ -91,7 +91,7 @@ def refuse_pickle(path: Path) -> None:
         with path.open("rb") as file:
             start = file.read(4)
     except OSError as error:
-        raise SteeringError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
     # A pickle of protocol 2 or later; torch.save writes one inside a zip.
     if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04":
         raise _pickle_error(path)
@@ -102,8 +102,8 @@ def _refuse_pickle_name(path: Path) -> None:
         raise _pickle_error(path)
 
 
-def _pickle_error(path: Path) -> SteeringError:
-    return SteeringError(
+def _pickle_error(path: Path) -> InputError:
+    return InputError(
         f"{str(path)!r} is a pickle: loading one can run any code, so it is refused; save the "
         "tensors as safetensors or GGUF with the tool that made it"
     )

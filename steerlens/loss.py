@@ -9,7 +9,7 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerlens.errors import SweepError
+from steerlens.errors import InputError
 
 Divergence = Literal["kl", "kl_p95", "rollout_kl_p95"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
@@ -101,7 +101,7 @@ def contrastive_steering_loss(
     an improvement, so unsteered it is `(0.01 * logp_i)^2 * weight`, not 0. `tolerance`, from 0 up
     to 1, replaces the margin by `1 / (1 - tolerance)`, which permits a loss: with 0.01 the penalty
     is 0 down to `baseline / 0.99`, the default of `coherent`, and 0 unsteered. Units and `mask` as
-    in `contrastive_steering_loss_noref`. Raises `SweepError` on a tolerance outside its range.
+    in `contrastive_steering_loss_noref`. Raises `InputError` on a tolerance outside its range.
 
     Examples:
         >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
@@ -113,7 +113,7 @@ def contrastive_steering_loss(
     """
     if tolerance is not None:
         if not 0 <= tolerance < 1:
-            raise SweepError(f"tolerance must be from 0 up to 1, got {tolerance}")
+            raise InputError(f"tolerance must be from 0 up to 1, got {tolerance}")
         margin = 1 / (1 - tolerance)
     separation = -((hs_pos - hs_neg) @ direction.detach()).mean()
     penalty = coherence_penalty(
@@ -156,7 +156,7 @@ def coherence_hinge(
 
     The first `threshold` nats per token of degradation are free, whatever the baseline; beyond it
     the penalty rises with the `exponent`. Both logprobs in nats per token; no gradient flows
-    through the baseline. At least 0; 0 unsteered, with gradient 0. Raises `SweepError` on a
+    through the baseline. At least 0; 0 unsteered, with gradient 0. Raises `InputError` on a
     negative threshold or an exponent below 1.
 
     Examples:
@@ -165,7 +165,7 @@ def coherence_hinge(
         100.0
     """
     if not (threshold >= 0 and exponent >= 1):
-        raise SweepError(
+        raise InputError(
             f"expected a threshold of 0 nats or more and an exponent of 1 or more, got {threshold} "
             f"and {exponent}"
         )
@@ -188,7 +188,7 @@ def total_variation_barrier(
     the labels of all prompts. At least 0, and inf as soon as one label's distance reaches `limit`;
     0 unsteered. There the distance has a kink: autograd gives the gradient 0, though a step in any
     direction raises it. At or beyond `limit` the gradient is NaN. No gradient flows through
-    `unsteered`. Raises `SweepError` unless the limit
+    `unsteered`. Raises `InputError` unless the limit
     is above 0 and at most 1.
 
     Examples:
@@ -199,7 +199,7 @@ def total_variation_barrier(
         0.693
     """
     if not 0 < limit <= 1:
-        raise SweepError(f"limit must be above 0 and at most 1, got {limit}")
+        raise InputError(f"limit must be above 0 and at most 1, got {limit}")
     is_label = label_mask[:, 1:]
     steered, reference = (
         part[:, :-1][is_label].to(torch.promote_types(part.dtype, torch.float32)).softmax(-1)
@@ -375,9 +375,9 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> "Budget":
-        """A budget from "relative=0.01" or "kl=0.1". Raises `SweepError` on anything else."""
+        """A budget from "relative=0.01" or "kl=0.1". Raises `InputError` on anything else."""
         if not isinstance(text, str):
-            raise SweepError(f"expected a budget like relative=0.01 as text, got {text!r}")
+            raise InputError(f"expected a budget like relative=0.01 as text, got {text!r}")
         kind, _, number = text.partition("=")
         try:
             value = float(number)
@@ -390,7 +390,7 @@ class Budget:
         for divergence in DIVERGENCES:
             if kind == divergence and 0 < value < math.inf:
                 return cls(divergence, value)
-        raise SweepError(
+        raise InputError(
             "expected a budget like relative=0.01 (from 0 up to 1), nats=0.05 (0 or more), kl=0.1, "
             f"kl_p95=1 or rollout_kl_p95=1 (above 0), got {text!r}"
         )
@@ -406,10 +406,10 @@ class Budget:
     def min_logprob(self, baseline: float) -> float:
         """The lowest logprob (nats per token) that still counts as coherent.
 
-        Raises `SweepError` for a budget of a KL divergence, which has none.
+        Raises `InputError` for a budget of a KL divergence, which has none.
         """
         if self.is_divergence:
-            raise SweepError(
+            raise InputError(
                 f"the budget {self} bounds a KL divergence, and a logprob was asked for; use "
                 "relative= or nats="
             )

@@ -8,7 +8,7 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import ActivationError
+from steerlens.errors import InputError
 
 
 def hf_block_outputs(hf_model: Any, ids: tuple[int, ...]) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_not_finite_activations_name_the_hook(
     sl.collect_differences(llama, pairs)
     llama.add_hook("blocks.3.hook_resid_post", lambda activation, hook: activation * bad)
     try:
-        with pytest.raises(ActivationError, match=r"NaN or inf .* blocks\.3\.hook_resid_post"):
+        with pytest.raises(InputError, match=r"NaN or inf .* blocks\.3\.hook_resid_post"):
             sl.collect_differences(llama, pairs, layers="1,3")
         # A hook before the bad one is still fine.
         sl.collect_activations(
@@ -131,7 +131,7 @@ def test_position_outside_a_prompt_names_pair_and_length(
 ) -> None:
     shortest = min(len(p.prompt) for p in tokenize_pairs(llama, pairs).positive)
     sl.collect_differences(llama, pairs, layers=[0], position=-shortest)
-    with pytest.raises(ActivationError, match=rf"position {shortest} .* pair '\d' has|which has"):
+    with pytest.raises(InputError, match=rf"position {shortest} .* pair '\d' has|which has"):
         sl.collect_differences(llama, pairs, layers=[0], position=shortest)
 
 
@@ -140,7 +140,7 @@ def test_hook_that_is_not_on_the_residual_stream_is_refused(
 ) -> None:
     prompts = tokenize_pairs(llama, pairs).positive
     assert sl.collect_activations(llama, prompts, ["blocks.0.hook_mlp_out"]).shape == (1, 8, 32)
-    with pytest.raises(ActivationError, match=r"hook_pattern holds a tensor of shape"):
+    with pytest.raises(InputError, match=r"hook_pattern holds a tensor of shape"):
         sl.collect_activations(llama, prompts, ["blocks.0.attn.hook_pattern"])
 
 

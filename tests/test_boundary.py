@@ -22,7 +22,7 @@ from steerlens.engine.tokenization import (
     tokenize_prompt,
 )
 from steerlens.engine.workload import Cost, Workload
-from steerlens.errors import DirectionError, HookError, PairError, SweepError
+from steerlens.errors import HookError, InputError
 from steerlens.loss import Budget
 from steerlens.measure import coherence
 from steerlens.measure.coherence import ROLLOUT_TOKENS, check_rollouts
@@ -225,7 +225,7 @@ def test_rollouts_are_measured_on_the_steered_models_own_text(
     at_rank = sorted(divergences)[math.ceil(0.95 * len(divergences)) - 1]
     assert nearest.loss_nats == pytest.approx(at_rank, rel=1e-3)
     assert nearest.n_prompts == 3
-    with pytest.raises(SweepError, match="all positions"):
+    with pytest.raises(InputError, match="all positions"):
         sl.find_boundary(
             llama, few, directions, budget="rollout_kl_p95=1", steered_positions="prompt"
         )
@@ -237,7 +237,7 @@ def test_rollouts_are_measured_on_the_steered_models_own_text(
     assert max(map(len, fits)) == 40
     check_rollouts(llama, fits, Budget("rollout_kl_p95", 1.0))
     check_rollouts(llama, too_long, Budget("kl_p95", 1.0))
-    with pytest.raises(SweepError, match="24 tokens, and the longest prompt has 41"):
+    with pytest.raises(InputError, match="24 tokens, and the longest prompt has 41"):
         check_rollouts(llama, too_long, Budget("rollout_kl_p95", 1.0))
 
 
@@ -252,17 +252,17 @@ def test_the_cost_is_reported(
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"budget": "nats=0"}, SweepError, "leaves no room"),
-        ({"budget": "kl=-1"}, SweepError, "expected a budget"),
-        ({"search_range": 0}, SweepError, "search_range"),
-        ({"search_range": math.inf}, SweepError, "search_range"),
-        ({"n_bootstrap": 1}, SweepError, "n_bootstrap"),
-        ({"seed": -1}, SweepError, "seed"),
-        ({"on": "sideways"}, SweepError, "'sideways'"),
-        ({"on": ()}, SweepError, "no texts"),
-        ({"on": ("the", "")}, PairError, "no tokens"),
+        ({"budget": "nats=0"}, InputError, "leaves no room"),
+        ({"budget": "kl=-1"}, InputError, "expected a budget"),
+        ({"search_range": 0}, InputError, "search_range"),
+        ({"search_range": math.inf}, InputError, "search_range"),
+        ({"n_bootstrap": 1}, InputError, "n_bootstrap"),
+        ({"seed": -1}, InputError, "seed"),
+        ({"on": "sideways"}, InputError, "'sideways'"),
+        ({"on": ()}, InputError, "no texts"),
+        ({"on": ("the", "")}, InputError, "no tokens"),
         ({"layers": [9]}, HookError, "layer 9"),
-        ({"steered_positions": "last"}, PairError, "continuation"),
+        ({"steered_positions": "last"}, InputError, "continuation"),
     ],
 )
 def test_what_has_no_meaning_is_refused(
@@ -279,7 +279,7 @@ def test_what_has_no_meaning_is_refused(
 
 def test_a_hook_without_direction_is_refused(llama: Any, many: sl.ContrastivePairs) -> None:
     fitted = sl.fit_directions(sl.collect_differences(llama, many, layers=[1]))
-    with pytest.raises(DirectionError, match=r"blocks\.0"):
+    with pytest.raises(InputError, match=r"blocks\.0"):
         sl.find_boundary(llama, many, fitted, layers=[0])
 
 
@@ -319,7 +319,7 @@ def test_a_text_without_continuations_is_not_steered_there(
         tuple(replace(pair, continuation="the sun") for pair in many), "ended"
     )
     options: dict[str, Any] = {"layers": [2], "n_bootstrap": 10, "budget": "nats=0.1"}
-    with pytest.raises(SweepError, match="'negative' has no continuations"):
+    with pytest.raises(InputError, match="'negative' has no continuations"):
         sl.find_boundary(
             llama, ended, directions, on="negative", steered_positions="last", **options
         )

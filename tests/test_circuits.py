@@ -26,7 +26,7 @@ from steerlens.circuits.components import components, head_hook, mlp_hook, write
 from steerlens.circuits.interventions import trace
 from steerlens.circuits.readers import frozen_readout
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import CircuitError, DirectionError
+from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
 from steerlens.tables import CLAIM_COLUMNS, READER_COLUMNS, WRITER_COLUMNS, WRITER_POSITION_COLUMNS
 
@@ -147,12 +147,12 @@ def test_token_positions(llama: Any, many: sl.ContrastivePairs, directions: sl.D
 
 
 def test_writers_refuse(llama: Any, many: sl.ContrastivePairs, directions: sl.Directions) -> None:
-    with pytest.raises(CircuitError, match="one block output"):
+    with pytest.raises(InputError, match="one block output"):
         find_writers(llama, many, directions, layer=[1, 2])
-    with pytest.raises(CircuitError, match="one block output"):
+    with pytest.raises(InputError, match="one block output"):
         find_writers(llama, many, directions, layer="blocks.1.hook_mlp_out")
     only = fitted(llama, many, layer=0)
-    with pytest.raises(DirectionError, match=r"no direction at blocks\.1"):
+    with pytest.raises(InputError, match=r"no direction at blocks\.1"):
         find_writers(llama, many, only, layer=1)
 
 
@@ -175,7 +175,7 @@ def test_blocks_that_are_not_a_sum_are_refused() -> None:
     pairs = sl.ContrastivePairs.from_lists(
         ["the day was good", "I felt good"], ["the day was bad", "I felt bad"]
     )
-    with pytest.raises(CircuitError, match=r"add up to|apart"):
+    with pytest.raises(InputError, match=r"add up to|apart"):
         find_writers(model, pairs, fitted(model, pairs, layer=1), layer=1)
 
 
@@ -435,7 +435,7 @@ def test_frozen_parameters_are_no_hindrance(pairs: sl.ContrastivePairs) -> None:
     after = find_readers(model, asked(model, pairs), given, steering, 2.0, **options).table
     assert after.effect.tolist() == pytest.approx(before.effect.tolist())
     assert not any(p.requires_grad for p in model.original_model.parameters())
-    with torch.inference_mode(), pytest.raises(CircuitError, match="inference_mode"):
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         find_readers(model, asked(model, pairs), given, steering, 2.0, **options)
 
 
@@ -446,7 +446,7 @@ def test_soft_capped_logits_are_refused(pairs: sl.ContrastivePairs) -> None:
     handle = model.original_model.lm_head.register_forward_hook(
         lambda module, args, out: 2 * torch.tanh(out / 2)
     )
-    with pytest.raises(CircuitError, match="not linear behind"):
+    with pytest.raises(InputError, match="not linear behind"):
         find_readers(model, asked(model, pairs), given, steering, 2.0, top=0, n_claimed=0)
     handle.remove()
     find_readers(model, asked(model, pairs), given, steering, 2.0, top=0, n_claimed=0)
@@ -454,14 +454,14 @@ def test_soft_capped_logits_are_refused(pairs: sl.ContrastivePairs) -> None:
 
 def test_conditions_on_prompts_are_refused() -> None:
     condition = sl.Condition(HAND, axis(), 0.0)
-    with pytest.raises(CircuitError, match="without a condition on the prompt"):
+    with pytest.raises(InputError, match="without a condition on the prompt"):
         Intervention(replace(vector(), condition=condition), 1.0)
 
 
 def test_negative_counts_are_refused(tiny: Any, read: Any) -> None:
     prompts, given, steering, _ = read
     for options in ({"top": -1}, {"n_claimed": -1}, {"n_draws": -1}, {"ig_steps": 0}):
-        with pytest.raises(CircuitError, match="0 or more"):
+        with pytest.raises(InputError, match="0 or more"):
             find_readers(tiny, prompts, given, steering, 1.0, **options)
 
 
@@ -479,7 +479,7 @@ def test_readers_refuse(tiny: Any, read: Any) -> None:
         ),
         (sl.SteeringVector.from_vectors({"blocks.0.hook_mlp_out": row}), 1.0, "one block output"),
     ):
-        with pytest.raises(CircuitError, match=message):
+        with pytest.raises(InputError, match=message):
             find_readers(tiny, prompts, given, bad, coefficient)
 
 
@@ -499,7 +499,7 @@ def test_what_is_no_answer(positive: torch.Tensor, negative: torch.Tensor) -> No
     unchecked = object.__new__(Answers)
     object.__setattr__(unchecked, "positive", positive)
     object.__setattr__(unchecked, "negative", negative)
-    with pytest.raises(CircuitError, match="token ids, a row a prompt"):
+    with pytest.raises(InputError, match="token ids, a row a prompt"):
         unchecked.__post_init__()
 
 
@@ -520,7 +520,7 @@ def test_contrast_answers_are_what_the_sides_make_likelier(
         "negative": ["bad"],
     }
     for n in (0, 81):
-        with pytest.raises(CircuitError, match="half the vocabulary"):
+        with pytest.raises(InputError, match="half the vocabulary"):
             contrast_answers(hand, hand_pairs, n_tokens=n)
 
 
@@ -543,7 +543,7 @@ def test_answers_of_items(hand: Any) -> None:
         ),
         "items",
     )
-    with pytest.raises(CircuitError, match="item 'a' begin with the same token"):
+    with pytest.raises(InputError, match="item 'a' begin with the same token"):
         item_answers(hand, same)
 
 
@@ -556,7 +556,7 @@ def test_repr(tiny: Any, read: Any) -> None:
 def test_models_without_heads_are_refused() -> None:
     model = bridge(build_llama(n_layers=2))
     del model.blocks[1].attn._modules["o"]
-    with pytest.raises((CircuitError, AttributeError)):
+    with pytest.raises((InputError, AttributeError)):
         find_writers(
             model,
             sl.ContrastivePairs.from_lists(["a good day", "I felt good"], ["a bad day", "I felt"]),

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.steering.coefficients import Calibration, parse_coefficient, step_sizes
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
@@ -44,25 +44,25 @@ def test_sizes_by_hand(coefficient: Any, sizes: tuple[float, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "%", "ten", "5 %%", "5 nats", "0x10", "1,5", "nan", "inf%"])
 def test_what_cannot_be_read(text: str) -> None:
-    with pytest.raises(SteeringError, match="cannot read the coefficient"):
+    with pytest.raises(InputError, match="cannot read the coefficient"):
         parse_coefficient(text)
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, "1e999", "1e999%"])
 def test_what_is_not_finite(number: Any) -> None:
-    with pytest.raises(SteeringError, match="finite"):
+    with pytest.raises(InputError, match="finite"):
         parse_coefficient(number)
 
 
 def test_what_was_not_measured_or_lies_beyond() -> None:
     unknown = Calibration.unknown(2)
     for coefficient in ("80%", "-80%", "1 norm"):
-        with pytest.raises(SteeringError, match=r"at blocks\.1\..*is not known"):
+        with pytest.raises(InputError, match=r"at blocks\.1\..*is not known"):
             step_sizes(coefficient, HOOKS, SCALE, unknown)
     far = Calibration(
         KNOWN.resid_norm, KNOWN.boundary_neg, torch.tensor([8.0, math.inf]), "kl=0.1", "neutral"
     )
-    with pytest.raises(SteeringError, match=r"at blocks\.2\..*beyond the searched range"):
+    with pytest.raises(InputError, match=r"at blocks\.2\..*beyond the searched range"):
         step_sizes("80%", HOOKS, SCALE, far)
     assert step_sizes("-80%", HOOKS, SCALE, far) == pytest.approx((-3.2, -16.0))
 

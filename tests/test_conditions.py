@@ -8,7 +8,7 @@ import torch
 
 import steerlens as sl
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import HookError, SteeringError
+from steerlens.errors import HookError, InputError
 from steerlens.steering import conditions, generate_tokens
 from steerlens.steering.conditions import (
     _balanced_accuracy,
@@ -132,11 +132,11 @@ def test_the_prompt_may_be_padded(llama: Any) -> None:
 def test_a_condition_must_be_read_first(llama: Any) -> None:
     late = vector(sl.Condition("blocks.2.hook_resid_post", OTHER, 0.0))
     with (
-        pytest.raises(SteeringError, match=r"read after blocks\.1\.hook_resid_post is steered"),
+        pytest.raises(InputError, match=r"read after blocks\.1\.hook_resid_post is steered"),
         sl.steer(llama, late, 1.0),
     ):
         states(llama, HOOK, torch.tensor(PROMPTS))
-    with pytest.raises(SteeringError, match="use `with steer"):
+    with pytest.raises(InputError, match="use `with steer"):
         late.fwd_hooks(1.0)
     assert late.fwd_hooks(0) == []
     missing = vector(sl.Condition("blocks.9.hook_resid_post", OTHER, 0.0))
@@ -161,7 +161,7 @@ def test_each_cache_keeps_its_prompts_decision(llama: Any) -> None:
         _, cache = llama(fails, **options)
         torch.testing.assert_close(unsteered, llama(more, past_key_values=cache))
         with (
-            pytest.raises(SteeringError, match="not run inside the block"),
+            pytest.raises(InputError, match="not run inside the block"),
             sl.steer(llama, of, 1.0),
         ):
             llama(more, past_key_values=cache)
@@ -171,7 +171,7 @@ def test_a_prompt_in_chunks_has_no_decision(llama: Any) -> None:
     of = vector(sl.Condition(EARLY, OTHER, 0.0))
     tokens = torch.tensor([[*PROMPTS[0], 9]])
     with (
-        pytest.raises(SteeringError, match="come in chunks"),
+        pytest.raises(InputError, match="come in chunks"),
         sl.steer(llama, of, 1.0),
     ):
         llama.hf_generate(tokens, max_new_tokens=2, do_sample=False, prefill_chunk_size=3)
@@ -187,7 +187,7 @@ def test_a_prompt_in_chunks_has_no_decision(llama: Any) -> None:
 def test_what_is_no_condition(fields: dict[str, Any], message: str) -> None:
     good: dict[str, Any] = {"hook_name": HOOK, "direction": OTHER, "threshold": 0.0}
     assert "prompt >= 0" in repr(sl.Condition(**good))
-    with pytest.raises(SteeringError, match=message):
+    with pytest.raises(InputError, match=message):
         sl.Condition(**good | fields)
 
 
@@ -263,7 +263,7 @@ def test_the_best_hook_is_taken(
 
 
 def test_what_a_condition_cannot_be_fitted_on(llama: Any, many: sl.ContrastivePairs) -> None:
-    with pytest.raises(SteeringError, match=r"no direction at blocks\.1"):
+    with pytest.raises(InputError, match=r"no direction at blocks\.1"):
         sl.fit_condition(llama, many, layers=[0, 1], directions={EARLY: OTHER})
-    with pytest.raises(SteeringError, match="do not differ"):
+    with pytest.raises(InputError, match="do not differ"):
         _fit(torch.ones(2, 3), torch.ones(2, 3), None)

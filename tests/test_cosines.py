@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steerlens as sl
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.tables import COSINE_COLUMNS
 
 
@@ -28,14 +28,14 @@ def test_cosines_by_hand() -> None:
 
 def test_what_has_no_cosine() -> None:
     one = {hook(0): torch.ones(2)}
-    with pytest.raises(SteeringError, match="got 1 of 2 numbers"):
+    with pytest.raises(InputError, match="got 1 of 2 numbers"):
         sl.cosine_table({"a": one})
-    with pytest.raises(SteeringError, match="2 and 3 numbers"):
+    with pytest.raises(InputError, match="2 and 3 numbers"):
         sl.cosine_table({"a": one, "b": {hook(0): torch.ones(3)}})
     for bad in (torch.zeros(2), torch.tensor([float("nan"), 1.0])):
-        with pytest.raises(SteeringError, match="zero or not finite"):
+        with pytest.raises(InputError, match="zero or not finite"):
             sl.cosine_table({"a": one, "b": {hook(0): bad}})
     huge = {hook(0): torch.tensor([1e30, 1e30])}
     assert sl.cosine_table({"a": one, "b": huge}).cosine.item() == pytest.approx(1)
-    with pytest.raises(SteeringError, match="got 0 of no numbers"):
+    with pytest.raises(InputError, match="got 0 of no numbers"):
         sl.cosine_table({})

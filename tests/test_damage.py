@@ -16,7 +16,7 @@ from test_tokens import padding
 import steerlens as sl
 from steerlens.data.pairs import Message
 from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
-from steerlens.errors import ActivationError, DirectionError, PairError, SteeringError, SweepError
+from steerlens.errors import InputError
 from steerlens.models.hooks import readout_hook, resid_post
 from steerlens.steering import Ablate
 from steerlens.tables import TOKEN_COLUMNS, read_csv, write_csv
@@ -232,7 +232,7 @@ def test_ablation_has_no_other_side(
     found = sl.token_damage(llama, ["the river was"], vector, coefficients=[1])
     np.testing.assert_allclose(found.steered_projection, 0, atol=1e-4)
     assert found.projection.abs().min() > 1e-2
-    with pytest.raises(SteeringError, match="ablate"):
+    with pytest.raises(InputError, match="ablate"):
         sl.token_damage(llama, pairs, vector, coefficients=[1])
 
 
@@ -272,28 +272,28 @@ def test_what_is_refused(
 
     damage()
     for error, message, given in (
-        (SweepError, "expected one hook, got 5", {"layer": None}),
-        (SweepError, "expected one hook, got 2", {"layer": [1, 2]}),
-        (SweepError, "list of prompts", {"prompts": "the river"}),
-        (SweepError, "list of prompts", {"prompts": []}),
-        (SweepError, "different ids", {"prompts": ["I", "you"], "ids": ["a", "a"]}),
-        (SweepError, "different ids", {"ids": ["a", "b"]}),
-        (SweepError, "at least one coefficient", {"coefficients": []}),
-        (SteeringError, "finite", {"coefficients": [math.nan]}),
-        (SteeringError, "needs a SteeringVector", {"coefficients": ["80%"]}),
-        (PairError, "have no continuation", {"steered_positions": "last"}),
+        (InputError, "expected one hook, got 5", {"layer": None}),
+        (InputError, "expected one hook, got 2", {"layer": [1, 2]}),
+        (InputError, "list of prompts", {"prompts": "the river"}),
+        (InputError, "list of prompts", {"prompts": []}),
+        (InputError, "different ids", {"prompts": ["I", "you"], "ids": ["a", "a"]}),
+        (InputError, "different ids", {"ids": ["a", "b"]}),
+        (InputError, "at least one coefficient", {"coefficients": []}),
+        (InputError, "finite", {"coefficients": [math.nan]}),
+        (InputError, "needs a SteeringVector", {"coefficients": ["80%"]}),
+        (InputError, "have no continuation", {"steered_positions": "last"}),
     ):
         with pytest.raises(error, match=message):
             damage(**given)
     short = direction_at(HOOK, [1.0, 0.0])
-    with pytest.raises(DirectionError, match=r"no direction .* at blocks\.2"):
+    with pytest.raises(InputError, match=r"no direction .* at blocks\.2"):
         damage(along=short)
-    with pytest.raises(DirectionError, match="d_model 2, this model 32"):
+    with pytest.raises(InputError, match="d_model 2, this model 32"):
         damage(along=direction_at(resid_post(4), [1.0, 0.0]), layer=4)
     far = sl.fit_directions(sl.collect_differences(llama, pairs, layers=1, position=-4))
-    with pytest.raises(ActivationError, match="position -4 is outside the prompt '1'"):
+    with pytest.raises(InputError, match="position -4 is outside the prompt '1'"):
         damage(prompts=["the river"], along=far)
     vector = sl.SteeringVector.from_directions(llama, directions, layers=[1])
     condition = sl.Condition(resid_post(0), directions[HOOK].float(), 0.0, True, "token")
-    with pytest.raises(SteeringError, match="condition"):
+    with pytest.raises(InputError, match="condition"):
         damage(along=replace(vector, condition=condition), layer=None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from steerlens import ContrastivePair, ContrastivePairs, dataset_names, neutral_texts
 from steerlens.data.pairs import Message, dataset_card, render
-from steerlens.errors import PairError
+from steerlens.errors import InputError
 
 GOOD = '{"positive": "you are kind", "negative": "you are rude"}'
 # Closes every turn, as most chat models do: an open turn must not get this end mark.
@@ -200,7 +200,7 @@ BAD_LINES: dict[str, tuple[str | bytes, str, str]] = {
 def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> None:
     bad, repaired, reason = BAD_LINES[name]
     path = write(tmp_path, GOOD, "", bad, GOOD)
-    with pytest.raises(PairError) as caught:
+    with pytest.raises(InputError) as caught:
         ContrastivePairs.from_jsonl(path)
     assert f"{path}:3: " in str(caught.value)
     assert reason in str(caught.value)
@@ -212,7 +212,7 @@ def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("lines", [(), ("", " "), (GOOD,), ("", GOOD)])
 def test_fewer_than_two_pairs_are_refused(tmp_path: Path, lines: tuple[str, ...]) -> None:
     n_pairs = lines.count(GOOD)
-    with pytest.raises(PairError, match=f"at least 2 contrastive pairs, got {n_pairs}"):
+    with pytest.raises(InputError, match=f"at least 2 contrastive pairs, got {n_pairs}"):
         ContrastivePairs.from_jsonl(write(tmp_path, *lines))
     assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines, GOOD, GOOD))) == n_pairs + 2
 
@@ -224,14 +224,14 @@ def test_ids_are_distinct_default_ones_too(
     def lines(*ids: Any) -> list[str]:
         return [GOOD if id_ is None else record(id=id_) for id_ in ids]
 
-    with pytest.raises(PairError, match=f"id '{repeated}' occurs twice"):
+    with pytest.raises(InputError, match=f"id '{repeated}' occurs twice"):
         ContrastivePairs.from_jsonl(write(tmp_path, *lines(*ids)))
     assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines(ids[0], "other")))) == 2
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(PairError, match="cannot be read") as caught:
+        with pytest.raises(InputError, match="cannot be read") as caught:
             ContrastivePairs.from_jsonl(path)
         assert str(path) in str(caught.value)
     assert len(ContrastivePairs.from_jsonl(str(write(tmp_path, GOOD, GOOD)))) == 2
@@ -256,16 +256,16 @@ def test_from_lists_of_text_and_of_messages() -> None:
     [(["a", "b"], ["c"]), (["a", "b"], ["c", "d"], ["e"]), (["a", "b"], ["c", "d"], [])],
 )
 def test_from_lists_of_different_lengths_is_refused(columns: tuple[list[str], ...]) -> None:
-    with pytest.raises(PairError, match="lists of one length"):
+    with pytest.raises(InputError, match="lists of one length"):
         ContrastivePairs.from_lists(*columns)
     full = [[*column, "x", "y"][:2] for column in columns]
     assert len(ContrastivePairs.from_lists(*full)) == 2
 
 
 def test_from_lists_names_the_bad_item() -> None:
-    with pytest.raises(PairError, match="mine: record 2: negative: expected text"):
+    with pytest.raises(InputError, match="mine: record 2: negative: expected text"):
         ContrastivePairs.from_lists(["a", "b"], ["c", ""], name="mine")
-    with pytest.raises(PairError, match=r"mine: record 2: .* equal"):
+    with pytest.raises(InputError, match=r"mine: record 2: .* equal"):
         ContrastivePairs.from_lists(["a", "b"], ["c", "b"], name="mine")
     assert len(ContrastivePairs.from_lists(["a", "b"], ["c", "d"], name="mine")) == 2
 
@@ -276,7 +276,7 @@ def test_pairs_made_by_hand_are_checked_too() -> None:
         (ContrastivePair("a", "a", id="2"), "pair '2' has equal"),
         (ContrastivePair("a", "b", id="1"), "id '1' occurs twice"),
     ):
-        with pytest.raises(PairError, match=reason):
+        with pytest.raises(InputError, match=reason):
             ContrastivePairs((good, pair))
     assert len(ContrastivePairs((good, ContrastivePair("a", "b", id="2")))) == 2
 
@@ -299,7 +299,7 @@ def test_from_dataset_reads_messages_and_refuses_a_missing_column() -> None:
     ]
     data = Dataset.from_list(rows)
     assert ContrastivePairs.from_dataset(data)[1].positive == (Message("user", "b+"),)
-    with pytest.raises(PairError, match="dataset: record 1: missing key 'negative'"):
+    with pytest.raises(InputError, match="dataset: record 1: missing key 'negative'"):
         ContrastivePairs.from_dataset(data.remove_columns("negative"))
 
 
@@ -316,7 +316,7 @@ def test_pairs_are_a_sequence() -> None:
     assert made.pairs[2] in made
     with pytest.raises(IndexError):
         made[5]
-    with pytest.raises(PairError, match="at least 2"):
+    with pytest.raises(InputError, match="at least 2"):
         made[:1]
 
 
@@ -378,7 +378,7 @@ def test_split_depends_on_the_seed() -> None:
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, float("nan"), 0.1, 0.9])
 def test_a_split_part_of_fewer_than_two_pairs_is_refused(fraction: float) -> None:
     made = numbered(8)
-    with pytest.raises(PairError, match=f"test_fraction={fraction} of 8 pairs"):
+    with pytest.raises(InputError, match=f"test_fraction={fraction} of 8 pairs"):
         made.split(fraction)
     assert [len(part) for part in made.split(0.25)] == [6, 2]
 
@@ -426,19 +426,19 @@ def test_neutral_texts_are_200_distinct_lines() -> None:
 
 @pytest.mark.parametrize("name", ["sentimnt", "neutral", "", "../data/honesty"])
 def test_an_unknown_dataset_is_refused_with_the_known_names(name: str) -> None:
-    with pytest.raises(PairError, match=r"formality, honesty, sentiment"):
+    with pytest.raises(InputError, match=r"formality, honesty, sentiment"):
         ContrastivePairs.load(name)
     assert ContrastivePairs.load("sentiment") == ContrastivePairs.load("sentiment", split="train")
 
 
 @pytest.mark.parametrize("name", ["sentimnt", "", "../data/honesty"])
 def test_an_unknown_card_is_refused(name: str) -> None:
-    with pytest.raises(PairError, match=r"formality, honesty, sentiment"):
+    with pytest.raises(InputError, match=r"formality, honesty, sentiment"):
         dataset_card(name)
 
 
 def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(PairError, match="train, test, not 'valid'"):
+    with pytest.raises(InputError, match="train, test, not 'valid'"):
         ContrastivePairs.load("honesty", split="valid")
     assert len(ContrastivePairs.load("honesty", split="test")) >= 100
 
@@ -476,7 +476,7 @@ def test_shipped_prompts_end_with_their_opening(name: str) -> None:
 
 
 def test_messages_need_a_chat_template() -> None:
-    with pytest.raises(PairError, match="no chat template"):
+    with pytest.raises(InputError, match="no chat template"):
         render((USER,), build_tokenizer(chat_template=None))
     assert render((USER,), build_tokenizer()) == "<s>[user] how \n[assistant] "
 
@@ -487,7 +487,7 @@ def test_a_template_that_rejects_a_role_is_a_pair_error() -> None:
         "{{ raise_exception('no system turn here') }}{% endif %}{{ m.content }}{% endfor %}"
     )
     tokenizer = build_tokenizer(chat_template=template)
-    with pytest.raises(PairError, match=r"\['system', 'user'\]: no system turn here"):
+    with pytest.raises(InputError, match=r"\['system', 'user'\]: no system turn here"):
         render((Message("system", "kind"), USER), tokenizer)
     assert render((USER,), tokenizer) == "how"
 
@@ -498,14 +498,14 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     file.write_text(good)
     assert len(ContrastivePairs.from_jsonl(file)) == 2
     file.write_text(good.replace('"positive": "c"', '"positive": "c", "positive": "e"'))
-    with pytest.raises(PairError, match=r"pairs\.jsonl:2.*'positive' occurs twice"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl:2.*'positive' occurs twice"):
         ContrastivePairs.from_jsonl(file)
 
 
 def test_a_number_too_long_to_read_is_an_error_of_its_line(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"positive": "a", "negative": "b", "note": ' + "9" * 5000 + "}\n")
-    with pytest.raises(PairError, match=r"pairs\.jsonl:1"):
+    with pytest.raises(InputError, match=r"pairs\.jsonl:1"):
         ContrastivePairs.from_jsonl(file)
     file.write_text('{"positive": "a", "negative": "b", "note": 9}\n' * 2)
     assert len(ContrastivePairs.from_jsonl(file)) == 2

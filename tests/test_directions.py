@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import steerlens as sl
 from steerlens.directions.differences import Differences
-from steerlens.errors import DirectionError
+from steerlens.errors import InputError
 from steerlens.models.loading import inference
 from steerlens.steering import steering_hooks
 
@@ -126,14 +126,14 @@ def test_random_depends_on_seed_and_hook_only() -> None:
     ],
 )
 def test_degenerate_differences_are_refused(values: Any, method: str, reason: str) -> None:
-    with pytest.raises(DirectionError, match=reason):
+    with pytest.raises(InputError, match=reason):
         sl.fit_directions(differences_of(values), method=method)
     sl.fit_directions(differences_of(torch.tensor([[1.0, 2.0], [0.5, 1.0]])), method="pca_centred")
 
 
 def test_same_token_on_both_sides_is_refused(llama: Any, pairs: sl.ContrastivePairs) -> None:
     """At position 0 both prompts hold BOS: the difference is rounding at most."""
-    with pytest.raises(DirectionError, match="same activation at position 0"):
+    with pytest.raises(InputError, match="same activation at position 0"):
         sl.fit_directions(sl.collect_differences(llama, pairs, position=0))
     sl.fit_directions(sl.collect_differences(llama, pairs, position=3))
 
@@ -148,7 +148,7 @@ def test_directions_are_a_mapping_with_norm_1(llama: Any, pairs: sl.ContrastiveP
     assert directions.fingerprint == pairs.fingerprint
     with pytest.raises(KeyError):
         directions["blocks.1.hook_resid_post"]
-    with pytest.raises(DirectionError, match="has norm 2"):
+    with pytest.raises(InputError, match="has norm 2"):
         replace(directions, vectors=2 * directions.vectors)
 
 

@@ -11,7 +11,7 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.directions.gradients import loss_gradients
-from steerlens.errors import ActivationError, ModelError
+from steerlens.errors import InputError, ModelError
 from steerlens.models import loading as models
 
 HALF = [torch.bfloat16, torch.float16]
@@ -135,7 +135,7 @@ def test_an_activation_beyond_float16_is_named() -> None:
     for one in (model, wide):
         with torch.no_grad():
             one.original_model.model.layers[1].mlp.down_proj.weight.mul_(100)
-    with pytest.raises(ActivationError, match=r"NaN or inf .* at blocks\.1\.hook_resid_post"):
+    with pytest.raises(InputError, match=r"NaN or inf .* at blocks\.1\.hook_resid_post"):
         sl.collect_differences(model, LARGE)
     sl.collect_differences(wide, LARGE)
 

@@ -16,7 +16,7 @@ from steerlens.directions.methods import null_directions
 from steerlens.engine.cells import Job
 from steerlens.engine.tokenization import tokenize_items, tokenize_prompt
 from steerlens.engine.workload import Cost
-from steerlens.errors import DirectionError, PairError, SweepError
+from steerlens.errors import InputError
 from steerlens.loss import label_logprob
 from steerlens.measure import comparison as compare
 from steerlens.measure import split_half as reliability
@@ -375,14 +375,14 @@ def test_intervals_cover_the_truth_in_nine_of_ten_datasets() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"methods": []}, SweepError, "at least one method"),
-        ({"methods": ["best"]}, DirectionError, "there are mean_diff"),
-        ({"n_null": 1}, SweepError, "n_null"),
-        ({"budget": "loss=1"}, SweepError, "budget"),
-        ({"neutral": ["the sun", "a river"]}, SweepError, "4 neutral texts"),
-        ({"neutral": ["the sun", "a river", "so", "it is", ""]}, PairError, "text 5"),
-        ({"train_items": make_items("the river was")}, PairError, "both in the training"),
-        ({"layers": [1], "methods": ["optimised_promotion"]}, DirectionError, "give items"),
+        ({"methods": []}, InputError, "at least one method"),
+        ({"methods": ["best"]}, InputError, "there are mean_diff"),
+        ({"n_null": 1}, InputError, "n_null"),
+        ({"budget": "loss=1"}, InputError, "budget"),
+        ({"neutral": ["the sun", "a river"]}, InputError, "4 neutral texts"),
+        ({"neutral": ["the sun", "a river", "so", "it is", ""]}, InputError, "text 5"),
+        ({"train_items": make_items("the river was")}, InputError, "both in the training"),
+        ({"layers": [1], "methods": ["optimised_promotion"]}, InputError, "give items"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -418,7 +418,7 @@ def test_reliability_of_a_planted_direction() -> None:
     assert found.pca_cosine > 0.95 > nothing.pca_cosine
     assert found.agreement > 0.4 > 0.3 > nothing.agreement
     assert reliability(given, n_splits=20).equals(table)
-    with pytest.raises(DirectionError, match="at least 8 pairs"):
+    with pytest.raises(InputError, match="at least 8 pairs"):
         reliability(replace(given, positive=given.positive[:, :5], negative=given.negative[:, :5]))
 
 
@@ -434,7 +434,7 @@ def test_items_that_tokenise_alike_are_refused(llama: Any) -> None:
     alike = PreferenceItems(
         (PreferenceItem("the sun", "zzz", "qqq", "1"), PreferenceItem("the day", "so", "it", "2"))
     )
-    with pytest.raises(PairError, match="item '1' tokenise to the same ids"):
+    with pytest.raises(InputError, match="item '1' tokenise to the same ids"):
         tokenize_items(llama, alike)
 
 
@@ -470,7 +470,7 @@ def test_continuations_stay_within_the_context(gpt2: Any) -> None:
 
 def test_few_pairs_have_few_shuffles(llama: Any, pairs: sl.ContrastivePairs) -> None:
     differences = sl.collect_differences(llama, pairs[:4], layers=[1])
-    with pytest.raises(DirectionError, match="in 6 ways only, and 20"):
+    with pytest.raises(InputError, match="in 6 ways only, and 20"):
         null_directions(differences, n=20, seed=0)
     assert len(null_directions(differences, n=6, seed=0)["shuffled"]) == 6
 
@@ -488,5 +488,5 @@ def test_texts_are_a_list(
     options: dict[str, Any],
     message: str,
 ) -> None:
-    with pytest.raises(SweepError, match=message):
+    with pytest.raises(InputError, match=message):
         compare(llama, many, items, methods=["mean_diff"], layers=[1], **options)

@@ -17,7 +17,7 @@ import transformers
 from conftest import bridge, build_gpt2, build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens.errors import ExportError, SteeringError
+from steerlens.errors import InputError
 from steerlens.steering import Calibration
 from steerlens.steering.export import CARRIERS
 
@@ -111,7 +111,7 @@ def test_control_vectors_of_other_tools(tmp_path: Path, llama: Any) -> None:
 
 def test_block_0_has_no_slot(vector: sl.SteeringVector, tmp_path: Path) -> None:
     whole = sl.SteeringVector.from_vectors({"blocks.0.hook_resid_post": torch.ones(4)})
-    with pytest.raises(ExportError, match="no slot for the output of block 0"):
+    with pytest.raises(InputError, match="no slot for the output of block 0"):
         sl.to_gguf(whole, tmp_path / "v.gguf")
     assert list(tmp_path.iterdir()) == []
 
@@ -137,28 +137,28 @@ def test_what_formats_that_only_add_cannot_carry(
         sl.to_repeng,
         lambda v: sl.bake(llama, v, 1.0, tmp_path / "baked"),
     ):
-        with pytest.raises(ExportError, match=message):
+        with pytest.raises(InputError, match=message):
             export(bad)
     sl.to_gguf(good, tmp_path / "v.gguf")
     sl.to_repeng(good)
 
 
 def test_files_that_are_no_control_vectors(vector: sl.SteeringVector, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"ends in \.gguf"):
+    with pytest.raises(InputError, match=r"ends in \.gguf"):
         sl.to_gguf(vector, tmp_path / "v.safetensors")
-    with pytest.raises(ExportError, match="cannot write"):
+    with pytest.raises(InputError, match="cannot write"):
         sl.to_gguf(vector, tmp_path / "missing" / "v.gguf")
-    with pytest.raises(ExportError, match="no GGUF file"):
+    with pytest.raises(InputError, match="no GGUF file"):
         sl.from_gguf(tmp_path / "v.gguf")
     path = tmp_path / "v.gguf"
     sl.to_gguf(vector, path)
     whole = path.read_bytes()
     for length in [*range(0, len(whole) - 40, 101), len(whole) - 40]:
         path.write_bytes(whole[:length])
-        with pytest.raises(ExportError):
+        with pytest.raises(InputError):
             sl.from_gguf(path)
     torch.save({}, path)
-    with pytest.raises(ExportError, match="pickle"):
+    with pytest.raises(InputError, match="pickle"):
         sl.from_gguf(path)
     for arch, name, data, message in (
         ("llama", "direction.1", np.ones(4, np.float32), "architecture 'llama'"),
@@ -173,7 +173,7 @@ def test_files_that_are_no_control_vectors(vector: sl.SteeringVector, tmp_path: 
         for step in ("header", "kv_data", "tensors"):
             getattr(writer, f"write_{step}_to_file")()
         writer.close()
-        with pytest.raises(ExportError, match=message):
+        with pytest.raises(InputError, match=message):
             sl.from_gguf(path)
 
 
@@ -189,10 +189,10 @@ def test_headers_that_claim_too_much(tmp_path: Path) -> None:
         struct.pack("<I", 4),
     ):
         path.write_bytes(begin + rest)
-        with pytest.raises(ExportError, match="not a whole GGUF file"):
+        with pytest.raises(InputError, match="not a whole GGUF file"):
             sl.from_gguf(path)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60))
-    with pytest.raises(ExportError, match="claims"):
+    with pytest.raises(InputError, match="claims"):
         sl.from_gguf(path)
 
 
@@ -215,10 +215,10 @@ def test_a_record_that_does_not_fit_its_tensors(vector: sl.SteeringVector, tmp_p
     content = path.read_bytes()
     assert content.count(b'"scale": [1.0, 1.0]') == 1
     path.write_bytes(content.replace(b'"scale": [1.0, 1.0]', b'"scale": [1.0, 2.0]'))
-    with pytest.raises(ExportError, match="does not fit its tensors"):
+    with pytest.raises(InputError, match="does not fit its tensors"):
         sl.from_gguf(path)
     path.write_bytes(content.replace(b'"scale": [1.0, 1.0]', b'"scale": {1.0, 1.0]'))
-    with pytest.raises(ExportError, match="does not fit its tensors"):
+    with pytest.raises(InputError, match="does not fit its tensors"):
         sl.from_gguf(path)
 
 
@@ -283,16 +283,16 @@ def test_steering_vectors_gives_our_logits(llama: Any, hook: str) -> None:
 
 def test_what_steering_vectors_cannot_hold() -> None:
     mixed = {"blocks.1.hook_mlp_out": torch.ones(2), "blocks.1.hook_attn_out": torch.ones(2)}
-    with pytest.raises(ExportError, match="this one has hook_attn_out, hook_mlp_out"):
+    with pytest.raises(InputError, match="this one has hook_attn_out, hook_mlp_out"):
         sl.to_steering_vectors(sl.SteeringVector.from_vectors(mixed))
     good = sl.SteeringVector.from_vectors(ROWS)
-    with pytest.raises(ExportError, match="not an operator"):
+    with pytest.raises(InputError, match="not an operator"):
         sl.to_steering_vectors(replace(good, operator=sl.Rotate()))
     other = steering_vectors.SteeringVector({1: torch.ones(2)}, "input_layernorm")
-    with pytest.raises(ExportError, match="'input_layernorm'"):
+    with pytest.raises(InputError, match="'input_layernorm'"):
         sl.from_steering_vectors(other)
     zero = steering_vectors.SteeringVector({1: torch.zeros(2)}, "mlp")
-    with pytest.raises(SteeringError, match="no direction"):
+    with pytest.raises(InputError, match="no direction"):
         sl.from_steering_vectors(zero)
 
 
@@ -361,19 +361,19 @@ def test_what_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
         **SMALL,
     )
     qwen = bridge(transformers.AutoModelForCausalLM.from_config(config).eval())
-    with pytest.raises(ExportError, match="'qwen2' checkpoints have no bias"):
+    with pytest.raises(InputError, match="'qwen2' checkpoints have no bias"):
         sl.bake(qwen, vector, 1.0, tmp_path / "baked")
-    with pytest.raises(ExportError, match="coefficient 0"):
+    with pytest.raises(InputError, match="coefficient 0"):
         sl.bake(llama, vector, "0%", tmp_path / "baked")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ExportError, match="not empty"):
+    with pytest.raises(InputError, match="not empty"):
         sl.bake(llama, vector, 1.0, tmp_path / "full")
     processed = bridge(build_llama())
     processed.enable_compatibility_mode()
-    with pytest.raises(ExportError, match="without weight processing"):
+    with pytest.raises(InputError, match="without weight processing"):
         sl.bake(processed, vector, 1.0, tmp_path / "baked")
-    with pytest.raises(SteeringError, match="d_model 4"):
+    with pytest.raises(InputError, match="d_model 4"):
         sl.bake(
             llama,
             sl.SteeringVector.from_vectors({"blocks.1.hook_resid_post": torch.ones(4)}),
@@ -387,7 +387,7 @@ def test_a_model_that_is_not_what_its_weights_say_is_not_baked(tmp_path: Path) -
     model = bridge(build_llama())
     handle = model.original_model.lm_head.register_forward_hook(lambda m, i, out: out * 1.01)
     vector = sl.SteeringVector.from_vectors(ROWS)
-    with pytest.raises(ExportError, match="differ from the hooked model's by"):
+    with pytest.raises(InputError, match="differ from the hooked model's by"):
         sl.bake(model, vector, 1.0, tmp_path / "baked")
     handle.remove()
     sl.bake(model, vector, 1.0, tmp_path / "baked")

@@ -10,7 +10,7 @@ from conftest import bridge, build_llama, build_tokenizer
 import steerlens as sl
 from steerlens.data.pairs import Message
 from steerlens.engine.tokenization import tokenize_prompt
-from steerlens.errors import SteeringError, SweepError
+from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
 from steerlens.steering import generate_tokens
 from steerlens.tables import GENERATION_COLUMNS, read_csv, write_csv
@@ -118,11 +118,11 @@ def test_a_file_keeps_every_text(llama: Any, directions: sl.Directions, tmp_path
 
 def test_what_is_refused(llama: Any, directions: sl.Directions) -> None:
     assert len(write(llama, PROMPTS, directions)) == 6
-    with pytest.raises(SteeringError, match="got 1 and 0"):
+    with pytest.raises(InputError, match="got 1 and 0"):
         write(llama, PROMPTS, directions, max_new_tokens=0)
-    with pytest.raises(SweepError, match="expected one hook, got 5"):
+    with pytest.raises(InputError, match="expected one hook, got 5"):
         write(llama, PROMPTS, directions, layer=None)
-    with pytest.raises(SweepError, match="list of prompts"):
+    with pytest.raises(InputError, match="list of prompts"):
         write(llama, [], directions)
-    with pytest.raises(SteeringError, match="finite"):
+    with pytest.raises(InputError, match="finite"):
         write(llama, PROMPTS, directions, coefficients=[float("inf")])

@@ -9,7 +9,7 @@ import torch
 import steerlens as sl
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import DirectionError, SweepError
+from steerlens.errors import InputError
 from steerlens.loss import contrastive_steering_loss, label_logprob
 from steerlens.measure.plane import SHARES, loss_geometry
 from steerlens.tables import CONTOUR_COLUMNS, GEOMETRY_COLUMNS, SHAPE_COLUMNS
@@ -134,12 +134,12 @@ def test_arrows_are_finite_differences_of_the_loss(
 def test_a_geometry_without_meaning_is_refused(
     llama: Any, many: sl.ContrastivePairs, directions: Directions
 ) -> None:
-    with pytest.raises(SweepError, match="n_angles"):
+    with pytest.raises(InputError, match="n_angles"):
         loss_geometry(llama, many, directions, layers=[1], n_angles=2)
-    with pytest.raises(SweepError, match="weight"):
+    with pytest.raises(InputError, match="weight"):
         loss_geometry(llama, many, directions, layers=[1], weight=float("nan"))
-    with pytest.raises(SweepError, match="weight must be 0 or more"):
+    with pytest.raises(InputError, match="weight must be 0 or more"):
         loss_geometry(llama, many, directions, layers=[1], weight=-1)
     fitted = sl.fit_directions(sl.collect_differences(llama, many, layers=[0]))
-    with pytest.raises(DirectionError, match=r"blocks\.1"):
+    with pytest.raises(InputError, match=r"blocks\.1"):
         loss_geometry(llama, many, fitted, layers=[1])

@@ -11,7 +11,7 @@ import steerlens as sl
 from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.engine.batches import make_batches
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import ActivationError, DirectionError, HookError, SweepError
+from steerlens.errors import HookError, InputError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
@@ -149,14 +149,14 @@ def test_penalty_and_its_slope_at_each_pair(double: Any, continued: sl.Contrasti
     flat = loss_gradients(double, continued, layers=[0], position=-1, margin=1.0)
     assert not flat.coherence.any()
     assert bool(found.coherence.any())
-    with pytest.raises(SweepError, match="no weight balances"):
+    with pytest.raises(InputError, match="no weight balances"):
         flat.with_weight("balanced")
 
 
 def test_a_position_without_a_later_label_is_refused(
     double: Any, pairs: sl.ContrastivePairs, continued: sl.ContrastivePairs
 ) -> None:
-    with pytest.raises(ActivationError, match="no label comes after position -1"):
+    with pytest.raises(InputError, match="no label comes after position -1"):
         loss_gradients(double, pairs, position=-1)
     last_but_one = loss_gradients(double, pairs, position=-2)
     assert bool((last_but_one.coherence.norm(dim=-1) > 0).all())
@@ -248,15 +248,15 @@ def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> No
     [
         ({"loss_hook": "blocks.0.hook_mlp_out"}, HookError, "a block's output"),
         ({"loss_hook": resid_post(0), "layers": [1]}, HookError, "comes before blocks.1"),
-        ({"layers": ["blocks.0.hook_mlp_out", "blocks.0.mlp.hook_pre"]}, ActivationError, "widths"),
+        ({"layers": ["blocks.0.hook_mlp_out", "blocks.0.mlp.hook_pre"]}, InputError, "widths"),
         ({"loss_hook": "all"}, HookError, "names 3"),
         ({"loss_hook": resid_post(2), "per_layer": True}, HookError, "not both"),
-        ({"weight": -1}, SweepError, "weight"),
-        ({"weight": math.nan}, SweepError, "weight"),
-        ({"margin": math.inf}, SweepError, "margin"),
-        ({"n_scores": -1}, SweepError, "n_scores"),
-        ({"position": 40}, ActivationError, "position 40"),
-        ({"layers": "blocks.0.attn.hook_pattern"}, ActivationError, "residual stream"),
+        ({"weight": -1}, InputError, "weight"),
+        ({"weight": math.nan}, InputError, "weight"),
+        ({"margin": math.inf}, InputError, "margin"),
+        ({"n_scores": -1}, InputError, "n_scores"),
+        ({"position": 40}, InputError, "position 40"),
+        ({"layers": "blocks.0.attn.hook_pattern"}, InputError, "residual stream"),
     ],
 )
 def test_what_has_no_meaning_is_refused(
@@ -286,9 +286,9 @@ def test_equal_prompts_have_no_separation(llama: Any) -> None:
     found = loss_gradients(llama, given, layers=[1], position=3)
     assert not found.separation_positive.any()
     assert not found.negative.any()
-    with pytest.raises(SweepError, match="no weight balances"):
+    with pytest.raises(InputError, match="no weight balances"):
         found.with_weight("balanced")
-    with pytest.raises(DirectionError, match="nothing separates them there"):
+    with pytest.raises(InputError, match="nothing separates them there"):
         sl.fit_directions(found, method="gradient_mean")
     later = loss_gradients(llama, given, layers=[1], position=5)
     assert bool(later.separation_positive.any())

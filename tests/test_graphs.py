@@ -37,7 +37,7 @@ from steerlens.circuits.graphs import (
     run_nodes,
 )
 from steerlens.circuits.random_control import mean_kl
-from steerlens.errors import CircuitError
+from steerlens.errors import InputError
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS
 
 NOTHING = Intervention()
@@ -356,12 +356,12 @@ def test_circuits_refuse(tiny: Any, pairs: sl.ContrastivePairs, steering: Any) -
         ({"shares": ()}, "between 0 and 1"),
         ({"levels": ("layer",)}, "levels are"),
     ):
-        with pytest.raises(CircuitError, match=message):
+        with pytest.raises(InputError, match=message):
             compare_circuits(tiny, pairs, given, pushed, **options)
     for bad in ({}, {UNSTEERED: NOTHING}):
-        with pytest.raises(CircuitError, match="one or more interventions"):
+        with pytest.raises(InputError, match="one or more interventions"):
             compare_circuits(tiny, pairs, given, bad)
-    with pytest.raises(CircuitError, match="added at one hook, got 0"):
+    with pytest.raises(InputError, match="added at one hook, got 0"):
         random_intervention(tiny, pairs, NOTHING)
 
 
@@ -370,7 +370,7 @@ def test_edges_are_for_vectors_that_are_added(
 ) -> None:
     given = contrast_answers(tiny, pairs, n_tokens=3)
     gone = {"gone": Intervention(replace(steering, operator=sl.Ablate()), 1.0)}
-    with pytest.raises(CircuitError, match="vectors must be added"):
+    with pytest.raises(InputError, match="vectors must be added"):
         compare_circuits(tiny, pairs, given, gone, shares=(0.5,))
     found = compare_circuits(tiny, pairs, given, gone, shares=(0.5,), levels=("node",), n_splits=1)
     assert found.table.level.tolist() == ["node"]
@@ -407,7 +407,7 @@ def test_blocks_whose_writes_are_normed_are_refused() -> None:
         ["the day was good", "I felt good"], ["the day was bad", "I felt bad"]
     )
     vector = sl.SteeringVector.from_vectors({"blocks.0.hook_resid_post": torch.ones(32)})
-    with pytest.raises(CircuitError, match="unexplained"):
+    with pytest.raises(InputError, match="unexplained"):
         compare_circuits(
             model, pairs, answers(model), {"x": Intervention(vector, 1.0)}, levels=("node",)
         )
@@ -417,9 +417,9 @@ def test_answers_of_each_pair(tiny: Any, pairs: sl.ContrastivePairs) -> None:
     rows = torch.arange(len(pairs))[:, None] + 10
     contrast = make_contrast(tiny, pairs, Answers(rows, rows + 20))
     assert contrast.answers.positive[:, 0].tolist() == 2 * list(range(10, 18))
-    with pytest.raises(CircuitError, match="one row, or in 16"):
+    with pytest.raises(InputError, match="one row, or in 16"):
         make_contrast(tiny, pairs, Answers(rows[:3], rows[:3] + 20))
-    with pytest.raises(CircuitError, match="from 0 to 159, got 500"):
+    with pytest.raises(InputError, match="from 0 to 159, got 500"):
         make_contrast(tiny, pairs, Answers(torch.tensor([[500]]), torch.tensor([[1]])))
 
 
@@ -429,7 +429,7 @@ def test_a_behaviour_that_is_not_there(hand_pairs: sl.ContrastivePairs) -> None:
         model.original_model.lm_head.weight.zero_()
     steering = sl.SteeringVector.from_vectors({"blocks.0.hook_resid_post": axis()})
     assert steering.d_model == WIDTH > DIRECTION
-    with pytest.raises(CircuitError, match="nothing that a circuit could explain"):
+    with pytest.raises(InputError, match="nothing that a circuit could explain"):
         compare_circuits(
             model, hand_pairs, answers(model), {"x": Intervention(steering, 1.0)}, shares=(0.5,)
         )

@@ -25,7 +25,7 @@ from test_resume import (  # noqa: F401 (fixtures)
 
 import steerlens as sl
 from steerlens.cli import sweeps
-from steerlens.errors import OutputError
+from steerlens.errors import FileError
 from steerlens.runs.unfinished import open_parts, read_started
 
 # A full disk
@@ -103,7 +103,7 @@ def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> N
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"1\n"
         with (
-            pytest.raises(OutputError, match="another process is at work"),
+            pytest.raises(FileError, match="another process is at work"),
             open_parts(tmp_path, REQUEST, options={}),
         ):
             pass

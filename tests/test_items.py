@@ -8,7 +8,7 @@ import pytest
 
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.pairs import ContrastivePairs, Message, dataset_names
-from steerlens.errors import PairError
+from steerlens.errors import InputError
 
 GOOD = {"prompt": "The film was", "positive": " great.", "negative": " dull."}
 
@@ -40,7 +40,7 @@ def test_items_from_jsonl(tmp_path: Path) -> None:
 )
 def test_a_bad_item_is_named(tmp_path: Path, record: object, message: str) -> None:
     file = write(tmp_path / "items.jsonl", GOOD, record)
-    with pytest.raises(PairError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         PreferenceItems.from_jsonl(file)
     assert "items.jsonl" in str(error.value)
     write(file, GOOD, {**GOOD, "positive": " good."})
@@ -48,7 +48,7 @@ def test_a_bad_item_is_named(tmp_path: Path, record: object, message: str) -> No
 
 
 def test_fewer_than_two_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PairError, match="at least 2 items, got 1"):
+    with pytest.raises(InputError, match="at least 2 items, got 1"):
         PreferenceItems.from_jsonl(write(tmp_path / "items.jsonl", GOOD))
 
 
@@ -59,7 +59,7 @@ def test_a_split_is_a_partition_that_the_seed_decides() -> None:
     assert {i.id for i in train} | {i.id for i in test} == {i.id for i in items}
     assert items.split(0.7, seed=1)[1].fingerprint == test.fingerprint
     assert items.split(0.7, seed=2)[1].fingerprint != test.fingerprint
-    with pytest.raises(PairError, match="at least 2 items"):
+    with pytest.raises(InputError, match="at least 2 items"):
         items[:4].split(0.2)
 
 
@@ -90,7 +90,7 @@ def test_shipped_items(name: str) -> None:
 
 
 def test_unknown_items_are_refused() -> None:
-    with pytest.raises(PairError, match="no dataset 'sentimnt'"):
+    with pytest.raises(InputError, match="no dataset 'sentimnt'"):
         PreferenceItems.load("sentimnt")
-    with pytest.raises(PairError, match="not 'valid'"):
+    with pytest.raises(InputError, match="not 'valid'"):
         PreferenceItems.load("sentiment", split="valid")

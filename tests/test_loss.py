@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import steerlens as sl
 from steerlens.engine.batches import make_batches
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import SweepError
+from steerlens.errors import InputError
 from steerlens.loss import Budget, coherence_penalty
 
 # Differences (3, 4) and (0, 1): norms 5 and 1.
@@ -162,7 +162,7 @@ def test_budget(text: str, baseline: float, lowest: float) -> None:
 
 @pytest.mark.parametrize("text", ["relative=1", "relative=-0.1", "nats=-1", "nats=inf", "kl", ""])
 def test_budget_without_meaning_is_refused(text: str) -> None:
-    with pytest.raises(SweepError, match="expected a budget"):
+    with pytest.raises(InputError, match="expected a budget"):
         Budget.parse(text)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import steerlens as sl
-from steerlens.errors import SweepError
+from steerlens.errors import InputError
 from steerlens.loss import (
     coherence_hinge,
     ordering_penalty,
@@ -53,7 +53,7 @@ def test_tolerance_by_hand() -> None:
     found.backward()
     torch.testing.assert_close(logp.grad, torch.tensor([-2e4 * 0.1]).double())
     for tolerance in (-0.1, 1.0, math.nan):
-        with pytest.raises(SweepError, match="tolerance"):
+        with pytest.raises(InputError, match="tolerance"):
             penalty(logp, logp, tolerance=tolerance)
 
 
@@ -66,7 +66,7 @@ def test_hinge_by_hand() -> None:
     torch.testing.assert_close(logp.grad, torch.tensor([-10 * 3 * 0.1**2 / 2, 0]).double())
     assert baseline.grad is None
     for options in ({"threshold": -0.1}, {"exponent": 0.5}, {"threshold": math.nan}):
-        with pytest.raises(SweepError, match="threshold"):
+        with pytest.raises(InputError, match="threshold"):
             coherence_hinge(logp, baseline, **options)
 
 
@@ -99,7 +99,7 @@ def test_total_variation_by_hand() -> None:
     at_zero = total_variation_barrier(unsteered, unsteered, mask)
     assert at_zero.item() == 0
     for limit in (0, -1, 1.5, math.nan):
-        with pytest.raises(SweepError, match="limit"):
+        with pytest.raises(InputError, match="limit"):
             total_variation_barrier(steered, unsteered, mask, limit=limit)
 
 

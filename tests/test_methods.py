@@ -15,7 +15,7 @@ from steerlens.directions.differences import Differences
 from steerlens.directions.evidence import Activations, Gradients, first_axis, ridge_solve
 from steerlens.directions.gradients import LossGradients, loss_gradients
 from steerlens.directions.methods import METHODS
-from steerlens.errors import DirectionError
+from steerlens.errors import InputError
 
 HOOK = "blocks.0.hook_resid_post"
 BY_DIFFERENCES = [name for name, m in METHODS.items() if m.source == "differences"]
@@ -284,13 +284,13 @@ def test_a_fisher_direction_does_not_depend_on_the_scale_of_the_loss(method: str
 def test_a_method_is_fitted_from_its_own_evidence(llama: Any, pairs: sl.ContrastivePairs) -> None:
     differences = sl.collect_differences(llama, pairs, layers=[1])
     rows = loss_gradients(llama, pairs, layers=[1])
-    with pytest.raises(DirectionError, match="fitted from gradients, and this is differences"):
+    with pytest.raises(InputError, match="fitted from gradients, and this is differences"):
         sl.fit_directions(differences, method="gradient_mean")
-    with pytest.raises(DirectionError, match="fitted from differences, and this is gradients"):
+    with pytest.raises(InputError, match="fitted from differences, and this is gradients"):
         sl.fit_directions(rows, method="pca")
-    with pytest.raises(DirectionError, match="hold no scores"):
+    with pytest.raises(InputError, match="hold no scores"):
         sl.fit_directions(rows, method="fisher_pullback")
-    with pytest.raises(DirectionError, match="there are mean_diff, pca"):
+    with pytest.raises(InputError, match="there are mean_diff, pca"):
         sl.fit_directions(rows, method="gradient")
     fitted = sl.fit_directions(rows, method="gradient_mean")
     assert (fitted.position, fitted.method) == (-2, "gradient_mean")
@@ -301,20 +301,20 @@ def test_a_method_is_fitted_from_its_own_evidence(llama: Any, pairs: sl.Contrast
 @pytest.mark.parametrize("method", BY_GRADIENTS)
 def test_gradients_that_are_nothing_are_refused(method: str) -> None:
     nothing = gradients_of(torch.zeros(3, 4), torch.zeros(3, 4), torch.randn(5, 4))
-    with pytest.raises(DirectionError, match="gradient of the loss is zero"):
+    with pytest.raises(InputError, match="gradient of the loss is zero"):
         sl.fit_directions(nothing, method=method)
 
 
 def test_degenerate_evidence_is_refused() -> None:
     ones, zeros = torch.ones(3, 4), torch.zeros(3, 4)
-    with pytest.raises(DirectionError, match="no within-class covariance"):
+    with pytest.raises(InputError, match="no within-class covariance"):
         sl.fit_directions(both_sides(ones, zeros), method="lda")
     alike = gradients_of(-ones, ones)
-    with pytest.raises(DirectionError, match="second moments of the gradient rows are zero"):
+    with pytest.raises(InputError, match="second moments of the gradient rows are zero"):
         sl.fit_directions(alike, method="gradient_fisher_centred")
-    with pytest.raises(DirectionError, match="nothing is left beyond rounding"):
+    with pytest.raises(InputError, match="nothing is left beyond rounding"):
         sl.fit_directions(alike, method="gradient_mean_pooled")
-    with pytest.raises(DirectionError, match="do not depend on this hook"):
+    with pytest.raises(InputError, match="do not depend on this hook"):
         sl.fit_directions(replace(alike, scores=torch.zeros(1, 2, 4)), method="fisher_pullback")
     sl.fit_directions(alike, method="gradient_mean")
 

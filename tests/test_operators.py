@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.steering import Ablate, Add, Clamp, Rotate, operator_of
 from steerlens.steering.apply import Step, step_hooks
 from steerlens.steering.operators import operator_record
@@ -117,7 +117,7 @@ def test_reductions_are_in_float32(operator: Any) -> None:
     ],
 )
 def test_amounts_out_of_range(operator: Any, amount: float) -> None:
-    with pytest.raises(SteeringError, match=r"finite|from"):
+    with pytest.raises(InputError, match=r"finite|from"):
         operator.check(amount)
     for right in (0.5, 1):
         operator.check(right)
@@ -126,7 +126,7 @@ def test_amounts_out_of_range(operator: Any, amount: float) -> None:
 def test_angles_from_minus_180() -> None:
     for right in (-180, 180):
         Rotate().check(right)
-    with pytest.raises(SteeringError, match="-180 to 180"):
+    with pytest.raises(InputError, match="-180 to 180"):
         Rotate().check(-181)
 
 
@@ -141,13 +141,13 @@ def test_what_is_along_the_direction_but_for_rounding_is_not_turned() -> None:
 def test_operators_by_name() -> None:
     for operator in (Add(), Ablate(), Clamp(2.5), Rotate()):
         assert operator_of(**operator_record(operator)) == operator
-    with pytest.raises(SteeringError, match="unknown operator 'shift'"):
+    with pytest.raises(InputError, match="unknown operator 'shift'"):
         operator_of("shift")
-    with pytest.raises(SteeringError, match="clamp needs the value"):
+    with pytest.raises(InputError, match="clamp needs the value"):
         operator_of("clamp")
-    with pytest.raises(SteeringError, match="'add' got 3"):
+    with pytest.raises(InputError, match="'add' got 3"):
         operator_of("add", value=3)
-    with pytest.raises(SteeringError, match="finite value"):
+    with pytest.raises(InputError, match="finite value"):
         Clamp(math.nan)
 
 

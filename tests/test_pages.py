@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 import steerlens as sl
-from steerlens.errors import OutputError, PlotError
+from steerlens.errors import FileError, InputError
 from steerlens.plots.pages import (
     Page,
     attention_page,
@@ -188,7 +188,7 @@ def test_a_table_from_a_file_gives_the_same_page(tokens: pd.DataFrame, tmp_path:
 def test_what_is_no_table_of_tokens(tokens: pd.DataFrame) -> None:
     for table in (tokens.drop(columns="damage_nats"), tokens[:0]):
         for draw in (token_page, token_table_html):
-            with pytest.raises(PlotError, match="table of token_damage"):
+            with pytest.raises(InputError, match="table of token_damage"):
                 draw(table)
 
 
@@ -204,7 +204,7 @@ def test_attention_is_drawn_head_by_head() -> None:
     assert first["props"]["attentionHeadNames"] == ["L1H2"]
     assert first["props"]["tokens"] == ["a", "b\u23ce\n"]
     assert "Unsteered: L1H2" in page.html
-    with pytest.raises(PlotError, match=r"shape \(1, 3, 3\), got \(1, 2, 2\)"):
+    with pytest.raises(InputError, match=r"shape \(1, 3, 3\), got \(1, 2, 2\)"):
         attention_page(["a", "b", "c"], ["L1H2"], {"Unsteered": PATTERN})
 
 
@@ -221,7 +221,7 @@ def test_projections_share_a_scale_within_a_layer() -> None:
     ]
     assert [of["maxValue"] for of in props] == [2, 2, 4, 4]
     assert "layer 1: full shade 4" in page.html
-    with pytest.raises(PlotError, match=r"shape \(1, 3\), got \(2, 3\)"):
+    with pytest.raises(InputError, match=r"shape \(1, 3\), got \(2, 3\)"):
         projection_page(["a", "b", "c"], ["layer 0"], {"Off": low})
 
 
@@ -313,9 +313,9 @@ def test_a_page_is_saved_whole(tokens: pd.DataFrame, tmp_path: Path) -> None:
     page = Page("a", "<p>é</p>")
     page.save(tmp_path / "a.html")
     assert (tmp_path / "a.html").read_bytes() == "<p>é</p>".encode()
-    with pytest.raises(PlotError, match=r"ends in \.html"):
+    with pytest.raises(InputError, match=r"ends in \.html"):
         page.save(tmp_path / "a.txt")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         page.save(tmp_path / "none" / "a.html")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
 

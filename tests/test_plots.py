@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlens import plots
-from steerlens.errors import OutputError, PlotError
+from steerlens.errors import FileError, InputError
 from steerlens.measure.plane import SHARES, LossGeometry
 from steerlens.plots.geometry import interpolated_penalty
 from steerlens.plots.marks import (
@@ -407,18 +407,18 @@ def test_the_graph_leads_from_writer_to_reader(edges: pd.DataFrame) -> None:
     ],
 )
 def test_another_table_is_refused(make: Callable[[pd.DataFrame], plots.Figure], word: str) -> None:
-    with pytest.raises(PlotError, match=f"{word}.*no column"):
+    with pytest.raises(InputError, match=f"{word}.*no column"):
         make(pd.DataFrame({"a": [1]}))
 
 
 def test_text_where_numbers_belong_is_refused(sweep: pd.DataFrame) -> None:
-    with pytest.raises(PlotError, match="projection hold text"):
+    with pytest.raises(InputError, match="projection hold text"):
         plots.tradeoff(sweep.astype({"projection": str}))
 
 
 def test_components_need_a_head_or_an_mlp(parts: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     writers, readers = parts
-    with pytest.raises(PlotError, match="embedding alone"):
+    with pytest.raises(InputError, match="embedding alone"):
         plots.components(writers[writers.component == "embed"], readers)
 
 
@@ -437,7 +437,7 @@ def test_pushes_that_overflowed_are_left_out(geometry: LossGeometry) -> None:
 
 
 def test_an_empty_table_is_refused(sweep: pd.DataFrame) -> None:
-    with pytest.raises(PlotError, match="no rows"):
+    with pytest.raises(InputError, match="no rows"):
         plots.tradeoff(sweep[:0])
 
 
@@ -523,16 +523,16 @@ def test_frames_and_files(points: pd.DataFrame, tmp_path: Path) -> None:
     figure = plots.differences(points)
     assert figure.at(0) == figure.at("0")
     assert [f.label for f in figure.at(0).frames] == ["0"]
-    with pytest.raises(PlotError, match="no frame '7'"):
+    with pytest.raises(InputError, match="no frame '7'"):
         figure.at("7")
     for name in ("a.png", "a.svg", "a.html"):
         figure.save(tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
-    with pytest.raises(PlotError, match=r"\.png, \.svg, \.html"):
+    with pytest.raises(InputError, match=r"\.png, \.svg, \.html"):
         figure.save(tmp_path / "a.pdf")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         figure.save(tmp_path / "none" / "a.png")
-    with pytest.raises(PlotError, match="one frame or more"):
+    with pytest.raises(InputError, match="one frame or more"):
         plots.Figure("t", "c", ())
 
 

@@ -17,7 +17,7 @@ from run_folders import (
 )
 
 from steerlens import plots
-from steerlens.errors import PlotError
+from steerlens.errors import InputError
 from steerlens.measure.plane import LossGeometry
 from steerlens.plots.geometry import ARROW
 from steerlens.plots.marks import Arrows, Band, HeatMap, Line, Points
@@ -116,7 +116,7 @@ def test_a_comparison_has_a_frame_for_every_hook() -> None:
 
 def test_a_component_has_one_row() -> None:
     tables = circuits_tables()
-    with pytest.raises(PlotError, match=r"layer 0, head 5.*find_writers\(\.\.\.\)\.table"):
+    with pytest.raises(InputError, match=r"layer 0, head 5.*find_writers\(\.\.\.\)\.table"):
         plots.components(tables["positions"], tables["readers"])
     assert plots.components(tables["writers"], tables["readers"])
 
@@ -124,7 +124,7 @@ def test_a_component_has_one_row() -> None:
 def test_a_cell_has_one_row() -> None:
     table = sweep_table(2)
     twice = pd.concat([table, table[table.coefficient == 10]])
-    with pytest.raises(PlotError, match=r"blocks\.0\.hook_resid_post, coefficient 10"):
+    with pytest.raises(InputError, match=r"blocks\.0\.hook_resid_post, coefficient 10"):
         plots.heat_maps(twice)
     assert plots.heat_maps(table)
 
@@ -197,13 +197,13 @@ def test_a_geometry_that_cannot_be_drawn(
     change: Callable[[LossGeometry], LossGeometry], words: str, geometry: LossGeometry
 ) -> None:
     assert plots.loss_geometry(geometry)
-    with pytest.raises(PlotError, match=words):
+    with pytest.raises(InputError, match=words):
         plots.loss_geometry(change(geometry))
 
 
 def test_pushes_of_no_length_are_no_plane(geometry: LossGeometry) -> None:
     still = geometry.contours.groupby("angle").head(1).assign(coefficient=0.0)
-    with pytest.raises(PlotError, match="coefficient above 0"):
+    with pytest.raises(InputError, match="coefficient above 0"):
         plots.loss_geometry(replace(geometry, contours=still))
 
 
@@ -218,7 +218,7 @@ def test_pushes_of_no_length_are_no_plane(geometry: LossGeometry) -> None:
 )
 def test_a_comparison_that_cannot_be_drawn(columns: dict[str, Any], words: str) -> None:
     table = compare_tables()["comparison"]
-    with pytest.raises(PlotError, match=words):
+    with pytest.raises(InputError, match=words):
         plots.comparison(table.assign(**columns))
     # Truth values as numbers, as some files have them, are read as what they are.
     numbered = table.assign(is_chosen=table.is_chosen.astype(int))
@@ -239,5 +239,5 @@ def test_circuits_that_cannot_be_drawn(name: str, column: str, value: float) -> 
     tables[name] = tables[name].assign(**{column: value})
     given = [tables["edges"]] if name == "edges" else [tables["writers"], tables["readers"]]
     draw: Any = plots.circuit_graph if name == "edges" else plots.components
-    with pytest.raises(PlotError, match=f"{column} holds values that are not finite"):
+    with pytest.raises(InputError, match=f"{column} holds values that are not finite"):
         draw(*given)

@@ -10,7 +10,7 @@ from conftest import IS_TL3, needs_bridge
 
 import steerlens as sl
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.steering import Positions, generate_tokens
 from steerlens.steering.cache_positions import Pass, check_positions
 
@@ -150,7 +150,7 @@ def test_a_cache_from_before_the_block_is_refused(llama: Any) -> None:
     with torch.no_grad():
         cache = with_cache(llama, tokens)
         with (
-            pytest.raises(SteeringError, match="where the prompt ends"),
+            pytest.raises(InputError, match="where the prompt ends"),
             sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="prompt"),
         ):
             with_cache(llama, torch.tensor([[12]]), cache)
@@ -189,7 +189,7 @@ def test_streamed_generation(llama: Any) -> None:
 
 def test_a_mask_of_another_shape_is_refused(llama: Any) -> None:
     with (
-        pytest.raises(SteeringError, match=r"\(1, 5\), but the prompts of this pass are \(1, 3\)"),
+        pytest.raises(InputError, match=r"\(1, 5\), but the prompts of this pass are \(1, 3\)"),
         torch.no_grad(),
         sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions=MASK),
     ):
@@ -201,7 +201,7 @@ def test_unknown_positions_are_refused(llama: Any) -> None:
     unchecked = inspect.unwrap(check_positions)
     for right in ("all", "prompt", "generated", "last", MASK):
         unchecked(right)
-    with pytest.raises(SteeringError, match="positions are all, prompt, generated, last or a mask"):
+    with pytest.raises(InputError, match="positions are all, prompt, generated, last or a mask"):
         unchecked("first")
 
 
@@ -229,7 +229,7 @@ def test_hooks_of_heads_are_refused(llama: Any, name: str) -> None:
     size = 4 if name == "hook_pattern" else 8
     direction = torch.ones(size) / size**0.5
     with (
-        pytest.raises(SteeringError, match="with a row a token"),
+        pytest.raises(InputError, match="with a row a token"),
         torch.no_grad(),
         sl.steer(llama, {f"blocks.1.attn.{name}": direction}, 1.0, positions="last"),
     ):
@@ -238,7 +238,7 @@ def test_hooks_of_heads_are_refused(llama: Any, name: str) -> None:
 
 @pytest.mark.parametrize("positions", [None, 3, b"all", [0, 1], torch.ones(1, 4), "first"], ids=str)
 def test_what_is_no_position(positions: Any) -> None:
-    with pytest.raises(SteeringError, match="or a mask"):
+    with pytest.raises(InputError, match="or a mask"):
         inspect.unwrap(check_positions)(positions)
 
 
@@ -295,7 +295,7 @@ def test_hugging_faces_own_generate_without_a_cache(llama: Any) -> None:
 def test_a_mask_that_cannot_be_read_is_refused(llama: Any) -> None:
     tokens = torch.tensor(PROMPTS[:1])
     with (
-        pytest.raises(SteeringError, match=r"expected an attention mask of shape \(1, 5\)"),
+        pytest.raises(InputError, match=r"expected an attention mask of shape \(1, 5\)"),
         torch.no_grad(),
         sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="last"),
     ):

@@ -13,7 +13,7 @@ from hooked import hooked_transformer
 
 import steerlens as sl
 from steerlens.circuits import find_writers
-from steerlens.errors import ProcessingError
+from steerlens.errors import InputError
 from steerlens.models.weight_processing import check_one, check_same, weight_processing
 from steerlens.steering import Origin
 
@@ -138,12 +138,12 @@ def test_directions_of_one_processing_are_refused_by_the_other(
     gpt2: Any, processed: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, use: str
 ) -> None:
     assert fitted.weight_processing == "none"
-    with pytest.raises(ProcessingError, match=SAYS):
+    with pytest.raises(InputError, match=SAYS):
         USES[use](processed, pairs, fitted)
     USES[use](gpt2, pairs, fitted)
     # And the other way round.
     there = sl.fit_directions(sl.collect_differences(processed, pairs))
-    with pytest.raises(ProcessingError, match=f"with {BOTH}, but this model has no weight"):
+    with pytest.raises(InputError, match=f"with {BOTH}, but this model has no weight"):
         USES[use](gpt2, pairs, there)
 
 
@@ -161,7 +161,7 @@ def test_vectors_of_one_processing_are_refused_by_the_other(
             lambda m: sl.steer(m, fitted, 1.0).__enter__(),
         ):
             if is_refused:
-                with pytest.raises(ProcessingError, match=SAYS):
+                with pytest.raises(InputError, match=SAYS):
                     use(model)
     with sl.steer(gpt2, vector, 1.0), torch.no_grad():
         gpt2(tokens)
@@ -175,18 +175,18 @@ def test_what_is_put_together_is_of_one_processing(
     mine = sl.SteeringVector.from_directions(gpt2, fitted)
     other = sl.fit_directions(sl.collect_differences(processed, pairs))
     theirs = sl.SteeringVector.from_directions(processed, other)
-    with pytest.raises(ProcessingError, match=SAYS):
+    with pytest.raises(InputError, match=SAYS):
         mine + theirs
     assert (mine + mine).origin.weight_processing == "none"
-    with pytest.raises(ProcessingError, match=f"a was fitted on a model with {SAYS}"):
+    with pytest.raises(InputError, match=f"a was fitted on a model with {SAYS}"):
         sl.cosine_table({"a": mine, "b": theirs})
     assert len(sl.cosine_table({"a": mine, "b": mine}))
     cells = sl.sweep(gpt2, pairs, fitted, layers=[1], coefficients=[0, 1], n_bootstrap=2)
     elsewhere = sl.measure_layers(processed, pairs, other, layers=[1])
-    with pytest.raises(ProcessingError, match=f"sweep is of a model with {SAYS}"):
+    with pytest.raises(InputError, match=f"sweep is of a model with {SAYS}"):
         sl.plots.tradeoff(cells.table, elsewhere)
     sl.plots.tradeoff(cells.table, cells.layers)
-    with pytest.raises(ProcessingError, match="layer table is of a model with folded"):
+    with pytest.raises(InputError, match="layer table is of a model with folded"):
         sl.SteeringVector.from_directions(gpt2, fitted, layers=[1], layer_table=elsewhere)
     known = sl.SteeringVector.from_directions(gpt2, fitted, layers=[1], layer_table=cells.layers)
     assert not math.isnan(float(known.calibration.resid_norm))
@@ -199,10 +199,10 @@ def test_what_is_not_known_is_not_refused(
     sl.sweep(processed, pairs, unknown, layers=[1], coefficients=[1], n_bootstrap=2)
     for one, other in (("none", "unknown"), ("unknown", BOTH), ("none", "none")):
         check_same("this", one, "that", other)
-    with pytest.raises(ProcessingError, match="this with no weight processing, but that has fold"):
+    with pytest.raises(InputError, match="this with no weight processing, but that has fold"):
         check_same("this", "none", "that", "folded norms")
     check_one({"a": {}, "b": Origin(weight_processing="none"), "c": Origin()})
-    with pytest.raises(ProcessingError, match=r"b was fitted .* that of c"):
+    with pytest.raises(InputError, match=r"b was fitted .* that of c"):
         check_one(
             {"a": {}, "b": Origin(weight_processing="none"), "c": Origin(weight_processing=BOTH)}
         )

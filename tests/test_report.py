@@ -27,7 +27,7 @@ from run_folders import (
 )
 
 import steerlens as sl
-from steerlens.errors import ReportError
+from steerlens.errors import FileError
 from steerlens.runs.html_report.contents import COMMANDS, FIGURES, TABLES
 from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.html_report.numbers import change, decimals_for, fixed, short
@@ -114,7 +114,7 @@ def damaged(folder: Path, damage: Callable[[Path], None]) -> str:
     write_sweep(folder)
     sl.read_run(folder)
     damage(folder)
-    with pytest.raises(ReportError) as error:
+    with pytest.raises(FileError) as error:
         sl.read_run(folder)
     message = str(error.value)
     assert str(folder) in message
@@ -211,7 +211,7 @@ def test_the_record_of_another_command_is_refused(command: str, other: str, tmp_
     if command == other:
         assert sl.report([sl.read_run(folder)])
         return
-    with pytest.raises(ReportError, match=f"not a whole run record: a {other} has"):
+    with pytest.raises(FileError, match=f"not a whole run record: a {other} has"):
         sl.read_run(folder)
 
 
@@ -232,12 +232,12 @@ def test_a_request_that_lacks_something_is_refused(
     command: str, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     folder = WRITERS[command](tmp_path / "run", **changes)
-    with pytest.raises(ReportError, match=words):
+    with pytest.raises(FileError, match=words):
         sl.read_run(folder)
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match="no such folder"):
+    with pytest.raises(FileError, match="no such folder"):
         sl.read_run(tmp_path / "none")
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_page_is_named(
     folder = write_circuits(tmp_path / "run")
     assert len(sl.read_run(folder).views) == 14
     damage(folder / "attention.html")
-    with pytest.raises(ReportError) as error:
+    with pytest.raises(FileError) as error:
         sl.read_run(folder)
     for word in (*words, str(folder)):
         assert word in str(error.value)
@@ -361,7 +361,7 @@ def test_numbers_in_running_text() -> None:
 
 
 def test_a_report_needs_a_run() -> None:
-    with pytest.raises(ReportError, match="one run or more"):
+    with pytest.raises(FileError, match="one run or more"):
         sl.report([])
 
 

@@ -27,7 +27,7 @@ from test_cli import (  # noqa: F401 (fixtures)
 
 import steerlens as sl
 from steerlens.cli import main, sweeps
-from steerlens.errors import OutputError, ReportError
+from steerlens.errors import FileError
 from steerlens.measure.sweeps import FinishedHook
 from steerlens.runs import record as runs
 from steerlens.runs import unfinished
@@ -176,7 +176,7 @@ def test_an_unfinished_run_says_what_it_is(
 ) -> None:
     folder = interrupted(stop)
     for word in ("unfinished", f"2 of {N_LAYERS}", HOOKS[1], f"--resume {folder}", "read_parquet"):
-        with pytest.raises(ReportError, match=word.replace(".", r"\.")):
+        with pytest.raises(FileError, match=word.replace(".", r"\.")):
             sl.read_run(folder)
         assert_error(run("report", folder), word)
     cells = pd.read_parquet(folder / "parts")
@@ -184,7 +184,7 @@ def test_an_unfinished_run_says_what_it_is(
     assert cells.q_value.isna().all()
     assert cells.p_value.notna().any()
     assert_error(sweep(*NULLS, "--quiet", "--out", folder), "unfinished", "--resume")
-    with pytest.raises(OutputError, match="unfinished"):
+    with pytest.raises(FileError, match="unfinished"):
         check_run_folder(folder, {"command": "boundary"})
 
 
@@ -310,7 +310,7 @@ def test_no_changed_byte_of_a_part_changes_a_number(tmp_path: Path) -> None:
 def test_a_part_of_another_sweep_is_refused(tmp_path: Path) -> None:
     kept_part(tmp_path)
     with open_parts(tmp_path, REQUEST, options={}, resume=True) as parts:
-        with pytest.raises(OutputError, match="number of threads"):
+        with pytest.raises(FileError, match="number of threads"):
             parts.finished("other")
         (hook,) = parts.finished("of").values()
     assert (hook.blocks, hook.rows[0]["projection"]) == (7, 1 / 3)

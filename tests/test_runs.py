@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 import steerlens as sl
-from steerlens.errors import OutputError
+from steerlens.errors import FileError
 from steerlens.files import write_whole
 from steerlens.runs import record as runs
 from steerlens.runs.record import RUN_FILES, check_run_folder, write_directions, write_run
@@ -60,7 +60,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def refused(folder: Path, request: dict[str, Any]) -> str:
     """The message with which the folder is refused; nothing in it may change."""
     before = content(folder)
-    with pytest.raises(OutputError) as error:
+    with pytest.raises(FileError) as error:
         check_run_folder(folder, request)
     assert content(folder) == before
     message = str(error.value)
@@ -137,7 +137,7 @@ def test_a_file_where_the_folder_should_be(inside: str, tmp_path: Path) -> None:
     (tmp_path / "free").mkdir()
     check_run_folder(tmp_path / "free" / inside, REQUEST)
     (tmp_path / "taken").write_text("mine")
-    with pytest.raises(OutputError, match=r"cannot write to .*taken.*--out"):
+    with pytest.raises(FileError, match=r"cannot write to .*taken.*--out"):
         check_run_folder(tmp_path / "taken" / inside, REQUEST)
     assert (tmp_path / "taken").read_text() == "mine"
 
@@ -298,5 +298,5 @@ def test_a_file_that_cannot_be_written_is_an_output_error(
     write(tmp_path, result)
     (tmp_path / "layers.csv").unlink()
     (tmp_path / "layers.csv").mkdir()
-    with pytest.raises(OutputError, match="cannot write to"):
+    with pytest.raises(FileError, match="cannot write to"):
         write(tmp_path, result)

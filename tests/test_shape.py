@@ -9,7 +9,7 @@ import torch
 
 import steerlens as sl
 from steerlens.directions.directions import Directions
-from steerlens.errors import DirectionError, SweepError
+from steerlens.errors import InputError
 from steerlens.measure.plane_boundary import main_orthogonal
 from steerlens.tables import SHAPE_COLUMNS
 
@@ -49,7 +49,7 @@ def test_the_main_orthogonal_direction_by_hand() -> None:
     direction = torch.tensor([1.0, 0, 0], dtype=torch.float64)
     found = main_orthogonal(differences, direction)
     torch.testing.assert_close(found, torch.tensor([0.0, 1, 0], dtype=torch.float64))
-    with pytest.raises(DirectionError, match="no plane is left"):
+    with pytest.raises(InputError, match="no plane is left"):
         main_orthogonal(torch.outer(torch.tensor([1.0, 2.0]).double(), direction), direction)
 
 
@@ -68,5 +68,5 @@ def test_a_shape_without_meaning_is_refused(
     options: dict[str, Any],
     message: str,
 ) -> None:
-    with pytest.raises(SweepError, match=message):
+    with pytest.raises(InputError, match=message):
         sl.boundary_shape(llama, many, directions, **options)

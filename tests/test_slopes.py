@@ -15,7 +15,7 @@ from steerlens.engine import slopes as slopes_room
 from steerlens.engine.slopes import Slopes, label_slopes
 from steerlens.engine.tokenization import SteeredPositions, tokenize_pairs
 from steerlens.engine.workload import Cost, Workload, make_workload
-from steerlens.errors import ModelError, SweepError
+from steerlens.errors import InputError, ModelError
 from steerlens.models.hooks import resid_post
 
 HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
@@ -177,9 +177,9 @@ def test_out_of_memory_runs_halves(
 
 def test_inference_mode_is_refused(double: Any, pairs: sl.ContrastivePairs) -> None:
     workload = workload_of(double, pairs, "all")
-    with torch.inference_mode(), pytest.raises(SweepError, match="outside of it"):
+    with torch.inference_mode(), pytest.raises(InputError, match="outside of it"):
         slopes(double, workload)
-    with torch.inference_mode(), pytest.raises(SweepError, match="outside of it"):
+    with torch.inference_mode(), pytest.raises(InputError, match="outside of it"):
         loss_gradients(double, pairs, layers=[1])
     slopes(double, workload)
 

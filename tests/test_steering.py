@@ -7,7 +7,7 @@ import torch
 
 import steerlens as sl
 from steerlens.engine.tokenization import tokenize_prompt
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.steering import generate, generate_tokens, steering_hooks
 
 HOOK = "blocks.1.hook_resid_post"
@@ -22,7 +22,7 @@ def test_coefficient_0_is_no_hook_at_all() -> None:
 
 @pytest.mark.parametrize("coefficient", [float("nan"), float("inf"), -float("inf")])
 def test_coefficient_must_be_finite(coefficient: float) -> None:
-    with pytest.raises(SteeringError, match="finite"):
+    with pytest.raises(InputError, match="finite"):
         steering_hooks({HOOK: torch.tensor([1.0])}, coefficient)
 
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_generated(llama: Any) -> None:
         ([prompt], 0, "got 1 and 0"),
         ([prompt], 61, "do not fit the model's context of 64"),
     ):
-        with pytest.raises(SteeringError, match=message):
+        with pytest.raises(InputError, match=message):
             generate_tokens(llama, prompts, direction, 1.0, max_new_tokens=n)
 
 

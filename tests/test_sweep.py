@@ -17,7 +17,7 @@ from steerlens.directions.directions import Directions
 from steerlens.directions.methods import null_directions
 from steerlens.engine.batches import make_batches
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import DirectionError, PairError, SweepError
+from steerlens.errors import InputError
 from steerlens.stats import false_discovery, null_band
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS
 
@@ -228,7 +228,7 @@ def test_steering_the_continuation_leaves_the_prompt_alone(llama: Any) -> None:
 def test_steering_that_can_reach_no_label_is_refused(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions, positions: Any
 ) -> None:
-    with pytest.raises(PairError, match="no continuation"):
+    with pytest.raises(InputError, match="no continuation"):
         sl.sweep(llama, pairs, directions, coefficients=[1], steered_positions=positions)
     sl.sweep(llama, pairs, directions, coefficients=[1], steered_positions="prompt", layers=[0])
 
@@ -237,7 +237,7 @@ def test_steering_that_can_reach_no_label_is_refused(
 def test_coefficients_without_meaning_are_refused(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions, coefficients: Any
 ) -> None:
-    with pytest.raises(SweepError, match=r"finite coefficient|at least one"):
+    with pytest.raises(InputError, match=r"finite coefficient|at least one"):
         sl.sweep(llama, pairs, directions, coefficients=coefficients)
 
 
@@ -247,7 +247,7 @@ def test_coefficients_without_meaning_are_refused(
 def test_settings_without_meaning_are_refused(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions, option: Any
 ) -> None:
-    with pytest.raises(SweepError, match=next(iter(option))):
+    with pytest.raises(InputError, match=next(iter(option))):
         sl.sweep(llama, pairs, directions, layers=[0], coefficients=[1], **option)
 
 
@@ -256,7 +256,7 @@ def test_a_prompt_without_any_label_is_refused(llama: Any) -> None:
     bos, llama.tokenizer.bos_token = llama.tokenizer.bos_token, None
     try:
         one_word = sl.ContrastivePairs.from_lists(["good", "you are good"], ["bad", "you are bad"])
-        with pytest.raises(PairError, match="pair '1' is a single token"):
+        with pytest.raises(InputError, match="pair '1' is a single token"):
             sl.tokenize_pairs(llama, one_word)
         longer = sl.ContrastivePairs.from_lists(["so good", "you are good"], ["bad", "you are bad"])
         sl.tokenize_pairs(llama, longer)
@@ -273,7 +273,7 @@ def test_repeated_and_negative_zero_coefficients_are_one(
 
 def test_missing_direction_names_the_hook(llama: Any, pairs: sl.ContrastivePairs) -> None:
     only_3 = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[3]))
-    with pytest.raises(DirectionError, match=r"no direction was fitted at blocks\.1"):
+    with pytest.raises(InputError, match=r"no direction was fitted at blocks\.1"):
         sl.sweep(llama, pairs, only_3, layers=[1], coefficients=[1])
     sl.sweep(llama, pairs, only_3, coefficients=[1])
 
@@ -290,7 +290,7 @@ def test_directions_of_another_width_are_refused(
         0,
         "",
     )
-    with pytest.raises(DirectionError, match="d_model 16"):
+    with pytest.raises(InputError, match="d_model 16"):
         sl.sweep(llama, pairs, narrow, coefficients=[1])
 
 

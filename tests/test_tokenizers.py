@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as kinds
 
 import steerlens as sl
-from steerlens.errors import PairError, SteeringError
+from steerlens.errors import InputError
 from steerlens.measure.tokens import token_damage
 from steerlens.steering import generate_tokens
 
@@ -79,7 +79,7 @@ def test_a_template_without_a_system_turn_says_what_to_do() -> None:
     model = bridge(build_gpt2(), build_tokenizer(chat_template=NO_SYSTEM))
     system = [{"role": "system", "content": "kind"}, {"role": "user", "content": "how was it"}]
     user = [{"role": "user", "content": "kind how was it"}]
-    with pytest.raises(PairError, match=r"not supported; if it takes no system turn, write that"):
+    with pytest.raises(InputError, match=r"not supported; if it takes no system turn, write that"):
         sl.tokenize_prompt(model, _messages(system))
     assert len(sl.tokenize_prompt(model, _messages(user)).prompt) > 3
 
@@ -129,7 +129,7 @@ def test_a_full_context_is_measured_and_one_token_more_is_not(llama: Any, n_afte
             after,
         )
         if more:
-            with pytest.raises(PairError, match=f"has {N_CTX + 1} tokens .* context is {N_CTX}"):
+            with pytest.raises(InputError, match=f"has {N_CTX + 1} tokens .* context is {N_CTX}"):
                 sl.collect_differences(llama, pairs)
             continue
         directions = sl.fit_directions(sl.collect_differences(llama, pairs))
@@ -146,5 +146,5 @@ def test_generation_fills_the_context_and_no_more(llama: Any) -> None:
     assert len(prompt) == N_CTX - 4
     (generated,) = generate_tokens(llama, [prompt], vector, 1.0, max_new_tokens=4)
     assert len(generated) <= 4
-    with pytest.raises(SteeringError, match=r"5 new tokens after a prompt of 60 do not fit"):
+    with pytest.raises(InputError, match=r"5 new tokens after a prompt of 60 do not fit"):
         generate_tokens(llama, [prompt], vector, 1.0, max_new_tokens=5)

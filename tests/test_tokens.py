@@ -22,7 +22,7 @@ from steerlens.engine.tokenization import (
     tokenize_pairs,
     tokenize_prompt,
 )
-from steerlens.errors import ActivationError, ModelError, PairError
+from steerlens.errors import InputError, ModelError
 
 BOS, EOS, PAD = 1, 2, 3
 N_CTX = 64
@@ -142,10 +142,10 @@ def test_pairs_keep_order_and_only_positive_prompts_have_continuations(llama: An
 def test_prompts_of_the_same_ids_are_refused(llama: Any) -> None:
     """Two words that the tokenizer does not know differ as text only."""
     words = ["you are", "you are zzz"]
-    with pytest.raises(PairError, match="pair '2' tokenise to the same ids"):
+    with pytest.raises(InputError, match="pair '2' tokenise to the same ids"):
         tokenize_pairs(llama, ContrastivePairs.from_lists(words, ["I am", "you are qqq"]))
     # The continuation follows the positive prompt only, so it makes no difference between them.
-    with pytest.raises(PairError, match="pair '2' tokenise to the same ids"):
+    with pytest.raises(InputError, match="pair '2' tokenise to the same ids"):
         tokenize_pairs(
             llama, ContrastivePairs.from_lists(words, ["I am", "you are qqq"], ["so", "so"])
         )
@@ -161,7 +161,7 @@ def test_a_prompt_fits_the_context_to_the_last_token(tiny: Any, n_after: int) ->
     assert len(whole) == N_CTX
     tokens = torch.tensor([whole.prompt + whole.continuation])
     assert tiny(tokens).isfinite().all()
-    with pytest.raises(PairError, match=f"has {N_CTX + 1} tokens .* context is {N_CTX}"):
+    with pytest.raises(InputError, match=f"has {N_CTX + 1} tokens .* context is {N_CTX}"):
         tokenize_prompt(tiny, " ".join(["very"] * (n_words + 1)), after)
 
 
@@ -170,19 +170,19 @@ def test_a_prompt_longer_than_the_context_is_named(llama: Any, side: str) -> Non
     columns = {"positive": ["kind", "cheerful"], "negative": ["rude", "gloomy"]}
     assert len(tokenize_pairs(llama, ContrastivePairs.from_lists(**columns)).positive) == 2
     columns[side][1] = "very " * N_CTX
-    with pytest.raises(PairError, match=f"{side} prompt of pair '2' has {N_CTX + 1} tokens"):
+    with pytest.raises(InputError, match=f"{side} prompt of pair '2' has {N_CTX + 1} tokens"):
         tokenize_pairs(llama, ContrastivePairs.from_lists(**columns))
 
 
 @pytest.mark.parametrize("text", ["", " "])
 def test_a_prompt_without_tokens_is_refused(llama: Any, text: str) -> None:
-    with pytest.raises(PairError, match="no tokens"):
+    with pytest.raises(InputError, match="no tokens"):
         tokenize_prompt(llama, text)
     assert tokenize_prompt(llama, "so").prompt[1:]
 
 
 def test_a_continuation_without_tokens_is_refused(llama: Any) -> None:
-    with pytest.raises(PairError, match="no tokens"):
+    with pytest.raises(InputError, match="no tokens"):
         tokenize_prompt(llama, "the river", " ")
     assert tokenize_prompt(llama, "the river", " was ").continuation
 
@@ -295,7 +295,7 @@ def test_a_position_hits_the_same_token_whatever_the_padding(
     hit = batch.tokens[torch.arange(len(columns)), columns]
     assert hit.tolist() == [prompt.prompt[position] for prompt in batch.prompts]
     for outside in (-shortest - 1, shortest):
-        with pytest.raises(ActivationError, match=f"position {outside} is outside the prompt"):
+        with pytest.raises(InputError, match=f"position {outside} is outside the prompt"):
             batch.indices(outside)
 
 
@@ -317,7 +317,7 @@ def test_a_position_outside_a_prompt_is_named(llama: Any, side: str) -> None:
         (batch,) = make_batches(llama, tokenize_pairs(llama, pairs).positive, 2)
     for position in (2, -3):
         with pytest.raises(
-            ActivationError,
+            InputError,
             match=f"position {position} is outside the positive prompt of pair 'short', which has "
             "2 tokens",
         ):
@@ -330,7 +330,7 @@ def test_a_position_outside_a_prompt_is_named(llama: Any, side: str) -> None:
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_a_batch_size_below_one_is_refused(gpt2: Any, batch_size: int) -> None:
     prompts = numbered((2, 0), (3, 0))
-    with pytest.raises(ActivationError, match=f"batch_size must be at least 1, got {batch_size}"):
+    with pytest.raises(InputError, match=f"batch_size must be at least 1, got {batch_size}"):
         make_batches(gpt2, prompts, batch_size)
     assert len(make_batches(gpt2, prompts, 1)) == 2
 
@@ -400,13 +400,13 @@ def test_steering_the_prompt_always_reaches_labels(
 @pytest.mark.parametrize("positions", ["continuation", "last"])
 def test_steering_after_the_prompt_needs_every_continuation(positions: str) -> None:
     for n_after in ((0, 0), (2, 0)):
-        with pytest.raises(PairError, match=f"steering at '{positions}' .* no continuation"):
+        with pytest.raises(InputError, match=f"steering at '{positions}' .* no continuation"):
             check_steered_positions(positions, tokenized(*n_after))
     check_steered_positions(positions, tokenized(2, 1))
 
 
 def test_unknown_steered_positions_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(PairError, match=r"'continuation', 'last'.* not 'first'"):
+    with pytest.raises(InputError, match=r"'continuation', 'last'.* not 'first'"):
         check_steered_positions("first", tokenized(2, 1))
     check_steered_positions("all", tokenized(2, 1))
 

@@ -14,7 +14,7 @@ from steerlens.directions.training import train_directions
 from steerlens.engine.batches import make_pair_batches
 from steerlens.engine.push_steps import Example, Outputs, make_side, push_example
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import DirectionError, SweepError
+from steerlens.errors import InputError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
@@ -234,15 +234,15 @@ def test_fit_takes_every_kind_of_method(
 
 
 def test_what_cannot_be_trained_is_refused(llama: Any, pairs: sl.ContrastivePairs) -> None:
-    with pytest.raises(DirectionError, match="no objective 'loss'"):
+    with pytest.raises(InputError, match="no objective 'loss'"):
         train_directions(llama, pairs, layers=[1], objective="loss")
-    with pytest.raises(DirectionError, match="give items"):
+    with pytest.raises(InputError, match="give items"):
         train_directions(llama, pairs, layers=[1], objective="promotion")
-    with pytest.raises(DirectionError, match="at least 5; got 4"):
+    with pytest.raises(InputError, match="at least 5; got 4"):
         train_directions(llama, pairs[:4], layers=[1])
-    with pytest.raises(SweepError, match="examples_per_step"):
+    with pytest.raises(InputError, match="examples_per_step"):
         train_directions(llama, pairs, layers=[1], examples_per_step=0)
-    with pytest.raises(SweepError, match="step_size"):
+    with pytest.raises(InputError, match="step_size"):
         train_directions(llama, pairs, layers=[1], step_size=0)
-    with pytest.raises(DirectionError, match="fitted from training"):
+    with pytest.raises(InputError, match="fitted from training"):
         sl.fit_directions(sl.collect_differences(llama, pairs, layers=[1]), method="optimised")

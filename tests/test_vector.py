@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import save
 
 import steerlens as sl
-from steerlens.errors import HookError, SteeringError
+from steerlens.errors import HookError, InputError
 from steerlens.steering import Calibration, Origin
 from steerlens.steering.origin import tokenizer_fingerprints, weights_fingerprint
 from steerlens.steering.vector_file import KEY
@@ -74,9 +74,9 @@ def test_what_a_fitted_direction_becomes(
 
 
 def test_directions_that_are_missing(llama: Any, directions: sl.Directions, layers: Any) -> None:
-    with pytest.raises(SteeringError, match=r"no direction at blocks\.1\.hook_mlp_out"):
+    with pytest.raises(InputError, match=r"no direction at blocks\.1\.hook_mlp_out"):
         sl.SteeringVector.from_directions(llama, directions, layers="blocks.1.hook_mlp_out")
-    with pytest.raises(SteeringError, match=r"no row for blocks\.3\.hook_resid_post"):
+    with pytest.raises(InputError, match=r"no row for blocks\.3\.hook_resid_post"):
         sl.SteeringVector.from_directions(llama, directions, layers=[1, 3], layer_table=layers)
 
 
@@ -97,13 +97,13 @@ def test_directions_that_are_missing(llama: Any, directions: sl.Directions, laye
 )
 def test_what_is_no_vector(fields: dict[str, Any], message: str) -> None:
     good = made([3.0, 4.0], [0.0, 2.0])
-    with pytest.raises(SteeringError, match=message):
+    with pytest.raises(InputError, match=message):
         replace(good, **fields)
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_tensors_without_a_direction(row: list[float]) -> None:
-    with pytest.raises(SteeringError, match="no direction"):
+    with pytest.raises(InputError, match="no direction"):
         made(row)
     assert made([3.0, 4.0]).scale.tolist() == [5.0]
     torch.testing.assert_close(made([3.0, 4.0]).directions, torch.tensor([[0.6, 0.8]]))
@@ -157,14 +157,14 @@ def test_shares_of_the_boundary_and_of_the_norm(
 
 def test_shares_need_a_vector_that_knows_them(llama: Any, directions: sl.Directions) -> None:
     with (
-        pytest.raises(SteeringError, match="needs a SteeringVector"),
+        pytest.raises(InputError, match="needs a SteeringVector"),
         sl.steer(llama, directions, "80%"),
     ):
         pass
     ablate = made([1.0] * 32, operator=sl.Ablate())
-    with pytest.raises(SteeringError, match="ablate takes a plain number"):
+    with pytest.raises(InputError, match="ablate takes a plain number"):
         ablate.fwd_hooks("80%")
-    with pytest.raises(SteeringError, match="from 0 to 1"):
+    with pytest.raises(InputError, match="from 0 to 1"):
         ablate.fwd_hooks(2)
 
 
@@ -237,15 +237,15 @@ def test_another_thread_may_follow(llama: Any, vector: sl.SteeringVector) -> Non
 def test_directions_of_another_width_are_refused(llama: Any) -> None:
     for width in (1, 16, 33):
         wrong = sl.SteeringVector.from_vectors({HOOKS[0]: torch.ones(width)})
-        with pytest.raises(SteeringError, match=f"{width} numbers, the activation there 32"):
+        with pytest.raises(InputError, match=f"{width} numbers, the activation there 32"):
             llama.run_with_hooks(TOKENS, fwd_hooks=wrong.fwd_hooks(1))
     for bad in (torch.ones(4, 32), torch.full((32,), math.nan)):
         with (
-            pytest.raises(SteeringError, match="one row of finite numbers"),
+            pytest.raises(InputError, match="one row of finite numbers"),
             sl.steer(llama, {HOOKS[0]: bad}, 1),
         ):
             pass
-    with pytest.raises(SteeringError, match="finite"):
+    with pytest.raises(InputError, match="finite"):
         made([1.0] * 32).fwd_hooks(1e39)
 
 
@@ -305,29 +305,27 @@ def test_scaling_keeps_the_boundary_and_other_combinations_do_not() -> None:
 
 def test_what_cannot_be_combined() -> None:
     a, b = made(A), made(B)
-    with pytest.raises(SteeringError, match=r"only the first has blocks\.1.*second none"):
+    with pytest.raises(InputError, match=r"only the first has blocks\.1.*second none"):
         made(A, A) + b
-    with pytest.raises(SteeringError, match="d_model 2 and 3"):
+    with pytest.raises(InputError, match="d_model 2 and 3"):
         a + made([1.0, 0.0, 0.0])
-    with pytest.raises(SteeringError, match="not for ablate, add"):
+    with pytest.raises(InputError, match="not for ablate, add"):
         a + replace(b, operator=sl.Ablate())
-    with pytest.raises(SteeringError, match="not for ablate"):
+    with pytest.raises(InputError, match="not for ablate"):
         2 * replace(b, operator=sl.Ablate())
-    with pytest.raises(SteeringError, match="no direction"):
+    with pytest.raises(InputError, match="no direction"):
         a - a
-    with pytest.raises(SteeringError, match="no direction"):
+    with pytest.raises(InputError, match="no direction"):
         a.orthogonal_to(3 * a)
     for factor in (0, math.inf, math.nan):
-        with pytest.raises(SteeringError, match="finite number that is not 0"):
+        with pytest.raises(InputError, match="finite number that is not 0"):
             a * factor
     other = replace(b, origin=Origin(model="other", weights="w2", tokenizer="t2"))
     mine = replace(a, origin=Origin(model="mine", weights="w1", tokenizer="t1"))
-    with pytest.raises(
-        SteeringError, match=r"other weights .* of 'mine' and of 'other'; tokenizer"
-    ):
+    with pytest.raises(InputError, match=r"other weights .* of 'mine' and of 'other'; tokenizer"):
         mine + other
     condition = sl.Condition("blocks.0.hook_resid_post", torch.tensor([1.0, 0.0]), 0.5)
-    with pytest.raises(SteeringError, match="other conditions"):
+    with pytest.raises(InputError, match="other conditions"):
         replace(a, condition=condition) + b
     both = replace(a, condition=condition) + replace(b, condition=condition)
     assert both.condition == condition
@@ -345,7 +343,7 @@ def test_a_part_of_a_vector(vector: sl.SteeringVector) -> None:
     assert vector.at(HOOKS[1], 1).hook_names == (HOOKS[1], HOOKS[0])
     assert torch.equal(vector.at(2)[HOOKS[1]], vector[HOOKS[1]])
     assert float(vector.at(2).calibration.resid_norm) == float(vector.calibration.resid_norm[1])
-    with pytest.raises(SteeringError, match="no hook 7; it has"):
+    with pytest.raises(InputError, match="no hook 7; it has"):
         vector.at(7)
     with pytest.raises(KeyError):
         vector["blocks.7.hook_resid_post"]
@@ -402,7 +400,7 @@ def test_a_mask_is_for_one_pass_of_its_shape(llama: Any, vector: sl.SteeringVect
     mask = torch.tensor([[True, False, True, True]])
     right = llama.run_with_hooks(TOKENS, fwd_hooks=vector.fwd_hooks(1, mask=mask))
     assert right.shape == logits(llama).shape
-    with pytest.raises(SteeringError, match=r"\(1, 4\), but this pass has \(1, 1\)"):
+    with pytest.raises(InputError, match=r"\(1, 4\), but this pass has \(1, 1\)"):
         llama.run_with_hooks(TOKENS[:, :1], fwd_hooks=vector.fwd_hooks(1, mask=mask))
 
 
@@ -458,10 +456,10 @@ def test_another_model_is_told_apart(saved: Path, llama: Any, gpt2: Any, recwarn
         sl.SteeringVector.load(saved, model=templated)
     with pytest.warns(UserWarning, match="other tokenizer"):
         sl.SteeringVector.load(saved, model=bridge(build_llama(), build_tokenizer(pad_token="a")))
-    with pytest.raises(SteeringError, match=r"no hook blocks\.2\.hook_resid_post .*2 layers"):
+    with pytest.raises(InputError, match=r"no hook blocks\.2\.hook_resid_post .*2 layers"):
         sl.SteeringVector.load(saved, model=bridge(build_llama(n_layers=2)))
     narrow = made([1.0, 2.0])
-    with pytest.raises(SteeringError, match="d_model 2, the model 32"):
+    with pytest.raises(InputError, match="d_model 2, the model 32"):
         narrow.check_model(llama)
 
 
@@ -478,21 +476,21 @@ def test_fingerprints() -> None:
 
 
 def test_names_of_files(vector: sl.SteeringVector, tmp_path: Path) -> None:
-    with pytest.raises(SteeringError, match=r"ends in \.safetensors"):
+    with pytest.raises(InputError, match=r"ends in \.safetensors"):
         vector.save(tmp_path / "v.pt")
-    with pytest.raises(SteeringError, match="No such file"):
+    with pytest.raises(InputError, match="No such file"):
         vector.save(tmp_path / "missing" / "v.safetensors")
-    with pytest.raises(SteeringError, match="No such file"):
+    with pytest.raises(InputError, match="No such file"):
         sl.SteeringVector.load(tmp_path / "v.safetensors")
 
 
 def test_pickles_are_refused_whatever_their_name(tmp_path: Path) -> None:
     for name in ("v.pt", "v.safetensors"):
         torch.save({"direction": torch.ones(2)}, tmp_path / name)
-        with pytest.raises(SteeringError, match="pickle: loading one can run any code"):
+        with pytest.raises(InputError, match="pickle: loading one can run any code"):
             sl.SteeringVector.load(tmp_path / name)
     torch.save(torch.ones(2), tmp_path / "old", _use_new_zipfile_serialization=False)
-    with pytest.raises(SteeringError, match="pickle"):
+    with pytest.raises(InputError, match="pickle"):
         sl.SteeringVector.load(tmp_path / "old")
 
 
@@ -500,7 +498,7 @@ def test_a_truncated_file_is_refused_at_every_length(saved: Path) -> None:
     whole = saved.read_bytes()
     for length in [*range(0, len(whole), 97), len(whole) - 1]:
         saved.write_bytes(whole[:length])
-        with pytest.raises(SteeringError, match="cannot load"):
+        with pytest.raises(InputError, match="cannot load"):
             sl.SteeringVector.load(saved)
     saved.write_bytes(whole)
     sl.SteeringVector.load(saved)
@@ -512,7 +510,7 @@ def test_a_changed_file_is_refused_wherever_it_was_changed(saved: Path) -> None:
         changed = bytearray(whole)
         changed[place] ^= 1
         saved.write_bytes(bytes(changed))
-        with pytest.raises(SteeringError, match="cannot load"):
+        with pytest.raises(InputError, match="cannot load"):
             sl.SteeringVector.load(saved)
 
 
@@ -533,7 +531,7 @@ def test_headers_that_do_not_fit(saved: Path, change: dict[str, Any], message: s
     length = int.from_bytes(content[:8], "little")
     header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
     saved.write_bytes(save(load(content), {KEY: json.dumps(header | change)}))
-    with pytest.raises(SteeringError, match=message):
+    with pytest.raises(InputError, match=message):
         sl.SteeringVector.load(saved)
 
 
@@ -541,7 +539,7 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "v.safetensors"
     for metadata in (None, {KEY: "[]"}, {KEY: "{"}, {KEY: "[" * 100_000}, {KEY: "{}"}):
         path.write_bytes(save({"x": torch.ones(2)}, metadata))
-        with pytest.raises(SteeringError, match="cannot load"):
+        with pytest.raises(InputError, match="cannot load"):
             sl.SteeringVector.load(path)
 
 
@@ -562,7 +560,7 @@ def test_records_that_do_not_fit(vector: sl.SteeringVector) -> None:
         {"origin": vector.origin.to_dict() | {"model": [1]}},
         {"origin": vector.origin.to_dict() | {"model": "\ud800"}},
     ):
-        with pytest.raises(SteeringError):
+        with pytest.raises(InputError):
             sl.SteeringVector.from_record(tensors, record | change)
 
 

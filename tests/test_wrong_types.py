@@ -16,54 +16,54 @@ HERE = Path(__file__).parent
 
 CALLS = {
     "figures": {
-        "plots.tradeoff(None)": "PlotError: expected the table of a sweep, a DataFrame",
-        "plots.heat_maps({})": "PlotError: .* such as result.table, got dict",
-        "plots.tradeoff(result)": "PlotError: .* got SweepResult",
-        "plots.tradeoff(table, result)": "PlotError: expected the per-layer table, a DataFrame",
-        "plots.layer_profile(result)": "PlotError: .* got SweepResult",
-        "plots.boundary(None)": "PlotError: .* got NoneType",
-        "plots.comparison([])": "PlotError: .* got list",
-        "plots.differences('points')": "PlotError: .* got str",
-        "plots.components(table, None)": "PlotError: ",
-        "plots.circuit_graph(None)": "PlotError: expected the table of edges",
-        "plots.loss_geometry(table)": "PlotError: expected the LossGeometry .* got DataFrame",
-        "plots.token_page(None)": "PlotError: expected the table of token_damage",
+        "plots.tradeoff(None)": "InputError: expected the table of a sweep, a DataFrame",
+        "plots.heat_maps({})": "InputError: .* such as result.table, got dict",
+        "plots.tradeoff(result)": "InputError: .* got SweepResult",
+        "plots.tradeoff(table, result)": "InputError: expected the per-layer table, a DataFrame",
+        "plots.layer_profile(result)": "InputError: .* got SweepResult",
+        "plots.boundary(None)": "InputError: .* got NoneType",
+        "plots.comparison([])": "InputError: .* got list",
+        "plots.differences('points')": "InputError: .* got str",
+        "plots.components(table, None)": "InputError: ",
+        "plots.circuit_graph(None)": "InputError: expected the table of edges",
+        "plots.loss_geometry(table)": "InputError: expected the LossGeometry .* got DataFrame",
+        "plots.token_page(None)": "InputError: expected the table of token_damage",
         "plots.tradeoff(table)": "no error",
     },
     "pages": {
-        "plots.projection_page(['a'], ['layer 0'], {})": "PlotError: expected one or more",
-        "plots.projection_page(['a'], ['layer 0'], [[1.0]])": "PlotError: expected one or more",
-        "plots.projection_page(['a'], ['layer 0'], {'x': [[1.0, 2.0]]})": "PlotError: .*shape",
-        "plots.projection_page(['a'], ['layer 0'], {'x': [['b']]})": "PlotError: .*in numbers",
+        "plots.projection_page(['a'], ['layer 0'], {})": "InputError: expected one or more",
+        "plots.projection_page(['a'], ['layer 0'], [[1.0]])": "InputError: expected one or more",
+        "plots.projection_page(['a'], ['layer 0'], {'x': [[1.0, 2.0]]})": "InputError: .*shape",
+        "plots.projection_page(['a'], ['layer 0'], {'x': [['b']]})": "InputError: .*in numbers",
         "plots.projection_page(['a'], ['layer 0'], {'x': [[1.0]]})": "no error",
-        "plots.attention_page(['a'], ['L0H0'], {})": "PlotError: expected one or more patterns",
-        "plots.attention_page(['a'], ['L0H0'], {'x': [[1.0]]})": "PlotError: .*shape",
+        "plots.attention_page(['a'], ['L0H0'], {})": "InputError: expected one or more patterns",
+        "plots.attention_page(['a'], ['L0H0'], {'x': [[1.0]]})": "InputError: .*shape",
         "plots.attention_page(['a'], ['L0H0'], {'x': [[[1.0]]]})": "no error",
     },
     "reports": {
-        "sl.report(run)": "ReportError: expected a list of runs, as .*, got Run",
-        "sl.report('runs/demo')": "ReportError: expected a list of runs, as .*, got str",
-        "sl.report(['runs/demo'])": "ReportError: expected a list of runs",
-        "sl.report(pathlib.Path('runs/demo'))": "ReportError: expected a list of runs",
-        "sl.report(None)": "ReportError: expected a list of runs, as .*, got NoneType",
-        "sl.read_run(None)": "ReportError: expected the folder of a run, got None",
+        "sl.report(run)": "FileError: expected a list of runs, as .*, got Run",
+        "sl.report('runs/demo')": "FileError: expected a list of runs, as .*, got str",
+        "sl.report(['runs/demo'])": "FileError: expected a list of runs",
+        "sl.report(pathlib.Path('runs/demo'))": "FileError: expected a list of runs",
+        "sl.report(None)": "FileError: expected a list of runs, as .*, got NoneType",
+        "sl.read_run(None)": "FileError: expected the folder of a run, got None",
     },
     "numbers": {
         **{
-            f"check_plane(['blocks.1.hook_resid_post'], {value})": f"SweepError: n_angles .*{value}"
+            f"check_plane(['blocks.1.hook_resid_post'], {value})": f"InputError: n_angles .*{value}"
             for value in ("'4'", "4.5", "None")
         },
         **{
-            f"finite('margin', {value})": f"SweepError: expected a finite margin, got {value}"
+            f"finite('margin', {value})": f"InputError: expected a finite margin, got {value}"
             for value in ("'x'", "'1'", "None", "{}")
         },
         "finite('margin', 1)": "no error",
-        "check_search(budget='kl=0.1', search_range='x')": "SweepError: .*search_range, got 'x'",
+        "check_search(budget='kl=0.1', search_range='x')": "InputError: .*search_range, got 'x'",
         "check_search(budget='kl=0.1', search_range=4)": "no error",
-        "strengths_at(at, 5)": "SweepError: expected a list of coefficients, got 5",
-        "strengths_at(at, None)": "SweepError: expected a list of coefficients, got None",
+        "strengths_at(at, 5)": "InputError: expected a list of coefficients, got 5",
+        "strengths_at(at, None)": "InputError: expected a list of coefficients, got None",
         "sl.generation_table(None, ['a'], None, coefficients=[1], max_new_tokens='x')": (
-            "SweepError: max_new_tokens must be a whole number, got 'x'"
+            "InputError: max_new_tokens must be a whole number, got 'x'"
         ),
     },
     "models": {

@@ -11,7 +11,7 @@ from steerlens.circuits.components import Prompts, make_prompts
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
-from steerlens.errors import CircuitError, told
+from steerlens.errors import InputError, told
 from steerlens.models.loading import HookedModel, inference
 
 ROWS = 16
@@ -23,7 +23,7 @@ class Answers:
     """Token ids of the answer on either side: the metric is the difference of their mean logits.
 
     One row for all prompts, or one a prompt; in a comparison of circuits, one a pair or one a
-    prompt, those of the positive prompts first. Raises `CircuitError` unless both are tables of
+    prompt, those of the positive prompts first. Raises `InputError` unless both are tables of
     whole numbers with as many rows, one or more tokens in each.
 
     Examples:
@@ -40,22 +40,22 @@ class Answers:
         for ids in (self.positive, self.negative):
             is_table = ids.ndim == 2 and 0 not in ids.shape and not ids.is_floating_point()
             if not is_table or len(ids) != len(self.positive):
-                raise CircuitError(
+                raise InputError(
                     f"expected token ids, a row a prompt on both sides, got "
                     f"{tuple(self.positive.shape)} and {tuple(self.negative.shape)}"
                 )
 
     def check(self, model: HookedModel, n_prompts: int) -> None:
-        """Raise `CircuitError` unless they fit so many prompts and the model's vocabulary."""
+        """Raise `InputError` unless they fit so many prompts and the model's vocabulary."""
         if len(self.positive) not in (1, n_prompts):
-            raise CircuitError(
+            raise InputError(
                 f"expected answers in one row, or in {n_prompts} (one a prompt), got "
                 f"{len(self.positive)}"
             )
         d_vocab = int(model.cfg.d_vocab)
         for ids in (self.positive, self.negative):
             if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
-                raise CircuitError(
+                raise InputError(
                     f"expected token ids from 0 to {d_vocab - 1}, got {int(ids.min())} to "
                     f"{int(ids.max())}"
                 )
@@ -86,7 +86,7 @@ def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: i
 
     The `n_tokens` largest and smallest mean differences of the next-token log-probability after
     the last prompt token, over the pairs: fit them on other pairs than are measured. For a
-    behaviour that is not named by answer tokens of its own. Raises `CircuitError` when `n_tokens`
+    behaviour that is not named by answer tokens of its own. Raises `InputError` when `n_tokens`
     is below 1 or more than half the vocabulary; and as `tokenize_pairs`.
 
     Examples:
@@ -106,7 +106,7 @@ def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: i
     ]
     difference = sides[0] - sides[1]
     if not 1 <= n_tokens <= len(difference) // 2:
-        raise CircuitError(
+        raise InputError(
             f"n_tokens is from 1 to half the vocabulary ({len(difference) // 2}), "
             f"not {told(n_tokens)}"
         )
@@ -118,7 +118,7 @@ def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: i
 def item_answers(model: HookedModel, items: PreferenceItems) -> tuple[Prompts, Answers]:
     """Items as prompts, with the first token of each continuation as answers.
 
-    Raises `CircuitError` on an item whose two continuations begin with the same token.
+    Raises `InputError` on an item whose two continuations begin with the same token.
 
     Examples:
         >>> from steerlens.circuits import item_answers
@@ -129,7 +129,7 @@ def item_answers(model: HookedModel, items: PreferenceItems) -> tuple[Prompts, A
     positive, negative = tokenize_items(model, items)
     for item, one, other in zip(items, positive, negative, strict=True):
         if one.continuation[0] == other.continuation[0]:
-            raise CircuitError(
+            raise InputError(
                 f"both continuations of item {item.id!r} begin with the same token, so it has no "
                 "answer logit difference; leave it out or reword it"
             )

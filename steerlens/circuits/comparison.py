@@ -27,7 +27,7 @@ from steerlens.circuits.graphs import (
 from steerlens.circuits.interventions import Intervention
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import CircuitError, whole
+from steerlens.errors import InputError, whole
 from steerlens.models.loading import HookedModel, provenance
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import Add
@@ -81,11 +81,11 @@ def compare_circuits(
     and `cmd` are the areas under faithfulness, and between it and 1, against the share of nodes or
     edges that the circuit has, from 0 to 1 (Mueller et al. 2025, arXiv:2504.13151).
 
-    Raises `CircuitError` on a share that is not between 0 and 1, an unknown level, an intervention
+    Raises `InputError` on a share that is not between 0 and 1, an unknown level, an intervention
     called "unsteered", edges with another operator than `Add` or a condition, prompts that begin
     with different tokens, answers that do not fit, a model whose heads and MLPs do not add up to
     its stream, when nothing is left of the behaviour to explain, and as `attribute` does;
-    `SweepError` on a negative seed or number of splits; and as `tokenize_pairs`.
+    `InputError` on a negative seed or number of splits; and as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
@@ -153,13 +153,13 @@ def compare_circuits(
 def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers) -> Contrast:
     """Both sides of the pairs as one batch, positive prompts first; answers one a pair or prompt.
 
-    Raises `CircuitError` when prompts begin with different tokens (the first is never ablated), or
+    Raises `InputError` when prompts begin with different tokens (the first is never ablated), or
     the answers do not fit.
     """
     tokenized = tokenize_pairs(model, pairs)
     prompts = make_prompts(model, [*tokenized.positive, *tokenized.negative])
     if len(prompts.tokens[:, 0].unique()) > 1:  # type: ignore[no-untyped-call]
-        raise CircuitError(
+        raise InputError(
             "the prompts begin with different tokens; circuits are compared on prompts that begin "
             "with the same one, such as BOS, because it is left as it is"
         )
@@ -176,20 +176,20 @@ def _check(
     floor: Intervention | None,
 ) -> None:
     if not shares or not all(0 < share < 1 for share in shares):
-        raise CircuitError(f"shares are between 0 and 1, got {list(shares)}")
+        raise InputError(f"shares are between 0 and 1, got {list(shares)}")
     if not levels or set(levels) - set(LEVELS):
-        raise CircuitError(f"levels are {', '.join(LEVELS)}, got {list(levels)}")
+        raise InputError(f"levels are {', '.join(LEVELS)}, got {list(levels)}")
     if not interventions or UNSTEERED in interventions:
-        raise CircuitError(
+        raise InputError(
             f"give one or more interventions, none called {UNSTEERED!r}; got {list(interventions)}"
         )
     for of in (*interventions.values(), *(() if floor is None else (floor,))):
         if not isinstance(of, Intervention):
-            raise CircuitError(f"expected Intervention(vector, coefficient), got {of!r}")
+            raise InputError(f"expected Intervention(vector, coefficient), got {of!r}")
         if of.vector is None or "edge" not in levels:
             continue
         if not isinstance(of.vector.operator, Add) or of.vector.condition is not None:
-            raise CircuitError(
+            raise InputError(
                 "edges are cut by subtraction from the stream, so vectors must be added, without "
                 'a condition; compare nodes alone, levels=("node",)'
             )
@@ -236,7 +236,7 @@ def _faithfulness(
     (like, *_), *_ = circuits.values()
     whole, empty = run(torch.ones_like(like)), run(torch.zeros_like(like))
     if not abs(whole - empty) > 1e-6 * max(abs(whole), abs(empty)):
-        raise CircuitError(
+        raise InputError(
             f"the behaviour is {whole:.3g} logits with and without all {level}s, so there is "
             "nothing that a circuit could explain; choose answers that the pairs' sides differ in"
         )

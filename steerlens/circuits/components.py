@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.errors import CircuitError
+from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.loading import HookedModel
 
@@ -69,7 +69,7 @@ class Prompts:
 def make_prompts(model: HookedModel, prompts: list[TokenizedPrompt]) -> Prompts:
     """The prompts' own tokens, without continuations, on the model's device.
 
-    Raises `CircuitError` when there are none.
+    Raises `InputError` when there are none.
 
     Examples:
         >>> from steerlens.circuits import make_prompts
@@ -78,7 +78,7 @@ def make_prompts(model: HookedModel, prompts: list[TokenizedPrompt]) -> Prompts:
         8
     """
     if not prompts:
-        raise CircuitError("expected one or more prompts, got none")
+        raise InputError("expected one or more prompts, got none")
     width = max(len(prompt.prompt) for prompt in prompts)
     pad = getattr(model.tokenizer, "pad_token_id", None)
     tokens = torch.full((len(prompts), width), 0 if pad is None else pad)
@@ -174,7 +174,7 @@ def contract(
 
 
 def check_additive(model: HookedModel) -> None:
-    """Raise `CircuitError` unless every block has heads, an MLP, and the hooks to read them.
+    """Raise `InputError` unless every block has heads, an MLP, and the hooks to read them.
 
     Whether they add up is seen from the numbers: `check_complete`, `graphs.check_sum`.
     """
@@ -182,7 +182,7 @@ def check_additive(model: HookedModel) -> None:
         names = (head_hook(layer), mlp_hook(layer), resid_post(layer))
         missing = [name for name in names if name not in model.hook_dict]
         if missing or not hasattr(getattr(block, "attn", None), "W_O"):
-            raise CircuitError(
+            raise InputError(
                 f"block {layer} of this model has no {', '.join(missing) or 'attn.W_O'}: it cannot "
                 "be taken apart into heads and an MLP"
             )
@@ -191,14 +191,14 @@ def check_additive(model: HookedModel) -> None:
 def check_complete(
     explained: float, whole: float, scale: float, what: str, dtype: torch.dtype
 ) -> None:
-    """Raise `CircuitError` when the components' sum is not the whole.
+    """Raise `InputError` when the components' sum is not the whole.
 
     To 1e-3 of `scale`, or 4 times the epsilon of the model's dtype where that is more.
     """
     if not (math.isfinite(explained) and math.isfinite(whole)):
-        raise CircuitError(f"{what} is not finite; try a smaller coefficient or float32")
+        raise InputError(f"{what} is not finite; try a smaller coefficient or float32")
     if not abs(explained - whole) <= max(TOLERANCE, 4 * torch.finfo(dtype).eps) * scale:
-        raise CircuitError(
+        raise InputError(
             f"the components add up to {explained:.6g}, but {what} is {whole:.6g}: on this model "
             "heads and MLPs are normed, scaled or mixed before they are added to the residual "
             f"stream, or the change is lost in {dtype}'s rounding (try float32)"

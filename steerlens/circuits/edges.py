@@ -15,7 +15,7 @@ def edge_table(
 ) -> pd.DataFrame:
     """The edges of each model with the largest absolute score, as a table (`EDGE_COLUMNS`).
 
-    `scores` are those of `compare_circuits`, a model's name each. Raises `CircuitError` as
+    `scores` are those of `compare_circuits`, a model's name each. Raises `InputError` as
     `readers` does.
 
     Examples:

@@ -23,7 +23,7 @@ from steerlens.circuits.components import (
     writer_hooks,
 )
 from steerlens.circuits.interventions import Intervention, trace
-from steerlens.errors import CircuitError
+from steerlens.errors import InputError
 from steerlens.models.hooks import HookFunction, hooked, resid_post
 from steerlens.models.loading import HookedModel
 
@@ -98,7 +98,7 @@ class Scores:
 def readers(model: HookedModel) -> tuple[Reader, ...]:
     """Attention and MLP of every layer in order, then the logits.
 
-    Raises `CircuitError` where they have no norm of their own to read through.
+    Raises `InputError` where they have no norm of their own to read through.
     """
     n_layers = int(model.cfg.n_layers)
     found = (
@@ -107,7 +107,7 @@ def readers(model: HookedModel) -> tuple[Reader, ...]:
     )
     missing = [reader.hook_name for reader in found if reader.hook_name not in model.hook_dict]
     if missing or getattr(model.cfg, "parallel_attn_mlp", False):
-        raise CircuitError(
+        raise InputError(
             f"edges are read at the norm before attention, MLP and logits; this model has no "
             f"{', '.join(missing) or 'MLP that reads the attention of its block'}: compare nodes "
             'alone, levels=("node",)'
@@ -123,7 +123,7 @@ def nodes(model: HookedModel) -> tuple[Component, ...]:
 def existing_edges(model: HookedModel) -> Bool[Tensor, "writer reader"]:
     """Whether each component (`components` order) comes before each reader (`readers` order).
 
-    Raises `CircuitError` as `readers` does.
+    Raises `InputError` as `readers` does.
     """
     return torch.tensor(
         [[_is_before(part, reader) for reader in readers(model)] for part in components(model)]
@@ -165,7 +165,7 @@ def mean_writes(model: HookedModel, contrast: Contrast, intervention: Interventi
 
 
 def check_sum(model: HookedModel, contrast: Contrast) -> None:
-    """Raise `CircuitError` unless heads and MLPs, as they are read, add up to the residual stream.
+    """Raise `InputError` unless heads and MLPs, as they are read, add up to the residual stream.
 
     On two prompts, to 1e-3 of the stream (4 epsilon in 16-bit dtypes); biases, the same everywhere,
     are left out.
@@ -183,7 +183,7 @@ def check_sum(model: HookedModel, contrast: Contrast) -> None:
         rest = rest - activation
     off = float((rest - rest[:1, :1]).norm() / found[final].float().norm())
     if not off <= max(TOLERANCE, 4 * torch.finfo(model.cfg.dtype).eps):
-        raise CircuitError(
+        raise InputError(
             f"heads and MLPs leave {off:.2g} of the residual stream unexplained: this model norms, "
             "scales or mixes them before they are added, so it cannot be taken apart this way"
         )
@@ -202,7 +202,7 @@ def attribute(
     `node = sum (a - mean) . d metric / d a`; `edge = sum (a_writer - mean) . d metric / d input of
     the reader` (edge attribution patching, Syed et al. 2023, arXiv:2310.10348, against the mean),
     summed over tokens. Keys and values may be shared by heads: a reader is a layer's attention as a
-    whole. Raises `CircuitError` as `readers` does.
+    whole. Raises `InputError` as `readers` does.
     """
     seen = readers(model) if with_edges else ()
     by_node, by_edge, metrics = [], [], []

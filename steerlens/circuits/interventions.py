@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerlens.circuits.answers import Answers
 from steerlens.circuits.components import Prompts
-from steerlens.errors import CircuitError
+from steerlens.errors import InputError
 from steerlens.models.hooks import hooked
 from steerlens.models.loading import HookedModel, inference
 from steerlens.steering import Coefficient, SteeringVector, steer
@@ -21,7 +21,7 @@ from steerlens.steering import Coefficient, SteeringVector, steer
 class Intervention:
     """A vector at a coefficient, or nothing at all.
 
-    Raises `CircuitError` for a condition on whole prompts: circuits run prompts padded and in
+    Raises `InputError` for a condition on whole prompts: circuits run prompts padded and in
     parts, where it cannot be read.
 
     Examples:
@@ -36,7 +36,7 @@ class Intervention:
     def __post_init__(self) -> None:
         condition = None if self.vector is None else self.vector.condition
         if condition is not None and condition.scope == "prompt":
-            raise CircuitError(
+            raise InputError(
                 "circuits take vectors without a condition on the prompt; leave the prompts out "
                 "that it would not steer"
             )
@@ -70,11 +70,11 @@ def trace(
 ) -> Traced:
     """Run prompts once, and back once where gradients are asked for, all rows together.
 
-    By TransformerLens's `cache_activation_and_gradient`. Raises `CircuitError` when TransformerLens
+    By TransformerLens's `cache_activation_and_gradient`. Raises `InputError` when TransformerLens
     4 is not there, or inside `torch.inference_mode()`, which has no gradients.
     """
     if with_gradients and torch.is_inference_mode_enabled():
-        raise CircuitError("gradients are needed; leave torch.inference_mode() first")
+        raise InputError("gradients are needed; leave torch.inference_mode() first")
     cache_activation_and_gradient = _analysis()
     seen: list[Tensor] = []
 
@@ -107,7 +107,7 @@ def trace(
     gradients = {name: g for name, g in found.gradients.items() if g is not None}
     missing = [name for name in hook_names if with_gradients and name not in gradients]
     if missing:
-        raise CircuitError(f"the metric has no gradient at {', '.join(missing)}")
+        raise InputError(f"the metric has no gradient at {', '.join(missing)}")
     return Traced(
         {name: found.activations[name] for name in hook_names},
         gradients,
@@ -121,7 +121,7 @@ def _analysis() -> Any:
             cache_activation_and_gradient,
         )
     except ImportError as error:
-        raise CircuitError(
+        raise InputError(
             "circuits are found with the analysis tools of TransformerLens 4; this is an older one"
         ) from error
     return cache_activation_and_gradient

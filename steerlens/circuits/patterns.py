@@ -12,7 +12,7 @@ from steerlens.circuits.components import Component, Prompts
 from steerlens.circuits.interventions import Intervention
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import token_texts
-from steerlens.errors import CircuitError, told
+from steerlens.errors import InputError, told
 from steerlens.models.hooks import HookFunction, hook_layer, hooked
 from steerlens.models.loading import HookedModel, inference
 from steerlens.models.weight_processing import check_processing
@@ -49,7 +49,7 @@ def attention_patterns(
 ) -> Patterns:
     """Attention patterns of some heads on one prompt, unsteered and under the intervention.
 
-    Raises `CircuitError` without heads, on one that the model does not have, and when there is no
+    Raises `InputError` without heads, on one that the model does not have, and when there is no
     such prompt.
 
     Examples:
@@ -64,7 +64,7 @@ def attention_patterns(
     n_heads = int(model.cfg.n_heads)
     bad = [str(head) for head in heads if not 0 <= head.head < n_heads]
     if bad or not heads:
-        raise CircuitError(
+        raise InputError(
             f"expected attention heads, 0 to {n_heads - 1} of a layer, got "
             f"{', '.join(bad) or 'none'}"
         )
@@ -88,8 +88,8 @@ def token_projections(
 ) -> Projections:
     """One prompt's tokens on each layer's direction, unsteered and under the intervention.
 
-    Raises `ProcessingError` when they were fitted on a model with other weight processing;
-    `CircuitError` when there is no such prompt.
+    Raises `InputError` when they were fitted on a model with other weight processing;
+    `InputError` when there is no such prompt.
 
     Examples:
         >>> from steerlens.circuits import Intervention, make_prompts, token_projections
@@ -111,7 +111,7 @@ def token_projections(
 
 def _tokens(prompts: Prompts, prompt: int) -> Int[Tensor, " token"]:
     if not -len(prompts) <= prompt < len(prompts):
-        raise CircuitError(f"there is no prompt {told(prompt)}; there are {len(prompts)}, from 0")
+        raise InputError(f"there is no prompt {told(prompt)}; there are {len(prompts)}, from 0")
     return prompts.tokens[prompt, : int(prompts.last[prompt]) + 1]
 
 

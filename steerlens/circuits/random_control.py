@@ -10,7 +10,7 @@ from steerlens.circuits.components import Prompts, make_prompts
 from steerlens.circuits.interventions import Intervention
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import CircuitError, whole
+from steerlens.errors import InputError, whole
 from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, silent
 from steerlens.steering import Add, SteeringVector, steps
@@ -28,8 +28,8 @@ def random_intervention(
 
     Of next-token predictions from the unsteered model, mean over the tokens of the positive
     prompts, to about 2% (1% of the coefficient). To `progress` the search is one step. Raises
-    `CircuitError` when the intervention is not an added vector at one hook, its divergence is 0 or
-    not finite, or no coefficient up to 16 times its own reaches it; `SweepError` on a negative
+    `InputError` when the intervention is not an added vector at one hook, its divergence is 0 or
+    not finite, or no coefficient up to 16 times its own reaches it; `InputError` on a negative
     seed.
 
     Examples:
@@ -44,7 +44,7 @@ def random_intervention(
         [] if intervention.vector is None else steps(intervention.vector, intervention.coefficient)
     )
     if len(acts) != 1 or not isinstance(acts[0].operator, Add):
-        raise CircuitError(f"expected a vector that is added at one hook, got {len(acts)} steps")
+        raise InputError(f"expected a vector that is added at one hook, got {len(acts)} steps")
     generator = torch.Generator().manual_seed(whole("seed", seed, 0))
     row = torch.randn(len(acts[0].direction), generator=generator)
     vector = SteeringVector.from_vectors({acts[0].hook_name: row})
@@ -54,7 +54,7 @@ def random_intervention(
     tell("random vector at equal KL", 0, 1)
     wanted = mean_kl(model, prompts, intervention)
     if not 0 < wanted < float("inf"):
-        raise CircuitError(f"the vector's KL divergence is {wanted:.3g}; expected one above 0")
+        raise InputError(f"the vector's KL divergence is {wanted:.3g}; expected one above 0")
     size = abs(acts[0].amount)
 
     def gap(log_size: float) -> float:
@@ -63,7 +63,7 @@ def random_intervention(
 
     low, high = np.log(size / 16), np.log(16 * size)
     if not (gap(low) <= 0 <= gap(high)):
-        raise CircuitError(
+        raise InputError(
             f"no coefficient from {size / 16:.3g} to {16 * size:.3g} of a random direction has the "
             f"KL divergence {wanted:.3g} of the vector"
         )

@@ -25,7 +25,7 @@ from steerlens.circuits.components import (
 from steerlens.circuits.interventions import Intervention, Traced, trace
 from steerlens.circuits.patching import patch_components
 from steerlens.circuits.writers import component_fields
-from steerlens.errors import CircuitError, whole
+from steerlens.errors import InputError, whole
 from steerlens.models.hooks import hook_layer, hooked, resid_post
 from steerlens.models.loading import HookedModel, inference, provenance
 from steerlens.progress import Progress, part_of, silent
@@ -85,11 +85,11 @@ def find_readers(
     NaN where a model does not use what is put into its patterns (then `n_draws` is 0), and where
     fewer other components are left than were named.
 
-    Raises `CircuitError` when the vector does not act at one block output before the last, when the
+    Raises `InputError` when the vector does not act at one block output before the last, when the
     coefficient is 0, when the heads and MLPs do not add up to the residual stream, where the metric
     is not linear behind the final norm (soft-capped logits), when the answers do not fit the
-    prompts, and on negative counts; `SweepError` on `n_bootstrap` below 2 or a negative seed;
-    `SteeringError` as `steer`.
+    prompts, and on negative counts; `InputError` on `n_bootstrap` below 2 or a negative seed;
+    `InputError` as `steer`.
 
     Examples:
         >>> from steerlens.circuits import contrast_answers, find_readers, make_prompts
@@ -102,7 +102,7 @@ def find_readers(
         True
     """
     if min(top, n_claimed, n_draws) < 0 or ig_steps < 1:
-        raise CircuitError(
+        raise InputError(
             "top, n_claimed and n_draws are 0 or more and ig_steps 1 or more, got "
             f"{top}, {n_claimed}, {n_draws} and {ig_steps}"
         )
@@ -173,11 +173,11 @@ def find_readers(
 
 def _steered_hook(model: HookedModel, vector: SteeringVector, coefficient: Coefficient) -> str:
     if not isinstance(vector, SteeringVector):
-        raise CircuitError("expected a SteeringVector; make one with SteeringVector.from_vectors")
+        raise InputError("expected a SteeringVector; make one with SteeringVector.from_vectors")
     names = [step.hook_name for step in steps(vector, coefficient)]
     if len(names) != 1:
         what = ", ".join(names) or "no hook (coefficient 0)"
-        raise CircuitError(
+        raise InputError(
             f"expected a vector at one block output and a coefficient that is not 0, got {what}; "
             "take one hook with .at(...)"
         )
@@ -186,14 +186,14 @@ def _steered_hook(model: HookedModel, vector: SteeringVector, coefficient: Coeff
 
 
 def check_steered(model: HookedModel, hook_name: str, coefficient: float | int) -> None:
-    """Raise `CircuitError` unless the hook is a block output that something reads, c not 0."""
+    """Raise `InputError` unless the hook is a block output that something reads, c not 0."""
     last = int(model.cfg.n_layers) - 1
     if coefficient == 0:
-        raise CircuitError("with coefficient 0 nothing is steered; give another one")
+        raise InputError("with coefficient 0 nothing is steered; give another one")
     if hook_name != resid_post(hook_layer(hook_name)):
-        raise CircuitError(f"expected a vector at one block output, got one at {hook_name}")
+        raise InputError(f"expected a vector at one block output, got one at {hook_name}")
     if hook_layer(hook_name) >= last:
-        raise CircuitError(f"nothing reads the output of block {last}, the last one")
+        raise InputError(f"nothing reads the output of block {last}, the last one")
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def frozen_readout(
     Per prompt, at its last token: `l = gradient + x (m - m_0) / (|x|^2 + d_model eps)`, with x the
     residual there (centred where the norm centres), m the metric, m_0 what a zero residual gives
     and eps the norm's: a norm divides by its input's length, so the gradient lacks the part along
-    x, and that part is what all of x writes. Raises `CircuitError` when the metric is not linear in
+    x, and that part is what all of x writes. Raises `InputError` when the metric is not linear in
     the norm's output y: half way from y(0) to y it must be half way from m_0 to m.
     """
     rows = torch.arange(len(prompts), device=prompts.last.device)
@@ -283,7 +283,7 @@ def frozen_readout(
     slack = max(1e-3, 16 * torch.finfo(model.cfg.dtype).eps) * scale
     off = torch.maximum((half - (constant + full) / 2).abs(), (full - metric).abs())
     if not float(off.max()) <= slack:
-        raise CircuitError(
+        raise InputError(
             "the answer logit difference is not linear behind the final norm (soft-capped logits, "
             "or a norm of another kind), so it cannot be split into what each component wrote"
         )

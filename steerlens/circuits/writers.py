@@ -23,7 +23,7 @@ from steerlens.circuits.components import (
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import CircuitError, DirectionError, whole
+from steerlens.errors import InputError, whole
 from steerlens.models.hooks import (
     HookFunction,
     Layers,
@@ -77,11 +77,11 @@ def find_writers(
     `n_positions` tokens, counted from the end of each prompt. Attention and other biases are the
     same on both sides and cancel.
 
-    Raises `CircuitError` when the components do not add up to the projection within 1e-3 of the
+    Raises `InputError` when the components do not add up to the projection within 1e-3 of the
     sum of their sizes (blocks that norm or scale what they add; in 16-bit dtypes 4 epsilon), the
     hook is not a block output, or `n_positions` is below 1;
-    `DirectionError` when the hook has no direction; `ProcessingError` when it was fitted on a model
-    with other weight processing; `SweepError` on `n_bootstrap` below 2 or a negative seed; and as
+    `InputError` when the hook has no direction; `InputError` when it was fitted on a model
+    with other weight processing; `InputError` on `n_bootstrap` below 2 or a negative seed; and as
     `tokenize_pairs`.
 
     Examples:
@@ -93,12 +93,12 @@ def find_writers(
         1.00
     """
     if n_positions < 1:
-        raise CircuitError(f"n_positions must be at least 1, got {n_positions}")
+        raise InputError(f"n_positions must be at least 1, got {n_positions}")
     n_bootstrap, seed = whole("n_bootstrap", n_bootstrap, 2), whole("seed", seed, 0)
     check_additive(model)
     name = _block_output(model, layer)
     if name not in directions:
-        raise DirectionError(f"there is no direction at {name}; fit one there")
+        raise InputError(f"there is no direction at {name}; fit one there")
     check_processing(model, directions)
     tokenized = tokenize_pairs(model, pairs)
     n_layers = hook_layer(name) + 1
@@ -144,7 +144,7 @@ def component_fields(component: Component) -> dict[str, Any]:
 def _block_output(model: HookedModel, layer: Layers) -> str:
     names = resolve_hooks(model, layer)
     if len(names) != 1 or names[0] != resid_post(hook_layer(names[0])):
-        raise CircuitError(f"give one block output, as in layer=12; got {', '.join(names)}")
+        raise InputError(f"give one block output, as in layer=12; got {', '.join(names)}")
     return names[0]
 
 

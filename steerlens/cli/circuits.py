@@ -42,7 +42,7 @@ from steerlens.cli.warned import warned
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import CircuitError
+from steerlens.errors import InputError
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model, provenance
 from steerlens.models.packaged import DEFAULT_MODEL
@@ -83,7 +83,7 @@ def circuits(
     loaded = load_model(model, progress=not quiet)
     hook_names = resolve_hooks(loaded, layer)
     if len(hook_names) != 1:
-        raise CircuitError(f"--layer {layer!r} names {len(hook_names)} hooks; give one")
+        raise InputError(f"--layer {layer!r} names {len(hook_names)} hooks; give one")
     check_steered(loaded, hook_names[0], coefficient)
     if compare:
         edge_readers(loaded)

@@ -25,7 +25,7 @@ from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import SPLITS, dataset_names
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.methods import method_of
-from steerlens.errors import PairError
+from steerlens.errors import InputError
 from steerlens.files import write_whole
 from steerlens.measure.boundary import check_search
 from steerlens.measure.comparison import compare as run_compare
@@ -205,11 +205,11 @@ def _items_of(source: str, seed: int) -> tuple[PreferenceItems, PreferenceItems]
         return train, test
     if not Path(source).exists():
         shipped = ", ".join(dataset_names())
-        raise PairError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
+        raise InputError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
     try:
         found = PreferenceItems.from_jsonl(source)
-    except PairError as error:
-        raise PairError(
+    except InputError as error:
+        raise InputError(
             f"{error}; a comparison needs items, one object a line with prompt, positive and "
             "negative: give them with --items"
         ) from error

@@ -9,7 +9,7 @@ from rich.text import Text
 from steerlens.cli.printing import notes
 from steerlens.cli.warned import warn
 from steerlens.data.pairs import ContrastivePairs, dataset_names, read_texts
-from steerlens.errors import PairError, SteeringError, SweepError
+from steerlens.errors import InputError
 from steerlens.measure.boundary import On
 from steerlens.measure.rows import checked_coefficients
 from steerlens.steering import parse_coefficient
@@ -65,22 +65,22 @@ DebugOption = Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an e
 def strengths_of(text: str) -> list[str]:
     """Coefficients with their units, joined by commas: "-80%,0,0.1 norm".
 
-    Raises `SteeringError` on anything else, and when there is none.
+    Raises `InputError` on anything else, and when there is none.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         parse_coefficient(part)
     if not parts:
-        raise SteeringError("expected coefficients joined by commas, got none")
+        raise InputError("expected coefficients joined by commas, got none")
     return parts
 
 
 def numbers_of(text: str) -> list[float]:
-    """Coefficients joined by commas. Raises `SweepError` on anything else."""
+    """Coefficients joined by commas. Raises `InputError` on anything else."""
     try:
         numbers = [float(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise SweepError(f"expected numbers joined by commas, got {text!r}") from error
+        raise InputError(f"expected numbers joined by commas, got {text!r}") from error
     return list(checked_coefficients(numbers))
 
 
@@ -106,12 +106,12 @@ def _read_pairs(source: str, split: str) -> ContrastivePairs:
         return ContrastivePairs.load(source, split=split)
     if not Path(source).exists():
         shipped = ", ".join(dataset_names())
-        raise PairError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
+        raise InputError(f"{source!r} is neither a file nor a shipped dataset ({shipped})")
     return ContrastivePairs.from_jsonl(source)
 
 
 def text_of(on: str) -> On:
-    """What `--on` names. Raises `PairError` when it is a file that holds no text."""
+    """What `--on` names. Raises `InputError` when it is a file that holds no text."""
     if on == "positive":
         return "positive"
     if on == "negative":
@@ -119,7 +119,7 @@ def text_of(on: str) -> On:
     if on == "neutral":
         return "neutral"
     if not Path(on).exists():
-        raise PairError(f"--on {on!r} is neither positive, negative, neutral nor a file")
+        raise InputError(f"--on {on!r} is neither positive, negative, neutral nor a file")
     read_texts(Path(on))
     return Path(on)
 

@@ -34,7 +34,7 @@ from steerlens.cli.warned import keep_warning, warn, warned
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of, null_directions
-from steerlens.errors import OutputError
+from steerlens.errors import FileError
 from steerlens.loss import Budget
 from steerlens.measure.sweeps import sweep as run_sweep
 from steerlens.models.hooks import resolve_hooks
@@ -136,9 +136,9 @@ def sweep(
         "seed": seed,
     }
     if resume is not None and (out is not None or source is not None):
-        raise OutputError("--resume goes on in its own folder: leave out --out and --from")
+        raise FileError("--resume goes on in its own folder: leave out --out and --from")
     if resume is None and out is None:
-        raise OutputError("expected --out with a folder to write to, or --resume with one to go on")
+        raise FileError("expected --out with a folder to write to, or --resume with one to go on")
     asked = {name: value for name, value in given.items() if _is_asked(context, name)}
     with executor_of(workers=workers, dask=dask) as executor:
         if resume is not None:
@@ -149,7 +149,7 @@ def sweep(
                     notes.print(Text(f"{resume} is finished: nothing to do"))
                 return
             if started is None:
-                raise OutputError(f"{str(resume)!r} holds no unfinished run; start one with --out")
+                raise FileError(f"{str(resume)!r} holds no unfinished run; start one with --out")
             _note_resumed(resume, len(started.has_part), len(started.hook_names), quiet=quiet)
             options = _options_of(started.options, resume) | asked
             _run(options, resume, resume=True, recorded=None, executor=executor, quiet=quiet)
@@ -167,14 +167,14 @@ def _is_asked(context: _Context, name: str) -> bool:
 
 
 def _options_of(recorded: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The options of a record. Raises `OutputError` unless they are those of a sweep."""
+    """The options of a record. Raises `FileError` unless they are those of a sweep."""
     wrong = sorted({*_KINDS} ^ {*recorded}) or [
         name
         for name, kind in _KINDS.items()
         if not isinstance(recorded[name], kind) or isinstance(recorded[name], bool)
     ]
     if wrong:
-        raise OutputError(
+        raise FileError(
             f"the record in {str(path)!r} does not have the options of a sweep "
             f"({', '.join(wrong)}); it may be of another steerlens or another command"
         )
@@ -307,8 +307,8 @@ def _run_to_end(
 def _saying_how_to_resume(out: Path) -> Iterator[None]:
     try:
         yield
-    except OutputError as error:
-        raise OutputError(
+    except FileError as error:
+        raise FileError(
             f"{error}; all cells are kept: make room, then `steerlens sweep --resume {out}`"
         ) from error
 

@@ -30,7 +30,7 @@ from steerlens.data.pairs import Message, Prompt
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
 from steerlens.engine.tokenization import tokenize_prompt
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.measure.boundary import check_search, find_boundary
 from steerlens.measure.cosines import cosine_table
 from steerlens.measure.sweeps import measure_layers
@@ -97,7 +97,7 @@ def extract(
     fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
     position = default_position(method, fit_on) if position is None else position
     if out.suffix != ".safetensors":
-        raise SteeringError(f"--out {str(out)!r}: expected a name that ends in .safetensors")
+        raise InputError(f"--out {str(out)!r}: expected a name that ends in .safetensors")
     check_out_file(out)
     loaded = load_model(model, progress=not quiet)
     resolve_hooks(loaded, layers)
@@ -157,11 +157,11 @@ def generate(
     strengths = strengths_of(coefficients)
     known = ("all", "prompt", "generated", "last")
     if positions not in known:
-        raise SteeringError(f"--positions are {', '.join(known)}, not {positions!r}")
+        raise InputError(f"--positions are {', '.join(known)}, not {positions!r}")
     if vector is None and layer is None:
-        raise SteeringError("give --vector FILE, or --layer to fit a direction there")
+        raise InputError("give --vector FILE, or --layer to fit a direction there")
     if vector is None and any(parse_coefficient(s).unit != "residual" for s in strengths):
-        raise SteeringError(
+        raise InputError(
             "norms and shares of the boundary are those of a --vector (see `steerlens extract`); "
             "give --coefficients in residual units"
         )
@@ -222,7 +222,7 @@ def export(
     elif target.suffix == ".safetensors":
         vector.save(target)
     else:
-        raise SteeringError(f"expected a target .gguf or .safetensors, got {target.name!r}")
+        raise InputError(f"expected a target .gguf or .safetensors, got {target.name!r}")
     if not quiet:
         notes.print(Text(f"{vector!r} written to {target}"))
 
@@ -240,7 +240,7 @@ def bake(
     """Write a Hugging Face checkpoint that is steered by itself, for plain transformers."""
     strengths = strengths_of(coefficient)
     if len(strengths) != 1:
-        raise SteeringError(f"expected one --coefficient, got {coefficient!r}")
+        raise InputError(f"expected one --coefficient, got {coefficient!r}")
     check_is_new(out)
     steered = read_vector(vector)
     loaded = load_model(model or _model_of(steered), progress=not quiet)
@@ -268,14 +268,14 @@ def compare(
     labels = names if len(set(names)) == len(names) else [str(path) for path in vectors]
     found = {label: read_vector(path) for label, path in zip(labels, vectors, strict=True)}
     if len(found) < len(vectors):
-        raise SteeringError("the same file is given twice")
+        raise InputError("the same file is given twice")
     table = cosine_table(found)
     columns = ["vector_a", "hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
     print_rows(table, "Cosines", columns)
 
 
 def read_vector(path: Path) -> SteeringVector:
-    """A vector of a .gguf or .safetensors file. Raises `SteeringError` or `ExportError`."""
+    """A vector of a .gguf or .safetensors file. Raises `InputError`."""
     return from_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
 
 
@@ -290,7 +290,7 @@ def check_model(vector: SteeringVector, model: Any) -> None:
 
 def _model_of(vector: SteeringVector) -> str:
     if vector.origin.model == "unknown":
-        raise SteeringError("the vector does not say which model it was made on; give --model")
+        raise InputError("the vector does not say which model it was made on; give --model")
     return vector.origin.model
 
 

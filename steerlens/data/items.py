@@ -20,7 +20,7 @@ from steerlens.data.pairs import (
     read_jsonl,
     shipped_folder,
 )
-from steerlens.errors import PairError, whole
+from steerlens.errors import InputError, whole
 
 KEYS = ("prompt", "positive", "negative")
 MIN_ITEMS = 2
@@ -48,7 +48,7 @@ class PreferenceItem:
 class PreferenceItems(Sequence[PreferenceItem]):
     """An immutable list of at least two items with distinct ids.
 
-    Raises `PairError` on fewer, repeated ids, or an item whose two continuations are equal.
+    Raises `InputError` on fewer, repeated ids, or an item whose two continuations are equal.
 
     Examples:
         >>> sl.PreferenceItems.load("sentiment", split="train")
@@ -63,18 +63,18 @@ class PreferenceItems(Sequence[PreferenceItem]):
 
     def __post_init__(self) -> None:
         if len(self.items) < MIN_ITEMS:
-            raise PairError(
+            raise InputError(
                 f"{self.name}: expected at least {MIN_ITEMS} items, got {len(self.items)}; an "
                 "effect and its uncertainty need more than one"
             )
         seen: set[str] = set()
         for item in self.items:
             if item.positive == item.negative:
-                raise PairError(
+                raise InputError(
                     f"{self.name}: item {item.id!r} has equal continuations; they must differ"
                 )
             if item.id in seen:
-                raise PairError(f"{self.name}: id {item.id!r} occurs twice; ids must be distinct")
+                raise InputError(f"{self.name}: id {item.id!r} occurs twice; ids must be distinct")
             seen.add(item.id)
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ class PreferenceItems(Sequence[PreferenceItem]):
         """Items from a UTF-8 JSONL file: one object a line, blank lines skipped.
 
         Keys: `prompt` (text, or a list of `{"role", "content"}` messages), `positive` and
-        `negative` (the two continuations, text), optional `id`. Raises `PairError` with file and
+        `negative` (the two continuations, text), optional `id`. Raises `InputError` with file and
         line.
         """
         items = [
@@ -119,14 +119,14 @@ class PreferenceItems(Sequence[PreferenceItem]):
     def load(cls, name: str, *, split: str = "test") -> "PreferenceItems":
         """The items of a shipped dataset; `split` is "train" or "test", which share no prompt.
 
-        Raises `PairError` on an unknown name or split.
+        Raises `InputError` on an unknown name or split.
         """
         if name not in dataset_names():
-            raise PairError(
+            raise InputError(
                 f"no dataset {name!r} is shipped; there are {', '.join(dataset_names())}"
             )
         if split not in SPLITS:
-            raise PairError(f"dataset {name!r} has the splits {', '.join(SPLITS)}, not {split!r}")
+            raise InputError(f"dataset {name!r} has the splits {', '.join(SPLITS)}, not {split!r}")
         loaded = cls.from_jsonl(shipped_folder() / name / f"items_{split}.jsonl")
         return cls(loaded.items, f"{name}/items_{split}")
 
@@ -136,8 +136,8 @@ class PreferenceItems(Sequence[PreferenceItem]):
         """A random (train, test) partition, the same for the same seed; order is kept in each.
 
         Items with the same prompt stay together. The test part has `round(test_fraction * n)` of
-        the n prompts. Raises `PairError` unless both parts keep at least two items, and
-        `SweepError` on a seed that is no whole number from 0 on.
+        the n prompts. Raises `InputError` unless both parts keep at least two items, and
+        `InputError` on a seed that is no whole number from 0 on.
         """
         prompts = list(dict.fromkeys(item.prompt for item in self.items))
         n_test = round(test_fraction * len(prompts)) if 0 < test_fraction < 1 else 0
@@ -148,7 +148,7 @@ class PreferenceItems(Sequence[PreferenceItem]):
             for is_test in (False, True)
         ]
         if min(map(len, parts)) < MIN_ITEMS:
-            raise PairError(
+            raise InputError(
                 f"{self.name}: test_fraction={test_fraction} of {len(prompts)} prompts must leave "
                 f"at least {MIN_ITEMS} items in each part"
             )
@@ -161,7 +161,7 @@ class PreferenceItems(Sequence[PreferenceItem]):
 
 def _item(record: Any, *, default_id: str, where: str) -> PreferenceItem:
     if not isinstance(record, dict) or not set(KEYS) <= record.keys():
-        raise PairError(f"{where}: expected an object with the keys {', '.join(KEYS)}")
+        raise InputError(f"{where}: expected an object with the keys {', '.join(KEYS)}")
     item = PreferenceItem(
         prompt=checked_prompt(record["prompt"], where=f"{where}: prompt"),
         positive=checked_text(record["positive"], where=f"{where}: positive"),
@@ -169,5 +169,5 @@ def _item(record: Any, *, default_id: str, where: str) -> PreferenceItem:
         id=checked_id(record.get("id"), default_id, where=where),
     )
     if item.positive == item.negative:
-        raise PairError(f"{where}: the two continuations are equal; they must differ")
+        raise InputError(f"{where}: the two continuations are equal; they must differ")
     return item

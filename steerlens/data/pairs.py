@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, overload, runtime_check
 
 import numpy as np
 
-from steerlens.errors import PairError, whole
+from steerlens.errors import InputError, whole
 from steerlens.files import read_whole, strict_json
 
 REQUIRED_KEYS = ("positive", "negative")
@@ -69,7 +69,7 @@ class ContrastivePair:
 class ContrastivePairs(Sequence[ContrastivePair]):
     """An immutable list of at least two contrastive pairs with distinct ids.
 
-    Raises `PairError` on fewer than two pairs, repeated ids, or a pair whose two prompts are equal.
+    Raises `InputError` on fewer than two pairs, repeated ids, or a pair whose two prompts are equal.
 
     Examples:
         >>> sl.ContrastivePairs.from_lists(
@@ -86,19 +86,19 @@ class ContrastivePairs(Sequence[ContrastivePair]):
 
     def __post_init__(self) -> None:
         if len(self.pairs) < MIN_PAIRS:
-            raise PairError(
+            raise InputError(
                 f"{self.name}: expected at least {MIN_PAIRS} contrastive pairs, got "
                 f"{len(self.pairs)}; a direction and its uncertainty need more than one"
             )
         seen: set[str] = set()
         for pair in self.pairs:
             if pair.positive == pair.negative:
-                raise PairError(
+                raise InputError(
                     f"{self.name}: pair {pair.id!r} has equal positive and negative prompts; "
                     "their difference is zero, so remove it or make them differ"
                 )
             if pair.id in seen:
-                raise PairError(f"{self.name}: id {pair.id!r} occurs twice; ids must be distinct")
+                raise InputError(f"{self.name}: id {pair.id!r} occurs twice; ids must be distinct")
             seen.add(pair.id)
 
     def __len__(self) -> int:
@@ -132,7 +132,7 @@ class ContrastivePairs(Sequence[ContrastivePair]):
     ) -> "ContrastivePairs":
         """Pairs from dicts with the keys of the JSONL format; see `from_jsonl`.
 
-        Raises `PairError` that names the record (counted from 1) and what is wrong with it.
+        Raises `InputError` that names the record (counted from 1) and what is wrong with it.
         """
         pairs = (
             _pair_from_record(record, default_id=str(i), where=f"{name}: record {i}")
@@ -151,14 +151,14 @@ class ContrastivePairs(Sequence[ContrastivePair]):
     ) -> "ContrastivePairs":
         """Pairs from lists of equal length: texts, or lists of `{"role", "content"}` messages.
 
-        Raises `PairError` when the lengths differ or an item cannot be a prompt.
+        Raises `InputError` when the lengths differ or an item cannot be a prompt.
         """
         columns = {"positive": positive, "negative": negative}
         if continuation is not None:
             columns["continuation"] = continuation
         lengths = {key: len(column) for key, column in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise PairError(f"{name}: expected lists of one length, got {lengths}")
+            raise InputError(f"{name}: expected lists of one length, got {lengths}")
         rows = zip(*columns.values(), strict=True)
         records = (dict(zip(columns, row, strict=True)) for row in rows)
         return cls.from_records(records, name=name)
@@ -169,7 +169,7 @@ class ContrastivePairs(Sequence[ContrastivePair]):
     ) -> "ContrastivePairs":
         """Pairs from a `datasets.Dataset` (or any iterable of rows) with the JSONL keys as columns.
 
-        An optional column may hold None. Raises `PairError` as `from_records` does.
+        An optional column may hold None. Raises `InputError` as `from_records` does.
         """
         return cls.from_records(
             (
@@ -185,7 +185,7 @@ class ContrastivePairs(Sequence[ContrastivePair]):
 
         Keys: `positive` and `negative` (text, or a list of `{"role", "content"}` messages),
         optional `continuation` (text) and `id` (text or a whole number; default the line number).
-        Other keys are ignored unless they look misspelt. Raises `PairError` with file and line.
+        Other keys are ignored unless they look misspelt. Raises `InputError` with file and line.
 
         Examples:
             >>> lines = [
@@ -206,12 +206,12 @@ class ContrastivePairs(Sequence[ContrastivePair]):
     def load(cls, name: str, *, split: str = "train") -> "ContrastivePairs":
         """A dataset shipped with steerlens (`dataset_names()`); `split` is "train" or "test".
 
-        Raises `PairError` on an unknown name or split.
+        Raises `InputError` on an unknown name or split.
         """
         if name not in dataset_names():
-            raise PairError(_no_dataset(name))
+            raise InputError(_no_dataset(name))
         if split not in SPLITS:
-            raise PairError(f"dataset {name!r} has the splits {', '.join(SPLITS)}, not {split!r}")
+            raise InputError(f"dataset {name!r} has the splits {', '.join(SPLITS)}, not {split!r}")
         loaded = cls.from_jsonl(shipped_folder() / name / f"{split}.jsonl")
         return cls(loaded.pairs, f"{name}/{split}")
 
@@ -220,8 +220,8 @@ class ContrastivePairs(Sequence[ContrastivePair]):
     ) -> tuple["ContrastivePairs", "ContrastivePairs"]:
         """A random (train, test) partition, the same for the same seed; order is kept in each.
 
-        The test part has `round(test_fraction * n)` pairs. Raises `PairError` unless both parts
-        keep at least two pairs, and `SweepError` on a seed that is no whole number from 0 on.
+        The test part has `round(test_fraction * n)` pairs. Raises `InputError` unless both parts
+        keep at least two pairs, and `InputError` on a seed that is no whole number from 0 on.
 
         Examples:
             >>> train, test = pairs.split(0.25)
@@ -230,7 +230,7 @@ class ContrastivePairs(Sequence[ContrastivePair]):
         """
         n_test = round(test_fraction * len(self)) if 0 < test_fraction < 1 else 0
         if min(n_test, len(self) - n_test) < MIN_PAIRS:
-            raise PairError(
+            raise InputError(
                 f"{self.name}: test_fraction={test_fraction} of {len(self)} pairs must leave at "
                 f"least {MIN_PAIRS} pairs in each part"
             )
@@ -246,9 +246,9 @@ class ContrastivePairs(Sequence[ContrastivePair]):
 def read_jsonl(path: Path) -> Iterator[tuple[int, str, Any]]:
     """Line number, where it is, and the object of every line of a UTF-8 JSONL file but blank ones.
 
-    Raises `PairError` with file and line.
+    Raises `InputError` with file and line.
     """
-    raw = read_whole(path, PairError, pipes=True)
+    raw = read_whole(path, InputError, pipes=True)
     for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
         where = f"{path}:{number}"
         if line.strip():
@@ -259,9 +259,9 @@ def _parse(line: bytes, where: str) -> Any:
     try:
         return strict_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise PairError(f"{where}: not UTF-8 text ({error.reason})") from error
+        raise InputError(f"{where}: not UTF-8 text ({error.reason})") from error
     except ValueError as error:
-        raise PairError(f"{where}: not a JSON object on one line ({error})") from error
+        raise InputError(f"{where}: not a JSON object on one line ({error})") from error
 
 
 def printable(path: Path) -> str:
@@ -287,10 +287,10 @@ def dataset_names() -> tuple[str, ...]:
 
 
 def dataset_card(name: str) -> str:
-    """The shipped dataset's card (Markdown). Raises `PairError` on an unknown name."""
+    """The shipped dataset's card (Markdown). Raises `InputError` on an unknown name."""
     path = shipped_folder() / name / "card.md"
     if name not in (*dataset_names(), "neutral") or not path.is_file():
-        raise PairError(_no_dataset(name))
+        raise InputError(_no_dataset(name))
     return path.read_text(encoding="utf-8")
 
 
@@ -308,17 +308,17 @@ def neutral_texts() -> tuple[str, ...]:
 def read_texts(path: Path) -> tuple[str, ...]:
     """The lines of a text file, without empty ones.
 
-    Raises `PairError` when the file cannot be read as UTF-8 text, or holds no text.
+    Raises `InputError` when the file cannot be read as UTF-8 text, or holds no text.
     """
     try:
         # Cut at line ends alone: splitlines knows others, which a line of text may hold.
-        text = read_whole(path, PairError, pipes=True).decode("utf-8-sig")
+        text = read_whole(path, InputError, pipes=True).decode("utf-8-sig")
         lines = text.replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
-        raise PairError(f"cannot read texts from {str(path)!r}: {error}") from error
+        raise InputError(f"cannot read texts from {str(path)!r}: {error}") from error
     texts = tuple(line for line in lines if line.strip())
     if not texts:
-        raise PairError(f"{str(path)!r} holds no text; give one text a line")
+        raise InputError(f"{str(path)!r} holds no text; give one text a line")
     return texts
 
 
@@ -326,13 +326,13 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
     """The text of a prompt: as it is, or its messages through the tokenizer's chat template.
 
     A last assistant message is left open, to be continued; otherwise the template's assistant
-    prefix is added. Raises `PairError` when messages meet a tokenizer without a chat template, or
+    prefix is added. Raises `InputError` when messages meet a tokenizer without a chat template, or
     when the template rejects them.
     """
     if isinstance(prompt, str):
         return prompt
     if getattr(tokenizer, "chat_template", None) is None:
-        raise PairError(
+        raise InputError(
             "the prompt is a list of chat messages but this model's tokenizer has no chat "
             "template; give plain text, or set tokenizer.chat_template"
         )
@@ -351,7 +351,7 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
         hint = ""
         if "system" in roles:
             hint = "; if it takes no system turn, write that text into the user's turn"
-        raise PairError(
+        raise InputError(
             f"the chat template rejects the messages with roles {roles}: {error}{hint}"
         ) from error
 
@@ -366,10 +366,10 @@ def _as_record(pair: ContrastivePair) -> list[Any]:
 
 def _pair_from_record(record: Any, *, default_id: str, where: str) -> ContrastivePair:
     if not isinstance(record, Mapping):
-        raise PairError(f"{where}: expected an object with the keys positive and negative")
+        raise InputError(f"{where}: expected an object with the keys positive and negative")
     for key in REQUIRED_KEYS:
         if key not in record:
-            raise PairError(
+            raise InputError(
                 f"{where}: missing key {key!r}; expected positive, negative and optionally "
                 f"continuation, id; got {', '.join(sorted(map(str, record)))[:200]}"
             )
@@ -379,7 +379,7 @@ def _pair_from_record(record: Any, *, default_id: str, where: str) -> Contrastiv
             continue
         near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.8)
         if near:
-            raise PairError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+            raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     pair = ContrastivePair(
         positive=checked_prompt(record["positive"], where=f"{where}: positive"),
         negative=checked_prompt(record["negative"], where=f"{where}: negative"),
@@ -387,7 +387,7 @@ def _pair_from_record(record: Any, *, default_id: str, where: str) -> Contrastiv
         id=checked_id(record.get("id"), default_id, where=where),
     )
     if pair.positive == pair.negative:
-        raise PairError(f"{where}: positive and negative prompts are equal; they must differ")
+        raise InputError(f"{where}: positive and negative prompts are equal; they must differ")
     return pair
 
 
@@ -398,23 +398,23 @@ def _continuation(value: Any, *, where: str) -> str | None:
 
 
 def checked_id(value: Any, default: str, *, where: str) -> str:
-    """An id as text, `default` for None. Raises `PairError` unless text or a whole number."""
+    """An id as text, `default` for None. Raises `InputError` unless text or a whole number."""
     if value is None:
         return default
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise PairError(f"{where}: id must be text or a whole number, got {type(value).__name__}")
+        raise InputError(f"{where}: id must be text or a whole number, got {type(value).__name__}")
     return unicode_text(str(value), where=f"{where}: id")
 
 
 def checked_prompt(value: Any, *, where: str) -> Prompt:
-    """Text, or a list of messages, as a prompt. Raises `PairError` on anything else."""
+    """Text, or a list of messages, as a prompt. Raises `InputError` on anything else."""
     if isinstance(value, str):
         return checked_text(value, where=where)
     if isinstance(value, Sequence) and not isinstance(value, bytes) and value:
         return tuple(
             _message(message, where=f"{where}, message {i}") for i, message in enumerate(value, 1)
         )
-    raise PairError(
+    raise InputError(
         f'{where}: expected text or a list of {{"role", "content"}} messages, '
         f"got {type(value).__name__}{' (empty)' if value in ([], ()) else ''}"
     )
@@ -424,25 +424,25 @@ def _message(value: Any, *, where: str) -> Message:
     if isinstance(value, Message):
         return value
     if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
-        raise PairError(f"{where}: expected an object with the keys role and content")
+        raise InputError(f"{where}: expected an object with the keys role and content")
     role, content = value["role"], value["content"]
     if not isinstance(role, str) or not isinstance(content, str):
-        raise PairError(f"{where}: role and content must be text")
+        raise InputError(f"{where}: role and content must be text")
     return Message(unicode_text(role, where=where), unicode_text(content, where=where))
 
 
 def checked_text(value: Any, *, where: str) -> str:
-    """Text that is not empty and is UTF-8. Raises `PairError` on anything else."""
+    """Text that is not empty and is UTF-8. Raises `InputError` on anything else."""
     if not isinstance(value, str) or not value:
         got = "empty text" if value == "" else type(value).__name__
-        raise PairError(f"{where}: expected text that is not empty, got {got}")
+        raise InputError(f"{where}: expected text that is not empty, got {got}")
     return unicode_text(value, where=where)
 
 
 def unicode_text(value: str, *, where: str) -> str:
-    """The text. Raises `PairError` on half a surrogate pair, which is no character."""
+    """The text. Raises `InputError` on half a surrogate pair, which is no character."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PairError(f"{where}: holds a lone surrogate, which no tokenizer can read") from error
+        raise InputError(f"{where}: holds a lone surrogate, which no tokenizer can read") from error
     return value

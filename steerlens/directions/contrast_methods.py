@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.directions.evidence import Activations, first_axis, ridge_solve
-from steerlens.errors import DirectionError
+from steerlens.errors import InputError
 
 
 def mean_diff(given: Activations) -> Float[Tensor, " d_model"]:
@@ -63,7 +63,7 @@ def lda(given: Activations) -> Float[Tensor, " d_model"]:
     within = torch.cat([side - side.mean(dim=0) for side in sides])
     variance = float(within.square().mean())
     if variance == 0:
-        raise DirectionError(
+        raise InputError(
             "the activations of each side are all equal, so there is no within-class covariance; "
             "use mean_diff"
         )

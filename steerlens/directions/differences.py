@@ -93,7 +93,7 @@ def collect_differences(
 
     `layers` as in `resolve_hooks`; `position` counts in each prompt, negative from its end, and
     never touches padding or a continuation. States at `hook_resid_post` are block outputs, at the
-    last layer too (before the final norm). Raises `ActivationError` on NaN or inf (naming the
+    last layer too (before the final norm). Raises `InputError` on NaN or inf (naming the
     hook) and on a position outside a prompt (naming the pair), `HookError` on an unknown hook.
 
     Examples:

@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.errors import DirectionError
+from steerlens.errors import InputError
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.tables import fragment, hook_label, shortened
 
@@ -24,7 +24,7 @@ class Directions(Mapping[str, Tensor]):
     holds both, in that order. The sign is fixed by the method, most often so that positive prompts
     project higher on average. `fingerprint` is that of the pairs it was fitted on, and
     `weight_processing` that of the model's weights: another model may not use them. Raises
-    `DirectionError` when a vector does not have norm 1.
+    `InputError` when a vector does not have norm 1.
 
     Examples:
         >>> directions
@@ -48,7 +48,7 @@ class Directions(Mapping[str, Tensor]):
         norms = self.vectors.norm(dim=-1)
         for name, norm in zip((*self.hook_names, *self.readout_names), norms.tolist(), strict=True):
             if not abs(norm - 1) < UNIT_TOLERANCE:
-                raise DirectionError(f"the direction at {name} has norm {norm:.6g}; expected 1")
+                raise InputError(f"the direction at {name} has norm {norm:.6g}; expected 1")
 
     def __getitem__(self, hook_name: str) -> Float[Tensor, " d_model"]:
         if hook_name not in self._names:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.directions.evidence import Gradients, first_axis, ridge_solve
-from steerlens.errors import DirectionError
+from steerlens.errors import InputError
 
 Form = Literal["paired", "pooled"]
 FisherKind = Literal["empirical", "centred", "norm_weighted"]
@@ -78,9 +78,9 @@ def fisher_pullback(given: Gradients) -> Float[Tensor, " d_model"]:
     """
     scores = given.scores
     if len(scores) == 0:
-        raise DirectionError("the gradients hold no scores; ask loss_gradients for some (n_scores)")
+        raise InputError("the gradients hold no scores; ask loss_gradients for some (n_scores)")
     if not scores.any():
-        raise DirectionError(
+        raise InputError(
             "the model's predictions do not depend on this hook and position, so there is no "
             "metric; take an earlier position"
         )
@@ -96,7 +96,7 @@ def _preconditioned(
 ) -> Float[Tensor, " d_model"]:
     ridge = RIDGE * float(rows.square().sum()) / rows.shape[-1]
     if ridge == 0:
-        raise DirectionError(
+        raise InputError(
             "the second moments of the gradient rows are zero: they are all equal, or all zero; "
             "use gradient_mean"
         )

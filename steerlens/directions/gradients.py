@@ -24,7 +24,7 @@ from steerlens.engine.memory import check_memory
 from steerlens.engine.slopes import BACKWARD_COST, check_label_rows
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_pairs
 from steerlens.engine.workload import Cost
-from steerlens.errors import ActivationError, HookError, SweepError, finite, told, whole
+from steerlens.errors import HookError, InputError, finite, told, whole
 from steerlens.loss import MARGIN, WEIGHT
 from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post, resolve_hooks
 from steerlens.models.loading import HookedModel
@@ -104,7 +104,7 @@ class LossGradients:
         """The same gradients with another weight of the coherence term.
 
         "balanced" gives every hook the weight at which both terms have the same mean norm over the
-        positive rows. Raises `SweepError` on a weight that is negative or not finite, and where one
+        positive rows. Raises `InputError` on a weight that is negative or not finite, and where one
         of the terms is zero at a hook, so that nothing balances it.
         """
         _check_weight(weight)
@@ -117,7 +117,7 @@ class LossGradients:
                 for name, weight in zip(self.all_hook_names, weights.tolist(), strict=True)
                 if not (math.isfinite(weight) and weight > 0)
             ]
-            raise SweepError(
+            raise InputError(
                 f"one of the two gradients is zero at {', '.join(names)}, so no weight balances "
                 "them; take a margin below 1, a loss hook further on, or a weight of your own"
             )
@@ -154,10 +154,10 @@ def loss_gradients(
     sides in one pass, too, whose padding and zero rows take more. Weights need no gradient; memory
     grows with the batch alone, and out of memory halves it. The rows do not depend on the batch
     size; the scores are random, and may.
-    Raises `ActivationError` on a position without a label after it or outside a prompt, and on NaN
+    Raises `InputError` on a position without a label after it or outside a prompt, and on NaN
     or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
     before a hook; `ModelError` as `check_label_rows`; `MemoryLimitError` as `check_memory`;
-    `SweepError` on a bad weight, margin or number of scores.
+    `InputError` on a bad weight, margin or number of scores.
 
     Examples:
         >>> sl.loss_gradients(model, pairs, layers=[1, 2])
@@ -299,7 +299,7 @@ def _check_position(pairs: TokenizedPairs, position: int) -> None:
         prompt.index(position)
     for prompt in pairs.positive:
         if prompt.index(position) >= len(prompt) - 1:
-            raise ActivationError(
+            raise InputError(
                 f"no label comes after position {position} of the {prompt.where}, so its coherence "
                 "gradient would be 0; take an earlier position, or give every pair a continuation"
             )
@@ -310,7 +310,7 @@ def _check_weight(weight: Weight) -> None:
     number: Any = weight
     is_number = isinstance(given, Real) and 0 <= number <= torch.finfo(torch.float32).max
     if not (isinstance(given, str) and given == "balanced") and not is_number:
-        raise SweepError(f'weight is "balanced" or a float32 of 0 or more, got {told(weight)}')
+        raise InputError(f'weight is "balanced" or a float32 of 0 or more, got {told(weight)}')
 
 
 def _check_finite(gradients: LossGradients) -> None:
@@ -323,7 +323,7 @@ def _check_finite(gradients: LossGradients) -> None:
     finite = torch.stack([are_finite(part) for part in parts]).all(dim=0)
     for name, is_finite in zip(gradients.all_hook_names, finite.tolist(), strict=True):
         if not is_finite:
-            raise ActivationError(
+            raise ModelError(
                 f"NaN or inf in the gradients at {name}; load the model in float32 or bfloat16"
             )
 

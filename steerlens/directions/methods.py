@@ -16,7 +16,7 @@ from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.evidence import Activations, Gradients
 from steerlens.directions.gradients import LossGradients
-from steerlens.errors import DirectionError, whole
+from steerlens.errors import InputError, whole
 
 Source = Literal["differences", "gradients", "training"]
 
@@ -116,9 +116,9 @@ def fit_directions(
     differences is signed so that their mean projection is not negative, one from gradients so that
     the loss falls along it on average (when both sides are pushed apart; alike, for the pooled
     forms); the controls keep the sign they are drawn with. Raises
-    `DirectionError` on an unknown method, one that is fitted from something else, and where nothing
+    `InputError` on an unknown method, one that is fitted from something else, and where nothing
     is left beyond rounding (differences that are zero, that cancel for `mean_diff`, that are all
-    equal for `pca_centred`; a gradient that is zero), naming the hook, and `SweepError` on a seed
+    equal for `pca_centred`; a gradient that is zero), naming the hook, and `InputError` on a seed
     that is no whole number from 0 on.
 
     Examples:
@@ -128,7 +128,7 @@ def fit_directions(
     chosen = method_of(method)
     given = "differences" if isinstance(evidence, Differences) else "gradients"
     if chosen.function is None or chosen.source != given:
-        raise DirectionError(
+        raise InputError(
             f"{method} is fitted from {chosen.source}, and this is {given}; "
             f"{_ADVICE[chosen.source]}, or use fit(model, pairs, method={method!r})"
         )
@@ -140,8 +140,8 @@ def fit_directions(
                 vectors.append(_from_activations(chosen, evidence, index, generator))
             else:
                 vectors.append(_from_gradients(chosen, evidence, index))
-        except DirectionError as error:
-            raise DirectionError(f"{method} at {hook_name}: {error}") from error
+        except InputError as error:
+            raise InputError(f"{method} at {hook_name}: {error}") from error
     like = evidence.positive
     return Directions(
         hook_names=evidence.hook_names,
@@ -159,8 +159,8 @@ def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str,
     """`n` random and `n` shuffled directions at every hook: what a claim is compared with.
 
     Kind -> directions; their seeds are 1000 times `seed + 1`, and counted up from there, so that
-    they are not those of methods of the same name with a small seed. Raises `SweepError` for fewer
-    than two, `DirectionError` when the pairs are too few for so many shuffles.
+    they are not those of methods of the same name with a small seed. Raises `InputError` for fewer
+    than two, `InputError` when the pairs are too few for so many shuffles.
 
     Examples:
         >>> nulls = sl.null_directions(differences, n=3, seed=0)
@@ -170,7 +170,7 @@ def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str,
     n, seed = whole("n", n, 2), whole("seed", seed, 0)
     n_pairs = differences.positive.shape[1]
     if math.comb(n_pairs, n_pairs // 2) < n:
-        raise DirectionError(
+        raise InputError(
             f"half of {n_pairs} pairs can be exchanged in {math.comb(n_pairs, n_pairs // 2)} ways "
             f"only, and {n} shuffled vectors were asked for; fit on more pairs"
         )
@@ -189,9 +189,9 @@ _ADVICE = {
 
 
 def method_of(name: str) -> Method:
-    """The method of that name. Raises `DirectionError` that lists them when there is none."""
+    """The method of that name. Raises `InputError` that lists them when there is none."""
     if name not in METHODS:
-        raise DirectionError(f"no method {name!r}; there are {', '.join(METHODS)}")
+        raise InputError(f"no method {name!r}; there are {', '.join(METHODS)}")
     return METHODS[name]
 
 
@@ -205,13 +205,13 @@ def _from_activations(
     given = Activations(sides[0].double(), sides[1].double(), generator)
     rounding = 8 * torch.finfo(sides[0].dtype).eps * float(sides[0].abs().max())
     if given.differences.abs().max() <= rounding:
-        raise DirectionError(
+        raise InputError(
             "the two prompts have the same activation at position "
             f"{evidence.position}, so there is no direction; choose a position after the "
             "prompts begin to differ"
         )
     if method.function is None:
-        raise DirectionError(f"{method.name} is trained, not fitted")
+        raise InputError(f"{method.name} is trained, not fitted")
     unit = _unit(method.function(given), rounding)
     return unit if method.is_control else _oriented(unit, given.differences)
 
@@ -229,24 +229,24 @@ def _from_gradients(
     )
     rounding = 8 * torch.finfo(evidence.coherence.dtype).eps * float(positive.abs().max())
     if not positive.any():
-        raise DirectionError(
+        raise InputError(
             "the gradient of the loss is zero; take a position with a label after it, a margin "
             "below 1 and a weight above 0"
         )
     if not (evidence.separation_positive[index].any() or given.negative.any()):
-        raise DirectionError(
+        raise InputError(
             f"the two prompts have the same activation at position {evidence.position}, so nothing "
             "separates them there; choose a position after the prompts begin to differ"
         )
     if method.function is None:
-        raise DirectionError(f"{method.name} is trained, not fitted")
+        raise InputError(f"{method.name} is trained, not fitted")
     rows = given.pooled if method.is_pooled else given.paired
     return _oriented(_unit(method.function(given), rounding), rows)
 
 
 def _unit(vector: Float[Tensor, " d_model"], rounding: float) -> Float[Tensor, " d_model"]:
     if not vector.abs().max() > rounding:
-        raise DirectionError(
+        raise InputError(
             "nothing is left beyond rounding: the rows cancel, or are all equal and were centred; "
             "use pca, or pairs that agree more"
         )

@@ -18,7 +18,7 @@ from steerlens.directions.methods import fit_directions
 from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.push_steps import Example, Objective, Outputs, make_side, push_example
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items, tokenize_pairs
-from steerlens.errors import DirectionError, SweepError, finite, whole
+from steerlens.errors import InputError, finite, whole
 from steerlens.loss import contrastive_steering_loss, preference_loss, promotion_loss
 from steerlens.models.hooks import Layers, readout_hook
 from steerlens.models.loading import HookedModel
@@ -79,8 +79,8 @@ def train_directions(
     two backward passes of all examples through the blocks from the hook on. `progress` counts
     `max_epochs` for every hook, those that it was spared too once it has ended.
 
-    Raises `DirectionError` on an unknown objective, missing items, fewer than 5 examples, or a
-    vector that did not move; `SweepError` on a number that cannot be used; and as
+    Raises `InputError` on an unknown objective, missing items, fewer than 5 examples, or a
+    vector that did not move; `InputError` on a number that cannot be used; and as
     `collect_differences` does.
 
     Examples:
@@ -91,13 +91,13 @@ def train_directions(
         ['hook_name', 'epoch', 'train_loss', 'validation_loss', 'norm']
     """
     if objective not in OBJECTIVES:
-        raise DirectionError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
+        raise InputError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
     if objective != "reference" and items is None:
-        raise DirectionError(
+        raise InputError(
             f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
         )
     if not (finite("step_size", step_size) > 0 and max_epochs > 0 and patience > 0):
-        raise SweepError("step_size, max_epochs and patience must be above 0")
+        raise InputError("step_size, max_epochs and patience must be above 0")
     differences = collect_differences(
         model,
         pairs,
@@ -142,7 +142,7 @@ def train_directions(
         vector, history = run.train(train, held_out, d_model=both.shape[-1], progress=tell)
         norm = float(vector.norm())
         if not (math.isfinite(norm) and norm > 0):
-            raise DirectionError(
+            raise InputError(
                 f"training at {hook_name} left a vector of norm {norm} with step_size "
                 f"{step_size:g}; take another step size or objective"
             )
@@ -270,7 +270,7 @@ def _groups(
         tokenized = TokenizedPairs(*tokenize_items(model, items))
     n = len(tokenized.positive)
     if n < MIN_EXAMPLES:
-        raise DirectionError(
+        raise InputError(
             f"training holds a fifth of the examples out, so it takes at least {MIN_EXAMPLES}; got "
             f"{n}"
         )

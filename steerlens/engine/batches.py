@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
 from steerlens.engine.transfer import to_device
-from steerlens.errors import ActivationError
+from steerlens.errors import InputError
 from steerlens.models.loading import HookedModel
 
 PaddingSide = Literal["left", "right"]
@@ -46,7 +46,7 @@ class Batch:
         return mask_kwargs(self.attention_mask)
 
     def indices(self, position: int) -> Int[Tensor, " prompt"]:
-        """Column of `position` in each row. Raises `ActivationError` outside a prompt."""
+        """Column of `position` in each row. Raises `InputError` outside a prompt."""
         return torch.tensor(self._starts) + torch.tensor(
             [prompt.index(position) for prompt in self.prompts]
         )
@@ -166,7 +166,7 @@ def make_batches(
     """Length-sorted batches, padded on the side the model's tokenizer pads.
 
     A batch holds at most `batch_size` prompts (`rows_per_pass` without one) and at most a tenth of
-    padding. Raises `ActivationError` when `batch_size` is below 1.
+    padding. Raises `InputError` when `batch_size` is below 1.
     """
     groups = _groups([(len(prompt),) for prompt in prompts], model, batch_size)
     return tuple(_batch(model, prompts, rows) for rows in groups)
@@ -233,7 +233,7 @@ def _groups(
 ) -> list[tuple[int, ...]]:
     """Rows sorted by length, in groups of which no part would be padded by more than a tenth."""
     if batch_size is not None and batch_size < 1:
-        raise ActivationError(f"batch_size must be at least 1, got {batch_size}")
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     groups: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
         grown = [*groups[-1], row] if groups else [row]

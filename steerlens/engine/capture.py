@@ -13,7 +13,7 @@ from steerlens.engine.batches import Batch, in_pair_order, make_batches
 from steerlens.engine.memory import is_out_of_memory, warn_of_memory
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
-from steerlens.errors import ActivationError
+from steerlens.errors import InputError
 from steerlens.models.hooks import HookFunction, hooked
 from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, part_of, silent
@@ -35,7 +35,7 @@ def collect_activations(
     The model runs in length-sorted batches and stops after the last hook, so the unembedding is
     never computed and the peak memory does not grow with the number of prompts but for the result;
     out of memory halves a batch.
-    Raises `ActivationError` without prompts or hooks, and as `collect_differences`.
+    Raises `InputError` without prompts or hooks, and as `collect_differences`.
 
     Examples:
         >>> prompts = sl.tokenize_pairs(model, pairs).positive
@@ -43,7 +43,7 @@ def collect_activations(
         torch.Size([1, 8, 32])
     """
     if not prompts or not hook_names:
-        raise ActivationError(
+        raise InputError(
             f"expected prompts and hook names, got {len(prompts)} and {len(hook_names)}"
         )
 
@@ -77,11 +77,11 @@ def are_finite(values: Float[Tensor, "hook ..."]) -> Bool[Tensor, " hook"]:
 def check_finite(
     activations: Float[Tensor, "hook prompt d_model"], hook_names: Sequence[str]
 ) -> None:
-    """Raise `ActivationError` that names the hooks with NaN or inf."""
+    """Raise `InputError` that names the hooks with NaN or inf."""
     finite = are_finite(activations)
     if not finite.all():
         bad = [name for name, ok in zip(hook_names, finite.tolist(), strict=True) if not ok]
-        raise ActivationError(
+        raise ModelError(
             f"NaN or inf in the activations at {', '.join(bad)}; try dtype float32 or bfloat16 "
             "(float16 overflows beyond 65504) and check the model's weights"
         )
@@ -93,7 +93,7 @@ def reading_hook(
     """A forward hook that stores `activation[row, indices[row]]` as `into[hook_name]`.
 
     The stored tensor is `Float["prompt d_model"]` in float32 at least. The hook raises
-    `ActivationError` when the activation is not `[prompt, token, d_model]`.
+    `InputError` when the activation is not `[prompt, token, d_model]`.
     """
 
     def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
@@ -104,9 +104,9 @@ def reading_hook(
 
 
 def check_residual(activation: Float[Tensor, "..."], hook_name: str) -> None:
-    """Raise `ActivationError` unless the hook's activation is `[prompt, token, d_model]`."""
+    """Raise `InputError` unless the hook's activation is `[prompt, token, d_model]`."""
     if activation.ndim != 3:
-        raise ActivationError(
+        raise InputError(
             f"hook {hook_name} holds a tensor of shape {tuple(activation.shape)}; expected "
             "[prompt, token, d_model], so choose a hook on the residual stream or its writers"
         )
@@ -144,7 +144,7 @@ def run_to_hooks(
         model(batch.tokens, return_type=None, **batch.forward_kwargs)
     shapes = {tuple(found[name].shape) for name in hook_names}
     if len(shapes) > 1:
-        raise ActivationError(
+        raise InputError(
             f"the hooks have activations of different shapes {sorted(shapes)}; run them apart"
         )
     return torch.stack([found[name].to(found[hook_names[0]].device) for name in hook_names])

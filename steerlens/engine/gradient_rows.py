@@ -14,7 +14,7 @@ from steerlens.engine.capture import at_position, check_residual, reading_hook
 from steerlens.engine.resume import Residual, advance, labels_gradients, run_from
 from steerlens.engine.slopes import frozen_weights
 from steerlens.engine.transfer import to_device, to_host
-from steerlens.errors import ActivationError
+from steerlens.errors import InputError
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models.loading import HookedModel, inference
 
@@ -167,7 +167,7 @@ def _run(
     )
     widths = {name: activation.shape[-1] for name, activation in held.items()}
     if set(widths.values()) != {kept[0].shape[-1]}:
-        raise ActivationError(
+        raise InputError(
             f"the hooks' activations have the widths {widths}; gradients are taken where it is "
             "that of the residual stream"
         )

@@ -16,7 +16,7 @@ from steerlens.engine.capture import by_halves, check_finite, reading_hook, run_
 from steerlens.engine.memory import check_memory
 from steerlens.engine.transfer import to_device
 from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload
-from steerlens.errors import ActivationError
+from steerlens.errors import ModelError
 from steerlens.loss import label_kl, label_logprob
 from steerlens.models.hooks import HookFunction, hooked
 from steerlens.models.loading import HookedModel, inference
@@ -35,7 +35,7 @@ def run_baseline(
 
     Run by the bare model where `hook_names` allow it (see `bare.for_hooks`), as the cells are.
     `cost` is added to: all blocks on both sides. `progress` is told of the prompts. Raises
-    `ActivationError` that names the hooks with NaN or inf, or the prompt whose labels have no
+    `ModelError` that names the hooks with NaN or inf, or the prompt whose labels have no
     finite logprob, and as `check_memory`.
     """
     check_memory(model, workload.positive)
@@ -109,7 +109,7 @@ def _check_labels(batches: Sequence[Batch], logprob: Float[Tensor, " pair"]) -> 
     undefined = (~logprob.isfinite()).nonzero().flatten().tolist()
     if undefined:
         prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
-        raise ActivationError(
+        raise ModelError(
             f"the labels of the {prompts[undefined[0]].where} have logprob "
             f"{float(logprob[undefined[0]])} without steering ({len(undefined)} such prompts); "
             "leave out texts that the model rules out, or load it in float32"

@@ -21,7 +21,7 @@ from steerlens.engine.resume import advance, labels_gradients, labels_logprob, r
 from steerlens.engine.tokenization import SteeredPositions
 from steerlens.engine.transfer import to_device
 from steerlens.engine.workload import Cost
-from steerlens.errors import ActivationError, ModelError, SweepError
+from steerlens.errors import InputError, ModelError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import HookFunction, resid_post
 from steerlens.models.loading import HookedModel, inference
@@ -107,7 +107,7 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
             model, final[:, :-1][is_label.to(final.device)], one.tokens[:, 1:][is_label]
         )
     if not math.isfinite(float(expected[0])):
-        raise ActivationError(
+        raise ModelError(
             f"the labels of the {one.prompts[0].where} have logprob {float(expected[0])}; check "
             "the model's weights, or load it in float32 or bfloat16"
         )
@@ -182,10 +182,10 @@ def _stepping(
 def frozen_weights(model: Any) -> Iterator[None]:
     """Inside the block weights need no gradient: nothing is kept for it, nothing computed.
 
-    Raises `SweepError` under `torch.inference_mode`, where no gradient can be taken at all.
+    Raises `InputError` under `torch.inference_mode`, where no gradient can be taken at all.
     """
     if torch.is_inference_mode_enabled():
-        raise SweepError(
+        raise InputError(
             "gradients cannot be taken inside torch.inference_mode; call this outside of it"
         )
     weights = [p for p in getattr(model, "original_model", model).parameters() if p.requires_grad]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs, Prompt, render, unicode_text
-from steerlens.errors import ActivationError, ModelError, PairError, told
+from steerlens.errors import InputError, ModelError, told
 from steerlens.models.loading import HookedModel
 
 
@@ -26,10 +26,10 @@ class TokenizedPrompt:
     def index(self, position: int) -> int:
         """The token index of `position`, counted in the prompt; negative ones from its end.
 
-        Raises `ActivationError` when the prompt is too short.
+        Raises `InputError` when the prompt is too short.
         """
         if not -len(self.prompt) <= position < len(self.prompt):
-            raise ActivationError(
+            raise InputError(
                 f"position {told(position)} is outside the {self.where}, which has "
                 f"{len(self.prompt)} tokens"
             )
@@ -62,12 +62,12 @@ def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
 
 
 def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
-    """Raise `PairError` when steering at `positions` cannot reach any label token."""
+    """Raise `InputError` when steering at `positions` cannot reach any label token."""
     if positions not in get_args(SteeredPositions):
-        raise PairError(f"steered positions are {get_args(SteeredPositions)}, not {positions!r}")
+        raise InputError(f"steered positions are {get_args(SteeredPositions)}, not {positions!r}")
     needs_continuation = positions in ("continuation", "last")
     if needs_continuation and not all(prompt.continuation for prompt in pairs.positive):
-        raise PairError(
+        raise InputError(
             f"steering at {positions!r} can only change labels after the prompt, but some pairs "
             "have no continuation; give one for every pair, or steer all positions"
         )
@@ -84,7 +84,7 @@ def tokenize_prompt(
 
     A BOS that the chat template already wrote is not written again. The continuation is tokenised
     on its own, so that it is the same ids after any prompt. `where` is what errors call it. Raises
-    `PairError` when the prompt is empty or longer than the model's context, `ModelError` when the
+    `InputError` when the prompt is empty or longer than the model's context, `ModelError` when the
     model has no tokenizer.
 
     Examples:
@@ -100,7 +100,7 @@ def tokenize_prompt(
 def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:
     """Ids of every pair's prompts (see `tokenize_prompt`).
 
-    Raises `PairError` that names the pair when its prompts tokenise to the same ids, when one is
+    Raises `InputError` that names the pair when its prompts tokenise to the same ids, when one is
     longer than the model's context, or when the positive one has no label: a single token with
     nothing after it.
 
@@ -122,12 +122,12 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
     )
     for pair, pos, neg in zip(pairs, positive, negative, strict=True):
         if pos.prompt == neg.prompt:
-            raise PairError(
+            raise InputError(
                 f"the two prompts of pair {pair.id!r} tokenise to the same ids; their difference "
                 "is zero, so remove the pair or make them differ"
             )
         if len(pos) < 2:
-            raise PairError(
+            raise InputError(
                 f"the positive prompt of pair {pair.id!r} is a single token, so there is no label "
                 "whose logprob could be measured; make it longer or give a continuation"
             )
@@ -139,7 +139,7 @@ def tokenize_items(
 ) -> tuple[tuple[TokenizedPrompt, ...], tuple[TokenizedPrompt, ...]]:
     """Every item's prompt with its positive, and with its negative continuation.
 
-    Raises `PairError` as `tokenize_prompt`, and when both tokenise to the same ids.
+    Raises `InputError` as `tokenize_prompt`, and when both tokenise to the same ids.
     """
     positive, negative = (
         tuple(
@@ -155,7 +155,7 @@ def tokenize_items(
     )
     for item, one, other in zip(items, positive, negative, strict=True):
         if one.continuation == other.continuation:
-            raise PairError(
+            raise InputError(
                 f"the two continuations of item {item.id!r} tokenise to the same ids; remove it or "
                 "make them differ"
             )
@@ -185,13 +185,13 @@ def _tokenize(
     found = []
     for ids, (_, continuation, where) in zip(prompts, given, strict=True):
         if not ids:
-            raise PairError(f"the {where} has no tokens; give some text")
+            raise InputError(f"the {where} has no tokens; give some text")
         before = [bos, *ids] if has_bos and ids[:1] != [bos] else ids
         after = [] if continuation is None else next(continuations)
         if continuation is not None and not after:
-            raise PairError(f"the continuation of the {where} has no tokens; give some text")
+            raise InputError(f"the continuation of the {where} has no tokens; give some text")
         if n_ctx is not None and len(before) + len(after) > n_ctx:
-            raise PairError(
+            raise InputError(
                 f"the {where} has {len(before) + len(after)} tokens with its continuation, but the "
                 f"model's context is {n_ctx}; shorten it"
             )

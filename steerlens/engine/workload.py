@@ -82,7 +82,7 @@ def make_workload(
     steered_positions: SteeredPositions,
     batch_size: int | None = None,
 ) -> Workload:
-    """Batches of both sides. Raises `PairError` when steering there cannot reach a label."""
+    """Batches of both sides. Raises `InputError` when steering there cannot reach a label."""
     check_steered_positions(steered_positions, pairs)
     return Workload(
         positive=make_batches(model, pairs.positive, batch_size),

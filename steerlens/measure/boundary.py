@@ -25,7 +25,7 @@ from steerlens.engine.tokenization import (
     tokenize_prompt,
 )
 from steerlens.engine.workload import Baseline, Cost, Workload, make_workload
-from steerlens.errors import SweepError, finite, whole, whole_or_none
+from steerlens.errors import InputError, finite, whole, whole_or_none
 from steerlens.loss import Budget
 from steerlens.measure.coherence import Push, check_rollouts
 from steerlens.measure.pushes import Boundary, expect, find_boundaries
@@ -131,9 +131,9 @@ def find_boundary(
     `boundary_pos`, on a line through c = 0 and the coefficient measured nearest to the boundary.
     An `executor` runs the evaluations as in `sweep`, but for those of a rollout budget.
 
-    Raises `SweepError` on a bad budget, range or number of resamples, on a text of a single token,
-    and where a rollout budget meets steered positions other than "all"; `DirectionError` when a
-    hook or its readout has no direction; `ProcessingError` when they were fitted on a model with
+    Raises `InputError` on a bad budget, range or number of resamples, on a text of a single token,
+    and where a rollout budget meets steered positions other than "all"; `InputError` when a
+    hook or its readout has no direction; `InputError` when they were fitted on a model with
     other weight processing; and as `tokenize_pairs`, `run_baseline` and, for rollouts,
     `check_rollouts` do.
 
@@ -236,7 +236,7 @@ def predict_boundary(
     """The per-layer table with the predicted boundaries alone, from two backward passes.
 
     The predictions of `find_boundary`, without its search: nothing is steered, and the measured
-    columns stay NaN. Expect them to be too small in the first layers. Raises `SweepError` on a bad
+    columns stay NaN. Expect them to be too small in the first layers. Raises `InputError` on a bad
     budget or text, and otherwise as `find_boundary`.
 
     Examples:
@@ -367,21 +367,21 @@ def text_workload(
 
 
 def check_search(*, budget: str, search_range: float | int) -> Budget:
-    """The budget; or a `SweepError` when it leaves no room, or the range is none to search in."""
+    """The budget; or a `InputError` when it leaves no room, or the range is none to search in."""
     parsed = Budget.parse(budget)
     if parsed.value == 0:
-        raise SweepError(
+        raise InputError(
             f"the budget {parsed} leaves no room: no coefficient is within it; give one above 0"
         )
     if not 1e-6 <= finite("search_range", search_range) <= 1e6:
-        raise SweepError(
+        raise InputError(
             f"search_range must be from 1e-6 to 1e6 mean residual norms, got {search_range}"
         )
     return parsed
 
 
 def checked_settings(**given: Any) -> BoundarySettings:
-    """The settings, or a `SweepError` that says which of them has no meaning."""
+    """The settings, or a `InputError` that says which of them has no meaning."""
     budget = check_search(budget=given["budget"], search_range=given["search_range"])
     numbers = {
         "n_bootstrap": whole("n_bootstrap", given["n_bootstrap"], 2),
@@ -389,7 +389,7 @@ def checked_settings(**given: Any) -> BoundarySettings:
         "batch_size": whole_or_none("batch_size", given["batch_size"], 1),
     }
     if budget.kind == "rollout_kl_p95" and given["steered_positions"] != "all":
-        raise SweepError("rollouts are steered at all positions, so steered_positions must be all")
+        raise InputError("rollouts are steered at all positions, so steered_positions must be all")
     return BoundarySettings(
         **{
             **given,
@@ -410,12 +410,12 @@ def text_name(on: On) -> str:
 def check_text_positions(
     positions: SteeredPositions, on: On, prompts: Sequence[TokenizedPrompt]
 ) -> None:
-    """Raise `SweepError` where steering there cannot reach a label of the text.
+    """Raise `InputError` where steering there cannot reach a label of the text.
 
     And as `check_steered_positions` on the positive prompts.
     """
     if on != "positive" and positions in ("continuation", "last"):
-        raise SweepError(
+        raise InputError(
             f"the text {text_name(on)!r} has no continuations, so steered_positions must be all or "
             f"prompt there, not {positions!r}"
         )
@@ -423,7 +423,7 @@ def check_text_positions(
 
 
 def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[TokenizedPrompt, ...]:
-    """The prompts that `on` names. Raises `SweepError` where there is none, or none with labels."""
+    """The prompts that `on` names. Raises `InputError` where there is none, or none with labels."""
     if on == "positive":
         return pairs.positive
     if on == "negative":
@@ -435,7 +435,7 @@ def text_prompts(model: HookedModel, on: On, pairs: TokenizedPairs) -> tuple[Tok
         )
     short = [prompt for prompt in prompts if len(prompt) < 2]
     if short:
-        raise SweepError(
+        raise InputError(
             f"{len(short)} texts are a single token, so there is no label whose logprob could be "
             "measured; make them longer"
         )
@@ -448,11 +448,11 @@ def _texts(on: On) -> Sequence[str]:
     if isinstance(on, Path):
         return read_texts(on)
     if isinstance(on, str):
-        raise SweepError(
+        raise InputError(
             f"on is 'positive', 'negative', 'neutral', a Path or a list of texts, not {on!r}"
         )
     if not on:
-        raise SweepError("on holds no texts; give some, or 'positive' or 'negative'")
+        raise InputError("on holds no texts; give some, or 'positive' or 'negative'")
     return on
 
 

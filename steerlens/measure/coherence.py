@@ -14,7 +14,7 @@ from steerlens.engine.cells import Job
 from steerlens.engine.plan import Plan, plan_for, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Cost
-from steerlens.errors import SweepError
+from steerlens.errors import InputError
 from steerlens.loss import Budget, label_kl
 from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, silent
@@ -113,11 +113,11 @@ class Coherence:
 
 
 def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budget: Budget) -> None:
-    """Raise `SweepError` when the continuations of a rollout budget would not fit the context."""
+    """Raise `InputError` when the continuations of a rollout budget would not fit the context."""
     n_ctx, longest = getattr(model.cfg, "n_ctx", None), max(len(p.prompt) for p in prompts)
     is_long = n_ctx is not None and longest + ROLLOUT_TOKENS > n_ctx
     if budget.kind == "rollout_kl_p95" and is_long:
-        raise SweepError(
+        raise InputError(
             f"a rollout adds {ROLLOUT_TOKENS} tokens, and the longest prompt has {longest} of the "
             f"model's {n_ctx}; shorten it or take another budget"
         )

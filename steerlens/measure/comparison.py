@@ -24,7 +24,7 @@ from steerlens.engine.tokenization import (
     tokenize_pairs,
 )
 from steerlens.engine.workload import Cost
-from steerlens.errors import PairError, SweepError, whole, whole_or_none
+from steerlens.errors import InputError, whole, whole_or_none
 from steerlens.measure.boundary import check_search, text_prompts
 from steerlens.measure.effects import Damage, mean_distinct_3, of_one_length
 from steerlens.measure.equal_damage import (
@@ -123,8 +123,8 @@ def compare(
     positive system messages into the items' prompts, where both are chats. An `executor` runs
     the cells as in `sweep`; directions are fitted here.
 
-    Raises `DirectionError` on an unknown method, `SweepError` on a budget, number or set of texts
-    that cannot be used, `PairError` when training and held-out items share a prompt, and as
+    Raises `InputError` on an unknown method, `InputError` on a budget, number or set of texts
+    that cannot be used, `InputError` when training and held-out items share a prompt, and as
     `collect_differences`, `loss_gradients` and `fit_directions` do.
 
     Examples:
@@ -159,10 +159,10 @@ def compare(
             tokenize_items(model, some)  # so that what cannot be run is said before anything is
     tokenized = tokenize_pairs(model, pairs)
     if isinstance(neutral, str) or neutral == []:
-        raise SweepError(f"neutral is a list of at least 4 texts, got {neutral!r}")
+        raise InputError(f"neutral is a list of at least 4 texts, got {neutral!r}")
     texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
     if len(texts) < 4:
-        raise SweepError(f"expected at least 4 neutral texts, got {len(texts)}")
+        raise InputError(f"expected at least 4 neutral texts, got {len(texts)}")
     half = len(texts) // 2
     # Fitting, coefficients, effects, damage and texts; then what was given beside them.
     others = (train_items, told, *(off_target or {}).values())
@@ -326,16 +326,16 @@ def _check(
     given: list[Any] = [items, *([] if train_items is None else [train_items])]
     for some in (*given, *off_target.values()):
         if not isinstance(some, PreferenceItems):
-            raise SweepError(f"items are PreferenceItems, not {type(some).__name__}")
+            raise InputError(f"items are PreferenceItems, not {type(some).__name__}")
     if not settings.methods:
-        raise SweepError("expected at least one method, got none")
+        raise InputError("expected at least one method, got none")
     for name in settings.methods:
         method_of(name)
     if settings.on not in ("neutral", "positive"):
-        raise SweepError(f"on is neutral or positive, not {settings.on!r}")
+        raise InputError(f"on is neutral or positive, not {settings.on!r}")
     shared = {item.prompt for item in items} & {item.prompt for item in train_items or ()}
     if shared:
-        raise PairError(
+        raise InputError(
             f"{len(shared)} prompts are both in the training and in the held-out items, so the "
             "layer would be chosen on the test data; take them out of one"
         )

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer
 from steerlens.models.weight_processing import check_one
 from steerlens.tables import COSINE_COLUMNS, Row, to_frame
@@ -19,9 +19,9 @@ def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     `vectors` is name -> steering vector or directions; of each, all hooks take part, so one vector
     is compared across its layers too. `random_sd` is the standard deviation of the cosine of two
     random directions, `1 / sqrt(d_model)`; directions in a real residual stream are not that
-    random, so a cosine beyond it is not yet a shared concept. Raises `SteeringError` when there are
+    random, so a cosine beyond it is not yet a shared concept. Raises `InputError` when there are
     fewer than two directions, their lengths differ, or one is zero or not finite, and
-    `ProcessingError` when they were fitted on models with different weight processing.
+    `InputError` when they were fitted on models with different weight processing.
 
     Examples:
         >>> table = sl.cosine_table({"a": vector, "minus a": -1 * vector})
@@ -36,14 +36,14 @@ def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     ]
     widths = sorted({len(direction) for _, _, direction in entries})
     if len(entries) < 2 or len(widths) > 1 or widths == [0]:
-        raise SteeringError(
+        raise InputError(
             f"expected two or more directions of one length, got {len(entries)} of "
             f"{' and '.join(map(str, widths)) or 'no'} numbers"
         )
     for name, hook, direction in entries:
         size = float(direction.abs().max())
         if not 0 < size < float("inf"):
-            raise SteeringError(f"{name} has no direction at {hook}: it is zero or not finite")
+            raise InputError(f"{name} has no direction at {hook}: it is zero or not finite")
         direction /= size  # so that squares neither overflow nor vanish
     rows: list[Row] = [
         {

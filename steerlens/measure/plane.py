@@ -19,7 +19,7 @@ from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.slopes import label_slopes
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.engine.workload import Baseline, Cost, Workload, make_workload
-from steerlens.errors import SweepError, finite
+from steerlens.errors import InputError, finite
 from steerlens.loss import MARGIN, WEIGHT, coherence_penalty
 from steerlens.measure.boundary import BoundarySettings, checked_settings
 from steerlens.measure.plane_boundary import BoundaryShape, boundary_shape, check_plane
@@ -111,7 +111,7 @@ def loss_geometry(
     pair's labels (half of its derivative by p, as the difference moves by 2 p), every token pushed.
 
     Cost: a boundary search and `6 * n_angles` cells of the positive prompts a hook, two forward and
-    two backward passes for all. Raises as `boundary_shape`, and `SweepError` on a margin or weight
+    two backward passes for all. Raises as `boundary_shape`, and `InputError` on a margin or weight
     that is not finite, or a weight below 0.
 
     Examples:
@@ -130,7 +130,7 @@ def loss_geometry(
     check_plane(hook_names[:1], n_angles)
     margin, weight = finite("margin", margin), finite("weight", weight)
     if weight < 0:
-        raise SweepError(f"weight must be 0 or more, got {weight}")
+        raise InputError(f"weight must be 0 or more, got {weight}")
     settings = checked_settings(
         hook_names=hook_names,
         on="positive",

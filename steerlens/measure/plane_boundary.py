@@ -16,7 +16,7 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.plan import make_plan
 from steerlens.engine.tokenization import SteeredPositions, fingerprint, tokenize_pairs
 from steerlens.engine.workload import Cost, make_workload
-from steerlens.errors import DirectionError, SweepError, whole
+from steerlens.errors import InputError, whole
 from steerlens.loss import Budget
 from steerlens.measure.boundary import (
     On,
@@ -99,8 +99,8 @@ def boundary_shape(
     text runs with `c * (cos(a) * direction + sin(a) * orthogonal)` added, c > 0, in residual units.
     Search, intervals and `on` as in `find_boundary`, whose `boundary_pos` is the row at 0 degrees
     and `-boundary_neg` that at 180 (estimated again, with other probes). Raises as `find_boundary`,
-    `SweepError` when `layer` names more than one hook or there are fewer than 3 angles, and
-    `DirectionError` when nothing is left of the differences.
+    `InputError` when `layer` names more than one hook or there are fewer than 3 angles, and
+    `InputError` when nothing is left of the differences.
 
     Examples:
         >>> shape = sl.boundary_shape(
@@ -113,7 +113,7 @@ def boundary_shape(
     check_plane(hook_names, n_angles)
     (hook_name,) = hook_names
     if hook_name not in directions:
-        raise DirectionError(f"no direction was fitted at {hook_name}; fit one there")
+        raise InputError(f"no direction was fitted at {hook_name}; fit one there")
     check_processing(model, directions)
     settings = checked_settings(
         hook_names=hook_names,
@@ -129,7 +129,7 @@ def boundary_shape(
     wide = directions[hook_name].dtype
     direction = directions[hook_name].double()
     if len(direction) != int(model.cfg.d_model):
-        raise DirectionError(
+        raise InputError(
             f"the direction has d_model {len(direction)}, this model {int(model.cfg.d_model)}; fit "
             "it on this model"
         )
@@ -203,9 +203,9 @@ def _ratio(reach: Sequence[float]) -> float:
 
 
 def check_plane(hook_names: Sequence[str], n_angles: Any) -> None:
-    """Raise `SweepError` when there is not one hook, or too few angles for a shape."""
+    """Raise `InputError` when there is not one hook, or too few angles for a shape."""
     if len(hook_names) != 1:
-        raise SweepError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
+        raise InputError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
     whole("n_angles", n_angles, 3)
 
 

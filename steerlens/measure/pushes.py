@@ -16,7 +16,7 @@ from steerlens.engine.plan import Plan
 from steerlens.engine.slopes import label_slopes
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt
 from steerlens.engine.workload import Cost
-from steerlens.errors import ActivationError
+from steerlens.errors import ModelError
 from steerlens.loss import Budget
 from steerlens.measure.coherence import (
     Coherence,
@@ -257,7 +257,7 @@ def expect(
 
     Second order: `drop * c + curvature * c^2 / 2` reaches the allowance. For a 95th percentile the
     divergence of a token is taken to be its mean times a chi-square variable with one degree of
-    freedom, whose 95th percentile is 3.84. `cost` is added to. Raises `ActivationError` where a
+    freedom, whose 95th percentile is 3.84. `cost` is added to. Raises `ModelError` where a
     gradient is not finite.
     """
     along = {(push.hook_name, id(push.direction)): push.direction for push in pushes}
@@ -278,7 +278,7 @@ def expect(
     for push in pushes:
         row = index[push.hook_name, id(push.direction)]
         if not bool((found.logprob[row] + found.curvature[row]).isfinite().all()):
-            raise ActivationError(
+            raise ModelError(
                 f"the gradients at {push.hook_name} are not finite; load the model in float32 or "
                 "bfloat16"
             )

@@ -15,7 +15,7 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import SteeredPositions
 from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload, forward_equivalents
-from steerlens.errors import DirectionError, SweepError, finite, told
+from steerlens.errors import InputError, finite, told
 from steerlens.loss import (
     MARGIN,
     WEIGHT,
@@ -175,7 +175,7 @@ def point_rows(
     unit = direction.double().cpu()
     try:
         across = (differences @ main_orthogonal(differences, unit)).tolist()
-    except DirectionError:
+    except InputError:
         across = [math.nan] * len(ids)
     along, norms = (differences @ unit).tolist(), differences.norm(dim=-1).tolist()
     place = {"hook_name": hook_name, "layer": hook_layer(hook_name)}
@@ -191,12 +191,12 @@ def main_orthogonal(
     """The unit vector, orthogonal to `direction`, with the largest sum of squared projections.
 
     `argmax_v sum_i (r_i . v)^2` with `r_i = d_i - (d_i . direction) direction`. The mean projection
-    on it is positive; where that is 0, the component that is largest. Raises `DirectionError` when
+    on it is positive; where that is 0, the component that is largest. Raises `InputError` when
     nothing is left of the differences.
     """
     rest = differences - (differences @ direction)[:, None] * direction
     if rest.norm() <= 1e-6 * differences.norm():
-        raise DirectionError(
+        raise InputError(
             "the differences lie along the direction alone, so no plane is left; use other pairs"
         )
     axis: Tensor = torch.linalg.svd(rest, full_matrices=False)[2][0]
@@ -237,10 +237,10 @@ def record(
 
 
 def logprob_budget(text: str) -> Budget:
-    """The budget of a sweep. Raises `SweepError` for one of a KL divergence."""
+    """The budget of a sweep. Raises `InputError` for one of a KL divergence."""
     budget = Budget.parse(text)
     if budget.is_divergence:
-        raise SweepError(
+        raise InputError(
             f"a sweep measures logprob, so its budget is relative= or nats=, not {budget.kind}=; "
             "find_boundary takes the others"
         )
@@ -250,7 +250,7 @@ def logprob_budget(text: str) -> Budget:
 def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
     """The coefficients as distinct floats, in order.
 
-    Raises `SweepError` when there is none, or one that is not a finite number.
+    Raises `InputError` when there is none, or one that is not a finite number.
     """
     given: Any = coefficients  # what the annotation promises is what is checked here
     try:
@@ -259,29 +259,29 @@ def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ..
         # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
         checked = tuple(dict.fromkeys(float(c) + 0.0 for c in given))
     except (TypeError, ValueError, OverflowError) as error:
-        raise SweepError(f"expected a list of finite coefficients, got {told(given)}") from error
+        raise InputError(f"expected a list of finite coefficients, got {told(given)}") from error
     if not checked:
-        raise SweepError("expected at least one coefficient, got none")
+        raise InputError("expected at least one coefficient, got none")
     for coefficient in checked:
         finite("coefficient", coefficient)
     return checked
 
 
 def check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
-    """Raise `DirectionError` when a hook has no direction."""
+    """Raise `InputError` when a hook has no direction."""
     missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
     if missing:
-        raise DirectionError(
+        raise InputError(
             f"no direction was fitted at {', '.join(missing)}; pass the same layers to "
             "collect_differences, which adds the readout hooks by itself"
         )
 
 
 def check_width(directions: Directions, baseline: Baseline) -> None:
-    """Raise `DirectionError` when the directions are another width than the activations."""
+    """Raise `InputError` when the directions are another width than the activations."""
     expected, found = baseline.positive.shape[-1], directions.vectors.shape[-1]
     if expected != found:
-        raise DirectionError(
+        raise InputError(
             f"the directions have d_model {found}, this model's activations {expected}; fit them "
             "on this model"
         )

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.directions.differences import Differences
-from steerlens.errors import DirectionError, whole
+from steerlens.errors import InputError, whole
 from steerlens.models.hooks import hook_layer
 from steerlens.tables import RELIABILITY_COLUMNS, Row, to_frame
 
@@ -22,7 +22,7 @@ def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) 
     the projections on one half's direction of the other half's activations, `(mean_pos - mean_neg)
     / sqrt((var_pos + var_neg) / 2)`; and the cosine with the direction of all pairs of that of a
     quarter and of half of them. A cosine near 0 between halves means that there is no one direction
-    to find at that hook. Raises `DirectionError` for fewer than 8 pairs or fewer than 2 splits.
+    to find at that hook. Raises `InputError` for fewer than 8 pairs or fewer than 2 splits.
 
     Examples:
         >>> table = sl.reliability(differences, n_splits=4)
@@ -31,11 +31,11 @@ def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) 
     """
     given: Any = differences
     if not isinstance(given, Differences):
-        raise DirectionError(f"reliability is that of Differences, not of {type(given).__name__}")
+        raise InputError(f"reliability is that of Differences, not of {type(given).__name__}")
     n_splits, seed = whole("n_splits", n_splits, 0), whole("seed", seed, 0)
     n_pairs = differences.positive.shape[1]
     if n_pairs < MIN_PAIRS or n_splits < 2:
-        raise DirectionError(
+        raise InputError(
             f"reliability takes at least {MIN_PAIRS} pairs and 2 splits, got {n_pairs} and "
             f"{n_splits}"
         )

@@ -166,8 +166,8 @@ def sweep(
     come from `load_model`. Either way the tables are the same to the bit, where device, versions
     and number of threads are.
 
-    Raises `SweepError` on coefficients that are not finite, a bad budget or number of resamples;
-    `DirectionError` when a hook or its readout has no direction; `ProcessingError` when they were
+    Raises `InputError` on coefficients that are not finite, a bad budget or number of resamples;
+    `InputError` when a hook or its readout has no direction; `InputError` when they were
     fitted on a model with other weight processing; `HookError` on an unknown hook; `ModelError`
     and `WorkerError` when an executor cannot run the model or a worker fails, after what the
     others finished was kept; and as `tokenize_pairs`, `make_workload`, `run_baseline` and the

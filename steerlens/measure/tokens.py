@@ -24,7 +24,7 @@ from steerlens.engine.tokenization import (
     tokenize_pairs,
     tokenize_prompt,
 )
-from steerlens.errors import ActivationError, DirectionError, SteeringError, SweepError, whole
+from steerlens.errors import InputError, whole
 from steerlens.loss import label_kl, label_logprobs
 from steerlens.measure.rows import check_directions
 from steerlens.models.hooks import (
@@ -71,7 +71,7 @@ class OneHook:
     position: int | None
 
     def steps(self, coefficient: Coefficient, sign: int) -> tuple[Step, ...]:
-        """What is done at `sign` times the coefficient. Raises `SteeringError` as `steps`."""
+        """What is done at `sign` times the coefficient. Raises `InputError` as `steps`."""
         acts = tuple(replace(s, amount=sign * s.amount) for s in steps(self.vector, coefficient))
         for act in acts:
             act.operator.check(act.amount)
@@ -89,14 +89,14 @@ def one_hook(
     """The part of directions or a vector at the one hook that `layer` names (all by default).
 
     Directions are read at `readout_hook`, along its own direction, as in a sweep. A vector has no
-    direction there, so it is read at its own hook, behind the addition. Raises `SweepError` when
-    there is more than one hook, `DirectionError` when one has no direction or another width than
-    the model, `SteeringError` for a vector without that hook, and `ProcessingError` when it was
+    direction there, so it is read at its own hook, behind the addition. Raises `InputError` when
+    there is more than one hook, `InputError` when one has no direction or another width than
+    the model, `InputError` for a vector without that hook, and when it was
     fitted on a model with other weight processing.
     """
     names = along.hook_names if layer is None else resolve_hooks(model, layer)
     if len(names) != 1:
-        raise SweepError(f"expected one hook, got {len(names)}; name one with layer=")
+        raise InputError(f"expected one hook, got {len(names)}; name one with layer=")
     check_processing(model, along)
     (name,) = names
     if isinstance(along, SteeringVector):
@@ -109,7 +109,7 @@ def one_hook(
         vector, position = {name: along[name]}, along.position
     width, expected = len(along[readout]), int(model.cfg.d_model)
     if width != expected:
-        raise DirectionError(
+        raise InputError(
             f"the direction has d_model {width}, this model {expected}; fit it on this model"
         )
     return OneHook(name, vector, readout, along[readout], position)
@@ -139,9 +139,9 @@ def token_damage(
     `prompts` are pairs, whose positive prompts run with `+coefficient` and negative ones with
     `-coefficient`, or any prompts, which run with `+coefficient`; `ids` name these (numbers from 1
     by default). The direction is added at one hook, `layer`, on the tokens of `steered_positions`.
-    Raises as `one_hook`, `tokenize_prompt` and `steer`; `SweepError` when there are no prompts or
-    coefficients; `PairError` on steered positions that reach no label; `ActivationError` when the
-    fitted position lies outside a prompt; and `SteeringError` for a vector with a condition.
+    Raises as `one_hook`, `tokenize_prompt` and `steer`; `InputError` when there are no prompts or
+    coefficients; `InputError` on steered positions that reach no label, and when the
+    fitted position lies outside a prompt; and `InputError` for a vector with a condition.
 
     Examples:
         >>> table = sl.token_damage(model, ["the river was"], vector, coefficients=[4])
@@ -152,7 +152,7 @@ def token_damage(
     """
     at = one_hook(model, along, layer)
     if getattr(at.vector, "condition", None) is not None:
-        raise SteeringError(
+        raise InputError(
             "which tokens a vector with a condition steers is decided as it runs; leave out the "
             "prompts that it would not steer, and give it without its condition"
         )
@@ -193,14 +193,14 @@ def token_damage(
 def strengths_at(at: OneHook, coefficients: Iterable[Coefficient]) -> dict[Coefficient, float]:
     """Each coefficient, and as the tables have it (see `OneHook.amount`); without repeats.
 
-    Raises `SweepError` when there is none, and `SteeringError` on one without a meaning here.
+    Raises `InputError` when there is none, and on one without a meaning here.
     """
     given: Any = coefficients  # what the annotation promises is what is checked here
     if isinstance(given, str) or not isinstance(given, Iterable):
-        raise SweepError(f"expected a list of coefficients, got {given!r:.80}")
+        raise InputError(f"expected a list of coefficients, got {given!r:.80}")
     strengths = {c: at.amount(c) for c in coefficients}
     if not strengths:
-        raise SweepError("expected at least one coefficient, got none")
+        raise InputError("expected at least one coefficient, got none")
     return strengths
 
 
@@ -211,15 +211,15 @@ def named_prompts(
 ) -> tuple[list[str], list[TokenizedPrompt]]:
     """A name for each prompt, its number from 1 unless `ids` has one, and its tokens.
 
-    Raises `SweepError` when there are none or `ids` are not one a prompt; `PairError` on an id that
-    is not Unicode text.
+    Raises `InputError` when there are none, `ids` are not one a prompt, or an id is not Unicode
+    text.
     """
     if isinstance(prompts, str) or not prompts:
-        raise SweepError(f"expected a list of prompts, got {prompts!r:.80}")
+        raise InputError(f"expected a list of prompts, got {prompts!r:.80}")
     given = [str(i) for i in range(1, len(prompts) + 1)] if ids is None else list(ids)
     names = [unicode_text(name, where="ids") for name in given]
     if len(set(names)) != len(prompts):
-        raise SweepError(f"expected {len(prompts)} different ids, one a prompt, got {names}")
+        raise InputError(f"expected {len(prompts)} different ids, one a prompt, got {names}")
     tokenized = [
         prompt
         if isinstance(prompt, TokenizedPrompt)
@@ -258,7 +258,7 @@ def _see(
 
     def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
         if activation.ndim != 3:
-            raise ActivationError(
+            raise InputError(
                 f"hook {at.readout} holds a tensor of shape {tuple(activation.shape)}; expected "
                 "[prompt, token, d_model]"
             )
@@ -365,7 +365,7 @@ def generation_table(
     header, or after what its last assistant message opens with; a continuation of the prompt's own
     is left out. Where the context has no room for `max_new_tokens` the text is shorter (`end` is
     "context"), and where the steered model overflows there is none ("overflow"). `ids` name the
-    prompts (numbers from 1 by default). Raises as `one_hook` and `tokenize_prompt`, `SweepError`
+    prompts (numbers from 1 by default). Raises as `one_hook` and `tokenize_prompt`, `InputError`
     without prompts or coefficients, and as `generate`.
 
     Examples:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.errors import ProcessingError
+from steerlens.errors import InputError
 
 UNKNOWN = "unknown"
 FOLDED = "folded norms"
@@ -51,7 +51,7 @@ def check_processing(model: Any, *of: Any) -> None:
     """See that what was fitted (directions, vectors: anything that tells its `weight_processing`)
     comes from a model processed like `model`; what does not tell, or not know, passes.
 
-    Raises `ProcessingError` otherwise.
+    Raises `InputError` otherwise.
     """
     told = {getattr(one, "weight_processing", UNKNOWN) for one in of} - {UNKNOWN}
     if not told:
@@ -64,7 +64,7 @@ def check_processing(model: Any, *of: Any) -> None:
 def check_one(of: Mapping[str, Any]) -> None:
     """See that named directions or vectors come from models that are all processed alike.
 
-    Raises `ProcessingError` otherwise.
+    Raises `InputError` otherwise.
     """
     known = {name: getattr(one, "weight_processing", UNKNOWN) for name, one in of.items()}
     known = {name: told for name, told in known.items() if told != UNKNOWN}
@@ -74,12 +74,12 @@ def check_one(of: Mapping[str, Any]) -> None:
 
 
 def check_same(mine: str, processing: str, theirs: str, other: str) -> None:
-    """Raise `ProcessingError` unless two kinds of weight processing are the same or one is unknown.
+    """Raise `InputError` unless two kinds of weight processing are the same or one is unknown.
 
     `mine` and `theirs` say in words what has the one and what the other.
     """
     if UNKNOWN not in (processing, other) and processing != other:
-        raise ProcessingError(
+        raise InputError(
             f"{mine} with {_told(processing)}, but {theirs} has {_told(other)}, so their residual "
             "streams are not the same; use models that are loaded alike (load_model processes no "
             "weights, HookedTransformer.from_pretrained does)"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from steerlens.errors import PlotError
+from steerlens.errors import InputError
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
     BLUE,
@@ -27,7 +27,7 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
     """Contributions to the direction and effects on the answer, by layer and head.
 
     Takes the tables of `find_writers` and `find_readers`. The last column of each map is the MLP;
-    the embedding is left out. Raises `PlotError` on other tables, and on several rows a component.
+    the embedding is left out. Raises `InputError` on other tables, and on several rows a component.
 
     Examples:
         >>> from steerlens.circuits import contrast_answers, make_prompts
@@ -60,7 +60,9 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
 def _grid(table: pd.DataFrame, value: str, unit: str) -> HeatMap:
     rows = table[table.component != "embed"]
     if rows.empty:
-        raise PlotError(f"expected heads or MLPs with a {value}; the table has the embedding alone")
+        raise InputError(
+            f"expected heads or MLPs with a {value}; the table has the embedding alone"
+        )
     check_distinct(
         rows, ["layer", "head"], "give find_writers(...).table and find_readers(...).table"
     )
@@ -81,7 +83,7 @@ def _grid(table: pd.DataFrame, value: str, unit: str) -> HeatMap:
 def circuit_graph(edges: pd.DataFrame) -> Figure:
     """The largest edges of each model as a graph, from the embedding up to the logits.
 
-    Takes the table of edges of `edge_table`; one frame a model. Raises `PlotError` on another,
+    Takes the table of edges of `edge_table`; one frame a model. Raises `InputError` on another,
     and on a place or score that is not finite.
 
     Examples:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 
-from steerlens.errors import PlotError
+from steerlens.errors import InputError
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import BLUE, GREY, ORANGE, PALE, Axis, Frame, Layout, Mark, Panel, Points
 from steerlens.plots.sweeps import NATS, by_hook, check_columns, numbers
@@ -20,7 +20,7 @@ def comparison(table: pd.DataFrame) -> Figure:
     Takes the table of `compare`. One frame shows each method at its layer chosen on training items
     (where there were some), the others one hook each. Filled points are effects, or effects the
     other way (reversed), outside the null band with a corrected p-value below 0.05. Raises
-    `PlotError` when the table is not a comparison, or an effect is infinite.
+    `InputError` when the table is not a comparison, or an effect is infinite.
 
     Examples:
         >>> found = sl.compare(
@@ -41,7 +41,9 @@ def comparison(table: pd.DataFrame) -> Figure:
     needed += ["verdict", "coefficient"]
     check_columns(table, needed, "the table of a comparison", finite=["layer", "is_chosen"])
     if np.isinf(table[effects].to_numpy(dtype=float)).any():
-        raise PlotError("expected the table of a comparison; an effect or its interval is infinite")
+        raise InputError(
+            "expected the table of a comparison; an effect or its interval is infinite"
+        )
     baseline = table[table.layer < 0]
     frames = []
     chosen = table[table.is_chosen.astype(bool)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from steerlens.errors import OutputError, PlotError
+from steerlens.errors import FileError, InputError
 from steerlens.plots.marks import Frame, Layout
 from steerlens.plots.scripts import PLOTLY, WITHOUT_SCRIPTS, page
 
@@ -38,18 +38,18 @@ class Figure:
 
     def __post_init__(self) -> None:
         if not self.frames or len({len(frame.panels) for frame in self.frames}) != 1:
-            raise PlotError("a figure has one frame or more, each with as many panels")
+            raise InputError("a figure has one frame or more, each with as many panels")
 
     def __repr__(self) -> str:
         frames = "" if len(self.frames) == 1 else f", {len(self.frames)} frames"
         return f"Figure({self.title!r}, {len(self.frames[0].panels)} panels{frames})"
 
     def at(self, label: str | int) -> "Figure":
-        """The figure with the frame of that label alone. Raises `PlotError` on another label."""
+        """The figure with the frame of that label alone. Raises `InputError` on another label."""
         found = [frame for frame in self.frames if frame.label == str(label)]
         if not found:
             labels = ", ".join(frame.label for frame in self.frames)
-            raise PlotError(f"the figure has no frame {label!r}; it has {labels}")
+            raise InputError(f"the figure has no frame {label!r}; it has {labels}")
         return replace(self, frames=(found[0],))
 
     def to_plotly(self) -> Any:
@@ -61,10 +61,10 @@ class Figure:
     def to_bytes(self, kind: str) -> bytes:
         """As the bytes of a PNG or SVG file (`kind` "png" or "svg"): the first frame, no browser.
 
-        Raises `PlotError` on another kind.
+        Raises `InputError` on another kind.
         """
         if kind not in ("png", "svg"):
-            raise PlotError(f"expected the kind png or svg, got {kind!r}")
+            raise InputError(f"expected the kind png or svg, got {kind!r}")
         from steerlens.plots.static import draw
 
         return draw(self.title, self.frames[0].panels, self.layout, kind=kind)
@@ -77,16 +77,16 @@ class Figure:
     def save(self, path: str | Path) -> None:
         """Write a .png, .svg (the first frame; see `at`) or .html file, by the name's end.
 
-        Raises `PlotError` on another ending and `OutputError` where it cannot be written.
+        Raises `InputError` on another ending and `FileError` where it cannot be written.
         """
         path = Path(path)
         if path.suffix not in SUFFIXES:
-            raise PlotError(f"expected a name that ends in {', '.join(SUFFIXES)}, got {path.name}")
+            raise InputError(f"expected a name that ends in {', '.join(SUFFIXES)}, got {path.name}")
         made = self.to_html().encode() if path.suffix == ".html" else self.to_bytes(path.suffix[1:])
         try:
             path.write_bytes(made)
         except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+            raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
     def _repr_mimebundle_(self, **_: Any) -> Mapping[str, Any]:
         return {

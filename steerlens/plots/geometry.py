@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from steerlens.errors import PlotError
+from steerlens.errors import InputError
 from steerlens.measure.plane import LossGeometry
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
@@ -42,7 +42,7 @@ def differences(points: pd.DataFrame) -> Figure:
     """The pairs' differences on the frozen direction and the main axis orthogonal to it.
 
     Takes the table of points of a sweep or of a geometry; one frame a layer. A pair to the right of
-    0 differs the way the direction says. Raises `PlotError` on another table.
+    0 differs the way the direction says. Raises `InputError` on another table.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[0])
@@ -93,7 +93,7 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
     the mean difference is pushed to, and the measured boundary; on the right the pairs from near
     by, with an arrow for each term of the loss: which way it pushes the pair. Between the measured
     pushes the square root of the penalty is interpolated (shape-preserving, `scipy`'s pchip).
-    Raises `PlotError` on other tables, on tables of different hooks, and on pushes between which
+    Raises `InputError` on other tables, on tables of different hooks, and on pushes between which
     nothing can be interpolated.
 
     Examples:
@@ -105,7 +105,7 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
     """
     given: Any = geometry  # what the annotation promises is what is checked here
     if not isinstance(given, LossGeometry):
-        raise PlotError(
+        raise InputError(
             f"expected the LossGeometry of steerlens.loss_geometry, got {type(given).__name__}"
         )
     points, contours, shape = geometry.points, geometry.contours, geometry.shape
@@ -130,7 +130,7 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
     for label in by_hook(points):
         for what, tables in (("contours", pushes), ("shape", shapes)):
             if label not in tables:
-                raise PlotError(
+                raise InputError(
                     f"the points have hook {label}, the {what} only {', '.join(tables)}"
                 )
     frames = [
@@ -150,7 +150,7 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
 
 
 def _check_pushes(contours: pd.DataFrame) -> None:
-    """Raise `PlotError` on pushes between which nothing can be interpolated."""
+    """Raise `InputError` on pushes between which nothing can be interpolated."""
     check_distinct(
         contours, ["hook_name", "angle", "coefficient"], "give the contours of one loss geometry"
     )
@@ -162,7 +162,7 @@ def _check_pushes(contours: pd.DataFrame) -> None:
         ("coherence_penalty", bool((contours.coherence_penalty < 0).any()), "0 or more"),
     ):
         if is_wrong:
-            raise PlotError(f"the contours of a loss geometry: expected {column} {expected}")
+            raise InputError(f"the contours of a loss geometry: expected {column} {expected}")
 
 
 def _far(points: pd.DataFrame, pushes: pd.DataFrame, shape: pd.DataFrame) -> Panel:

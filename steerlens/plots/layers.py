@@ -33,7 +33,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
     """Separation, agreement, explained variance and residual norm of every layer, with intervals.
 
     Takes the per-layer table; one frame a kind of hook. Areas are 95% bootstrap intervals over
-    pairs. Raises `PlotError` when the table is not a per-layer table.
+    pairs. Raises `InputError` when the table is not a per-layer table.
 
     Examples:
         >>> sl.plots.layer_profile(sl.measure_layers(model, pairs, directions))
@@ -73,7 +73,7 @@ def boundary(layers: pd.DataFrame) -> Figure:
     Takes the per-layer table of `find_boundary` or `predict_boundary`; one frame a kind of hook. On
     the left in residual units, on the right as a share of the layer's mean residual norm. Areas are
     95% bootstrap intervals; a boundary beyond the searched range is a triangle at the edge of the
-    panel, a tenth beyond the largest that was found. Raises `PlotError` when the table is not a
+    panel, a tenth beyond the largest that was found. Raises `InputError` when the table is not a
     per-layer table.
 
     Examples:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from steerlens.errors import OutputError, PlotError
+from steerlens.errors import FileError, InputError
 from steerlens.files import write_whole
 from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
 from steerlens.plots.sweeps import check_columns
@@ -58,15 +58,15 @@ class Page:
     def save(self, path: str | Path) -> None:
         """Write an .html file, whole.
 
-        Raises `PlotError` on another ending and `OutputError` where it cannot be written.
+        Raises `InputError` on another ending and `FileError` where it cannot be written.
         """
         path = Path(path)
         if path.suffix != ".html":
-            raise PlotError(f"expected a name that ends in .html, got {path.name!r}")
+            raise InputError(f"expected a name that ends in .html, got {path.name!r}")
         try:
             write_whole(path, lambda part: part.write_bytes(self.html.encode()))
         except OSError as error:
-            raise OutputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+            raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
     def _repr_html_(self) -> str:
         """A frame that holds the page, and cannot reach the notebook around it."""
@@ -82,7 +82,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
 
     For each prompt and coefficient the text as `token_table_html` marks it, then, to be hovered
     over, every token's projection unsteered and steered (residual units) and its damage (nats).
-    Raises `PlotError` when columns are missing or there is no row.
+    Raises `InputError` when columns are missing or there is no row.
 
     Examples:
         >>> table = sl.token_damage(model, ["the river was so cold"], vector, coefficients=[4])
@@ -121,7 +121,7 @@ def token_table_html(tokens: pd.DataFrame) -> str:
 
     From `TOKEN_COLUMNS`. Framed: where the direction is read; underlined: where it is added; red
     and blue: tokens that lost and gained logprob, the largest with their loss in nats above them.
-    Raises `PlotError` as `token_page`.
+    Raises `InputError` as `token_page`.
 
     Examples:
         >>> table = sl.token_damage(model, ["the river was so cold"], vector, coefficients=[4])
@@ -145,7 +145,7 @@ def attention_page(
 
     A pattern's rows sum to 1: how much each token (query) takes from every token up to it (key).
     `patterns` have a name each, such as unsteered and steered; `heads` name the heads. Raises
-    `PlotError` when there is none, or a pattern is not `[head, token, token]`.
+    `InputError` when there is none, or a pattern is not `[head, token, token]`.
 
     Examples:
         >>> patterns = {"unsteered": np.array([[[1.0, 0.0], [0.3, 0.7]]])}
@@ -178,7 +178,7 @@ def projection_page(
     """One text's tokens by their projection on each layer's direction (residual units).
 
     Each of `projections`, such as unsteered and steered, is a line of a layer; their shades are the
-    same within a layer. Raises `PlotError` when there is none, or one is not `[layer, token]`.
+    same within a layer. Raises `InputError` when there is none, or one is not `[layer, token]`.
 
     Examples:
         >>> projections = {"unsteered": np.array([[0.5, -2.0]])}
@@ -210,16 +210,16 @@ def projection_page(
 
 
 def _arrays(what: str, given: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Each of the given, by name, as an array of that shape; or a `PlotError`."""
+    """Each of the given, by name, as an array of that shape; or a `InputError`."""
     if not isinstance(given, Mapping) or not given:
-        raise PlotError(f"expected one or more {what} by name, got {given!r:.80}")
+        raise InputError(f"expected one or more {what} by name, got {given!r:.80}")
     try:
         arrays = {name: np.asarray(values, dtype=float) for name, values in given.items()}
     except (TypeError, ValueError) as error:
-        raise PlotError(f"expected {what} of shape {shape} in numbers ({error})") from error
+        raise InputError(f"expected {what} of shape {shape} in numbers ({error})") from error
     for values in arrays.values():
         if values.shape != shape:
-            raise PlotError(f"expected {what} of shape {shape}, got {values.shape}")
+            raise InputError(f"expected {what} of shape {shape}, got {values.shape}")
     return arrays
 
 

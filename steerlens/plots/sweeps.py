@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
-from steerlens.errors import PlotError
+from steerlens.errors import InputError
 from steerlens.models.weight_processing import check_same, processing_of
 from steerlens.plots.figure import Figure
 from steerlens.plots.marks import (
@@ -40,34 +40,34 @@ NATS = "nats per token"
 def check_columns(
     table: pd.DataFrame, names: Sequence[str], what: str, *, finite: Sequence[str] = ()
 ) -> None:
-    """Raise `PlotError` when a table lacks columns or rows, or has text where numbers belong.
+    """Raise `InputError` when a table lacks columns or rows, or has text where numbers belong.
 
     `what` says which table it should be; the columns in `finite` may hold neither NaN nor inf.
     """
     given: Any = table  # what the annotation promises is what is checked here
     if not isinstance(given, pd.DataFrame):
-        raise PlotError(
+        raise InputError(
             f"expected {what}, a DataFrame such as result.table, got {type(given).__name__}"
         )
     missing = [name for name in names if name not in table.columns]
     if missing:
-        raise PlotError(f"expected {what}; this table has no column {', '.join(missing)}")
+        raise InputError(f"expected {what}; this table has no column {', '.join(missing)}")
     if table.empty:
-        raise PlotError(f"expected {what}; this table has no rows")
+        raise InputError(f"expected {what}; this table has no rows")
     texts = [n for n in names if n not in TEXTS and not is_numeric_dtype(table[n])]
     if texts:
-        raise PlotError(f"expected {what}; {', '.join(texts)} hold text, not numbers")
+        raise InputError(f"expected {what}; {', '.join(texts)} hold text, not numbers")
     for name in finite:
         if not np.isfinite(table[name].to_numpy(dtype=float)).all():
-            raise PlotError(f"expected {what}; {name} holds values that are not finite")
+            raise InputError(f"expected {what}; {name} holds values that are not finite")
 
 
 def check_distinct(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
-    """Raise `PlotError` when two rows have the same values in the columns; `what` is the remedy."""
+    """Raise `InputError` when two rows have the same values there; `what` is the remedy."""
     repeated = table[table.duplicated(list(names))]
     if not repeated.empty:
         row = ", ".join(f"{name} {repeated[name].iloc[0]}" for name in names)
-        raise PlotError(f"expected one row for {row}, got several; {what}")
+        raise InputError(f"expected one row for {row}, got several; {what}")
 
 
 def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -101,8 +101,8 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
 
     Takes the table of a sweep; with the per-layer table of `find_boundary` the boundary of each
     sign is marked where the straight line between the cells on either side of it crosses it.
-    Undefined cells are left out. Raises `PlotError` when the table is not that of a sweep,
-    `ProcessingError` when the two are of models with different weight processing.
+    Undefined cells are left out. Raises `InputError` when the table is not that of a sweep,
+    `InputError` when the two are of models with different weight processing.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
@@ -186,7 +186,7 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
 
     Takes the table of a sweep. Crosses are cells beyond the budget. Colours of degradation and loss
     stop at the 95th percentile of their size, so that a few broken cells do not bleach all others.
-    Raises `PlotError` when the table is not that of a sweep, or has two rows of one cell.
+    Raises `InputError` when the table is not that of a sweep, or has two rows of one cell.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
@@ -256,7 +256,7 @@ def dose_response(sweep: pd.DataFrame) -> Figure:
     """Projection and degradation against the coefficient, with intervals, one curve a layer.
 
     Takes the table of a sweep. Intervals are its 95% bootstrap intervals over pairs. Raises
-    `PlotError` when the table is not that of a sweep.
+    `InputError` when the table is not that of a sweep.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from steerlens.errors import ReportError
+from steerlens.errors import FileError
 from steerlens.files import read_whole, strict_json
 from steerlens.runs.html_report.contents import COMMANDS, NEEDED, PAGES, TABLES, TableContent
 from steerlens.runs.record import PARTS, RECORD, RUN_FILES
@@ -72,7 +72,7 @@ class Run:
 def read_run(folder: str | Path) -> Run:
     """Read the folder of a run: run.json, the tables that it names, the views on its pages.
 
-    Raises `ReportError` when the folder has no run.json, or is that of an unfinished run (naming
+    Raises `FileError` when the folder has no run.json, or is that of an unfinished run (naming
     the hooks that are finished), the record is damaged or of an unknown command, a table, or a page
     whose views are shown, is missing or cut off, or a table's columns or cells are not those
     expected; the message names the file, what was expected, and what to do.
@@ -87,7 +87,7 @@ def read_run(folder: str | Path) -> Run:
     try:
         folder = Path(folder)
     except TypeError as error:
-        raise ReportError(f"expected the folder of a run, got {folder!r:.80}") from error
+        raise FileError(f"expected the folder of a run, got {folder!r:.80}") from error
     record = _read_record(folder)
     command = record["request"]["command"]
     tables = {
@@ -108,27 +108,27 @@ def _read_record(folder: Path) -> dict[str, Any]:
     started = read_started(folder) if _exists(folder) else None
     if started is not None:
         done, n_hooks = started.has_part, len(started.hook_names)
-        raise ReportError(
+        raise FileError(
             f"{str(folder)!r} is an unfinished run, with {len(done)} of {n_hooks} hooks finished "
             f"({', '.join(done) or 'none'}); `steerlens sweep --resume {folder}` goes on with it, "
             f"pandas.read_parquet({str(folder / PARTS)!r}) has the cells of those"
         )
     if not _exists(path):
         what = "no such folder" if not _exists(folder) else f"it holds no {RECORD}"
-        raise ReportError(
+        raise FileError(
             f"{str(folder)!r} is not the folder of a run: {what}; give the --out folder of "
             f"{', '.join(COMMANDS)}"
         )
     again = "run the command once more, into a new --out"
     try:
-        record = strict_json(read_whole(path, ReportError).decode("utf-8-sig"))
-    except ReportError:
+        record = strict_json(read_whole(path, FileError).decode("utf-8-sig"))
+    except FileError:
         raise
     except ValueError as error:
-        raise ReportError(f"{str(path)!r} is not a run record ({error}); {again}") from error
+        raise FileError(f"{str(path)!r} is not a run record ({error}); {again}") from error
     for name, kind in _PARTS.items():
         if not isinstance(record, dict) or name not in record or not _is(record[name], kind):
-            raise ReportError(
+            raise FileError(
                 f"{str(path)!r} is not a whole run record: expected {', '.join(_PARTS)}, and "
                 f"{name!r} is missing or of another kind; it may be of an older steerlens: {again}"
             )
@@ -137,31 +137,31 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not all(isinstance(s, str) for s in strings) or not all(
         0 <= n < MAX_NUMBER for n in numbers
     ):
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} is not a whole run record: pages and warnings are texts, seconds and "
             f"forward_equivalents numbers from 0 to {MAX_NUMBER:g}; {again}"
         )
     unknown = [page for page in record["pages"] if f"{page}.html" not in RUN_FILES]
     if unknown:
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} names a page {unknown[0]!r} that this steerlens does not know; {again}"
         )
     command = record["request"].get("command")
     if command not in COMMANDS:
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} is the record of {command!r}; expected one of {', '.join(COMMANDS)}: "
             "it may be of a newer steerlens"
         )
     for name, kept in record["tables"].items():
         is_whole = isinstance(kept, dict) and _is(kept.get("rows"), int)
         if name not in TABLES or not is_whole or not isinstance(kept.get("attrs"), dict):
-            raise ReportError(
+            raise FileError(
                 f"{str(path)!r} names a table {name!r} that this steerlens does not know, or not "
                 f"its rows and attrs; expected some of {', '.join(TABLES)}: {again}"
             )
     missing = _missing(record)
     if missing:
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} is not a whole run record: a {command} has {missing}, which is missing "
             f"or of another kind; it may be of an older steerlens: {again}"
         )
@@ -204,19 +204,19 @@ def _read_table(
     try:
         text = _read_text(path, again)
         names, *rows = list(csv.reader(io.StringIO(text, newline=""), strict=True)) or [[]]
-    except ReportError:
+    except FileError:
         raise
     except (ValueError, csv.Error) as error:
-        raise ReportError(f"{str(path)!r} cannot be read as CSV ({error}); {again}") from error
+        raise FileError(f"{str(path)!r} cannot be read as CSV ({error}); {again}") from error
     columns = _columns_of(path, names, content, again)
     if len(rows) != kept["rows"]:
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} has {len(rows)} rows, and {RECORD} says {kept['rows']}: it was cut off "
             f"or changed; {again}"
         )
     for line, row in enumerate(rows, start=2):
         if len(row) != len(names):
-            raise ReportError(
+            raise FileError(
                 f"{str(path)!r}, row {line - 1}: expected {len(names)} cells, got {len(row)}; "
                 f"{again}"
             )
@@ -235,11 +235,11 @@ def _read_table(
 def _read_text(path: Path, again: str) -> str:
     """Of a file that the record names."""
     if not _exists(path):
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} is missing, and {RECORD} says that the run wrote it; put it back or "
             f"{again}"
         )
-    return read_whole(path, ReportError).decode("utf-8-sig")
+    return read_whole(path, FileError).decode("utf-8-sig")
 
 
 def _columns_of(
@@ -249,7 +249,7 @@ def _columns_of(
     expected = [column.name for column in columns]
     if len(set(names)) < len(names):
         twice = next(name for i, name in enumerate(names) if name in names[:i])
-        raise ReportError(f"{str(path)!r} has the column {twice!r} twice; {again}")
+        raise FileError(f"{str(path)!r} has the column {twice!r} twice; {again}")
     if list(names) != expected:
         missing = [name for name in expected if name not in names]
         unknown = [name for name in names if name not in expected]
@@ -257,7 +257,7 @@ def _columns_of(
             *([f"lacks {', '.join(missing)}"] if missing else []),
             *([f"has {', '.join(unknown)} besides"] if unknown else []),
         ]
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} {' and '.join(differs) or 'has its columns in another order'}; "
             f"expected the columns {', '.join(expected)}: it may be of another steerlens; {again}"
         )
@@ -271,7 +271,7 @@ def _cells(path: Path, column: Column, texts: Sequence[str], again: str) -> list
         for text in texts:
             made.append(read(text))  # noqa: PERF401 (the length says which row failed)
     except (ValueError, KeyError, OverflowError) as error:
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r}, row {len(made) + 1}, column {column.name}: expected {expected}, got "
             f"{texts[len(made)][:80]!r}; {again}"
         ) from error
@@ -330,13 +330,13 @@ def _read_views(path: Path, page: str, command: str) -> list[View]:
         known = all(of["view"] == PAGES[page].view for of in given)
         if not all(isinstance(v.title, str) and isinstance(v.props, dict) for v in views):
             raise TypeError("a view's title is text and its props an object")
-    except ReportError:
+    except FileError:
         raise
     except (ValueError, KeyError, TypeError, AssertionError) as error:
         # AssertionError: what HTMLParser raises on a declaration that is none.
-        raise ReportError(f"{str(path)!r} is not a page of steerlens ({error}); {again}") from error
+        raise FileError(f"{str(path)!r} is not a page of steerlens ({error}); {again}") from error
     if not views or not known:
-        raise ReportError(
+        raise FileError(
             f"{str(path)!r} has no views, or not only {PAGES[page].view}: it may be of another "
             f"steerlens; {again}"
         )

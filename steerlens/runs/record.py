@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from steerlens.directions.directions import Directions
-from steerlens.errors import OutputError
+from steerlens.errors import FileError
 from steerlens.files import without_nan, write_whole
 from steerlens.tables import write_csv, write_parquet
 
@@ -60,7 +60,7 @@ RUN_FILES = (
 def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
     """Make `folder` and see that a run of `request` may be written there, before any work.
 
-    A run of the same request may be written again. Raises `OutputError` when the folder holds a
+    A run of the same request may be written again. Raises `FileError` when the folder holds a
     run of another request (naming what differs, with both values), an unfinished run, or results
     without a record, or cannot be written.
     """
@@ -69,19 +69,19 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise OutputError(
+        raise FileError(
             f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
         ) from error
     record = folder / RECORD
     if not record.exists():
         if (folder / PARTS / STARTED).exists():
-            raise OutputError(
+            raise FileError(
                 f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` "
                 "goes on with it; or choose another --out or delete it"
             )
         found = [name for name in RUN_FILES if (folder / name).exists()]
         if found:
-            raise OutputError(
+            raise FileError(
                 f"{str(folder)!r} holds {', '.join(found)} but no {RECORD}, so they may belong to "
                 "another run; choose another --out or move them away"
             )
@@ -99,11 +99,11 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
         AttributeError,
         RecursionError,
     ) as error:
-        raise OutputError(
+        raise FileError(
             f"{str(record)!r} is not a run record ({error}); choose another --out"
         ) from error
     if changed:
-        raise OutputError(
+        raise FileError(
             f"{str(folder)!r} already holds a run with other {', '.join(changed)}; choose another "
             "--out or delete it"
         )
@@ -146,16 +146,16 @@ def _told(record: Mapping[str, Any], key: str) -> str:
 def check_out_file(path: Path) -> None:
     """Make the folder of `path` and see that a file may be written there, before any work.
 
-    Raises `OutputError` when it may not, or when `path` is a folder.
+    Raises `FileError` when it may not, or when `path` is a folder.
     """
     if path.is_dir():
-        raise OutputError(f"--out {str(path)!r} is a folder; expected a file name")
+        raise FileError(f"--out {str(path)!r} is a folder; expected a file name")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise OutputError(
+        raise FileError(
             f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out"
         ) from error
 
@@ -181,7 +181,7 @@ def write_run(
     given, and the `options` of the command, from which it can be run again. In the record None
     stands for NaN, "inf" and "-inf" for themselves, as JSON has neither.
 
-    Raises `OutputError` when a file cannot be written.
+    Raises `FileError` when a file cannot be written.
     """
     record = {
         "request": dict(request),
@@ -214,7 +214,7 @@ def write_run(
             write_whole(folder / f"{name}.html", partial(_write_text, page))
         write_whole(folder / RECORD, lambda p: write_json(record, p))
     except OSError as error:
-        raise OutputError(f"cannot write to {str(folder)!r}: {error}") from error
+        raise FileError(f"cannot write to {str(folder)!r}: {error}") from error
 
 
 def versions() -> dict[str, str]:
@@ -245,7 +245,7 @@ def write_directions(directions: Directions, path: Path) -> None:
 def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
     """Directions that `write_directions` wrote; `hook_names` are those that are not readouts.
 
-    Raises `OutputError` when the file is damaged or has others.
+    Raises `FileError` when the file is damaged or has others.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -267,7 +267,7 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
             weight_processing=fitted["weight_processing"],
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise OutputError(f"{str(path)!r} holds no directions of this run ({error})") from error
+        raise FileError(f"{str(path)!r} holds no directions of this run ({error})") from error
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from steerlens.directions.directions import Directions
-from steerlens.errors import OutputError, SteerlensError
+from steerlens.errors import FileError, SteerlensError
 from steerlens.files import write_whole
 from steerlens.measure.sweeps import FinishedHook
 from steerlens.runs.record import (
@@ -59,7 +59,7 @@ class Started:
 def read_started(folder: Path) -> Started | None:
     """What the unfinished run in a folder is; None when there is none.
 
-    A folder with a run.json is finished. Raises `OutputError` when the record is damaged.
+    A folder with a run.json is finished. Raises `FileError` when the record is damaged.
     """
     path = folder / PARTS / STARTED
     if (folder / RECORD).exists() or not path.exists():
@@ -69,7 +69,7 @@ def read_started(folder: Path) -> Started | None:
         request, options, made_by = (dict(record[k]) for k in ("request", "options", "versions"))
         names = [str(name) for name in request["hook_names"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OutputError(
+        raise FileError(
             f"{str(path)!r} is not the record of an unfinished run ({error}); delete the folder "
             "and run the command once more"
         ) from error
@@ -80,14 +80,14 @@ def read_started(folder: Path) -> Started | None:
 def read_record(path: Path) -> dict[str, Any]:
     """The record of a finished run, from its run.json or its folder: to run it again.
 
-    Raises `OutputError` when it is not one, or says no options.
+    Raises `FileError` when it is not one, or says no options.
     """
     path = path / RECORD if path.is_dir() else path
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return {name: dict(record[name]) for name in ("request", "options", "versions")}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise OutputError(
+        raise FileError(
             f"{str(path)!r} is not the record of a run that can be repeated ({error}); expected "
             f"the {RECORD} of a sweep, written by this steerlens or a newer one"
         ) from error
@@ -114,7 +114,7 @@ class Parts:
         if path.exists():
             try:
                 return read_directions(path, self._hook_names)
-            except OutputError as error:
+            except FileError as error:
                 warnings.warn(f"{error}; fitted again", RuntimeWarning, stacklevel=2)
         directions = fit()
         self._write(path, partial(write_directions, directions))
@@ -123,7 +123,7 @@ class Parts:
     def finished(self, of: str) -> dict[str, FinishedHook]:
         """The hooks that have a part. One that is damaged is left out, with a warning.
 
-        Raises `OutputError` when a part is of another sweep than the one that `of` names.
+        Raises `FileError` when a part is of another sweep than the one that `of` names.
         """
         self._of, self._since = of, time.perf_counter()
         known = {}
@@ -140,7 +140,7 @@ class Parts:
                 )
                 continue
             if frame.attrs["of"] != of:
-                raise OutputError(
+                raise FileError(
                     f"{str(path)!r} was measured with other settings, directions or unsteered "
                     "activations, to the bit: on another device, number of threads or machine? Go "
                     "on as it was begun, or start again in another --out"
@@ -154,7 +154,7 @@ class Parts:
     def keep(self, hook: FinishedHook) -> None:
         """Write the part of a hook; it is on the disk when this returns.
 
-        Raises `OutputError` when it cannot be written.
+        Raises `FileError` when it cannot be written.
         """
         now = time.perf_counter()
         attrs = {
@@ -174,7 +174,7 @@ class Parts:
         try:
             write_whole(path, write)
         except OSError as error:
-            raise OutputError(
+            raise FileError(
                 f"cannot write {str(path)!r}: {error.strerror or error}; what is finished is kept: "
                 f"make room, then `steerlens sweep --resume {self._folder}`"
             ) from error
@@ -193,7 +193,7 @@ def open_parts(
 
     After an error, an interrupt or a kill they stay, if there are any, and `resume` goes on with
     them. `request` has the `hook_names`, `options` what the command was given, `warned` the
-    warnings so far. Raises `OutputError` as `check_run_folder` does, when another process has the
+    warnings so far. Raises `FileError` as `check_run_folder` does, when another process has the
     folder, and with `resume` when there is no unfinished run, or one of another request or other
     versions (naming both values).
 
@@ -210,7 +210,7 @@ def open_parts(
         try:
             inside.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(
+            raise FileError(
                 f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
             ) from error
     with _locked(folder):
@@ -237,7 +237,7 @@ def open_parts(
 def clear_finished(folder: Path) -> None:
     """Remove what a kill left beside the files of a run that is finished, unless it is at work."""
     if (folder / PARTS).exists():
-        with suppress(OutputError), _locked(folder):
+        with suppress(FileError), _locked(folder):
             _clear(folder)
 
 
@@ -251,7 +251,7 @@ def _clear(folder: Path) -> None:
 
 def _is_worth_keeping(inside: Path, error: BaseException) -> bool:
     """Whether there is something to go on with: no request that failed before its first cell."""
-    if any(inside.glob("*.parquet")) or isinstance(error, OutputError):
+    if any(inside.glob("*.parquet")) or isinstance(error, FileError):
         return True
     return (inside / DIRECTIONS).exists() and not isinstance(error, SteerlensError)
 
@@ -272,7 +272,7 @@ def _start(folder: Path, request: Mapping[str, Any], options: Mapping[str, Any])
                 path.unlink()
         write_whole(folder / PARTS / STARTED, lambda path: write_json(record, path))
     except OSError as error:
-        raise OutputError(
+        raise FileError(
             f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another --out"
         ) from error
 
@@ -280,13 +280,13 @@ def _start(folder: Path, request: Mapping[str, Any], options: Mapping[str, Any])
 def _check_same(folder: Path, request: Mapping[str, Any]) -> None:
     started = read_started(folder)
     if started is None:
-        raise OutputError(f"{str(folder)!r} holds no unfinished run; start one with --out")
+        raise FileError(f"{str(folder)!r} holds no unfinished run; start one with --out")
     changed = [
         *differences(started.request, request),
         *(f"version of {text}" for text in differences(started.versions, versions())),
     ]
     if changed:
-        raise OutputError(
+        raise FileError(
             f"the unfinished run in {str(folder)!r} was begun with other {', '.join(changed)}; go "
             "on as it was begun, or start again in another --out"
         )
@@ -301,11 +301,11 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise OutputError(
+        raise FileError(
             f"another process is at work in {str(folder)!r}; wait for it, or choose another --out"
         ) from error
     except OSError as error:
-        raise OutputError(
+        raise FileError(
             f"cannot lock {str(folder)!r}: {error.strerror or error}; choose another --out"
         ) from error
     try:

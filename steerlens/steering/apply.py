@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.models.hooks import HookFunction, hooked
 from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import check_processing
@@ -45,7 +45,7 @@ class Step:
 
         def act(activation: Tensor, hook: Any) -> Tensor:
             if self.direction.shape != activation.shape[-1:]:
-                raise SteeringError(
+                raise InputError(
                     f"the direction at {self.hook_name} has {len(self.direction)} numbers, the "
                     f"activation there {activation.shape[-1]}"
                 )
@@ -62,7 +62,7 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
     """What a vector does at each of its hooks; nothing at coefficient 0.
 
     Plain directions (a mapping) are added, as they are, with a coefficient in residual units.
-    Raises `SteeringError` when the coefficient has no meaning for them or for the operator: norms
+    Raises `InputError` when the coefficient has no meaning for them or for the operator: norms
     and shares of the boundary are for `Add`.
     """
     parsed = parse_coefficient(coefficient)
@@ -70,7 +70,7 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
         return ()
     if not isinstance(vector, Steerable):
         if parsed.unit != "residual":
-            raise SteeringError(
+            raise InputError(
                 f"{coefficient!r} needs a SteeringVector, which knows its norms and boundary; "
                 "plain directions take a coefficient in residual units"
             )
@@ -78,7 +78,7 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
         add.check(parsed.number)
         for name in vector:
             if vector[name].ndim != 1 or not bool(vector[name].isfinite().all()):
-                raise SteeringError(
+                raise InputError(
                     f"expected one row of finite numbers at {name}, got shape "
                     f"{tuple(vector[name].shape)}"
                 )
@@ -87,7 +87,7 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
     if isinstance(operator, Add):
         sizes = step_sizes(coefficient, vector.hook_names, vector.scale, vector.calibration)
     elif parsed.unit != "residual":
-        raise SteeringError(
+        raise InputError(
             f"{coefficient!r} is a strength of add; {operator.name} takes a plain number"
         )
     else:
@@ -96,7 +96,7 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
         operator.check(size)
         # A sweep may try such a cell, and says that it overflows; a vector in use may not.
         if abs(size) > torch.finfo(torch.float32).max:
-            raise SteeringError(f"expected a step that is finite in float32, got {size:.3g}")
+            raise InputError(f"expected a step that is finite in float32, got {size:.3g}")
     return tuple(
         Step(name, operator, direction, size)
         for name, direction, size in zip(vector.hook_names, vector.directions, sizes, strict=True)
@@ -112,13 +112,13 @@ def step_hooks(
 ) -> list[tuple[str, HookFunction]]:
     """Hooks of steps on every token, or those of `mask` (Bool, prompt by token).
 
-    Raises `SteeringError` on a condition with scope "prompt": which tokens are the prompt's is not
+    Raises `InputError` on a condition with scope "prompt": which tokens are the prompt's is not
     known here (see `steer`).
     """
     if not acts:
         return []
     if condition is not None and condition.scope == "prompt":
-        raise SteeringError(
+        raise InputError(
             "a condition on the prompt must know which tokens are the prompt's: use `with "
             "steer(model, vector, coefficient):`"
         )
@@ -133,7 +133,7 @@ def steering_hooks(
 ) -> list[tuple[str, HookFunction]]:
     """`(hook name, addition)` for every direction; none at coefficient 0, the identity.
 
-    Raises `SteeringError` when the coefficient is not finite.
+    Raises `InputError` when the coefficient is not finite.
     """
     return step_hooks(steps(directions, coefficient), mask=mask)
 
@@ -153,10 +153,10 @@ def steer(
     nested and repeated: at one hook the outer vector acts first. The hooks are gone after the
     block, also after an exception.
 
-    Raises `SteeringError` when the coefficient has no meaning for the vector (see `Coefficient`) or
+    Raises `InputError` when the coefficient has no meaning for the vector (see `Coefficient`) or
     the positions are unknown, and inside the block when a mask does not have the prompts' shape, a
     KV cache comes from before the block, or the condition is read too late; `HookError` when a hook
-    did not fire or another thread has hooks on the model; `ProcessingError` when the vector was
+    did not fire or another thread has hooks on the model; `InputError` when the vector was
     fitted on a model with other weight processing. A thread that runs the model while it is
     steered here gets a `HookError` itself.
 
@@ -187,7 +187,7 @@ def steer(
 def _exactly(mask: Tensor) -> Any:
     def chosen(activation: Tensor, hook: Any) -> Tensor:
         if activation.ndim != 3 or activation.shape[:2] != mask.shape:
-            raise SteeringError(
+            raise InputError(
                 f"the mask has shape {tuple(mask.shape)}, but this pass has "
                 f"{tuple(activation.shape)[:-1]} (prompts, tokens) at {getattr(hook, 'name', '')}; "
                 "while generating use `with steer(model, vector, coefficient, positions=mask):`"

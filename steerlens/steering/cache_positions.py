@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.models.loading import HookedModel
 
 Positions = Literal["all", "prompt", "generated", "last"] | Bool[Tensor, "prompt prompt_token"]
@@ -39,14 +39,14 @@ class Pass:
     def mask(self, positions: Positions) -> Bool[Tensor, "prompt token"]:
         """True at the tokens of this pass that `positions` names.
 
-        Raises `SteeringError` when a mask does not have the prompt's shape.
+        Raises `InputError` when a mask does not have the prompt's shape.
         """
         columns = torch.arange(self.real.shape[1])
         in_prompt = (columns < self.n_prompt).expand_as(self.real)
         if isinstance(positions, Tensor):
             expected = (len(self.real), self.n_prompt)
             if tuple(positions.shape) != expected:
-                raise SteeringError(
+                raise InputError(
                     f"the mask has shape {tuple(positions.shape)}, but the prompts of this pass "
                     f"are {expected} (prompts, tokens)"
                 )
@@ -81,7 +81,7 @@ class Watch:
     def note(self, rows: int, width: int, mask: Any, n_before: int, cache: Any) -> None:
         """A pass over `width` new columns begins, after `n_before` that are in the KV cache.
 
-        `mask` is the attention mask over all of them, if there is one. Raises `SteeringError` when
+        `mask` is the attention mask over all of them, if there is one. Raises `InputError` when
         a cache holds a prompt that was not run inside the block, or the mask cannot be read.
         """
         memory: dict[str, Any] = {} if self.current is None else self.current.memory
@@ -90,7 +90,7 @@ class Watch:
         if n_before and reference is not None and reference() is cache:
             self.n_prompt, memory = n_prompt, kept
         elif n_before and not (self.is_generating and self.n_prompt is not None):
-            raise SteeringError(
+            raise InputError(
                 "this pass has a KV cache of a prompt that was not run inside the block, so it is "
                 "not known where the prompt ends; run the whole prompt inside the block, or steer "
                 "all positions"
@@ -104,7 +104,7 @@ class Watch:
         real = torch.ones((rows, columns), dtype=torch.bool)
         if mask is not None:
             if tuple(mask.shape) != (rows, columns):
-                raise SteeringError(
+                raise InputError(
                     f"expected an attention mask of shape {(rows, columns)} (prompts, tokens), got "
                     f"{tuple(mask.shape)}; steer all positions under such a mask"
                 )
@@ -120,11 +120,11 @@ class Watch:
             self.known[id(cache)] = of
 
     def now(self, activation: Any, hook: Any) -> Pass:
-        """The pass that `activation` belongs to. Raises `SteeringError` when it is none noted."""
+        """The pass that `activation` belongs to. Raises `InputError` when it is none noted."""
         found = self.current
         shape = None if found is None else (len(found.real), found.real.shape[1] - found.n_before)
         if found is None or activation.ndim != 3 or shape != tuple(activation.shape[:2]):
-            raise SteeringError(
+            raise InputError(
                 f"the activation at {getattr(hook, 'name', 'a hook')} is {tuple(activation.shape)},"
                 f" but this pass has {shape} (prompts, tokens): steer block outputs and other hooks"
                 " with a row a token"
@@ -133,11 +133,11 @@ class Watch:
 
 
 def check_positions(positions: Positions) -> None:
-    """Raise `SteeringError` when positions are neither a known name nor a bool mask."""
+    """Raise `InputError` when positions are neither a known name nor a bool mask."""
     names = get_args(get_args(Positions)[0])
     is_mask = isinstance(positions, Tensor) and positions.dtype == torch.bool
     if not is_mask and not (isinstance(positions, str) and positions in names):
-        raise SteeringError(
+        raise InputError(
             f"positions are {', '.join(names)} or a mask (a bool tensor), not {positions!r}"
         )
 
@@ -180,7 +180,7 @@ def watch(model: HookedModel) -> Iterator[Watch]:
 
             def noting(given: Any = None, *rest: Any, **named: Any) -> Any:
                 if isinstance(given, (str, list)):
-                    raise SteeringError(
+                    raise InputError(
                         "give tokens, model.to_tokens(text), where only some positions are steered"
                     )
                 _note(noted, model, given, named)
@@ -195,7 +195,7 @@ def _note(noted: Watch, model: HookedModel, given: Any, named: Any) -> None:
     ids = named.get("input_ids") if given is None else given
     shown = named.get("inputs_embeds") if ids is None else ids
     if shown is None:
-        raise SteeringError("cannot see the tokens of this pass; steer all positions instead")
+        raise InputError("cannot see the tokens of this pass; steer all positions instead")
     if shown.ndim == 1:
         shown = shown[None]
     hugging_face, own = named.get("past_key_values"), named.get("past_kv_cache")

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 
 Coefficient: TypeAlias = float | int | str
 """With `Add`, a number or "12.5" (residual units, times the vector's scale), "0.1 norm" (multiples
@@ -77,14 +77,14 @@ class Parsed:
 
 
 def parse_coefficient(coefficient: Coefficient) -> Parsed:
-    """Read a coefficient. Raises `SteeringError` when it is not a finite number with a known unit.
+    """Read a coefficient. Raises `InputError` when it is not a finite number with a known unit.
 
     A percentage comes back as a share: "80%" is 0.8 of the boundary.
     """
     if isinstance(coefficient, str):
         found = _TEXT.fullmatch(coefficient)
         if found is None:
-            raise SteeringError(
+            raise InputError(
                 f"cannot read the coefficient {coefficient!r}; expected a number in residual "
                 'units, a multiple of the mean residual norm ("0.1 norm"), or a share of the '
                 'coherence boundary ("80%")'
@@ -98,7 +98,7 @@ def parse_coefficient(coefficient: Coefficient) -> Parsed:
         except OverflowError:  # a whole number beyond every float
             parsed = Parsed(math.inf, "residual")
     if not math.isfinite(parsed.number):
-        raise SteeringError(f"expected a finite coefficient, got {parsed.number}")
+        raise InputError(f"expected a finite coefficient, got {parsed.number}")
     return parsed
 
 
@@ -110,7 +110,7 @@ def step_sizes(
 ) -> tuple[float, ...]:
     """How far `coefficient` moves each hook's activation along its unit direction, residual units.
 
-    A number is multiplied by the hook's `scale`; norms and shares are not. Raises `SteeringError`
+    A number is multiplied by the hook's `scale`; norms and shares are not. Raises `InputError`
     when what it is measured in is not known at a hook, or inf.
     """
     parsed = parse_coefficient(coefficient)
@@ -130,7 +130,7 @@ def step_sizes(
             if math.isinf(size):
                 reason = "lies beyond the searched range"
                 cure = "search further (search_range of find_boundary)"
-            raise SteeringError(
+            raise InputError(
                 f"cannot take {coefficient!r} at {name}: its {what} {reason}; {cure} and give the "
                 "layer table to SteeringVector.from_directions, or give a coefficient in residual "
                 "units"

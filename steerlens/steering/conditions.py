@@ -14,7 +14,7 @@ from steerlens.directions.directions import UNIT_TOLERANCE
 from steerlens.engine.batches import Batch, in_pair_order, make_batches
 from steerlens.engine.capture import by_halves, check_finite
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.models.hooks import HookFunction, Layers, hooked, resolve_hooks
 from steerlens.models.loading import HookedModel, inference
 from steerlens.steering.cache_positions import Pass
@@ -33,7 +33,7 @@ class Condition:
     decides for itself. `hook_name` must run before the steered hooks, or be the same one: the
     condition is read before the vector acts. The idea is conditional activation steering (Lee et
     al. 2024, arXiv:2409.05907); that work compares cosines, this one projections. Raises
-    `SteeringError` when the direction does not have norm 1, the threshold is not finite, or the
+    `InputError` when the direction does not have norm 1, the threshold is not finite, or the
     scope is unknown.
 
     Examples:
@@ -50,18 +50,18 @@ class Condition:
 
     def __post_init__(self) -> None:
         if self.direction.ndim != 1 or not isinstance(self.above, bool):
-            raise SteeringError(
+            raise InputError(
                 f"expected one row as direction and above True or False, got shape "
                 f"{tuple(self.direction.shape)} and {self.above!r}"
             )
         if not abs(float(self.direction.norm()) - 1) < UNIT_TOLERANCE:
-            raise SteeringError(
+            raise InputError(
                 f"the condition's direction has norm {float(self.direction.norm()):.6g}; expected 1"
             )
         if self.scope not in get_args(Scope):
-            raise SteeringError(f"a condition's scope is prompt or token, not {self.scope!r}")
+            raise InputError(f"a condition's scope is prompt or token, not {self.scope!r}")
         if not np.isfinite(self.threshold):
-            raise SteeringError(f"expected a finite threshold, got {self.threshold}")
+            raise InputError(f"expected a finite threshold, got {self.threshold}")
 
     def __eq__(self, other: object) -> bool:
         """Whether the other is a condition with the same values."""
@@ -95,7 +95,7 @@ class Gate:
         """Decide for this pass; with scope "prompt", a pass on top of a KV cache keeps the last."""
         condition = self.condition
         if activation.ndim != 3 or activation.shape[-1] != len(condition.direction):
-            raise SteeringError(
+            raise InputError(
                 f"the activation at {condition.hook_name} is {tuple(activation.shape)}; a "
                 f"condition is read where it is (prompts, tokens, {len(condition.direction)})"
             )
@@ -107,7 +107,7 @@ class Gate:
             return
         if now.n_before:
             if "gate" not in now.memory or now.n_before < now.n_prompt:
-                raise SteeringError(
+                raise InputError(
                     "the condition was not read on the whole prompts: they come in chunks, or with "
                     "a KV cache from elsewhere; run each prompt in one pass inside the block"
                 )
@@ -118,9 +118,9 @@ class Gate:
         self.decided = now.memory["gate"] = condition.holds(mean)[:, None]
 
     def take(self, hook_name: str) -> Bool[Tensor, "prompt gate"]:
-        """The decision for a steered hook. Raises `SteeringError` when it is not made yet."""
+        """The decision for a steered hook. Raises `InputError` when it is not made yet."""
         if self.decided is None or hook_name not in self.waiting:
-            raise SteeringError(
+            raise InputError(
                 f"the condition at {self.condition.hook_name} is read after {hook_name} is "
                 "steered; read it at an earlier hook"
             )
@@ -145,7 +145,7 @@ def fit_condition(
     at or above it and of negatives below) is largest. Of several hooks the one is taken whose
     balanced accuracy in five-fold cross-validation over the pairs is largest, the earliest of
     equals. What it is worth on other pairs: `condition_accuracy`. Raises
-    `SteeringError` when a hook has no direction or a zero one, or the sides' means do not differ.
+    `InputError` when a hook has no direction or a zero one, or the sides' means do not differ.
 
     Examples:
         >>> condition = sl.fit_condition(model, pairs, layers=[0, 1])
@@ -155,7 +155,7 @@ def fit_condition(
     names = resolve_hooks(model, layers)
     missing = [name for name in names if directions is not None and name not in directions]
     if missing:
-        raise SteeringError(f"no direction at {', '.join(missing)}; fit one, or leave them out")
+        raise InputError(f"no direction at {', '.join(missing)}; fit one, or leave them out")
     positive, negative = prompt_means(model, pairs, names, batch_size=batch_size)
     given = [None if directions is None else directions[name] for name in names]
     for name, direction in zip(names, given, strict=True):
@@ -163,7 +163,7 @@ def fit_condition(
         if direction is not None and (
             tuple(direction.shape) != (width,) or not bool(direction.isfinite().all())
         ):
-            raise SteeringError(
+            raise InputError(
                 f"expected {width} finite numbers as direction at {name}, got shape "
                 f"{tuple(direction.shape)}"
             )
@@ -208,7 +208,7 @@ def prompt_means(
     """Mean activation over each prompt's tokens, of positives and of negatives.
 
     Residual units, float32 on the CPU; continuations are not part of it. Raises as
-    `tokenize_pairs`, and `ActivationError` on NaN or inf.
+    `tokenize_pairs`, and `InputError` on NaN or inf.
     """
     tokenized = tokenize_pairs(model, pairs)
     sides = []
@@ -253,7 +253,7 @@ def _fit(
     """A unit direction, `direction` or the mean difference, and the threshold along it."""
     raw = (positive - negative).mean(dim=0) if direction is None else direction.float().cpu()
     if not float(raw.norm()) > 0:
-        raise SteeringError(
+        raise InputError(
             "the prompts' means do not differ, so there is nothing to tell apart"
             if direction is None
             else "the direction given for a condition is zero"

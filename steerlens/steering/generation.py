@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.models.loading import HookedModel, inference
 from steerlens.steering.apply import Steerable, steer
 from steerlens.steering.cache_positions import Positions
@@ -62,17 +62,17 @@ def generate_tokens(
     """The token ids that `generate` adds to each of some prompts, run together.
 
     Shorter prompts are padded on the left. Each continuation ends before the end-of-text token.
-    Raises `SteeringError` when there are no prompts, no tokens are asked for, or the longest prompt
+    Raises `InputError` when there are no prompts, no tokens are asked for, or the longest prompt
     with them would not fit the model's context; and as `steer`.
     """
     if not prompts or max_new_tokens < 1:
-        raise SteeringError(
+        raise InputError(
             f"expected prompts and 1 or more new tokens, got {len(prompts)} and {max_new_tokens}"
         )
     width = max(len(prompt.prompt) for prompt in prompts)
     n_ctx = getattr(model.cfg, "n_ctx", None)
     if n_ctx is not None and width + max_new_tokens > n_ctx:
-        raise SteeringError(
+        raise InputError(
             f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "
             f"of {n_ctx}; ask for fewer"
         )

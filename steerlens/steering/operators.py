@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.errors import SteeringError, told
+from steerlens.errors import InputError, told
 
 Activation = Float[Tensor, "prompt token d_model"]
 
@@ -34,7 +34,7 @@ class Add:
         return activation + (amount * _wide(direction, activation)).to(activation)
 
     def check(self, amount: float | int) -> None:
-        """Raise `SteeringError` unless `amount` is finite."""
+        """Raise `InputError` unless `amount` is finite."""
         _check(is_finite(amount), f"expected a finite coefficient, got {told(amount)}")
 
 
@@ -58,7 +58,7 @@ class Ablate:
         return (wide - amount * (wide @ unit)[..., None] * unit).to(activation)
 
     def check(self, amount: float | int) -> None:
-        """Raise `SteeringError` unless `amount` is from 0 to 1."""
+        """Raise `InputError` unless `amount` is from 0 to 1."""
         _check_share(self.name, amount)
 
 
@@ -66,7 +66,7 @@ class Ablate:
 class Clamp:
     """`h + amount * (value - h . d) d`: at amount 1 the component is `value`, in residual units.
 
-    Raises `SteeringError` when `value` is not finite.
+    Raises `InputError` when `value` is not finite.
 
     Examples:
         >>> h, d = torch.tensor([[[3.0, 4.0]]]), torch.tensor([1.0, 0.0])
@@ -91,7 +91,7 @@ class Clamp:
         return (wide + step[..., None] * unit).to(activation)
 
     def check(self, amount: float | int) -> None:
-        """Raise `SteeringError` unless `amount` is from 0 to 1."""
+        """Raise `InputError` unless `amount` is from 0 to 1."""
         _check_share(self.name, amount)
 
 
@@ -131,7 +131,7 @@ class Rotate:
         return torch.where(has_plane[..., None], turned, wide).to(activation)
 
     def check(self, amount: float | int) -> None:
-        """Raise `SteeringError` unless `amount` is an angle from -180 to 180 degrees."""
+        """Raise `InputError` unless `amount` is an angle from -180 to 180 degrees."""
         _check(
             -180 <= amount <= 180,
             f"rotate takes degrees from -180 to 180 as coefficient, got {amount}",
@@ -149,12 +149,12 @@ OPERATORS: Mapping[str, Callable[..., Operator]] = {
 def operator_of(name: str, *, value: float | int | None = None) -> Operator:
     """The operator called `name`, "add", "ablate", "clamp" (to `value`) or "rotate".
 
-    Raises `SteeringError` on another name, and when `value` is missing or has no use.
+    Raises `InputError` on another name, and when `value` is missing or has no use.
     """
     if name not in OPERATORS:
-        raise SteeringError(f"unknown operator {name!r}; expected one of {', '.join(OPERATORS)}")
+        raise InputError(f"unknown operator {name!r}; expected one of {', '.join(OPERATORS)}")
     if (name == Clamp.name) != (value is not None):
-        raise SteeringError(
+        raise InputError(
             f"clamp needs the value to set the component to, {name!r} got {told(value)}"
         )
     return OPERATORS[name]() if value is None else OPERATORS[name](value)
@@ -180,7 +180,7 @@ def _wide(tensor: Tensor, other: Tensor) -> Tensor:
 
 def _check(is_right: bool, message: str) -> None:
     if not is_right:
-        raise SteeringError(message)
+        raise InputError(message)
 
 
 def _check_share(name: str, amount: float | int) -> None:

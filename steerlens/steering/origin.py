@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from steerlens.directions.directions import Directions
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.models.loading import HookedModel, provenance
 from steerlens.models.weight_processing import UNKNOWN, check_processing
 
@@ -27,7 +27,7 @@ class Origin:
     `model` is its name, `revision` and `file_hash` as in `Provenance`; `weights`, `tokenizer` and
     `chat_template` are fingerprints (sha256, hex; "none" without a template), the first as
     `weights_fingerprint` says. `pairs` is the fingerprint of the pairs' content. `versions` are
-    those of the packages. Raises `SteeringError` when a field is not text.
+    those of the packages. Raises `InputError` when a field is not text.
     """
 
     model: str = UNKNOWN
@@ -50,13 +50,13 @@ class Origin:
         for name, value in asdict(self).items():
             # A lone surrogate is text that cannot be written anywhere.
             if not isinstance(value, str) or value != value.encode("utf-8", "ignore").decode():
-                raise SteeringError(f"the origin's {name} is text, not {value!r}")
+                raise InputError(f"the origin's {name} is text, not {value!r}")
 
     @classmethod
     def of(cls, model: HookedModel, directions: Directions, *, dataset: str = UNKNOWN) -> "Origin":
         """The origin of directions fitted on `model`; `dataset` is the name of their pairs.
 
-        Raises `ProcessingError` when they were fitted on a model with other weight processing.
+        Raises `InputError` when they were fitted on a model with other weight processing.
         """
         check_processing(model, directions)
         record = provenance(model)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.directions.directions import UNIT_TOLERANCE, Directions
-from steerlens.errors import HookError, SteeringError, told
+from steerlens.errors import HookError, InputError, told
 from steerlens.files import number, write_whole
 from steerlens.models.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models.loading import HookedModel
@@ -37,7 +37,7 @@ class SteeringVector(Mapping[str, Tensor]):
     everywhere, moves an activation by `c * scale` along the direction with the operator `Add`; the
     other operators have no use for `scale`. Coefficient 0 is the identity with every operator.
     Combining: `a + b`, `a - b`, `2 * a`, `-a`, `a.orthogonal_to(b)`, `a.interpolate(b, share)`, all
-    on `scale * direction`. Raises `SteeringError` when a direction does not have norm 1, a scale is
+    on `scale * direction`. Raises `InputError` when a direction does not have norm 1, a scale is
     not finite and above 0, a hook is not inside a block, or the lengths do not agree.
 
     Examples:
@@ -61,7 +61,7 @@ class SteeringVector(Mapping[str, Tensor]):
     def __post_init__(self) -> None:
         is_table = self.directions.ndim == 2 and self.scale.ndim == 1
         if not (is_table and self.directions.is_floating_point()):
-            raise SteeringError(
+            raise InputError(
                 f"expected a row of floats for each hook and a scale, got "
                 f"{self.directions.dtype} of shape {tuple(self.directions.shape)} and scales of "
                 f"shape {tuple(self.scale.shape)}"
@@ -73,27 +73,27 @@ class SteeringVector(Mapping[str, Tensor]):
             or not self.hook_names
             or len(set(self.hook_names)) < len(self.hook_names)
         ):
-            raise SteeringError(
+            raise InputError(
                 f"expected one direction and scale for each of some different hooks, got "
                 f"{len(self.hook_names)} names, {len(self.directions)} directions and "
                 f"{len(self.scale)} scales"
             )
         for name, norm in zip(self.hook_names, self.directions.norm(dim=-1).tolist(), strict=True):
             if not abs(norm - 1) < UNIT_TOLERANCE:
-                raise SteeringError(f"the direction at {name} has norm {norm:.6g}; expected 1")
+                raise InputError(f"the direction at {name} has norm {norm:.6g}; expected 1")
             try:
                 hook_layer(name)
             except HookError as error:
-                raise SteeringError(f"a vector acts inside blocks: {error}") from error
+                raise InputError(f"a vector acts inside blocks: {error}") from error
         if not bool((self.scale.isfinite() & (self.scale > 0)).all()):
-            raise SteeringError(f"scales must be finite and above 0, got {self.scale.tolist()}")
+            raise InputError(f"scales must be finite and above 0, got {self.scale.tolist()}")
         if {len(self.hook_names)} != self.calibration.lengths:
-            raise SteeringError(
+            raise InputError(
                 f"expected a calibration of {len(self.hook_names)} hooks, got one of "
                 f"{sorted(self.calibration.lengths)}"
             )
         if self.condition is not None and len(self.condition.direction) != self.d_model:
-            raise SteeringError(
+            raise InputError(
                 f"the condition's direction has {len(self.condition.direction)} numbers, the "
                 f"vector's {self.d_model}"
             )
@@ -114,8 +114,8 @@ class SteeringVector(Mapping[str, Tensor]):
 
         `layer_table` gives coefficients such as "0.1 norm" and "80%" a meaning: that of
         `find_boundary`, or, for norms alone, of `sweep` or `measure_layers`. `dataset` names the
-        pairs in the origin. Raises `SteeringError` when a hook has no direction or is not in the
-        table, and `ProcessingError` when model, directions and table differ in weight processing.
+        pairs in the origin. Raises `InputError` when a hook has no direction or is not in the
+        table, and `InputError` when model, directions and table differ in weight processing.
 
         Examples:
             >>> table = sl.measure_layers(model, pairs, directions, layers=[2])
@@ -128,7 +128,7 @@ class SteeringVector(Mapping[str, Tensor]):
         names = directions.hook_names if layers is None else resolve_hooks(model, layers)
         missing = [name for name in names if name not in directions]
         if missing:
-            raise SteeringError(f"there is no direction at {', '.join(missing)}; fit one there")
+            raise InputError(f"there is no direction at {', '.join(missing)}; fit one there")
         origin = Origin.of(model, directions, dataset=dataset)
         if layer_table is not None:
             check_same(
@@ -153,7 +153,7 @@ class SteeringVector(Mapping[str, Tensor]):
     ) -> "SteeringVector":
         """A steering vector of any tensors, made elsewhere: the norm of each becomes its scale.
 
-        Raises `SteeringError` on a vector that is zero, not finite, or not one row of numbers.
+        Raises `InputError` on a vector that is zero, not finite, or not one row of numbers.
 
         Examples:
             >>> given = {"blocks.2.hook_resid_post": torch.tensor([3.0, 4.0])}
@@ -164,7 +164,7 @@ class SteeringVector(Mapping[str, Tensor]):
         rows = {name: torch.as_tensor(v).detach().float().cpu() for name, v in vectors.items()}
         shapes = {tuple(row.shape) for row in rows.values()}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
-            raise SteeringError(f"expected vectors of one length, got shapes {sorted(shapes)}")
+            raise InputError(f"expected vectors of one length, got shapes {sorted(shapes)}")
         stacked = torch.stack(list(rows.values()))
         return cls._from_rows(
             tuple(rows), stacked, origin or Origin(), Calibration.unknown(len(rows))
@@ -182,7 +182,7 @@ class SteeringVector(Mapping[str, Tensor]):
         scale = rows.double().norm(dim=-1)
         for name, size in zip(hook_names, scale.tolist(), strict=True):
             if not (math.isfinite(size) and size > 0):
-                raise SteeringError(
+                raise InputError(
                     f"the vector at {name} has norm {size:.6g}, so it has no direction"
                 )
         unit = (rows.double() / scale[:, None]).float()
@@ -242,7 +242,7 @@ class SteeringVector(Mapping[str, Tensor]):
         return self.scale[:, None] * self.directions
 
     def at(self, *hooks: str | int) -> "SteeringVector":
-        """The part at some hooks, given by name or by block. Raises `SteeringError` on others."""
+        """The part at some hooks, given by name or by block. Raises `InputError` on others."""
         kept = []
         for hook in hooks:
             found = [
@@ -251,12 +251,12 @@ class SteeringVector(Mapping[str, Tensor]):
                 if hook == name or (isinstance(hook, int) and hook_layer(name) == hook)
             ]
             if not found:
-                raise SteeringError(
+                raise InputError(
                     f"the vector has no hook {told(hook)}; it has {', '.join(self.hook_names)}"
                 )
             kept += [row for row in found if row not in kept]
         if not kept:
-            raise SteeringError("give at least one hook name or block")
+            raise InputError("give at least one hook name or block")
         return replace(
             self,
             hook_names=tuple(self.hook_names[row] for row in kept),
@@ -274,7 +274,7 @@ class SteeringVector(Mapping[str, Tensor]):
 
         `mask` (Bool, prompt by token) keeps the tokens to steer in a pass of just that shape;
         without it, all are, also while generating. For the prompt, the generated tokens or the
-        last one alone, use `steer`, which follows the KV cache. Raises `SteeringError` when the
+        last one alone, use `steer`, which follows the KV cache. Raises `InputError` when the
         coefficient has no meaning here (see `Coefficient`), and for a condition with scope
         "prompt", which needs `steer` too.
 
@@ -290,8 +290,8 @@ class SteeringVector(Mapping[str, Tensor]):
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         """The sum at every hook, its boundary unknown.
 
-        Raises `SteeringError` when hooks, d_model, known models, conditions or operators (other
-        than `Add`) differ, and when nothing is left at a hook; `ProcessingError` when they were
+        Raises `InputError` when hooks, d_model, known models, conditions or operators (other
+        than `Add`) differ, and when nothing is left at a hook; `InputError` when they were
         fitted on models with different weight processing.
         """
         return self._combined(other, lambda a, b: a + b, "({} + {})")
@@ -301,7 +301,7 @@ class SteeringVector(Mapping[str, Tensor]):
 
     def __mul__(self, factor: float | int) -> "SteeringVector":
         if not is_finite(factor) or factor == 0:
-            raise SteeringError(
+            raise InputError(
                 f"a vector is scaled by a finite number that is not 0, not {told(factor)}"
             )
         self._check_add("scaling", self)
@@ -321,7 +321,7 @@ class SteeringVector(Mapping[str, Tensor]):
     def orthogonal_to(self, other: "SteeringVector") -> "SteeringVector":
         """What is left of `scale * direction` without its component along the other's direction.
 
-        Raises `SteeringError` when nothing is left, and when a sum would.
+        Raises `InputError` when nothing is left, and when a sum would.
         """
 
         def left(mine: Tensor, theirs: Tensor) -> Tensor:
@@ -336,11 +336,11 @@ class SteeringVector(Mapping[str, Tensor]):
     def interpolate(self, other: "SteeringVector", share: float | int) -> "SteeringVector":
         """`(1 - share) * self + share * other`, on `scale * direction`.
 
-        Raises `SteeringError` on a share that is not finite, when the result is zero, and when a
+        Raises `InputError` on a share that is not finite, when the result is zero, and when a
         sum would.
         """
         if not is_finite(share):
-            raise SteeringError(f"a share is a finite number, not {told(share)}")
+            raise InputError(f"a share is a finite number, not {told(share)}")
         how = f"({{}} to {{}} by {share:g})"
         part = float(share)
         return self._combined(other, lambda a, b: (1 - part) * a + part * b, how)
@@ -368,10 +368,8 @@ class SteeringVector(Mapping[str, Tensor]):
         if self.hook_names != other.hook_names:
             mine, theirs = set(self.hook_names), set(other.hook_names)
             if mine == theirs:
-                raise SteeringError(
-                    "the vectors have the same hooks in another order: use .at(...)"
-                )
-            raise SteeringError(
+                raise InputError("the vectors have the same hooks in another order: use .at(...)")
+            raise InputError(
                 "the vectors have other hooks: only the first has "
                 f"{', '.join(sorted(mine - theirs)) or 'none'}, only the second "
                 f"{', '.join(sorted(theirs - mine)) or 'none'}; take the same part of both with "
@@ -379,7 +377,7 @@ class SteeringVector(Mapping[str, Tensor]):
             )
         self._check_add("combining", other)
         if self.d_model != other.d_model:
-            raise SteeringError(f"the vectors have d_model {self.d_model} and {other.d_model}")
+            raise InputError(f"the vectors have d_model {self.d_model} and {other.d_model}")
         check_same(
             "the first vector was fitted on a model",
             self.weight_processing,
@@ -388,16 +386,16 @@ class SteeringVector(Mapping[str, Tensor]):
         )
         found = self.origin.differences(other.origin)
         if found:
-            raise SteeringError(f"the vectors are of different models: other {'; '.join(found)}")
+            raise InputError(f"the vectors are of different models: other {'; '.join(found)}")
         if self.condition != other.condition:
-            raise SteeringError(
+            raise InputError(
                 f"the vectors have other conditions: {self.condition} and {other.condition}"
             )
 
     def _check_add(self, what: str, other: "SteeringVector") -> None:
         names = {self.operator.name, other.operator.name}
         if names != {Add.name}:
-            raise SteeringError(
+            raise InputError(
                 f"{what} is for vectors that are added, not for {', '.join(sorted(names))}"
             )
 
@@ -406,17 +404,15 @@ class SteeringVector(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the metadata inside.
 
-        Raises `SteeringError` when the name does not end in .safetensors or cannot be written.
+        Raises `InputError` when the name does not end in .safetensors or cannot be written.
         """
         path = Path(path)
         if path.suffix != ".safetensors":
-            raise SteeringError(
-                f"expected a file name that ends in .safetensors, got {path.name!r}"
-            )
+            raise InputError(f"expected a file name that ends in .safetensors, got {path.name!r}")
         try:
             write_whole(path, lambda temporary: temporary.write_bytes(self.to_bytes()))
         except OSError as error:
-            raise SteeringError(f"cannot write {str(path)!r}: {error.strerror}") from error
+            raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes."""
@@ -453,7 +449,7 @@ class SteeringVector(Mapping[str, Tensor]):
     def from_record(
         cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
     ) -> "SteeringVector":
-        """The inverse of `to_record`. Raises `SteeringError` that says what does not fit."""
+        """The inverse of `to_record`. Raises `InputError` that says what does not fit."""
         try:
             names = tuple(record["hooks"])
             given = record["condition"]
@@ -477,13 +473,13 @@ class SteeringVector(Mapping[str, Tensor]):
                 condition=condition,
                 origin=Origin(**record["origin"]),
             )
-        except SteeringError:
+        except InputError:
             raise
         except (
             *(KeyError, TypeError, ValueError, RuntimeError, AttributeError),
             OverflowError,
         ) as error:
-            raise SteeringError(
+            raise InputError(
                 f"the record of the steering vector does not fit: {type(error).__name__}: {error}"
             ) from error
 
@@ -491,13 +487,13 @@ class SteeringVector(Mapping[str, Tensor]):
     def load(cls, path: str | Path, *, model: HookedModel | None = None) -> "SteeringVector":
         """Read a file written by `save`; with a `model`, see that it fits (`check_model`).
 
-        Raises `SteeringError` when the file cannot be read whole, was changed, or is a pickle.
+        Raises `InputError` when the file cannot be read whole, was changed, or is a pickle.
         """
         path = Path(path)
         try:
             vector = cls.from_record(*decode(path))
-        except SteeringError as error:
-            raise SteeringError(f"cannot load {str(path)!r}: {error}") from error
+        except InputError as error:
+            raise InputError(f"cannot load {str(path)!r}: {error}") from error
         if model is not None:
             vector.check_model(model)
         return vector
@@ -505,19 +501,19 @@ class SteeringVector(Mapping[str, Tensor]):
     def check_model(self, model: HookedModel) -> None:
         """See that the vector fits `model`.
 
-        Raises `SteeringError` when d_model differs or a hook does not exist there, and
-        `ProcessingError` when the model's weights were processed in another way; warns
+        Raises `InputError` when d_model differs or a hook does not exist there, and
+        `InputError` when the model's weights were processed in another way; warns
         (`UserWarning`) when the weights, the tokenizer or the chat template are others.
         """
         if int(model.cfg.d_model) != self.d_model:
-            raise SteeringError(
+            raise InputError(
                 f"the vector has d_model {self.d_model}, the model {model.cfg.d_model}; it was "
                 f"made on {self.origin.model!r}"
             )
         extra = () if self.condition is None else (self.condition.hook_name,)
         missing = [name for name in (*self.hook_names, *extra) if name not in model.hook_dict]
         if missing:
-            raise SteeringError(
+            raise InputError(
                 f"the model has no hook {', '.join(missing)} (it has {model.cfg.n_layers} layers); "
                 f"the vector was made on {self.origin.model!r}"
             )
@@ -553,7 +549,7 @@ def _calibration(names: Sequence[str], layer_table: pd.DataFrame | None) -> Cali
     rows = layer_table.set_index("hook_name")
     missing = [name for name in names if name not in rows.index]
     if missing:
-        raise SteeringError(
+        raise InputError(
             f"the layer table has no row for {', '.join(missing)}; measure those layers too"
         )
     columns = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.errors import SteeringError
+from steerlens.errors import InputError
 from steerlens.files import _refuse_pickle_name, read_whole, refuse_pickle, strict_json, without_nan
 
 FORMAT = "steerlens steering vector"
@@ -41,37 +41,37 @@ def encode(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
 def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and record of a file.
 
-    Raises `SteeringError` when there is no such file, it is a pickle, not safetensors, truncated,
+    Raises `InputError` when there is no such file, it is a pickle, not safetensors, truncated,
     changed after it was written, not a steering vector, or of a version from the future.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     _refuse_pickle_name(path)
-    content = read_whole(path, SteeringError)
+    content = read_whole(path, InputError)
     try:
         tensors = load(content)
         header = _metadata(content)
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         # Only now: the length that a safetensors file begins with may look like a pickle.
         refuse_pickle(path)
-        raise SteeringError(
+        raise InputError(
             f"{str(path)!r} is not a whole safetensors file ({error}); it may be truncated"
         ) from error
     if header.get("format") != FORMAT:
-        raise SteeringError(
+        raise InputError(
             f"{str(path)!r} holds no steering vector of steerlens (its metadata has no "
             f"{FORMAT!r}); write one with SteeringVector.save or `steerlens extract`"
         )
     version = header.get("version")
     if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise SteeringError(
+        raise InputError(
             f"{str(path)!r} has format version {version!r}; this steerlens reads 1 to "
             f"{FORMAT_VERSION}, so a newer one is needed"
         )
     given = header.pop("sha256", None)
     if given != _checksum(tensors, header):
-        raise SteeringError(
+        raise InputError(
             f"{str(path)!r} was changed after it was written: its checksum does not match"
         )
     return tensors, header

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from steerlens.errors import ReportError
+from steerlens.errors import FileError
 from steerlens.plots import token_table_html
 from steerlens.plots.figure import Figure, plotly_element
 from steerlens.plots.pages import circuitsvis_element
@@ -42,7 +42,7 @@ def report(runs: Sequence[Run]) -> str:
     """The HTML page of some runs, a section each, in the order given.
 
     It holds the scripts and data that it needs, compressed, and asks no network for anything.
-    Without scripts the tables and texts are there all the same. Raises `ReportError` on what is not
+    Without scripts the tables and texts are there all the same. Raises `FileError` on what is not
     a list of runs, or an empty one.
 
     Examples:
@@ -52,11 +52,11 @@ def report(runs: Sequence[Run]) -> str:
     given: Any = runs  # what the annotation promises is what is checked here
     is_list = isinstance(given, Sequence) and not isinstance(given, str)
     if not is_list or not all(isinstance(run, Run) for run in given):
-        raise ReportError(
+        raise FileError(
             f"expected a list of runs, as [read_run(folder)], got {type(given).__name__}"
         )
     if not runs:
-        raise ReportError("a report is of one run or more, got none")
+        raise FileError("a report is of one run or more, got none")
     sections = [_section(run, f"run{number}") for number, run in enumerate(runs, start=1)]
     scripts = [PLOTLY, CIRCUITSVIS] if any(run.views for run in runs) else [PLOTLY]
     contents = element(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerlens.errors import ExportError, SteeringError
+from steerlens.errors import InputError
 from steerlens.files import read_whole, refuse_pickle, strict_json, without_nan, write_whole
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
@@ -24,14 +24,14 @@ _NAME = re.compile(r"direction\.([0-9]{1,6})")
 def block_rows(vector: SteeringVector, target: str) -> dict[int, Tensor]:
     """Block -> `scale * direction`, for targets that add to block outputs, unconditionally.
 
-    Raises `ExportError` when the vector does something else or acts elsewhere.
+    Raises `InputError` when the vector does something else or acts elsewhere.
     """
     if not isinstance(vector.operator, Add) or vector.condition is not None:
         what = vector.operator.name if vector.condition is None else "a conditional vector"
-        raise ExportError(f"{target} can only add a vector everywhere, it cannot carry {what}")
+        raise InputError(f"{target} can only add a vector everywhere, it cannot carry {what}")
     for name in vector.hook_names:
         if name != resid_post(hook_layer(name)):
-            raise ExportError(
+            raise InputError(
                 f"{target} adds to block outputs (blocks.N.hook_resid_post), not at {name}"
             )
     return dict(zip(map(hook_layer, vector.hook_names), vector.rows, strict=True))
@@ -42,7 +42,7 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
 
     The tensors are `scale * direction` in float32, so that strength c there is coefficient c here;
     scale, calibration and origin travel in the metadata. Blocks are counted from 0 on both sides,
-    but llama.cpp has no slot for block 0. Raises `ExportError` for a vector at block 0 or at other
+    but llama.cpp has no slot for block 0. Raises `InputError` for a vector at block 0 or at other
     hooks than block outputs, with another operator than `Add` or a condition, and when the file
     name does not end in .gguf or cannot be written.
 
@@ -54,12 +54,12 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     path = Path(path)
     rows = block_rows(vector, "a llama.cpp control vector")
     if 0 in rows:
-        raise ExportError(
+        raise InputError(
             "llama.cpp has no slot for the output of block 0 (its direction.N begins at 1), and "
             "shifting the layer would change the vector; leave block 0 out with .at(...)"
         )
     if path.suffix != ".gguf":
-        raise ExportError(f"expected a file name that ends in .gguf, got {path.name!r}")
+        raise InputError(f"expected a file name that ends in .gguf, got {path.name!r}")
     _, record = vector.to_record()
 
     def fill(temporary: Path) -> None:
@@ -77,7 +77,7 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     try:
         write_whole(path, fill)
     except OSError as error:
-        raise ExportError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
 def from_gguf(path: str | Path) -> SteeringVector:
@@ -85,7 +85,7 @@ def from_gguf(path: str | Path) -> SteeringVector:
 
     `direction.N` becomes the vector at `blocks.N.hook_resid_post`; its norm the scale. What
     `to_gguf` wrote besides comes back too; otherwise the origin is unknown but for the
-    architecture. Raises `ExportError` when the file cannot be read whole, is not a control vector,
+    architecture. Raises `InputError` when the file cannot be read whole, is not a control vector,
     or holds tensors that are not float rows of one length.
 
     Examples:
@@ -97,20 +97,20 @@ def from_gguf(path: str | Path) -> SteeringVector:
     try:
         refuse_pickle(path)
         if not path.exists():
-            raise ExportError(f"no GGUF file at {str(path)!r}")
-        content = read_whole(path, ExportError)
+            raise InputError(f"no GGUF file at {str(path)!r}")
+        content = read_whole(path, InputError)
         fields, rows = _read(path, content)
         architecture = fields.get("general.architecture")
         if architecture != ARCHITECTURE:
-            raise ExportError(
+            raise InputError(
                 f"{str(path)!r} has the architecture {architecture!r}; expected {ARCHITECTURE!r}"
             )
         hint = str(fields.get(f"{ARCHITECTURE}.model_hint", "unknown"))
         named = {resid_post(block): row for block, row in sorted(rows.items())}
         vector = SteeringVector.from_vectors(named, origin=Origin(architecture=hint))
         return _with_record(vector, fields.get(RECORD))
-    except SteeringError as error:
-        raise ExportError(f"cannot read {str(path)!r}: {error}") from error
+    except InputError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _read(path: Path, content: bytes) -> tuple[dict[str, Any], dict[int, Tensor]]:
@@ -131,22 +131,22 @@ def _read(path: Path, content: bytes) -> tuple[dict[str, Any], dict[int, Tensor]
         }
     except Exception as error:  # gguf raises many types on a damaged file
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(
+        raise InputError(
             f"{str(path)!r} is not a whole GGUF file ({reason[0]}); it may be truncated"
         ) from error
     rows = {}
     for name, (kind, data) in tensors.items():
         found = _NAME.fullmatch(name)
         if found is None or int(found[1]) in rows:
-            raise ExportError(f"{str(path)!r} has a tensor {name!r}; expected direction.N, once")
+            raise InputError(f"{str(path)!r} has a tensor {name!r}; expected direction.N, once")
         if kind not in ("F32", "F16") or data.ndim != 1:
-            raise ExportError(
+            raise InputError(
                 f"{name} in {str(path)!r} is {kind} of shape {data.shape}; expected a row of "
                 "F32 or F16"
             )
         rows[int(found[1])] = torch.from_numpy(data.astype(np.float32))
     if not rows:
-        raise ExportError(f"{str(path)!r} holds no direction.N")
+        raise InputError(f"{str(path)!r} holds no direction.N")
     return fields, rows
 
 
@@ -157,16 +157,16 @@ def _with_record(vector: SteeringVector, text: Any) -> SteeringVector:
     try:
         record = strict_json(text)
         written = SteeringVector.from_record(dict(vector), record)
-    except (ValueError, TypeError) as error:  # SteeringError is a ValueError
-        raise SteeringError(f"its {RECORD} does not fit its tensors: {error}") from error
+    except (ValueError, TypeError) as error:  # InputError is a ValueError
+        raise InputError(f"its {RECORD} does not fit its tensors: {error}") from error
     if not isinstance(written.operator, Add):
-        raise SteeringError(f"its {RECORD} names an operator that a control vector cannot carry")
+        raise InputError(f"its {RECORD} names an operator that a control vector cannot carry")
     # The tensors are what llama.cpp adds, so they decide; they are sorted, the record need not be.
     if set(written.hook_names) != set(vector.hook_names):
-        raise SteeringError(f"its {RECORD} does not fit its tensors: other hooks")
+        raise InputError(f"its {RECORD} does not fit its tensors: other hooks")
     rows = vector.at(*written.hook_names).rows
     if not torch.allclose(written.rows, rows, rtol=1e-4):
-        raise SteeringError(f"its {RECORD} does not fit its tensors: other rows")
+        raise InputError(f"its {RECORD} does not fit its tensors: other rows")
     return replace(
         vector,
         hook_names=written.hook_names,

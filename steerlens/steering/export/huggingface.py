@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.errors import ExportError
+from steerlens.errors import InputError
 from steerlens.models.loading import HookedModel, inference, provenance
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.export.gguf_file import block_rows
@@ -58,9 +58,9 @@ def bake(
     largest difference may be 1e-4 of the largest logit (float32; in other dtypes 8 times their
     epsilon). The tokenizer and `steerlens.json`, which says what was added, go with it.
 
-    Raises `ExportError` when the architecture has no such bias, the model is not a
+    Raises `InputError` when the architecture has no such bias, the model is not a
     `TransformerBridge` without weight processing, the vector is not added everywhere to block
-    outputs, the coefficient is 0, the check fails, or `out_dir` is not empty; `SteeringError` as
+    outputs, the coefficient is 0, the check fails, or `out_dir` is not empty; `InputError` as
     `steer`.
 
     Examples:
@@ -75,7 +75,7 @@ def bake(
     carrier = _carrier(model)
     acts = steps(vector, coefficient)
     if not acts:
-        raise ExportError("coefficient 0 adds nothing to bake; give another one")
+        raise InputError("coefficient 0 adds nothing to bake; give another one")
     added = {act.hook_name: (act.amount * act.direction.double()).float() for act in acts}
     plain = _plain_model(model, carrier)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def bake(
         for name, row in added.items():
             where = carrier.bias.format(name.split(".")[1])
             if where not in weights:
-                raise ExportError(f"this model has no {where}, so a bias cannot carry the vector")
+                raise InputError(f"this model has no {where}, so a bias cannot carry the vector")
             weights[where] += row.to(weights[where])
     _check_logits(model, vector, coefficient, plain)
     record = {
@@ -110,35 +110,35 @@ def bake(
                 out_dir.rmdir()
             shutil.move(whole, out_dir)
     except (OSError, ValueError) as error:  # transformers checks the generation settings
-        raise ExportError(f"cannot write {str(out_dir)!r}: {error}") from error
+        raise InputError(f"cannot write {str(out_dir)!r}: {error}") from error
     return out_dir
 
 
 def check_is_new(folder: Path) -> None:
-    """Raise `ExportError` when `folder` is there and not an empty folder, a link, or no name."""
+    """Raise `InputError` when `folder` is there and not an empty folder, a link, or no name."""
     try:
         if folder.is_symlink() or folder.resolve() == Path.cwd():
-            raise ExportError(f"{str(folder)!r} is a link or this folder; give a new folder's name")
+            raise InputError(f"{str(folder)!r} is a link or this folder; give a new folder's name")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ExportError(f"{str(folder)!r} exists and is not empty; choose another folder")
+            raise InputError(f"{str(folder)!r} exists and is not empty; choose another folder")
     except OSError as error:
-        raise ExportError(f"cannot use {str(folder)!r}: {error.strerror}") from error
+        raise InputError(f"cannot use {str(folder)!r}: {error.strerror}") from error
 
 
 def _carrier(model: HookedModel) -> Carrier:
     wrapped = getattr(model, "original_model", None)
     if wrapped is None or provenance(model).weight_processing != "none":
-        raise ExportError(
+        raise InputError(
             "expected a TransformerBridge without weight processing: only its weights are those of "
             "a Hugging Face checkpoint; load the model with load_model"
         )
     kind = str(wrapped.config.model_type)
     if getattr(wrapped.config, "do_layer_norm_before", True) is False:
-        raise ExportError("this model norms what a block adds, so a bias there is not the addition")
+        raise InputError("this model norms what a block adds, so a bias there is not the addition")
     if model.tokenizer is None:
-        raise ExportError("the model has no tokenizer to go with the checkpoint; set one first")
+        raise InputError("the model has no tokenizer to go with the checkpoint; set one first")
     if kind not in CARRIERS:
-        raise ExportError(
+        raise InputError(
             f"{kind!r} checkpoints have no bias on what a block adds to the residual stream; "
             f"those of {', '.join(CARRIERS)} have; save the vector with save or to_gguf instead"
         )
@@ -169,7 +169,7 @@ def _plain_model(model: HookedModel, carrier: Carrier) -> Any:
             elif name.endswith(".bias"):
                 weight.zero_()
             else:
-                raise ExportError(f"the model has no weight {name!r} to put into a checkpoint")
+                raise InputError(f"the model has no weight {name!r} to put into a checkpoint")
     if plain.can_generate() and getattr(wrapped, "generation_config", None) is not None:
         plain.generation_config = copy.deepcopy(wrapped.generation_config)
     return plain
@@ -187,7 +187,7 @@ def _check_logits(
     eps = torch.finfo(model.cfg.dtype).eps
     tolerance = TOLERANCE if model.cfg.dtype == torch.float32 else max(TOLERANCE, 8 * eps)
     if not largest <= tolerance:
-        raise ExportError(
+        raise InputError(
             f"the baked checkpoint's logits differ from the hooked model's by {largest:.2g} of the "
             f"largest (expected at most {tolerance:.2g}): this model cannot carry the vector in a "
             "bias, or its weights were changed after loading"

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from steerlens.errors import ExportError
+from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
 from steerlens.steering.export.gguf_file import block_rows
@@ -39,17 +39,17 @@ def to_steering_vectors(vector: SteeringVector) -> Any:
     """A `steering_vectors.SteeringVector`: multiplier c there is coefficient c here.
 
     It holds `scale * direction` by block and the kind of hook (block output, `hook_attn_out` or
-    `hook_mlp_out`); calibration and origin are not part of it. Raises `ExportError` when the vector
+    `hook_mlp_out`); calibration and origin are not part of it. Raises `InputError` when the vector
     is not added everywhere, has hooks of several or other kinds, or the package is not installed.
     """
     Theirs = _installed("steering_vectors", "SteeringVector")
 
     if not isinstance(vector.operator, Add) or vector.condition is not None:
-        raise ExportError("steering-vectors holds what is added: not an operator, not a condition")
+        raise InputError("steering-vectors holds what is added: not an operator, not a condition")
     kinds = {name.partition(f"blocks.{hook_layer(name)}.")[2] for name in vector.hook_names}
     found = [theirs for theirs, ours in _LAYER_TYPES.items() if kinds <= set(ours)]
     if not found:
-        raise ExportError(
+        raise InputError(
             f"steering-vectors knows one of {', '.join(ours[0] for ours in _LAYER_TYPES.values())} "
             f"for all layers of a vector; this one has {', '.join(sorted(kinds))}"
         )
@@ -60,8 +60,8 @@ def to_steering_vectors(vector: SteeringVector) -> Any:
 def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
     """Take over a `steering_vectors.SteeringVector`; the norm of each layer becomes its scale.
 
-    Its layers are block numbers from 0, as here; its origin is unknown. Raises `ExportError` on a
-    kind of layer without a TransformerLens hook, `SteeringError` on a vector without direction.
+    Its layers are block numbers from 0, as here; its origin is unknown. Raises `InputError` on a
+    kind of layer without a TransformerLens hook, `InputError` on a vector without direction.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -72,7 +72,7 @@ def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
         ('blocks.2.hook_resid_post',)
     """
     if vector.layer_type not in _LAYER_TYPES:
-        raise ExportError(
+        raise InputError(
             f"expected the layer type {', '.join(_LAYER_TYPES)}, got {vector.layer_type!r}"
         )
     hook = _LAYER_TYPES[vector.layer_type][0]
@@ -83,7 +83,7 @@ def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
 def to_repeng(vector: SteeringVector) -> Any:
     """A `repeng.ControlVector`: its coefficient c is c here.
 
-    Its layers are block outputs counted from 0, block 0 included. Raises `ExportError` when the
+    Its layers are block outputs counted from 0, block 0 included. Raises `InputError` when the
     vector is not added everywhere to block outputs, or repeng is not installed.
     """
     rows = block_rows(vector, "repeng")
@@ -97,7 +97,7 @@ def from_repeng(vector: RepengLike) -> SteeringVector:
     """Take over a `repeng.ControlVector`; the norm of each layer becomes its scale.
 
     repeng counts blocks from 0, reads and adds at block outputs. Only the architecture of the
-    model is known of its origin. Raises `SteeringError` on a vector without direction.
+    model is known of its origin. Raises `InputError` on a vector without direction.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -116,6 +116,6 @@ def _installed(package: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(package), name)
     except ImportError as error:
-        raise ExportError(
+        raise InputError(
             f"{package} is not installed: pip install {package.replace('_', '-')}"
         ) from error
