@@ -69,7 +69,7 @@ class ContrastivePair:
 class ContrastivePairs(Sequence[ContrastivePair]):
     """An immutable list of at least two contrastive pairs with distinct ids.
 
-    Raises `InputError` on fewer than two pairs, repeated ids, or a pair whose two prompts are equal.
+    Raises `InputError` on fewer than two pairs, repeated ids, or a pair of two equal prompts.
 
     Examples:
         >>> sl.ContrastivePairs.from_lists(
