@@ -5,17 +5,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t
 
 from steerlens.stats import (
+    allowed_gap,
     bootstrap_interval,
     bootstrap_intervals,
     false_discovery,
     holm,
     null_band,
     ratio_interval,
+    relative_gap,
 )
 
 
@@ -106,6 +109,22 @@ def test_intervals_of_rows_are_those_of_each() -> None:
             bootstrap_interval(row, n_resamples=300, seed=1), abs=0.25
         )
     assert np.isnan(bootstrap_intervals(values[:, :1], n_resamples=10, seed=0)).all()
+
+
+# Gaps of what should be equal
+
+
+def test_the_allowed_gap_is_the_rounding_where_that_is_more() -> None:
+    assert allowed_gap(torch.float32) == allowed_gap(torch.float64) == 1e-4
+    assert allowed_gap(torch.bfloat16, roundings=4) == 4 * 2**-7
+    assert allowed_gap(torch.float16, least=1e-2) == 1e-2
+
+
+def test_relative_gaps_of_rows_by_hand() -> None:
+    expected = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, math.nan]])
+    gaps = relative_gap(expected + torch.tensor([0.0, 0.5]), expected, floor=0.1)
+    assert gaps[:2].tolist() == pytest.approx([0.1, 5.0])
+    assert not bool(gaps[2] <= 1)
 
 
 # The bootstrap interval
