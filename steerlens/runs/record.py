@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -17,7 +16,9 @@ import torch
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import FileError
-from steerlens.files import without_nan, write_whole
+from steerlens.files import check_out_file as check_out_file  # until callers have moved
+from steerlens.files import check_out_folder, without_nan, write_whole
+from steerlens.files import write_json as write_json  # until callers have moved
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
@@ -64,14 +65,7 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
     run of another request (naming what differs, with both values), an unfinished run, or results
     without a record, or cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise FileError(
-            f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
-        ) from error
+    check_out_folder(folder)
     record = folder / RECORD
     if not record.exists():
         if (folder / PARTS / STARTED).exists():
@@ -141,23 +135,6 @@ def _told(record: Mapping[str, Any], key: str) -> str:
         return "nothing"
     text = repr(record[key])
     return text if len(text) <= 80 else f"{text[:60]}... of {len(text)} characters"
-
-
-def check_out_file(path: Path) -> None:
-    """Make the folder of `path` and see that a file may be written there, before any work.
-
-    Raises `FileError` when it may not, or when `path` is a folder.
-    """
-    if path.is_dir():
-        raise FileError(f"--out {str(path)!r} is a folder; expected a file name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise FileError(
-            f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out"
-        ) from error
 
 
 def write_run(
@@ -272,9 +249,3 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
 
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def write_json(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record as JSON, as `without_nan` makes it."""
-    text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
