@@ -212,7 +212,7 @@ def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("lines", [(), ("", " "), (GOOD,), ("", GOOD)])
 def test_fewer_than_two_pairs_are_refused(tmp_path: Path, lines: tuple[str, ...]) -> None:
     n_pairs = lines.count(GOOD)
-    with pytest.raises(InputError, match=f"at least 2 contrastive pairs, got {n_pairs}"):
+    with pytest.raises(InputError, match=f"at least 2 pairs, got {n_pairs}"):
         ContrastivePairs.from_jsonl(write(tmp_path, *lines))
     assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines, GOOD, GOOD))) == n_pairs + 2
 
@@ -273,7 +273,7 @@ def test_from_lists_names_the_bad_item() -> None:
 def test_pairs_made_by_hand_are_checked_too() -> None:
     good = ContrastivePair("a", "b", id="1")
     for pair, reason in (
-        (ContrastivePair("a", "a", id="2"), "pair '2' has equal"),
+        (ContrastivePair("a", "a", id="2"), "pair '2': .* are equal"),
         (ContrastivePair("a", "b", id="1"), "id '1' occurs twice"),
     ):
         with pytest.raises(InputError, match=reason):

@@ -32,7 +32,7 @@ def test_items_from_jsonl(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "positive": "b"}, "keys prompt, positive, negative"),
         (["a"], "keys prompt"),
-        ({**GOOD, "negative": " great."}, "continuations are equal"),
+        ({**GOOD, "negative": " great."}, "positive and negative are equal"),
         ({**GOOD, "positive": ""}, "positive: expected text"),
         ({**GOOD, "prompt": 3}, "prompt: expected text or a list"),
         ({**GOOD, "id": "1"}, "id '1' occurs twice"),
