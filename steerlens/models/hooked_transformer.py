@@ -50,9 +50,9 @@ def load_hooked_transformer(
             )
     import transformers
 
-    of_folder: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    original = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **of_folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **of_folder)
+    local: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    original = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
     model = _translated(Path(name), original.eval(), tokenizer, device=device, dtype=dtype)
     check_predictions(model, original)
     return model
