@@ -37,7 +37,8 @@ def hugging_face_model(model: Any) -> Any:
 
 def weight_module(model: Any) -> Any:
     """The module that lists all weights: a Bridge does not list those of the model it wraps."""
-    return getattr(model, "original_model", model)
+    wrapped = hugging_face_model(model)
+    return model if wrapped is None else wrapped
 
 
 def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.errors import ModelError, told
-from steerlens.models.hooked_model import checkpoint_name, hugging_face_model, named_weights
+from steerlens.models.hooked_model import (
+    checkpoint_name,
+    context_length,
+    hugging_face_model,
+    named_weights,
+)
 
 TOLERANCE = 1e-3
 """The largest difference, root mean square over that of the centred logits. Rounding in float32
@@ -191,7 +196,7 @@ def probe(
     model: Any,
 ) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
     """Two rows of token ids, the same ones every time, and which of them are real."""
-    n = min(N_TOKENS, int(getattr(model.cfg, "n_ctx", None) or N_TOKENS))
+    n = min(N_TOKENS, context_length(model) or N_TOKENS)
     ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 2 * n).long()
     tokens = torch.stack([ids[::2], ids[1::2]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
