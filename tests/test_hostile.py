@@ -18,7 +18,7 @@ from sound import CHECKS
 
 import steerlens as sl
 from steerlens import files as inputs
-from steerlens.data.pairs import read_texts
+from steerlens.data.reading import read_texts
 
 Reader = Callable[[Path], Any]
 READERS: dict[str, Reader] = {
@@ -92,13 +92,16 @@ def test_sound_files_are_read(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["pairs", "items"])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("last", [True, False])
 def test_line_ends_and_byte_order_marks(
-    kind: str, end: bytes, start: bytes, tmp_path: Path
+    kind: str, end: bytes, start: bytes, last: bool, tmp_path: Path
 ) -> None:
+    """Blank lines are counted whatever the line ends are, so the ids are the same."""
     good = {"pairs": PAIR, "items": ITEM}[kind]
     plain, other = tmp_path / "plain.jsonl", tmp_path / "other.jsonl"
-    plain.write_bytes(hostile.lines(good, good))
-    other.write_bytes(start + hostile.lines(good, good, end))
+    plain.write_bytes(hostile.lines(good, b"") + good)
+    content = start + hostile.lines(good, b"", end) + good
+    other.write_bytes(content + end if last else content)
     assert READERS[kind](other).fingerprint == READERS[kind](plain).fingerprint
 
 
