@@ -90,12 +90,9 @@ def test_rows_are_finite_differences_of_the_loss(
 ) -> None:
     given, position = (continued, -1) if with_continuation else (pairs, -2)
     weight, epsilon = 50.0, 1e-5
-    options: dict[str, Any] = (
-        {"per_layer": True} if loss_hook == "own" else {"loss_hook": loss_hook}
-    )
     found = loss_gradients(
-        double, given, layers=HOOKS, position=position, weight=weight, batch_size=3, **options
-    )
+        double, given, layers=HOOKS, position=position, loss_hook=loss_hook, batch_size=3
+    ).with_weight(weight)
     tokenized = tokenize_pairs(double, given)
     generator = torch.Generator().manual_seed(0)
     zero = torch.zeros(32, dtype=torch.float64)
@@ -164,7 +161,7 @@ def test_a_position_without_a_later_label_is_refused(
 
 
 def test_the_terms_are_norms_and_cosines(double: Any, continued: sl.ContrastivePairs) -> None:
-    found = loss_gradients(double, continued, position=-1, weight=3)
+    found = loss_gradients(double, continued, position=-1).with_weight(3)
     table = gradient_terms(found)
     assert list(table.columns) == [column.name for column in GRADIENT_COLUMNS]
     row = table.iloc[1]
@@ -243,6 +240,23 @@ def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> No
     assert found.forward_equivalents == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_weight_that_is_none_is_refused(double: Any, continued: sl.ContrastivePairs) -> None:
+    found = loss_gradients(double, continued, layers=[0], position=-1)
+    for weight in (-1, math.nan):
+        with pytest.raises(InputError, match="weight"):
+            found.with_weight(weight)
+        with pytest.raises(InputError, match="weight"):
+            sl.fit(double, continued, method="gradient_mean", layers=[0], weight=weight)
+
+
+def test_old_keywords_are_taken_with_a_warning(double: Any, continued: sl.ContrastivePairs) -> None:
+    new = loss_gradients(double, continued, loss_hook="own", position=-1).with_weight(3)
+    with pytest.warns(DeprecationWarning, match="with_weight|loss_hook"):
+        old = loss_gradients(double, continued, per_layer=True, weight=3, position=-1)  # type: ignore[call-arg]
+    assert torch.equal(old.positive, new.positive)
+    assert old.loss_hooks == new.loss_hooks
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -250,9 +264,6 @@ def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> No
         ({"loss_hook": resid_post(0), "layers": [1]}, HookError, "comes before blocks.1"),
         ({"layers": ["blocks.0.hook_mlp_out", "blocks.0.mlp.hook_pre"]}, InputError, "widths"),
         ({"loss_hook": "all"}, HookError, "names 3"),
-        ({"loss_hook": resid_post(2), "per_layer": True}, HookError, "not both"),
-        ({"weight": -1}, InputError, "weight"),
-        ({"weight": math.nan}, InputError, "weight"),
         ({"margin": math.inf}, InputError, "margin"),
         ({"n_scores": -1}, InputError, "n_scores"),
         ({"position": 40}, InputError, "position 40"),

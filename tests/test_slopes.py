@@ -9,10 +9,11 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.directions.gradients import loss_gradients
+from steerlens.engine import backward
 from steerlens.engine import plain_loop as plain
 from steerlens.engine import resume as passes
-from steerlens.engine import slopes as slopes_room
-from steerlens.engine.slopes import Slopes, label_slopes
+from steerlens.engine.backward import Slopes, label_slopes
+from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import SteeredPositions, tokenize_pairs
 from steerlens.engine.workload import Cost, Workload, make_workload
 from steerlens.errors import InputError, ModelError
@@ -56,12 +57,11 @@ def workload_of(model: Any, pairs: sl.ContrastivePairs, positions: SteeredPositi
 
 def slopes(model: Any, workload: Workload, seed: int = 0, cost: Cost | None = None) -> Slopes:
     return label_slopes(
-        model,
+        Engine(model, cost=cost or Cost()),
         workload.positive,
         along(),
         steered_positions=workload.steered_positions,
         seed=seed,
-        cost=cost or Cost(),
     )
 
 
@@ -158,7 +158,7 @@ def test_out_of_memory_runs_halves(
     """The label slopes are the same; the sampled labels of the curvature are drawn anew."""
     workload = workload_of(double, pairs, "all")
     expected = slopes(double, workload).logprob
-    real, sizes = slopes_room.run_from, []
+    real, sizes = backward.run_from, []
 
     def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         sizes.append(len(tokens))
@@ -166,11 +166,11 @@ def test_out_of_memory_runs_halves(
             raise torch.OutOfMemoryError("CUDA out of memory")
         real(model, tokens, *args, **kwargs)
 
-    monkeypatch.setattr(slopes_room, "run_from", too_large)
+    monkeypatch.setattr(backward, "run_from", too_large)
     with pytest.warns(RuntimeWarning, match="going on with 1 prompts"):
         torch.testing.assert_close(slopes(double, workload).logprob, expected)
     assert max(sizes) == 3
-    monkeypatch.setattr(slopes_room, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
+    monkeypatch.setattr(backward, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="1 prompts"):
         slopes(double, workload)
 
