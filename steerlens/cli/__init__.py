@@ -38,7 +38,7 @@ from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import METHODS
 from steerlens.errors import SteerlensError
 from steerlens.files import write_whole
-from steerlens.measure.sweeps import measure_layers
+from steerlens.measure.study import measure_layers
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.runs.record import check_out_file

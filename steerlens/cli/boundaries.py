@@ -29,9 +29,9 @@ from steerlens.cli.warned import warned
 from steerlens.data.pairs import read_texts
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
-from steerlens.measure.boundary import check_search, find_boundary
-from steerlens.measure.plane import loss_geometry
-from steerlens.measure.plane_boundary import boundary_shape, check_plane
+from steerlens.measure.boundary import check_search
+from steerlens.measure.plane import check_plane
+from steerlens.measure.study import boundary_shape, find_boundary, loss_geometry
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model, provenance
 from steerlens.models.packaged import DEFAULT_MODEL

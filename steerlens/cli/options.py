@@ -10,8 +10,8 @@ from steerlens.cli.printing import notes
 from steerlens.cli.warned import warn
 from steerlens.data.pairs import ContrastivePairs, dataset_names, read_texts
 from steerlens.errors import InputError
-from steerlens.measure.boundary import On
 from steerlens.measure.rows import checked_coefficients
+from steerlens.measure.texts import On
 from steerlens.steering import parse_coefficient
 
 DEBUG = "--debug"

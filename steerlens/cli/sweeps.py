@@ -36,7 +36,7 @@ from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of, null_directions
 from steerlens.errors import FileError
 from steerlens.loss import Budget
-from steerlens.measure.sweeps import sweep as run_sweep
+from steerlens.measure.study import sweep as run_sweep
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model, provenance
 from steerlens.models.packaged import DEFAULT_MODEL

@@ -31,9 +31,9 @@ from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
 from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import InputError
-from steerlens.measure.boundary import check_search, find_boundary
+from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
-from steerlens.measure.sweeps import measure_layers
+from steerlens.measure.study import find_boundary, measure_layers
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
