@@ -1,6 +1,7 @@
-"""The loss's gradient at every hook, against finite differences in float64 and by hand."""
+"""Gradients of the loss and slopes at coefficient 0, against finite differences in float64."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,22 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
+from steerlens.engine import backward
+from steerlens.engine import plain_loop as plain
+from steerlens.engine import resume as passes
+from steerlens.engine.backward import Slopes, label_slopes
 from steerlens.engine.batches import make_batches
-from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import HookError, InputError
+from steerlens.engine.engine import Engine
+from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt, tokenize_pairs
+from steerlens.engine.workload import CellOutput, Cost, Workload
+from steerlens.errors import HookError, InputError, ModelError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
 from steerlens.tables import GRADIENT_COLUMNS
 
 HOOKS = ("blocks.0.hook_mlp_out", resid_post(0), resid_post(1))
+SLOPE_HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
 
 
 @pytest.fixture(scope="module")
@@ -216,15 +224,6 @@ def test_an_early_loss_hook_leaves_the_readout_to_itself(pairs: sl.ContrastivePa
     assert found.loss_hooks == (resid_post(1), resid_post(2))
 
 
-def test_weights_keep_their_gradient_setting_and_none_is_computed(
-    double: Any, continued: sl.ContrastivePairs
-) -> None:
-    weights = list(double.original_model.parameters())
-    assert all(weight.requires_grad for weight in weights)
-    loss_gradients(double, continued, layers=[0], position=-1)
-    assert all(weight.requires_grad and weight.grad is None for weight in weights)
-
-
 def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> None:
     """Three blocks: forward 3 + 1, backward 2 * (3 from the labels, 1 + 1 from the loss hook)."""
     hooks = ["blocks.0.hook_mlp_out", resid_post(0)]
@@ -303,3 +302,174 @@ def test_equal_prompts_have_no_separation(llama: Any) -> None:
         sl.fit_directions(found, method="gradient_mean")
     later = loss_gradients(llama, given, layers=[1], position=5)
     assert bool(later.separation_positive.any())
+
+
+# Slopes at coefficient 0, along directions
+
+
+def along(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
+    torch.manual_seed(seed)
+    return [
+        (name, torch.nn.functional.normalize(torch.randn(32, dtype=torch.float64), dim=0))
+        for name in SLOPE_HOOKS
+    ]
+
+
+def workload_of(model: Any, pairs: sl.ContrastivePairs, positions: SteeredPositions) -> Workload:
+    workload = make_workload(
+        model,
+        tokenize_pairs(model, pairs),
+        position=-1,
+        steered_positions=positions,
+        batch_size=3,
+    )
+    return replace(workload, negative=(), with_kl=True)
+
+
+def slopes(model: Any, workload: Workload, seed: int = 0, cost: Cost | None = None) -> Slopes:
+    return label_slopes(
+        Engine(model, cost=cost or Cost()),
+        workload.positive,
+        along(),
+        steered_positions=workload.steered_positions,
+        seed=seed,
+    )
+
+
+def cell(model: Any, workload: Workload, index: int, coefficient: float) -> plain.CellOutput:
+    name, direction = along()[index]
+    (found,) = plain.run_cells(
+        model,
+        workload,
+        hook_name=name,
+        direction=direction,
+        coefficients=[coefficient],
+        readout=resid_post(2),
+    )
+    return found
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "continuation", "last"])
+def test_slopes_equal_finite_differences(
+    double: Any, continued: sl.ContrastivePairs, positions: SteeredPositions
+) -> None:
+    workload, step = workload_of(double, continued, positions), 1e-4
+    found = slopes(double, workload).logprob
+    for i in range(len(SLOPE_HOOKS)):
+        up, down = (cell(double, workload, i, c).logprob for c in (step, -step))
+        expected = (up - down) / (2 * step)
+        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-7)
+        assert expected.abs().max() > 1e-3
+    # Control: another direction has another slope.
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
+
+
+def test_the_curvature_is_that_of_the_mean_divergence(
+    double: Any, continued: sl.ContrastivePairs
+) -> None:
+    """Averaged over many draws of labels, the estimate is the second derivative of the KL."""
+    workload, step = workload_of(double, continued, "all"), 1e-3
+    draws = torch.stack([slopes(double, workload, seed).curvature for seed in range(200)])
+    for i in range(len(SLOPE_HOOKS)):
+        kl = cell(double, workload, i, step).kl
+        assert kl is not None
+        expected = 2 * kl.nanmean(dim=1) / step**2
+        error = draws[:, i].std(dim=0) / len(draws) ** 0.5
+        found = draws[:, i].mean(dim=0)
+        assert ((found - expected).abs() < 4.5 * error).all()
+        # Over all prompts and draws it is known to a few percent.
+        assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=0.15)
+
+
+def test_the_same_seed_draws_the_same_labels(double: Any, continued: sl.ContrastivePairs) -> None:
+    workload = workload_of(double, continued, "all")
+    first, again, other = (slopes(double, workload, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.curvature, again.curvature)
+    assert not torch.allclose(first.curvature, other.curvature)
+    torch.testing.assert_close(first.logprob, other.logprob)
+
+
+def test_weights_are_as_before_and_get_no_gradient(
+    pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model = build_llama()
+    frozen = next(hf_model.parameters())
+    frozen.requires_grad_(False)
+    model = bridge(hf_model)
+    before = [p.requires_grad for p in hf_model.parameters()]
+    assert len(set(before)) == 2
+    workload = workload_of(model, pairs, "all")
+    derivatives = slopes(model, workload).logprob, loss_gradients(model, pairs).positive
+    assert [p.requires_grad for p in hf_model.parameters()] == before
+    assert all(p.grad is None for p in hf_model.parameters())
+    assert not any(values.requires_grad for values in derivatives)
+    monkeypatch.setattr(passes, "_blocks_skipped", _failing)
+    with pytest.raises(RuntimeError, match="shapes"):
+        slopes(model, workload)
+    assert [p.requires_grad for p in hf_model.parameters()] == before
+
+
+def _failing(*args: Any) -> Any:
+    raise RuntimeError("shapes do not fit")
+
+
+def test_the_cost_is_a_forward_and_two_backward_passes(
+    double: Any, pairs: sl.ContrastivePairs
+) -> None:
+    workload, cost = workload_of(double, pairs, "all"), Cost()
+    slopes(double, workload, cost=cost)
+    check = 2 * 3 * workload.positive[0].tokens.shape[1]
+    every = sum(batch.tokens.numel() for batch in workload.positive)
+    assert cost.blocks == 5 * 3 * every + check
+
+
+def test_out_of_memory_runs_halves(
+    double: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The label slopes are the same; the sampled labels of the curvature are drawn anew."""
+    workload = workload_of(double, pairs, "all")
+    expected = slopes(double, workload).logprob
+    real, sizes = backward.run_from, []
+
+    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sizes.append(len(tokens))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(model, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(backward, "run_from", too_large)
+    with pytest.warns(RuntimeWarning, match="going on with 1 prompts"):
+        torch.testing.assert_close(slopes(double, workload).logprob, expected)
+    assert max(sizes) == 3
+    monkeypatch.setattr(backward, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="1 prompts"):
+        slopes(double, workload)
+
+
+def test_inference_mode_is_refused(double: Any, pairs: sl.ContrastivePairs) -> None:
+    workload = workload_of(double, pairs, "all")
+    with torch.inference_mode(), pytest.raises(InputError, match="outside of it"):
+        slopes(double, workload)
+    with torch.inference_mode(), pytest.raises(InputError, match="outside of it"):
+        loss_gradients(double, pairs, layers=[1])
+    slopes(double, workload)
+
+
+def test_a_model_whose_label_rows_are_not_alone_is_refused(
+    pairs: sl.ContrastivePairs,
+) -> None:
+    """A hook that mixes positions after the last block: gradients of label rows would be wrong."""
+    model = bridge(build_llama())
+    workload = workload_of(model, pairs, "all")
+    slopes(model, workload)
+
+    def mixing(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation + activation.mean(dim=1, keepdim=True)
+
+    for name in ("ln_final.hook_in", "unembed.hook_in"):
+        with model.hooks(fwd_hooks=[(name, mixing)]):
+            with pytest.raises(ModelError, match="gradients cannot be taken"):
+                slopes(model, workload)
+            with pytest.raises(ModelError, match="gradients cannot be taken"):
+                loss_gradients(model, pairs, layers=[1])
+    loss_gradients(model, pairs, layers=[1])

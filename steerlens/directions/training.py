@@ -1,8 +1,9 @@
 """Train a vector on the frozen model: by the reference loss, or on given continuations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,6 @@ TOLERANCE = 0.01
 VALIDATION = 0.2
 """The share of the examples that decides when to stop."""
 MIN_EXAMPLES = 5
-HISTORY = ["hook_name", "epoch", "train_loss", "validation_loss", "norm"]
 
 METHOD_OF = {method.objective: method.name for method in METHODS.values() if method.objective}
 """Objective -> the name of the method that trains by it."""
@@ -141,33 +141,32 @@ def train_directions(
     frozen = fit_directions(differences)
     train, held_out = _split(model, pairs, items, size=schedule.examples_per_step, seed=seed)
     vectors, histories, norms = [], [], {}
-    n_epochs = schedule.max_epochs * len(differences.hook_names)
+    n_epochs, tell = schedule.max_epochs * len(differences.hook_names), progress or silent
     for index, hook_name in enumerate(differences.hook_names):
         both = torch.cat([differences.positive[index], differences.negative[index]])
         readout = readout_hook(hook_name, int(model.cfg.n_layers))
-        training = _Training(
-            model=model,
+        step = partial(
+            push_sides,
+            model,
+            objective=_objective(objective, frozen[readout]),
             hook_name=hook_name,
             readout=readout,
             position=position,
-            objective=_objective(objective, frozen[readout]),
-            mean_norm=float(both.norm(dim=-1).mean()),
-            schedule=schedule,
-            seed=seed,
         )
-        vector, history = training.train(
+        before = index * schedule.max_epochs
+        vector, history = _train(
+            step,
             *(
-                [training.sides(*batches, objective) for batches in part]
+                [_sides(model, *batches, hook_name, objective) for batches in part]
                 for part in (train, held_out)
             ),
-            d_model=both.shape[-1],
-            progress=part_of(
-                progress or silent,
-                "training: epochs",
-                before=index * schedule.max_epochs,
-                total=n_epochs,
-            ),
+            vector=torch.zeros(both.shape[-1], device=train[0][0].tokens.device),
+            unit=float(both.norm(dim=-1).mean()) / both.shape[-1] ** 0.5,
+            schedule=schedule,
+            seed=seed,
+            progress=part_of(tell, "training: epochs", before=before, total=n_epochs),
         )
+        history.insert(0, "hook_name", hook_name)
         norm = float(vector.norm())
         if not (math.isfinite(norm) and norm > 0):
             raise InputError(
@@ -187,79 +186,60 @@ def train_directions(
     return Trained(directions, norms, pd.concat(histories, ignore_index=True))
 
 
-@dataclass(frozen=True)
-class _Training:
-    """One hook's training."""
+def _train(
+    step: Callable[..., tuple[float, Float[Tensor, " d_model"]]],
+    examples: Sequence[tuple[Side, Side]],
+    held_out: Sequence[tuple[Side, Side]],
+    *,
+    vector: Float[Tensor, " d_model"],
+    unit: float,
+    schedule: Schedule,
+    seed: int,
+    progress: Progress,
+) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
+    """The vector with the lowest validation loss, and the losses of every epoch.
 
-    model: HookedModel
-    hook_name: str
-    readout: str
-    position: int
-    objective: Objective
-    mean_norm: float
-    schedule: Schedule
-    seed: int
+    It starts at `vector`. `step` gives the loss of an example and its gradient; step sizes are in
+    `unit`.
+    """
+    generator, max_epochs = np.random.default_rng(seed), schedule.max_epochs
+    sizes = [len(positive.unsteered) for positive, _ in held_out]
+    vector.requires_grad_()
+    adam = torch.optim.Adam([vector], lr=float(schedule.step_size) * unit)
+    best, best_loss, since = vector.detach().clone(), math.inf, 0
+    rows = []
+    progress("epochs", 0, max_epochs)
+    for epoch in range(max_epochs):
+        losses = []
+        for i in generator.permutation(len(examples)):
+            loss, vector.grad = step(examples[i], vector)
+            adam.step()
+            losses.append(loss)
+        on_held_out = [step(sides, vector, with_gradient=False)[0] for sides in held_out]
+        validation = float(np.average(on_held_out, weights=sizes))
+        rows.append((epoch, float(np.mean(losses)), validation, float(vector.detach().norm())))
+        since += 1
+        if validation < best_loss:
+            best, best_loss, since = vector.detach().clone(), validation, 0
+        is_over = since >= schedule.patience
+        progress("epochs", max_epochs if is_over else epoch + 1, max_epochs)
+        if is_over:
+            break
+    return best.cpu(), pd.DataFrame(
+        rows, columns=["epoch", "train_loss", "validation_loss", "norm"]
+    )
 
-    def sides(self, positive: Batch, negative: Batch, objective: str) -> tuple[Side, Side]:
-        """An example for `push_sides`."""
-        is_pairs = objective == "reference"
-        # The reference loss has the labels of the positive prompts alone.
-        sign = -1 if is_pairs else 1
-        return (
-            make_side(self.model, positive, self.hook_name, sign=1),
-            make_side(self.model, negative, self.hook_name, sign=sign, with_labels=not is_pairs),
-        )
 
-    def train(
-        self,
-        examples: Sequence[tuple[Side, Side]],
-        held_out: Sequence[tuple[Side, Side]],
-        *,
-        d_model: int,
-        progress: Progress,
-    ) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
-        """The vector with the lowest validation loss, and the losses of every epoch."""
-        generator = np.random.default_rng(self.seed)
-        sizes = [len(positive.unsteered) for positive, _ in held_out]
-        device, max_epochs = examples[0][0].batch.tokens.device, self.schedule.max_epochs
-        vector = torch.zeros(d_model, device=device, requires_grad=True)
-        step_size = float(self.schedule.step_size) * self.mean_norm / d_model**0.5
-        adam = torch.optim.Adam([vector], lr=step_size)
-        best, best_loss, since = vector.detach().clone(), math.inf, 0
-        rows = []
-        progress("epochs", 0, max_epochs)
-        for epoch in range(max_epochs):
-            losses = []
-            for i in generator.permutation(len(examples)):
-                loss, vector.grad = self._loss(examples[i], vector)
-                adam.step()
-                losses.append(loss)
-            on_held_out = [self._loss(sides, vector, with_gradient=False)[0] for sides in held_out]
-            validation = float(np.average(on_held_out, weights=sizes))
-            norm = float(vector.detach().norm())
-            rows.append((self.hook_name, epoch, float(np.mean(losses)), validation, norm))
-            since += 1
-            if validation < best_loss:
-                best, best_loss, since = vector.detach().clone(), validation, 0
-            is_over = since >= self.schedule.patience
-            progress("epochs", max_epochs if is_over else epoch + 1, max_epochs)
-            if is_over:
-                break
-        return best.cpu(), pd.DataFrame(rows, columns=HISTORY)
-
-    def _loss(
-        self, sides: tuple[Side, Side], vector: Tensor, *, with_gradient: bool = True
-    ) -> tuple[float, Float[Tensor, " d_model"]]:
-        return push_sides(
-            self.model,
-            sides,
-            vector,
-            self.objective,
-            hook_name=self.hook_name,
-            readout=self.readout,
-            position=self.position,
-            with_gradient=with_gradient,
-        )
+def _sides(
+    model: HookedModel, positive: Batch, negative: Batch, hook_name: str, objective: str
+) -> tuple[Side, Side]:
+    is_pairs = objective == "reference"
+    # The reference loss has the labels of the positive prompts alone.
+    sign = -1 if is_pairs else 1
+    return (
+        make_side(model, positive, hook_name, sign=1),
+        make_side(model, negative, hook_name, sign=sign, with_labels=not is_pairs),
+    )
 
 
 Batches = tuple[tuple[Batch, Batch], ...]

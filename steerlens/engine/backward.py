@@ -264,11 +264,33 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
         _checked.add(model)
 
 
+def _over_batches(
+    engine: Engine,
+    groups: Sequence[tuple[Batch, ...]],
+    hook_names: Sequence[str],
+    run: Callable[..., tuple[Tensor, ...]],
+    *,
+    seed: int,
+) -> list[Float[Tensor, "..."]]:
+    """What `run(model, generator, *group)` gives for every group, joined in the pairs' order.
+
+    Pairs are the last dimension, or the last but one where there are three or more.
+    """
+    model = for_hooks(engine.model, hook_names)
+    check_label_rows(model, groups[0][0], cost=engine.cost)
+    generator = torch.Generator().manual_seed(seed)
+    results = by_halves(
+        groups, lambda *group: run(model, generator, *group), progress=engine.progress
+    )
+    batches = [group[0] for group, _ in results]
+    columns = zip(*(values for _, values in results), strict=True)
+    return [in_pair_order(batches, c, dim=-1 if c[0].ndim < 3 else -2) for c in columns]
+
+
 # Slopes: steps at all hooks at once
 
 
-@dataclass(frozen=True)
-class Slopes:
+class Slopes(NamedTuple):
     """The first two derivatives, at coefficient 0, along directions at hooks.
 
     `logprob` is d(mean logprob of the labels)/dc, nats per token and residual unit; `curvature` is
@@ -299,43 +321,30 @@ def label_slopes(
     cost is added to: a forward pass and two backward passes, each counted as two forward passes,
     and a check of one prompt. Raises `ModelError` as `check_label_rows`.
     """
-    model = for_hooks(engine.model, [name for name, _ in along])
-    check_label_rows(model, batches[0], cost=engine.cost)
-    generator = torch.Generator().manual_seed(seed)
-    results = by_halves(
-        [(batch,) for batch in batches],
-        lambda batch: _batch_slopes(model, batch, along, steered_positions, generator),
-        progress=engine.stage("slopes: prompts").progress,
-    )
+
+    def run(model: HookedModel, generator: torch.Generator, batch: Batch) -> Slopes:
+        mask, labels = batch.steered_mask(steered_positions), Labels.of(batch)
+        with differentiable(model):
+            wide = torch.promote_types(model.cfg.dtype, torch.float32)
+            steps = torch.zeros(len(along), len(batch.prompts), dtype=wide, device=mask.device)
+            steps.requires_grad_()
+            hooks = [
+                (name, adding(step[:, None, None] * direction.to(step), mask))
+                for (name, direction), step in zip(along, steps, strict=True)
+            ]
+            graph = run_graph(model, batch, hooks, last_block=engine.n_layers - 1)
+            read = labels.read(model, graph.output, n_samples=1, generator=generator)
+            shares = labels.shares.to(read.logprob)
+            (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=True)
+            (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
+        return Slopes(slope.cpu(), score.cpu().square() / labels.n_labels)
+
+    engine = engine.stage("slopes: prompts")
+    groups = [(batch,) for batch in batches]
+    slopes = _over_batches(engine, groups, [name for name, _ in along], run, seed=seed)
     for batch in batches:
         engine.cost.add(batch.tokens, engine.n_layers * (1 + 2 * BACKWARD_COST))
-    run = [batch for (batch,), _ in results]
-    logprobs, curvatures = zip(*(slopes for _, slopes in results), strict=True)
-    return Slopes(in_pair_order(run, logprobs), in_pair_order(run, curvatures))
-
-
-def _batch_slopes(
-    model: HookedModel,
-    batch: Batch,
-    along: Sequence[tuple[str, Float[Tensor, " d_model"]]],
-    steered_positions: SteeredPositions,
-    generator: torch.Generator,
-) -> tuple[Float[Tensor, "direction prompt"], Float[Tensor, "direction prompt"]]:
-    mask, labels = batch.steered_mask(steered_positions), Labels.of(batch)
-    with differentiable(model):
-        wide = torch.promote_types(model.cfg.dtype, torch.float32)
-        steps = torch.zeros(len(along), len(batch.prompts), dtype=wide, device=mask.device)
-        steps.requires_grad_()
-        hooks = [
-            (name, adding(step[:, None, None] * direction.to(step), mask))
-            for (name, direction), step in zip(along, steps, strict=True)
-        ]
-        graph = run_graph(model, batch, hooks, last_block=int(model.cfg.n_layers) - 1)
-        read = labels.read(model, graph.output, n_samples=1, generator=generator)
-        shares = labels.shares.to(read.logprob)
-        (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=True)
-        (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
-    return slope.cpu(), score.cpu().square() / labels.n_labels
+    return Slopes(*slopes)
 
 
 # Rows of the loss: the residual stream held at every hook
@@ -366,13 +375,14 @@ def loss_rows(
     the same blocks, and a check of one prompt. Raises `ModelError` as `check_label_rows`,
     `InputError` where a hook is not as wide as the residual stream.
     """
-    model = for_hooks(engine.model, (*targets, *targets.values()))
-    check_label_rows(model, batches[0][0], cost=engine.cost)
-    generator = torch.Generator().manual_seed(seed)
-    results = by_halves(
+    rows = _over_batches(
+        engine,
         batches,
-        lambda *both: _batch_rows(model, both, targets, position, n_scores, generator),
-        progress=engine.progress,
+        (*targets, *targets.values()),
+        lambda model, generator, *both: _batch_rows(
+            model, both, targets, position, n_scores, generator
+        ),
+        seed=seed,
     )
     depth = {hook: hook_layer(hook) + 1 for hook in targets.values()}
     # At a loss hook itself the gradient is known without a backward pass.
@@ -381,16 +391,12 @@ def loss_rows(
         labels = engine.n_layers * (1 + n_scores)
         engine.cost.add(positive.tokens, engine.n_layers + BACKWARD_COST * (labels + backward))
         engine.cost.add(negative.tokens, max(depth.values()) + BACKWARD_COST * backward)
-    run = [positive for (positive, _), _ in results]
-    columns = zip(*(rows for _, rows in results), strict=True)
-    dims = (-2, -2, -2, -2, 0)
-    joined = (in_pair_order(run, parts, dim=at) for parts, at in zip(columns, dims, strict=True))
-    return LossRows(*joined)
+    return LossRows(*rows)
 
 
 def _batch_rows(
     model: HookedModel,
-    both: tuple[Batch, Batch],
+    both: tuple[Batch, ...],
     targets: dict[str, str],
     position: int,
     n_scores: int,
@@ -452,7 +458,7 @@ def _batch_rows(
     )
 
 
-def _is_launch_bound(model: HookedModel, both: tuple[Batch, Batch]) -> bool:
+def _is_launch_bound(model: HookedModel, both: tuple[Batch, ...]) -> bool:
     """Whether a GPU would be done with a block before it is given the next one."""
     tokens = 2 * len(both[0].prompts) * max(batch.tokens.shape[1] for batch in both)
     return isinstance(model, BareModel) and model.block_operations * tokens < LAUNCH_BOUND
