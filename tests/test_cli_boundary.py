@@ -17,7 +17,7 @@ from test_cli import (  # noqa: F401 (fixtures)
 )
 
 import steerlens as sl
-import steerlens.measure.boundary
+import steerlens.measure.texts
 from steerlens.cli import boundaries
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
 
@@ -75,7 +75,7 @@ def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.M
     texts = tmp_path / "texts.txt"
     texts.write_text("the river was warm\n\nhow was the day\n", encoding="utf-8")
     neutral = ("the soup was good", "it was not so")
-    monkeypatch.setattr(steerlens.measure.boundary, "neutral_texts", lambda: neutral)
+    monkeypatch.setattr(steerlens.measure.texts, "neutral_texts", lambda: neutral)
     found = {}
     for on in ("positive", "negative", "neutral", str(texts)):
         out = tmp_path / Path(on).stem / "run"

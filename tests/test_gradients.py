@@ -11,13 +11,13 @@ from conftest import bridge, build_gpt2, build_llama
 import steerlens as sl
 from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
 from steerlens.engine import backward
-from steerlens.engine import plain_loop as plain
 from steerlens.engine import resume as passes
 from steerlens.engine.backward import Slopes, label_slopes
 from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import plain_cells
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt, tokenize_pairs
-from steerlens.engine.workload import CellOutput, Cost, Workload
+from steerlens.engine.workload import CellOutput, Cost, Job, Workload
 from steerlens.errors import HookError, InputError, ModelError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
@@ -43,13 +43,7 @@ def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
 
 
 def states(
-    model: Any,
-    prompt: TokenizedPrompt,
-    position: int,
-    *,
-    hook: str,
-    step: torch.Tensor,
-    read: str,
+    model: Any, prompt: TokenizedPrompt, *, hook: str, step: torch.Tensor, read: str, position: int
 ) -> tuple[torch.Tensor, float]:
     """The state at `read` and the labels' logprob when `step` is added at `hook`, by bare hooks."""
     (batch,) = make_batches(model, [prompt], 1)
@@ -74,17 +68,14 @@ def loss_of(
     pair: tuple[TokenizedPrompt, TokenizedPrompt],
     baseline: float,
     *,
-    hook: str,
-    steps: tuple[torch.Tensor, torch.Tensor],
-    read: str,
-    position: int,
+    steps: list[torch.Tensor],
     weight: float,
-    margin: float = 0.99,
+    **at: Any,
 ) -> float:
     """The noref loss of one pair, its baseline held fixed as the stopped gradient has it."""
-    hs_pos, logprob = states(model, pair[0], position, hook=hook, step=steps[0], read=read)
-    hs_neg, _ = states(model, pair[1], position, hook=hook, step=steps[1], read=read)
-    return float(-(hs_pos - hs_neg).norm() + weight * max(0.0, margin * baseline - logprob) ** 2)
+    hs_pos, logprob = states(model, pair[0], step=steps[0], **at)
+    hs_neg, _ = states(model, pair[1], step=steps[1], **at)
+    return float(-(hs_pos - hs_neg).norm() + weight * max(0.0, 0.99 * baseline - logprob) ** 2)
 
 
 @pytest.mark.parametrize("loss_hook", [None, "blocks.1.hook_resid_post", "own"])
@@ -104,34 +95,21 @@ def test_rows_are_finite_differences_of_the_loss(
     tokenized = tokenize_pairs(double, given)
     generator = torch.Generator().manual_seed(0)
     zero = torch.zeros(32, dtype=torch.float64)
+    assert found.all_hook_names[: len(HOOKS)] == HOOKS
     for i in (0, 5):
         pair = tokenized.positive[i], tokenized.negative[i]
         for h, hook in enumerate(HOOKS):
-            assert found.all_hook_names[h] == hook
-            read = found.loss_hooks[h]
             along = torch.randn(32, dtype=torch.float64, generator=generator)
-            fixed: dict[str, Any] = {
-                "hook": hook,
-                "read": read,
-                "position": position,
-                "weight": weight,
-            }
-            baseline = states(double, pair[0], position, hook=hook, step=zero, read=read)[1]
+            at: dict[str, Any] = {"hook": hook, "read": found.loss_hooks[h], "position": position}
+            baseline = states(double, pair[0], step=zero, **at)[1]
             assert float(found.logprob[i]) == pytest.approx(baseline)
             for rows, side in ((found.positive, 0), (found.negative, 1)):
-                up, down = (
-                    loss_of(
-                        double,
-                        pair,
-                        baseline,
-                        steps=(zero, sign * epsilon * along)
-                        if side
-                        else (sign * epsilon * along, zero),
-                        **fixed,
-                    )
-                    for sign in (1, -1)
-                )
-                slope = (up - down) / (2 * epsilon)
+                losses = []
+                for sign in (1, -1):
+                    steps = [zero, zero]
+                    steps[side] = sign * epsilon * along
+                    losses.append(loss_of(double, pair, baseline, steps=steps, weight=weight, **at))
+                slope = (losses[0] - losses[1]) / (2 * epsilon)
                 assert float(rows[h, i] @ along) == pytest.approx(slope, rel=1e-5, abs=1e-7)
     # Control: the coherence part is there, so the agreement is not that of the separation alone.
     assert bool((found.coherence.norm(dim=-1) > 1e-3).any())
@@ -316,13 +294,8 @@ def along(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
 
 
 def workload_of(model: Any, pairs: sl.ContrastivePairs, positions: SteeredPositions) -> Workload:
-    workload = make_workload(
-        model,
-        tokenize_pairs(model, pairs),
-        position=-1,
-        steered_positions=positions,
-        batch_size=3,
-    )
+    tokens = tokenize_pairs(model, pairs)
+    workload = Engine(model, 3).workload(tokens, position=-1, steered_positions=positions)
     return replace(workload, negative=(), with_kl=True)
 
 
@@ -336,16 +309,10 @@ def slopes(model: Any, workload: Workload, seed: int = 0, cost: Cost | None = No
     )
 
 
-def cell(model: Any, workload: Workload, index: int, coefficient: float) -> plain.CellOutput:
+def cell(model: Any, workload: Workload, index: int, coefficient: float) -> CellOutput:
     name, direction = along()[index]
-    (found,) = plain.run_cells(
-        model,
-        workload,
-        hook_name=name,
-        direction=direction,
-        coefficients=[coefficient],
-        readout=resid_post(2),
-    )
+    job = Job(name, direction, (coefficient,), resid_post(2))
+    (found,) = plain_cells(Engine(model), workload, job)
     return found
 
 

@@ -14,8 +14,9 @@ from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.loss import Budget
+from steerlens.measure.boundary_search import choose_probes
 from steerlens.measure.coherence import allowances, mean_loss
-from steerlens.measure.pushes import choose_probes, first_root
+from steerlens.measure.prediction import first_root
 from steerlens.tables import LAYER_COLUMNS
 
 
