@@ -1,5 +1,6 @@
 """Methods by hand, and on planted directions under their own assumptions."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,8 @@ from steerlens.errors import InputError
 HOOK = "blocks.0.hook_resid_post"
 BY_DIFFERENCES = [name for name, m in METHODS.items() if m.source == "differences"]
 BY_GRADIENTS = [name for name, m in METHODS.items() if m.source == "gradients"]
-PAIRED = [*BY_GRADIENTS, "gradient_fisher:centred", "gradient_fisher:norm_weighted"]
-POOLED = [f"{name}:pooled" for name in PAIRED if name != "fisher_pullback"]
+PAIRED = [*BY_GRADIENTS, "gradient_fisher+centred", "gradient_fisher+norm_weighted"]
+POOLED = [f"{name}+pooled" for name in PAIRED if name != "fisher_pullback"]
 CONTROLS = ("random", "shuffled")
 
 
@@ -140,7 +141,7 @@ def test_pooled_rows_find_what_both_sides_share_and_not_the_separation(method: s
     noise = 0.05 * torch.randn((2, 200, 48), generator=generator)
     rows = gradients_of(-0.2 * separating - shared + noise[0], 0.2 * separating - shared + noise[1])
     found = sl.fit_directions(rows, method=method)[HOOK]
-    paired = sl.fit_directions(rows, method=method.removesuffix(":pooled"))[HOOK]
+    paired = sl.fit_directions(rows, method=method.removesuffix("+pooled"))[HOOK]
     assert abs(float(found @ separating)) < 0.3
     assert abs(float(paired @ separating)) > 0.9
 
@@ -266,7 +267,7 @@ def test_pooled_forms_descend_when_both_sides_are_pushed_alike() -> None:
     given_rows = gradients_of(
         torch.tensor([[-3.0, 0.0]] * 3) - coherence, torch.tensor([[3.0, 0.0]] * 3)
     )
-    pooled = sl.fit_directions(given_rows, method="gradient_mean:pooled")[HOOK]
+    pooled = sl.fit_directions(given_rows, method="gradient_mean+pooled")[HOOK]
     expected = torch.nn.functional.normalize(torch.tensor([-2.0, -0.5]), dim=0)
     torch.testing.assert_close(pooled, expected)
 
@@ -276,7 +277,7 @@ def test_first_axis_is_as_long_as_the_rows_along_it() -> None:
     assert float(first_axis(rows).norm()) == pytest.approx(((25 + 100) / 2) ** 0.5)
 
 
-@pytest.mark.parametrize("method", ["gradient_fisher", "gradient_fisher:centred"])
+@pytest.mark.parametrize("method", ["gradient_fisher", "gradient_fisher+centred"])
 def test_a_fisher_direction_does_not_depend_on_the_scale_of_the_loss(method: str) -> None:
     generator = torch.Generator().manual_seed(5)
     positive, negative = torch.randn((2, 10, 16), generator=generator).double()
@@ -318,9 +319,9 @@ def test_degenerate_evidence_is_refused() -> None:
         sl.fit_directions(both_sides(ones, zeros), method="lda")
     alike = gradients_of(-ones, ones)
     with pytest.raises(InputError, match="second moments of the gradient rows are zero"):
-        sl.fit_directions(alike, method="gradient_fisher:centred")
+        sl.fit_directions(alike, method="gradient_fisher+centred")
     with pytest.raises(InputError, match="nothing is left beyond rounding"):
-        sl.fit_directions(alike, method="gradient_mean:pooled")
+        sl.fit_directions(alike, method="gradient_mean+pooled")
     with pytest.raises(InputError, match="do not depend on this hook"):
         sl.fit_directions(replace(alike, scores=torch.zeros(1, 2, 4)), method="fisher_pullback")
     sl.fit_directions(alike, method="gradient_mean")
@@ -351,11 +352,11 @@ def test_descent_on_a_model_lowers_the_loss(llama: Any, pairs: sl.ContrastivePai
 def test_options_follow_a_name_in_any_order() -> None:
     generator = torch.Generator().manual_seed(7)
     rows = gradients_of(*torch.randn((2, 6, 4), generator=generator))
-    fitted = sl.fit_directions(rows, method="gradient_fisher:pooled:centred")
-    assert fitted.method == "gradient_fisher:centred:pooled"
-    for other in ("gradient_fisher", "gradient_fisher:centred", "gradient_fisher:pooled"):
+    fitted = sl.fit_directions(rows, method="gradient_fisher+pooled+centred")
+    assert fitted.method == "gradient_fisher+centred+pooled"
+    for other in ("gradient_fisher", "gradient_fisher+centred", "gradient_fisher+pooled"):
         assert not torch.allclose(sl.fit_directions(rows, method=other)[HOOK], fitted[HOOK])
-    for name in ("pca:pooled", "gradient_fisher:centred:norm_weighted", "gradient_svd:", "probe:"):
+    for name in ("pca+pooled", "gradient_fisher+centred+norm_weighted", "gradient_svd+", "probe+"):
         with pytest.raises(InputError, match=r"no method '.*write"):
             method_of(name)
 
@@ -363,19 +364,19 @@ def test_options_follow_a_name_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("gradient_mean_pooled", "gradient_mean:pooled"),
-        ("gradient_svd_pooled", "gradient_svd:pooled"),
-        ("gradient_fisher_pooled", "gradient_fisher:pooled"),
-        ("gradient_fisher_centred", "gradient_fisher:centred"),
-        ("gradient_fisher_centred_pooled", "gradient_fisher:centred:pooled"),
-        ("gradient_fisher_norm_weighted", "gradient_fisher:norm_weighted"),
-        ("gradient_fisher_norm_weighted_pooled", "gradient_fisher:norm_weighted:pooled"),
+        ("gradient_mean_pooled", "gradient_mean+pooled"),
+        ("gradient_svd_pooled", "gradient_svd+pooled"),
+        ("gradient_fisher_pooled", "gradient_fisher+pooled"),
+        ("gradient_fisher_centred", "gradient_fisher+centred"),
+        ("gradient_fisher_centred_pooled", "gradient_fisher+centred+pooled"),
+        ("gradient_fisher_norm_weighted", "gradient_fisher+norm_weighted"),
+        ("gradient_fisher_norm_weighted_pooled", "gradient_fisher+norm_weighted+pooled"),
     ],
 )
 def test_an_old_name_is_the_new_one_with_a_warning(old: str, new: str) -> None:
     generator = torch.Generator().manual_seed(8)
     rows = gradients_of(*torch.randn((2, 6, 4), generator=generator))
-    with pytest.warns(DeprecationWarning, match=f"{old}.*use '{new}'"):
+    with pytest.warns(DeprecationWarning, match=re.escape(f"'{old}' is deprecated; use '{new}'")):
         fitted = sl.fit_directions(rows, method=old)
     assert fitted.method == new
     torch.testing.assert_close(fitted[HOOK], sl.fit_directions(rows, method=new)[HOOK])

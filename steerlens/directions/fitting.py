@@ -37,7 +37,7 @@ def fit(
     `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`.
 
     Args:
-        method: One of `METHODS`, with its options after colons: `gradient_svd:pooled`.
+        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`.
         layers: As in `resolve_hooks`.
         position: The token of each prompt that is read; by default the last, or the last but one
             for a method fitted from gradients where some pair has no continuation.

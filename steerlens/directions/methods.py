@@ -1,7 +1,7 @@
 """The registry of methods, and fitting a direction at every hook by one of them.
 
-A method is written as its name, with options after colons where it has any: `pca`,
-`gradient_svd:pooled`, `gradient_fisher:centred:pooled`; so in `fit`, on the command line, in tables
+A method is written as its name, with options after plus signs where it has any: `pca`,
+`gradient_svd+pooled`, `gradient_fisher+centred+pooled`; so in `fit`, on the command line, in tables
 and in records of runs. `METHODS` says which options a method has.
 """
 
@@ -97,26 +97,26 @@ METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def method_of(name: str) -> Method:
-    """The method of that name, and of the options that follow it after colons.
+    """The method of that name, and of the options that follow it after plus signs.
 
     Raises `InputError` that lists the methods, or the options, where there is none of that name.
     """
     if name in METHOD_NAMES:
         warn_of_old(f"the method {name!r}", repr(METHOD_NAMES[name]))
         name = METHOD_NAMES[name]
-    base, *options = name.split(":")
+    base, *options = name.split("+")
     if base not in METHODS:
         raise InputError(f"no method {base!r}; there are {', '.join(METHODS)}")
     method = METHODS[base]
     kinds = tuple(option for option in options if option in method.kinds)
     pooled = ("pooled",) if method.has_forms and "pooled" in options else ()
     if len(kinds) > 1 or sorted(kinds + pooled) != sorted(options):
-        allowed = " or ".join(f"{base}:{option}" for option in method.options) or f"{base} alone"
+        allowed = " or ".join(f"{base}+{option}" for option in method.options) or f"{base} alone"
         raise InputError(f"no method {name!r}; write {allowed}")
     function = method.function
     return replace(
         method,
-        name=":".join((base, *kinds, *pooled)),
+        name="+".join((base, *kinds, *pooled)),
         function=partial(function, kind=kinds[0]) if kinds and function else function,
         form="pooled" if pooled else "paired",
     )
@@ -135,7 +135,7 @@ def fit_directions(
     Args:
         evidence: What `collect_differences` gives, or `loss_gradients` for the methods fitted from
             gradients.
-        method: One of `METHODS`, with its options after colons: `gradient_svd:pooled`.
+        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`.
         seed: From 0 on; matters to `random` and `shuffled` alone.
 
     Raises:

@@ -11,13 +11,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 METHOD_NAMES = {
-    "gradient_mean_pooled": "gradient_mean:pooled",
-    "gradient_svd_pooled": "gradient_svd:pooled",
-    "gradient_fisher_pooled": "gradient_fisher:pooled",
-    "gradient_fisher_centred": "gradient_fisher:centred",
-    "gradient_fisher_centred_pooled": "gradient_fisher:centred:pooled",
-    "gradient_fisher_norm_weighted": "gradient_fisher:norm_weighted",
-    "gradient_fisher_norm_weighted_pooled": "gradient_fisher:norm_weighted:pooled",
+    "gradient_mean_pooled": "gradient_mean+pooled",
+    "gradient_svd_pooled": "gradient_svd+pooled",
+    "gradient_fisher_pooled": "gradient_fisher+pooled",
+    "gradient_fisher_centred": "gradient_fisher+centred",
+    "gradient_fisher_centred_pooled": "gradient_fisher+centred+pooled",
+    "gradient_fisher_norm_weighted": "gradient_fisher+norm_weighted",
+    "gradient_fisher_norm_weighted_pooled": "gradient_fisher+norm_weighted+pooled",
 }
 """Old method name -> how it is written now."""
 

@@ -82,7 +82,8 @@ def run_graph(
     """Run a batch up to the end of `last_block`, with `hooks`; hold and read the stream at others.
 
     It is read at the columns `indices`, by default those of the last prompt tokens. `start` and
-    `is_padded` are those of `run_from`.
+    `is_padded` are those of `run_from`. Raises `InputError` where a hook held is not as wide as the
+    residual stream.
     """
     held: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
@@ -103,6 +104,12 @@ def run_graph(
         last_hook=last_hook,
         is_padded=is_padded,
     )
+    widths = {name: activation.shape[-1] for name, activation in held.items()}
+    if not {outputs[0].shape[-1]}.issuperset(widths.values()):
+        raise InputError(
+            f"the hooks' activations have the widths {widths}; gradients are taken where it is "
+            "that of the residual stream"
+        )
     return Graph(outputs[0], states, held, indices)
 
 
@@ -425,7 +432,6 @@ def _batch_rows(
             )
             for batch, (indices, is_padded) in zip(batches, places, strict=True)
         ]
-        _check_widths(passes[0])
         final = advance(
             model,
             positive.tokens,
@@ -462,15 +468,6 @@ def _is_launch_bound(model: HookedModel, both: tuple[Batch, ...]) -> bool:
     """Whether a GPU would be done with a block before it is given the next one."""
     tokens = 2 * len(both[0].prompts) * max(batch.tokens.shape[1] for batch in both)
     return isinstance(model, BareModel) and model.block_operations * tokens < LAUNCH_BOUND
-
-
-def _check_widths(graph: Graph) -> None:
-    widths = {name: activation.shape[-1] for name, activation in graph.held.items()}
-    if set(widths.values()) != {graph.output.shape[-1]}:
-        raise InputError(
-            f"the hooks' activations have the widths {widths}; gradients are taken where it is "
-            "that of the residual stream"
-        )
 
 
 def _unit(
