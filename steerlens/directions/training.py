@@ -126,15 +126,7 @@ def train_directions(
         >>> list(trained.history)
         ['hook_name', 'epoch', 'train_loss', 'validation_loss', 'norm']
     """
-    if objective not in METHOD_OF:
-        raise InputError(f"no objective {objective!r}; there are {', '.join(METHOD_OF)}")
-    if objective == "reference":
-        items = None
-    elif items is None:
-        raise InputError(
-            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
-        )
-    seed = whole("seed", seed, 0)
+    items, seed = _items_of(objective, items), whole("seed", seed, 0)
     differences = collect_differences(
         model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress
     )
@@ -168,7 +160,7 @@ def train_directions(
         )
         history.insert(0, "hook_name", hook_name)
         norm = float(vector.norm())
-        if not (math.isfinite(norm) and norm > 0):
+        if not 0 < norm < math.inf:
             raise InputError(
                 f"training at {hook_name} left a vector of norm {norm} with step_size "
                 f"{schedule.step_size:g}; take another step size or objective"
@@ -240,6 +232,19 @@ def _sides(
         make_side(model, positive, hook_name, sign=1),
         make_side(model, negative, hook_name, sign=sign, with_labels=not is_pairs),
     )
+
+
+def _items_of(objective: str, items: PreferenceItems | None) -> PreferenceItems | None:
+    """What the objective is trained on; None for the pairs."""
+    if objective not in METHOD_OF:
+        raise InputError(f"no objective {objective!r}; there are {', '.join(METHOD_OF)}")
+    if objective == "reference":
+        return None
+    if items is None:
+        raise InputError(
+            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
+        )
+    return items
 
 
 Batches = tuple[tuple[Batch, Batch], ...]
