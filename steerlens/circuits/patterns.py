@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.circuits.components import Component, Prompts
-from steerlens.circuits.interventions import Intervention
+from steerlens.circuits.components import Component
+from steerlens.circuits.interventions import UNSTEERED, Intervention, capture
+from steerlens.circuits.prompts import Prompts
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import token_texts
 from steerlens.errors import InputError, told
-from steerlens.models.hooks import HookFunction, hook_layer, hooked
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooks import hook_layer
+from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import check_processing
 
 
@@ -49,13 +49,20 @@ def attention_patterns(
 ) -> Patterns:
     """Attention patterns of some heads on one prompt, unsteered and under the intervention.
 
-    Raises `InputError` without heads, on one that the model does not have, and when there is no
-    such prompt.
+    Args:
+        model: The model, unsteered.
+        prompts: As `make_prompts` makes them.
+        intervention: What it is steered by.
+        heads: One or more.
+        prompt: Which of the prompts, from 0.
+
+    Raises:
+        InputError: There are no heads, no such head, or no such prompt.
 
     Examples:
         >>> from steerlens.circuits import Component, Intervention
         >>> from steerlens.circuits import attention_patterns, make_prompts
-        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
         >>> heads = [Component(3, head=0), Component(4, head=1)]
         >>> patterns = attention_patterns(model, prompts, Intervention(vector, 4), heads)
         >>> patterns.steered.shape  # each row of it sums to 1
@@ -71,8 +78,8 @@ def attention_patterns(
     tokens = _tokens(prompts, prompt)
     hooks = [f"blocks.{head.layer}.attn.hook_pattern" for head in heads]
     unsteered, steered = (
-        torch.stack([found[hook][head.head] for hook, head in zip(hooks, heads, strict=True)])
-        for found in _both(model, tokens, sorted(set(hooks)), intervention)
+        torch.stack([read[hook][head.head] for hook, head in zip(hooks, heads, strict=True)])
+        for read in _both(model, tokens, hooks, intervention)
     )
     words = tuple(token_texts(model, tokens.tolist()))
     return Patterns(words, tuple(map(str, heads)), unsteered, steered)
@@ -88,22 +95,28 @@ def token_projections(
 ) -> Projections:
     """One prompt's tokens on each layer's direction, unsteered and under the intervention.
 
-    Raises `InputError` when they were fitted on a model with other weight processing;
-    `InputError` when there is no such prompt.
+    Args:
+        model: The model, unsteered.
+        prompts: As `make_prompts` makes them.
+        directions: Fitted on a model with the same weight processing.
+        intervention: What it is steered by.
+        prompt: Which of the prompts, from 0.
+
+    Raises:
+        InputError: The weight processing is another one, or there is no such prompt.
 
     Examples:
         >>> from steerlens.circuits import Intervention, make_prompts, token_projections
-        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
-        >>> found = token_projections(model, prompts, directions, Intervention(vector, 4))
-        >>> found.steered.shape
+        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> projections = token_projections(model, prompts, directions, Intervention(vector, 4))
+        >>> projections.steered.shape
         torch.Size([5, 7])
     """
     check_processing(model, directions)
-    tokens = _tokens(prompts, prompt)
-    names = list(directions)
+    tokens, names = _tokens(prompts, prompt), list(directions)
     unsteered, steered = (
-        torch.stack([found[name] @ directions[name].float().cpu() for name in names])
-        for found in _both(model, tokens, names, intervention)
+        torch.stack([read[name] @ directions[name].float().cpu() for name in names])
+        for read in _both(model, tokens, names, intervention)
     )
     layers = tuple(f"layer {hook_layer(name)}" for name in names)
     return Projections(tuple(token_texts(model, tokens.tolist())), layers, unsteered, steered)
@@ -116,23 +129,14 @@ def _tokens(prompts: Prompts, prompt: int) -> Int[Tensor, " token"]:
 
 
 def _both(
-    model: HookedModel, tokens: Tensor, names: Sequence[str], intervention: Intervention
+    model: HookedModel,
+    tokens: Int[Tensor, " token"],
+    hook_names: Sequence[str],
+    intervention: Intervention,
 ) -> list[dict[str, Tensor]]:
     """The activations at some hooks of one text, unsteered and steered, in float32."""
-    return [_activations(model, tokens, names, of) for of in (Intervention(), intervention)]
-
-
-def _activations(
-    model: HookedModel, tokens: Tensor, names: Sequence[str], intervention: Intervention
-) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def keeping(name: str) -> tuple[str, HookFunction]:
-        def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-            found[name] = activation[0].float().cpu()
-
-        return name, keep
-
-    with inference(model), intervention.on(model), hooked(model, [keeping(n) for n in names]):
-        model(tokens[None])
-    return found
+    names = sorted(set(hook_names))
+    return [
+        capture(model, tokens[None], names, steered, read=lambda values: values[0].float().cpu())
+        for steered in (UNSTEERED, intervention)
+    ]
