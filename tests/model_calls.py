@@ -151,6 +151,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
         g.model, g.pairs, g.directions, layer=1, n_positions=2, n_bootstrap=20
     ),
     "item_answers": lambda g: circuits.item_answers(g.model, g.items),
+    "make_contrast": lambda g: circuits.make_contrast(g.model, g.pairs, g.answers),
     "make_prompts": lambda g: circuits.make_prompts(g.model, [g.prompt]),
     "mean_kl": lambda g: circuits.mean_kl(g.model, g.prompts, g.steered),
     "random_intervention": lambda g: circuits.random_intervention(g.model, g.pairs, g.steered),
@@ -186,6 +187,9 @@ BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
     ),
     "bake": lambda g: sl.bake(g.model, g.vector, 0, g.folder / "never"),
     "check_steered": lambda g: circuits.check_steered(g.model, HOOK, 0),
+    "make_contrast": lambda g: circuits.make_contrast(
+        g.model, g.pairs, circuits.Answers(torch.tensor([[9999]]), torch.tensor([[5]]))
+    ),
     "make_prompts": lambda g: circuits.make_prompts(g.model, []),
 }
 # Nothing that they are given can fail in them.

@@ -3,7 +3,19 @@
 from steerlens.circuits.answers import Answers, contrast_answers, item_answers
 from steerlens.circuits.comparison import Circuits, compare_circuits
 from steerlens.circuits.components import Component
-from steerlens.circuits.graphs import Reader, Scores, edge_readers, edge_table
+from steerlens.circuits.graphs import (
+    Contrast,
+    Graph,
+    Reader,
+    Scores,
+    attribute,
+    edge_readers,
+    edge_table,
+    make_contrast,
+    make_graph,
+    run_edges,
+    run_nodes,
+)
 from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.patterns import Patterns, Projections, attention_patterns, token_projections
 from steerlens.circuits.prompts import Prompts, make_prompts
@@ -15,6 +27,8 @@ __all__ = [
     "Answers",
     "Circuits",
     "Component",
+    "Contrast",
+    "Graph",
     "Intervention",
     "Patterns",
     "Projections",
@@ -24,6 +38,7 @@ __all__ = [
     "Scores",
     "Writers",
     "attention_patterns",
+    "attribute",
     "check_steered",
     "compare_circuits",
     "contrast_answers",
@@ -32,8 +47,12 @@ __all__ = [
     "find_readers",
     "find_writers",
     "item_answers",
+    "make_contrast",
+    "make_graph",
     "make_prompts",
     "mean_kl",
     "random_intervention",
+    "run_edges",
+    "run_nodes",
     "token_projections",
 ]

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.circuits.answers import Answers
-from steerlens.circuits.components import check_additive
+from steerlens.circuits.components import check_additive, rows_of
 from steerlens.circuits.graphs import (
     Contrast,
     Graph,
@@ -203,12 +205,12 @@ class _Level:
     n_splits: int
     seed: int
 
-    @property
+    @cached_property
     def n_items(self) -> int:
         """How many nodes or edges there are."""
         return len(self.scores[UNSTEERED].items(self.level))
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         return [max(1, round(share * self.n_items)) for share in self.shares]
 
@@ -246,56 +248,30 @@ class _Level:
         rows: list[Row] = []
         for (circuit_of, run_in), curve in curves.items():
             cpr, cmd = _areas([size / self.n_items for size in self.sizes], curve)
-            rows += [
-                {
-                    "level": self.level,
-                    "circuit_of": circuit_of,
-                    "run_in": run_in,
-                    "share": share,
-                    "size": size,
-                    "faithfulness": faithfulness,
-                    "cpr": cpr,
-                    "cmd": cmd,
-                }
-                for share, size, faithfulness in zip(self.shares, self.sizes, curve, strict=True)
-            ]
+            columns = {"share": self.shares, "size": self.sizes, "faithfulness": curve}
+            same = {"level": self.level, "circuit_of": circuit_of, "run_in": run_in}
+            rows += rows_of(**columns, **same, cpr=cpr, cmd=cmd)
         return rows
 
     def rows(self, a: str, b: str, curves: Curves) -> list[Row]:
         """Rows of `CIRCUIT_COLUMNS` that compare two models."""
-        a_scores, b_scores = (self.mean(self.scores[name]) for name in (a, b))
+        means = {name: self.mean(scores) for name, scores in self.scores.items()}
         halves = [
             _halves(self.scores[name].items(self.level), seed=self.seed + split)
             for name, split in product((a, b), range(self.n_splits))
         ]
-        shared = {
-            "level": self.level,
-            "a": a,
-            "b": b,
-            "rank": _rank(a_scores, b_scores),
-            "rank_ceiling": _average([_rank(*pair) for pair in halves]),
-        }
-        unsteered = self.mean(self.scores[UNSTEERED])
-        bottom = None if self.floor is None else self.mean(self.floor)
-        if bottom is not None:
-            shared["rank_floor"] = _rank(unsteered, bottom)
-        rows: list[Row] = []
-        for i, (share, size) in enumerate(zip(self.shares, self.sizes, strict=True)):
-            row = {
-                **shared,
-                "share": share,
-                "size": size,
-                "iou": _iou(a_scores, b_scores, size),
-                "iou_ceiling": _average([_iou(*pair, size) for pair in halves]),
-                "a_in_a": curves[a, a][i],
-                "a_in_b": curves[a, b][i],
-                "b_in_a": curves[b, a][i],
-                "b_in_b": curves[b, b][i],
-            }
-            if bottom is not None:
-                row["iou_floor"] = _iou(unsteered, bottom, size)
-            rows.append(row)
-        return rows
+        apart = [] if self.floor is None else [(means[UNSTEERED], self.mean(self.floor))]
+        columns: dict[str, Any] = {"level": self.level, "a": a, "b": b}
+        columns |= {"share": self.shares, "size": self.sizes}
+        compared = {"": [(means[a], means[b])], "_ceiling": halves, "_floor": apart}
+        for suffix, sides in compared.items():
+            columns[f"rank{suffix}"] = _average([_rank(*pair) for pair in sides])
+            columns[f"iou{suffix}"] = [
+                _average([_iou(*pair, size) for pair in sides]) for size in self.sizes
+            ]
+        for circuit_of, run_in in product((("a", a), ("b", b)), repeat=2):
+            columns[f"{circuit_of[0]}_in_{run_in[0]}"] = curves[circuit_of[1], run_in[1]]
+        return rows_of(**columns)
 
 
 def _areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:

@@ -1,11 +1,12 @@
 """The components that write into the residual stream: embedding, heads, MLPs."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import pandas as pd
 import torch
 from einops import einsum
 from jaxtyping import Float
@@ -68,13 +69,15 @@ def components(model: HookedModel, *, n_layers: int | None = None) -> tuple[Comp
     return Component(-1), *(Component(layer, head) for layer in layers for head in heads)
 
 
-def component_rows(parts: Iterable[Component], **columns: Iterable[Any]) -> list[Row]:
+def rows_of(**columns: Any) -> list[Row]:
+    """Rows of columns; what is not a list or array is the same in every row."""
+    return cast(list[Row], pd.DataFrame(columns).to_dict("records"))
+
+
+def component_rows(parts: Sequence[Component], **columns: Any) -> list[Row]:
     """Rows that say which component each is about, and what `columns` hold of it."""
-    values = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-    return [
-        {"component": part.kind, "layer": part.layer, "head": part.head, **fields}
-        for part, fields in zip(parts, values, strict=True)
-    ]
+    kinds, layers = [part.kind for part in parts], [part.layer for part in parts]
+    return rows_of(component=kinds, layer=layers, head=[part.head for part in parts], **columns)
 
 
 def mean_intervals(

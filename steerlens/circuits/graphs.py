@@ -17,6 +17,7 @@ from steerlens.circuits.components import (
     by_hook,
     components,
     holds_heads,
+    rows_of,
     tolerance,
     writer_hooks,
     writes,
@@ -118,10 +119,20 @@ class Scores:
 
 
 def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers) -> Contrast:
-    """Both sides of the pairs as one batch, positive prompts first; answers one a pair or prompt.
+    """Both sides of the pairs as one batch, positive prompts first.
 
-    Raises `InputError` when prompts begin with different tokens (the first is never ablated), or
-    the answers do not fit.
+    Args:
+        model: The model, unsteered.
+        pairs: Prompts that begin with the same token, which is never ablated.
+        answers: One row, one a pair, or one a prompt, positive ones first.
+
+    Raises:
+        InputError: The prompts begin with different tokens, or the answers do not fit.
+
+    Examples:
+        >>> from steerlens.circuits import contrast_answers, make_contrast
+        >>> make_contrast(model, pairs, contrast_answers(model, pairs, n_tokens=3)).n_pairs
+        8
     """
     tokenized = tokenize_pairs(model, pairs)
     prompts = make_prompts(model, [*tokenized.positive, *tokenized.negative])
@@ -136,7 +147,24 @@ def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers)
 
 
 def make_graph(contrast: Contrast, intervention: Intervention) -> Graph:
-    """The model's graph under an intervention: a forward pass over all prompts for the means."""
+    """The model's graph under an intervention: a forward pass over all prompts for the means.
+
+    Args:
+        contrast: As `make_contrast` makes it.
+        intervention: What the model is steered by; `Intervention()`: nothing.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, attribute, make_contrast, make_graph
+        >>> from steerlens.circuits import contrast_answers, run_edges, run_nodes
+        >>> contrast = make_contrast(model, pairs, contrast_answers(model, pairs, n_tokens=3))
+        >>> graph = make_graph(contrast, Intervention(vector, 4))
+        >>> scores = attribute(graph)
+        >>> kept = scores.nodes.mean(dim=-1).abs() > 0  # all that have any effect
+        >>> bool(np.isclose(run_nodes(graph, kept), scores.metric, rtol=1e-3))
+        True
+        >>> bool(np.isclose(run_edges(graph, scores.is_edge), scores.metric, rtol=1e-3))
+        True
+    """
     names = writer_hooks(contrast.model)
     totals: dict[str, Tensor] = {}
     n_tokens = 0
@@ -227,7 +255,14 @@ def attribute(graph: Graph, *, with_edges: bool = True) -> Scores:
     `node = sum (a - mean) . d metric / d a`; `edge = sum (a_writer - mean) . d metric / d input of
     the reader` (edge attribution patching, Syed et al. 2023, arXiv:2310.10348, against the mean),
     summed over tokens. Keys and values may be shared by heads: a reader is a layer's attention as a
-    whole. Raises `InputError` as `edge_readers` does.
+    whole.
+
+    Args:
+        graph: As `make_graph` makes it; its example goes on to here.
+        with_edges: False: nodes alone.
+
+    Raises:
+        InputError: As `edge_readers`.
     """
     contrast = graph.contrast
     model, names = contrast.model, writer_hooks(contrast.model)
@@ -261,7 +296,12 @@ def attribute(graph: Graph, *, with_edges: bool = True) -> Scores:
 
 
 def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> float:
-    """The metric with every head and MLP that is not `kept` replaced by its mean."""
+    """The metric (logits) with every head and MLP that is not kept replaced by its mean.
+
+    Args:
+        graph: As `make_graph` makes it; its example goes on to here.
+        kept: True for those of the circuit, in the order of `Scores.nodes`.
+    """
     parts = zip(nodes(graph.contrast.model), kept.tolist(), strict=True)
     places = by_hook(part for part, is_kept in parts if not is_kept)
     return _run(
@@ -273,11 +313,15 @@ def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> float:
 
 
 def run_edges(graph: Graph, kept: Bool[Tensor, "writer reader"]) -> float:
-    """The metric when each reader sees only the writers `kept` for it, the others' means instead.
+    """The metric (logits) when each reader sees only the writers kept for it, else means.
 
     A reader's input is the stream minus what each cut writer wrote beyond its mean in this same
-    run, so what it does see is what the circuit itself computes. A vector that acts in between must
-    be added: `compare_circuits` refuses other operators.
+    run, so what it does see is what the circuit itself computes.
+
+    Args:
+        graph: As `make_graph` makes it; its example goes on to here. A vector that acts in between
+            must be added: `compare_circuits` refuses other operators.
+        kept: True for those of the circuit, as in `Scores.is_edge`.
     """
     cut = existing_edges(graph.contrast.model) & ~kept
     return _run(graph, lambda: _cutting(graph, cut))
@@ -331,18 +375,17 @@ def edge_table(
     rows: list[Row] = []
     for name, model_scores in scores.items():
         mean = model_scores.edges.mean(dim=-1)
-        rows += [
-            {
-                "model": name,
-                "writer": str(parts[i]),
-                "writer_layer": parts[i].layer,
-                "writer_head": parts[i].head,
-                "reader": str(readers[j]),
-                "reader_layer": readers[j].layer,
-                "score": float(mean[i, j]),
-            }
-            for i, j in largest(mean, n_edges, model_scores.is_edge).nonzero().tolist()
-        ]
+        chosen = largest(mean, n_edges, model_scores.is_edge)
+        edges = [(parts[i], readers[j]) for i, j in chosen.nonzero().tolist()]
+        rows += rows_of(
+            model=name,
+            writer=[str(writer) for writer, _ in edges],
+            writer_layer=[writer.layer for writer, _ in edges],
+            writer_head=[writer.head for writer, _ in edges],
+            reader=[str(reader) for _, reader in edges],
+            reader_layer=[reader.layer for _, reader in edges],
+            score=mean[chosen].tolist(),
+        )
     return to_frame(rows, EDGE_COLUMNS, {"n_edges": n_edges})
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.circuits.components import Component
@@ -75,13 +75,12 @@ def attention_patterns(
             f"expected attention heads, 0 to {n_heads - 1} of a layer, got "
             f"{', '.join(bad) or 'none'}"
         )
-    tokens = _tokens(prompts, prompt)
     hooks = [f"blocks.{head.layer}.attn.hook_pattern" for head in heads]
+    words, runs = _read(model, prompts, prompt, hooks, intervention)
     unsteered, steered = (
-        torch.stack([read[hook][head.head] for hook, head in zip(hooks, heads, strict=True)])
-        for read in _both(model, tokens, hooks, intervention)
+        torch.stack([run[hook][head.head] for hook, head in zip(hooks, heads, strict=True)])
+        for run in runs
     )
-    words = tuple(token_texts(model, tokens.tolist()))
     return Patterns(words, tuple(map(str, heads)), unsteered, steered)
 
 
@@ -113,30 +112,28 @@ def token_projections(
         torch.Size([5, 7])
     """
     check_processing(model, directions)
-    tokens, names = _tokens(prompts, prompt), list(directions)
+    words, runs = _read(model, prompts, prompt, list(directions), intervention)
     unsteered, steered = (
-        torch.stack([read[name] @ directions[name].float().cpu() for name in names])
-        for read in _both(model, tokens, names, intervention)
+        torch.stack([run[name] @ directions[name].float().cpu() for name in directions])
+        for run in runs
     )
-    layers = tuple(f"layer {hook_layer(name)}" for name in names)
-    return Projections(tuple(token_texts(model, tokens.tolist())), layers, unsteered, steered)
+    layers = tuple(f"layer {hook_layer(name)}" for name in directions)
+    return Projections(words, layers, unsteered, steered)
 
 
-def _tokens(prompts: Prompts, prompt: int) -> Int[Tensor, " token"]:
-    if not -len(prompts) <= prompt < len(prompts):
-        raise InputError(f"there is no prompt {told(prompt)}; there are {len(prompts)}, from 0")
-    return prompts.tokens[prompt, : int(prompts.last[prompt]) + 1]
-
-
-def _both(
+def _read(
     model: HookedModel,
-    tokens: Int[Tensor, " token"],
+    prompts: Prompts,
+    prompt: int,
     hook_names: Sequence[str],
     intervention: Intervention,
-) -> list[dict[str, Tensor]]:
-    """The activations at some hooks of one text, unsteered and steered, in float32."""
-    names = sorted(set(hook_names))
-    return [
+) -> tuple[tuple[str, ...], list[dict[str, Tensor]]]:
+    """One prompt's tokens, and what is at the hooks, unsteered and steered, in float32."""
+    if not -len(prompts) <= prompt < len(prompts):
+        raise InputError(f"there is no prompt {told(prompt)}; there are {len(prompts)}, from 0")
+    tokens, names = prompts.tokens[prompt, : int(prompts.last[prompt]) + 1], sorted(set(hook_names))
+    runs = [
         capture(model, tokens[None], names, steered, read=lambda values: values[0].float().cpu())
         for steered in (UNSTEERED, intervention)
     ]
+    return tuple(token_texts(model, tokens.tolist())), runs

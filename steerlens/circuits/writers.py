@@ -127,9 +127,9 @@ def find_writers(
     rows = component_rows(parts, contribution=contribution, share=share, ci_low=low, ci_high=high)
     by_position = written[:, :, :-1].double().mean(dim=1)
     positions = component_rows(
-        (part for part in parts for _ in range(n_read)),
+        [part for part in parts for _ in range(n_read)],
         position=[*range(-n_read, 0)] * len(parts),
-        contribution=by_position.flatten().tolist(),
+        contribution=by_position.flatten(),
     )
     return Writers(
         to_frame(rows, WRITER_COLUMNS, attrs), to_frame(positions, WRITER_POSITION_COLUMNS, attrs)
