@@ -198,7 +198,7 @@ def open_parts(
     versions (naming both values).
 
     Examples:
-        >>> from steerlens.runs.record.unfinished import open_parts, read_started
+        >>> from steerlens.runs.unfinished import open_parts, read_started
         >>> request = {"hook_names": directions.hook_names, "seed": 0}
         >>> with open_parts(folder, request, options={}) as parts:
         ...     _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=parts)

@@ -83,7 +83,7 @@ def report(runs: Sequence[Run]) -> str:
 
 
 def _resource(name: str) -> str:
-    return files("steerlens.report").joinpath(name).read_text(encoding="utf-8")
+    return files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 _FOOT = (
