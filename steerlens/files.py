@@ -120,9 +120,13 @@ def check_out_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise FileError(
-            f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
-        ) from error
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> FileError:
+    """What says that nothing can be written into a folder, and why."""
+    reason = error.strerror or error
+    return FileError(f"cannot write to {str(folder)!r}: {reason}; choose another --out")
 
 
 def check_out_file(path: Path) -> None:
