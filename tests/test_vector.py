@@ -19,8 +19,8 @@ from safetensors.torch import save
 
 import steerlens as sl
 from steerlens.errors import HookError, InputError
+from steerlens.models.identity import tokenizer_fingerprints, weights_fingerprint
 from steerlens.steering import Calibration, Origin
-from steerlens.steering.origin import tokenizer_fingerprints, weights_fingerprint
 from steerlens.steering.vector_file import KEY
 
 HOOKS = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
