@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # this checkout's package
 
+
 def rooms() -> dict[str, str]:
     """Room -> purpose, in import order, from design.md's table."""
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")

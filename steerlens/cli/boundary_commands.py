@@ -10,9 +10,9 @@ from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, prepare
 from steerlens.cli.printing import output, print_boundary, print_rows
 from steerlens.data.pairs import read_texts
-from steerlens.measure.boundary import check_search, find_boundary
-from steerlens.measure.plane import loss_geometry
-from steerlens.measure.plane_boundary import boundary_shape, check_plane
+from steerlens.measure.boundary import check_search
+from steerlens.measure.plane import check_plane
+from steerlens.measure.study import boundary_shape, find_boundary, loss_geometry
 from steerlens.models.packaged import DEFAULT_MODEL
 
 

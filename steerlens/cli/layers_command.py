@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, TableCommand, prepare
 from steerlens.cli.printing import print_layers
-from steerlens.measure.sweeps import measure_layers
+from steerlens.measure.study import measure_layers
 from steerlens.models.packaged import DEFAULT_MODEL
 
 

@@ -20,8 +20,8 @@ from steerlens.directions.methods import null_directions
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import FileError
 from steerlens.loss import Budget
+from steerlens.measure.study import sweep as run_sweep
 from steerlens.measure.sweeps import SweepResult
-from steerlens.measure.sweeps import sweep as run_sweep
 from steerlens.measure.tokens import generation_table, token_damage
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.runs.record import RECORD, differences, versions

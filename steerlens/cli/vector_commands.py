@@ -15,9 +15,9 @@ from steerlens.cli.printing import note, output, print_rows, print_table, progre
 from steerlens.data.pairs import Message, Prompt
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
-from steerlens.measure.boundary import check_search, find_boundary
+from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
-from steerlens.measure.sweeps import measure_layers
+from steerlens.measure.study import find_boundary, measure_layers
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import HookedModel, load_model
 from steerlens.models.packaged import DEFAULT_MODEL

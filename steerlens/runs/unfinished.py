@@ -21,14 +21,13 @@ import pandas as pd
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import FileError, SteerlensError
-from steerlens.files import write_whole
+from steerlens.files import cannot_write, write_json, write_whole
 from steerlens.measure.sweeps import FinishedHook
 from steerlens.runs.record import (
     PARTS,
     RECORD,
     RUN_FILES,
     STARTED,
-    cannot_write,
     check_run_folder,
     differences,
     now,
@@ -36,7 +35,6 @@ from steerlens.runs.record import (
     read_objects,
     versions,
     write_directions,
-    write_json,
 )
 from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
 
