@@ -63,19 +63,18 @@ class Page(HTMLParser):
 
 def shown(result: Any) -> Page:
     """The page of a result, seen to be small, static and without colours of its own."""
-    page = result._repr_html_()
-    found = Page(page)
-    assert found.tags <= TAGS
-    assert found.attributes <= {"style"}
-    assert "background" not in found.styles
-    assert set(re.findall(r"(?<![-\w])color:(\w+)", found.styles)) == {"inherit"}
-    assert len(page) < 20_000
+    page = Page(result._repr_html_())
+    assert page.tags <= TAGS
+    assert page.attributes <= {"style"}
+    assert "background" not in page.styles
+    assert set(re.findall(r"(?<![-\w])color:(\w+)", page.styles)) == {"inherit"}
+    assert len(result._repr_html_()) < 20_000
     line = repr(result)
     assert len(line) <= MAX_LINE
     assert line.isprintable()
     assert "tensor" not in line
-    assert line in found.text
-    return found
+    assert line in page.text
+    return page
 
 
 # The helper
@@ -96,10 +95,10 @@ def test_a_fragment_by_hand() -> None:
 
 def test_long_tables_are_thinned_evenly_with_both_ends() -> None:
     table = pd.DataFrame({"layer": [str(i) for i in range(59)]} | {f"c{i}": 0 for i in range(28)})
-    found = Page(fragment(["x"], table))
-    assert [row[0] for row in found.rows[1:]] == [str(i) for i in range(0, 59, 2)]
-    assert found.rows[0] == ["layer", *(f"c{3 * i}" for i in range(10))]
-    assert found.text.endswith("30 of 59 rows; 10 of 28 columns")
+    page = Page(fragment(["x"], table))
+    assert [row[0] for row in page.rows[1:]] == [str(i) for i in range(0, 59, 2)]
+    assert page.rows[0] == ["layer", *(f"c{3 * i}" for i in range(10))]
+    assert page.text.endswith("30 of 59 rows; 10 of 28 columns")
     small = Page(fragment(["x"], table.iloc[:MAX_ROWS, : MAX_COLUMNS + 1], note="all"))
     assert (len(small.rows), len(small.rows[0])) == (MAX_ROWS + 1, MAX_COLUMNS + 1)
     assert small.text.endswith("all")
@@ -126,9 +125,9 @@ TEXT = st.lists(st.sampled_from(PARTS) | st.characters(codec="utf-8")).map("".jo
 @settings(deadline=None)
 @given(st.lists(TEXT, min_size=1, max_size=3), TEXT)
 def test_no_text_becomes_a_tag(caption: list[str], text: str) -> None:
-    found = Page(fragment(caption, pd.DataFrame({text: [text]}), note=text))
-    assert found.tags == TAGS
-    assert found.rows == [[shortened(text)], [shortened(text)]]
+    page = Page(fragment(caption, pd.DataFrame({text: [text]}), note=text))
+    assert page.tags == TAGS
+    assert page.rows == [[shortened(text)], [shortened(text)]]
 
 
 def test_a_blocks_output_is_its_layer() -> None:
@@ -160,10 +159,10 @@ def swept(llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions) -> 
 
 
 def test_a_sweep_is_layers_by_coefficients(swept: sl.SweepResult) -> None:
-    found = shown(swept)
-    assert found.rows[0] == ["layer", "c = -500", "c = 0", "c = 1"]
-    assert [row[0] for row in found.rows[1:]] == ["0", "1", "2"]
-    cells = [text for row in found.rows[1:] for text in row[1:]]
+    page = shown(swept)
+    assert page.rows[0] == ["layer", "c = -500", "c = 0", "c = 1"]
+    assert [row[0] for row in page.rows[1:]] == ["0", "1", "2"]
+    cells = [text for row in page.rows[1:] for text in row[1:]]
     assert cells[:3] == [
         f"{cell.projection:.4g} ({cell.degradation_nats:+.3f}){'' if cell.coherent else ' !'}"
         for cell in swept.table.iloc[:3].itertuples()
@@ -171,62 +170,60 @@ def test_a_sweep_is_layers_by_coefficients(swept: sl.SweepResult) -> None:
     # What is incoherent is marked in the text, and the mark is explained.
     assert [not text.endswith("!") for text in cells] == swept.table.coherent.tolist()
     assert 3 <= swept.table.coherent.sum() < 9
-    assert "! beyond the budget" in found.text
+    assert "! beyond the budget" in page.text
     for part in ("3 hooks x 3 coefficients, mean_diff", "model tiny", "pairs", "nats=0.0001"):
-        assert part in found.text
+        assert part in page.text
 
 
 def test_a_boundary_has_a_row_a_layer(
     llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
 ) -> None:
     result = sl.find_boundary(llama, many, directions, layers=[1, 3], n_bootstrap=50)
-    found = shown(result)
-    assert [row[0] for row in found.rows[1:]] == ["1", "3"]
+    page = shown(result)
+    assert [row[0] for row in page.rows[1:]] == ["1", "3"]
     first = result.layers.iloc[0]
-    at = found.rows[0].index("boundary pos")
-    assert found.rows[1][at] == f"{first.boundary_pos:.4g}"
-    assert (
-        found.rows[1][at + 1]
-        == f"{first.boundary_pos_ci_low:.4g} to {first.boundary_pos_ci_high:.4g}"
-    )
-    assert "text positive, budget relative=0.01" in found.text
+    at = page.rows[0].index("boundary pos")
+    assert page.rows[1][at] == f"{first.boundary_pos:.4g}"
+    interval = f"{first.boundary_pos_ci_low:.4g} to {first.boundary_pos_ci_high:.4g}"
+    assert page.rows[1][at + 1] == interval
+    assert "text positive, budget relative=0.01" in page.text
     plane = sl.boundary_shape(llama, many, directions, layer=1, n_angles=4, n_bootstrap=50)
-    found = shown(plane)
-    assert [row[0] for row in found.rows[1:]] == ["0", "90", "180", "270"]
-    assert found.rows[2][1] == f"{plane.table.boundary[1]:.4g}"
-    assert "layer 1" in found.text
+    page = shown(plane)
+    assert [row[0] for row in page.rows[1:]] == ["0", "90", "180", "270"]
+    assert page.rows[2][1] == f"{plane.table.boundary[1]:.4g}"
+    assert "layer 1" in page.text
 
 
 def test_the_geometry_has_a_row_a_layer(
     llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
 ) -> None:
     result = sl.loss_geometry(llama, many, directions, layers=[1, 3], n_angles=3, n_bootstrap=2)
-    found = shown(result)
-    assert [row[0] for row in found.rows[1:]] == ["1", "3"]
+    page = shown(result)
+    assert [row[0] for row in page.rows[1:]] == ["1", "3"]
     first = result.shape[result.shape.layer == 1].boundary
-    assert found.rows[1][-2:] == [f"{first.min():.4g}", f"{first.max():.4g}"]
+    assert page.rows[1][-2:] == [f"{first.min():.4g}", f"{first.max():.4g}"]
 
 
 def test_what_is_collected_shows_norms(llama: Any, pairs: sl.ContrastivePairs) -> None:
     differences = sl.collect_differences(llama, pairs, layers=[0, 1])
-    found = shown(differences)
-    assert found.rows[0] == ["layer", "separation", "resid norm"]
+    page = shown(differences)
+    assert page.rows[0] == ["layer", "separation", "resid norm"]
     expected = float(differences[resid_post(1)].norm(dim=-1).mean())
-    assert found.rows[2][:2] == ["1", f"{expected:.4g}"]
-    assert len(found.rows) == 3  # without the readouts
+    assert page.rows[2][:2] == ["1", f"{expected:.4g}"]
+    assert len(page.rows) == 3  # without the readouts
     gradients = sl.loss_gradients(llama, pairs, layers=[0, 1])
-    found = shown(gradients)
+    page = shown(gradients)
     terms = sl.gradient_terms(gradients)
-    assert found.rows[0][:3] == ["layer", "loss at", "separation norm"]
-    assert found.rows[1][:3] == ["0", "2", f"{terms.separation_norm[0]:.4g}"]
+    assert page.rows[0][:3] == ["layer", "loss at", "separation norm"]
+    assert page.rows[1][:3] == ["0", "2", f"{terms.separation_norm[0]:.4g}"]
 
 
 def test_directions_show_their_hooks(llama: Any, pairs: sl.ContrastivePairs) -> None:
     fitted = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[0, 1]))
-    found = shown(fitted)
-    assert found.rows[1:] == [["0", "steered"], ["1", "steered"], ["2", "readout"]]
-    assert "mean_diff" in found.text
-    assert "position -1" in found.text
+    page = shown(fitted)
+    assert page.rows[1:] == [["0", "steered"], ["1", "steered"], ["2", "readout"]]
+    assert "mean_diff" in page.text
+    assert "position -1" in page.text
 
 
 def comparison(method: str, *, chosen: bool) -> Comparison:
@@ -240,12 +237,12 @@ def comparison(method: str, *, chosen: bool) -> Comparison:
 
 
 def test_a_comparison_shows_the_summary_or_every_row() -> None:
-    found = shown(comparison("pca", chosen=True))
+    page = shown(comparison("pca", chosen=True))
     assert repr(comparison("pca", chosen=True)) == "Comparison(1 methods, 1 rows, 2 items, kl=0.1)"
-    assert found.rows[0][:3] == ["method", "layer", "verdict"]
-    assert dict(zip(*found.rows, strict=True))["rank"] == "1"
-    found = shown(comparison("pca", chosen=False))
-    assert dict(zip(*found.rows, strict=True))["p holm"] == "0.01"
+    assert page.rows[0][:3] == ["method", "layer", "verdict"]
+    assert dict(zip(*page.rows, strict=True))["rank"] == "1"
+    page = shown(comparison("pca", chosen=False))
+    assert dict(zip(*page.rows, strict=True))["p holm"] == "0.01"
 
 
 # Hostile text
@@ -290,13 +287,12 @@ def test_hostile_names_stay_text(
         replace(gradients, hook_names=(HOOK,), loss_hooks=(HOOK,) * 2, fingerprint=HOSTILE),
     ]
     for result in results:
-        found = shown(result)  # no tag but those of a table
-        assert "<script>" in found.text, type(result)
-        page = result._repr_html_()
-        assert "<script" not in page
-        assert "<img" not in page
+        assert "<script>" in shown(result).text, type(result)  # no tag but those of a table
+        source = result._repr_html_()
+        assert "<script" not in source
+        assert "<img" not in source
         # Of what is too long for a table the beginning is there.
-        assert "&lt;script&gt;go()&lt;/script&gt; harmless" in page, type(result)
+        assert "&lt;script&gt;go()&lt;/script&gt; harmless" in source, type(result)
 
 
 def test_long_names_leave_a_short_line() -> None:

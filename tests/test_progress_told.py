@@ -18,29 +18,35 @@ from steerlens.circuits import (
 )
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.progress import Progress
 
-Told = list[tuple[str, int, int]]
+Calls = list[tuple[str, int, int]]
 
 
-def stages(told: Told) -> list[tuple[str, int]]:
+def stages(calls: Calls) -> list[tuple[str, int]]:
     """Names and totals of the stages, each seen to rise from 0 to its total and to end there."""
-    found: list[tuple[str, int]] = []
+    seen: list[tuple[str, int]] = []
     done = total = 0
-    for what, now, of in told:
+    for stage, now, of_stage in calls:
         if done == total:  # the one before is over, or there was none
-            found.append((what, of))
-            assert now == 0, what
+            seen.append((stage, of_stage))
+            assert now == 0, stage
         else:
-            assert (what, of) == found[-1]
-            assert now >= done, what
-        done, total = now, of
-    assert done == total, found[-1:]
-    return found
+            assert (stage, of_stage) == seen[-1]
+            assert now >= done, stage
+        done, total = now, of_stage
+    assert done == total, seen[-1:]
+    return seen
+
+
+def run(function: Callable[..., Any], *args: Any, **options: Any) -> list[tuple[str, int]]:
+    """Run a function with a `Progress`, and see that what it tells are whole stages."""
+    calls: Calls = []
+    function(*args, **options, progress=lambda *call: calls.append(call))
+    return stages(calls)
 
 
 @pytest.mark.parametrize(
-    "told",
+    "calls",
     [
         [("cells", 1, 2), ("cells", 2, 2)],
         [("cells", 0, 2), ("cells", 1, 2)],
@@ -49,29 +55,13 @@ def stages(told: Told) -> list[tuple[str, int]]:
         [("cells", 0, 3), ("cells", 2, 3), ("cells", 1, 3), ("cells", 3, 3)],
     ],
 )
-def test_the_check_of_stages_can_fail(told: Told) -> None:
+def test_the_check_of_stages_can_fail(calls: Calls) -> None:
     with pytest.raises(AssertionError):
-        stages(told)
+        stages(calls)
     assert stages([("cells", 0, 2), ("cells", 1, 2), ("cells", 2, 2)]) == [("cells", 2)]
 
 
-@pytest.fixture
-def run() -> Callable[..., list[tuple[str, int]]]:
-    """Run a function with a `Progress`, and see that what it tells are whole stages."""
-
-    def call(function: Callable[..., Any], *given: Any, **options: Any) -> list[tuple[str, int]]:
-        told: Told = []
-        tell: Progress = lambda *one: told.append(one)  # noqa: E731
-        function(*given, **options, progress=tell)
-        return stages(told)
-
-    return call
-
-
-Run = Callable[..., list[tuple[str, int]]]
-
-
-def test_collecting(run: Run, llama: Any, pairs: sl.ContrastivePairs) -> None:
+def test_collecting(llama: Any, pairs: sl.ContrastivePairs) -> None:
     assert run(sl.collect_differences, llama, pairs) == [("activations: prompts", 16)]
     some = tokenize_pairs(llama, pairs).positive
     found = run(sl.collect_activations, llama, some, ["blocks.1.hook_resid_post"], batch_size=3)
@@ -85,14 +75,12 @@ def test_collecting(run: Run, llama: Any, pairs: sl.ContrastivePairs) -> None:
 
 
 def test_a_batch_is_told_of_once_it_is_run(llama: Any, pairs: sl.ContrastivePairs) -> None:
-    told: Told = []
-    sl.collect_differences(llama, pairs, batch_size=1, progress=lambda *one: told.append(one))
-    assert sorted({done for _, done, _ in told}) == list(range(17))
+    calls: Calls = []
+    sl.collect_differences(llama, pairs, batch_size=1, progress=lambda *call: calls.append(call))
+    assert sorted({done for _, done, _ in calls}) == list(range(17))
 
 
-def test_training_counts_epochs_of_all_hooks(
-    run: Run, llama: Any, many: sl.ContrastivePairs
-) -> None:
+def test_training_counts_epochs_of_all_hooks(llama: Any, many: sl.ContrastivePairs) -> None:
     options: dict[str, Any] = {"layers": [1, 2], "max_epochs": 2, "step_size": 0.02}
     assert run(sl.train_directions, llama, many, **options) == [
         *(("activations: prompts", 40), ("training: epochs", 4))
@@ -107,7 +95,7 @@ BOUNDARY = [
 
 @pytest.mark.parametrize("on", ["positive", "negative"])
 def test_a_boundary(
-    run: Run, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions, on: Any
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions, on: Any
 ) -> None:
     found = run(sl.find_boundary, llama, many, directions, layers=[1, 3], on=on, n_bootstrap=20)
     unsteered = [("unsteered model: prompts", 40), ("checks: hooks", 2)]
@@ -123,7 +111,7 @@ def test_a_boundary(
 
 
 def test_rollouts_and_predictions(
-    run: Run, llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
+    llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
 ) -> None:
     options: dict[str, Any] = {"layers": [3], "budget": "rollout_kl_p95=0.5", "n_bootstrap": 2}
     found = run(sl.find_boundary, llama, pairs[:3], directions, **options)
@@ -133,9 +121,7 @@ def test_rollouts_and_predictions(
     ]
 
 
-def test_a_shape(
-    run: Run, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
-) -> None:
+def test_a_shape(llama: Any, many: sl.ContrastivePairs, directions: sl.Directions) -> None:
     found = run(sl.boundary_shape, llama, many, directions, layer=1, n_angles=4, n_bootstrap=2)
     assert found[:5] == [
         ("activations: prompts", 40),
@@ -148,7 +134,7 @@ def test_a_shape(
 
 
 def test_the_geometry_of_several_layers(
-    run: Run, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
 ) -> None:
     options: dict[str, Any] = {"layers": [1, 3], "n_angles": 3, "n_bootstrap": 2}
     found = run(sl.loss_geometry, llama, many, directions, **options)
@@ -163,7 +149,7 @@ def test_the_geometry_of_several_layers(
 
 
 def test_what_is_shown_of_prompts(
-    run: Run, llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
+    llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
 ) -> None:
     options: dict[str, Any] = {"layer": 1, "coefficients": [-2, 0, 2]}
     texts = ["the river was", "I said"]
@@ -179,7 +165,7 @@ def items(start: str, n: int) -> PreferenceItems:
     return PreferenceItems(tuple(made), start)
 
 
-def test_a_comparison_has_numbered_steps(run: Run, llama: Any, many: sl.ContrastivePairs) -> None:
+def test_a_comparison_has_numbered_steps(llama: Any, many: sl.ContrastivePairs) -> None:
     found = run(
         sl.compare,
         llama,
@@ -212,7 +198,7 @@ def test_a_comparison_has_numbered_steps(run: Run, llama: Any, many: sl.Contrast
 
 
 def test_a_comparison_with_personas_has_one_step_more(
-    run: Run, llama: Any, many: sl.ContrastivePairs
+    llama: Any, many: sl.ContrastivePairs
 ) -> None:
     def chat(system: str, text: str) -> list[dict[str, str]]:
         return [{"role": "system", "content": system}, {"role": "user", "content": text}]
@@ -238,7 +224,7 @@ def test_a_comparison_with_personas_has_one_step_more(
     assert found[-1] == ("step 6 of 6, persona in the prompt: prompts", 12)
 
 
-def test_circuits(run: Run, llama: Any, pairs: sl.ContrastivePairs) -> None:
+def test_circuits(llama: Any, pairs: sl.ContrastivePairs) -> None:
     directions = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[1]))
     vector = sl.SteeringVector.from_directions(llama, directions)
     answers = contrast_answers(llama, pairs, n_tokens=3)
