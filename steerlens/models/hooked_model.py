@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 
@@ -41,7 +42,7 @@ def weight_module(model: Any) -> Any:
     return model if wrapped is None else wrapped
 
 
-def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def named_weights(model: Any) -> Iterator[tuple[str, Shaped[Tensor, "..."]]]:
     """Name and weight of every parameter, a Bridge's under the names of the checkpoint."""
     for name, weight in weight_module(model).named_parameters():
         yield checkpoint_name(name), weight
