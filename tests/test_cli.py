@@ -13,8 +13,7 @@ import pytest
 from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens import cli
-from steerlens.cli import main, sweeps
+from steerlens.cli import main
 from steerlens.data import pairs as data
 from steerlens.errors import SteerlensError
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
@@ -215,21 +214,16 @@ def test_the_batch_size_changes_no_number_beyond_rounding(sweep: Main, tmp_path:
 def test_the_same_command_gives_the_same_bytes(sweep: Main, tmp_path: Path) -> None:
     for name, options in {"a": [], "b": [], "c": ["--coefficients=-2,0,3"]}.items():
         assert sweep(*options, "--out", tmp_path / name).code == 0
+    a, b, c = (content(tmp_path / name) for name in "abc")
     for name in ("sweep.csv", "layers.csv", "sweep.parquet"):
-        first, second = ((tmp_path / folder / name).read_bytes() for folder in ("a", "b"))
-        assert first == second
-    assert (tmp_path / "c" / "sweep.csv").read_bytes() != (tmp_path / "a/sweep.csv").read_bytes()
-
-
-def test_the_same_request_may_be_run_again(sweep: Main, tmp_path: Path) -> None:
-    assert sweep("--out", tmp_path).code == 0
-    before = content(tmp_path)
-    (tmp_path / "sweep.csv").unlink()
-    (tmp_path / "notes.txt").write_text("mine")
-    assert sweep("--out", tmp_path).code == 0
-    after = content(tmp_path)
-    assert after["sweep.csv"] == before["sweep.csv"]
-    assert after["notes.txt"] == b"mine"
+        assert a[name] == b[name]
+    assert a["sweep.csv"] != c["sweep.csv"]
+    # Again into the same folder.
+    (tmp_path / "a" / "sweep.csv").unlink()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    assert sweep("--out", tmp_path / "a").code == 0
+    after = content(tmp_path / "a")
+    assert (after["sweep.csv"], after["notes.txt"]) == (a["sweep.csv"], b"mine")
 
 
 @pytest.mark.parametrize(
@@ -261,12 +255,16 @@ def test_other_pairs_in_a_file_of_the_same_name_are_refused(sweep: Main, tmp_pat
     assert content(out) == before
 
 
-def test_pairs_to_measure_on(sweep: Main, tmp_path: Path) -> None:
-    held_out = write_pairs(tmp_path / "test.jsonl", HELD_OUT)
-    options = ("--test-pairs", held_out, "--max-pairs", "2", "--out", tmp_path / "run")
-    outcome = sweep(*options)
-    assert outcome.code == 0
-    request = record(tmp_path / "run")["request"]
+def test_pairs_to_fit_and_to_measure_on(
+    sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "shipped" / "mood"
+    shipped.mkdir(parents=True)
+    write_pairs(shipped / "train.jsonl", OPENINGS)
+    held_out = write_pairs(shipped / "test.jsonl", HELD_OUT)
+    options = ("--test-pairs", held_out, "--max-pairs", "2")
+    assert sweep(*options, "--out", tmp_path / "file").code == 0
+    request = record(tmp_path / "file")["request"]
     measured = sl.ContrastivePairs.from_jsonl(held_out)[:2]
     assert request["fitted_on"]["n_pairs"] == len(OPENINGS)
     assert request["measured_on"] == {
@@ -274,49 +272,19 @@ def test_pairs_to_measure_on(sweep: Main, tmp_path: Path) -> None:
         "n_pairs": 2,
         "fingerprint": measured.fingerprint,
     }
-    assert (table(tmp_path / "run").n_pairs == 2).all()
-
-
-def test_a_shipped_dataset_is_fitted_on_train_and_measured_on_test(
-    sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "shipped" / "mood"
-    folder.mkdir(parents=True)
-    write_pairs(folder / "train.jsonl", OPENINGS)
-    write_pairs(folder / "test.jsonl", HELD_OUT)
-    monkeypatch.setattr(data, "shipped_folder", lambda: folder.parent)
-    outcome = sweep("--pairs", "mood", "--out", tmp_path / "run")
-    assert outcome.code == 0
-    request = record(tmp_path / "run")["request"]
-    assert [request[part]["name"] for part in ("fitted_on", "measured_on")] == [
-        "mood/train",
-        "mood/test",
-    ]
-    assert (table(tmp_path / "run").n_pairs == len(HELD_OUT)).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "noted"),
-    [
-        ([], True),
-        (["--max-pairs", "3"], True),
-        (["--test-pairs", "test.jsonl"], False),
-        (["--quiet"], False),
-    ],
-)
-def test_measuring_on_the_fitted_pairs_is_noted(
-    options: list[str], noted: bool, sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_pairs(tmp_path / "test.jsonl", HELD_OUT)
-    outcome = sweep(*options, "--out", tmp_path / "run")
-    assert outcome.code == 0
-    assert ("measured on the pairs" in outcome.words) is noted
+    assert (table(tmp_path / "file").n_pairs == 2).all()
+    # A shipped dataset is fitted on its training part and measured on its test part.
+    monkeypatch.setattr(data, "shipped_folder", lambda: shipped.parent)
+    assert sweep("--pairs", "mood", "--out", tmp_path / "mood").code == 0
+    request = record(tmp_path / "mood")["request"]
+    parts = [request[part]["name"] for part in ("fitted_on", "measured_on")]
+    assert parts == ["mood/train", "mood/test"]
+    assert (table(tmp_path / "mood").n_pairs == len(HELD_OUT)).all()
 
 
 def test_quiet_prints_nothing(sweep: Main, layers: Main, tmp_path: Path) -> None:
-    for command in (sweep, layers):
-        out = tmp_path / f"{command is sweep}.csv"
+    for i, command in enumerate((sweep, layers)):
+        out = tmp_path / f"{i}.csv"
         loud = command("--out", out)
         assert (loud.code, loud.out != "", loud.err != "") == (0, True, True)
         quiet = command("--quiet", "--out", out)
@@ -424,18 +392,16 @@ def test_a_usage_error_is_one_line(arguments: list[str], words: list[str], run: 
     assert_error(run(*arguments), *words)
 
 
-@pytest.mark.parametrize("taken", ["", "deeper"])
-def test_a_file_where_the_folder_should_be(taken: str, sweep: Main, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("mine")
-    outcome = sweep("--quiet", "--out", tmp_path / "file" / taken)
-    assert_error(outcome, str(tmp_path / "file"), "--out")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_results_without_a_record_are_kept(sweep: Main, tmp_path: Path) -> None:
-    (tmp_path / "sweep.csv").write_text("mine")
-    assert_error(sweep("--quiet", "--out", tmp_path), "sweep.csv", "no run.json")
-    assert content(tmp_path) == {"sweep.csv": b"mine"}
+def test_what_stands_where_the_folder_should_be_is_kept(sweep: Main, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for taken in (file, file / "deeper"):
+        assert_error(sweep("--quiet", "--out", taken), str(file), "--out")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "sweep.csv").write_text("mine")
+    assert_error(sweep("--quiet", "--out", folder), "sweep.csv", "no run.json")
+    assert (content(folder), file.read_text()) == ({"sweep.csv": b"mine"}, "mine")
 
 
 def test_debug_shows_the_traceback(sweep: Main, run: Main, tmp_path: Path) -> None:
@@ -451,31 +417,26 @@ def test_an_unexpected_error_says_so_and_points_to_debug(
     def fail(*args: Any, **options: Any) -> None:
         raise RuntimeError("first line\nsecond [line]")
 
-    monkeypatch.setattr(cli, "load_model", fail)
+    monkeypatch.setattr("steerlens.cli.command.load_model", fail)
     outcome = layers("--quiet")
     assert_error(outcome, "unexpected RuntimeError", "first line second [line]", "--debug")
     with pytest.raises(RuntimeError, match="second"):
         layers("--quiet", "--debug")
 
 
-def test_an_interrupt_is_exit_code_130(layers: Main, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "load_model", interrupt)
-    outcome = layers("--quiet")
-    assert outcome.code == 130
-    assert "Traceback" not in outcome.err
-
-
-def test_an_interrupted_sweep_leaves_no_files(
-    sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupt_is_exit_code_130_and_leaves_no_files(
+    layers: Main, sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sweeps, "fit", interrupt)
+        patch.setattr("steerlens.cli.command.load_model", interrupt)
+        outcome = layers("--quiet")
+        assert outcome.code == 130
+        assert "Traceback" not in outcome.err
+    with monkeypatch.context() as patch:
+        patch.setattr("steerlens.cli.command.fit_methods", interrupt)
         outcome = sweep("--out", tmp_path)
         assert outcome.code == 130
         assert "before a hook was finished" in outcome.words
@@ -486,7 +447,12 @@ def test_an_interrupted_sweep_leaves_no_files(
 # layers
 
 
-def test_layers_prints_and_writes_the_table(layers: Main, sweep: Main, tmp_path: Path) -> None:
+def test_layers_prints_and_writes_the_table(
+    layers: Main, sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert layers().code == 0
+    assert content(tmp_path) == {}, "without --out nothing is written"
     out = tmp_path / "new" / "layers.csv"
     outcome = layers("--out", out)
     assert outcome.code == 0
@@ -514,14 +480,6 @@ def test_layers_takes_the_same_options(layers: Main, tmp_path: Path) -> None:
     assert not tables[0].equals(tables[1])
 
 
-def test_layers_without_out_writes_nothing(
-    layers: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert layers().code == 0
-    assert content(tmp_path) == {}
-
-
 def test_layers_refuses_a_folder_and_keeps_an_old_file_after_an_error(
     layers: Main, tmp_path: Path
 ) -> None:
@@ -538,19 +496,14 @@ def test_layers_refuses_a_folder_and_keeps_an_old_file_after_an_error(
 # models, datasets, help
 
 
-def test_models_lists_what_can_be_fetched(run: Main) -> None:
-    outcome = run("models")
-    assert (outcome.code, outcome.err) == (0, "")
-    printed = " ".join(outcome.out.split())
+def test_models_and_datasets_are_listed(run: Main) -> None:
+    models, datasets = run("models"), run("datasets")
+    assert (models.code, models.err, datasets.code, datasets.err) == (0, "", 0, "")
+    printed = " ".join(models.out.split())
     assert DEFAULT_MODEL in printed
     assert PACKAGED_MODELS[DEFAULT_MODEL].requirement in printed
-    assert str(cache_folder()) in outcome.out.replace("\n", "")
-
-
-def test_datasets_lists_names_and_sizes(run: Main) -> None:
-    outcome = run("datasets")
-    assert (outcome.code, outcome.err) == (0, "")
-    lines = outcome.out.splitlines()
+    assert str(cache_folder()) in models.out.replace("\n", "")
+    lines = datasets.out.splitlines()
     for name in sl.dataset_names():
         sizes = [len(sl.ContrastivePairs.load(name, split=split)) for split in ("train", "test")]
         assert f"{name}: {sizes[0]} train, {sizes[1]} test pairs" in lines
@@ -565,21 +518,16 @@ def test_datasets_shows_a_card(name: str, run: Main) -> None:
     assert outcome.out.split() == card.split()
 
 
-def test_no_arguments_show_the_help(run: Main) -> None:
-    outcome = run()
-    printed = (outcome.out + outcome.err).splitlines()
-    assert sum(line.strip().startswith(("sweep ", "layers ", "generate ")) for line in printed) == 3
-
-
-@pytest.mark.parametrize(
-    "command",
-    ["sweep", "boundary", "layers", "extract", "generate", "export", "bake", "models", "datasets"],
-)
-def test_every_command_has_help(command: str, run: Main) -> None:
-    outcome = run(command, "--help")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert command in outcome.out
-    assert "--debug" in outcome.out
+def test_every_command_is_in_the_help_and_has_one(run: Main) -> None:
+    shown = run()
+    printed = (shown.out + shown.err).splitlines()
+    commands = "sweep boundary geometry compare reliability layers circuits report extract generate"
+    for command in f"{commands} export bake vectors models methods datasets".split():
+        assert sum(line.strip().startswith(f"{command} ") for line in printed) == 1
+        outcome = run(command, *(["show"] if command == "vectors" else []), "--help")
+        assert (outcome.code, outcome.err) == (0, "")
+        assert command in outcome.out
+        assert "--debug" in outcome.out
 
 
 def test_python_m_steerlens() -> None:

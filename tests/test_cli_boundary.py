@@ -1,29 +1,21 @@
 """`steerlens boundary`: what it writes, prints and refuses."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_cli import (  # noqa: F401 (fixtures)
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    record,
-    run,
-    table,
-)
+from test_cli import Main, assert_error, content, model_folder, pairs_file, record, run, table
 
 import steerlens as sl
-import steerlens.measure.texts
-from steerlens.cli import boundaries
+import steerlens.measure.boundary
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
 
 
 @pytest.fixture
-def boundary(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+def boundary(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens boundary` on one layer of the small model; a later option overrides these."""
     return lambda *arguments: run(
         *("boundary", "--model", model_folder, "--pairs", pairs_file, "--layers", "1"),
@@ -33,10 +25,7 @@ def boundary(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: 
 
 
 def test_a_run_holds_tables_directions_and_record(
-    boundary: Main,
-    tmp_path: Path,
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    boundary: Main, tmp_path: Path, model_folder: Path, pairs_file: Path
 ) -> None:
     outcome = boundary("--out", tmp_path)
     assert outcome.code == 0
@@ -65,17 +54,11 @@ def test_a_run_holds_tables_directions_and_record(
     assert "boundary on probes: pushes settled 2/2" in outcome.words
 
 
-def test_quiet_prints_nothing(boundary: Main, tmp_path: Path) -> None:
-    outcome = boundary("--quiet", "--out", tmp_path)
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
-    assert "layers.csv" in content(tmp_path)
-
-
 def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("the river was warm\n\nhow was the day\n", encoding="utf-8")
     neutral = ("the soup was good", "it was not so")
-    monkeypatch.setattr(steerlens.measure.texts, "neutral_texts", lambda: neutral)
+    monkeypatch.setattr(steerlens.measure.boundary, "neutral_texts", lambda: neutral)
     found = {}
     for on in ("positive", "negative", "neutral", str(texts)):
         out = tmp_path / Path(on).stem / "run"
@@ -108,7 +91,8 @@ def test_an_infinite_boundary_is_written_as_such(boundary: Main, tmp_path: Path)
 
 
 def test_another_request_does_not_overwrite(boundary: Main, tmp_path: Path) -> None:
-    assert boundary("--quiet", "--out", tmp_path).code == 0
+    outcome = boundary("--quiet", "--out", tmp_path)
+    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
     before = content(tmp_path)
     assert_error(boundary("--quiet", "--on", "negative", "--out", tmp_path), "other on", "--out")
     assert_error(boundary("--quiet", "--budget", "kl=0.1", "--out", tmp_path), "other budget")
@@ -121,6 +105,7 @@ def test_another_request_does_not_overwrite(boundary: Main, tmp_path: Path) -> N
     ("options", "words"),
     [
         (["--on", "missing.txt"], ["missing.txt", "neutral nor a file"]),
+        (["--on", "empty.txt"], ["no text"]),
         (["--budget", "kl"], ["kl_p95=1", "'kl'"]),
         (["--budget", "nats=0"], ["no room"]),
         (["--search-range", "0"], ["search_range"]),
@@ -140,13 +125,8 @@ def test_errors_are_one_line_and_come_before_the_work(
     def too_late(*args: object, **kwargs: object) -> None:
         raise AssertionError("the search began")
 
-    monkeypatch.setattr(boundaries, "find_boundary", too_late)
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("\n \n")
+    monkeypatch.setattr("steerlens.cli.boundary_commands.find_boundary", too_late)
     assert_error(boundary("--quiet", "--out", tmp_path / "run", *options), *words)
     assert content(tmp_path / "run") == {}
-
-
-def test_an_empty_text_file_is_refused(boundary: Main, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n \n")
-    assert_error(
-        boundary("--quiet", "--on", tmp_path / "empty.txt", "--out", tmp_path / "run"), "no text"
-    )

@@ -1,5 +1,7 @@
 """`steerlens circuits`, and the pages it writes."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import json
 import re
 from pathlib import Path
@@ -7,15 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import (  # noqa: F401 (fixtures)
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    run,
-    table,
-)
+from test_cli import Main, assert_error, content, model_folder, pairs_file, run, table
 
 import steerlens as sl
 from steerlens.circuits import (
@@ -31,7 +25,7 @@ from steerlens.tables import CIRCUIT_COLUMNS, READER_COLUMNS, WRITER_COLUMNS
 
 
 @pytest.fixture
-def circuits(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+def circuits(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens circuits` on the small model; a later option overrides these."""
     return lambda *arguments: run(
         *("circuits", "--model", model_folder, "--pairs", pairs_file, "--layer", "1"),

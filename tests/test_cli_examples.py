@@ -1,21 +1,14 @@
 """What `steerlens sweep` shows of a few prompts: generations.csv and tokens.csv."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from test_cli import (  # noqa: F401 (fixtures)
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    record,
-    run,
-    table,
-)
+from test_cli import Main, assert_error, content, model_folder, pairs_file, record, run, table
 
 import steerlens as sl
 from steerlens.models.hooks import resid_post
@@ -27,7 +20,7 @@ BOTH = {"generations.csv", "tokens.csv"}
 
 
 @pytest.fixture
-def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens sweep` with its examples on the small model; a later option overrides these."""
     return lambda *arguments: run(
         *("sweep", "--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,3"),
@@ -43,10 +36,7 @@ def examples(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_a_sweep_shows_two_prompts(
-    sweep: Main,
-    tmp_path: Path,
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    sweep: Main, tmp_path: Path, model_folder: Path, pairs_file: Path
 ) -> None:
     outcome = sweep("--out", tmp_path, "--layers", "0:3")
     assert outcome.code == 0

@@ -1,5 +1,7 @@
 """`steerlens report`, and what a run's record says of the warnings given."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import json
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from run_folders import write_boundary, write_sweep
-from test_cli import (  # noqa: F401 (fixtures)
+from test_cli import (
     HELD_OUT,
     Main,
     assert_error,
@@ -21,11 +23,11 @@ from test_cli import (  # noqa: F401 (fixtures)
     write_pairs,
 )
 
-from steerlens.cli.options import IN_SAMPLE
-from steerlens.cli.warned import keeping_warnings, warn, warned
+from steerlens.cli.command import IN_SAMPLE
+from steerlens.cli.run_warnings import keeping_warnings, warn, warned
 
 
-def test_a_report_is_written_into_the_first_folder(run: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_a_report_is_written_into_the_first_folder(run: Main, tmp_path: Path) -> None:
     folders = [write_sweep(tmp_path / "a"), write_boundary(tmp_path / "b")]
     before = content(folders[0])
     outcome = run("report", *folders)
@@ -39,7 +41,7 @@ def test_a_report_is_written_into_the_first_folder(run: Main, tmp_path: Path) ->
     assert "report.html" not in content(folders[1])
 
 
-def test_elsewhere_and_quietly(run: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_elsewhere_and_quietly(run: Main, tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "a")
     out = tmp_path / "new" / "page.html"
     outcome = run("report", folder, "--out", out, "--quiet")
@@ -48,7 +50,7 @@ def test_elsewhere_and_quietly(run: Main, tmp_path: Path) -> None:  # noqa: F811
     assert "report.html" not in content(folder)
 
 
-def test_what_a_report_refuses(run: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_what_a_report_refuses(run: Main, tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "a")
     assert_error(run("report"), "RUN_DIR")
     assert_error(run("report", tmp_path), "holds no run.json")
@@ -76,7 +78,7 @@ def test_no_model_is_loaded(tmp_path: Path) -> None:
     assert not {"transformers", "transformer_lens", "safetensors"} & {*modules}
 
 
-def test_a_real_run_has_a_report(sweep: Main, run: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_a_real_run_has_a_report(sweep: Main, run: Main, tmp_path: Path) -> None:
     """The in-sample note is in the record and the report, quiet or not; CSV files stay the same."""
     for name, more in (("loud", []), ("quiet", ["--quiet"])):
         outcome = sweep("--out", tmp_path / name, *more)
@@ -91,9 +93,12 @@ def test_a_real_run_has_a_report(sweep: Main, run: Main, tmp_path: Path) -> None
     assert IN_SAMPLE.removeprefix("note: ") in page
 
 
-def test_held_out_pairs_give_no_note(sweep: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_held_out_pairs_give_no_note(sweep: Main, tmp_path: Path) -> None:
     other = write_pairs(tmp_path / "other.jsonl", HELD_OUT)
-    assert sweep("--out", tmp_path / "run", "--test-pairs", other).code == 0
+    outcome = sweep("--out", tmp_path / "run", "--test-pairs", other)
+    assert (outcome.code, IN_SAMPLE[:30] in outcome.words) == (0, False)
+    fewer = sweep("--out", tmp_path / "fewer", "--max-pairs", "3")
+    assert (fewer.code, IN_SAMPLE[:30] in fewer.words) == (0, True)
     assert record(tmp_path / "run")["warnings"] == []
     assert record(tmp_path / "run")["request"]["held_out"] is True
 
@@ -132,7 +137,7 @@ def test_every_run_has_its_own_warnings() -> None:
         assert warned() == ()
 
 
-def test_a_warning_of_the_run_is_in_its_record(sweep: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_a_warning_of_the_run_is_in_its_record(sweep: Main, tmp_path: Path) -> None:
     """A coefficient that overflows leaves its cell undefined, with a warning."""
     with pytest.warns(RuntimeWarning, match="NaN or inf"):
         assert sweep("--out", tmp_path, "--coefficients=0,1e39", "--layers", "0").code == 0

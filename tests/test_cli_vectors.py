@@ -1,5 +1,7 @@
 """`steerlens extract`, `generate`, `export`, `bake` and `vectors`."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import json
 from pathlib import Path
 from typing import Any
@@ -7,17 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_cli import (  # noqa: F401 (fixtures)
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    run,
-)
+from test_cli import Main, assert_error, content, model_folder, pairs_file, run
 
 import steerlens as sl
-from steerlens.cli import vectors
 from steerlens.data.pairs import Message
 from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.steering import generate
@@ -26,7 +20,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 @pytest.fixture
-def steered(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+def steered(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens generate` on the small model."""
     return lambda *arguments: run(
         *("generate", "--model", model_folder, "--pairs", pairs_file, "--prompt", "you are"),
@@ -36,7 +30,7 @@ def steered(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F
 
 
 @pytest.fixture
-def extract(run: Main, model_folder: Path, pairs_file: Path) -> Main:  # noqa: F811
+def extract(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens extract` on one layer of the small model; a later option overrides these."""
     return lambda *arguments: run(
         *("extract", "--model", model_folder, "--pairs", pairs_file, "--layers", "1"),
@@ -51,14 +45,20 @@ def file(extract: Main, tmp_path: Path) -> Path:
     return tmp_path / "v.safetensors"
 
 
+def cells(printed: str) -> list[list[str]]:
+    """The rows of a table of two."""
+    return [
+        [cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")]
+        for line in printed.splitlines()
+        if line.startswith(("┃", "│"))
+    ]
+
+
 # extract
 
 
 def test_extract_writes_a_vector_with_its_boundary(
-    extract: Main,
-    tmp_path: Path,
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    extract: Main, tmp_path: Path, model_folder: Path, pairs_file: Path
 ) -> None:
     out = tmp_path / "new" / "v.safetensors"
     outcome = extract("--out", out)
@@ -118,18 +118,12 @@ def test_extract_refuses(
 
 
 def test_generate_prints_a_column_for_each_coefficient(
-    steered: Main,
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    steered: Main, model_folder: Path, pairs_file: Path
 ) -> None:
     outcome = steered("--raw")
     assert outcome.code == 0
     assert "you are" in outcome.out
-    header, row = (
-        [cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")]
-        for line in outcome.out.splitlines()
-        if line.startswith(("┃", "│"))
-    )
+    header, row = cells(outcome.out)
     assert header == ["-90", "0", "90"]
     model = sl.load_model(str(model_folder), progress=False)
     pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
@@ -155,7 +149,7 @@ def test_generate_uses_the_chat_template_unless_raw(
         seen.append(given)
         return tokenize_prompt(model, given)
 
-    monkeypatch.setattr(vectors, "tokenize_prompt", tokenize)
+    monkeypatch.setattr("steerlens.cli.vector_commands.tokenize_prompt", tokenize)
     assert steered(*options).code == 0
     assert seen == [prompt]
 
@@ -178,19 +172,11 @@ def test_generate_refuses(options: list[str], words: list[str], steered: Main) -
     assert_error(steered("--quiet", *options), *words)
 
 
-def test_generate_with_a_vector(
-    run: Main,  # noqa: F811
-    file: Path,
-    model_folder: Path,  # noqa: F811
-) -> None:
+def test_generate_with_a_vector(run: Main, file: Path, model_folder: Path) -> None:
     ask = ("generate", "--vector", file, "--prompt", "you are", "--raw", "--max-new-tokens", "3")
     outcome = run(*ask, "--coefficients=900%,0,2norm,90")
     assert outcome.code == 0
-    header, row = (
-        [cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")]
-        for line in outcome.out.splitlines()
-        if line.startswith(("┃", "│"))
-    )
+    header, row = cells(outcome.out)
     assert header == ["900%", "0", "2norm", "90"]
     # The model is the one the vector was made on.
     model = sl.load_model(str(model_folder), progress=False)
@@ -202,7 +188,7 @@ def test_generate_with_a_vector(
     assert generate(model, prompt, vector, 90, max_new_tokens=3, positions="last") in last
 
 
-def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:  # noqa: F811
+def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:
     ask = ("generate", "--quiet", "--vector", file, "--prompt", "you are")
     assert_error(run(*ask, "--layer", "2"), "no hook", "blocks.2")
     assert_error(run(*ask, "--coefficient", "80 %%"), "80 %%")
@@ -213,7 +199,7 @@ def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:  # noqa:
 # export, bake
 
 
-def test_export_and_back(run: Main, file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_export_and_back(run: Main, file: Path, tmp_path: Path) -> None:
     there, back = tmp_path / "v.gguf", tmp_path / "again.safetensors"
     assert run("export", file, there).code == 0
     assert sl.from_gguf(there) == sl.SteeringVector.load(file)
@@ -223,7 +209,7 @@ def test_export_and_back(run: Main, file: Path, tmp_path: Path) -> None:  # noqa
     assert_error(run("export", tmp_path / "none.gguf", back), "none.gguf")
 
 
-def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "baked"
     outcome = run("bake", file, "--coefficient", "50%", "--out", out)
     assert outcome.code == 0
@@ -243,7 +229,7 @@ def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None
 # vectors
 
 
-def test_vectors_show(run: Main, file: Path) -> None:  # noqa: F811
+def test_vectors_show(run: Main, file: Path) -> None:
     outcome = run("vectors", "show", file)
     assert (outcome.code, outcome.err) == (0, "")
     for word in ("mean_diff", HOOK, "nats=0.1, on positive text", "chat_template", "versions"):
@@ -252,7 +238,7 @@ def test_vectors_show(run: Main, file: Path) -> None:  # noqa: F811
     assert f"{norm:.4g}" in outcome.out
 
 
-def test_vectors_compare(run: Main, extract: Main, file: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_vectors_compare(run: Main, extract: Main, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "pca.safetensors"
     more = ("--method", "pca", "--layers", "1,2", "--no-boundary", "--quiet")
     assert extract("--out", other, *more).code == 0

@@ -2,47 +2,22 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
-from steerlens.cli import boundaries, circuits, evaluation, report, sweeps, vectors
-from steerlens.cli.options import (
-    DEBUG,
-    BatchOption,
-    DebugOption,
-    LayersOption,
-    MaxPairsOption,
-    MethodOption,
-    ModelOption,
-    PairsOption,
-    PositionOption,
-    QuietOption,
-    SeedOption,
-    TestPairsOption,
-    note_fit,
-    pairs_of,
-)
-from steerlens.cli.printing import notes, output, print_layers, progress_of
-from steerlens.cli.warned import keeping_warnings
-from steerlens.data.pairs import (
-    SPLITS,
-    ContrastivePairs,
-    dataset_card,
-    dataset_names,
-    neutral_texts,
-)
-from steerlens.directions.fitting import default_position, fit
-from steerlens.directions.methods import METHODS
+from steerlens.cli.boundary_commands import Boundary, Geometry
+from steerlens.cli.circuits_command import Circuits
+from steerlens.cli.command import Command, for_typer
+from steerlens.cli.comparison_commands import Compare, Reliability
+from steerlens.cli.layers_command import Layers
+from steerlens.cli.listing_commands import Datasets, Methods, Models
+from steerlens.cli.options import DEBUG
+from steerlens.cli.printing import note
+from steerlens.cli.report_command import Report
+from steerlens.cli.run_warnings import keeping_warnings
+from steerlens.cli.sweep_command import Sweep
+from steerlens.cli.vector_commands import Bake, CompareVectors, Export, Extract, Generate, Show
 from steerlens.errors import SteerlensError
-from steerlens.files import write_whole
-from steerlens.measure.study import measure_layers
-from steerlens.models.loading import load_model
-from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
-from steerlens.runs.record import check_out_file
-from steerlens.tables import write_csv
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -50,101 +25,30 @@ app = typer.Typer(
     add_completion=False,
     help="Where a model separates two concepts, along which direction, and how far it goes.",
 )
-
-
-@app.command(name="layers")
-def show_layers(
-    model: ModelOption = DEFAULT_MODEL,
-    pairs: PairsOption = "sentiment",
-    test_pairs: TestPairsOption = None,
-    max_pairs: MaxPairsOption = None,
-    layers: LayersOption = "all",
-    method: MethodOption = "mean_diff",
-    position: PositionOption = None,
-    batch_size: BatchOption = None,
-    seed: SeedOption = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="CSV file to write.")] = None,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """The per-layer table of the unsteered model, without a sweep."""
-    fit_on, measure_on, is_held_out = pairs_of(pairs, test_pairs, max_pairs)
-    position = default_position(method, fit_on) if position is None else position
-    if out is not None:
-        check_out_file(out)
-    loaded = load_model(model, progress=not quiet)
-    note_fit(method, fit_on, is_held_out=is_held_out, quiet=quiet)
-    with progress_of(quiet=quiet) as progress:
-        shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
-        directions = fit(loaded, fit_on, method=method, position=position, seed=seed, **shared)
-        table = measure_layers(loaded, measure_on, directions, **shared)
-    if out is not None:
-        write_whole(out, lambda path: write_csv(table, path))
-        if not quiet:
-            notes.print(Text(f"written to {out}"))
-    if not quiet:
-        print_layers(table)
-
-
-@app.command()
-def methods(debug: DebugOption = False) -> None:  # noqa: ARG001
-    """What --method takes."""
-    for name, method in METHODS.items():
-        output.print(Text(f"{name} ({method.source}): {method.summary}"))
-
-
-@app.command()
-def models(debug: DebugOption = False) -> None:  # noqa: ARG001
-    """Models that steerlens fetches by itself, and what else --model takes."""
-    for packaged in PACKAGED_MODELS.values():
-        output.print(Text(f"{packaged.name}: {packaged.description} ({packaged.requirement})"))
-    output.print(
-        Text(
-            "--model also takes a local Hugging Face folder, a .gguf file, or a hub id.\n"
-            f"Fetched and converted models are kept in {cache_folder()}."
-        )
-    )
-
-
-app.command()(sweeps.sweep)
-app.command()(boundaries.boundary)
-app.command()(boundaries.geometry)
-app.command()(evaluation.compare)
-app.command()(evaluation.reliability)
-app.command()(circuits.circuits)
-app.command()(report.report)
-app.command()(vectors.extract)
-app.command()(vectors.generate)
-app.command()(vectors.export)
-app.command()(vectors.bake)
-app.add_typer(vectors.app, name="vectors")
-
-
-@app.command()
-def datasets(
-    name: Annotated[str | None, typer.Argument(help="Show this dataset's card.")] = None,
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Datasets shipped with steerlens; with a name, its card."""
-    if name is not None:
-        output.print(Text(dataset_card(name)))
-        return
-    for dataset in dataset_names():
-        sizes = [f"{len(ContrastivePairs.load(dataset, split=split))} {split}" for split in SPLITS]
-        output.print(Text(f"{dataset}: {', '.join(sizes)} pairs"))
-    output.print(Text(f"neutral: {len(neutral_texts())} lines of neutral text"))
+vectors = typer.Typer(
+    rich_markup_mode=None, no_args_is_help=True, help="Look into steering vectors, compare them."
+)
+COMMANDS: tuple[type[Command], ...] = (
+    *(Layers, Methods, Models, Sweep, Boundary, Geometry, Compare, Reliability, Circuits),
+    *(Report, Extract, Generate, Export, Bake, Datasets),
+)
+for command_type in COMMANDS:
+    app.command(command_type.__name__.lower())(for_typer(command_type))
+vectors.command("show")(for_typer(Show))
+vectors.command("compare")(for_typer(CompareVectors))
+app.add_typer(vectors, name="vectors")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exit code 2 and one line on stderr for an error."""
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         with keeping_warnings():
-            code = app(args=given, standalone_mode=False, prog_name="steerlens")
+            code = app(args=words, standalone_mode=False, prog_name="steerlens")
     except Exception as error:
-        if DEBUG in given:
+        if DEBUG in words:
             raise
-        notes.print(Text(f"steerlens: {_one_line(error)}"), soft_wrap=True)
+        note(f"steerlens: {_one_line(error)}", soft_wrap=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 

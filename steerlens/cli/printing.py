@@ -1,6 +1,7 @@
 """What the commands print: tables on stdout, progress and notes on stderr."""
 
 import sys
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -22,90 +23,119 @@ def progress_of(*, quiet: bool) -> AbstractContextManager[Progress | None]:
     return nullcontext() if quiet else show_progress()
 
 
-def print_summary(table: Any) -> None:
-    """The comparison's summary: each method at its chosen layer, best first."""
-    shown = Table(title="Effect at equal damage, at the layer chosen on training items")
-    for name in ("rank", "method", "layer", "coefficient", "effect", "95% interval", "verdict"):
-        shown.add_column(name, justify="left" if name in ("method", "verdict") else "right")
-    for row in table.to_dict("records"):
-        is_layer = row["layer"] >= 0
-        shown.add_row(
-            f"{row['rank']} ({row['rank_low']}-{row['rank_high']})",
-            Text(row["method"]),
-            str(row["layer"]) if is_layer else "",
-            f"{row['coefficient']:.4g}" if is_layer else "",
-            f"{row['effect']:+.3f}",
-            f"{row['effect_ci_low']:+.3f} to {row['effect_ci_high']:+.3f}",
-            Text(row["verdict"]),
-        )
-    output.print(shown)
+def note(text: str, *, quiet: bool = False, soft_wrap: bool = False) -> None:
+    """Print a line on stderr, unless `quiet`."""
+    if not quiet:
+        notes.print(Text(text), soft_wrap=soft_wrap)
 
 
-def print_rows(table: Any, title: str, names: list[str]) -> None:
-    """Some columns of a table, a row a line."""
+def say(text: str) -> None:
+    """Print a line on stdout."""
+    output.print(Text(text))
+
+
+def print_table(
+    title: str | Text | None,
+    names: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    left: Collection[str] = ("hook",),
+    no_wrap: bool = False,
+) -> None:
+    """Rows of texts under the names of their columns; numbers to the right."""
     shown = Table(title=title)
     for name in names:
-        shown.add_column(name.replace("_", " "), justify="right")
-    for row in table.to_dict("records"):
-        values = (row[name] for name in names)
-        shown.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values))
+        if name in left:
+            shown.add_column(Text(name))
+        else:
+            shown.add_column(Text(name), justify="right", no_wrap=no_wrap)
+    for row in rows:
+        shown.add_row(*map(Text, row))
     output.print(shown)
+
+
+def short(value: Any) -> str:
+    """A number to four digits; anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_rows(table: Any, title: str, columns: list[str]) -> None:
+    """Some columns of a table, a row a line."""
+    names = [name.replace("_", " ") for name in columns]
+    rows = [[short(row[name]) for name in columns] for row in table.to_dict("records")]
+    print_table(title, names, rows, left=())
+
+
+def print_summary(table: Any) -> None:
+    """The comparison's summary: each method at its chosen layer, best first."""
+    rows = [
+        [
+            f"{row['rank']} ({row['rank_low']}-{row['rank_high']})",
+            row["method"],
+            str(row["layer"]) if row["layer"] >= 0 else "",
+            f"{row['coefficient']:.4g}" if row["layer"] >= 0 else "",
+            f"{row['effect']:+.3f}",
+            f"{row['effect_ci_low']:+.3f} to {row['effect_ci_high']:+.3f}",
+            row["verdict"],
+        ]
+        for row in table.to_dict("records")
+    ]
+    print_table(
+        "Effect at equal damage, at the layer chosen on training items",
+        ["rank", "method", "layer", "coefficient", "effect", "95% interval", "verdict"],
+        rows,
+        left=("method", "verdict"),
+    )
 
 
 def print_layers(table: Any) -> None:
     """The per-layer table without what is the same on every row, or undefined."""
-    shown = Table(title="Per layer, unsteered")
-    names = ["separation", "projection", "projection_std", "agreement", "explained_variance"]
-    names += ["resid_norm"]
-    shown.add_column("hook")
-    for name in names:
-        shown.add_column(name.replace("_", " "), justify="right")
-    for row in table.to_dict("records"):
-        shown.add_row(hook_label(row["hook_name"]), *(f"{row[name]:.4g}" for name in names))
-    output.print(shown)
+    columns = ["separation", "projection", "projection_std", "agreement", "explained_variance"]
+    columns += ["resid_norm"]
+    names = ["hook", *(name.replace("_", " ") for name in columns)]
+    rows = [
+        [hook_label(row["hook_name"]), *(short(row[name]) for name in columns)]
+        for row in table.to_dict("records")
+    ]
+    print_table("Per layer, unsteered", names, rows)
     output.print(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
 
 
 def print_boundary(table: Any) -> None:
     """Boundaries with their intervals, what was predicted, and the projection there."""
     settings = table.attrs["settings"]
-    shown = Table(title=Text(f"Coherence boundary on {settings['on']} text, {settings['budget']}"))
-    shown.add_column("hook")
-    for name in ("negative", "95%", "predicted", "positive", "95%", "predicted", "resid norm"):
-        shown.add_column(name, justify="right")
-    shown.add_column("projection there", justify="right")
+    title = Text(f"Coherence boundary on {settings['on']} text, {settings['budget']}")
+    names = ["hook", "negative", "95%", "predicted", "positive", "95%", "predicted", "resid norm"]
+    rows = []
     for row in table.to_dict("records"):
-        cells = []
+        cells = [hook_label(row["hook_name"])]
         for sign in ("neg", "pos"):
             name = f"boundary_{sign}"
+            has_reentry = row[f"reentry_{sign}"] == row[f"reentry_{sign}"]  # not NaN
             cells += [
-                f"{row[name]:.4g}{'*' if row[f'reentry_{sign}'] == row[f'reentry_{sign}'] else ''}",
+                f"{row[name]:.4g}{'*' if has_reentry else ''}",
                 f"{row[f'{name}_ci_low']:.4g} to {row[f'{name}_ci_high']:.4g}",
                 f"{row[f'predicted_{name}']:.4g}",
             ]
-        shown.add_row(
-            hook_label(row["hook_name"]),
-            *cells,
-            f"{row['resid_norm']:.4g}",
-            f"{row['projection_at_boundary']:.4g}",
-        )
-    output.print(shown)
+        rows.append([*cells, f"{row['resid_norm']:.4g}", f"{row['projection_at_boundary']:.4g}"])
+    print_table(title, [*names, "projection there"], rows)
     if table[["reentry_pos", "reentry_neg"]].notna().any(axis=None):
         output.print("* within the budget again further out: see reentry_pos and reentry_neg")
 
 
 def print_cells(result: SweepResult) -> None:
     """Projection and degradation of every cell: a row a hook, a column a coefficient."""
-    shown = Table(title="Projection (degradation, nats per token; ! beyond the budget)")
-    shown.add_column("hook")
-    for coefficient in result.settings.coefficients:
-        shown.add_column(f"c = {coefficient:g}", justify="right", no_wrap=True)
-    for _, rows in result.table.groupby("hook_name", sort=False):
-        records = rows.to_dict("records")
-        cells = [
+    rows = []
+    for hook_name, cells in result.table.groupby("hook_name", sort=False):
+        texts = [
             f"{row['projection']:.1f} ({row['degradation_nats']:+.3f})"
             f"{' ' if row['coherent'] else '!'}"
-            for row in records
+            for row in cells.to_dict("records")
         ]
-        shown.add_row(hook_label(records[0]["hook_name"]), *cells)
-    output.print(shown)
+        rows.append([hook_label(str(hook_name)), *texts])
+    print_table(
+        "Projection (degradation, nats per token; ! beyond the budget)",
+        ["hook", *(f"c = {coefficient:g}" for coefficient in result.settings.coefficients)],
+        rows,
+        no_wrap=True,
+    )

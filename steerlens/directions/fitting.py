@@ -28,6 +28,7 @@ def fit(
     position: int | None = None,
     weight: Weight = WEIGHT,
     items: PreferenceItems | None = None,
+    differences: Differences | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -43,6 +44,8 @@ def fit(
             for a method fitted from gradients where some pair has no continuation.
         weight: That of the coherence term in the gradients (`LossGradients.with_weight`).
         items: For the methods trained on continuations.
+        differences: Of the pairs at the layers and the position, where they are there already;
+            collected by default.
         seed: That of the controls, the scores and the training.
         batch_size: Prompts in a pass; by default what the device can use.
         progress: Told of every stage; nobody by default.
@@ -65,7 +68,7 @@ def fit(
         gradients = _gradients(model, pairs, [chosen], position=at, seed=seed, **shared)
         evidence = gradients.with_weight(weight)
     else:
-        evidence = collect_differences(model, pairs, position=at, **shared)
+        evidence = differences or collect_differences(model, pairs, position=at, **shared)
     return fit_directions(evidence, method=chosen.name, seed=seed)
 
 

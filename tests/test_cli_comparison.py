@@ -1,11 +1,13 @@
 """`steerlens compare`, `reliability`, `methods` and `sweep --null`."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_cli import (  # noqa: F401 (fixtures)
+from test_cli import (
     Main,
     assert_error,
     content,
@@ -35,7 +37,7 @@ def items_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def compare(run: Main, model_folder: Path, pairs_file: Path, items_file: Path) -> Main:  # noqa: F811
+def compare(run: Main, model_folder: Path, pairs_file: Path, items_file: Path) -> Main:
     """`steerlens compare` on one layer of the small model; a later option overrides these."""
     return lambda *arguments: run(
         *("compare", "--model", model_folder, "--pairs", pairs_file, "--items", items_file),
@@ -95,18 +97,12 @@ def test_a_wrong_option_is_one_line(
 
 
 def test_a_file_of_pairs_is_no_file_of_items(
-    compare: Main,
-    tmp_path: Path,
-    pairs_file: Path,  # noqa: F811
+    compare: Main, tmp_path: Path, pairs_file: Path
 ) -> None:
     assert_error(compare("--out", tmp_path, "--items", pairs_file), "--items")
 
 
-def test_reliability_is_printed_and_written(
-    run: Main,  # noqa: F811
-    model_folder: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_reliability_is_printed_and_written(run: Main, model_folder: Path, tmp_path: Path) -> None:
     out, pairs = tmp_path / "reliability.csv", write_pairs(tmp_path / "pairs.jsonl", WORDS)
     outcome = run("reliability", "--model", model_folder, "--pairs", pairs, "--out", out)
     assert outcome.code == 0
@@ -120,7 +116,7 @@ def test_reliability_is_printed_and_written(
     assert "split half cosine" in outcome.out
 
 
-def test_methods_are_listed(run: Main) -> None:  # noqa: F811
+def test_methods_are_listed(run: Main) -> None:
     outcome = run("methods")
     assert outcome.code == 0
     for name in METHODS:
@@ -128,10 +124,7 @@ def test_methods_are_listed(run: Main) -> None:  # noqa: F811
 
 
 def test_a_sweep_with_nulls_has_p_values(
-    run: Main,  # noqa: F811
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
-    tmp_path: Path,
+    run: Main, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     outcome = run(
         *("sweep", "--model", model_folder, "--pairs", pairs_file, "--layers", "1"),
@@ -145,10 +138,7 @@ def test_a_sweep_with_nulls_has_p_values(
 
 
 def test_a_gradient_method_is_fitted_before_the_last_token(
-    run: Main,  # noqa: F811
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
-    tmp_path: Path,
+    run: Main, model_folder: Path, pairs_file: Path, tmp_path: Path
 ) -> None:
     given = ("--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--quiet")
     options = ("--coefficients", "0,1", "--method", "gradient_mean")

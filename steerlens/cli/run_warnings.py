@@ -4,11 +4,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TextIO
+from typing import Any
 
-from rich.text import Text
-
-from steerlens.cli.printing import notes
+from steerlens.cli.printing import note
 
 _warned: ContextVar[tuple[str, ...]] = ContextVar("warned", default=())
 
@@ -18,20 +16,13 @@ def keeping_warnings() -> Iterator[None]:
     """Inside the block `warned` has the warnings given so far; they are shown all the same."""
     before = _warned.set(())
     with warnings.catch_warnings():
-        shown = warnings.showwarning
+        show = warnings.showwarning
 
-        def keep(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
+        def keep_and_show(message: Warning | str, *args: Any, **options: Any) -> None:
             keep_warning(str(message))
-            shown(message, category, filename, lineno, file, line)
+            show(message, *args, **options)
 
-        warnings.showwarning = keep
+        warnings.showwarning = keep_and_show
         try:
             yield
         finally:
@@ -46,8 +37,7 @@ def warned() -> tuple[str, ...]:
 def warn(text: str, *, quiet: bool) -> None:
     """Print a note on stderr unless `quiet`, and keep it for the record."""
     keep_warning(text)
-    if not quiet:
-        notes.print(Text(text))
+    note(text, quiet=quiet)
 
 
 def keep_warning(text: str) -> None:

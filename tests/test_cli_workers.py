@@ -1,25 +1,19 @@
 """`steerlens sweep --workers` and `--dask`: the same bytes, and errors in one line."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import (  # noqa: F401 (fixtures)
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    run,
-    sweep,
-)
+from test_cli import Main, assert_error, content, model_folder, pairs_file, run, sweep
 
-from steerlens.cli.pools import executor_of
+from steerlens.cli.executors import executor_of
 from steerlens.errors import WorkerError
 
 
-def test_two_workers_write_the_same_bytes(sweep: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_two_workers_write_the_same_bytes(sweep: Main, tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     serial, shared = tmp_path / "serial", tmp_path / "shared"
     assert sweep("--quiet", "--out", serial).code == 0
@@ -32,10 +26,7 @@ def test_two_workers_write_the_same_bytes(sweep: Main, tmp_path: Path) -> None: 
     assert multiprocessing.active_children() == []
 
 
-def test_what_cannot_be_started_is_said_in_one_line(
-    sweep: Main,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_what_cannot_be_started_is_said_in_one_line(sweep: Main, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert_error(sweep("--workers", "2", "--dask", "tcp://h:1", "--out", out), "one of them")
     assert_error(sweep("--dask", "nowhere", "--out", out), "no Dask scheduler answers", "nowhere")

@@ -6,26 +6,11 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from steerlens.errors import WorkerError
-
-WorkersOption = Annotated[
-    int | None,
-    typer.Option(
-        "--workers",
-        min=1,
-        help="Processes on this machine that share the cells; each loads the "
-        "model, and has its part of the processor's cores.",
-    ),
-]
-DaskOption = Annotated[
-    str | None,
-    typer.Option("--dask", help="Address of a Dask scheduler whose workers share the cells."),
-]
 
 
 @contextmanager

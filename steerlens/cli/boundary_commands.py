@@ -1,0 +1,110 @@
+"""The commands that measure how far a direction goes: `boundary` and `geometry`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steerlens.cli import options as opt
+from steerlens.cli.command import ModelCommand, prepare
+from steerlens.cli.printing import output, print_boundary, print_rows
+from steerlens.data.pairs import read_texts
+from steerlens.measure.boundary import check_search
+from steerlens.measure.plane import check_plane
+from steerlens.measure.study import boundary_shape, find_boundary, loss_geometry
+from steerlens.models.packaged import DEFAULT_MODEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary(ModelCommand):
+    """The first coefficient of each sign beyond which the budget is exceeded, at every layer."""
+
+    out: opt.OutFolder
+    model: opt.Model = DEFAULT_MODEL
+    pairs: opt.Pairs = "sentiment"
+    test_pairs: opt.TestPairs = None
+    max_pairs: opt.MaxPairs = None
+    layers: opt.Layers = "all"
+    method: opt.Method = "mean_diff"
+    position: opt.Position = None
+    on: Annotated[str, "positive, negative, neutral (shipped text), or a text file."] = "positive"
+    budget: Annotated[str, "relative=0.01, nats=0.05, kl=0.1, kl_p95=1 or rollout_kl_p95=1"] = (
+        "relative=0.01"
+    )
+    search_range: Annotated[float, "How far to look, in mean residual norms of a layer."] = 4.0
+    shape: Annotated[int | None, "Of one layer: boundaries at so many angles in a plane."] = None
+
+    def run(self) -> None:
+        text = opt.text_of(self.on)
+        check_search(budget=self.budget, search_range=self.search_range)
+        task = prepare(self, self.layers)
+        if self.shape is not None:
+            check_plane(task.hook_names, self.shape)
+        texts = list(read_texts(text)) if isinstance(text, Path) else None
+        run = task.start("boundary", texts=texts)
+        with task.progress() as progress:
+            directions = task.fit(progress)
+            shared: dict[str, Any] = {
+                "on": text,
+                "budget": self.budget,
+                "search_range": self.search_range,
+                **task.settings(progress),
+            }
+            measured = (task.model, task.measure_on, directions)
+            result = find_boundary(*measured, layers=self.layers, **shared)
+            tables = {"boundary": result.curves, "layers": result.layers}
+            if self.shape is not None:
+                plane = boundary_shape(*measured, layer=self.layers, n_angles=self.shape, **shared)
+                tables["shape"] = plane.table
+        spent = sum(
+            t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
+        )
+        run.write(tables, directions, forward_equivalents=spent)
+        if self.quiet:
+            return
+        print_boundary(result.layers)
+        if self.shape is not None:
+            ratio = plane.table.attrs["radius_ratio"]
+            output.print(f"in the plane: largest boundary over smallest {ratio:.2f}")
+        run.note(f"{2 * len(result.layers)} boundaries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry(ModelCommand):
+    """The loss, its gradients and the boundary in the plane of the direction, at some layers."""
+
+    out: opt.OutFolder
+    layers: Annotated[str, "As of `sweep`; minutes for each."]
+    model: opt.Model = DEFAULT_MODEL
+    pairs: opt.Pairs = "sentiment"
+    test_pairs: opt.TestPairs = None
+    max_pairs: opt.MaxPairs = None
+    method: opt.Method = "mean_diff"
+    position: opt.Position = None
+    angles: Annotated[int, typer.Option(min=3, help="Angles of the plane to push along.")] = 16
+    budget: Annotated[str, "As of `boundary`."] = "relative=0.01"
+
+    def run(self) -> None:
+        check_search(budget=self.budget, search_range=4.0)
+        task = prepare(self, self.layers)
+        run = task.start("geometry")
+        with task.progress() as progress:
+            directions = task.fit(progress)
+            result = loss_geometry(
+                task.model,
+                task.measure_on,
+                directions,
+                layers=self.layers,
+                n_angles=self.angles,
+                budget=self.budget,
+                **task.settings(progress),
+            )
+        tables = {"geometry": result.points, "contours": result.contours, "shape": result.shape}
+        spent = result.points.attrs["forward_equivalents"]
+        run.write(tables, directions, forward_equivalents=spent)
+        if self.quiet:
+            return
+        columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
+        print_rows(result.shape, "Boundary in the plane", columns)
+        run.note(f"{len(result.contours)} pushes")

@@ -1,0 +1,129 @@
+"""`steerlens circuits`: who writes the direction, who reads it, and whether the circuit changes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from steerlens import circuits, plots
+from steerlens.circuits.edges import edge_table
+from steerlens.circuits.graphs import readers as edge_readers
+from steerlens.circuits.readers import check_steered
+from steerlens.cli import options as opt
+from steerlens.cli.command import ModelCommand, Task, prepare
+from steerlens.cli.printing import note, print_rows
+from steerlens.directions.directions import Directions
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.errors import InputError
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.steering import SteeringVector
+
+TOP_HEADS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circuits(ModelCommand):
+    """Which heads and MLPs write the direction, which read it, and is it the same circuit."""
+
+    out: Annotated[Path, "Folder for tables, pictures and the record."]
+    layer: Annotated[str, "Block whose output is steered."]
+    coefficient: Annotated[float, "Residual units."]
+    model: opt.Model = DEFAULT_MODEL
+    pairs: opt.Pairs = "sentiment"
+    test_pairs: opt.TestPairs = None
+    max_pairs: Annotated[int, "Measure on the first N pairs only."] = 16
+    method: opt.Method = "mean_diff"
+    position: opt.Position = None
+    top: Annotated[int, typer.Option(min=0, help="Components to patch exactly.")] = 20
+    ig_steps: Annotated[
+        int, typer.Option(min=1, help="Steps of integrated gradients; 1: none.")
+    ] = 1
+    compare: Annotated[bool, "Compare the circuits too, steered and unsteered: takes longest."] = (
+        True
+    )
+
+    def run(self) -> None:
+        task = prepare(self, self.layer)
+        model, measure_on = task.model, task.measure_on
+        if len(task.hook_names) != 1:
+            raise InputError(f"--layer {self.layer!r} names {len(task.hook_names)} hooks; give one")
+        check_steered(model, task.hook_names[0], self.coefficient)
+        if self.compare:
+            edge_readers(model)
+        run = task.start("circuits")
+        with task.progress() as progress:
+            shared: dict[str, Any] = {"seed": self.seed, "progress": progress}
+            directions = task.fit(progress, layers="all")
+            vector = SteeringVector.from_directions(
+                model, directions, layers=self.layer, dataset=task.fit_on.name
+            )
+            pushed = circuits.Intervention(vector, self.coefficient)
+            answers = circuits.contrast_answers(model, task.fit_on)
+            prompts = circuits.make_prompts(model, list(tokenize_pairs(model, measure_on).positive))
+            writers = circuits.find_writers(
+                model, measure_on, directions, layer=self.layer, **shared
+            )
+            readers = circuits.find_readers(
+                *(model, prompts, answers, vector, self.coefficient),
+                top=self.top,
+                ig_steps=self.ig_steps,
+                **shared,
+            )
+            if self.compare:
+                floor = circuits.random_intervention(model, measure_on, pushed, **shared)
+                comparison = circuits.compare_circuits(
+                    model, measure_on, answers, {self.method: pushed}, floor=floor, **shared
+                )
+        tables = {
+            "writers": writers.table,
+            "positions": writers.positions,
+            "readers": readers.table,
+            "claims": readers.claims,
+        }
+        pages = {"components": plots.components(writers.table, readers.table).to_html()}
+        pages |= _token_pages(task, prompts, directions, pushed, readers.table)
+        if self.compare:
+            tables |= {"circuits": comparison.table, "faithfulness": comparison.faithfulness}
+            tables["edges"] = edge_table(model, comparison.scores)
+            pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
+        run.write(tables, directions, pages=pages)
+        if self.quiet:
+            return
+        _print_components(writers.table, readers.table, readers.claims)
+        if self.compare:
+            columns = ["level", "share", "iou", "iou_ceiling", "iou_floor", "a_in_a", "a_in_b"]
+            print_rows(comparison.table, "Same circuit or another", [*columns, "b_in_b"])
+        note(f"{run.seconds:.0f} s; written to {self.out}")
+
+
+def _token_pages(
+    task: Task, prompts: Any, directions: Directions, pushed: circuits.Intervention, readers: Any
+) -> dict[str, str]:
+    """The attention of the heads that read the most, and every token along the directions."""
+    places = readers[readers.component == "head"][["layer", "head"]].to_numpy().tolist()
+    heads = [circuits.Component(*place) for place in places[:TOP_HEADS]]
+    seen = circuits.attention_patterns(task.model, prompts, pushed, heads)
+    along = circuits.token_projections(task.model, prompts, directions, pushed)
+    patterns, projections = (
+        {"Unsteered": values.unsteered.numpy(), "Steered": values.steered.numpy()}
+        for values in (seen, along)
+    )
+    return {
+        "attention": plots.attention_page(seen.tokens, seen.heads, patterns).html,
+        "tokens": plots.projection_page(along.tokens, along.layers, projections).html,
+    }
+
+
+def _print_components(writers: Any, readers: Any, claims: Any) -> None:
+    columns, interval = ["component", "layer", "head"], ["ci_low", "ci_high"]
+    by_size = writers.sort_values("contribution", key=abs, ascending=False).head(10)
+    print_rows(by_size, "Who writes the direction", [*columns, "contribution", "share", *interval])
+    effects = ["effect", "direct", "mediated", "exact"]
+    print_rows(readers.head(10), "Who reads it", [*columns, *effects])
+    print_rows(claims, "What carries it", ["test", "n_components", "remaining", *interval])
+    correlations = ", ".join(
+        f"{kind} {'undefined' if r is None else f'{r:.3f}'}"
+        for kind, r in readers.attrs["correlation"].items()
+    )
+    note(f"estimate against exact patching, correlation: {correlations}")

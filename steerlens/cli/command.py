@@ -1,0 +1,266 @@
+"""What all commands share: options as parameters, what is loaded, what is recorded and noted."""
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, get_origin, get_type_hints
+
+import pandas as pd
+import typer
+
+from steerlens.cli.options import DEBUG, pairs_of, pairs_record
+from steerlens.cli.printing import note, progress_of
+from steerlens.cli.run_warnings import warn, warned
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.directions.differences import Differences
+from steerlens.directions.directions import Directions
+from steerlens.directions.fitting import default_position, fit
+from steerlens.directions.methods import method_of
+from steerlens.files import write_whole
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import HookedModel, load_model, provenance
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.progress import Progress
+from steerlens.runs.record import check_out_file, check_run_folder, write_run
+from steerlens.tables import write_csv
+
+IN_SAMPLE = (
+    "note: measured on the pairs the directions are fitted on; give --test-pairs to hold some out"
+)
+HOW = frozenset({"context", "out", "resume", "source", "workers", "dask", "quiet", "debug"})
+"""Options that say how a command is run; the others decide what comes out."""
+DATA = frozenset(
+    {"model", "pairs", "test_pairs", "max_pairs", "layers", "layer", "items", "max_items"}
+    | {"off_target"}
+)
+"""Options that name a model, data or hooks: a request has what they name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A command: its fields are the options, its docstring the help, `run` what it does.
+
+    A field is `Annotated` with its help, or with what typer takes where it needs more than that.
+    """
+
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")] = False
+
+    def run(self) -> None:
+        """Check, load, measure, write, print."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuietCommand(Command):
+    """A command that tells what it does."""
+
+    quiet: Annotated[bool, typer.Option("--quiet", help="Errors only; no tables of a sweep.")] = (
+        False
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCommand(QuietCommand):
+    """A command that runs a model on prompts."""
+
+    batch_size: Annotated[
+        int | None, "Prompts a forward pass. Default: what the device can use."
+    ] = None
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Seed of `random`, the bootstrap, the probes and the labels drawn."
+        ),
+    ] = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableCommand(QuietCommand):
+    """A command that writes one table, if it is asked to."""
+
+    out: Annotated[Path | None, "CSV file to write."] = None
+
+    def write(self, table: pd.DataFrame) -> None:
+        """Write the table as the CSV file that was asked for, if one was."""
+        if self.out is not None:
+            write_whole(self.out, partial(write_csv, table))
+            note(f"written to {self.out}", quiet=self.quiet)
+
+
+def for_typer(command: type[Command]) -> Callable[..., None]:
+    """What typer makes a command of: a function whose parameters are the fields of `command`.
+
+    The fields of the class itself come first, then those of its bases, in their order.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    defaults = {option.name: option.default for option in fields(command)}
+    names = [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
+
+    def run(**values: Any) -> None:
+        command(**values).run()
+
+    run.__doc__ = command.__doc__
+    run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if defaults[name] is MISSING else defaults[name],
+                annotation=_with_option(hints[name]),
+            )
+            for name in names
+        ]
+    )
+    return run
+
+
+def _with_option(hint: Any) -> Any:
+    """An annotation for typer, where a help text alone was given."""
+    if get_origin(hint) is Annotated and isinstance(hint.__metadata__[0], str):
+        return Annotated[hint.__origin__, typer.Option(help=hint.__metadata__[0])]
+    return hint
+
+
+def recorded_options(options: Any) -> dict[str, Any]:
+    """The options that decide what comes out, by the names of their fields."""
+    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in HOW}
+
+
+def request_of(
+    command: str, options: Any, model: HookedModel, data: Mapping[str, Any], **resolved: Any
+) -> dict[str, Any]:
+    """What a run's record says was asked for.
+
+    `data` is what options such as `--pairs` name, `resolved` has values that are not as given.
+    """
+    settings = {k: v for k, v in recorded_options(options).items() if k not in DATA}
+    head = {"command": command, "model": provenance(model).to_dict(), **data}
+    return head | settings | resolved
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a command works on: the pairs, the loaded model and the hooks that its options name."""
+
+    command: Any
+    model: HookedModel
+    fit_on: ContrastivePairs
+    measure_on: ContrastivePairs
+    is_held_out: bool
+    hook_names: tuple[str, ...]
+    position: int
+
+    def request(self, name: str, **resolved: Any) -> dict[str, Any]:
+        """As `request_of`, with the pairs, the hooks and the position."""
+        data = {
+            "fitted_on": pairs_record(self.fit_on),
+            "measured_on": pairs_record(self.measure_on),
+            "held_out": self.is_held_out,
+            "hook_names": self.hook_names,
+        }
+        resolved = {"position": self.position, **resolved}
+        return request_of(name, self.command, self.model, data, **resolved)
+
+    def start(self, name: str, **resolved: Any) -> "Run":
+        """Begin a run into `--out`. Raises `FileError` where the folder holds another."""
+        request = self.request(name, **resolved)
+        check_run_folder(self.command.out, request)
+        return Run(self.command.out, request)
+
+    @contextmanager
+    def progress(self) -> Iterator[Progress | None]:
+        """Note what is fitted, then show the progress of the block."""
+        quiet = self.command.quiet
+        if not self.is_held_out:
+            warn(IN_SAMPLE, quiet=quiet)
+        pairs, method = self.fit_on, self.command.method
+        note(f"Fitting {method} on {len(pairs)} pairs of {pairs.name}", quiet=quiet)
+        with progress_of(quiet=quiet) as progress:
+            yield progress
+
+    def fit(
+        self,
+        progress: Progress | None,
+        *,
+        layers: str | None = None,
+        differences: Differences | None = None,
+    ) -> Directions:
+        """Directions at `layers` (those of the options), from `differences` if they are there."""
+        return fit(
+            self.model,
+            self.fit_on,
+            method=self.command.method,
+            layers=self.command.layers if layers is None else layers,
+            position=self.position,
+            differences=differences,
+            **self.settings(progress),
+        )
+
+    def settings(self, progress: Progress | None) -> dict[str, Any]:
+        """What every measurement is given besides its own."""
+        seed, batch_size = self.command.seed, self.command.batch_size
+        return {"seed": seed, "batch_size": batch_size, "progress": progress}
+
+
+def prepare(command: Any, layers: str, *, out_file: Path | None = None) -> Task:
+    """Read the pairs, see that `out_file` can be written, load the model, resolve the hooks.
+
+    Raises `SteerlensError` of what cannot be done, where possible before the model is loaded.
+    """
+    method_of(command.method)
+    fit_on, measure_on, is_held_out = pairs_of(
+        command.pairs, getattr(command, "test_pairs", None), getattr(command, "max_pairs", None)
+    )
+    position = command.position
+    if position is None:
+        position = default_position(command.method, fit_on)
+    if out_file is not None:
+        check_out_file(out_file)
+    model = load_model(command.model or DEFAULT_MODEL, progress=not command.quiet)
+    hook_names = resolve_hooks(model, layers)
+    return Task(command, model, fit_on, measure_on, is_held_out, hook_names, position)
+
+
+@dataclass
+class Run:
+    """A run of a command into a folder, timed from its beginning to when it is written."""
+
+    out: Path
+    request: Mapping[str, Any]
+    seconds: float = 0.0
+    """So far, of the same run before it was stopped."""
+    started: float = field(default_factory=time.perf_counter)
+    spent: float | None = None
+
+    def write(
+        self,
+        tables: Mapping[str, pd.DataFrame],
+        directions: Directions | Mapping[str, Directions],
+        *,
+        forward_equivalents: float | None = None,
+        **more: Any,
+    ) -> None:
+        """As `write_run`, with the time taken and the warnings given."""
+        self.seconds += time.perf_counter() - self.started
+        self.spent = forward_equivalents
+        write_run(
+            self.out,
+            tables,
+            directions,
+            self.request,
+            seconds=self.seconds,
+            forward_equivalents=forward_equivalents,
+            warnings=warned(),
+            **more,
+        )
+
+    def note(self, count: str) -> None:
+        """Say how many of what were written, where, and what it took."""
+        note(
+            f"{count} in {self.seconds:.0f} s ({self.spent:.0f} forward-equivalents); "
+            f"written to {self.out}"
+        )

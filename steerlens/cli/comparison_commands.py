@@ -1,0 +1,161 @@
+"""The commands that compare: `compare` and `reliability`."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from steerlens.cli import options as opt
+from steerlens.cli.command import ModelCommand, Run, TableCommand, request_of
+from steerlens.cli.printing import print_rows, print_summary, progress_of
+from steerlens.data.items import PreferenceItems
+from steerlens.data.pairs import SPLITS, dataset_names
+from steerlens.directions.differences import collect_differences
+from steerlens.directions.methods import method_of
+from steerlens.errors import InputError
+from steerlens.measure.boundary import check_search
+from steerlens.measure.comparison import compare as run_compare
+from steerlens.measure.split_half import reliability as measure_reliability
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import load_model
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.runs.record import check_out_file, check_run_folder
+
+TEST_SHARE = 0.7
+"""Of a file of items, the part that is held out; the layer is chosen on the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(ModelCommand):
+    """Methods against each other at equal damage, on held-out items, with a null band."""
+
+    out: opt.OutFolder
+    model: opt.Model = DEFAULT_MODEL
+    pairs: opt.Pairs = "sentiment"
+    items: Annotated[
+        str | None,
+        "JSONL file of items (prompt, positive, negative), or a shipped dataset. Default: "
+        "those of the shipped pairs.",
+    ] = None
+    layers: Annotated[
+        str | None, "As of `sweep`. Default: at a quarter, half and three quarters of the depth."
+    ] = None
+    methods: Annotated[str, "Joined by commas; `steerlens methods` lists them."] = (
+        "mean_diff,pca,pca_pooled,lda,probe,gradient_mean,fisher_pullback"
+    )
+    budget: Annotated[str, "Damage every method is given, e.g. kl=0.1"] = "kl=0.1"
+    on: Annotated[str, "Text the budget is spent on: neutral or positive."] = "neutral"
+    null: Annotated[int, "Null vectors of each kind, random and shuffled."] = 20
+    max_items: Annotated[int | None, "Measure on the first N held-out items only."] = None
+    off_target: Annotated[str, "Other shipped datasets, joined by commas; all, none."] = "all"
+    position: opt.Position = None
+
+    def run(self) -> None:
+        methods = [name.strip() for name in self.methods.split(",") if name.strip()]
+        for name in methods:
+            method_of(name)
+        check_search(budget=self.budget, search_range=4.0)
+        fit_on, _, _ = opt.pairs_of(self.pairs)
+        train_items, test_items = _items_of(self.items or self.pairs, self.seed)
+        if self.max_items is not None:
+            test_items = test_items[: max(self.max_items, 0)]
+        off_target = _others(self.off_target, (self.items, self.pairs))
+        model = load_model(self.model, progress=not self.quiet)
+        layers = self.layers or ",".join(str(model.cfg.n_layers * part // 4) for part in (1, 2, 3))
+        data = {
+            "fitted_on": opt.pairs_record(fit_on),
+            "chosen_on": _items_record(train_items),
+            "measured_on": _items_record(test_items),
+            "off_target": {name: _items_record(items) for name, items in off_target.items()},
+            "hook_names": resolve_hooks(model, layers),
+        }
+        request = request_of("compare", self, model, data, methods=methods)
+        check_run_folder(self.out, request)
+        run = Run(self.out, request)
+        with progress_of(quiet=self.quiet) as progress:
+            result = run_compare(
+                model,
+                fit_on,
+                test_items,
+                methods=methods,
+                layers=layers,
+                train_items=train_items,
+                off_target=off_target,
+                budget=self.budget,
+                on=self.on,
+                n_null=self.null,
+                position=self.position,
+                seed=self.seed,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+        tables = {"comparison": result.table, "summary": result.summary, "effects": result.effects}
+        spent = result.table.attrs["forward_equivalents"]
+        run.write(tables, result.directions, forward_equivalents=spent)
+        if self.quiet:
+            return
+        columns = ["method", "layer", "coefficient", "effect", "null_low", "null_high", "p_holm"]
+        columns += ["anti_steerable", "kl_nats", "degradation_nats", "off_target", "verdict"]
+        print_rows(result.table, "Every method and layer", columns)
+        print_summary(result.summary)
+        run.note(f"{len(result.table)} rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reliability(ModelCommand, TableCommand):
+    """How far the direction of each layer can be trusted before anything is steered."""
+
+    model: opt.Model = DEFAULT_MODEL
+    pairs: opt.Pairs = "sentiment"
+    layers: opt.Layers = "all"
+    position: opt.Position = None
+
+    def run(self) -> None:
+        fit_on, _, _ = opt.pairs_of(self.pairs)
+        if self.out is not None:
+            check_out_file(self.out)
+        model = load_model(self.model, progress=not self.quiet)
+        with progress_of(quiet=self.quiet) as progress:
+            differences = collect_differences(
+                model,
+                fit_on,
+                layers=self.layers,
+                position=-1 if self.position is None else self.position,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+        table = measure_reliability(differences, seed=self.seed)
+        self.write(table)
+        if not self.quiet:
+            print_rows(
+                table,
+                f"Reliability of the mean difference, {table.n_pairs.iloc[0]} pairs",
+                [name for name in table.columns if name not in ("hook_name", "n_pairs")],
+            )
+
+
+def _items_of(source: str, seed: int) -> tuple[PreferenceItems, PreferenceItems]:
+    """Training and held-out items: a shipped dataset's parts, or those of a file."""
+    if source in dataset_names():
+        train, test = (PreferenceItems.load(source, split=split) for split in SPLITS)
+        return train, test
+    opt.check_source(source)
+    try:
+        items = PreferenceItems.from_jsonl(source)
+    except InputError as error:
+        raise InputError(
+            f"{error}; a comparison needs items, one object a line with prompt, positive and "
+            "negative: give them with --items"
+        ) from error
+    return items.split(TEST_SHARE, seed)
+
+
+def _others(names: str, measured: tuple[str | None, str]) -> dict[str, PreferenceItems]:
+    if names == "none":
+        return {}
+    chosen = dataset_names() if names == "all" else [n.strip() for n in names.split(",")]
+    return {
+        name: PreferenceItems.load(name, split="test") for name in chosen if name not in measured
+    }
+
+
+def _items_record(items: PreferenceItems) -> dict[str, object]:
+    return {"name": items.name, "n_items": len(items), "fingerprint": items.fingerprint}

@@ -1,0 +1,37 @@
+"""`steerlens layers`: the per-layer table, without a sweep."""
+
+from dataclasses import dataclass
+
+from steerlens.cli import options as opt
+from steerlens.cli.command import ModelCommand, TableCommand, prepare
+from steerlens.cli.printing import print_layers
+from steerlens.measure.study import measure_layers
+from steerlens.models.packaged import DEFAULT_MODEL
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers(ModelCommand, TableCommand):
+    """The per-layer table of the unsteered model, without a sweep."""
+
+    model: opt.Model = DEFAULT_MODEL
+    pairs: opt.Pairs = "sentiment"
+    test_pairs: opt.TestPairs = None
+    max_pairs: opt.MaxPairs = None
+    layers: opt.Layers = "all"
+    method: opt.Method = "mean_diff"
+    position: opt.Position = None
+
+    def run(self) -> None:
+        task = prepare(self, self.layers, out_file=self.out)
+        with task.progress() as progress:
+            table = measure_layers(
+                task.model,
+                task.measure_on,
+                task.fit(progress),
+                layers=self.layers,
+                batch_size=self.batch_size,
+                progress=progress,
+            )
+        self.write(table)
+        if not self.quiet:
+            print_layers(table)

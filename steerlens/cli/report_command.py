@@ -1,0 +1,38 @@
+"""`steerlens report`: the folders of some runs as one HTML page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerlens.cli.command import QuietCommand
+from steerlens.cli.printing import note
+from steerlens.files import write_whole
+from steerlens.runs.html_report.page import report as make_report
+from steerlens.runs.reading import read_run
+from steerlens.runs.record import REPORT, check_out_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(QuietCommand):
+    """One HTML file of one run or several: summary, figures, texts and tables; no network."""
+
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR", help="--out folders of other commands.")
+    ]
+    out: Annotated[Path | None, f"HTML file to write. Default: {REPORT} in the first folder."] = (
+        None
+    )
+
+    def run(self) -> None:
+        runs = [read_run(folder) for folder in self.runs]
+        out = self.runs[0] / REPORT if self.out is None else self.out
+        check_out_file(out)
+        page = make_report(runs).encode()
+
+        def write(path: Path) -> None:
+            path.write_bytes(page)
+
+        write_whole(out, write)
+        note(f"written to {out} ({len(page) / 1e6:.1f} MB)", quiet=self.quiet)

@@ -1,0 +1,260 @@
+"""The commands that make, use and carry steering vectors."""
+
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from steerlens.cli import options as opt
+from steerlens.cli.command import Command, ModelCommand, QuietCommand, prepare
+from steerlens.cli.printing import note, output, print_rows, print_table, progress_of, say
+from steerlens.data.pairs import Message, Prompt
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
+from steerlens.errors import InputError
+from steerlens.measure.boundary import check_search
+from steerlens.measure.cosines import cosine_table
+from steerlens.measure.study import find_boundary, measure_layers
+from steerlens.models.hooks import resolve_hooks
+from steerlens.models.loading import HookedModel, load_model
+from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.progress import silent
+from steerlens.runs.record import check_out_file
+from steerlens.steering import SteeringVector, operator_of, parse_coefficient
+from steerlens.steering import generate as generate_text
+from steerlens.steering.export import bake as bake_checkpoint
+from steerlens.steering.export import from_gguf, to_gguf
+from steerlens.steering.export.huggingface import check_is_new
+
+VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
+OptionalModel = Annotated[
+    str | None, "As elsewhere. Default: the vector's own, or the packaged one."
+]
+POSITIONS = ("all", "prompt", "generated", "last")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extract(ModelCommand):
+    """Fit a direction and write it as a steering vector, its boundary with it."""
+
+    out: Annotated[Path, "File to write, .safetensors."]
+    layers: opt.Layers
+    model: opt.Model = DEFAULT_MODEL
+    pairs: opt.Pairs = "sentiment"
+    test_pairs: opt.TestPairs = None
+    max_pairs: opt.MaxPairs = None
+    method: opt.Method = "mean_diff"
+    position: opt.Position = None
+    operator: Annotated[str, "add, ablate, clamp (with --value) or rotate."] = "add"
+    value: Annotated[float | None, "What clamp sets the component to."] = None
+    boundary: Annotated[
+        bool, "Measure the coherence boundary too, so that coefficients like 80% work."
+    ] = True
+    on: Annotated[str, "Text of the boundary: positive, negative, neutral or a file."] = "positive"
+    budget: Annotated[str, "Of the boundary, as in `steerlens boundary`."] = "relative=0.01"
+
+    def run(self) -> None:
+        operator = operator_of(self.operator, value=self.value)
+        text = opt.text_of(self.on)
+        check_search(budget=self.budget, search_range=4.0)
+        if self.out.suffix != ".safetensors":
+            raise InputError(f"--out {str(self.out)!r}: expected a name that ends in .safetensors")
+        task = prepare(self, self.layers, out_file=self.out)
+        with task.progress() as progress:
+            directions = task.fit(progress)
+            measured = (task.model, task.measure_on, directions)
+            settings = {"layers": self.layers, **task.settings(progress)}
+            if self.boundary:
+                settings |= {"on": text, "budget": self.budget}
+                table = find_boundary(*measured, **settings).layers
+            else:
+                del settings["seed"]
+                table = measure_layers(*measured, **settings)
+        vector = SteeringVector.from_directions(
+            task.model,
+            directions,
+            layers=self.layers,
+            operator=operator,
+            layer_table=table,
+            dataset=task.fit_on.name,
+        )
+        vector.save(self.out)
+        if not self.quiet:
+            _print_vector(vector)
+            note(f"written to {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(ModelCommand):
+    """Greedy continuations of one prompt at several coefficients, side by side."""
+
+    prompt: Annotated[str, "What the user says."]
+    vector: Annotated[Path | None, "A .safetensors or .gguf vector."] = None
+    layer: Annotated[str | None, "Layer or hook name: of the vector, or to fit a direction at."] = (
+        None
+    )
+    coefficients: Annotated[
+        str,
+        typer.Option(
+            "--coefficients",
+            "--coefficient",
+            help="Residual units, 0.1norm (residual norms) or 80% (of the boundary), by commas.",
+        ),
+    ] = "-8,0,8"
+    positions: Annotated[str, "Tokens to steer: all, prompt, generated or last."] = "all"
+    model: OptionalModel = None
+    pairs: opt.Pairs = "sentiment"
+    method: opt.Method = "mean_diff"
+    position: opt.Position = None
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 40
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template round the prompt.")] = False
+
+    def run(self) -> None:
+        strengths = opt.strengths_of(self.coefficients)
+        if self.positions not in POSITIONS:
+            raise InputError(f"--positions are {', '.join(POSITIONS)}, not {self.positions!r}")
+        if self.vector is not None:
+            steered: Any
+            steered, model = _load_with_model(self.vector, self.model, quiet=self.quiet)
+            if self.layer is not None:
+                steered = steered.at(*resolve_hooks(model, self.layer))
+            prompt = self._tokenize(model)
+        elif self.layer is None:
+            raise InputError("give --vector FILE, or --layer to fit a direction there")
+        elif any(parse_coefficient(strength).unit != "residual" for strength in strengths):
+            raise InputError(
+                "norms and shares of the boundary are those of a --vector (see "
+                "`steerlens extract`); give --coefficients in residual units"
+            )
+        else:
+            model, prompt, steered = self._fit_at(self.layer)
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "positions": self.positions,
+        }
+        table, texts = Table(title=Text(self.prompt), show_lines=True), []
+        with progress_of(quiet=self.quiet) as progress:
+            tell = progress or silent
+            tell("continuations", 0, len(strengths))
+            for strength in strengths:
+                table.add_column(Text(strength), ratio=1)
+                texts.append(Text(generate_text(model, prompt, steered, strength, **options)))
+                tell("continuations", len(texts), len(strengths))
+        table.add_row(*texts)
+        output.print(table)
+
+    def _tokenize(self, model: HookedModel) -> TokenizedPrompt:
+        chat: Prompt = self.prompt if self.raw else (Message("user", self.prompt),)
+        return tokenize_prompt(model, chat)
+
+    def _fit_at(self, layer: str) -> tuple[HookedModel, TokenizedPrompt, dict[str, Any]]:
+        """The model, the prompt, and a direction fitted at each hook of `layer`."""
+        task = replace(prepare(self, layer), is_held_out=True)  # nothing is measured
+        prompt = self._tokenize(task.model)
+        with task.progress() as progress:
+            directions = task.fit(progress, layers=layer)
+        return task.model, prompt, {name: directions[name] for name in task.hook_names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(QuietCommand):
+    """Between steerlens's safetensors and llama.cpp's control vectors (.gguf), both ways."""
+
+    source: VectorFile
+    target: Annotated[Path, typer.Argument(help="File to write: .gguf or .safetensors.")]
+
+    def run(self) -> None:
+        vector, target = _read_vector(self.source), self.target
+        check_out_file(target)
+        if target.suffix == ".gguf":
+            to_gguf(vector, target)
+        elif target.suffix == ".safetensors":
+            vector.save(target)
+        else:
+            raise InputError(f"expected a target .gguf or .safetensors, got {target.name!r}")
+        note(f"{vector!r} written to {target}", quiet=self.quiet)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bake(QuietCommand):
+    """Write a Hugging Face checkpoint that is steered by itself, for plain transformers."""
+
+    vector: VectorFile
+    out: Annotated[Path, "Folder for the checkpoint, new or empty."]
+    coefficient: Annotated[str, "Residual units, 0.1norm, or 80% of the boundary."]
+    model: OptionalModel = None
+
+    def run(self) -> None:
+        strengths = opt.strengths_of(self.coefficient)
+        if len(strengths) != 1:
+            raise InputError(f"expected one --coefficient, got {self.coefficient!r}")
+        check_is_new(self.out)
+        vector, model = _load_with_model(self.vector, self.model, quiet=self.quiet)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # noted when the model was loaded
+            bake_checkpoint(model, vector, strengths[0], self.out)
+        note(f"{vector!r} at {self.coefficient} written to {self.out}", quiet=self.quiet)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show(Command):
+    """What a vector's file says: where it acts, how strongly, and where it comes from."""
+
+    vector: VectorFile
+
+    def run(self) -> None:
+        _print_vector(_read_vector(self.vector))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareVectors(Command):
+    """Cosines between the directions of some vectors, and across the layers of each."""
+
+    vectors: Annotated[list[Path], typer.Argument(help="Two or more vectors, or one of layers.")]
+
+    def run(self) -> None:
+        names = [path.name for path in self.vectors]
+        if len(set(names)) < len(names):
+            names = [str(path) for path in self.vectors]
+        vectors = dict(zip(names, map(_read_vector, self.vectors), strict=True))
+        if len(vectors) < len(names):
+            raise InputError("the same file is given twice")
+        columns = ["vector_a", "hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
+        print_rows(cosine_table(vectors), "Cosines", columns)
+
+
+def _read_vector(path: Path) -> SteeringVector:
+    return from_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
+
+
+def _load_with_model(
+    path: Path, model_name: str | None, *, quiet: bool
+) -> tuple[SteeringVector, HookedModel]:
+    """A vector and the model to use it on, its own by default; where they differ is noted."""
+    vector = _read_vector(path)
+    if model_name is None and vector.origin.model == "unknown":
+        raise InputError("the vector does not say which model it was made on; give --model")
+    model = load_model(model_name or vector.origin.model, progress=not quiet)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        vector.check_model(model)
+    for warning in caught:
+        note(f"note: {warning.message}")
+    return vector, model
+
+
+def _print_vector(vector: SteeringVector) -> None:
+    say(repr(vector))
+    for name, value in vector.describe().items():
+        say(f"  {name}: {value}")
+    measured = vector.calibration
+    columns = (vector.scale, measured.resid_norm, measured.boundary_neg, measured.boundary_pos)
+    numbers = [column.tolist() for column in columns]
+    rows = [
+        [name, *(f"{number:.4g}" for number in row)]
+        for name, *row in zip(vector.hook_names, *numbers, strict=True)
+    ]
+    print_table(None, ["hook", "scale", "resid norm", "boundary -", "boundary +"], rows)
