@@ -212,7 +212,9 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.gradients * cotangent[:, None].to(ctx.gradients), None, None
+        gradients: Tensor = ctx.gradients
+        wide = gradients * cotangent[:, None].to(gradients.device)
+        return wide.to(gradients.dtype), None, None
 
 
 @contextmanager
