@@ -59,11 +59,11 @@ class Claims:
         count = counting(progress, "claims: runs", 3 + n_draws)
         first = min(part.layer for part in (*named, *others))
         attention = [f"blocks.{i}.attn" for i in range(first, int(self.task.model.cfg.n_layers))]
-        for what, hook in (("patterns", "hook_pattern"), ("values", "hook_v")):
+        for kind, hook in (("patterns", "hook_pattern"), ("values", "hook_v")):
             names = [f"{module}.{hook}" for module in attention]
             is_live = _is_live(self.task.part(slice(0, 1)), names[0])
             left = self._of_prompts(self._held(dict.fromkeys(names))) if is_live else NO_RUN
-            rows[f"attention {what}"] = 0, left
+            rows[f"attention {kind}"] = 0, left
             count(1)
         rows["named components"] = len(named), self._of_prompts(self._held(by_hook(named)))
         count(1)

@@ -28,7 +28,7 @@ from steerlens.circuits.prompts import make_prompts
 from steerlens.circuits.tasks import Task
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import InputError
+from steerlens.errors import InputError, whole
 from steerlens.models.hooks import HookFunction, resid_post
 from steerlens.models.loading import HookedModel
 from steerlens.tables import EDGE_COLUMNS, Row, to_frame
@@ -358,7 +358,7 @@ def edge_table(
         n_edges: How many of each.
 
     Raises:
-        InputError: As `edge_readers`.
+        InputError: `n_edges` is below 1; and as `edge_readers`.
 
     Examples:
         >>> from steerlens.circuits import (
@@ -371,6 +371,7 @@ def edge_table(
         >>> edges.groupby("model").size().to_dict()
         {'cheerful': 5, 'unsteered': 5}
     """
+    n_edges = whole("n_edges", n_edges, 1)
     parts, readers = components(model), edge_readers(model)
     rows: list[Row] = []
     for name, model_scores in scores.items():

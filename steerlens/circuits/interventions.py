@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from steerlens.errors import InputError
@@ -63,6 +63,8 @@ class Intervention:
 
 
 UNSTEERED = Intervention()
+Read = Callable[[Shaped[Tensor, "prompt token *rest"]], Shaped[Tensor, "*rest"]]
+"""What is kept of an activation."""
 
 
 def capture(
@@ -71,7 +73,7 @@ def capture(
     hook_names: Sequence[str],
     intervention: Intervention = UNSTEERED,
     *,
-    read: Callable[[Tensor], Tensor] = torch.clone,
+    read: Read = torch.clone,
     n_layers: int | None = None,
 ) -> dict[str, Tensor]:
     """Hook -> `read` of what is there under the intervention, without gradients.

@@ -20,7 +20,7 @@ from steerlens.progress import Progress
 
 
 def replacing(
-    hook_name: str, value: Tensor, heads: list[int] | None, *, first: int = 0
+    hook_name: str, value: Float[Tensor, "*shape"], heads: list[int] | None, *, first: int = 0
 ) -> tuple[str, HookFunction]:
     """A hook that puts `value` in the activation's place, or that of some heads.
 
