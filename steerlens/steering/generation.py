@@ -1,13 +1,14 @@
 """Greedy continuations under steering, one prompt or a batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlens.engine.batches import _padded as padded
+from steerlens.engine.batches import mask_kwargs
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
 from steerlens.models.loading import HookedModel, inference
@@ -94,40 +95,30 @@ def generate_tokens(
         pad_id=getattr(model.tokenizer, "pad_token_id", None) or 0,
         device=torch.device(model.cfg.device or "cpu"),
     )
+    # A HookedTransformer takes no mask: it reads padding off the tokens, on the tokenizer's side.
+    takes_mask = hasattr(model, "original_model")
+    is_read = not takes_mask and not bool(mask.all())
     with (
         inference(model),
-        _left_padding(model, is_padded=not bool(mask.all())) as takes_mask,
+        _left_padding(model.tokenizer) if is_read else nullcontext(),
         steer(model, vector, coefficient, positions=positions),
     ):
-        options = {"attention_mask": mask.long()} if takes_mask else {}
         generated = model.generate(
             tokens,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_type="tokens",
             verbose=False,
-            **options,
+            **(mask_kwargs(mask) if takes_mask else {}),
         )
     return [_before_end(row, model) for row in generated[:, width:].tolist()]
 
 
 @contextmanager
-def _left_padding(model: HookedModel, *, is_padded: bool) -> Iterator[bool]:
-    """Whether generation takes a mask; where it reads padding off the tokens, on their left side.
-
-    `HookedTransformer` does the latter, by the tokenizer's padding side.
-    """
-    if not is_padded:
-        yield False
-        return
-    if hasattr(model, "original_model"):
-        yield True
-        return
-    tokenizer: Any = model.tokenizer
-    side = tokenizer.padding_side
-    tokenizer.padding_side = "left"
+def _left_padding(tokenizer: Any) -> Iterator[None]:
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        yield False
+        yield
     finally:
         tokenizer.padding_side = side
 

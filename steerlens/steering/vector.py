@@ -179,8 +179,8 @@ class SteeringVector(Mapping[str, Tensor]):
             InputError: a vector is zero, not finite, or not one row of numbers.
 
         Examples:
-            >>> given = {"blocks.2.hook_resid_post": torch.tensor([3.0, 4.0])}
-            >>> made = sl.SteeringVector.from_vectors(given)
+            >>> rows = {"blocks.2.hook_resid_post": torch.tensor([3.0, 4.0])}
+            >>> made = sl.SteeringVector.from_vectors(rows)
             >>> made.scale, made["blocks.2.hook_resid_post"]
             (tensor([5.]), tensor([0.6, 0.8]))
         """
