@@ -345,21 +345,20 @@ def circuits_pages(token: str = " is") -> dict[str, str]:
     }
 
 
-def write_run_of(folder: Path, command: str, **options: Any) -> Path:
-    """A run of that command with the tables of `CONTENTS`; `options` are as those of `write`."""
+def write_run_of(
+    folder: Path, command: str, tables: Mapping[str, pd.DataFrame] | None = None, **options: Any
+) -> Path:
+    """A run of that command, with the tables of `CONTENTS`; `options` are as those of `write`."""
     items = {"name": "sentiment/test", "n_items": 100, "fingerprint": "ef" * 32}
-    more: dict[str, dict[str, Any]] = {
-        "boundary": {"on": "positive"},
-        "compare": {
-            "measured_on": items,
-            "chosen_on": items | {"name": "sentiment/train", "n_items": 40},
-            "on": "neutral",
-            "budget": "kl=0.1",
-        },
-        "circuits": {"coefficient": 20.0, "pages": circuits_pages()},
-    }
-    given = {"tables": CONTENTS[command](), **more.get(command, {}), **options}
-    return write(folder, command, given.pop("tables"), **given)
+    more: dict[str, Any] = {}
+    if command == "boundary":
+        more = {"on": "positive"}
+    elif command == "compare":
+        chosen_on = items | {"name": "sentiment/train", "n_items": 40}
+        more = {"measured_on": items, "chosen_on": chosen_on, "on": "neutral", "budget": "kl=0.1"}
+    elif command == "circuits":
+        more = {"coefficient": 20.0, "pages": circuits_pages()}
+    return write(folder, command, tables or CONTENTS[command](), **{**more, **options})
 
 
 CONTENTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
@@ -372,24 +371,14 @@ CONTENTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
 """Every command -> the tables of a run of it; those of `circuits` without its comparison."""
 
 
-def write_sweep(folder: Path, **options: Any) -> Path:
-    return write_run_of(folder, "sweep", **options)
-
-
-def write_boundary(folder: Path, **options: Any) -> Path:
-    return write_run_of(folder, "boundary", **options)
-
-
-def write_circuits(folder: Path, **options: Any) -> Path:
-    return write_run_of(folder, "circuits", **options)
+WRITERS: dict[str, Callable[..., Path]] = {
+    command: partial(write_run_of, command=command) for command in CONTENTS
+}
+"""Every command -> what writes a folder of it."""
+write_sweep, write_boundary = WRITERS["sweep"], WRITERS["boundary"]
+write_circuits = WRITERS["circuits"]
 
 
 def write_compare(folder: Path, names: Sequence[str] = ("mean_diff", "pca")) -> Path:
     """A comparison of methods of those names."""
     return write_run_of(folder, "compare", tables=compare_tables(names))
-
-
-WRITERS: dict[str, Callable[..., Path]] = {
-    command: partial(write_run_of, command=command) for command in CONTENTS
-}
-"""Every command -> what writes a folder of it."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import steerlens as sl
-from steerlens.runs.contents import COMMANDS
+from steerlens.runs.contents import COMMANDS, TABLES
 from steerlens.steering.vector_file import KEY
 
 
@@ -101,6 +101,14 @@ def check_csv(content: bytes, found: sl.Run) -> None:
             ]
 
 
+def check_table(content: bytes, found: sl.Run) -> None:
+    """Of a file that its record fits: the declared columns and types, whatever the cells."""
+    frame = found.tables["writers"]
+    assert {name: str(dtype) for name, dtype in frame.dtypes.items()} == {
+        column.name: column.dtype for column in TABLES["writers"].columns
+    }
+
+
 def check_page(content: bytes, found: sl.Run) -> None:
     """Every view of attention.html stands in the file."""
     views = [view for view in found.views if view.page == "attention"]
@@ -115,5 +123,6 @@ CHECKS: dict[str, Callable[[bytes, Any], None]] = {
     "ggufs": check_gguf,
     "records": check_record,
     "csvs": check_csv,
+    "tables": check_table,
     "pages": check_page,
 }

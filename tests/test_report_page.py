@@ -85,6 +85,7 @@ def sentences(folder: Path) -> list[str]:
 def test_a_page_of_every_command(command: str, tmp_path: Path) -> None:
     folder = WRITERS[command](tmp_path / "run", warnings=["note: in-sample"])
     page = page_of(folder)
+    assert page_of(folder) == page
     outline = Outline(page)
     assert outline.open == [], "every element is closed"
     assert len(page.encode()) < 5 * MEGABYTE
@@ -106,7 +107,7 @@ def test_a_page_of_every_command(command: str, tmp_path: Path) -> None:
 
 
 def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
-    """The first sweep and a second boundary: their scripts travel once."""
+    """Their scripts travel once, and headings go down a level at a time."""
     folders = [WRITERS[command](tmp_path / command) for command in COMMANDS]
     page = page_of(*folders)
     outline = Outline(page)
@@ -118,22 +119,11 @@ def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
     assert links == ["#run1", *(f"#run{n}" for n in range(1, 6))]
     ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
     assert len(ids) == len({*ids})
-
-
-def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "run")
-    assert page_of(folder) == page_of(folder)
-
-
-def test_headings_go_down_a_level_at_a_time(tmp_path: Path) -> None:
-    outline = Outline(page_of(*(WRITERS[c](tmp_path / c) for c in COMMANDS)))
     levels = [int(tag[1]) for tag, _ in outline.elements if re.fullmatch(r"h[1-6]", tag)]
-    assert levels[0] == 1
-    assert levels.count(1) == 1
+    assert (levels[0], levels.count(1)) == (1, 1)
     assert all(b <= a + 1 for a, b in pairwise(levels))
-    assert [tag for tag, _ in outline.elements if tag in ("header", "main", "nav", "footer")] == [
-        *("header", "nav", "main", "footer")
-    ]
+    landmarks = ("header", "nav", "main", "footer")
+    assert [tag for tag, _ in outline.elements if tag in landmarks] == [*landmarks]
 
 
 # Summaries, by hand
@@ -154,25 +144,17 @@ def test_the_summary_of_a_sweep(tmp_path: Path) -> None:
     assert "no layer was chosen on one set and tested on another" in said[4]
 
 
-def test_in_sample_numbers_are_called_so(tmp_path: Path) -> None:
-    told = sentences(write_sweep(tmp_path / "in", held_out=False))[0]
-    assert "in-sample" in told
-    assert "in-sample" not in sentences(write_sweep(tmp_path / "out"))[0]
-
-
-def test_a_sweep_of_readouts_alone_claims_no_layer(tmp_path: Path) -> None:
+def test_what_a_sweep_may_not_claim(tmp_path: Path) -> None:
+    """In-sample numbers and overflow are called so; readouts alone show no layer."""
     cells = sweep_table()
-    ends = cells[cells.hook_name == cells.readout_hook].reset_index(drop=True)
-    said = sentences(write(tmp_path / "run", "sweep", {"sweep": ends, "layers": layers_table()}))
-    assert len(said) == 3
-    assert not any("moves most" in sentence for sentence in said)
-
-
-def test_overflow_is_said(tmp_path: Path) -> None:
-    cells = sweep_table()
+    readouts = cells[cells.hook_name == cells.readout_hook].reset_index(drop=True)
     cells.loc[3, "logprob_nats"] = math.nan
-    said = sentences(write(tmp_path / "run", "sweep", {"sweep": cells}))
+    said = sentences(write(tmp_path / "run", "sweep", {"sweep": cells}, held_out=False))
+    assert "in-sample" in said[0]
     assert said[3] == "1 cells are undefined: the model overflowed there."
+    said = sentences(write(tmp_path / "readouts", "sweep", {"sweep": readouts}))
+    assert len(said) == 3
+    assert not any("moves most" in sentence or "in-sample" in sentence for sentence in said)
 
 
 def test_the_summary_of_a_boundary(tmp_path: Path) -> None:
@@ -256,10 +238,7 @@ def test_what_is_undefined_is_empty_and_what_is_infinite_is_beyond() -> None:
     assert [row[column] for row in rows[:4]] == ["5", "6", "beyond 56", ""]
     assert "An empty cell is undefined." in note
     assert "An empty cell" not in shown("points", points_table())[0]
-
-
-def test_a_negative_infinity_has_its_sign_and_an_unknown_range_no_number() -> None:
-    layers = layers_table()
+    # A negative infinity has its sign, an unknown range no number.
     layers.attrs = {}
     layers.loc[2, "boundary_neg"] = -math.inf
     _, (head, *rows) = shown("layers", layers)

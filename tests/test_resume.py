@@ -317,6 +317,17 @@ def test_a_part_of_another_sweep_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "parts").exists()
 
 
+def test_only_what_this_program_wrote_is_removed(tmp_path: Path) -> None:
+    kept_part(tmp_path)
+    for left in (".sweep.csv-killed", "parts/.0003.parquet-killed", ".mine-1"):
+        (tmp_path / left).mkdir()
+    (tmp_path / "parts" / "notes.txt").write_text("mine")
+    with open_parts(tmp_path, REQUEST, options={}, resume=True):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"parts", ".mine-1"}
+    assert content(tmp_path / "parts") == {"notes.txt": b"mine"}
+
+
 def test_differences_by_hand() -> None:
     earlier = {"a": 1, "of": {"x": 1, "y": [1]}, "gone": None}
     assert differences(earlier, {"of": {"y": [1], "x": 2}, "a": 1}) == [

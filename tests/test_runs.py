@@ -74,17 +74,14 @@ def refused(folder: Path, request: dict[str, Any]) -> str:
 # check_run_folder
 
 
-@pytest.mark.parametrize("name", ["run", "a/b/run"])
-def test_a_new_folder_is_made(name: str, tmp_path: Path) -> None:
-    check_run_folder(tmp_path / name, REQUEST)
-    assert content(tmp_path / name) == {}
-
-
-def test_an_empty_folder_and_foreign_files_are_accepted(tmp_path: Path) -> None:
-    check_run_folder(tmp_path, REQUEST)
-    (tmp_path / "notes.txt").write_text("mine")
-    check_run_folder(tmp_path, REQUEST)
-    assert content(tmp_path) == {"notes.txt": b"mine"}
+@pytest.mark.parametrize("name", [".", "run", "a/b/run"])
+def test_a_new_folder_is_made_and_foreign_files_are_accepted(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    check_run_folder(folder, REQUEST)
+    assert content(folder) == {}
+    (folder / "notes.txt").write_text("mine")
+    check_run_folder(folder, REQUEST)
+    assert content(folder) == {"notes.txt": b"mine"}
 
 
 def test_the_same_request_is_accepted_again(written: Path) -> None:
@@ -101,18 +98,15 @@ def test_the_same_request_is_accepted_again(written: Path) -> None:
         ({"model": {"name": "tiny", "file_hash": "abd"}}, "model.file_hash ('abc', now 'abd')"),
         ({"seed": 1, "command": "other"}, "command ('sweep', now 'other'), seed (0, now 1)"),
         ({"method": "pca"}, "method (nothing, now 'pca')"),
+        ({"seed": None}, "seed (0, now nothing)"),
     ],
 )
 def test_another_request_is_refused_by_name(
     change: dict[str, Any], named: str, written: Path
 ) -> None:
     check_run_folder(written, REQUEST)
-    assert f"other {named};" in refused(written, REQUEST | change)
-
-
-def test_a_request_without_an_earlier_key_is_refused(written: Path) -> None:
-    fewer = {key: value for key, value in REQUEST.items() if key != "seed"}
-    assert "other seed (0, now nothing);" in refused(written, fewer)
+    request = {key: value for key, value in (REQUEST | change).items() if value is not None}
+    assert f"other {named};" in refused(written, request)
 
 
 @pytest.mark.parametrize("name", [name for name in RUN_FILES if name != "run.json"])
@@ -158,6 +152,8 @@ def test_a_failed_write_changes_nothing(
 
     def fail(temporary: Path) -> None:
         temporary.write_bytes(b"half")
+        # The old file is whole while the new one is written.
+        assert earlier is None or path.read_bytes() == earlier
         assert content(tmp_path.resolve() / temporary.parent.name) == {"table.csv": b"half"}
         raise raised
 
@@ -166,19 +162,6 @@ def test_a_failed_write_changes_nothing(
     assert content(tmp_path) == before
     write_whole(path, lambda temporary: temporary.write_bytes(b"new") and None)
     assert content(tmp_path) == {"table.csv": b"new"}
-
-
-def test_the_old_file_is_whole_while_the_new_one_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    path.write_bytes(b"old")
-    seen = []
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(b"new")
-        seen.append(path.read_bytes())
-
-    write_whole(path, write)
-    assert (seen, path.read_bytes()) == ([b"old"], b"new")
 
 
 def test_files_may_be_read_by_others_as_any_new_file(tmp_path: Path) -> None:
@@ -192,18 +175,11 @@ def test_files_may_be_read_by_others_as_any_new_file(tmp_path: Path) -> None:
 # write_run
 
 
-def test_a_run_has_five_files(written: Path) -> None:
-    assert set(content(written)) < set(RUN_FILES)
-    assert sorted(content(written)) == [
-        "directions.safetensors",
-        "layers.csv",
-        "run.json",
-        "sweep.csv",
-        "sweep.parquet",
-    ]
-
-
-def test_the_tables_read_back_as_they_were(written: Path, result: sl.SweepResult) -> None:
+def test_a_run_has_five_files_and_its_tables_read_back(
+    written: Path, result: sl.SweepResult
+) -> None:
+    names = {"directions.safetensors", "layers.csv", "run.json", "sweep.csv", "sweep.parquet"}
+    assert set(content(written)) == names < set(RUN_FILES)
     parquet = pd.read_parquet(written / "sweep.parquet")
     pd.testing.assert_frame_equal(parquet, result.table, check_exact=True)
     assert parquet.attrs == result.table.attrs

@@ -28,6 +28,7 @@ _KINDS: Mapping[str, Kind] = {
     "tables": dict,
     "files": dict,
 }
+_PAGES = tuple(f"{page}.html" for page in PAGES)
 # What circuitsvis draws from stands in scripts, as JSON in which no `<` does.
 _VIEW = re.compile(r'<script[^>]* class="circuitsvis-data"[^>]*>([^<]*)</script>')
 
@@ -75,6 +76,9 @@ def read_run(folder: str | Path) -> Run:
     Args:
         folder: the `--out` folder of a command.
 
+    Returns:
+        Its record, its tables with the attrs that they were written with, and its views.
+
     Raises:
         FileError: there is no run.json, or it is damaged or of another version; the run is
             unfinished (the message names the hooks that are finished); or a file of the run is
@@ -93,17 +97,15 @@ def read_run(folder: str | Path) -> Run:
         raise FileError(f"expected the folder of a run, got {folder!r:.80}") from error
     record = _read_record(folder)
     again = _again(folder, record)
-    contents = {name: _read(folder / name, sums, again) for name, sums in record["files"].items()}
+    views: list[View] = []
+    for name, sums in record["files"].items():
+        content = _read(folder / name, sums, again)
+        if name in _PAGES:
+            views += _views(folder / name, content, again)
     tables = {
         name: _read_table(folder / f"{name}.csv", entry, again)
         for name, entry in record["tables"].items()
     }
-    views = [
-        view
-        for page in PAGES
-        if f"{page}.html" in contents
-        for view in _views(folder / f"{page}.html", contents[f"{page}.html"], again)
-    ]
     return Run(folder.resolve().name, record, tables, tuple(views))
 
 

@@ -333,8 +333,8 @@ def _read_part(path: Path, hook_name: str) -> pd.DataFrame | None:
     """The rows of a part, or None when they are not those that were written."""
     try:
         frame = pd.read_parquet(path, engine="pyarrow")
-        given = frame.attrs.pop("sha256")
-        is_whole = given == _checksum(frame) and frame.attrs["hook_name"] == hook_name
+        written = frame.attrs.pop("sha256")
+        is_whole = written == _checksum(frame) and frame.attrs["hook_name"] == hook_name
     # Whatever pyarrow makes of damaged bytes: its errors share no base class.
     except Exception:
         return None

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ sys.path.insert(0, str(TESTS))
 with atheris.instrument_imports(include=["steerlens", "gguf", "json"]):
     import hostile
     import sound
-    from run_folders import write_circuits
+    from run_folders import seal, write_circuits
     from safetensors.torch import save
 
     import steerlens as sl
@@ -56,21 +57,28 @@ def with_checksum(content: bytes) -> bytes:
 
 
 def run_folder(folder: Path) -> dict[str, bytes]:
-    """A run of circuits cut down to one table and one page; its files by name."""
+    """A run of circuits cut down to the tables that it must have and one page; files by name."""
     write_circuits(folder)
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    record["tables"] = {"writers": record["tables"]["writers"]}
+    names = ("writers", "readers", "claims")
+    record["tables"] = {name: record["tables"][name] for name in names}
+    record["files"] = {name: {} for name in (*(f"{n}.csv" for n in names), "attention.html")}
     view = {"view": "AttentionHeads", "title": "a", "props": {"tokens": ["a"]}}
-    files = {
-        "run.json": json.dumps(record | {"pages": []}).encode(),
-        "writers.csv": (folder / "writers.csv").read_bytes(),
-        "attention.html": (
-            f'<script class="circuitsvis-data">{json.dumps(view)}</script>'.encode()
-        ),
-    }
-    for name, content in files.items():
-        (folder / name).write_bytes(content)
-    return files
+    page = f'<script type="x" class="circuitsvis-data">{json.dumps(view)}</script>'
+    (folder / "attention.html").write_text(page, encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    seal(folder)
+    return {name: (folder / name).read_bytes() for name in (*record["files"], "run.json")}
+
+
+def sealed(folder: Path) -> sl.Run:
+    """A run whose record fits its files: what stands behind the sha256 is fuzzed."""
+    seal(folder)
+    return sl.read_run(folder)
+
+
+def _of_its_folder(read: Callable[[Path], sl.Run], path: Path) -> sl.Run:
+    return read(path.parent)
 
 
 def kinds(folder: Path) -> dict[str, Kind]:
@@ -97,16 +105,13 @@ def kinds(folder: Path) -> dict[str, Kind]:
         ),
         "ggufs": Kind("f.gguf", sl.from_gguf, hostile.gguf(), "ggufs"),
     }
-    for kind, name in (("records", "run.json"), ("csvs", "writers.csv")):
+    inside = {"records": "run.json", "csvs": "writers.csv", "pages": "attention.html"}
+    for kind, name in inside.items():
         run = folder / kind
         good = run_folder(run)[name]
-        made[kind] = Kind(f"{kind}/{name}", lambda _, run=run: sl.read_run(run), good, kind)
-    run = folder / "pages"
-    good = run_folder(run)["attention.html"]
-    whole = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    paged = json.dumps(whole | {"tables": {}, "pages": ["attention"]})
-    (run / "run.json").write_text(paged, encoding="utf-8")
-    made["pages"] = Kind("pages/attention.html", lambda _: sl.read_run(run), good, "pages")
+        check = "tables" if kind == "csvs" else kind
+        read = partial(_of_its_folder, sl.read_run if kind == "records" else sealed)
+        made[kind] = Kind(f"{kind}/{name}", read, good, check)
     return made
 
 

@@ -28,24 +28,27 @@ def facts(run: Run) -> Html:
         ("machine", _pairs(run.record["machine"].items())),
         ("versions", _pairs(run.record["versions"].items())),
     ]
-    shown = [part for what, said in rows for part in (element("dt", what), element("dd", said))]
-    return joined(element("dl", *shown, class_="facts"), _attrs(run))
+    listed = (joined(element("dt", name), element("dd", value)) for name, value in rows)
+    return joined(element("dl", *listed, class_="facts"), _attrs(run))
 
 
 def _model(model: Any) -> Html:
     if not isinstance(model, Mapping):
         return Html("")
-    said = {name: _short(str(v)) if name == "file_hash" else v for name, v in model.items()}
     # Versions have a line of their own.
     left_out = ("name", "transformer_lens", "transformers", "torch")
-    rest = _pairs((name, value) for name, value in said.items() if name not in left_out)
+    rest = _pairs(
+        (name, _short(str(value)) if name == "file_hash" else value)
+        for name, value in model.items()
+        if name not in left_out
+    )
     return joined(element("b", str(model.get("name"))), "; ", rest)
 
 
 def _hooks(names: Any) -> str:
     """Hook names in a line: layers where all of them are block outputs."""
     if not isinstance(names, Sequence) or isinstance(names, str):
-        return _said(names)
+        return _text(names)
     listed = ", ".join(map(str, names))
     try:
         layers = [hook_layer(str(name)) for name in names]
@@ -75,7 +78,7 @@ def _data(data: Any) -> str:
     if data is True:
         return "yes: measured on another set than fitted on"
     if not isinstance(data, Mapping):
-        return _said(data)
+        return _text(data)
     if "name" not in data:
         return "; ".join(_data(value) for value in data.values())
     size = next((f"{v} {k.removeprefix('n_')}" for k, v in data.items() if k[:2] == "n_"), "")
@@ -95,11 +98,11 @@ def _cost(run: Run) -> str:
 
 
 def _pairs(items: Iterable[tuple[str, Any]]) -> Html:
-    said = (joined(f"{name.replace('_', ' ')} ", element("code", _said(v))) for name, v in items)
-    return joined(*said, by="; ")
+    pairs = (joined(f"{name.replace('_', ' ')} ", element("code", _text(v))) for name, v in items)
+    return joined(*pairs, by="; ")
 
 
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     if value is None:
         return "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

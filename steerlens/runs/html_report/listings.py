@@ -37,8 +37,8 @@ def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -
         name_of = element("code", "blocks.N.hook_resid_post")
         notes.append(joined("Hooks are block outputs, ", name_of, " of layer N."))
     if same:
-        said = joined(*(_the_same(column, rows) for column in same), by="; ")
-        notes.append(joined("The same in every row: ", said, "."))
+        values = joined(*(_the_same(column, rows) for column in same), by="; ")
+        notes.append(joined("The same in every row: ", values, "."))
     if empty:
         names = joined(*(element("code", column.name) for column in empty), by=", ")
         notes.append(joined("Without a value in this run: ", names, "."))
@@ -166,10 +166,10 @@ def _infinite(column: Column, sign: str, searched: float | None) -> str:
 
 def _searched(attrs: Mapping[Any, Any], row: Mapping[Any, Any]) -> float | None:
     """How far the search went in this row, in residual units, where the table says so."""
-    found = attrs.get("searched")
-    if isinstance(found, Mapping):
-        found = found.get(row.get("hook_name"))
-    return float(found) if isinstance(found, (int, float)) else None
+    searched = attrs.get("searched")
+    if isinstance(searched, Mapping):
+        searched = searched.get(row.get("hook_name"))
+    return float(searched) if isinstance(searched, (int, float)) else None
 
 
 def _meanings(columns: tuple[Column, ...]) -> Html:
@@ -191,12 +191,12 @@ def generations(table: pd.DataFrame, cells: pd.DataFrame | None) -> Html:
         coherent = {(c.hook_name, c.coefficient): bool(c.coherent) for c in cells.itertuples()}
     rows = []
     groups: Any = table.groupby(["prompt", "hook_name"], sort=False)
-    for (prompt, hook_name), of in groups:
+    for (prompt, hook_name), group in groups:
         columns = [
             _text(row, coherent.get((hook_name, row.coefficient)))
-            for row in of.sort_values("coefficient", kind="stable").itertuples()
+            for row in group.sort_values("coefficient", kind="stable").itertuples()
         ]
-        title = f"Prompt {prompt}, steered at layer {of.layer.iloc[0]}"
+        title = f"Prompt {prompt}, steered at layer {group.layer.iloc[0]}"
         grid = element("div", *columns, class_="texts", tabindex=0, role="group", aria_label=title)
         rows.append(element("div", element("h4", title), grid, class_="prompt"))
     note = element(
@@ -209,12 +209,11 @@ def generations(table: pd.DataFrame, cells: pd.DataFrame | None) -> Html:
 
 
 def _text(row: Any, is_coherent: bool | None) -> Html:
-    coefficient = row.coefficient
-    said = [] if is_coherent is None else ["within budget" if is_coherent else "beyond the budget"]
-    said.append(_ENDS.get(row.end, row.end))
+    budget = {None: "", True: "within budget; ", False: "beyond the budget; "}[is_coherent]
+    unsteered = ", unsteered" if row.coefficient == 0 else ""
     return element(
         "div",
-        element("h5", f"c = {short(coefficient)}" + (", unsteered" if coefficient == 0 else "")),
-        element("p", "; ".join(said), class_="note"),
+        element("h5", f"c = {short(row.coefficient)}{unsteered}"),
+        element("p", f"{budget}{_ENDS.get(row.end, row.end)}", class_="note"),
         element("p", row.text, class_="said", dir="auto"),
     )

@@ -1,7 +1,7 @@
 """What the tables of a run say, in a few plain sentences; no more than the numbers do."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -13,69 +13,64 @@ from steerlens.tables import hook_label
 
 def summarise(run: Run) -> list[str]:
     """Sentences about a run, from its record and tables alone."""
-    of_command = _SUMMARIES[run.command]
-    return [*_held_out(run), *of_command(run)]
+    return [*_held_out(run), *_SUMMARIES[run.command](run)]
 
 
-def _held_out(run: Run) -> list[str]:
+def _held_out(run: Run) -> Iterator[str]:
     fitted, measured = run.request.get("fitted_on"), run.request.get("measured_on")
     if not isinstance(fitted, Mapping) or not isinstance(measured, Mapping):
-        return []
+        return
     if "n_pairs" not in measured or "held_out" not in run.request:
-        return []
-    which = f"{measured['n_pairs']} pairs of {measured['name']}"
+        return
+    measured_on = f"Measured on {measured['n_pairs']} pairs of {measured['name']}"
     if run.request["held_out"]:
-        return [
-            f"Measured on {which}; the directions are fitted on another set, "
-            f"{fitted['n_pairs']} pairs of {fitted['name']}."
-        ]
-    return [
-        f"Measured on {which}, which the directions are fitted on too: projections are in-sample, "
-        "so they are likely larger than on new pairs."
-    ]
+        yield (
+            f"{measured_on}; the directions are fitted on another set, {fitted['n_pairs']} pairs "
+            f"of {fitted['name']}."
+        )
+    else:
+        yield (
+            f"{measured_on}, which the directions are fitted on too: projections are in-sample, so "
+            "they are likely larger than on new pairs."
+        )
 
 
-def _sweep(run: Run) -> list[str]:
-    cells, said = _rows(run.tables["sweep"]), []
+def _sweep(run: Run) -> Iterator[str]:
+    cells = _rows(run.tables["sweep"])
     if not cells:
-        return []
-    said.append(
-        f"Unsteered, the labels' mean logprob is {short(cells[0].baseline_logprob_nats)} nats per "
-        "token."
-    )
+        return
+    baseline = short(cells[0].baseline_logprob_nats)
+    yield f"Unsteered, the labels' mean logprob is {baseline} nats per token."
     within = [cell for cell in cells if cell.coherent]
-    said.append(
-        f"Of {len(cells)} cells {len(within)} are within the budget ({run.request['budget']})."
-    )
+    yield f"Of {len(cells)} cells {len(within)} are within the budget ({run.request['budget']})."
     undefined = sum(math.isnan(cell.logprob_nats) for cell in cells)
     if undefined:
-        said.append(f"{undefined} cells are undefined: the model overflowed there.")
+        yield f"{undefined} cells are undefined: the model overflowed there."
     # At a readout the shift is the coefficient itself: it says what was added.
     downstream = [c for c in within if c.hook_name != c.readout_hook and c.coefficient != 0]
     if not downstream:
-        return said
+        return
     row = max(downstream, key=lambda cell: abs(cell.projection_shift))
-    said.append(
+    yield (
         f"Among those before the readout hook, the projection moves most at layer {row.layer} with "
         f"coefficient {short(row.coefficient)}: by {change(row.projection_shift)} residual units, "
         f"at a degradation of {change(row.degradation_nats)} nats per token "
         f"(95% interval {change(row.degradation_ci_low)} to {change(row.degradation_ci_high)})."
     )
-    said.append(
+    yield (
         "That is the largest of many cells on these pairs, so it is likely smaller on others; "
         "no layer was chosen on one set and tested on another here."
     )
-    return said
 
 
-def _boundary(run: Run) -> list[str]:
+def _boundary(run: Run) -> Iterator[str]:
     layers = _rows(run.tables["layers"])
     if not layers:
-        return []
-    said = [
+        return
+    yield (
         f"Unsteered, the labels' mean logprob is {short(layers[0].logprob_nats)} nats per token. "
         f"The budget is {run.request['budget']} on {run.request['on']} text."
-    ]
+    )
     for sign, name in (("pos", "c > 0"), ("neg", "c < 0")):
         at = {row: float(getattr(row, f"boundary_{sign}")) for row in layers}
         parts = [f"found at {sum(map(math.isfinite, at.values()))} of {len(layers)} hooks"]
@@ -83,102 +78,90 @@ def _boundary(run: Run) -> list[str]:
             parts.append(f"beyond the searched range at {beyond}")
         if failed := sum(map(math.isnan, at.values())):
             parts.append(f"not found by the search at {failed}")
-        said.append(f"The boundary for {name} is {', '.join(parts)}.")
+        yield f"The boundary for {name} is {', '.join(parts)}."
         shares = {row: abs(c) / row.resid_norm for row, c in at.items() if math.isfinite(c)}
         if len(shares) > 1:
             low, high = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
-            said.append(
+            yield (
                 "In units of the layer's mean residual norm it is smallest at layer "
                 f"{low.layer} ({short(shares[low])}) and largest at layer {high.layer} "
                 f"({short(shares[high])})."
             )
     trusted = sum(row.prediction_trusted for row in layers)
-    said.append(f"The prediction from gradients at 0 held at {trusted} of {len(layers)} hooks.")
+    yield f"The prediction from gradients at 0 held at {trusted} of {len(layers)} hooks."
     if "shape" in run.tables:
         ratio = run.tables["shape"].attrs.get("radius_ratio")
         if isinstance(ratio, (int, float)):
-            said.append(
+            yield (
                 f"In the plane of layer {run.tables['shape'].layer.iloc[0]}, the largest boundary "
                 f"is {short(float(ratio))} times the smallest."
             )
-    return said
 
 
-def _compare(run: Run) -> list[str]:
-    table, summary = _rows(run.tables["comparison"]), _rows(run.tables["summary"])
+def _compare(run: Run) -> Iterator[str]:
+    summary = _rows(run.tables["summary"])
     methods = [row for row in summary if row.layer >= 0]
-    chosen = run.request.get("chosen_on")
-    measured = run.request["measured_on"]
-    said = [
+    chosen, measured = run.request.get("chosen_on"), run.request["measured_on"]
+    yield (
         f"Every method may do the same damage ({run.request['budget']} on {run.request['on']} "
         f"text); effects are on {measured['n_items']} items of {measured['name']}."
-    ]
+    )
     if isinstance(chosen, Mapping):
-        said.append(
+        yield (
             f"Each method's layer was chosen on {chosen['n_items']} other items ({chosen['name']})."
         )
     if not methods:
-        return [*said, "No method has an effect to compare."]
+        yield "No method has an effect to compare."
+        return
     best = methods[0]
-    row = next(r for r in table if (r.method, r.layer) == (best.method, best.layer))
+    rows = _rows(run.tables["comparison"])
+    row = next(r for r in rows if (r.method, r.layer) == (best.method, best.layer))
     band = ""
     if math.isfinite(row.null_low) and math.isfinite(row.null_high):
-        band = (
-            f"; 95% of random and shuffled vectors lie between {change(row.null_low)} and "
-            f"{change(row.null_high)}"
-        )
-    said.append(
+        ends = f"{change(row.null_low)} and {change(row.null_high)}"
+        band = f"; 95% of random and shuffled vectors lie between {ends}"
+    yield (
         f"The largest effect is that of {best.method} at layer {best.layer}: "
         f"{change(best.effect)} nats per token (95% interval {change(best.effect_ci_low)} to "
         f"{change(best.effect_ci_high)}{band}). Its verdict: {best.verdict}. Its rank is "
         f"{best.rank} of {len(summary)}, with a 95% interval of {best.rank_low} to "
         f"{best.rank_high}."
     )
-    shown = sum(row.verdict == "effect" for row in methods)
-    said.append(f'The verdict is "effect" for {shown} of {len(methods)} methods.')
-    return said
+    n_effects = sum(row.verdict == "effect" for row in methods)
+    yield f'The verdict is "effect" for {n_effects} of {len(methods)} methods.'
 
 
-def _circuits(run: Run) -> list[str]:
+def _circuits(run: Run) -> Iterator[str]:
     writers, readers, claims = (run.tables[name] for name in ("writers", "readers", "claims"))
-    said = []
     before, behind = (readers.attrs.get(f"metric_{how}") for how in ("unsteered", "steered"))
     if isinstance(before, (int, float)) and isinstance(behind, (int, float)):
-        said.append(
+        yield (
             f"At coefficient {short(float(run.request['coefficient']))} the vector moves the "
             f"answer logit difference from {short(before)} to {short(behind)}."
         )
     if len(writers):
         writer = max(_rows(writers), key=lambda row: abs(row.contribution))
-        said.append(
+        yield (
             f"The largest writer of the direction is {_component(writer)}, with "
             f"{short(writer.share)} of the projection."
         )
     if len(readers):
         reader = max(_rows(readers), key=lambda row: abs(row.effect))
-        said.append(
+        exact = change(reader.exact) if math.isfinite(reader.exact) else "not measured"
+        yield (
             f"The largest reader is {_component(reader)}: {change(reader.effect)} logits by the "
-            f"estimate, {_or_not(reader.exact)} by exact patching."
+            f"estimate, {exact} by exact patching."
         )
-    kept = [
+    remaining = [
         f"{row.test} {short(row.remaining)} ({short(row.ci_low)} to {short(row.ci_high)})"
         for row in _rows(claims)
         if math.isfinite(row.remaining) and row.test != "nothing"
     ]
-    if kept:
-        said.append(
+    if remaining:
+        yield (
             "Of the vector's effect there remains, with these held at what they are unsteered "
-            f"(95% intervals): {'; '.join(kept)}."
+            f"(95% intervals): {'; '.join(remaining)}."
         )
-    return said
-
-
-def _rows(table: pd.DataFrame) -> list[Any]:
-    return list(table.itertuples())
-
-
-def _or_not(value: float) -> str:
-    return change(value) if math.isfinite(value) else "not measured"
 
 
 def _component(row: Any) -> str:
@@ -187,25 +170,26 @@ def _component(row: Any) -> str:
     return f"mlp{row.layer}" if row.component == "mlp" else f"L{row.layer}H{row.head}"
 
 
-def _geometry(run: Run) -> list[str]:
-    by_hook: dict[str, list[float]] = {}
-    for row in _rows(run.tables["shape"]):
-        by_hook.setdefault(row.hook_name, []).append(row.boundary)
-    said = []
-    for name, reach in by_hook.items():
-        finite = [at for at in reach if math.isfinite(at)]
-        beyond = sum(map(math.isinf, reach))
-        where = f"at layer {hook_label(name)} the boundary is found"
-        parts = [f"{where} at {len(finite)} of {len(reach)} angles"]
+def _geometry(run: Run) -> Iterator[str]:
+    groups: Any = run.tables["shape"].groupby("hook_name", sort=False)["boundary"]
+    for name, boundaries in groups:
+        finite = [at for at in boundaries if math.isfinite(at)]
+        parts = [
+            f"at layer {hook_label(name)} the boundary is found at {len(finite)} of "
+            f"{len(boundaries)} angles"
+        ]
         if finite:
             parts.append(f"from {short(min(finite))} to {short(max(finite))} residual units away")
-        if beyond:
+        if beyond := sum(map(math.isinf, boundaries)):
             parts.append(f"beyond the searched range at {beyond}")
-        said.append(f"In the plane of the direction, {', '.join(parts)}.")
-    return said
+        yield f"In the plane of the direction, {', '.join(parts)}."
 
 
-_SUMMARIES: Mapping[str, Callable[[Run], list[str]]] = {
+def _rows(table: pd.DataFrame) -> list[Any]:
+    return list(table.itertuples())
+
+
+_SUMMARIES: Mapping[str, Callable[[Run], Iterator[str]]] = {
     "sweep": _sweep,
     "boundary": _boundary,
     "compare": _compare,
