@@ -31,13 +31,21 @@ from steerlens.loss import (
     ordering_penalty,
     total_variation_barrier,
 )
-from steerlens.measure.boundary import BoundaryResult, find_boundary, predict_boundary
+from steerlens.measure.boundary import BoundaryResult
 from steerlens.measure.comparison import Comparison, compare
 from steerlens.measure.cosines import cosine_table
-from steerlens.measure.plane import LossGeometry, loss_geometry
-from steerlens.measure.plane_boundary import BoundaryShape, boundary_shape
+from steerlens.measure.plane import BoundaryShape, LossGeometry
 from steerlens.measure.split_half import reliability
-from steerlens.measure.sweeps import SweepResult, measure_layers, sweep
+from steerlens.measure.study import (
+    Study,
+    boundary_shape,
+    find_boundary,
+    loss_geometry,
+    measure_layers,
+    predict_boundary,
+    sweep,
+)
+from steerlens.measure.sweeps import SweepResult
 from steerlens.measure.tokens import generation_table, token_damage
 from steerlens.models.hooks import readout_hook, resolve_hooks
 from steerlens.models.loading import load_model, provenance
@@ -92,6 +100,7 @@ __all__ = [
     "SteeringLoss",
     "SteeringVector",
     "SteerlensError",
+    "Study",
     "SweepResult",
     "Trained",
     "bake",

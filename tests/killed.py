@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlens import cli
-from steerlens.runs.record import unfinished
+from steerlens.runs import unfinished
 
 TRIES = 40
 _, NAME, SEED, LOG, *ARGUMENTS = sys.argv

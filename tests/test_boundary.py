@@ -13,15 +13,16 @@ from conftest import sampled
 import steerlens as sl
 from steerlens.data.pairs import read_texts
 from steerlens.directions.directions import Directions
-from steerlens.engine import plain_loop as plain
 from steerlens.engine.batches import make_batches
+from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import plain_cells, run_baseline
 from steerlens.engine.tokenization import (
     TokenizedPrompt,
     fingerprint,
     tokenize_pairs,
     tokenize_prompt,
 )
-from steerlens.engine.workload import Cost, Workload
+from steerlens.engine.workload import Job, Workload
 from steerlens.errors import HookError, InputError
 from steerlens.loss import Budget
 from steerlens.measure import coherence
@@ -42,18 +43,11 @@ def brute_force(
     """The first crossing on 60 points, by the plain loop."""
     parsed = Budget.parse(budget)
     workload = Workload(make_batches(model, prompts, 16), (), -1, "all", parsed.is_divergence)
-    baseline = (
-        plain.run_baseline(model, workload, (hook_name,), cost=Cost()).logprob.double().mean()
-    )
+    engine = Engine(model)
+    baseline = run_baseline(engine, workload, (hook_name,)).logprob.double().mean()
     grid = np.geomspace(limit * 2e-3, limit, 60)
-    cells = plain.run_cells(
-        model,
-        workload,
-        hook_name=hook_name,
-        direction=direction,
-        coefficients=[float(sign * c) for c in grid],
-        readout=hook_name,
-    )
+    job = Job(hook_name, direction, tuple(float(sign * c) for c in grid), hook_name)
+    cells = plain_cells(engine, workload, job)
     allowance = parsed.allowance(float(baseline))
     before = (0.0, 0.0)
     for c, cell in zip(grid, cells, strict=True):

@@ -10,13 +10,14 @@ from conftest import ATTN_OUT, FINAL_NORM, bridge, build_gpt2, build_llama, need
 
 import steerlens as sl
 from steerlens.engine import cells
-from steerlens.engine import plain_loop as plain
 from steerlens.engine import resume as passes
-from steerlens.engine.cells import Carried, Job, fast_cells
+from steerlens.engine.cells import Carried, fast_cells
+from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import plain_cells, run_baseline
 from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.prefixes import prepare
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.engine.workload import CellOutput, Cost, Workload, forward_equivalents, make_workload
+from steerlens.engine.workload import CellOutput, Job, Workload
 from steerlens.models.hooks import readout_hook, resid_post
 
 COEFFICIENTS = (-3.0, 0.5, 4.0)
@@ -33,13 +34,8 @@ def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
 
 
 def make(model: Any, pairs: sl.ContrastivePairs, positions: Any = "all", size: int = 3) -> Workload:
-    return make_workload(
-        model,
-        tokenize_pairs(model, pairs),
-        position=-1,
-        steered_positions=positions,
-        batch_size=size,
-    )
+    tokens = tokenize_pairs(model, pairs)
+    return Engine(model, size).workload(tokens, position=-1, steered_positions=positions)
 
 
 def make_jobs(model: Any, names: list[str]) -> list[Job]:
@@ -56,38 +52,33 @@ def make_jobs(model: Any, names: list[str]) -> list[Job]:
 
 
 def by_plain_loop(model: Any, workload: Workload, job: Job) -> list[CellOutput]:
-    return list(
-        plain.run_cells(
-            model,
-            workload,
-            hook_name=job.hook_name,
-            direction=job.direction,
-            coefficients=job.coefficients,
-            readout=job.readout,
-        )
-    )
+    return plain_cells(Engine(model), workload, job)
 
 
 def planned(
-    model: Any,
-    workload: Workload,
-    jobs: list[Job],
-    *,
-    rows: int | None = 16,
-    cost: Cost | None = None,
+    model: Any, workload: Workload, jobs: list[Job], *, rows: int | None = 16
 ) -> list[list[CellOutput]]:
     """The engine's cells, with its check."""
+    return costed(Engine(model, rows), workload, jobs)[0]
+
+
+def costed(
+    engine: Engine, workload: Workload, jobs: list[Job]
+) -> tuple[list[list[CellOutput]], int]:
+    """The engine's cells, and the block-evaluations that they alone took."""
     readouts = tuple(dict.fromkeys(job.readout for job in jobs))
-    unsteered = plain.run_baseline(model, workload, readouts, cost=Cost())
-    plan = make_plan(model, workload, unsteered, jobs, batch_size=rows, cost=Cost())
-    return list(run_cells(plan, jobs, cost=cost or Cost()))
+    plan = make_plan(engine, workload, run_baseline(engine, workload, readouts), jobs)
+    before = engine.cost.blocks
+    cells = list(run_cells(plan, jobs))
+    return cells, engine.cost.blocks - before
 
 
 def by_engine(model: Any, workload: Workload, job: Job, *, rows: int) -> list[CellOutput]:
     """The engine's cells without its check."""
-    unsteered = plain.run_baseline(model, workload, (job.readout,), cost=Cost())
-    prepared = prepare(model, workload, unsteered, batch_size=rows, reuse_prefix=True, cost=Cost())
-    return fast_cells(model, prepared, job, Carried.at_start(prepared), Cost())[0]
+    engine = Engine(model, rows)
+    unsteered = run_baseline(engine, workload, (job.readout,))
+    prepared = prepare(engine, workload, unsteered, reuse_prefix=True)
+    return fast_cells(engine, prepared, job, Carried.at_start(prepared))[0]
 
 
 def assert_same(found: list[CellOutput], expected: list[CellOutput]) -> None:
@@ -142,14 +133,15 @@ def test_cost_is_that_of_the_blocks_that_run(llama: Any, pairs: sl.ContrastivePa
     workload = make(llama, pairs, size=8)
     positive = workload.positive[0].tokens.numel()
     negative = workload.negative[0].tokens.numel()
-    cost = Cost()
-    planned(llama, workload, make_jobs(llama, [resid_post(1)]), rows=8, cost=cost)
+    engine = Engine(llama, 8)
+    _, blocks = costed(engine, workload, make_jobs(llama, [resid_post(1)]))
     carried = 2 * (positive + negative)
-    assert cost.blocks == carried + 3 * (positive * 3 + negative * 1)
-    assert forward_equivalents(cost, llama, workload) == cost.blocks / (5 * positive)
-    last = Cost()
-    planned(llama, workload, make_jobs(llama, [resid_post(4)]), rows=8, cost=last)
-    assert last.blocks == 5 * (positive + negative)
+    assert blocks == carried + 3 * (positive * 3 + negative * 1)
+    assert engine.forward_equivalents(workload) == engine.cost.blocks / (5 * positive)
+    before = engine.cost.blocks - blocks
+    assert engine.forward_equivalents(workload, since=before) == blocks / (5 * positive)
+    _, blocks = costed(engine, workload, make_jobs(llama, [resid_post(4)]))
+    assert blocks == 5 * (positive + negative)
 
 
 @needs_bridge  # which alone takes Hugging Face's cache
@@ -163,11 +155,11 @@ def test_only_tokens_from_the_last_prompt_token_on_are_run(
     llama.add_hook(resid_post(2), lambda activation, hook: seen.append(activation.shape[1]))
     job = make_jobs(llama, [resid_post(1)])[0]
     try:
-        unsteered = plain.run_baseline(llama, workload, (job.readout,), cost=Cost())
-        cost = Cost()
-        ready = prepare(llama, workload, unsteered, batch_size=8, reuse_prefix=True, cost=cost)
+        unsteered = run_baseline(Engine(llama, 8), workload, (job.readout,))
+        engine = Engine(llama, 8)
+        ready = prepare(engine, workload, unsteered, reuse_prefix=True)
         seen.clear()
-        fast_cells(llama, ready, job, Carried.at_start(ready), cost)
+        fast_cells(engine, ready, job, Carried.at_start(ready))
     finally:
         llama.reset_hooks()
     longest = max(len(p.continuation) for p in workload.positive[0].prompts)
@@ -178,7 +170,7 @@ def test_only_tokens_from_the_last_prompt_token_on_are_run(
     if positions == "last":
         heads += 5 * sum(part.prefix.attention_mask.numel() for part in ready.negative)
         tails += sum(part.batch.tokens.numel() for part in ready.negative) * (2 + 3 * 1)
-    assert cost.blocks == heads + tails
+    assert engine.cost.blocks == heads + tails
 
 
 @needs_bridge

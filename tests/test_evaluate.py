@@ -13,17 +13,15 @@ import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.pairs import Message
 from steerlens.directions.methods import null_directions
-from steerlens.engine.cells import Job
+from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import tokenize_items, tokenize_prompt
-from steerlens.engine.workload import Cost
+from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.loss import label_logprob
-from steerlens.measure import comparison as compare
-from steerlens.measure import split_half as reliability
-from steerlens.measure.comparison import Comparison
+from steerlens.measure.comparison import Comparison, compare
 from steerlens.measure.effects import damages, distinct_3, mean_distinct_3, preference_gaps
 from steerlens.measure.equal_damage import CompareSettings, Measured
-from steerlens.measure.split_half import cosine, d_prime
+from steerlens.measure.split_half import cosine, d_prime, reliability
 from steerlens.measure.verdicts import effect_columns, with_verdicts
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
@@ -85,7 +83,7 @@ def test_gaps_are_those_of_bare_hooks(
 ) -> None:
     job = Job(HOOK, directions[HOOK], (2.0, -1.0), resid_post(2))
     first = Job(resid_post(0), directions[resid_post(0)], (1.0,), resid_post(2))
-    unsteered, found = preference_gaps(llama, items, [job, first], batch_size=3, cost=Cost())
+    unsteered, found = preference_gaps(Engine(llama, 3), items, [job, first])
     vector = directions[HOOK]
     for i, item in enumerate(items):
         for c, value in ((0.0, unsteered[i]), (2.0, found[0][0, i]), (-1.0, found[0][1, i])):
@@ -100,7 +98,7 @@ def test_gaps_are_those_of_bare_hooks(
 def test_damage_by_bare_hooks(llama: Any, directions: sl.Directions, neutral: list[str]) -> None:
     texts = [tokenize_prompt(llama, text) for text in neutral[:4]]
     job = Job(HOOK, directions[HOOK], (4.0,), resid_post(2))
-    ((found,),) = damages(llama, texts, [job], batch_size=None, cost=Cost())
+    ((found,),) = damages(Engine(llama), texts, [job])
     divergences, lost = [], []
     for text in texts:
         ids = torch.tensor([text.prompt])
@@ -344,7 +342,7 @@ def test_null_methods_land_in_the_null_band(
     jobs = [Job(HOOK, of[HOOK], (3.0,), resid_post(2)) for some in fresh.values() for of in some]
     null = null_directions(differences, n=20, seed=0)
     jobs += [Job(HOOK, of[HOOK], (3.0,), resid_post(2)) for some in null.values() for of in some]
-    unsteered, gaps = preference_gaps(llama, items, jobs, batch_size=None, cost=Cost())
+    unsteered, gaps = preference_gaps(Engine(llama), items, jobs)
     effects = np.array([float((gap[0] - unsteered).mean()) for gap in gaps])
     kinds = [effects[60:80], effects[80:100]]
     outside = [

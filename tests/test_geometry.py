@@ -11,7 +11,8 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.loss import contrastive_steering_loss, label_logprob
-from steerlens.measure.plane import SHARES, loss_geometry
+from steerlens.measure.plane import SHARES
+from steerlens.measure.study import loss_geometry
 from steerlens.tables import CONTOUR_COLUMNS, GEOMETRY_COLUMNS, SHAPE_COLUMNS
 
 LAYERS = [1, 4]

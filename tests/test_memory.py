@@ -17,6 +17,7 @@ from test_cli import Main, model_folder, pairs_file, run, sweep  # noqa: F401 (f
 import steerlens as sl
 from steerlens.engine import cells, memory
 from steerlens.engine.batches import make_batches, make_pair_batches
+from steerlens.engine.engine import Engine
 from steerlens.engine.memory import (
     check_memory,
     free_bytes,
@@ -26,7 +27,7 @@ from steerlens.engine.memory import (
 )
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.engine.workload import Cost, Workload
+from steerlens.engine.workload import Workload
 from steerlens.errors import MemoryLimitError
 from steerlens.models.hooks import resid_post
 
@@ -238,7 +239,7 @@ def test_the_estimate_is_a_lower_bound_and_not_far_off(tiny: Any, n_rows: int) -
     ((both, _),) = make_pair_batches(tiny, tokenized, n_rows)
 
     def forward() -> None:
-        run_baseline(tiny, Workload((batch,), (), -1, "all"), [resid_post(1)], cost=Cost())
+        run_baseline(Engine(tiny), Workload((batch,), (), -1, "all"), [resid_post(1)])
 
     def backward() -> None:
         sl.loss_gradients(tiny, pairs, batch_size=n_rows)

@@ -14,8 +14,9 @@ from steerlens.engine.slopes import label_slopes
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.engine.workload import Cost
 from steerlens.loss import Budget
+from steerlens.measure.boundary_search import choose_probes
 from steerlens.measure.coherence import allowances, mean_loss
-from steerlens.measure.pushes import choose_probes, first_root
+from steerlens.measure.prediction import first_root
 from steerlens.tables import LAYER_COLUMNS
 
 

@@ -11,11 +11,11 @@ from bare import cell
 
 import steerlens as sl
 from steerlens.data.pairs import render
-from steerlens.engine import plain_loop as plain
-from steerlens.engine.cells import Job
+from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import plain_cells, run_baseline
 from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
-from steerlens.engine.workload import Cost, make_workload
+from steerlens.engine.workload import Job
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.steering import generate
 
@@ -208,27 +208,16 @@ def test_reused_keys_and_values_give_the_plain_loops_cells(
         tuple(replace(pair, continuation=text) for pair, text in zip(test, after, strict=True)),
         test.name,
     )
-    workload = make_workload(
-        real_model,
-        tokenize_pairs(real_model, pairs),
-        position=-1,
-        steered_positions=positions,
-        batch_size=3,
-    )
+    tokens = tokenize_pairs(real_model, pairs)
+    workload = Engine(real_model, 3).workload(tokens, position=-1, steered_positions=positions)
     name, readout = "blocks.12.hook_resid_post", "blocks.27.hook_resid_post"
     job = Job(name, directions[name], (-15.0, 10.0), readout)
-    unsteered = plain.run_baseline(real_model, workload, (readout,), cost=Cost())
-    plan = make_plan(real_model, workload, unsteered, [job], batch_size=None, cost=Cost())
+    engine = Engine(real_model)
+    unsteered = run_baseline(engine, workload, (readout,))
+    plan = make_plan(engine, workload, unsteered, [job])
     assert plan.reuse_prefix
-    (found,) = run_cells(plan, [job], cost=Cost())
-    expected = plain.run_cells(
-        real_model,
-        workload,
-        hook_name=name,
-        direction=job.direction,
-        coefficients=job.coefficients,
-        readout=readout,
-    )
+    (found,) = run_cells(plan, [job])
+    expected = plain_cells(engine, workload, job)
     for ours, theirs in zip(found, expected, strict=True):
         for part in ("positive", "negative", "logprob"):
             torch.testing.assert_close(

@@ -10,7 +10,7 @@ import torch
 import steerlens as sl
 from steerlens.directions.directions import Directions
 from steerlens.errors import InputError
-from steerlens.measure.plane_boundary import main_orthogonal
+from steerlens.measure.rows import main_orthogonal
 from steerlens.tables import SHAPE_COLUMNS
 
 

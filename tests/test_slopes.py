@@ -9,12 +9,13 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.directions.gradients import loss_gradients
-from steerlens.engine import plain_loop as plain
 from steerlens.engine import resume as passes
 from steerlens.engine import slopes as slopes_room
+from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import plain_cells
 from steerlens.engine.slopes import Slopes, label_slopes
 from steerlens.engine.tokenization import SteeredPositions, tokenize_pairs
-from steerlens.engine.workload import Cost, Workload, make_workload
+from steerlens.engine.workload import CellOutput, Cost, Job, Workload
 from steerlens.errors import InputError, ModelError
 from steerlens.models.hooks import resid_post
 
@@ -44,13 +45,8 @@ def along(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
 
 
 def workload_of(model: Any, pairs: sl.ContrastivePairs, positions: SteeredPositions) -> Workload:
-    workload = make_workload(
-        model,
-        tokenize_pairs(model, pairs),
-        position=-1,
-        steered_positions=positions,
-        batch_size=3,
-    )
+    tokens = tokenize_pairs(model, pairs)
+    workload = Engine(model, 3).workload(tokens, position=-1, steered_positions=positions)
     return replace(workload, negative=(), with_kl=True)
 
 
@@ -65,16 +61,10 @@ def slopes(model: Any, workload: Workload, seed: int = 0, cost: Cost | None = No
     )
 
 
-def cell(model: Any, workload: Workload, index: int, coefficient: float) -> plain.CellOutput:
+def cell(model: Any, workload: Workload, index: int, coefficient: float) -> CellOutput:
     name, direction = along()[index]
-    (found,) = plain.run_cells(
-        model,
-        workload,
-        hook_name=name,
-        direction=direction,
-        coefficients=[coefficient],
-        readout=resid_post(2),
-    )
+    job = Job(name, direction, (coefficient,), resid_post(2))
+    (found,) = plain_cells(Engine(model), workload, job)
     return found
 
 

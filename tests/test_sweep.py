@@ -362,15 +362,27 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
     """Differences (3, 4) and (0, 1) against the direction (0.6, 0.8): projections 5 and 0.8."""
     from steerlens.engine.workload import Baseline
     from steerlens.measure.rows import layer_row
+    from steerlens.measure.settings import StudySettings
 
     name = "blocks.0.hook_resid_post"
+    settings = StudySettings(
+        hook_names=(name,),
+        position=-1,
+        steered_positions="all",
+        budget="relative=0.01",
+        margin=0.99,
+        weight=10000,
+        n_bootstrap=500,
+        seed=0,
+        batch_size=None,
+    )
     baseline = Baseline(
         (name,),
         torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]),
         torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]),
         torch.tensor([-2.0, -4.0]),
     )
-    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]), n_bootstrap=500, seed=0)
+    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]), settings)
     expected = {
         "separation": 3.0,
         "projection": 2.9,

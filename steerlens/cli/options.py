@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from steerlens.data.pairs import ContrastivePairs, dataset_names, read_texts
 from steerlens.errors import InputError
-from steerlens.measure.boundary import On
 from steerlens.measure.rows import checked_coefficients
+from steerlens.measure.texts import On
 from steerlens.steering import parse_coefficient
 
 DEBUG = "--debug"

@@ -24,7 +24,7 @@ from steerlens.engine.memory import check_memory
 from steerlens.engine.slopes import BACKWARD_COST, check_label_rows
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_pairs
 from steerlens.engine.workload import Cost
-from steerlens.errors import HookError, InputError, finite, told, whole
+from steerlens.errors import HookError, InputError, ModelError, finite, told, whole
 from steerlens.loss import MARGIN, WEIGHT
 from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post, resolve_hooks
 from steerlens.models.loading import HookedModel

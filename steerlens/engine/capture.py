@@ -13,7 +13,7 @@ from steerlens.engine.batches import Batch, in_pair_order, make_batches
 from steerlens.engine.memory import is_out_of_memory, warn_of_memory
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
-from steerlens.errors import InputError
+from steerlens.errors import InputError, ModelError
 from steerlens.models.hooks import HookFunction, hooked
 from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, part_of, silent

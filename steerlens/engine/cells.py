@@ -13,47 +13,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerlens.engine import plain_loop
 from steerlens.engine.batches import Batch, before_labels, in_pair_order, rows_per_pass
 from steerlens.engine.capture import reading_hook
+from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
-from steerlens.engine.plain_loop import by_token
+from steerlens.engine.plain_loop import by_token, plain_cells
 from steerlens.engine.prefixes import Part, Prepared, advance_part
 from steerlens.engine.resume import Residual, labels_kl, labels_logprob, run_from
 from steerlens.engine.transfer import Arriving, to_device, to_host
-from steerlens.engine.workload import CellOutput, Cost, Workload
+from steerlens.engine.workload import CellOutput, Cost, Finished, Job, Workload
 from steerlens.loss import mean_by_prompt
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
-from steerlens.models.loading import HookedModel, inference
-
-
-@dataclass(frozen=True)
-class Job:
-    """The cells of one hook: its direction, the coefficients, and where the effect is read."""
-
-    hook_name: str
-    direction: Float[Tensor, " d_model"]
-    coefficients: tuple[float, ...]
-    readout: str
-
-    @property
-    def starts_after(self) -> bool:
-        """Whether the hook is a block's output, so that the block need not run again."""
-        return self.hook_name == resid_post(hook_layer(self.hook_name))
-
-    @property
-    def first_block(self) -> int:
-        """The first block that has to run."""
-        return hook_layer(self.hook_name) + int(self.starts_after)
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The cells of the job with this index, and the block-evaluations they took."""
-
-    index: int
-    cells: list[CellOutput]
-    blocks: int
+from steerlens.models.loading import inference
 
 
 @dataclass(frozen=True)
@@ -70,28 +41,28 @@ class Carried:
 
 
 def fast_cells(
-    model: HookedModel, prepared: Prepared, job: Job, carried: Carried, cost: Cost
+    engine: Engine, prepared: Prepared, job: Job, carried: Carried
 ) -> tuple[list[CellOutput], Carried]:
     """The cells of `job` in the order of its coefficients, and the residuals for the job after it.
 
-    Nothing is checked here: see `engine.run_cells`. `cost` is added to.
+    Nothing is checked here: see `plan.run_cells`.
     """
-    finish, carried = start_cells(model, prepared, job, carried, cost)
+    finish, carried = start_cells(engine, prepared, job, carried)
     return finish(), carried
 
 
 def start_cells(
-    model: HookedModel, prepared: Prepared, job: Job, carried: Carried, cost: Cost
+    engine: Engine, prepared: Prepared, job: Job, carried: Carried
 ) -> tuple[Callable[[], list[CellOutput]], Carried]:
     """`fast_cells` with its cells still to be waited for: a GPU is given the next job meanwhile."""
-    run = _Run(model, prepared.workload, job, prepared.batch_size, cost)
-    with inference(model):
-        positive = _carry(model, prepared.positive, carried.positive, job, cost)
-        negative = _carry(model, prepared.negative, carried.negative, job, cost)
-        up = [run.positive(p, r) for p, r in zip(prepared.positive, positive, strict=True)]
-        down = [run.negative(p, r) for p, r in zip(prepared.negative, negative, strict=True)]
-    finish = partial(_finished, prepared, job, up, down)
-    return finish, Carried(positive, negative)
+    run = _Run(engine, prepared.workload, job)
+    with inference(engine.model):
+        carried = _carry(engine, prepared, job, carried)
+        up = [run.positive(p, r) for p, r in zip(prepared.positive, carried.positive, strict=True)]
+        down = [
+            run.negative(p, r) for p, r in zip(prepared.negative, carried.negative, strict=True)
+        ]
+    return partial(_finished, prepared, job, up, down), carried
 
 
 def _finished(
@@ -136,24 +107,19 @@ def _finished(
     ]
 
 
-def carry_past(model: HookedModel, prepared: Prepared, job: Job, carried: Carried) -> Carried:
+def carry_past(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
     """The residuals for the job after `job`, whose own cells are not run; not counted."""
-    cost = Cost()
-    with inference(model):
-        return Carried(
-            _carry(model, prepared.positive, carried.positive, job, cost),
-            _carry(model, prepared.negative, carried.negative, job, cost),
-        )
+    with inference(engine.model):
+        return _carry(replace(engine, cost=Cost()), prepared, job, carried)
 
 
 def cells_in_turn(
-    model: HookedModel,
+    engine: Engine,
     prepared: Prepared,
     jobs: Sequence[Job],
     exact: Collection[str],
     *,
     known: Collection[str] = (),
-    cost: Cost,
 ) -> Iterator[Finished]:
     """The cells of every job, one after another: resumed after the `exact` hooks, plain elsewhere.
 
@@ -161,19 +127,19 @@ def cells_in_turn(
     before it is waited for.
     """
     carried = Carried.at_start(prepared)
-    overlaps = torch.device(model.cfg.device or "cpu").type == "cuda"
+    overlaps = torch.device(engine.model.cfg.device or "cpu").type == "cuda"
     begun: Callable[[], Finished] | None = None
-    for i, job in enumerate(jobs):
-        before = cost.blocks
+    for job in jobs:
+        before = engine.cost.blocks
         if job.hook_name in known:
             if job.hook_name in exact:
-                carried = carry_past(model, prepared, job, carried)
+                carried = carry_past(engine, prepared, job, carried)
             continue
         if job.hook_name in exact:
-            finish, carried = start_cells(model, prepared, job, carried, cost)
+            finish, carried = start_cells(engine, prepared, job, carried)
         else:
-            finish = partial(list, plain_cells(model, prepared.workload, job, cost))
-        this = partial(_as_finished, i, finish, cost.blocks - before)
+            finish = partial(list, plain_cells(engine, prepared.workload, job))
+        this = partial(_as_finished, job, finish, engine.cost.blocks - before)
         if begun is not None:
             yield begun()
         begun = this
@@ -184,57 +150,38 @@ def cells_in_turn(
         yield begun()
 
 
-def _as_finished(index: int, finish: Callable[[], list[CellOutput]], blocks: int) -> Finished:
-    return Finished(index, finish(), blocks)
+def _as_finished(job: Job, finish: Callable[[], list[CellOutput]], blocks: int) -> Finished:
+    return Finished(job, finish(), blocks)
 
 
-def plain_cells(model: HookedModel, workload: Workload, job: Job, cost: Cost) -> list[CellOutput]:
-    """The cells of `job` by the plain loop, whole forward passes. `cost` is added to."""
-    n_layers = int(model.cfg.n_layers)
-    for batch in workload.positive:
-        # A divergence takes the unsteered model's logits too.
-        cost.add(batch.tokens, n_layers * len(job.coefficients) * (1 + workload.with_kl))
-    for batch in workload.negative:
-        cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
-    return list(
-        plain_loop.run_cells(
-            model,
-            workload,
-            hook_name=job.hook_name,
-            direction=job.direction,
-            coefficients=job.coefficients,
-            readout=job.readout,
-        )
-    )
-
-
-def _carry(
-    model: HookedModel,
-    parts: Sequence[Part],
-    residuals: Sequence[Residual | None],
-    job: Job,
-    cost: Cost,
-) -> tuple[Residual | None, ...]:
+def _carry(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
     """The unsteered residuals entering the job's first block, from those of the job before."""
-    if job.first_block == 0:
-        return (None,) * len(parts)
-    carried = []
-    for part, known in zip(parts, residuals, strict=True):
-        start = known if known is not None and known.block <= job.first_block else None
-        cost.add(part.batch.tokens, job.first_block - (0 if start is None else start.block))
-        carried.append(advance_part(model, part, start, job.first_block))
-    return tuple(carried)
+
+    def side(
+        parts: Sequence[Part], residuals: Sequence[Residual | None]
+    ) -> tuple[Residual | None, ...]:
+        if job.first_block == 0:
+            return (None,) * len(parts)
+        advanced = []
+        for part, known in zip(parts, residuals, strict=True):
+            start = known if known is not None and known.block <= job.first_block else None
+            n_blocks = job.first_block - (0 if start is None else start.block)
+            engine.cost.add(part.batch.tokens, n_blocks)
+            advanced.append(advance_part(engine.model, part, start, job.first_block))
+        return tuple(advanced)
+
+    return Carried(
+        side(prepared.positive, carried.positive), side(prepared.negative, carried.negative)
+    )
 
 
 @dataclass(frozen=True)
 class _Run:
     """One job on one workload: what every one of its passes shares."""
 
-    model: HookedModel
+    engine: Engine
     workload: Workload
     job: Job
-    batch_size: int | None
-    cost: Cost
 
     def positive(self, part: Part, start: Residual | None) -> "_Slices":
         """Readouts, label logprobs and divergences (0 labels unless asked for) at `+coefficient`.
@@ -245,20 +192,22 @@ class _Run:
         labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()
         n_labels = on_cpu[:, 1:].sum(dim=1).tolist()
 
-        def run(some: _Rows) -> tuple[Tensor, ...]:
+        def run(chosen: _Rows) -> tuple[Tensor, ...]:
             final: dict[str, Tensor] = {}
-            readout = self._pass(part, start, some, into=final, last_block=self._n_layers - 1)
+            readout = self._pass(
+                part, start, chosen, into=final, last_block=self.engine.n_layers - 1
+            )
             residual = final["residual"]
-            before = before_labels(on_cpu[some.on_cpu], batch.tokens.device)
+            before = before_labels(on_cpu[chosen.on_cpu], batch.tokens.device)
             predictions = residual.flatten(0, 1)[before.to(residual.device)]
-            wanted = batch.tokens[some.rows].flatten()[before + 1]
-            logprob = labels_logprob(self.model, predictions, wanted)
+            wanted = batch.tokens[chosen.rows].flatten()[before + 1]
+            logprob = labels_logprob(self.engine.model, predictions, wanted)
             kl = logprob.new_zeros(0)
             if part.final is not None:
                 by_row = torch.split(part.final, n_labels)
-                unsteered = torch.cat([by_row[row] for row in some.on_cpu.tolist()])
-                kl = labels_kl(self.model, predictions, unsteered)
-            return readout, mean_by_prompt(logprob, labels[some.rows]), kl
+                unsteered = torch.cat([by_row[row] for row in chosen.on_cpu.tolist()])
+                kl = labels_kl(self.engine.model, predictions, unsteered)
+            return readout, mean_by_prompt(logprob, labels[chosen.rows]), kl
 
         return self._in_slices(batch, run, sign=1.0)
 
@@ -266,20 +215,16 @@ class _Run:
         """Readouts under `-coefficient`."""
         last_block = hook_layer(self.job.readout)
 
-        def run(some: _Rows) -> tuple[Tensor]:
-            return (self._pass(part, start, some, into={}, last_block=last_block),)
+        def run(chosen: _Rows) -> tuple[Tensor]:
+            return (self._pass(part, start, chosen, into={}, last_block=last_block),)
 
         return self._in_slices(part.batch, run, sign=-1.0)
-
-    @property
-    def _n_layers(self) -> int:
-        return int(self.model.cfg.n_layers)
 
     def _pass(
         self,
         part: Part,
         start: Residual | None,
-        some: "_Rows",
+        chosen: "_Rows",
         *,
         into: dict[str, Tensor],
         last_block: int,
@@ -288,11 +233,13 @@ class _Run:
 
         The residual after `last_block` is stored as `into["residual"]`.
         """
-        job, batch, rows = self.job, part.batch, some.rows
+        job, batch, rows = self.job, part.batch, chosen.rows
         tokens = batch.tokens[rows]
         mask = batch.steered_mask(self.workload.steered_positions)[rows]
-        indices = to_device(batch.indices(self.workload.position)[some.on_cpu], batch.tokens.device)
-        add = _addition_by_row(some.direction, some.coefficients, mask)
+        indices = to_device(
+            batch.indices(self.workload.position)[chosen.on_cpu], batch.tokens.device
+        )
+        add = _addition_by_row(chosen.direction, chosen.coefficients, mask)
         hooks: list[tuple[str, HookFunction]] = []
         if start is not None:
             start = replace(start, values=start.values[rows.to(start.values.device)])
@@ -309,16 +256,16 @@ class _Run:
             if not self._reads_at_start(start):
                 hooks.append(reading_hook(found, job.readout, indices))
             first_block = 0 if start is None else start.block
-            self.cost.add(tokens, last_block + 1 - first_block)
+            self.engine.cost.add(tokens, last_block + 1 - first_block)
             run_from(
-                self.model,
+                self.engine.model,
                 tokens,
                 batch.attention_mask[rows],
                 start=start,
                 prefix=None if part.prefix is None else part.prefix.at(rows, first_block),
                 fwd_hooks=hooks,
                 last_hook=last,
-                is_padded=not bool(batch.is_whole[some.on_cpu].all()),
+                is_padded=not bool(batch.is_whole[chosen.on_cpu].all()),
             )
         if start is not None and self._reads_at_start(start):
             _, read = reading_hook(found, job.readout, indices)
@@ -342,7 +289,7 @@ class _Run:
         exact = torch.tensor(coefficients, dtype=wide)
         signed = to_device((sign * exact).repeat_interleave(n_prompts), device)
         direction = to_device(self.job.direction, device)
-        size = self.batch_size or rows_per_pass(self.model, batch.tokens.shape[1])
+        size = self.engine.batch_size or rows_per_pass(self.engine.model, batch.tokens.shape[1])
 
         def begin(part: slice) -> tuple[Arriving, ...]:
             found = run(_Rows(on_cpu[part], rows[part], signed[part], direction))

@@ -1,8 +1,16 @@
 """The one object that everything below a study is run with."""
 
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
+from steerlens.engine.batches import Batch, make_batches
+from steerlens.engine.tokenization import (
+    SteeredPositions,
+    TokenizedPairs,
+    TokenizedPrompt,
+    check_steered_positions,
+)
 from steerlens.engine.workload import Cost, Workload
 from steerlens.models.loading import HookedModel
 from steerlens.progress import Progress, part_of, silent, under
@@ -13,7 +21,7 @@ class Engine:
     """A model, how many rows it runs at once, who runs its cells, what that cost, who is told.
 
     Without a `batch_size` a pass holds what the device can use; without an `executor` cells run
-    here. `cost` is added to by everything that is run, and shared by the engines made from this one.
+    here. `cost` is added to by all that is run, and shared by the engines made from this one.
     """
 
     model: HookedModel
@@ -27,6 +35,10 @@ class Engine:
         """How many blocks the model has."""
         return int(self.model.cfg.n_layers)
 
+    def on(self, model: HookedModel) -> "Engine":
+        """This engine with another model: the one under a Bridge, say."""
+        return replace(self, model=model)
+
     def stage(self, what: str, *, before: int = 0, total: int | None = None) -> "Engine":
         """This engine, telling of its steps as a stage called `what` (see `progress.part_of`)."""
         return replace(self, progress=part_of(self.progress, what, before=before, total=total))
@@ -35,7 +47,22 @@ class Engine:
         """This engine, with a heading before what it tells."""
         return replace(self, progress=under(self.progress, heading))
 
-    def forward_equivalents(self, workload: Workload) -> float:
-        """What has been run, in full forward passes of the workload's positive prompts."""
+    def batches(self, prompts: Sequence[TokenizedPrompt]) -> tuple[Batch, ...]:
+        """Length-sorted batches of the prompts (see `make_batches`)."""
+        return make_batches(self.model, prompts, self.batch_size)
+
+    def workload(
+        self, pairs: TokenizedPairs, *, position: int, steered_positions: SteeredPositions
+    ) -> Workload:
+        """Batches of both sides. Raises `InputError` when steering there cannot reach a label."""
+        check_steered_positions(steered_positions, pairs)
+        positive, negative = self.batches(pairs.positive), self.batches(pairs.negative)
+        return Workload(positive, negative, position, steered_positions)
+
+    def forward_equivalents(self, workload: Workload, *, since: int = 0) -> float:
+        """What was run, in full forward passes of the workload's positive prompts.
+
+        Of the cost, `since` block-evaluations do not count: those before this measurement.
+        """
         one = sum(batch.tokens.numel() for batch in workload.positive) * self.n_layers
-        return self.cost.blocks / one
+        return (self.cost.blocks - since) / one

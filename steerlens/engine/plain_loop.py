@@ -3,7 +3,7 @@
 Slow and simple. It measures the unsteered model, and is what the engine is checked against.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,51 +13,40 @@ from torch import Tensor
 from steerlens.engine.backend import for_hooks
 from steerlens.engine.batches import Batch, in_pair_order
 from steerlens.engine.capture import by_halves, check_finite, reading_hook, run_to_hooks
+from steerlens.engine.engine import Engine
 from steerlens.engine.memory import check_memory
 from steerlens.engine.transfer import to_device
-from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload
+from steerlens.engine.workload import Baseline, CellOutput, Job, Workload
 from steerlens.errors import ModelError
 from steerlens.loss import label_kl, label_logprob
-from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.hooks import HookFunction, hook_layer, hooked
 from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, part_of, silent
 
 
-def run_baseline(
-    model: HookedModel,
-    workload: Workload,
-    hook_names: Sequence[str],
-    *,
-    cost: Cost,
-    progress: Progress | None = None,
-) -> Baseline:
+def run_baseline(engine: Engine, workload: Workload, hook_names: Sequence[str]) -> Baseline:
     """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
 
-    Run by the bare model where `hook_names` allow it (see `bare.for_hooks`), as the cells are.
-    `cost` is added to: all blocks on both sides. `progress` is told of the prompts. Raises
+    Run by the bare model where `hook_names` allow it (see `backend.for_hooks`), as the cells are.
+    Costs all blocks on both sides. The engine's progress is told of the prompts. Raises
     `ModelError` that names the hooks with NaN or inf, or the prompt whose labels have no
     finite logprob, and as `check_memory`.
     """
-    check_memory(model, workload.positive)
-    return baseline_of(for_hooks(model, hook_names), workload, hook_names, cost, progress or silent)
+    check_memory(engine.model, workload.positive)
+    return baseline_of(engine.on(for_hooks(engine.model, hook_names)), workload, hook_names)
 
 
-def baseline_of(
-    model: HookedModel,
-    workload: Workload,
-    hook_names: Sequence[str],
-    cost: Cost,
-    tell: Progress = silent,
-) -> Baseline:
+def baseline_of(engine: Engine, workload: Workload, hook_names: Sequence[str]) -> Baseline:
     """`run_baseline` by the very model that is given."""
+    model = engine.model
     for batch in (*workload.positive, *workload.negative):
-        cost.add(batch.tokens, int(model.cfg.n_layers))
+        engine.cost.add(batch.tokens, engine.n_layers)
     n_positive, n_negative = (
         sum(len(batch.rows) for batch in side) for side in (workload.positive, workload.negative)
     )
     what, total = "unsteered model: prompts", n_positive + n_negative
-    of_positive = part_of(tell, what, total=total)
-    of_negative = part_of(tell, what, before=n_positive, total=total)
+    of_positive = part_of(engine.progress, what, total=total)
+    of_negative = part_of(engine.progress, what, before=n_positive, total=total)
     with inference(model):
         positive, logprob, _ = _run_positive(model, workload, hook_names, {}, 0.0, of_positive)
         negative = _run_negative(model, workload, hook_names, {}, 0.0, of_negative)
@@ -67,26 +56,26 @@ def baseline_of(
     return Baseline(tuple(hook_names), positive, negative, logprob)
 
 
-def run_cells(
-    model: HookedModel,
-    workload: Workload,
-    *,
-    hook_name: str,
-    direction: Float[Tensor, " d_model"],
-    coefficients: Sequence[float],
-    readout: str,
-) -> Iterator[CellOutput]:
-    """The cells of one hook, one for each coefficient, in order.
+def plain_cells(engine: Engine, workload: Workload, job: Job) -> list[CellOutput]:
+    """The cells of a job by whole forward passes, one for each coefficient, in order.
 
-    Positive prompts run with `+coefficient * direction` added at `hook_name`, negative prompts with
-    `-coefficient * direction`, both read at `readout`.
+    Positive prompts run with `+coefficient * direction` added at the hook, negative prompts with
+    `-coefficient * direction`, both read at the readout.
     """
-    steered = {hook_name: direction}
-    for coefficient in coefficients:
+    model, steered, readouts = engine.model, {job.hook_name: job.direction}, [job.readout]
+    for batch in workload.positive:
+        # A divergence takes the unsteered model's logits too.
+        n_passes = len(job.coefficients) * (1 + workload.with_kl)
+        engine.cost.add(batch.tokens, engine.n_layers * n_passes)
+    for batch in workload.negative:
+        engine.cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
+    cells = []
+    for coefficient in job.coefficients:
         with inference(model):
-            positive, logprob, kl = _run_positive(model, workload, [readout], steered, coefficient)
-            negative = _run_negative(model, workload, [readout], steered, -coefficient)
-        yield CellOutput(coefficient, positive[0], negative[0], logprob, kl)
+            positive, logprob, kl = _run_positive(model, workload, readouts, steered, coefficient)
+            negative = _run_negative(model, workload, readouts, steered, -coefficient)
+        cells.append(CellOutput(coefficient, positive[0], negative[0], logprob, kl))
+    return cells
 
 
 def by_token(

@@ -6,26 +6,24 @@ numbers of the model itself, the plain loop is used, with a warning.
 
 import warnings
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import torch
 
-from steerlens.engine import plain_loop
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import Batch
-from steerlens.engine.cells import Carried, Finished, Job, cells_in_turn, fast_cells, plain_cells
+from steerlens.engine.cells import Carried, cells_in_turn, fast_cells
 from steerlens.engine.compiled import COMPILE_FROM
+from steerlens.engine.engine import Engine
 from steerlens.engine.memory import is_out_of_memory
+from steerlens.engine.plain_loop import baseline_of, plain_cells
 from steerlens.engine.prefixes import Prepared, prepare
 from steerlens.engine.resume import n_skippable
-from steerlens.engine.workers import Crew, gather, make_crew, new_key
-from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload
+from steerlens.engine.workers import check_executor, gather, new_key
+from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workload
 from steerlens.errors import SteerlensError
 from steerlens.models.hooks import hook_layer
-from steerlens.models.loading import HookedModel
-from steerlens.progress import Progress, part_of, silent
+from steerlens.progress import silent
 
 SPLIT = ("continuation", "last")
 """Steered positions before which a prompt is unsteered, so that its keys and values can be kept."""
@@ -35,29 +33,34 @@ SPLIT = ("continuation", "last")
 class Plan:
     """A workload that is prepared, and the hooks after which it was seen to resume exactly.
 
-    `runner` is what runs: the model, or the bare one under it (see `bare.for_hooks`).
+    `runner` is the engine with what runs: the model, or the bare one under it (see
+    `backend.for_hooks`). `key` names the prepared workload to workers.
     """
 
-    model: HookedModel
-    runner: HookedModel
+    engine: Engine
+    runner: Engine
     prepared: Prepared
     exact: frozenset[str]
     reuse_prefix: bool
-    crew: Crew | None = None
     key: str = field(default_factory=new_key)
 
+    @property
+    def workload(self) -> Workload:
+        """What the cells are run on."""
+        return self.prepared.workload
 
-def make_plan(
-    model: HookedModel,
-    workload: Workload,
-    unsteered: Baseline,
-    jobs: Sequence[Job],
-    *,
-    batch_size: int | None,
-    cost: Cost,
-    progress: Progress | None = None,
-    executor: Executor | None = None,
-) -> Plan:
+    @property
+    def unsteered(self) -> Baseline:
+        """What the cells are compared with."""
+        return self.prepared.unsteered
+
+    def on(self, workload: Workload, unsteered: Baseline) -> "Plan":
+        """The plan for another workload of the same model and hooks, not checked again."""
+        prepared = prepare(self.runner, workload, unsteered, reuse_prefix=self.reuse_prefix)
+        return replace(self, prepared=prepared, key=new_key())
+
+
+def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Sequence[Job]) -> Plan:
     """Prepare `workload` and check every job's hook, so that `run_cells` may resume after it.
 
     `unsteered` is the baseline of `workload` at every readout. Every hook is checked on two prompts
@@ -66,139 +69,98 @@ def make_plan(
     that differs by more than 1e-4 (of a readout's norm, or nats; 8 times the rounding of a
     half-precision dtype) run by the plain loop, with a warning; so does the reuse of a prefix,
     which is given up for all hooks. The check compares what runs, the bare model where there is one
-    (see `bare.for_hooks`), with its own plain loop; where it cannot be resumed the Bridge is taken,
-    with a warning. `cost` is added to, the check included. `progress` is told of the hooks checked.
-    With an `executor` its workers run the cells; what is checked and what is shared is run here.
-    Raises as `workers.make_crew`.
+    (see `backend.for_hooks`), with its own plain loop; where it cannot be resumed the Bridge is
+    taken, with a warning. The check counts in the engine's cost, and its progress is told of the
+    hooks checked. With an executor its workers run the cells; what is checked and what is shared is
+    run here. Raises as `workers.check_executor`.
     """
-    crew = None if executor is None else make_crew(executor, model)
+    if engine.executor is not None:
+        check_executor(engine)
     if not jobs:
-        prepared = Prepared(workload, unsteered, (), (), batch_size)
-        return Plan(model, model, prepared, frozenset(), reuse_prefix=False, crew=crew)
+        nothing = Prepared(workload, unsteered, (), ())
+        return Plan(engine, engine, nothing, frozenset(), reuse_prefix=False)
     by_hook = {job.hook_name: job for job in reversed(jobs)}
     one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in jobs)]
-    check = partial(
-        _check, _check_workload(workload), one_each, cost=cost, progress=progress or silent
-    )
-    runner = for_hooks(model, [*by_hook, *(job.readout for job in jobs)])
-    reuse_prefix, reasons = check(runner)
-    if reasons and runner is not model:
+    runner = engine.on(for_hooks(engine.model, [*by_hook, *(job.readout for job in jobs)]))
+    reuse_prefix, reasons = _check(runner, workload, one_each)
+    if reasons and runner.model is not engine.model:
         name, reason = next(iter(reasons.items()))
-        warnings.warn(
+        _warn(
             f"Hugging Face's own blocks cannot be resumed after {name} ({reason}); passes run "
-            "through the Bridge, which is slower on a GPU",
-            RuntimeWarning,
-            stacklevel=2,
+            "through the Bridge, which is slower on a GPU"
         )
-        runner = model
-        reuse_prefix, reasons = check(runner)
+        runner = engine
+        reuse_prefix, reasons = _check(runner, workload, one_each)
     if reasons:
         name, reason = next(iter(reasons.items()))
-        warnings.warn(
+        _warn(
             f"resuming after {name} does not reproduce this model ({reason}); such cells run as "
-            "whole forward passes, which is slower",
-            RuntimeWarning,
-            stacklevel=3,
+            "whole forward passes, which is slower"
         )
     elif reuse_prefix is False and workload.steered_positions in SPLIT:
-        warnings.warn(
+        _warn(
             "the unsteered prompt's keys and values cannot be reused on this model; every "
-            "token is run, which is slower",
-            RuntimeWarning,
-            stacklevel=3,
+            "token is run, which is slower"
         )
-    if isinstance(runner, BareModel) and _arithmetic(runner, workload, jobs) > COMPILE_FROM:
-        runner.compile_blocks()
-    prepared = prepare(
-        runner, workload, unsteered, batch_size=batch_size, reuse_prefix=reuse_prefix, cost=cost
-    )
+    _compile_for(runner, workload, jobs)
+    prepared = prepare(runner, workload, unsteered, reuse_prefix=reuse_prefix)
     exact = frozenset(by_hook) - frozenset(reasons)
-    return Plan(model, runner, prepared, exact, reuse_prefix=reuse_prefix, crew=crew)
+    return Plan(engine, runner, prepared, exact, reuse_prefix=reuse_prefix)
 
 
-def plan_for(plan: Plan, workload: Workload, unsteered: Baseline, *, cost: Cost) -> Plan:
-    """The plan for another workload of the same model and hooks, not checked again."""
-    prepared = prepare(
-        plan.runner,
-        workload,
-        unsteered,
-        batch_size=plan.prepared.batch_size,
-        reuse_prefix=plan.reuse_prefix,
-        cost=cost,
-    )
-    return replace(plan, prepared=prepared, key=new_key())
-
-
-def run_cells(plan: Plan, jobs: Sequence[Job], *, cost: Cost) -> Iterator[list[CellOutput]]:
+def run_cells(plan: Plan, jobs: Sequence[Job]) -> Iterator[list[CellOutput]]:
     """The cells of every job, job by job and in the order of its coefficients.
 
     As `finished_cells`, whatever the order in which workers finish.
     """
-    ready: dict[int, list[CellOutput]] = {}
-    n_given = 0
-    for finished in finished_cells(plan, jobs, cost=cost):
-        ready[finished.index] = finished.cells
-        while n_given in ready:
-            yield ready.pop(n_given)
-            n_given += 1
+    ready: dict[Job, list[CellOutput]] = {}
+    waiting = iter(jobs)
+    awaited = next(waiting, None)
+    for finished in finished_cells(plan, jobs):
+        ready[finished.job] = finished.cells
+        while awaited is not None and awaited in ready:
+            yield ready.pop(awaited)
+            awaited = next(waiting, None)
 
 
 def finished_cells(
-    plan: Plan, jobs: Sequence[Job], *, cost: Cost, known: Collection[str] = ()
+    plan: Plan, jobs: Sequence[Job], *, known: Collection[str] = ()
 ) -> Iterator[Finished]:
     """The cells of the jobs as they are finished: in order, unless workers run them.
 
-    Nothing is run or yielded for jobs at the `known` hooks, and nothing is added to `cost` for
-    them; but the unsteered residual goes through them, so that the cells after them have the
-    same bits and the same cost as if they had been run.
+    Nothing is run, yielded or counted for jobs at the `known` hooks; but the unsteered residual
+    goes through them, so that the cells after them have the same bits and the same cost as if they
+    had been run.
 
     Jobs should come in layer order, as each one starts from where the last one stood. As many
-    coefficients run at once as the plan's batch size, or the device, has room for; out of memory
-    halves that for the rest of the batch. `cost` is added to. Raises as `workers.gather` where
-    workers run them.
+    coefficients run at once as the engine's batch size, or the device, has room for; out of memory
+    halves that for the rest of the batch. Raises as `workers.gather` where workers run them.
     """
-    if plan.crew is not None:
+    _compile_for(plan.runner, plan.workload, jobs)
+    if plan.engine.executor is not None:
         yield from gather(
-            plan.crew,
+            plan.engine,
+            plan.runner.model,
             plan.prepared,
             jobs,
-            runner=plan.runner,
             key=plan.key,
             exact=plan.exact,
             reuse_prefix=plan.reuse_prefix,
             known=known,
-            cost=cost,
         )
         return
-    yield from cells_in_turn(plan.runner, plan.prepared, jobs, plan.exact, known=known, cost=cost)
+    yield from cells_in_turn(plan.runner, plan.prepared, jobs, plan.exact, known=known)
 
 
-def _check(
-    workload: Workload,
-    jobs: Sequence[Job],
-    runner: HookedModel,
-    *,
-    cost: Cost,
-    progress: Progress,
-) -> tuple[bool, dict[str, str]]:
-    """Whether a prefix can be reused, and hook name -> why it cannot be resumed after."""
-    readouts = tuple(dict.fromkeys(job.readout for job in jobs))
-    baseline = plain_loop.baseline_of(runner, workload, readouts, cost)
-    tell = part_of(progress, "checks: hooks")
-    reuses = [True, False] if workload.steered_positions in SPLIT else [False]
-    for reuse_prefix in reuses:
-        reasons = _reasons(
-            runner,
-            workload,
-            baseline,
-            jobs,
-            reuse_prefix=reuse_prefix,
-            cost=cost,
-            progress=tell,
-        )
-        if not reasons:
-            break
-    return reuse_prefix, reasons
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+
+def _compile_for(runner: Engine, workload: Workload, jobs: Sequence[Job]) -> None:
+    """Compile the blocks where there is so much arithmetic that it pays."""
+    model = runner.model
+    if isinstance(model, BareModel) and _arithmetic(model, workload, jobs) > COMPILE_FROM:
+        model.compile_blocks()
 
 
 def _arithmetic(runner: BareModel, workload: Workload, jobs: Sequence[Job]) -> float:
@@ -219,52 +181,52 @@ def _arithmetic(runner: BareModel, workload: Workload, jobs: Sequence[Job]) -> f
     return runner.block_operations * passed
 
 
-def _check_workload(workload: Workload) -> Workload:
-    return replace(
+def _check(runner: Engine, workload: Workload, jobs: Sequence[Job]) -> tuple[bool, dict[str, str]]:
+    """Whether a prefix can be reused, and hook name -> why it cannot be resumed after."""
+    few = replace(
         workload,
         positive=_ends(workload.positive),
         negative=_ends(workload.negative),
         with_kl=False,
     )
+    readouts = tuple(dict.fromkeys(job.readout for job in jobs))
+    baseline = baseline_of(replace(runner, progress=silent), few, readouts)
+    checking = replace(runner.stage("checks: hooks"), batch_size=None)
+    for reuse_prefix in [True, False] if workload.steered_positions in SPLIT else [False]:
+        reasons = _reasons(checking, few, baseline, jobs, reuse_prefix=reuse_prefix)
+        if not reasons:
+            break
+    return reuse_prefix, reasons
 
 
 def _reasons(
-    model: HookedModel,
+    engine: Engine,
     workload: Workload,
     unsteered: Baseline,
     jobs: Sequence[Job],
     *,
     reuse_prefix: bool,
-    cost: Cost,
-    progress: Progress,
 ) -> dict[str, str]:
     """Hook name -> why it cannot be resumed after; empty when all can."""
-    if n_skippable(model) != int(model.cfg.n_layers):
+    if n_skippable(engine.model) != engine.n_layers:
         return {job.hook_name: "its blocks are not one list" for job in jobs}
     # Eight times the rounding of a half-precision dtype; rounding of float32 never comes near.
-    tolerance = max(1e-4, 8 * torch.finfo(model.cfg.dtype).eps)
+    tolerance = max(1e-4, 8 * torch.finfo(engine.model.cfg.dtype).eps)
     reasons: dict[str, str] = {}
     prepared: Prepared | None = None
     carried: Carried | None = None
     for i, job in enumerate(jobs):
-        progress("hooks", i, len(jobs))
+        engine.progress("hooks", i, len(jobs))
         expected = [unsteered.cell(job.readout)]
         if i == 0:
             smallest = replace(job, coefficients=(min(job.coefficients, key=abs),))
-            expected += plain_cells(model, workload, smallest, cost)
-        at = replace(job, coefficients=tuple(cell.coefficient for cell in expected))
+            expected += plain_cells(engine, workload, smallest)
+        probe = replace(job, coefficients=tuple(cell.coefficient for cell in expected))
         try:
             if prepared is None:
-                prepared = prepare(
-                    model,
-                    workload,
-                    unsteered,
-                    batch_size=None,
-                    reuse_prefix=reuse_prefix,
-                    cost=cost,
-                )
+                prepared = prepare(engine, workload, unsteered, reuse_prefix=reuse_prefix)
             carried = carried or Carried.at_start(prepared)
-            found, carried = fast_cells(model, prepared, at, carried, cost)
+            resumed, carried = fast_cells(engine, prepared, probe, carried)
         except SteerlensError:
             raise
         except Exception as error:  # whatever a model's own code raises when its blocks are skipped
@@ -272,18 +234,21 @@ def _reasons(
                 raise
             reasons[job.hook_name] = f"{type(error).__name__}: {error}"
             continue
-        differences = (_difference(f, e, tolerance) for f, e in zip(found, expected, strict=True))
+        differences = (
+            _difference(ours, theirs, tolerance)
+            for ours, theirs in zip(resumed, expected, strict=True)
+        )
         reason = next((text for text in differences if text is not None), None)
         if reason is not None:
             reasons[job.hook_name] = reason
-    progress("hooks", len(jobs), len(jobs))
+    engine.progress("hooks", len(jobs), len(jobs))
     return reasons
 
 
-def _difference(found: CellOutput, expected: CellOutput, tolerance: float) -> str | None:
+def _difference(resumed: CellOutput, expected: CellOutput, tolerance: float) -> str | None:
     """What differs by more than `tolerance`: of a readout's norm, or of a logprob in nats."""
     for name in ("positive", "negative", "logprob"):
-        ours, theirs = getattr(found, name), getattr(expected, name)
+        ours, theirs = getattr(resumed, name), getattr(expected, name)
         scale = theirs.norm(dim=-1).clamp(min=1e-6) if theirs.ndim == 2 else torch.tensor(1.0)
         gap = (ours - theirs).norm(dim=-1) if theirs.ndim == 2 else (ours - theirs).abs()
         off = gap / scale

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from steerlens.engine.batches import Batch, make_split_batches
 from steerlens.engine.capture import by_halves
+from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
 from steerlens.engine.resume import Prefix, Residual, advance, run_prefix, takes_cache
-from steerlens.engine.workload import Baseline, Cost, Workload
+from steerlens.engine.workload import Baseline, Workload
 from steerlens.models.loading import HookedModel, inference
 
 
@@ -36,66 +37,53 @@ class Prepared:
     unsteered: Baseline
     positive: tuple[Part, ...]
     negative: tuple[Part, ...]
-    batch_size: int | None
 
 
 def prepare(
-    model: HookedModel,
-    workload: Workload,
-    unsteered: Baseline,
-    *,
-    batch_size: int | None,
-    reuse_prefix: bool,
-    cost: Cost,
+    engine: Engine, workload: Workload, unsteered: Baseline, *, reuse_prefix: bool
 ) -> Prepared:
     """Run once what all cells share: keys and values before the first steered token.
 
     They are kept with `reuse_prefix` where the last prompt token or the continuation is steered,
-    and take two vectors a token, head and block. `cost` is added to.
+    and take two vectors a token, head and block.
     """
-    with inference(model):
-        positive = _parts(model, workload, workload.positive, batch_size, reuse_prefix, cost)
+    with inference(engine.model):
+        positive = _parts(engine, workload, workload.positive, reuse_prefix)
         if workload.with_kl:
-            positive = tuple(_with_final(model, part, cost) for part in positive)
+            positive = tuple(_with_final(engine, part) for part in positive)
         negative: tuple[Part, ...] = ()
         # Negative prompts have no continuation, so there is nothing to steer on them.
         if workload.steered_positions != "continuation":
-            negative = _parts(model, workload, workload.negative, batch_size, reuse_prefix, cost)
-    return Prepared(workload, unsteered, positive, negative, batch_size)
+            negative = _parts(engine, workload, workload.negative, reuse_prefix)
+    return Prepared(workload, unsteered, positive, negative)
 
 
 def _parts(
-    model: HookedModel,
-    workload: Workload,
-    batches: Sequence[Batch],
-    batch_size: int | None,
-    reuse_prefix: bool,
-    cost: Cost,
+    engine: Engine, workload: Workload, batches: Sequence[Batch], reuse_prefix: bool
 ) -> tuple[Part, ...]:
     prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
     is_split = (
         reuse_prefix
         and workload.steered_positions in ("continuation", "last")
-        and takes_cache(model)
+        and takes_cache(engine.model)
         and all(len(p.prompt) > 1 for p in prompts.values())
         and all(p.index(workload.position) == len(p.prompt) - 1 for p in prompts.values())
     )
     if not is_split:
         return tuple(Part(batch) for batch in batches)
     in_order = [prompts[row] for row in sorted(prompts)]
-    found = by_halves(
-        make_split_batches(model, in_order, batch_size),
-        lambda head, tail: run_prefix(model, head),  # noqa: ARG005
+    split = by_halves(
+        make_split_batches(engine.model, in_order, engine.batch_size),
+        lambda head, tail: run_prefix(engine.model, head),  # noqa: ARG005
     )
-    for (head, _), _ in found:
-        cost.add(head.tokens, int(model.cfg.n_layers))
-    return tuple(Part(tail, prefix) for (_, tail), prefix in found)
+    for (head, _), _ in split:
+        engine.cost.add(head.tokens, engine.n_layers)
+    return tuple(Part(tail, prefix) for (_, tail), prefix in split)
 
 
-def _with_final(model: HookedModel, part: Part, cost: Cost) -> Part:
-    n_layers = int(model.cfg.n_layers)
-    cost.add(part.batch.tokens, n_layers)
-    final = advance_part(model, part, None, n_layers).values
+def _with_final(engine: Engine, part: Part) -> Part:
+    engine.cost.add(part.batch.tokens, engine.n_layers)
+    final = advance_part(engine.model, part, None, engine.n_layers).values
     is_label = part.batch.label_mask()[:, 1:].to(final.device)
     return replace(part, final=final[:, :-1][is_label])
 
@@ -109,18 +97,18 @@ def advance_part(model: HookedModel, part: Part, start: Residual | None, block: 
     if start is not None and start.block == block:
         return start
 
-    def run(of: slice) -> Tensor:
-        rows = torch.arange(of.start, of.stop, device=batch.tokens.device)
+    def run(part_rows: slice) -> Tensor:
+        rows = torch.arange(part_rows.start, part_rows.stop, device=batch.tokens.device)
         residual = advance(
             model,
-            batch.tokens[of],
-            batch.attention_mask[of],
-            start=None if start is None else replace(start, values=start.values[of]),
+            batch.tokens[part_rows],
+            batch.attention_mask[part_rows],
+            start=None if start is None else replace(start, values=start.values[part_rows]),
             prefix=None if prefix is None else prefix.at(rows, start.block if start else 0),
             block=block,
-            is_padded=not bool(batch.is_whole[of].all()),
+            is_padded=not bool(batch.is_whole[part_rows].all()),
         )
         return residual.values
 
-    found = in_slices(len(batch.prompts), len(batch.prompts), run)
-    return Residual(block, found[0] if len(found) == 1 else torch.cat(found))
+    residuals = in_slices(len(batch.prompts), len(batch.prompts), run)
+    return Residual(block, residuals[0] if len(residuals) == 1 else torch.cat(residuals))

@@ -18,22 +18,13 @@ import torch
 
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import Batch
-from steerlens.engine.cells import Carried, Finished, Job, carry_past, fast_cells, plain_cells
-from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.cells import Carried, carry_past, fast_cells
+from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import plain_cells, run_baseline
 from steerlens.engine.prefixes import Prepared, prepare
-from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload
+from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workload
 from steerlens.errors import SteerlensError, WorkerError
 from steerlens.models.loading import HookedModel, load_arguments, load_model, provenance
-
-
-@dataclass(frozen=True)
-class Crew:
-    """An executor, and how its workers get the model: with `load_model`, to this provenance."""
-
-    executor: Executor
-    arguments: dict[str, Any]
-    provenance: dict[str, str]
-    n_layers: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +33,7 @@ class Task:
 
     `key` names the workload, which a worker prepares once. With `resumes` they may start after the
     hook; the unsteered blocks up to that of the job that they come `after` are not counted.
-    `is_bare` and `is_compiled` say what runs (see `bare.for_hooks`).
+    `is_bare` and `is_compiled` say what runs (see `backend.for_hooks`).
     """
 
     key: str
@@ -61,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """The finished jobs of a task, indexed within it, and the warnings given."""
+    """The finished jobs of a task, in its order, and the warnings given."""
 
     finished: tuple[Finished, ...]
     warnings: tuple[str, ...]
@@ -75,12 +66,13 @@ class _Standing:
     carried: Carried
 
 
-def make_crew(executor: object, model: HookedModel) -> Crew:
-    """See that the executor's workers can load the model and run it.
+def check_executor(engine: Engine) -> None:
+    """See that the engine's executor can run the model: its workers load it by `load_model`.
 
     Raises `ModelError` for a model not made by `load_model`, and `WorkerError` for what is no
     executor, and for a pool of forked processes: after a fork PyTorch's threads may wait for ever.
     """
+    executor: Any = engine.executor
     if not isinstance(executor, Executor):
         raise WorkerError(
             f"expected a concurrent.futures.Executor, got {type(executor).__name__}; of a Dask "
@@ -92,9 +84,7 @@ def make_crew(executor: object, model: HookedModel) -> Crew:
             "processes that are forked cannot run PyTorch safely; expected ProcessPoolExecutor("
             "n, mp_context=multiprocessing.get_context('spawn'))"
         )
-    return Crew(
-        executor, dict(load_arguments(model)), provenance(model).to_dict(), int(model.cfg.n_layers)
-    )
+    load_arguments(engine.model)
 
 
 def new_key() -> str:
@@ -103,58 +93,76 @@ def new_key() -> str:
 
 
 def gather(
-    crew: Crew,
+    engine: Engine,
+    runner: HookedModel,
     prepared: Prepared,
     jobs: Sequence[Job],
     *,
-    runner: HookedModel,
     key: str,
     exact: frozenset[str],
     reuse_prefix: bool,
     known: Collection[str],
-    cost: Cost,
 ) -> Iterator[Finished]:
     """The cells of every job that is not at a `known` hook, in the order that workers finish them.
 
     The jobs at a hook are a task, and early layers, which cost most, should come first: so that
-    workers end together. `cost` grows by what one process would have spent: not by the unsteered
+    workers end together. The cost grows by what one process would have spent: not by the unsteered
     blocks that every worker runs for itself. When a task fails those that have begun are waited
     for, and given too, before its error is raised: a `SteerlensError` as it was, another as
     `WorkerError`. When the caller stops, tasks that have not begun are dropped.
     """
-    workload = _on(prepared.workload, torch.device("cpu"))
-    tasks: list[tuple[int, Task]] = []
+    shared = _shared_task(engine, runner, prepared, key=key, reuse_prefix=reuse_prefix)
+    tasks: list[tuple[list[Job], Task]] = []
     after: Job | None = None
-    for hook_name, some in groupby(enumerate(jobs), key=lambda item: item[1].hook_name):
-        indices, at_hook = zip(*some, strict=True)
+    for hook_name, group in groupby(jobs, key=lambda job: job.hook_name):
+        at_hook = list(group)
         if hook_name not in known:
-            task = Task(
-                key=key,
-                arguments=crew.arguments,
-                provenance=crew.provenance,
-                workload=workload,
+            task = replace(
+                shared,
                 unsteered=_at(prepared.unsteered, [job.readout for job in at_hook]),
-                batch_size=prepared.batch_size,
-                reuse_prefix=reuse_prefix,
                 resumes=hook_name in exact,
-                is_bare=isinstance(runner, BareModel),
-                is_compiled=isinstance(runner, BareModel) and runner.compiled is not None,
                 after=after,
                 jobs=tuple(map(_to_cpu, at_hook)),
             )
-            tasks.append((indices[0], task))
+            tasks.append((at_hook, task))
         if hook_name in exact:
             after = _to_cpu(at_hook[-1])
-    futures: dict[Future[bytes], int] = {}
+    yield from _answered(engine, tasks)
+
+
+def _shared_task(
+    engine: Engine, runner: HookedModel, prepared: Prepared, *, key: str, reuse_prefix: bool
+) -> Task:
+    """What the tasks of all hooks have in common, without jobs."""
+    return Task(
+        key=key,
+        arguments=dict(load_arguments(engine.model)),
+        provenance=provenance(engine.model).to_dict(),
+        workload=_on(prepared.workload, torch.device("cpu")),
+        unsteered=prepared.unsteered,
+        batch_size=engine.batch_size,
+        reuse_prefix=reuse_prefix,
+        resumes=False,
+        is_bare=isinstance(runner, BareModel),
+        is_compiled=isinstance(runner, BareModel) and runner.compiled is not None,
+        after=None,
+        jobs=(),
+    )
+
+
+def _answered(engine: Engine, tasks: Sequence[tuple[list[Job], Task]]) -> Iterator[Finished]:
+    """Submit the tasks and give their jobs as they come back (see `gather`)."""
+    executor: Any = engine.executor
+    futures: dict[Future[bytes], list[Job]] = {}
     failed: Exception | None = None
     try:
         try:
-            for first, task in tasks:
+            for at_hook, task in tasks:
                 # As bytes: pools of processes would pass tensors as open files, which are few.
-                futures[crew.executor.submit(run_task, pickle.dumps(task))] = first
+                futures[executor.submit(run_task, pickle.dumps(task))] = at_hook
         except Exception as error:  # of a pool that is broken or shut
             failed = error
-            futures = {future: first for future, first in futures.items() if not future.cancel()}
+            futures = {future: of for future, of in futures.items() if not future.cancel()}
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -168,11 +176,12 @@ def gather(
                     continue
                 for text in answer.warnings:
                     warnings.warn(text, RuntimeWarning, stacklevel=3)
-                for one in answer.finished:
-                    cost.blocks += one.blocks
-                    yield replace(one, index=futures[future] + one.index)
+                for job, finished in zip(futures[future], answer.finished, strict=True):
+                    engine.cost.blocks += finished.blocks
+                    yield replace(finished, job=job)
     finally:
-        _cancel(futures)
+        for future in futures:
+            future.cancel()
     if isinstance(failed, SteerlensError):
         raise failed
     if failed is not None:
@@ -196,27 +205,28 @@ def run_task(pickled: bytes) -> bytes:
     task: Task = pickle.loads(pickled)
     with _turn, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
-        model = _runner_of(task, _model_of(task))
-        finished = _finished(task, model, _standing_of(task, model))
-    told = [str(one.message) for one in caught if one.category is RuntimeWarning]
-    return pickle.dumps(Answer(tuple(finished), tuple(dict.fromkeys(told))))
+        engine = Engine(_runner_of(task, _model_of(task)), task.batch_size)
+        finished = _finished(task, engine, _standing_of(task, engine))
+    texts = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
+    return pickle.dumps(Answer(tuple(finished), tuple(dict.fromkeys(texts))))
 
 
-def _finished(task: Task, model: Any, standing: _Standing) -> list[Finished]:
+def _finished(task: Task, engine: Engine, standing: _Standing) -> list[Finished]:
     """The task's jobs one after another; the worker then stands where the last one did."""
+    device = engine.model.cfg.device
     prepared = replace(standing.prepared, unsteered=task.unsteered)
     carried = Carried.at_start(prepared)
     if task.resumes and task.after is not None:
-        after = _to(task.after, model.cfg.device)
-        carried = carry_past(model, prepared, after, standing.carried)
+        carried = carry_past(engine, prepared, _to(task.after, device), standing.carried)
     finished = []
-    for i, job in enumerate(_to(job, model.cfg.device) for job in task.jobs):
-        cost = Cost()
+    for job in task.jobs:
+        before = engine.cost.blocks
         if task.resumes:
-            cells, carried = fast_cells(model, prepared, job, carried, cost)
+            cells, carried = fast_cells(engine, prepared, _to(job, device), carried)
         else:
-            cells = plain_cells(model, prepared.workload, job, cost)
-        finished.append(Finished(i, [_alone(cell) for cell in cells], cost.blocks))
+            cells = plain_cells(engine, prepared.workload, _to(job, device))
+        blocks = engine.cost.blocks - before
+        finished.append(Finished(job, [_alone(cell) for cell in cells], blocks))
     if task.resumes:
         _standing[task.key] = replace(standing, carried=carried)
     return finished
@@ -253,25 +263,18 @@ def _runner_of(task: Task, model: Any) -> Any:
     return runner
 
 
-def _standing_of(task: Task, model: Any) -> _Standing:
+def _standing_of(task: Task, engine: Engine) -> _Standing:
     if task.key not in _standing:
         while len(_standing) > 1:  # a search goes to and fro between two
             del _standing[next(iter(_standing))]
-        workload = _on(task.workload, torch.device(model.cfg.device))
-        _check_same_model(model, workload, task.unsteered)
-        prepared = prepare(
-            model,
-            workload,
-            task.unsteered,
-            batch_size=task.batch_size,
-            reuse_prefix=task.reuse_prefix,
-            cost=Cost(),
-        )
+        workload = _on(task.workload, torch.device(engine.model.cfg.device))
+        _check_same_model(engine, workload, task.unsteered)
+        prepared = prepare(engine, workload, task.unsteered, reuse_prefix=task.reuse_prefix)
         _standing[task.key] = _Standing(prepared, Carried.at_start(prepared))
     return _standing[task.key]
 
 
-def _check_same_model(model: Any, workload: Workload, unsteered: Baseline) -> None:
+def _check_same_model(engine: Engine, workload: Workload, unsteered: Baseline) -> None:
     """Raise `WorkerError` unless the first batch's labels have the logprobs that came with it.
 
     A model that was changed after it was loaded, by hooks or in its weights, shows here.
@@ -281,9 +284,9 @@ def _check_same_model(model: Any, workload: Workload, unsteered: Baseline) -> No
         return
     row = batches[0].rows[0]
     one = replace(workload, positive=(replace(batches[0].row(0), rows=(0,)),), negative=())
-    found = run_baseline(model, one, unsteered.hook_names[:1], cost=Cost()).logprob[0]
-    gap = abs(float(found) - float(unsteered.logprob[row]))
-    allowed = max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps)
+    here = run_baseline(engine, one, unsteered.hook_names[:1]).logprob[0]
+    gap = abs(float(here) - float(unsteered.logprob[row]))
+    allowed = max(1e-4, 4 * torch.finfo(engine.model.cfg.dtype).eps)
     if not gap <= allowed:
         raise WorkerError(
             f"the model of this worker gives the {batches[0].prompts[0].where} a logprob that is "
@@ -336,8 +339,3 @@ def _to_cpu(job: Job) -> Job:
 
 def _to(job: Job, device: Any) -> Job:
     return replace(job, direction=job.direction.to(device))
-
-
-def _cancel(futures: dict[Future[bytes], int]) -> None:
-    for future in futures:
-        future.cancel()

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.engine.batches import Batch, make_batches
-from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, check_steered_positions
-from steerlens.models.loading import HookedModel
+from steerlens.engine.batches import Batch
+from steerlens.engine.tokenization import SteeredPositions
+from steerlens.models.hooks import hook_layer, resid_post
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,6 @@ class Cost:
     def add(self, tokens: Int[Tensor, "row token"], n_blocks: int) -> None:
         """Count `tokens` (padding too) through `n_blocks` blocks."""
         self.blocks += tokens.numel() * n_blocks
-
-
-def forward_equivalents(cost: Cost, model: HookedModel, workload: Workload) -> float:
-    """`cost` in full forward passes of the positive prompts."""
-    one = sum(batch.tokens.numel() for batch in workload.positive) * int(model.cfg.n_layers)
-    return cost.blocks / one
 
 
 @dataclass(frozen=True)
@@ -74,19 +68,30 @@ class Baseline:
         return CellOutput(0.0, self.positive[index], self.negative[index], self.logprob)
 
 
-def make_workload(
-    model: HookedModel,
-    pairs: TokenizedPairs,
-    *,
-    position: int,
-    steered_positions: SteeredPositions,
-    batch_size: int | None = None,
-) -> Workload:
-    """Batches of both sides. Raises `InputError` when steering there cannot reach a label."""
-    check_steered_positions(steered_positions, pairs)
-    return Workload(
-        positive=make_batches(model, pairs.positive, batch_size),
-        negative=make_batches(model, pairs.negative, batch_size),
-        position=position,
-        steered_positions=steered_positions,
-    )
+@dataclass(frozen=True, eq=False)
+class Job:
+    """The cells of one hook: its direction, the coefficients, and where the effect is read."""
+
+    hook_name: str
+    direction: Float[Tensor, " d_model"]
+    coefficients: tuple[float, ...]
+    readout: str
+
+    @property
+    def starts_after(self) -> bool:
+        """Whether the hook is a block's output, so that the block need not run again."""
+        return self.hook_name == resid_post(hook_layer(self.hook_name))
+
+    @property
+    def first_block(self) -> int:
+        """The first block that has to run."""
+        return hook_layer(self.hook_name) + int(self.starts_after)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job, its cells in the order of its coefficients, and the block-evaluations they took."""
+
+    job: Job
+    cells: list[CellOutput]
+    blocks: int

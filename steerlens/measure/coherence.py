@@ -9,11 +9,10 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerlens.engine.batches import make_batches
-from steerlens.engine.cells import Job
-from steerlens.engine.plan import Plan, plan_for, run_cells
+from steerlens.engine.engine import Engine
+from steerlens.engine.plan import Plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.engine.workload import Cost
+from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.loss import Budget, label_kl
 from steerlens.models.loading import HookedModel, inference
@@ -52,7 +51,6 @@ class Reading:
 class Coherence:
     """A text, ready to be measured under many pushes: on all prompts, or on `probes` alone."""
 
-    model: HookedModel
     prompts: tuple[TokenizedPrompt, ...]
     budget: Budget
     logprob: Float[np.ndarray, " prompt"]
@@ -65,7 +63,6 @@ class Coherence:
         pushes: Sequence[tuple[Push, float]],
         *,
         on_all: bool,
-        cost: Cost,
         progress: Progress = silent,
     ) -> list[Reading]:
         """A reading for every (push, coefficient >= 0), in one run unless they are rollouts.
@@ -76,7 +73,7 @@ class Coherence:
         progress("pushes", 0, len(pushes))
         if self.budget.kind == "rollout_kl_p95":
             for i, (push, c) in enumerate(pushes):
-                readings[i] = self._rollouts(push, c, on_all=on_all, cost=cost)
+                readings[i] = self._rollouts(push, c, on_all=on_all)
                 progress("pushes", len(readings), len(pushes))
             return list(readings.values())
         groups: dict[tuple[str, int], list[int]] = {}
@@ -92,8 +89,8 @@ class Coherence:
         jobs.sort(key=lambda item: item[0].first_block)
         rows = np.arange(len(self.prompts)) if on_all else np.array(self.probes)
         plan = self.on_all if on_all else self.on_probes
-        found = run_cells(plan, [job for job, _ in jobs], cost=cost)
-        for (_, members), cells in zip(jobs, found, strict=True):
+        by_job = run_cells(plan, [job for job, _ in jobs])
+        for (_, members), cells in zip(jobs, by_job, strict=True):
             for i, cell in zip(members, cells, strict=True):
                 values = self.logprob[rows] - cell.logprob.double().numpy()
                 if cell.kl is not None:
@@ -103,12 +100,12 @@ class Coherence:
             progress("pushes", len(readings), len(pushes))
         return [readings[i] for i in range(len(pushes))]
 
-    def _rollouts(self, push: Push, coefficient: float, *, on_all: bool, cost: Cost) -> Reading:
+    def _rollouts(self, push: Push, coefficient: float, *, on_all: bool) -> Reading:
         rows = range(len(self.prompts)) if on_all else self.probes
         values = np.full((len(rows), ROLLOUT_TOKENS), np.nan)
         for i, row in enumerate(rows):
-            found = _rollout_kl(self.model, self.prompts[row], push, coefficient, cost)
-            values[i, : len(found)] = found
+            divergences = _rollout_kl(self.on_all.engine, self.prompts[row], push, coefficient)
+            values[i, : len(divergences)] = divergences
         return Reading(values, torch.zeros((len(rows), 0)))
 
 
@@ -152,42 +149,31 @@ def allowances(
 
 
 def make_coherence(
-    plan: Plan,
-    prompts: Sequence[TokenizedPrompt],
-    *,
-    budget: Budget,
-    probes: Sequence[int],
-    cost: Cost,
+    plan: Plan, prompts: Sequence[TokenizedPrompt], *, budget: Budget, probes: Sequence[int]
 ) -> Coherence:
     """Prepare the text of `plan`, its positive prompts, as a whole and its probes alone."""
-    unsteered = plan.prepared.unsteered
-    workload = replace(plan.prepared.workload, with_kl=budget.is_divergence)
-    few = replace(
-        workload,
-        positive=make_batches(
-            plan.model, [prompts[row] for row in probes], plan.prepared.batch_size
-        ),
-    )
+    unsteered = plan.unsteered
+    workload = replace(plan.workload, with_kl=budget.is_divergence)
+    few = replace(workload, positive=plan.engine.batches([prompts[row] for row in probes]))
     rows = torch.tensor(list(probes))
     of_few = replace(
         unsteered, positive=unsteered.positive[:, rows], logprob=unsteered.logprob[rows]
     )
     return Coherence(
-        model=plan.model,
         prompts=tuple(prompts),
         budget=budget,
         logprob=unsteered.logprob.double().numpy(),
         probes=tuple(probes),
-        on_all=plan_for(plan, workload, unsteered, cost=cost) if workload.with_kl else plan,
-        on_probes=plan_for(plan, few, of_few, cost=cost),
+        on_all=plan.on(workload, unsteered) if workload.with_kl else plan,
+        on_probes=plan.on(few, of_few),
     )
 
 
 def _rollout_kl(
-    model: HookedModel, prompt: TokenizedPrompt, push: Push, coefficient: float, cost: Cost
+    engine: Engine, prompt: TokenizedPrompt, push: Push, coefficient: float
 ) -> Float[np.ndarray, " token"]:
     """KL(unsteered || steered), nats, at each token of the steered model's greedy continuation."""
-    steered = {push.hook_name: push.direction}
+    model, steered = engine.model, {push.hook_name: push.direction}
     signed = push.sign * coefficient
     tokens = torch.tensor([prompt.prompt], device=model.cfg.device)
     n_prompt = tokens.shape[1]
@@ -202,8 +188,8 @@ def _rollout_kl(
             )
             logits = model(generated, return_type="logits")
         unsteered = model(generated, return_type="logits")
-    cost.add(generated, 3 * int(model.cfg.n_layers))
+    engine.cost.add(generated, 3 * engine.n_layers)
     labels = torch.zeros_like(generated, dtype=torch.bool)
     labels[:, n_prompt:] = True
-    found = label_kl(logits, unsteered, labels).double().cpu().numpy()
-    return np.where(np.isfinite(found), found, np.inf)
+    divergences = label_kl(logits, unsteered, labels).double().cpu().numpy()
+    return np.where(np.isfinite(divergences), divergences, np.inf)

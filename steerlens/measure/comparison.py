@@ -17,15 +17,15 @@ from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit_methods
 from steerlens.directions.methods import method_of, null_directions
+from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
     TokenizedPrompt,
     fingerprint,
     tokenize_items,
     tokenize_pairs,
 )
-from steerlens.engine.workload import Cost
 from steerlens.errors import InputError, whole, whole_or_none
-from steerlens.measure.boundary import check_search, text_prompts
+from steerlens.measure.boundary import check_search
 from steerlens.measure.effects import Damage, mean_distinct_3, of_one_length
 from steerlens.measure.equal_damage import (
     CompareSettings,
@@ -35,6 +35,7 @@ from steerlens.measure.equal_damage import (
     Subjects,
     mean_norms,
 )
+from steerlens.measure.texts import text_prompts
 from steerlens.measure.verdicts import PROMPT, effect_columns, mean_abs, summarise, with_verdicts
 from steerlens.models.hooks import Layers, hook_layer
 from steerlens.models.loading import HookedModel, provenance
@@ -191,7 +192,7 @@ def compare(
     subjects = Subjects(
         differences.hook_names, fitted, null_directions(differences, n=n_null, seed=settings.seed)
     )
-    run = Runner(model, settings, Cost(), executor)
+    run = Runner(Engine(model, settings.batch_size, executor), settings)
     found = _find(
         run,
         subjects,
@@ -272,7 +273,7 @@ def _rows(
     """The rows of all methods and hooks with their verdicts, and the effects item by item."""
     rows: list[Row] = []
     by_item: dict[str, NDArray[np.float64]] = {}
-    prompts = of_one_length(tokenize_items(run.model, items)[0], N_GENERATED)
+    prompts = of_one_length(tokenize_items(run.engine.model, items)[0], N_GENERATED)
     every = subjects.of_methods()
     progress("texts: vectors", 0, len(every))
     for index in every:
@@ -299,7 +300,7 @@ def _rows(
                 "kl_p95_nats": found.damage[index].kl_p95,
                 "degradation_nats": found.damage[index].degradation,
                 "off_target": mean_abs([some[index] for some in found.elsewhere]),
-                "distinct_3": mean_distinct_3(run.model, prompts, steered, reached),
+                "distinct_3": mean_distinct_3(run.engine.model, prompts, steered, reached),
             }
         rows.append(row)
         progress("texts: vectors", len(rows), len(every))

@@ -2,8 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -11,16 +10,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
-from steerlens.engine.batches import make_batches
-from steerlens.engine.cells import Job
+from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
-from steerlens.engine.workload import CellOutput, Cost, Workload
+from steerlens.engine.workload import CellOutput, Job, Workload
 from steerlens.measure.coherence import P95
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import HookedModel
-from steerlens.progress import Progress, silent
+from steerlens.progress import silent
 from steerlens.steering import generate_tokens
 
 NEW_TOKENS = 40
@@ -41,40 +39,25 @@ class Damage:
 
 
 def preference_gaps(
-    model: HookedModel,
-    items: PreferenceItems,
-    jobs: Sequence[Job],
-    *,
-    batch_size: int | None,
-    cost: Cost,
-    executor: Executor | None = None,
-    progress: Progress = silent,
+    engine: Engine, items: PreferenceItems, jobs: Sequence[Job]
 ) -> tuple[Float[np.ndarray, " item"], list[Float[np.ndarray, "coefficient item"]]]:
     """Preference gaps, unsteered and for every job at its coefficients, item by item.
 
     gap = logprob(positive continuation) - logprob(negative continuation), each the mean over its
     own tokens after the same prompt (nats per token), both steered alike at every
-    token. `cost` is added to, `progress` told of the cells; an `executor` runs them, if given.
+    token. The engine is told of the cells.
     """
-    positive, negative = tokenize_items(model, items)
-    workload = _workload(model, (*positive, *negative), batch_size)
-    baseline, cells = _cells(model, workload, jobs, batch_size, cost, executor, progress)
+    positive, negative = tokenize_items(engine.model, items)
+    baseline, cells = _cells(engine, _workload(engine, (*positive, *negative)), jobs)
     return _gap(baseline), [np.stack([_gap(cell.logprob) for cell in of_job]) for of_job in cells]
 
 
-def unsteered_gaps(
-    model: HookedModel,
-    items: PreferenceItems,
-    *,
-    batch_size: int | None,
-    cost: Cost,
-    progress: Progress = silent,
-) -> Float[np.ndarray, " item"]:
-    """The preference gaps of the model as it is. `cost` is added to, `progress` told of prompts."""
-    positive, negative = tokenize_items(model, items)
-    workload = _workload(model, (*positive, *negative), batch_size)
-    last = resid_post(int(model.cfg.n_layers) - 1)
-    return _gap(run_baseline(model, workload, (last,), cost=cost, progress=progress).logprob)
+def unsteered_gaps(engine: Engine, items: PreferenceItems) -> Float[np.ndarray, " item"]:
+    """The preference gaps of the model as it is. The engine is told of the prompts."""
+    positive, negative = tokenize_items(engine.model, items)
+    last = resid_post(engine.n_layers - 1)
+    workload = _workload(engine, (*positive, *negative))
+    return _gap(run_baseline(engine, workload, (last,)).logprob)
 
 
 def _gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
@@ -85,21 +68,10 @@ def _gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
 
 
 def damages(
-    model: HookedModel,
-    texts: Sequence[TokenizedPrompt],
-    jobs: Sequence[Job],
-    *,
-    batch_size: int | None,
-    cost: Cost,
-    executor: Executor | None = None,
-    progress: Progress = silent,
+    engine: Engine, texts: Sequence[TokenizedPrompt], jobs: Sequence[Job]
 ) -> list[list[Damage]]:
-    """The damage on `texts` of every job at each of its coefficients.
-
-    `cost` is added to, `progress` told of the cells; an `executor` runs them, if given.
-    """
-    workload = _workload(model, texts, batch_size, with_kl=True)
-    baseline, cells = _cells(model, workload, jobs, batch_size, cost, executor, progress)
+    """The damage on `texts` of every job at each of its coefficients. Tells of the cells."""
+    baseline, cells = _cells(engine, _workload(engine, texts, with_kl=True), jobs)
 
     def damage(cell: CellOutput) -> Damage:
         if cell.kl is None:
@@ -154,39 +126,25 @@ def distinct_3(tokens: Sequence[int]) -> float:
 
 
 def _workload(
-    model: HookedModel,
-    prompts: Sequence[TokenizedPrompt],
-    batch_size: int | None,
-    *,
-    with_kl: bool = False,
+    engine: Engine, prompts: Sequence[TokenizedPrompt], *, with_kl: bool = False
 ) -> Workload:
-    batches = make_batches(model, prompts, batch_size)
-    return Workload(batches, (), -1, "all", with_kl)
+    return Workload(engine.batches(prompts), (), -1, "all", with_kl)
 
 
 def _cells(
-    model: HookedModel,
-    workload: Workload,
-    jobs: Sequence[Job],
-    batch_size: int | None,
-    cost: Cost,
-    executor: Executor | None,
-    progress: Progress,
+    engine: Engine, workload: Workload, jobs: Sequence[Job]
 ) -> tuple[Float[Tensor, " prompt"], list[list[CellOutput]]]:
     """Unsteered logprobs, and the cells of every job, which may come in any order."""
-    baseline = run_baseline(
-        model, workload, tuple(dict.fromkeys(job.readout for job in jobs)), cost=cost
-    )
-    order = sorted(range(len(jobs)), key=lambda i: jobs[i].first_block)
-    in_order = [jobs[i] for i in order]
-    plan = make_plan(
-        model, workload, baseline, in_order, batch_size=batch_size, cost=cost, executor=executor
-    )
-    found: dict[int, list[CellOutput]] = {}
+    quiet = replace(engine, progress=silent)
+    readouts = tuple(dict.fromkeys(job.readout for job in jobs))
+    baseline = run_baseline(quiet, workload, readouts)
+    in_order = sorted(jobs, key=lambda job: job.first_block)
+    plan = make_plan(quiet, workload, baseline, in_order)
+    by_job: dict[Job, list[CellOutput]] = {}
     done, n_cells = 0, sum(len(job.coefficients) for job in jobs)
-    progress("cells", done, n_cells)
-    for i, cells in zip(order, run_cells(plan, in_order, cost=cost), strict=True):
-        found[i] = cells
+    engine.progress("cells", done, n_cells)
+    for job, cells in zip(in_order, run_cells(plan, in_order), strict=True):
+        by_job[job] = cells
         done += len(cells)
-        progress("cells", done, n_cells)
-    return baseline.logprob, [found[i] for i in range(len(jobs))]
+        engine.progress("cells", done, n_cells)
+    return baseline.logprob, [by_job[job] for job in jobs]

@@ -2,9 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,18 +13,16 @@ from torch import Tensor
 from steerlens.data.items import PreferenceItems
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
-from steerlens.engine.batches import make_batches
-from steerlens.engine.cells import Job
+from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
-from steerlens.engine.workload import Cost, Workload
-from steerlens.measure.boundary import check_jobs, check_search
+from steerlens.engine.workload import Job, Workload
+from steerlens.measure.boundary import check_search
+from steerlens.measure.boundary_search import find_boundaries
 from steerlens.measure.coherence import Push, check_rollouts
 from steerlens.measure.effects import Damage, damages, preference_gaps, unsteered_gaps
-from steerlens.measure.pushes import find_boundaries
 from steerlens.models.hooks import readout_hook
-from steerlens.models.loading import HookedModel
 from steerlens.progress import Progress, part_of
 
 DOSES = (-1.0, -0.5, 0.5, 1.0)
@@ -103,17 +99,8 @@ class Subjects:
 class Runner:
     """What every measurement of a comparison shares."""
 
-    model: HookedModel
+    engine: Engine
     settings: CompareSettings
-    cost: Cost
-    executor: Executor | None = None
-
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {
-            "batch_size": self.settings.batch_size,
-            "cost": self.cost,
-        }
 
     def calibrate(
         self,
@@ -126,37 +113,25 @@ class Runner:
 
         Searched up to `search_range` times the hook's mean residual norm; inf where it lies beyond.
         """
-        model, settings = self.model, self.settings
+        engine, settings = replace(self.engine, progress=progress), self.settings
         budget = check_search(budget=settings.budget, search_range=settings.search_range)
-        check_rollouts(model, prompts, budget)
+        check_rollouts(engine.model, prompts, budget)
         index = subjects.all()
         pushes = [Push(key[1], subjects.direction(key), 1, self._readout(key[1])) for key in index]
-        workload = Workload(make_batches(model, prompts, settings.batch_size), (), -1, "all")
+        workload = Workload(engine.batches(prompts), (), -1, "all")
         readouts = tuple(dict.fromkeys(push.readout for push in pushes))
-        unsteered = run_baseline(model, workload, readouts, cost=self.cost, progress=progress)
-        jobs = check_jobs(pushes)
-        plan = make_plan(
-            model,
-            workload,
-            unsteered,
-            jobs,
-            batch_size=settings.batch_size,
-            cost=self.cost,
-            progress=progress,
-            executor=self.executor,
-        )
-        found = find_boundaries(
-            plan,
+        unsteered = run_baseline(engine, workload, readouts)
+        checks = [Job(push.hook_name, push.direction, (1.0,), push.readout) for push in pushes]
+        boundaries = find_boundaries(
+            make_plan(engine, workload, unsteered, checks),
             prompts,
             pushes,
             [settings.search_range * norms[name] for _, name in index],
             budget=budget,
             n_bootstrap=2,  # its intervals are not looked at
             seed=settings.seed,
-            cost=self.cost,
-            progress=progress,
         )
-        return {key: boundary.at for key, boundary in zip(index, found, strict=True)}
+        return {key: boundary.at for key, boundary in zip(index, boundaries, strict=True)}
 
     def effects(
         self,
@@ -172,12 +147,10 @@ class Runner:
         jobs = [self._job(subjects, k, tuple(d * reached[k] for d in doses[k])) for k in usable]
         measured: dict[Index, Measured | None] = dict.fromkeys(subjects.all())
         if jobs:
-            tell = part_of(progress, "effects: cells")
-            unsteered, gaps = preference_gaps(
-                self.model, items, jobs, executor=self.executor, **self._options, progress=tell
-            )
-            for key, job, found in zip(usable, jobs, gaps, strict=True):
-                measured[key] = Measured(np.array(job.coefficients), found - unsteered)
+            engine = replace(self.engine, progress=part_of(progress, "effects: cells"))
+            unsteered, gaps = preference_gaps(engine, items, jobs)
+            for key, job, steered in zip(usable, jobs, gaps, strict=True):
+                measured[key] = Measured(np.array(job.coefficients), steered - unsteered)
         return measured
 
     def damages(
@@ -192,11 +165,9 @@ class Runner:
         jobs = [self._job(subjects, key, (reached[key],)) for key in usable]
         if not jobs:
             return {}
-        tell = part_of(progress, "damage: cells")
-        found = damages(
-            self.model, texts, jobs, executor=self.executor, **self._options, progress=tell
-        )
-        return {key: of_job[0] for key, of_job in zip(usable, found, strict=True)}
+        engine = replace(self.engine, progress=part_of(progress, "damage: cells"))
+        by_job = damages(engine, texts, jobs)
+        return {key: of_job[0] for key, of_job in zip(usable, by_job, strict=True)}
 
     def mean_effects(
         self,
@@ -211,30 +182,28 @@ class Runner:
         if not jobs:
             return {}
         tell = part_of(progress, f"effects on {items.name}: cells")
-        unsteered, gaps = preference_gaps(
-            self.model, items, jobs, executor=self.executor, **self._options, progress=tell
-        )
+        unsteered, gaps = preference_gaps(replace(self.engine, progress=tell), items, jobs)
         return {
-            key: float((found[0] - unsteered).mean())
-            for key, found in zip(usable, gaps, strict=True)
+            key: float((steered[0] - unsteered).mean())
+            for key, steered in zip(usable, gaps, strict=True)
         }
 
     def gap(self, items: PreferenceItems, progress: Progress) -> Float[np.ndarray, " item"]:
         """The unsteered preference gap of every item."""
-        return unsteered_gaps(self.model, items, **self._options, progress=progress)
+        return unsteered_gaps(replace(self.engine, progress=progress), items)
 
     def forward_equivalents(self, items: PreferenceItems) -> float:
         """What was run, in forward passes of the items with both continuations."""
-        both = [prompt for side in tokenize_items(self.model, items) for prompt in side]
-        one = sum(map(len, both)) * int(self.model.cfg.n_layers)
-        return round(self.cost.blocks / one, 3)
+        both = [prompt for side in tokenize_items(self.engine.model, items) for prompt in side]
+        one = sum(map(len, both)) * self.engine.n_layers
+        return round(self.engine.cost.blocks / one, 3)
 
     def _job(self, subjects: Subjects, index: Index, coefficients: tuple[float, ...]) -> Job:
         hook_name = index[1]
         return Job(hook_name, subjects.direction(index), coefficients, self._readout(hook_name))
 
     def _readout(self, hook_name: str) -> str:
-        return readout_hook(hook_name, int(self.model.cfg.n_layers))
+        return readout_hook(hook_name, self.engine.n_layers)
 
 
 def _usable(index: Sequence[Index], reached: Mapping[Index, float]) -> list[Index]:

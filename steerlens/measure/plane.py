@@ -1,8 +1,8 @@
-"""The geometry of the loss: differences, boundary and loss in one plane of activation space."""
+"""One plane of activation space at a hook: its boundary at every angle, its loss, its gradients."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -10,27 +10,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.data.pairs import ContrastivePairs
-from steerlens.directions.directions import Directions
 from steerlens.engine.batches import make_batches
-from steerlens.engine.cells import Job
-from steerlens.engine.plain_loop import run_baseline
-from steerlens.engine.plan import make_plan, run_cells
+from steerlens.engine.plan import run_cells
 from steerlens.engine.slopes import label_slopes
-from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.engine.workload import Baseline, Cost, Workload, make_workload
-from steerlens.errors import InputError, finite
-from steerlens.loss import MARGIN, WEIGHT, coherence_penalty
-from steerlens.measure.boundary import BoundarySettings, checked_settings
-from steerlens.measure.plane_boundary import BoundaryShape, boundary_shape, check_plane
-from steerlens.measure.rows import check_directions, record
-from steerlens.models.hooks import Layers, hook_layer, readout_hook, resolve_hooks
-from steerlens.models.loading import HookedModel
-from steerlens.models.weight_processing import check_processing
-from steerlens.progress import Progress, silent, under
+from steerlens.engine.tokenization import fingerprint
+from steerlens.engine.workload import Baseline, Job
+from steerlens.errors import InputError, whole
+from steerlens.loss import coherence_penalty
+from steerlens.measure.boundary import Text, boundary_settings
+from steerlens.measure.boundary_search import Boundary, find_boundaries
+from steerlens.measure.coherence import Push
+from steerlens.measure.preparation import Preparation
+from steerlens.measure.rows import main_orthogonal
+from steerlens.measure.settings import PlaneSettings
+from steerlens.measure.texts import On
+from steerlens.models.hooks import hook_layer
 from steerlens.tables import (
     CONTOUR_COLUMNS,
     GEOMETRY_COLUMNS,
+    SHAPE_COLUMNS,
     Row,
     fragment,
     hook_label,
@@ -77,129 +75,194 @@ class LossGeometry:
         return fragment(about, pd.DataFrame(rows), note="residual units; inf is not reached")
 
 
-def loss_geometry(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    directions: Directions,
-    *,
-    layers: Layers,
-    n_angles: int = 16,
-    budget: str = "relative=0.01",
-    search_range: float | int = 4.0,
-    margin: float | int = MARGIN,
-    weight: float | int = WEIGHT,
-    n_bootstrap: int = 2000,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-) -> LossGeometry:
-    """Measure the loss in the plane of each hook's direction and the main orthogonal one.
+@dataclass(frozen=True)
+class BoundaryShape:
+    """`table` has one row an angle (`SHAPE_COLUMNS`) in the plane of two unit vectors.
 
-    A push p in the plane adds `+p` to every token of the positive prompts and `-p` to those of the
-    negative ones, so that the difference of each pair moves by `2 p` at the hook (residual units).
-    `shape` is `boundary_shape` at `n_angles` angles. At shares of each angle's boundary (`SHARES`;
-    where it is NaN or beyond the search, of the largest that was found or, where none was found, of
-    the searched range) the loss is measured in its
-    reference form, read at the hook itself:
-
-        loss(p) = -(mean_i difference_i + 2 p) . direction
-                  + weight * mean_i relu(margin * baseline_i - logp_i(p))^2
-
-    The arrows of `points` are minus the gradients of the two terms of the noref loss at p = 0, as
-    the difference moves, pair by pair and within the plane: `difference_i / ||difference_i||` for
-    the separation, `weight * relu((margin - 1) * logp_i) * dlogp_i/dp` for the penalty of the
-    pair's labels (half of its derivative by p, as the difference moves by 2 p), every token pushed.
-
-    Cost: a boundary search and `6 * n_angles` cells of the positive prompts a hook, two forward and
-    two backward passes for all. Raises as `boundary_shape`, and `InputError` on a margin or weight
-    that is not finite, or a weight below 0.
-
-    Examples:
-        >>> geometry = sl.loss_geometry(
-        ...     model, pairs, directions, layers=[1], n_angles=4, budget="kl=0.1", n_bootstrap=50
-        ... )
-        >>> geometry  # six shares of four boundaries, and none
-        LossGeometry(1 hooks, 28 pushes)
-        >>> pushes = geometry.contours
-        >>> np.allclose(pushes.loss, pushes.coherence_penalty - pushes.along)
-        True
+    `direction` is the frozen direction (0 degrees), `orthogonal` the main direction of what is left
+    of the pairs' differences without it (90 degrees). `attrs["radius_ratio"]` is the largest
+    boundary over the smallest: 1 for a circle, inf when an angle's is beyond the searched range,
+    NaN when all are or one is undefined.
     """
-    hook_names = resolve_hooks(model, layers)
-    check_directions(directions, hook_names)
-    check_processing(model, directions)
-    check_plane(hook_names[:1], n_angles)
-    margin, weight = finite("margin", margin), finite("weight", weight)
-    if weight < 0:
-        raise InputError(f"weight must be 0 or more, got {weight}")
-    settings = checked_settings(
-        hook_names=hook_names,
-        on="positive",
-        budget=budget,
-        position=directions.position,
-        steered_positions="all",
-        search_range=search_range,
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-        batch_size=batch_size,
+
+    table: pd.DataFrame
+    direction: Float[Tensor, " d_model"]
+    orthogonal: Float[Tensor, " d_model"]
+
+    @property
+    def hook_name(self) -> str:
+        """The hook of the plane."""
+        return str(self.table.hook_name.iloc[0])
+
+    @property
+    def axes(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, " d_model"]]:
+        """`direction` and `orthogonal`."""
+        return self.direction, self.orthogonal
+
+    def at(self, angle: float) -> Float[Tensor, " d_model"]:
+        """The unit vector `cos(angle) * direction + sin(angle) * orthogonal`; angle in degrees."""
+        return turned(self.direction, self.orthogonal, angle)
+
+    def __repr__(self) -> str:
+        ratio = self.table.attrs["radius_ratio"]
+        return f"BoundaryShape({len(self.table)} angles, radius ratio {ratio:.3g})"
+
+    def _repr_html_(self) -> str:
+        names = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high", "predicted_boundary"]
+        table = self.table[names].rename(columns=lambda name: name.replace("_", " "))
+        about = [repr(self), f"layer {hook_label(self.hook_name)}", *measured(self.table.attrs)]
+        return fragment(about, table, note="residual units; inf is not reached")
+
+
+def run_shape(
+    study: Preparation,
+    hook_name: str,
+    *,
+    n_angles: int,
+    on: On = "positive",
+    search_range: float | int = 4.0,
+    heading: str = "",
+) -> BoundaryShape:
+    """`Study.boundary_shape` at one hook; progress goes under the `heading`."""
+    before = study.spent
+    settings = _plane_settings(study, n_angles=n_angles, on=on, search_range=search_range)
+    text = Text.of(study, on)
+    cell = study.baseline.cell(hook_name)
+    dtype, direction = study.directions[hook_name].dtype, study.directions[hook_name].double()
+    orthogonal = main_orthogonal((cell.positive - cell.negative).double(), direction)
+    norms = torch.cat([cell.positive, cell.negative]).norm(dim=-1)
+    limit = settings.search_range * float(norms.mean())
+    angles = [360 * i / n_angles for i in range(n_angles)]
+    pushes = [
+        Push(hook_name, turned(direction, orthogonal, a).to(dtype), 1, study.readouts[hook_name])
+        for a in angles
+    ]
+    plan = study.plan.on(*text.unsteered(study))
+    if heading:
+        plan = replace(plan, engine=plan.engine.under(heading))
+    boundaries = find_boundaries(
+        plan,
+        text.prompts,
+        pushes,
+        [limit] * n_angles,
+        budget=study.budget,
+        n_bootstrap=settings.n_bootstrap,
+        seed=settings.seed,
     )
-    tell = progress or silent
+    attrs = {
+        **study.record(settings, since=before),
+        "searched": limit,
+        "text": fingerprint(text.prompts),
+        "radius_ratio": _ratio([boundary.at for boundary in boundaries]),
+    }
+    rows = [
+        _shape_row(hook_name, angle, boundary)
+        for angle, boundary in zip(angles, boundaries, strict=True)
+    ]
+    return BoundaryShape(
+        to_frame(rows, SHAPE_COLUMNS, attrs), direction.to(dtype), orthogonal.to(dtype)
+    )
+
+
+def run_plane(
+    study: Preparation, hook_names: Sequence[str], *, n_angles: int, search_range: float | int
+) -> LossGeometry:
+    """`Study.plane`."""
+    before = study.spent
+    settings = _plane_settings(study, n_angles=n_angles, on="positive", search_range=search_range)
+    if settings.weight < 0:
+        raise InputError(f"weight must be 0 or more, got {settings.weight}")
+    if settings.steered_positions != "all":
+        raise InputError(
+            "in the plane every token is pushed, so steered_positions must be all, not "
+            f"{settings.steered_positions!r}"
+        )
     planes = [
-        boundary_shape(
-            model,
-            pairs,
-            directions,
-            layer=[name],
+        run_shape(
+            study,
+            name,
             n_angles=n_angles,
-            budget=budget,
             search_range=search_range,
-            n_bootstrap=n_bootstrap,
-            seed=seed,
-            batch_size=batch_size,
-            progress=under(tell, f"layer {i} of {len(hook_names)}"),
+            heading=f"layer {i} of {len(hook_names)}",
         )
         for i, name in enumerate(hook_names, start=1)
     ]
-    tokenized = tokenize_pairs(model, pairs)
-    workload = make_workload(
-        model,
-        tokenized,
-        position=directions.position,
-        steered_positions="all",
-        batch_size=batch_size,
-    )
-    cost = Cost()
-    readouts = tuple(readout_hook(name, int(model.cfg.n_layers)) for name in hook_names)
-    needed = tuple(dict.fromkeys([*hook_names, *readouts]))
-    baseline = run_baseline(model, workload, needed, cost=cost, progress=tell)
-    logprobs = _pushed_logprobs(model, workload, baseline, planes, readouts, settings, cost, tell)
+    baseline = study.baseline
+    logprobs = _pushed_logprobs(study, planes)
+    n_rows = max(1, (settings.batch_size or len(study.pairs)) // 2)
     slopes = label_slopes(
-        model,
-        make_batches(model, tokenized.positive, max(1, (batch_size or len(pairs)) // 2)),
+        study.model,
+        make_batches(study.model, study.tokens.positive, n_rows),
         [(plane.hook_name, axis) for plane in planes for axis in plane.axes],
         steered_positions="all",
-        seed=seed,
-        cost=cost,
-        progress=tell,
+        seed=settings.seed,
+        cost=study.engine.cost,
+        progress=study.engine.progress,
     )
-    pull = weight * torch.relu((margin - 1) * baseline.logprob.double())
-    ids = [pair.id for pair in pairs]
+    pull = settings.weight * torch.relu((settings.margin - 1) * baseline.logprob.double())
+    ids = [pair.id for pair in study.pairs]
     points: list[Row] = []
     contours: list[Row] = []
     for i, (plane, along) in enumerate(zip(planes, logprobs, strict=True)):
         inside = _in_plane(baseline, plane)
         coherence = pull * slopes.logprob[2 * i : 2 * i + 2].double()
         points += _point_rows(plane.hook_name, inside, coherence, ids)
-        contours += _contour_rows(plane, inside, along, baseline.logprob, margin, weight)
-    given = {**asdict(settings), "n_angles": n_angles, "margin": margin, "weight": weight}
-    attrs = record(model, pairs, directions, given, workload=workload, cost=cost)
-    spent = sum(plane.table.attrs["forward_equivalents"] for plane in planes)
-    attrs["forward_equivalents"] = round(attrs["forward_equivalents"] + spent, 3)
+        contours += _contour_rows(plane, inside, along, baseline.logprob, settings)
+    attrs = study.record(settings, since=before)
     searched = {plane.hook_name: plane.table.attrs["searched"] for plane in planes}
     return LossGeometry(
         points=to_frame(points, GEOMETRY_COLUMNS, attrs),
         contours=to_frame(contours, CONTOUR_COLUMNS, attrs),
         shape=_joined([plane.table for plane in planes], {**attrs, "searched": searched}),
     )
+
+
+def check_plane(hook_names: Sequence[str], n_angles: Any) -> None:
+    """Raise `InputError` when there is not one hook, or too few angles for a shape."""
+    if len(hook_names) != 1:
+        raise InputError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
+    whole("n_angles", n_angles, 3)
+
+
+def _plane_settings(
+    study: Preparation, *, n_angles: int, on: On, search_range: float | int
+) -> PlaneSettings:
+    settings = boundary_settings(study, on=on, search_range=search_range)
+    return PlaneSettings(**vars(settings), n_angles=whole("n_angles", n_angles, 3))
+
+
+def _ratio(reach: Sequence[float]) -> float:
+    """The largest over the smallest; NaN when all are infinite or one is undefined."""
+    if math.isinf(min(reach)) or any(math.isnan(r) for r in reach):
+        return math.nan
+    return max(reach) / min(reach)
+
+
+def turned(
+    direction: Float[Tensor, " d_model"], orthogonal: Float[Tensor, " d_model"], angle: float
+) -> Float[Tensor, " d_model"]:
+    """The direction turned by an angle (degrees) towards the orthogonal one: a unit vector.
+
+    Computed in float64, of the direction's dtype.
+    """
+    turn = math.radians(angle)
+    vector: Tensor = math.cos(turn) * direction.double() + math.sin(turn) * orthogonal.double()
+    return vector.to(direction.dtype)
+
+
+def _shape_row(hook_name: str, angle: float, boundary: Boundary) -> Row:
+    along, across = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    return {
+        "hook_name": hook_name,
+        "layer": hook_layer(hook_name),
+        "angle": angle,
+        "boundary": boundary.at,
+        "boundary_ci_low": boundary.low,
+        "boundary_ci_high": boundary.high,
+        "x": boundary.at * along if math.isfinite(boundary.at) else math.nan,
+        "y": boundary.at * across if math.isfinite(boundary.at) else math.nan,
+        "predicted_boundary": boundary.prediction.boundary,
+    }
 
 
 def _joined(tables: Sequence[pd.DataFrame], attrs: Mapping[str, Any]) -> pd.DataFrame:
@@ -227,38 +290,25 @@ def _in_plane(baseline: Baseline, plane: BoundaryShape) -> _Inside:
 
 
 def _pushed_logprobs(
-    model: HookedModel,
-    workload: Workload,
-    baseline: Baseline,
-    planes: Sequence[BoundaryShape],
-    readouts: Sequence[str],
-    settings: BoundarySettings,
-    cost: Cost,
-    progress: Progress,
+    study: Preparation, planes: Sequence[BoundaryShape]
 ) -> list[list[list[tuple[float, Float[Tensor, " pair"]]]]]:
     """Of every plane and angle: the coefficients, and each positive prompt's logprob there."""
+    baseline = study.baseline
     jobs = [
-        Job(plane.hook_name, plane.at(angle), coefficients, readout)
-        for plane, readout in zip(planes, readouts, strict=True)
+        Job(plane.hook_name, plane.at(angle), coefficients, study.readouts[plane.hook_name])
+        for plane in planes
         for angle, coefficients in zip(plane.table.angle, _coefficients(plane), strict=True)
     ]
-    plan = make_plan(
-        model,
-        replace(workload, negative=()),
-        replace(baseline, negative=baseline.negative[:, :0]),
-        jobs,
-        batch_size=settings.batch_size,
-        cost=cost,
-        progress=progress,
-    )
+    alone = replace(baseline, negative=baseline.negative[:, :0])
+    plan = study.plan.on(replace(study.workload, negative=()), alone)
     by_job: list[list[tuple[float, Float[Tensor, " pair"]]]] = []
     what, n_pushes = "loss in the plane: pushes", len(jobs) * len(SHARES)
-    progress(what, 0, n_pushes)
-    for cells in run_cells(plan, jobs, cost=cost):
+    study.engine.progress(what, 0, n_pushes)
+    for cells in run_cells(plan, jobs):
         by_job.append([(cell.coefficient, cell.logprob) for cell in cells])
-        progress(what, len(by_job) * len(SHARES), n_pushes)
-    found = iter(by_job)
-    return [[next(found) for _ in plane.table.angle] for plane in planes]
+        study.engine.progress(what, len(by_job) * len(SHARES), n_pushes)
+    pushed = iter(by_job)
+    return [[next(pushed) for _ in plane.table.angle] for plane in planes]
 
 
 def _coefficients(plane: BoundaryShape) -> list[tuple[float, ...]]:
@@ -297,8 +347,7 @@ def _contour_rows(
     inside: _Inside,
     along: Sequence[Sequence[tuple[float, Float[Tensor, " pair"]]]],
     baseline: Float[Tensor, " pair"],
-    margin: float,
-    weight: float,
+    settings: PlaneSettings,
 ) -> list[Row]:
     mean = float(inside.along.mean()), float(inside.across.mean())
     unsteered = baseline.double()
@@ -307,7 +356,9 @@ def _contour_rows(
         turn = math.radians(angle)
         for coefficient, logprob in [(0.0, baseline), *cells]:
             penalty = float(
-                coherence_penalty(logprob.double(), unsteered, margin=margin, weight=weight)
+                coherence_penalty(
+                    logprob.double(), unsteered, margin=settings.margin, weight=settings.weight
+                )
             )
             x = mean[0] + 2 * coefficient * math.cos(turn)
             rows.append(

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,48 +10,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.data.pairs import ContrastivePairs
-from steerlens.directions.directions import Directions
-from steerlens.engine.tokenization import SteeredPositions
-from steerlens.engine.workload import Baseline, CellOutput, Cost, Workload, forward_equivalents
+from steerlens.engine.workload import Baseline, CellOutput
 from steerlens.errors import InputError, finite, told
 from steerlens.loss import (
-    MARGIN,
-    WEIGHT,
     Budget,
     contrastive_steering_loss,
     contrastive_steering_loss_noref,
 )
+from steerlens.measure.settings import StudySettings
 from steerlens.models.hooks import hook_layer
-from steerlens.models.loading import HookedModel, provenance
 from steerlens.stats import bootstrap_interval, bootstrap_intervals, ratio_interval
 from steerlens.tables import Row
-
-N_BOOTSTRAP = 2000
-"""Resamples of an interval where nobody says how many."""
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """Everything besides model, pairs and directions that decides a sweep's numbers."""
-
-    hook_names: tuple[str, ...]
-    coefficients: tuple[float, ...]
-    position: int
-    steered_positions: SteeredPositions
-    budget: str
-    margin: float
-    weight: float
-    n_bootstrap: int
-    seed: int
-    batch_size: int | None
 
 
 def measure(
     cell: CellOutput,
     unsteered: CellOutput,
     direction: Float[Tensor, " d_model"],
-    settings: SweepSettings,
+    settings: StudySettings,
 ) -> Row:
     """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own).
 
@@ -106,11 +81,7 @@ def layer_row(
     hook_name: str,
     baseline: Baseline,
     direction: Float[Tensor, " d_model"],
-    *,
-    margin: float = MARGIN,
-    weight: float = WEIGHT,
-    n_bootstrap: int,
-    seed: int,
+    settings: StudySettings,
 ) -> Row:
     """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`).
 
@@ -125,8 +96,8 @@ def layer_row(
         positive,
         negative,
         cell.logprob.double(),
-        margin=margin,
-        weight=weight,
+        margin=settings.margin,
+        weight=settings.weight,
     )
     by_pair = {
         "separation": norms,
@@ -135,10 +106,11 @@ def layer_row(
         "resid_norm": (positive.norm(dim=-1) + negative.norm(dim=-1)) / 2,
     }
     stacked = torch.stack([*by_pair.values()]).numpy()
-    lows, highs = bootstrap_intervals(stacked, n_resamples=n_bootstrap, seed=seed)
+    draws = {"n_resamples": settings.n_bootstrap, "seed": settings.seed}
+    lows, highs = bootstrap_intervals(stacked, **draws)
     ends = dict(zip(by_pair, zip(lows.tolist(), highs.tolist(), strict=True), strict=True))
     ends["explained_variance"] = ratio_interval(
-        projection.square().numpy(), norms.square().numpy(), n_resamples=n_bootstrap, seed=seed
+        projection.square().numpy(), norms.square().numpy(), **draws
     )
     return {
         **{f"{name}_ci_low": low for name, (low, _) in ends.items()},
@@ -211,34 +183,8 @@ def main_orthogonal(
     return unit
 
 
-def record(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    directions: Directions,
-    settings: Mapping[str, Any],
-    *,
-    workload: Workload,
-    cost: Cost,
-) -> dict[str, Any]:
-    """What a table carries in its attrs: settings, where its numbers come from, what they cost.
-
-    `cost` is given in forward-equivalents of the pairs' `workload`.
-    """
-    return {
-        "settings": dict(settings),
-        "method": directions.method,
-        "directions_seed": directions.seed,
-        "fitted_on": directions.fingerprint,
-        "measured_on": pairs.fingerprint,
-        "pairs": pairs.name,
-        "model": provenance(model).to_dict(),
-        "forward_equivalents": round(forward_equivalents(cost, model, workload), 3),
-    }
-
-
-def logprob_budget(text: str) -> Budget:
+def logprob_budget(budget: Budget) -> Budget:
     """The budget of a sweep. Raises `InputError` for one of a KL divergence."""
-    budget = Budget.parse(text)
     if budget.is_divergence:
         raise InputError(
             f"a sweep measures logprob, so its budget is relative= or nats=, not {budget.kind}=; "
@@ -267,28 +213,8 @@ def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ..
     return checked
 
 
-def check_directions(directions: Directions, hook_names: Sequence[str]) -> None:
-    """Raise `InputError` when a hook has no direction."""
-    missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
-    if missing:
-        raise InputError(
-            f"no direction was fitted at {', '.join(missing)}; pass the same layers to "
-            "collect_differences, which adds the readout hooks by itself"
-        )
-
-
-def check_width(directions: Directions, baseline: Baseline) -> None:
-    """Raise `InputError` when the directions are another width than the activations."""
-    expected, found = baseline.positive.shape[-1], directions.vectors.shape[-1]
-    if expected != found:
-        raise InputError(
-            f"the directions have d_model {found}, this model's activations {expected}; fit them "
-            "on this model"
-        )
-
-
 def _interval(
-    name: str, values: Float[Tensor, " pair"], settings: SweepSettings
+    name: str, values: Float[Tensor, " pair"], settings: StudySettings
 ) -> dict[str, float]:
     low, high = bootstrap_interval(
         values.numpy().astype(np.float64), n_resamples=settings.n_bootstrap, seed=settings.seed

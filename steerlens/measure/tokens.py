@@ -26,7 +26,7 @@ from steerlens.engine.tokenization import (
 )
 from steerlens.errors import InputError, whole
 from steerlens.loss import label_kl, label_logprobs
-from steerlens.measure.rows import check_directions
+from steerlens.measure.preparation import check_directions
 from steerlens.models.hooks import (
     HookFunction,
     Layers,
@@ -51,9 +51,6 @@ from steerlens.steering.apply import Step, step_hooks
 from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, Row, to_frame
 
 SIDES = {"positive": 1, "negative": -1}
-"""Each side of a pair, and the sign of the coefficient that it runs with."""
-
-
 """Each side of a pair, and the sign of the coefficient that it runs with."""
 
 

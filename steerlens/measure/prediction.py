@@ -1,0 +1,98 @@
+"""The boundary that gradients at coefficient 0 predict, before anything is steered."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from steerlens.engine.batches import make_batches, rows_per_pass
+from steerlens.engine.engine import Engine
+from steerlens.engine.slopes import label_slopes
+from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt
+from steerlens.errors import ModelError
+from steerlens.loss import Budget
+from steerlens.measure.coherence import Push
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What gradients at 0 say of one push, outward.
+
+    `slopes` are those of each prompt's logprob, `drops` those of its loss (0 for a divergence,
+    which is flat at 0); `boundary` is that of second order, `first_order` that of the slope alone
+    (NaN for a divergence).
+    """
+
+    slopes: Float[np.ndarray, " prompt"]
+    drops: Float[np.ndarray, " prompt"]
+    boundary: float
+    first_order: float
+
+
+def predict(
+    engine: Engine,
+    prompts: Sequence[TokenizedPrompt],
+    pushes: Sequence[Push],
+    *,
+    budget: Budget,
+    allowance: float,
+    steered_positions: SteeredPositions,
+    seed: int,
+) -> list[Prediction]:
+    """Slopes and predicted boundary of every push, from one forward and two backward passes.
+
+    Second order: `drop * c + curvature * c^2 / 2` reaches the allowance. For a 95th percentile the
+    divergence of a token is taken to be its mean times a chi-square variable with one degree of
+    freedom, whose 95th percentile is 3.84. Raises `ModelError` where a gradient is not finite.
+    """
+    along = {(push.hook_name, id(push.direction)): push.direction for push in pushes}
+    # A backward pass keeps every block's activations: half as many prompts as a forward pass.
+    width = max(len(prompt) for prompt in prompts)
+    size = max(1, (engine.batch_size or rows_per_pass(engine.model, width)) // 2)
+    derivatives = label_slopes(
+        engine.model,
+        make_batches(engine.model, prompts, size),
+        [(name, direction) for (name, _), direction in along.items()],
+        steered_positions=steered_positions,
+        seed=seed,
+        cost=engine.cost,
+        progress=engine.progress,
+    )
+    index = {key: i for i, key in enumerate(along)}
+    predictions = []
+    for push in pushes:
+        row = index[push.hook_name, id(push.direction)]
+        logprob, curvature = derivatives.logprob[row], derivatives.curvature[row]
+        if not bool((logprob + curvature).isfinite().all()):
+            raise ModelError(
+                f"the gradients at {push.hook_name} are not finite; load the model in float32 or "
+                "bfloat16"
+            )
+        slopes = push.sign * logprob.double().numpy()
+        drops = np.zeros_like(slopes) if budget.is_divergence else -slopes
+        bend = float(curvature.double().mean()) / 2
+        if budget.kind in ("kl_p95", "rollout_kl_p95"):
+            from scipy.stats import chi2
+
+            bend *= float(chi2.ppf(0.95, 1))
+        slope = float(drops.mean())
+        first_order = math.nan if budget.is_divergence else first_root(0.0, slope, allowance)
+        boundary = first_root(bend, slope, allowance)
+        predictions.append(Prediction(slopes, drops, boundary, first_order))
+    return predictions
+
+
+def first_root(bend: float, slope: float, allowance: float) -> float:
+    """The smallest c > 0 with `slope * c + bend * c^2 = allowance` (bend >= 0), inf if none.
+
+    Examples:
+        >>> first_root(bend=0.5, slope=0.0, allowance=0.08)  # sqrt(0.08 / 0.5)
+        0.40
+        >>> first_root(bend=0.0, slope=-1.0, allowance=0.08)
+        inf
+    """
+    if bend == 0:
+        return allowance / slope if slope > 0 else math.inf
+    return (math.sqrt(slope**2 + 4 * bend * allowance) - slope) / (2 * bend)

@@ -1,0 +1,349 @@
+"""A study: a model, pairs and directions, run unsteered and checked once, measured in many ways."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.directions.directions import Directions
+from steerlens.errors import InputError
+from steerlens.measure.boundary import BoundaryResult, run_boundary, run_prediction
+from steerlens.measure.plane import BoundaryShape, LossGeometry, check_plane, run_plane, run_shape
+from steerlens.measure.preparation import Preparation
+from steerlens.measure.sweeps import Checkpoint, SweepResult, run_sweep
+from steerlens.measure.texts import On
+from steerlens.models.hooks import Layers, resolve_hooks
+from steerlens.models.loading import HookedModel
+
+
+class Study(Preparation):
+    """A model, pairs and directions: tokenised, run unsteered and checked once, when first needed.
+
+    What the measurements share (tokens, unsteered activations and logprobs, the check of every
+    hook) is computed by the first that needs it. `forward_equivalents` in a table's attrs is what
+    that measurement ran itself.
+
+    Args:
+        model: What is measured, as `load_model` gives it.
+        pairs: Contrastive pairs; the positive prompts' labels are the continuation where a pair
+            has one, else every prompt token but the first.
+        directions: Unit vectors by hook, frozen; also for the readout hooks.
+        layers: Where to measure (see `resolve_hooks`). Default: the hooks of the directions.
+        budget: What counts as coherent (see `Budget`). Default: 1% of the baseline logprob.
+        steered_positions: Tokens that are steered: "all" real ones (the default), "prompt",
+            "continuation" or "last" (of the prompt).
+        margin: Share of the baseline logprob below which the penalty begins (0.99).
+        weight: Of the penalty in the loss (10000).
+        n_bootstrap: Resamples of every 95% interval (2000), over pairs or prompts.
+        seed: Of the resamples, the probes and the labels drawn (0).
+        batch_size: Prompts a forward pass. Default: what the device can use.
+        executor: Its workers run the cells: a `ProcessPoolExecutor` with the "spawn" context, a
+            Dask client's `get_executor()`. Each loads the model, so it must come from `load_model`.
+            Tables are the same to the bit. Default: cells run here.
+        progress: Told of the steps (see `show_progress`). Default: nobody.
+
+    Raises:
+        InputError: A hook has no direction, the directions are another model's (width, weight
+            processing), or a setting has no meaning.
+        HookError: `layers` names no hook of the model.
+
+    Examples:
+        >>> study = sl.Study(model, pairs, directions, layers=[1, 2], budget="kl=0.1")
+        >>> result = study.boundary()
+        >>> again = study.boundary(on="negative")  # the unsteered pairs are not run again
+        >>> study.layers.layer.tolist()
+        [1, 2]
+    """
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self.hook_names)} hooks, {len(self.pairs)} pairs, "
+            f"{self.directions.method})"
+        )
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """The per-layer table of the unsteered model (`LAYER_COLUMNS`); no cell is run."""
+        return run_sweep(self, [0.0]).layers
+
+    def sweep(
+        self,
+        coefficients: Sequence[float | int],
+        *,
+        nulls: Mapping[str, Sequence[Directions]] | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> SweepResult:
+        """Measure projection against logprob degradation at every hook and coefficient.
+
+        In a cell at hook L with coefficient c the positive prompts run with `+c * direction` and
+        the negative ones with `-c * direction` on the steered tokens, so that the difference moves
+        outward for c > 0. It is read at `readout_hook(L)` and the position the directions were
+        fitted at, and projected on the readout hook's own frozen direction. The logprob is that of
+        the positive prompts' labels. Steering that begins after the read position
+        ("continuation") leaves the projection as it was and moves the logprob alone. A cell whose
+        numbers overflow is a row of NaN, not coherent, with a warning.
+
+        Args:
+            coefficients: What multiplies the unit directions, in residual units.
+            nulls: Null vectors by kind (see `null_directions`). Every cell is run along each of
+                them too, at the same coefficient and read along the same direction, and gets a null
+                band, a p-value (see `null_band`) and a q-value over all cells with a coefficient
+                that is not 0; that costs as many sweeps again. Default: none.
+            checkpoint: Given each hook when its cells are done; those that it has are not run
+                again. Default: nothing is kept.
+
+        Returns:
+            One row a cell, one a hook, one a pair and hook; 95% bootstrap intervals over pairs.
+
+        Raises:
+            InputError: Coefficients that are not finite, a budget of a divergence, a readout
+                without a direction, prompts that cannot be used.
+            ModelError: The unsteered model is not finite on the pairs.
+            WorkerError: A worker failed, after what the others finished was kept.
+        """
+        return run_sweep(self, coefficients, nulls=nulls, checkpoint=checkpoint)
+
+    def boundary(self, *, on: On = "positive", search_range: float | int = 4.0) -> BoundaryResult:
+        """The first coefficient of each sign beyond which the model exceeds the budget, by hook.
+
+        The boundary is where the loss first exceeds the budget, outward from 0, in residual units,
+        when `coefficient * direction` is added to the text. A later coefficient that was seen to be
+        within the budget again is in `reentry_*`. One forward and two backward passes predict all
+        boundaries; the search starts there, evaluates all hooks and both signs in batched runs,
+        mostly on the quarter of the prompts whose slopes at 0 are most like those of all (the
+        probes), and in the end on all prompts within 15% of the boundary. Intervals are 95%
+        percentile bootstrap intervals over prompts of the same estimate, the baseline and the slope
+        resampled too; as a resample is not searched again, their ends are right to about a fifth.
+        `projection_at_boundary` is the projection of the cell at `boundary_pos`, on a line through
+        c = 0 and the coefficient measured nearest to the boundary.
+
+        Args:
+            on: The text (see `On`). Default: the positive prompts.
+            search_range: How far to look, in mean norms of the pairs' activations at the hook;
+                beyond that the boundary is inf (-inf for the negative sign).
+
+        Raises:
+            InputError: A budget without room, a range that is none, a text of single tokens, a
+                rollout budget where not all tokens are steered or the context is too short.
+        """
+        return run_boundary(self, on=on, search_range=search_range)
+
+    def predicted_boundary(self, *, on: On = "positive") -> pd.DataFrame:
+        """The per-layer table with the predicted boundaries alone, from two backward passes.
+
+        The predictions of `boundary`, without its search: nothing is steered, and the measured
+        columns stay NaN. Expect them to be too small in the first layers.
+
+        Args:
+            on: The text (see `On`). Default: the positive prompts.
+
+        Raises:
+            InputError: As `boundary`.
+        """
+        return run_prediction(self, on=on)
+
+    def boundary_shape(
+        self,
+        layer: Layers,
+        *,
+        n_angles: int = 16,
+        on: On = "positive",
+        search_range: float | int = 4.0,
+    ) -> BoundaryShape:
+        """The boundary at one hook, along directions spread evenly over a plane.
+
+        The plane is spanned by the frozen direction and the first principal axis (uncentred) of the
+        pairs' differences at that hook once their part along the direction is taken off. At angle a
+        the text runs with `c * (cos(a) * direction + sin(a) * orthogonal)` added, c > 0, in
+        residual units. Search and intervals as in `boundary`, whose `boundary_pos` is the row at 0
+        degrees and `-boundary_neg` that at 180 (estimated again, with other probes).
+
+        Args:
+            layer: One hook of the study (see `resolve_hooks`).
+            n_angles: How many angles, 3 at least.
+            on: The text (see `On`). Default: the positive prompts.
+            search_range: As of `boundary`.
+
+        Raises:
+            InputError: Not one hook of the study, fewer than 3 angles, differences that lie along
+                the direction alone; and as `boundary`.
+        """
+        hook_names = self._some_hooks(layer)
+        check_plane(hook_names, n_angles)
+        return run_shape(self, hook_names[0], n_angles=n_angles, on=on, search_range=search_range)
+
+    def plane(
+        self,
+        layers: Layers | None = None,
+        *,
+        n_angles: int = 16,
+        search_range: float | int = 4.0,
+    ) -> LossGeometry:
+        """Measure the loss in the plane of each hook's direction and the main orthogonal one.
+
+        A push p in the plane adds `+p` to every token of the positive prompts and `-p` to those of
+        the negative ones, so that the difference of each pair moves by `2 p` at the hook (residual
+        units). `shape` is `boundary_shape`. At shares of each angle's boundary (`SHARES`; where it
+        is NaN or beyond the search, of the largest that was found or, where none was found, of the
+        searched range) the loss is measured in its reference form, read at the hook itself:
+
+            loss(p) = -(mean_i difference_i + 2 p) . direction
+                      + weight * mean_i relu(margin * baseline_i - logp_i(p))^2
+
+        The arrows of `points` are minus the gradients of the two terms of the noref loss at p = 0,
+        as the difference moves, pair by pair and within the plane:
+        `difference_i / ||difference_i||` for the separation, and
+        `weight * relu((margin - 1) * logp_i) * dlogp_i/dp` for the penalty of the pair's labels
+        (half of its derivative by p, as the difference moves by 2 p), every token pushed. Cost: a
+        boundary search and `6 * n_angles` cells of the positive prompts a hook, two forward and two
+        backward passes for all.
+
+        Args:
+            layers: Hooks of the study (see `resolve_hooks`). Default: all of them.
+            n_angles: How many angles, 3 at least.
+            search_range: As of `boundary`.
+
+        Raises:
+            InputError: As `boundary_shape`; a weight below 0; not all tokens are steered.
+        """
+        hook_names = self.hook_names if layers is None else self._some_hooks(layers)
+        return run_plane(self, hook_names, n_angles=n_angles, search_range=search_range)
+
+    def _some_hooks(self, layers: Layers) -> tuple[str, ...]:
+        hook_names = resolve_hooks(self.model, layers)
+        others = [name for name in hook_names if name not in self.hook_names]
+        if others:
+            raise InputError(
+                f"{', '.join(others)} is not among the hooks of this study; name it in layers="
+            )
+        return hook_names
+
+
+def sweep(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    coefficients: Sequence[float | int],
+    nulls: Mapping[str, Sequence[Directions]] | None = None,
+    checkpoint: Checkpoint | None = None,
+    **settings: Any,
+) -> SweepResult:
+    """`Study(model, pairs, directions, **settings).sweep(coefficients, ...)`.
+
+    Args:
+        model, pairs, directions, settings: As of `Study`.
+        coefficients, nulls, checkpoint: As of `Study.sweep`.
+
+    Raises:
+        InputError, HookError, ModelError, WorkerError: As `Study` and `Study.sweep`.
+
+    Examples:
+        >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
+        >>> result
+        SweepResult(1 hooks x 3 coefficients, mean_diff)
+        >>> projection = result.table.projection  # at the readout itself each side moves by c
+        >>> (projection - projection[1]).tolist()
+        [-8.00, 0.00, 8.00]
+    """
+    study = Study(model, pairs, directions, **settings)
+    return study.sweep(coefficients, nulls=nulls, checkpoint=checkpoint)
+
+
+def find_boundary(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    on: On = "positive",
+    search_range: float | int = 4.0,
+    **settings: Any,
+) -> BoundaryResult:
+    """`Study(model, pairs, directions, **settings).boundary(...)`.
+
+    Args:
+        model, pairs, directions, settings: As of `Study`.
+        on, search_range: As of `Study.boundary`.
+
+    Raises:
+        InputError, HookError, ModelError, WorkerError: As `Study` and `Study.boundary`.
+
+    Examples:
+        >>> found = sl.find_boundary(model, pairs, directions, layers=[1, 2], budget="kl=0.1")
+        >>> found
+        BoundaryResult(2 hooks, kl=0.1)
+        >>> bool((found.layers.boundary_neg < 0).all() and (found.layers.boundary_pos > 0).all())
+        True
+    """
+    study = Study(model, pairs, directions, **settings)
+    return study.boundary(on=on, search_range=search_range)
+
+
+def loss_geometry(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    layers: Layers,
+    n_angles: int = 16,
+    search_range: float | int = 4.0,
+    **settings: Any,
+) -> LossGeometry:
+    """`Study(model, pairs, directions, layers=layers, **settings).plane(...)`.
+
+    Args:
+        model, pairs, directions, layers, settings: As of `Study`.
+        n_angles, search_range: As of `Study.plane`.
+
+    Raises:
+        InputError, HookError, ModelError, WorkerError: As `Study` and `Study.plane`.
+
+    Examples:
+        >>> geometry = sl.loss_geometry(
+        ...     model, pairs, directions, layers=[1], n_angles=4, budget="kl=0.1", n_bootstrap=50
+        ... )
+        >>> geometry  # six shares of four boundaries, and none
+        LossGeometry(1 hooks, 28 pushes)
+        >>> pushes = geometry.contours
+        >>> np.allclose(pushes.loss, pushes.coherence_penalty - pushes.along)
+        True
+    """
+    study = Study(model, pairs, directions, layers=layers, **settings)
+    return study.plane(n_angles=n_angles, search_range=search_range)
+
+
+def measure_layers(
+    model: HookedModel, pairs: ContrastivePairs, directions: Directions, **settings: Any
+) -> pd.DataFrame:
+    """`Study(model, pairs, directions, **settings).layers`."""
+    return Study(model, pairs, directions, **settings).layers
+
+
+def predict_boundary(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    on: On = "positive",
+    **settings: Any,
+) -> pd.DataFrame:
+    """`Study(model, pairs, directions, **settings).predicted_boundary(on=on)`."""
+    return Study(model, pairs, directions, **settings).predicted_boundary(on=on)
+
+
+def boundary_shape(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    directions: Directions,
+    *,
+    layer: Layers,
+    n_angles: int = 16,
+    on: On = "positive",
+    search_range: float | int = 4.0,
+    **settings: Any,
+) -> BoundaryShape:
+    """`Study(model, pairs, directions, layers=layer, **settings).boundary_shape(layer, ...)`."""
+    study = Study(model, pairs, directions, layers=layer, **settings)
+    return study.boundary_shape(layer, n_angles=n_angles, on=on, search_range=search_range)
