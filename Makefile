@@ -57,7 +57,7 @@ $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 # not checked: the plugin of that jaxtyping does not start after tests/conftest.py.
 OLDEST := build/oldest
 OLDEST_TESTS := activations boundary cli data directions engine hooks hostile loss plots positions report \
-	steering sweep tables uncertainty
+	steering stats sweep tables
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -o addopts="--strict-markers -ra" -m "not real" \
 		$(OLDEST_TESTS:%=tests/test_%.py)

@@ -80,6 +80,6 @@ def _names(
     if not isinstance(request.node, DoctestItem):
         return
     doctest_namespace.update(example_names(), folder=tmp_path)
-    if request.node.name.startswith("steerlens.report"):
+    if request.node.name.startswith("steerlens.runs"):
         write_sweep = _of_the_tests("run_folders").write_sweep
         doctest_namespace["run_folder"] = write_sweep(tmp_path / "run")

@@ -21,48 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # this checkout's package
 
-# What users meet besides `steerlens.__all__` and the `__all__` of a room: "*" is every public name
-# that the module defines, "room.module" a module of a room that is a folder.
-MORE: dict[str, tuple[str, ...]] = {
-    "errors": ("*",),
-    "data": ("Prompt", "dataset_card", "render"),
-    "checkpoints": ("DEFAULT_MODEL", "PACKAGED_MODELS", "cache_folder"),
-    "models": ("HookedModel", "Provenance", "Quantization"),
-    "hooks": ("Layers", "hook_layer", "hooked", "resid_post"),
-    "tokens": ("SteeredPositions", "TokenizedPairs", "TokenizedPrompt", "tokenize_items"),
-    "memory": ("check_memory", "free_bytes", "is_out_of_memory", "pass_bytes"),
-    "loss": ("*",),
-    "uncertainty": ("*",),
-    "tables": ("Column", "to_frame", "write_csv", "write_parquet"),
-    "progress": ("Progress",),
-    "damage": ("OneHook", "one_hook"),
-    "plain": ("Baseline", "CellOutput", "Cost", "forward_equivalents"),
-    "measures": ("SweepSettings", "layer_row", "main_orthogonal", "measure", "point_rows"),
-    "slopes": ("Slopes", "label_slopes"),
-    "sweep": ("Checkpoint", "FinishedHook"),
-    "search": ("Curve", "Line", "crossing", "search"),
-    "coherence": ("allowances", "mean_loss"),
-    "pushes": ("Boundary", "choose_probes", "expect", "first_root"),
-    "boundary": ("BoundarySettings", "On"),
-    "gradients": ("Weight",),
-    "methods": ("contrast.*", "gradient.*"),
-    "evaluate": (
-        *("effects.Damage", "effects.distinct_3", "effects.preference_gaps"),
-        *("reliability.cosine", "reliability.d_prime", "verdicts.effect_columns"),
-    ),
-    "circuits": (
-        *("components.contract", "components.cotangents", "readers.frozen_readout"),
-        *("graphs.Contrast", "graphs.Means", "graphs.Reader", "graphs.Scores", "graphs.attribute"),
-        *("graphs.run_edges", "graphs.run_nodes", "floor.mean_kl", "edges.edge_table"),
-    ),
-    "runs": ("differences", "unfinished.open_parts", "unfinished.read_started"),
-}
-
 
 def rooms() -> dict[str, str]:
     """Room -> purpose, in import order, from design.md's table."""
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    table = text.split("| module | purpose |")[1].split("\n\n")[0]
+    table = text.split("| room | purpose |")[1].split("\n\n")[0]
     return dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE))
 
 
@@ -101,7 +64,7 @@ def home(module: str, name: str) -> str:
     start = module
     while name not in _defined(module):
         if name not in _imported(module):
-            raise ValueError(f"{start} has no {name}; see MORE and __all__")
+            raise ValueError(f"{start} has no {name}; see __all__")
         module = _imported(module)[name]
     return f"{module}.{name}"
 
@@ -119,19 +82,21 @@ def at_the_top() -> dict[str, str]:
 def members(room: str) -> list[str]:
     """The dotted names that a room's page documents; what is at the top of the package first."""
     package = f"steerlens.{room}"
-    found = [where for where in at_the_top().values() if where.startswith(f"{package}.")]
+    top = [where for where in at_the_top().values() if where.startswith(f"{package}.")]
+    exported = exported_by(package)
+    return list(dict.fromkeys(top + [home(of, name) for of, name in exported]))
+
+
+def exported_by(package: str) -> list[tuple[str, str]]:
+    """Module and name of all that a room lists in `__all__`, also in a folder that it exports."""
     module = importlib.import_module(package)
-    found += [home(package, name) for name in getattr(module, "__all__", ())]
-    for given in MORE.get(room, ()):
-        of, _, name = f"{package}.{given}".rpartition(".")
-        every = _tree(of).body if name == "*" else ()
-        found += [
-            f"{of}.{node.name}"
-            for node in every
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-        ]
-        found += [home(of, name)] if name != "*" else []
-    return list(dict.fromkeys(found))
+    found: list[tuple[str, str]] = []
+    for name in getattr(module, "__all__", ()):
+        if inspect.ismodule(getattr(module, name)):
+            found += exported_by(f"{package}.{name}")
+        else:
+            found.append((package, name))
+    return found
 
 
 @cache

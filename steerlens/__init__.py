@@ -1,58 +1,43 @@
 """Contrastive steering on TransformerLens, with the coherence boundary measured.
 
-The usual path: `load_model`, `ContrastivePairs.load`, `collect_differences`, `fit_directions`,
-`sweep`; `find_boundary` for how far, `compare` for which method.
+The usual path: `load_model`, `ContrastivePairs.load`, `fit`, then a `Study`: its `layers`, `sweep`,
+`boundary` and `plane`; `compare` for which method, `SteeringVector` for what to take elsewhere.
+More is in the rooms `circuits`, `export`, `loss` and `plots`.
 """
 
-from steerlens import plots
-from steerlens.data.items import PreferenceItem, PreferenceItems
-from steerlens.data.pairs import (
+from typing import Any
+
+from steerlens import _renamed, circuits, loss, plots
+from steerlens.data import (
     ContrastivePair,
     ContrastivePairs,
     Message,
-    dataset_names,
-    neutral_texts,
+    PreferenceItem,
+    PreferenceItems,
 )
-from steerlens.directions.differences import Differences, collect_differences
-from steerlens.directions.directions import Directions
-from steerlens.directions.fitting import fit
-from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
-from steerlens.directions.methods import METHODS, fit_directions, null_directions
-from steerlens.directions.training import Trained, train_directions
-from steerlens.engine.capture import collect_activations
-from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
+from steerlens.directions import (
+    METHODS,
+    Differences,
+    Directions,
+    collect_differences,
+    fit,
+    fit_directions,
+    loss_gradients,
+    null_directions,
+)
 from steerlens.errors import SteerlensError
-from steerlens.loss import (
-    SteeringLoss,
-    coherence_hinge,
-    contrastive_steering_loss,
-    contrastive_steering_loss_noref,
-    label_logprob,
-    ordering_penalty,
-    total_variation_barrier,
-)
-from steerlens.measure.boundary import BoundaryResult
-from steerlens.measure.comparison import Comparison, compare
-from steerlens.measure.cosines import cosine_table
-from steerlens.measure.plane import BoundaryShape, LossGeometry
-from steerlens.measure.split_half import reliability
-from steerlens.measure.study import (
+from steerlens.measure import (
     Study,
-    boundary_shape,
+    compare,
     find_boundary,
     loss_geometry,
-    measure_layers,
-    predict_boundary,
+    reliability,
     sweep,
+    token_damage,
 )
-from steerlens.measure.sweeps import SweepResult
-from steerlens.measure.tokens import generation_table, token_damage
-from steerlens.models.hooks import readout_hook, resolve_hooks
-from steerlens.models.loading import load_model, provenance
-from steerlens.models.verification import check_model
+from steerlens.models import check_model, load_model, provenance, resolve_hooks
 from steerlens.progress import show_progress
-from steerlens.runs.html_report.page import report
-from steerlens.runs.reading import Run, read_run
+from steerlens.runs import read_run, report
 from steerlens.steering import (
     Ablate,
     Add,
@@ -60,19 +45,9 @@ from steerlens.steering import (
     Condition,
     Rotate,
     SteeringVector,
-    condition_accuracy,
-    fit_condition,
+    export,
     generate,
     steer,
-)
-from steerlens.steering.export import (
-    bake,
-    from_gguf,
-    from_repeng,
-    from_steering_vectors,
-    to_gguf,
-    to_repeng,
-    to_steering_vectors,
 )
 
 __version__ = "0.1.0"
@@ -81,75 +56,45 @@ __all__ = [
     "METHODS",
     "Ablate",
     "Add",
-    "BoundaryResult",
-    "BoundaryShape",
     "Clamp",
-    "Comparison",
     "Condition",
     "ContrastivePair",
     "ContrastivePairs",
     "Differences",
     "Directions",
-    "LossGeometry",
-    "LossGradients",
     "Message",
     "PreferenceItem",
     "PreferenceItems",
     "Rotate",
-    "Run",
-    "SteeringLoss",
     "SteeringVector",
     "SteerlensError",
     "Study",
-    "SweepResult",
-    "Trained",
-    "bake",
-    "boundary_shape",
     "check_model",
-    "coherence_hinge",
-    "collect_activations",
+    "circuits",
     "collect_differences",
     "compare",
-    "condition_accuracy",
-    "contrastive_steering_loss",
-    "contrastive_steering_loss_noref",
-    "cosine_table",
-    "dataset_names",
+    "export",
     "find_boundary",
     "fit",
-    "fit_condition",
     "fit_directions",
-    "from_gguf",
-    "from_repeng",
-    "from_steering_vectors",
     "generate",
-    "generation_table",
-    "gradient_terms",
-    "label_logprob",
     "load_model",
+    "loss",
     "loss_geometry",
     "loss_gradients",
-    "measure_layers",
-    "neutral_texts",
     "null_directions",
-    "ordering_penalty",
     "plots",
-    "predict_boundary",
     "provenance",
     "read_run",
-    "readout_hook",
     "reliability",
     "report",
     "resolve_hooks",
     "show_progress",
     "steer",
     "sweep",
-    "to_gguf",
-    "to_repeng",
-    "to_steering_vectors",
     "token_damage",
-    "tokenize_pairs",
-    "tokenize_prompt",
-    "total_variation_barrier",
-    "train_directions",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return _renamed.renamed(name)

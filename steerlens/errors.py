@@ -2,6 +2,7 @@
 
 import math
 import operator
+import warnings
 from typing import Any
 
 
@@ -66,3 +67,25 @@ def whole(name: str, value: Any, least: int) -> int:
 def whole_or_none(name: str, value: Any, least: int) -> int | None:
     """None, or as `whole`."""
     return None if value is None else whole(name, value, least)
+
+
+_FORMER = {
+    **dict.fromkeys(
+        (
+            *("ActivationError", "CircuitError", "DirectionError", "ExportError", "PairError"),
+            *("PlotError", "ProcessingError", "SteeringError", "SweepError"),
+        ),
+        InputError,
+    ),
+    "OutputError": FileError,
+    "ReportError": FileError,
+}
+"""A kind of error of version 0.1.0 -> the kind that is raised now."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FORMER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    text = f"{__name__}.{name} is now {_FORMER[name].__name__}, and goes with the next version"
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    return _FORMER[name]

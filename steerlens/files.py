@@ -1,4 +1,4 @@
-"""Read files that others made: whole, of a size that fits, and JSON without double meanings."""
+"""Read files that others made, whole and without double meanings; write files whole."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from steerlens.errors import InputError, SteerlensError
+from steerlens.errors import FileError, InputError, SteerlensError
 
 MAX_BYTES = 1 << 30
 """Largest file that is read into memory: 1 GiB."""
@@ -17,10 +17,12 @@ MAX_DEPTH = 64
 
 
 def read_whole(path: Path, error: type[SteerlensError], *, pipes: bool = False) -> bytes:
-    """The bytes of a file; where `pipes`, also of a pipe or device, as /dev/stdin is.
+    """The bytes of a file.
 
-    Raises `error` that names the file when it cannot be read, holds more than `MAX_BYTES` (which a
-    device that never ends does too), or is no regular file and `pipes` is False.
+    Args:
+        path: A regular file of at most `MAX_BYTES`.
+        error: What is raised, naming the file, when it is not, or cannot be read.
+        pipes: Take a pipe or device too, as /dev/stdin is; one that never ends is refused.
     """
     try:
         is_file = path.is_file()
@@ -37,9 +39,9 @@ def read_whole(path: Path, error: type[SteerlensError], *, pipes: bool = False) 
         reason = getattr(failure, "strerror", None) or failure
         raise error(f"{str(path)!r} cannot be read: {reason}") from failure
     if max(size, len(content)) > MAX_BYTES:
-        told = f"has {size} bytes" if size else "does not end"
+        length = f"has {size} bytes" if size else "does not end"
         raise error(
-            f"{str(path)!r} {told}, and at most {MAX_BYTES} bytes are read; split it, or see "
+            f"{str(path)!r} {length}, and at most {MAX_BYTES} bytes are read; split it, or see "
             "whether it is what its name says"
         )
     return content
@@ -80,11 +82,13 @@ def _check_depth(value: Any) -> None:
 
 
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+# A pickle of protocol 2 or later; torch.save writes one inside a zip.
+_PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 
 def refuse_pickle(path: Path) -> None:
     """Raise `InputError` for a file whose name or first bytes say that it is a pickle."""
-    _refuse_pickle_name(path)
+    refuse_pickle_name(path)
     try:
         if not path.is_file():
             return
@@ -92,12 +96,12 @@ def refuse_pickle(path: Path) -> None:
             start = file.read(4)
     except OSError as error:
         raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    # A pickle of protocol 2 or later; torch.save writes one inside a zip.
-    if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start == b"PK\x03\x04":
+    if start.startswith(_PICKLE_STARTS):
         raise _pickle_error(path)
 
 
-def _refuse_pickle_name(path: Path) -> None:
+def refuse_pickle_name(path: Path) -> None:
+    """Raise `InputError` for a file whose name says that it is a pickle."""
     if path.suffix.lower() in _PICKLES:
         raise _pickle_error(path)
 
@@ -109,14 +113,54 @@ def _pickle_error(path: Path) -> InputError:
     )
 
 
+def check_out_folder(folder: Path) -> None:
+    """Make `folder` and see that files may be written there. Raises `FileError` when not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+def cannot_write(folder: Path, error: OSError) -> FileError:
+    """What says that nothing can be written into a folder, and why."""
+    reason = error.strerror or error
+    return FileError(f"cannot write to {str(folder)!r}: {reason}; choose another --out")
+
+
+def check_out_file(path: Path) -> None:
+    """Make the folder of `path` and see that a file may be written there, before any work.
+
+    Raises `FileError` when it may not, or when `path` is a folder.
+    """
+    if path.is_dir():
+        raise FileError(f"--out {str(path)!r} is a folder; expected a file name")
+    check_out_folder(path.parent)
+
+
+def new_file_mode(folder: Path) -> int:
+    """The permissions of a new file in `folder`: 0666 without the bits of the user's umask.
+
+    Files that a library wrote by a temporary one of its own are private until they are given these.
+    """
+    probe = folder / ".permissions"  # asking for the umask would change it for other threads
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    return mode
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent.
 
-    It is on the disk when this returns, so that a power cut takes nothing of it.
+    It has the permissions of any new file, however `write` made it, and is on the disk when this
+    returns: a power cut takes nothing of it.
     """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
         temporary = Path(beside) / path.name
         write(temporary)
+        temporary.chmod(new_file_mode(temporary.parent))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -126,6 +170,12 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_json(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record as JSON, as `without_nan` makes it."""
+    text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def number(value: Any) -> float:
@@ -151,3 +201,6 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
+
+
+_refuse_pickle_name = refuse_pickle_name  # until callers have moved

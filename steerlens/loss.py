@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from einops import reduce
@@ -11,8 +11,27 @@ from torch import Tensor
 
 from steerlens.errors import InputError
 
+__all__ = [
+    "MARGIN",
+    "WEIGHT",
+    "Budget",
+    "SteeringLoss",
+    "coherence_hinge",
+    "coherence_penalty",
+    "contrastive_steering_loss",
+    "contrastive_steering_loss_noref",
+    "label_kl",
+    "label_logprob",
+    "label_logprobs",
+    "ordering_penalty",
+    "preference_loss",
+    "promotion_loss",
+    "total_variation_barrier",
+]
+
 Divergence = Literal["kl", "kl_p95", "rollout_kl_p95"]
 DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
+BudgetKind = Literal["relative", "nats"] | Divergence
 
 MARGIN = 0.99
 WEIGHT = 1e4
@@ -26,8 +45,8 @@ class SteeringLoss(NamedTuple):
 
     Examples:
         >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
-        >>> found = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, torch.tensor([-2.0]))
-        >>> float(found.separation), float(found.coherence_penalty), float(found.loss)
+        >>> terms = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, torch.tensor([-2.0]))
+        >>> float(terms.separation), float(terms.coherence_penalty), float(terms.loss)
         (-5.00, 4.00, -1.00)
     """
 
@@ -51,23 +70,31 @@ def contrastive_steering_loss_noref(
         baseline = stop_gradient(logp_avg_pos_label)
         coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
-    `hs_*` in residual units, `logp_avg_pos_label` in nats per token (negative). `mask` keeps the
-    pairs whose logprob counts (all by default); the separation takes every pair. As logprobs are
-    negative, `0.99 * baseline` lies above the baseline and the penalty is active at every pair:
-    with the defaults pair i's penalty is exactly `logp_i^2` and its derivative with respect to
-    `logp_i` is `200 * logp_i` (both before the mean over pairs), so that one backward pass gives
-    the gradient of both terms. With `margin >= 1` the gradient vanishes. A hidden state influences
-    later labels only, so read gradients at a position with a label after it: at the last token of a
-    prompt without continuation the coherence gradient is zero.
-    A mask that keeps no pair gives NaN.
+    As logprobs are negative, `0.99 * baseline` lies above the baseline and the penalty is active at
+    every pair: with the defaults pair i's penalty is exactly `logp_i^2` and its derivative with
+    respect to `logp_i` is `200 * logp_i` (both before the mean over pairs), so that one backward
+    pass gives the gradient of both terms. With `margin >= 1` the gradient vanishes. A hidden state
+    influences later labels only, so read gradients at a position with a label after it: at the last
+    token of a prompt without continuation the coherence gradient is zero.
+
+    Args:
+        hs_pos: Hidden states of the positive prompts, residual units.
+        hs_neg: Those of the negative prompts.
+        logp_avg_pos_label: Mean logprob of the positive prompts' labels, nats per token (negative).
+        mask: Pairs whose logprob counts; all by default. The separation takes every pair.
+        margin: Of the baseline, at which the penalty begins; below 1.
+        weight: Of the penalty, residual units / nats^2.
+
+    Returns:
+        The loss and its two terms; the penalty is NaN where `mask` keeps no pair.
 
     Examples:
         >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
         >>> logp = torch.tensor([-2.0], requires_grad=True)
-        >>> found = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, logp)
-        >>> found.separation.item(), found.coherence_penalty.item()  # -|(3, 4)| and logp^2
+        >>> terms = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, logp)
+        >>> terms.separation.item(), terms.coherence_penalty.item()  # -|(3, 4)| and logp^2
         (-5.00, 4.00)
-        >>> torch.autograd.grad(found.loss, logp)[0].item()  # 200 * logp
+        >>> torch.autograd.grad(terms.loss, logp)[0].item()  # 200 * logp
         -400.0
     """
     separation = -(hs_pos - hs_neg).norm(dim=-1).mean()
@@ -94,21 +121,27 @@ def contrastive_steering_loss(
         separation = -mean_i (hs_pos_i - hs_neg_i) . direction
         coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
-    `direction` is the unit vector fitted on the unsteered model: an intervention cannot win by
-    rotating the difference. `baseline_logp_avg_pos_label` is the unsteered logprob (nats per
-    token); no gradient flows through it or the direction. With `margin=0.99` the penalty is zero
+    An intervention cannot win by rotating the difference. With `margin=0.99` the penalty is zero
     only where the steered logprob is at least 1% better (closer to 0) than the baseline: it demands
-    an improvement, so unsteered it is `(0.01 * logp_i)^2 * weight`, not 0. `tolerance`, from 0 up
-    to 1, replaces the margin by `1 / (1 - tolerance)`, which permits a loss: with 0.01 the penalty
-    is 0 down to `baseline / 0.99`, the default of `coherent`, and 0 unsteered. Units and `mask` as
-    in `contrastive_steering_loss_noref`. Raises `InputError` on a tolerance outside its range.
+    an improvement, so unsteered it is `(0.01 * logp_i)^2 * weight`, not 0. Units, `mask` and what
+    is returned as in `contrastive_steering_loss_noref`.
+
+    Args:
+        direction: The unit vector fitted on the unsteered model; no gradient flows through it.
+        baseline_logp_avg_pos_label: The unsteered logprob, nats per token; no gradient either.
+        tolerance: From 0 up to 1, replaces the margin by `1 / (1 - tolerance)`, which permits a
+            loss: with 0.01 the penalty is 0 down to `baseline / 0.99`, the default of `coherent`,
+            and 0 unsteered. None by default: the margin counts.
+
+    Raises:
+        InputError: The tolerance is outside its range.
 
     Examples:
         >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
         >>> logp, baseline = torch.tensor([-2.1]), torch.tensor([-2.0])
         >>> direction = torch.tensor([1.0, 0.0])
-        >>> found = sl.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
-        >>> float(found.separation), float(found.coherence_penalty)  # -3 and 10000 * 0.12^2
+        >>> terms = sl.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
+        >>> float(terms.separation), float(terms.coherence_penalty)  # -3 and 10000 * 0.12^2
         (-3.00, 144.0)
     """
     if tolerance is not None:
@@ -116,12 +149,9 @@ def contrastive_steering_loss(
             raise InputError(f"tolerance must be from 0 up to 1, got {tolerance}")
         margin = 1 / (1 - tolerance)
     separation = -((hs_pos - hs_neg) @ direction.detach()).mean()
+    baseline = baseline_logp_avg_pos_label.detach()
     penalty = coherence_penalty(
-        logp_avg_pos_label,
-        baseline_logp_avg_pos_label.detach(),
-        mask=mask,
-        margin=margin,
-        weight=weight,
+        logp_avg_pos_label, baseline, mask=mask, margin=margin, weight=weight
     )
     return SteeringLoss(separation + penalty, separation, penalty)
 
@@ -154,10 +184,17 @@ def coherence_hinge(
 ) -> Float[Tensor, ""]:
     """`weight * mean_i relu(baseline_i - logp_i - threshold)^exponent`: on the nats that are lost.
 
-    The first `threshold` nats per token of degradation are free, whatever the baseline; beyond it
-    the penalty rises with the `exponent`. Both logprobs in nats per token; no gradient flows
-    through the baseline. At least 0; 0 unsteered, with gradient 0. Raises `InputError` on a
-    negative threshold or an exponent below 1.
+    At least 0; 0 unsteered, with gradient 0.
+
+    Args:
+        logp: Steered logprobs, nats per token.
+        baseline: Unsteered ones; no gradient flows through them.
+        threshold: Nats per token of degradation that are free, whatever the baseline.
+        exponent: With which the penalty rises beyond that; 1 or more.
+        weight: Of the whole.
+
+    Raises:
+        InputError: The threshold is negative or the exponent below 1.
 
     Examples:
         >>> logp, baseline = torch.tensor([-2.15]), torch.tensor([-2.0])
@@ -184,12 +221,20 @@ def total_variation_barrier(
     """`-weight * mean_t log(1 - TV_t / limit)`: a wall that the next-token distributions meet.
 
     `TV_t = 1/2 sum_v |p_t(v) - q_t(v)|`, from 0 to 1, between the steered model's distribution and
-    the unsteered one's where label t is predicted (labels as in `label_logprob`); the mean is over
-    the labels of all prompts. At least 0, and inf as soon as one label's distance reaches `limit`;
-    0 unsteered. There the distance has a kink: autograd gives the gradient 0, though a step in any
-    direction raises it. At or beyond `limit` the gradient is NaN. No gradient flows through
-    `unsteered`. Raises `InputError` unless the limit
-    is above 0 and at most 1.
+    the unsteered one's where label t is predicted; the mean is over the labels of all prompts. At
+    least 0, and inf as soon as one label's distance reaches `limit`; 0 unsteered. There the
+    distance has a kink: autograd gives the gradient 0, though a step in any direction raises it. At
+    or beyond `limit` the gradient is NaN.
+
+    Args:
+        logits: The steered model's.
+        unsteered: The unsteered model's; no gradient flows through them.
+        label_mask: The label tokens, as in `label_logprob`.
+        limit: Distance at which the wall stands, above 0 and at most 1.
+        weight: Of the whole.
+
+    Raises:
+        InputError: The limit is outside its range.
 
     Examples:
         >>> steered = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]).log()
@@ -200,11 +245,8 @@ def total_variation_barrier(
     """
     if not 0 < limit <= 1:
         raise InputError(f"limit must be above 0 and at most 1, got {limit}")
-    is_label = label_mask[:, 1:]
-    steered, reference = (
-        part[:, :-1][is_label].to(torch.promote_types(part.dtype, torch.float32)).softmax(-1)
-        for part in (logits, unsteered.detach())
-    )
+    steered = _predictions(logits, label_mask).softmax(-1)
+    reference = _predictions(unsteered.detach(), label_mask).softmax(-1)
     distance = (steered - reference).abs().sum(-1) / 2
     return -weight * torch.log(torch.relu(1 - distance / limit)).mean()
 
@@ -221,9 +263,14 @@ def ordering_penalty(
 
         mean_i relu(margin - (gap_none_i - gap_down_i)) + relu(margin - (gap_up_i - gap_none_i))
 
-    A gap is logprob(preferred continuation) - logprob(the other one), nats per token, at c = -1, 0
-    and +1; with `rising=False` the steps are taken downwards. In nats per token, at least 0;
-    unsteered, with all gaps equal, `2 * margin`.
+    In nats per token, at least 0; unsteered, with all gaps equal, `2 * margin`.
+
+    Args:
+        gap_down: logprob(preferred continuation) - logprob(other one) at c = -1, nats per token.
+        gap_none: The same at c = 0.
+        gap_up: The same at c = +1.
+        margin: What each step should gain, nats per token.
+        rising: False: the steps are taken downwards.
 
     Examples:
         >>> down, none, up = torch.tensor([0.5]), torch.tensor([0.2]), torch.tensor([0.6])
@@ -276,11 +323,17 @@ def label_logprob(
     tokens: Int[Tensor, "prompt token"],
     label_mask: Bool[Tensor, "prompt token"],
 ) -> Float[Tensor, " prompt"]:
-    """Mean log-probability of each prompt's label tokens, in nats per token.
+    """Mean log-probability of each prompt's label tokens.
 
-    `label_mask` is True at the tokens that count as labels; the label at token t is predicted by
-    the logits at t - 1, so a label at the first token cannot be predicted and must not be marked.
-    The log-softmax is taken in float32 at least. A prompt without labels gives NaN.
+    Args:
+        logits: Of the model at every token.
+        tokens: The prompts' token ids.
+        label_mask: True at the tokens that count as labels; the label at token t is predicted by
+            the logits at t - 1, so one at the first token cannot be and must not be marked.
+
+    Returns:
+        Nats per token, NaN for a prompt without labels. The log-softmax is taken in float32 at
+        least.
 
     Examples:
         >>> logits = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]]).log()
@@ -298,12 +351,9 @@ def label_logprobs(
     label_mask: Bool[Tensor, "prompt token"],
 ) -> Float[Tensor, " label"]:
     """Log-probability of each label token, in nats, prompt after prompt (see `label_logprob`)."""
-    is_label = label_mask[:, 1:].to(logits.device)
-    predictions = logits[:, :-1][is_label]
+    labels = tokens.to(logits.device)[:, 1:][label_mask[:, 1:].to(logits.device)]
     return -torch.nn.functional.cross_entropy(
-        predictions.to(torch.promote_types(predictions.dtype, torch.float32)),
-        tokens.to(logits.device)[:, 1:][is_label],
-        reduction="none",
+        _predictions(logits, label_mask), labels, reduction="none"
     )
 
 
@@ -317,14 +367,17 @@ def label_kl(
     `logits` are the steered model's. Labels as in `label_logprob`, prompt after prompt; log-softmax
     and sum in float32 at least.
     """
-    is_label = label_mask[:, 1:].to(logits.device)
-    steered, reference = (
-        part.to(logits.device)[:, :-1][is_label]
-        .to(torch.promote_types(part.dtype, torch.float32))
-        .log_softmax(-1)
-        for part in (logits, unsteered)
-    )
+    steered = _predictions(logits, label_mask).log_softmax(-1)
+    reference = _predictions(unsteered.to(logits.device), label_mask).log_softmax(-1)
     return divergence(steered, reference)
+
+
+def _predictions(
+    logits: Float[Tensor, "prompt token vocab"], label_mask: Bool[Tensor, "prompt token"]
+) -> Float[Tensor, "label vocab"]:
+    """The logits that predict each label token, prompt after prompt, in float32 at least."""
+    predictions = logits[:, :-1][label_mask[:, 1:].to(logits.device)]
+    return predictions.to(torch.promote_types(predictions.dtype, torch.float32))
 
 
 def divergence(
@@ -370,7 +423,7 @@ class Budget:
         0.1
     """
 
-    kind: Literal["relative", "nats"] | Divergence
+    kind: BudgetKind
     value: float
 
     @classmethod
@@ -383,17 +436,14 @@ class Budget:
             value = float(number)
         except ValueError:
             value = math.nan
-        if kind == "relative" and 0 <= value < 1:
-            return cls("relative", value)
-        if kind == "nats" and 0 <= value < math.inf:
-            return cls("nats", value)
-        for divergence in DIVERGENCES:
-            if kind == divergence and 0 < value < math.inf:
-                return cls(divergence, value)
-        raise InputError(
-            "expected a budget like relative=0.01 (from 0 up to 1), nats=0.05 (0 or more), kl=0.1, "
-            f"kl_p95=1 or rollout_kl_p95=1 (above 0), got {text!r}"
-        )
+        is_within = {"relative": 0 <= value < 1, "nats": 0 <= value < math.inf}
+        is_within |= dict.fromkeys(DIVERGENCES, 0 < value < math.inf)
+        if not is_within.get(kind, False):
+            raise InputError(
+                "expected a budget like relative=0.01 (from 0 up to 1), nats=0.05 (0 or more), "
+                f"kl=0.1, kl_p95=1 or rollout_kl_p95=1 (above 0), got {text!r}"
+            )
+        return cls(cast(BudgetKind, kind), value)
 
     def __str__(self) -> str:
         return f"{self.kind}={self.value!r}"

@@ -1,14 +1,44 @@
-"""How far a mean over pairs can be trusted."""
+"""How far a mean over pairs can be trusted, and when numbers that should be equal are."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 CONFIDENCE = 0.95
+
+
+def allowed_gap(dtype: torch.dtype, *, least: float = 1e-4, roundings: int = 8) -> float:
+    """How far two ways to compute the same may be apart: `max(least, roundings * eps(dtype))`.
+
+    Relative to their size; `least` decides in float32 and float64, the rounding in 16-bit dtypes.
+    Test it as `not gap <= allowed`, which a NaN fails too.
+
+    Examples:
+        >>> allowed_gap(torch.float32), allowed_gap(torch.bfloat16)  # 8 / 128
+        (0.0001, 0.0625)
+    """
+    return max(least, roundings * torch.finfo(dtype).eps)
+
+
+def relative_gap(
+    values: Float[Tensor, "*row d"], expected: Float[Tensor, "*row d"], *, floor: float = 1e-30
+) -> Float[Tensor, "*row"]:
+    """`||values - expected|| / max(||expected||, floor)` of each row, in float64.
+
+    Examples:
+        >>> relative_gap(torch.tensor([[3.0, 4.5]]), torch.tensor([[3.0, 4.0]]))  # 0.5 / 5
+        tensor([0.100], dtype=torch.float64)
+    """
+    wide = expected.double()
+    gaps: Tensor = (values.double() - wide).norm(dim=-1) / wide.norm(dim=-1).clamp(min=floor)
+    return gaps
 
 
 def bootstrap_interval(
@@ -25,20 +55,9 @@ def bootstrap_interval(
         (2.0, 2.0)
     """
     if not np.isfinite(values).all():
-        return float("nan"), float("nan")
-    from scipy.stats import bootstrap
-
-    result = bootstrap(
-        (values,),
-        _mean,
-        n_resamples=n_resamples,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    interval = result.confidence_interval
-    return float(interval.low), float(interval.high)
+        return math.nan, math.nan
+    low, high = _bootstrap(values, n_resamples=n_resamples, seed=seed, batch=None)
+    return float(low), float(high)
 
 
 def bootstrap_intervals(
@@ -48,35 +67,41 @@ def bootstrap_intervals(
 
     One value a row has no interval: NaN.
     """
+    nan = np.full(len(values), math.nan)
     if values.shape[1] < 2:
-        nan = np.full(len(values), math.nan)
         return nan, nan
+    low, high = _bootstrap(values, n_resamples=n_resamples, seed=seed, batch=100)
+    is_finite = np.isfinite(values).all(axis=-1)
+    return np.where(is_finite, low, nan), np.where(is_finite, high, nan)
+
+
+def _bootstrap(
+    values: Float[np.ndarray, "*row pair"], *, n_resamples: int, seed: int, batch: int | None
+) -> tuple[Any, Any]:
     from scipy.stats import bootstrap
 
-    result = bootstrap(
+    interval = bootstrap(
         (values,),
-        _mean,
+        np.mean,
         axis=-1,
         n_resamples=n_resamples,
         confidence_level=CONFIDENCE,
         method="percentile",
         vectorized=True,
-        batch=100,
+        batch=batch,
         rng=np.random.default_rng(seed),
-    )
-    interval = result.confidence_interval
-    bad = ~np.isfinite(values).all(axis=-1)
-    return np.where(bad, math.nan, interval.low), np.where(bad, math.nan, interval.high)
+    ).confidence_interval
+    return interval.low, interval.high
 
 
 def ratio_interval(
     values: Float[np.ndarray, " pair"],
-    of: Float[np.ndarray, " pair"],
+    divisors: Float[np.ndarray, " pair"],
     *,
     n_resamples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (95%) of `mean(values) / mean(of)`, pairs drawn together.
+    """Percentile bootstrap interval (95%) of `mean(values) / mean(divisors)`, pairs drawn together.
 
     NaN below two pairs and where either is not finite.
 
@@ -85,11 +110,11 @@ def ratio_interval(
         >>> ratio_interval(values, 2 * values, n_resamples=100, seed=0)
         (0.5, 0.5)
     """
-    if len(values) < 2 or not (np.isfinite(values).all() and np.isfinite(of).all()):
+    if len(values) < 2 or not (np.isfinite(values).all() and np.isfinite(divisors).all()):
         return math.nan, math.nan
     draws = np.random.default_rng(seed).integers(0, len(values), (n_resamples, len(values)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = values[draws].mean(axis=1) / of[draws].mean(axis=1)
+        ratios = values[draws].mean(axis=1) / divisors[draws].mean(axis=1)
     low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
@@ -199,8 +224,8 @@ def weighted_quantile(
     flat, owner = values[is_given], np.nonzero(is_given)[0]
     order = flat.argsort()
     quantiles = []
-    for some in np.array_split(counts, max(1, len(counts) * len(flat) // 2**24)):
-        cumulative = some[:, owner[order]].cumsum(axis=1)
+    for part in np.array_split(counts, max(1, len(counts) * len(flat) // 2**24)):
+        cumulative = part[:, owner[order]].cumsum(axis=1)
         reached = cumulative >= quantile * cumulative[:, -1:] - 1e-9
         quantiles.append(flat[order][reached.argmax(axis=1)])
     joined: NDArray[np.float64] = np.concatenate(quantiles)
@@ -212,8 +237,3 @@ def percentile_interval(estimates: Float[np.ndarray, " resample"]) -> tuple[floa
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(estimates, [tail, 1 - tail], method="inverted_cdf")
     return float(low), float(high)
-
-
-def _mean(values: NDArray[np.float64], axis: int = -1) -> NDArray[np.float64]:
-    mean: NDArray[np.float64] = np.mean(values, axis=axis)
-    return mean

@@ -4,13 +4,26 @@ Dimensions of the residual stream: 0 and 1 say "cheerful" and "gloomy", 2 is on 
 the direction, 6 the answer. Everything else is small noise.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 from conftest import bridge, build_tokenizer
+from torch import Tensor
+
+import steerlens as sl
+from steerlens.circuits import Answers, Prompts, make_prompts
 
 WIDTH, DIRECTION, ANSWER = 16, 5, 6
+HOOK = "blocks.0.hook_resid_post"
+OPENINGS = ("the day was", "I felt so", "it was a night and", "the river is", "you said it was")
+PAIRS = sl.ContrastivePairs.from_lists(
+    [f"you are cheerful {text}" for text in OPENINGS],
+    [f"you are gloomy {text}" for text in OPENINGS],
+)
+AXIS = torch.nn.functional.one_hot(torch.tensor(DIRECTION), WIDTH).float()
+VECTOR = sl.SteeringVector.from_vectors({HOOK: AXIS})
 
 
 def build(*, writes: bool = True, reads: bool = True, noise: float = 0.005) -> Any:
@@ -56,3 +69,39 @@ def build(*, writes: bool = True, reads: bool = True, noise: float = 0.005) -> A
         model.lm_head.weight[word["good"], ANSWER] = 1.0
         model.lm_head.weight[word["bad"], ANSWER] = -1.0
     return bridge(model, tokenizer)
+
+
+def build_normed() -> Any:
+    """Gemma 2, which norms what heads and MLPs write before it is added."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=160,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        attn_implementation="eager",
+    )
+    return bridge(transformers.Gemma2ForCausalLM(config).eval())
+
+
+def good_or_bad(model: Any) -> Answers:
+    good, bad = (model.tokenizer.convert_tokens_to_ids(word) for word in ("good", "bad"))
+    return Answers(torch.tensor([[good]]), torch.tensor([[bad]]))
+
+
+def positive_prompts(model: Any, pairs: sl.ContrastivePairs) -> Prompts:
+    return make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+
+
+def fitted(model: Any, pairs: sl.ContrastivePairs, layer: int = 0) -> sl.Directions:
+    return sl.fit_directions(sl.collect_differences(model, pairs, layers=[layer]))
+
+
+def one_by_one(prompts: Prompts) -> Iterator[Tensor]:
+    """Every prompt as a batch of one, without padding."""
+    for tokens, last in zip(prompts.tokens, prompts.last.tolist(), strict=True):
+        yield tokens[None, : last + 1]

@@ -272,7 +272,8 @@ def records(good: dict[str, Any]) -> dict[str, Bad]:
     def put(**changes: Any) -> bytes:
         return json.dumps(good | changes).encode()
 
-    tables = good["tables"]
+    tables, files = good["tables"], good["files"]
+    sums = files["writers.csv"]
     whole = json.dumps(good).encode()
     return {
         "empty": Bad(b"", ("not a run record",)),
@@ -288,9 +289,16 @@ def records(good: dict[str, Any]) -> dict[str, Bad]:
         "seconds_nan": Bad(put(seconds=math.nan), ("seconds",)),
         "seconds_bool": Bad(put(seconds=True), ("seconds",)),
         "seconds_negative": Bad(put(seconds=-1), ("seconds",)),
-        "page_list": Bad(put(pages=[["attention"]]), ("pages",)),
-        "page_traversal": Bad(put(pages=["../../attention"]), ("../../attention",)),
-        "page_absolute": Bad(put(pages=["/etc/passwd"]), ("/etc/passwd",)),
+        "format_newer": Bad(put(format=3), ("format 3", "newer")),
+        "format_text": Bad(put(format="2"), ("format '2'",)),
+        "file_list": Bad(put(files=["attention.html"]), ("files",)),
+        "file_sums_list": Bad(put(files=files | {"writers.csv": []}), ("writers.csv", "sha256")),
+        "file_sha_number": Bad(
+            put(files=files | {"writers.csv": {"bytes": 1, "sha256": 1}}), ("writers.csv",)
+        ),
+        "file_lacking": Bad(put(files={}), ("lack that of the table 'writers'",)),
+        "file_traversal": Bad(put(files=files | {"../attention.html": sums}), ("../attention",)),
+        "file_absolute": Bad(put(files=files | {"/etc/passwd": sums}), ("/etc/passwd",)),
         "warning_number": Bad(put(warnings=[1]), ("warnings",)),
         "table_traversal": Bad(
             put(tables={"../writers": tables["writers"]}), ("../writers", "does not know")
@@ -313,23 +321,24 @@ def csvs(good: str) -> dict[str, Bad]:
         changed = [value if n == name else c for n, c in zip(names, cells, strict=True)]
         return "\n".join([head, ",".join(changed), *rest, ""]).encode()
 
+    changed, cut_off = ("changed since the run wrote it",), ("bytes: cut off or changed",)
     return {
-        "empty": Bad(b"", ("lacks",)),
-        "not_utf8": Bad(b"\xff" + good.encode(), ("CSV",)),
-        "truncated": Bad(good[:-30].encode(), ("writers.csv",)),
-        "one_row_less": Bad("\n".join([head, first, ""]).encode(), ("1 rows",)),
-        "one_cell_less": Bad("\n".join([head, first, "1", ""]).encode(), ("row 2",)),
-        "open_quote": Bad(cell("layer", '"1'), ("CSV",)),
-        "nul": Bad(cell("layer", "\0"), ("writers.csv",)),
-        "column_twice": Bad(f"{names[0]},{good}".encode(), (names[0], "twice")),
-        "layer_huge": Bad(cell("layer", "9" * 30), ("row 1", "layer", "whole number")),
-        "layer_longer": Bad(cell("layer", "9" * 5000), ("row 1", "layer")),
-        "layer_text": Bad(cell("layer", "one"), ("row 1", "layer", "one")),
-        "layer_float": Bad(cell("layer", "1.0"), ("row 1", "layer", "1.0")),
-        "layer_grouped": Bad(cell("layer", "1_0"), ("row 1", "layer", "1_0")),
-        "layer_other_digits": Bad(cell("layer", "\u0663"), ("row 1", "layer")),
-        "share_text": Bad(cell("share", "much"), ("row 1", "share", "much")),
-        "share_grouped": Bad(cell("share", "1_0.5"), ("row 1", "share", "1_0.5")),
+        "empty": Bad(b"", cut_off),
+        "not_utf8": Bad(b"\xff" + good.encode(), changed),
+        "truncated": Bad(good[:-30].encode(), cut_off),
+        "one_row_less": Bad("\n".join([head, first, ""]).encode(), cut_off),
+        "one_cell_less": Bad("\n".join([head, first, "1", ""]).encode(), cut_off),
+        "open_quote": Bad(cell("layer", '"1'), changed),
+        "nul": Bad(cell("layer", "\0"), changed),
+        "column_twice": Bad(f"{names[0]},{good}".encode(), changed),
+        "layer_huge": Bad(cell("layer", "9" * 30), changed),
+        "layer_longer": Bad(cell("layer", "9" * 5000), changed),
+        "layer_text": Bad(cell("layer", "one"), changed),
+        "layer_float": Bad(cell("layer", "1.0"), changed),
+        "layer_grouped": Bad(cell("layer", "1_0"), changed),
+        "layer_other_digits": Bad(cell("layer", "\u0663"), changed),
+        "share_text": Bad(cell("share", "much"), changed),
+        "share_grouped": Bad(cell("share", "1_0.5"), changed),
     }
 
 
@@ -337,14 +346,14 @@ def pages() -> dict[str, Bad]:
     """Bad attention.html files."""
 
     def view(content: str) -> bytes:
-        return f'<script class="circuitsvis-data">{content}</script>'.encode()
+        return f'<script type="x" class="circuitsvis-data">{content}</script>'.encode()
 
     good = {"view": "AttentionHeads", "title": "a", "props": {}}
     return {
         "empty": Bad(b"", ("no views",)),
         "not_utf8": Bad(b"\xff", ("not a page",)),
-        "declaration": Bad(b"<![no[such", ("attention.html",)),
-        "entities": Bad(b"&#99999999999;<!DOCTYPE x [", ("attention.html",)),
+        "declaration": Bad(b"<![no[such", ("no views",)),
+        "entities": Bad(b"&#99999999999;<!DOCTYPE x [", ("no views",)),
         "not_json": Bad(view("{"), ("not a page",)),
         "nested": Bad(view("[" * 9000), ("not a page",)),
         "a_list": Bad(view("[]"), ("not a page",)),

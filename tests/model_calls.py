@@ -136,7 +136,10 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "compare_circuits": lambda g: circuits.compare_circuits(
         *(g.model, g.pairs, g.answers, {"steered": g.steered}), shares=(0.2, 0.5), n_splits=2
     ),
+    "check_steered": lambda g: circuits.check_steered(g.model, HOOK, 2.0),
     "contrast_answers": lambda g: circuits.contrast_answers(g.model, g.pairs, n_tokens=2),
+    "edge_readers": lambda g: circuits.edge_readers(g.model),
+    "edge_table": lambda g: circuits.edge_table(g.model, {}),
     "find_readers": lambda g: circuits.find_readers(
         *(g.model, g.prompts, g.answers, g.vector, 2.0),
         top=3,
@@ -148,7 +151,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
         g.model, g.pairs, g.directions, layer=1, n_positions=2, n_bootstrap=20
     ),
     "item_answers": lambda g: circuits.item_answers(g.model, g.items),
+    "make_contrast": lambda g: circuits.make_contrast(g.model, g.pairs, g.answers),
     "make_prompts": lambda g: circuits.make_prompts(g.model, [g.prompt]),
+    "mean_kl": lambda g: circuits.mean_kl(g.model, g.prompts, g.steered),
     "random_intervention": lambda g: circuits.random_intervention(g.model, g.pairs, g.steered),
     "token_projections": lambda g: circuits.token_projections(
         g.model, g.prompts, g.directions, g.steered
@@ -181,12 +186,18 @@ BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
         g.model, 2
     ),
     "bake": lambda g: sl.bake(g.model, g.vector, 0, g.folder / "never"),
+    "check_steered": lambda g: circuits.check_steered(g.model, HOOK, 0),
+    "make_contrast": lambda g: circuits.make_contrast(
+        g.model, g.pairs, circuits.Answers(torch.tensor([[9999]]), torch.tensor([[5]]))
+    ),
     "make_prompts": lambda g: circuits.make_prompts(g.model, []),
 }
 # Nothing that they are given can fail in them.
 CANNOT_FAIL = (
     "provenance",
     "decoded",
+    "edge_readers",
+    "edge_table",
     "SteeringVector.from_directions",
     "Answers.words",
     "Origin.of",

@@ -1,7 +1,10 @@
 """Run folders for the tests, written without a model: the tables of every command."""
 
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pandas as pd
 
 from steerlens.models.hooks import resid_post
 from steerlens.plots import attention_page, projection_page
-from steerlens.runs.html_report.contents import TABLES
+from steerlens.runs.contents import TABLES
 from steerlens.runs.record import write_run
 from steerlens.tables import Column, to_frame
 
@@ -298,37 +301,33 @@ def write(
     return folder
 
 
-def write_sweep(folder: Path, **options: Any) -> Path:
+def seal(folder: Path) -> None:
+    """Give run.json the sha256 that the files now have, as of a run that wrote them so."""
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    for name in record["files"]:
+        content = (folder / name).read_bytes()
+        record["files"][name] = {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def sweep_tables() -> dict[str, pd.DataFrame]:
     """A sweep of 30 layers with points, texts and tokens."""
-    tables = {
+    return {
         "sweep": sweep_table(),
         "layers": layers_table(),
         "points": points_table(),
         "generations": generations_table(),
         "tokens": tokens_table(),
     }
-    return write(folder, "sweep", tables, **options)
 
 
-def write_boundary(folder: Path, **options: Any) -> Path:
+def boundary_tables() -> dict[str, pd.DataFrame]:
     """A boundary of 30 layers."""
     curves = [{**hook(i), "coefficient": float(k)} for i in range(N_LAYERS) for k in range(1, 26)]
-    tables = {"boundary": table("boundary", curves), "layers": layers_table()}
-    return write(folder, "boundary", tables, on="positive", **options)
-
-
-def write_compare(
-    folder: Path, names: Sequence[str] = ("mean_diff", "pca"), **options: Any
-) -> Path:
-    """A comparison of two methods."""
-    items = {"name": "sentiment/test", "n_items": 100, "fingerprint": "ef" * 32}
-    request = {
-        "measured_on": items,
-        "chosen_on": items | {"name": "sentiment/train", "n_items": 40},
-        "on": "neutral",
-        "budget": "kl=0.1",
-    }
-    return write(folder, "compare", compare_tables(names), **{**request, **options})
+    return {"boundary": table("boundary", curves), "layers": layers_table()}
 
 
 def circuits_pages(token: str = " is") -> dict[str, str]:
@@ -346,22 +345,51 @@ def circuits_pages(token: str = " is") -> dict[str, str]:
     }
 
 
+def write_run_of(folder: Path, command: str, **options: Any) -> Path:
+    """A run of that command with the tables of `CONTENTS`; `options` are as those of `write`."""
+    items = {"name": "sentiment/test", "n_items": 100, "fingerprint": "ef" * 32}
+    more: dict[str, dict[str, Any]] = {
+        "boundary": {"on": "positive"},
+        "compare": {
+            "measured_on": items,
+            "chosen_on": items | {"name": "sentiment/train", "n_items": 40},
+            "on": "neutral",
+            "budget": "kl=0.1",
+        },
+        "circuits": {"coefficient": 20.0, "pages": circuits_pages()},
+    }
+    given = {"tables": CONTENTS[command](), **more.get(command, {}), **options}
+    return write(folder, command, given.pop("tables"), **given)
+
+
+CONTENTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
+    "sweep": sweep_tables,
+    "boundary": boundary_tables,
+    "compare": compare_tables,
+    "circuits": circuits_tables,
+    "geometry": geometry_tables,
+}
+"""Every command -> the tables of a run of it; those of `circuits` without its comparison."""
+
+
+def write_sweep(folder: Path, **options: Any) -> Path:
+    return write_run_of(folder, "sweep", **options)
+
+
+def write_boundary(folder: Path, **options: Any) -> Path:
+    return write_run_of(folder, "boundary", **options)
+
+
 def write_circuits(folder: Path, **options: Any) -> Path:
-    """A run of `circuits` without the tables of its comparison."""
-    given = {"coefficient": 20.0, "pages": circuits_pages(), **options}
-    return write(folder, "circuits", circuits_tables(), **given)
+    return write_run_of(folder, "circuits", **options)
 
 
-def write_geometry(folder: Path, **options: Any) -> Path:
-    """The geometry of one layer."""
-    return write(folder, "geometry", geometry_tables(), **options)
+def write_compare(folder: Path, names: Sequence[str] = ("mean_diff", "pca")) -> Path:
+    """A comparison of methods of those names."""
+    return write_run_of(folder, "compare", tables=compare_tables(names))
 
 
-WRITERS = {
-    "sweep": write_sweep,
-    "boundary": write_boundary,
-    "compare": write_compare,
-    "circuits": write_circuits,
-    "geometry": write_geometry,
+WRITERS: dict[str, Callable[..., Path]] = {
+    command: partial(write_run_of, command=command) for command in CONTENTS
 }
 """Every command -> what writes a folder of it."""

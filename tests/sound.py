@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import steerlens as sl
-from steerlens.runs.html_report.contents import COMMANDS
+from steerlens.runs.contents import COMMANDS
 from steerlens.steering.vector_file import KEY
 
 

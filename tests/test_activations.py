@@ -8,7 +8,7 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import InputError
+from steerlens.errors import InputError, ModelError
 
 
 def hf_block_outputs(hf_model: Any, ids: tuple[int, ...]) -> torch.Tensor:
@@ -116,7 +116,7 @@ def test_not_finite_activations_name_the_hook(
     sl.collect_differences(llama, pairs)
     llama.add_hook("blocks.3.hook_resid_post", lambda activation, hook: activation * bad)
     try:
-        with pytest.raises(InputError, match=r"NaN or inf .* blocks\.3\.hook_resid_post"):
+        with pytest.raises(ModelError, match=r"NaN or inf .* blocks\.3\.hook_resid_post"):
             sl.collect_differences(llama, pairs, layers="1,3")
         # A hook before the bad one is still fine.
         sl.collect_activations(

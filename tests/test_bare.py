@@ -12,8 +12,8 @@ from zoo import bridged
 
 import steerlens as sl
 from steerlens.engine import backend as bare
+from steerlens.engine import backward as rows
 from steerlens.engine import compiled
-from steerlens.engine import gradient_rows as rows
 from steerlens.engine import plan as engine
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import join

@@ -11,7 +11,8 @@ from test_cli import model_folder, pairs_file  # noqa: F401 (fixtures)
 
 import steerlens as sl
 from steerlens.cli import main
-from steerlens.runs.html_report.contents import COMMANDS, FIGURES
+from steerlens.runs.contents import COMMANDS
+from steerlens.runs.html_report.figures import FIGURES
 
 WIDTHS = (400, 1200)
 

@@ -436,7 +436,7 @@ def test_an_interrupt_is_exit_code_130_and_leaves_no_files(
         assert outcome.code == 130
         assert "Traceback" not in outcome.err
     with monkeypatch.context() as patch:
-        patch.setattr("steerlens.cli.command.fit_methods", interrupt)
+        patch.setattr("steerlens.cli.command.fit", interrupt)
         outcome = sweep("--out", tmp_path)
         assert outcome.code == 130
         assert "before a hook was finished" in outcome.words

@@ -28,9 +28,9 @@ def vector(condition: sl.Condition, hook: str = HOOK) -> sl.SteeringVector:
     return replace(sl.SteeringVector.from_vectors({hook: DIRECTION}), condition=condition)
 
 
-def states(model: Any, hook: str, tokens: torch.Tensor) -> torch.Tensor:
+def states(model: Any, hook: str, tokens: torch.Tensor, **options: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.run_with_cache(tokens)[1][hook]
+        return model.run_with_cache(tokens, **options)[1][hook]
 
 
 def means(model: Any, hook: str) -> list[float]:
@@ -111,20 +111,10 @@ def test_the_prompt_may_be_padded(llama: Any) -> None:
     ):
         ids = torch.tensor(tokens)
         mask = (ids != 3).long()
-        found: list[torch.Tensor] = []
-        with (
-            torch.no_grad(),
-            sl.steer(llama, vector(condition), 3.0),
-            llama.hooks(fwd_hooks=[(HOOK, lambda a, hook, into=found: into.append(a.clone()))]),
-        ):
-            llama(ids, attention_mask=mask)
-        with torch.no_grad():
-            plain: list[torch.Tensor] = []
-            with llama.hooks(
-                fwd_hooks=[(HOOK, lambda a, hook, into=plain: into.append(a.clone()))]
-            ):
-                llama(ids, attention_mask=mask)
-        step = ((found[0] - plain[0]) @ DIRECTION)[mask.bool()].reshape(-1)
+        plain = states(llama, HOOK, ids, attention_mask=mask)
+        with sl.steer(llama, vector(condition), 3.0):
+            steered = states(llama, HOOK, ids, attention_mask=mask)
+        step = ((steered - plain) @ DIRECTION)[mask.bool()].reshape(-1)
         expected = torch.tensor([3.0 * (first > short)] * 5 + [3.0 * (short > first)] * 3)
         torch.testing.assert_close(step, expected, atol=1e-4, rtol=0)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +14,17 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlens import ContrastivePair, ContrastivePairs, dataset_names, neutral_texts
-from steerlens.data.pairs import Message, dataset_card, render
+from steerlens.data import (
+    ContrastivePair,
+    ContrastivePairs,
+    Message,
+    PreferenceItem,
+    PreferenceItems,
+    dataset_card,
+    dataset_names,
+    neutral_texts,
+    render,
+)
 from steerlens.errors import InputError
 
 GOOD = '{"positive": "you are kind", "negative": "you are rude"}'
@@ -74,19 +84,6 @@ def test_null_stands_for_an_absent_optional_key(tmp_path: Path, key: str) -> Non
     assert null.pairs == absent.pairs != given_.pairs
 
 
-@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
-@pytest.mark.parametrize("last_end", [True, False])
-def test_bom_and_line_ends_change_nothing(
-    tmp_path: Path, bom: bytes, end: bytes, last_end: bool
-) -> None:
-    plain = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, "", GOOD))
-    path = write(tmp_path, GOOD, "", GOOD, end=end)
-    raw = bom + path.read_bytes()
-    path.write_bytes(raw if last_end else raw.removesuffix(end))
-    assert ContrastivePairs.from_jsonl(path) == plain
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(
@@ -111,86 +108,52 @@ def test_any_text_comes_back_from_a_file(
     assert [p.id for p in loaded] == [str(i + 1) for i in range(len(rows))]
 
 
-SURROGATE = r'{"positive": "you are kind \ud800", "negative": "you are rude"}'
+LONE, EMOJI = "\ud800", "\ud83d\ude00"  # half of an emoji, and both halves
 
-# What is wrong: (the bad line, the same line repaired, a part of the message).
-BAD_LINES: dict[str, tuple[str | bytes, str, str]] = {
-    "no negative": (
-        '{"positive": "a"}',
-        '{"positive": "a", "negative": "b"}',
-        "missing key 'negative'",
-    ),
-    "no positive": (
-        '{"negative": "a"}',
-        '{"positive": "b", "negative": "a"}',
-        "missing key 'positive'",
-    ),
+
+def user(content: Any, role: str = "user") -> list[Any]:
+    return [{"role": role, "content": content}]
+
+
+# What is wrong: (changes of a good line, or the bad line), the same repaired, and a part of the
+# message. What cannot be parsed at all is in the corpus of test_hostile.py.
+BAD_LINES: dict[str, tuple[Any, Any, str]] = {
+    "no negative": ('{"positive": "a"}', {}, "missing key 'negative'"),
+    "no positive": ('{"negative": "a"}', {}, "missing key 'positive'"),
     "misspelt key": (
-        record(continuaton="c"),
-        record(continuation="c"),
+        {"continuaton": "c"},
+        {"continuation": "c"},
         "'continuaton'; did you mean 'continuation'",
     ),
-    "cut off": (GOOD[:-1], GOOD, "not a JSON object on one line"),
-    "too deep": ("[" * 100_000, GOOD, "not a JSON object on one line"),
-    "a list": ('["a", "b"]', '{"positive": "a", "negative": "b"}', "expected an object"),
-    "latin-1": (
-        b'{"positive": "caf\xe9", "negative": "b"}',
-        '{"positive": "café", "negative": "b"}',
-        "not UTF-8",
-    ),
-    "empty text": (
-        record(positive=""),
-        record(positive=" "),
-        "positive: expected text that is not empty",
-    ),
-    "no messages": (
-        record(negative=[]),
-        record(negative=[{"role": "user", "content": "x"}]),
-        "negative: expected text or a list of",
-    ),
-    "a number": (record(positive=3), record(positive="3"), "positive: expected text or a list of"),
-    "equal prompts": (record(positive="you are rude"), GOOD, "are equal"),
-    "empty continuation": (
-        record(continuation=""),
-        record(continuation=" "),
-        "continuation: expected text",
-    ),
-    "continuation list": (
-        record(continuation=["c"]),
-        record(continuation="c"),
-        "continuation: expected text",
-    ),
+    "latin-1": (b'{"positive": "caf\xe9", "negative": "b"}', {"positive": "café"}, "not UTF-8"),
+    "empty": ({"positive": ""}, {"positive": " "}, "positive: expected text that is not empty"),
+    "no messages": ({"negative": []}, {"negative": user("x")}, "negative: expected text or a list"),
+    "a number": ({"positive": 3}, {"positive": "3"}, "positive: expected text or a list of"),
+    "equal prompts": ({"positive": "you are rude"}, {}, "are equal"),
+    "empty after": ({"continuation": ""}, {"continuation": " "}, "continuation: expected text"),
+    "list after": ({"continuation": ["c"]}, {"continuation": "c"}, "continuation: expected text"),
     "message without content": (
-        record(positive=[{"role": "user"}]),
-        record(positive=[{"role": "user", "content": "x"}]),
+        {"positive": [{"role": "user"}]},
+        {"positive": user("x")},
         "positive, message 1: expected an object with the keys role and content",
     ),
     "message that is text": (
-        record(positive=[{"role": "user", "content": "x"}, "x"]),
-        record(positive=[{"role": "user", "content": "x"}]),
+        {"positive": [*user("x"), "x"]},
+        {"positive": user("x")},
         "positive, message 2: expected an object",
     ),
     "message with null": (
-        record(negative=[{"role": "user", "content": None}]),
-        record(negative=[{"role": "user", "content": "x"}]),
+        {"negative": user(None)},
+        {"negative": user("x")},
         "negative, message 1: role and content must be text",
     ),
-    # Both halves together are one emoji, which is text like any other.
-    "surrogate": (SURROGATE, SURROGATE.replace(r"\ud800", r"\ud83d\ude00"), "lone surrogate"),
-    "surrogate in continuation": (
-        record(continuation="\ud800"),
-        record(continuation="\ud83d\ude00"),
-        "lone surrogate",
-    ),
-    "surrogate in id": (record(id="\ud800"), record(id="\ud83d\ude00"), "lone surrogate"),
-    "surrogate in message": (
-        record(positive=[{"role": "user", "content": "\ud800"}]),
-        record(positive=[{"role": "user", "content": "\ud83d\ude00"}]),
-        "lone surrogate",
-    ),
+    "surrogate": ({"positive": LONE}, {"positive": EMOJI}, "lone surrogate"),
+    "surrogate after": ({"continuation": LONE}, {"continuation": EMOJI}, "lone surrogate"),
+    "surrogate in id": ({"id": LONE}, {"id": EMOJI}, "lone surrogate"),
+    "surrogate in message": ({"positive": user(LONE)}, {"positive": user(EMOJI)}, "surrogate"),
     "surrogate in role": (
-        record(positive=[{"role": "\ud800", "content": "x"}]),
-        record(positive=[{"role": "\ud83d\ude00", "content": "x"}]),
+        {"positive": user("x", LONE)},
+        {"positive": user("x", EMOJI)},
         "lone surrogate",
     ),
 }
@@ -199,12 +162,13 @@ BAD_LINES: dict[str, tuple[str | bytes, str, str]] = {
 @pytest.mark.parametrize("name", BAD_LINES)
 def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> None:
     bad, repaired, reason = BAD_LINES[name]
+    bad = record(**bad) if isinstance(bad, dict) else bad
     path = write(tmp_path, GOOD, "", bad, GOOD)
     with pytest.raises(InputError) as caught:
         ContrastivePairs.from_jsonl(path)
     assert f"{path}:3: " in str(caught.value)
     assert reason in str(caught.value)
-    loaded = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, "", repaired, GOOD))
+    loaded = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, "", record(**repaired), GOOD))
     assert len(loaded) == 3
     assert loaded.fingerprint
 
@@ -212,7 +176,7 @@ def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> No
 @pytest.mark.parametrize("lines", [(), ("", " "), (GOOD,), ("", GOOD)])
 def test_fewer_than_two_pairs_are_refused(tmp_path: Path, lines: tuple[str, ...]) -> None:
     n_pairs = lines.count(GOOD)
-    with pytest.raises(InputError, match=f"at least 2 contrastive pairs, got {n_pairs}"):
+    with pytest.raises(InputError, match=f"at least 2 pairs, got {n_pairs}"):
         ContrastivePairs.from_jsonl(write(tmp_path, *lines))
     assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines, GOOD, GOOD))) == n_pairs + 2
 
@@ -273,7 +237,7 @@ def test_from_lists_names_the_bad_item() -> None:
 def test_pairs_made_by_hand_are_checked_too() -> None:
     good = ContrastivePair("a", "b", id="1")
     for pair, reason in (
-        (ContrastivePair("a", "a", id="2"), "pair '2' has equal"),
+        (ContrastivePair("a", "a", id="2"), "pair '2': .* are equal"),
         (ContrastivePair("a", "b", id="1"), "id '1' occurs twice"),
     ):
         with pytest.raises(InputError, match=reason):
@@ -425,22 +389,16 @@ def test_neutral_texts_are_200_distinct_lines() -> None:
 
 
 @pytest.mark.parametrize("name", ["sentimnt", "neutral", "", "../data/honesty"])
-def test_an_unknown_dataset_is_refused_with_the_known_names(name: str) -> None:
-    with pytest.raises(InputError, match=r"formality, honesty, sentiment"):
-        ContrastivePairs.load(name)
+def test_what_is_not_shipped_is_refused_with_the_known_names(name: str) -> None:
+    for load in (ContrastivePairs.load, PreferenceItems.load, dataset_card):
+        if (load, name) != (dataset_card, "neutral"):
+            with pytest.raises(InputError, match=r"formality, honesty, sentiment"):
+                load(name)
+    for kind in (ContrastivePairs, PreferenceItems):
+        with pytest.raises(InputError, match="train, test, not 'valid'"):
+            kind.load("honesty", split="valid")
     assert ContrastivePairs.load("sentiment") == ContrastivePairs.load("sentiment", split="train")
-
-
-@pytest.mark.parametrize("name", ["sentimnt", "", "../data/honesty"])
-def test_an_unknown_card_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=r"formality, honesty, sentiment"):
-        dataset_card(name)
-
-
-def test_an_unknown_split_is_refused() -> None:
-    with pytest.raises(InputError, match="train, test, not 'valid'"):
-        ContrastivePairs.load("honesty", split="valid")
-    assert len(ContrastivePairs.load("honesty", split="test")) >= 100
+    assert PreferenceItems.load("sentiment") == PreferenceItems.load("sentiment", split="test")
 
 
 # Rendering
@@ -492,27 +450,83 @@ def test_a_template_that_rejects_a_role_is_a_pair_error() -> None:
     assert render((USER,), tokenizer) == "how"
 
 
-def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
-    good = '{"positive": "a", "negative": "b"}\n{"positive": "c", "negative": "d"}\n'
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(good)
-    assert len(ContrastivePairs.from_jsonl(file)) == 2
-    file.write_text(good.replace('"positive": "c"', '"positive": "c", "positive": "e"'))
-    with pytest.raises(InputError, match=r"pairs\.jsonl:2.*'positive' occurs twice"):
-        ContrastivePairs.from_jsonl(file)
-
-
-def test_a_number_too_long_to_read_is_an_error_of_its_line(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"positive": "a", "negative": "b", "note": ' + "9" * 5000 + "}\n")
-    with pytest.raises(InputError, match=r"pairs\.jsonl:1"):
-        ContrastivePairs.from_jsonl(file)
-    file.write_text('{"positive": "a", "negative": "b", "note": 9}\n' * 2)
-    assert len(ContrastivePairs.from_jsonl(file)) == 2
-
-
 def test_a_file_name_that_is_no_text_can_still_be_recorded(tmp_path: Path) -> None:
     file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.jsonl"))
     file.write_text('{"positive": "a", "negative": "b"}\n' * 2)
     assert ContrastivePairs.from_jsonl(file).name.endswith("bad\\xff.jsonl")
     ContrastivePairs.from_jsonl(file).name.encode("utf-8")
+
+
+# Preference items
+
+ITEM = {"prompt": "The film was", "positive": " great.", "negative": " dull."}
+
+
+def write_items(folder: Path, *records: object) -> Path:
+    return write(folder, *map(json.dumps, records))
+
+
+def test_items_from_jsonl(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hello"}]
+    file = write_items(tmp_path, ITEM, {**ITEM, "prompt": chat, "id": "two"})
+    first, second = PreferenceItems.from_jsonl(file)
+    assert first == PreferenceItem("The film was", " great.", " dull.", "1")
+    assert second.prompt == (Message("user", "Hello"),)
+    assert second.id == "two"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "a", "positive": "b"}, "keys prompt, positive, negative"),
+        (["a"], "keys prompt"),
+        ({**ITEM, "negative": " great."}, "positive and negative are equal"),
+        ({**ITEM, "positive": ""}, "positive: expected text"),
+        ({**ITEM, "prompt": 3}, "prompt: expected text or a list"),
+        ({**ITEM, "id": "1"}, "id '1' occurs twice"),
+    ],
+)
+def test_a_bad_item_is_named(tmp_path: Path, bad: object, message: str) -> None:
+    file = write_items(tmp_path, ITEM, bad)
+    with pytest.raises(InputError, match=message) as error:
+        PreferenceItems.from_jsonl(file)
+    assert file.name in str(error.value)
+    write_items(tmp_path, ITEM, {**ITEM, "positive": " good."})
+    assert len(PreferenceItems.from_jsonl(file)) == 2
+
+
+def test_a_split_is_a_partition_that_the_seed_decides() -> None:
+    items = PreferenceItems.load("sentiment")
+    train, test = items.split(0.7, seed=1)
+    assert (len(train), len(test)) == (30, 70)
+    assert {i.id for i in train} | {i.id for i in test} == {i.id for i in items}
+    assert items.split(0.7, seed=1)[1].fingerprint == test.fingerprint
+    assert items.split(0.7, seed=2)[1].fingerprint != test.fingerprint
+    with pytest.raises(InputError, match="at least 2 items"):
+        items[:4].split(0.2)
+
+
+def test_the_fingerprint_is_that_of_the_content() -> None:
+    items = PreferenceItems.load("formality")
+    assert PreferenceItems(items.items, "other").fingerprint == items.fingerprint
+    assert items[:50].fingerprint != items.fingerprint
+    assert repr(items[:50]).startswith("PreferenceItems('formality/items_test', 50 items")
+
+
+@pytest.mark.parametrize("name", dataset_names())
+def test_shipped_items(name: str) -> None:
+    """100 held-out items and 40 to choose by; prompts of the pairs, without the persona."""
+    train, test = (PreferenceItems.load(name, split=split) for split in ("train", "test"))
+    assert (len(train), len(test)) == (40, 100)
+    assert not {item.prompt for item in train} & {item.prompt for item in test}
+    texts = [text for item in (*train, *test) for text in (item.positive, item.negative)]
+    assert len(set(texts)) == len(texts)
+    for split, items in (("train", train), ("test", test)):
+        prompts = {pair.positive[1:] for pair in ContrastivePairs.load(name, split=split)}
+        for item in items:
+            assert item.prompt in prompts, item.id
+            words = [len(text.split()) for text in (item.positive, item.negative)]
+            assert abs(words[0] - words[1]) <= 1, item.id
+            for text in (item.positive, item.negative):
+                assert re.fullmatch(r" [^\s].*[.?!]", text), item.id
+                assert text.isascii(), item.id

@@ -10,9 +10,9 @@ from conftest import bridge, build_llama, build_tokenizer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steerlens as sl
+from steerlens.engine.backward import adding
 from steerlens.engine.capture import reading_hook
 from steerlens.engine.cells import _addition_by_row
-from steerlens.engine.slopes import _stepping
 from steerlens.errors import ModelError
 from steerlens.steering.apply import step_hooks, steps
 
@@ -122,7 +122,7 @@ def test_cells_slopes_and_readings_act_on_the_blocks_device(elsewhere: torch.Ten
     with FakeTensorMode(allow_non_fake_inputs=True):
         add = _addition_by_row(DIRECTION, torch.ones(2), mask)
         assert add(elsewhere).device.type == "meta"
-        step = _stepping(DIRECTION, torch.ones(2), mask)
+        step = adding(DIRECTION.expand(2, 1, -1), mask)
         assert step(elsewhere, None).device.type == "meta"
         _, read = reading_hook(found, "here", torch.tensor([0, 2]))
         read(elsewhere, None)

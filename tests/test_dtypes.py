@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import bridge, build_gpt2, build_llama
+from conftest import bridge, build_gpt2, build_llama, build_tokenizer
 
 import steerlens as sl
 from steerlens.directions.gradients import loss_gradients
-from steerlens.errors import InputError, ModelError
+from steerlens.errors import ModelError
 from steerlens.models import loading as models
 
 HALF = [torch.bfloat16, torch.float16]
@@ -38,6 +38,12 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+def assert_near(table: Any, expected: Any, columns: list[str], bound: float) -> None:
+    for column in columns:
+        ours, theirs = (torch.tensor(made[column].to_numpy()) for made in (table, expected))
+        assert relative(ours, theirs) < bound, column
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("build", [build_llama, build_gpt2])
 def test_numbers_are_those_of_float32_within_rounding(
@@ -51,15 +57,13 @@ def test_numbers_are_those_of_float32_within_rounding(
         sl.sweep(one, pairs, directions, coefficients=[0, 3], n_bootstrap=2)
         for one in (model, wide)
     )
-    for column in ("separation", "resid_norm", "logprob_nats"):
-        a, b = (torch.tensor(result.layers[column].to_numpy()) for result in (found, expected))
-        assert relative(a, b) < bound, column
-    for column in ("projection", "logprob_nats", "separation"):
-        a, b = (torch.tensor(result.table[column].to_numpy()) for result in (found, expected))
-        assert relative(a, b) < bound, column
+    columns = ["separation", "resid_norm", "logprob_nats"]
+    assert_near(found.layers, expected.layers, columns, bound)
+    assert_near(found.table, expected.table, ["projection", "logprob_nats", "separation"], bound)
     # Control: the bound tells this push from another one.
     other = sl.sweep(wide, pairs, directions, coefficients=[0, 24], n_bootstrap=2).table
-    assert relative(a, torch.tensor(other.separation.to_numpy())) > 2 * bound
+    with pytest.raises(AssertionError, match="separation"):
+        assert_near(found.table, other, ["separation"], 2 * bound)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -108,13 +112,10 @@ def test_norms_beyond_float16_are_right(dtype: torch.dtype) -> None:
         sl.sweep(one, LARGE, directions, coefficients=[0, 4000], n_bootstrap=2)
         for one in (model, wide)
     )
-    for column in ("separation", "projection", "resid_norm", "logprob_nats", "loss"):
-        a, b = (torch.tensor(result.layers[column].to_numpy()) for result in (found, right))
-        assert relative(a, b) < bound, column
+    columns = ["separation", "projection", "logprob_nats"]
+    assert_near(found.layers, right.layers, [*columns, "resid_norm", "loss"], bound)
     assert found.layers.resid_norm.max() > LARGEST
-    for column in ("projection", "separation", "logprob_nats"):
-        a, b = (torch.tensor(result.table[column].to_numpy()) for result in (found, right))
-        assert relative(a, b) < bound, column
+    assert_near(found.table, right.table, columns, bound)
 
 
 @pytest.mark.parametrize("operator", [sl.Ablate(), sl.Clamp(100.0), sl.Rotate()])
@@ -135,7 +136,7 @@ def test_an_activation_beyond_float16_is_named() -> None:
     for one in (model, wide):
         with torch.no_grad():
             one.original_model.model.layers[1].mlp.down_proj.weight.mul_(100)
-    with pytest.raises(InputError, match=r"NaN or inf .* at blocks\.1\.hook_resid_post"):
+    with pytest.raises(ModelError, match=r"NaN or inf .* at blocks\.1\.hook_resid_post"):
         sl.collect_differences(model, LARGE)
     sl.collect_differences(wide, LARGE)
 
@@ -176,8 +177,7 @@ def test_quantized_weights_show_in_the_provenance(
     """What is asked of transformers, and what becomes of its model."""
     folder = tmp_path / "model"
     build_llama(n_layers=2).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(bridge(build_llama()).tokenizer.name_or_path)
-    bridge(build_llama()).tokenizer.save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
     asked: dict[str, Any] = {}
 
     def load(name: str, **options: Any) -> Any:

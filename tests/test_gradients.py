@@ -1,6 +1,7 @@
-"""The loss's gradient at every hook, against finite differences in float64 and by hand."""
+"""Gradients of the loss and slopes at coefficient 0, against finite differences in float64."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,22 @@ from conftest import bridge, build_gpt2, build_llama
 
 import steerlens as sl
 from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
+from steerlens.engine import backward
+from steerlens.engine import resume as passes
+from steerlens.engine.backward import Slopes, label_slopes
 from steerlens.engine.batches import make_batches
-from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import HookError, InputError
+from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import plain_cells
+from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt, tokenize_pairs
+from steerlens.engine.workload import CellOutput, Cost, Job, Workload
+from steerlens.errors import HookError, InputError, ModelError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
 from steerlens.tables import GRADIENT_COLUMNS
 
 HOOKS = ("blocks.0.hook_mlp_out", resid_post(0), resid_post(1))
+SLOPE_HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +43,7 @@ def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
 
 
 def states(
-    model: Any,
-    prompt: TokenizedPrompt,
-    position: int,
-    *,
-    hook: str,
-    step: torch.Tensor,
-    read: str,
+    model: Any, prompt: TokenizedPrompt, *, hook: str, step: torch.Tensor, read: str, position: int
 ) -> tuple[torch.Tensor, float]:
     """The state at `read` and the labels' logprob when `step` is added at `hook`, by bare hooks."""
     (batch,) = make_batches(model, [prompt], 1)
@@ -66,17 +68,14 @@ def loss_of(
     pair: tuple[TokenizedPrompt, TokenizedPrompt],
     baseline: float,
     *,
-    hook: str,
-    steps: tuple[torch.Tensor, torch.Tensor],
-    read: str,
-    position: int,
+    steps: list[torch.Tensor],
     weight: float,
-    margin: float = 0.99,
+    **at: Any,
 ) -> float:
     """The noref loss of one pair, its baseline held fixed as the stopped gradient has it."""
-    hs_pos, logprob = states(model, pair[0], position, hook=hook, step=steps[0], read=read)
-    hs_neg, _ = states(model, pair[1], position, hook=hook, step=steps[1], read=read)
-    return float(-(hs_pos - hs_neg).norm() + weight * max(0.0, margin * baseline - logprob) ** 2)
+    hs_pos, logprob = states(model, pair[0], step=steps[0], **at)
+    hs_neg, _ = states(model, pair[1], step=steps[1], **at)
+    return float(-(hs_pos - hs_neg).norm() + weight * max(0.0, 0.99 * baseline - logprob) ** 2)
 
 
 @pytest.mark.parametrize("loss_hook", [None, "blocks.1.hook_resid_post", "own"])
@@ -90,43 +89,27 @@ def test_rows_are_finite_differences_of_the_loss(
 ) -> None:
     given, position = (continued, -1) if with_continuation else (pairs, -2)
     weight, epsilon = 50.0, 1e-5
-    options: dict[str, Any] = (
-        {"per_layer": True} if loss_hook == "own" else {"loss_hook": loss_hook}
-    )
     found = loss_gradients(
-        double, given, layers=HOOKS, position=position, weight=weight, batch_size=3, **options
-    )
+        double, given, layers=HOOKS, position=position, loss_hook=loss_hook, batch_size=3
+    ).with_weight(weight)
     tokenized = tokenize_pairs(double, given)
     generator = torch.Generator().manual_seed(0)
     zero = torch.zeros(32, dtype=torch.float64)
+    assert found.all_hook_names[: len(HOOKS)] == HOOKS
     for i in (0, 5):
         pair = tokenized.positive[i], tokenized.negative[i]
         for h, hook in enumerate(HOOKS):
-            assert found.all_hook_names[h] == hook
-            read = found.loss_hooks[h]
             along = torch.randn(32, dtype=torch.float64, generator=generator)
-            fixed: dict[str, Any] = {
-                "hook": hook,
-                "read": read,
-                "position": position,
-                "weight": weight,
-            }
-            baseline = states(double, pair[0], position, hook=hook, step=zero, read=read)[1]
+            at: dict[str, Any] = {"hook": hook, "read": found.loss_hooks[h], "position": position}
+            baseline = states(double, pair[0], step=zero, **at)[1]
             assert float(found.logprob[i]) == pytest.approx(baseline)
             for rows, side in ((found.positive, 0), (found.negative, 1)):
-                up, down = (
-                    loss_of(
-                        double,
-                        pair,
-                        baseline,
-                        steps=(zero, sign * epsilon * along)
-                        if side
-                        else (sign * epsilon * along, zero),
-                        **fixed,
-                    )
-                    for sign in (1, -1)
-                )
-                slope = (up - down) / (2 * epsilon)
+                losses = []
+                for sign in (1, -1):
+                    steps = [zero, zero]
+                    steps[side] = sign * epsilon * along
+                    losses.append(loss_of(double, pair, baseline, steps=steps, weight=weight, **at))
+                slope = (losses[0] - losses[1]) / (2 * epsilon)
                 assert float(rows[h, i] @ along) == pytest.approx(slope, rel=1e-5, abs=1e-7)
     # Control: the coherence part is there, so the agreement is not that of the separation alone.
     assert bool((found.coherence.norm(dim=-1) > 1e-3).any())
@@ -164,7 +147,7 @@ def test_a_position_without_a_later_label_is_refused(
 
 
 def test_the_terms_are_norms_and_cosines(double: Any, continued: sl.ContrastivePairs) -> None:
-    found = loss_gradients(double, continued, position=-1, weight=3)
+    found = loss_gradients(double, continued, position=-1).with_weight(3)
     table = gradient_terms(found)
     assert list(table.columns) == [column.name for column in GRADIENT_COLUMNS]
     row = table.iloc[1]
@@ -219,15 +202,6 @@ def test_an_early_loss_hook_leaves_the_readout_to_itself(pairs: sl.ContrastivePa
     assert found.loss_hooks == (resid_post(1), resid_post(2))
 
 
-def test_weights_keep_their_gradient_setting_and_none_is_computed(
-    double: Any, continued: sl.ContrastivePairs
-) -> None:
-    weights = list(double.original_model.parameters())
-    assert all(weight.requires_grad for weight in weights)
-    loss_gradients(double, continued, layers=[0], position=-1)
-    assert all(weight.requires_grad and weight.grad is None for weight in weights)
-
-
 def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> None:
     """Three blocks: forward 3 + 1, backward 2 * (3 from the labels, 1 + 1 from the loss hook)."""
     hooks = ["blocks.0.hook_mlp_out", resid_post(0)]
@@ -243,6 +217,23 @@ def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> No
     assert found.forward_equivalents == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_weight_that_is_none_is_refused(double: Any, continued: sl.ContrastivePairs) -> None:
+    found = loss_gradients(double, continued, layers=[0], position=-1)
+    for weight in (-1, math.nan):
+        with pytest.raises(InputError, match="weight"):
+            found.with_weight(weight)
+        with pytest.raises(InputError, match="weight"):
+            sl.fit(double, continued, method="gradient_mean", layers=[0], weight=weight)
+
+
+def test_old_keywords_are_taken_with_a_warning(double: Any, continued: sl.ContrastivePairs) -> None:
+    new = loss_gradients(double, continued, loss_hook="own", position=-1).with_weight(3)
+    with pytest.warns(DeprecationWarning, match="with_weight|loss_hook"):
+        old = loss_gradients(double, continued, per_layer=True, weight=3, position=-1)  # type: ignore[call-arg]
+    assert torch.equal(old.positive, new.positive)
+    assert old.loss_hooks == new.loss_hooks
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -250,9 +241,6 @@ def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> No
         ({"loss_hook": resid_post(0), "layers": [1]}, HookError, "comes before blocks.1"),
         ({"layers": ["blocks.0.hook_mlp_out", "blocks.0.mlp.hook_pre"]}, InputError, "widths"),
         ({"loss_hook": "all"}, HookError, "names 3"),
-        ({"loss_hook": resid_post(2), "per_layer": True}, HookError, "not both"),
-        ({"weight": -1}, InputError, "weight"),
-        ({"weight": math.nan}, InputError, "weight"),
         ({"margin": math.inf}, InputError, "margin"),
         ({"n_scores": -1}, InputError, "n_scores"),
         ({"position": 40}, InputError, "position 40"),
@@ -292,3 +280,163 @@ def test_equal_prompts_have_no_separation(llama: Any) -> None:
         sl.fit_directions(found, method="gradient_mean")
     later = loss_gradients(llama, given, layers=[1], position=5)
     assert bool(later.separation_positive.any())
+
+
+# Slopes at coefficient 0, along directions
+
+
+def along(seed: int = 0) -> list[tuple[str, torch.Tensor]]:
+    torch.manual_seed(seed)
+    return [
+        (name, torch.nn.functional.normalize(torch.randn(32, dtype=torch.float64), dim=0))
+        for name in SLOPE_HOOKS
+    ]
+
+
+def workload_of(model: Any, pairs: sl.ContrastivePairs, positions: SteeredPositions) -> Workload:
+    tokens = tokenize_pairs(model, pairs)
+    workload = Engine(model, 3).workload(tokens, position=-1, steered_positions=positions)
+    return replace(workload, negative=(), with_kl=True)
+
+
+def slopes(model: Any, workload: Workload, seed: int = 0, cost: Cost | None = None) -> Slopes:
+    return label_slopes(
+        Engine(model, cost=cost or Cost()),
+        workload.positive,
+        along(),
+        steered_positions=workload.steered_positions,
+        seed=seed,
+    )
+
+
+def cell(model: Any, workload: Workload, index: int, coefficient: float) -> CellOutput:
+    name, direction = along()[index]
+    job = Job(name, direction, (coefficient,), resid_post(2))
+    (found,) = plain_cells(Engine(model), workload, job)
+    return found
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "continuation", "last"])
+def test_slopes_equal_finite_differences(
+    double: Any, continued: sl.ContrastivePairs, positions: SteeredPositions
+) -> None:
+    workload, step = workload_of(double, continued, positions), 1e-4
+    found = slopes(double, workload).logprob
+    for i in range(len(SLOPE_HOOKS)):
+        up, down = (cell(double, workload, i, c).logprob for c in (step, -step))
+        expected = (up - down) / (2 * step)
+        torch.testing.assert_close(found[i], expected, rtol=1e-5, atol=1e-7)
+        assert expected.abs().max() > 1e-3
+    # Control: another direction has another slope.
+    assert not torch.allclose(found[0], found[2], atol=1e-3)
+
+
+def test_the_curvature_is_that_of_the_mean_divergence(
+    double: Any, continued: sl.ContrastivePairs
+) -> None:
+    """Averaged over many draws of labels, the estimate is the second derivative of the KL."""
+    workload, step = workload_of(double, continued, "all"), 1e-3
+    draws = torch.stack([slopes(double, workload, seed).curvature for seed in range(200)])
+    for i in range(len(SLOPE_HOOKS)):
+        kl = cell(double, workload, i, step).kl
+        assert kl is not None
+        expected = 2 * kl.nanmean(dim=1) / step**2
+        error = draws[:, i].std(dim=0) / len(draws) ** 0.5
+        found = draws[:, i].mean(dim=0)
+        assert ((found - expected).abs() < 4.5 * error).all()
+        # Over all prompts and draws it is known to a few percent.
+        assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=0.15)
+
+
+def test_the_same_seed_draws_the_same_labels(double: Any, continued: sl.ContrastivePairs) -> None:
+    workload = workload_of(double, continued, "all")
+    first, again, other = (slopes(double, workload, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.curvature, again.curvature)
+    assert not torch.allclose(first.curvature, other.curvature)
+    torch.testing.assert_close(first.logprob, other.logprob)
+
+
+def test_weights_are_as_before_and_get_no_gradient(
+    pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model = build_llama()
+    frozen = next(hf_model.parameters())
+    frozen.requires_grad_(False)
+    model = bridge(hf_model)
+    before = [p.requires_grad for p in hf_model.parameters()]
+    assert len(set(before)) == 2
+    workload = workload_of(model, pairs, "all")
+    derivatives = slopes(model, workload).logprob, loss_gradients(model, pairs).positive
+    assert [p.requires_grad for p in hf_model.parameters()] == before
+    assert all(p.grad is None for p in hf_model.parameters())
+    assert not any(values.requires_grad for values in derivatives)
+    monkeypatch.setattr(passes, "_blocks_skipped", _failing)
+    with pytest.raises(RuntimeError, match="shapes"):
+        slopes(model, workload)
+    assert [p.requires_grad for p in hf_model.parameters()] == before
+
+
+def _failing(*args: Any) -> Any:
+    raise RuntimeError("shapes do not fit")
+
+
+def test_the_cost_is_a_forward_and_two_backward_passes(
+    double: Any, pairs: sl.ContrastivePairs
+) -> None:
+    workload, cost = workload_of(double, pairs, "all"), Cost()
+    slopes(double, workload, cost=cost)
+    check = 2 * 3 * workload.positive[0].tokens.shape[1]
+    every = sum(batch.tokens.numel() for batch in workload.positive)
+    assert cost.blocks == 5 * 3 * every + check
+
+
+def test_out_of_memory_runs_halves(
+    double: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The label slopes are the same; the sampled labels of the curvature are drawn anew."""
+    workload = workload_of(double, pairs, "all")
+    expected = slopes(double, workload).logprob
+    real, sizes = backward.run_from, []
+
+    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        sizes.append(len(tokens))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(model, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(backward, "run_from", too_large)
+    with pytest.warns(RuntimeWarning, match="going on with 1 prompts"):
+        torch.testing.assert_close(slopes(double, workload).logprob, expected)
+    assert max(sizes) == 3
+    monkeypatch.setattr(backward, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="1 prompts"):
+        slopes(double, workload)
+
+
+def test_inference_mode_is_refused(double: Any, pairs: sl.ContrastivePairs) -> None:
+    workload = workload_of(double, pairs, "all")
+    with torch.inference_mode(), pytest.raises(InputError, match="outside of it"):
+        slopes(double, workload)
+    with torch.inference_mode(), pytest.raises(InputError, match="outside of it"):
+        loss_gradients(double, pairs, layers=[1])
+    slopes(double, workload)
+
+
+def test_a_model_whose_label_rows_are_not_alone_is_refused(
+    pairs: sl.ContrastivePairs,
+) -> None:
+    """A hook that mixes positions after the last block: gradients of label rows would be wrong."""
+    model = bridge(build_llama())
+    workload = workload_of(model, pairs, "all")
+    slopes(model, workload)
+
+    def mixing(activation: torch.Tensor, hook: Any) -> torch.Tensor:
+        return activation + activation.mean(dim=1, keepdim=True)
+
+    for name in ("ln_final.hook_in", "unembed.hook_in"):
+        with model.hooks(fwd_hooks=[(name, mixing)]):
+            with pytest.raises(ModelError, match="gradients cannot be taken"):
+                slopes(model, workload)
+            with pytest.raises(ModelError, match="gradients cannot be taken"):
+                loss_gradients(model, pairs, layers=[1])
+    loss_gradients(model, pairs, layers=[1])

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steerlens import readout_hook, resolve_hooks
+from steerlens import resolve_hooks
 from steerlens.errors import HookError
-from steerlens.models.hooks import hook_layer, hooked, resid_post
+from steerlens.models.hooks import hook_layer, hooked, readout_hook, resid_post
 
 N_LAYERS = 5  # of the `llama` fixture
 TOKENS = torch.tensor([[1, 4, 6, 9], [1, 7, 5, 8]])

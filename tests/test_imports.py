@@ -1,6 +1,7 @@
 """The package's shape: import order, a light import, docstrings, shapes in signatures."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -14,6 +15,7 @@ import jaxtyping
 import pytest
 
 import steerlens
+from steerlens import _renamed
 
 PACKAGE = Path(steerlens.__file__).parent
 # A module or folder imports only from those to its left.
@@ -21,7 +23,7 @@ ORDER = (
     "errors stats progress tables loss files data models engine directions steering measure "
     "circuits plots runs cli"
 ).split()
-EXEMPT = ("__init__", "__main__")
+EXEMPT = ("__init__", "__main__", "_renamed")
 # What makes an import slow, or is needed by one command or one kind of model only.
 HEAVY = (
     "transformer_lens transformers accelerate circuitsvis plotly matplotlib datasets scipy sklearn "
@@ -242,7 +244,53 @@ def test_exported_names_exist_and_are_told(name: str) -> None:
 def test_all_is_sorted_without_repeats_and_complete() -> None:
     assert len(set(steerlens.__all__)) == len(steerlens.__all__)
     brought_up = {name for module, name in imported(ast.parse(sources()["__init__"]))}
-    assert set(steerlens.__all__) == brought_up
+    assert set(steerlens.__all__) == brought_up - {"Any", "_renamed"}
+
+
+def test_no_module_has_the_name_of_what_is_exported() -> None:
+    """But for the rooms that are exported as such."""
+    faces = [name for name in sources() if name.endswith("__init__")]
+    exported = {
+        name
+        for face in faces
+        for name in importlib.import_module(f"steerlens.{face}"[: -len(".__init__")]).__all__
+    }
+    modules = {part for module in sources() for part in module.split(".")}
+    assert {"sweep", "report", "fit"} <= exported
+    assert exported & modules <= set(ORDER) | {"export"}
+
+
+# Names that moved
+
+
+def test_former_names_work_and_say_where_they_are_now() -> None:
+    with pytest.warns(DeprecationWarning, match=r"steerlens\.to_gguf is now steerlens\.steering"):
+        assert steerlens.to_gguf is steerlens.export.to_gguf
+    with pytest.warns(DeprecationWarning, match="is now InputError"):
+        assert steerlens.errors.PairError is steerlens.errors.InputError
+    with pytest.warns(DeprecationWarning, match=r"engine\.tokenization and .*engine\.batches"):
+        from steerlens.tokens import Batch, tokenize_items
+    assert (Batch.__module__, tokenize_items.__module__) == (
+        "steerlens.engine.batches",
+        "steerlens.engine.tokenization",
+    )
+    for missing in ("gone", "SweepError"):
+        with pytest.raises(AttributeError, match=missing):
+            getattr(steerlens, missing)
+    with pytest.raises(ImportError):
+        importlib.import_module("steerlens.never_was")
+
+
+@pytest.mark.parametrize("name", _renamed.NAMES)
+def test_every_former_name_is_found(name: str) -> None:
+    with pytest.warns(DeprecationWarning, match=f"steerlens.{name} is now"):
+        assert getattr(steerlens, name).__name__ == name
+
+
+@pytest.mark.parametrize("name", _renamed.MODULES)
+def test_every_former_module_is_found(name: str) -> None:
+    for place in _renamed.MODULES[name]:
+        importlib.import_module(f"steerlens.{place}")
 
 
 # Shapes in signatures

@@ -1,5 +1,6 @@
 """Methods by hand, and on planted directions under their own assumptions."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +12,19 @@ from hypothesis import strategies as st
 import steerlens as sl
 from steerlens.directions import contrast_methods as contrast
 from steerlens.directions import gradient_methods as gradient
+from steerlens.directions.contrast_methods import Activations
 from steerlens.directions.differences import Differences
-from steerlens.directions.evidence import Activations, Gradients, first_axis, ridge_solve
+from steerlens.directions.gradient_methods import Gradients
 from steerlens.directions.gradients import LossGradients, loss_gradients
-from steerlens.directions.methods import METHODS
+from steerlens.directions.linear_algebra import first_axis, ridge_solve
+from steerlens.directions.methods import METHODS, method_of
 from steerlens.errors import InputError
 
 HOOK = "blocks.0.hook_resid_post"
 BY_DIFFERENCES = [name for name, m in METHODS.items() if m.source == "differences"]
 BY_GRADIENTS = [name for name, m in METHODS.items() if m.source == "gradients"]
+PAIRED = [*BY_GRADIENTS, "gradient_fisher+centred", "gradient_fisher+norm_weighted"]
+POOLED = [f"{name}+pooled" for name in PAIRED if name != "fisher_pullback"]
 CONTROLS = ("random", "shuffled")
 
 
@@ -117,7 +122,7 @@ def test_lda_beats_the_mean_difference_where_the_noise_is_anisotropic() -> None:
     assert cosine("lda", 1.0) == pytest.approx(cosine("mean_diff", 1.0), abs=0.05)
 
 
-@pytest.mark.parametrize("method", [name for name in BY_GRADIENTS if "pooled" not in name])
+@pytest.mark.parametrize("method", PAIRED)
 def test_a_planted_descent_direction_is_recovered_from_gradients(method: str) -> None:
     generator = torch.Generator().manual_seed(2)
     planted = unit(48, generator)
@@ -127,7 +132,7 @@ def test_a_planted_descent_direction_is_recovered_from_gradients(method: str) ->
     assert float(found @ planted) > 0.9
 
 
-@pytest.mark.parametrize("method", [name for name in BY_GRADIENTS if "pooled" in name])
+@pytest.mark.parametrize("method", POOLED)
 def test_pooled_rows_find_what_both_sides_share_and_not_the_separation(method: str) -> None:
     """The separation's rows are opposite and nearly cancel in the mean; a shared row does not."""
     generator = torch.Generator().manual_seed(3)
@@ -136,7 +141,7 @@ def test_pooled_rows_find_what_both_sides_share_and_not_the_separation(method: s
     noise = 0.05 * torch.randn((2, 200, 48), generator=generator)
     rows = gradients_of(-0.2 * separating - shared + noise[0], 0.2 * separating - shared + noise[1])
     found = sl.fit_directions(rows, method=method)[HOOK]
-    paired = sl.fit_directions(rows, method=method.removesuffix("_pooled"))[HOOK]
+    paired = sl.fit_directions(rows, method=method.removesuffix("+pooled"))[HOOK]
     assert abs(float(found @ separating)) < 0.3
     assert abs(float(paired @ separating)) > 0.9
 
@@ -213,14 +218,17 @@ def test_probe_separates() -> None:
 def rows_by_hand() -> Gradients:
     """Paired rows (2, 0) and (0, 1): their mean is (1, 1/2)."""
     positive = torch.tensor([[-1.0, 0], [0, -0.5]]).double()
-    return Gradients(positive, -positive, torch.tensor([[3.0, 0], [0, 1.0]]).double())
+    return Gradients.of(positive, -positive, torch.tensor([[3.0, 0], [0, 1.0]]).double())
 
 
 def test_gradient_methods_by_hand() -> None:
     given_rows = rows_by_hand()
     mean = torch.tensor([1.0, 0.5]).double()
     torch.testing.assert_close(gradient.gradient_mean(given_rows), mean)
-    assert not gradient.gradient_mean(given_rows, "pooled").any()
+    pooled = Gradients.of(
+        *(torch.eye(2).double(), -torch.eye(2).double()), torch.zeros(0, 2).double(), form="pooled"
+    )
+    assert not gradient.gradient_mean(pooled).any()
     torch.testing.assert_close(
         gradient.gradient_svd(given_rows).abs(), torch.tensor([2 / 2**0.5, 0.0]).double()
     )
@@ -259,7 +267,7 @@ def test_pooled_forms_descend_when_both_sides_are_pushed_alike() -> None:
     given_rows = gradients_of(
         torch.tensor([[-3.0, 0.0]] * 3) - coherence, torch.tensor([[3.0, 0.0]] * 3)
     )
-    pooled = sl.fit_directions(given_rows, method="gradient_mean_pooled")[HOOK]
+    pooled = sl.fit_directions(given_rows, method="gradient_mean+pooled")[HOOK]
     expected = torch.nn.functional.normalize(torch.tensor([-2.0, -0.5]), dim=0)
     torch.testing.assert_close(pooled, expected)
 
@@ -269,7 +277,7 @@ def test_first_axis_is_as_long_as_the_rows_along_it() -> None:
     assert float(first_axis(rows).norm()) == pytest.approx(((25 + 100) / 2) ** 0.5)
 
 
-@pytest.mark.parametrize("method", ["gradient_fisher", "gradient_fisher_centred"])
+@pytest.mark.parametrize("method", ["gradient_fisher", "gradient_fisher+centred"])
 def test_a_fisher_direction_does_not_depend_on_the_scale_of_the_loss(method: str) -> None:
     generator = torch.Generator().manual_seed(5)
     positive, negative = torch.randn((2, 10, 16), generator=generator).double()
@@ -298,7 +306,7 @@ def test_a_method_is_fitted_from_its_own_evidence(llama: Any, pairs: sl.Contrast
     assert fitted.readout_names == ("blocks.2.hook_resid_post",)
 
 
-@pytest.mark.parametrize("method", BY_GRADIENTS)
+@pytest.mark.parametrize("method", PAIRED + POOLED)
 def test_gradients_that_are_nothing_are_refused(method: str) -> None:
     nothing = gradients_of(torch.zeros(3, 4), torch.zeros(3, 4), torch.randn(5, 4))
     with pytest.raises(InputError, match="gradient of the loss is zero"):
@@ -311,9 +319,9 @@ def test_degenerate_evidence_is_refused() -> None:
         sl.fit_directions(both_sides(ones, zeros), method="lda")
     alike = gradients_of(-ones, ones)
     with pytest.raises(InputError, match="second moments of the gradient rows are zero"):
-        sl.fit_directions(alike, method="gradient_fisher_centred")
+        sl.fit_directions(alike, method="gradient_fisher+centred")
     with pytest.raises(InputError, match="nothing is left beyond rounding"):
-        sl.fit_directions(alike, method="gradient_mean_pooled")
+        sl.fit_directions(alike, method="gradient_mean+pooled")
     with pytest.raises(InputError, match="do not depend on this hook"):
         sl.fit_directions(replace(alike, scores=torch.zeros(1, 2, 4)), method="fisher_pullback")
     sl.fit_directions(alike, method="gradient_mean")
@@ -321,7 +329,7 @@ def test_degenerate_evidence_is_refused() -> None:
 
 def test_descent_on_a_model_lowers_the_loss(llama: Any, pairs: sl.ContrastivePairs) -> None:
     """A small push along `gradient_mean`, opposite on the two sides, separates the pairs."""
-    rows = loss_gradients(llama, pairs, layers=[1], weight=0)
+    rows = loss_gradients(llama, pairs, layers=[1]).with_weight(0)
     fitted = sl.fit_directions(rows, method="gradient_mean")
     name, step = "blocks.1.hook_resid_post", 1e-2
     readout = rows.loss_hooks[0]
@@ -336,3 +344,39 @@ def test_descent_on_a_model_lowers_the_loss(llama: Any, pairs: sl.ContrastivePai
         return float((both[0] - both[1]).norm(dim=-1).mean())
 
     assert separation(step) > separation(0) > separation(-step)
+
+
+# Names
+
+
+def test_options_follow_a_name_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(7)
+    rows = gradients_of(*torch.randn((2, 6, 4), generator=generator))
+    fitted = sl.fit_directions(rows, method="gradient_fisher+pooled+centred")
+    assert fitted.method == "gradient_fisher+centred+pooled"
+    for other in ("gradient_fisher", "gradient_fisher+centred", "gradient_fisher+pooled"):
+        assert not torch.allclose(sl.fit_directions(rows, method=other)[HOOK], fitted[HOOK])
+    for name in ("pca+pooled", "gradient_fisher+centred+norm_weighted", "gradient_svd+", "probe+"):
+        with pytest.raises(InputError, match=r"no method '.*write"):
+            method_of(name)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("gradient_mean_pooled", "gradient_mean+pooled"),
+        ("gradient_svd_pooled", "gradient_svd+pooled"),
+        ("gradient_fisher_pooled", "gradient_fisher+pooled"),
+        ("gradient_fisher_centred", "gradient_fisher+centred"),
+        ("gradient_fisher_centred_pooled", "gradient_fisher+centred+pooled"),
+        ("gradient_fisher_norm_weighted", "gradient_fisher+norm_weighted"),
+        ("gradient_fisher_norm_weighted_pooled", "gradient_fisher+norm_weighted+pooled"),
+    ],
+)
+def test_an_old_name_is_the_new_one_with_a_warning(old: str, new: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    rows = gradients_of(*torch.randn((2, 6, 4), generator=generator))
+    with pytest.warns(DeprecationWarning, match=re.escape(f"'{old}' is deprecated; use '{new}'")):
+        fitted = sl.fit_directions(rows, method=old)
+    assert fitted.method == new
+    torch.testing.assert_close(fitted[HOOK], sl.fit_directions(rows, method=new)[HOOK])

@@ -19,6 +19,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import steerlens as sl
 from steerlens.errors import ModelError
+from steerlens.models import hooked_model
 from steerlens.models import packaged as checkpoints
 from steerlens.models.loading import inference
 from steerlens.models.packaged import CACHE_VARIABLE, PackagedModel, cache_folder
@@ -95,19 +96,18 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_a_local_folder_gives_the_checkpoints_own_logits(model_folder: Path) -> None:
-    found = logits(sl.load_model(str(model_folder), progress=False))
+    model = sl.load_model(str(model_folder), progress=False)
+    found = logits(model)
     torch.testing.assert_close(found, logits(build_llama(n_layers=2)), rtol=1e-4, atol=1e-4)
     assert (found - logits(build_llama(n_layers=2, seed=1))).abs().max() > 0.1
-
-
-def test_a_local_folder_brings_its_tokenizer(model_folder: Path) -> None:
-    model = sl.load_model(str(model_folder), progress=False)
+    # Its tokenizer too.
     ids = model.tokenizer(" ".join(WORDS[:3]), add_special_tokens=False)["input_ids"]
     assert ids == [4, 5, 6]
 
 
 def test_provenance_of_a_local_folder(model_folder: Path) -> None:
-    model = sl.load_model(str(model_folder), progress=False)
+    """Which may be given as a path too."""
+    model = sl.load_model(model_folder, progress=False)
     assert sl.provenance(model).to_dict() == {
         "name": str(model_folder),
         "source": "folder",
@@ -218,12 +218,6 @@ def test_a_damaged_folder_is_refused_in_one_line(
     assert_one_line(error, str(own_folder), words)
 
 
-@pytest.mark.parametrize("as_path", [str, Path])
-def test_a_folder_may_be_a_path(as_path: Any, model_folder: Path) -> None:
-    model = sl.load_model(as_path(model_folder), progress=False)
-    assert sl.provenance(model).name == str(model_folder)
-
-
 def test_weights_that_cannot_be_read_are_named(own_folder: Path) -> None:
     """As in a hub's cache that is half filled."""
     weights = own_folder / "model.safetensors"
@@ -259,28 +253,18 @@ def booted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[
     return calls
 
 
-@pytest.mark.parametrize("name", ["gpt2", "owner/name"])
-def test_a_hub_id_goes_to_transformer_lens(name: str, booted: list[Any]) -> None:
-    model = sl.load_model(name, device="cpu", dtype=torch.bfloat16)
-    assert booted == [
-        (
-            (name,),
-            {
-                "device": "cpu",
-                "dtype": torch.bfloat16,
-                "revision": None,
-                "trust_remote_code": False,
-            },
-        )
-    ]
+@pytest.mark.parametrize(
+    ("name", "asked"), [("gpt2", {}), ("owner/name", {"trust_remote_code": True})]
+)
+def test_a_hub_id_goes_to_transformer_lens(
+    name: str, asked: dict[str, Any], booted: list[Any]
+) -> None:
+    """With code of its own only when asked for."""
+    model = sl.load_model(name, device="cpu", dtype=torch.bfloat16, **asked)
+    options = {"device": "cpu", "dtype": torch.bfloat16, "revision": None}
+    assert booted == [((name,), {**options, "trust_remote_code": False, **asked})]
     found = sl.provenance(model)
     assert (found.name, found.source, found.file_hash) == (name, "hub", "unknown")
-
-
-@pytest.mark.parametrize("trust", [False, True])
-def test_remote_code_runs_only_when_asked_for(trust: bool, booted: list[Any]) -> None:
-    sl.load_model("owner/name", trust_remote_code=trust)
-    assert booted[0][1]["trust_remote_code"] is trust
 
 
 @pytest.mark.parametrize(
@@ -524,25 +508,23 @@ def test_a_failed_conversion_leaves_nothing(
     assert package.fetched == 2
 
 
-def test_a_full_disk_names_the_cache_variable(
-    package: Package, cache: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_cache_that_cannot_be_written_names_its_variable(
+    is_full: bool, package: Package, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "_convert_gguf", fail)
+    if is_full:
+        monkeypatch.setattr(checkpoints, "_convert_gguf", fail)
+    else:
+        cache.write_text("not a folder")
     with pytest.raises(ModelError) as error:
         sl.load_model("packaged", progress=False)
-    assert_one_line(error, CACHE_VARIABLE, "No space left on device", str(cache))
-    assert entries(cache) == []
-
-
-def test_a_cache_that_is_a_file_names_the_cache_variable(package: Package, cache: Path) -> None:
-    cache.write_text("not a folder")
-    with pytest.raises(ModelError) as error:
-        sl.load_model("packaged", progress=False)
-    assert_one_line(error, CACHE_VARIABLE, str(cache))
-    assert package.fetched == 0
+    reason = "No space left on device" if is_full else str(cache)
+    assert_one_line(error, CACHE_VARIABLE, reason, str(cache))
+    assert package.fetched == int(is_full)
+    assert not is_full or entries(cache) == []
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff"])
@@ -627,6 +609,27 @@ def test_the_default_model_has_learned_language(real_model: Any) -> None:
     with torch.no_grad():
         last = real_model(ids)[0, -1]
     assert real_model.tokenizer.decode([int(last.argmax())]) == " Paris"
+
+
+# What depends on the generation of TransformerLens
+
+
+def test_questions_of_a_model_that_wraps_hugging_faces_and_of_one_that_does_not() -> None:
+    hf_model = build_llama(n_layers=1)
+    names = [name for name, _ in hf_model.named_parameters()]
+    made = bridge(hf_model)
+    assert hooked_model.hugging_face_model(made) is hf_model
+    assert [name for name, _ in hooked_model.named_weights(made)] == names
+    assert hooked_model.takes_cache(made)
+    assert hooked_model.takes_mask(made)
+    assert hooked_model.context_length(made) == 64
+    alone = build_llama(n_layers=1)  # its weights are its own
+    alone.cfg = SimpleNamespace()
+    assert hooked_model.hugging_face_model(alone) is None
+    assert [name for name, _ in hooked_model.named_weights(alone)] == names
+    assert not hooked_model.takes_cache(alone)
+    assert not hooked_model.takes_mask(alone)
+    assert hooked_model.context_length(alone) is None
 
 
 # inference()

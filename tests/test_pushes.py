@@ -9,10 +9,10 @@ import pytest
 
 import steerlens as sl
 from steerlens.directions.directions import Directions
+from steerlens.engine.backward import label_slopes
 from steerlens.engine.batches import make_batches
-from steerlens.engine.slopes import label_slopes
+from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.engine.workload import Cost
 from steerlens.loss import Budget
 from steerlens.measure.boundary_search import choose_probes
 from steerlens.measure.coherence import allowances, mean_loss
@@ -33,12 +33,11 @@ def test_predictions_are_of_the_slope_and_the_curvature(
 ) -> None:
     prompts = tokenize_pairs(llama, many).positive
     slopes = label_slopes(
-        llama,
+        Engine(llama),
         make_batches(llama, prompts, None),
         [(name, directions[name]) for name in directions.hook_names],
         steered_positions="all",
         seed=0,
-        cost=Cost(),
     )
     slope, bend = slopes.logprob.mean(dim=1).tolist(), (slopes.curvature.mean(dim=1) / 2).tolist()
     options: dict[str, Any] = {"n_bootstrap": 2, "search_range": 1e-6}

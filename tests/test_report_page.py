@@ -31,8 +31,8 @@ from run_folders import (
 )
 
 import steerlens as sl
-from steerlens.runs.html_report.contents import COMMANDS, MAX_ROWS, TABLES
-from steerlens.runs.html_report.listings import listing
+from steerlens.runs.contents import COMMANDS, TABLES
+from steerlens.runs.html_report.listings import MAX_ROWS, listing
 from steerlens.runs.html_report.summary import summarise
 
 MEGABYTE = 1_000_000

@@ -98,7 +98,7 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
     fits: list[str] = []
     measured: list[float] = []
     keep, module = Parts.keep, sys.modules["steerlens.measure.sweeps"]
-    measure, fit = module.measure, command.fit_methods
+    measure, fit = module.measure, command.fit
     finished_cells = module.finished_cells
     yielded: list[int] = []
 
@@ -115,9 +115,9 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
         patch.setattr(
             module, "measure", lambda cell, *rest: (measured.append(0), measure(cell, *rest))[1]
         )
-        patch.setattr(command, "fit_methods", lambda *args, **options: fits.append("fit"))
+        patch.setattr(command, "fit", lambda *args, **options: fits.append("fit"))
         assert run("sweep", "--resume", folder, "--quiet").code == 0
-    assert command.fit_methods is fit
+    assert command.fit is fit
     assert kept == HOOKS[2:]
     assert len(measured) == 2 * 3  # hooks left, coefficients
     assert yielded == [2] * 2 * 5  # hooks left, along the direction and four nulls

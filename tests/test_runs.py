@@ -1,5 +1,6 @@
 """Run folders: nothing is lost, files are whole, the record says what was run."""
 
+import hashlib
 import json
 import math
 import platform
@@ -223,7 +224,12 @@ def test_the_record(written: Path, result: sl.SweepResult) -> None:
         "sweep": {"rows": 6, "attrs": result.table.attrs},
         "layers": {"rows": 2, "attrs": result.layers.attrs},
     }
-    assert (record["warnings"], record["pages"]) == ([], [])
+    assert record["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in content(written).items()
+        if name != "run.json"
+    }
+    assert (record["format"], record["warnings"]) == (2, [])
     assert datetime.now(timezone.utc) - datetime.fromisoformat(record["finished"]) < timedelta(
         minutes=10
     )

@@ -1,4 +1,4 @@
-"""Columns, frames and files; the bootstrap interval."""
+"""Columns, frames and files."""
 
 import json
 import math
@@ -9,53 +9,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from steerlens.stats import bootstrap_interval
-from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, to_frame, write_csv, write_parquet
+from steerlens.tables import COLUMNS, SWEEP_COLUMNS, to_frame, write_csv, write_parquet
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Copied from the design, so that a renamed or moved column shows here.
-SWEEP_NAMES = [
-    "hook_name",
-    "layer",
-    "coefficient",
-    "readout_hook",
-    "n_pairs",
-    "projection",
-    "projection_ci_low",
-    "projection_ci_high",
-    "projection_shift",
-    "separation",
-    "logprob_nats",
-    "baseline_logprob_nats",
-    "degradation_nats",
-    "degradation_ci_low",
-    "degradation_ci_high",
-    "coherence_penalty",
-    "loss",
-    "coherent",
-    "null_low",
-    "null_high",
-    "p_value",
-    "q_value",
-]
-LAYER_NAMES = [
-    "hook_name",
-    "layer",
-    "separation",
-    "projection",
-    "projection_std",
-    "agreement",
-    "explained_variance",
-    "resid_norm",
-    "logprob_nats",
-    "coherence_penalty",
-    "loss",
-    "boundary_pos",
-    "boundary_neg",
-    "predicted_boundary_pos",
-    "predicted_boundary_neg",
-    "projection_at_boundary",
-]
-SCHEMAS = [(SWEEP_COLUMNS, SWEEP_NAMES), (LAYER_COLUMNS, LAYER_NAMES)]
+SWEEP_NAMES = (
+    "hook_name layer coefficient readout_hook n_pairs projection projection_ci_low "
+    "projection_ci_high projection_shift separation logprob_nats baseline_logprob_nats "
+    "degradation_nats degradation_ci_low degradation_ci_high coherence_penalty loss coherent "
+    "null_low null_high p_value q_value"
+).split()
+LAYER_NAMES = (
+    "hook_name layer separation projection projection_std agreement explained_variance "
+    "resid_norm logprob_nats coherence_penalty loss boundary_pos boundary_neg "
+    "predicted_boundary_pos predicted_boundary_neg projection_at_boundary"
+).split()
 WHOLE_NUMBERS = {"layer", "n_pairs"}
 TEXTS = {"hook_name", "readout_hook"}
 FLAGS = {"coherent"}
@@ -78,18 +47,34 @@ def frame() -> pd.DataFrame:
     return to_frame(rows, SWEEP_COLUMNS, ATTRS)
 
 
-@pytest.mark.parametrize(("columns", "names"), SCHEMAS)
-def test_columns_are_those_of_the_design(columns: Any, names: list[str]) -> None:
-    assert [column.name for column in columns][: len(names)] == names
+@pytest.mark.parametrize(("table", "names"), [("sweep", SWEEP_NAMES), ("layers", LAYER_NAMES)])
+def test_columns_are_those_of_the_design(table: str, names: list[str]) -> None:
+    assert [column.name for column in COLUMNS[table]][: len(names)] == names
 
 
-@pytest.mark.parametrize(("columns", "names"), SCHEMAS)
-def test_every_column_has_a_meaning_and_says_its_unit(columns: Any, names: list[str]) -> None:
+@pytest.mark.parametrize("table", COLUMNS)
+def test_every_column_has_a_meaning_and_says_its_unit(table: str) -> None:
+    columns = COLUMNS[table]
+    assert len({column.name for column in columns}) == len(columns)
     for column in columns:
         assert column.meaning.strip(), column.name
-        assert isinstance(column.unit, str), column.name
         # A name that ends in its unit must not contradict it.
         assert not column.name.endswith("_nats") or "nats" in column.unit, column.name
+
+
+@pytest.mark.parametrize("table", COLUMNS)
+def test_the_docs_have_the_columns_of_every_table(table: str) -> None:
+    rows = "".join(
+        f"| `{c.name}` | {c.unit} | {c.meaning.replace('|', '&#124;')} |\n" for c in COLUMNS[table]
+    )
+    docs = (ROOT / "docs" / "columns.md").read_text(encoding="utf-8")
+    assert f"| column | unit | meaning |\n| --- | --- | --- |\n{rows}\n" in docs
+
+
+def test_the_columns_are_a_file_with_a_line_each_and_its_tables_together() -> None:
+    lines = (ROOT / "steerlens" / "columns.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "table,name,type,unit,meaning"
+    assert len(lines) - 1 == sum(map(len, COLUMNS.values())) == 250
 
 
 def test_a_frame_has_the_declared_types_and_order(frame: pd.DataFrame) -> None:
@@ -170,54 +155,3 @@ def test_csv_is_the_same_bytes_each_time(frame: pd.DataFrame, tmp_path: Path) ->
     assert header.split(",") == SWEEP_NAMES
     # NaN is an empty field, in the row where the loss is missing and only there.
     assert [",," in line for line in lines] == [False, True, False]
-
-
-def interval(values: Any, *, n_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    return bootstrap_interval(
-        np.asarray(values, dtype=np.float64), n_resamples=n_resamples, seed=seed
-    )
-
-
-@pytest.mark.parametrize("value", [0.0, -1.25, 7.0])
-def test_equal_values_give_an_interval_of_no_width(value: float) -> None:
-    assert interval([value] * 6) == (value, value)
-
-
-def test_two_values_give_themselves_as_the_interval() -> None:
-    """The mean of a resample of {0, 1} is 0, 1/2 or 1; 0 and 1 each come a quarter of the time."""
-    assert interval([0.0, 1.0]) == (0.0, 1.0)
-
-
-def test_one_odd_value_among_ten_moves_one_end_only() -> None:
-    """Of 10 values one is 1: a resample has none with probability 0.35, four or more with 0.013."""
-    low, high = interval([0.0] * 9 + [1.0], n_resamples=20_000)
-    assert low == 0
-    assert high == pytest.approx(0.3)
-
-
-def test_the_interval_holds_the_mean_and_scales_with_the_values() -> None:
-    values = np.random.default_rng(1).normal(2.0, 3.0, size=25)
-    low, high = interval(values)
-    assert low < values.mean() < high
-    assert interval(10 * values + 5) == pytest.approx((10 * low + 5, 10 * high + 5))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_not_finite_gives_nan(bad: float) -> None:
-    assert all(map(math.isnan, interval([1.0, bad, 2.0])))
-    assert not any(map(math.isnan, interval([1.0, 1.5, 2.0])))
-
-
-def test_the_seed_decides_the_interval() -> None:
-    values = np.random.default_rng(2).normal(size=20)
-    assert interval(values, seed=5) == interval(values, seed=5)
-    assert interval(values, seed=5) != interval(values, seed=6)
-
-
-def test_the_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(3)
-    intervals = np.array([interval(generator.normal(size=30), seed=i) for i in range(200)])
-    covered = ((intervals[:, 0] < 0) & (intervals[:, 1] > 0)).mean()
-    # The upper bound catches an interval that is merely wide.
-    assert 0.90 <= covered <= 0.98
-    assert np.diff(intervals).mean() == pytest.approx(2 * 1.96 / math.sqrt(30), rel=0.1)

@@ -1,6 +1,7 @@
 """Training a vector: its gradient against finite differences, and that it does what it is for."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +11,9 @@ from conftest import bridge, build_gpt2
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.directions.fitting import fit
-from steerlens.directions.training import train_directions
-from steerlens.engine.batches import make_pair_batches
-from steerlens.engine.push_steps import Example, Outputs, make_side, push_example
+from steerlens.directions.training import Schedule, train_directions
+from steerlens.engine.backward import Pushed, Side, make_side, push_sides
+from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.loss import label_logprob
@@ -38,14 +39,9 @@ def items() -> PreferenceItems:
     )
 
 
-def everything(found: Outputs) -> torch.Tensor:
+def everything(positive: Pushed, negative: Pushed) -> torch.Tensor:
     """An objective in which every output of every sign and row has a weight of its own."""
-    parts = (
-        found.readout_positive,
-        found.readout_negative,
-        found.logprob_positive,
-        found.logprob_negative,
-    )
+    parts = (positive.readout, negative.readout, positive.logprob, negative.logprob)
     total = torch.zeros((), dtype=torch.float64)
     for i, part in enumerate(parts):
         weights = torch.linspace(0.1 + i, 1 + i, part.numel(), dtype=torch.float64)
@@ -53,90 +49,85 @@ def everything(found: Outputs) -> torch.Tensor:
     return total
 
 
+def sides_of(
+    model: Any, both: tuple[Batch, Batch], hook: str = HOOK, *, sign: int = -1, **options: Any
+) -> tuple[Side, Side]:
+    return (
+        make_side(model, both[0], hook, sign=1),
+        make_side(model, both[1], hook, sign=sign, **options),
+    )
+
+
+@pytest.fixture(scope="module")
+def both(double: Any, pairs: sl.ContrastivePairs) -> tuple[Batch, Batch]:
+    return make_pair_batches(double, tokenize_pairs(double, pairs[:4]), 4)[0]
+
+
 @pytest.mark.parametrize("hook", ["blocks.0.hook_mlp_out", HOOK])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_gradient_is_that_of_finite_differences(
-    double: Any, pairs: sl.ContrastivePairs, hook: str, sign: int
+    double: Any, both: tuple[Batch, Batch], hook: str, sign: int
 ) -> None:
-    both = make_pair_batches(double, tokenize_pairs(double, pairs[:4]), 4)[0]
-    example = Example(
-        make_side(double, both[0], hook, sign=1), make_side(double, both[1], hook, sign=sign), -2
-    )
+    sides = sides_of(double, both, hook, sign=sign)
     generator = torch.Generator().manual_seed(0)
     at, along = torch.randn((2, 32), generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = {"hook_name": hook, "readout": resid_post(2), "position": -2}
 
     def loss(vector: torch.Tensor) -> tuple[float, torch.Tensor]:
-        return push_example(
-            double,
-            example,
-            vector.clone().requires_grad_(),
-            hook_name=hook,
-            readout=resid_post(2),
-            objective=everything,
-        )
+        vector = vector.clone().requires_grad_()
+        return push_sides(double, sides, vector, everything, **options)
 
     epsilon = 1e-5
     slope = (loss(at + epsilon * along)[0] - loss(at - epsilon * along)[0]) / (2 * epsilon)
     assert float(loss(at)[1] @ along) == pytest.approx(slope, rel=1e-6)
 
 
-def test_a_step_reads_what_hooks_read(double: Any, pairs: sl.ContrastivePairs) -> None:
-    both = make_pair_batches(double, tokenize_pairs(double, pairs[:4]), 4)[0]
-    example = Example(
-        make_side(double, both[0], HOOK, sign=1), make_side(double, both[1], HOOK, sign=-1), -2
-    )
-    seen: list[Outputs] = []
+def test_a_step_reads_what_hooks_read(double: Any, both: tuple[Batch, Batch]) -> None:
+    seen: list[Pushed] = []
 
-    def keep(found: Outputs) -> torch.Tensor:
-        seen.append(found)
-        return found.logprob_positive.sum()
+    def keep(positive: Pushed, negative: Pushed) -> torch.Tensor:
+        seen.extend((positive, negative))
+        return positive.logprob.sum()
 
     vector = torch.linspace(-1, 1, 32, dtype=torch.float64).requires_grad_()
-    push_example(double, example, vector, hook_name=HOOK, readout=resid_post(2), objective=keep)
+    options: dict[str, Any] = {"hook_name": HOOK, "readout": resid_post(2), "position": -2}
+    push_sides(double, sides_of(double, both), vector, keep, **options)
+
+    def logprob(batch: Batch, coefficient: int) -> torch.Tensor:
+        with inference(double), sl.steer(double, {HOOK: vector.detach()}, coefficient):
+            logits = double(batch.tokens, return_type="logits", **batch.forward_kwargs)
+        return label_logprob(logits, batch.tokens, batch.label_mask())
+
     for c, sign in enumerate((1, -1)):
-        sides = ((both[0], sign, "positive"), (both[1], -sign, "negative"))
-        for batch, pushed, name in sides:
-            with inference(double), sl.steer(double, {HOOK: vector.detach()}, pushed):
-                logits = double(batch.tokens, return_type="logits", **batch.forward_kwargs)
-            expected = label_logprob(logits, batch.tokens, batch.label_mask())
-            torch.testing.assert_close(getattr(seen[0], f"logprob_{name}")[c], expected)
-    with inference(double):
-        logits = double(both[0].tokens, return_type="logits", **both[0].forward_kwargs)
-    expected = label_logprob(logits, both[0].tokens, both[0].label_mask())
-    torch.testing.assert_close(seen[0].unsteered_positive, expected)
+        torch.testing.assert_close(seen[0].logprob[c], logprob(both[0], sign))
+        torch.testing.assert_close(seen[1].logprob[c], logprob(both[1], -sign))
+    torch.testing.assert_close(seen[0].unsteered, logprob(both[0], 0))
 
 
 def test_a_side_without_labels_is_run_to_the_readout_alone(
-    double: Any, pairs: sl.ContrastivePairs
+    double: Any, both: tuple[Batch, Batch]
 ) -> None:
     """The same reading and gradient, no logprob; and the loss alone without a gradient."""
-    both = make_pair_batches(double, tokenize_pairs(double, pairs[:4]), 4)[0]
     vector = torch.linspace(-1, 1, 32, dtype=torch.float64)
-    found = []
+    results, negatives = [], []
+
+    def objective(positive: Pushed, negative: Pushed) -> torch.Tensor:
+        negatives.append(negative)
+        return (positive.readout - negative.readout).square().sum() + positive.logprob.sum()
+
+    options: dict[str, Any] = {"hook_name": HOOK, "readout": resid_post(1), "position": -2}
     for with_labels in (True, False):
-        negative = make_side(double, both[1], HOOK, sign=-1, with_labels=with_labels)
-        example = Example(make_side(double, both[0], HOOK, sign=1), negative, -2)
-        seen: list[Outputs] = []
-
-        def objective(found: Outputs, seen: list[Outputs] = seen) -> torch.Tensor:
-            seen.append(found)
-            differences = found.readout_positive - found.readout_negative
-            return differences.square().sum() + found.logprob_positive.sum()
-
-        options: dict[str, Any] = {
-            "hook_name": HOOK,
-            "readout": resid_post(1),
-            "objective": objective,
-        }
-        loss, gradient = push_example(double, example, vector.clone().requires_grad_(), **options)
-        found.append((loss, gradient))
-        alone, none = push_example(double, example, vector, with_gradient=False, **options)
+        sides = sides_of(double, both, with_labels=with_labels)
+        push = partial(push_sides, double, sides, objective=objective, **options)
+        loss, gradient = push(vector.clone().requires_grad_())
+        alone, none = push(vector, with_gradient=False)
         assert alone == pytest.approx(loss)
         assert not none.any()
-        assert bool(seen[0].logprob_negative.isnan().all()) != with_labels
-    assert found[0][0] == pytest.approx(found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1])
-    assert bool(found[0][1].any())
+        assert bool(negatives[-1].logprob.isnan().all()) != with_labels
+        results.append((loss, gradient))
+    assert results[0][0] == pytest.approx(results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+    assert bool(results[0][1].any())
 
 
 def gaps(model: Any, items: PreferenceItems, vector: torch.Tensor, sign: float) -> torch.Tensor:
@@ -160,13 +151,11 @@ def test_training_on_continuations_moves_the_preference_both_ways(
     llama: Any, pairs: sl.ContrastivePairs, items: PreferenceItems, objective: str
 ) -> None:
     trained = train_directions(
-        llama,
-        pairs,
+        *(llama, pairs),
         layers=[1],
         objective=objective,
         items=items[:8],
-        examples_per_step=2,
-        step_size=0.05,
+        schedule=Schedule(examples_per_step=2, step_size=0.05),
     )
     vector = trained.directions[HOOK] * trained.norms[HOOK]
     none, up, down = (gaps(llama, items[8:], vector, sign).mean() for sign in (0, 1, -1))
@@ -180,7 +169,11 @@ def test_training_on_continuations_moves_the_preference_both_ways(
 def test_the_reference_loss_separates_the_pairs_within_the_boundary(
     llama: Any, many: sl.ContrastivePairs
 ) -> None:
-    trained = train_directions(llama, many, layers=[1], examples_per_step=4, step_size=0.02)
+    options: dict[str, Any] = {
+        "layers": [1],
+        "schedule": Schedule(examples_per_step=4, step_size=0.02),
+    }
+    trained = train_directions(llama, many, **options)
     directions, norm = trained.directions, trained.norms[HOOK]
     assert directions.method == "optimised"
     table = sl.sweep(llama, many, directions, coefficients=[-norm, 0, norm], n_bootstrap=50).table
@@ -189,9 +182,9 @@ def test_the_reference_loss_separates_the_pairs_within_the_boundary(
     # The penalty is steep: what it costs stays near the 1% of the baseline that is permitted.
     baseline = table.baseline_logprob_nats[0]
     assert table.degradation_nats.abs().max() < 0.05 * abs(baseline)
-    again = train_directions(llama, many, layers=[1], examples_per_step=4, step_size=0.02)
+    again = train_directions(llama, many, **options)
     torch.testing.assert_close(again.directions[HOOK], directions[HOOK])
-    other = train_directions(llama, many, layers=[1], examples_per_step=4, step_size=0.02, seed=1)
+    other = train_directions(llama, many, seed=1, **options)
     assert not torch.allclose(other.directions[HOOK], directions[HOOK])
     # The readout keeps the direction that was frozen.
     frozen = sl.fit_directions(sl.collect_differences(llama, many, layers=[1]))
@@ -203,9 +196,7 @@ def test_training_stops_early(llama: Any, many: sl.ContrastivePairs) -> None:
     trained = train_directions(
         *(llama, many),
         layers=[1],
-        max_epochs=40,
-        patience=1,
-        step_size=0.5,
+        schedule=Schedule(max_epochs=40, patience=1, step_size=0.5),
         progress=lambda *told: seen.append(told),
     )
     n_epochs = len(trained.history)
@@ -240,9 +231,15 @@ def test_what_cannot_be_trained_is_refused(llama: Any, pairs: sl.ContrastivePair
         train_directions(llama, pairs, layers=[1], objective="promotion")
     with pytest.raises(InputError, match="at least 5; got 4"):
         train_directions(llama, pairs[:4], layers=[1])
-    with pytest.raises(InputError, match="examples_per_step"):
-        train_directions(llama, pairs, layers=[1], examples_per_step=0)
-    with pytest.raises(InputError, match="step_size"):
-        train_directions(llama, pairs, layers=[1], step_size=0)
+    for name, bad in (("examples_per_step", 0), ("max_epochs", 0), ("step_size", 0)):
+        with pytest.raises(InputError, match=name):
+            Schedule(**{name: bad})
     with pytest.raises(InputError, match="fitted from training"):
         sl.fit_directions(sl.collect_differences(llama, pairs, layers=[1]), method="optimised")
+
+
+def test_old_keywords_are_taken_with_a_warning(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    with pytest.warns(DeprecationWarning, match=r"max_epochs=1.*schedule=Schedule\(max_epochs=1\)"):
+        old = train_directions(llama, pairs, layers=[1], max_epochs=1)  # type: ignore[call-arg]
+    new = train_directions(llama, pairs, layers=[1], schedule=Schedule(max_epochs=1))
+    assert torch.equal(old.directions.vectors, new.directions.vectors)

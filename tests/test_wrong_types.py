@@ -87,10 +87,10 @@ import torch
 import steerlens as sl
 from run_folders import layers_table, sweep_table, write_sweep
 from steerlens import plots
-from steerlens.boundary import check_search
-from steerlens.damage import strengths_at
-from steerlens.arguments import finite
-from steerlens.shape import check_plane
+from steerlens.measure.boundary import check_search
+from steerlens.measure.tokens import strengths_at
+from steerlens.errors import finite
+from steerlens.measure.plane import check_plane
 
 table, at = sweep_table(2), None
 result = sl.SweepResult(table, layers_table(2), table, None, None)

@@ -7,24 +7,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.circuits.components import Prompts, make_prompts
+from steerlens.circuits.prompts import Prompts, make_prompts, row_slices
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
 from steerlens.errors import InputError, told
 from steerlens.models.loading import HookedModel, inference
 
-ROWS = 16
-"""Prompts in one pass."""
-
 
 @dataclass(frozen=True)
 class Answers:
     """Token ids of the answer on either side: the metric is the difference of their mean logits.
 
-    One row for all prompts, or one a prompt; in a comparison of circuits, one a pair or one a
-    prompt, those of the positive prompts first. Raises `InputError` unless both are tables of
-    whole numbers with as many rows, one or more tokens in each.
+    Args:
+        positive: One row for all prompts, or one a prompt; in a comparison of circuits, one a pair
+            or one a prompt, those of the positive prompts first.
+        negative: As many rows, of one or more tokens each.
+
+    Raises:
+        InputError: They are not tables of whole numbers with as many rows.
 
     Examples:
         >>> from steerlens.circuits import Answers
@@ -84,10 +85,16 @@ class Answers:
 def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: int = 10) -> Answers:
     """The tokens that the positive prompts make likelier than the negative ones, and the reverse.
 
-    The `n_tokens` largest and smallest mean differences of the next-token log-probability after
-    the last prompt token, over the pairs: fit them on other pairs than are measured. For a
-    behaviour that is not named by answer tokens of its own. Raises `InputError` when `n_tokens`
-    is below 1 or more than half the vocabulary; and as `tokenize_pairs`.
+    For a behaviour that is not named by answer tokens of its own: those with the largest and the
+    smallest mean difference over the pairs of the log-probability after the last prompt token.
+
+    Args:
+        model: The model, unsteered.
+        pairs: Other ones than are measured.
+        n_tokens: How many on either side.
+
+    Raises:
+        InputError: `n_tokens` is below 1 or above half the vocabulary; and as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import contrast_answers
@@ -95,30 +102,36 @@ def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: i
         torch.Size([1, 3])
     """
     tokenized = tokenize_pairs(model, pairs)
-    sides = [
-        torch.cat(
-            [
-                last_logits(model, make_prompts(model, some)).log_softmax(dim=-1)
-                for some in _slices(list(side))
-            ]
-        ).mean(dim=0)
-        for side in (tokenized.positive, tokenized.negative)
-    ]
-    difference = sides[0] - sides[1]
+    positive, negative = (
+        _mean_logprobs(model, side) for side in (tokenized.positive, tokenized.negative)
+    )
+    difference = positive - negative
     if not 1 <= n_tokens <= len(difference) // 2:
         raise InputError(
             f"n_tokens is from 1 to half the vocabulary ({len(difference) // 2}), "
             f"not {told(n_tokens)}"
         )
-    return Answers(
-        difference.topk(n_tokens).indices[None], (-difference).topk(n_tokens).indices[None]
-    )
+    return Answers(*(side.topk(n_tokens).indices[None] for side in (difference, -difference)))
+
+
+def _mean_logprobs(
+    model: HookedModel, prompts: Sequence[TokenizedPrompt]
+) -> Float[Tensor, " vocab"]:
+    """Mean log-probabilities after the last prompt token, over prompts, on the CPU."""
+    logits = []
+    for rows in row_slices(len(prompts)):
+        batch = make_prompts(model, prompts[rows])
+        with inference(model):
+            logits.append(batch.at_last(model(batch.tokens)).float().cpu())
+    return torch.cat(logits).log_softmax(dim=-1).mean(dim=0)
 
 
 def item_answers(model: HookedModel, items: PreferenceItems) -> tuple[Prompts, Answers]:
     """Items as prompts, with the first token of each continuation as answers.
 
-    Raises `InputError` on an item whose two continuations begin with the same token.
+    Raises:
+        InputError: The two continuations of an item begin with the same token; and as
+            `tokenize_prompt`.
 
     Examples:
         >>> from steerlens.circuits import item_answers
@@ -126,41 +139,14 @@ def item_answers(model: HookedModel, items: PreferenceItems) -> tuple[Prompts, A
         >>> len(prompts), answers.words(model)
         (6, {'positive': ['warm'], 'negative': ['so']})
     """
-    positive, negative = tokenize_items(model, items)
-    for item, one, other in zip(items, positive, negative, strict=True):
-        if one.continuation[0] == other.continuation[0]:
+    sides = tokenize_items(model, items)
+    positive, negative = (
+        torch.tensor([[prompt.continuation[0]] for prompt in side]) for side in sides
+    )
+    for item, is_same in zip(items, (positive == negative).flatten().tolist(), strict=True):
+        if is_same:
             raise InputError(
                 f"both continuations of item {item.id!r} begin with the same token, so it has no "
                 "answer logit difference; leave it out or reword it"
             )
-    first = [[[p.continuation[0]] for p in side] for side in (positive, negative)]
-    answers = Answers(torch.tensor(first[0]), torch.tensor(first[1]))
-    return make_prompts(model, list(positive)), answers
-
-
-def last_logits(model: HookedModel, prompts: Prompts) -> Float[Tensor, "prompt vocab"]:
-    """Logits after each prompt's last token, float32 on the CPU, without gradients."""
-    with inference(model):
-        logits = model(prompts.tokens)
-    rows = torch.arange(len(prompts), device=logits.device)
-    found: Float[Tensor, "prompt vocab"] = logits[rows, prompts.last.to(logits.device)]
-    return found.float().cpu()
-
-
-def measure(model: HookedModel, prompts: Prompts, answers: Answers) -> Float[Tensor, " prompt"]:
-    """The answer logit difference of every prompt, in passes of `ROWS`."""
-    return torch.cat(
-        [
-            answers.part(rows).logit_difference(last_logits(model, prompts.part(rows)))
-            for rows in row_slices(len(prompts))
-        ]
-    )
-
-
-def row_slices(n_prompts: int) -> list[slice]:
-    """The rows of each pass."""
-    return [slice(start, start + ROWS) for start in range(0, n_prompts, ROWS)]
-
-
-def _slices(prompts: list[TokenizedPrompt]) -> Sequence[list[TokenizedPrompt]]:
-    return [prompts[rows] for rows in row_slices(len(prompts))]
+    return make_prompts(model, sides[0]), Answers(positive, negative)

@@ -1,21 +1,32 @@
 """The components that write into the residual stream: embedding, heads, MLPs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
+import numpy as np
+import pandas as pd
 import torch
 from einops import einsum
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.loading import HookedModel
+from steerlens.stats import bootstrap_intervals
+from steerlens.tables import Row
 
+EMBED = "blocks.0.hook_resid_pre"
+"""What the stream begins with: token embeddings, and positions where the model adds them."""
 TOLERANCE = 1e-3
 """Largest part of what was written that the components may leave unexplained."""
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """`TOLERANCE`, or 4 times the dtype's epsilon where that is more."""
+    return max(TOLERANCE, 4 * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True, order=True)
@@ -38,68 +49,44 @@ class Component:
             return "embed"
         return "mlp" if self.head < 0 else "head"
 
+    @property
+    def hook_name(self) -> str:
+        """Where its write is read and patched."""
+        if self.layer < 0:
+            return EMBED
+        return mlp_hook(self.layer) if self.head < 0 else head_hook(self.layer)
+
     def __str__(self) -> str:
         if self.layer < 0:
             return "embed"
         return f"mlp{self.layer}" if self.head < 0 else f"L{self.layer}H{self.head}"
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts padded on the right, which causal attention needs no mask for; `last` is each one's
-    last real column."""
-
-    tokens: Int[Tensor, "prompt token"]
-    last: Int[Tensor, " prompt"]
-
-    def __len__(self) -> int:
-        return len(self.last)
-
-    def part(self, rows: slice) -> "Prompts":
-        """Some of the prompts, as padded as they are."""
-        return Prompts(self.tokens[rows], self.last[rows])
-
-    @property
-    def real(self) -> Float[Tensor, "prompt token"]:
-        """1 at real tokens, 0 at padding."""
-        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return (columns <= self.last[:, None]).float()
-
-
-def make_prompts(model: HookedModel, prompts: list[TokenizedPrompt]) -> Prompts:
-    """The prompts' own tokens, without continuations, on the model's device.
-
-    Raises `InputError` when there are none.
-
-    Examples:
-        >>> from steerlens.circuits import make_prompts
-        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
-        >>> len(prompts)
-        8
-    """
-    if not prompts:
-        raise InputError("expected one or more prompts, got none")
-    width = max(len(prompt.prompt) for prompt in prompts)
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    tokens = torch.full((len(prompts), width), 0 if pad is None else pad)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt.prompt)] = torch.tensor(prompt.prompt)
-    last = torch.tensor([len(prompt.prompt) - 1 for prompt in prompts])
-    return Prompts(tokens.to(model.cfg.device), last.to(model.cfg.device))
-
-
 def components(model: HookedModel, *, n_layers: int | None = None) -> tuple[Component, ...]:
     """The embedding, and heads and MLP of the first `n_layers` blocks (all of them), in order."""
     layers = range(int(model.cfg.n_layers) if n_layers is None else n_layers)
-    heads = range(int(model.cfg.n_heads))
-    return (
-        Component(-1),
-        *(
-            component
-            for layer in layers
-            for component in (*(Component(layer, head) for head in heads), Component(layer))
-        ),
-    )
+    heads = (*range(int(model.cfg.n_heads)), -1)
+    return Component(-1), *(Component(layer, head) for layer in layers for head in heads)
+
+
+def rows_of(**columns: Any) -> list[Row]:
+    """Rows of columns; what is not a list or array is the same in every row."""
+    return cast(list[Row], pd.DataFrame(columns).to_dict("records"))
+
+
+def component_rows(parts: Sequence[Component], **columns: Any) -> list[Row]:
+    """Rows that say which component each is about, and what `columns` hold of it."""
+    kinds, layers = [part.kind for part in parts], [part.layer for part in parts]
+    return rows_of(component=kinds, layer=layers, head=[part.head for part in parts], **columns)
+
+
+def mean_intervals(
+    values: Float[Tensor, "component example"], *, n_bootstrap: int, seed: int
+) -> tuple[Float[np.ndarray, " component"], ...]:
+    """The means over examples, and the lower and upper ends of their 95% intervals."""
+    values = values.double()
+    bounds = bootstrap_intervals(values.numpy(), n_resamples=n_bootstrap, seed=seed)
+    return values.mean(dim=1).numpy(), *bounds
 
 
 def head_hook(layer: int) -> str:
@@ -112,28 +99,39 @@ def mlp_hook(layer: int) -> str:
     return f"blocks.{layer}.hook_mlp_out"
 
 
-def hook_of(component: Component) -> str:
-    """Where a component's write is read and patched."""
-    if component.kind == "embed":
-        return EMBED
-    return head_hook(component.layer) if component.kind == "head" else mlp_hook(component.layer)
-
-
-EMBED = "blocks.0.hook_resid_pre"
-"""What the stream begins with: token embeddings, and positions where the model adds them."""
+def holds_heads(hook_name: str) -> bool:
+    """Whether a hook of `writer_hooks` holds the heads of a layer, and not one write."""
+    return hook_name.endswith("hook_z")
 
 
 def writer_hooks(model: HookedModel, *, n_layers: int | None = None) -> tuple[str, ...]:
-    """The hooks that hold all writes of the first `n_layers` blocks (all of them)."""
-    layers = range(int(model.cfg.n_layers) if n_layers is None else n_layers)
-    names = (name for layer in layers for name in (head_hook(layer), mlp_hook(layer)))
-    return (EMBED, *names)
+    """The hooks that hold all writes of the first `n_layers` blocks, in `components`' order."""
+    parts = components(model, n_layers=n_layers)
+    return tuple(dict.fromkeys(part.hook_name for part in parts))
 
 
-def output_weights(model: HookedModel, layer: int) -> Float[Tensor, "head d_head d_model"]:
-    """`W_O` of a block, head by head."""
-    weights: Float[Tensor, "head d_head d_model"] = model.blocks[layer].attn.W_O.detach()
-    return weights
+def by_hook(parts: Iterable[Component]) -> dict[str, list[int] | None]:
+    """Hook -> the heads of `parts` that are there; None at an MLP, which is all that is there."""
+    places: dict[str, list[int]] = {}
+    for part in parts:
+        places.setdefault(part.hook_name, []).append(part.head)
+    return {name: heads if holds_heads(name) else None for name, heads in places.items()}
+
+
+def output_weights(model: HookedModel, hook_name: str) -> Float[Tensor, "head d_head d_model"]:
+    """`W_O` of the hook's block, head by head, in float32."""
+    weights: Float[Tensor, "head d_head d_model"] = model.blocks[hook_layer(hook_name)].attn.W_O
+    return weights.detach().float()
+
+
+def writes(
+    model: HookedModel, hook_name: str, activation: Float[Tensor, "prompt token *rest"]
+) -> Float[Tensor, "prompt token component d_model"]:
+    """What each component at a hook of `writer_hooks` wrote into the stream, in float32."""
+    if not holds_heads(hook_name):
+        return activation.float()[:, :, None]
+    weights = output_weights(model, hook_name).to(activation.device)
+    return einsum(activation.float(), weights, "prompt token h k, h k d -> prompt token h d")
 
 
 def cotangents(
@@ -146,17 +144,14 @@ def cotangents(
 
     `direction` is one row, or one a prompt; at `hook_z` it is carried through `W_O`.
     """
-    found: dict[str, Tensor] = {}
+    against: dict[str, Tensor] = {}
     for name in writer_hooks(model, n_layers=n_layers):
-        if name.endswith("hook_z"):
-            weights = output_weights(model, hook_layer(name)).to(direction)
-            through = einsum(
-                weights, direction, "head d_head d_model, prompt d_model -> prompt head d_head"
-            )
-            found[name] = through[:, None]
-        else:
-            found[name] = direction[:, None]
-    return found
+        row = direction
+        if holds_heads(name):
+            weights = output_weights(model, name).to(direction)
+            row = einsum(weights, direction, "head k d, prompt d -> prompt head k")
+        against[name] = row[:, None]
+    return against
 
 
 def contract(
@@ -169,7 +164,7 @@ def contract(
     rows: list[Tensor] = []
     for name, activation in written.items():
         product = (activation.float() * against[name]).sum(dim=-1)
-        rows.extend(product.unbind(dim=-1) if name.endswith("hook_z") else [product])
+        rows.extend(product.unbind(dim=-1) if holds_heads(name) else [product])
     return torch.stack(rows)
 
 
@@ -189,17 +184,17 @@ def check_additive(model: HookedModel) -> None:
 
 
 def check_complete(
-    explained: float, whole: float, scale: float, what: str, dtype: torch.dtype
+    explained: float, whole: float, scale: float, name: str, dtype: torch.dtype
 ) -> None:
-    """Raise `InputError` when the components' sum is not the whole.
+    """Raise `InputError` when the components' sum is not the whole called `name`.
 
-    To 1e-3 of `scale`, or 4 times the epsilon of the model's dtype where that is more.
+    To `tolerance` of `scale`.
     """
     if not (math.isfinite(explained) and math.isfinite(whole)):
-        raise InputError(f"{what} is not finite; try a smaller coefficient or float32")
-    if not abs(explained - whole) <= max(TOLERANCE, 4 * torch.finfo(dtype).eps) * scale:
+        raise InputError(f"{name} is not finite; try a smaller coefficient or float32")
+    if not abs(explained - whole) <= tolerance(dtype) * scale:
         raise InputError(
-            f"the components add up to {explained:.6g}, but {what} is {whole:.6g}: on this model "
+            f"the components add up to {explained:.6g}, but {name} is {whole:.6g}: on this model "
             "heads and MLPs are normed, scaled or mixed before they are added to the residual "
             f"stream, or the change is lost in {dtype}'s rounding (try float32)"
         )

@@ -1,31 +1,37 @@
 """Scores of nodes and edges against their means, and models run with a part of them alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
 from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.circuits.answers import Answers, last_logits, row_slices
+from steerlens.circuits.answers import Answers
 from steerlens.circuits.components import (
-    EMBED,
-    TOLERANCE,
     Component,
-    Prompts,
+    by_hook,
     components,
-    head_hook,
-    hook_of,
-    mlp_hook,
-    output_weights,
+    holds_heads,
+    rows_of,
+    tolerance,
     writer_hooks,
+    writes,
 )
-from steerlens.circuits.interventions import Intervention, trace
+from steerlens.circuits.interventions import Intervention, capture
+from steerlens.circuits.patching import replacing
+from steerlens.circuits.prompts import make_prompts
+from steerlens.circuits.tasks import Task
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
-from steerlens.models.hooks import HookFunction, hooked, resid_post
+from steerlens.models.hooks import HookFunction, resid_post
 from steerlens.models.loading import HookedModel
+from steerlens.tables import EDGE_COLUMNS, Row, to_frame
 
 
 @dataclass(frozen=True, order=True)
@@ -41,42 +47,55 @@ class Reader:
         norms = {"attn": f"blocks.{self.layer}.ln1", "mlp": f"blocks.{self.layer}.ln2"}
         return f"{norms.get(self.kind, 'ln_final')}.hook_in"
 
+    def is_behind(self, part: Component) -> bool:
+        """Whether it sees what a component writes."""
+        if part.layer != self.layer:
+            return part.layer < self.layer
+        return part.kind == "head" and self.kind == "mlp"
+
     def __str__(self) -> str:
         return "logits" if self.kind == "logits" else f"{self.kind}{self.layer}"
 
 
 @dataclass(frozen=True)
-class Contrast:
+class Contrast(Task):
     """A behaviour: prompts of both sides, positive ones first, as many of each; and answers.
 
     Its metric is the mean over pairs of the positive prompt's answer logit difference minus the
     negative one's (logits).
     """
 
-    prompts: Prompts
-    answers: Answers
-
     @property
     def n_pairs(self) -> int:
         """How many pairs there are."""
         return len(self.prompts) // 2
 
-    @property
-    def signs(self) -> Float[Tensor, " prompt"]:
-        """1 for positive prompts, -1 for negative ones."""
-        return torch.tensor([1.0, -1.0]).repeat_interleave(self.n_pairs)
+    @staticmethod
+    def by_pair(values: Float[Tensor, "*rest prompt"]) -> Float[Tensor, "*rest pair"]:
+        """Each positive prompt's value minus that of the negative one."""
+        positive, negative = values.chunk(2, dim=-1)
+        return positive - negative
 
 
 @dataclass(frozen=True)
-class Means:
-    """What an ablated component writes: its mean over all real tokens but the first.
+class Graph:
+    """The heads and MLPs of a model on a contrast, steered or not, and what they write on average.
 
-    `heads` is at `hook_z`; the first token, the same in all prompts, is never ablated.
+    `means` has, by hook, the mean of all real tokens but the first, both sides together: what an
+    ablated component writes. The first token, the same in all prompts, is never ablated.
     """
 
-    embed: Float[Tensor, " d_model"]
-    heads: Float[Tensor, "layer head d_head"]
-    mlps: Float[Tensor, "layer d_model"]
+    contrast: Contrast
+    intervention: Intervention
+    means: Mapping[str, Tensor]
+
+    def deviation(
+        self, hook_name: str, activation: Float[Tensor, "prompt token *rest"]
+    ) -> Float[Tensor, "prompt token *rest"]:
+        """What is at a hook beyond the mean there; 0 at the first token."""
+        beyond = activation.float() - self.means[hook_name]
+        beyond[:, 0] = 0
+        return beyond
 
 
 @dataclass(frozen=True)
@@ -94,25 +113,73 @@ class Scores:
     is_edge: Bool[Tensor, "writer reader"]
     metric: float
 
+    def items(self, level: str) -> Float[Tensor, "item pair"]:
+        """Those of all nodes ("node"), or of the edges that exist ("edge")."""
+        return self.nodes if level == "node" else self.edges[self.is_edge]
 
-def readers(model: HookedModel) -> tuple[Reader, ...]:
-    """Attention and MLP of every layer in order, then the logits.
 
-    Raises `InputError` where they have no norm of their own to read through.
+def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers) -> Contrast:
+    """Both sides of the pairs as one batch, positive prompts first.
+
+    Args:
+        model: The model, unsteered.
+        pairs: Prompts that begin with the same token, which is never ablated.
+        answers: One row, one a pair, or one a prompt, positive ones first.
+
+    Raises:
+        InputError: The prompts begin with different tokens, or the answers do not fit.
+
+    Examples:
+        >>> from steerlens.circuits import contrast_answers, make_contrast
+        >>> make_contrast(model, pairs, contrast_answers(model, pairs, n_tokens=3)).n_pairs
+        8
     """
-    n_layers = int(model.cfg.n_layers)
-    found = (
-        *(Reader(layer, kind) for layer in range(n_layers) for kind in ("attn", "mlp")),
-        Reader(n_layers, "logits"),
-    )
-    missing = [reader.hook_name for reader in found if reader.hook_name not in model.hook_dict]
-    if missing or getattr(model.cfg, "parallel_attn_mlp", False):
+    tokenized = tokenize_pairs(model, pairs)
+    prompts = make_prompts(model, [*tokenized.positive, *tokenized.negative])
+    if bool((prompts.tokens[:, 0] != prompts.tokens[0, 0]).any()):
         raise InputError(
-            f"edges are read at the norm before attention, MLP and logits; this model has no "
-            f"{', '.join(missing) or 'MLP that reads the attention of its block'}: compare nodes "
-            'alone, levels=("node",)'
+            "the prompts begin with different tokens; circuits are compared on prompts that begin "
+            "with the same one, such as BOS, because it is left as it is"
         )
-    return found
+    if len(answers.positive) == len(pairs) > 1:
+        answers = Answers(answers.positive.repeat(2, 1), answers.negative.repeat(2, 1))
+    return Contrast(model, prompts, answers)
+
+
+def make_graph(contrast: Contrast, intervention: Intervention) -> Graph:
+    """The model's graph under an intervention: a forward pass over all prompts for the means.
+
+    Args:
+        contrast: As `make_contrast` makes it.
+        intervention: What the model is steered by; `Intervention()`: nothing.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, attribute, make_contrast, make_graph
+        >>> from steerlens.circuits import contrast_answers, run_edges, run_nodes
+        >>> contrast = make_contrast(model, pairs, contrast_answers(model, pairs, n_tokens=3))
+        >>> graph = make_graph(contrast, Intervention(vector, 4))
+        >>> scores = attribute(graph)
+        >>> kept = scores.nodes.mean(dim=-1).abs() > 0  # all that have any effect
+        >>> bool(np.isclose(run_nodes(graph, kept), scores.metric, rtol=1e-3))
+        True
+        >>> bool(np.isclose(run_edges(graph, scores.is_edge), scores.metric, rtol=1e-3))
+        True
+    """
+    names = writer_hooks(contrast.model)
+    totals: dict[str, Tensor] = {}
+    n_tokens = 0
+    for batch in contrast.passes():
+        real = batch.prompts.real.clone()
+        real[:, 0] = False
+        n_tokens += int(real.sum())
+        for name, activation in capture(
+            batch.model, batch.prompts.tokens, names, intervention
+        ).items():
+            weight = real.reshape(*real.shape, *[1] * (activation.ndim - 2))
+            part = (activation.float() * weight).sum(dim=(0, 1))
+            totals[name] = totals[name] + part if name in totals else part
+    means = {name: total / n_tokens for name, total in totals.items()}
+    return Graph(contrast, intervention, means)
 
 
 def nodes(model: HookedModel) -> tuple[Component, ...]:
@@ -120,228 +187,152 @@ def nodes(model: HookedModel) -> tuple[Component, ...]:
     return components(model)[1:]
 
 
-def existing_edges(model: HookedModel) -> Bool[Tensor, "writer reader"]:
-    """Whether each component (`components` order) comes before each reader (`readers` order).
+def edge_readers(model: HookedModel) -> tuple[Reader, ...]:
+    """What edges lead to: attention and MLP of every layer in order, then the logits.
 
-    Raises `InputError` as `readers` does.
+    Args:
+        model: The model.
+
+    Raises:
+        InputError: They have no norm of their own to read through, so edges cannot be compared.
+
+    Examples:
+        >>> from steerlens.circuits import edge_readers
+        >>> [str(reader) for reader in edge_readers(model)][-3:]
+        ['attn4', 'mlp4', 'logits']
     """
-    return torch.tensor(
-        [[_is_before(part, reader) for reader in readers(model)] for part in components(model)]
+    n_layers = int(model.cfg.n_layers)
+    readers = (
+        *(Reader(layer, kind) for layer in range(n_layers) for kind in ("attn", "mlp")),
+        Reader(n_layers, "logits"),
     )
-
-
-def _is_before(part: Component, reader: Reader) -> bool:
-    if part.layer != reader.layer:
-        return part.layer < reader.layer
-    return part.kind == "head" and reader.kind == "mlp"
-
-
-def mean_writes(model: HookedModel, contrast: Contrast, intervention: Intervention) -> Means:
-    """The mean output of every component under an intervention, both sides together."""
-    totals: dict[str, Tensor] = {}
-    count = 0.0
-    for rows in row_slices(len(contrast.prompts)):
-        some = contrast.prompts.part(rows)
-        found = trace(
-            model,
-            some,
-            contrast.answers.part(rows),
-            writer_hooks(model),
-            intervention=intervention,
+    missing = [reader.hook_name for reader in readers if reader.hook_name not in model.hook_dict]
+    if missing or getattr(model.cfg, "parallel_attn_mlp", False):
+        raise InputError(
+            f"edges are read at the norm before attention, MLP and logits; this model has no "
+            f"{', '.join(missing) or 'MLP that reads the attention of its block'}: compare nodes "
+            'alone, levels=("node",)'
         )
-        real = some.real.clone()
-        real[:, 0] = 0
-        count += float(real.sum())
-        for name, activation in found.activations.items():
-            weight = real.reshape(*real.shape, *[1] * (activation.ndim - 2))
-            part = (activation.float() * weight).sum(dim=(0, 1))
-            totals[name] = totals[name] + part if name in totals else part
-    layers = range(int(model.cfg.n_layers))
-    return Means(
-        totals[EMBED] / count,
-        torch.stack([totals[head_hook(layer)] for layer in layers]) / count,
-        torch.stack([totals[mlp_hook(layer)] for layer in layers]) / count,
+    return readers
+
+
+def existing_edges(model: HookedModel) -> Bool[Tensor, "writer reader"]:
+    """Whether each component (`components` order) comes before each reader (`edge_readers` order).
+
+    Raises `InputError` as `edge_readers` does.
+    """
+    readers = edge_readers(model)
+    return torch.tensor(
+        [[reader.is_behind(part) for reader in readers] for part in components(model)]
     )
 
 
-def check_sum(model: HookedModel, contrast: Contrast) -> None:
+def check_sum(contrast: Contrast) -> None:
     """Raise `InputError` unless heads and MLPs, as they are read, add up to the residual stream.
 
     On two prompts, to 1e-3 of the stream (4 epsilon in 16-bit dtypes); biases, the same everywhere,
     are left out.
     """
-    some = contrast.prompts.part(slice(0, 2))
+    model = contrast.model
     final = resid_post(int(model.cfg.n_layers) - 1)
-    names = writer_hooks(model)
-    found = trace(model, some, contrast.answers.part(slice(0, 2)), [*names, final]).activations
-    rest = found[final].float()
-    for name in names:
-        activation = found[name].float()
-        if name.endswith("hook_z"):
-            weights = output_weights(model, int(name.split(".")[1])).to(activation)
-            activation = einsum(activation, weights, "p t h k, h k d -> p t d")
-        rest = rest - activation
-    off = float((rest - rest[:1, :1]).norm() / found[final].float().norm())
-    if not off <= max(TOLERANCE, 4 * torch.finfo(model.cfg.dtype).eps):
+    tokens = contrast.prompts.tokens[:2]
+    written = capture(model, tokens, [*writer_hooks(model), final])
+    stream = written.pop(final).float()
+    rest = stream.clone()
+    for name, activation in written.items():
+        rest -= writes(model, name, activation).sum(dim=2)
+    off = float((rest - rest[:1, :1]).norm() / stream.norm())
+    if not off <= tolerance(model.cfg.dtype):
         raise InputError(
             f"heads and MLPs leave {off:.2g} of the residual stream unexplained: this model norms, "
             "scales or mixes them before they are added, so it cannot be taken apart this way"
         )
 
 
-def attribute(
-    model: HookedModel,
-    contrast: Contrast,
-    intervention: Intervention,
-    means: Means,
-    *,
-    with_edges: bool = True,
-) -> Scores:
+def attribute(graph: Graph, *, with_edges: bool = True) -> Scores:
     """Score every node and every edge, from one forward and one backward pass of each batch.
 
     `node = sum (a - mean) . d metric / d a`; `edge = sum (a_writer - mean) . d metric / d input of
     the reader` (edge attribution patching, Syed et al. 2023, arXiv:2310.10348, against the mean),
     summed over tokens. Keys and values may be shared by heads: a reader is a layer's attention as a
-    whole. Raises `InputError` as `readers` does.
+    whole.
+
+    Args:
+        graph: As `make_graph` makes it; its example goes on to here.
+        with_edges: False: nodes alone.
+
+    Raises:
+        InputError: As `edge_readers`.
     """
-    seen = readers(model) if with_edges else ()
-    by_node, by_edge, metrics = [], [], []
-    for rows in row_slices(len(contrast.prompts)):
-        some = contrast.prompts.part(rows)
-        found = trace(
-            model,
-            some,
-            contrast.answers.part(rows),
-            [*writer_hooks(model), *(reader.hook_name for reader in seen)],
-            intervention=intervention,
-            with_gradients=True,
-        )
-        into = [found.gradients[reader.hook_name].float() for reader in seen]
-        edge, node = [], []
-        for name in writer_hooks(model):
-            if with_edges:
-                edge.append(
-                    einsum(
-                        deviation(model, name, found.activations[name], means),
-                        torch.stack(into),
-                        "prompt token part d, reader prompt token d -> part reader prompt",
-                    )
-                )
-            delta = found.activations[name].float() - _mean_at(name, means)
-            delta[:, 0] = 0
-            product = (delta * found.gradients[name].float()).sum(dim=(1, -1))
-            node.append(product.T if name.endswith("hook_z") else product[None])
-        if with_edges:
-            by_edge.append(torch.cat(edge).cpu())
-        by_node.append(torch.cat(node)[1:].cpu())
-        metrics.append(found.metric.cpu())
-    signs = contrast.signs
-    metric = torch.cat(metrics) * signs
-    nodes_by_pair = _by_pair(torch.cat(by_node, dim=1) * signs)
+    contrast = graph.contrast
+    model, names = contrast.model, writer_hooks(contrast.model)
+    seen = [reader.hook_name for reader in edge_readers(model)] if with_edges else []
+    by_node: list[Tensor] = []
+    by_edge: list[Tensor] = []
+    metrics: list[Tensor] = []
+    for batch in contrast.passes():
+        run = batch.trace([*names, *seen], graph.intervention, with_gradients=True)
+        metrics.append(run.metric.cpu())
+        into = torch.stack([run.gradients[name].float() for name in seen]) if seen else None
+        node_rows, edge_rows = [], []
+        for name in names:
+            beyond = graph.deviation(name, run.activations[name])
+            product = (beyond * run.gradients[name].float()).sum(dim=(1, -1))
+            node_rows.append(product.T if holds_heads(name) else product[None])
+            if into is not None:
+                wrote = writes(model, name, beyond)
+                edge_rows.append(einsum(wrote, into, "p t part d, reader p t d -> part reader p"))
+        by_node.append(torch.cat(node_rows)[1:].cpu())
+        by_edge += [torch.cat(edge_rows).cpu()] if edge_rows else []
+    node_scores = contrast.by_pair(torch.cat(by_node, dim=1))
     if with_edges:
-        exists = existing_edges(model)
-        edges = torch.where(exists[..., None], _by_pair(torch.cat(by_edge, dim=2) * signs), 0.0)
+        is_edge = existing_edges(model)
+        edges = contrast.by_pair(torch.cat(by_edge, dim=2)).masked_fill(~is_edge[..., None], 0)
     else:
-        exists = torch.zeros((len(components(model)), 0), dtype=torch.bool)
-        edges = torch.zeros((*exists.shape, nodes_by_pair.shape[1]))
-    return Scores(
-        nodes_by_pair,
-        edges,
-        exists,
-        float(_by_pair(metric).mean()),
+        is_edge = torch.zeros((len(components(model)), 0), dtype=torch.bool)
+        edges = torch.zeros((*is_edge.shape, node_scores.shape[1]))
+    metric = float(contrast.by_pair(torch.cat(metrics)).mean())
+    return Scores(node_scores, edges, is_edge, metric)
+
+
+def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> float:
+    """The metric (logits) with every head and MLP that is not kept replaced by its mean.
+
+    Args:
+        graph: As `make_graph` makes it; its example goes on to here.
+        kept: True for those of the circuit, in the order of `Scores.nodes`.
+    """
+    parts = zip(nodes(graph.contrast.model), kept.tolist(), strict=True)
+    places = by_hook(part for part, is_kept in parts if not is_kept)
+    return _run(
+        graph,
+        lambda: [
+            replacing(name, graph.means[name], heads, first=1) for name, heads in places.items()
+        ],
     )
 
 
-def deviation(
-    model: HookedModel,
-    name: str,
-    activation: Float[Tensor, "prompt token *rest"],
-    means: Means,
-) -> Float[Tensor, "prompt token part d_model"]:
-    """What the components at a hook write beyond their means; 0 at the first token."""
-    delta = activation.float() - _mean_at(name, means)
-    delta[:, 0] = 0
-    if not name.endswith("hook_z"):
-        return delta[:, :, None]
-    weights = output_weights(model, int(name.split(".")[1])).to(delta)
-    return einsum(
-        delta,
-        weights,
-        "prompt token head d_head, head d_head d_model -> prompt token head d_model",
-    )
-
-
-def run_nodes(
-    model: HookedModel,
-    contrast: Contrast,
-    intervention: Intervention,
-    means: Means,
-    kept: Bool[Tensor, " node"],
-) -> float:
-    """The metric with every head and MLP that is not `kept` replaced by its mean."""
-    gone = [part for part, keep in zip(nodes(model), kept.tolist(), strict=True) if not keep]
-    heads: dict[str, list[int]] = {}
-    for part in gone:
-        if part.kind == "head":
-            heads.setdefault(head_hook(part.layer), []).append(part.head)
-    fwd_hooks = [
-        *(_to_mean(name, _mean_at(name, means), which) for name, which in heads.items()),
-        *(
-            _to_mean(mlp_hook(part.layer), means.mlps[part.layer], None)
-            for part in gone
-            if part.kind == "mlp"
-        ),
-    ]
-    return _run(model, contrast, intervention, lambda: fwd_hooks)
-
-
-def run_edges(
-    model: HookedModel,
-    contrast: Contrast,
-    intervention: Intervention,
-    means: Means,
-    kept: Bool[Tensor, "writer reader"],
-) -> float:
-    """The metric when each reader sees only the writers `kept` for it, the others' means instead.
+def run_edges(graph: Graph, kept: Bool[Tensor, "writer reader"]) -> float:
+    """The metric (logits) when each reader sees only the writers kept for it, else means.
 
     A reader's input is the stream minus what each cut writer wrote beyond its mean in this same
-    run, so what it does see is what the circuit itself computes. A vector that acts in between must
-    be added: `compare_circuits` refuses other operators.
+    run, so what it does see is what the circuit itself computes.
+
+    Args:
+        graph: As `make_graph` makes it; its example goes on to here. A vector that acts in between
+            must be added: `compare_circuits` refuses other operators.
+        kept: True for those of the circuit, as in `Scores.is_edge`.
     """
-    parts, seen = components(model), readers(model)
-    start: dict[str, int] = {}
-    for index, part in enumerate(parts):
-        start.setdefault(hook_of(part), index)
-    cut = existing_edges(model) & ~kept
+    cut = existing_edges(graph.contrast.model) & ~kept
+    return _run(graph, lambda: _cutting(graph, cut))
 
-    def fresh() -> list[tuple[str, HookFunction]]:
-        written: dict[str, Tensor] = {}
-        totals: dict[str, Tensor] = {}
 
-        def keeping(name: str) -> tuple[str, HookFunction]:
-            def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-                written[name] = deviation(model, name, activation, means)
-                totals[name] = written[name].sum(dim=2)
-
-            return name, keep
-
-        def reading(column: int) -> tuple[str, HookFunction]:
-            def read(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-                out = activation.float()
-                for name, wrote in written.items():
-                    gone = cut[start[name] : start[name] + wrote.shape[2], column]
-                    if bool(gone.any()):
-                        out = out - _summed(wrote, totals[name], gone.to(wrote.device))
-                return out.to(activation)
-
-            return seen[column].hook_name, read
-
-        return [
-            *(keeping(name) for name in writer_hooks(model)),
-            *(reading(column) for column in range(len(seen)) if bool(cut[:, column].any())),
-        ]
-
-    return _run(model, contrast, intervention, fresh)
+def run_circuit(graph: Graph, level: str, kept: Bool[Tensor, " item"]) -> float:
+    """`run_nodes` or `run_edges` with the kept of `Scores.items`."""
+    if level == "node":
+        return run_nodes(graph, kept)
+    edges = existing_edges(graph.contrast.model)
+    return run_edges(graph, edges.masked_scatter(edges, kept))
 
 
 def largest(
@@ -356,51 +347,95 @@ def largest(
     return chosen.reshape(scores.shape)
 
 
+def edge_table(
+    model: HookedModel, scores: Mapping[str, Scores], *, n_edges: int = 40
+) -> pd.DataFrame:
+    """The edges of each model with the largest absolute score, as a table (`EDGE_COLUMNS`).
+
+    Args:
+        model: The model that they are of.
+        scores: Those of `compare_circuits`: a model's name each.
+        n_edges: How many of each.
+
+    Raises:
+        InputError: As `edge_readers`.
+
+    Examples:
+        >>> from steerlens.circuits import (
+        ...     Intervention, compare_circuits, contrast_answers, edge_table
+        ... )
+        >>> answers = contrast_answers(model, pairs, n_tokens=3)
+        >>> pushed = {"cheerful": Intervention(vector, 4)}
+        >>> circuits = compare_circuits(model, pairs, answers, pushed, shares=[0.2], n_splits=2)
+        >>> edges = edge_table(model, circuits.scores, n_edges=5)
+        >>> edges.groupby("model").size().to_dict()
+        {'cheerful': 5, 'unsteered': 5}
+    """
+    parts, readers = components(model), edge_readers(model)
+    rows: list[Row] = []
+    for name, model_scores in scores.items():
+        mean = model_scores.edges.mean(dim=-1)
+        chosen = largest(mean, n_edges, model_scores.is_edge)
+        edges = [(parts[i], readers[j]) for i, j in chosen.nonzero().tolist()]
+        rows += rows_of(
+            model=name,
+            writer=[str(writer) for writer, _ in edges],
+            writer_layer=[writer.layer for writer, _ in edges],
+            writer_head=[writer.head for writer, _ in edges],
+            reader=[str(reader) for _, reader in edges],
+            reader_layer=[reader.layer for _, reader in edges],
+            score=mean[chosen].tolist(),
+        )
+    return to_frame(rows, EDGE_COLUMNS, {"n_edges": n_edges})
+
+
+def _run(graph: Graph, make_hooks: Any) -> float:
+    """The metric of the model with hooks, made anew for every pass."""
+    metrics = [batch.measure(graph.intervention, make_hooks()) for batch in graph.contrast.passes()]
+    return float(graph.contrast.by_pair(torch.cat(metrics)).mean())
+
+
+def _cutting(graph: Graph, cut: Bool[Tensor, "writer reader"]) -> list[tuple[str, HookFunction]]:
+    """Hooks of one pass that keep what was written, and take what is cut out of readers' inputs."""
+    model = graph.contrast.model
+    readers, names = edge_readers(model), writer_hooks(model)
+    sizes = [int(model.cfg.n_heads) if holds_heads(name) else 1 for name in names]
+    cut_at = dict(zip(names, torch.split(cut, sizes), strict=True))
+    written: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str, activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+        wrote = writes(model, name, graph.deviation(name, activation))
+        written[name] = wrote, wrote.sum(dim=2)
+
+    def read(column: int, activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        stream = activation.float()
+        for name, (wrote, total) in written.items():
+            gone = cut_at[name][:, column]
+            if bool(gone.any()):
+                stream = stream - _summed(wrote, total, gone.to(wrote.device))
+        return stream.to(activation)
+
+    return [
+        *((name, partial(keep, name)) for name in names),
+        *(
+            (reader.hook_name, partial(read, column))
+            for column, reader in enumerate(readers)
+            if bool(cut[:, column].any())
+        ),
+    ]
+
+
 def _summed(
     wrote: Float[Tensor, "prompt token part d_model"],
     total: Float[Tensor, "prompt token d_model"],
-    which: Bool[Tensor, " part"],
+    gone: Bool[Tensor, " part"],
 ) -> Float[Tensor, "prompt token d_model"]:
-    """The sum over some parts, from whichever are fewer, those in it or those out of it."""
-    if bool(which.all()):
+    """The sum over the parts that are gone, from whichever are fewer, these or the others."""
+    if bool(gone.all()):
         return total
-    if 2 * int(which.sum()) > len(which):
-        return total - wrote[:, :, ~which].sum(dim=2)
-    return wrote[:, :, which].sum(dim=2)
+    if 2 * int(gone.sum()) > len(gone):
+        return total - wrote[:, :, ~gone].sum(dim=2)
+    return wrote[:, :, gone].sum(dim=2)
 
 
-def _mean_at(name: str, means: Means) -> Tensor:
-    if name == EMBED:
-        return means.embed
-    layer = int(name.split(".")[1])
-    return means.heads[layer] if name.endswith("hook_z") else means.mlps[layer]
-
-
-def _to_mean(name: str, mean: Tensor, heads: Sequence[int] | None) -> tuple[str, HookFunction]:
-    def put(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
-        changed = activation.clone()
-        if heads is None:
-            changed[:, 1:] = mean.to(activation)
-        else:
-            changed[:, 1:, list(heads)] = mean[list(heads)].to(activation)
-        return changed
-
-    return name, put
-
-
-def _run(
-    model: HookedModel, contrast: Contrast, intervention: Intervention, make_hooks: Any
-) -> float:
-    """The metric of the model with hooks, made anew for every pass."""
-    found = []
-    for rows in row_slices(len(contrast.prompts)):
-        with intervention.on(model), hooked(model, make_hooks()):
-            logits = last_logits(model, contrast.prompts.part(rows))
-        found.append(contrast.answers.part(rows).logit_difference(logits))
-    return float(_by_pair(torch.cat(found) * contrast.signs).mean())
-
-
-def _by_pair(values: Float[Tensor, "*rest prompt"]) -> Float[Tensor, "*rest pair"]:
-    """The two prompts of each pair, already signed, added up."""
-    positive, negative = values.chunk(2, dim=-1)
-    return positive + negative
+readers = edge_readers  # until callers have moved

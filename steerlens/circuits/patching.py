@@ -1,29 +1,47 @@
-"""Exact patching: one component's steered output in the unsteered model, by TransformerLens."""
+"""Exact patching: outputs of one run put into another, one component at a time or several."""
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.circuits.answers import Answers, row_slices
-from steerlens.circuits.components import Component, Prompts, hook_of
-from steerlens.circuits.interventions import Intervention, trace
-from steerlens.models.loading import HookedModel, inference
-from steerlens.progress import Progress, silent
+from steerlens.circuits.components import Component, by_hook
+from steerlens.circuits.interventions import Intervention, capture
+from steerlens.circuits.prompts import counting
+from steerlens.circuits.tasks import Task
+from steerlens.models.hooks import HookFunction
+from steerlens.models.loading import inference
+from steerlens.progress import Progress
+
+
+def replacing(
+    hook_name: str, value: Tensor, heads: list[int] | None, *, first: int = 0
+) -> tuple[str, HookFunction]:
+    """A hook that puts `value` in the activation's place, or that of some heads.
+
+    At the tokens from `first` on. `value` is as large as the activation, or lacks its first axes.
+    """
+    where: Any = (slice(None), slice(first, None), *([] if heads is None else [heads]))
+
+    def replace_it(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        changed = activation.clone()
+        changed[where] = value.to(activation).expand_as(activation)[where]
+        return changed
+
+    return hook_name, replace_it
 
 
 def patch_components(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
+    task: Task,
     steered: Intervention,
     parts: Sequence[Component],
     *,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> dict[Component, Float[Tensor, " prompt"]]:
     """The unsteered model's metric with the steered output of one component at a time.
 
@@ -31,50 +49,34 @@ def patch_components(
     """
     if not parts:
         return {}
-    found: dict[Component, list[Tensor]] = {part: [] for part in parts}
-    done, slices = 0, row_slices(len(prompts))
-    progress("passes", done, len(slices) * len(parts))
-    for rows in slices:
-        some, its = prompts.part(rows), answers.part(rows)
-        names = dict.fromkeys(hook_of(part) for part in parts)
-        clean = trace(model, some, its, list(names), intervention=steered).activations
+    metrics: dict[Component, list[Tensor]] = {part: [] for part in parts}
+    passes = task.passes()
+    count = counting(progress, "exact patching: passes", len(passes) * len(parts))
+    for batch in passes:
+        clean = capture(task.model, batch.prompts.tokens, list(by_hook(parts)), steered)
         for part in parts:
-            found[part].append(_patch(model, some, its, clean, part))
-            done += 1
-            progress("passes", done, len(slices) * len(parts))
-    return {part: torch.cat(values) for part, values in found.items()}
+            metrics[part].append(_patch(batch, clean, part))
+            count(1)
+    return {part: torch.cat(values) for part, values in metrics.items()}
 
 
-def _patch(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
-    clean: Mapping[str, Tensor],
-    part: Component,
-) -> Float[Tensor, " prompt"]:
+def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Float[Tensor, " prompt"]:
     """TransformerLens's activation patching of one component: a forward pass."""
     from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
 
-    is_head = part.kind == "head"
-    index = {"layer": [part.layer]}
+    name, index = "mlp_out", {"layer": [part.layer]}
     setter: Callable[..., Tensor] = lambda corrupted, index, clean: clean  # noqa: ARG005, E731
-    if is_head:
-        index["head"] = [part.head]
-        setter = layer_head_vector_patch_setter
-
-    def metric(logits: Tensor) -> Tensor:
-        at = torch.arange(len(prompts), device=logits.device)
-        return answers.logit_difference(logits[at, prompts.last.to(logits.device)].float())
-
+    if part.kind == "head":
+        name, index["head"], setter = "z", [part.head], layer_head_vector_patch_setter
     # It shows a progress bar of its own that no setting turns off.
-    with inference(model), redirect_stderr(io.StringIO()):
+    with inference(batch.model), redirect_stderr(io.StringIO()):
         result = generic_activation_patch(
-            model,
-            prompts.tokens,
+            batch.model,
+            batch.prompts.tokens,
             clean,
-            metric,
+            batch.metric,
             setter,
-            "z" if is_head else "mlp_out",
+            name,
             index_df=pd.DataFrame(index),
             reduce="none",
         )

@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.circuits.components import Component, Prompts
-from steerlens.circuits.interventions import Intervention
+from steerlens.circuits.components import Component
+from steerlens.circuits.interventions import UNSTEERED, Intervention, capture
+from steerlens.circuits.prompts import Prompts
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import token_texts
 from steerlens.errors import InputError, told
-from steerlens.models.hooks import HookFunction, hook_layer, hooked
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooks import hook_layer
+from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import check_processing
 
 
@@ -49,13 +49,20 @@ def attention_patterns(
 ) -> Patterns:
     """Attention patterns of some heads on one prompt, unsteered and under the intervention.
 
-    Raises `InputError` without heads, on one that the model does not have, and when there is no
-    such prompt.
+    Args:
+        model: The model, unsteered.
+        prompts: As `make_prompts` makes them.
+        intervention: What it is steered by.
+        heads: One or more.
+        prompt: Which of the prompts, from 0.
+
+    Raises:
+        InputError: There are no heads, no such head, or no such prompt.
 
     Examples:
         >>> from steerlens.circuits import Component, Intervention
         >>> from steerlens.circuits import attention_patterns, make_prompts
-        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
         >>> heads = [Component(3, head=0), Component(4, head=1)]
         >>> patterns = attention_patterns(model, prompts, Intervention(vector, 4), heads)
         >>> patterns.steered.shape  # each row of it sums to 1
@@ -68,13 +75,12 @@ def attention_patterns(
             f"expected attention heads, 0 to {n_heads - 1} of a layer, got "
             f"{', '.join(bad) or 'none'}"
         )
-    tokens = _tokens(prompts, prompt)
     hooks = [f"blocks.{head.layer}.attn.hook_pattern" for head in heads]
+    words, runs = _read(model, prompts, prompt, hooks, intervention)
     unsteered, steered = (
-        torch.stack([found[hook][head.head] for hook, head in zip(hooks, heads, strict=True)])
-        for found in _both(model, tokens, sorted(set(hooks)), intervention)
+        torch.stack([run[hook][head.head] for hook, head in zip(hooks, heads, strict=True)])
+        for run in runs
     )
-    words = tuple(token_texts(model, tokens.tolist()))
     return Patterns(words, tuple(map(str, heads)), unsteered, steered)
 
 
@@ -88,51 +94,46 @@ def token_projections(
 ) -> Projections:
     """One prompt's tokens on each layer's direction, unsteered and under the intervention.
 
-    Raises `InputError` when they were fitted on a model with other weight processing;
-    `InputError` when there is no such prompt.
+    Args:
+        model: The model, unsteered.
+        prompts: As `make_prompts` makes them.
+        directions: Fitted on a model with the same weight processing.
+        intervention: What it is steered by.
+        prompt: Which of the prompts, from 0.
+
+    Raises:
+        InputError: The weight processing is another one, or there is no such prompt.
 
     Examples:
         >>> from steerlens.circuits import Intervention, make_prompts, token_projections
-        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
-        >>> found = token_projections(model, prompts, directions, Intervention(vector, 4))
-        >>> found.steered.shape
+        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> projections = token_projections(model, prompts, directions, Intervention(vector, 4))
+        >>> projections.steered.shape
         torch.Size([5, 7])
     """
     check_processing(model, directions)
-    tokens = _tokens(prompts, prompt)
-    names = list(directions)
+    words, runs = _read(model, prompts, prompt, list(directions), intervention)
     unsteered, steered = (
-        torch.stack([found[name] @ directions[name].float().cpu() for name in names])
-        for found in _both(model, tokens, names, intervention)
+        torch.stack([run[name] @ directions[name].float().cpu() for name in directions])
+        for run in runs
     )
-    layers = tuple(f"layer {hook_layer(name)}" for name in names)
-    return Projections(tuple(token_texts(model, tokens.tolist())), layers, unsteered, steered)
+    layers = tuple(f"layer {hook_layer(name)}" for name in directions)
+    return Projections(words, layers, unsteered, steered)
 
 
-def _tokens(prompts: Prompts, prompt: int) -> Int[Tensor, " token"]:
+def _read(
+    model: HookedModel,
+    prompts: Prompts,
+    prompt: int,
+    hook_names: Sequence[str],
+    intervention: Intervention,
+) -> tuple[tuple[str, ...], list[dict[str, Tensor]]]:
+    """One prompt's tokens, and what is at the hooks, unsteered and steered, in float32."""
     if not -len(prompts) <= prompt < len(prompts):
         raise InputError(f"there is no prompt {told(prompt)}; there are {len(prompts)}, from 0")
-    return prompts.tokens[prompt, : int(prompts.last[prompt]) + 1]
-
-
-def _both(
-    model: HookedModel, tokens: Tensor, names: Sequence[str], intervention: Intervention
-) -> list[dict[str, Tensor]]:
-    """The activations at some hooks of one text, unsteered and steered, in float32."""
-    return [_activations(model, tokens, names, of) for of in (Intervention(), intervention)]
-
-
-def _activations(
-    model: HookedModel, tokens: Tensor, names: Sequence[str], intervention: Intervention
-) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-
-    def keeping(name: str) -> tuple[str, HookFunction]:
-        def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-            found[name] = activation[0].float().cpu()
-
-        return name, keep
-
-    with inference(model), intervention.on(model), hooked(model, [keeping(n) for n in names]):
-        model(tokens[None])
-    return found
+    tokens, names = prompts.tokens[prompt, : int(prompts.last[prompt]) + 1], sorted(set(hook_names))
+    runs = [
+        capture(model, tokens[None], names, steered, read=lambda values: values[0].float().cpu())
+        for steered in (UNSTEERED, intervention)
+    ]
+    return tuple(token_texts(model, tokens.tolist())), runs

@@ -1,19 +1,18 @@
 """A random vector at equal damage: what two circuits have in common when nothing is shared."""
 
+import math
 from dataclasses import replace
 
-import numpy as np
 import torch
 
-from steerlens.circuits.answers import row_slices
-from steerlens.circuits.components import Prompts, make_prompts
 from steerlens.circuits.interventions import Intervention
+from steerlens.circuits.prompts import Prompts, make_prompts
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError, whole
 from steerlens.models.loading import HookedModel, inference
 from steerlens.progress import Progress, silent
-from steerlens.steering import Add, SteeringVector, steps
+from steerlens.steering import Add, SteeringVector
 
 
 def random_intervention(
@@ -27,10 +26,18 @@ def random_intervention(
     """A random direction at the same hook, at the coefficient with the same KL divergence.
 
     Of next-token predictions from the unsteered model, mean over the tokens of the positive
-    prompts, to about 2% (1% of the coefficient). To `progress` the search is one step. Raises
-    `InputError` when the intervention is not an added vector at one hook, its divergence is 0 or
-    not finite, or no coefficient up to 16 times its own reaches it; `InputError` on a negative
-    seed.
+    prompts, to about 2% (1% of the coefficient).
+
+    Args:
+        model: The model, unsteered.
+        pairs: Their positive prompts are run.
+        intervention: A vector that is added at one hook.
+        seed: Of the direction.
+        progress: Told of the search as one step.
+
+    Raises:
+        InputError: The intervention is another one, its divergence is 0 or not finite, no
+            coefficient up to 16 times its own reaches it, or the seed is negative.
 
     Examples:
         >>> from steerlens.circuits import Intervention, random_intervention
@@ -40,48 +47,57 @@ def random_intervention(
     """
     from scipy.optimize import brentq
 
-    acts = (
-        [] if intervention.vector is None else steps(intervention.vector, intervention.coefficient)
-    )
-    if len(acts) != 1 or not isinstance(acts[0].operator, Add):
-        raise InputError(f"expected a vector that is added at one hook, got {len(acts)} steps")
+    steps = intervention.steps
+    if len(steps) != 1 or not isinstance(steps[0].operator, Add):
+        raise InputError(f"expected a vector that is added at one hook, got {len(steps)} steps")
     generator = torch.Generator().manual_seed(whole("seed", seed, 0))
-    row = torch.randn(len(acts[0].direction), generator=generator)
-    vector = SteeringVector.from_vectors({acts[0].hook_name: row})
+    row = torch.randn(len(steps[0].direction), generator=generator)
+    vector = SteeringVector.from_vectors({steps[0].hook_name: row})
     vector = replace(vector, scale=torch.ones(1))
-    prompts = make_prompts(model, list(tokenize_pairs(model, pairs).positive))
+    prompts = make_prompts(model, tokenize_pairs(model, pairs).positive)
     tell = progress or silent
     tell("random vector at equal KL", 0, 1)
     wanted = mean_kl(model, prompts, intervention)
     if not 0 < wanted < float("inf"):
         raise InputError(f"the vector's KL divergence is {wanted:.3g}; expected one above 0")
-    size = abs(acts[0].amount)
+    size = abs(steps[0].amount)
 
     def gap(log_size: float) -> float:
-        found = mean_kl(model, prompts, Intervention(vector, float(np.exp(log_size))))
-        return float(np.log(found) - np.log(wanted))
+        divergence = mean_kl(model, prompts, Intervention(vector, math.exp(log_size)))
+        return math.log(divergence) - math.log(wanted) if divergence > 0 else -math.inf
 
-    low, high = np.log(size / 16), np.log(16 * size)
+    low, high = math.log(size / 16), math.log(16 * size)
     if not (gap(low) <= 0 <= gap(high)):
         raise InputError(
             f"no coefficient from {size / 16:.3g} to {16 * size:.3g} of a random direction has the "
             f"KL divergence {wanted:.3g} of the vector"
         )
-    at = float(np.exp(brentq(gap, low, high, xtol=0.01)))
+    coefficient = math.exp(brentq(gap, low, high, xtol=0.01))
     tell("random vector at equal KL", 1, 1)
-    return Intervention(vector, at)
+    return Intervention(vector, coefficient)
 
 
 def mean_kl(model: HookedModel, prompts: Prompts, intervention: Intervention) -> float:
-    """Mean KL(unsteered || steered) of next-token predictions over real tokens, nats per token."""
+    """Mean KL(unsteered || steered) of next-token predictions over real tokens, nats per token.
+
+    Args:
+        model: The model, unsteered.
+        prompts: As `make_prompts` makes them.
+        intervention: What it is steered by.
+
+    Examples:
+        >>> from steerlens.circuits import Intervention, make_prompts, mean_kl
+        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> mean_kl(model, prompts, Intervention(vector, 4)) > 0
+        True
+    """
     total, count = 0.0, 0
-    for rows in row_slices(len(prompts)):
-        some = prompts.part(rows)
-        real = some.real.bool()
+    for rows in prompts.passes:
+        batch = prompts.part(rows)
         with inference(model):
-            plain = model(some.tokens)[real].float().log_softmax(dim=-1)
+            plain = model(batch.tokens)[batch.real].float().log_softmax(dim=-1)
             with intervention.on(model):
-                pushed = model(some.tokens)[real].float().log_softmax(dim=-1)
+                pushed = model(batch.tokens)[batch.real].float().log_softmax(dim=-1)
         total += float((plain.exp() * (plain - pushed)).sum())
-        count += int(real.sum())
+        count += len(plain)
     return total / count

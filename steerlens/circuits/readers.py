@@ -1,36 +1,33 @@
 """Who reads the direction: which later components turn the steering into another answer."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.circuits.answers import Answers, row_slices
-from steerlens.circuits.claims import run_claims
+from steerlens.circuits.answers import Answers
+from steerlens.circuits.attribution import Estimates, estimate
+from steerlens.circuits.claims import Claims
 from steerlens.circuits.components import (
     Component,
-    Prompts,
     check_additive,
-    check_complete,
+    component_rows,
     components,
-    contract,
-    cotangents,
-    writer_hooks,
+    mean_intervals,
 )
-from steerlens.circuits.interventions import Intervention, Traced, trace
+from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.patching import patch_components
-from steerlens.circuits.writers import component_fields
+from steerlens.circuits.prompts import Prompts
+from steerlens.circuits.tasks import Task
 from steerlens.errors import InputError, whole
-from steerlens.models.hooks import hook_layer, hooked, resid_post
-from steerlens.models.loading import HookedModel, inference, provenance
-from steerlens.progress import Progress, part_of, silent
-from steerlens.stats import bootstrap_intervals
-from steerlens.steering import Coefficient, SteeringVector, steps
+from steerlens.models.hooks import hook_layer, resid_post
+from steerlens.models.loading import HookedModel, provenance
+from steerlens.progress import Progress
+from steerlens.steering import Coefficient, SteeringVector
 from steerlens.tables import READER_COLUMNS, Row, to_frame
 
 
@@ -70,30 +67,39 @@ def find_readers(
     """What carries a vector's effect on the answer logit difference, component by component.
 
     `effect` estimates the change when this component's output alone is replaced by its steered
-    one in the unsteered model: `sum (a_steered - a_unsteered) . gradient`, the gradient of the
-    metric at the unsteered run, or its mean over `ig_steps` runs at the coefficients
-    `(k - 1/2) / ig_steps` of the whole (attribution patching, Nanda 2023; integrated gradients,
-    Hanna et al. 2024, arXiv:2403.17806, with the path along the coefficient). One backward pass
-    gives all components. `exact` is that replacement run, for the `top` components by estimate
-    (TransformerLens's `generic_activation_patch`). `direct` is the change of the component's own
+    one in the unsteered model: `sum (a_steered - a_unsteered) . gradient` (attribution patching,
+    Nanda 2023), and `exact` is that replacement run. `direct` is the change of the component's own
     write into the metric with the final norm frozen at the unsteered run, and `mediated` the rest
     of its effect. All in logits, mean over prompts with 95% bootstrap intervals over prompts.
+    `claims` says what share of the change remains in the steered model with attention patterns, or
+    values, or the largest components, or random ones held at what they are unsteered: NaN where a
+    model does not use what is put into its patterns (then `n_draws` is 0), and where fewer other
+    components are left than were named.
 
-    `claims` runs the steered model with attention patterns, or values, or the `n_claimed`
-    components of largest effect held at what they are unsteered, and with `n_draws` random sets of
-    as many other heads and MLPs, and says what share of the change remains (0 claimed: no runs).
-    NaN where a model does not use what is put into its patterns (then `n_draws` is 0), and where
-    fewer other components are left than were named.
+    Args:
+        model: The model, unsteered.
+        prompts: What it is asked, as `make_prompts` makes them.
+        answers: The answers to these prompts.
+        vector: A vector at one block output before the last.
+        coefficient: As `steer` takes it; not 0.
+        top: How many components, by estimate, are patched exactly.
+        ig_steps: 1: the gradient at the unsteered run. More: its mean over so many runs at the
+            coefficients `(k - 1/2) / ig_steps` of the whole (integrated gradients, Hanna et al.
+            2024, arXiv:2403.17806, with the path along the coefficient).
+        n_claimed: How many components, by estimate, the claims hold; 0: no claims.
+        n_draws: Random sets of as many other heads and MLPs.
+        n_bootstrap: Resamples, 2 or more.
+        seed: Of resamples and random sets.
+        progress: Told of prompts, passes and runs.
 
-    Raises `InputError` when the vector does not act at one block output before the last, when the
-    coefficient is 0, when the heads and MLPs do not add up to the residual stream, where the metric
-    is not linear behind the final norm (soft-capped logits), when the answers do not fit the
-    prompts, and on negative counts; `InputError` on `n_bootstrap` below 2 or a negative seed;
-    `InputError` as `steer`.
+    Raises:
+        InputError: The vector acts elsewhere or not at all, heads and MLPs do not add up to the
+            residual stream, the metric is not linear behind the final norm (soft-capped logits),
+            the answers do not fit the prompts, or a count is too small; and as `steer`.
 
     Examples:
         >>> from steerlens.circuits import contrast_answers, find_readers, make_prompts
-        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
         >>> answers = contrast_answers(model, pairs, n_tokens=3)
         >>> readers = find_readers(model, prompts, answers, vector, 4, top=2, n_claimed=2)
         >>> readers
@@ -106,87 +112,72 @@ def find_readers(
             "top, n_claimed and n_draws are 0 or more and ig_steps 1 or more, got "
             f"{top}, {n_claimed}, {n_draws} and {ig_steps}"
         )
-    n_bootstrap, seed = whole("n_bootstrap", n_bootstrap, 2), whole("seed", seed, 0)
+    drawing = {"n_bootstrap": whole("n_bootstrap", n_bootstrap, 2), "seed": whole("seed", seed, 0)}
     check_additive(model)
-    answers.check(model, len(prompts))
-    hook_name = _steered_hook(model, vector, coefficient)
-    after = hook_layer(hook_name) + 1
-    steered = Intervention(vector, coefficient)
-    later = [part for part in components(model) if part.layer >= after]
-    tell, found = progress or silent, []
-    tell("estimates: prompts", 0, len(prompts))
-    for rows in row_slices(len(prompts)):
-        its = answers.part(rows)
-        found.append(_estimate(model, prompts.part(rows), its, steered, later, ig_steps=ig_steps))
-        tell("estimates: prompts", min(rows.stop, len(prompts)), len(prompts))
-    effect = torch.cat([part.effect for part in found], dim=1)
-    direct = torch.cat([part.direct for part in found], dim=1)
-    before, behind = (torch.cat([getattr(part, n) for part in found]) for n in ("before", "behind"))
-    change = float((behind - before).mean())
-    order = sorted(range(len(later)), key=lambda i: -abs(float(effect[i].mean())))
-    exact = patch_components(
-        model,
-        prompts,
-        answers,
-        steered,
-        [later[i] for i in order[:top]],
-        progress=part_of(tell, "exact patching: passes"),
-    )
-    patched = {part: values - before for part, values in exact.items()}
-    vector_direct = float(torch.cat([part.vector_direct for part in found]).mean())
+    steered, hook_name = _steered(model, vector, coefficient)
+    task = Task(model, prompts, answers)
+    later = [part for part in components(model) if part.layer > hook_layer(hook_name)]
+    estimates = estimate(task, steered, ig_steps=ig_steps, progress=progress)
+    means = estimates.effect.mean(dim=1).abs().tolist()
+    order = sorted(range(len(later)), key=lambda i: -means[i])
+    ranked = [later[i] for i in order]
+    metrics = patch_components(task, steered, ranked[:top], progress=progress)
+    exact = {part: metric - estimates.unsteered for part, metric in metrics.items()}
+    rows = _rows(later, estimates, exact, **drawing)
+    vector_direct = float(estimates.vector_direct.mean())
+    rest = float(estimates.change.mean()) - vector_direct
     attrs = {
         "hook_name": hook_name,
         "coefficient": coefficient,
         "n_prompts": len(prompts),
-        "metric_unsteered": float(before.mean()),
-        "metric_steered": float(behind.mean()),
+        "metric_unsteered": float(estimates.unsteered.mean()),
+        "metric_steered": float(estimates.steered.mean()),
         "vector_direct": vector_direct,
-        "norm": change - vector_direct - float(direct.sum(dim=0).mean()),
-        "correlation": _correlations(later, effect, patched),
+        "norm": rest - float(estimates.direct.sum(dim=0).mean()),
+        "correlation": _correlations(rows),
         "ig_steps": ig_steps,
         "answers": answers.words(model),
-        "n_bootstrap": n_bootstrap,
-        "seed": seed,
+        **drawing,
         "provenance": provenance(model).to_dict(),
     }
-    table = _table(
-        later, order, effect, direct, patched, change, attrs, n_bootstrap=n_bootstrap, seed=seed
+    claims = Claims(task, steered, estimates.unsteered, estimates.change, **drawing).test(
+        ranked[:n_claimed], ranked[n_claimed:], n_draws=n_draws, progress=progress
     )
-    named = [later[i] for i in order[:n_claimed]]
-    others = [later[i] for i in order[n_claimed:]]
-    claims = run_claims(
-        model,
-        prompts,
-        answers,
-        steered,
-        named,
-        others,
-        (before, behind),
-        after,
-        n_draws=n_draws,
-        n_bootstrap=n_bootstrap,
-        seed=seed,
-        progress=part_of(tell, "claims: runs"),
-    )
-    return Readers(table, claims)
+    return Readers(to_frame([rows[i] for i in order], READER_COLUMNS, attrs), claims)
 
 
-def _steered_hook(model: HookedModel, vector: SteeringVector, coefficient: Coefficient) -> str:
+def _steered(
+    model: HookedModel, vector: SteeringVector, coefficient: Coefficient
+) -> tuple[Intervention, str]:
+    """The intervention, and the one hook that it acts at."""
     if not isinstance(vector, SteeringVector):
         raise InputError("expected a SteeringVector; make one with SteeringVector.from_vectors")
-    names = [step.hook_name for step in steps(vector, coefficient)]
+    steered = Intervention(vector, coefficient)
+    names = [step.hook_name for step in steered.steps]
     if len(names) != 1:
-        what = ", ".join(names) or "no hook (coefficient 0)"
         raise InputError(
-            f"expected a vector at one block output and a coefficient that is not 0, got {what}; "
-            "take one hook with .at(...)"
+            "expected a vector at one block output and a coefficient that is not 0, got "
+            f"{', '.join(names) or 'no hook (coefficient 0)'}; take one hook with .at(...)"
         )
     check_steered(model, names[0], 1)
-    return names[0]
+    return steered, names[0]
 
 
 def check_steered(model: HookedModel, hook_name: str, coefficient: float | int) -> None:
-    """Raise `InputError` unless the hook is a block output that something reads, c not 0."""
+    """See that steering there has readers: what `find_readers` would refuse, before it is run.
+
+    Args:
+        model: The model.
+        hook_name: The hook that is steered.
+        coefficient: Residual units.
+
+    Raises:
+        InputError: The hook is not a block output that something reads, or the coefficient is 0.
+
+    Examples:
+        >>> from steerlens.circuits import check_steered
+        >>> check_steered(model, "blocks.2.hook_resid_post", 4)
+    """
     last = int(model.cfg.n_layers) - 1
     if coefficient == 0:
         raise InputError("with coefficient 0 nothing is steered; give another one")
@@ -196,189 +187,39 @@ def check_steered(model: HookedModel, hook_name: str, coefficient: float | int) 
         raise InputError(f"nothing reads the output of block {last}, the last one")
 
 
-@dataclass(frozen=True)
-class _Estimate:
-    effect: Float[Tensor, "component prompt"]
-    direct: Float[Tensor, "component prompt"]
-    vector_direct: Float[Tensor, " prompt"]
-    before: Float[Tensor, " prompt"]
-    behind: Float[Tensor, " prompt"]
-
-
-def _estimate(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
-    steered: Intervention,
-    later: Sequence[Component],
-    *,
-    ig_steps: int,
-) -> _Estimate:
-    """Effects of all later components on some prompts, from passes over all of them at once."""
-    n_layers = int(model.cfg.n_layers)
-    final = resid_post(n_layers - 1)
-    names = (*writer_hooks(model), final)
-    plain = trace(model, prompts, answers, names, with_gradients=True)
-    pushed = trace(model, prompts, answers, names, intervention=steered)
-    gradients = plain.gradients
-    if ig_steps > 1:
-        gradients = _path_gradients(model, prompts, answers, steered, names, ig_steps)
-    delta = {
-        name: pushed.activations[name] - plain.activations[name] for name in writer_hooks(model)
-    }
-    skip = len(components(model)) - len(later)
-    effect = contract(delta, {name: gradients[name].float() for name in delta}).sum(dim=2)[skip:]
-    readout = frozen_readout(model, prompts, answers, plain, final)
-    rows = torch.arange(len(prompts), device=prompts.last.device)
-
-    def at_last(activation: Tensor) -> Tensor:
-        return activation[rows, prompts.last][:, None]
-
-    last = {name: at_last(change) for name, change in delta.items()}
-    direct = contract(last, cotangents(model, readout))[skip:, :, 0]
-    whole = pushed.activations[final] - plain.activations[final]
-    stream = (at_last(whole)[:, 0].float() * readout).sum(dim=-1)
-    hook = steered.vector.hook_names[0] if steered.vector is not None else final
-    added = _added(model, prompts, steered, hook)
-    vector_direct = (added * readout).sum(dim=-1)
-    explained = float((direct.sum(dim=0) + vector_direct).sum())
-    scale = float(direct.abs().sum() + vector_direct.abs().sum())
-    what = "the change of the residual stream"
-    check_complete(explained, float(stream.sum()), scale, what, model.cfg.dtype)
-    return _Estimate(
-        effect.cpu(), direct.cpu(), vector_direct.cpu(), plain.metric.cpu(), pushed.metric.cpu()
-    )
-
-
-def frozen_readout(
-    model: HookedModel, prompts: Prompts, answers: Answers, plain: Traced, final: str
-) -> Float[Tensor, "prompt d_model"]:
-    """The row that the final residual is multiplied with to give the metric, the norm frozen.
-
-    Per prompt, at its last token: `l = gradient + x (m - m_0) / (|x|^2 + d_model eps)`, with x the
-    residual there (centred where the norm centres), m the metric, m_0 what a zero residual gives
-    and eps the norm's: a norm divides by its input's length, so the gradient lacks the part along
-    x, and that part is what all of x writes. Raises `InputError` when the metric is not linear in
-    the norm's output y: half way from y(0) to y it must be half way from m_0 to m.
-    """
-    rows = torch.arange(len(prompts), device=prompts.last.device)
-    x = plain.activations[final][rows, prompts.last].float()
-    gradient = plain.gradients[final][rows, prompts.last].float()
-    if str(getattr(model.cfg, "normalization_type", "")).upper().startswith("LN"):
-        x = x - x.mean(dim=-1, keepdim=True)
-    with inference(model):
-        zero = torch.zeros((len(prompts), 1, x.shape[-1]), device=x.device).to(
-            plain.activations[final].dtype
-        )
-        parts: Any = model
-        nothing = parts.ln_final(zero)
-        whole = parts.ln_final(plain.activations[final][rows, prompts.last][:, None])
-        constant, half, full = (
-            answers.logit_difference(parts.unembed(y)[:, 0].float()).to(x.device)
-            for y in (nothing, (nothing + whole) / 2, whole)
-        )
-    metric = plain.metric.to(x.device)
-    gap = metric - constant
-    scale = max(float(gap.abs().max()), 1e-6)
-    slack = max(1e-3, 16 * torch.finfo(model.cfg.dtype).eps) * scale
-    off = torch.maximum((half - (constant + full) / 2).abs(), (full - metric).abs())
-    if not float(off.max()) <= slack:
-        raise InputError(
-            "the answer logit difference is not linear behind the final norm (soft-capped logits, "
-            "or a norm of another kind), so it cannot be split into what each component wrote"
-        )
-    eps = float(getattr(model.cfg, "eps", 0.0) or 0.0)
-    return gradient + x * (gap / ((x * x).sum(dim=-1) + x.shape[-1] * eps))[:, None]
-
-
-def _added(
-    model: HookedModel, prompts: Prompts, steered: Intervention, hook: str
-) -> Float[Tensor, "prompt d_model"]:
-    """What the vector adds at its hook to each prompt's last token."""
-    rows = torch.arange(len(prompts), device=prompts.last.device)
-    kept: list[Tensor] = []
-
-    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-        kept.append(activation[rows, prompts.last].float())
-
-    with inference(model):
-        for intervention in (steered, Intervention()):
-            with intervention.on(model), hooked(model, [(hook, keep)]):
-                model(prompts.tokens, stop_at_layer=hook_layer(hook) + 1, return_type=None)
-    return kept[0] - kept[1]
-
-
-def _path_gradients(
-    model: HookedModel,
-    prompts: Prompts,
-    answers: Answers,
-    steered: Intervention,
-    names: Sequence[str],
-    ig_steps: int,
-) -> Mapping[str, Tensor]:
-    """The mean gradient at coefficients in the middle of each of `ig_steps` equal parts."""
-    assert steered.vector is not None
-    total: dict[str, Tensor] = {}
-    ((_, amount),) = [(s.hook_name, s.amount) for s in steps(steered.vector, steered.coefficient)]
-    unscaled = replace(steered.vector, scale=torch.ones(1))
-    for k in range(ig_steps):
-        part = Intervention(unscaled, amount * (k + 0.5) / ig_steps)
-        found = trace(model, prompts, answers, names, intervention=part, with_gradients=True)
-        for name, gradient in found.gradients.items():
-            total[name] = total[name] + gradient if name in total else gradient
-    return {name: gradient / ig_steps for name, gradient in total.items()}
-
-
-def _correlations(
-    later: Sequence[Component],
-    effect: Float[Tensor, "component prompt"],
-    patched: Mapping[Component, Float[Tensor, " prompt"]],
-) -> dict[str, float | None]:
+def _correlations(rows: Sequence[Row]) -> dict[str, float | None]:
     """Pearson's r of estimated and exact mean effects by kind; None below three."""
-    found: dict[str, float | None] = {}
+    correlations: dict[str, float | None] = {}
     for kind in ("head", "mlp"):
-        pairs = [
-            (float(effect[i].mean()), float(patched[part].mean()))
-            for i, part in enumerate(later)
-            if part.kind == kind and part in patched
-        ]
-        enough = len(pairs) > 2 and all(np.std(column) > 0 for column in zip(*pairs, strict=True))
-        found[kind] = float(np.corrcoef(np.array(pairs).T)[0, 1]) if enough else None
-    return found
+        patched = [row for row in rows if row["component"] == kind and "exact" in row]
+        columns = [np.array([row[name] for row in patched]) for name in ("effect", "exact")]
+        enough = len(patched) > 2 and all(column.std() > 0 for column in columns)
+        correlations[kind] = float(np.corrcoef(columns)[0, 1]) if enough else None
+    return correlations
 
 
-def _table(
+def _rows(
     later: Sequence[Component],
-    order: Sequence[int],
-    effect: Float[Tensor, "component prompt"],
-    direct: Float[Tensor, "component prompt"],
-    patched: Mapping[Component, Float[Tensor, " prompt"]],
-    change: float,
-    attrs: dict[str, Any],
-    *,
-    n_bootstrap: int,
-    seed: int,
-) -> pd.DataFrame:
-    bounds = bootstrap_intervals(effect.double().numpy(), n_resamples=n_bootstrap, seed=seed)
-    rows: list[Row] = []
-    for i in order:
-        mean, own = float(effect[i].double().mean()), float(direct[i].double().mean())
-        row: dict[str, Any] = {
-            **component_fields(later[i]),
-            "effect": mean,
-            "effect_ci_low": float(bounds[0][i]),
-            "effect_ci_high": float(bounds[1][i]),
-            "share": mean / change if change else float("nan"),
-            "direct": own,
-            "mediated": mean - own,
-        }
-        if later[i] in patched:
-            exact = patched[later[i]].double().numpy()
-            low, high = bootstrap_intervals(exact[None], n_resamples=n_bootstrap, seed=seed)
-            row |= {
-                "exact": float(exact.mean()),
-                "exact_ci_low": float(low[0]),
-                "exact_ci_high": float(high[0]),
-            }
-        rows.append(row)
-    return to_frame(rows, READER_COLUMNS, attrs)
+    estimates: Estimates,
+    exact: Mapping[Component, Float[Tensor, " prompt"]],
+    **drawing: int,
+) -> list[Row]:
+    """A row a component, in the order of `later`."""
+    change = float(estimates.change.mean()) or math.nan
+    effect, low, high = mean_intervals(estimates.effect, **drawing)
+    direct = estimates.direct.double().mean(dim=1).numpy()
+    rows = component_rows(
+        later,
+        effect=effect,
+        effect_ci_low=low,
+        effect_ci_high=high,
+        share=effect / change,
+        direct=direct,
+        mediated=effect - direct,
+    )
+    names = ("exact", "exact_ci_low", "exact_ci_high")
+    for i, part in enumerate(later):
+        if part in exact:
+            numbers = (float(x[0]) for x in mean_intervals(exact[part][None], **drawing))
+            rows[i] = {**rows[i], **dict(zip(names, numbers, strict=True))}
+    return rows

@@ -18,7 +18,7 @@ from steerlens.cli.run_warnings import warn, warned
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.fitting import default_position, fit_methods
+from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
 from steerlens.files import write_whole
 from steerlens.measure.study import Study
@@ -192,15 +192,15 @@ class Task:
         differences: Differences | None = None,
     ) -> Directions:
         """Directions at `layers` (those of the options), from `differences` if they are there."""
-        method = self.command.method
-        fitted = fit_methods(
-            *(self.model, self.fit_on, [method]),
-            differences=differences,
+        return fit(
+            self.model,
+            self.fit_on,
+            method=self.command.method,
             layers=self.command.layers if layers is None else layers,
             position=self.position,
+            differences=differences,
             **self.settings(progress),
         )
-        return fitted[method]
 
     def study(
         self, progress: Progress | None, directions: Directions | None = None, **settings: Any

@@ -1,1 +1,19 @@
 """Contrastive pairs and preference items: read, checked, shipped."""
+
+from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.data.pairs import ContrastivePair, ContrastivePairs
+from steerlens.data.prompts import Message, Prompt, render
+from steerlens.data.shipped import dataset_card, dataset_names, neutral_texts
+
+__all__ = [
+    "ContrastivePair",
+    "ContrastivePairs",
+    "Message",
+    "PreferenceItem",
+    "PreferenceItems",
+    "Prompt",
+    "dataset_card",
+    "dataset_names",
+    "neutral_texts",
+    "render",
+]

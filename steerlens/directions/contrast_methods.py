@@ -1,55 +1,71 @@
 """Methods that look at the activations of both sides alone: one forward pass of the pairs."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.directions.evidence import Activations, first_axis, ridge_solve
+from steerlens.directions.linear_algebra import first_axis, ridge_solve
 from steerlens.errors import InputError
 
 
-def mean_diff(given: Activations) -> Float[Tensor, " d_model"]:
+@dataclass(frozen=True)
+class Activations:
+    """Both sides' activations at one hook (float64, residual units), and a seeded generator."""
+
+    positive: Float[Tensor, "pair d_model"]
+    negative: Float[Tensor, "pair d_model"]
+    generator: torch.Generator
+
+    @property
+    def differences(self) -> Float[Tensor, "pair d_model"]:
+        """`positive - negative`."""
+        return self.positive - self.negative
+
+
+def mean_diff(sides: Activations) -> Float[Tensor, " d_model"]:
     """The mean of the differences: `mean_i d_i`, to be normalised.
 
     Source: Turner et al. 2023 (arXiv:2308.10248) for one pair, Rimsky et al. 2023
     (arXiv:2312.06681) for many. Cost: one sum. Fails when the differences cancel or are all zero (a
     position at which both prompts have seen the same tokens).
     """
-    return given.differences.mean(dim=0)
+    return sides.differences.mean(dim=0)
 
 
-def pca(given: Activations) -> Float[Tensor, " d_model"]:
+def pca(sides: Activations) -> Float[Tensor, " d_model"]:
     """The first right singular vector of the differences, uncentred: `argmax_u sum_i (d_i . u)^2`.
 
     Centring would subtract the mean difference, the very thing looked for (see `pca_centred`).
     Source: Zou et al. 2023 (arXiv:2310.01405), who centre. Cost: one thin SVD. Fails when one
     pair's difference is much longer than the rest: it then decides alone.
     """
-    return first_axis(given.differences)
+    return first_axis(sides.differences)
 
 
-def pca_centred(given: Activations) -> Float[Tensor, " d_model"]:
+def pca_centred(sides: Activations) -> Float[Tensor, " d_model"]:
     """PCA of the differences after subtracting their mean: `pca` of `d_i - mean_j d_j`.
 
     This removes the mean difference, the thing most users look for, and keeps the direction in
     which the pairs differ from one another. It is here because other tools do it, and for
     comparison. Cost: one thin SVD. Fails when all differences are equal: nothing is left.
     """
-    return first_axis(given.differences - given.differences.mean(dim=0))
+    return first_axis(sides.differences - sides.differences.mean(dim=0))
 
 
-def pca_pooled(given: Activations) -> Float[Tensor, " d_model"]:
+def pca_pooled(sides: Activations) -> Float[Tensor, " d_model"]:
     """PCA of both sides' activations, centred together on their common mean.
 
     `argmax_u sum_i ((a_i - mean a) . u)^2` over all prompts. Cost: one thin SVD of twice as many
     rows. Fails when the prompts vary more in something else (topic, length) than between the sides:
     it finds that instead.
     """
-    both = torch.cat([given.positive, given.negative])
+    both = torch.cat([sides.positive, sides.negative])
     return first_axis(both - both.mean(dim=0))
 
 
-def lda(given: Activations) -> Float[Tensor, " d_model"]:
+def lda(sides: Activations) -> Float[Tensor, " d_model"]:
     """Linear discriminant: `Sigma_w^-1 (mean_pos - mean_neg)`, shrunk within-class covariance.
 
     `Sigma_w = (1 - s) X^T X / N + s tr(X^T X) / (N d) I`, X the activations of both sides less
@@ -59,8 +75,8 @@ def lda(given: Activations) -> Float[Tensor, " d_model"]:
     """
     from sklearn.covariance import ledoit_wolf_shrinkage
 
-    sides = (given.positive, given.negative)
-    within = torch.cat([side - side.mean(dim=0) for side in sides])
+    both = (sides.positive, sides.negative)
+    within = torch.cat([side - side.mean(dim=0) for side in both])
     variance = float(within.square().mean())
     if variance == 0:
         raise InputError(
@@ -70,10 +86,10 @@ def lda(given: Activations) -> Float[Tensor, " d_model"]:
     shrinkage = float(ledoit_wolf_shrinkage(within.numpy(), assume_centered=True))
     rows = within * ((1 - shrinkage) / len(within)) ** 0.5
     # In units of the variance, so that the result is as long as a difference.
-    return variance * ridge_solve(rows, max(shrinkage, 1e-9) * variance, mean_diff(given))
+    return variance * ridge_solve(rows, max(shrinkage, 1e-9) * variance, mean_diff(sides))
 
 
-def probe(given: Activations) -> Float[Tensor, " d_model"]:
+def probe(sides: Activations) -> Float[Tensor, " d_model"]:
     """The weights of a logistic regression that tells the two sides apart (scikit-learn, L2, C=1).
 
     `argmin_w |w|^2 / 2 + sum_j log(1 + exp(-y_j (w . x_j + b)))`, x the activations centred on
@@ -83,39 +99,39 @@ def probe(given: Activations) -> Float[Tensor, " d_model"]:
     """
     from sklearn.linear_model import LogisticRegression
 
-    both = torch.cat([given.positive, given.negative])
+    both = torch.cat([sides.positive, sides.negative])
     centred = both - both.mean(dim=0)
     scale = centred.square().mean().sqrt()
-    n_pairs = len(given.positive)
+    n_pairs = len(sides.positive)
     labels = [1] * n_pairs + [0] * n_pairs
     fitted = LogisticRegression(C=1.0, max_iter=5000).fit((centred / scale).numpy(), labels)
     weights = torch.from_numpy(fitted.coef_[0]).to(both)
     return scale * weights
 
 
-def random(given: Activations) -> Float[Tensor, " d_model"]:
+def random(sides: Activations) -> Float[Tensor, " d_model"]:
     """A uniformly random direction, the control that any claim has to beat.
 
     Drawn from the seed and the hook name, so it does not depend on which other hooks are fitted.
     Its sign is not fixed on the differences: that would tell it which side is which. Cost: none.
     """
     return torch.randn(
-        given.positive.shape[-1], generator=given.generator, dtype=given.positive.dtype
+        sides.positive.shape[-1], generator=sides.generator, dtype=sides.positive.dtype
     )
 
 
-def shuffled(given: Activations) -> Float[Tensor, " d_model"]:
+def shuffled(sides: Activations) -> Float[Tensor, " d_model"]:
     """`mean_diff` with the labels of half the pairs exchanged: `mean_i s_i d_i`, s_i = +1 or -1.
 
     The harder control: it lies where the pairs differ, and cannot know which side is which, as the
     signs sum to 0 (to +1 or -1 for an odd number of pairs) and its own sign is not fixed on the
     differences. Which half is drawn from the seed and the hook name. Cost: one sum.
     """
-    n_pairs = len(given.differences)
-    order = torch.randperm(n_pairs, generator=given.generator)
+    n_pairs = len(sides.differences)
+    order = torch.randperm(n_pairs, generator=sides.generator)
     n_exchanged = n_pairs // 2 + int(
-        torch.randint(0, 1 + n_pairs % 2, (1,), generator=given.generator)
+        torch.randint(0, 1 + n_pairs % 2, (1,), generator=sides.generator)
     )
-    signs = torch.ones(n_pairs, dtype=given.positive.dtype)
+    signs = torch.ones(n_pairs, dtype=sides.positive.dtype)
     signs[order[:n_exchanged]] = -1
-    return (signs[:, None] * given.differences).mean(dim=0)
+    return (signs[:, None] * sides.differences).mean(dim=0)

@@ -91,10 +91,19 @@ def collect_differences(
 ) -> Differences:
     """Activations of both sides of every pair and their differences.
 
-    `layers` as in `resolve_hooks`; `position` counts in each prompt, negative from its end, and
-    never touches padding or a continuation. States at `hook_resid_post` are block outputs, at the
-    last layer too (before the final norm). Raises `InputError` on NaN or inf (naming the
-    hook) and on a position outside a prompt (naming the pair), `HookError` on an unknown hook.
+    States at `hook_resid_post` are block outputs, at the last layer too (before the final norm).
+
+    Args:
+        layers: As in `resolve_hooks`.
+        position: The token that is read, counted in each prompt, negative from its end; never
+            padding or a continuation.
+        batch_size: Prompts in a pass; by default what the device can use.
+        progress: Told of the prompts; nobody by default.
+
+    Raises:
+        InputError: A position outside a prompt (named).
+        HookError: An unknown hook.
+        ModelError: NaN or inf at a hook (named).
 
     Examples:
         >>> sl.collect_differences(model, pairs, layers=[0, 2], position=-1)

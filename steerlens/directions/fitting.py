@@ -1,13 +1,14 @@
 """Collect what methods are fitted from, once for all of them, and fit."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.gradients import LossGradients, Weight, loss_gradients
-from steerlens.directions.methods import Source, fit_directions, method_of
+from steerlens.directions.gradients import LossGradients, Weight, check_weight, loss_gradients
+from steerlens.directions.methods import Method, Source, fit_directions, method_of
 from steerlens.directions.training import train_directions
 from steerlens.loss import WEIGHT
 from steerlens.models.hooks import Layers
@@ -27,34 +28,48 @@ def fit(
     position: int | None = None,
     weight: Weight = WEIGHT,
     items: PreferenceItems | None = None,
+    differences: Differences | None = None,
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Directions:
     """A unit direction at every hook, by any method: collects what it is fitted from, or trains.
 
-    `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`, which
-    takes `items` for the methods trained on continuations. `position` as in `default_position`
-    unless given. `weight` is that of the coherence term in the gradients. Raises as those do.
+    `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`.
+
+    Args:
+        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`.
+        layers: As in `resolve_hooks`.
+        position: The token of each prompt that is read; by default the last, or the last but one
+            for a method fitted from gradients where some pair has no continuation.
+        weight: That of the coherence term in the gradients (`LossGradients.with_weight`).
+        items: For the methods trained on continuations.
+        differences: Of the pairs at the layers and the position, where they are there already;
+            collected by default.
+        seed: That of the controls, the scores and the training.
+        batch_size: Prompts in a pass; by default what the device can use.
+        progress: Told of every stage; nobody by default.
+
+    Raises:
+        InputError: As the functions above; so the other errors.
 
     Examples:
         >>> sl.fit(model, pairs, method="gradient_mean", layers=[1, 2])
         Directions(gradient_mean, 2 hooks, d_model 32, position -2)
     """
-    fitted = fit_methods(
-        model,
-        pairs,
-        [method],
-        differences=None,
-        layers=layers,
-        position=position,
-        weight=weight,
-        items=items,
-        seed=seed,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return fitted[method]
+    check_weight(weight)
+    chosen = method_of(method)
+    at = default_position(method, pairs) if position is None else position
+    shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+    evidence: Differences | LossGradients
+    if chosen.source == "training":
+        return _train(model, pairs, chosen, items=items, position=at, seed=seed, **shared)
+    if chosen.source == "gradients":
+        gradients = _gradients(model, pairs, [chosen], position=at, seed=seed, **shared)
+        evidence = gradients.with_weight(weight)
+    else:
+        evidence = differences or collect_differences(model, pairs, position=at, **shared)
+    return fit_directions(evidence, method=chosen.name, seed=seed)
 
 
 def fit_methods(
@@ -62,62 +77,47 @@ def fit_methods(
     pairs: ContrastivePairs,
     methods: Sequence[str],
     *,
-    differences: Differences | None,
+    differences: Differences,
     layers: Layers,
     position: int | None,
-    weight: Weight = WEIGHT,
     items: PreferenceItems | None = None,
     seed: int,
     batch_size: int | None,
     progress: Progress | None = None,
 ) -> dict[str, Directions]:
-    """Method name -> directions, from at most one pass for the differences and for the gradients.
+    """Method name, as given, -> directions; from one pass for the gradients of all that need them.
 
-    Differences that are there already may be given. Otherwise as `fit`.
+    The differences are there already. Otherwise as `fit`.
     """
-    chosen = [method_of(name) for name in methods]
-    evidence: dict[Source, Differences | LossGradients] = {}
-    if any(method.source == "differences" for method in chosen):
-        evidence["differences"] = differences or collect_differences(
-            model,
-            pairs,
-            layers=layers,
-            position=-1 if position is None else position,
-            batch_size=batch_size,
-            progress=progress,
-        )
-    by_gradients = [method.name for method in chosen if method.source == "gradients"]
+    chosen = {name: method_of(name) for name in methods}
+    shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
+    by_gradients = [method for method in chosen.values() if method.source == "gradients"]
+    evidence: dict[Source, Differences | LossGradients] = {"differences": differences}
     if by_gradients:
-        evidence["gradients"] = loss_gradients(
-            model,
-            pairs,
-            layers=layers,
-            position=default_position(by_gradients[0], pairs) if position is None else position,
-            weight=weight,
-            n_scores=N_SCORES if any(method.needs_scores for method in chosen) else 0,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
+        at = default_position(by_gradients[0].name, pairs) if position is None else position
+        evidence["gradients"] = _gradients(
+            model, pairs, by_gradients, position=at, seed=seed, **shared
         )
-    fitted = {}
-    for method in chosen:
-        if method.source == "training":
-            fitted[method.name] = train_directions(
-                model,
-                pairs,
-                layers=layers,
-                objective=method.name.removeprefix("optimised").strip("_") or "reference",
-                items=items,
-                position=-1 if position is None else position,
-                seed=seed,
-                batch_size=batch_size,
-                progress=progress,
-            ).directions
-        else:
-            fitted[method.name] = fit_directions(
-                evidence[method.source], method=method.name, seed=seed
-            )
-    return fitted
+    at = -1 if position is None else position
+    return {
+        name: _train(model, pairs, method, items=items, position=at, seed=seed, **shared)
+        if method.source == "training"
+        else fit_directions(evidence[method.source], method=method.name, seed=seed)
+        for name, method in chosen.items()
+    }
+
+
+def _gradients(
+    model: HookedModel, pairs: ContrastivePairs, methods: Sequence[Method], **settings: Any
+) -> LossGradients:
+    n_scores = N_SCORES if any(method.needs_scores for method in methods) else 0
+    return loss_gradients(model, pairs, n_scores=n_scores, **settings)
+
+
+def _train(
+    model: HookedModel, pairs: ContrastivePairs, method: Method, **settings: Any
+) -> Directions:
+    return train_directions(model, pairs, objective=method.objective, **settings).directions
 
 
 def default_position(method: str, pairs: ContrastivePairs) -> int:

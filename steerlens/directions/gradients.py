@@ -16,20 +16,20 @@ from torch import Tensor
 
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import missing_readouts
+from steerlens.directions.old_names import with_old_gradient_keywords
 from steerlens.engine.backend import for_hooks
-from steerlens.engine.batches import Batch, in_pair_order, make_pair_batches
-from steerlens.engine.capture import are_finite, by_halves
-from steerlens.engine.gradient_rows import batch_rows
+from steerlens.engine.backward import loss_rows
+from steerlens.engine.batches import make_pair_batches
+from steerlens.engine.capture import are_finite
+from steerlens.engine.engine import Engine
 from steerlens.engine.memory import check_memory
-from steerlens.engine.slopes import BACKWARD_COST, check_label_rows
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_pairs
-from steerlens.engine.workload import Cost
 from steerlens.errors import HookError, InputError, ModelError, finite, told, whole
 from steerlens.loss import MARGIN, WEIGHT
 from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post, resolve_hooks
 from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import UNKNOWN, weight_processing
-from steerlens.progress import Progress, part_of, silent
+from steerlens.progress import Progress, silent
 from steerlens.tables import GRADIENT_COLUMNS, Row, fragment, hook_label, to_frame
 
 Weight = float | int | Literal["balanced"]
@@ -103,11 +103,15 @@ class LossGradients:
     def with_weight(self, weight: Weight) -> "LossGradients":
         """The same gradients with another weight of the coherence term.
 
-        "balanced" gives every hook the weight at which both terms have the same mean norm over the
-        positive rows. Raises `InputError` on a weight that is negative or not finite, and where one
-        of the terms is zero at a hook, so that nothing balances it.
+        Args:
+            weight: From 0 on, or "balanced": at every hook the weight at which both terms have the
+                same mean norm over the positive rows.
+
+        Raises:
+            InputError: The weight is negative or not finite, or nothing balances the terms, as one
+                of them is zero at a hook.
         """
-        _check_weight(weight)
+        check_weight(weight)
         if weight != "balanced":
             return replace(self, weights=torch.full_like(self.weights, float(weight)))
         weights = _balanced(self.separation_positive, self.coherence)
@@ -124,6 +128,7 @@ class LossGradients:
         return replace(self, weights=weights)
 
 
+@with_old_gradient_keywords
 def loss_gradients(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -131,9 +136,7 @@ def loss_gradients(
     layers: Layers = "all",
     position: int = -2,
     loss_hook: str | None = None,
-    per_layer: bool = False,
     margin: float | int = MARGIN,
-    weight: Weight = WEIGHT,
     n_scores: int = 0,
     seed: int = 0,
     batch_size: int | None = None,
@@ -141,86 +144,94 @@ def loss_gradients(
 ) -> LossGradients:
     """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
 
-    The separation is that of the activations at `loss_hook`, a block's output, by default the
-    readout hook (`blocks.{max(L, n_layers - 3)}.hook_resid_post`); with `per_layer`, at every hook
-    itself. States, and the activations differentiated, are those at `position` of each prompt. A
-    state influences later labels only, so the position must have a label after it in every positive
-    prompt: -1 needs continuations, -2 (the default) does not. `margin` and `weight` as in
-    `contrastive_steering_loss_noref`; "balanced" as in `with_weight`. `n_scores` label sequences
-    are drawn for each positive prompt with `seed` (see `LossGradients.scores`).
+    A state influences later labels only, so the position must have a label after it in every
+    positive prompt: -1 needs continuations, -2 does not. The coherence term has the weight 10000 of
+    `contrastive_steering_loss_noref`; take another by `LossGradients.with_weight`, which needs no
+    second pass.
 
     Cost: a forward pass of both sides; a backward pass of both from the loss hook and of the
     positive side from the labels; one more for each score. It is counted so where a GPU runs both
     sides in one pass, too, whose padding and zero rows take more. Weights need no gradient; memory
     grows with the batch alone, and out of memory halves it. The rows do not depend on the batch
     size; the scores are random, and may.
-    Raises `InputError` on a position without a label after it or outside a prompt, and on NaN
-    or inf; `HookError` on an unknown hook, a loss hook together with `per_layer`, or one that comes
-    before a hook; `ModelError` as `check_label_rows`; `MemoryLimitError` as `check_memory`;
-    `InputError` on a bad weight, margin or number of scores.
+
+    Args:
+        layers: As in `resolve_hooks`.
+        position: The token of each prompt whose states are read and differentiated.
+        loss_hook: Where the separation is that of the activations: a block's output, or "own" for
+            every hook itself; by default the readout hook (see `readout_hook`).
+        margin: As in `contrastive_steering_loss_noref`; from 1 on the coherence gradient is 0.
+        n_scores: Label sequences drawn for each positive prompt (see `LossGradients.scores`).
+        seed: That of the scores.
+        batch_size: Pairs in a pass; by default what the device can use.
+        progress: Told of the pairs; nobody by default.
+
+    Raises:
+        InputError: A position outside a prompt or without a label after it, hooks that are not as
+            wide as the residual stream, or a margin or number that cannot be used.
+        HookError: An unknown hook, or a loss hook that comes before a hook.
+        ModelError: NaN or inf in the gradients, or a model whose label positions cannot be run
+            alone.
+        MemoryLimitError: A pass would not fit into the device's memory.
 
     Examples:
         >>> sl.loss_gradients(model, pairs, layers=[1, 2])
         LossGradients(2 hooks, 8 pairs, d_model 32)
     """
     hook_names = resolve_hooks(model, layers)
-    n_layers = int(model.cfg.n_layers)
-    readouts = missing_readouts(hook_names, n_layers)
-    names = hook_names + readouts
-    loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook, per_layer=per_layer)
-    _check_weight(weight)
+    readouts = missing_readouts(hook_names, int(model.cfg.n_layers))
+    loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook)
     margin = finite("margin", margin)
     n_scores, seed = whole("n_scores", n_scores, 0), whole("seed", seed, 0)
     tokenized = tokenize_pairs(model, pairs)
     _check_position(tokenized, position)
     batches = make_pair_batches(model, tokenized, batch_size)
-    runner = for_hooks(model, (*names, *loss_hooks))
-    check_memory(runner, [positive for positive, _ in batches], with_gradients=True)
-    cost = Cost()
-    check_label_rows(runner, batches[0][0], cost=cost)
-    generator = torch.Generator().manual_seed(seed)
-    targets = dict(zip(names, loss_hooks, strict=True))
-    found = by_halves(
+    sides = [positive for positive, _ in batches]
+    targets = dict(zip(hook_names + readouts, loss_hooks, strict=True))
+    check_memory(for_hooks(model, (*targets, *loss_hooks)), sides, with_gradients=True)
+    engine = Engine(model, progress=progress or silent)
+    rows = loss_rows(
+        engine.stage("gradients: pairs"),
         batches,
-        lambda *both: batch_rows(runner, both, targets, position, n_scores, generator),
-        progress=part_of(progress or silent, "gradients: pairs"),
+        targets,
+        position=position,
+        n_scores=n_scores,
+        seed=seed,
     )
-    run = [positive for (positive, _), _ in found]
-
-    def joined(name: str) -> Tensor:
-        return in_pair_order(run, [getattr(rows, name) for _, rows in found], dim=-2)
-
-    logprob = joined("logprob")[:, 0]
+    n_blocks = sum(positive.tokens.numel() for positive in sides) * engine.n_layers
     # d relu(margin * b - l)^2 = -2 relu((margin - 1) * l) dl, as b is l with its gradient stopped.
-    slope = -2 * torch.relu((margin - 1) * logprob)
+    slope = -2 * torch.relu((margin - 1) * rows.logprob)
     gradients = LossGradients(
         hook_names=hook_names,
         readout_names=readouts,
         loss_hooks=loss_hooks,
-        separation_positive=joined("separation_positive"),
-        separation_negative=joined("separation_negative"),
-        coherence=slope[:, None] * joined("logprob_slope"),
-        weights=torch.full((len(names),), math.nan),
-        logprob=logprob,
-        scores=joined("scores").flatten(1, 2),
-        margin=float(margin),
+        separation_positive=rows.separation_positive,
+        separation_negative=rows.separation_negative,
+        coherence=slope[:, None] * rows.logprob_slope,
+        weights=torch.full((len(targets),), float(WEIGHT)),
+        logprob=rows.logprob,
+        scores=rows.scores.flatten(1, 2),
+        margin=margin,
         position=position,
         fingerprint=pairs.fingerprint,
-        forward_equivalents=_spent(
-            [both for both, _ in found], targets, n_layers, n_scores, cost=cost
-        ),
+        forward_equivalents=round(engine.cost.blocks / n_blocks, 3),
         weight_processing=weight_processing(model),
     )
     _check_finite(gradients)
-    return gradients.with_weight(weight)
+    return gradients
 
 
 def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
     """Which term dominates where: norms and cosine of the two, one row a hook.
 
-    Columns: `GRADIENT_COLUMNS`. Norms and cosines are means over the positive rows, the cosine NaN
-    where a row of either term is zero. The default weight of 10000 is a balance for one model and
-    one layer: `balanced_weight` says which would make the two equal here.
+    Norms and cosines are means over the positive rows. The default weight of 10000 is a balance for
+    one model and one layer: `balanced_weight` says which would make the two equal here.
+
+    Args:
+        gradients: What `loss_gradients` gives.
+
+    Returns:
+        Columns `GRADIENT_COLUMNS`; the cosine is NaN where a row of either term is zero.
 
     Examples:
         >>> terms = sl.gradient_terms(sl.loss_gradients(model, pairs, layers=[1, 2]))
@@ -259,39 +270,27 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
 
 
 def _loss_hooks(
-    model: HookedModel,
-    hook_names: Sequence[str],
-    readouts: Sequence[str],
-    loss_hook: str | None,
-    *,
-    per_layer: bool,
+    model: HookedModel, hook_names: Sequence[str], readouts: Sequence[str], loss_hook: str | None
 ) -> tuple[str, ...]:
     """The loss hook of every hook, and of every readout: itself where it comes after that."""
     names = (*hook_names, *readouts)
-    if per_layer and loss_hook is not None:
-        raise HookError("give a loss_hook or per_layer, not both")
-    if per_layer:
-        return tuple(names)
+    if loss_hook == "own":
+        return names
     if loss_hook is None:
         return tuple(readout_hook(name, int(model.cfg.n_layers)) for name in names)
-    (resolved,) = _one_hook(model, loss_hook)
-    if resolved != resid_post(hook_layer(resolved)):
+    resolved, *others = resolve_hooks(model, loss_hook)
+    if others:
+        raise HookError(f"loss_hook is one hook, and {loss_hook!r} names {1 + len(others)}")
+    deepest = hook_layer(resolved)
+    if resolved != resid_post(deepest):
         raise HookError(f"loss_hook is a block's output, blocks.N.hook_resid_post, not {resolved}")
-    late = [name for name in hook_names if hook_layer(name) > hook_layer(resolved)]
+    late = [name for name in hook_names if hook_layer(name) > deepest]
     if late:
         raise HookError(
             f"the loss hook {resolved} comes before {', '.join(late)}, which cannot move it; give "
             "a later loss hook, or earlier layers"
         )
-    deepest = hook_layer(resolved)
     return tuple(name if hook_layer(name) > deepest else resolved for name in names)
-
-
-def _one_hook(model: HookedModel, loss_hook: str) -> tuple[str, ...]:
-    resolved = resolve_hooks(model, loss_hook)
-    if len(resolved) != 1:
-        raise HookError(f"loss_hook is one hook, and {loss_hook!r} names {len(resolved)}")
-    return resolved
 
 
 def _check_position(pairs: TokenizedPairs, position: int) -> None:
@@ -305,27 +304,24 @@ def _check_position(pairs: TokenizedPairs, position: int) -> None:
             )
 
 
-def _check_weight(weight: Weight) -> None:
-    given: Any = weight
-    number: Any = weight
-    is_number = isinstance(given, Real) and 0 <= number <= torch.finfo(torch.float32).max
-    if not (isinstance(given, str) and given == "balanced") and not is_number:
+def check_weight(weight: Any) -> None:
+    """Raise `InputError` unless it is "balanced" or a float32 from 0 on."""
+    number: Any = weight if isinstance(weight, Real) else math.nan
+    is_number = bool(0 <= number <= torch.finfo(torch.float32).max)
+    if not (isinstance(weight, str) and weight == "balanced") and not is_number:
         raise InputError(f'weight is "balanced" or a float32 of 0 or more, got {told(weight)}')
 
 
 def _check_finite(gradients: LossGradients) -> None:
-    parts = (
-        gradients.separation_positive,
-        gradients.separation_negative,
-        gradients.coherence,
-        gradients.scores,
-    )
-    finite = torch.stack([are_finite(part) for part in parts]).all(dim=0)
-    for name, is_finite in zip(gradients.all_hook_names, finite.tolist(), strict=True):
-        if not is_finite:
-            raise ModelError(
-                f"NaN or inf in the gradients at {name}; load the model in float32 or bfloat16"
-            )
+    g = gradients
+    terms = (g.separation_positive, g.separation_negative, g.coherence, g.scores)
+    is_finite = torch.stack([are_finite(term) for term in terms]).all(dim=0)
+    bad = [n for n, ok in zip(g.all_hook_names, is_finite.tolist(), strict=True) if not ok]
+    if bad:
+        raise ModelError(
+            f"NaN or inf in the gradients at {', '.join(bad)}; load the model in float32 or "
+            "bfloat16"
+        )
 
 
 def _balanced(
@@ -335,24 +331,3 @@ def _balanced(
     """The weight of the coherence term at which both have the same mean row norm; may be inf."""
     weights: Tensor = separation.norm(dim=-1).mean(dim=-1) / coherence.norm(dim=-1).mean(dim=-1)
     return weights
-
-
-def _spent(
-    batches: Sequence[tuple[Batch, ...]],
-    targets: dict[str, str],
-    n_layers: int,
-    n_scores: int,
-    *,
-    cost: Cost,
-) -> float:
-    """`cost` and the batches', in full forward passes of the positive prompts."""
-    deepest = max(hook_layer(hook) for hook in targets.values()) + 1
-    # At a loss hook itself the gradient is known without a backward pass.
-    apart = {target for name, target in targets.items() if name != target}
-    backward = sum(hook_layer(hook) + 1 for hook in apart)
-    for positive, negative in batches:
-        labels = n_layers * (1 + n_scores)
-        cost.add(positive.tokens, n_layers + BACKWARD_COST * (labels + backward))
-        cost.add(negative.tokens, deepest + BACKWARD_COST * backward)
-    one = sum(positive.tokens.numel() for positive, _ in batches) * n_layers
-    return round(cost.blocks / one, 3)

@@ -1,9 +1,14 @@
-"""The registry of methods, and fitting a direction at every hook by one of them."""
+"""The registry of methods, and fitting a direction at every hook by one of them.
+
+A method is written as its name, with options after plus signs where it has any: `pca`,
+`gradient_svd+pooled`, `gradient_fisher+centred+pooled`; so in `fit`, on the command line, in tables
+and in records of runs. `METHODS` says which options a method has.
+"""
 
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -11,11 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.directions import contrast_methods, gradient_methods
+from steerlens.directions import contrast_methods as contrast
+from steerlens.directions import gradient_methods as gradient
+from steerlens.directions.contrast_methods import Activations
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.evidence import Activations, Gradients
+from steerlens.directions.gradient_methods import Form, Gradients
 from steerlens.directions.gradients import LossGradients
+from steerlens.directions.old_names import METHOD_NAMES, warn_of_old
 from steerlens.errors import InputError, whole
 
 Source = Literal["differences", "gradients", "training"]
@@ -25,84 +33,93 @@ Source = Literal["differences", "gradients", "training"]
 class Method:
     """A method: what it is fitted from, and its function of that at one hook.
 
-    A function's result is normalised and signed by `fit_directions`. Methods by `training` run the
-    model, so they have none: see `fit`.
+    A function's result is normalised and signed by `fit_directions`. A method by `training` runs
+    the model, so it has an `objective` in place of a function. `kinds` are options of the function;
+    `has_forms` says that `pooled` is one too (see `gradient_methods`).
     """
 
     name: str
     source: Source
-    function: Callable[[Any], Float[Tensor, " d_model"]] | None
     summary: str
+    function: Callable[..., Float[Tensor, " d_model"]] | None = None
+    objective: str = ""
+    kinds: tuple[str, ...] = ()
+    has_forms: bool = False
+    form: Form = "paired"
     needs_scores: bool = False
     is_control: bool = False
-    is_pooled: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """What may follow the name: one of the kinds, and `pooled`."""
+        return (*self.kinds, *(["pooled"] if self.has_forms else []))
 
 
-def _of(name: str, source: Source, function: Callable[..., Tensor], **options: str) -> Method:
+def _of(source: Source, function: Callable[..., Tensor], **settings: Any) -> Method:
     summary = (function.__doc__ or "").splitlines()[0]
-    if options:
-        summary = f"{function.__name__}: {', '.join(options.values())}"
-    return Method(
-        name,
-        source,
-        partial(function, **options) if options else function,
-        summary,
-        needs_scores=function is gradient_methods.fisher_pullback,
-        is_control=function in (contrast_methods.random, contrast_methods.shuffled),
-        is_pooled=options.get("form") == "pooled",
-    )
+    method = Method(function.__name__, source, summary, function, **settings)
+    options = f" Options: {', '.join(method.options)}." if method.options else ""
+    return replace(method, summary=summary + options)
 
 
 _ALL = (
-    _of("mean_diff", "differences", contrast_methods.mean_diff),
-    _of("pca", "differences", contrast_methods.pca),
-    _of("pca_centred", "differences", contrast_methods.pca_centred),
-    _of("pca_pooled", "differences", contrast_methods.pca_pooled),
-    _of("lda", "differences", contrast_methods.lda),
-    _of("probe", "differences", contrast_methods.probe),
-    _of("gradient_mean", "gradients", gradient_methods.gradient_mean),
-    _of("gradient_mean_pooled", "gradients", gradient_methods.gradient_mean, form="pooled"),
-    _of("gradient_svd", "gradients", gradient_methods.gradient_svd),
-    _of("gradient_svd_pooled", "gradients", gradient_methods.gradient_svd, form="pooled"),
-    _of("gradient_fisher", "gradients", gradient_methods.gradient_fisher),
-    *(
-        _of(
-            f"gradient_fisher{'_' + kind if kind != 'empirical' else ''}"
-            f"{'_pooled' if form == 'pooled' else ''}",
-            "gradients",
-            gradient_methods.gradient_fisher,
-            form=form,
-            kind=kind,
-        )
-        for form in ("paired", "pooled")
-        for kind in ("empirical", "centred", "norm_weighted")
-        if (form, kind) != ("paired", "empirical")
-    ),
-    _of("fisher_pullback", "gradients", gradient_methods.fisher_pullback),
+    _of("differences", contrast.mean_diff),
+    _of("differences", contrast.pca),
+    _of("differences", contrast.pca_centred),
+    _of("differences", contrast.pca_pooled),
+    _of("differences", contrast.lda),
+    _of("differences", contrast.probe),
+    _of("gradients", gradient.gradient_mean, has_forms=True),
+    _of("gradients", gradient.gradient_svd, has_forms=True),
+    _of("gradients", gradient.gradient_fisher, kinds=("centred", "norm_weighted"), has_forms=True),
+    _of("gradients", gradient.fisher_pullback, needs_scores=True),
     Method(
-        "optimised",
-        "training",
-        None,
+        *("optimised", "training"),
         "A vector trained at c = +1 and -1 by the reference loss (`train_directions`).",
+        objective="reference",
     ),
     Method(
-        "optimised_promotion",
-        "training",
-        None,
+        *("optimised_promotion", "training"),
         "Trained to promote the items' positive and suppress their negative continuations.",
+        objective="promotion",
     ),
     Method(
-        "optimised_preference",
-        "training",
-        None,
+        *("optimised_preference", "training"),
         "Trained by the bidirectional preference loss on the items' continuations.",
+        objective="preference",
     ),
-    _of("random", "differences", contrast_methods.random),
-    _of("shuffled", "differences", contrast_methods.shuffled),
+    _of("differences", contrast.random, is_control=True),
+    _of("differences", contrast.shuffled, is_control=True),
 )
 
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
-"""Method name -> method."""
+"""Method name -> method; the options that may follow a name are `Method.options`."""
+
+
+def method_of(name: str) -> Method:
+    """The method of that name, and of the options that follow it after plus signs.
+
+    Raises `InputError` that lists the methods, or the options, where there is none of that name.
+    """
+    if name in METHOD_NAMES:
+        warn_of_old(f"the method {name!r}", repr(METHOD_NAMES[name]))
+        name = METHOD_NAMES[name]
+    base, *options = name.split("+")
+    if base not in METHODS:
+        raise InputError(f"no method {base!r}; there are {', '.join(METHODS)}")
+    method = METHODS[base]
+    kinds = tuple(option for option in options if option in method.kinds)
+    pooled = ("pooled",) if method.has_forms and "pooled" in options else ()
+    if len(kinds) > 1 or sorted(kinds + pooled) != sorted(options):
+        allowed = " or ".join(f"{base}+{option}" for option in method.options) or f"{base} alone"
+        raise InputError(f"no method {name!r}; write {allowed}")
+    function = method.function
+    return replace(
+        method,
+        name="+".join((base, *kinds, *pooled)),
+        function=partial(function, kind=kinds[0]) if kinds and function else function,
+        form="pooled" if pooled else "paired",
+    )
 
 
 def fit_directions(
@@ -110,44 +127,52 @@ def fit_directions(
 ) -> Directions:
     """A unit direction at every hook of `evidence`, the readouts included.
 
-    `evidence` is what `collect_differences` gives, or `loss_gradients` for the methods fitted from
-    gradients; `method` one of `METHODS`; `seed` matters to `random` and `shuffled` alone. The
-    arithmetic is in float64, the result has the evidence's dtype. A direction fitted from
+    The arithmetic is in float64, the result has the evidence's dtype. A direction fitted from
     differences is signed so that their mean projection is not negative, one from gradients so that
     the loss falls along it on average (when both sides are pushed apart; alike, for the pooled
-    forms); the controls keep the sign they are drawn with. Raises
-    `InputError` on an unknown method, one that is fitted from something else, and where nothing
-    is left beyond rounding (differences that are zero, that cancel for `mean_diff`, that are all
-    equal for `pca_centred`; a gradient that is zero), naming the hook, and `InputError` on a seed
-    that is no whole number from 0 on.
+    forms); the controls keep the sign they are drawn with.
+
+    Args:
+        evidence: What `collect_differences` gives, or `loss_gradients` for the methods fitted from
+            gradients.
+        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`.
+        seed: From 0 on; matters to `random` and `shuffled` alone.
+
+    Raises:
+        InputError: An unknown method or one that is fitted from something else, a bad seed, or a
+            hook at which nothing is left beyond rounding: differences that are zero, that cancel
+            for `mean_diff`, that are all equal for `pca_centred`; a gradient that is zero.
 
     Examples:
         >>> sl.fit_directions(differences, method="pca")
         Directions(pca, 5 hooks, d_model 32, position -1)
     """
-    chosen = method_of(method)
-    given = "differences" if isinstance(evidence, Differences) else "gradients"
-    if chosen.function is None or chosen.source != given:
+    chosen, seed = method_of(method), whole("seed", seed, 0)
+    source = "differences" if isinstance(evidence, Differences) else "gradients"
+    if chosen.function is None or chosen.source != source:
         raise InputError(
-            f"{method} is fitted from {chosen.source}, and this is {given}; "
-            f"{_ADVICE[chosen.source]}, or use fit(model, pairs, method={method!r})"
+            f"{chosen.name} is fitted from {chosen.source}, and this is {source}; "
+            f"{_ADVICE[chosen.source]}, or use fit(model, pairs, method={chosen.name!r})"
         )
     vectors = []
+    known: Activations | Gradients
     for index, hook_name in enumerate(evidence.all_hook_names):
-        generator = torch.Generator().manual_seed(_hook_seed(seed, hook_name))
         try:
             if isinstance(evidence, Differences):
-                vectors.append(_from_activations(chosen, evidence, index, generator))
+                known, rows, rounding = _activations(evidence, index, _generator(seed, hook_name))
             else:
-                vectors.append(_from_gradients(chosen, evidence, index))
+                known, rows, rounding = _gradients(evidence, index, chosen.form)
+            unit = _unit(chosen.function(known), rounding)
         except InputError as error:
-            raise InputError(f"{method} at {hook_name}: {error}") from error
-    like = evidence.positive
+            raise InputError(f"{chosen.name} at {hook_name}: {error}") from error
+        # A control must not know which side is which, as its sign would say.
+        is_turned = not chosen.is_control and bool((rows @ unit).mean() < 0)
+        vectors.append(-unit if is_turned else unit)
     return Directions(
         hook_names=evidence.hook_names,
         readout_names=evidence.readout_names,
-        vectors=torch.stack(vectors).to(like.dtype),
-        method=method,
+        vectors=torch.stack(vectors).to(evidence.positive.dtype),
+        method=chosen.name,
         position=evidence.position,
         seed=seed,
         fingerprint=evidence.fingerprint,
@@ -158,21 +183,32 @@ def fit_directions(
 def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str, list[Directions]]:
     """`n` random and `n` shuffled directions at every hook: what a claim is compared with.
 
-    Kind -> directions; their seeds are 1000 times `seed + 1`, and counted up from there, so that
-    they are not those of methods of the same name with a small seed. Raises `InputError` for fewer
-    than two, `InputError` when the pairs are too few for so many shuffles.
+    Their seeds are 1000 times `seed + 1`, and counted up from there, so that they are not those of
+    methods of the same name with a small seed.
+
+    Args:
+        differences: What they are drawn for.
+        n: How many of each kind, 2 at least.
+        seed: From 0 on.
+
+    Returns:
+        Kind (`random`, `shuffled`) -> directions.
+
+    Raises:
+        InputError: Fewer than two, or too few pairs for so many shuffles.
 
     Examples:
         >>> nulls = sl.null_directions(differences, n=3, seed=0)
-        >>> {kind: len(some) for kind, some in nulls.items()}
+        >>> {kind: len(drawn) for kind, drawn in nulls.items()}
         {'random': 3, 'shuffled': 3}
     """
     n, seed = whole("n", n, 2), whole("seed", seed, 0)
     n_pairs = differences.positive.shape[1]
-    if math.comb(n_pairs, n_pairs // 2) < n:
+    n_shuffles = math.comb(n_pairs, n_pairs // 2)
+    if n_shuffles < n:
         raise InputError(
-            f"half of {n_pairs} pairs can be exchanged in {math.comb(n_pairs, n_pairs // 2)} ways "
-            f"only, and {n} shuffled vectors were asked for; fit on more pairs"
+            f"half of {n_pairs} pairs can be exchanged in {n_shuffles} ways only, and {n} shuffled "
+            "vectors were asked for; fit on more pairs"
         )
     seeds = range(1000 * (seed + 1), 1000 * (seed + 1) + n)
     return {
@@ -188,60 +224,43 @@ _ADVICE = {
 }
 
 
-def method_of(name: str) -> Method:
-    """The method of that name. Raises `InputError` that lists them when there is none."""
-    if name not in METHODS:
-        raise InputError(f"no method {name!r}; there are {', '.join(METHODS)}")
-    return METHODS[name]
-
-
-def _from_activations(
-    method: Method,
-    evidence: Differences,
-    index: int,
-    generator: torch.Generator,
-) -> Float[Tensor, " d_model"]:
-    sides = (evidence.positive[index], evidence.negative[index])
-    given = Activations(sides[0].double(), sides[1].double(), generator)
-    rounding = 8 * torch.finfo(sides[0].dtype).eps * float(sides[0].abs().max())
-    if given.differences.abs().max() <= rounding:
+def _activations(
+    differences: Differences, index: int, generator: torch.Generator
+) -> tuple[Activations, Float[Tensor, "pair d_model"], float]:
+    """What is known at one hook, the rows that fix the sign, and what counts as rounding."""
+    positive, negative = differences.positive[index], differences.negative[index]
+    sides = Activations(positive.double(), negative.double(), generator)
+    rounding = 8 * torch.finfo(positive.dtype).eps * float(positive.abs().max())
+    if sides.differences.abs().max() <= rounding:
         raise InputError(
             "the two prompts have the same activation at position "
-            f"{evidence.position}, so there is no direction; choose a position after the "
+            f"{differences.position}, so there is no direction; choose a position after the "
             "prompts begin to differ"
         )
-    if method.function is None:
-        raise InputError(f"{method.name} is trained, not fitted")
-    unit = _unit(method.function(given), rounding)
-    return unit if method.is_control else _oriented(unit, given.differences)
+    return sides, sides.differences, rounding
 
 
-def _from_gradients(
-    method: Method, evidence: LossGradients, index: int
-) -> Float[Tensor, " d_model"]:
+def _gradients(
+    gradients: LossGradients, index: int, form: Form
+) -> tuple[Gradients, Float[Tensor, "row d_model"], float]:
+    """As `_activations`, of the loss's gradients."""
+    separation, coherence = gradients.separation_positive[index], gradients.coherence[index]
+    negative = gradients.separation_negative[index].double()
     # The weighted sum of both terms in float64: one may be much longer than the other.
-    positive = (
-        evidence.separation_positive[index].double()
-        + evidence.weights[index].double() * evidence.coherence[index].double()
-    )
-    given = Gradients(
-        positive, evidence.separation_negative[index].double(), evidence.scores[index].double()
-    )
-    rounding = 8 * torch.finfo(evidence.coherence.dtype).eps * float(positive.abs().max())
+    positive = separation.double() + gradients.weights[index].double() * coherence.double()
     if not positive.any():
         raise InputError(
             "the gradient of the loss is zero; take a position with a label after it, a margin "
             "below 1 and a weight above 0"
         )
-    if not (evidence.separation_positive[index].any() or given.negative.any()):
+    if not (separation.any() or negative.any()):
         raise InputError(
-            f"the two prompts have the same activation at position {evidence.position}, so nothing "
-            "separates them there; choose a position after the prompts begin to differ"
+            f"the two prompts have the same activation at position {gradients.position}, so "
+            "nothing separates them there; choose a position after the prompts begin to differ"
         )
-    if method.function is None:
-        raise InputError(f"{method.name} is trained, not fitted")
-    rows = given.pooled if method.is_pooled else given.paired
-    return _oriented(_unit(method.function(given), rounding), rows)
+    rounding = 8 * torch.finfo(coherence.dtype).eps * float(positive.abs().max())
+    known = Gradients.of(positive, negative, gradients.scores[index].double(), form=form)
+    return known, known.rows, rounding
 
 
 def _unit(vector: Float[Tensor, " d_model"], rounding: float) -> Float[Tensor, " d_model"]:
@@ -254,14 +273,6 @@ def _unit(vector: Float[Tensor, " d_model"], rounding: float) -> Float[Tensor, "
     return unit
 
 
-def _oriented(
-    unit: Float[Tensor, " d_model"], rows: Float[Tensor, "pair d_model"]
-) -> Float[Tensor, " d_model"]:
-    """`unit`, signed so that the mean projection of the rows is not negative."""
-    oriented: Tensor = -unit if (rows @ unit).mean() < 0 else unit
-    return oriented
-
-
-def _hook_seed(seed: int, hook_name: str) -> int:
-    seed = whole("seed", seed, 0)
-    return int.from_bytes(hashlib.sha256(f"{seed}:{hook_name}".encode()).digest()[:7], "big")
+def _generator(seed: int, hook_name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}:{hook_name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,8 +1,9 @@
 """Train a vector on the frozen model: by the reference loss, or on given continuations."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.methods import fit_directions
+from steerlens.directions.methods import METHODS, fit_directions
+from steerlens.directions.old_names import with_grouped
+from steerlens.engine.backward import Objective, Pushed, Side, make_side, push_sides
 from steerlens.engine.batches import Batch, make_pair_batches
-from steerlens.engine.push_steps import Example, Objective, Outputs, make_side, push_example
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items, tokenize_pairs
 from steerlens.errors import InputError, finite, whole
 from steerlens.loss import contrastive_steering_loss, preference_loss, promotion_loss
@@ -30,7 +32,34 @@ VALIDATION = 0.2
 """The share of the examples that decides when to stop."""
 MIN_EXAMPLES = 5
 
-OBJECTIVES = ("reference", "promotion", "preference")
+METHOD_OF = {method.objective: method.name for method in METHODS.values() if method.objective}
+"""Objective -> the name of the method that trains by it."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a vector is trained, and in which steps.
+
+    Args:
+        max_epochs: Passes over the examples at the most.
+        patience: Epochs without a lower loss on the held-out examples that end it sooner.
+        step_size: Adam's, in mean residual norms at the hook over the root of d_model.
+        examples_per_step: Examples, of about one length, in a step at the most.
+
+    Raises:
+        InputError: A number that is not above 0.
+    """
+
+    max_epochs: int = 8
+    patience: int = 2
+    step_size: float | int = 0.01
+    examples_per_step: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("max_epochs", "patience", "examples_per_step"):
+            whole(name, getattr(self, name), 1)
+        if not finite("step_size", self.step_size) > 0:
+            raise InputError(f"step_size must be above 0, got {self.step_size}")
 
 
 @dataclass(frozen=True)
@@ -46,6 +75,7 @@ class Trained:
     history: pd.DataFrame
 
 
+@with_grouped("schedule", Schedule, frozenset(field.name for field in fields(Schedule)))
 def train_directions(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -54,10 +84,7 @@ def train_directions(
     objective: str = "reference",
     items: PreferenceItems | None = None,
     position: int = -1,
-    max_epochs: int = 8,
-    patience: int = 2,
-    step_size: float | int = 0.01,
-    examples_per_step: int = 8,
+    schedule: Schedule = Schedule(),
     seed: int = 0,
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -68,203 +95,171 @@ def train_directions(
     weight 10000) of the pairs, positive prompts pushed by `+c v` and negative ones by `-c v`, read
     at the readout hook along its frozen mean-difference direction; at c = -1 the difference shall
     go the other way. `promotion`: `promotion_loss` of the `items`' continuations, the positive one
-    promoted at +1 and suppressed at -1. `preference`: `preference_loss` of their gaps. The last
-    two need `items`. All positions are steered.
+    promoted at +1 and suppressed at -1. `preference`: `preference_loss` of their gaps. All
+    positions are steered.
 
-    Training starts at 0 with steps of `step_size` times the mean residual norm at the hook, over
-    the root of d_model, and ends after `max_epochs`, or when the loss on a held-out fifth of the
-    examples has not fallen for `patience` epochs; the best vector is kept. A step takes up to
-    `examples_per_step` examples of about one length. The readouts keep their mean-difference
-    direction. `seed` decides the order and the held-out fifth. Cost of an epoch: two forward and
-    two backward passes of all examples through the blocks from the hook on. `progress` counts
-    `max_epochs` for every hook, those that it was spared too once it has ended.
+    Training starts at 0; a fifth of the examples is held out, and the vector with the lowest loss
+    on them is kept. The readouts keep their mean-difference direction. Cost of an epoch: two
+    forward and two backward passes of all examples through the blocks from the hook on.
 
-    Raises `InputError` on an unknown objective, missing items, fewer than 5 examples, or a
-    vector that did not move; `InputError` on a number that cannot be used; and as
-    `collect_differences` does.
+    Args:
+        layers: As in `resolve_hooks`.
+        objective: `reference`, `promotion` or `preference`.
+        items: What the last two are trained on.
+        position: The token of each prompt at which the readout is read.
+        schedule: Epochs, steps and when to stop.
+        seed: Decides the order and the held-out fifth.
+        batch_size: Prompts in a pass that collects the differences; by default what the device can
+            use.
+        progress: Told of `schedule.max_epochs` for every hook, those that it was spared too once it
+            has ended; nobody by default.
+
+    Raises:
+        InputError: An unknown objective, missing items, fewer than 5 examples, a vector that did
+            not move, or a number that cannot be used; and as `collect_differences`.
 
     Examples:
-        >>> trained = sl.train_directions(model, pairs, layers=[1], max_epochs=2)
+        >>> schedule = sl.directions.Schedule(max_epochs=2)
+        >>> trained = sl.train_directions(model, pairs, layers=[1], schedule=schedule)
         >>> trained.directions
         Directions(optimised, 1 hooks, d_model 32, position -1)
         >>> list(trained.history)
         ['hook_name', 'epoch', 'train_loss', 'validation_loss', 'norm']
     """
-    if objective not in OBJECTIVES:
-        raise InputError(f"no objective {objective!r}; there are {', '.join(OBJECTIVES)}")
-    if objective != "reference" and items is None:
-        raise InputError(
-            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
-        )
-    if not (finite("step_size", step_size) > 0 and max_epochs > 0 and patience > 0):
-        raise InputError("step_size, max_epochs and patience must be above 0")
+    items, seed = _items_of(objective, items), whole("seed", seed, 0)
     differences = collect_differences(
-        model,
-        pairs,
-        layers=layers,
-        position=position,
-        batch_size=batch_size,
-        progress=progress,
+        model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress
     )
     frozen = fit_directions(differences)
-    groups = _groups(
-        model,
-        pairs,
-        items if objective != "reference" else None,
-        size=whole("examples_per_step", examples_per_step, 1),
-        seed=whole("seed", seed, 0),
-    )
-    trained, histories, norms = [], [], {}
-    n_epochs = max_epochs * len(differences.hook_names)
-    for before, hook_name in zip(
-        range(0, n_epochs, max_epochs), differences.hook_names, strict=True
-    ):
-        tell = part_of(progress or silent, "training: epochs", before=before, total=n_epochs)
-        index = differences.all_hook_names.index(hook_name)
+    train, held_out = _split(model, pairs, items, size=schedule.examples_per_step, seed=seed)
+    vectors, histories, norms = [], [], {}
+    n_epochs, tell = schedule.max_epochs * len(differences.hook_names), progress or silent
+    for index, hook_name in enumerate(differences.hook_names):
         both = torch.cat([differences.positive[index], differences.negative[index]])
         readout = readout_hook(hook_name, int(model.cfg.n_layers))
-        train, held_out = (
-            [_example(model, both_sides, hook_name, position, objective) for both_sides in some]
-            for some in (groups.train, groups.held_out)
-        )
-        run = _Training(
-            model=model,
+        step = partial(
+            push_sides,
+            model,
+            objective=_objective(objective, frozen[readout]),
             hook_name=hook_name,
             readout=readout,
-            objective=_objective(objective, frozen[readout]),
-            learning_rate=float(step_size)
-            * float(both.norm(dim=-1).mean())
-            / both.shape[-1] ** 0.5,
-            max_epochs=max_epochs,
-            patience=patience,
-            seed=seed,
+            position=position,
         )
-        vector, history = run.train(train, held_out, d_model=both.shape[-1], progress=tell)
+        before = index * schedule.max_epochs
+        vector, history = _train(
+            step,
+            *(
+                [_sides(model, *batches, hook_name, objective) for batches in part]
+                for part in (train, held_out)
+            ),
+            vector=torch.zeros(both.shape[-1], device=train[0][0].tokens.device),
+            unit=float(both.norm(dim=-1).mean()) / both.shape[-1] ** 0.5,
+            schedule=schedule,
+            seed=seed,
+            progress=part_of(tell, "training: epochs", before=before, total=n_epochs),
+        )
+        history.insert(0, "hook_name", hook_name)
         norm = float(vector.norm())
-        if not (math.isfinite(norm) and norm > 0):
+        if not 0 < norm < math.inf:
             raise InputError(
                 f"training at {hook_name} left a vector of norm {norm} with step_size "
-                f"{step_size:g}; take another step size or objective"
+                f"{schedule.step_size:g}; take another step size or objective"
             )
         norms[hook_name] = norm
-        trained.append(vector / norm)
+        vectors.append(vector / norm)
         histories.append(history)
-    readouts = [frozen[name] for name in differences.readout_names]
-    directions = Directions(
-        hook_names=differences.hook_names,
-        readout_names=differences.readout_names,
-        vectors=torch.stack([*trained, *readouts]).to(differences.positive.dtype),
-        method="optimised" if objective == "reference" else f"optimised_{objective}",
-        position=position,
+    vectors += [frozen[name] for name in differences.readout_names]
+    directions = replace(
+        frozen,
+        vectors=torch.stack(vectors).to(differences.positive.dtype),
+        method=METHOD_OF[objective],
         seed=seed,
-        fingerprint=differences.fingerprint,
-        weight_processing=differences.weight_processing,
     )
     return Trained(directions, norms, pd.concat(histories, ignore_index=True))
 
 
-@dataclass(frozen=True)
-class _Training:
-    """One hook's training."""
+def _train(
+    step: Callable[..., tuple[float, Float[Tensor, " d_model"]]],
+    examples: Sequence[tuple[Side, Side]],
+    held_out: Sequence[tuple[Side, Side]],
+    *,
+    vector: Float[Tensor, " d_model"],
+    unit: float,
+    schedule: Schedule,
+    seed: int,
+    progress: Progress,
+) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
+    """The vector with the lowest validation loss, and the losses of every epoch.
 
-    model: HookedModel
-    hook_name: str
-    readout: str
-    objective: Objective
-    learning_rate: float
-    max_epochs: int
-    patience: int
-    seed: int
-
-    def train(
-        self,
-        examples: Sequence[Example],
-        held_out: Sequence[Example],
-        *,
-        d_model: int,
-        progress: Progress,
-    ) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
-        """The vector with the lowest validation loss, and the losses of every epoch."""
-        generator = np.random.default_rng(self.seed)
-        sizes = [len(example.positive.batch.rows) for example in held_out]
-        device = examples[0].positive.batch.tokens.device
-        vector = torch.zeros(d_model, device=device, requires_grad=True)
-        adam = torch.optim.Adam([vector], lr=self.learning_rate)
-        best, best_loss, since = vector.detach().clone(), math.inf, 0
-        rows = []
-        progress("epochs", 0, self.max_epochs)
-        for epoch in range(self.max_epochs):
-            losses = []
-            for i in generator.permutation(len(examples)):
-                loss, gradient = self._step(examples[i], vector)
-                adam.zero_grad()
-                vector.grad = gradient
-                adam.step()
-                losses.append(loss)
-            on_held_out = [
-                self._step(example, vector, with_gradient=False)[0] for example in held_out
-            ]
-            validation = float(np.average(on_held_out, weights=sizes))
-            norm = float(vector.detach().norm())
-            rows.append((self.hook_name, epoch, float(np.mean(losses)), validation, norm))
-            since += 1
-            if validation < best_loss:
-                best, best_loss, since = vector.detach().clone(), validation, 0
-            is_over = since >= self.patience
-            progress("epochs", self.max_epochs if is_over else epoch + 1, self.max_epochs)
-            if is_over:
-                break
-        names = ["hook_name", "epoch", "train_loss", "validation_loss", "norm"]
-        return best.cpu(), pd.DataFrame(rows, columns=names)
-
-    def _step(
-        self, example: Example, vector: Tensor, *, with_gradient: bool = True
-    ) -> tuple[float, Float[Tensor, " d_model"]]:
-        """The loss of an example under +vector and -vector, and its gradient."""
-        return push_example(
-            self.model,
-            example,
-            vector,
-            hook_name=self.hook_name,
-            readout=self.readout,
-            objective=self.objective,
-            with_gradient=with_gradient,
-        )
-
-
-def _example(
-    model: HookedModel,
-    sides: tuple[Batch, Batch],
-    hook_name: str,
-    position: int,
-    objective: str,
-) -> Example:
-    is_pairs = objective == "reference"
-    positive = make_side(model, sides[0], hook_name, sign=1)
-    # The reference loss has the labels of the positive prompts alone.
-    negative = make_side(
-        model, sides[1], hook_name, sign=-1 if is_pairs else 1, with_labels=not is_pairs
+    It starts at `vector`. `step` gives the loss of an example and its gradient; step sizes are in
+    `unit`.
+    """
+    generator, max_epochs = np.random.default_rng(seed), schedule.max_epochs
+    sizes = [len(positive.unsteered) for positive, _ in held_out]
+    vector.requires_grad_()
+    adam = torch.optim.Adam([vector], lr=float(schedule.step_size) * unit)
+    best, best_loss, since = vector.detach().clone(), math.inf, 0
+    rows = []
+    progress("epochs", 0, max_epochs)
+    for epoch in range(max_epochs):
+        losses = []
+        for i in generator.permutation(len(examples)):
+            loss, vector.grad = step(examples[i], vector)
+            adam.step()
+            losses.append(loss)
+        on_held_out = [step(sides, vector, with_gradient=False)[0] for sides in held_out]
+        validation = float(np.average(on_held_out, weights=sizes))
+        rows.append((epoch, float(np.mean(losses)), validation, float(vector.detach().norm())))
+        since += 1
+        if validation < best_loss:
+            best, best_loss, since = vector.detach().clone(), validation, 0
+        is_over = since >= schedule.patience
+        progress("epochs", max_epochs if is_over else epoch + 1, max_epochs)
+        if is_over:
+            break
+    return best.cpu(), pd.DataFrame(
+        rows, columns=["epoch", "train_loss", "validation_loss", "norm"]
     )
-    return Example(positive, negative, position)
 
 
-@dataclass(frozen=True)
-class _Groups:
-    """Batches of examples, positive and negative sides alike; each of `train` is a step."""
+def _sides(
+    model: HookedModel, positive: Batch, negative: Batch, hook_name: str, objective: str
+) -> tuple[Side, Side]:
+    is_pairs = objective == "reference"
+    # The reference loss has the labels of the positive prompts alone.
+    sign = -1 if is_pairs else 1
+    return (
+        make_side(model, positive, hook_name, sign=1),
+        make_side(model, negative, hook_name, sign=sign, with_labels=not is_pairs),
+    )
 
-    train: tuple[tuple[Batch, Batch], ...]
-    held_out: tuple[tuple[Batch, Batch], ...]
+
+def _items_of(objective: str, items: PreferenceItems | None) -> PreferenceItems | None:
+    """What the objective is trained on; None for the pairs."""
+    if objective not in METHOD_OF:
+        raise InputError(f"no objective {objective!r}; there are {', '.join(METHOD_OF)}")
+    if objective == "reference":
+        return None
+    if items is None:
+        raise InputError(
+            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
+        )
+    return items
 
 
-def _groups(
+Batches = tuple[tuple[Batch, Batch], ...]
+"""Positive and negative sides of as many examples; each is a step."""
+
+
+def _split(
     model: HookedModel,
     pairs: ContrastivePairs,
     items: PreferenceItems | None,
     *,
     size: int,
     seed: int,
-) -> _Groups:
-    """Pairs, or items with either continuation: a random fifth held out, in batches of `size`."""
+) -> tuple[Batches, Batches]:
+    """Pairs, or items with either continuation, to train on and held out, in batches of `size`."""
     tokenized = tokenize_pairs(model, pairs)
     if items is not None:
         tokenized = TokenizedPairs(*tokenize_items(model, items))
@@ -275,7 +270,6 @@ def _groups(
             f"{n}"
         )
     order = np.random.default_rng(seed).permutation(n)
-    parts = np.split(order, [round(VALIDATION * n)])
     held_out, train = (
         make_pair_batches(
             model,
@@ -285,35 +279,34 @@ def _groups(
             ),
             size,
         )
-        for part in parts
+        for part in np.split(order, [round(VALIDATION * n)])
     )
-    return _Groups(train, held_out)
+    return train, held_out
 
 
 def _objective(name: str, direction: Float[Tensor, " d_model"]) -> Objective:
     """The objective of that name; `direction` is the readout's frozen one."""
 
-    def reference(found: Outputs) -> Float[Tensor, ""]:
+    def reference(positive: Pushed, negative: Pushed) -> Float[Tensor, ""]:
         up, down = (
             contrastive_steering_loss(
-                found.readout_positive[c],
-                found.readout_negative[c],
-                found.logprob_positive[c],
-                direction.to(found.readout_positive) * sign,
-                found.unsteered_positive,
+                positive.readout[c],
+                negative.readout[c],
+                positive.logprob[c],
+                direction.to(positive.readout) * sign,
+                positive.unsteered,
                 tolerance=TOLERANCE,
             ).loss
             for c, sign in enumerate((1, -1))
         )
         return up + down
 
-    def promotion(found: Outputs) -> Float[Tensor, ""]:
-        up = promotion_loss(found.logprob_positive[0], found.logprob_negative[0])
-        return up + promotion_loss(found.logprob_negative[1], found.logprob_positive[1])
+    def promotion(positive: Pushed, negative: Pushed) -> Float[Tensor, ""]:
+        up = promotion_loss(positive.logprob[0], negative.logprob[0])
+        return up + promotion_loss(negative.logprob[1], positive.logprob[1])
 
-    def preference(found: Outputs) -> Float[Tensor, ""]:
-        up, down = found.logprob_positive - found.logprob_negative
-        return preference_loss(up, found.unsteered_positive - found.unsteered_negative, down)
+    def preference(positive: Pushed, negative: Pushed) -> Float[Tensor, ""]:
+        up, down = positive.logprob - negative.logprob
+        return preference_loss(up, positive.unsteered - negative.unsteered, down)
 
-    objectives = {"reference": reference, "promotion": promotion, "preference": preference}
-    return objectives[name]
+    return {"reference": reference, "promotion": promotion, "preference": preference}[name]

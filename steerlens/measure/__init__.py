@@ -1,1 +1,41 @@
 """What is measured on a model along directions: sweep, boundary, plane, comparison, tokens."""
+
+from steerlens.measure.boundary import BoundaryResult
+from steerlens.measure.comparison import Comparison, compare
+from steerlens.measure.cosines import cosine_table
+from steerlens.measure.plane import BoundaryShape, LossGeometry
+from steerlens.measure.settings import (
+    BoundarySettings,
+    PlaneSettings,
+    StudySettings,
+    SweepSettings,
+)
+from steerlens.measure.split_half import reliability
+from steerlens.measure.study import Study, find_boundary, loss_geometry, sweep
+from steerlens.measure.sweeps import Checkpoint, FinishedHook, SweepResult
+from steerlens.measure.texts import On
+from steerlens.measure.tokens import generation_table, token_damage
+
+__all__ = [
+    "BoundaryResult",
+    "BoundarySettings",
+    "BoundaryShape",
+    "Checkpoint",
+    "Comparison",
+    "FinishedHook",
+    "LossGeometry",
+    "On",
+    "PlaneSettings",
+    "Study",
+    "StudySettings",
+    "SweepResult",
+    "SweepSettings",
+    "compare",
+    "cosine_table",
+    "find_boundary",
+    "generation_table",
+    "loss_geometry",
+    "reliability",
+    "sweep",
+    "token_damage",
+]

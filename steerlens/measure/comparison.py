@@ -19,7 +19,6 @@ from steerlens.directions.fitting import fit_methods
 from steerlens.directions.methods import method_of, null_directions
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
-    TokenizedPrompt,
     fingerprint,
     tokenize_items,
     tokenize_pairs,
@@ -29,10 +28,10 @@ from steerlens.measure.boundary import check_search
 from steerlens.measure.effects import Damage, mean_distinct_3, of_one_length
 from steerlens.measure.equal_damage import (
     CompareSettings,
-    Index,
     Measured,
     Runner,
-    Subjects,
+    Subject,
+    make_subjects,
     mean_norms,
 )
 from steerlens.measure.texts import text_prompts
@@ -189,22 +188,24 @@ def compare(
         batch_size=batch_size,
         progress=fitting,
     )
-    subjects = Subjects(
-        differences.hook_names, fitted, null_directions(differences, n=n_null, seed=settings.seed)
+    nulls = null_directions(differences, n=n_null, seed=settings.seed)
+    run = Runner(
+        Engine(model, settings.batch_size, executor),
+        settings,
+        make_subjects(differences.hook_names, fitted, nulls),
     )
-    run = Runner(Engine(model, settings.batch_size, executor), settings)
-    found = _find(
-        run,
-        subjects,
-        mean_norms(differences),
-        calibration=tokenized.positive if on == "positive" else texts[:half],
-        held_out=texts[half:],
-        items=items,
-        train_items=train_items,
-        off_target=tuple((off_target or {}).values()),
-        steps=steps,
+    calibration = tokenized.positive if on == "positive" else texts[:half]
+    reached = run.calibrate(calibration, mean_norms(differences), next(steps))
+    measured_at = _Measurements(
+        reached=reached,
+        effects=run.effects(items, reached, next(steps)),
+        damage=run.damages(texts[half:], reached, next(steps)),
+        on_train={} if train_items is None else run.mean_effects(train_items, reached, next(steps)),
+        elsewhere=[
+            run.mean_effects(some, reached, next(steps)) for some in (off_target or {}).values()
+        ],
     )
-    rows, by_item = _rows(run, subjects, found, items, next(steps))
+    rows, by_item = _rows(run, measured_at, items, next(steps))
     if told is not None:
         tell, n, what = next(steps), 2 * len(items), "persona in the prompt: prompts"
         of_told, of_items = (part_of(tell, what, before=at, total=2 * n) for at in (0, n))
@@ -235,87 +236,64 @@ def _steps(progress: Progress, n: int) -> Iterator[Progress]:
 
 
 @dataclass(frozen=True)
-class _Findings:
-    """What was measured of every subject at every hook; `elsewhere` of the off-target items."""
+class _Measurements:
+    """What was measured of every subject; `elsewhere` on the off-target items."""
 
-    reached: Mapping[Index, float]
-    effects: Mapping[Index, Measured | None]
-    damage: Mapping[Index, Damage]
-    on_train: Mapping[Index, float]
-    elsewhere: Sequence[Mapping[Index, float]]
+    reached: Mapping[Subject, float]
+    effects: Mapping[Subject, Measured]
+    damage: Mapping[Subject, Damage]
+    on_train: Mapping[Subject, float]
+    elsewhere: Sequence[Mapping[Subject, float]]
 
-
-def _find(
-    run: Runner,
-    subjects: Subjects,
-    norms: Mapping[str, float],
-    *,
-    calibration: Sequence[TokenizedPrompt],
-    held_out: Sequence[TokenizedPrompt],
-    items: PreferenceItems,
-    train_items: PreferenceItems | None,
-    off_target: Sequence[PreferenceItems],
-    steps: Iterator[Progress],
-) -> _Findings:
-    reached = run.calibrate(calibration, subjects, norms, next(steps))
-    effects = run.effects(items, subjects, reached, next(steps))
-    damage = run.damages(held_out, subjects, reached, next(steps))
-    on_train: Mapping[Index, float] = {}
-    if train_items is not None:
-        on_train = run.mean_effects(train_items, subjects, reached, next(steps))
-    elsewhere = [run.mean_effects(some, subjects, reached, next(steps)) for some in off_target]
-    return _Findings(reached, effects, damage, on_train, elsewhere)
+    def null_effects(self, hook_name: str) -> list[NDArray[np.float64]]:
+        """The mean effects of the nulls at a hook, kind by kind, without those out of range."""
+        kinds: dict[str, list[float]] = {}
+        for subject in self.reached:
+            if subject.is_null and subject.hook_name == hook_name:
+                of_kind = kinds.setdefault(subject.name, [])
+                if subject in self.effects:
+                    of_kind.append(float(self.effects[subject].at_full.mean()))
+        return [np.array(of_kind) for of_kind in kinds.values()]
 
 
 def _rows(
-    run: Runner, subjects: Subjects, found: _Findings, items: PreferenceItems, progress: Progress
+    run: Runner, found: _Measurements, items: PreferenceItems, progress: Progress
 ) -> tuple[list[Row], dict[str, NDArray[np.float64]]]:
     """The rows of all methods and hooks with their verdicts, and the effects item by item."""
     rows: list[Row] = []
     by_item: dict[str, NDArray[np.float64]] = {}
     prompts = of_one_length(tokenize_items(run.engine.model, items)[0], N_GENERATED)
-    every = subjects.of_methods()
-    progress("texts: vectors", 0, len(every))
-    for index in every:
-        name, hook_name = subjects.name(index), index[1]
-        measured, reached = found.effects[index], found.reached[index]
-        nulls = _null_effects(subjects, found, hook_name)
+    subjects = sorted(run.methods, key=lambda s: run.settings.methods.index(s.name))
+    progress("texts: vectors", 0, len(subjects))
+    for subject in subjects:
+        name, hook_name, reached = subject.name, subject.hook_name, found.reached[subject]
+        nulls = found.null_effects(hook_name)
         row: dict[str, Any] = {
             "method": name,
             "hook_name": hook_name,
             "layer": hook_layer(hook_name),
             "coefficient": reached,
             "n_items": len(items),
-            "train_effect": found.on_train.get(index, math.nan),
+            "train_effect": found.on_train.get(subject, math.nan),
             "is_chosen": False,
             "n_null": sum(map(len, nulls)),
             "verdict": "search failed" if math.isnan(reached) else "budget not reached",
         }
-        if measured is not None:
+        if subject in found.effects:
+            measured, damage = found.effects[subject], found.damage[subject]
             by_item[f"{name} @ {hook_name}"] = measured.at_full
-            steered = {hook_name: subjects.direction(index)}
+            steered = {hook_name: subject.direction}
             row |= effect_columns(measured, nulls, run.settings)
             row |= {
-                "kl_nats": found.damage[index].kl,
-                "kl_p95_nats": found.damage[index].kl_p95,
-                "degradation_nats": found.damage[index].degradation,
-                "off_target": mean_abs([some[index] for some in found.elsewhere]),
+                "kl_nats": damage.kl,
+                "kl_p95_nats": damage.kl_p95,
+                "degradation_nats": damage.degradation,
+                "off_target": mean_abs([effects[subject] for effects in found.elsewhere]),
                 "distinct_3": mean_distinct_3(run.engine.model, prompts, steered, reached),
             }
         rows.append(row)
-        progress("texts: vectors", len(rows), len(every))
+        progress("texts: vectors", len(rows), len(subjects))
     return with_verdicts(rows), by_item
-
-
-def _null_effects(
-    subjects: Subjects, found: _Findings, hook_name: str
-) -> list[NDArray[np.float64]]:
-    """The mean effects of the nulls at a hook, kind by kind; those beyond the range left out."""
-    kinds = []
-    for of_kind in subjects.of_nulls(hook_name):
-        measured = [found.effects[index] for index in of_kind]
-        kinds.append(np.array([float(m.at_full.mean()) for m in measured if m is not None]))
-    return kinds
 
 
 def _check(

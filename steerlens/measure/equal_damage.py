@@ -28,9 +28,6 @@ from steerlens.progress import Progress, part_of
 DOSES = (-1.0, -0.5, 0.5, 1.0)
 """Shares of the coefficient at which the dose-response is measured, beside 0."""
 
-Index = tuple[int, str]
-"""Which subject (a method, then the nulls), at which hook."""
-
 
 @dataclass(frozen=True)
 class CompareSettings:
@@ -60,55 +57,32 @@ class Measured:
         return full
 
 
-@dataclass(frozen=True)
-class Subjects:
-    """What is compared: methods by name, and nulls by kind, each with a direction at every hook."""
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """One direction at one hook: that of a method, or a null of some kind."""
 
-    hook_names: tuple[str, ...]
-    methods: Mapping[str, Directions]
-    nulls: Mapping[str, Sequence[Directions]]
-
-    def of_methods(self) -> list[Index]:
-        """Every method at every hook, method by method."""
-        return [(i, hook) for i in range(len(self.methods)) for hook in self.hook_names]
-
-    def of_nulls(self, hook_name: str) -> list[list[Index]]:
-        """Every null at a hook, kind by kind."""
-        kinds, start = [], len(self.methods)
-        for some in self.nulls.values():
-            kinds.append([(i, hook_name) for i in range(start, start + len(some))])
-            start += len(some)
-        return kinds
-
-    def all(self) -> list[Index]:
-        """Methods and nulls, hook by hook."""
-        n = len(self.methods) + sum(map(len, self.nulls.values()))
-        return [(i, hook) for hook in self.hook_names for i in range(n)]
-
-    def name(self, index: Index) -> str:
-        """The method's name."""
-        return list(self.methods)[index[0]]
-
-    def direction(self, index: Index) -> Float[Tensor, " d_model"]:
-        """The direction at the hook."""
-        every = [*self.methods.values(), *(one for some in self.nulls.values() for one in some)]
-        return every[index[0]][index[1]]
+    name: str
+    hook_name: str
+    direction: Float[Tensor, " d_model"]
+    is_null: bool
 
 
 @dataclass(frozen=True)
 class Runner:
-    """What every measurement of a comparison shares."""
+    """What every measurement of a comparison shares; methods and nulls come hook by hook."""
 
     engine: Engine
     settings: CompareSettings
+    subjects: tuple[Subject, ...]
+
+    @property
+    def methods(self) -> tuple[Subject, ...]:
+        """The subjects that are no nulls."""
+        return tuple(subject for subject in self.subjects if not subject.is_null)
 
     def calibrate(
-        self,
-        prompts: Sequence[TokenizedPrompt],
-        subjects: Subjects,
-        norms: Mapping[str, float],
-        progress: Progress,
-    ) -> dict[Index, float]:
+        self, prompts: Sequence[TokenizedPrompt], norms: Mapping[str, float], progress: Progress
+    ) -> dict[Subject, float]:
         """The coefficient of every subject that spends the budget on `prompts`.
 
         Searched up to `search_range` times the hook's mean residual norm; inf where it lies beyond.
@@ -116,76 +90,72 @@ class Runner:
         engine, settings = replace(self.engine, progress=progress), self.settings
         budget = check_search(budget=settings.budget, search_range=settings.search_range)
         check_rollouts(engine.model, prompts, budget)
-        index = subjects.all()
-        pushes = [Push(key[1], subjects.direction(key), 1, self._readout(key[1])) for key in index]
+        checks = [self._job(subject, (1.0,)) for subject in self.subjects]
         workload = Workload(engine.batches(prompts), (), -1, "all")
-        readouts = tuple(dict.fromkeys(push.readout for push in pushes))
+        readouts = tuple(dict.fromkeys(job.readout for job in checks))
         unsteered = run_baseline(engine, workload, readouts)
-        checks = [Job(push.hook_name, push.direction, (1.0,), push.readout) for push in pushes]
         boundaries = find_boundaries(
             make_plan(engine, workload, unsteered, checks),
             prompts,
-            pushes,
-            [settings.search_range * norms[name] for _, name in index],
+            [Push(job.hook_name, job.direction, 1, job.readout) for job in checks],
+            [settings.search_range * norms[subject.hook_name] for subject in self.subjects],
             budget=budget,
             n_bootstrap=2,  # its intervals are not looked at
             seed=settings.seed,
         )
-        return {key: boundary.at for key, boundary in zip(index, boundaries, strict=True)}
+        return {
+            subject: boundary.at
+            for subject, boundary in zip(self.subjects, boundaries, strict=True)
+        }
 
     def effects(
-        self,
-        items: PreferenceItems,
-        subjects: Subjects,
-        reached: Mapping[Index, float],
-        progress: Progress,
-    ) -> dict[Index, Measured | None]:
-        """Every method at all doses, every null at its coefficient; None without a coefficient."""
-        n_methods = len(subjects.methods)
-        usable = _usable(subjects.all(), reached)
-        doses = {key: DOSES if key[0] < n_methods else (1.0,) for key in usable}
-        jobs = [self._job(subjects, k, tuple(d * reached[k] for d in doses[k])) for k in usable]
-        measured: dict[Index, Measured | None] = dict.fromkeys(subjects.all())
-        if jobs:
-            engine = replace(self.engine, progress=part_of(progress, "effects: cells"))
-            unsteered, gaps = preference_gaps(engine, items, jobs)
-            for key, job, steered in zip(usable, jobs, gaps, strict=True):
-                measured[key] = Measured(np.array(job.coefficients), steered - unsteered)
-        return measured
+        self, items: PreferenceItems, reached: Mapping[Subject, float], progress: Progress
+    ) -> dict[Subject, Measured]:
+        """Every method at all doses, every null at its coefficient; none without a coefficient."""
+        jobs = {
+            subject: self._job(
+                subject,
+                tuple(dose * reached[subject] for dose in ((1.0,) if subject.is_null else DOSES)),
+            )
+            for subject in self.subjects
+            if math.isfinite(reached[subject])
+        }
+        if not jobs:
+            return {}
+        engine = replace(self.engine, progress=part_of(progress, "effects: cells"))
+        unsteered, gaps = preference_gaps(engine, items, list(jobs.values()))
+        return {
+            subject: Measured(np.array(job.coefficients), steered - unsteered)
+            for (subject, job), steered in zip(jobs.items(), gaps, strict=True)
+        }
 
     def damages(
         self,
         texts: Sequence[TokenizedPrompt],
-        subjects: Subjects,
-        reached: Mapping[Index, float],
+        reached: Mapping[Subject, float],
         progress: Progress,
-    ) -> dict[Index, Damage]:
+    ) -> dict[Subject, Damage]:
         """What every method costs on neutral text at its coefficient."""
-        usable = _usable(subjects.of_methods(), reached)
-        jobs = [self._job(subjects, key, (reached[key],)) for key in usable]
+        jobs = self._at_reached(reached)
         if not jobs:
             return {}
         engine = replace(self.engine, progress=part_of(progress, "damage: cells"))
-        by_job = damages(engine, texts, jobs)
-        return {key: of_job[0] for key, of_job in zip(usable, by_job, strict=True)}
+        by_job = damages(engine, texts, list(jobs.values()))
+        return {subject: of_job[0] for subject, of_job in zip(jobs, by_job, strict=True)}
 
     def mean_effects(
-        self,
-        items: PreferenceItems,
-        subjects: Subjects,
-        reached: Mapping[Index, float],
-        progress: Progress,
-    ) -> dict[Index, float]:
+        self, items: PreferenceItems, reached: Mapping[Subject, float], progress: Progress
+    ) -> dict[Subject, float]:
         """Every method's mean effect on other items, at its coefficient."""
-        usable = _usable(subjects.of_methods(), reached)
-        jobs = [self._job(subjects, key, (reached[key],)) for key in usable]
+        jobs = self._at_reached(reached)
         if not jobs:
             return {}
         tell = part_of(progress, f"effects on {items.name}: cells")
-        unsteered, gaps = preference_gaps(replace(self.engine, progress=tell), items, jobs)
+        engine = replace(self.engine, progress=tell)
+        unsteered, gaps = preference_gaps(engine, items, list(jobs.values()))
         return {
-            key: float((steered[0] - unsteered).mean())
-            for key, steered in zip(usable, gaps, strict=True)
+            subject: float((steered[0] - unsteered).mean())
+            for subject, steered in zip(jobs, gaps, strict=True)
         }
 
     def gap(self, items: PreferenceItems, progress: Progress) -> Float[np.ndarray, " item"]:
@@ -198,16 +168,31 @@ class Runner:
         one = sum(map(len, both)) * self.engine.n_layers
         return round(self.engine.cost.blocks / one, 3)
 
-    def _job(self, subjects: Subjects, index: Index, coefficients: tuple[float, ...]) -> Job:
-        hook_name = index[1]
-        return Job(hook_name, subjects.direction(index), coefficients, self._readout(hook_name))
+    def _at_reached(self, reached: Mapping[Subject, float]) -> dict[Subject, Job]:
+        return {
+            subject: self._job(subject, (reached[subject],))
+            for subject in self.methods
+            if math.isfinite(reached[subject])
+        }
 
-    def _readout(self, hook_name: str) -> str:
-        return readout_hook(hook_name, self.engine.n_layers)
+    def _job(self, subject: Subject, coefficients: tuple[float, ...]) -> Job:
+        readout = readout_hook(subject.hook_name, self.engine.n_layers)
+        return Job(subject.hook_name, subject.direction, coefficients, readout)
 
 
-def _usable(index: Sequence[Index], reached: Mapping[Index, float]) -> list[Index]:
-    return [key for key in index if math.isfinite(reached[key])]
+def make_subjects(
+    hook_names: Sequence[str],
+    methods: Mapping[str, Directions],
+    nulls: Mapping[str, Sequence[Directions]],
+) -> tuple[Subject, ...]:
+    """Methods and nulls, hook by hook."""
+    every = [(name, directions, False) for name, directions in methods.items()]
+    every += [(kind, null, True) for kind, some in nulls.items() for null in some]
+    return tuple(
+        Subject(name, hook_name, directions[hook_name], is_null)
+        for hook_name in hook_names
+        for name, directions, is_null in every
+    )
 
 
 def mean_norms(differences: Differences) -> dict[str, float]:

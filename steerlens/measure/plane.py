@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.engine.backward import label_slopes
 from steerlens.engine.batches import make_batches
 from steerlens.engine.plan import run_cells
-from steerlens.engine.slopes import label_slopes
 from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.workload import Baseline, Job
 from steerlens.errors import InputError, whole
@@ -191,13 +191,11 @@ def run_plane(
     logprobs = _pushed_logprobs(study, planes)
     n_rows = max(1, (settings.batch_size or len(study.pairs)) // 2)
     slopes = label_slopes(
-        study.model,
+        study.engine,
         make_batches(study.model, study.tokens.positive, n_rows),
         [(plane.hook_name, axis) for plane in planes for axis in plane.axes],
         steered_positions="all",
         seed=settings.seed,
-        cost=study.engine.cost,
-        progress=study.engine.progress,
     )
     pull = settings.weight * torch.relu((settings.margin - 1) * baseline.logprob.double())
     ids = [pair.id for pair in study.pairs]

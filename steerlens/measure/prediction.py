@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from steerlens.engine.backward import label_slopes
 from steerlens.engine.batches import make_batches, rows_per_pass
 from steerlens.engine.engine import Engine
-from steerlens.engine.slopes import label_slopes
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt
 from steerlens.errors import ModelError
 from steerlens.loss import Budget
@@ -52,13 +52,11 @@ def predict(
     width = max(len(prompt) for prompt in prompts)
     size = max(1, (engine.batch_size or rows_per_pass(engine.model, width)) // 2)
     derivatives = label_slopes(
-        engine.model,
+        engine,
         make_batches(engine.model, prompts, size),
         [(name, direction) for (name, _), direction in along.items()],
         steered_positions=steered_positions,
         seed=seed,
-        cost=engine.cost,
-        progress=engine.progress,
     )
     index = {key: i for i, key in enumerate(along)}
     predictions = []

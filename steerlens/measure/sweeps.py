@@ -49,7 +49,7 @@ class FinishedHook:
 class Checkpoint(Protocol):
     """Where the finished hooks of a sweep are kept, so that it can go on where it stopped.
 
-    `steerlens.runs.record.unfinished.open_parts` makes one in a folder.
+    `steerlens.runs.unfinished.open_parts` makes one in a folder.
 
     Examples:
         >>> class InMemory(dict):

@@ -3,15 +3,12 @@
 import io
 import json
 import tempfile
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from steerlens.errors import ModelError
 
@@ -50,9 +47,9 @@ def load_hooked_transformer(
             )
     import transformers
 
-    of_folder: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    original = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **of_folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **of_folder)
+    local: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    original = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
     model = _translated(Path(name), original.eval(), tokenizer, device=device, dtype=dtype)
     check_predictions(model, original)
     return model
@@ -89,8 +86,10 @@ def check_predictions(model: Any, original: Any) -> None:
     the epsilon of a 16-bit dtype of their largest size.
     """
     ids = torch.linspace(0, original.config.vocab_size - 1, _N_CHECKED).long()[None]
-    ours = _logprobs(lambda: model(ids.to(model.cfg.device), return_type="logits"))
-    theirs = _logprobs(lambda: original(ids.to(original.device)).logits)
+    with torch.no_grad():
+        logits = model(ids.to(model.cfg.device), return_type="logits")
+        expected = original(ids.to(original.device)).logits
+    ours, theirs = (rows[0].float().cpu().log_softmax(-1) for rows in (logits, expected))
     eps = torch.finfo(model.cfg.dtype).eps
     allowed = max(1e-3, 16 * eps * float(theirs.abs().max()))
     off = float((ours - theirs).abs().max())
@@ -100,8 +99,3 @@ def check_predictions(model: Any, original: Any) -> None:
             f"faithfully: logprobs differ from those of transformers by {off:.2g} nats (a setting "
             "of its config is not supported); use TransformerLens 4"
         )
-
-
-def _logprobs(run: Callable[[], Tensor]) -> Float[Tensor, "token vocab"]:
-    with torch.no_grad():
-        return run()[0].float().cpu().log_softmax(-1)

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, SupportsIndex, TypeAlias
 
 from steerlens.errors import HookError, told
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel, hugging_face_model
 
 Layers: TypeAlias = str | SupportsIndex | slice | Iterable[SupportsIndex | str | slice]
 """What names hooks: "all", "0,5,10", "10:20:2", a glob, an int, a slice, or a list of these."""
@@ -38,7 +38,7 @@ def resid_post(layer: int) -> str:
 
 
 def hook_layer(hook_name: str) -> int:
-    """The block index in a hook name. Raises `HookError` when the hook is not inside a block."""
+    """The block in a hook name, from 0. Raises `HookError` when the hook is not inside one."""
     match = re.match(r"blocks\.(\d+)\.", hook_name)
     if match is None:
         raise HookError(f"hook {hook_name!r} is not inside a block; expected blocks.N.something")
@@ -48,8 +48,14 @@ def hook_layer(hook_name: str) -> int:
 def readout_hook(hook_name: str, n_layers: int) -> str:
     """`blocks.{max(L, n_layers - 3)}.hook_resid_post` for a hook in block L.
 
-    A block's output is its last hook, so the readout never comes before the intervention. Raises
-    `HookError` when the hook is not inside a block, or the number of layers that of no model.
+    A block's output is its last hook, so the readout never comes before the intervention.
+
+    Args:
+        hook_name: The hook that is intervened on.
+        n_layers: How many blocks the model has.
+
+    Raises:
+        HookError: The hook is not inside a block, or no model has so many layers.
 
     Examples:
         >>> sl.readout_hook("blocks.12.hook_resid_post", 30)
@@ -65,12 +71,17 @@ def readout_hook(hook_name: str, n_layers: int) -> str:
 def resolve_hooks(model: HookedModel, layers: Layers = "all") -> tuple[str, ...]:
     """Hook names of this model, in layer order and without repeats.
 
-    `layers` is "all", "0,5,10", "10:20:2" (Python's slice: the end is not included), a hook name,
-    a glob over hook names such as `blocks.*.attn.hook_out`, the part of a name after the block
-    (`hook_mlp_out`: that hook of every block), several of these joined by commas, an int, a slice,
-    or a list of any of these. Layer numbers mean `blocks.N.hook_resid_post`; negative ones count
-    from the end. Raises `HookError` for a layer or slice bound that does not exist, a hook outside
-    the blocks, and a name or glob that matches nothing, with the nearest names.
+    Args:
+        model: The model that has the hooks.
+        layers: "all", "0,5,10", "10:20:2" (Python's slice: the end is not included), a hook name, a
+            glob over hook names such as `blocks.*.attn.hook_out`, the part of a name after the
+            block (`hook_mlp_out`: that hook of every block), several of these joined by commas, an
+            int, a slice, or a list of any of these. Numbers mean `blocks.N.hook_resid_post`;
+            negative ones count from the end.
+
+    Raises:
+        HookError: A layer or slice bound does not exist, a hook is outside the blocks, or a name or
+            glob matches nothing (the nearest names are told).
 
     Examples:
         >>> sl.resolve_hooks(model, "1:5:2")
@@ -138,9 +149,9 @@ def _resolve_name(model: HookedModel, name: str) -> Sequence[str]:
     # The part after the block first: in a glob over whole names, * would cross into submodules.
     for prefix in (r"blocks\.\d+\.", ""):
         pattern = re.compile(prefix + fnmatch.translate(name))
-        found = [n for n in known if n.startswith("blocks.") and pattern.match(n)]
-        if found:
-            return found
+        matches = [hook for hook in known if hook.startswith("blocks.") and pattern.match(hook)]
+        if matches:
+            return matches
     near = difflib.get_close_matches(name, known, n=5, cutoff=0.3)
     raise HookError(
         f"no hook of this model matches {name!r}; the nearest are {', '.join(near) or 'none'}"
@@ -160,11 +171,9 @@ def _one_thread(model: HookedModel) -> Iterator[None]:
         yield
     finally:
         with _guard:
-            depth = _threads[model][1] - 1
-            if depth:
-                _threads[model] = (here, depth)
-            else:
-                del _threads[model]
+            _, depth = _threads.pop(model)
+            if depth > 1:
+                _threads[model] = (here, depth - 1)
 
 
 def _check_settings(model: Any, fwd_hooks: Sequence[tuple[str, HookFunction]]) -> None:
@@ -172,7 +181,7 @@ def _check_settings(model: Any, fwd_hooks: Sequence[tuple[str, HookFunction]]) -
 
     Raises `AssertionError` that says which setting a hook needs.
     """
-    if not hasattr(model, "original_model") and hasattr(model, "check_hooks_to_add"):
+    if hugging_face_model(model) is None and hasattr(model, "check_hooks_to_add"):
         for name, function in fwd_hooks:
             model.check_hooks_to_add(model.hook_dict[name], name, function)
 
@@ -182,9 +191,16 @@ def hooked(model: HookedModel, fwd_hooks: Sequence[tuple[str, HookFunction]]) ->
     """Hooks on the model inside the block only; every one of them must have fired by its end.
 
     The hooks are removed after the block and after an exception inside it; hooks that were there
-    before stay, and act first where they are at the same place. Raises `HookError` when a name is
-    unknown or needs a setting of the model first, when another thread has hooks on the model or
-    runs it inside the block, and at the end for hooks that did not fire, unless the block raised.
+    before stay, and act first where they are at the same place.
+
+    Args:
+        model: The model, which one thread alone may hook and run at a time.
+        fwd_hooks: Hook name and `(activation, hook=...) -> activation or None`.
+
+    Raises:
+        HookError: A name is unknown or needs a setting of the model first; another thread has hooks
+            on the model or runs it inside the block; at the end, a hook did not fire (unless the
+            block raised).
     """
     silent = {name for name, _ in fwd_hooks}
     here = threading.get_ident()

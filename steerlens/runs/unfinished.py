@@ -6,13 +6,13 @@ In `parts/` of the run folder: `_request.json`, what was asked for, written firs
 
 import hashlib
 import json
+import re
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import pandas as pd
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import FileError, SteerlensError
-from steerlens.files import write_whole
+from steerlens.files import cannot_write, write_json, write_whole
 from steerlens.measure.sweeps import FinishedHook
 from steerlens.runs.record import (
     PARTS,
@@ -30,15 +30,21 @@ from steerlens.runs.record import (
     STARTED,
     check_run_folder,
     differences,
+    now,
     read_directions,
+    read_objects,
     versions,
     write_directions,
-    write_json,
 )
 from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
 
 DIRECTIONS = "_directions.safetensors"
 LOCK = "_lock"
+# Its own files alone are removed; of one that was being written when the program was killed, a
+# folder is left that `write_whole` made.
+_PART = rf"{re.escape(STARTED)}|{re.escape(DIRECTIONS)}|[0-9]{{4,}}\.parquet"
+_IN_PARTS = re.compile(rf"{_PART}|\.(?:{_PART})-\w+")
+_LEFT_BESIDE = re.compile(rf"\.(?:{'|'.join(map(re.escape, RUN_FILES))})-\w+")
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,15 @@ def read_started(folder: Path) -> Started | None:
     if (folder / RECORD).exists() or not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        request, options, made_by = (dict(record[k]) for k in ("request", "options", "versions"))
+        request, options, made_by = read_objects(path, "request", "options", "versions")
         names = [str(name) for name in request["hook_names"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise FileError(
             f"{str(path)!r} is not the record of an unfinished run ({error}); delete the folder "
             "and run the command once more"
         ) from error
-    found = tuple(name for i, name in enumerate(names) if _part(folder, i).exists())
-    return Started(request, options, made_by, found)
+    has_part = tuple(name for i, name in enumerate(names) if _part(folder, i).exists())
+    return Started(request, options, made_by, has_part)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -83,10 +88,10 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises `FileError` when it is not one, or says no options.
     """
     path = path / RECORD if path.is_dir() else path
+    names = ("request", "options", "versions")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {name: dict(record[name]) for name in ("request", "options", "versions")}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return dict(zip(names, read_objects(path, *names), strict=True))
+    except ValueError as error:
         raise FileError(
             f"{str(path)!r} is not the record of a run that can be repeated ({error}); expected "
             f"the {RECORD} of a sweep, written by this steerlens or a newer one"
@@ -126,18 +131,15 @@ class Parts:
         Raises `FileError` when a part is of another sweep than the one that `of` names.
         """
         self._of, self._since = of, time.perf_counter()
-        known = {}
+        hooks = {}
         for i, name in enumerate(self._hook_names):
             path = _part(self._folder, i)
             if not path.exists():
                 continue
             frame = _read_part(path, name)
             if frame is None:
-                warnings.warn(
-                    f"{str(path)!r} is damaged; the cells of {name} are run again",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+                message = f"{str(path)!r} is damaged; the cells of {name} are run again"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
                 continue
             if frame.attrs["of"] != of:
                 raise FileError(
@@ -146,25 +148,25 @@ class Parts:
                     "on as it was begun, or start again in another --out"
                 )
             rows: Any = frame.to_dict("records")
-            known[name] = FinishedHook(name, tuple(rows), frame.attrs["blocks"])
+            hooks[name] = FinishedHook(name, tuple(rows), frame.attrs["blocks"])
             self.seconds += frame.attrs["seconds"]
             self.warned = tuple(dict.fromkeys((*self.warned, *frame.attrs["warnings"])))
-        return known
+        return hooks
 
     def keep(self, hook: FinishedHook) -> None:
         """Write the part of a hook; it is on the disk when this returns.
 
         Raises `FileError` when it cannot be written.
         """
-        now = time.perf_counter()
+        moment = time.perf_counter()
         attrs = {
             "of": self._of,
             "hook_name": hook.hook_name,
             "blocks": hook.blocks,
-            "seconds": now - self._since,
+            "seconds": moment - self._since,
             "warnings": list(self._warned()),
         }
-        self._since = now
+        self._since = moment
         frame = to_frame(hook.rows, SWEEP_COLUMNS, attrs)
         frame.attrs["sha256"] = _checksum(frame)
         path = _part(self._folder, self._hook_names.index(hook.hook_name))
@@ -198,7 +200,7 @@ def open_parts(
     versions (naming both values).
 
     Examples:
-        >>> from steerlens.runs.record.unfinished import open_parts, read_started
+        >>> from steerlens.runs.unfinished import open_parts, read_started
         >>> request = {"hook_names": directions.hook_names, "seed": 0}
         >>> with open_parts(folder, request, options={}) as parts:
         ...     _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=parts)
@@ -210,9 +212,7 @@ def open_parts(
         try:
             inside.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise FileError(
-                f"cannot write to {str(folder)!r}: {error.strerror}; choose another --out"
-            ) from error
+            raise cannot_write(folder, error) from error
     with _locked(folder):
         try:
             if resume:
@@ -223,13 +223,13 @@ def open_parts(
         except BaseException:
             # What was refused leaves nothing behind, but for the unfinished run of another request.
             if not (inside / STARTED).exists():
-                shutil.rmtree(inside, ignore_errors=True)
+                _remove_parts(folder)
             raise
         try:
             yield Parts(folder, request["hook_names"], warned)
         except BaseException as error:
             if not _is_worth_keeping(inside, error):
-                shutil.rmtree(inside, ignore_errors=True)
+                _remove_parts(folder)
             raise
         _clear(folder)
 
@@ -243,10 +243,27 @@ def clear_finished(folder: Path) -> None:
 
 def _clear(folder: Path) -> None:
     """Remove the parts, and what a kill half way through a table left beside it."""
-    for name in RUN_FILES:
-        for left in folder.glob(f".{name}-*"):
-            shutil.rmtree(left, ignore_errors=True)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    with suppress(OSError):
+        _remove(folder, _LEFT_BESIDE)
+    _remove_parts(folder)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove the parts and, where nothing of another program is in it, their folder."""
+    with suppress(OSError):
+        _remove(folder / PARTS, _IN_PARTS)
+        (folder / PARTS / LOCK).unlink()
+        (folder / PARTS).rmdir()
+
+
+def _remove(folder: Path, names: re.Pattern[str]) -> None:
+    """Remove what this program wrote into a folder, by its name, and nothing else."""
+    for path in folder.iterdir():
+        if names.fullmatch(path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _is_worth_keeping(inside: Path, error: BaseException) -> bool:
@@ -261,20 +278,14 @@ def _start(folder: Path, request: Mapping[str, Any], options: Mapping[str, Any])
         "request": dict(request),
         "options": dict(options),
         "versions": versions(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": now(),
     }
     try:
         # Of a run that was finished, or killed before its record was written.
-        for path in (folder / PARTS).iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK:
-                path.unlink()
-        write_whole(folder / PARTS / STARTED, lambda path: write_json(record, path))
+        _remove(folder / PARTS, _IN_PARTS)
+        write_whole(folder / PARTS / STARTED, partial(write_json, record))
     except OSError as error:
-        raise FileError(
-            f"cannot write to {str(folder)!r}: {error.strerror or error}; choose another --out"
-        ) from error
+        raise cannot_write(folder, error) from error
 
 
 def _check_same(folder: Path, request: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ class Step:
     amount: float
 
     def hook(self, chosen: Any = None) -> HookFunction:
-        """A forward hook, out of place; `chosen(activation, hook)` is a mask of tokens, or None."""
+        """A forward hook, out of place; `chosen(activation, hook)` is a mask of tokens."""
 
         def act(activation: Tensor, hook: Any) -> Tensor:
             if self.direction.shape != activation.shape[-1:]:
@@ -49,11 +49,10 @@ class Step:
                     f"the direction at {self.hook_name} has {len(self.direction)} numbers, the "
                     f"activation there {activation.shape[-1]}"
                 )
-            mask = None if chosen is None else chosen(activation, hook)
+            # First, as it says best what is wrong with an activation that is no row a token.
+            mask = None if chosen is None else chosen(activation, hook).to(activation.device)
             moved = self.operator(activation, self.direction, self.amount)
-            if mask is None:
-                return moved
-            return torch.where(mask.to(activation.device)[..., None], moved, activation)
+            return moved if mask is None else torch.where(mask[..., None], moved, activation)
 
         return act
 
@@ -61,28 +60,19 @@ class Step:
 def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) -> tuple[Step, ...]:
     """What a vector does at each of its hooks; nothing at coefficient 0.
 
-    Plain directions (a mapping) are added, as they are, with a coefficient in residual units.
-    Raises `InputError` when the coefficient has no meaning for them or for the operator: norms
-    and shares of the boundary are for `Add`.
+    Args:
+        vector: a `SteeringVector`, or plain directions by hook name, which are added as they are.
+        coefficient: as in `Coefficient`; for plain directions a number, in residual units.
+
+    Raises:
+        InputError: the coefficient has no meaning for the vector or its operator (norms and shares
+            of the boundary are for `Add`), or a plain direction is not one row of finite numbers.
     """
     parsed = parse_coefficient(coefficient)
     if parsed.number == 0:
         return ()
     if not isinstance(vector, Steerable):
-        if parsed.unit != "residual":
-            raise InputError(
-                f"{coefficient!r} needs a SteeringVector, which knows its norms and boundary; "
-                "plain directions take a coefficient in residual units"
-            )
-        add = Add()
-        add.check(parsed.number)
-        for name in vector:
-            if vector[name].ndim != 1 or not bool(vector[name].isfinite().all()):
-                raise InputError(
-                    f"expected one row of finite numbers at {name}, got shape "
-                    f"{tuple(vector[name].shape)}"
-                )
-        return tuple(Step(name, add, vector[name], parsed.number) for name in vector)
+        return _additions(vector, coefficient)
     operator = vector.operator
     if isinstance(operator, Add):
         sizes = step_sizes(coefficient, vector.hook_names, vector.scale, vector.calibration)
@@ -97,11 +87,25 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
         # A sweep may try such a cell, and says that it overflows; a vector in use may not.
         if abs(size) > torch.finfo(torch.float32).max:
             raise InputError(f"expected a step that is finite in float32, got {size:.3g}")
-    return tuple(
-        Step(name, operator, direction, size)
-        for name, direction, size in zip(vector.hook_names, vector.directions, sizes, strict=True)
-        if size != 0
-    )
+    rows = zip(vector.hook_names, vector.directions, sizes, strict=True)
+    return tuple(Step(name, operator, direction, size) for name, direction, size in rows if size)
+
+
+def _additions(directions: Mapping[str, Tensor], coefficient: Coefficient) -> tuple[Step, ...]:
+    parsed, add = parse_coefficient(coefficient), Add()
+    if parsed.unit != "residual":
+        raise InputError(
+            f"{coefficient!r} needs a SteeringVector, which knows its norms and boundary; "
+            "plain directions take a coefficient in residual units"
+        )
+    add.check(parsed.number)
+    for name in directions:
+        if directions[name].ndim != 1 or not bool(directions[name].isfinite().all()):
+            raise InputError(
+                f"expected one row of finite numbers at {name}, got shape "
+                f"{tuple(directions[name].shape)}"
+            )
+    return tuple(Step(name, add, directions[name], parsed.number) for name in directions)
 
 
 def step_hooks(
@@ -110,32 +114,17 @@ def step_hooks(
     *,
     mask: Bool[Tensor, "prompt token"] | None = None,
 ) -> list[tuple[str, HookFunction]]:
-    """Hooks of steps on every token, or those of `mask` (Bool, prompt by token).
+    """Hooks of steps on every token, or those of `mask`.
 
     Raises `InputError` on a condition with scope "prompt": which tokens are the prompt's is not
     known here (see `steer`).
     """
-    if not acts:
-        return []
-    if condition is not None and condition.scope == "prompt":
+    if acts and condition is not None and condition.scope == "prompt":
         raise InputError(
             "a condition on the prompt must know which tokens are the prompt's: use `with "
             "steer(model, vector, coefficient):`"
         )
-    return _with_gate(acts, condition, None, None if mask is None else _exactly(mask))
-
-
-def steering_hooks(
-    directions: Mapping[str, Tensor],
-    coefficient: float | int,
-    *,
-    mask: Bool[Tensor, "prompt token"] | None = None,
-) -> list[tuple[str, HookFunction]]:
-    """`(hook name, addition)` for every direction; none at coefficient 0, the identity.
-
-    Raises `InputError` when the coefficient is not finite.
-    """
-    return step_hooks(steps(directions, coefficient), mask=mask)
+    return _gated(acts, condition, None, None if mask is None else _exactly(mask))
 
 
 @contextmanager
@@ -146,19 +135,24 @@ def steer(
     *,
     positions: Positions = "all",
 ) -> Iterator[None]:
-    """Steer inside the block, prompt and generated tokens alike unless `positions` says otherwise.
+    """Steer inside the block; the hooks are gone after it, also after an exception.
 
-    `vector` is a `SteeringVector`, or plain directions to be added. `positions` (see `Positions`)
-    mean the same tokens with a KV cache and without, and with padding on either side. Blocks may be
-    nested and repeated: at one hook the outer vector acts first. The hooks are gone after the
-    block, also after an exception.
+    Blocks may be nested and repeated: at one hook the outer vector acts first. A thread that runs
+    the model while it is steered here gets a `HookError` itself.
 
-    Raises `InputError` when the coefficient has no meaning for the vector (see `Coefficient`) or
-    the positions are unknown, and inside the block when a mask does not have the prompts' shape, a
-    KV cache comes from before the block, or the condition is read too late; `HookError` when a hook
-    did not fire or another thread has hooks on the model; `InputError` when the vector was
-    fitted on a model with other weight processing. A thread that runs the model while it is
-    steered here gets a `HookError` itself.
+    Args:
+        model: any `HookedModel`.
+        vector: a `SteeringVector`, or plain directions by hook name, to be added.
+        coefficient: how strongly, as in `Coefficient`; 0 is the identity.
+        positions: which tokens (see `Positions`), by default all, prompt and generated alike; the
+            same ones with a KV cache and without, and with padding on either side.
+
+    Raises:
+        InputError: the coefficient has no meaning for the vector, the positions are unknown, or the
+            vector was fitted on a model with other weight processing; inside the block: a mask does
+            not have the prompts' shape, a KV cache comes from before it, or the condition is read
+            too late.
+        HookError: a hook did not fire, or another thread has hooks on the model.
 
     Examples:
         >>> plain = model("the river was")
@@ -173,14 +167,12 @@ def steer(
     condition = getattr(vector, "condition", None)
     is_everywhere = isinstance(positions, str) and positions == "all"
     with ExitStack() as stack:
-        seen = None
+        passes, chosen = None, None
         if acts and (not is_everywhere or (condition is not None and condition.scope == "prompt")):
-            seen = stack.enter_context(watch(model))
-        chosen = None
-        if seen is not None and not is_everywhere:
-            chosen = _at_positions(seen, positions)
-        fwd_hooks = _with_gate(acts, condition, seen, chosen) if acts else []
-        stack.enter_context(hooked(model, fwd_hooks))
+            passes = stack.enter_context(watch(model))
+            if not is_everywhere:
+                chosen = _at_positions(passes, positions)
+        stack.enter_context(hooked(model, _gated(acts, condition, passes, chosen)))
         yield
 
 
@@ -197,25 +189,22 @@ def _exactly(mask: Tensor) -> Any:
     return chosen
 
 
-def _at_positions(seen: Watch, positions: Positions) -> Any:
-    def chosen(activation: Tensor, hook: Any) -> Tensor:
-        return seen.now(activation, hook).mask(positions)
-
-    return chosen
+def _at_positions(passes: Watch, positions: Positions) -> Any:
+    return lambda activation, hook: passes.now(activation, hook).mask(positions)
 
 
-def _with_gate(
-    acts: Sequence[Step], condition: Condition | None, seen: Watch | None, chosen: Any
+def _gated(
+    acts: Sequence[Step], condition: Condition | None, passes: Watch | None, chosen: Any
 ) -> list[tuple[str, HookFunction]]:
     """The steps' hooks; with a condition, behind the one that reads it."""
-    if condition is None:
+    if not acts or condition is None:
         return [(act.hook_name, act.hook(chosen)) for act in acts]
     gate = Gate(condition, frozenset(act.hook_name for act in acts))
 
     def read(activation: Tensor, hook: Any) -> None:
-        gate.read(activation, None if seen is None else seen.now(activation, hook))
+        gate.read(activation, None if passes is None else passes.now(activation, hook))
 
-    def gated(name: str) -> Any:
+    def behind_gate(name: str) -> Any:
         def both(activation: Tensor, hook: Any) -> Tensor:
             mask = gate.take(name).expand(activation.shape[:2])
             return mask if chosen is None else mask & chosen(activation, hook).to(mask.device)
@@ -224,5 +213,12 @@ def _with_gate(
 
     return [
         (condition.hook_name, read),
-        *((act.hook_name, act.hook(gated(act.hook_name))) for act in acts),
+        *((act.hook_name, act.hook(behind_gate(act.hook_name))) for act in acts),
     ]
+
+
+def steering_hooks(  # until callers have moved
+    directions: Mapping[str, Tensor], coefficient: float | int
+) -> list[tuple[str, HookFunction]]:
+    """`(hook name, addition)` for every direction; none at coefficient 0, the identity."""
+    return step_hooks(steps(directions, coefficient))

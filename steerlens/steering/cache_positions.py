@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from inspect import isgeneratorfunction
 from typing import Any, Literal, get_args
 
@@ -57,11 +58,8 @@ class Pass:
             # A prompt that comes in chunks has its last token in the last chunk.
             chosen = (columns == last) & (len(columns) >= self.n_prompt)
         else:
-            chosen = {
-                "all": torch.ones_like(in_prompt),
-                "prompt": in_prompt,
-                "generated": ~in_prompt,
-            }[positions]
+            everywhere = torch.ones_like(in_prompt)
+            chosen = {"all": everywhere, "prompt": in_prompt, "generated": ~in_prompt}[positions]
         return chosen[:, self.n_before :]
 
     def prompt_tokens(self) -> Bool[Tensor, "prompt token"]:
@@ -116,20 +114,27 @@ class Watch:
     def remember(self, cache: Any) -> None:
         """The KV cache that the pass wrote to is this prompt's."""
         if self.current is not None:
-            of = (weakref.ref(cache), self.current.n_prompt, self.current.memory)
-            self.known[id(cache)] = of
+            prompt = (self.current.n_prompt, self.current.memory)
+            self.known[id(cache)] = (weakref.ref(cache), *prompt)
+
+    def swap(self, state: tuple[bool, int | None, Pass | None]) -> Any:
+        """Put another state in place of this one, which is returned."""
+        before = (self.is_generating, self.n_prompt, self.current)
+        self.is_generating, self.n_prompt, self.current = state
+        return before
 
     def now(self, activation: Any, hook: Any) -> Pass:
         """The pass that `activation` belongs to. Raises `InputError` when it is none noted."""
-        found = self.current
-        shape = None if found is None else (len(found.real), found.real.shape[1] - found.n_before)
-        if found is None or activation.ndim != 3 or shape != tuple(activation.shape[:2]):
+        current, shape = self.current, None
+        if current is not None:
+            shape = (len(current.real), current.real.shape[1] - current.n_before)
+        if current is None or activation.ndim != 3 or shape != tuple(activation.shape[:2]):
             raise InputError(
                 f"the activation at {getattr(hook, 'name', 'a hook')} is {tuple(activation.shape)},"
                 f" but this pass has {shape} (prompts, tokens): steer block outputs and other hooks"
                 " with a row a token"
             )
-        return found
+        return current
 
 
 def check_positions(positions: Positions) -> None:
@@ -151,60 +156,43 @@ def watch(model: HookedModel) -> Iterator[Watch]:
     row a prompt); without a mask, and with several prompts, the padding tokens on the side that the
     tokenizer pads.
     """
-    noted = Watch()
-    wrapped: Any = getattr(model, "original_model", None)
+    passes = Watch()
+    inner: Any = getattr(model, "original_model", model)  # the Hugging Face model inside a Bridge
     with ExitStack() as stack:
-        for name in _GENERATE:
-            if hasattr(model, name):
-                stack.enter_context(_replaced(model, name, _generating(model, name, noted)))
-        if wrapped is not None:
-
-            def before(module: Any, given: Any, named: Any) -> None:  # noqa: ARG001
-                _note(noted, model, given[0] if given else None, named)
-
-            def after(module: Any, given: Any, out: Any) -> None:  # noqa: ARG001
-                cache = getattr(out, "past_key_values", None)
-                if cache is not None:
-                    noted.remember(cache)
-
-            before_handle = wrapped.register_forward_pre_hook(before, with_kwargs=True)
-            stack.callback(before_handle.remove)
-            after_handle = wrapped.register_forward_hook(after)
-            stack.callback(after_handle.remove)
-            if hasattr(wrapped, "generate"):
-                stack.enter_context(
-                    _replaced(wrapped, "generate", _generating(wrapped, "generate", noted))
-                )
-        else:
-            forward = getattr(model, "forward")  # noqa: B009 (not in the protocol)
-
-            def noting(given: Any = None, *rest: Any, **named: Any) -> Any:
-                if isinstance(given, (str, list)):
-                    raise InputError(
-                        "give tokens, model.to_tokens(text), where only some positions are steered"
-                    )
-                _note(noted, model, given, named)
-                return forward(given, *rest, **named)
-
-            stack.enter_context(_replaced(model, "forward", noting))
-        yield noted
+        for owner in dict.fromkeys((model, inner)):
+            for name in _GENERATE:
+                if hasattr(owner, name):
+                    stack.enter_context(_replaced(owner, name, _generating(owner, name, passes)))
+        stack.enter_context(_replaced(inner, "forward", _noting(model, inner.forward, passes)))
+        yield passes
 
 
-def _note(noted: Watch, model: HookedModel, given: Any, named: Any) -> None:
-    given = named.get("input") if given is None else given
-    ids = named.get("input_ids") if given is None else given
-    shown = named.get("inputs_embeds") if ids is None else ids
-    if shown is None:
-        raise InputError("cannot see the tokens of this pass; steer all positions instead")
-    if shown.ndim == 1:
-        shown = shown[None]
-    hugging_face, own = named.get("past_key_values"), named.get("past_kv_cache")
-    n_before = _cached(hugging_face, own)
-    mask = named.get("attention_mask")
-    if mask is None and n_before == 0 and shown.ndim == 2 and not shown.is_floating_point():
-        mask = _unpadded(model, shown)
-    cache = own if hugging_face is None else hugging_face
-    noted.note(shown.shape[0], shown.shape[1], mask, n_before, cache)
+def _noting(model: HookedModel, forward: Callable[..., Any], passes: Watch) -> Callable[..., Any]:
+    """`forward`, of which `passes` is told before and, of the cache that it gives, afterwards."""
+
+    @wraps(forward, updated=())  # Hugging Face's generate looks at its parameters
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        names = ("input", "input_ids", "inputs_embeds")
+        inputs = (*args[:1], *(kwargs.get(name) for name in names))
+        shown = next((tokens for tokens in inputs if tokens is not None), None)
+        if not isinstance(shown, Tensor):
+            raise InputError(
+                "cannot see the tokens of this pass: give tokens, model.to_tokens(text), where "
+                "only some positions are steered, or steer all positions"
+            )
+        rows, width = shown.shape[:2] if shown.ndim > 1 else (1, len(shown))
+        hugging_face, own = kwargs.get("past_key_values"), kwargs.get("past_kv_cache")
+        n_before, mask = _cached(hugging_face, own), kwargs.get("attention_mask")
+        if mask is None and n_before == 0 and shown.ndim < 3 and not shown.is_floating_point():
+            mask = _unpadded(model, shown.reshape(rows, width))
+        passes.note(rows, width, mask, n_before, own if hugging_face is None else hugging_face)
+        out = forward(*args, **kwargs)
+        cache = getattr(out, "past_key_values", None)
+        if cache is not None:
+            passes.remember(cache)
+        return out
+
+    return noting
 
 
 def _cached(hugging_face: Any, transformer_lens: Any) -> int:
@@ -230,42 +218,41 @@ def _unpadded(
     return torch.as_tensor(mask).bool()
 
 
-def _generating(model: Any, name: str, noted: Watch) -> Callable[..., Any]:
+def _generating(model: Any, name: str, passes: Watch) -> Callable[..., Any]:
+    """The model's way to generate of that name; inside it the first pass is the prompt."""
     method = getattr(model, name)
 
-    def generate(*given: Any, **named: Any) -> Any:
-        if noted.is_generating:  # one way to generate that calls another
-            return method(*given, **named)
-        outside = noted.n_prompt
-        noted.is_generating, noted.n_prompt = True, _width(given, named)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if passes.is_generating:  # one way to generate that calls another
+            return method(*args, **kwargs)
+        outside = passes.n_prompt
+        passes.is_generating, passes.n_prompt = True, _width(args, kwargs)
         try:
-            return method(*given, **named)
+            return method(*args, **kwargs)
         finally:
-            noted.is_generating, noted.n_prompt = False, outside
+            passes.is_generating, passes.n_prompt = False, outside
 
-    def stream(*given: Any, **named: Any) -> Iterator[Any]:
+    def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
         # Between two items the caller may run anything: what is known of this prompt is taken away.
-        items = method(*given, **named)
-        inside = (True, _width(given, named), noted.current)
+        items = method(*args, **kwargs)
+        inside = (True, _width(args, kwargs), passes.current)
         while True:
-            outside = (noted.is_generating, noted.n_prompt, noted.current)
-            noted.is_generating, noted.n_prompt, noted.current = inside
+            outside = passes.swap(inside)
             try:
                 item = next(items)
             except StopIteration:
                 return
             finally:
-                inside = (noted.is_generating, noted.n_prompt, noted.current)
-                noted.is_generating, noted.n_prompt, noted.current = outside
+                inside = passes.swap(outside)
             yield item
 
     return stream if isgeneratorfunction(method) else generate
 
 
-def _width(given: tuple[Any, ...], named: dict[str, Any]) -> int | None:
+def _width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """How many tokens the prompts have that are given to `generate`, where they are tensors."""
     names = ("input", "inputs", "input_ids")
-    prompt = given[0] if given else next((named[n] for n in names if n in named), None)
+    prompt = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
     return int(prompt.shape[1]) if isinstance(prompt, Tensor) and prompt.ndim > 1 else None
 
 

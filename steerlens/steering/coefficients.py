@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import InputError
+from steerlens.models.weight_processing import UNKNOWN
 
 Coefficient: TypeAlias = float | int | str
 """With `Add`, a number or "12.5" (residual units, times the vector's scale), "0.1 norm" (multiples
@@ -40,13 +42,37 @@ class Calibration:
     @property
     def lengths(self) -> set[int]:
         """How many hooks each measure has."""
-        return {len(of) for of in (self.resid_norm, self.boundary_neg, self.boundary_pos)}
+        return {len(measure) for measure in (self.resid_norm, self.boundary_neg, self.boundary_pos)}
 
     @classmethod
     def unknown(cls, n_hooks: int) -> "Calibration":
         """Nothing measured."""
         nan = torch.full((n_hooks,), math.nan)
-        return cls(nan, nan, nan, "unknown", "unknown")
+        return cls(nan, nan, nan, UNKNOWN, UNKNOWN)
+
+    @classmethod
+    def of_table(cls, hook_names: Sequence[str], layer_table: pd.DataFrame | None) -> "Calibration":
+        """What a layer table says of these hooks, or nothing.
+
+        Raises `InputError` when a hook has no row.
+        """
+        if layer_table is None:
+            return cls.unknown(len(hook_names))
+        rows = layer_table.set_index("hook_name")
+        missing = [name for name in hook_names if name not in rows.index]
+        if missing:
+            raise InputError(
+                f"the layer table has no row for {', '.join(missing)}; measure those layers too"
+            )
+        measures = {
+            measure: torch.tensor([float(value) for value in rows.loc[list(hook_names), measure]])
+            for measure in ("resid_norm", "boundary_neg", "boundary_pos")
+        }
+        settings = layer_table.attrs.get("settings", {})
+        if bool(measures["boundary_pos"].isnan().all()):
+            settings = {}
+        budget, text = (str(settings.get(key, UNKNOWN)) for key in ("budget", "on"))
+        return cls(**measures, budget=budget, text=text)
 
     def take(self, rows: Sequence[int]) -> "Calibration":
         """Some of its hooks."""
@@ -77,20 +103,21 @@ class Parsed:
 
 
 def parse_coefficient(coefficient: Coefficient) -> Parsed:
-    """Read a coefficient. Raises `InputError` when it is not a finite number with a known unit.
+    """Read a coefficient; "80%" comes back as 0.8 of the boundary.
 
-    A percentage comes back as a share: "80%" is 0.8 of the boundary.
+    Raises:
+        InputError: it is not a finite number with a known unit.
     """
     if isinstance(coefficient, str):
-        found = _TEXT.fullmatch(coefficient)
-        if found is None:
+        match = _TEXT.fullmatch(coefficient)
+        if match is None:
             raise InputError(
                 f"cannot read the coefficient {coefficient!r}; expected a number in residual "
                 'units, a multiple of the mean residual norm ("0.1 norm"), or a share of the '
                 'coherence boundary ("80%")'
             )
-        unit = (found[2] or "").lower()
-        number = float(found[1]) / (100 if unit == "%" else 1)
+        unit = (match[2] or "").lower()
+        number = float(match[1]) / (100 if unit == "%" else 1)
         parsed = Parsed(number, {"": "residual", "%": "boundary"}.get(unit, "norm"))
     else:
         try:
@@ -119,20 +146,20 @@ def step_sizes(
     if parsed.unit == "residual":
         return tuple(parsed.number * s for s in scale.tolist())
     if parsed.unit == "norm":
-        of, what = calibration.resid_norm, "mean residual norm"
+        unit_sizes, measure = calibration.resid_norm, "mean residual norm"
     elif parsed.number > 0:
-        of, what = calibration.boundary_pos, "positive coherence boundary"
+        unit_sizes, measure = calibration.boundary_pos, "positive coherence boundary"
     else:
-        of, what = -calibration.boundary_neg, "negative coherence boundary"
-    for name, size in zip(hook_names, of.tolist(), strict=True):
+        unit_sizes, measure = -calibration.boundary_neg, "negative coherence boundary"
+    for name, size in zip(hook_names, unit_sizes.tolist(), strict=True):
         if not math.isfinite(size):
             reason, cure = "is not known", "measure it with find_boundary"
             if math.isinf(size):
                 reason = "lies beyond the searched range"
                 cure = "search further (search_range of find_boundary)"
             raise InputError(
-                f"cannot take {coefficient!r} at {name}: its {what} {reason}; {cure} and give the "
-                "layer table to SteeringVector.from_directions, or give a coefficient in residual "
-                "units"
+                f"cannot take {coefficient!r} at {name}: its {measure} {reason}; {cure} and give "
+                "the layer table to SteeringVector.from_directions, or give a coefficient in "
+                "residual units"
             )
-    return tuple(parsed.number * size for size in of.tolist())
+    return tuple(parsed.number * size for size in unit_sizes.tolist())

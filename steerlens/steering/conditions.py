@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,7 +16,7 @@ from steerlens.engine.batches import Batch, in_pair_order, make_batches
 from steerlens.engine.capture import by_halves, check_finite
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
-from steerlens.models.hooks import HookFunction, Layers, hooked, resolve_hooks
+from steerlens.models.hooks import Layers, hooked, resolve_hooks
 from steerlens.models.loading import HookedModel, inference
 from steerlens.steering.cache_positions import Pass
 
@@ -26,15 +27,22 @@ _FOLDS = 5
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Steer where `h . direction >= threshold` at `hook_name` (`<` when `above` is False).
+    """Steer where `h . direction >= threshold` at `hook_name`.
 
-    With scope "prompt" a whole prompt is steered or not, its generated tokens included: what is
-    compared is the mean projection over its tokens, in residual units. With "token" each token
-    decides for itself. `hook_name` must run before the steered hooks, or be the same one: the
-    condition is read before the vector acts. The idea is conditional activation steering (Lee et
-    al. 2024, arXiv:2409.05907); that work compares cosines, this one projections. Raises
-    `InputError` when the direction does not have norm 1, the threshold is not finite, or the
-    scope is unknown.
+    The idea is conditional activation steering (Lee et al. 2024, arXiv:2409.05907); that work
+    compares cosines, this one projections.
+
+    Args:
+        hook_name: where it is read, before the vector acts: the steered hook or an earlier one.
+        direction: of norm 1.
+        threshold: in residual units.
+        above: False steers where the projection is below the threshold instead.
+        scope: "prompt" steers a whole prompt or not, its generated tokens included, by the mean
+            projection over the prompt's tokens; with "token" each token decides for itself.
+
+    Raises:
+        InputError: the direction does not have norm 1, the threshold is not finite, or the scope is
+            unknown.
 
     Examples:
         >>> condition = sl.Condition("blocks.0.hook_resid_post", torch.eye(32)[0], threshold=1.0)
@@ -113,8 +121,8 @@ class Gate:
                 )
             self.decided = now.memory["gate"]
             return
-        of = now.prompt_tokens().to(projection.device)
-        mean = (projection * of).sum(dim=1) / of.sum(dim=1).clamp(min=1)
+        tokens = now.prompt_tokens().to(projection.device)
+        mean = (projection * tokens).sum(dim=1) / tokens.sum(dim=1).clamp(min=1)
         self.decided = now.memory["gate"] = condition.holds(mean)[:, None]
 
     def take(self, hook_name: str) -> Bool[Tensor, "prompt gate"]:
@@ -138,14 +146,22 @@ def fit_condition(
 ) -> Condition:
     """The condition that best tells positive prompts (to be steered) from negative ones.
 
-    What is compared is the mean projection over a prompt's tokens (residual units), on the mean
-    difference of the prompts' means at each hook of `layers`, or on `directions` where given (they
-    must point towards the positives: `above` is always True). The threshold lies half way between
-    the two neighbouring projections where balanced accuracy (the mean of the shares of positives
-    at or above it and of negatives below) is largest. Of several hooks the one is taken whose
-    balanced accuracy in five-fold cross-validation over the pairs is largest, the earliest of
-    equals. What it is worth on other pairs: `condition_accuracy`. Raises
-    `InputError` when a hook has no direction or a zero one, or the sides' means do not differ.
+    What is compared is the mean projection over a prompt's tokens. The threshold lies half way
+    between the two neighbouring projections where balanced accuracy (the mean of the shares of
+    positives at or above it and of negatives below) is largest. Of several hooks the one is taken
+    whose balanced accuracy in five-fold cross-validation over the pairs is largest, the earliest of
+    equals. What it is worth on other pairs: `condition_accuracy`.
+
+    Args:
+        model: any `HookedModel`.
+        pairs: at least two.
+        layers: the hooks to choose from, by default every block's output.
+        directions: hook name -> direction that points towards the positives (`above` is always
+            True); by default the mean difference of the prompts' means.
+        batch_size: prompts a pass; by default what keeps the device busy.
+
+    Raises:
+        InputError: a hook has no direction or a zero one, or the sides' means do not differ.
 
     Examples:
         >>> condition = sl.fit_condition(model, pairs, layers=[0, 1])
@@ -157,9 +173,9 @@ def fit_condition(
     if missing:
         raise InputError(f"no direction at {', '.join(missing)}; fit one, or leave them out")
     positive, negative = prompt_means(model, pairs, names, batch_size=batch_size)
-    given = [None if directions is None else directions[name] for name in names]
-    for name, direction in zip(names, given, strict=True):
-        width = positive.shape[-1]
+    width = positive.shape[-1]
+    chosen = [None if directions is None else directions[name] for name in names]
+    for name, direction in zip(names, chosen, strict=True):
         if direction is not None and (
             tuple(direction.shape) != (width,) or not bool(direction.isfinite().all())
         ):
@@ -167,13 +183,9 @@ def fit_condition(
                 f"expected {width} finite numbers as direction at {name}, got shape "
                 f"{tuple(direction.shape)}"
             )
-    scores = [
-        _cross_validated(positive[row], negative[row], direction) if len(names) > 1 else 0.0
-        for row, direction in enumerate(given)
-    ]
-    row = int(np.argmax(scores))
-    unit, threshold = _fit(positive[row], negative[row], given[row])
-    return Condition(names[row], unit, threshold)
+    sides = list(zip(positive, negative, chosen, strict=True))
+    row = int(np.argmax([_cross_validated(*side) for side in sides])) if len(names) > 1 else 0
+    return Condition(names[row], *_fit(*sides[row]))
 
 
 def condition_accuracy(
@@ -185,17 +197,25 @@ def condition_accuracy(
 ) -> float:
     """Balanced accuracy of a condition on pairs: positives should pass, negatives should not.
 
-    0.5 is chance. Prompts are judged by their mean, with scope "token" too.
+    Args:
+        model: any `HookedModel`.
+        pairs: other ones than the condition was fitted on.
+        condition: judged by the prompts' means, with scope "token" too.
+        batch_size: prompts a pass; by default what keeps the device busy.
+
+    Returns:
+        From 0 to 1; 0.5 is chance.
 
     Examples:
         >>> condition = sl.fit_condition(model, pairs, layers=[0])
         >>> sl.condition_accuracy(model, pairs, condition)
         1.0
     """
-    names = [condition.hook_name]
-    means = prompt_means(model, pairs, names, batch_size=batch_size)
-    positive, negative = (side[0] @ condition.direction.float().cpu() for side in means)
-    return _balanced_accuracy(condition.holds(positive), condition.holds(negative))
+    means = prompt_means(model, pairs, [condition.hook_name], batch_size=batch_size)
+    positive, negative = (
+        condition.holds(side[0] @ condition.direction.float().cpu()) for side in means
+    )
+    return _balanced_accuracy(positive, negative)
 
 
 def prompt_means(
@@ -216,12 +236,10 @@ def prompt_means(
         bare = [TokenizedPrompt(p.prompt, (), p.where) for p in prompts]
         batches = make_batches(model, bare, batch_size)
         with inference(model):
-            found = by_halves(
-                [(batch,) for batch in batches],
-                lambda batch: _means(model, batch, hook_names),
+            done = by_halves(
+                [(batch,) for batch in batches], lambda batch: _means(model, batch, hook_names)
             )
-        run, means = [batch for (batch,), _ in found], [part for _, part in found]
-        sides.append(in_pair_order(run, means))
+        sides.append(in_pair_order([batch for (batch,), _ in done], [part for _, part in done]))
         check_finite(sides[-1], hook_names)
     return sides[0], sides[1]
 
@@ -229,20 +247,16 @@ def prompt_means(
 def _means(
     model: HookedModel, batch: Batch, hook_names: Sequence[str]
 ) -> Float[Tensor, "hook prompt d_model"]:
-    found: dict[str, Tensor] = {}
-    of = batch.steered_mask("prompt")
+    means: dict[str, Tensor] = {}
+    tokens = batch.steered_mask("prompt")
 
-    def reading(name: str) -> tuple[str, HookFunction]:
-        def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-            kept = of.to(activation.device)[..., None]
-            wide = activation.float()
-            found[name] = ((wide * kept).sum(dim=1) / kept.sum(dim=1)).cpu()
+    def read(name: str, activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+        mask = tokens.to(activation.device)[..., None]
+        means[name] = ((activation.float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
 
-        return name, read
-
-    with hooked(model, [reading(name) for name in hook_names]):
+    with hooked(model, [(name, partial(read, name)) for name in hook_names]):
         model(batch.tokens, return_type=None, **batch.forward_kwargs)
-    return torch.stack([found[name] for name in hook_names])
+    return torch.stack([means[name] for name in hook_names])
 
 
 def _fit(
@@ -289,10 +303,9 @@ def _best_threshold(positive: Float[Tensor, " pair"], negative: Float[Tensor, " 
     from sklearn.metrics import roc_curve
 
     scores = torch.cat([positive, negative]).double().numpy()
-    labels = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
+    labels = np.repeat([1, 0], [len(positive), len(negative)])
     false, true, thresholds = roc_curve(labels, scores, drop_intermediate=False)
-    best = int(np.argmax(true - false))
-    cut = thresholds[best]
+    cut = thresholds[int(np.argmax(true - false))]
     if not np.isfinite(cut):  # best that nobody passes
         return float(np.nextafter(scores.max(), np.inf))
     below: Sequence[float] = scores[scores < cut]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.engine.batches import _padded as padded
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
 from steerlens.models.loading import HookedModel, inference
@@ -26,7 +27,16 @@ def generate(
 ) -> str:
     """The greedy continuation of `prompt` under `steer`, as text without special tokens.
 
-    Ends at the end-of-text token or after `max_new_tokens`. Raises as `steer`.
+    Args:
+        model: any `HookedModel`.
+        prompt: as from `tokenize_prompt`.
+        vector: a `SteeringVector`, or plain directions by hook name, to be added.
+        coefficient: how strongly, as in `Coefficient`; 0 is the model as it is.
+        max_new_tokens: where it ends, unless the end-of-text token comes first.
+        positions: which tokens are steered (see `Positions`), by default all.
+
+    Raises:
+        InputError, HookError: as `generate_tokens`.
 
     Examples:
         >>> prompt = sl.tokenize_prompt(model, "the river was")
@@ -35,12 +45,7 @@ def generate(
         True
     """
     (generated,) = generate_tokens(
-        model,
-        [prompt],
-        vector,
-        coefficient,
-        max_new_tokens=max_new_tokens,
-        positions=positions,
+        model, [prompt], vector, coefficient, max_new_tokens=max_new_tokens, positions=positions
     )
     return decoded(model, generated)
 
@@ -62,8 +67,15 @@ def generate_tokens(
     """The token ids that `generate` adds to each of some prompts, run together.
 
     Shorter prompts are padded on the left. Each continuation ends before the end-of-text token.
-    Raises `InputError` when there are no prompts, no tokens are asked for, or the longest prompt
-    with them would not fit the model's context; and as `steer`.
+
+    Args:
+        model, vector, coefficient, max_new_tokens, positions: as in `generate`.
+        prompts: as from `tokenize_prompt`.
+
+    Raises:
+        InputError: there are no prompts, no tokens are asked for, the longest prompt with them
+            would not fit the model's context; and as `steer`.
+        HookError: as `steer`.
     """
     if not prompts or max_new_tokens < 1:
         raise InputError(
@@ -76,28 +88,25 @@ def generate_tokens(
             f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "
             f"of {n_ctx}; ask for fewer"
         )
-    tokens = torch.zeros((len(prompts), width), dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    pad = getattr(model.tokenizer, "pad_token_id", None)
-    tokens += 0 if pad is None else pad
-    for row, prompt in enumerate(prompts):
-        start = width - len(prompt.prompt)
-        tokens[row, start:] = torch.tensor(prompt.prompt)
-        mask[row, start:] = 1
-    tokens, mask = tokens.to(model.cfg.device), mask.to(model.cfg.device)
+    tokens, mask = padded(
+        [prompt.prompt for prompt in prompts],
+        "left",
+        pad_id=getattr(model.tokenizer, "pad_token_id", None) or 0,
+        device=torch.device(model.cfg.device or "cpu"),
+    )
     with (
         inference(model),
         _left_padding(model, is_padded=not bool(mask.all())) as takes_mask,
         steer(model, vector, coefficient, positions=positions),
     ):
-        named = {"attention_mask": mask} if takes_mask else {}
+        options = {"attention_mask": mask.long()} if takes_mask else {}
         generated = model.generate(
             tokens,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             return_type="tokens",
             verbose=False,
-            **named,
+            **options,
         )
     return [_before_end(row, model) for row in generated[:, width:].tolist()]
 

@@ -13,10 +13,34 @@ from torch import Tensor
 from steerlens.errors import InputError, told
 
 Activation = Float[Tensor, "prompt token d_model"]
+Unit = Float[Tensor, " d_model"]
+
+
+class _AlongDirection:
+    """What operators share: they reckon in float32 at least and give a new tensor."""
+
+    name: ClassVar[str]
+
+    def __call__(self, activation: Activation, direction: Unit, amount: float | int) -> Activation:
+        """The activation, changed along the unit `direction`, in its own dtype, out of place."""
+        dtype = torch.promote_types(activation.dtype, direction.dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        unit = direction.to(activation.device, wide)
+        return self._changed(activation.to(wide), unit, amount).to(activation)
+
+    def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
+        raise NotImplementedError
+
+    def check(self, amount: float | int) -> None:
+        """Raise `InputError` unless `amount` is from 0 to 1."""
+        if not 0 <= amount <= 1:
+            raise InputError(
+                f"{self.name} takes a strength from 0 to 1 as coefficient, got {amount}"
+            )
 
 
 @dataclass(frozen=True)
-class Add:
+class Add(_AlongDirection):
     """`h + amount * d`: `amount` in residual units.
 
     Examples:
@@ -27,19 +51,20 @@ class Add:
 
     name: ClassVar[str] = "add"
 
-    def __call__(
-        self, activation: Activation, direction: Float[Tensor, " d_model"], amount: float | int
-    ) -> Activation:
+    def __call__(self, activation: Activation, direction: Unit, amount: float | int) -> Activation:
         """The activation moved along the unit `direction`, in its own dtype, out of place."""
-        return activation + (amount * _wide(direction, activation)).to(activation)
+        dtype = torch.promote_types(activation.dtype, direction.dtype)
+        unit = direction.to(activation.device, torch.promote_types(dtype, torch.float32))
+        return activation + (amount * unit).to(activation)  # the step alone is rounded
 
     def check(self, amount: float | int) -> None:
         """Raise `InputError` unless `amount` is finite."""
-        _check(is_finite(amount), f"expected a finite coefficient, got {told(amount)}")
+        if not is_finite(amount):
+            raise InputError(f"expected a finite coefficient, got {told(amount)}")
 
 
 @dataclass(frozen=True)
-class Ablate:
+class Ablate(_AlongDirection):
     """`h - amount * (h . d) d`: at amount 1 nothing is left along `d`.
 
     Examples:
@@ -50,23 +75,19 @@ class Ablate:
 
     name: ClassVar[str] = "ablate"
 
-    def __call__(
-        self, activation: Activation, direction: Float[Tensor, " d_model"], amount: float | int
-    ) -> Activation:
-        """The activation with a share of its component along the unit `direction` removed."""
-        wide, unit = _wide(activation, direction), _wide(direction, activation)
-        return (wide - amount * (wide @ unit)[..., None] * unit).to(activation)
-
-    def check(self, amount: float | int) -> None:
-        """Raise `InputError` unless `amount` is from 0 to 1."""
-        _check_share(self.name, amount)
+    def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
+        return h - amount * (h @ unit)[..., None] * unit
 
 
 @dataclass(frozen=True)
-class Clamp:
-    """`h + amount * (value - h . d) d`: at amount 1 the component is `value`, in residual units.
+class Clamp(_AlongDirection):
+    """`h + amount * (value - h . d) d`: at amount 1 the component is `value`.
 
-    Raises `InputError` when `value` is not finite.
+    Args:
+        value: in residual units.
+
+    Raises:
+        InputError: `value` is not finite.
 
     Examples:
         >>> h, d = torch.tensor([[[3.0, 4.0]]]), torch.tensor([1.0, 0.0])
@@ -78,25 +99,15 @@ class Clamp:
     name: ClassVar[str] = "clamp"
 
     def __post_init__(self) -> None:
-        _check(
-            is_finite(self.value), f"expected a finite value to clamp to, got {told(self.value)}"
-        )
+        if not is_finite(self.value):
+            raise InputError(f"expected a finite value to clamp to, got {told(self.value)}")
 
-    def __call__(
-        self, activation: Activation, direction: Float[Tensor, " d_model"], amount: float | int
-    ) -> Activation:
-        """The activation with its component moved towards `value`; the rest stays."""
-        wide, unit = _wide(activation, direction), _wide(direction, activation)
-        step = amount * (self.value - wide @ unit)
-        return (wide + step[..., None] * unit).to(activation)
-
-    def check(self, amount: float | int) -> None:
-        """Raise `InputError` unless `amount` is from 0 to 1."""
-        _check_share(self.name, amount)
+    def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
+        return h + (amount * (self.value - h @ unit))[..., None] * unit
 
 
 @dataclass(frozen=True)
-class Rotate:
+class Rotate(_AlongDirection):
     """`h` turned by `amount` degrees towards `d` in their common plane; its norm stays.
 
     Away from `d` for a negative amount. It stops at `d` (or at `-d`), so the angle to `d` becomes
@@ -113,29 +124,23 @@ class Rotate:
 
     name: ClassVar[str] = "rotate"
 
-    def __call__(
-        self, activation: Activation, direction: Float[Tensor, " d_model"], amount: float | int
-    ) -> Activation:
-        """The activation, turned in the plane that it spans with the unit `direction`."""
-        wide, unit = _wide(activation, direction), _wide(direction, activation)
-        along = wide @ unit
-        across = wide - along[..., None] * unit
-        norm, width = wide.norm(dim=-1), across.norm(dim=-1)
+    def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
+        along = h @ unit
+        across = h - along[..., None] * unit
+        norm, width = h.norm(dim=-1), across.norm(dim=-1)
         angle = (torch.atan2(width, along) - math.radians(amount)).clamp(0, math.pi)
         # Below rounding error what is left across is noise, not a direction to turn in.
-        has_plane = width > torch.finfo(wide.dtype).eps * norm
+        has_plane = width > torch.finfo(h.dtype).eps * norm
         sideways = across / torch.where(has_plane, width, 1.0)[..., None]
         turned = norm[..., None] * (
             angle.cos()[..., None] * unit + angle.sin()[..., None] * sideways
         )
-        return torch.where(has_plane[..., None], turned, wide).to(activation)
+        return torch.where(has_plane[..., None], turned, h)
 
     def check(self, amount: float | int) -> None:
         """Raise `InputError` unless `amount` is an angle from -180 to 180 degrees."""
-        _check(
-            -180 <= amount <= 180,
-            f"rotate takes degrees from -180 to 180 as coefficient, got {amount}",
-        )
+        if not -180 <= amount <= 180:
+            raise InputError(f"rotate takes degrees from -180 to 180 as coefficient, got {amount}")
 
 
 Operator = Add | Ablate | Clamp | Rotate
@@ -147,9 +152,14 @@ OPERATORS: Mapping[str, Callable[..., Operator]] = {
 
 
 def operator_of(name: str, *, value: float | int | None = None) -> Operator:
-    """The operator called `name`, "add", "ablate", "clamp" (to `value`) or "rotate".
+    """The operator of a name.
 
-    Raises `InputError` on another name, and when `value` is missing or has no use.
+    Args:
+        name: "add", "ablate", "clamp" or "rotate".
+        value: what "clamp" sets the component to, in residual units.
+
+    Raises:
+        InputError: another name, or `value` is missing or has no use.
     """
     if name not in OPERATORS:
         raise InputError(f"unknown operator {name!r}; expected one of {', '.join(OPERATORS)}")
@@ -169,19 +179,3 @@ def operator_record(operator: Operator) -> dict[str, Any]:
 def is_finite(value: float | int) -> bool:
     """Whether a number is one as a float: not NaN, inf, or a whole number beyond every float."""
     return -sys.float_info.max <= value <= sys.float_info.max
-
-
-def _wide(tensor: Tensor, other: Tensor) -> Tensor:
-    """Both tensors' dtype, at least float32, on the device of the activation among the two."""
-    device = max((tensor, other), key=lambda t: t.ndim).device
-    dtype = torch.promote_types(torch.promote_types(tensor.dtype, other.dtype), torch.float32)
-    return tensor.to(device=device, dtype=dtype)
-
-
-def _check(is_right: bool, message: str) -> None:
-    if not is_right:
-        raise InputError(message)
-
-
-def _check_share(name: str, amount: float | int) -> None:
-    _check(0 <= amount <= 1, f"{name} takes a strength from 0 to 1 as coefficient, got {amount}")

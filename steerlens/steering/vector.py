@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,40 @@ from torch import Tensor
 
 from steerlens.directions.directions import UNIT_TOLERANCE, Directions
 from steerlens.errors import HookError, InputError, told
-from steerlens.files import number, write_whole
 from steerlens.models.hooks import HookFunction, Layers, hook_layer, resolve_hooks
+from steerlens.models.identity import provenance
 from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import UNKNOWN, check_processing, check_same, processing_of
 from steerlens.steering.apply import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
-from steerlens.steering.operators import Add, Operator, is_finite, operator_of, operator_record
+from steerlens.steering.operators import Add, Operator, is_finite
 from steerlens.steering.origin import Origin
-from steerlens.steering.vector_file import decode, encode
+from steerlens.steering.vector_file import decode, encode, fields_of, record_of, write_named
 from steerlens.tables import MAX_LINE, fragment, hook_label, shortened
-
-_CONDITION = "condition."
 
 
 @dataclass(frozen=True, eq=False)
 class SteeringVector(Mapping[str, Tensor]):
     """Hook name -> unit direction, with what is done along it, how far, and where it comes from.
 
-    `directions` are the rows in the order of `hook_names`. A coefficient c, a separate argument
-    everywhere, moves an activation by `c * scale` along the direction with the operator `Add`; the
-    other operators have no use for `scale`. Coefficient 0 is the identity with every operator.
+    A coefficient is a separate argument everywhere; 0 is the identity with every operator.
     Combining: `a + b`, `a - b`, `2 * a`, `-a`, `a.orthogonal_to(b)`, `a.interpolate(b, share)`, all
-    on `scale * direction`. Raises `InputError` when a direction does not have norm 1, a scale is
-    not finite and above 0, a hook is not inside a block, or the lengths do not agree.
+    on `scale * direction`.
+
+    Args:
+        hook_names: where it acts, inside blocks.
+        directions: rows of norm 1, in that order.
+        scale: with the operator `Add`, coefficient c moves an activation by `c * scale` along the
+            direction, in residual units; the other operators have no use for it.
+        calibration: what gives coefficients such as "80%" a meaning.
+        operator: what is done to the activation, by default `Add`.
+        condition: where it is done; None is everywhere.
+        origin: model, data and method, by default unknown.
+
+    Raises:
+        InputError: a direction does not have norm 1, a scale is not finite and above 0, a hook is
+            not inside a block, or the lengths do not agree.
 
     Examples:
         >>> vector
@@ -110,12 +119,21 @@ class SteeringVector(Mapping[str, Tensor]):
         layer_table: pd.DataFrame | None = None,
         dataset: str = UNKNOWN,
     ) -> "SteeringVector":
-        """A steering vector of the directions fitted on `model`, at `layers` or all their hooks.
+        """A steering vector of the directions fitted on `model`.
 
-        `layer_table` gives coefficients such as "0.1 norm" and "80%" a meaning: that of
-        `find_boundary`, or, for norms alone, of `sweep` or `measure_layers`. `dataset` names the
-        pairs in the origin. Raises `InputError` when a hook has no direction or is not in the
-        table, and `InputError` when model, directions and table differ in weight processing.
+        Args:
+            model: the model they were fitted on.
+            directions: as from `fit`.
+            layers: which of their hooks (see `resolve_hooks`), by default all.
+            operator: what is done to the activation, by default `Add`.
+            condition: where it is done, by default everywhere.
+            layer_table: gives coefficients such as "0.1 norm" and "80%" a meaning: that of
+                `find_boundary`, or, for norms alone, of `sweep` or `measure_layers`.
+            dataset: the pairs' name, for the origin.
+
+        Raises:
+            InputError: a hook has no direction or is not in the table, or model, directions and
+                table differ in weight processing.
 
         Examples:
             >>> table = sl.measure_layers(model, pairs, directions, layers=[2])
@@ -141,7 +159,7 @@ class SteeringVector(Mapping[str, Tensor]):
             hook_names=names,
             directions=torch.stack([directions[name].float().cpu() for name in names]),
             scale=torch.ones(len(names)),
-            calibration=_calibration(names, layer_table),
+            calibration=Calibration.of_table(names, layer_table),
             operator=operator or Add(),
             condition=condition,
             origin=origin,
@@ -151,9 +169,14 @@ class SteeringVector(Mapping[str, Tensor]):
     def from_vectors(
         cls, vectors: Mapping[str, Tensor], *, origin: Origin | None = None
     ) -> "SteeringVector":
-        """A steering vector of any tensors, made elsewhere: the norm of each becomes its scale.
+        """A steering vector of any tensors, made elsewhere.
 
-        Raises `InputError` on a vector that is zero, not finite, or not one row of numbers.
+        Args:
+            vectors: hook name -> one row of numbers; its norm becomes the scale.
+            origin: where they come from, by default unknown.
+
+        Raises:
+            InputError: a vector is zero, not finite, or not one row of numbers.
 
         Examples:
             >>> given = {"blocks.2.hook_resid_post": torch.tensor([3.0, 4.0])}
@@ -161,14 +184,12 @@ class SteeringVector(Mapping[str, Tensor]):
             >>> made.scale, made["blocks.2.hook_resid_post"]
             (tensor([5.]), tensor([0.6, 0.8]))
         """
-        rows = {name: torch.as_tensor(v).detach().float().cpu() for name, v in vectors.items()}
-        shapes = {tuple(row.shape) for row in rows.values()}
+        rows = [torch.as_tensor(row).detach().float().cpu() for row in vectors.values()]
+        shapes = {tuple(row.shape) for row in rows}
         if len(shapes) != 1 or len(next(iter(shapes))) != 1:
             raise InputError(f"expected vectors of one length, got shapes {sorted(shapes)}")
-        stacked = torch.stack(list(rows.values()))
-        return cls._from_rows(
-            tuple(rows), stacked, origin or Origin(), Calibration.unknown(len(rows))
-        )
+        unknown = Calibration.unknown(len(rows))
+        return cls._from_rows(tuple(vectors), torch.stack(rows), origin or Origin(), unknown)
 
     @classmethod
     def _from_rows(
@@ -213,18 +234,17 @@ class SteeringVector(Mapping[str, Tensor]):
         return shortened(f"SteeringVector({line})", MAX_LINE)
 
     def _repr_html_(self) -> str:
-        of = self.calibration
-        numbers = {
-            "scale": self.scale,
-            "resid norm": of.resid_norm,
-            "boundary -": of.boundary_neg,
-            "boundary +": of.boundary_pos,
+        known = self.calibration
+        columns = {
+            "layer": [hook_label(name) for name in self.hook_names],
+            "scale": self.scale.tolist(),
+            "resid norm": known.resid_norm.tolist(),
+            "boundary -": known.boundary_neg.tolist(),
+            "boundary +": known.boundary_pos.tolist(),
         }
-        columns = {heading: values.tolist() for heading, values in numbers.items()}
-        layers = [hook_label(name) for name in self.hook_names]
         about = [repr(self), f"model {shortened(self.origin.model)}"]
-        about += [f"boundary of {shortened(of.budget)} on {shortened(of.text)} text"]
-        return fragment(about, pd.DataFrame({"layer": layers} | columns), note="residual units")
+        about += [f"boundary of {shortened(known.budget)} on {shortened(known.text)} text"]
+        return fragment(about, pd.DataFrame(columns), note="residual units")
 
     @property
     def weight_processing(self) -> str:
@@ -243,18 +263,18 @@ class SteeringVector(Mapping[str, Tensor]):
 
     def at(self, *hooks: str | int) -> "SteeringVector":
         """The part at some hooks, given by name or by block. Raises `InputError` on others."""
-        kept = []
+        kept: list[int] = []
         for hook in hooks:
-            found = [
+            rows = [
                 row
                 for row, name in enumerate(self.hook_names)
                 if hook == name or (isinstance(hook, int) and hook_layer(name) == hook)
             ]
-            if not found:
+            if not rows:
                 raise InputError(
                     f"the vector has no hook {told(hook)}; it has {', '.join(self.hook_names)}"
                 )
-            kept += [row for row in found if row not in kept]
+            kept += [row for row in rows if row not in kept]
         if not kept:
             raise InputError("give at least one hook name or block")
         return replace(
@@ -272,11 +292,14 @@ class SteeringVector(Mapping[str, Tensor]):
     ) -> list[tuple[str, HookFunction]]:
         """`(hook name, function)` for `model.run_with_hooks` and `model.hooks`; none at 0.
 
-        `mask` (Bool, prompt by token) keeps the tokens to steer in a pass of just that shape;
-        without it, all are, also while generating. For the prompt, the generated tokens or the
-        last one alone, use `steer`, which follows the KV cache. Raises `InputError` when the
-        coefficient has no meaning here (see `Coefficient`), and for a condition with scope
-        "prompt", which needs `steer` too.
+        Args:
+            coefficient: how strongly, as in `Coefficient`.
+            mask: the tokens to steer in a pass of just that shape; by default all, also while
+                generating. `steer` follows the KV cache, for the prompt or what is generated alone.
+
+        Raises:
+            InputError: the coefficient has no meaning here, or there is a condition with scope
+                "prompt", which needs `steer`.
 
         Examples:
             >>> logits = model.run_with_hooks("the river was", fwd_hooks=vector.fwd_hooks(4))
@@ -290,9 +313,8 @@ class SteeringVector(Mapping[str, Tensor]):
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         """The sum at every hook, its boundary unknown.
 
-        Raises `InputError` when hooks, d_model, known models, conditions or operators (other
-        than `Add`) differ, and when nothing is left at a hook; `InputError` when they were
-        fitted on models with different weight processing.
+        Raises `InputError` when hooks, d_model, known models, their weight processing, conditions
+        or operators (other than `Add`) differ, and when nothing is left at a hook.
         """
         return self._combined(other, lambda a, b: a + b, "({} + {})")
 
@@ -341,8 +363,7 @@ class SteeringVector(Mapping[str, Tensor]):
         """
         if not is_finite(share):
             raise InputError(f"a share is a finite number, not {told(share)}")
-        how = f"({{}} to {{}} by {share:g})"
-        part = float(share)
+        part, how = float(share), f"({{}} to {{}} by {share:g})"
         return self._combined(other, lambda a, b: (1 - part) * a + part * b, how)
 
     def _combined(
@@ -384,19 +405,19 @@ class SteeringVector(Mapping[str, Tensor]):
             "that of the second",
             other.weight_processing,
         )
-        found = self.origin.differences(other.origin)
-        if found:
-            raise InputError(f"the vectors are of different models: other {'; '.join(found)}")
+        differences = self.origin.differences(other.origin)
+        if differences:
+            raise InputError(f"the vectors are of different models: other {'; '.join(differences)}")
         if self.condition != other.condition:
             raise InputError(
                 f"the vectors have other conditions: {self.condition} and {other.condition}"
             )
 
-    def _check_add(self, what: str, other: "SteeringVector") -> None:
+    def _check_add(self, doing: str, other: "SteeringVector") -> None:
         names = {self.operator.name, other.operator.name}
         if names != {Add.name}:
             raise InputError(
-                f"{what} is for vectors that are added, not for {', '.join(sorted(names))}"
+                f"{doing} is for vectors that are added, not for {', '.join(sorted(names))}"
             )
 
     # Files
@@ -404,15 +425,10 @@ class SteeringVector(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the metadata inside.
 
-        Raises `InputError` when the name does not end in .safetensors or cannot be written.
+        Raises:
+            InputError: the name does not end in .safetensors, or cannot be written.
         """
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise InputError(f"expected a file name that ends in .safetensors, got {path.name!r}")
-        try:
-            write_whole(path, lambda temporary: temporary.write_bytes(self.to_bytes()))
-        except OSError as error:
-            raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        write_named(path, ".safetensors", lambda whole: whole.write_bytes(self.to_bytes()))
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes."""
@@ -421,58 +437,19 @@ class SteeringVector(Mapping[str, Tensor]):
 
     def to_record(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, and everything else as plain values."""
-        tensors = dict(zip(self.hook_names, self.directions, strict=True))
-        of = self.calibration
-        record: dict[str, Any] = {
-            "hooks": list(self.hook_names),
-            "scale": self.scale.tolist(),
-            "operator": operator_record(self.operator),
-            "resid_norm": of.resid_norm.tolist(),
-            "boundary_neg": of.boundary_neg.tolist(),
-            "boundary_pos": of.boundary_pos.tolist(),
-            "boundary_budget": of.budget,
-            "boundary_text": of.text,
-            "origin": self.origin.to_dict(),
-            "condition": None,
-        }
-        if self.condition is not None:
-            tensors[_CONDITION + self.condition.hook_name] = self.condition.direction
-            record["condition"] = {
-                "hook": self.condition.hook_name,
-                "threshold": self.condition.threshold,
-                "above": self.condition.above,
-                "scope": self.condition.scope,
-            }
-        return tensors, record
+        return record_of(self)
 
     @classmethod
     def from_record(
         cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
     ) -> "SteeringVector":
-        """The inverse of `to_record`. Raises `InputError` that says what does not fit."""
+        """The inverse of `to_record`.
+
+        Raises:
+            InputError: what does not fit.
+        """
         try:
-            names = tuple(record["hooks"])
-            given = record["condition"]
-            condition = None
-            if given is not None:
-                direction = _real(tensors[_CONDITION + given["hook"]])
-                rest = given["above"], given["scope"]
-                condition = Condition(given["hook"], direction, number(given["threshold"]), *rest)
-            numbers = {
-                field: torch.tensor([number(value) for value in record[field]])
-                for field in ("scale", "resid_norm", "boundary_neg", "boundary_pos")
-            }
-            return cls(
-                hook_names=names,
-                directions=torch.stack([_real(tensors[name]) for name in names]),
-                scale=numbers.pop("scale"),
-                calibration=Calibration(
-                    **numbers, budget=record["boundary_budget"], text=record["boundary_text"]
-                ),
-                operator=operator_of(**record["operator"]),
-                condition=condition,
-                origin=Origin(**record["origin"]),
-            )
+            return cls(**fields_of(tensors, record))
         except InputError:
             raise
         except (
@@ -485,9 +462,14 @@ class SteeringVector(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path, *, model: HookedModel | None = None) -> "SteeringVector":
-        """Read a file written by `save`; with a `model`, see that it fits (`check_model`).
+        """Read a file written by `save`.
 
-        Raises `InputError` when the file cannot be read whole, was changed, or is a pickle.
+        Args:
+            path: of the file.
+            model: see that the vector fits it (`check_model`); by default that is not checked.
+
+        Raises:
+            InputError: the file cannot be read whole, was changed, or is a pickle.
         """
         path = Path(path)
         try:
@@ -499,11 +481,11 @@ class SteeringVector(Mapping[str, Tensor]):
         return vector
 
     def check_model(self, model: HookedModel) -> None:
-        """See that the vector fits `model`.
+        """See that the vector fits `model`; warns when weights, tokenizer or template are others.
 
-        Raises `InputError` when d_model differs or a hook does not exist there, and
-        `InputError` when the model's weights were processed in another way; warns
-        (`UserWarning`) when the weights, the tokenizer or the chat template are others.
+        Raises:
+            InputError: d_model differs, a hook does not exist there, or the model's weights were
+                processed in another way.
         """
         if int(model.cfg.d_model) != self.d_model:
             raise InputError(
@@ -518,9 +500,10 @@ class SteeringVector(Mapping[str, Tensor]):
                 f"the vector was made on {self.origin.model!r}"
             )
         check_processing(model, self)
-        for what in self.origin.differences(Origin.of_model(model)):
+        here = provenance(model, fingerprints=True)
+        for difference in self.origin.provenance.differences(here):
             warnings.warn(
-                f"the vector was made elsewhere: other {what}; its effect may be another",
+                f"the vector was made elsewhere: other {difference}; its effect may be another",
                 UserWarning,
                 stacklevel=2,
             )
@@ -534,32 +517,3 @@ class SteeringVector(Mapping[str, Tensor]):
             "boundary": f"{self.calibration.budget}, on {self.calibration.text} text",
             **origin,
         }
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """In float32. Raises `TypeError` on whole, complex and other numbers."""
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected float tensors, got {tensor.dtype}")
-    return tensor.float()
-
-
-def _calibration(names: Sequence[str], layer_table: pd.DataFrame | None) -> Calibration:
-    if layer_table is None:
-        return Calibration.unknown(len(names))
-    rows = layer_table.set_index("hook_name")
-    missing = [name for name in names if name not in rows.index]
-    if missing:
-        raise InputError(
-            f"the layer table has no row for {', '.join(missing)}; measure those layers too"
-        )
-    columns = {
-        column: torch.tensor([float(value) for value in rows.loc[list(names), column]])
-        for column in ("resid_norm", "boundary_neg", "boundary_pos")
-    }
-    settings = layer_table.attrs.get("settings", {})
-    measured = not bool(columns["boundary_pos"].isnan().all())
-    return Calibration(
-        **columns,
-        budget=str(settings.get("budget", UNKNOWN)) if measured else UNKNOWN,
-        text=str(settings.get("on", UNKNOWN)) if measured else UNKNOWN,
-    )

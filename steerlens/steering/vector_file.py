@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,100 @@ import torch
 from torch import Tensor
 
 from steerlens.errors import InputError
-from steerlens.files import _refuse_pickle_name, read_whole, refuse_pickle, strict_json, without_nan
+from steerlens.files import (
+    _refuse_pickle_name,
+    number,
+    read_whole,
+    refuse_pickle,
+    strict_json,
+    without_nan,
+    write_whole,
+)
+from steerlens.steering.coefficients import Calibration
+from steerlens.steering.conditions import Condition
+from steerlens.steering.operators import operator_of, operator_record
+from steerlens.steering.origin import Origin
 
 FORMAT = "steerlens steering vector"
 FORMAT_VERSION = 1
 KEY = "steerlens"
+_CONDITION = "condition."
 MEANING = {
     "hook": "TransformerLens hook names; blocks.N.hook_resid_post is the output of block N, "
     "counted from 0, before any final norm",
     "normalisation": "each tensor named after a hook is a direction of norm 1; with the operator "
     "add, a plain coefficient c moves the activation by c * scale along it, in residual units",
 }
+
+
+def record_of(vector: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A vector's tensors by name, and everything else as plain values."""
+    tensors = dict(zip(vector.hook_names, vector.directions, strict=True))
+    known, condition = vector.calibration, vector.condition
+    record: dict[str, Any] = {
+        "hooks": list(vector.hook_names),
+        "scale": vector.scale.tolist(),
+        "operator": operator_record(vector.operator),
+        "resid_norm": known.resid_norm.tolist(),
+        "boundary_neg": known.boundary_neg.tolist(),
+        "boundary_pos": known.boundary_pos.tolist(),
+        "boundary_budget": known.budget,
+        "boundary_text": known.text,
+        "origin": vector.origin.to_dict(),
+        "condition": None,
+    }
+    if condition is not None:
+        tensors[_CONDITION + condition.hook_name] = condition.direction
+        record["condition"] = {
+            "hook": condition.hook_name,
+            "threshold": condition.threshold,
+            "above": condition.above,
+            "scope": condition.scope,
+        }
+    return tensors, record
+
+
+def fields_of(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `SteeringVector`; raises whatever a record of the wrong form raises."""
+    names = tuple(record["hooks"])
+    condition = record["condition"]
+    if condition is not None:
+        direction = _real(tensors[_CONDITION + condition["hook"]])
+        rest = number(condition["threshold"]), condition["above"], condition["scope"]
+        condition = Condition(condition["hook"], direction, *rest)
+    numbers = {
+        field: torch.tensor([number(value) for value in record[field]])
+        for field in ("scale", "resid_norm", "boundary_neg", "boundary_pos")
+    }
+    return {
+        "hook_names": names,
+        "directions": torch.stack([_real(tensors[name]) for name in names]),
+        "scale": numbers.pop("scale"),
+        "calibration": Calibration(
+            **numbers, budget=record["boundary_budget"], text=record["boundary_text"]
+        ),
+        "operator": operator_of(**record["operator"]),
+        "condition": condition,
+        "origin": Origin(**record["origin"]),
+    }
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """In float32. Raises `TypeError` on whole, complex and other numbers."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected float tensors, got {tensor.dtype}")
+    return tensor.float()
+
+
+def write_named(path: str | Path, suffix: str, write: Callable[[Path], object]) -> None:
+    """As `write_whole`. Raises `InputError` on another suffix and where nothing can be written."""
+    path = Path(path)
+    if path.suffix != suffix:
+        raise InputError(f"expected a file name that ends in {suffix}, got {path.name!r}")
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
 def encode(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
@@ -69,8 +152,7 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{str(path)!r} has format version {version!r}; this steerlens reads 1 to "
             f"{FORMAT_VERSION}, so a newer one is needed"
         )
-    given = header.pop("sha256", None)
-    if given != _checksum(tensors, header):
+    if header.pop("sha256", None) != _checksum(tensors, header):
         raise InputError(
             f"{str(path)!r} was changed after it was written: its checksum does not match"
         )

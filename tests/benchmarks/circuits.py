@@ -33,16 +33,16 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--one-by-one", type=int, default=8)
-    given = parser.parse_args()
+    options = parser.parse_args()
     model = sl.load_model(progress=False)
     train = sl.ContrastivePairs.load("sentiment")
-    test = sl.ContrastivePairs.load("sentiment", split="test")[: given.pairs]
+    test = sl.ContrastivePairs.load("sentiment", split="test")[: options.pairs]
     directions = sl.fit_directions(sl.collect_differences(model, train, layers=[LAYER]))
     vector = sl.SteeringVector.from_directions(model, directions)
     answers = contrast_answers(model, train)
-    prompts = make_prompts(model, list(tokenize_pairs(model, test).positive))
-    some = prompts.part(slice(0, given.one_by_one))
-    options: dict[str, Any] = {"top": 0, "n_draws": 0, "n_claimed": 0}
+    prompts = make_prompts(model, tokenize_pairs(model, test).positive)
+    first_prompts = prompts.part(slice(0, options.one_by_one))
+    estimates_only: dict[str, Any] = {"top": 0, "n_draws": 0, "n_claimed": 0}
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     base = megabytes()
 
@@ -50,7 +50,7 @@ def main() -> None:
     writers = find_writers(model, test, directions, layer=LAYER)
     first = time.perf_counter() - started
     started = time.perf_counter()
-    find_readers(model, prompts, answers, vector, COEFFICIENT, **options)
+    find_readers(model, prompts, answers, vector, COEFFICIENT, **estimates_only)
     second = time.perf_counter() - started
     print(
         f"{len(test)} pairs: writers {first:.1f} s, readers {second:.1f} s (estimates), "
@@ -59,14 +59,16 @@ def main() -> None:
     print(f"writers' residual {writers.table.attrs['residual']:.2g} of the projection")
 
     started = time.perf_counter()
-    batched = find_readers(model, some, answers, vector, COEFFICIENT, **options).table
+    batched = find_readers(
+        model, first_prompts, answers, vector, COEFFICIENT, **estimates_only
+    ).table
     together = time.perf_counter() - started
     started = time.perf_counter()
-    scores = one_by_one(model, some, answers, vector)
+    scores = one_by_one(model, first_prompts, answers, vector)
     apart = time.perf_counter() - started
     difference = max(abs(row.effect - scores[row.layer, row.head]) for row in batched.itertuples())
     print(
-        f"{len(some)} prompts: {together:.1f} s batched, {apart:.1f} s by "
+        f"{len(first_prompts)} prompts: {together:.1f} s batched, {apart:.1f} s by "
         f"attribution_patch example by example, {apart / together:.1f} times; largest difference "
         f"{difference:.2g} logits of {batched.effect.abs().max():.3g}"
     )

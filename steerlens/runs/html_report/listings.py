@@ -1,4 +1,4 @@
-"""Tables as HTML: units and meanings in the head, figures aligned, sortable once scripts run."""
+"""Tables and texts as HTML: units and meanings in the head, texts side by side."""
 
 import math
 from collections.abc import Mapping
@@ -7,12 +7,20 @@ from typing import Any
 import pandas as pd
 
 from steerlens.models.hooks import resid_post
-from steerlens.runs.html_report.contents import MAX_ROWS, TableContent
+from steerlens.runs.contents import TableContent
 from steerlens.runs.html_report.markup import Html, element, joined
-from steerlens.runs.html_report.numbers import MINUS, decimals_for, fixed, signed
+from steerlens.runs.html_report.numbers import MINUS, decimals_for, fixed, short, signed
 from steerlens.tables import Column
 
+MAX_ROWS = 600
+"""Rows of a table that are shown; of a longer one, the largest by `TableContent.by`."""
 _NUMBERS = ("float64", "int64")
+_ENDS = {
+    "stop": "ended by itself",
+    "length": "cut at the asked-for length",
+    "context": "cut: the context is full",
+    "overflow": "no text: the model overflowed",
+}
 
 
 def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -> Html:
@@ -171,3 +179,42 @@ def _meanings(columns: tuple[Column, ...]) -> Html:
         parts.append(element("dt", element("code", column.name), *unit))
         parts.append(element("dd", column.meaning))
     return element("details", element("summary", "What the columns mean"), element("dl", *parts))
+
+
+def generations(table: pd.DataFrame, cells: pd.DataFrame | None) -> Html:
+    """A grid of texts: a row a prompt and hook, a column a coefficient.
+
+    With the `cells` of a sweep each column says whether its cell is within the budget.
+    """
+    coherent: dict[tuple[Any, Any], bool] = {}
+    if cells is not None:
+        coherent = {(c.hook_name, c.coefficient): bool(c.coherent) for c in cells.itertuples()}
+    rows = []
+    groups: Any = table.groupby(["prompt", "hook_name"], sort=False)
+    for (prompt, hook_name), of in groups:
+        columns = [
+            _text(row, coherent.get((hook_name, row.coefficient)))
+            for row in of.sort_values("coefficient", kind="stable").itertuples()
+        ]
+        title = f"Prompt {prompt}, steered at layer {of.layer.iloc[0]}"
+        grid = element("div", *columns, class_="texts", tabindex=0, role="group", aria_label=title)
+        rows.append(element("div", element("h4", title), grid, class_="prompt"))
+    note = element(
+        "p",
+        "Greedy continuations at several coefficients (c, residual units); c = 0 is the unsteered "
+        "model. One greedy text per cell shows how it reads, not how often.",
+        class_="note",
+    )
+    return joined(note, *rows)
+
+
+def _text(row: Any, is_coherent: bool | None) -> Html:
+    coefficient = row.coefficient
+    said = [] if is_coherent is None else ["within budget" if is_coherent else "beyond the budget"]
+    said.append(_ENDS.get(row.end, row.end))
+    return element(
+        "div",
+        element("h5", f"c = {short(coefficient)}" + (", unsteered" if coefficient == 0 else "")),
+        element("p", "; ".join(said), class_="note"),
+        element("p", row.text, class_="said", dir="auto"),
+    )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from steerlens.errors import InputError
-from steerlens.files import read_whole, refuse_pickle, strict_json, without_nan, write_whole
+from steerlens.files import read_whole, refuse_pickle, strict_json, without_nan
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
-from steerlens.steering.export.gguf_header import check_lengths
+from steerlens.steering.vector_file import write_named
 
 ARCHITECTURE = "controlvector"
 RECORD = "steerlens.vector"
@@ -27,8 +27,8 @@ def block_rows(vector: SteeringVector, target: str) -> dict[int, Tensor]:
     Raises `InputError` when the vector does something else or acts elsewhere.
     """
     if not isinstance(vector.operator, Add) or vector.condition is not None:
-        what = vector.operator.name if vector.condition is None else "a conditional vector"
-        raise InputError(f"{target} can only add a vector everywhere, it cannot carry {what}")
+        kind = vector.operator.name if vector.condition is None else "a conditional vector"
+        raise InputError(f"{target} can only add a vector everywhere, it cannot carry {kind}")
     for name in vector.hook_names:
         if name != resid_post(hook_layer(name)):
             raise InputError(
@@ -42,24 +42,26 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
 
     The tensors are `scale * direction` in float32, so that strength c there is coefficient c here;
     scale, calibration and origin travel in the metadata. Blocks are counted from 0 on both sides,
-    but llama.cpp has no slot for block 0. Raises `InputError` for a vector at block 0 or at other
-    hooks than block outputs, with another operator than `Add` or a condition, and when the file
-    name does not end in .gguf or cannot be written.
+    but llama.cpp has no slot for block 0.
+
+    Args:
+        vector: added everywhere, at block outputs from block 1 on.
+        path: ends in .gguf.
+
+    Raises:
+        InputError: the vector is another one, or the file cannot be written.
 
     Examples:
         >>> sl.to_gguf(vector, folder / "cheerful.gguf")
     """
     import gguf
 
-    path = Path(path)
     rows = block_rows(vector, "a llama.cpp control vector")
     if 0 in rows:
         raise InputError(
             "llama.cpp has no slot for the output of block 0 (its direction.N begins at 1), and "
             "shifting the layer would change the vector; leave block 0 out with .at(...)"
         )
-    if path.suffix != ".gguf":
-        raise InputError(f"expected a file name that ends in .gguf, got {path.name!r}")
     _, record = vector.to_record()
 
     def fill(temporary: Path) -> None:
@@ -74,10 +76,7 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
 
-    try:
-        write_whole(path, fill)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+    write_named(path, ".gguf", fill)
 
 
 def from_gguf(path: str | Path) -> SteeringVector:
@@ -85,8 +84,11 @@ def from_gguf(path: str | Path) -> SteeringVector:
 
     `direction.N` becomes the vector at `blocks.N.hook_resid_post`; its norm the scale. What
     `to_gguf` wrote besides comes back too; otherwise the origin is unknown but for the
-    architecture. Raises `InputError` when the file cannot be read whole, is not a control vector,
-    or holds tensors that are not float rows of one length.
+    architecture.
+
+    Raises:
+        InputError: the file cannot be read whole, is not a control vector, or holds tensors that
+            are not float rows of one length.
 
     Examples:
         >>> sl.to_gguf(vector, folder / "cheerful.gguf")
@@ -98,8 +100,8 @@ def from_gguf(path: str | Path) -> SteeringVector:
         refuse_pickle(path)
         if not path.exists():
             raise InputError(f"no GGUF file at {str(path)!r}")
-        content = read_whole(path, InputError)
-        fields, rows = _read(path, content)
+        read_whole(path, InputError)  # no pipe or device, and not too large
+        fields, rows = _read(path)
         architecture = fields.get("general.architecture")
         if architecture != ARCHITECTURE:
             raise InputError(
@@ -113,13 +115,28 @@ def from_gguf(path: str | Path) -> SteeringVector:
         raise InputError(f"cannot read {str(path)!r}: {error}") from error
 
 
-def _read(path: Path, content: bytes) -> tuple[dict[str, Any], dict[int, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
     """The string fields and the rows by block of a GGUF file."""
     import gguf
 
+    class Bounded(gguf.GGUFReader):  # type: ignore[misc, unused-ignore]
+        """The package's reader takes what lies beyond the end as empty, and loops over it: for
+        ever, where a header claims 2^60 numbers."""
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
+            size = np.dtype(dtype).itemsize * int(count)
+            left = max(len(self.data) - int(offset), 0)
+            if size > left:
+                raise ValueError(f"it claims {size} bytes where {left} are left")
+            return super()._get(int(offset), dtype, count, *args, **kwargs)
+
+        def _push_field(self, field: Any, *args: Any, **kwargs: Any) -> Any:
+            if field.name in self.fields:
+                raise ValueError(f"its key {field.name!r} occurs twice")
+            return super()._push_field(field, *args, **kwargs)
+
     try:
-        check_lengths(content)
-        reader = gguf.GGUFReader(str(path))
+        reader = Bounded(str(path))
         fields = {
             name: field.contents()
             for name, field in reader.fields.items()
@@ -136,15 +153,15 @@ def _read(path: Path, content: bytes) -> tuple[dict[str, Any], dict[int, Tensor]
         ) from error
     rows = {}
     for name, (kind, data) in tensors.items():
-        found = _NAME.fullmatch(name)
-        if found is None or int(found[1]) in rows:
+        match = _NAME.fullmatch(name)
+        if match is None or int(match[1]) in rows:
             raise InputError(f"{str(path)!r} has a tensor {name!r}; expected direction.N, once")
         if kind not in ("F32", "F16") or data.ndim != 1:
             raise InputError(
                 f"{name} in {str(path)!r} is {kind} of shape {data.shape}; expected a row of "
                 "F32 or F16"
             )
-        rows[int(found[1])] = torch.from_numpy(data.astype(np.float32))
+        rows[int(match[1])] = torch.from_numpy(data.astype(np.float32))
     if not rows:
         raise InputError(f"{str(path)!r} holds no direction.N")
     return fields, rows

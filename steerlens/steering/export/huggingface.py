@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.errors import InputError
-from steerlens.models.loading import HookedModel, inference, provenance
+from steerlens.models.hooks import hook_layer
+from steerlens.models.identity import provenance
+from steerlens.models.loading import HookedModel, inference
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.export.gguf_file import block_rows
 
@@ -50,7 +52,7 @@ residual stream as it is."""
 def bake(
     model: HookedModel, vector: SteeringVector, coefficient: Coefficient, out_dir: str | Path
 ) -> Path:
-    """Write a Hugging Face checkpoint that is steered by itself, at every token; returns `out_dir`.
+    """Write a Hugging Face checkpoint that is steered by itself, at every token.
 
     `coefficient * scale * direction` goes into a bias of each block's MLP (see `CARRIERS`), so
     `AutoModelForCausalLM.from_pretrained(out_dir)` and anything that reads such checkpoints gives
@@ -58,10 +60,18 @@ def bake(
     largest difference may be 1e-4 of the largest logit (float32; in other dtypes 8 times their
     epsilon). The tokenizer and `steerlens.json`, which says what was added, go with it.
 
-    Raises `InputError` when the architecture has no such bias, the model is not a
-    `TransformerBridge` without weight processing, the vector is not added everywhere to block
-    outputs, the coefficient is 0, the check fails, or `out_dir` is not empty; `InputError` as
-    `steer`.
+    Args:
+        model: a `TransformerBridge` without weight processing, of an architecture in `CARRIERS`.
+        vector: added everywhere, at block outputs.
+        coefficient: as in `Coefficient`, not 0.
+        out_dir: a new or empty folder.
+
+    Returns:
+        `out_dir`.
+
+    Raises:
+        InputError: one of these is another, the coefficient has no meaning for the vector, or the
+            check fails.
 
     Examples:
         >>> path = sl.bake(model, vector, 4, folder / "steered")
@@ -76,42 +86,41 @@ def bake(
     acts = steps(vector, coefficient)
     if not acts:
         raise InputError("coefficient 0 adds nothing to bake; give another one")
-    added = {act.hook_name: (act.amount * act.direction.double()).float() for act in acts}
     plain = _plain_model(model, carrier)
-    with torch.no_grad():
-        weights = dict(plain.named_parameters())
-        for name, row in added.items():
-            where = carrier.bias.format(name.split(".")[1])
-            if where not in weights:
-                raise InputError(f"this model has no {where}, so a bias cannot carry the vector")
-            weights[where] += row.to(weights[where])
+    weights, added = dict(plain.named_parameters()), {}
+    for act in acts:
+        bias = carrier.bias.format(hook_layer(act.hook_name))
+        if bias not in weights:
+            raise InputError(f"this model has no {bias}, so a bias cannot carry the vector")
+        with torch.no_grad():
+            weights[bias] += (act.amount * act.direction.double()).float().to(weights[bias])
+        added[act.hook_name] = {"bias": bias, "residual_units": act.amount}
     _check_logits(model, vector, coefficient, plain)
     record = {
         "what": "a bias was added to block outputs (blocks.N.hook_resid_post, N from 0)",
-        "added": {
-            act.hook_name: {
-                "bias": carrier.bias.format(act.hook_name.split(".")[1]),
-                "residual_units": act.amount,
-            }
-            for act in acts
-        },
+        "added": added,
         "coefficient": str(coefficient),
         "vector": vector.describe(),
         "model": provenance(model).to_dict(),
     }
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as folder:
-            whole = Path(folder) / "checkpoint"
-            plain.save_pretrained(whole)
-            model.tokenizer.save_pretrained(whole)
-            (whole / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            if out_dir.exists():
-                out_dir.rmdir()
-            shutil.move(whole, out_dir)
+        _write(out_dir, plain, model.tokenizer, json.dumps(record, indent=2) + "\n")
     except (OSError, ValueError) as error:  # transformers checks the generation settings
         raise InputError(f"cannot write {str(out_dir)!r}: {error}") from error
     return out_dir
+
+
+def _write(out_dir: Path, plain: Any, tokenizer: Any, record: str) -> None:
+    """The checkpoint, whole or not at all."""
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as folder:
+        whole = Path(folder) / "checkpoint"
+        plain.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        (whole / RECORD).write_text(record, encoding="utf-8")
+        if out_dir.exists():
+            out_dir.rmdir()
+        shutil.move(whole, out_dir)
 
 
 def check_is_new(folder: Path) -> None:
@@ -181,8 +190,8 @@ def _check_logits(
     tokens = _probe(model)
     with inference(model):
         with steer(model, vector, coefficient):
-            hooked = _logits(model(tokens))
-        baked = _logits(plain.to(tokens.device)(tokens).logits)
+            hooked = model(tokens).float().cpu()
+        baked = plain.to(tokens.device)(tokens).logits.float().cpu()
     largest = float((hooked - baked).abs().max() / hooked.abs().max())
     eps = torch.finfo(model.cfg.dtype).eps
     tolerance = TOLERANCE if model.cfg.dtype == torch.float32 else max(TOLERANCE, 8 * eps)
@@ -199,7 +208,3 @@ def _probe(model: HookedModel) -> Int[Tensor, "prompt token"]:
     n = min(16, int(getattr(model.cfg, "n_ctx", 16) or 16))
     ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 2 * n).long().reshape(2, n)
     return ids.to(model.cfg.device)
-
-
-def _logits(of: Float[Tensor, "prompt token vocab"]) -> Float[Tensor, "prompt token vocab"]:
-    return of.float().cpu()

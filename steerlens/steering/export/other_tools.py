@@ -38,30 +38,38 @@ class RepengLike(Protocol):
 def to_steering_vectors(vector: SteeringVector) -> Any:
     """A `steering_vectors.SteeringVector`: multiplier c there is coefficient c here.
 
-    It holds `scale * direction` by block and the kind of hook (block output, `hook_attn_out` or
-    `hook_mlp_out`); calibration and origin are not part of it. Raises `InputError` when the vector
-    is not added everywhere, has hooks of several or other kinds, or the package is not installed.
+    It holds `scale * direction` by block and the kind of hook; calibration and origin are not part
+    of it.
+
+    Args:
+        vector: added everywhere, at block outputs, `hook_attn_out` or `hook_mlp_out`.
+
+    Raises:
+        InputError: the vector is not added everywhere, has hooks of several or other kinds, or the
+            package is not installed.
     """
     Theirs = _installed("steering_vectors", "SteeringVector")
-
     if not isinstance(vector.operator, Add) or vector.condition is not None:
         raise InputError("steering-vectors holds what is added: not an operator, not a condition")
     kinds = {name.partition(f"blocks.{hook_layer(name)}.")[2] for name in vector.hook_names}
-    found = [theirs for theirs, ours in _LAYER_TYPES.items() if kinds <= set(ours)]
-    if not found:
+    layer_types = [theirs for theirs, ours in _LAYER_TYPES.items() if kinds <= set(ours)]
+    if not layer_types:
         raise InputError(
             f"steering-vectors knows one of {', '.join(ours[0] for ours in _LAYER_TYPES.values())} "
             f"for all layers of a vector; this one has {', '.join(sorted(kinds))}"
         )
     rows = dict(zip(map(hook_layer, vector.hook_names), vector.rows, strict=True))
-    return Theirs(layer_activations=rows, layer_type=found[0])
+    return Theirs(layer_activations=rows, layer_type=layer_types[0])
 
 
 def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
-    """Take over a `steering_vectors.SteeringVector`; the norm of each layer becomes its scale.
+    """Take over a `steering_vectors.SteeringVector`; its origin is unknown.
 
-    Its layers are block numbers from 0, as here; its origin is unknown. Raises `InputError` on a
-    kind of layer without a TransformerLens hook, `InputError` on a vector without direction.
+    Args:
+        vector: its layers are block numbers from 0, as here; the norm of each becomes its scale.
+
+    Raises:
+        InputError: a kind of layer without a TransformerLens hook, or a vector without direction.
 
     Examples:
         >>> from types import SimpleNamespace
@@ -83,8 +91,11 @@ def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
 def to_repeng(vector: SteeringVector) -> Any:
     """A `repeng.ControlVector`: its coefficient c is c here.
 
-    Its layers are block outputs counted from 0, block 0 included. Raises `InputError` when the
-    vector is not added everywhere to block outputs, or repeng is not installed.
+    Args:
+        vector: added everywhere, at block outputs, block 0 included.
+
+    Raises:
+        InputError: it is not, or repeng is not installed.
     """
     rows = block_rows(vector, "repeng")
     return _installed("repeng", "ControlVector")(
@@ -94,10 +105,13 @@ def to_repeng(vector: SteeringVector) -> Any:
 
 
 def from_repeng(vector: RepengLike) -> SteeringVector:
-    """Take over a `repeng.ControlVector`; the norm of each layer becomes its scale.
+    """Take over a `repeng.ControlVector`; of its origin only the architecture is known.
 
-    repeng counts blocks from 0, reads and adds at block outputs. Only the architecture of the
-    model is known of its origin. Raises `InputError` on a vector without direction.
+    Args:
+        vector: its layers are block outputs from 0, as here; the norm of each becomes its scale.
+
+    Raises:
+        InputError: a vector without direction.
 
     Examples:
         >>> from types import SimpleNamespace

@@ -1,0 +1,137 @@
+"""Names of version 0.1.0 that moved: they work until the next version, with a warning."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+NAMES = {
+    "BoundaryResult": "measure",
+    "BoundaryShape": "measure",
+    "Comparison": "measure",
+    "LossGeometry": "measure",
+    "LossGradients": "directions",
+    "Run": "runs",
+    "SteeringLoss": "loss",
+    "SweepResult": "measure",
+    "Trained": "directions",
+    "bake": "steering.export",
+    "boundary_shape": "measure.study",
+    "coherence_hinge": "loss",
+    "collect_activations": "engine",
+    "condition_accuracy": "steering",
+    "contrastive_steering_loss": "loss",
+    "contrastive_steering_loss_noref": "loss",
+    "cosine_table": "measure",
+    "dataset_names": "data",
+    "fit_condition": "steering",
+    "from_gguf": "steering.export",
+    "from_repeng": "steering.export",
+    "from_steering_vectors": "steering.export",
+    "generation_table": "measure",
+    "gradient_terms": "directions",
+    "label_logprob": "loss",
+    "measure_layers": "measure.study",
+    "neutral_texts": "data",
+    "ordering_penalty": "loss",
+    "predict_boundary": "measure.study",
+    "readout_hook": "models",
+    "to_gguf": "steering.export",
+    "to_repeng": "steering.export",
+    "to_steering_vectors": "steering.export",
+    "tokenize_pairs": "engine",
+    "tokenize_prompt": "engine",
+    "total_variation_barrier": "loss",
+    "train_directions": "directions",
+}
+"""Once at the top of the package -> the room that has it now."""
+
+MODULES = {
+    "activations": ("engine.capture", "directions.differences"),
+    "arguments": ("errors",),
+    "bare": ("engine.backend",),
+    "boundary": ("measure.boundary", "measure.study", "measure.texts", "measure.settings"),
+    "cells": ("engine.cells", "engine.workload"),
+    "checkpoints": ("models.packaged",),
+    "coherence": ("measure.coherence",),
+    "compiled": ("engine.compiled",),
+    "damage": ("measure.tokens",),
+    "display": ("tables",),
+    "evaluate": ("measure",),
+    "fidelity": ("models.verification",),
+    "generations": ("measure.tokens",),
+    "geometry": ("measure.plane", "measure.study"),
+    "gradients": ("directions.gradients",),
+    "hooked_transformer": ("models.hooked_transformer",),
+    "hooks": ("models.hooks",),
+    "inputs": ("files",),
+    "items": ("data.items",),
+    "measures": ("measure.rows", "measure.settings"),
+    "memory": ("engine.memory",),
+    "methods": ("directions",),
+    "parts": ("engine.prefixes",),
+    "passes": ("engine.resume",),
+    "plain": ("engine.plain_loop", "engine.workload"),
+    "processing": ("models.weight_processing",),
+    "pushes": ("measure.boundary_search", "measure.prediction"),
+    "search": ("measure.search",),
+    "shape": ("measure.plane", "measure.study"),
+    "slopes": ("engine.backward",),
+    "tokens": ("engine.tokenization", "engine.batches"),
+    "transfers": ("engine.transfer",),
+    "uncertainty": ("stats",),
+    "workers": ("engine.workers",),
+}
+"""A module of before -> those that hold what was in it."""
+
+
+def renamed(name: str) -> Any:
+    """What `steerlens.NAME` was. Raises `AttributeError` for a name that never was."""
+    if name not in NAMES:
+        raise AttributeError(f"module 'steerlens' has no attribute {name!r}")
+    room = f"steerlens.{NAMES[name]}"
+    _warn(f"steerlens.{name}", f"{room}.{name}")
+    return getattr(importlib.import_module(room), name)
+
+
+class RenamedModules(MetaPathFinder, Loader):
+    """Finds `steerlens.NAME` of before as a module whose names are those of its successors."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002
+        target: ModuleType | None = None,  # noqa: ARG002
+    ) -> ModuleSpec | None:
+        """A spec for the modules of `MODULES` alone."""
+        package, _, name = fullname.rpartition(".")
+        if package != "steerlens" or name not in MODULES:
+            return None
+        return ModuleSpec(fullname, self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Let the module look its names up where they are now."""
+        places = [f"steerlens.{place}" for place in MODULES[module.__name__.rpartition(".")[2]]]
+        _warn(module.__name__, " and ".join(places))
+
+        def look_up(name: str) -> Any:
+            for place in places:
+                found = importlib.import_module(place)
+                if hasattr(found, name):
+                    return getattr(found, name)
+            raise AttributeError(f"{' and '.join(places)} have no {name!r}")
+
+        module.__dict__["__getattr__"] = look_up
+
+
+def _warn(before: str, now: str) -> None:
+    warnings.warn(
+        f"{before} is now {now}, and goes with the next version", DeprecationWarning, stacklevel=3
+    )
+
+
+sys.meta_path.append(RenamedModules())

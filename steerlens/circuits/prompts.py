@@ -1,0 +1,92 @@
+"""Prompts in one padded batch, run a few rows at a time."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.errors import InputError
+from steerlens.models.loading import HookedModel
+from steerlens.progress import Progress, silent
+
+ROWS = 16
+"""Prompts in one pass: what every component writes is held for all of them at once."""
+
+
+def row_slices(n_prompts: int) -> list[slice]:
+    """The rows of each pass over so many prompts."""
+    return [slice(start, start + ROWS) for start in range(0, n_prompts, ROWS)]
+
+
+def counting(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
+    """Tell `progress` of a stage that begins; what is returned is told of every further step."""
+    done, tell = 0, progress or silent
+
+    def count(n_steps: int) -> None:
+        nonlocal done
+        done += n_steps
+        tell(stage, done, total)
+
+    count(0)
+    return count
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts padded on the right, which causal attention needs no mask for; `last` is each one's
+    last real column."""
+
+    tokens: Int[Tensor, "prompt token"]
+    last: Int[Tensor, " prompt"]
+
+    def __len__(self) -> int:
+        return len(self.last)
+
+    def part(self, rows: slice) -> "Prompts":
+        """Some of the prompts, as padded as they are."""
+        return Prompts(self.tokens[rows], self.last[rows])
+
+    @property
+    def passes(self) -> list[slice]:
+        """The rows of each pass."""
+        return row_slices(len(self))
+
+    @property
+    def real(self) -> Bool[Tensor, "prompt token"]:
+        """True at real tokens, False at padding."""
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return columns <= self.last[:, None]
+
+    def at_last(self, values: Shaped[Tensor, "prompt token *rest"]) -> Shaped[Tensor, "..."]:
+        """The values at each prompt's last token."""
+        rows = torch.arange(len(self), device=values.device)
+        return values[rows, self.last.to(values.device)]
+
+
+def make_prompts(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> Prompts:
+    """The prompts' own tokens, without continuations, on the model's device.
+
+    Args:
+        model: Its tokenizer says what to pad with.
+        prompts: As `tokenize_prompt` makes them, one or more.
+
+    Raises:
+        InputError: There are none.
+
+    Examples:
+        >>> from steerlens.circuits import make_prompts
+        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> len(prompts)
+        8
+    """
+    if not prompts:
+        raise InputError("expected one or more prompts, got none")
+    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
+    rows = [torch.tensor(prompt.prompt) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=pad)
+    last = torch.tensor([len(row) - 1 for row in rows])
+    return Prompts(tokens.to(model.cfg.device), last.to(model.cfg.device))

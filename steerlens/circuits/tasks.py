@@ -1,0 +1,115 @@
+"""A task: prompts, and answers whose logit difference is the model's metric on them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.circuits.answers import Answers
+from steerlens.circuits.interventions import UNSTEERED, Intervention
+from steerlens.circuits.prompts import Prompts
+from steerlens.errors import InputError
+from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.loading import HookedModel, inference
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One run: activations and, where asked for, gradients of the metric by hook name.
+
+    `metric` is each prompt's answer logit difference. Gradients are those of its sum over the
+    prompts, so each prompt's own: rows do not touch each other.
+    """
+
+    activations: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
+    metric: Float[Tensor, " prompt"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model, prompts, and their answers. Raises `InputError` when the answers do not fit."""
+
+    model: HookedModel
+    prompts: Prompts
+    answers: Answers
+
+    def __post_init__(self) -> None:
+        self.answers.check(self.model, len(self.prompts))
+
+    def passes(self) -> list["Task"]:
+        """The same in parts that run in one pass each."""
+        return [self.part(rows) for rows in self.prompts.passes]
+
+    def part(self, rows: slice) -> "Task":
+        """Some of the prompts."""
+        return Task(self.model, self.prompts.part(rows), self.answers.part(rows))
+
+    def metric(self, logits: Float[Tensor, "prompt token vocab"]) -> Float[Tensor, " prompt"]:
+        """Each prompt's answer logit difference after its last token."""
+        return self.answers.logit_difference(self.prompts.at_last(logits).float())
+
+    def measure(
+        self,
+        intervention: Intervention = UNSTEERED,
+        fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
+    ) -> Float[Tensor, " prompt"]:
+        """The metric of one pass, on the CPU; `fwd_hooks` act after the intervention."""
+        with inference(self.model), intervention.on(self.model), hooked(self.model, fwd_hooks):
+            return self.metric(self.model(self.prompts.tokens)).cpu()
+
+    def trace(
+        self,
+        hook_names: Sequence[str],
+        intervention: Intervention = UNSTEERED,
+        *,
+        with_gradients: bool = False,
+    ) -> Traced:
+        """Run all prompts in one pass, and back where gradients are asked for.
+
+        By TransformerLens's `cache_activation_and_gradient`. Raises `InputError` when
+        TransformerLens 4 is not there, or inside `torch.inference_mode()`, which has no gradients.
+        """
+        try:
+            from transformer_lens.tools.analysis import attribution_patching
+        except ImportError as error:
+            raise InputError(
+                "circuits are found with the analysis tools of TransformerLens 4; this is older"
+            ) from error
+        if with_gradients and torch.is_inference_mode_enabled():
+            raise InputError("gradients are needed; leave torch.inference_mode() first")
+        metrics: list[Tensor] = []
+
+        def total(logits: Tensor) -> Tensor:
+            values = self.metric(logits)
+            metrics.append(values.detach())
+            return values.sum()
+
+        def begin(activation: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+            # With frozen parameters nothing would have a gradient.
+            needs = with_gradients and not activation.requires_grad
+            return activation.detach().requires_grad_() if needs else None
+
+        # `inference` for evaluation mode alone: gradients are switched on again inside it.
+        with (
+            inference(self.model),
+            torch.set_grad_enabled(with_gradients),
+            hooked(self.model, [("hook_embed", begin)]),
+            intervention.on(self.model),
+        ):
+            cache = attribution_patching.cache_activation_and_gradient(
+                self.model,
+                self.prompts.tokens,
+                total,
+                names_filter=list(hook_names),
+                compute_gradient=with_gradients,
+            )
+        gradients = {name: g for name, g in cache.gradients.items() if g is not None}
+        missing = [name for name in hook_names if with_gradients and name not in gradients]
+        if missing:
+            raise InputError(f"the metric has no gradient at {', '.join(missing)}")
+        activations = {name: cache.activations[name] for name in hook_names}
+        return Traced(activations, gradients, metrics[-1])

@@ -1,0 +1,219 @@
+"""What pairs and items share: a frozen list of entries with ids, read from records, and split."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
+
+import numpy as np
+
+from steerlens.data.prompts import unicode_text
+from steerlens.data.reading import printable, read_jsonl
+from steerlens.data.shipped import SPLITS, shipped_file
+from steerlens.errors import InputError, whole
+
+MIN_ENTRIES = 2
+_LONGEST_TYPO = 20
+
+Check = Callable[..., Any]
+"""`(value, where=...) -> checked value`; raises `InputError` that begins with `where`."""
+
+
+Entry = TypeVar("Entry")
+Self = TypeVar("Self", bound="EntrySequence[Any]")
+
+
+class EntrySequence(Sequence[Entry]):
+    """An immutable list of at least two entries with distinct ids, each of two sides that differ.
+
+    A subclass is a frozen dataclass of the entries and `name`. Raises `InputError` on fewer
+    entries, repeated ids, or an entry whose two sides are equal.
+    """
+
+    name: str
+    _noun: ClassVar[str]
+    """What the entries are called, and the field that holds them."""
+    _entry: ClassVar[type[Any]]
+    _required: ClassVar[Mapping[str, Check]]
+    """The keys of a record, each with its check."""
+    _optional: ClassVar[Mapping[str, Check]]
+    _split_by: ClassVar[tuple[str, str]]
+    """What entries of one part of a split share: the attribute, and how several are called."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, entries: tuple[Entry, ...], name: str = ...) -> None: ...
+
+    @property
+    def _entries(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, self._noun))
+
+    def __post_init__(self) -> None:
+        if len(self) < MIN_ENTRIES:
+            raise InputError(
+                f"{self.name}: expected at least {MIN_ENTRIES} {self._noun}, got {len(self)}; "
+                "an uncertainty needs more than one"
+            )
+        seen: set[str] = set()
+        for entry in self._entries:
+            self._check_sides(entry, where=f"{self.name}: {self._noun[:-1]} {entry.id!r}")
+            if entry.id in seen:
+                raise InputError(f"{self.name}: id {entry.id!r} occurs twice; ids must be distinct")
+            seen.add(entry.id)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self: Self, index: slice) -> Self: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return type(self)(self._entries[index], self.name)
+        return self._entries[index]
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return f"{kind}({self.name!r}, {len(self)} {self._noun}, {self.fingerprint[:12]})"
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) of the content in order; the name is not part of it."""
+        names = ["id", *(field.name for field in fields(self._entry) if field.name != "id")]
+        content = [[getattr(entry, name) for name in names] for entry in self._entries]
+        return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+    @classmethod
+    def from_records(
+        cls: type[Self], records: Iterable[Mapping[str, Any]], *, name: str | None = None
+    ) -> Self:
+        """Entries from dicts with the keys of the JSONL format; see the class.
+
+        Args:
+            records: One an entry; an optional key may be absent or None.
+            name: What messages and tables call them; default "pairs" or "items".
+
+        Raises:
+            InputError: Says which record (counted from 1) cannot be used, and why.
+        """
+        name = cls._noun if name is None else name
+        entries = (
+            cls._from_record(record, default_id=str(i), where=f"{name}: record {i}")
+            for i, record in enumerate(records, start=1)
+        )
+        return cls(tuple(entries), name)
+
+    @classmethod
+    def from_jsonl(cls: type[Self], path: str | Path) -> Self:
+        """Entries from a UTF-8 JSONL file: one object a line, blank lines skipped.
+
+        Args:
+            path: The file, or a pipe; its lines have the keys that the class tells. The default
+                id is the line number.
+
+        Raises:
+            InputError: Says which line of the file cannot be used, and why.
+
+        Examples:
+            >>> lines = [
+            ...     '{"positive": "I loved it because", "negative": "I hated it because"}',
+            ...     '{"positive": "It was good, as", "negative": "It was bad, as", "id": "good"}',
+            ... ]
+            >>> size = (folder / "mine.jsonl").write_text("\\n".join(lines))
+            >>> [pair.id for pair in sl.ContrastivePairs.from_jsonl(folder / "mine.jsonl")]
+            ['1', 'good']
+        """
+        entries = tuple(
+            cls._from_record(record, default_id=str(number), where=where)
+            for number, where, record in read_jsonl(Path(path))
+        )
+        return cls(entries, printable(Path(path)))
+
+    @classmethod
+    def _load(cls: type[Self], name: str, split: str, stem: str) -> Self:
+        entries = cls.from_jsonl(shipped_file(name, stem, split))
+        return cls(tuple(entries), f"{name}/{stem}")
+
+    def split(self: Self, test_fraction: float, seed: int = 0) -> tuple[Self, Self]:
+        """A random (train, test) partition, the same for the same seed; order is kept in each.
+
+        Items with the same prompt stay together.
+
+        Args:
+            test_fraction: Of n pairs, or of the n prompts of items, `round(test_fraction * n)` are
+                in the test part.
+            seed: A whole number from 0 on.
+
+        Raises:
+            InputError: A part would have fewer than two entries, or the seed is no whole number.
+
+        Examples:
+            >>> train, test = pairs.split(0.25)
+            >>> len(train), len(test)
+            (6, 2)
+        """
+        key, unit = self._split_by
+        kinds = list(dict.fromkeys(getattr(entry, key) for entry in self._entries))
+        n_test = round(test_fraction * len(kinds)) if 0 < test_fraction < 1 else 0
+        order = np.random.default_rng(whole("seed", seed, 0)).permutation(len(kinds))
+        chosen = {kinds[i] for i in order[:n_test]}
+        parts = [
+            tuple(entry for entry in self._entries if (getattr(entry, key) in chosen) == is_test)
+            for is_test in (False, True)
+        ]
+        if min(map(len, parts)) < MIN_ENTRIES:
+            raise InputError(
+                f"{self.name}: test_fraction={test_fraction} of {len(kinds)} {unit} must leave at "
+                f"least {MIN_ENTRIES} {self._noun} in each part"
+            )
+        train, test = (
+            type(self)(part, f"{self.name}[{split}]")
+            for part, split in zip(parts, SPLITS, strict=True)
+        )
+        return train, test
+
+    @staticmethod
+    def _check_sides(entry: Any, *, where: str) -> None:
+        if entry.positive == entry.negative:
+            raise InputError(f"{where}: positive and negative are equal; they must differ")
+
+    @classmethod
+    def _from_record(cls, record: Any, *, default_id: str, where: str) -> Entry:
+        keys = f"the keys {', '.join(cls._required)}"
+        if not isinstance(record, Mapping):
+            raise InputError(f"{where}: expected an object with {keys}")
+        optional = {**cls._optional, "id": _checked_id}
+        for key in cls._required:
+            if key not in record:
+                raise InputError(
+                    f"{where}: missing key {key!r}; expected {keys} and optionally "
+                    f"{', '.join(optional)}; got {', '.join(sorted(map(str, record)))[:200]}"
+                )
+        checks = {**cls._required, **optional}
+        for key in record:
+            if key in checks or len(str(key)) > _LONGEST_TYPO:
+                continue
+            near = difflib.get_close_matches(str(key), checks, n=1, cutoff=0.8)
+            if near:
+                raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+        values = {
+            key: check(record[key], where=f"{where}: {key}")
+            for key, check in checks.items()
+            if key in cls._required or record.get(key) is not None
+        }
+        entry: Entry = cls._entry(**{"id": default_id, **values})
+        cls._check_sides(entry, where=where)
+        return entry
+
+
+def _checked_id(value: Any, *, where: str) -> str:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InputError(f"{where} must be text or a whole number, got {type(value).__name__}")
+    return unicode_text(str(value), where=where)

