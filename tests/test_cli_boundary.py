@@ -51,7 +51,7 @@ def test_a_run_holds_tables_directions_and_record(
         assert word in outcome.out
     assert "2 boundaries" in outcome.words
     assert "forward-equivalents" in outcome.words
-    assert "boundary on probes: pushes settled 2/2" in outcome.words
+    assert "boundary on probes: pushes settled" in outcome.words
 
 
 def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
