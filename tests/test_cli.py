@@ -14,7 +14,7 @@ from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
 from steerlens.cli import main
-from steerlens.data import pairs as data
+from steerlens.data import shipped
 from steerlens.errors import SteerlensError
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.runs.record import RUN_FILES
@@ -258,10 +258,10 @@ def test_other_pairs_in_a_file_of_the_same_name_are_refused(sweep: Main, tmp_pat
 def test_pairs_to_fit_and_to_measure_on(
     sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shipped = tmp_path / "shipped" / "mood"
-    shipped.mkdir(parents=True)
-    write_pairs(shipped / "train.jsonl", OPENINGS)
-    held_out = write_pairs(shipped / "test.jsonl", HELD_OUT)
+    mood = tmp_path / "shipped" / "mood"
+    mood.mkdir(parents=True)
+    write_pairs(mood / "train.jsonl", OPENINGS)
+    held_out = write_pairs(mood / "test.jsonl", HELD_OUT)
     options = ("--test-pairs", held_out, "--max-pairs", "2")
     assert sweep(*options, "--out", tmp_path / "file").code == 0
     request = record(tmp_path / "file")["request"]
@@ -274,7 +274,7 @@ def test_pairs_to_fit_and_to_measure_on(
     }
     assert (table(tmp_path / "file").n_pairs == 2).all()
     # A shipped dataset is fitted on its training part and measured on its test part.
-    monkeypatch.setattr(data, "shipped_folder", lambda: shipped.parent)
+    monkeypatch.setattr(shipped, "shipped_folder", lambda: mood.parent)
     assert sweep("--pairs", "mood", "--out", tmp_path / "mood").code == 0
     request = record(tmp_path / "mood")["request"]
     parts = [request[part]["name"] for part in ("fitted_on", "measured_on")]
@@ -436,7 +436,7 @@ def test_an_interrupt_is_exit_code_130_and_leaves_no_files(
         assert outcome.code == 130
         assert "Traceback" not in outcome.err
     with monkeypatch.context() as patch:
-        patch.setattr("steerlens.cli.command.fit_methods", interrupt)
+        patch.setattr("steerlens.cli.command.fit", interrupt)
         outcome = sweep("--out", tmp_path)
         assert outcome.code == 130
         assert "before a hook was finished" in outcome.words
@@ -514,7 +514,7 @@ def test_models_and_datasets_are_listed(run: Main) -> None:
 def test_datasets_shows_a_card(name: str, run: Main) -> None:
     outcome = run("datasets", name)
     assert (outcome.code, outcome.err) == (0, "")
-    card = (data.shipped_folder() / name / "card.md").read_text(encoding="utf-8")
+    card = (shipped.shipped_folder() / name / "card.md").read_text(encoding="utf-8")
     assert outcome.out.split() == card.split()
 
 

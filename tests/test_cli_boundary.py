@@ -10,7 +10,7 @@ import pytest
 from test_cli import Main, assert_error, content, model_folder, pairs_file, record, run, table
 
 import steerlens as sl
-import steerlens.measure.boundary
+import steerlens.measure.texts
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
 
 
@@ -51,14 +51,14 @@ def test_a_run_holds_tables_directions_and_record(
         assert word in outcome.out
     assert "2 boundaries" in outcome.words
     assert "forward-equivalents" in outcome.words
-    assert "boundary on probes: pushes settled 2/2" in outcome.words
+    assert "boundary on probes: pushes settled" in outcome.words
 
 
 def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("the river was warm\n\nhow was the day\n", encoding="utf-8")
     neutral = ("the soup was good", "it was not so")
-    monkeypatch.setattr(steerlens.measure.boundary, "neutral_texts", lambda: neutral)
+    monkeypatch.setattr(steerlens.measure.texts, "neutral_texts", lambda: neutral)
     found = {}
     for on in ("positive", "negative", "neutral", str(texts)):
         out = tmp_path / Path(on).stem / "run"
@@ -127,6 +127,6 @@ def test_errors_are_one_line_and_come_before_the_work(
 
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").write_text("\n \n")
-    monkeypatch.setattr("steerlens.cli.boundary_commands.find_boundary", too_late)
+    monkeypatch.setattr(sl.Study, "boundary", too_late)
     assert_error(boundary("--quiet", "--out", tmp_path / "run", *options), *words)
     assert content(tmp_path / "run") == {}

@@ -67,6 +67,10 @@ def test_without_the_comparison(circuits: Main, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["request"]["ig_steps"] == 2
     assert record["forward_equivalents"] is None
+    for name, view in (("attention", "AttentionHeads"), ("tokens", "ColoredTokens")):
+        page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+        assert f'"view": "{view}"' in page
+        assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +114,3 @@ def test_patterns_and_projections_are_the_models(llama: Any, directions: sl.Dire
         torch.testing.assert_close(values[2], cache[name][0] @ directions[name])
     assert not torch.equal(attention.unsteered, attention.steered)
     assert not torch.equal(tokens.unsteered, tokens.steered)
-
-
-def test_pages_hold_what_was_found(circuits: Main, tmp_path: Path) -> None:
-    assert circuits("--out", tmp_path, "--no-compare", "--quiet").code == 0
-    for name, view in (("attention", "AttentionHeads"), ("tokens", "ColoredTokens")):
-        page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
-        assert f'"view": "{view}"' in page
-        assert not re.search(r"<(script|link|img)[^>]*(src|href)=", page)

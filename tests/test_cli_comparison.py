@@ -78,28 +78,30 @@ def test_a_comparison_writes_its_tables_and_is_repeatable(compare: Main, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("option", "value", "words"),
     [
-        (["--methods", "mean_diff,best"], ["no method 'best'"]),
-        (["--budget", "kl=0"], ["budget"]),
-        (["--items", "nowhere.jsonl"], ["neither a file nor a shipped dataset"]),
-        (["--off-target", "humour"], ["no dataset 'humour'"]),
-        (["--max-items", "1"], ["at least 2 items"]),
-        (["--on", "negative"], ["neutral or positive"]),
-        (["--null", "1"], ["n_null"]),
-        (["--methods", ","], ["at least one method"]),
+        ("--methods", "mean_diff,best", "no method 'best'"),
+        ("--budget", "kl=0", "budget"),
+        ("--items", "nowhere.jsonl", "neither a file nor a shipped dataset"),
+        ("--items", "pairs.jsonl", "a comparison needs items"),
+        ("--off-target", "humour", "no dataset 'humour'"),
+        ("--max-items", "1", "at least 2 items"),
+        ("--on", "negative", "neutral or positive"),
+        ("--null", "1", "n_null"),
+        ("--methods", ",", "at least one method"),
     ],
 )
 def test_a_wrong_option_is_one_line(
-    compare: Main, tmp_path: Path, arguments: list[str], words: list[str]
+    option: str,
+    value: str,
+    words: str,
+    compare: Main,
+    pairs_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert_error(compare("--out", tmp_path, "--quiet", *arguments), *words)
-
-
-def test_a_file_of_pairs_is_no_file_of_items(
-    compare: Main, tmp_path: Path, pairs_file: Path
-) -> None:
-    assert_error(compare("--out", tmp_path, "--items", pairs_file), "--items")
+    monkeypatch.chdir(pairs_file.parent)
+    assert_error(compare("--out", tmp_path, "--quiet", option, value), words)
 
 
 def test_reliability_is_printed_and_written(run: Main, model_folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from test_resume import (  # noqa: F401 (fixtures)
 )
 
 import steerlens as sl
-from steerlens.cli import command
+from steerlens.cli import command, sweep_command
 from steerlens.errors import FileError
 from steerlens.runs.unfinished import open_parts, read_started
 
@@ -76,14 +76,15 @@ def test_an_interrupt_says_how_to_go_on_at_any_moment(
 
     folder = interrupted(stop)
     before = sorted(path.name for path in (folder / "parts").iterdir())
-    for name in ("load_model", "collect_differences", "run_sweep"):
+    steps = [(command, "load_model"), (sweep_command, "collect_differences"), (command, "Study")]
+    for module, name in steps:
         with monkeypatch.context() as patch:
-            patch.setattr(command, name, interrupt)
+            patch.setattr(module, name, interrupt)
             outcome = run("sweep", "--quiet", "--resume", folder)
         assert (outcome.code, f"--resume {folder}" in outcome.words) == (130, True)
         assert sorted(path.name for path in (folder / "parts").iterdir()) == before
     with monkeypatch.context() as patch:
-        patch.setattr(command, "print_layers", interrupt)
+        patch.setattr(sweep_command, "print_layers", interrupt)
         outcome = run("sweep", "--resume", folder)
     assert (outcome.code, "are whole" in outcome.words) == (130, True)
     assert sl.read_run(folder).tables["sweep"].hook_name.nunique() == N_LAYERS

@@ -12,7 +12,6 @@ from steerlens.cli.printing import output, print_boundary, print_rows
 from steerlens.data.pairs import read_texts
 from steerlens.measure.boundary import check_search
 from steerlens.measure.plane import check_plane
-from steerlens.measure.study import boundary_shape, find_boundary, loss_geometry
 from steerlens.models.packaged import DEFAULT_MODEL
 
 
@@ -44,23 +43,17 @@ class Boundary(ModelCommand):
         texts = list(read_texts(text)) if isinstance(text, Path) else None
         run = task.start("boundary", texts=texts)
         with task.progress() as progress:
-            directions = task.fit(progress)
-            shared: dict[str, Any] = {
-                "on": text,
-                "budget": self.budget,
-                "search_range": self.search_range,
-                **task.settings(progress),
-            }
-            measured = (task.model, task.measure_on, directions)
-            result = find_boundary(*measured, layers=self.layers, **shared)
+            study = task.study(progress, budget=self.budget)
+            search: dict[str, Any] = {"on": text, "search_range": self.search_range}
+            result = study.boundary(**search)
             tables = {"boundary": result.curves, "layers": result.layers}
             if self.shape is not None:
-                plane = boundary_shape(*measured, layer=self.layers, n_angles=self.shape, **shared)
+                plane = study.boundary_shape(self.layers, n_angles=self.shape, **search)
                 tables["shape"] = plane.table
         spent = sum(
             t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
         )
-        run.write(tables, directions, forward_equivalents=spent)
+        run.write(tables, study.directions, forward_equivalents=spent)
         if self.quiet:
             return
         print_boundary(result.layers)
@@ -90,19 +83,11 @@ class Geometry(ModelCommand):
         task = prepare(self, self.layers)
         run = task.start("geometry")
         with task.progress() as progress:
-            directions = task.fit(progress)
-            result = loss_geometry(
-                task.model,
-                task.measure_on,
-                directions,
-                layers=self.layers,
-                n_angles=self.angles,
-                budget=self.budget,
-                **task.settings(progress),
-            )
+            study = task.study(progress, budget=self.budget)
+            result = study.plane(n_angles=self.angles)
         tables = {"geometry": result.points, "contours": result.contours, "shape": result.shape}
         spent = result.points.attrs["forward_equivalents"]
-        run.write(tables, directions, forward_equivalents=spent)
+        run.write(tables, study.directions, forward_equivalents=spent)
         if self.quiet:
             return
         columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]

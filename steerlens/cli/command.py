@@ -21,6 +21,7 @@ from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
 from steerlens.files import write_whole
+from steerlens.measure.study import Study
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import HookedModel, load_model, provenance
 from steerlens.models.packaged import DEFAULT_MODEL
@@ -92,13 +93,9 @@ class TableCommand(QuietCommand):
 
 
 def for_typer(command: type[Command]) -> Callable[..., None]:
-    """What typer makes a command of: a function whose parameters are the fields of `command`.
-
-    The fields of the class itself come first, then those of its bases, in their order.
-    """
+    """What typer makes a command of: a function whose parameters are the fields of `command`."""
     hints = get_type_hints(command, include_extras=True)
     defaults = {option.name: option.default for option in fields(command)}
-    names = [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
 
     def run(**values: Any) -> None:
         command(**values).run()
@@ -112,10 +109,15 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
                 default=inspect.Parameter.empty if defaults[name] is MISSING else defaults[name],
                 annotation=_with_option(hints[name]),
             )
-            for name in names
+            for name in option_names(command)
         ]
     )
     return run
+
+
+def option_names(command: type[Command]) -> list[str]:
+    """The fields of a command: its own first, then those of its bases."""
+    return [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
 
 
 def _with_option(hint: Any) -> Any:
@@ -125,20 +127,20 @@ def _with_option(hint: Any) -> Any:
     return hint
 
 
-def recorded_options(options: Any) -> dict[str, Any]:
+def recorded_options(command: Command) -> dict[str, Any]:
     """The options that decide what comes out, by the names of their fields."""
-    return {f.name: getattr(options, f.name) for f in fields(options) if f.name not in HOW}
+    return {n: getattr(command, n) for n in option_names(type(command)) if n not in HOW}
 
 
 def request_of(
-    command: str, options: Any, model: HookedModel, data: Mapping[str, Any], **resolved: Any
+    name: str, command: Command, model: HookedModel, data: Mapping[str, Any], **resolved: Any
 ) -> dict[str, Any]:
     """What a run's record says was asked for.
 
     `data` is what options such as `--pairs` name, `resolved` has values that are not as given.
     """
-    settings = {k: v for k, v in recorded_options(options).items() if k not in DATA}
-    head = {"command": command, "model": provenance(model).to_dict(), **data}
+    settings = {k: v for k, v in recorded_options(command).items() if k not in DATA}
+    head = {"command": name, "model": provenance(model).to_dict(), **data}
     return head | settings | resolved
 
 
@@ -199,6 +201,14 @@ class Task:
             differences=differences,
             **self.settings(progress),
         )
+
+    def study(
+        self, progress: Progress | None, directions: Directions | None = None, **settings: Any
+    ) -> Study:
+        """What `directions` (fitted unless given) are measured on, with more `settings` of it."""
+        directions = self.fit(progress) if directions is None else directions
+        settings |= {"layers": self.command.layers, **self.settings(progress)}
+        return Study(self.model, self.measure_on, directions, **settings)
 
     def settings(self, progress: Progress | None) -> dict[str, Any]:
         """What every measurement is given besides its own."""

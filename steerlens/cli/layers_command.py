@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, TableCommand, prepare
 from steerlens.cli.printing import print_layers
-from steerlens.measure.study import measure_layers
 from steerlens.models.packaged import DEFAULT_MODEL
 
 
@@ -24,14 +23,7 @@ class Layers(ModelCommand, TableCommand):
     def run(self) -> None:
         task = prepare(self, self.layers, out_file=self.out)
         with task.progress() as progress:
-            table = measure_layers(
-                task.model,
-                task.measure_on,
-                task.fit(progress),
-                layers=self.layers,
-                batch_size=self.batch_size,
-                progress=progress,
-            )
+            table = task.study(progress).layers
         self.write(table)
         if not self.quiet:
             print_layers(table)

@@ -20,7 +20,6 @@ from steerlens.directions.methods import null_directions
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import FileError
 from steerlens.loss import Budget
-from steerlens.measure.study import sweep as run_sweep
 from steerlens.measure.sweeps import SweepResult
 from steerlens.measure.tokens import generation_table, token_damage
 from steerlens.models.packaged import DEFAULT_MODEL
@@ -212,16 +211,8 @@ class Sweep(ModelCommand, WorkersCommand):
                 )
                 nulls = null_directions(evidence, n=self.null, seed=self.seed)
             directions = parts.directions(lambda: task.fit(progress, differences=evidence))
-            result = run_sweep(
-                *(task.model, task.measure_on, directions),
-                layers=self.layers,
-                coefficients=coefficients,
-                budget=self.budget,
-                nulls=nulls,
-                checkpoint=parts,
-                executor=executor,
-                **task.settings(progress),
-            )
+            study = task.study(progress, directions, budget=self.budget, executor=executor)
+            result = study.sweep(coefficients, nulls=nulls, checkpoint=parts)
         return directions, result
 
     def _example_tables(

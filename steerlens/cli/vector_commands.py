@@ -17,7 +17,6 @@ from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
-from steerlens.measure.study import find_boundary, measure_layers
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import HookedModel, load_model
 from steerlens.models.packaged import DEFAULT_MODEL
@@ -64,18 +63,11 @@ class Extract(ModelCommand):
             raise InputError(f"--out {str(self.out)!r}: expected a name that ends in .safetensors")
         task = prepare(self, self.layers, out_file=self.out)
         with task.progress() as progress:
-            directions = task.fit(progress)
-            measured = (task.model, task.measure_on, directions)
-            settings = {"layers": self.layers, **task.settings(progress)}
-            if self.boundary:
-                settings |= {"on": text, "budget": self.budget}
-                table = find_boundary(*measured, **settings).layers
-            else:
-                del settings["seed"]
-                table = measure_layers(*measured, **settings)
+            study = task.study(progress, budget=self.budget)
+            table = study.boundary(on=text).layers if self.boundary else study.layers
         vector = SteeringVector.from_directions(
             task.model,
-            directions,
+            study.directions,
             layers=self.layers,
             operator=operator,
             layer_table=table,
