@@ -62,7 +62,7 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
     assert found[0] == str(site / "steerlens" / "shipped")
     assert found[1:] == ["formality", "honesty", "sentiment", "200", "100"]
     assert (site / "steerlens" / "py.typed").is_file()
-    for name in ("report/page.css", "report/page.js", "plots/plotly.js", "plots/loader.js"):
+    for name in ("report/page.css", "report/page.js", "plots/vega.js", "plots/loader.js"):
         assert (site / "steerlens" / name).read_bytes() == (ROOT / "steerlens" / name).read_bytes()
 
 
@@ -94,4 +94,4 @@ def test_the_readmes_example_runs(
     shown = capsys.readouterr().out
     assert "degradation_nats" in shown
     assert shown.count("How was your day? It was") == 2
-    assert "plotly" in (tmp_path / "tradeoff.html").read_text(encoding="utf-8")
+    assert "packed-vega" in (tmp_path / "tradeoff.html").read_text(encoding="utf-8")

@@ -14,8 +14,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerlens.errors import OutputError, PlotError
+from steerlens.plots.checks import check_columns
 from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
-from steerlens.plots.sweeps import check_columns
 from steerlens.steering.files import write_whole
 from steerlens.tables import TOKEN_COLUMNS
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from steerlens.errors import ReportError
 from steerlens.plots import token_table_html
-from steerlens.plots.figure import Figure, plotly_element
+from steerlens.plots.figure import Figure, figure_element
 from steerlens.plots.pages import circuitsvis_element
-from steerlens.plots.scripts import CIRCUITSVIS, PLOTLY, policy, script_tags
+from steerlens.plots.scripts import CIRCUITSVIS, FIGURE_STYLE, VEGA, policy, script_tags
 from steerlens.report.contents import FIGURES, PAGES, TABLES
 from steerlens.report.facts import facts
 from steerlens.report.listings import listing
@@ -58,7 +58,7 @@ def report(runs: Sequence[Run]) -> str:
     if not runs:
         raise ReportError("a report is of one run or more, got none")
     sections = [_section(run, f"run{number}") for number, run in enumerate(runs, start=1)]
-    scripts = [PLOTLY, CIRCUITSVIS] if any(run.views for run in runs) else [PLOTLY]
+    scripts = [VEGA, CIRCUITSVIS] if any(run.views for run in runs) else [VEGA]
     contents = element(
         "nav",
         element("ul", *(_entry(run, f"run{n}") for n, run in enumerate(runs, start=1))),
@@ -77,7 +77,7 @@ def report(runs: Sequence[Run]) -> str:
     return _FRAME.format(
         policy=policy(scripts, [_resource("page.js")]),
         title=html.escape(title),
-        style=_resource("page.css"),
+        style=FIGURE_STYLE + _resource("page.css"),
         body=body,
     )
 
@@ -137,7 +137,7 @@ def _warning(text: str) -> Html:
 
 
 def _figure(figure: Figure, name: str) -> Html:
-    drawn = Html(plotly_element(figure, name))
+    drawn = Html(figure_element(figure, name))
     caption = element("figcaption", figure.caption)
     return element("figure", element("h4", figure.title), drawn, caption)
 
