@@ -355,15 +355,18 @@ def test_a_browser_that_cannot_inflate_says_so(browser: Browser, report: Path) -
 
 
 def hovered(browser: Browser, selector: str) -> str:
-    """What is told of a mark under the pointer."""
+    """What is told under the pointer, mark by mark."""
     from selenium.webdriver import ActionChains
 
-    marks = browser.driver.find_elements("css selector", f"svg.marks {selector}")
-    for mark in marks:
+    told = []
+    for mark in browser.driver.find_elements("css selector", f"svg.marks {selector}"):
         ActionChains(browser.driver).move_to_element(mark).perform()
-        if browser.run("return Boolean(document.querySelector('.vg-tooltip.visible'))"):
-            return browser.text(".vg-tooltip")
-    raise AssertionError(f"none of {len(marks)} marks says anything")
+        browser.wait("document.querySelector('.vg-tooltip.visible')")
+        told.append(browser.text(".vg-tooltip"))
+        corner = browser.driver.find_element("css selector", "svg.marks text")
+        ActionChains(browser.driver).move_to_element(corner).perform()
+        browser.wait("!document.querySelector('.vg-tooltip.visible')")
+    return "\n".join(told)
 
 
 def test_hostile_text_is_shown_as_it_is(browser: Browser, hostile: Path) -> None:
@@ -373,7 +376,7 @@ def test_hostile_text_is_shown_as_it_is(browser: Browser, hostile: Path) -> None
     )
     # A long label is cut; under the pointer it is whole.
     assert [label for label in labels if label[-1] == "…" and HOSTILE.startswith(label[:-1])]
-    assert HOSTILE in hovered(browser, ".mark-symbol path")
+    assert HOSTILE in hovered(browser, ".mark-symbol.role-mark path")
     assert HOSTILE in browser.run("return document.body.innerText.replace(/\\s+/g, ' ')")
     assert browser.run("return document.querySelectorAll('img, svg a, .vg-tooltip a').length") == 0
     assert_quiet(browser)
