@@ -18,8 +18,8 @@ FLAGS = (
 ).split()
 DRAWN = """[...document.querySelectorAll(".figure")].every((figure) =>
   figure.classList.contains("view") ? figure.firstElementChild?.tagName !== "P"
-    : figure.querySelector(".main-svg"))"""
-"""JavaScript: every figure of plotly and every view of circuitsvis on a page is there."""
+    : figure.querySelector("svg.marks"))"""
+"""JavaScript: every chart of Vega and every view of circuitsvis on a page is there."""
 INSTALL = "apt-get install -y --no-install-recommends chromium chromium-driver"
 LOCAL = ("file:", "data:", "blob:", "about:", "chrome:", "devtools:")
 

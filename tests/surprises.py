@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import altair as alt
 import numpy as np
 import pandas as pd
 import torch
@@ -55,7 +55,7 @@ def snapshot(model: Any) -> dict[str, Any]:
         "warnings": [*map(str, warnings.filters)],
         "logging": (logging.root.level, len(logging.root.handlers), logging.root.manager.disable),
         "transformers": (hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()),
-        "rcParams": repr(sorted(dict.items(mpl.rcParams))),
+        "altair": (alt.theme.active, alt.theme.options, alt.data_transformers.active),
         "environment": dict(os.environ),
         "cwd": os.getcwd(),
         "sys.path": list(sys.path),

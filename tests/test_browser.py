@@ -136,7 +136,7 @@ def test_the_report_opens_without_a_word(
     dark: bool, width: int, browser: Browser, report: Path
 ) -> None:
     opened(browser, report, dark=dark, width=width)
-    for kind, least in (("plotly", 8), ("circuitsvis", 12)):
+    for kind, least in (("vega", 8), ("circuitsvis", 12)):
         n_given = browser.run(f"return document.querySelectorAll('.{kind}-data').length")
         assert n_given > least
     assert browser.run("return document.querySelectorAll('.view svg, .view canvas').length") > 1
@@ -152,51 +152,76 @@ def test_the_report_opens_without_a_word(
             assert browser.run(wide.replace("given[0]", f"'{selector}'")) > width
 
 
-def colours(browser: Browser) -> tuple[list[float], list[float]]:
-    """Of the page's background and of an axis's text in a figure: red, green and blue."""
-    found = browser.run(
-        "const text = document.querySelector('.figure .xtick text');"
-        "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(text).fill]"
-    )
-    ground, ink = ([float(x) for x in re.findall(r"[\d.]+", colour)[:3]] for colour in found)
-    return ground, ink
+LIGHTNESS = """
+const image = new Image();
+image.src = "data:image/png;base64," + given[0];
+await image.decode();
+const canvas = new OffscreenCanvas(image.width, image.height).getContext("2d");
+canvas.drawImage(image, 0, 0);
+const {data} = canvas.getImageData(0, 0, image.width, image.height), counts = Array(256).fill(0);
+for (let i = 0; i < data.length; i += 4)
+  counts[Math.round((data[i] + data[i + 1] + data[i + 2]) / 3)]++;
+const seen = counts.flatMap((count, value) => count ? [value] : []);
+return [counts.indexOf(Math.max(...counts)), seen[0], seen.at(-1)]"""
+"""Of a picture's pixels, 0 to 255: the commonest, the darkest, the lightest."""
+
+
+def lightness(browser: Browser) -> tuple[int, int, int]:
+    """Of the first chart as it is seen: its ground, the darkest and the lightest of it."""
+    chart = browser.driver.find_element("css selector", "svg.marks")
+    browser.run("document.querySelector('svg.marks').scrollIntoView()")
+    ground, darkest, lightest = browser.run(LIGHTNESS, chart.screenshot_as_base64)
+    return ground, darkest, lightest
+
+
+def page_ground(browser: Browser) -> list[float]:
+    colour = browser.run("return getComputedStyle(document.body).backgroundColor")
+    return [float(x) for x in re.findall(r"[\d.]+", colour)[:3]]
 
 
 def test_dark_and_light(browser: Browser, report: Path) -> None:
-    ground, ink = colours(opened(browser, report, dark=False))
-    assert min(ground) > 240
-    assert max(ink) < 60
-    ground, ink = colours(opened(browser, report, dark=True))
-    assert max(ground) < 40
-    assert min(ink) > 200
-
-
-LINE = "return getComputedStyle(document.querySelector('.figure .js-line')).stroke"
+    assert min(page_ground(opened(browser, report, dark=False))) > 240
+    ground, darkest, _ = lightness(browser)
+    assert ground > 240
+    assert darkest < 60
+    assert max(page_ground(opened(browser, report, dark=True))) < 40
+    ground, _, lightest = lightness(browser)
+    assert ground < 40
+    assert lightest > 200
 
 
 def test_curves_follow_the_scheme_and_the_printer(browser: Browser, report: Path) -> None:
     """A dark curve is lighter on a dark page, and itself again on a light one and on paper."""
-    opened(browser, report, dark=False)
-    light = browser.run(LINE)
-    schemes = [[{"name": "prefers-color-scheme", "value": value}] for value in ("dark", "light")]
+    opened(browser, report, dark=False, width=1200)
+    light = lightness(browser)
     emulate = browser.driver.execute_cdp_cmd
-    emulate("Emulation.setEmulatedMedia", {"media": "", "features": schemes[0]})
-    browser.wait(f"(() => {{ {LINE} }})() !== '{light}'")
-    browser.run("dispatchEvent(new Event('beforeprint'))")
-    assert browser.run(LINE) == light
-    assert browser.run("return document.querySelector('.figure').style.zoom") not in ("", "1")
-    browser.run("dispatchEvent(new Event('afterprint'))")
-    assert browser.run(LINE) != light
-    assert browser.run("return document.querySelector('.figure').style.zoom") == ""
-    emulate("Emulation.setEmulatedMedia", {"media": "", "features": schemes[1]})
-    browser.wait(f"(() => {{ {LINE} }})() === '{light}'")
+
+    def show(scheme: str, media: str = "") -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        emulate("Emulation.setEmulatedMedia", {"media": media, "features": features})
+
+    show("dark")
+    ground, darkest, _ = lightness(browser)
+    assert darkest >= ground - 8  # no curve is darker than the page
+    show("dark", media="print")
+    assert lightness(browser) == light
+    # What is wider than the paper is drawn smaller.
+    wide = "return [...document.querySelectorAll('svg.marks')].map(e => e.clientWidth)"
+    emulate("Emulation.setDeviceMetricsOverride", PAPER)
+    assert max(browser.run(wide)) <= PAPER["width"]
+    show("light")
+    assert max(browser.run(wide)) > PAPER["width"]
+
+
+PAPER = {"width": 680, "height": 900, "deviceScaleFactor": 1, "mobile": False}
 
 
 def test_a_dark_page_prints_light_and_whole(browser: Browser, report: Path) -> None:
     opened(browser, report, dark=True, media="print")
-    ground, ink = colours(browser)
-    assert min(ground) > 240
-    assert max(ink) < 60
+    assert min(page_ground(browser)) > 240
+    ground, darkest, _ = lightness(browser)
+    assert ground > 240
+    assert darkest < 60
     height = (
         "return Math.max(...[...document.querySelectorAll('.scroll')].map(e => e.clientHeight))"
     )
@@ -271,18 +296,16 @@ def test_a_slider_moves_a_figure(browser: Browser, report: Path) -> None:
     from selenium.webdriver.common.keys import Keys
 
     opened(browser, report)
-    visible = (
-        "const box = document.querySelector('.frames').closest('figure').querySelector('.figure');"
-        "return box.data.flatMap((trace, i) => trace.visible === false ? [] : [i])"
-    )
-    first = browser.run(visible)
+    chart = "document.querySelector('.frames').closest('figure').querySelector('svg.marks')"
+    shown = f"{chart}.innerHTML"
+    first = browser.run(f"return window.first = {shown}")
     slider = browser.driver.execute_script("return document.querySelector('.frames input')")
     slider.send_keys(Keys.END)
     assert browser.text(".frames output") == "29"
     assert slider.get_attribute("aria-valuetext") == "29"
-    assert browser.run(visible) != first
+    browser.wait(f"{shown} !== window.first")
     slider.send_keys(Keys.HOME)
-    assert browser.run(visible) == first
+    browser.wait(f"{shown}.length === {len(first)}")
     assert_quiet(browser)
 
 
@@ -315,7 +338,7 @@ def test_without_scripts_tables_and_texts_are_there(browser: Browser, report: Pa
     assert "scripts are off here" in body
     assert "beyond 56" in body
     assert not browser.driver.find_elements("css selector", "th button")
-    assert not browser.driver.find_elements("css selector", ".main-svg")
+    assert not browser.driver.find_elements("css selector", "svg.marks")
     assert_quiet(browser)
 
 
@@ -327,27 +350,36 @@ def test_a_browser_that_cannot_inflate_says_so(browser: Browser, report: Path) -
         browser.open(report)
         browser.wait("document.querySelector('.figure').innerText.includes('cannot')")
         assert "beyond 56" in browser.text("main")
-        assert not browser.driver.find_elements("css selector", ".main-svg")
+        assert not browser.driver.find_elements("css selector", "svg.marks")
     finally:
         cdp(remove, {"identifier": added["identifier"]})
+
+
+def hovered(browser: Browser, selector: str) -> str:
+    """What is told under the pointer, mark by mark."""
+    from selenium.webdriver import ActionChains
+
+    told = []
+    for mark in browser.driver.find_elements("css selector", f"svg.marks {selector}"):
+        ActionChains(browser.driver).move_to_element(mark).perform()
+        browser.wait("document.querySelector('.vg-tooltip.visible')")
+        told.append(browser.text(".vg-tooltip"))
+        corner = browser.driver.find_element("css selector", "svg.marks text")
+        ActionChains(browser.driver).move_to_element(corner).perform()
+        browser.wait("!document.querySelector('.vg-tooltip.visible')")
+    return "\n".join(told)
 
 
 def test_hostile_text_is_shown_as_it_is(browser: Browser, hostile: Path) -> None:
     opened(browser, hostile)
     labels = browser.run(
-        "return [...document.querySelectorAll('.ytick text')].map(t => t.textContent)"
+        "return [...document.querySelectorAll('svg.marks text')].map(t => t.textContent)"
     )
-    assert HOSTILE in labels
-    browser.run(
-        "const box = document.querySelector('.figure');"
-        "const curve = box.data.findIndex((trace) => trace.hovertext || trace.text);"
-        "Plotly.Fx.hover(box, [{curveNumber: curve, pointNumber: 0}])"
-    )
-    browser.wait("document.querySelector('.hoverlayer text')")
-    hover = browser.run("return document.querySelector('.hoverlayer').textContent")
-    assert "<b>bold</b>" in hover
+    # A long label is cut; under the pointer it is whole.
+    assert [label for label in labels if label[-1] == "…" and HOSTILE.startswith(label[:-1])]
+    assert HOSTILE in hovered(browser, ".mark-symbol.role-mark path")
     assert HOSTILE in browser.run("return document.body.innerText.replace(/\\s+/g, ' ')")
-    assert browser.run("return document.querySelectorAll('img, .figure a').length") == 0
+    assert browser.run("return document.querySelectorAll('img, svg a, .vg-tooltip a').length") == 0
     assert_quiet(browser)
 
 

@@ -74,7 +74,7 @@ def test_no_model_is_loaded(tmp_path: Path) -> None:
     )
     code, *modules = done.stdout.split()
     assert code == "0"
-    assert "plotly" in modules
+    assert "vl_convert" in modules
     assert not {"transformers", "transformer_lens", "safetensors"} & {*modules}
 
 

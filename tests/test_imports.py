@@ -26,8 +26,8 @@ ORDER = (
 EXEMPT = ("__init__", "__main__", "_renamed")
 # What makes an import slow, or is needed by one command or one kind of model only.
 HEAVY = (
-    "transformer_lens transformers accelerate circuitsvis plotly matplotlib datasets scipy sklearn "
-    "safetensors gguf platformdirs filelock psutil typer rich IPython"
+    "transformer_lens transformers accelerate circuitsvis altair vl_convert contourpy datasets "
+    "scipy sklearn safetensors gguf platformdirs filelock psutil typer rich IPython"
 ).split()
 
 Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import matplotlib as mpl
+import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
@@ -149,11 +149,8 @@ def hooked_point(model: Any) -> Iterator[None]:
     model.reset_hooks()
 
 
-def font_size(size: float) -> Iterator[None]:
-    def write(value: float) -> None:
-        mpl.rcParams["font.size"] = value
-
-    return swapped(lambda: mpl.rcParams["font.size"], write, size)
+def dark_charts() -> Iterator[None]:
+    return swapped(lambda: alt.theme.active, alt.theme.enable, "dark")
 
 
 def given_grad(weight: Any) -> Iterator[None]:
@@ -208,7 +205,7 @@ BREAKERS: list[tuple[str, Callable[[Any], Iterator[None]]]] = [
     ("warnings", lambda m: filtered()),
     ("logging", lambda m: swapped(lambda: logging.root.level, logging.root.setLevel, 3)),
     ("transformers", lambda m: logs_more()),
-    ("rcParams", lambda m: font_size(99.0)),
+    ("altair", lambda m: dark_charts()),
     ("environment", lambda m: entry(os.environ, "LEFT_BEHIND", "1")),
     ("cwd", lambda m: swapped(os.getcwd, os.chdir, "/")),
     ("sys.path", lambda m: attribute(sys, "path", [*sys.path, "/left"])),

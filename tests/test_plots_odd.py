@@ -15,16 +15,12 @@ from run_folders import (
     layers_table,
     sweep_table,
 )
+from test_plots import boundaries, rows
 
 from steerlens import plots
 from steerlens.errors import InputError
 from steerlens.measure.plane import LossGeometry
-from steerlens.plots.geometry import ARROW
-from steerlens.plots.marks import Arrows, Band, HeatMap, Line, Points
-
-
-def marks(figure: plots.Figure, kind: type, panel: int = 0, frame: int = 0) -> list[Any]:
-    return [m for m in figure.frames[frame].panels[panel].marks if isinstance(m, kind)]
+from steerlens.plots.plane import ARROW
 
 
 @pytest.fixture
@@ -45,39 +41,38 @@ def geometry() -> LossGeometry:
 
 # Layers
 
+SIGNS = ("outward, c > 0", "inward, c < 0")
+
 
 def test_an_interval_without_ends_is_a_gap(layers: pd.DataFrame) -> None:
     ends = [f"boundary_{sign}_ci_{end}" for sign in ("pos", "neg") for end in ("low", "high")]
     layers.loc[1, ends] = math.nan
-    for panel in (0, 1):
-        for band in marks(plots.boundary(layers), Band, panel):
-            assert [math.isnan(v) for v in band.low] == [False, True, False]
-            assert [math.isnan(v) for v in band.high] == [False, True, False]
+    for panel in ("units", "shares"):
+        for sign in SIGNS:
+            measured = boundaries(plots.boundary(layers), sign, panel=panel)
+            assert measured.low.isna().tolist() == [False, True, False]
+            assert measured.high.isna().tolist() == [False, True, False]
 
 
 def test_what_lies_beyond_the_panel_is_told(layers: pd.DataFrame) -> None:
     told = "Predictions beyond the panel are left out, intervals end at its edge."
     assert told not in plots.boundary(layers).caption
-    far = layers.assign(predicted_boundary_neg=-100.0)
-    assert told in plots.boundary(far).caption
-    (dashed,) = (
-        m for m in marks(plots.boundary(far), Line) if m.name == "predicted, inward, c < 0"
-    )
-    assert np.isnan(dashed.y).all()
+    far = plots.boundary(layers.assign(predicted_boundary_neg=-100.0))
+    assert told in far.caption
+    assert boundaries(far, "inward, c < 0", "predicted").boundary.isna().all()
     # 8 is the largest boundary, so the panel's edge lies at 8.8.
-    cut = layers.assign(boundary_pos_ci_high=20.0)
-    assert told in plots.boundary(cut).caption
-    outward, _ = marks(plots.boundary(cut), Band)
-    assert outward.high == pytest.approx((8.8, 8.8, 8.8))
+    cut = plots.boundary(layers.assign(boundary_pos_ci_high=20.0))
+    assert told in cut.caption
+    assert list(boundaries(cut, "outward, c > 0").high) == pytest.approx([8.8, 8.8, 8.8])
 
 
 def test_without_any_boundary_the_predictions_make_the_panel(layers: pd.DataFrame) -> None:
-    beyond = layers.assign(boundary_pos=math.inf, boundary_neg=-math.inf)
-    figure = plots.boundary(beyond)
-    (dashed,) = (m for m in marks(figure, Line) if m.name == "predicted, outward, c > 0")
-    assert dashed.y == pytest.approx((5.5, 6.5, 7.5))
-    (triangles,) = (m for m in marks(figure, Points) if m.symbol == "triangle-up")
-    assert triangles.y == pytest.approx([1.1 * 7.5] * 3)
+    figure = plots.boundary(layers.assign(boundary_pos=math.inf, boundary_neg=-math.inf))
+    predicted = boundaries(figure, "outward, c > 0", "predicted")
+    assert list(predicted.boundary) == pytest.approx([5.5, 6.5, 7.5])
+    measured = boundaries(figure, "outward, c > 0")
+    assert measured.boundary.isna().all()
+    assert list(measured.beyond) == pytest.approx([1.1 * 7.5] * 3)
 
 
 def two_kinds(table: pd.DataFrame) -> pd.DataFrame:
@@ -93,22 +88,24 @@ def test_hooks_of_one_layer_are_not_joined(
     draw: Callable[[pd.DataFrame], plots.Figure], layers: pd.DataFrame
 ) -> None:
     figure = draw(two_kinds(layers))
-    assert [frame.label for frame in figure.frames] == ["hook_resid_post", "hook_mlp_out"]
-    for frame in (0, 1):
-        assert marks(figure, Line, frame=frame)[0].x == (0, 1, 2)
+    assert figure.frames == ("hook_resid_post", "hook_mlp_out")
+    for data in figure.spec["datasets"].values():
+        shown = {(row["frame"], row["layer"]) for row in data if "layer" in row}
+        assert shown <= {(frame, layer) for frame in figure.frames for layer in range(3)}
+        assert not shown or len(shown) == 6
     assert len(draw(layers).frames) == 1
     assert figure.to_bytes("png")
 
 
 def test_a_comparison_has_a_frame_for_every_hook() -> None:
     figure = plots.comparison(two_kinds(compare_tables()["comparison"]))
-    assert [frame.label for frame in figure.frames][1:] == [
+    assert figure.frames[1:] == (
         "layer 10",
         "layer blocks.10.hook_mlp_out",
         "layer 20",
         "layer blocks.20.hook_mlp_out",
-    ]
-    assert len(marks(figure, Points, frame=1)[0].y) == 2
+    )
+    assert len(rows(figure, "methods", frame="layer 10")) == 2
 
 
 # Repeated rows, and numbers that are nearly the same
@@ -134,15 +131,17 @@ def test_coefficients_that_are_nearly_the_same_keep_their_columns() -> None:
     table = table[table.coefficient.isin([-40.0, 40.0])]
     near = table.assign(coefficient=np.where(table.coefficient < 0, 1.0000001, 1.0000002))
     figure = plots.heat_maps(near)
-    (cells,) = marks(figure, HeatMap)
-    assert cells.x == ("1.0000001", "1.0000002")
-    (crosses,) = marks(figure, Points)
-    assert set(crosses.x) == set(cells.x)
-    (short,) = marks(plots.heat_maps(table), HeatMap)
-    assert short.x == ("-40", "40")
+    assert set(rows(figure, "cells").coefficient) == {"1.0000001", "1.0000002"}
+    assert set(rows(plots.heat_maps(table), "cells").coefficient) == {"-40", "40"}
 
 
 # Arrows
+
+
+def lengths(figure: plots.Figure, term: str) -> pd.Series:
+    arrows = rows(figure, "arrows")
+    kept = arrows[arrows.term.str.startswith(term)]
+    return np.hypot(kept.to_along - kept.along, kept.to_across - kept.across)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -150,22 +149,19 @@ def test_an_undefined_arrow_does_not_hide_the_others(value: float, geometry: Los
     odd = geometry.points.copy()
     odd.loc[0, "coherence_along"] = value
     figure = plots.loss_geometry(replace(geometry, points=odd))
-    _, whole = marks(plots.loss_geometry(geometry), Arrows, panel=1)
-    separation, coherence = marks(figure, Arrows, panel=1)
-    assert len(separation.x) == 8
-    assert len(coherence.x) == len(coherence.dx) == len(coherence.hover) == 7
-    assert max(map(math.hypot, coherence.dx, coherence.dy)) == pytest.approx(
-        max(map(math.hypot, whole.dx, whole.dy))
-    )
+    whole = lengths(plots.loss_geometry(geometry), "coherence")
+    assert len(lengths(figure, "separation")) == 8
+    assert len(lengths(figure, "coherence")) == 7
+    assert lengths(figure, "coherence").max() == pytest.approx(whole.max(), rel=1e-3)
     assert figure.to_bytes("png")
 
 
 def test_the_longest_arrow_is_the_share_of_the_panel_that_is_told(geometry: LossGeometry) -> None:
     figure = plots.loss_geometry(geometry)
-    low, high = figure.frames[0].panels[1].x.reach
-    for arrows in marks(figure, Arrows, panel=1):
-        longest = max(map(math.hypot, arrows.dx, arrows.dy))
-        assert longest == pytest.approx(ARROW * (high - low))
+    low, high = rows(figure, "near").along
+    for term in ("separation", "coherence"):
+        longest = lengths(figure, term).max()
+        assert longest == pytest.approx(ARROW * (high - low), rel=1e-3)
 
 
 # What cannot be drawn

@@ -234,8 +234,7 @@ def test_commands_write_into_their_folders_alone(given: SimpleNamespace, tmp_pat
     code = COMMANDS.replace("LINES", repr(lines)).replace("ALLOWED", repr(allowed))
     assert "SEEN []" in run_python(code.replace("MORE", "pass"), tmp_path)
     assert (tmp_path / "work" / "sweep" / "sweep.csv").is_file()
-    # .config is matplotlib's: surprises.py imports it.
-    known = {"model", "pairs.jsonl", "work", ".config", allowed[1]}
+    known = {"model", "pairs.jsonl", "work", allowed[1]}
     assert {path.name for path in tmp_path.iterdir()} <= known
     assert not [p for p in (tmp_path / allowed[1]).rglob("*") if p.is_file()]
     lines = ["datasets"]

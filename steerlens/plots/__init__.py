@@ -1,10 +1,9 @@
-"""Tables to figures and pages: for notebooks, HTML files, PNG and SVG."""
+"""Tables to figures and pages: for notebooks, HTML files, PNG, SVG and PDF."""
 
 from steerlens.plots.circuits import circuit_graph, components
-from steerlens.plots.comparison import comparison
 from steerlens.plots.figure import Figure
-from steerlens.plots.geometry import differences, loss_geometry
 from steerlens.plots.layers import boundary, layer_profile
+from steerlens.plots.methods import comparison
 from steerlens.plots.pages import (
     Page,
     attention_page,
@@ -12,6 +11,7 @@ from steerlens.plots.pages import (
     token_page,
     token_table_html,
 )
+from steerlens.plots.plane import differences, loss_geometry
 from steerlens.plots.sweeps import dose_response, heat_maps, tradeoff
 
 __all__ = [

@@ -1,26 +1,30 @@
 """Which heads and MLPs write and read a direction, and the largest edges between them."""
 
-import math
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from steerlens.errors import InputError
-from steerlens.plots.figure import Figure
-from steerlens.plots.marks import (
+from steerlens.plots.checks import check_columns, check_distinct
+from steerlens.plots.figure import Figure, make_figure
+from steerlens.plots.style import (
     BLUE,
+    DASHED,
     GREY,
     ORANGE,
-    Axis,
-    Frame,
-    HeatMap,
-    Layout,
-    Line,
-    Mark,
-    Panel,
-    Points,
+    SOLID,
+    choose,
+    heat_map,
+    layer,
+    named,
+    number,
+    panel,
+    text,
+    tooltip,
 )
-from steerlens.plots.sweeps import check_columns, check_distinct, numbers
+
+_SIGNS = {"supports": ORANGE, "works against": BLUE}
 
 
 def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
@@ -39,25 +43,29 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
         >>> sl.plots.components(writers.table, readers.table)
         Figure('Heads and MLPs', 2 panels)
     """
-    panels: list[Panel] = []
-    for table, value, title, unit in (
-        (writers, "contribution", "Who writes the direction", "residual units"),
-        (readers, "effect", "Who reads it (estimated effect)", "logits"),
+    panels, tables = [], {}
+    for name, table, value, title, unit in (
+        ("writers", writers, "contribution", "Who writes the direction", "residual units"),
+        ("readers", readers, "effect", "Who reads it (estimated effect)", "logits"),
     ):
         needed = ["component", "layer", "head", value]
         check_columns(table, needed, "a table of components", finite=["layer", "head"])
-        panels.append(Panel([_grid(table, value, unit)], Axis("head"), Axis("layer"), title))
+        tables[name] = cells = component_cells(table, value)
+        heads = [f"H{head}" for head in range(int(table["head"].max()) + 1)]
+        layers = sorted(set(cells.layer), key=int)
+        x, y = ("head", [*heads, "MLP"], "head"), ("layer", layers, "layer")
+        colours = heat_map(name, cells[value], unit, x=x, y=y, is_diverging=True)
+        panels.append(panel([colours], title=title, size=(360, max(220, 16 * len(layers)))))
     caption = (
         "Left: what each head and MLP wrote of the pairs' difference, projected on the direction "
         "(residual units). Right: the estimated change of the answer logit difference by each "
         "component's change under the steering (logits)."
     )
-    n_layers = max(int(table.layer.max()) for table in (writers, readers)) + 1
-    layout = Layout(columns=2, width=480, height=max(320, 16 * n_layers + 120))
-    return Figure("Heads and MLPs", caption, (Frame("", tuple(panels)),), layout)
+    return make_figure("Heads and MLPs", caption, tables, panels, columns=2)
 
 
-def _grid(table: pd.DataFrame, value: str, unit: str) -> HeatMap:
+def component_cells(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    """The heads and MLPs of a table by the labels of their layer and head, with a value each."""
     rows = table[table.component != "embed"]
     if rows.empty:
         raise InputError(
@@ -66,18 +74,13 @@ def _grid(table: pd.DataFrame, value: str, unit: str) -> HeatMap:
     check_distinct(
         rows, ["layer", "head"], "give find_writers(...).table and find_readers(...).table"
     )
-    n_heads = int(rows["head"].max()) + 1
-    layers = sorted(set(rows.layer.astype(int)))
-    at = {
-        (int(layer), int(head) if head >= 0 else n_heads): float(number)
-        for layer, head, number in zip(rows.layer, rows["head"], rows[value], strict=True)
-    }
-    z = tuple(
-        tuple(at.get((layer, column), math.nan) for column in range(n_heads + 1))
-        for layer in layers
+    return pd.DataFrame(
+        {
+            "head": [f"H{int(head)}" if head >= 0 else "MLP" for head in rows["head"]],
+            "layer": [str(int(layer)) for layer in rows.layer],
+            value: rows[value].astype(float),
+        }
     )
-    labels = (*(f"H{head}" for head in range(n_heads)), "MLP")
-    return HeatMap(labels, tuple(map(str, layers)), z, unit, "diverging")
 
 
 def circuit_graph(edges: pd.DataFrame) -> Figure:
@@ -99,43 +102,60 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
     names = ["model", "writer", "writer_layer", "writer_head", "reader", "reader_layer", "score"]
     numbered = ["writer_layer", "writer_head", "reader_layer", "score"]
     check_columns(edges, names, "the table of edges", finite=numbered)
-    width = int(edges.writer_head.max()) + 2
-    frames = []
-    for name, rows in edges.groupby("model", sort=False):
-        panel = Panel(_graph(rows, width), Axis("", shown=False), Axis("layer"))
-        frames.append(Frame(str(name), (panel,)))
+    lines, places = graph_rows(edges)
+    axes = {
+        "x": number("x", axis=None, scale={"padding": 40}),
+        "y": number("y", "layer", scale={"zero": False, "padding": 20}),
+    }
+    edge = {
+        "x2": {"field": "to_x"},
+        "y2": {"field": "to_y"},
+        "color": named("sign", _SIGNS, symbolType="stroke"),
+        "strokeWidth": number("width", scale=None),
+        "strokeDash": choose("datum.score > 0", SOLID, DASHED),
+        "tooltip": tooltip("writer", "reader", numbers=["score"]),
+    }
+    point = {"type": "point", "filled": True, "color": GREY, "size": 60}
+    layers = [
+        layer("edges", {"type": "rule"}, axes | edge),
+        layer("places", {"type": "text", "dy": -10}, axes | {"text": text("name")}),
+        layer("places", point, axes | {"tooltip": text("name")}),
+    ]
+    drawn = panel(layers, size=(740, 600), zoom="zoom_edges")
     caption = (
         "The largest edges by attribution (logits), from the component that writes (named by layer "
         "and head) to what reads it: a layer's attention or MLP as a whole, or the logits. Orange "
         "supports the behaviour, blue and dashed works against it; width by size."
     )
-    return Figure(
-        "The largest edges", caption, tuple(frames), Layout(width=860, height=720, slider="model")
-    )
+    tables = {"edges": lines, "places": places}
+    return make_figure("The largest edges", caption, tables, [drawn], slider="model")
 
 
-def _graph(rows: pd.DataFrame, width: int) -> list[Mark]:
-    places: dict[str, tuple[float, float]] = {}
-    marks: list[Mark] = []
-    reach = float(rows.score.abs().max()) or 1.0
-    for row in rows.itertuples():
-        places[str(row.writer)] = start = _writer_place(row, width)
-        places[str(row.reader)] = end = _reader_place(row, width)
-        score = float(str(row.score))
-        is_for = score > 0
-        marks.append(
-            Line(
-                (start[0], end[0]),
-                (start[1], end[1]),
-                name="supports" if is_for else "works against",
-                color=ORANGE if is_for else BLUE,
-                dash="solid" if is_for else "dash",
-                width=0.5 + 4 * abs(score) / reach,
-                hover=(f"{row.writer} to {row.reader}: {score:.4g}",) * 2,
+def graph_rows(edges: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The edges as lines with a width by size, and the places of what they join, model by model."""
+    n_columns = int(edges.writer_head.max()) + 2
+    lines, places = [], []
+    for model, rows in edges.groupby("model", sort=False):
+        largest = float(rows.score.abs().max()) or 1.0
+        joined = {}
+        for row in rows.itertuples():
+            joined[str(row.writer)] = start = _writer_place(row, n_columns)
+            joined[str(row.reader)] = end = _reader_place(row, n_columns)
+            lines.append(
+                {
+                    "frame": str(model),
+                    "writer": str(row.writer),
+                    "reader": str(row.reader),
+                    "score": row.score,
+                    **dict(zip(("x", "y", "to_x", "to_y"), (*start, *end), strict=True)),
+                    "width": 0.5 + 4 * abs(float(str(row.score))) / largest,
+                }
             )
-        )
-    x, y = zip(*places.values(), strict=True)
-    return [*marks, Points(numbers(x), numbers(y), color=GREY, size=8, labels=tuple(places))]
+        places += [
+            {"frame": str(model), "name": name, "x": x, "y": y} for name, (x, y) in joined.items()
+        ]
+    table = pd.DataFrame(lines)
+    return table.assign(sign=np.where(table.score > 0, *_SIGNS)), pd.DataFrame(places)
 
 
 def _writer_place(row: Any, width: int) -> tuple[float, float]:

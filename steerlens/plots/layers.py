@@ -1,26 +1,36 @@
 """What differs from layer to layer: the profile of the unsteered model, and the boundary."""
 
-import math
-
+import numpy as np
 import pandas as pd
 
-from steerlens.plots.figure import Figure
-from steerlens.plots.marks import (
+from steerlens.plots.checks import by_kind, check_columns
+from steerlens.plots.figure import Figure, make_figure
+from steerlens.plots.style import (
     BLUE,
+    DASHED,
     GREY,
     ORANGE,
-    Axis,
-    Band,
-    Frame,
-    Layout,
-    Line,
-    Mark,
-    Panel,
-    Points,
-    Rule,
+    RESIDUAL,
+    SOLID,
+    Spec,
+    choose,
+    layer,
+    named,
+    number,
+    panel,
+    tooltip,
+    zero_line,
 )
-from steerlens.plots.sweeps import RESIDUAL, by_kind, check_columns, numbers
 
+_LAYER = number(
+    "layer",
+    "layer",
+    axis={"tickMinStep": 1, "format": "d"},
+    scale={"zero": False, "nice": False, "padding": 8},
+)
+
+_SIGNS = {"outward, c > 0": "pos", "inward, c < 0": "neg"}
+_ENDS = ("low", "high")
 _PROFILE = (
     ("separation", "Separation", RESIDUAL),
     ("agreement", "Agreement with the direction", "mean cosine"),
@@ -39,8 +49,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
         >>> sl.plots.layer_profile(sl.measure_layers(model, pairs, directions))
         Figure('Layer by layer, unsteered', 4 panels)
     """
-    ends = ("low", "high")
-    intervals = [f"{name}_ci_{end}" for name, *_ in _PROFILE for end in ends]
+    intervals = [f"{name}_ci_{end}" for name, *_ in _PROFILE for end in _ENDS]
     names = ["hook_name", "layer", *(name for name, *_ in _PROFILE), *intervals]
     check_columns(layers, names, "the per-layer table")
     caption = (
@@ -48,23 +57,27 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
         "cosine with the frozen direction, the share of their squared length along it, and the "
         "mean length of the residual stream. Areas are 95% bootstrap intervals over pairs."
     )
-    frames = tuple(Frame(kind, _profile(rows)) for kind, rows in by_kind(layers).items())
-    layout = Layout(columns=2, width=480, height=300, slider="hook:")
-    return Figure("Layer by layer, unsteered", caption, frames, layout)
-
-
-def _profile(rows: pd.DataFrame) -> tuple[Panel, ...]:
-    x = numbers(rows.layer)
+    rows = pd.concat(of_kind.assign(frame=kind) for kind, of_kind in by_kind(layers).items())
     panels = []
     for name, title, unit in _PROFILE:
-        low, high = (numbers(rows[f"{name}_ci_{end}"]) for end in ("low", "high"))
-        marks: list[Mark] = [
-            Band(x, low, high, BLUE),
-            Line(x, numbers(rows[name]), color=BLUE),
-            Points(x, numbers(rows[name]), color=BLUE, size=4),
+        y: Spec = {"title": unit, "scale": {"zero": False}}
+        ends = {"y": number(f"{name}_ci_low", **y), "y2": {"field": f"{name}_ci_high"}}
+        value = {"y": number(name, **y), "tooltip": tooltip(numbers=["layer", name])}
+        curves = [
+            layer(
+                "layers", {"type": "area", "color": BLUE, "fillOpacity": 0.18}, {"x": _LAYER} | ends
+            ),
+            layer(
+                "layers",
+                {"type": "line", "color": BLUE, "point": {"size": 20}},
+                {"x": _LAYER} | value,
+            ),
         ]
-        panels.append(Panel(marks, Axis("layer", whole=True), Axis(unit), title))
-    return tuple(panels)
+        panels.append(panel(curves, title=title, size=(380, 200), zoom=f"zoom_{name}"))
+    tables = {"layers": rows[["frame", *names[1:]]]}
+    return make_figure(
+        "Layer by layer, unsteered", caption, tables, panels, columns=2, slider="hook:"
+    )
 
 
 def boundary(layers: pd.DataFrame) -> Figure:
@@ -85,68 +98,108 @@ def boundary(layers: pd.DataFrame) -> Figure:
     names += [f"boundary_{sign}_ci_{end}" for sign in signs for end in ("low", "high")]
     needed = ["hook_name", "layer", "resid_norm", *names]
     check_columns(layers, needed, "the per-layer table of find_boundary")
-    frames, is_cut = [], False
-    for kind, rows in by_kind(layers).items():
-        panels = []
-        for unit, scale in ((RESIDUAL, 1.0), ("mean residual norms", rows.resid_norm)):
-            shares = rows[names].div(scale, axis=0)
-            edge = _edge(shares)
-            is_cut |= bool((shares[names[2:]].abs() > edge).to_numpy().any())
-            lines = _lines(numbers(rows.layer), shares, edge)
-            panels.append(Panel(lines, Axis("layer", whole=True), Axis(f"boundary ({unit})")))
-        frames.append(Frame(kind, tuple(panels)))
+    panels, tables = [], {}
+    for name, unit, scale in (
+        ("units", RESIDUAL, np.ones(len(layers))),
+        ("shares", "mean residual norms", layers.resid_norm),
+    ):
+        shares = layers.assign(**layers[names].div(scale, axis=0))
+        tables[name] = pd.concat(
+            boundary_rows(rows, kind) for kind, rows in by_kind(shares).items()
+        )
+        panels.append(_boundary_panel(name, unit))
     text = str(layers.boundary_on.iloc[0]) if "boundary_on" in layers else "none"
     where = "" if text == "none" else f" on {text} text"
     caption = (
-        f"The first coefficient of each sign, outward from 0, at which the budget is spent{where}: "
-        "measured (line, with its 95% bootstrap interval) and predicted from gradients at 0 "
-        "(dashed). A triangle is a boundary beyond the searched range."
+        "The first coefficient of each sign, outward from 0, at which the budget is spent"
+        f"{where}: measured (line, with its 95% bootstrap interval) and predicted from gradients "
+        "at 0 (dashed). A triangle is a boundary beyond the searched range."
     )
-    if is_cut:
+    if any(rows.is_cut.any() for rows in tables.values()):
         caption += " Predictions beyond the panel are left out, intervals end at its edge."
-    layout = Layout(columns=2, width=560, height=420, slider="hook:")
-    return Figure("Coherence boundary", caption, tuple(frames), layout)
+    return make_figure(
+        "Coherence boundary",
+        caption,
+        tables,
+        panels,
+        columns=2,
+        slider="hook:",
+        is_one_legend=True,
+    )
 
 
-def _edge(table: pd.DataFrame) -> float:
-    """A tenth beyond the largest boundary; beyond the largest prediction where none was found."""
-    for part in ("", "predicted_"):
-        values = [v for sign in ("pos", "neg") for v in numbers(table[f"{part}boundary_{sign}"])]
-        if finite := [abs(value) for value in values if math.isfinite(value)]:
-            return 1.1 * max(finite)
+def boundary_rows(layers: pd.DataFrame, frame: str) -> pd.DataFrame:
+    """A row for each layer, sign and way to know the boundary (measured, predicted).
+
+    The panel's edge lies a tenth beyond the largest boundary, or beyond the largest prediction
+    where none was found: predictions beyond it are left out, intervals end there, and `beyond` is
+    where a boundary beyond the searched range is drawn.
+    """
+    edge = _edge(layers)
+    rows = []
+    for name, sign in _SIGNS.items():
+        measured = layers[f"boundary_{sign}"].to_numpy(dtype=float)
+        predicted = layers[f"predicted_boundary_{sign}"].to_numpy(dtype=float)
+        low, high = (layers[f"boundary_{sign}_ci_{end}"].to_numpy(dtype=float) for end in _ENDS)
+        place = {"frame": frame, "layer": layers.layer.to_numpy(), "sign": name}
+        rows.append(
+            {
+                **place,
+                "kind": "measured",
+                "boundary": np.where(np.isfinite(measured), measured, np.nan),
+                "low": np.clip(low, -edge, edge),
+                "high": np.clip(high, -edge, edge),
+                "beyond": np.where(np.isinf(measured), edge if sign == "pos" else -edge, np.nan),
+                "is_cut": (np.abs(low) > edge) | (np.abs(high) > edge),
+            }
+        )
+        is_far = np.abs(predicted) > edge
+        shown = np.where(is_far | ~np.isfinite(predicted), np.nan, predicted)
+        rows.append({**place, "kind": "predicted", "boundary": shown, "is_cut": is_far})
+    return pd.concat(pd.DataFrame(columns) for columns in rows)
+
+
+def _edge(layers: pd.DataFrame) -> float:
+    for kind in ("", "predicted_"):
+        values = layers[[f"{kind}boundary_{sign}" for sign in _SIGNS.values()]].to_numpy(
+            dtype=float
+        )
+        sizes = np.abs(values[np.isfinite(values)])
+        if sizes.size:
+            return 1.1 * float(sizes.max())
     return 1.1
 
 
-def _lines(x: tuple[float, ...], table: pd.DataFrame, edge: float) -> list[Mark]:
-    marks: list[Mark] = [Rule(0.0, "y", dash="solid")]
-    for sign, name, color in (("pos", "outward, c > 0", ORANGE), ("neg", "inward, c < 0", BLUE)):
-        at = numbers(table[f"boundary_{sign}"])
-        low, high = (
-            tuple(
-                v if math.isnan(v) else max(-edge, min(edge, v))
-                for v in numbers(table[f"boundary_{sign}_ci_{end}"])
-            )
-            for end in ("low", "high")
-        )
-        predicted = numbers(table[f"predicted_boundary_{sign}"])
-        marks.append(Band(x, low, high, color))
-        marks.append(Line(x, _only_finite(at), name, color))
-        marks.append(Points(x, _only_finite(at), name, color, size=4))
-        shown = tuple(v if abs(v) <= edge else math.nan for v in predicted)
-        marks.append(Line(x, _only_finite(shown), f"predicted, {name}", color, dash="dash"))
-        beyond = [layer for layer, value in zip(x, at, strict=True) if math.isinf(value)]
-        marks.append(
-            Points(
-                tuple(beyond),
-                tuple(edge if sign == "pos" else -edge for _ in beyond),
-                "beyond the searched range" if beyond else "",
-                GREY,
-                symbol="triangle-up" if sign == "pos" else "triangle-down",
-                size=8,
-            )
-        )
-    return marks
-
-
-def _only_finite(values: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(value if math.isfinite(value) else math.nan for value in values)
+def _boundary_panel(data: str, unit: str) -> Spec:
+    axes = {
+        "x": _LAYER,
+        "y": number("boundary", f"boundary ({unit})"),
+        "color": named("sign", dict(zip(_SIGNS, (ORANGE, BLUE), strict=True))),
+    }
+    dash = named("kind", {"measured": SOLID, "predicted": DASHED})
+    shown = tooltip("sign", numbers=["layer", "boundary", "low", "high"])
+    is_measured = "datum.kind === 'measured'"
+    triangles = {
+        "x": _LAYER,
+        "y": number("beyond"),
+        "shape": choose("datum.beyond > 0", "triangle-up", "triangle-down"),
+        "tooltip": tooltip("sign", numbers=["layer"]),
+    }
+    ends = {"y": number("low", axes["y"]["title"]), "y2": {"field": "high"}}
+    point = {"type": "point", "filled": True}
+    return panel(
+        [
+            zero_line("y", dash=SOLID),
+            layer(data, {"type": "area", "fillOpacity": 0.18}, axes | ends, where=is_measured),
+            layer(data, {"type": "line"}, axes | {"strokeDash": dash}),
+            layer(
+                data,
+                {**point, "size": 60, "color": GREY},
+                triangles,
+                where="isValid(datum.beyond)",
+            ),
+            layer(data, {**point, "size": 25}, axes | {"tooltip": shown}, where=is_measured),
+        ],
+        size=(420, 320),
+        zoom=f"zoom_{data}",
+    )

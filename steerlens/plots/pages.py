@@ -15,8 +15,8 @@ from jaxtyping import Float
 
 from steerlens.errors import FileError, InputError
 from steerlens.files import write_whole
+from steerlens.plots.checks import check_columns
 from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
-from steerlens.plots.sweeps import check_columns
 from steerlens.tables import TOKEN_COLUMNS
 
 LOST, GAINED = "#d55e00", "#0072b2"

@@ -3,7 +3,7 @@
 import base64
 import gzip
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -12,35 +12,62 @@ from importlib.resources import files
 
 @dataclass(frozen=True)
 class Script:
-    """A script that a package ships: the package and the file in it.
+    """A script that a package ships, and how it is read.
 
-    What runs once it is there is `PACKAGE.js`, beside this module.
+    What runs once it is there is `NAME.js`, beside this module.
     """
 
-    package: str
-    path: str
+    name: str
+    read: Callable[[], bytes]
 
 
-PLOTLY = Script("plotly", "package_data/plotly.min.js")
-CIRCUITSVIS = Script("circuitsvis", "dist/cdn/iife.js")
+def _vega() -> bytes:
+    """Vega, Vega-Lite and vega-embed, with the interpreter that needs no `eval`."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).encode()
+
+
+def _circuitsvis() -> bytes:
+    return files("circuitsvis").joinpath("dist/cdn/iife.js").read_bytes()
+
+
+VEGA = Script("vega", _vega)
+CIRCUITSVIS = Script("circuitsvis", _circuitsvis)
 
 WITHOUT_SCRIPTS = "A script inside this page draws this figure; scripts are off here."
 """What stands in place of a figure until it is drawn."""
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfc }
+FIGURE_STYLE = """
+.scroll-x, .view { max-width: 100%; overflow-x: auto }
+.chart svg { display: block }
+.chart details summary { opacity: 1 }
+@media screen and (prefers-color-scheme: dark) {
+  /* Light and dark change places, hues stay. */
+  .chart svg.marks { filter: invert(0.9) hue-rotate(180deg) }
+}
+@media print {
+  .chart svg { max-width: 100%; height: auto }
+  .chart details { display: none }
+}
+"""
+"""How the elements of figures look: charts on a dark page and on paper too."""
+
+_STYLE = (
+    FIGURE_STYLE
+    + """:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfc }
 @media (prefers-color-scheme: dark) { :root { --ink: #d8d8d8; --paper: #161616 } }
 body { font-family: system-ui, sans-serif; line-height: 1.45; margin: 1.2rem auto; max-width: 75rem;
   padding: 0 1rem; color: var(--ink); background: var(--paper) }
-.scroll-x, .view { max-width: 100%; overflow-x: auto }
 .frames { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; max-width: 40rem }
 .frames input { flex: 1 1 12rem; accent-color: currentcolor }
 """
+)
 
 
 @cache
 def _source(script: Script) -> bytes:
-    return files(script.package).joinpath(script.path).read_bytes()
+    return script.read()
 
 
 @cache
@@ -54,20 +81,20 @@ def _loader(script: Script) -> str:
     here = files("steerlens.plots")
     loader, then = (
         here.joinpath(name).read_text(encoding="utf-8")
-        for name in ("loader.js", f"{script.package}.js")
+        for name in ("loader.js", f"{script.name}.js")
     )
-    return loader.replace("NAME", script.package).replace("THEN", then)
+    return loader.replace("NAME", script.name).replace("THEN", then)
 
 
 def script_tags(script: Script) -> str:
     """The elements that bring a script into a page, compressed; once a page, before `</body>`.
 
-    What the script draws are the elements made by `plotly_element` and `circuitsvis_element`. A
+    What the script draws are the elements made by `figure_element` and `circuitsvis_element`. A
     browser without `DecompressionStream` says so in place of the figures.
     """
     # The page is complete when modules run, so the figures may come after this.
     return (
-        f'<script type="text/plain" id="packed-{script.package}">{_packed(script)}</script>\n'
+        f'<script type="text/plain" id="packed-{script.name}">{_packed(script)}</script>\n'
         f'<script type="module">{_loader(script)}</script>'
     )
 

@@ -1,99 +1,40 @@
 """What a sweep measured: projection against damage, layer by coefficient, dose and response."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import is_numeric_dtype
+from jaxtyping import Float
 
-from steerlens.errors import InputError
 from steerlens.models.weight_processing import check_same, processing_of
-from steerlens.plots.figure import Figure
-from steerlens.plots.marks import (
+from steerlens.plots.checks import by_hook, check_columns, check_distinct
+from steerlens.plots.figure import Figure, make_figure
+from steerlens.plots.style import (
+    CROSS,
     GREY,
+    NATS,
     ORANGE,
-    Axis,
-    Band,
-    Frame,
-    HeatMap,
-    Layout,
-    Line,
-    Mark,
-    Panel,
-    Points,
-    Rule,
-    Scale,
+    RESIDUAL,
+    Spec,
+    chosen_opacity,
+    heat_map,
+    layer,
+    layer_colour,
+    number,
+    panel,
+    text,
+    tooltip,
+    zero_line,
 )
-from steerlens.tables import hook_label
 
-RESIDUAL = "residual units"
-TEXTS = (
-    *("hook_name", "readout_hook", "pair", "prompt", "side", "token", "raw_token"),
-    *("method", "verdict", "component", "model", "writer", "reader"),
-)
-"""Columns of text; the others of a figure's tables are numbers."""
-NATS = "nats per token"
+PROJECTION = f"projection at the readout ({RESIDUAL})"
+COEFFICIENT = f"coefficient ({RESIDUAL})"
 
 
-def check_columns(
-    table: pd.DataFrame, names: Sequence[str], what: str, *, finite: Sequence[str] = ()
-) -> None:
-    """Raise `InputError` when a table lacks columns or rows, or has text where numbers belong.
-
-    `what` says which table it should be; the columns in `finite` may hold neither NaN nor inf.
-    """
-    given: Any = table  # what the annotation promises is what is checked here
-    if not isinstance(given, pd.DataFrame):
-        raise InputError(
-            f"expected {what}, a DataFrame such as result.table, got {type(given).__name__}"
-        )
-    missing = [name for name in names if name not in table.columns]
-    if missing:
-        raise InputError(f"expected {what}; this table has no column {', '.join(missing)}")
-    if table.empty:
-        raise InputError(f"expected {what}; this table has no rows")
-    texts = [n for n in names if n not in TEXTS and not is_numeric_dtype(table[n])]
-    if texts:
-        raise InputError(f"expected {what}; {', '.join(texts)} hold text, not numbers")
-    for name in finite:
-        if not np.isfinite(table[name].to_numpy(dtype=float)).all():
-            raise InputError(f"expected {what}; {name} holds values that are not finite")
-
-
-def check_distinct(table: pd.DataFrame, names: Sequence[str], what: str) -> None:
-    """Raise `InputError` when two rows have the same values there; `what` is the remedy."""
-    repeated = table[table.duplicated(list(names))]
-    if not repeated.empty:
-        row = ", ".join(f"{name} {repeated[name].iloc[0]}" for name in names)
-        raise InputError(f"expected one row for {row}, got several; {what}")
-
-
-def by_hook(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Label of each hook -> its rows, in the table's order."""
-    return {hook_label(str(name)): rows for name, rows in table.groupby("hook_name", sort=False)}
-
-
-def by_kind(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Kind of hook (its name after the block's) -> its rows, from the first layer to the last."""
-    kinds = table.hook_name.astype(str).str.replace(r"^blocks\.\d+\.", "", regex=True)
-    rows = table.sort_values("layer", kind="stable")
-    return {str(kind): of for kind, of in rows.groupby(kinds, sort=False)}
-
-
-def ramp(n: int) -> list[str]:
-    """`n` colours from dark blue to yellow-green, even in lightness: for layers in their order."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
-    # The map's last tenth is too pale for a line on white.
-    return [to_hex(colormaps["viridis"](0.9 * i / max(1, n - 1))) for i in range(n)]
-
-
-def numbers(values: object) -> tuple[float, ...]:
-    """A table's column, or any array, as a tuple of floats."""
-    return tuple(float(value) for value in np.asarray(values, dtype=np.float64))
+def _labelled(sweep: pd.DataFrame) -> pd.DataFrame:
+    """The cells by layer and coefficient, with the layer's label in the column `layer`."""
+    tables = [rows.assign(layer=label) for label, rows in by_hook(sweep).items()]
+    return pd.concat([rows.sort_values("coefficient") for rows in tables], ignore_index=True)
 
 
 def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
@@ -111,74 +52,59 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
     """
     columns = ["hook_name", "layer", "coefficient", "projection", "degradation_nats", "coherent"]
     check_columns(sweep, columns, "the table of a sweep")
-    curves = by_hook(sweep)
-    marks: list[Mark] = [Rule(0.0, "x")]
-    for (label, rows), color in zip(curves.items(), ramp(len(curves)), strict=True):
-        rows = rows.sort_values("coefficient")
-        rows = rows[rows.projection.notna() & rows.degradation_nats.notna()]
-        hover = tuple(
-            f"layer {label}, coefficient {c:g}\nprojection {p:.4g}, degradation {d:+.4f}"
-            for c, p, d in rows[["coefficient", "projection", "degradation_nats"]].to_numpy()
-        )
-        x, y = numbers(rows.degradation_nats), numbers(rows.projection)
-        marks.append(Line(x, y, name=f"layer {label}", color=color, hover=hover))
-        for is_coherent, symbol in ((True, "circle"), (False, "circle-open")):
-            kept = np.flatnonzero(rows.coherent.to_numpy(dtype=bool) == is_coherent)
-            marks.append(
-                Points(
-                    tuple(x[i] for i in kept),
-                    tuple(y[i] for i in kept),
-                    name=f"layer {label}",
-                    color=color,
-                    symbol="circle" if symbol == "circle" else "circle-open",
-                    hover=tuple(hover[i] for i in kept),
-                )
-            )
-    if layers is not None:
-        _check_layers(layers)
-        check_same(
-            "the sweep is of a model",
-            processing_of(sweep.attrs),
-            "that of the per-layer table",
-            processing_of(layers.attrs),
-        )
-        marks.append(_boundaries(curves, layers))
-    panel = Panel(
-        marks,
-        Axis(f"degradation ({NATS}; right is worse)"),
-        Axis(f"projection at the readout ({RESIDUAL})"),
-    )
+    cells = _labelled(sweep)
+    cells = cells.loc[cells.projection.notna() & cells.degradation_nats.notna(), columns[1:]]
+    colour, chosen = layer_colour(list(by_hook(sweep)), "layers_tradeoff")
+    axes = {
+        "x": number("degradation_nats", f"degradation ({NATS}; right is worse)"),
+        "y": number("projection", PROJECTION, scale={"zero": False}),
+        "color": colour,
+        "opacity": chosen_opacity("layers_tradeoff", 1.0),
+        "tooltip": tooltip("layer", "coefficient", numbers=["projection", "degradation_nats"]),
+    }
+    point = {"type": "point", "size": 40}
+    drawn = [
+        zero_line("x"),
+        layer("cells", {"type": "line"}, axes | {"order": number("coefficient")}),
+        layer("cells", point, axes, where="!datum.coherent"),
+        layer("cells", point | {"filled": True}, axes, where="datum.coherent"),
+    ]
+    tables = {"cells": cells}
     caption = (
         "Each curve is one layer, from the lowest coefficient to the highest: mean projection of "
         "the pairs' differences at the readout hook (residual units) against the loss of logprob "
         "of the positive prompts' labels (nats per token). Open circles are beyond the budget."
     )
     if layers is not None:
+        needed = ["hook_name", "layer", "boundary_pos", "boundary_neg"]
+        check_columns(layers, needed, "the per-layer table")
+        check_same(
+            "the sweep is of a model",
+            processing_of(sweep.attrs),
+            "that of the per-layer table",
+            processing_of(layers.attrs),
+        )
+        tables["boundaries"] = boundary_places(sweep, layers)
+        mark = {"type": "point", "shape": "diamond", "filled": True, "size": 110, "color": ORANGE}
+        shown = {"tooltip": tooltip("layer", numbers=["boundary"])}
+        drawn.insert(-1, layer("boundaries", mark, {"x": axes["x"], "y": axes["y"], **shown}))
         caption += " Diamonds: the measured coherence boundary of each sign."
-    return Figure("Projection against degradation", caption, (Frame("", (panel,)),), _wide())
+    panels = [panel(drawn, size=(640, 420), zoom="zoom_tradeoff", params=[chosen])]
+    return make_figure("Projection against degradation", caption, tables, panels)
 
 
-def _check_layers(layers: pd.DataFrame) -> None:
-    names = ["hook_name", "layer", "boundary_pos", "boundary_neg"]
-    check_columns(layers, names, "the per-layer table")
-
-
-def _boundaries(curves: dict[str, pd.DataFrame], layers: pd.DataFrame) -> Points:
-    x, y, hover = [], [], []
+def boundary_places(sweep: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
+    """Where each boundary lies on its layer's curve, on the straight line between two cells."""
+    cells = _labelled(sweep)
+    places = []
     for label, rows in by_hook(layers).items():
-        if label not in curves:
-            continue
-        cells = curves[label].sort_values("coefficient")
-        reach = numbers(cells.coefficient)
-        for at in (float(rows.boundary_neg.iloc[0]), float(rows.boundary_pos.iloc[0])):
-            if not (math.isfinite(at) and reach[0] <= at <= reach[-1]):
-                continue
-            x.append(float(np.interp(at, reach, numbers(cells.degradation_nats))))
-            y.append(float(np.interp(at, reach, numbers(cells.projection))))
-            hover.append(f"layer {label}: boundary at {at:.4g}")
-    return Points(
-        tuple(x), tuple(y), "boundary", ORANGE, symbol="diamond", size=9, hover=tuple(hover)
-    )
+        curve = cells[cells.layer == label]
+        for boundary in rows[["boundary_neg", "boundary_pos"]].iloc[0]:
+            if curve.coefficient.min() <= boundary <= curve.coefficient.max():
+                names = ("degradation_nats", "projection")
+                at = {name: np.interp(boundary, curve.coefficient, curve[name]) for name in names}
+                places.append({"layer": label, "boundary": boundary, **at})
+    return pd.DataFrame(places, columns=["layer", "boundary", "degradation_nats", "projection"])
 
 
 def heat_maps(sweep: pd.DataFrame) -> Figure:
@@ -193,63 +119,56 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
         >>> sl.plots.heat_maps(result.table)
         Figure('Every cell', 3 panels)
     """
-    shown: tuple[tuple[str, str, str, Scale], ...] = (
-        ("projection", "Projection", RESIDUAL, "sequential"),
-        ("degradation_nats", "Degradation", NATS, "diverging"),
-        ("loss", "Loss", "reference form", "sequential"),
+    shown = (
+        ("projection", "Projection", RESIDUAL),
+        ("degradation_nats", "Degradation", NATS),
+        ("loss", "Loss", "reference form"),
     )
     columns = ["hook_name", "layer", "coefficient", "coherent", *(name for name, *_ in shown)]
     check_columns(sweep, columns, "the table of a sweep")
     check_distinct(sweep, ["hook_name", "coefficient"], "give the table of one sweep")
-    curves = by_hook(sweep)
-    coefficients = sorted(set(numbers(sweep.coefficient)))
-    named = _labels(coefficients)
-    x, y = tuple(named.values()), tuple(curves)
-    beyond = [
-        (named[coefficient], label)
-        for label, rows in curves.items()
-        for coefficient, is_coherent in zip(numbers(rows.coefficient), rows.coherent, strict=True)
-        if not is_coherent
-    ]
+    cells, labels = _labelled(sweep)[columns[1:]], list(by_hook(sweep))
+    names = coefficient_labels(sorted(set(cells.coefficient)))
+    cells["coefficient"] = cells.coefficient.map(names)
+    cells["coherent"] = cells.coherent.astype(bool)
+    axes = {"x": text("coefficient"), "y": text("layer")}
+    cross = {"type": "point", "shape": CROSS, "stroke": GREY, "size": 16, "strokeWidth": 1.4}
     panels = []
-    for name, title, unit, scale in shown:
-        z = tuple(_row_of(rows, coefficients, name) for rows in curves.values())
-        values = np.abs([v for row in z for v in row if math.isfinite(v)] or [0.0])
-        cut = float(np.quantile(values, 0.95)) or float(values.max())
-        low = min((v for row in z for v in row if math.isfinite(v)), default=0.0)
-        reach = {"degradation_nats": (-cut, cut), "loss": (min(low, cut), cut)}.get(name)
-        crosses = Points(
-            tuple(c for c, _ in beyond), tuple(r for _, r in beyond), color=GREY, symbol="x", size=5
+    for name, title, unit in shown:
+        colours = heat_map(
+            "cells",
+            cells[name],
+            unit,
+            x=("coefficient", list(names.values()), COEFFICIENT),
+            y=("layer", labels, "layer"),
+            reach=_reach(cells[name].to_numpy(dtype=float), name),
+            is_diverging=name == "degradation_nats",
         )
-        marks: list[Mark] = [HeatMap(x, y, z, unit, scale, reach)]
-        panels.append(
-            Panel(
-                [*marks, crosses] if beyond else marks,
-                Axis(f"coefficient ({RESIDUAL})"),
-                Axis("layer"),
-                title,
-            )
-        )
+        crosses = layer("cells", cross, axes, where="!datum.coherent")
+        size = (280, max(240, 12 * len(labels)))
+        panels.append(panel([colours, crosses], title=title, size=size))
     caption = (
         "Every cell of the sweep: mean projection at the readout hook (residual units), loss of "
         "logprob (nats per token; positive is worse) and the loss in its reference form. A cross "
         "marks a cell beyond the budget; colours stop at the 95th percentile of degradation and "
         "loss. Undefined cells are empty."
     )
-    height = max(360, 12 * len(y) + 160)
-    layout = Layout(columns=3, width=400, height=height)
-    return Figure("Every cell", caption, (Frame("", tuple(panels)),), layout)
+    return make_figure("Every cell", caption, {"cells": cells}, panels, columns=3)
 
 
-def _labels(coefficients: Sequence[float]) -> dict[float, str]:
+def _reach(values: Float[np.ndarray, "cell"], name: str) -> tuple[float, float] | None:
+    """The values at the ends of the colours; None where they reach as far as the values do."""
+    known = values[np.isfinite(values)]
+    if name == "projection" or not known.size:
+        return None
+    cut = float(np.quantile(np.abs(known), 0.95)) or float(np.abs(known).max())
+    return (-cut, cut) if name == "degradation_nats" else (min(float(known.min()), cut), cut)
+
+
+def coefficient_labels(coefficients: Sequence[float]) -> dict[float, str]:
     """Each coefficient as text: six digits, or all of them where six tell some not apart."""
     short = {c: f"{c:g}" for c in coefficients}
     return short if len(set(short.values())) == len(short) else {c: repr(c) for c in coefficients}
-
-
-def _row_of(rows: pd.DataFrame, coefficients: Sequence[float], name: str) -> tuple[float, ...]:
-    at = dict(zip(numbers(rows.coefficient), numbers(rows[name]), strict=True))
-    return tuple(at.get(c, math.nan) for c in coefficients)
 
 
 def dose_response(sweep: pd.DataFrame) -> Figure:
@@ -264,31 +183,35 @@ def dose_response(sweep: pd.DataFrame) -> Figure:
         Figure('Dose and response', 2 panels)
     """
     parts = (
-        ("projection", "projection", f"projection at the readout ({RESIDUAL})"),
+        ("projection", "projection", PROJECTION),
         ("degradation_nats", "degradation", f"degradation ({NATS})"),
     )
     intervals = [f"{name}_ci_{end}" for _, name, _ in parts for end in ("low", "high")]
     columns = ["hook_name", "layer", "coefficient", *(name for name, *_ in parts), *intervals]
     check_columns(sweep, columns, "the table of a sweep")
-    curves = by_hook(sweep)
     panels = []
     for column, name, title in parts:
-        marks: list[Mark] = [Rule(0.0, "x")]
-        for (label, rows), color in zip(curves.items(), ramp(len(curves)), strict=True):
-            rows = rows.sort_values("coefficient")
-            x = numbers(rows.coefficient)
-            low, high = (numbers(rows[f"{name}_ci_{end}"]) for end in ("low", "high"))
-            shown = f"layer {label}"
-            marks.append(Band(x, low, high, color, shown))
-            marks.append(Line(x, numbers(rows[column]), shown, color))
-        panels.append(Panel(marks, Axis(f"coefficient ({RESIDUAL})"), Axis(title)))
+        choice, ends = f"layers_{name}", [f"{name}_ci_low", f"{name}_ci_high"]
+        colour, chosen = layer_colour(list(by_hook(sweep)), choice)
+        x = number("coefficient", COEFFICIENT, scale={"nice": False, "padding": 8})
+        y: Spec = {"title": title, "scale": {"zero": False}}
+        area = {"y": number(ends[0], **y), "y2": {"field": ends[1]}}
+        shown = {"tooltip": tooltip("layer", "coefficient", numbers=[column, *ends])}
+        line = {"y": number(column, **y), "opacity": chosen_opacity(choice, 1.0), **shown}
+        axes = {"x": x, "color": colour}
+        curves = [
+            zero_line("x"),
+            layer(
+                "cells",
+                {"type": "area"},
+                axes | area | {"fillOpacity": chosen_opacity(choice, 0.18)},
+            ),
+            layer("cells", {"type": "line", "point": {"size": 14}}, axes | line),
+        ]
+        panels.append(panel(curves, size=(420, 320), zoom=f"zoom_{name}", params=[chosen]))
     caption = (
         "Mean projection at the readout hook (residual units) and loss of logprob (nats per token) "
         "at every coefficient, one curve a layer; areas are 95% bootstrap intervals over pairs."
     )
-    layout = Layout(columns=2, width=560, height=420)
-    return Figure("Dose and response", caption, (Frame("", tuple(panels)),), layout)
-
-
-def _wide() -> Layout:
-    return Layout(width=860, height=520)
+    tables = {"cells": _labelled(sweep)[columns[1:]]}
+    return make_figure("Dose and response", caption, tables, panels, columns=2, is_one_legend=True)

@@ -9,9 +9,9 @@ import pandas as pd
 from steerlens import plots
 from steerlens.measure.plane import LossGeometry
 from steerlens.plots import Figure
-from steerlens.plots.figure import plotly_element
+from steerlens.plots.figure import figure_element
 from steerlens.plots.pages import circuitsvis_element
-from steerlens.plots.scripts import CIRCUITSVIS, PLOTLY, policy, script_tags
+from steerlens.plots.scripts import CIRCUITSVIS, VEGA, policy, script_tags
 from steerlens.runs.contents import PAGES
 from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.reading import Run, View
@@ -63,7 +63,7 @@ def figures(run: Run, ident: str) -> Html:
 
 
 def _figure(figure: Figure, name: str) -> Html:
-    drawn = Html(plotly_element(figure, name))
+    drawn = Html(figure_element(figure, name))
     caption = element("figcaption", figure.caption)
     return element("figure", element("h4", figure.title), drawn, caption)
 
@@ -99,6 +99,6 @@ def _rounded(value: Any) -> Any:
 
 def scripts_and_policy(runs: Sequence[Run], own: str) -> tuple[Html, Html]:
     """The elements with the scripts that draw these runs, and the policy: they and `own` alone."""
-    scripts = [PLOTLY, CIRCUITSVIS] if any(run.views for run in runs) else [PLOTLY]
+    scripts = [VEGA, CIRCUITSVIS] if any(run.views for run in runs) else [VEGA]
     tags = joined(*(Html(script_tags(script)) for script in scripts), by="\n")
     return tags, Html(policy(scripts, [own]))

@@ -6,6 +6,7 @@ from typing import Any
 
 from steerlens.errors import FileError
 from steerlens.plots import token_table_html
+from steerlens.plots.scripts import FIGURE_STYLE
 from steerlens.runs.contents import TABLES
 from steerlens.runs.html_report.facts import facts
 from steerlens.runs.html_report.figures import figures, scripts_and_policy, views
@@ -56,7 +57,7 @@ def report(runs: Sequence[Run]) -> str:
         policy,
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         element("title", f"{TITLE}: {', '.join(run.name for run in runs)}"),
-        Html(f"<style>{_resource('page.css')}</style>"),
+        Html(f"<style>{FIGURE_STYLE}{_resource('page.css')}</style>"),
         by="\n",
     )
     entries = (element("li", element("a", _name(run), href=f"#{name}")) for name, run in named)

@@ -1,0 +1,167 @@
+"""How figures look, and the pieces of Vega-Lite that several of them are made of."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+
+Spec: TypeAlias = dict[str, Any]
+"""A piece of a Vega-Lite specification (https://vega.github.io/vega-lite/docs)."""
+
+# Okabe and Ito's colours, which people with any common colour blindness can tell apart.
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+GREY, PALE = "#767676", "#b8b8b8"
+
+RESIDUAL = "residual units"
+NATS = "nats per token"
+
+CROSS, BAR = "M-1,-1L1,1M-1,1L1,-1", "M-1,-0.2H1V0.2H-1Z"
+SOLID, DASHED, DOTTED = [1, 0], [6, 4], [2, 3]
+MOST_ENTRIES = 20
+"""Entries of a legend's column."""
+
+CONFIG: Spec = {
+    "background": "white",
+    "font": "system-ui, sans-serif",
+    "title": {"anchor": "start", "fontSize": 12},
+    "concat": {"spacing": 30},
+    "view": {"stroke": None},
+    "axis": {
+        "gridColor": "#e4e4e4",
+        "labelLimit": 300,
+        "labelOverlap": True,
+        "titleFontWeight": "normal",
+    },
+    "legend": {
+        "titleFontWeight": "normal",
+        "symbolLimit": 0,
+        "labelLimit": 300,
+        "symbolOpacity": 1,
+    },
+    # A gap stays a gap; the shown part of an axis goes by all that is known.
+    "mark": {"invalid": "break-paths-show-path-domains"},
+    "point": {"opacity": 1},
+}
+
+
+def number(field: str, title: str | None = None, **options: Any) -> Spec:
+    """A column of numbers, as Vega-Lite encodes it: on an axis, in a colour, in a tooltip."""
+    named = {} if title is None else {"title": title}
+    return {"field": field, "type": "quantitative", **named, **options}
+
+
+def text(field: str, **options: Any) -> Spec:
+    """A column of names, as Vega-Lite encodes it."""
+    return {"field": field, "type": "nominal", **options}
+
+
+def tooltip(*texts: str, numbers: Sequence[str] = (), form: str = ".4~g") -> list[Spec]:
+    """What is shown of a row under the pointer: columns of text, then numbers of four digits."""
+    return [*map(text, texts), *(number(name, format=form) for name in numbers)]
+
+
+def named(field: str, values: Mapping[str, Any], **legend: Any) -> Spec:
+    """A colour, symbol or dash for each name in a column, in the legend's order."""
+    scale = {"domain": list(values), "range": list(values.values())}
+    return text(field, scale=scale, legend={"title": None, **legend})
+
+
+def choose(test: str, value: Any, other: Any) -> Spec:
+    """One value where a test of the row is true, and another where it is not."""
+    return {"condition": {"test": test, "value": value}, "value": other}
+
+
+def layer(data: str, mark: Spec, encoding: Spec, *, where: str = "") -> Spec:
+    """A mark for every row of a table, by its name, that passes a test."""
+    kept = [{"filter": where}] if where else []
+    return {"data": {"name": data}, "transform": kept, "mark": mark, "encoding": encoding}
+
+
+def panel(
+    layers: Sequence[Spec],
+    *,
+    size: tuple[int, int],
+    title: str = "",
+    zoom: str = "",
+    params: Sequence[Spec] = (),
+) -> Spec:
+    """Layers on one pair of axes, of a width and height in pixels.
+
+    `zoom` names the parameter by which it is moved (drag) and zoomed (wheel with the Alt key, since
+    a wheel alone scrolls the page); without a name it is not.
+    """
+    select = {"type": "interval", "zoom": "wheel![event.altKey]"}
+    moved = [{"name": zoom, "select": select, "bind": "scales"}] if zoom else []
+    # Parameters stand at the top of a chart, and name the layer that they listen to.
+    *below, top = layers
+    view = f"view_{zoom}"
+    held = [{**param, "views": [view]} for param in (*params, *moved)]
+    drawn = [*below, {**top, "name": view} if held else top]
+    shape = {"title": title, "width": size[0], "height": size[1]}
+    return {"layer": drawn, "params": held, **shape}
+
+
+def zero_line(axis: str, dash: Sequence[int] = DOTTED) -> Spec:
+    """A line across the panel at 0 of an axis."""
+    # A row to stand on: without data of its own a layer repeats for every row of another.
+    mark = {"type": "rule", "color": GREY, "strokeDash": dash}
+    return {"data": {"values": [{}]}, "mark": mark, "encoding": {axis: {"datum": 0}}}
+
+
+def layer_colour(labels: Sequence[str], choice: str) -> tuple[Spec, Spec]:
+    """The colour of each label in the column `layer`, and the choice of some by the legend.
+
+    Colours are even in lightness, in the layers' order; `choice` is the name of the parameter.
+    """
+    # The map's last tenth is too pale for a line on white.
+    scale = {"domain": list(labels), "scheme": {"name": "viridis", "extent": [0, 0.9]}}
+    legend = {"title": "layer", "columns": math.ceil(len(labels) / MOST_ENTRIES)}
+    select = {"type": "point", "fields": ["layer"]}
+    chosen = {"name": choice, "select": select, "bind": "legend"}
+    return text("layer", scale=scale, legend=legend), chosen
+
+
+def chosen_opacity(choice: str, opacity: float) -> Spec:
+    """Rows that were not chosen by the legend are nearly clear."""
+    return {"condition": {"param": choice, "value": opacity}, "value": opacity / 10}
+
+
+def heat_map(
+    data: str,
+    values: pd.Series,
+    unit: str,
+    *,
+    x: tuple[str, Sequence[str], str],
+    y: tuple[str, Sequence[str], str],
+    reach: tuple[float, float] | None = None,
+    is_diverging: bool = False,
+) -> Spec:
+    """A colour for every cell of a table; undefined cells are empty.
+
+    Args:
+        data: The table's name.
+        values: Its column of what is shown, by that name.
+        unit: The values' unit.
+        x: Column, labels in order and title of the axis.
+        y: The same, from the lowest row up.
+        reach: The values at the ends of the colours, which those beyond share; as far as the
+            values reach by default.
+        is_diverging: A scale centred on 0.
+    """
+    known = values[np.isfinite(values.astype(float))].astype(float)
+    if reach is None:
+        largest = float(known.abs().max()) if len(known) else 1.0
+        reach = (-largest, largest)
+        if not is_diverging and len(known):
+            reach = (float(known.min()), float(known.max()))
+    colours = {"scheme": "redblue", "reverse": True} if is_diverging else {"scheme": "cividis"}
+    value, (column, columns, x_title), (row, rows, y_title) = str(values.name), x, y
+    encoding = {
+        "x": text(column, title=x_title, scale={"domain": list(columns)}, axis={"labelAngle": 0}),
+        "y": text(row, title=y_title, scale={"domain": list(rows), "reverse": True}),
+        "color": number(value, unit, scale={**colours, "domain": list(reach), "clamp": True}),
+        "tooltip": tooltip(row, column, numbers=[value]),
+    }
+    return layer(data, {"type": "rect"}, encoding, where=f"isValid(datum['{value}'])")
