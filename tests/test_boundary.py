@@ -11,7 +11,7 @@ import torch
 from conftest import sampled
 
 import steerlens as sl
-from steerlens.data.pairs import read_texts
+from steerlens.data.reading import read_texts
 from steerlens.directions.directions import Directions
 from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine

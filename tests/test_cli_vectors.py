@@ -12,7 +12,7 @@ import transformers
 from test_cli import Main, assert_error, content, model_folder, pairs_file, run
 
 import steerlens as sl
-from steerlens.data.pairs import Message
+from steerlens.data.prompts import Message
 from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.steering import generate
 

@@ -14,7 +14,7 @@ from conftest import bridge
 from test_tokens import padding
 
 import steerlens as sl
-from steerlens.data.pairs import Message
+from steerlens.data.prompts import Message
 from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import readout_hook, resid_post

@@ -11,7 +11,7 @@ from conftest import sampled
 
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
-from steerlens.data.pairs import Message
+from steerlens.data.prompts import Message
 from steerlens.directions.methods import null_directions
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import tokenize_items, tokenize_prompt

@@ -8,7 +8,7 @@ import pytest
 from conftest import bridge, build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens.data.pairs import Message
+from steerlens.data.prompts import Message
 from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post

@@ -10,7 +10,7 @@ import transformers
 from bare import cell
 
 import steerlens as sl
-from steerlens.data.pairs import render
+from steerlens.data.prompts import render
 from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import plain_cells, run_baseline
 from steerlens.engine.plan import make_plan, run_cells

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import steerlens as sl
-from steerlens.data.pairs import Message
+from steerlens.data.prompts import Message
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.steering import generate, generate_tokens
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlens import ContrastivePairs
-from steerlens.data.pairs import Message, render
+from steerlens.data.prompts import Message, render
 from steerlens.engine import tokenization as tokens
 from steerlens.engine.batches import Batch, make_batches, make_split_batches
 from steerlens.engine.tokenization import (

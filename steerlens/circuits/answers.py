@@ -12,7 +12,8 @@ from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
 from steerlens.errors import InputError, told
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.loading import inference
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task, Traced
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 from steerlens.progress import Progress
 
 

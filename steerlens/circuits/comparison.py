@@ -29,7 +29,8 @@ from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.prompts import counting
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.errors import InputError, whole
-from steerlens.models.loading import HookedModel, provenance
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.steering import Add
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, Row, to_frame

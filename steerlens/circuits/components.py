@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.models.loading import HookedModel
 from steerlens.stats import bootstrap_intervals
 from steerlens.tables import Row
 

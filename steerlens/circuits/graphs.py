@@ -29,8 +29,8 @@ from steerlens.circuits.tasks import Task
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError, whole
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, resid_post
-from steerlens.models.loading import HookedModel
 from steerlens.tables import EDGE_COLUMNS, Row, to_frame
 
 

@@ -11,8 +11,9 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hooked
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.apply import Step
 

@@ -13,8 +13,8 @@ from steerlens.circuits.prompts import Prompts
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import token_texts
 from steerlens.errors import InputError, told
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer
-from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import check_processing
 
 

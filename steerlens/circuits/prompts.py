@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel
 from steerlens.progress import Progress, silent
 
 ROWS = 16

@@ -10,7 +10,8 @@ from steerlens.circuits.prompts import Prompts, make_prompts
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError, whole
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.loading import inference
 from steerlens.progress import Progress, silent
 from steerlens.steering import Add, SteeringVector
 

@@ -24,8 +24,9 @@ from steerlens.circuits.patching import patch_components
 from steerlens.circuits.prompts import Prompts
 from steerlens.circuits.tasks import Task
 from steerlens.errors import InputError, whole
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.models.loading import HookedModel, provenance
+from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.steering import Coefficient, SteeringVector
 from steerlens.tables import READER_COLUMNS, Row, to_frame

@@ -12,8 +12,9 @@ from steerlens.circuits.answers import Answers
 from steerlens.circuits.interventions import UNSTEERED, Intervention
 from steerlens.circuits.prompts import Prompts
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 
 
 @dataclass(frozen=True)

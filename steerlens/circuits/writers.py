@@ -26,8 +26,9 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError, whole
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, resid_post, resolve_hooks
-from steerlens.models.loading import HookedModel, provenance
+from steerlens.models.identity import provenance
 from steerlens.models.weight_processing import check_processing
 from steerlens.progress import Progress
 from steerlens.tables import WRITER_COLUMNS, WRITER_POSITION_COLUMNS, to_frame

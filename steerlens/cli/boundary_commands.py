@@ -9,7 +9,7 @@ import typer
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, prepare
 from steerlens.cli.printing import output, print_boundary, print_rows
-from steerlens.data.pairs import read_texts
+from steerlens.data.reading import read_texts
 from steerlens.measure.boundary import check_search
 from steerlens.measure.plane import check_plane
 from steerlens.models.packaged import DEFAULT_MODEL

@@ -7,7 +7,7 @@ from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, Run, TableCommand, request_of
 from steerlens.cli.printing import print_rows, print_summary, progress_of
 from steerlens.data.items import PreferenceItems
-from steerlens.data.pairs import SPLITS, dataset_names
+from steerlens.data.shipped import SPLITS, dataset_names
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.methods import method_of
 from steerlens.errors import InputError

@@ -7,13 +7,8 @@ import typer
 
 from steerlens.cli.command import Command
 from steerlens.cli.printing import say
-from steerlens.data.pairs import (
-    SPLITS,
-    ContrastivePairs,
-    dataset_card,
-    dataset_names,
-    neutral_texts,
-)
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.shipped import SPLITS, dataset_card, dataset_names, neutral_texts
 from steerlens.directions.methods import METHODS
 from steerlens.models.packaged import PACKAGED_MODELS, cache_folder
 

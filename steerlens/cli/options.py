@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from steerlens.data.pairs import ContrastivePairs, dataset_names, read_texts
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.reading import read_texts
+from steerlens.data.shipped import dataset_names
 from steerlens.errors import InputError
 from steerlens.measure.rows import checked_coefficients
 from steerlens.measure.texts import On

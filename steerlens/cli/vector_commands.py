@@ -12,13 +12,14 @@ from rich.text import Text
 from steerlens.cli import options as opt
 from steerlens.cli.command import Command, ModelCommand, QuietCommand, prepare
 from steerlens.cli.printing import note, output, print_rows, print_table, progress_of, say
-from steerlens.data.pairs import Message, Prompt
+from steerlens.data.prompts import Message, Prompt
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
-from steerlens.models.loading import HookedModel, load_model
+from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import silent
 from steerlens.runs.record import check_out_file

@@ -11,8 +11,8 @@ from torch import Tensor
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.capture import collect_activations
 from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
-from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress
 from steerlens.tables import fragment, hook_label

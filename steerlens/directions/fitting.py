@@ -11,8 +11,8 @@ from steerlens.directions.gradients import LossGradients, Weight, check_weight, 
 from steerlens.directions.methods import Method, Source, fit_directions, method_of
 from steerlens.directions.training import train_directions
 from steerlens.loss import WEIGHT
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers
-from steerlens.models.loading import HookedModel
 from steerlens.progress import Progress
 
 N_SCORES = 4

@@ -26,8 +26,8 @@ from steerlens.engine.memory import check_memory
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_pairs
 from steerlens.errors import HookError, InputError, ModelError, finite, told, whole
 from steerlens.loss import MARGIN, WEIGHT
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post, resolve_hooks
-from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, silent
 from steerlens.tables import GRADIENT_COLUMNS, Row, fragment, hook_label, to_frame

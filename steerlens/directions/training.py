@@ -22,8 +22,8 @@ from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items, tokenize_pairs
 from steerlens.errors import InputError, finite, whole
 from steerlens.loss import contrastive_steering_loss, preference_loss, promotion_loss
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, readout_hook
-from steerlens.models.loading import HookedModel
 from steerlens.progress import Progress, part_of, silent
 
 TOLERANCE = 0.01

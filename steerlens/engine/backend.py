@@ -18,8 +18,9 @@ from torch import Tensor
 
 from steerlens.engine.compiled import CompiledBlocks
 from steerlens.models import verification
+from steerlens.models.hooked_model import HookedModel, hugging_face_model, weight_module
 from steerlens.models.hooks import resid_post
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 
 DEVICES = {"cuda"}
 """Where it pays: on a CPU a Bridge costs what its arithmetic costs."""
@@ -186,8 +187,8 @@ def _shares_weights(bare: BareModel | None, model: Any) -> bool:
     """
     if bare is None:
         return model in _known
-    theirs = {weight.data_ptr() for weight in model.original_model.parameters()}
-    return all(weight.data_ptr() in theirs for weight in bare.original_model.parameters())
+    theirs = {weight.data_ptr() for weight in weight_module(model).parameters()}
+    return all(weight.data_ptr() in theirs for weight in weight_module(bare).parameters())
 
 
 def _checked_bare(model: Any) -> BareModel | None:
@@ -214,7 +215,7 @@ def _checked_bare(model: Any) -> BareModel | None:
 
 def _blocks(model: Any, plain: Any) -> list[Any] | None:
     """The plain model's blocks, by the names that the Bridge's have in the model it wraps."""
-    names = {id(module): name for name, module in model.original_model.named_modules()}
+    names = {id(module): name for name, module in hugging_face_model(model).named_modules()}
     found = [names.get(id(block)) for block in model.blocks]
     if not found or None in found:
         return None

@@ -27,8 +27,9 @@ from steerlens.engine.transfer import to_device, to_host
 from steerlens.engine.workload import Cost
 from steerlens.errors import InputError, ModelError
 from steerlens.loss import label_logprob, mean_by_prompt
+from steerlens.models.hooked_model import HookedModel, weight_module
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 
 BACKWARD_COST = 2
 """Block-evaluations that a backward pass through a block counts for: the usual estimate."""
@@ -228,7 +229,7 @@ def differentiable(model: Any, *, with_gradient: bool = True) -> Iterator[None]:
         raise InputError(
             "gradients cannot be taken inside torch.inference_mode; call this outside of it"
         )
-    weights = [p for p in getattr(model, "original_model", model).parameters() if p.requires_grad]
+    weights = [p for p in weight_module(model).parameters() if p.requires_grad]
     for weight in weights:
         weight.requires_grad_(False)
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
 from steerlens.engine.transfer import to_device
 from steerlens.errors import InputError
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel
 
 PaddingSide = Literal["left", "right"]
 

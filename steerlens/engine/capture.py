@@ -14,8 +14,9 @@ from steerlens.engine.memory import is_out_of_memory, warn_of_memory
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
 from steerlens.errors import InputError, ModelError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from steerlens.engine.tokenization import (
     check_steered_positions,
 )
 from steerlens.engine.workload import Cost, Workload
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel
 from steerlens.progress import Progress, part_of, silent, under
 
 

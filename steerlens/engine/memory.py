@@ -10,7 +10,7 @@ import torch
 
 from steerlens.engine.batches import Batch
 from steerlens.errors import MemoryLimitError
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel, weight_module
 
 LOGITS_PER_PASS = 2**23
 """Logits that exist at once: 32 MiB of float32, and a few times that while they are reduced."""
@@ -174,7 +174,7 @@ def check_memory(
 def _device(model: Any) -> torch.device | None:
     """The device of all weights; None where they lie on several."""
     # A Bridge does not list the weights of the Hugging Face model that it wraps.
-    module = getattr(model, "original_model", None) or model
+    module = weight_module(model)
     devices = {weight.device for weight in module.parameters()}
     return devices.pop() if len(devices) == 1 else None
 

@@ -19,8 +19,9 @@ from steerlens.engine.transfer import to_device
 from steerlens.engine.workload import Baseline, CellOutput, Job, Workload
 from steerlens.errors import ModelError
 from steerlens.loss import label_kl, label_logprob
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hook_layer, hooked
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
 
 

@@ -11,9 +11,10 @@ from steerlens.engine.batches import Batch, make_split_batches
 from steerlens.engine.capture import by_halves
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
-from steerlens.engine.resume import Prefix, Residual, advance, run_prefix, takes_cache
+from steerlens.engine.resume import Prefix, Residual, advance, run_prefix
 from steerlens.engine.workload import Baseline, Workload
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooked_model import HookedModel, takes_cache
+from steerlens.models.loading import inference
 
 
 @dataclass(frozen=True)

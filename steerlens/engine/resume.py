@@ -5,7 +5,6 @@ masks, rotary angles, caches and logit soft-capping come along, whatever the arc
 """
 
 import copy
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +19,8 @@ from steerlens.engine.backend import BareModel, no_prefix
 from steerlens.engine.batches import Batch, mask_kwargs
 from steerlens.engine.memory import LOGITS_PER_PASS
 from steerlens.loss import divergence
+from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooks import HookFunction, hook_layer, hooked, resid_post
-from steerlens.models.loading import HookedModel
 
 TIMES_ON_CUDA = 16
 """How many times as many logits exist at once on a GPU, which is idle while a pass is prepared."""
@@ -62,7 +61,7 @@ def run_prefix(model: Any, batch: Batch) -> Prefix:
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.original_model.config)
+    cache = DynamicCache(config=hugging_face_model(model).config)
     run_from(
         model,
         batch.tokens,
@@ -72,12 +71,6 @@ def run_prefix(model: Any, batch: Batch) -> Prefix:
         last_hook=resid_post(int(model.cfg.n_layers) - 1),
     )
     return Prefix(cache, batch.attention_mask)
-
-
-def takes_cache(model: Any) -> bool:
-    """Whether the model's forward pass takes Hugging Face's cache of keys and values."""
-    is_named = "past_key_values" in inspect.signature(model.forward).parameters
-    return is_named and hasattr(model, "original_model")
 
 
 def run_from(

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from steerlens.data.items import PreferenceItems
-from steerlens.data.pairs import ContrastivePairs, Prompt, render, unicode_text
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.prompts import Prompt, render, unicode_text
 from steerlens.errors import InputError, ModelError, told
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel, context_length
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def _tokenize(
     continuations = iter(_ids(tokenizer, texts))
     bos = tokenizer.bos_token_id
     has_bos = getattr(model.cfg, "default_prepend_bos", True) and bos is not None
-    n_ctx = getattr(model.cfg, "n_ctx", None)
+    n_ctx = context_length(model)
     found = []
     for ids, (_, continuation, where) in zip(prompts, given, strict=True):
         if not ids:

@@ -24,7 +24,9 @@ from steerlens.engine.plain_loop import plain_cells, run_baseline
 from steerlens.engine.prefixes import Prepared, prepare
 from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workload
 from steerlens.errors import SteerlensError, WorkerError
-from steerlens.models.loading import HookedModel, load_arguments, load_model, provenance
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.identity import provenance
+from steerlens.models.loading import load_arguments, load_model
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.loss import Budget, label_kl
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooked_model import HookedModel, context_length
+from steerlens.models.loading import inference
 from steerlens.progress import Progress, silent
 from steerlens.stats import weighted_quantile
 from steerlens.steering import steer
@@ -111,7 +112,7 @@ class Coherence:
 
 def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budget: Budget) -> None:
     """Raise `InputError` when the continuations of a rollout budget would not fit the context."""
-    n_ctx, longest = getattr(model.cfg, "n_ctx", None), max(len(p.prompt) for p in prompts)
+    n_ctx, longest = context_length(model), max(len(p.prompt) for p in prompts)
     is_long = n_ctx is not None and longest + ROLLOUT_TOKENS > n_ctx
     if budget.kind == "rollout_kl_p95" and is_long:
         raise InputError(

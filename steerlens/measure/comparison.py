@@ -12,7 +12,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from steerlens.data.items import PreferenceItem, PreferenceItems
-from steerlens.data.pairs import ContrastivePairs, Message
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.prompts import Message
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit_methods
@@ -36,8 +37,9 @@ from steerlens.measure.equal_damage import (
 )
 from steerlens.measure.texts import text_prompts
 from steerlens.measure.verdicts import PROMPT, effect_columns, mean_abs, summarise, with_verdicts
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer
-from steerlens.models.loading import HookedModel, provenance
+from steerlens.models.identity import provenance
 from steerlens.progress import Progress, part_of, silent, under
 from steerlens.stats import bootstrap_interval
 from steerlens.tables import COMPARISON_COLUMNS, Row, fragment, measured, shortened, to_frame

@@ -16,8 +16,8 @@ from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
 from steerlens.engine.workload import CellOutput, Job, Workload
 from steerlens.measure.coherence import P95
+from steerlens.models.hooked_model import HookedModel, context_length
 from steerlens.models.hooks import resid_post
-from steerlens.models.loading import HookedModel
 from steerlens.progress import silent
 from steerlens.steering import generate_tokens
 
@@ -96,7 +96,7 @@ def mean_distinct_3(
     The prompts have one length; where the context leaves less room, the continuations are shorter.
     Those of fewer than three tokens do not count, and NaN is returned when there are no others.
     """
-    n_ctx = getattr(model.cfg, "n_ctx", None)
+    n_ctx = context_length(model)
     room = NEW_TOKENS if n_ctx is None else min(NEW_TOKENS, n_ctx - len(prompts[0].prompt))
     if room < 3:
         return float("nan")

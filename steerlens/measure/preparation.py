@@ -17,8 +17,9 @@ from steerlens.errors import InputError, finite, whole, whole_or_none
 from steerlens.loss import MARGIN, WEIGHT, Budget
 from steerlens.measure.rows import layer_row
 from steerlens.measure.settings import N_BOOTSTRAP, StudySettings
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
-from steerlens.models.loading import HookedModel, provenance
+from steerlens.models.identity import provenance
 from steerlens.models.weight_processing import check_processing
 from steerlens.progress import Progress, silent
 from steerlens.tables import Row

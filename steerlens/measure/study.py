@@ -14,8 +14,8 @@ from steerlens.measure.plane import BoundaryShape, LossGeometry, check_plane, ru
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.sweeps import Checkpoint, SweepResult, run_sweep
 from steerlens.measure.texts import On
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
-from steerlens.models.loading import HookedModel
 
 
 class Study(Preparation):

@@ -20,7 +20,7 @@ from steerlens.measure.preparation import Preparation, check_directions, check_w
 from steerlens.measure.rows import checked_coefficients, logprob_budget, measure, point_rows
 from steerlens.measure.settings import SweepSettings
 from steerlens.models.hooks import hook_layer
-from steerlens.models.loading import provenance
+from steerlens.models.identity import provenance
 from steerlens.models.weight_processing import check_processing
 from steerlens.stats import false_discovery, null_band
 from steerlens.tables import (

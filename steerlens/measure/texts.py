@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from steerlens.data.pairs import neutral_texts, read_texts
+from steerlens.data.reading import read_texts
+from steerlens.data.shipped import neutral_texts
 from steerlens.engine.tokenization import (
     SteeredPositions,
     TokenizedPairs,
@@ -13,7 +14,7 @@ from steerlens.engine.tokenization import (
     tokenize_prompt,
 )
 from steerlens.errors import InputError
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel
 
 On = Literal["positive", "negative", "neutral"] | Path | Sequence[str]
 """The text a boundary is measured on: a side of the pairs, the shipped neutral lines, the lines of

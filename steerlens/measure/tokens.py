@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.data.pairs import ContrastivePairs, Prompt, unicode_text
+from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.prompts import Prompt, unicode_text
 from steerlens.directions.directions import Directions
 from steerlens.engine.batches import Batch, make_batches
 from steerlens.engine.capture import by_halves
@@ -27,6 +28,7 @@ from steerlens.engine.tokenization import (
 from steerlens.errors import InputError, whole
 from steerlens.loss import label_kl, label_logprobs
 from steerlens.measure.preparation import check_directions
+from steerlens.models.hooked_model import HookedModel, context_length
 from steerlens.models.hooks import (
     HookFunction,
     Layers,
@@ -35,7 +37,8 @@ from steerlens.models.hooks import (
     readout_hook,
     resolve_hooks,
 )
-from steerlens.models.loading import HookedModel, inference, provenance
+from steerlens.models.identity import provenance
+from steerlens.models.loading import inference
 from steerlens.models.weight_processing import check_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import (
@@ -407,7 +410,7 @@ def _continued(
     max_new_tokens: int,
 ) -> Row:
     """Text, length and end of one continuation."""
-    n_ctx = getattr(model.cfg, "n_ctx", None)
+    n_ctx = context_length(model)
     room = max_new_tokens if n_ctx is None else min(max_new_tokens, n_ctx - len(prompt.prompt))
     if room < 1 <= max_new_tokens:
         return {"text": "", "n_tokens": 0, "end": "context"}

@@ -9,13 +9,8 @@ from steerlens.models.hooks import (
     resid_post,
     resolve_hooks,
 )
-from steerlens.models.loading import (
-    Provenance,
-    Quantization,
-    inference,
-    load_model,
-    provenance,
-)
+from steerlens.models.identity import Provenance, provenance
+from steerlens.models.loading import Quantization, inference, load_model
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.models.verification import check_model
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from steerlens.models.hooked_model import checkpoint_name, hugging_face_model, weight_module
 from steerlens.models.weight_processing import UNKNOWN, weight_processing
 
 LAYOUT = "HookedTransformer "
@@ -128,8 +129,7 @@ def weights_fingerprint(model: Any) -> str:
     """
     digest = hashlib.sha256()
     parameters = {
-        name.replace("._original_component", ""): weight
-        for name, weight in getattr(model, "original_model", model).named_parameters()
+        checkpoint_name(name): weight for name, weight in weight_module(model).named_parameters()
     }
     for name, weight in sorted(parameters.items()):
         flat = weight.detach().reshape(-1)
@@ -137,7 +137,7 @@ def weights_fingerprint(model: Any) -> str:
         values = flat[rows.round().long().to(flat.device)].float().cpu()
         digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
         digest.update(values.numpy().tobytes())
-    layout = "" if hasattr(model, "original_model") else LAYOUT
+    layout = "" if hugging_face_model(model) is not None else LAYOUT
     return layout + digest.hexdigest()
 
 
@@ -160,7 +160,7 @@ def _sha256(text: str) -> str:
 
 def _wrapped_config(model: Any) -> Any:
     """The configuration of the Hugging Face model inside a Bridge; None where there is none."""
-    return getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(hugging_face_model(model), "config", None)
 
 
 def _dtype(model: Any) -> str:

@@ -68,9 +68,7 @@ def component_cells(table: pd.DataFrame, value: str) -> pd.DataFrame:
     """The heads and MLPs of a table by the labels of their layer and head, with a value each."""
     rows = table[table.component != "embed"]
     if rows.empty:
-        raise InputError(
-            f"expected heads or MLPs with a {value}; the table has the embedding alone"
-        )
+        raise InputError(f"expected heads or MLPs with a {value}; the table holds the embedding")
     check_distinct(
         rows, ["layer", "head"], "give find_writers(...).table and find_readers(...).table"
     )

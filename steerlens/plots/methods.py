@@ -55,9 +55,7 @@ def comparison(table: pd.DataFrame) -> Figure:
     needed = ["hook_name", "is_chosen", *_DRAWN]
     check_columns(table, needed, "the table of a comparison", finite=["layer", "is_chosen"])
     if np.isinf(table[effects].to_numpy(dtype=float)).any():
-        raise InputError(
-            "expected the table of a comparison; an effect or its interval is infinite"
-        )
+        raise InputError("expected a comparison; an effect or its interval is infinite")
     # The largest effect on top; a method without an effect has its row too, at the bottom.
     order = {"field": "place", "op": "min", "order": "descending"}
     axes = {

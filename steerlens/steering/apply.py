@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
-from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import check_processing
 from steerlens.steering.cache_positions import Positions, Watch, check_positions, watch
 from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient, step_sizes

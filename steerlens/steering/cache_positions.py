@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from steerlens.errors import InputError
-from steerlens.models.loading import HookedModel
+from steerlens.models.hooked_model import HookedModel, weight_module
 
 Positions = Literal["all", "prompt", "generated", "last"] | Bool[Tensor, "prompt prompt_token"]
 """Which tokens an intervention touches: all, the prompt's, the generated ones, the last real token
@@ -157,7 +157,7 @@ def watch(model: HookedModel) -> Iterator[Watch]:
     tokenizer pads.
     """
     passes = Watch()
-    inner: Any = getattr(model, "original_model", model)  # the Hugging Face model inside a Bridge
+    inner: Any = weight_module(model)  # the Hugging Face model inside a Bridge
     with ExitStack() as stack:
         for owner in dict.fromkeys((model, inner)):
             for name in _GENERATE:

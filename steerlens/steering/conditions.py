@@ -16,8 +16,9 @@ from steerlens.engine.batches import Batch, in_pair_order, make_batches
 from steerlens.engine.capture import by_halves, check_finite
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hooked, resolve_hooks
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 from steerlens.steering.cache_positions import Pass
 
 Scope = Literal["prompt", "token"]

@@ -11,7 +11,8 @@ from steerlens.engine.batches import _padded as padded
 from steerlens.engine.batches import mask_kwargs
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooked_model import HookedModel, context_length
+from steerlens.models.loading import inference
 from steerlens.steering.apply import Steerable, steer
 from steerlens.steering.cache_positions import Positions
 from steerlens.steering.coefficients import Coefficient
@@ -83,7 +84,7 @@ def generate_tokens(
             f"expected prompts and 1 or more new tokens, got {len(prompts)} and {max_new_tokens}"
         )
     width = max(len(prompt.prompt) for prompt in prompts)
-    n_ctx = getattr(model.cfg, "n_ctx", None)
+    n_ctx = context_length(model)
     if n_ctx is not None and width + max_new_tokens > n_ctx:
         raise InputError(
             f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "

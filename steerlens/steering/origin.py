@@ -5,8 +5,8 @@ from importlib.metadata import version
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import Provenance, provenance
-from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import UNKNOWN, check_processing
 
 _OF_THE_MODEL = (

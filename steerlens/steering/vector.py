@@ -14,9 +14,9 @@ from torch import Tensor
 
 from steerlens.directions.directions import UNIT_TOLERANCE, Directions
 from steerlens.errors import HookError, InputError, told
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, Layers, hook_layer, resolve_hooks
 from steerlens.models.identity import provenance
-from steerlens.models.loading import HookedModel
 from steerlens.models.weight_processing import UNKNOWN, check_processing, check_same, processing_of
 from steerlens.steering.apply import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient

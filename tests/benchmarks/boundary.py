@@ -25,8 +25,8 @@ from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.engine.workload import Cost, forward_equivalents, make_workload
 from steerlens.loss import Budget
 from steerlens.measure.search import first_crossings
+from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, readout_hook
-from steerlens.models.loading import HookedModel
 
 BUDGET = "relative=0.01"
 N_POINTS = 40

@@ -18,7 +18,8 @@ from report import header
 import steerlens as sl
 from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.loading import inference
 
 
 def main() -> None:

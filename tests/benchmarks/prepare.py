@@ -9,7 +9,7 @@ import numpy as np
 from work import Cell, Work
 
 import steerlens as sl
-from steerlens.data.pairs import render
+from steerlens.data.prompts import render
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 
 HERE = Path(__file__).resolve().parent

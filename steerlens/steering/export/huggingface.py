@@ -14,9 +14,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.errors import InputError
+from steerlens.models.hooked_model import (
+    HookedModel,
+    checkpoint_name,
+    context_length,
+    hugging_face_model,
+)
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
-from steerlens.models.loading import HookedModel, inference
+from steerlens.models.loading import inference
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.export.gguf_file import block_rows
 
@@ -135,7 +141,7 @@ def check_is_new(folder: Path) -> None:
 
 
 def _carrier(model: HookedModel) -> Carrier:
-    wrapped = getattr(model, "original_model", None)
+    wrapped = hugging_face_model(model)
     if wrapped is None or provenance(model).weight_processing != "none":
         raise InputError(
             "expected a TransformerBridge without weight processing: only its weights are those of "
@@ -158,7 +164,7 @@ def _plain_model(model: HookedModel, carrier: Carrier) -> Any:
     """A Hugging Face model of its own with the same weights, its new biases zero."""
     import transformers
 
-    wrapped: Any = model.original_model  # type: ignore[attr-defined]
+    wrapped = hugging_face_model(model)
     config = copy.deepcopy(wrapped.config)
     for name, value in carrier.switches.items():
         setattr(config, name, value)
@@ -167,10 +173,7 @@ def _plain_model(model: HookedModel, carrier: Carrier) -> Any:
     config._attn_implementation = None
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn
         plain = transformers.AutoModelForCausalLM.from_config(config, dtype=model.cfg.dtype).eval()
-    weights = {
-        name.replace("._original_component", ""): weight
-        for name, weight in wrapped.state_dict().items()
-    }
+    weights = {checkpoint_name(name): weight for name, weight in wrapped.state_dict().items()}
     with torch.no_grad():
         for name, weight in plain.state_dict().items():
             if name in weights:
@@ -205,6 +208,6 @@ def _check_logits(
 
 def _probe(model: HookedModel) -> Int[Tensor, "prompt token"]:
     """A few token ids spread over the vocabulary, the same ones every time."""
-    n = min(16, int(getattr(model.cfg, "n_ctx", 16) or 16))
+    n = min(16, context_length(model) or 16)
     ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 2 * n).long().reshape(2, n)
     return ids.to(model.cfg.device)
