@@ -45,7 +45,7 @@ class SteeringLoss(NamedTuple):
 
     Examples:
         >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
-        >>> terms = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, torch.tensor([-2.0]))
+        >>> terms = sl.loss.contrastive_steering_loss_noref(hs_pos, hs_neg, torch.tensor([-2.0]))
         >>> float(terms.separation), float(terms.coherence_penalty), float(terms.loss)
         (-5.00, 4.00, -1.00)
     """
@@ -91,7 +91,7 @@ def contrastive_steering_loss_noref(
     Examples:
         >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
         >>> logp = torch.tensor([-2.0], requires_grad=True)
-        >>> terms = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, logp)
+        >>> terms = sl.loss.contrastive_steering_loss_noref(hs_pos, hs_neg, logp)
         >>> terms.separation.item(), terms.coherence_penalty.item()  # -|(3, 4)| and logp^2
         (-5.00, 4.00)
         >>> torch.autograd.grad(terms.loss, logp)[0].item()  # 200 * logp
@@ -140,7 +140,7 @@ def contrastive_steering_loss(
         >>> hs_pos, hs_neg = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
         >>> logp, baseline = torch.tensor([-2.1]), torch.tensor([-2.0])
         >>> direction = torch.tensor([1.0, 0.0])
-        >>> terms = sl.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
+        >>> terms = sl.loss.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
         >>> float(terms.separation), float(terms.coherence_penalty)  # -3 and 10000 * 0.12^2
         (-3.00, 144.0)
     """
@@ -198,7 +198,7 @@ def coherence_hinge(
 
     Examples:
         >>> logp, baseline = torch.tensor([-2.15]), torch.tensor([-2.0])
-        >>> float(sl.coherence_hinge(logp, baseline))  # 10000 * (0.15 - 0.05)^2
+        >>> float(sl.loss.coherence_hinge(logp, baseline))  # 10000 * (0.15 - 0.05)^2
         100.0
     """
     if not (threshold >= 0 and exponent >= 1):
@@ -240,7 +240,8 @@ def total_variation_barrier(
         >>> steered = torch.tensor([[[0.75, 0.25], [0.5, 0.5]]]).log()
         >>> unsteered = torch.tensor([[[0.5, 0.5], [0.5, 0.5]]]).log()
         >>> is_label = torch.tensor([[False, True]])
-        >>> float(sl.total_variation_barrier(steered, unsteered, is_label))  # -log(1 - 0.25 / 0.5)
+        >>> barrier = sl.loss.total_variation_barrier(steered, unsteered, is_label)
+        >>> float(barrier)  # -log(1 - 0.25 / 0.5)
         0.693
     """
     if not 0 < limit <= 1:
@@ -274,7 +275,7 @@ def ordering_penalty(
 
     Examples:
         >>> down, none, up = torch.tensor([0.5]), torch.tensor([0.2]), torch.tensor([0.6])
-        >>> float(sl.ordering_penalty(down, none, up))  # the first step falls by 0.3
+        >>> float(sl.loss.ordering_penalty(down, none, up))  # the first step falls by 0.3
         0.30
     """
     sign = 1 if rising else -1
@@ -339,7 +340,7 @@ def label_logprob(
         >>> logits = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]]).log()
         >>> tokens = torch.tensor([[0, 1, 0]])
         >>> is_label = torch.tensor([[False, True, True]])
-        >>> sl.label_logprob(logits, tokens, is_label)  # (log 0.75 + log 0.5) / 2
+        >>> sl.loss.label_logprob(logits, tokens, is_label)  # (log 0.75 + log 0.5) / 2
         tensor([-0.490])
     """
     return mean_by_prompt(label_logprobs(logits, tokens, label_mask), label_mask[:, 1:])

@@ -94,7 +94,7 @@ def good_or_bad(model: Any) -> Answers:
 
 
 def positive_prompts(model: Any, pairs: sl.ContrastivePairs) -> Prompts:
-    return make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+    return make_prompts(model, sl.engine.tokenize_pairs(model, pairs).positive)
 
 
 def fitted(model: Any, pairs: sl.ContrastivePairs, layer: int = 0) -> sl.Directions:

@@ -37,7 +37,11 @@ def made(folder: Path) -> SimpleNamespace:
     vector = sl.SteeringVector.from_directions(model, directions, layers=[1])
     vector.save(folder / "vector.safetensors")
     prompts = circuits.make_prompts(
-        model, [sl.tokenize_prompt(model, "the river was so"), sl.tokenize_prompt(model, "I said")]
+        model,
+        [
+            sl.engine.tokenize_prompt(model, "the river was so"),
+            sl.engine.tokenize_prompt(model, "I said"),
+        ],
     )
     # What is found out once a model is not part of a call's forward passes.
     sl.sweep(model, pairs, directions, coefficients=[1], **SMALL)
@@ -48,7 +52,7 @@ def made(folder: Path) -> SimpleNamespace:
         directions=directions,
         vector=vector,
         folder=folder,
-        prompt=sl.tokenize_prompt(model, "the river was so"),
+        prompt=sl.engine.tokenize_prompt(model, "the river was so"),
         prompts=prompts,
         answers=circuits.Answers(torch.tensor([[4]]), torch.tensor([[5]])),
         steered=circuits.Intervention(vector, 2.0),
@@ -75,12 +79,9 @@ def under(context: Any, model: Any) -> None:
 
 # Name -> a call of it. Every public function and method with a parameter `model` has one.
 CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
-    "bake": lambda g: sl.bake(g.model, g.vector, 2.0, new_folder(g)),
-    "boundary_shape": lambda g: sl.boundary_shape(
-        g.model, g.pairs, g.directions, layer=1, n_angles=4, **SMALL
-    ),
+    "bake": lambda g: sl.export.bake(g.model, g.vector, 2.0, new_folder(g)),
     "check_model": lambda g: check_again(g.model),
-    "collect_activations": lambda g: sl.collect_activations(g.model, [g.prompt], [HOOK]),
+    "collect_activations": lambda g: sl.engine.collect_activations(g.model, [g.prompt], [HOOK]),
     "collect_differences": lambda g: sl.collect_differences(g.model, g.pairs, batch_size=2),
     "compare": lambda g: sl.compare(
         *(g.model, g.pairs, g.items),
@@ -90,22 +91,20 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
         n_null=2,
         **SMALL,
     ),
-    "condition_accuracy": lambda g: sl.condition_accuracy(g.model, g.pairs, g.condition),
+    "condition_accuracy": lambda g: sl.steering.condition_accuracy(g.model, g.pairs, g.condition),
     "find_boundary": lambda g: sl.find_boundary(
         g.model, g.pairs, g.directions, layers=[1], **SMALL
     ),
     "fit": lambda g: sl.fit(g.model, g.pairs, method="fisher_pullback", layers=[1]),
-    "fit_condition": lambda g: sl.fit_condition(g.model, g.pairs, layers=[1]),
+    "fit_condition": lambda g: sl.steering.fit_condition(g.model, g.pairs, layers=[1]),
     "generate": lambda g: sl.generate(g.model, g.prompt, g.vector, 2.0, max_new_tokens=3),
-    "generation_table": lambda g: sl.generation_table(
+    "generation_table": lambda g: sl.measure.generation_table(
         g.model, ["the river", "I said so"], g.vector, coefficients=[0, 2.0], max_new_tokens=3
     ),
     "loss_geometry": lambda g: sl.loss_geometry(
         g.model, g.pairs, g.directions, layers=[1], n_angles=4, **SMALL
     ),
     "loss_gradients": lambda g: sl.loss_gradients(g.model, g.pairs, layers=[1], n_scores=2),
-    "measure_layers": lambda g: sl.measure_layers(g.model, g.pairs, g.directions),
-    "predict_boundary": lambda g: sl.predict_boundary(g.model, g.pairs, g.directions),
     "provenance": lambda g: sl.provenance(g.model),
     "resolve_hooks": lambda g: sl.resolve_hooks(g.model, "all"),
     "steer": lambda g: under(sl.steer(g.model, g.vector, 2.0), g.model),
@@ -113,9 +112,11 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
         g.model, g.pairs, g.directions, coefficients=[-1, 0, 1], layers=[0, 1], **SMALL
     ),
     "token_damage": lambda g: sl.token_damage(g.model, NEUTRAL, g.vector, coefficients=[0, 2.0]),
-    "tokenize_pairs": lambda g: sl.tokenize_pairs(g.model, g.pairs),
-    "tokenize_prompt": lambda g: sl.tokenize_prompt(g.model, (sl.Message("user", "the day"),)),
-    "train_directions": lambda g: sl.train_directions(
+    "tokenize_pairs": lambda g: sl.engine.tokenize_pairs(g.model, g.pairs),
+    "tokenize_prompt": lambda g: sl.engine.tokenize_prompt(
+        g.model, (sl.Message("user", "the day"),)
+    ),
+    "train_directions": lambda g: sl.directions.train_directions(
         g.model, g.pairs, layers=[1], max_epochs=2, examples_per_step=2
     ),
     "SteeringVector.from_directions": lambda g: sl.SteeringVector.from_directions(
@@ -168,8 +169,8 @@ EXCEPTIONS: dict[str, str] = {}
 # They run no forward pass, so they fail on what they are given.
 BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
     "resolve_hooks": lambda g: sl.resolve_hooks(g.model, "no such hook"),
-    "tokenize_prompt": lambda g: sl.tokenize_prompt(g.model, ""),
-    "tokenize_pairs": lambda g: sl.tokenize_pairs(
+    "tokenize_prompt": lambda g: sl.engine.tokenize_prompt(g.model, ""),
+    "tokenize_pairs": lambda g: sl.engine.tokenize_pairs(
         g.model, sl.ContrastivePairs.from_lists(["a"] * 2, [("the " * 99)] * 2)
     ),
     "SteeringVector.load": lambda g: sl.SteeringVector.load(g.folder / "none", model=g.model),
@@ -185,7 +186,7 @@ BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
     "Answers.check": lambda g: circuits.Answers(torch.tensor([[9999]]), torch.tensor([[5]])).check(
         g.model, 2
     ),
-    "bake": lambda g: sl.bake(g.model, g.vector, 0, g.folder / "never"),
+    "bake": lambda g: sl.export.bake(g.model, g.vector, 0, g.folder / "never"),
     "check_steered": lambda g: circuits.check_steered(g.model, HOOK, 0),
     "make_contrast": lambda g: circuits.make_contrast(
         g.model, g.pairs, circuits.Answers(torch.tensor([[9999]]), torch.tensor([[5]]))

@@ -78,13 +78,13 @@ def check_gguf(content: bytes, found: sl.SteeringVector) -> None:
         assert f"direction.{block[1]}".encode() in content
 
 
-def check_record(content: bytes, found: sl.Run) -> None:
+def check_record(content: bytes, found: sl.runs.Run) -> None:
     assert json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique) == found.record
     assert found.command in COMMANDS
     assert 0 <= found.record["seconds"] < math.inf
 
 
-def check_csv(content: bytes, found: sl.Run) -> None:
+def check_csv(content: bytes, found: sl.runs.Run) -> None:
     """Every cell of writers.csv is what the file says."""
     text = content.decode("utf-8-sig")
     names, *rows = csv.reader(io.StringIO(text, newline=""))
@@ -101,7 +101,7 @@ def check_csv(content: bytes, found: sl.Run) -> None:
             ]
 
 
-def check_table(content: bytes, found: sl.Run) -> None:
+def check_table(content: bytes, found: sl.runs.Run) -> None:
     """Of a file that its record fits: the declared columns and types, whatever the cells."""
     frame = found.tables["writers"]
     assert {name: str(dtype) for name, dtype in frame.dtypes.items()} == {
@@ -109,7 +109,7 @@ def check_table(content: bytes, found: sl.Run) -> None:
     }
 
 
-def check_page(content: bytes, found: sl.Run) -> None:
+def check_page(content: bytes, found: sl.runs.Run) -> None:
     """Every view of attention.html stands in the file."""
     views = [view for view in found.views if view.page == "attention"]
     assert 1 <= len(views) <= content.lower().count(b"<script")

@@ -119,7 +119,7 @@ def test_not_finite_activations_name_the_hook(
         with pytest.raises(ModelError, match=r"NaN or inf .* blocks\.3\.hook_resid_post"):
             sl.collect_differences(llama, pairs, layers="1,3")
         # A hook before the bad one is still fine.
-        sl.collect_activations(
+        sl.engine.collect_activations(
             llama, tokenize_pairs(llama, pairs).positive, ["blocks.1.hook_resid_post"]
         )
     finally:
@@ -139,9 +139,13 @@ def test_hook_that_is_not_on_the_residual_stream_is_refused(
     llama: Any, pairs: sl.ContrastivePairs
 ) -> None:
     prompts = tokenize_pairs(llama, pairs).positive
-    assert sl.collect_activations(llama, prompts, ["blocks.0.hook_mlp_out"]).shape == (1, 8, 32)
+    assert sl.engine.collect_activations(llama, prompts, ["blocks.0.hook_mlp_out"]).shape == (
+        1,
+        8,
+        32,
+    )
     with pytest.raises(InputError, match=r"hook_pattern holds a tensor of shape"):
-        sl.collect_activations(llama, prompts, ["blocks.0.attn.hook_pattern"])
+        sl.engine.collect_activations(llama, prompts, ["blocks.0.attn.hook_pattern"])
 
 
 def test_half_precision_model_gives_float32_activations(pairs: sl.ContrastivePairs) -> None:

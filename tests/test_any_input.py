@@ -322,7 +322,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Any], st.SearchStrategy[Any]]] = {
     "Clamp": (sl.Clamp, NUMBERS),
     "parse_coefficient": (steering.parse_coefficient, NUMBERS | TEXTS),
     "operator_of": (lambda v: steering.operator_of(v[0], value=v[1]), st.tuples(TEXTS, NUMBERS)),
-    "readout_hook": (lambda v: sl.readout_hook(*v), st.tuples(TEXTS, WHOLES)),
+    "readout_hook": (lambda v: sl.models.readout_hook(*v), st.tuples(TEXTS, WHOLES)),
 }
 
 

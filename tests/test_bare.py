@@ -49,7 +49,7 @@ def numbers(model: Any, pairs: sl.ContrastivePairs, positions: Any = "all") -> d
     options: dict[str, Any] = {"layers": [0, -1], "steered_positions": positions}
     swept = sl.sweep(model, pairs, directions, coefficients=[-2, 0, 3], n_bootstrap=2, **options)
     gradients = sl.loss_gradients(model, pairs, position=-1)
-    expected = sl.predict_boundary(model, pairs, directions, seed=0, **options)
+    expected = sl.Study(model, pairs, directions, seed=0, **options).predicted_boundary()
     return {
         "differences": differences.values,
         "sweep": torch.tensor(swept.table[["projection", "logprob_nats", "loss"]].to_numpy()),

@@ -504,10 +504,10 @@ def test_models_and_datasets_are_listed(run: Main) -> None:
     assert PACKAGED_MODELS[DEFAULT_MODEL].requirement in printed
     assert str(cache_folder()) in models.out.replace("\n", "")
     lines = datasets.out.splitlines()
-    for name in sl.dataset_names():
+    for name in sl.data.dataset_names():
         sizes = [len(sl.ContrastivePairs.load(name, split=split)) for split in ("train", "test")]
         assert f"{name}: {sizes[0]} train, {sizes[1]} test pairs" in lines
-    assert any(line.startswith(f"neutral: {len(sl.neutral_texts())} ") for line in lines)
+    assert any(line.startswith(f"neutral: {len(sl.data.neutral_texts())} ") for line in lines)
 
 
 @pytest.mark.parametrize("name", ["sentiment", "honesty", "neutral"])

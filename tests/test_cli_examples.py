@@ -59,7 +59,7 @@ def test_a_sweep_shows_two_prompts(
     options: dict[str, Any] = {"layer": 1}
     pd.testing.assert_frame_equal(
         generations,
-        sl.generation_table(model, prompts, directions, coefficients=[-2, 0, 3], **options),
+        sl.measure.generation_table(model, prompts, directions, coefficients=[-2, 0, 3], **options),
     )
     pd.testing.assert_frame_equal(
         tokens, sl.token_damage(model, prompts, directions, coefficients=[-2, 3], **options)

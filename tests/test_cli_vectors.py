@@ -202,7 +202,7 @@ def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:
 def test_export_and_back(run: Main, file: Path, tmp_path: Path) -> None:
     there, back = tmp_path / "v.gguf", tmp_path / "again.safetensors"
     assert run("export", file, there).code == 0
-    assert sl.from_gguf(there) == sl.SteeringVector.load(file)
+    assert sl.export.from_gguf(there) == sl.SteeringVector.load(file)
     assert run("export", there, back, "--quiet").code == 0
     assert back.read_bytes() == file.read_bytes()
     assert_error(run("export", file, tmp_path / "v.bin"), ".gguf or .safetensors")
@@ -244,7 +244,9 @@ def test_vectors_compare(run: Main, extract: Main, file: Path, tmp_path: Path) -
     assert extract("--out", other, *more).code == 0
     outcome = run("vectors", "compare", file, other)
     assert outcome.code == 0
-    table = sl.cosine_table({path.name: sl.SteeringVector.load(path) for path in (file, other)})
+    table = sl.measure.cosine_table(
+        {path.name: sl.SteeringVector.load(path) for path in (file, other)}
+    )
     assert len(table) == 3
     for cosine in table.cosine:
         assert f"{cosine:.4g}" in outcome.out

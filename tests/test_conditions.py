@@ -217,17 +217,17 @@ def test_means_are_over_the_prompt(llama: Any, pairs: sl.ContrastivePairs) -> No
 
 def test_a_fitted_condition_tells_the_sides_apart(llama: Any, many: sl.ContrastivePairs) -> None:
     train, test = many[:12], many[12:]
-    condition = sl.fit_condition(llama, train, layers=[0, 1])
+    condition = sl.steering.fit_condition(llama, train, layers=[0, 1])
     assert condition.hook_name in (EARLY, HOOK)
-    at_train = sl.condition_accuracy(llama, train, condition)
+    at_train = sl.steering.condition_accuracy(llama, train, condition)
     assert at_train > 0.8
-    assert sl.condition_accuracy(llama, test, condition) > 0.8
+    assert sl.steering.condition_accuracy(llama, test, condition) > 0.8
     turned = replace(condition, above=not condition.above)
-    assert sl.condition_accuracy(llama, train, turned) == pytest.approx(1 - at_train)
+    assert sl.steering.condition_accuracy(llama, train, turned) == pytest.approx(1 - at_train)
     # A direction of one's own is taken as it is; one that says nothing is worth nothing.
-    given = sl.fit_condition(llama, train, layers=1, directions={HOOK: 3 * OTHER})
+    given = sl.steering.fit_condition(llama, train, layers=1, directions={HOOK: 3 * OTHER})
     torch.testing.assert_close(given.direction, OTHER)
-    assert sl.condition_accuracy(llama, train, given) < at_train
+    assert sl.steering.condition_accuracy(llama, train, given) < at_train
 
 
 def test_the_hook_is_chosen_on_pairs_that_were_left_out() -> None:
@@ -249,11 +249,11 @@ def test_the_best_hook_is_taken(
     means = torch.randn((2, 3, 20, 32), generator=generator)
     means[0, 1] += 2
     monkeypatch.setattr(conditions, "prompt_means", lambda *a, **k: (means[0], means[1]))
-    assert sl.fit_condition(llama, many, layers=[0, 1, 2]).hook_name == HOOK
+    assert sl.steering.fit_condition(llama, many, layers=[0, 1, 2]).hook_name == HOOK
 
 
 def test_what_a_condition_cannot_be_fitted_on(llama: Any, many: sl.ContrastivePairs) -> None:
     with pytest.raises(InputError, match=r"no direction at blocks\.1"):
-        sl.fit_condition(llama, many, layers=[0, 1], directions={EARLY: OTHER})
+        sl.steering.fit_condition(llama, many, layers=[0, 1], directions={EARLY: OTHER})
     with pytest.raises(InputError, match="do not differ"):
         _fit(torch.ones(2, 3), torch.ones(2, 3), None)

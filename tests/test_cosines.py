@@ -15,7 +15,7 @@ def hook(layer: int) -> str:
 def test_cosines_by_hand() -> None:
     a = {hook(0): torch.tensor([1.0, 0.0]), hook(3): torch.tensor([0.0, 2.0])}
     b = sl.SteeringVector.from_vectors({hook(0): torch.tensor([3.0, 4.0])})
-    table = sl.cosine_table({"a": a, "b": b})
+    table = sl.measure.cosine_table({"a": a, "b": b})
     assert list(table.columns) == [column.name for column in COSINE_COLUMNS]
     assert table[["vector_a", "layer_a", "vector_b", "layer_b"]].values.tolist() == [
         ["a", 0, "a", 3],
@@ -29,13 +29,13 @@ def test_cosines_by_hand() -> None:
 def test_what_has_no_cosine() -> None:
     one = {hook(0): torch.ones(2)}
     with pytest.raises(InputError, match="got 1 of 2 numbers"):
-        sl.cosine_table({"a": one})
+        sl.measure.cosine_table({"a": one})
     with pytest.raises(InputError, match="2 and 3 numbers"):
-        sl.cosine_table({"a": one, "b": {hook(0): torch.ones(3)}})
+        sl.measure.cosine_table({"a": one, "b": {hook(0): torch.ones(3)}})
     for bad in (torch.zeros(2), torch.tensor([float("nan"), 1.0])):
         with pytest.raises(InputError, match="zero or not finite"):
-            sl.cosine_table({"a": one, "b": {hook(0): bad}})
+            sl.measure.cosine_table({"a": one, "b": {hook(0): bad}})
     huge = {hook(0): torch.tensor([1e30, 1e30])}
-    assert sl.cosine_table({"a": one, "b": huge}).cosine.item() == pytest.approx(1)
+    assert sl.measure.cosine_table({"a": one, "b": huge}).cosine.item() == pytest.approx(1)
     with pytest.raises(InputError, match="got 0 of no numbers"):
-        sl.cosine_table({})
+        sl.measure.cosine_table({})

@@ -124,7 +124,7 @@ def test_threads_of_the_real_model_differ_by_rounding_alone(real_model: Any) -> 
     def layers() -> dict[str, pd.DataFrame]:
         differences = sl.collect_differences(real_model, pairs, layers=[12, 27])
         directions = sl.fit_directions(differences)
-        return {"layers": sl.measure_layers(real_model, pairs, directions)}
+        return {"layers": sl.Study(real_model, pairs, directions).layers}
 
     with threads(1):
         one = layers()

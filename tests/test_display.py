@@ -153,12 +153,14 @@ def test_a_caption_says_what_is_known() -> None:
 
 
 @pytest.fixture(scope="module")
-def swept(llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions) -> sl.SweepResult:
+def swept(
+    llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
+) -> sl.measure.SweepResult:
     options: dict[str, Any] = {"coefficients": [-500.0, 0.0, 1.0], "budget": "nats=0.0001"}
     return sl.sweep(llama, pairs, directions, layers="0:3", **options)
 
 
-def test_a_sweep_is_layers_by_coefficients(swept: sl.SweepResult) -> None:
+def test_a_sweep_is_layers_by_coefficients(swept: sl.measure.SweepResult) -> None:
     page = shown(swept)
     assert page.rows[0] == ["layer", "c = -500", "c = 0", "c = 1"]
     assert [row[0] for row in page.rows[1:]] == ["0", "1", "2"]
@@ -187,7 +189,9 @@ def test_a_boundary_has_a_row_a_layer(
     interval = f"{first.boundary_pos_ci_low:.4g} to {first.boundary_pos_ci_high:.4g}"
     assert page.rows[1][at + 1] == interval
     assert "text positive, budget relative=0.01" in page.text
-    plane = sl.boundary_shape(llama, many, directions, layer=1, n_angles=4, n_bootstrap=50)
+    plane = sl.Study(llama, many, directions, n_bootstrap=50, layers=1).boundary_shape(
+        1, n_angles=4
+    )
     page = shown(plane)
     assert [row[0] for row in page.rows[1:]] == ["0", "90", "180", "270"]
     assert page.rows[2][1] == f"{plane.table.boundary[1]:.4g}"
@@ -213,7 +217,7 @@ def test_what_is_collected_shows_norms(llama: Any, pairs: sl.ContrastivePairs) -
     assert len(page.rows) == 3  # without the readouts
     gradients = sl.loss_gradients(llama, pairs, layers=[0, 1])
     page = shown(gradients)
-    terms = sl.gradient_terms(gradients)
+    terms = sl.directions.gradient_terms(gradients)
     assert page.rows[0][:3] == ["layer", "loss at", "separation norm"]
     assert page.rows[1][:3] == ["0", "2", f"{terms.separation_norm[0]:.4g}"]
 
@@ -266,13 +270,13 @@ def with_attrs(result: Any, name: str) -> Any:
 
 
 def test_hostile_names_stay_text(
-    swept: sl.SweepResult,
+    swept: sl.measure.SweepResult,
     llama: Any,
     many: sl.ContrastivePairs,
     directions: sl.Directions,
 ) -> None:
     boundary = sl.find_boundary(llama, many, directions, layers=[1], n_bootstrap=2)
-    shape = sl.boundary_shape(llama, many, directions, layer=1, n_angles=3, n_bootstrap=2)
+    shape = sl.Study(llama, many, directions, n_bootstrap=2, layers=1).boundary_shape(1, n_angles=3)
     differences = sl.collect_differences(llama, many, layers=[1])
     gradients = sl.loss_gradients(llama, many, layers=[1])
     one = directions.vectors[:1]

@@ -365,7 +365,7 @@ def stand_in() -> Any:
         for path in ROOT.glob("data/sentiment/*.jsonl")
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
-    texts = [*strings(lines), *sl.neutral_texts(), "The weather today is"]
+    texts = [*strings(lines), *sl.data.neutral_texts(), "The weather today is"]
     words = dict.fromkeys(word for text in texts for word in text.split())
     tokenizer = build_tokenizer(words=list(words))
     torch.manual_seed(0)
@@ -399,7 +399,7 @@ def test_python_on_a_page_runs(
     # Fewer pairs and texts than ship, to be quick.
     load = sl.ContrastivePairs.load
     monkeypatch.setattr(sl.ContrastivePairs, "load", lambda name, **of: load(name, **of)[:16])
-    few = sl.neutral_texts()[:16]
+    few = sl.data.neutral_texts()[:16]
     monkeypatch.setattr("steerlens.measure.boundary.neutral_texts", lambda: few)
     namespace: dict[str, Any] = {}
     for block in blocks(path.read_text(encoding="utf-8"), "python"):

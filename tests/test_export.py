@@ -79,7 +79,7 @@ def steered(model: Any, vector: sl.SteeringVector, coefficient: Any) -> torch.Te
 
 
 def test_a_control_vector_by_its_format(vector: sl.SteeringVector, tmp_path: Path) -> None:
-    sl.to_gguf(2.5 * vector, tmp_path / "v.gguf")
+    sl.export.to_gguf(2.5 * vector, tmp_path / "v.gguf")
     reader = gguf.GGUFReader(str(tmp_path / "v.gguf"))
     assert reader.fields["general.architecture"].contents() == "controlvector"
     assert reader.fields["controlvector.model_hint"].contents() == "llama"
@@ -92,18 +92,18 @@ def test_a_control_vector_by_its_format(vector: sl.SteeringVector, tmp_path: Pat
 
 def test_gguf_and_back(vector: sl.SteeringVector, tmp_path: Path) -> None:
     path = tmp_path / "v.gguf"
-    sl.to_gguf(vector, path)
-    assert sl.from_gguf(path) == vector
+    sl.export.to_gguf(vector, path)
+    assert sl.export.from_gguf(path) == vector
     backwards = vector.at(2, 1)
-    sl.to_gguf(backwards, path)
-    assert sl.from_gguf(path) == backwards
-    sl.to_gguf(2.5 * vector, path)
-    again = sl.from_gguf(path)
+    sl.export.to_gguf(backwards, path)
+    assert sl.export.from_gguf(path) == backwards
+    sl.export.to_gguf(2.5 * vector, path)
+    again = sl.export.from_gguf(path)
     torch.testing.assert_close(again.rows, 2.5 * vector.rows)
     assert again.origin == vector.origin
     assert again.calibration.budget == "kl=0.1"
     first = path.read_bytes()
-    sl.to_gguf(2.5 * vector, path)
+    sl.export.to_gguf(2.5 * vector, path)
     assert path.read_bytes() == first
 
 
@@ -114,7 +114,7 @@ def test_control_vectors_of_other_tools(tmp_path: Path, llama: Any) -> None:
         "direction.1": np.full(32, 2.0, np.float32),
     }
     write_gguf(path, "controlvector", rows, model_hint="llama")
-    vector = sl.from_gguf(path)
+    vector = sl.export.from_gguf(path)
     assert vector.hook_names == ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post")
     torch.testing.assert_close(vector.rows, torch.tensor([[2.0] * 32, [0.5] * 32]))
     assert vector.origin.architecture == "llama"
@@ -125,7 +125,7 @@ def test_control_vectors_of_other_tools(tmp_path: Path, llama: Any) -> None:
 def test_block_0_has_no_slot(vector: sl.SteeringVector, tmp_path: Path) -> None:
     whole = sl.SteeringVector.from_vectors({"blocks.0.hook_resid_post": torch.ones(4)})
     with pytest.raises(InputError, match="no slot for the output of block 0"):
-        sl.to_gguf(whole, tmp_path / "v.gguf")
+        sl.export.to_gguf(whole, tmp_path / "v.gguf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -146,33 +146,33 @@ def test_what_formats_that_only_add_cannot_carry(
     good = sl.SteeringVector.from_vectors({"blocks.1.hook_resid_post": torch.ones(1)})
     bad = replace(good, **change)
     for export in (
-        lambda v: sl.to_gguf(v, tmp_path / "v.gguf"),
-        sl.to_repeng,
-        lambda v: sl.bake(llama, v, 1.0, tmp_path / "baked"),
+        lambda v: sl.export.to_gguf(v, tmp_path / "v.gguf"),
+        sl.export.to_repeng,
+        lambda v: sl.export.bake(llama, v, 1.0, tmp_path / "baked"),
     ):
         with pytest.raises(InputError, match=message):
             export(bad)
-    sl.to_gguf(good, tmp_path / "v.gguf")
-    sl.to_repeng(good)
+    sl.export.to_gguf(good, tmp_path / "v.gguf")
+    sl.export.to_repeng(good)
 
 
 def test_files_that_are_no_control_vectors(vector: sl.SteeringVector, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ends in \.gguf"):
-        sl.to_gguf(vector, tmp_path / "v.safetensors")
+        sl.export.to_gguf(vector, tmp_path / "v.safetensors")
     with pytest.raises(InputError, match="cannot write"):
-        sl.to_gguf(vector, tmp_path / "missing" / "v.gguf")
+        sl.export.to_gguf(vector, tmp_path / "missing" / "v.gguf")
     with pytest.raises(InputError, match="no GGUF file"):
-        sl.from_gguf(tmp_path / "v.gguf")
+        sl.export.from_gguf(tmp_path / "v.gguf")
     path = tmp_path / "v.gguf"
-    sl.to_gguf(vector, path)
+    sl.export.to_gguf(vector, path)
     whole = path.read_bytes()
     for length in [*range(0, len(whole) - 40, 101), len(whole) - 40]:
         path.write_bytes(whole[:length])
         with pytest.raises(InputError):
-            sl.from_gguf(path)
+            sl.export.from_gguf(path)
     torch.save({}, path)
     with pytest.raises(InputError, match="pickle"):
-        sl.from_gguf(path)
+        sl.export.from_gguf(path)
     for arch, name, data, message in (
         ("llama", "direction.1", np.ones(4, np.float32), "architecture 'llama'"),
         ("controlvector", "direction.x", np.ones(4, np.float32), "'direction.x'; expected"),
@@ -183,7 +183,7 @@ def test_files_that_are_no_control_vectors(vector: sl.SteeringVector, tmp_path: 
     ):
         write_gguf(path, arch, {name: data})
         with pytest.raises(InputError, match=message):
-            sl.from_gguf(path)
+            sl.export.from_gguf(path)
 
 
 def test_headers_that_claim_too_much(tmp_path: Path) -> None:
@@ -199,21 +199,21 @@ def test_headers_that_claim_too_much(tmp_path: Path) -> None:
     ):
         path.write_bytes(begin + rest)
         with pytest.raises(InputError, match="not a whole GGUF file"):
-            sl.from_gguf(path)
+            sl.export.from_gguf(path)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 2**60, 2**60))
     with pytest.raises(InputError, match="claims"):
-        sl.from_gguf(path)
+        sl.export.from_gguf(path)
 
 
 def test_a_record_that_does_not_fit_its_tensors(vector: sl.SteeringVector, tmp_path: Path) -> None:
     path = tmp_path / "v.gguf"
-    sl.to_gguf(vector, path)
+    sl.export.to_gguf(vector, path)
     content = path.read_bytes()
     assert content.count(b'"scale": [1.0, 1.0]') == 1
     for wrong in (b'"scale": [1.0, 2.0]', b'"scale": {1.0, 1.0]'):
         path.write_bytes(content.replace(b'"scale": [1.0, 1.0]', wrong))
         with pytest.raises(InputError, match="does not fit its tensors"):
-            sl.from_gguf(path)
+            sl.export.from_gguf(path)
 
 
 # repeng
@@ -222,15 +222,15 @@ def test_a_record_that_does_not_fit_its_tensors(vector: sl.SteeringVector, tmp_p
 def test_repeng_reads_our_files_and_we_read_its(
     vector: sl.SteeringVector, tmp_path: Path, repeng: Any
 ) -> None:
-    sl.to_gguf(vector, tmp_path / "ours.gguf")
+    sl.export.to_gguf(vector, tmp_path / "ours.gguf")
     theirs = repeng.ControlVector.import_gguf(tmp_path / "ours.gguf")
-    assert theirs == sl.to_repeng(vector)
+    assert theirs == sl.export.to_repeng(vector)
     theirs.export_gguf(tmp_path / "theirs.gguf")
-    again = sl.from_gguf(tmp_path / "theirs.gguf")
+    again = sl.export.from_gguf(tmp_path / "theirs.gguf")
     torch.testing.assert_close(again.rows, vector.rows)
     assert again.hook_names == vector.hook_names
-    torch.testing.assert_close(sl.from_repeng(theirs).rows, vector.rows)
-    assert sl.from_repeng(theirs).origin.architecture == "llama"
+    torch.testing.assert_close(sl.export.from_repeng(theirs).rows, vector.rows)
+    assert sl.export.from_repeng(theirs).origin.architecture == "llama"
 
 
 def test_repeng_gives_our_logits(llama: Any, vector: sl.SteeringVector, repeng: Any) -> None:
@@ -243,7 +243,7 @@ def test_repeng_gives_our_logits(llama: Any, vector: sl.SteeringVector, repeng: 
             return model(TOKENS, position_ids=torch.arange(5).expand(2, 5)).logits
 
     for coefficient in (3.0, -3.0):
-        model.set_control(sl.to_repeng(vector), coefficient)
+        model.set_control(sl.export.to_repeng(vector), coefficient)
         ours = steered(llama, vector, coefficient)
         torch.testing.assert_close(there(), ours, rtol=1e-4, atol=1e-4)
     # One block off is another vector.
@@ -259,7 +259,7 @@ def test_repeng_gives_our_logits(llama: Any, vector: sl.SteeringVector, repeng: 
 def test_steering_vectors_gives_our_logits(llama: Any, hook: str) -> None:
     named = {name.replace("hook_resid_post", hook): row for name, row in ROWS.items()}
     vector = sl.SteeringVector.from_vectors(named)
-    theirs = sl.to_steering_vectors(vector)
+    theirs = sl.export.to_steering_vectors(vector)
     assert isinstance(theirs, steering_vectors.SteeringVector)
     hugging_face = build_llama()
     layers = {
@@ -270,7 +270,7 @@ def test_steering_vectors_gives_our_logits(llama: Any, hook: str) -> None:
     with theirs.apply(hugging_face, layer_config=layers, multiplier=1.5):
         there = logits(hugging_face)
     torch.testing.assert_close(there, steered(llama, vector, 1.5), rtol=1e-4, atol=1e-4)
-    again = sl.from_steering_vectors(theirs)
+    again = sl.export.from_steering_vectors(theirs)
     assert again.hook_names == vector.hook_names
     torch.testing.assert_close(again.rows, vector.rows)
 
@@ -278,16 +278,16 @@ def test_steering_vectors_gives_our_logits(llama: Any, hook: str) -> None:
 def test_what_steering_vectors_cannot_hold() -> None:
     mixed = {"blocks.1.hook_mlp_out": torch.ones(2), "blocks.1.hook_attn_out": torch.ones(2)}
     with pytest.raises(InputError, match="this one has hook_attn_out, hook_mlp_out"):
-        sl.to_steering_vectors(sl.SteeringVector.from_vectors(mixed))
+        sl.export.to_steering_vectors(sl.SteeringVector.from_vectors(mixed))
     good = sl.SteeringVector.from_vectors(ROWS)
     with pytest.raises(InputError, match="not an operator"):
-        sl.to_steering_vectors(replace(good, operator=sl.Rotate()))
+        sl.export.to_steering_vectors(replace(good, operator=sl.Rotate()))
     other = steering_vectors.SteeringVector({1: torch.ones(2)}, "input_layernorm")
     with pytest.raises(InputError, match="'input_layernorm'"):
-        sl.from_steering_vectors(other)
+        sl.export.from_steering_vectors(other)
     zero = steering_vectors.SteeringVector({1: torch.zeros(2)}, "mlp")
     with pytest.raises(InputError, match="no direction"):
-        sl.from_steering_vectors(zero)
+        sl.export.from_steering_vectors(zero)
 
 
 # Baked into a checkpoint
@@ -323,7 +323,7 @@ def test_a_baked_checkpoint_gives_the_hooked_logits(kind: str, tmp_path: Path) -
     model = bridge(hugging_face(kind))
     vector = sl.SteeringVector.from_vectors(ROWS)
     plain = logits(model)
-    sl.bake(model, vector, -1.5, tmp_path / "baked")
+    sl.export.bake(model, vector, -1.5, tmp_path / "baked")
     baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
     ours = steered(model, vector, -1.5)
     largest = float(ours.abs().max())
@@ -357,7 +357,7 @@ def test_what_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
         (llama, narrow, 1.0, "baked", "d_model 4"),
     ):
         with pytest.raises(InputError, match=message):
-            sl.bake(model, of_vector, coefficient, tmp_path / folder)
+            sl.export.bake(model, of_vector, coefficient, tmp_path / folder)
     assert not (tmp_path / "baked").exists()
 
 
@@ -366,6 +366,6 @@ def test_a_model_that_is_not_what_its_weights_say_is_not_baked(tmp_path: Path) -
     handle = model.original_model.lm_head.register_forward_hook(lambda m, i, out: out * 1.01)
     vector = sl.SteeringVector.from_vectors(ROWS)
     with pytest.raises(InputError, match="differ from the hooked model's by"):
-        sl.bake(model, vector, 1.0, tmp_path / "baked")
+        sl.export.bake(model, vector, 1.0, tmp_path / "baked")
     handle.remove()
-    sl.bake(model, vector, 1.0, tmp_path / "baked")
+    sl.export.bake(model, vector, 1.0, tmp_path / "baked")

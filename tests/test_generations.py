@@ -21,7 +21,7 @@ PROMPTS = ["the river was", "how was the day today"]
 
 def write(model: Any, prompts: Any, along: Any, **given: Any) -> pd.DataFrame:
     options = {"layer": 1, "coefficients": [-20, 0, 20], "max_new_tokens": 6, **given}
-    return sl.generation_table(model, prompts, along, **options)
+    return sl.measure.generation_table(model, prompts, along, **options)
 
 
 def test_it_is_what_generate_gives(tiny: Any, pairs: sl.ContrastivePairs) -> None:

@@ -20,7 +20,9 @@ OPTIONS: dict[str, Any] = {"budget": "nats=0.1", "n_bootstrap": 20}
 
 
 @pytest.fixture(scope="module")
-def geometry(llama: Any, many: sl.ContrastivePairs, directions: Directions) -> sl.LossGeometry:
+def geometry(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions
+) -> sl.measure.LossGeometry:
     return loss_geometry(llama, many, directions, layers=LAYERS, n_angles=6, **OPTIONS)
 
 
@@ -41,7 +43,7 @@ def states(model: Any, prompt: TokenizedPrompt, hook_name: str) -> torch.Tensor:
 
 
 def test_the_tables_have_their_columns_and_rows(
-    geometry: sl.LossGeometry, many: sl.ContrastivePairs
+    geometry: sl.measure.LossGeometry, many: sl.ContrastivePairs
 ) -> None:
     for table, columns in (
         (geometry.points, GEOMETRY_COLUMNS),
@@ -58,19 +60,19 @@ def test_the_tables_have_their_columns_and_rows(
 
 
 def test_the_shape_says_how_far_each_hook_was_searched(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.LossGeometry
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.measure.LossGeometry
 ) -> None:
-    plane = sl.boundary_shape(llama, many, directions, layer=4, n_angles=3, **OPTIONS)
+    plane = sl.Study(llama, many, directions, **OPTIONS).boundary_shape(4, n_angles=3)
     searched = geometry.shape.attrs["searched"]
     assert list(searched) == ["blocks.1.hook_resid_post", "blocks.4.hook_resid_post"]
     assert searched["blocks.4.hook_resid_post"] == plane.table.attrs["searched"]
 
 
 def test_the_loss_of_a_push_is_that_of_bare_hooks(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.LossGeometry
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.measure.LossGeometry
 ) -> None:
     name = "blocks.1.hook_resid_post"
-    plane = sl.boundary_shape(llama, many, directions, layer=1, n_angles=6, **OPTIONS)
+    plane = sl.Study(llama, many, directions, **OPTIONS).boundary_shape(1, n_angles=6)
     rows = geometry.contours[(geometry.contours.hook_name == name)]
     row = rows[(rows.angle == 60.0) & (rows.coefficient > 0)].iloc[2]
     push = float(row.coefficient) * plane.at(60.0)
@@ -90,7 +92,7 @@ def test_the_loss_of_a_push_is_that_of_bare_hooks(
     assert row.across == pytest.approx(float(difference @ plane.orthogonal), rel=1e-4)
 
 
-def test_unpushed_the_loss_is_that_of_the_pairs(geometry: sl.LossGeometry) -> None:
+def test_unpushed_the_loss_is_that_of_the_pairs(geometry: sl.measure.LossGeometry) -> None:
     for layer, points in geometry.points.groupby("layer"):
         rows = geometry.contours[(geometry.contours.layer == layer)]
         still = rows[rows.coefficient == 0]
@@ -102,7 +104,7 @@ def test_unpushed_the_loss_is_that_of_the_pairs(geometry: sl.LossGeometry) -> No
 
 
 def test_the_boundary_lies_where_the_degradation_spends_the_budget(
-    geometry: sl.LossGeometry,
+    geometry: sl.measure.LossGeometry,
 ) -> None:
     rows = geometry.contours
     at = rows[np.isclose(rows.coefficient, rows.boundary)]
@@ -111,11 +113,11 @@ def test_the_boundary_lies_where_the_degradation_spends_the_budget(
 
 
 def test_arrows_are_finite_differences_of_the_loss(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.LossGeometry
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.measure.LossGeometry
 ) -> None:
     """Minus d(penalty)/d(difference): a push p moves the difference by 2 p, hence the half."""
     name = "blocks.1.hook_resid_post"
-    plane = sl.boundary_shape(llama, many, directions, layer=1, n_angles=6, **OPTIONS)
+    plane = sl.Study(llama, many, directions, **OPTIONS).boundary_shape(1, n_angles=6)
     points = geometry.points[geometry.points.hook_name == name]
     prompt = tokenize_pairs(llama, many).positive[3]
     step = 2e-2

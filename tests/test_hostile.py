@@ -25,7 +25,7 @@ READERS: dict[str, Reader] = {
     "pairs": sl.ContrastivePairs.from_jsonl,
     "items": sl.PreferenceItems.from_jsonl,
     "vectors": sl.SteeringVector.load,
-    "ggufs": sl.from_gguf,
+    "ggufs": sl.export.from_gguf,
 }
 # Files of a run folder, which are read with all of it.
 INSIDE = {"records": "run.json", "csvs": "writers.csv", "pages": "attention.html"}
@@ -208,7 +208,7 @@ def test_an_output_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -
     precious.write_text("mine")
     for path, write in (
         (link, hostile.vector().save),
-        (tmp_path / "v.gguf", lambda p: sl.to_gguf(hostile.vector(), p)),
+        (tmp_path / "v.gguf", lambda p: sl.export.to_gguf(hostile.vector(), p)),
     ):
         path.symlink_to(precious)
         write(path)
@@ -273,7 +273,7 @@ def test_any_bytes_as_a_vector(content: bytes, tmp_path: Path) -> None:
 @given(content=st.one_of(st.binary(max_size=200), mutated(hostile.gguf())))
 @EXAMPLES
 def test_any_bytes_as_gguf(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.from_gguf, tmp_path / "f.gguf", content, "ggufs")
+    refused_or_sound(sl.export.from_gguf, tmp_path / "f.gguf", content, "ggufs")
 
 
 JSON = st.recursive(

@@ -36,7 +36,7 @@ def tensor(values: object) -> torch.Tensor:
 
 def test_noref_by_hand() -> None:
     hs_pos, hs_neg, logp = tensor(HS_POS), tensor(HS_NEG), tensor(LOGP)
-    result = sl.contrastive_steering_loss_noref(hs_pos, hs_neg, logp)
+    result = sl.loss.contrastive_steering_loss_noref(hs_pos, hs_neg, logp)
     assert result.separation.item() == pytest.approx(-(5 + 1) / 2)
     assert result.coherence_penalty.item() == pytest.approx((2**2 + 4**2) / 2)
     assert result.loss.item() == pytest.approx(-3 + 10)
@@ -50,7 +50,7 @@ def test_noref_by_hand() -> None:
 def test_reference_by_hand() -> None:
     hs_pos, hs_neg, logp = tensor(HS_POS), tensor(HS_NEG), tensor([-2.5, -3.9])
     direction, baseline = tensor([0.6, 0.8]), tensor(LOGP)
-    result = sl.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
+    result = sl.loss.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
     # Projections 3 * 0.6 + 4 * 0.8 = 5 and 0.8; the second pair is better than 99% of its baseline.
     assert result.separation.item() == pytest.approx(-(5 + 0.8) / 2)
     assert result.coherence_penalty.item() == pytest.approx(1e4 * (2.5 - 1.98) ** 2 / 2)
@@ -68,7 +68,7 @@ def test_margin_times_baseline_lies_above_so_the_relu_is_always_active(values: l
     logp = tensor(values)
     assert bool((0.99 * logp > logp).all())
     zeros = torch.zeros(len(values), 3, dtype=torch.float64)
-    result = sl.contrastive_steering_loss_noref(zeros, zeros, logp, weight=1.0)
+    result = sl.loss.contrastive_steering_loss_noref(zeros, zeros, logp, weight=1.0)
     by_hand = (0.01 * logp.detach().abs()).square().mean()
     assert result.coherence_penalty.item() == pytest.approx(float(by_hand), rel=1e-9)
     assert result.coherence_penalty.item() > 0
@@ -99,20 +99,20 @@ def test_gradient_vanishes_from_margin_1(margin: float, vanishes: bool) -> None:
 
 def test_mask_keeps_pairs_of_the_penalty_only() -> None:
     hs_pos, hs_neg, logp = tensor(HS_POS), tensor(HS_NEG), tensor(LOGP)
-    masked = sl.contrastive_steering_loss_noref(
+    masked = sl.loss.contrastive_steering_loss_noref(
         hs_pos, hs_neg, logp, mask=torch.tensor([False, True])
     )
     assert masked.coherence_penalty.item() == pytest.approx(16)
     assert masked.separation.item() == pytest.approx(-3)
-    nothing = sl.contrastive_steering_loss_noref(
+    nothing = sl.loss.contrastive_steering_loss_noref(
         hs_pos, hs_neg, logp, mask=torch.tensor([False, False])
     )
     assert math.isnan(nothing.coherence_penalty.item())
 
 
 def test_float32_agrees_with_float64() -> None:
-    wide = sl.contrastive_steering_loss_noref(tensor(HS_POS), tensor(HS_NEG), tensor(LOGP))
-    narrow = sl.contrastive_steering_loss_noref(
+    wide = sl.loss.contrastive_steering_loss_noref(tensor(HS_POS), tensor(HS_NEG), tensor(LOGP))
+    narrow = sl.loss.contrastive_steering_loss_noref(
         tensor(HS_POS).float(), tensor(HS_NEG).float(), tensor(LOGP).float()
     )
     assert narrow.loss.item() == pytest.approx(wide.loss.item(), rel=1e-4)
@@ -123,7 +123,9 @@ def test_float32_agrees_with_float64() -> None:
 
 def penalty(logp: torch.Tensor, baseline: torch.Tensor, **options: float) -> torch.Tensor:
     nothing = torch.zeros((len(logp), 2), dtype=torch.float64)
-    found = sl.contrastive_steering_loss(nothing, nothing, logp, nothing[0], baseline, **options)
+    found = sl.loss.contrastive_steering_loss(
+        nothing, nothing, logp, nothing[0], baseline, **options
+    )
     return found.coherence_penalty
 
 
@@ -245,10 +247,10 @@ def test_label_logprob_by_hand() -> None:
     logits = torch.tensor([[sure, even, sure], [even, sure, sure]])
     tokens = torch.tensor([[0, 1, 0], [0, 0, 1]])
     labels = torch.tensor([[False, True, True], [False, False, True]])
-    found = sl.label_logprob(logits, tokens, labels)
+    found = sl.loss.label_logprob(logits, tokens, labels)
     expected = [(math.log(3 / 4) + math.log(1 / 2)) / 2, math.log(3 / 4)]
     torch.testing.assert_close(found, torch.tensor(expected))
-    unlabelled = sl.label_logprob(logits, tokens, torch.zeros_like(labels))
+    unlabelled = sl.loss.label_logprob(logits, tokens, torch.zeros_like(labels))
     assert bool(unlabelled.isnan().all())
 
 
@@ -256,9 +258,9 @@ def test_label_logprob_in_half_precision_is_taken_in_float32() -> None:
     logits = torch.randn(2, 6, 50, dtype=torch.float64) * 10
     tokens = torch.randint(0, 50, (2, 6))
     labels = torch.ones(2, 6, dtype=torch.bool)
-    half = sl.label_logprob(logits.to(torch.bfloat16), tokens, labels)
+    half = sl.loss.label_logprob(logits.to(torch.bfloat16), tokens, labels)
     assert half.dtype == torch.float32
-    exact = sl.label_logprob(logits.to(torch.bfloat16).double(), tokens, labels)
+    exact = sl.loss.label_logprob(logits.to(torch.bfloat16).double(), tokens, labels)
     torch.testing.assert_close(half.double(), exact, rtol=1e-5, atol=1e-5)
 
 
@@ -276,7 +278,7 @@ def test_coherence_gradient_needs_a_label_after_the_position(
 
     with model.hooks(fwd_hooks=[("blocks.2.hook_resid_post", keep)]):
         logits = model(batch.tokens)
-    logp = sl.label_logprob(logits, batch.tokens, batch.label_mask())
+    logp = sl.loss.label_logprob(logits, batch.tokens, batch.label_mask())
     coherence_penalty(logp, logp.detach()).backward()
     assert bool(leaf[0].grad[0, position].any()) is has_gradient
 

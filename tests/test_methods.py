@@ -337,10 +337,12 @@ def test_descent_on_a_model_lowers_the_loss(llama: Any, pairs: sl.ContrastivePai
     def separation(coefficient: float) -> float:
         both = []
         for side, sign in (("positive", 1), ("negative", -1)):
-            prompts = getattr(sl.tokenize_pairs(llama, pairs), side)
+            prompts = getattr(sl.engine.tokenize_pairs(llama, pairs), side)
             vector = {name: fitted[name]}
             with sl.steer(llama, vector, sign * coefficient):
-                both.append(sl.collect_activations(llama, prompts, [readout], position=-2)[0])
+                both.append(
+                    sl.engine.collect_activations(llama, prompts, [readout], position=-2)[0]
+                )
         return float((both[0] - both[1]).norm(dim=-1).mean())
 
     assert separation(step) > separation(0) > separation(-step)

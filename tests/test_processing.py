@@ -98,8 +98,8 @@ def test_processing_changes_residual_norms_and_not_the_predictions(
     torch.testing.assert_close(there.positive, without_mean, rtol=1e-3, atol=1e-3)
     assert (there.positive - here.positive).abs().max() > 0.1
     ours = sl.fit_directions(there)
-    as_is = sl.measure_layers(gpt2, pairs, fitted)
-    changed = sl.measure_layers(processed, pairs, ours)
+    as_is = sl.Study(gpt2, pairs, fitted).layers
+    changed = sl.Study(processed, pairs, ours).layers
     assert (changed.resid_norm < as_is.resid_norm * 0.999).all()
     torch.testing.assert_close(
         torch.tensor(changed.logprob_nats), torch.tensor(as_is.logprob_nats), rtol=1e-4, atol=1e-4
@@ -121,10 +121,12 @@ USES: dict[str, Callable[[Any, sl.ContrastivePairs, sl.Directions], Any]] = {
         n_bootstrap=2,
         nulls={"random": [d, d]},
     ),
-    "layers": lambda m, p, d: sl.measure_layers(m, p, d, layers=[1]),
+    "layers": lambda m, p, d: sl.Study(m, p, d, layers=[1]).layers,
     "boundary": lambda m, p, d: sl.find_boundary(m, p, d, layers=[1], n_bootstrap=2),
-    "prediction": lambda m, p, d: sl.predict_boundary(m, p, d, layers=[1]),
-    "shape": lambda m, p, d: sl.boundary_shape(m, p, d, layer=1, n_angles=3, n_bootstrap=2),
+    "prediction": lambda m, p, d: sl.Study(m, p, d, layers=[1]).predicted_boundary(),
+    "shape": lambda m, p, d: sl.Study(m, p, d, n_bootstrap=2, layers=1).boundary_shape(
+        1, n_angles=3
+    ),
     "geometry": lambda m, p, d: sl.loss_geometry(m, p, d, layers=[1], n_angles=3, n_bootstrap=2),
     "damage": lambda m, p, d: sl.token_damage(m, p, d, coefficients=[1], layer=1),
     "vector": lambda m, p, d: sl.SteeringVector.from_directions(m, d),
@@ -179,10 +181,10 @@ def test_what_is_put_together_is_of_one_processing(
         mine + theirs
     assert (mine + mine).origin.weight_processing == "none"
     with pytest.raises(InputError, match=f"a was fitted on a model with {SAYS}"):
-        sl.cosine_table({"a": mine, "b": theirs})
-    assert len(sl.cosine_table({"a": mine, "b": mine}))
+        sl.measure.cosine_table({"a": mine, "b": theirs})
+    assert len(sl.measure.cosine_table({"a": mine, "b": mine}))
     cells = sl.sweep(gpt2, pairs, fitted, layers=[1], coefficients=[0, 1], n_bootstrap=2)
-    elsewhere = sl.measure_layers(processed, pairs, other, layers=[1])
+    elsewhere = sl.Study(processed, pairs, other, layers=[1]).layers
     with pytest.raises(InputError, match=f"sweep is of a model with {SAYS}"):
         sl.plots.tradeoff(cells.table, elsewhere)
     sl.plots.tradeoff(cells.table, cells.layers)

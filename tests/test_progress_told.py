@@ -64,7 +64,9 @@ def test_the_check_of_stages_can_fail(calls: Calls) -> None:
 def test_collecting(llama: Any, pairs: sl.ContrastivePairs) -> None:
     assert run(sl.collect_differences, llama, pairs) == [("activations: prompts", 16)]
     some = tokenize_pairs(llama, pairs).positive
-    found = run(sl.collect_activations, llama, some, ["blocks.1.hook_resid_post"], batch_size=3)
+    found = run(
+        sl.engine.collect_activations, llama, some, ["blocks.1.hook_resid_post"], batch_size=3
+    )
     assert found == [("activations: prompts", 8)]
     assert run(sl.loss_gradients, llama, pairs, batch_size=3) == [("gradients: pairs", 8)]
     assert run(sl.fit, llama, pairs, method="gradient_mean") == [("gradients: pairs", 8)]
@@ -82,7 +84,7 @@ def test_a_batch_is_told_of_once_it_is_run(llama: Any, pairs: sl.ContrastivePair
 
 def test_training_counts_epochs_of_all_hooks(llama: Any, many: sl.ContrastivePairs) -> None:
     options: dict[str, Any] = {"layers": [1, 2], "max_epochs": 2, "step_size": 0.02}
-    assert run(sl.train_directions, llama, many, **options) == [
+    assert run(sl.directions.train_directions, llama, many, **options) == [
         *(("activations: prompts", 40), ("training: epochs", 4))
     ]
 
@@ -153,7 +155,7 @@ def test_what_is_shown_of_prompts(
 ) -> None:
     options: dict[str, Any] = {"layer": 1, "coefficients": [-2, 0, 2]}
     texts = ["the river was", "I said"]
-    found = run(sl.generation_table, llama, texts, directions, max_new_tokens=3, **options)
+    found = run(sl.measure.generation_table, llama, texts, directions, max_new_tokens=3, **options)
     assert found == [("continuations", 6)]
     assert run(sl.token_damage, llama, texts, directions, **options) == [("tokens: prompts", 2)]
     assert run(sl.token_damage, llama, pairs, directions, **options) == [("tokens: prompts", 16)]

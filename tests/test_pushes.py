@@ -63,7 +63,7 @@ def test_predictions_alone_are_those_of_the_search(
     llama: Any, many: sl.ContrastivePairs, directions: Directions, on: Any
 ) -> None:
     options: dict[str, Any] = {"on": on, "budget": "nats=0.1", "layers": [1, 3]}
-    alone = sl.predict_boundary(llama, many, directions, **options)
+    alone = sl.Study(llama, many, directions, **options).predicted_boundary()
     found = sl.find_boundary(llama, many, directions, n_bootstrap=2, **options).layers
     assert list(alone.columns) == [column.name for column in LAYER_COLUMNS]
     predicted = [name for name in alone.columns if name.startswith("predicted_")]

@@ -18,7 +18,7 @@ def test_writers_and_readers_of_sentiment(real_model: Any) -> None:
     assert writers.table.attrs["residual"] < 1e-3
     assert len(writers.table) == 1 + 13 * 10
     vector = sl.SteeringVector.from_directions(real_model, directions)
-    prompts = make_prompts(real_model, sl.tokenize_pairs(real_model, test).positive)
+    prompts = make_prompts(real_model, sl.engine.tokenize_pairs(real_model, test).positive)
     answers = contrast_answers(real_model, train)
     found = find_readers(real_model, prompts, answers, vector, 20, top=14, n_draws=3)
     # What carries a push of this size is close to linear in it.

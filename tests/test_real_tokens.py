@@ -54,7 +54,7 @@ def test_a_chat_goes_on_in_the_assistants_words(
 ) -> None:
     """The opening of the answer belongs to the prompt; the text goes on from there."""
     prompt = held_out[0].positive
-    found = sl.generation_table(
+    found = sl.measure.generation_table(
         real_model, [prompt], directions, layer=15, coefficients=[0, 20], max_new_tokens=8
     )
     opening = prompt[-1].content

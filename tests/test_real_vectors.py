@@ -72,7 +72,7 @@ def test_a_padded_batch_is_continued_as_each_prompt_alone(
 def test_a_baked_checkpoint_in_plain_transformers(
     real_model: Any, vector: sl.SteeringVector, tmp_path: Path
 ) -> None:
-    sl.bake(real_model, vector, -30, tmp_path / "baked")
+    sl.export.bake(real_model, vector, -30, tmp_path / "baked")
     baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
     prompt = asked(real_model)[0]
     tokens = torch.tensor([prompt.prompt])
@@ -88,5 +88,5 @@ def test_a_baked_checkpoint_in_plain_transformers(
 
 def test_a_condition_fitted_on_data_holds_on_other_data(real_model: Any) -> None:
     train, test = (sl.ContrastivePairs.load("formality", split=s) for s in ("train", "test"))
-    condition = sl.fit_condition(real_model, train, layers=[5, 10, 15])
-    assert sl.condition_accuracy(real_model, test, condition) > 0.8
+    condition = sl.steering.fit_condition(real_model, train, layers=[5, 10, 15])
+    assert sl.steering.condition_accuracy(real_model, test, condition) > 0.8

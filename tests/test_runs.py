@@ -30,7 +30,7 @@ REQUEST: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def result(llama: Any, pairs: sl.ContrastivePairs) -> sl.SweepResult:
+def result(llama: Any, pairs: sl.ContrastivePairs) -> sl.measure.SweepResult:
     """A sweep of layers 0 and 1 of 5, whose readout is layer 2."""
     directions = sl.fit_directions(
         sl.collect_differences(llama, pairs, layers="0,1"), method="random", seed=4
@@ -38,7 +38,7 @@ def result(llama: Any, pairs: sl.ContrastivePairs) -> sl.SweepResult:
     return sl.sweep(llama, pairs, directions, coefficients=[-1, 0, 1], n_bootstrap=50)
 
 
-def write(folder: Path, result: sl.SweepResult, seconds: float = 1.0) -> None:
+def write(folder: Path, result: sl.measure.SweepResult, seconds: float = 1.0) -> None:
     tables = {"sweep": result.table, "layers": result.layers}
     spent = result.layers.attrs["forward_equivalents"]
     write_run(
@@ -47,7 +47,7 @@ def write(folder: Path, result: sl.SweepResult, seconds: float = 1.0) -> None:
 
 
 @pytest.fixture
-def written(result: sl.SweepResult, tmp_path: Path) -> Path:
+def written(result: sl.measure.SweepResult, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     check_run_folder(folder, REQUEST)
     write(folder, result, seconds=1.23456)
@@ -176,7 +176,7 @@ def test_files_may_be_read_by_others_as_any_new_file(tmp_path: Path) -> None:
 
 
 def test_a_run_has_five_files_and_its_tables_read_back(
-    written: Path, result: sl.SweepResult
+    written: Path, result: sl.measure.SweepResult
 ) -> None:
     names = {"directions.safetensors", "layers.csv", "run.json", "sweep.csv", "sweep.parquet"}
     assert set(content(written)) == names < set(RUN_FILES)
@@ -188,7 +188,7 @@ def test_a_run_has_five_files_and_its_tables_read_back(
         pd.testing.assert_frame_equal(read, table, check_exact=True)
 
 
-def test_the_record(written: Path, result: sl.SweepResult) -> None:
+def test_the_record(written: Path, result: sl.measure.SweepResult) -> None:
     record = json.loads((written / "run.json").read_text(encoding="utf-8"))
     assert record["request"] == json.loads(json.dumps(REQUEST))
     assert record["seconds"] == 1.235
@@ -231,7 +231,7 @@ def test_the_record_is_json_also_with_nan_and_inf(tmp_path: Path) -> None:
 
 
 def test_directions_read_back_with_how_they_were_fitted(
-    written: Path, result: sl.SweepResult, pairs: sl.ContrastivePairs
+    written: Path, result: sl.measure.SweepResult, pairs: sl.ContrastivePairs
 ) -> None:
     with safe_open(written / "directions.safetensors", framework="pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -250,7 +250,9 @@ def test_directions_read_back_with_how_they_were_fitted(
     }
 
 
-def test_directions_are_written_as_the_same_bytes(result: sl.SweepResult, tmp_path: Path) -> None:
+def test_directions_are_written_as_the_same_bytes(
+    result: sl.measure.SweepResult, tmp_path: Path
+) -> None:
     written = []
     for i in range(10):
         write_directions(result.directions, tmp_path / f"{i}.safetensors")
@@ -259,7 +261,7 @@ def test_directions_are_written_as_the_same_bytes(result: sl.SweepResult, tmp_pa
 
 
 def test_the_record_is_written_last(
-    result: sl.SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    result: sl.measure.SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that broke off has no record, so it is not taken for a whole one."""
 
@@ -275,7 +277,7 @@ def test_the_record_is_written_last(
 
 
 def test_a_file_that_cannot_be_written_is_an_output_error(
-    result: sl.SweepResult, tmp_path: Path
+    result: sl.measure.SweepResult, tmp_path: Path
 ) -> None:
     write(tmp_path, result)
     (tmp_path / "layers.csv").unlink()

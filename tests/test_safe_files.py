@@ -213,7 +213,7 @@ print("SEEN", seen)
 def test_commands_write_into_their_folders_alone(given: SimpleNamespace, tmp_path: Path) -> None:
     model = tmp_path / "model"
     given.model.original_model.config.architectures = ["LlamaForCausalLM"]
-    sl.bake(given.model, given.vector, 2.0, model)  # any checkpoint
+    sl.export.bake(given.model, given.vector, 2.0, model)  # any checkpoint
     (tmp_path / "work").mkdir()
     (tmp_path / "pairs.jsonl").write_text(
         "\n".join(

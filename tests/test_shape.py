@@ -18,7 +18,7 @@ def test_the_shape_has_the_two_boundaries_of_the_direction(
     llama: Any, many: sl.ContrastivePairs, directions: Directions
 ) -> None:
     options: dict[str, Any] = {"budget": "nats=0.1", "n_bootstrap": 50}
-    shape = sl.boundary_shape(llama, many, directions, layer=2, n_angles=8, **options)
+    shape = sl.Study(llama, many, directions, **options).boundary_shape(2, n_angles=8)
     table = shape.table
     assert list(table.columns) == [column.name for column in SHAPE_COLUMNS]
     assert table.angle.tolist() == [45.0 * i for i in range(8)]
@@ -69,4 +69,4 @@ def test_a_shape_without_meaning_is_refused(
     message: str,
 ) -> None:
     with pytest.raises(InputError, match=message):
-        sl.boundary_shape(llama, many, directions, **options)
+        sl.Study(llama, many, directions).boundary_shape(**options)

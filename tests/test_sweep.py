@@ -93,7 +93,7 @@ def test_coefficient_0_is_the_unsteered_model_bit_for_bit(
             order = torch.tensor(batch.rows).argsort()
             sides.append(last[order].double())
             if prompts is tokenized.positive:
-                logprob = sl.label_logprob(logits, batch.tokens, batch.label_mask())[order]
+                logprob = sl.loss.label_logprob(logits, batch.tokens, batch.label_mask())[order]
         assert row["projection"] == ((sides[0] - sides[1]) @ unit).mean().item()
         assert row["logprob_nats"] == logprob.double().mean().item()
     # Control: the smallest step already moves every one of these.
@@ -257,9 +257,9 @@ def test_a_prompt_without_any_label_is_refused(llama: Any) -> None:
     try:
         one_word = sl.ContrastivePairs.from_lists(["good", "you are good"], ["bad", "you are bad"])
         with pytest.raises(InputError, match="pair '1' is a single token"):
-            sl.tokenize_pairs(llama, one_word)
+            sl.engine.tokenize_pairs(llama, one_word)
         longer = sl.ContrastivePairs.from_lists(["so good", "you are good"], ["bad", "you are bad"])
-        sl.tokenize_pairs(llama, longer)
+        sl.engine.tokenize_pairs(llama, longer)
     finally:
         llama.tokenizer.bos_token = bos
 
@@ -485,7 +485,7 @@ def test_progress_counts_the_cells_along_null_vectors(
 def test_measure_layers_equals_the_sweeps_layer_table(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions
 ) -> None:
-    alone = sl.measure_layers(llama, pairs, directions)
+    alone = sl.Study(llama, pairs, directions).layers
     swept = sl.sweep(llama, pairs, directions, coefficients=[0, 1]).layers
     pd.testing.assert_frame_equal(alone, swept)
 

@@ -80,8 +80,8 @@ def test_a_template_without_a_system_turn_says_what_to_do() -> None:
     system = [{"role": "system", "content": "kind"}, {"role": "user", "content": "how was it"}]
     user = [{"role": "user", "content": "kind how was it"}]
     with pytest.raises(InputError, match=r"not supported; if it takes no system turn, write that"):
-        sl.tokenize_prompt(model, _messages(system))
-    assert len(sl.tokenize_prompt(model, _messages(user)).prompt) > 3
+        sl.engine.tokenize_prompt(model, _messages(system))
+    assert len(sl.engine.tokenize_prompt(model, _messages(user)).prompt) > 3
 
 
 def _messages(turns: list[dict[str, str]]) -> tuple[sl.Message, ...]:
@@ -93,7 +93,7 @@ def _messages(turns: list[dict[str, str]]) -> tuple[sl.Message, ...]:
 
 @pytest.mark.parametrize("text", SCRIPTS)
 def test_any_script_comes_back_from_bytes(byte_model: Any, text: str) -> None:
-    tokenized = sl.tokenize_prompt(byte_model, text, text)
+    tokenized = sl.engine.tokenize_prompt(byte_model, text, text)
     assert byte_model.tokenizer.decode(tokenized.continuation) == text
     unknown = byte_model.tokenizer.unk_token_id
     assert unknown not in tokenized.prompt
@@ -140,7 +140,7 @@ def test_a_full_context_is_measured_and_one_token_more_is_not(llama: Any, n_afte
 
 
 def test_generation_fills_the_context_and_no_more(llama: Any) -> None:
-    prompt = sl.tokenize_prompt(llama, " ".join(["very"] * (N_CTX - 5)))
+    prompt = sl.engine.tokenize_prompt(llama, " ".join(["very"] * (N_CTX - 5)))
     unit = torch.nn.functional.normalize(torch.arange(1.0, 33.0), dim=0)
     vector = {"blocks.1.hook_resid_post": unit}
     assert len(prompt) == N_CTX - 4

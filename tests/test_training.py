@@ -135,7 +135,7 @@ def gaps(model: Any, items: PreferenceItems, vector: torch.Tensor, sign: float) 
     for text in ("positive", "negative"):
         values = []
         for item in items:
-            prompt = sl.tokenize_prompt(model, item.prompt, getattr(item, text))
+            prompt = sl.engine.tokenize_prompt(model, item.prompt, getattr(item, text))
             ids = torch.tensor([prompt.prompt + prompt.continuation])
             mask = torch.zeros_like(ids, dtype=torch.bool)
             mask[:, len(prompt.prompt) :] = True

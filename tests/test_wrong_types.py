@@ -62,7 +62,7 @@ CALLS = {
         "check_search(budget='kl=0.1', search_range=4)": "no error",
         "strengths_at(at, 5)": "InputError: expected a list of coefficients, got 5",
         "strengths_at(at, None)": "InputError: expected a list of coefficients, got None",
-        "sl.generation_table(None, ['a'], None, coefficients=[1], max_new_tokens='x')": (
+        "sl.measure.generation_table(None, ['a'], None, coefficients=[1], max_new_tokens='x')": (
             "InputError: max_new_tokens must be a whole number, got 'x'"
         ),
     },
@@ -93,7 +93,7 @@ from steerlens.errors import finite
 from steerlens.measure.plane import check_plane
 
 table, at = sweep_table(2), None
-result = sl.SweepResult(table, layers_table(2), table, None, None)
+result = sl.measure.SweepResult(table, layers_table(2), table, None, None)
 run = sl.read_run(write_sweep(pathlib.Path(sys.argv[1])))
 raised = {}
 for call in json.load(sys.stdin):

@@ -62,7 +62,7 @@ def attention_patterns(
     Examples:
         >>> from steerlens.circuits import Component, Intervention
         >>> from steerlens.circuits import attention_patterns, make_prompts
-        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> prompts = make_prompts(model, sl.engine.tokenize_pairs(model, pairs).positive)
         >>> heads = [Component(3, head=0), Component(4, head=1)]
         >>> patterns = attention_patterns(model, prompts, Intervention(vector, 4), heads)
         >>> patterns.steered.shape  # each row of it sums to 1
@@ -106,7 +106,7 @@ def token_projections(
 
     Examples:
         >>> from steerlens.circuits import Intervention, make_prompts, token_projections
-        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> prompts = make_prompts(model, sl.engine.tokenize_pairs(model, pairs).positive)
         >>> projections = token_projections(model, prompts, directions, Intervention(vector, 4))
         >>> projections.steered.shape
         torch.Size([5, 7])

@@ -79,7 +79,7 @@ def make_prompts(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> Prom
 
     Examples:
         >>> from steerlens.circuits import make_prompts
-        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> prompts = make_prompts(model, sl.engine.tokenize_pairs(model, pairs).positive)
         >>> len(prompts)
         8
     """

@@ -88,7 +88,7 @@ def mean_kl(model: HookedModel, prompts: Prompts, intervention: Intervention) ->
 
     Examples:
         >>> from steerlens.circuits import Intervention, make_prompts, mean_kl
-        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> prompts = make_prompts(model, sl.engine.tokenize_pairs(model, pairs).positive)
         >>> mean_kl(model, prompts, Intervention(vector, 4)) > 0
         True
     """

@@ -100,7 +100,7 @@ def find_readers(
 
     Examples:
         >>> from steerlens.circuits import contrast_answers, find_readers, make_prompts
-        >>> prompts = make_prompts(model, sl.tokenize_pairs(model, pairs).positive)
+        >>> prompts = make_prompts(model, sl.engine.tokenize_pairs(model, pairs).positive)
         >>> answers = contrast_answers(model, pairs, n_tokens=3)
         >>> readers = find_readers(model, prompts, answers, vector, 4, top=2, n_claimed=2)
         >>> readers

@@ -18,7 +18,7 @@ def dataset_names() -> tuple[str, ...]:
     """Names of the shipped pair datasets, sorted.
 
     Examples:
-        >>> sl.dataset_names()
+        >>> sl.data.dataset_names()
         ('formality', 'honesty', 'sentiment')
     """
     return tuple(sorted(path.parent.name for path in shipped_folder().glob("*/train.jsonl")))
@@ -43,7 +43,7 @@ def neutral_texts() -> tuple[str, ...]:
     """The shipped lines of neutral text, for measuring the side effects of steering.
 
     Examples:
-        >>> len(sl.neutral_texts())
+        >>> len(sl.data.neutral_texts())
         200
     """
     text = (shipped_folder() / "neutral" / "neutral.txt").read_text(encoding="utf-8")

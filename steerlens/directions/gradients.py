@@ -234,7 +234,7 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
         Columns `GRADIENT_COLUMNS`; the cosine is NaN where a row of either term is zero.
 
     Examples:
-        >>> terms = sl.gradient_terms(sl.loss_gradients(model, pairs, layers=[1, 2]))
+        >>> terms = sl.directions.gradient_terms(sl.loss_gradients(model, pairs, layers=[1, 2]))
         >>> bool(terms.coherence_share.between(0, 1).all())
         True
     """

@@ -120,7 +120,7 @@ def train_directions(
 
     Examples:
         >>> schedule = sl.directions.Schedule(max_epochs=2)
-        >>> trained = sl.train_directions(model, pairs, layers=[1], schedule=schedule)
+        >>> trained = sl.directions.train_directions(model, pairs, layers=[1], schedule=schedule)
         >>> trained.directions
         Directions(optimised, 1 hooks, d_model 32, position -1)
         >>> list(trained.history)

@@ -39,8 +39,8 @@ def collect_activations(
     Raises `InputError` without prompts or hooks, and as `collect_differences`.
 
     Examples:
-        >>> prompts = sl.tokenize_pairs(model, pairs).positive
-        >>> sl.collect_activations(model, prompts, ["blocks.2.hook_resid_post"]).shape
+        >>> prompts = sl.engine.tokenize_pairs(model, pairs).positive
+        >>> sl.engine.collect_activations(model, prompts, ["blocks.2.hook_resid_post"]).shape
         torch.Size([1, 8, 32])
     """
     if not prompts or not hook_names:

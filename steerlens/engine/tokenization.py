@@ -89,7 +89,7 @@ def tokenize_prompt(
     model has no tokenizer.
 
     Examples:
-        >>> tokenized = sl.tokenize_prompt(model, "the river was", "so cold")
+        >>> tokenized = sl.engine.tokenize_prompt(model, "the river was", "so cold")
         >>> model.tokenizer.decode(tokenized.continuation)
         'so cold'
         >>> tokenized.prompt  # BOS first
@@ -106,7 +106,7 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
     nothing after it.
 
     Examples:
-        >>> tokenized = sl.tokenize_pairs(model, pairs)
+        >>> tokenized = sl.engine.tokenize_pairs(model, pairs)
         >>> len(tokenized.positive[0]), len(tokenized.negative[0])
         (7, 8)
     """

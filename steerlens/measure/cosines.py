@@ -24,7 +24,7 @@ def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     `InputError` when they were fitted on models with different weight processing.
 
     Examples:
-        >>> table = sl.cosine_table({"a": vector, "minus a": -1 * vector})
+        >>> table = sl.measure.cosine_table({"a": vector, "minus a": -1 * vector})
         >>> table.cosine.tolist()
         [-1.0]
     """

@@ -369,7 +369,7 @@ def generation_table(
     without prompts or coefficients, and as `generate`.
 
     Examples:
-        >>> table = sl.generation_table(
+        >>> table = sl.measure.generation_table(
         ...     model, ["the river was"], vector, coefficients=[-4, 0, 4], max_new_tokens=5
         ... )
         >>> table.coefficient.tolist()

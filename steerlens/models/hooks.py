@@ -58,9 +58,9 @@ def readout_hook(hook_name: str, n_layers: int) -> str:
         HookError: The hook is not inside a block, or no model has so many layers.
 
     Examples:
-        >>> sl.readout_hook("blocks.12.hook_resid_post", 30)
+        >>> sl.models.readout_hook("blocks.12.hook_resid_post", 30)
         'blocks.27.hook_resid_post'
-        >>> sl.readout_hook("blocks.28.hook_mlp_out", 30)
+        >>> sl.models.readout_hook("blocks.28.hook_mlp_out", 30)
         'blocks.28.hook_resid_post'
     """
     if n_layers >= 2**63:

@@ -36,7 +36,7 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
     Examples:
         >>> from steerlens.circuits import contrast_answers, make_prompts
         >>> from steerlens.circuits import find_readers, find_writers
-        >>> prompts = make_prompts(model, list(sl.tokenize_pairs(model, pairs).positive))
+        >>> prompts = make_prompts(model, list(sl.engine.tokenize_pairs(model, pairs).positive))
         >>> answers = contrast_answers(model, pairs, n_tokens=3)
         >>> writers = find_writers(model, pairs, directions, layer=2)
         >>> readers = find_readers(model, prompts, answers, vector, 4, top=0, n_claimed=0)

@@ -34,7 +34,7 @@ class Figure:
     where Vega-Lite's renderer is there, as a PNG elsewhere.
 
     Examples:
-        >>> figure = sl.plots.layer_profile(sl.measure_layers(model, pairs, directions))
+        >>> figure = sl.plots.layer_profile(sl.Study(model, pairs, directions).layers)
         >>> figure
         Figure('Layer by layer, unsteered', 4 panels)
         >>> figure.save(folder / "profile.html")

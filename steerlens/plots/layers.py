@@ -46,7 +46,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
     pairs. Raises `InputError` when the table is not a per-layer table.
 
     Examples:
-        >>> sl.plots.layer_profile(sl.measure_layers(model, pairs, directions))
+        >>> sl.plots.layer_profile(sl.Study(model, pairs, directions).layers)
         Figure('Layer by layer, unsteered', 4 panels)
     """
     intervals = [f"{name}_ci_{end}" for name, *_ in _PROFILE for end in _ENDS]
@@ -90,7 +90,8 @@ def boundary(layers: pd.DataFrame) -> Figure:
     per-layer table.
 
     Examples:
-        >>> sl.plots.boundary(sl.predict_boundary(model, pairs, directions, budget="kl=0.1"))
+        >>> study = sl.Study(model, pairs, directions, budget="kl=0.1")
+        >>> sl.plots.boundary(study.predicted_boundary())
         Figure('Coherence boundary', 2 panels)
     """
     signs = ("pos", "neg")

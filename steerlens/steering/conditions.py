@@ -165,7 +165,7 @@ def fit_condition(
         InputError: a hook has no direction or a zero one, or the sides' means do not differ.
 
     Examples:
-        >>> condition = sl.fit_condition(model, pairs, layers=[0, 1])
+        >>> condition = sl.steering.fit_condition(model, pairs, layers=[0, 1])
         >>> condition.hook_name
         'blocks.0.hook_resid_post'
     """
@@ -208,8 +208,8 @@ def condition_accuracy(
         From 0 to 1; 0.5 is chance.
 
     Examples:
-        >>> condition = sl.fit_condition(model, pairs, layers=[0])
-        >>> sl.condition_accuracy(model, pairs, condition)
+        >>> condition = sl.steering.fit_condition(model, pairs, layers=[0])
+        >>> sl.steering.condition_accuracy(model, pairs, condition)
         1.0
     """
     means = prompt_means(model, pairs, [condition.hook_name], batch_size=batch_size)

@@ -11,7 +11,7 @@ from steerlens.engine.batches import _padded as padded
 from steerlens.engine.batches import mask_kwargs
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel, context_length
+from steerlens.models.hooked_model import HookedModel, context_length, takes_mask
 from steerlens.models.loading import inference
 from steerlens.steering.apply import Steerable, steer
 from steerlens.steering.cache_positions import Positions
@@ -41,7 +41,7 @@ def generate(
         InputError, HookError: as `generate_tokens`.
 
     Examples:
-        >>> prompt = sl.tokenize_prompt(model, "the river was")
+        >>> prompt = sl.engine.tokenize_prompt(model, "the river was")
         >>> text = sl.generate(model, prompt, vector, 4, max_new_tokens=5)
         >>> len(text.split()) <= 5
         True
@@ -97,8 +97,8 @@ def generate_tokens(
         device=torch.device(model.cfg.device or "cpu"),
     )
     # A HookedTransformer takes no mask: it reads padding off the tokens, on the tokenizer's side.
-    takes_mask = hasattr(model, "original_model")
-    is_read = not takes_mask and not bool(mask.all())
+    has_mask = takes_mask(model)
+    is_read = not has_mask and not bool(mask.all())
     with (
         inference(model),
         _left_padding(model.tokenizer) if is_read else nullcontext(),
@@ -110,7 +110,7 @@ def generate_tokens(
             do_sample=False,
             return_type="tokens",
             verbose=False,
-            **(mask_kwargs(mask) if takes_mask else {}),
+            **(mask_kwargs(mask) if has_mask else {}),
         )
     return [_before_end(row, model) for row in generated[:, width:].tolist()]
 

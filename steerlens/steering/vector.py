@@ -136,7 +136,7 @@ class SteeringVector(Mapping[str, Tensor]):
                 table differ in weight processing.
 
         Examples:
-            >>> table = sl.measure_layers(model, pairs, directions, layers=[2])
+            >>> table = sl.Study(model, pairs, directions, layers=[2]).layers
             >>> vector = sl.SteeringVector.from_directions(
             ...     model, directions, layers=[2], layer_table=table
             ... )

@@ -66,7 +66,7 @@ def correct(session: Any) -> None:
         directions = sl.fit_directions(sl.collect_differences(reference, pairs))
         options: dict[str, Any] = {"layers": layers, "coefficients": [-10.0, -3.0, 3.0, 10.0]}
         expected = sl.sweep(reference, pairs, directions, n_bootstrap=2, **options)
-        predicted = sl.predict_boundary(reference, pairs, directions, layers=layers)
+        predicted = sl.Study(reference, pairs, directions, layers=layers).predicted_boundary()
     finally:
         bare.DEVICES = taken
     for dtype in (torch.float32, torch.bfloat16):
@@ -74,7 +74,7 @@ def correct(session: Any) -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = sl.sweep(model, pairs, directions, n_bootstrap=2, **options)
-            ahead = sl.predict_boundary(model, pairs, directions, layers=layers)
+            ahead = sl.Study(model, pairs, directions, layers=layers).predicted_boundary()
         gaps = {
             name: float((found.table[name] - expected.table[name]).abs().max())
             for name in ("projection", "logprob_nats", "degradation_nats")
@@ -101,7 +101,7 @@ def boundary(session: Any) -> None:
     model = session.model("Llama 7B")
     pairs = make_pairs(4, 12) if session.quick else make_pairs(16, 48)
     directions = sl.fit_directions(sl.collect_differences(model, pairs))
-    found: list[sl.BoundaryResult] = []
+    found: list[sl.measure.BoundaryResult] = []
 
     def run() -> None:
         found.append(sl.find_boundary(model, pairs, directions, budget="kl=0.1", n_bootstrap=200))

@@ -140,7 +140,9 @@ class Steerlens:
     def _long_pairs(self, n_pairs: int, n_tokens: int) -> sl.ContrastivePairs:
         """Pairs of texts of just about `n_tokens` tokens that begin with different words."""
         tokenizer = self.model.tokenizer
-        ids = tokenizer(" ".join(sl.neutral_texts() * 20), add_special_tokens=False)["input_ids"]
+        ids = tokenizer(" ".join(sl.data.neutral_texts() * 20), add_special_tokens=False)[
+            "input_ids"
+        ]
         records = []
         for i in range(n_pairs):
             text = tokenizer.decode(ids[37 * i : 37 * i + n_tokens - 2])

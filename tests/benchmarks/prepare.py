@@ -30,9 +30,9 @@ def write_work(out: Path, *, n_pairs: int, n_cells: int | None, batch_size: int)
     directions = sl.fit_directions(sl.collect_differences(model, train))
     np.save(out / "directions.npy", directions.vectors[:n_layers].numpy())
     test = sl.ContrastivePairs.load("sentiment", split="test")[:n_pairs]
-    tokenized = sl.tokenize_pairs(model, test)
+    tokenized = sl.engine.tokenize_pairs(model, test)
     extraction = extraction_pairs()
-    extract = sl.tokenize_pairs(model, extraction)
+    extract = sl.engine.tokenize_pairs(model, extraction)
     tokenizer = model.tokenizer
     cells: list[Cell] = [(layer, c) for layer in SAMPLED_LAYERS for c in SAMPLED_COEFFICIENTS]
     work = Work(

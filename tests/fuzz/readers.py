@@ -71,13 +71,13 @@ def run_folder(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (*record["files"], "run.json")}
 
 
-def sealed(folder: Path) -> sl.Run:
+def sealed(folder: Path) -> sl.runs.Run:
     """A run whose record fits its files: what stands behind the sha256 is fuzzed."""
     seal(folder)
     return sl.read_run(folder)
 
 
-def _of_its_folder(read: Callable[[Path], sl.Run], path: Path) -> sl.Run:
+def _of_its_folder(read: Callable[[Path], sl.runs.Run], path: Path) -> sl.runs.Run:
     return read(path.parent)
 
 
@@ -103,7 +103,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
         "vector_records": Kind(
             "f.safetensors", sl.SteeringVector.load, record, "vectors", with_checksum
         ),
-        "ggufs": Kind("f.gguf", sl.from_gguf, hostile.gguf(), "ggufs"),
+        "ggufs": Kind("f.gguf", sl.export.from_gguf, hostile.gguf(), "ggufs"),
     }
     inside = {"records": "run.json", "csvs": "writers.csv", "pages": "attention.html"}
     for kind, name in inside.items():

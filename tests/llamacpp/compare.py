@@ -59,11 +59,11 @@ def compare(
     model: Any, vector: sl.SteeringVector, prompt: str, client: str, gguf: Path, folder: Path
 ) -> list[dict[str, Any]]:
     """Rows of the table for one prompt."""
-    tokens = sl.tokenize_prompt(model, (sl.Message("user", prompt),)).prompt
+    tokens = sl.engine.tokenize_prompt(model, (sl.Message("user", prompt),)).prompt
     vectors: dict[str, tuple[str | None, float]] = {"plain": (None, 0.0)}
     for block in BLOCKS:
         path = folder / f"{block}.gguf"
-        sl.to_gguf(vector.at(block), path)
+        sl.export.to_gguf(vector.at(block), path)
         for coefficient in COEFFICIENTS:
             vectors[f"{block} {coefficient:g}"] = (str(path), coefficient)
     request, answer = folder / "request.json", folder / "answer.npz"

@@ -52,7 +52,7 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
         InputError: the vector is another one, or the file cannot be written.
 
     Examples:
-        >>> sl.to_gguf(vector, folder / "cheerful.gguf")
+        >>> sl.export.to_gguf(vector, folder / "cheerful.gguf")
     """
     import gguf
 
@@ -91,8 +91,8 @@ def from_gguf(path: str | Path) -> SteeringVector:
             are not float rows of one length.
 
     Examples:
-        >>> sl.to_gguf(vector, folder / "cheerful.gguf")
-        >>> sl.from_gguf(folder / "cheerful.gguf").hook_names
+        >>> sl.export.to_gguf(vector, folder / "cheerful.gguf")
+        >>> sl.export.from_gguf(folder / "cheerful.gguf").hook_names
         ('blocks.2.hook_resid_post',)
     """
     path = Path(path)

@@ -80,7 +80,7 @@ def bake(
             check fails.
 
     Examples:
-        >>> path = sl.bake(model, vector, 4, folder / "steered")
+        >>> path = sl.export.bake(model, vector, 4, folder / "steered")
         >>> (path / "config.json").is_file()
         True
     """

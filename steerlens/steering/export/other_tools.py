@@ -76,7 +76,7 @@ def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
         >>> theirs = SimpleNamespace(
         ...     layer_type="decoder_block", layer_activations={2: torch.tensor([3.0, 4.0])}
         ... )
-        >>> sl.from_steering_vectors(theirs).hook_names
+        >>> sl.export.from_steering_vectors(theirs).hook_names
         ('blocks.2.hook_resid_post',)
     """
     if vector.layer_type not in _LAYER_TYPES:
@@ -116,7 +116,7 @@ def from_repeng(vector: RepengLike) -> SteeringVector:
     Examples:
         >>> from types import SimpleNamespace
         >>> theirs = SimpleNamespace(model_type="llama", directions={2: np.array([3.0, 4.0])})
-        >>> sl.from_repeng(theirs).scale
+        >>> sl.export.from_repeng(theirs).scale
         tensor([5.])
     """
     rows = {
