@@ -204,7 +204,7 @@ def functions() -> dict[str, Callable[..., Any]]:
     """Public functions by name."""
     return {
         name: getattr(room, name)
-        for room in (sl, circuits, steering)
+        for room in (sl, circuits, steering, sl.measure, sl.engine, sl.directions, sl.export)
         for name in room.__all__
         if inspect.isroutine(getattr(room, name))
     }
@@ -212,7 +212,15 @@ def functions() -> dict[str, Callable[..., Any]]:
 
 def parameters(function: Callable[..., Any]) -> list[str]:
     """The names of its parameters that are given anything."""
-    return [name for name in inspect.signature(function).parameters if name in kinds()]
+    return [name for name in signature(function) if name in kinds()]
+
+
+def signature(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Its parameters; where it hands settings on to a study, also those of a study."""
+    own_ones = dict(inspect.signature(function).parameters)
+    if own_ones.pop("settings", None) is not None:
+        return dict(inspect.signature(sl.Study).parameters) | own_ones
+    return own_ones
 
 
 def run(function: Callable[..., Any], arguments: dict[str, Any], model: Any) -> None:
@@ -234,7 +242,7 @@ CASES = [
 
 
 def arguments_of(name: str, base: dict[str, Any]) -> dict[str, Any]:
-    taken = inspect.signature(functions()[name]).parameters
+    taken = signature(functions()[name])
     return {key: value for key, value in (base | own(name, base)).items() if key in taken}
 
 
@@ -254,7 +262,7 @@ def test_anything_works_or_is_refused(base: dict[str, Any], name: str, parameter
     values = known[
         "text prompt" if (name, parameter) == ("tokenize_prompt", "prompt") else parameter
     ]
-    annotation = str(inspect.signature(function).parameters[parameter].annotation)
+    annotation = str(signature(function)[parameter].annotation)
     if parameter == "coefficient" and "str" not in annotation:
         values = NUMBERS
     if parameter == "on" and "Literal" in annotation:

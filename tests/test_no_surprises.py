@@ -40,7 +40,7 @@ def takes_model(thing: Any) -> bool:
 def public() -> set[str]:
     """Public functions and methods of public classes that have a parameter `model`."""
     found = set()
-    for room in (sl, circuits, steering, plots):
+    for room in (sl, circuits, steering, plots, sl.measure, sl.engine, sl.directions, sl.export):
         for name in room.__all__:
             thing = getattr(room, name)
             if inspect.isclass(thing):

@@ -23,6 +23,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.loading import inference
 from steerlens.progress import Progress
+from steerlens.stats import allowed_gap
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def frozen_readout(task: Task, plain: Traced) -> Float[Tensor, "prompt d_model"]
         )
     metric = plain.metric.to(x.device)
     gap = metric - constant
-    slack = max(1e-3, 16 * torch.finfo(model.cfg.dtype).eps) * max(float(gap.abs().max()), 1e-6)
+    slack = allowed_gap(model.cfg.dtype, least=1e-3, roundings=16)
+    slack *= max(float(gap.abs().max()), 1e-6)
     off = torch.maximum((half - (constant + full) / 2).abs(), (full - metric).abs())
     if not float(off.max()) <= slack:
         raise InputError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.stats import bootstrap_intervals
+from steerlens.stats import allowed_gap, bootstrap_intervals
 from steerlens.tables import Row
 
 EMBED = "blocks.0.hook_resid_pre"
@@ -26,7 +26,7 @@ TOLERANCE = 1e-3
 
 def tolerance(dtype: torch.dtype) -> float:
     """`TOLERANCE`, or 4 times the dtype's epsilon where that is more."""
-    return max(TOLERANCE, 4 * torch.finfo(dtype).eps)
+    return allowed_gap(dtype, least=TOLERANCE, roundings=4)
 
 
 @dataclass(frozen=True, order=True)

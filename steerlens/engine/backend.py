@@ -21,6 +21,7 @@ from steerlens.models import verification
 from steerlens.models.hooked_model import HookedModel, hugging_face_model, weight_module
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
+from steerlens.stats import allowed_gap, relative_gap
 
 DEVICES = {"cuda"}
 """Where it pays: on a CPU a Bridge costs what its arithmetic costs."""
@@ -227,7 +228,7 @@ def _difference(model: Any, bare: BareModel) -> str | None:
     tokens, mask = verification.probe(model)
     ours, theirs = _outputs(bare, tokens, mask), _outputs(model, tokens, mask)
     # The two attentions round differently in every block; a wrong block is off by far more.
-    allowed = max(verification.TOLERANCE, 8 * torch.finfo(model.cfg.dtype).eps)
+    allowed = allowed_gap(model.cfg.dtype, least=verification.TOLERANCE)
     for name, expected in theirs.items():
         gap = _relative(ours[name][mask], expected[mask])
         if not gap <= allowed:
@@ -267,8 +268,7 @@ def _outputs(
 
 def _relative(found: Float[Tensor, "token d"], expected: Float[Tensor, "token d"]) -> float:
     """The median over tokens of the difference's norm over the expected norm."""
-    ours, theirs = found.double(), expected.double()
-    gaps = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-30)
+    gaps = relative_gap(found, expected)
     return float(gaps.median()) if bool(gaps.isfinite().all()) else float("nan")
 
 

@@ -30,6 +30,7 @@ from steerlens.loss import label_logprob, mean_by_prompt
 from steerlens.models.hooked_model import HookedModel, weight_module
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models.loading import inference
+from steerlens.stats import allowed_gap
 
 BACKWARD_COST = 2
 """Block-evaluations that a backward pass through a block counts for: the usual estimate."""
@@ -264,7 +265,7 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
             "the model's weights, or load it in float32 or bfloat16"
         )
     gap = float((logprob.mean() - expected[0]).abs())
-    if not gap <= max(1e-4, 4 * torch.finfo(model.cfg.dtype).eps):
+    if not gap <= allowed_gap(model.cfg.dtype, roundings=4):
         raise ModelError(
             f"the final norm and unembedding, run on label positions alone, differ from the model "
             f"by {gap:.2g} nats per token, so its gradients cannot be taken here; take off hooks "

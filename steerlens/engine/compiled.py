@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steerlens.stats import allowed_gap
+
 COMPILE_FROM = 5e16
 """Floating-point operations from which it pays: it saves a fifth of two minutes on a card that does
 400e12 a second, and takes up to half a minute."""
@@ -45,7 +47,7 @@ class CompiledBlocks:
             return self._give_up(f"{type(error).__name__}: {error}", block, args, kwargs)
         if seen not in self._seen:
             gap = _relative(_first(output), _first(kind.forward(block, *args, **kwargs)))
-            if gap > max(1e-4, 4 * torch.finfo(given.dtype).eps):
+            if not gap <= allowed_gap(given.dtype, roundings=4):
                 return self._give_up(f"differs by {gap:.2g}", block, args, kwargs)
             self._seen.add(seen)
         return output

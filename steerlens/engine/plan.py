@@ -24,6 +24,7 @@ from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workl
 from steerlens.errors import SteerlensError
 from steerlens.models.hooks import hook_layer
 from steerlens.progress import silent
+from steerlens.stats import allowed_gap
 
 SPLIT = ("continuation", "last")
 """Steered positions before which a prompt is unsteered, so that its keys and values can be kept."""
@@ -211,7 +212,7 @@ def _reasons(
     if n_skippable(engine.model) != engine.n_layers:
         return {job.hook_name: "its blocks are not one list" for job in jobs}
     # Eight times the rounding of a half-precision dtype; rounding of float32 never comes near.
-    tolerance = max(1e-4, 8 * torch.finfo(engine.model.cfg.dtype).eps)
+    tolerance = allowed_gap(engine.model.cfg.dtype)
     reasons: dict[str, str] = {}
     prepared: Prepared | None = None
     carried: Carried | None = None

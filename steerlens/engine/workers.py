@@ -27,6 +27,7 @@ from steerlens.errors import SteerlensError, WorkerError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
 from steerlens.models.loading import load_arguments, load_model
+from steerlens.stats import allowed_gap
 
 
 @dataclass(frozen=True)
@@ -288,7 +289,7 @@ def _check_same_model(engine: Engine, workload: Workload, unsteered: Baseline) -
     one = replace(workload, positive=(replace(batches[0].row(0), rows=(0,)),), negative=())
     here = run_baseline(engine, one, unsteered.hook_names[:1]).logprob[0]
     gap = abs(float(here) - float(unsteered.logprob[row]))
-    allowed = max(1e-4, 4 * torch.finfo(engine.model.cfg.dtype).eps)
+    allowed = allowed_gap(engine.model.cfg.dtype, roundings=4)
     if not gap <= allowed:
         raise WorkerError(
             f"the model of this worker gives the {batches[0].prompts[0].where} a logprob that is "

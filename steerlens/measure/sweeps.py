@@ -121,7 +121,7 @@ def run_sweep(
     settings = SweepSettings(
         **vars(study.settings), coefficients=checked_coefficients(coefficients)
     )
-    along = _along(study, nulls or {})
+    along, baseline = _along(study, nulls or {}), study.baseline
     known: Mapping[str, FinishedHook] = {}
     if checkpoint is not None:
         known = checkpoint.finished(_fingerprint(study, settings, along))
@@ -140,7 +140,7 @@ def run_sweep(
     points = [
         row
         for name in study.hook_names
-        for row in point_rows(name, study.baseline, study.directions[name], ids)
+        for row in point_rows(name, baseline, study.directions[name], ids)
     ]
     return SweepResult(
         table=to_frame(table, SWEEP_COLUMNS, attrs),
@@ -177,6 +177,7 @@ def _finished_hooks(
 ) -> Iterator[FinishedHook]:
     """The hooks that are not known, each when the cells of all its jobs are finished."""
     pushes = tuple(c for c in settings.coefficients if c != 0)
+    plan = study.plan if pushes else None  # before the first cell is told of
     n_of_hook = len(settings.coefficients) + (len(along) - 1) * len(pushes)
     n_done, n_cells = n_of_hook * len(known), n_of_hook * len(study.hook_names)
     tell = study.engine.progress
@@ -187,7 +188,7 @@ def _finished_hooks(
         for pushed in along
         if pushes
     }
-    finished = finished_cells(study.plan, list(jobs), known=known) if jobs else iter(())
+    finished = iter(()) if plan is None else finished_cells(plan, list(jobs), known=known)
     ready: dict[str, dict[_Along, Finished]] = {}
     for done in finished:
         at_hook = ready.setdefault(done.job.hook_name, {})

@@ -8,18 +8,16 @@ their norms. (Folding leaves those alone; it is kept apart all the same, as one 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import hugging_face_model
+from steerlens.stats import allowed_gap
 
 UNKNOWN = "unknown"
 FOLDED = "folded norms"
 CENTRED = "centred writing weights"
-
-_CENTRED_AT_MOST = 1e-4
 
 
 def weight_processing(model: Any) -> str:
@@ -115,7 +113,7 @@ def _is_centred(weight: Float[Tensor, "... d_model"]) -> bool:
 
     `sqrt(d_model * mean_r(mean_r^2) / mean(w^2))` is about 1 for random rows.
     """
-    tolerance = max(_CENTRED_AT_MOST, 2 * torch.finfo(weight.dtype).eps)
+    tolerance = allowed_gap(weight.dtype, roundings=2)
     values = weight.detach().float()
     means = values.mean(dim=-1).square().mean() * values.shape[-1]
     return bool(means <= tolerance**2 * values.square().mean())

@@ -23,6 +23,7 @@ from steerlens.models.hooked_model import (
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
+from steerlens.stats import allowed_gap
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.export.gguf_file import block_rows
 
@@ -196,8 +197,7 @@ def _check_logits(
             hooked = model(tokens).float().cpu()
         baked = plain.to(tokens.device)(tokens).logits.float().cpu()
     largest = float((hooked - baked).abs().max() / hooked.abs().max())
-    eps = torch.finfo(model.cfg.dtype).eps
-    tolerance = TOLERANCE if model.cfg.dtype == torch.float32 else max(TOLERANCE, 8 * eps)
+    tolerance = allowed_gap(model.cfg.dtype, least=TOLERANCE)
     if not largest <= tolerance:
         raise InputError(
             f"the baked checkpoint's logits differ from the hooked model's by {largest:.2g} of the "
