@@ -107,27 +107,39 @@ def compare(
 ) -> Comparison:
     """Compare methods at equal damage: fitted on `pairs`, measured on held-out `items`.
 
-    Every direction's coefficient (residual units, positive) is the one at which the `budget` (see
-    `Budget`) is spent on the first half of the `neutral` texts (shipped lines by default), or, with
-    `on="positive"`, on the pairs' positive prompts: its coherence boundary there. The effect is the
-    mean change of the preference gap, `logprob(positive continuation) - logprob(negative one)`
-    (nats per token), with a 95% bootstrap interval over items; damage is measured on the second
-    half of the neutral texts. Every token is steered. The gap is also measured at -1, -1/2, 0 and
-    1/2 times the coefficient, for slope, Spearman correlation and monotone share of every item.
+    Every direction's coefficient (residual units, positive) is the one at which the budget is
+    spent: its coherence boundary on that text. The effect is the mean change of the preference gap,
+    `logprob(positive continuation) - logprob(negative one)` (nats per token), with a 95% bootstrap
+    interval over items; damage is measured on the second half of the neutral texts. Every token is
+    steered. The gap is also measured at -1, -1/2, 0 and 1/2 times the coefficient, for slope,
+    Spearman correlation and monotone share of every item. The baseline "prompt" writes the pairs'
+    positive system messages into the items' prompts, where both are chats.
 
-    `n_null` random and as many shuffled vectors at every hook, each at its own coefficient for the
-    same budget, give the null band and p-value (`null_band`); `p_holm` corrects over the layers
-    of a method, `q_value` over all rows. A row is an "effect" ("reversed" when negative) only
-    outside the band and with `p_holm` below 0.05; a p-value from so few nulls rests on their
-    being normal. The layer is chosen by the effect on `train_items`, never on `items`; methods
-    trained on continuations are trained on `train_items` too, so their choice of layer is
-    in-sample. `off_target` are items of other concepts. The baseline "prompt" writes the pairs'
-    positive system messages into the items' prompts, where both are chats. An `executor` runs
-    the cells as in `sweep`; directions are fitted here.
+    The nulls, each at its own coefficient for the same budget, give the band and p-value of
+    `null_band`; `p_holm` corrects over the layers of a method, `q_value` over all rows. A row is an
+    "effect" ("reversed" when negative) only outside the band and with `p_holm` below 0.05; a
+    p-value from so few nulls rests on their being normal.
 
-    Raises `InputError` on an unknown method, `InputError` on a budget, number or set of texts
-    that cannot be used, `InputError` when training and held-out items share a prompt, and as
-    `collect_differences`, `loss_gradients` and `fit_directions` do.
+    Args:
+        methods: What to fit with (see `METHODS`).
+        layers: Where (see `resolve_hooks`).
+        train_items: The layer is chosen by the effect on these, never on `items`. Methods trained
+            on continuations are trained on them too, so their choice of layer is in-sample.
+            Default: no layer is chosen.
+        off_target: Items of other concepts, by name. Default: none.
+        budget: See `Budget`.
+        on: What the budget is spent on: "neutral", the first half of the neutral texts, or
+            "positive", the pairs' positive prompts.
+        neutral: At least 4 texts. Default: the shipped lines.
+        n_null: Random and as many shuffled vectors at every hook.
+        position: Token of the prompt that is read. Default: that of each method.
+        search_range, n_bootstrap, seed, batch_size, executor, progress: As of `Study`; directions
+            are fitted here, whatever the executor.
+
+    Raises:
+        InputError: An unknown method, a budget, number or set of texts that cannot be used,
+            training and held-out items that share a prompt.
+        HookError, ModelError, WorkerError: As `collect_differences`, `loss_gradients`, `Study`.
 
     Examples:
         >>> comparison = sl.compare(
@@ -154,75 +166,46 @@ def compare(
         batch_size=whole_or_none("batch_size", batch_size, 1),
     )
     position = None if position is None else operator.index(position)
-    told = _with_persona(pairs, items)
-    _check(settings, items, train_items, off_target or {})
-    for some in (items, train_items, *(off_target or {}).values(), told):
-        if some is not None:
-            tokenize_items(model, some)  # so that what cannot be run is said before anything is
-    tokenized = tokenize_pairs(model, pairs)
-    if isinstance(neutral, str) or neutral == []:
-        raise InputError(f"neutral is a list of at least 4 texts, got {neutral!r}")
-    texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
-    if len(texts) < 4:
-        raise InputError(f"expected at least 4 neutral texts, got {len(texts)}")
-    half = len(texts) // 2
+    sets = _ItemSets(items, train_items, off_target or {}, _with_persona(pairs, items))
+    _check(settings, sets)
+    for some in sets.all():
+        tokenize_items(model, some)  # so that what cannot be run is said before anything is
+    texts = _texts(model, pairs, settings, neutral)
     # Fitting, coefficients, effects, damage and texts; then what was given beside them.
-    others = (train_items, told, *(off_target or {}).values())
-    steps = _steps(progress or silent, 5 + sum(some is not None for some in others))
-    fitting = next(steps)
-    differences = collect_differences(
-        model,
-        pairs,
-        layers=layers,
-        position=-1 if position is None else position,
-        batch_size=batch_size,
-        progress=fitting,
-    )
+    steps = _steps(progress or silent, 4 + len(sets.all()))
+    shared: dict[str, Any] = {
+        "layers": layers,
+        "batch_size": settings.batch_size,
+        "progress": next(steps),
+    }
+    at = -1 if position is None else position
+    differences = collect_differences(model, pairs, position=at, **shared)
     fitted = fit_methods(
-        model,
-        pairs,
-        settings.methods,
+        *(model, pairs, settings.methods),
         differences=differences,
-        layers=layers,
         position=position,
         items=train_items,
         seed=settings.seed,
-        batch_size=batch_size,
-        progress=fitting,
+        **shared,
     )
-    nulls = null_directions(differences, n=n_null, seed=settings.seed)
+    nulls = null_directions(differences, n=settings.n_null, seed=settings.seed)
     run = Runner(
         Engine(model, settings.batch_size, executor),
         settings,
         make_subjects(differences.hook_names, fitted, nulls),
     )
-    calibration = tokenized.positive if on == "positive" else texts[:half]
-    reached = run.calibrate(calibration, mean_norms(differences), next(steps))
-    measured_at = _Measurements(
-        reached=reached,
-        effects=run.effects(items, reached, next(steps)),
-        damage=run.damages(texts[half:], reached, next(steps)),
-        on_train={} if train_items is None else run.mean_effects(train_items, reached, next(steps)),
-        elsewhere=[
-            run.mean_effects(some, reached, next(steps)) for some in (off_target or {}).values()
-        ],
-    )
-    rows, by_item = _rows(run, measured_at, items, next(steps))
-    if told is not None:
-        tell, n, what = next(steps), 2 * len(items), "persona in the prompt: prompts"
-        of_told, of_items = (part_of(tell, what, before=at, total=2 * n) for at in (0, n))
-        by_item[PROMPT] = run.gap(told, of_told) - run.gap(items, of_items)
+    reached = run.calibrate(texts.calibration, mean_norms(differences), next(steps))
+    rows, by_item = _rows(run, _measure(run, sets, texts, reached, steps), items, next(steps))
+    if sets.persona is not None:
+        by_item[PROMPT] = _persona_effect(run, items, sets.persona, next(steps))
         rows.append(_prompt_row(by_item[PROMPT], settings))
     attrs = {
         "settings": asdict(settings),
-        "positions": {name: of.position for name, of in fitted.items()},
+        "positions": {name: directions.position for name, directions in fitted.items()},
         "fitted_on": pairs.fingerprint,
-        "measured_on": items.fingerprint,
         "pairs": pairs.name,
-        "items": items.name,
-        "chosen_on": None if train_items is None else train_items.fingerprint,
-        "off_target": {name: of.fingerprint for name, of in (off_target or {}).items()},
-        "neutral": fingerprint(texts),
+        **sets.record(),
+        "neutral": fingerprint(texts.neutral),
         "model": provenance(model).to_dict(),
         "forward_equivalents": run.forward_equivalents(items),
     }
@@ -230,6 +213,82 @@ def compare(
     effects.attrs.update(attrs)
     table = to_frame(rows, COMPARISON_COLUMNS, attrs)
     return Comparison(table, summarise(table, effects, settings), effects, fitted, settings)
+
+
+@dataclass(frozen=True)
+class _ItemSets:
+    """Held-out items, and those given beside them; with the persona in the prompt, if it can be."""
+
+    held_out: PreferenceItems
+    train: PreferenceItems | None
+    off_target: Mapping[str, PreferenceItems]
+    persona: PreferenceItems | None
+
+    def all(self) -> list[PreferenceItems]:
+        """Those that there are."""
+        sets = [self.held_out, self.train, *self.off_target.values(), self.persona]
+        return [items for items in sets if items is not None]
+
+    def record(self) -> dict[str, Any]:
+        """What a table says of them."""
+        return {
+            "measured_on": self.held_out.fingerprint,
+            "items": self.held_out.name,
+            "chosen_on": None if self.train is None else self.train.fingerprint,
+            "off_target": {name: items.fingerprint for name, items in self.off_target.items()},
+        }
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """What the budget is spent on, and where damage is measured: other texts."""
+
+    neutral: tuple[TokenizedPrompt, ...]
+    calibration: tuple[TokenizedPrompt, ...]
+    damaged: tuple[TokenizedPrompt, ...]
+
+
+def _texts(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    settings: CompareSettings,
+    neutral: Sequence[str] | None,
+) -> _Texts:
+    tokenized = tokenize_pairs(model, pairs)
+    if isinstance(neutral, str) or neutral == []:
+        raise InputError(f"neutral is a list of at least 4 texts, got {neutral!r}")
+    texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
+    if len(texts) < 4:
+        raise InputError(f"expected at least 4 neutral texts, got {len(texts)}")
+    half = len(texts) // 2
+    calibration = tokenized.positive if settings.on == "positive" else texts[:half]
+    return _Texts(texts, calibration, texts[half:])
+
+
+def _measure(
+    run: Runner,
+    sets: _ItemSets,
+    texts: _Texts,
+    reached: Mapping[Subject, float],
+    steps: Iterator[Progress],
+) -> "_Measurements":
+    effects = run.effects(sets.held_out, reached, next(steps))
+    damage = run.damages(texts.damaged, reached, next(steps))
+    on_train: Mapping[Subject, float] = {}
+    if sets.train is not None:
+        on_train = run.mean_effects(sets.train, reached, next(steps))
+    elsewhere = [run.mean_effects(s, reached, next(steps)) for s in sets.off_target.values()]
+    return _Measurements(reached, effects, damage, on_train, elsewhere)
+
+
+def _persona_effect(
+    run: Runner, items: PreferenceItems, persona: PreferenceItems, progress: Progress
+) -> NDArray[np.float64]:
+    """How the persona in the prompt changes every item's preference gap."""
+    n, stage = 2 * len(items), "persona in the prompt: prompts"
+    first, second = (part_of(progress, stage, before=at, total=2 * n) for at in (0, n))
+    effect: NDArray[np.float64] = run.gap(persona, first) - run.gap(items, second)
+    return effect
 
 
 def _steps(progress: Progress, n: int) -> Iterator[Progress]:
@@ -298,14 +357,9 @@ def _rows(
     return with_verdicts(rows), by_item
 
 
-def _check(
-    settings: CompareSettings,
-    items: PreferenceItems,
-    train_items: PreferenceItems | None,
-    off_target: Mapping[str, PreferenceItems],
-) -> None:
-    given: list[Any] = [items, *([] if train_items is None else [train_items])]
-    for some in (*given, *off_target.values()):
+def _check(settings: CompareSettings, sets: _ItemSets) -> None:
+    given: list[Any] = sets.all()
+    for some in given:
         if not isinstance(some, PreferenceItems):
             raise InputError(f"items are PreferenceItems, not {type(some).__name__}")
     if not settings.methods:
@@ -314,7 +368,7 @@ def _check(
         method_of(name)
     if settings.on not in ("neutral", "positive"):
         raise InputError(f"on is neutral or positive, not {settings.on!r}")
-    shared = {item.prompt for item in items} & {item.prompt for item in train_items or ()}
+    shared = {item.prompt for item in sets.held_out} & {item.prompt for item in sets.train or ()}
     if shared:
         raise InputError(
             f"{len(shared)} prompts are both in the training and in the held-out items, so the "
