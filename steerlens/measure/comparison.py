@@ -20,6 +20,7 @@ from steerlens.directions.fitting import fit_methods
 from steerlens.directions.methods import method_of, null_directions
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
+    TokenizedPrompt,
     fingerprint,
     tokenize_items,
     tokenize_pairs,
