@@ -223,7 +223,7 @@ def test_other_weights_are_noticed() -> None:
 def test_blocks_that_differ_are_found_out(
     texts: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = bare.fidelity.own_model
+    own = bare.verification.own_model
     expected = sl.collect_differences(bridge(build_llama()), texts)
 
     def broken(model: Any) -> Any:
@@ -231,7 +231,7 @@ def test_blocks_that_differ_are_found_out(
         plain.model.layers[3].mlp.register_forward_hook(lambda module, args, output: output * 1.1)
         return plain
 
-    monkeypatch.setattr(bare.fidelity, "own_model", broken)
+    monkeypatch.setattr(bare.verification, "own_model", broken)
     model = bridge(build_llama())
     with pytest.warns(RuntimeWarning, match=r"do not stand in for the Bridge's \(blocks\.3"):
         differences = sl.collect_differences(model, texts)

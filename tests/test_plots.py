@@ -450,7 +450,7 @@ def test_text_where_numbers_belong_is_refused(sweep: pd.DataFrame) -> None:
 
 def test_components_need_a_head_or_an_mlp(parts: tuple[pd.DataFrame, pd.DataFrame]) -> None:
     writers, readers = parts
-    with pytest.raises(InputError, match="embedding alone"):
+    with pytest.raises(InputError, match="the embedding"):
         plots.components(writers[writers.component == "embed"], readers)
 
 

@@ -71,7 +71,7 @@ def test_collecting(llama: Any, pairs: sl.ContrastivePairs) -> None:
     assert run(sl.loss_gradients, llama, pairs, batch_size=3) == [("gradients: pairs", 8)]
     assert run(sl.fit, llama, pairs, method="gradient_mean") == [("gradients: pairs", 8)]
     fitted = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[1]))
-    assert run(sl.measure_layers, llama, pairs, fitted) == [
+    assert run(lambda **options: sl.Study(llama, pairs, fitted, **options).layers) == [
         *(("unsteered model: prompts", 16), ("cells", 1))
     ]
 
@@ -118,16 +118,19 @@ def test_rollouts_and_predictions(
     options: dict[str, Any] = {"layers": [3], "budget": "rollout_kl_p95=0.5", "n_bootstrap": 2}
     found = run(sl.find_boundary, llama, pairs[:3], directions, **options)
     assert ("boundary on all prompts: pushes", 2) in found
-    assert run(sl.predict_boundary, llama, pairs, directions) == [
-        *(("unsteered model: prompts", 16), ("slopes: prompts", 8))
-    ]
+    assert run(
+        lambda **given: sl.Study(llama, pairs, directions, **given).predicted_boundary()
+    ) == [*(("unsteered model: prompts", 16), ("slopes: prompts", 8))]
 
 
 def test_a_shape(llama: Any, many: sl.ContrastivePairs, directions: sl.Directions) -> None:
-    found = run(sl.boundary_shape, llama, many, directions, layer=1, n_angles=4, n_bootstrap=2)
-    assert found[:5] == [
-        ("activations: prompts", 40),
-        ("unsteered model: prompts", 20),
+    def shape(**options: Any) -> Any:
+        study = sl.Study(llama, many, directions, layers=1, n_bootstrap=2, **options)
+        return study.boundary_shape(1, n_angles=4)
+
+    found = run(shape)
+    assert found[:4] == [
+        ("unsteered model: prompts", 40),
         ("checks: hooks", 1),
         ("slopes: prompts", 20),
         BOUNDARY[0],
@@ -140,11 +143,10 @@ def test_the_geometry_of_several_layers(
 ) -> None:
     options: dict[str, Any] = {"layers": [1, 3], "n_angles": 3, "n_bootstrap": 2}
     found = run(sl.loss_geometry, llama, many, directions, **options)
-    assert found[0] == ("layer 1 of 2, activations: prompts", 40)
+    assert found[:2] == [("unsteered model: prompts", 40), ("checks: hooks", 2)]
+    assert found[2] == ("layer 1 of 2, slopes: prompts", 20)
     assert ("layer 2 of 2, boundary on probes: pushes settled", 3) in found
-    assert found[-4:] == [
-        ("unsteered model: prompts", 40),
-        ("checks: hooks", 2),
+    assert found[-2:] == [
         ("loss in the plane: pushes", 2 * 3 * 6),
         ("slopes: prompts", 20),
     ]

@@ -371,7 +371,7 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
         steered_positions="all",
         budget="relative=0.01",
         margin=0.99,
-        weight=10000,
+        weight=10000.0,
         n_bootstrap=500,
         seed=0,
         batch_size=None,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from steerlens import ContrastivePairs
 from steerlens.data.prompts import Message, render
-from steerlens.engine import tokenization as tokens
+from steerlens.engine import batches
 from steerlens.engine.batches import Batch, make_batches, make_split_batches
 from steerlens.engine.tokenization import (
     TokenizedPairs,
@@ -241,7 +241,7 @@ def test_padding_is_a_tenth_at_most(
 ) -> None:
     prompts = numbered(*((n + 1, after) for n, after in lengths))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "MAX_PADDING", 0.1)
+        patch.setattr(batches, "MAX_PADDING", 0.1)
         whole = make_batches(gpt2, prompts, batch_size)
         parts = make_split_batches(gpt2, prompts, batch_size)
         apart = make_batches(gpt2, numbered((4, 0), (20, 0)), None)

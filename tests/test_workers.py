@@ -16,7 +16,6 @@ from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
 from steerlens.engine import cells, workers
-from steerlens.engine.engine import Engine
 from steerlens.errors import ModelError, WorkerError
 from steerlens.models.hooks import resid_post
 
@@ -291,8 +290,8 @@ def test_a_model_made_elsewhere_is_refused(
 @pytest.mark.parametrize("given", [4, "processes", object()])
 def test_what_is_no_executor_is_refused(model: Any, given: Any) -> None:
     with pytest.raises(WorkerError, match=r"expected a concurrent\.futures\.Executor"):
-        workers.check_executor(Engine(model, executor=given))
-    workers.check_executor(Engine(model, executor=Inline()))
+        workers.check_executor(given, model)
+    workers.check_executor(Inline(), model)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

@@ -35,6 +35,7 @@ class Boundary(ModelCommand):
     shape: Annotated[int | None, "Of one layer: boundaries at so many angles in a plane."] = None
 
     def run(self) -> None:
+        """What the command does."""
         text = opt.text_of(self.on)
         check_search(budget=self.budget, search_range=self.search_range)
         task = prepare(self, self.layers)
@@ -79,6 +80,7 @@ class Geometry(ModelCommand):
     budget: Annotated[str, "As of `boundary`."] = "relative=0.01"
 
     def run(self) -> None:
+        """What the command does."""
         check_search(budget=self.budget, search_range=4.0)
         task = prepare(self, self.layers)
         run = task.start("geometry")

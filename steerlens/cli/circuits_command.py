@@ -44,6 +44,7 @@ class Circuits(ModelCommand):
     )
 
     def run(self) -> None:
+        """What the command does."""
         task = prepare(self, self.layer)
         model, measure_on = task.model, task.measure_on
         if len(task.hook_names) != 1:

@@ -49,6 +49,7 @@ class Compare(ModelCommand):
     position: opt.Position = None
 
     def run(self) -> None:
+        """What the command does."""
         methods = [name.strip() for name in self.methods.split(",") if name.strip()]
         for name in methods:
             method_of(name)
@@ -109,6 +110,7 @@ class Reliability(ModelCommand, TableCommand):
     position: opt.Position = None
 
     def run(self) -> None:
+        """What the command does."""
         fit_on, _, _ = opt.pairs_of(self.pairs)
         if self.out is not None:
             check_out_file(self.out)

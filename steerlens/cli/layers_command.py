@@ -21,6 +21,7 @@ class Layers(ModelCommand, TableCommand):
     position: opt.Position = None
 
     def run(self) -> None:
+        """What the command does."""
         task = prepare(self, self.layers, out_file=self.out)
         with task.progress() as progress:
             table = task.study(progress).layers

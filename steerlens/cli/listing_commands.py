@@ -20,6 +20,7 @@ class Datasets(Command):
     name: Annotated[str | None, typer.Argument(help="Show this dataset's card.")] = None
 
     def run(self) -> None:
+        """What the command does."""
         if self.name is not None:
             say(dataset_card(self.name))
             return
@@ -36,6 +37,7 @@ class Methods(Command):
     """What --method takes."""
 
     def run(self) -> None:
+        """What the command does."""
         for name, method in METHODS.items():
             say(f"{name} ({method.source}): {method.summary}")
 
@@ -45,6 +47,7 @@ class Models(Command):
     """Models that steerlens fetches by itself, and what else --model takes."""
 
     def run(self) -> None:
+        """What the command does."""
         for packaged in PACKAGED_MODELS.values():
             say(f"{packaged.name}: {packaged.description} ({packaged.requirement})")
         say("--model also takes a local Hugging Face folder, a .gguf file, or a hub id.")

@@ -26,6 +26,7 @@ class Report(QuietCommand):
     )
 
     def run(self) -> None:
+        """What the command does."""
         runs = [read_run(folder) for folder in self.runs]
         out = self.runs[0] / REPORT if self.out is None else self.out
         check_out_file(out)

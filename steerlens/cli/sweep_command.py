@@ -96,6 +96,7 @@ class Sweep(ModelCommand, WorkersCommand):
     ] = 2
 
     def run(self) -> None:
+        """What the command does."""
         if self.resume is not None and (self.out is not None or self.source is not None):
             raise FileError("--resume goes on in its own folder: leave out --out and --from")
         out = self.out if self.resume is None else self.resume

@@ -57,6 +57,7 @@ class Extract(ModelCommand):
     budget: Annotated[str, "Of the boundary, as in `steerlens boundary`."] = "relative=0.01"
 
     def run(self) -> None:
+        """What the command does."""
         operator = operator_of(self.operator, value=self.value)
         text = opt.text_of(self.on)
         check_search(budget=self.budget, search_range=4.0)
@@ -106,6 +107,7 @@ class Generate(ModelCommand):
     raw: Annotated[bool, typer.Option("--raw", help="No chat template round the prompt.")] = False
 
     def run(self) -> None:
+        """What the command does."""
         strengths = opt.strengths_of(self.coefficients)
         if self.positions not in POSITIONS:
             raise InputError(f"--positions are {', '.join(POSITIONS)}, not {self.positions!r}")
@@ -160,6 +162,7 @@ class Export(QuietCommand):
     target: Annotated[Path, typer.Argument(help="File to write: .gguf or .safetensors.")]
 
     def run(self) -> None:
+        """What the command does."""
         vector, target = _read_vector(self.source), self.target
         check_out_file(target)
         if target.suffix == ".gguf":
@@ -181,6 +184,7 @@ class Bake(QuietCommand):
     model: OptionalModel = None
 
     def run(self) -> None:
+        """What the command does."""
         strengths = opt.strengths_of(self.coefficient)
         if len(strengths) != 1:
             raise InputError(f"expected one --coefficient, got {self.coefficient!r}")
@@ -199,6 +203,7 @@ class Show(Command):
     vector: VectorFile
 
     def run(self) -> None:
+        """What the command does."""
         _print_vector(_read_vector(self.vector))
 
 
@@ -209,6 +214,7 @@ class CompareVectors(Command):
     vectors: Annotated[list[Path], typer.Argument(help="Two or more vectors, or one of layers.")]
 
     def run(self) -> None:
+        """What the command does."""
         names = [path.name for path in self.vectors]
         if len(set(names)) < len(names):
             names = [str(path) for path in self.vectors]

@@ -76,7 +76,7 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
     run here. Raises as `workers.check_executor`.
     """
     if engine.executor is not None:
-        check_executor(engine)
+        check_executor(engine.executor, engine.model)
     if not jobs:
         nothing = Prepared(workload, unsteered, (), ())
         return Plan(engine, engine, nothing, frozenset(), reuse_prefix=False)

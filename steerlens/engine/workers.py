@@ -69,13 +69,12 @@ class _Standing:
     carried: Carried
 
 
-def check_executor(engine: Engine) -> None:
-    """See that the engine's executor can run the model: its workers load it by `load_model`.
+def check_executor(executor: Any, model: HookedModel) -> None:
+    """See that an executor can run the model: its workers load it by `load_model`.
 
     Raises `ModelError` for a model not made by `load_model`, and `WorkerError` for what is no
     executor, and for a pool of forked processes: after a fork PyTorch's threads may wait for ever.
     """
-    executor: Any = engine.executor
     if not isinstance(executor, Executor):
         raise WorkerError(
             f"expected a concurrent.futures.Executor, got {type(executor).__name__}; of a Dask "
@@ -87,7 +86,7 @@ def check_executor(engine: Engine) -> None:
             "processes that are forked cannot run PyTorch safely; expected ProcessPoolExecutor("
             "n, mp_context=multiprocessing.get_context('spawn'))"
         )
-    load_arguments(engine.model)
+    load_arguments(model)
 
 
 def new_key() -> str:

@@ -134,13 +134,14 @@ def compare(
         neutral: At least 4 texts. Default: the shipped lines.
         n_null: Random and as many shuffled vectors at every hook.
         position: Token of the prompt that is read. Default: that of each method.
-        search_range, n_bootstrap, seed, batch_size, executor, progress: As of `Study`; directions
-            are fitted here, whatever the executor.
+        search_range: How far to look for the boundary, as of `Study.boundary`.
+        n_bootstrap: As of `Study`, and so are `seed`, `batch_size` and `progress`.
+        executor: Its workers run the cells, as of `Study`; directions are fitted here.
 
     Raises:
         InputError: An unknown method, a budget, number or set of texts that cannot be used,
             training and held-out items that share a prompt.
-        HookError, ModelError, WorkerError: As `collect_differences`, `loss_gradients`, `Study`.
+        SteerlensError: As `collect_differences`, `loss_gradients` and `Study`.
 
     Examples:
         >>> comparison = sl.compare(

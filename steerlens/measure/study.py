@@ -55,6 +55,8 @@ class Study(Preparation):
         >>> again = study.boundary(on="negative")  # the unsteered pairs are not run again
         >>> study.layers.layer.tolist()
         [1, 2]
+        >>> study.boundary_shape(1, n_angles=4).table.angle.tolist()
+        [0.0, 90.0, 180.0, 270.0]
     """
 
     def __repr__(self) -> str:
@@ -233,12 +235,7 @@ def sweep(
 ) -> SweepResult:
     """`Study(model, pairs, directions, **settings).sweep(coefficients, ...)`.
 
-    Args:
-        model, pairs, directions, settings: As of `Study`.
-        coefficients, nulls, checkpoint: As of `Study.sweep`.
-
-    Raises:
-        InputError, HookError, ModelError, WorkerError: As `Study` and `Study.sweep`.
+    What each is, and what is raised, is told at `Study` and `Study.sweep`.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
@@ -263,12 +260,7 @@ def find_boundary(
 ) -> BoundaryResult:
     """`Study(model, pairs, directions, **settings).boundary(...)`.
 
-    Args:
-        model, pairs, directions, settings: As of `Study`.
-        on, search_range: As of `Study.boundary`.
-
-    Raises:
-        InputError, HookError, ModelError, WorkerError: As `Study` and `Study.boundary`.
+    What each is, and what is raised, is told at `Study` and `Study.boundary`.
 
     Examples:
         >>> found = sl.find_boundary(model, pairs, directions, layers=[1, 2], budget="kl=0.1")
@@ -293,12 +285,7 @@ def loss_geometry(
 ) -> LossGeometry:
     """`Study(model, pairs, directions, layers=layers, **settings).plane(...)`.
 
-    Args:
-        model, pairs, directions, layers, settings: As of `Study`.
-        n_angles, search_range: As of `Study.plane`.
-
-    Raises:
-        InputError, HookError, ModelError, WorkerError: As `Study` and `Study.plane`.
+    What each is, and what is raised, is told at `Study` and `Study.plane`.
 
     Examples:
         >>> geometry = sl.loss_geometry(

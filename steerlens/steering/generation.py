@@ -71,8 +71,7 @@ def generate_tokens(
     Shorter prompts are padded on the left. Each continuation ends before the end-of-text token.
 
     Args:
-        model, vector, coefficient, max_new_tokens, positions: as in `generate`.
-        prompts: as from `tokenize_prompt`.
+        prompts: as from `tokenize_prompt`; the others as in `generate`.
 
     Raises:
         InputError: there are no prompts, no tokens are asked for, the longest prompt with them
