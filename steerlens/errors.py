@@ -5,6 +5,16 @@ import operator
 import warnings
 from typing import Any
 
+__all__ = [
+    "FileError",
+    "HookError",
+    "InputError",
+    "MemoryLimitError",
+    "ModelError",
+    "SteerlensError",
+    "WorkerError",
+]
+
 
 class SteerlensError(ValueError):
     """Base of every error steerlens raises on purpose; the CLI prints it as one line."""

@@ -11,6 +11,21 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+__all__ = [
+    "NullBand",
+    "allowed_gap",
+    "bootstrap_interval",
+    "bootstrap_intervals",
+    "false_discovery",
+    "holm",
+    "null_band",
+    "percentile_interval",
+    "ratio_interval",
+    "relative_gap",
+    "resampled_counts",
+    "weighted_quantile",
+]
+
 CONFIDENCE = 0.95
 
 

@@ -16,6 +16,14 @@ import pandas as pd
 
 from steerlens.progress import printable
 
+__all__ = [
+    "Column",
+    "read_csv",
+    "to_frame",
+    "write_csv",
+    "write_parquet",
+]
+
 Row = Mapping[str, Any]
 ColumnType = Literal["str", "int64", "float64", "bool"]
 T = TypeVar("T")

@@ -112,6 +112,7 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
         g.model, g.pairs, g.directions, coefficients=[-1, 0, 1], layers=[0, 1], **SMALL
     ),
     "token_damage": lambda g: sl.token_damage(g.model, NEUTRAL, g.vector, coefficients=[0, 2.0]),
+    "tokenize_items": lambda g: sl.engine.tokenize_items(g.model, g.items),
     "tokenize_pairs": lambda g: sl.engine.tokenize_pairs(g.model, g.pairs),
     "tokenize_prompt": lambda g: sl.engine.tokenize_prompt(
         g.model, (sl.Message("user", "the day"),)
@@ -165,11 +166,14 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     ),
 }
 # Public, with a model, and not in the table; why.
-EXCEPTIONS: dict[str, str] = {}
+EXCEPTIONS: dict[str, str] = {"Engine.on": "names another model, runs none"}
 # They run no forward pass, so they fail on what they are given.
 BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
     "resolve_hooks": lambda g: sl.resolve_hooks(g.model, "no such hook"),
     "tokenize_prompt": lambda g: sl.engine.tokenize_prompt(g.model, ""),
+    "tokenize_items": lambda g: sl.engine.tokenize_items(
+        g.model, sl.PreferenceItems((sl.PreferenceItem("the " * 99, "good", "bad", "a"),) * 1)
+    ),
     "tokenize_pairs": lambda g: sl.engine.tokenize_pairs(
         g.model, sl.ContrastivePairs.from_lists(["a"] * 2, [("the " * 99)] * 2)
     ),

@@ -194,6 +194,7 @@ ELSEWHERE = {
     "to_repeng": "a vector alone",
     "to_steering_vectors": "a vector alone",
     "total_variation_barrier": "tensors; test_loss.py",
+    "tokenize_items": "items alone; test_data.py",
     "tokenize_pairs": "pairs alone; test_data.py",
     "decoded": "token ids",
     "Positions": "a type",
@@ -355,4 +356,4 @@ def test_any_value_is_taken_or_refused(name: str) -> None:
 
 def test_another_error_would_be_seen(base: SimpleNamespace) -> None:
     with pytest.raises(TypeError):
-        run(functions()["readout_hook"], {"hook_name": HOOK}, None)
+        run(sl.models.readout_hook, {"hook_name": HOOK}, None)

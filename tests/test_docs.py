@@ -223,8 +223,6 @@ def public() -> Iterator[tuple[str, str]]:
             continue
         module = importlib.import_module(f"steerlens.{found.name}")
         yield from ((found.name, name) for name in getattr(module, "__all__", ()))
-    errors = importlib.import_module("steerlens.errors")
-    yield from (("errors", name) for name in vars(errors) if name.endswith("Error"))
 
 
 def untold(names: Iterable[tuple[str, str]], ids: set[str]) -> list[str]:

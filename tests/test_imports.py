@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -247,19 +248,22 @@ def test_all_is_sorted_without_repeats_and_complete() -> None:
     assert set(steerlens.__all__) == brought_up - {"Any", "_renamed"}
 
 
-def test_no_module_has_the_name_of_what_is_exported() -> None:
-    """But for the rooms that are exported as such."""
-    faces = [name for name in sources() if name.endswith("__init__")]
-    exported = {
-        name
-        for face in faces
-        for name in getattr(
-            importlib.import_module(f"steerlens.{face}".removesuffix(".__init__")), "__all__", ()
-        )
-    }
-    modules = {part for module in sources() for part in module.split(".")}
-    assert {"sweep", "report", "fit"} <= exported
-    assert exported & modules <= set(ORDER) | {"export"}
+def exported(module: str) -> set[str]:
+    """What a face exports but for modules as such."""
+    face = importlib.import_module(f"steerlens.{module}".removesuffix("__init__").strip("."))
+    names = getattr(face, "__all__", ())
+    return {name for name in names if not inspect.ismodule(getattr(face, name))}
+
+
+def test_no_module_has_the_name_of_what_its_folder_or_the_package_exports() -> None:
+    """So that `steerlens.sweep`, say, is never two things."""
+    modules = [name.removesuffix(".__init__") for name in sources() if name != "__init__"]
+    for face in (name for name in sources() if name.endswith("__init__")):
+        folder = face.removesuffix("__init__")
+        beside = {name.removeprefix(folder).split(".")[0] for name in modules if folder in name}
+        assert not exported(face) & beside, face
+    assert {"sweep", "fit"} <= exported("__init__")
+    assert not exported("__init__") & {name.split(".")[-1] for name in modules}
 
 
 # Names that moved

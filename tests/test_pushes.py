@@ -62,9 +62,9 @@ def test_predictions_are_of_the_slope_and_the_curvature(
 def test_predictions_alone_are_those_of_the_search(
     llama: Any, many: sl.ContrastivePairs, directions: Directions, on: Any
 ) -> None:
-    options: dict[str, Any] = {"on": on, "budget": "nats=0.1", "layers": [1, 3]}
-    alone = sl.Study(llama, many, directions, **options).predicted_boundary()
-    found = sl.find_boundary(llama, many, directions, n_bootstrap=2, **options).layers
+    options: dict[str, Any] = {"budget": "nats=0.1", "layers": [1, 3], "n_bootstrap": 2}
+    alone = sl.Study(llama, many, directions, **options).predicted_boundary(on=on)
+    found = sl.find_boundary(llama, many, directions, on=on, **options).layers
     assert list(alone.columns) == [column.name for column in LAYER_COLUMNS]
     predicted = [name for name in alone.columns if name.startswith("predicted_")]
     assert len(predicted) == 4
