@@ -54,4 +54,4 @@ def test_the_readmes_example_runs(
     shown = capsys.readouterr().out
     assert "degradation_nats" in shown
     assert shown.count("How was your day? It was") == 2
-    assert "plotly" in (tmp_path / "tradeoff.html").read_text(encoding="utf-8")
+    assert "vega" in (tmp_path / "tradeoff.html").read_text(encoding="utf-8")

@@ -16,6 +16,7 @@ from steerlens.measure.sweeps import Checkpoint, SweepResult, run_sweep
 from steerlens.measure.texts import On
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
+from steerlens.tables import LAYER_COLUMNS, to_frame
 
 
 class Study(Preparation):
@@ -68,7 +69,9 @@ class Study(Preparation):
     @cached_property
     def layers(self) -> pd.DataFrame:
         """The per-layer table of the unsteered model (`LAYER_COLUMNS`); no cell is run."""
-        return run_sweep(self, [0.0]).layers
+        before = self.spent
+        rows = list(self.layer_rows.values())
+        return to_frame(rows, LAYER_COLUMNS, self.record(self.settings, since=before))
 
     def sweep(
         self,
