@@ -18,11 +18,11 @@ from report import header
 
 import steerlens as sl
 from steerlens.directions.directions import Directions
-from steerlens.engine.cells import Job
+from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.engine.workload import Cost, forward_equivalents, make_workload
+from steerlens.engine.workload import Job
 from steerlens.loss import Budget
 from steerlens.measure.search import first_crossings
 from steerlens.models.hooked_model import HookedModel
@@ -78,17 +78,16 @@ def brute_force(
     searched: dict[str, float],
 ) -> BruteForce:
     """First crossings, linear between the points of each curve."""
-    started, cost = time.perf_counter(), Cost()
-    workload = make_workload(
-        model, tokenize_pairs(model, pairs), position=-1, steered_positions="all"
-    )
+    started, engine = time.perf_counter(), Engine(model)
+    tokens = tokenize_pairs(model, pairs)
+    workload = engine.workload(tokens, position=-1, steered_positions="all")
     workload = replace(workload, negative=())
-    readouts = {n: readout_hook(n, int(model.cfg.n_layers)) for n in directions.hook_names}
-    baseline = run_baseline(model, workload, tuple(dict.fromkeys(readouts.values())), cost=cost)
+    readouts = {n: readout_hook(n, engine.n_layers) for n in directions.hook_names}
+    baseline = run_baseline(engine, workload, tuple(dict.fromkeys(readouts.values())))
     logprob = float(baseline.logprob.double().mean())
     allowance = np.array([Budget.parse(BUDGET).allowance(logprob)])
     jobs = [Job(n, directions[n], (1.0,), readouts[n]) for n in directions.hook_names]
-    plan = make_plan(model, workload, baseline, jobs, batch_size=None, cost=cost)
+    plan = make_plan(engine, workload, baseline, jobs)
     boundaries = {}
     for job in jobs:
         limit = searched[job.hook_name]
@@ -101,13 +100,13 @@ def brute_force(
                 steered = Job(
                     job.hook_name, job.direction, tuple(float(sign * c) for c in part), job.readout
                 )
-                (cells,) = run_cells(plan, [steered], cost=cost)
+                (cells,) = run_cells(plan, [steered])
                 losses += [logprob - float(cell.logprob.double().mean()) for cell in cells]
                 n_beyond += max(losses) > allowance[0]
             run = np.array([[0.0, *losses]])
             points = np.array([0.0, *grid[: len(losses)]])
             boundaries[job.hook_name, sign] = float(first_crossings(points, run, allowance)[0])
-    spent = forward_equivalents(cost, model, workload)
+    spent = engine.forward_equivalents(workload)
     return BruteForce(boundaries, spent, time.perf_counter() - started)
 
 

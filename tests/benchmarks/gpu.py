@@ -37,10 +37,10 @@ from gpu_shapes import (
 
 from steerlens.engine import backend as bare
 from steerlens.engine.backend import BareModel, for_hooks
-from steerlens.engine.cells import Job
+from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import Plan, make_plan, run_cells
-from steerlens.engine.workload import CellOutput, Cost
+from steerlens.engine.workload import CellOutput, Job
 
 COEFFICIENTS = (-8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0)
 SIZES = ((8, 48), (32, 48), (64, 128))
@@ -155,12 +155,13 @@ def measure(
     plans: list[Plan] = []
 
     def planning() -> None:
-        unsteered = run_baseline(model, workload, readouts, cost=Cost())
-        plans.append(make_plan(model, workload, unsteered, jobs, batch_size=None, cost=Cost()))
+        engine = Engine(model)
+        unsteered = run_baseline(engine, workload, readouts)
+        plans.append(make_plan(engine, workload, unsteered, jobs))
 
     planning_s = timed(planning, device)
     plan = plans[0]
-    runner: Any = plan.runner
+    runner: Any = plan.runner.model
     is_bare = isinstance(runner, BareModel)
     session.row(part, f"{name}, {size}, plan", s=planning_s, bare=is_bare, exact=len(plan.exact))
     plain = runner if is_bare else bare.BareModel(model, *gpu_extra.own(model))
@@ -172,8 +173,8 @@ def measure(
     def engine_by(way: str) -> Callable[[], None]:
         def run() -> None:
             with compiled(runner, on=way == "compiled"):
-                by = replace(plan, runner=model) if way == "Bridge" else plan
-                cells[way] = list(run_cells(by, jobs, cost=Cost()))
+                by = replace(plan, runner=Engine(model)) if way == "Bridge" else plan
+                cells[way] = list(run_cells(by, jobs))
 
         return run
 
@@ -248,13 +249,14 @@ def profile(session: Session) -> None:
         workload = make_workload(model, n_prompts, n_tokens)
         jobs = make_jobs(model, [n_layers // 2], COEFFICIENTS)
         names = (jobs[0].hook_name, jobs[0].readout)
-        unsteered = run_baseline(model, workload, names, cost=Cost())
-        plan = make_plan(model, workload, unsteered, jobs, batch_size=None, cost=Cost())
-        if isinstance(plan.runner, BareModel) and session.device == "cuda":
-            plan.runner.compile_blocks()
+        engine = Engine(model)
+        plan = make_plan(engine, workload, run_baseline(engine, workload, names), jobs)
+        runner = plan.runner.model
+        if isinstance(runner, BareModel) and session.device == "cuda":
+            runner.compile_blocks()
 
         def run(plan: Plan = plan, jobs: list[Job] = jobs) -> None:
-            list(run_cells(plan, jobs, cost=Cost()))
+            list(run_cells(plan, jobs))
 
         run()
         seconds = min(timed(run, session.device) for _ in range(3))

@@ -15,9 +15,8 @@ from torch import Tensor
 
 import steerlens as sl
 from steerlens.engine.batches import Batch, make_batches
-from steerlens.engine.cells import Job
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.engine.workload import Workload
+from steerlens.engine.workload import Job, Workload
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import readout_hook, resid_post
 
