@@ -201,6 +201,3 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
-
-
-_refuse_pickle_name = refuse_pickle_name  # until callers have moved

@@ -437,6 +437,3 @@ def _summed(
     if 2 * int(gone.sum()) > len(gone):
         return total - wrote[:, :, ~gone].sum(dim=2)
     return wrote[:, :, gone].sum(dim=2)
-
-
-readers = edge_readers  # until callers have moved

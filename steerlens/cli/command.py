@@ -20,7 +20,7 @@ from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
-from steerlens.files import write_whole
+from steerlens.files import check_out_file, write_whole
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
@@ -28,7 +28,7 @@ from steerlens.models.identity import provenance
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import Progress
-from steerlens.runs.record import check_out_file, check_run_folder, write_run
+from steerlens.runs.record import check_run_folder, write_run
 from steerlens.tables import write_csv
 
 IN_SAMPLE = (

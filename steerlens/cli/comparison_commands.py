@@ -11,13 +11,14 @@ from steerlens.data.shipped import SPLITS, dataset_names
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.methods import method_of
 from steerlens.errors import InputError
+from steerlens.files import check_out_file
 from steerlens.measure.boundary import check_search
 from steerlens.measure.comparison import compare as run_compare
 from steerlens.measure.split_half import reliability as measure_reliability
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
-from steerlens.runs.record import check_out_file, check_run_folder
+from steerlens.runs.record import check_run_folder
 
 TEST_SHARE = 0.7
 """Of a file of items, the part that is held out; the layer is chosen on the rest."""

@@ -8,10 +8,10 @@ import typer
 
 from steerlens.cli.command import QuietCommand
 from steerlens.cli.printing import note
-from steerlens.files import write_whole
+from steerlens.files import check_out_file, write_whole
 from steerlens.runs.html_report.page import report as make_report
 from steerlens.runs.reading import read_run
-from steerlens.runs.record import REPORT, check_out_file
+from steerlens.runs.record import REPORT
 
 
 @dataclass(frozen=True, kw_only=True)

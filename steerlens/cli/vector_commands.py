@@ -15,6 +15,7 @@ from steerlens.cli.printing import note, output, print_rows, print_table, progre
 from steerlens.data.prompts import Message, Prompt
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
+from steerlens.files import check_out_file
 from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
 from steerlens.models.hooked_model import HookedModel
@@ -22,7 +23,6 @@ from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import silent
-from steerlens.runs.record import check_out_file
 from steerlens.steering import SteeringVector, operator_of, parse_coefficient
 from steerlens.steering import generate as generate_text
 from steerlens.steering.export import bake as bake_checkpoint

@@ -78,7 +78,7 @@ def are_finite(values: Float[Tensor, "hook ..."]) -> Bool[Tensor, " hook"]:
 def check_finite(
     activations: Float[Tensor, "hook prompt d_model"], hook_names: Sequence[str]
 ) -> None:
-    """Raise `InputError` that names the hooks with NaN or inf."""
+    """Raise `ModelError` that names the hooks with NaN or inf."""
     finite = are_finite(activations)
     if not finite.all():
         bad = [name for name, ok in zip(hook_names, finite.tolist(), strict=True) if not ok]

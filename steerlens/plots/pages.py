@@ -210,7 +210,7 @@ def projection_page(
 
 
 def _arrays(what: str, given: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Each of the given, by name, as an array of that shape; or a `InputError`."""
+    """Each of the given, by name, as an array of that shape; or an `InputError`."""
     if not isinstance(given, Mapping) or not given:
         raise InputError(f"expected one or more {what} by name, got {given!r:.80}")
     try:

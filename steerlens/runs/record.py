@@ -17,7 +17,6 @@ import torch
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import FileError
-from steerlens.files import check_out_file as check_out_file  # until callers have moved
 from steerlens.files import (
     check_out_folder,
     strict_json,

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from steerlens.errors import InputError
 from steerlens.files import (
-    _refuse_pickle_name,
     number,
     read_whole,
     refuse_pickle,
+    refuse_pickle_name,
     strict_json,
     without_nan,
     write_whole,
@@ -130,7 +130,7 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    _refuse_pickle_name(path)
+    refuse_pickle_name(path)
     content = read_whole(path, InputError)
     try:
         tensors = load(content)
