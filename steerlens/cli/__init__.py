@@ -1,6 +1,7 @@
 """The `steerlens` command: parse, call, write. The only room that prints."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import typer
@@ -12,7 +13,7 @@ from steerlens.cli.comparison_commands import Compare, Reliability
 from steerlens.cli.layers_command import Layers
 from steerlens.cli.listing_commands import Datasets, Methods, Models
 from steerlens.cli.options import DEBUG
-from steerlens.cli.printing import note
+from steerlens.cli.printing import LINES, escaped_streams, note
 from steerlens.cli.report_command import Report
 from steerlens.cli.run_warnings import keeping_warnings
 from steerlens.cli.sweep_command import Sweep
@@ -40,15 +41,16 @@ app.add_typer(vectors, name="vectors")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit code 2 and one line on stderr for an error."""
+    """Run the command line; exit code 2 and one line on stderr for an error, or its traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        with keeping_warnings():
+        with escaped_streams(), keeping_warnings():
             code = app(args=words, standalone_mode=False, prog_name="steerlens")
     except Exception as error:
         if DEBUG in words:
-            raise
-        note(f"steerlens: {_one_line(error)}", soft_wrap=True)
+            note(traceback.format_exc(), soft_wrap=True, keep=LINES)
+        else:
+            note(f"steerlens: {_one_line(error)}", soft_wrap=True)
         sys.exit(2)
     sys.exit(code if isinstance(code, int) else 0)
 
