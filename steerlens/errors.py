@@ -52,6 +52,12 @@ def told(value: Any) -> str:
         return f"{type(value).__name__} with a number of more digits than can be written"
 
 
+def in_one_line(error: Exception) -> str:
+    """What another library's error says, up to a traceback in it; its class where it is silent."""
+    text = " ".join(str(error).partition("Traceback")[0].split())
+    return text or type(error).__name__
+
+
 def finite(name: str, value: Any) -> float:
     """The value as a float. Raises `InputError` unless it is finite."""
     try:

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import resource
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -437,6 +439,55 @@ def test_messages_need_a_chat_template() -> None:
     with pytest.raises(InputError, match="no chat template"):
         render((USER,), build_tokenizer(chat_template=None))
     assert render((USER,), build_tokenizer()) == "<s>[user] how \n[assistant] "
+
+
+@pytest.mark.parametrize("text", ["I am ", " I am", "I am\n", "I  am"])
+def test_a_template_that_changes_the_last_turn_says_how(text: str) -> None:
+    """Llama 3.1's strips turns; the text that is continued must be the one that was written."""
+    stripped = CLOSING_TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }}")
+    if text == "I  am":
+        stripped = CLOSING_TEMPLATE.replace(
+            "{{ m.content }}", "{{ m.content | replace('  ', ' ') }}"
+        )
+    messages = (USER, Message("assistant", text))
+    with pytest.raises(InputError) as error:
+        render(messages, build_tokenizer(chat_template=stripped))
+    assert text == "I  am" or f"makes {text.strip()!r} of the last turn's {text!r}" in str(
+        error.value
+    )
+    assert render(messages, build_tokenizer(chat_template=CLOSING_TEMPLATE)).endswith(text)
+    plain = (USER, Message("assistant", "I am"))
+    assert render(plain, build_tokenizer(chat_template=stripped)).endswith("I am")
+
+
+def test_an_empty_last_turn_is_the_templates_generation_prompt() -> None:
+    tokenizer = build_tokenizer(chat_template=CLOSING_TEMPLATE)
+    assert render((USER, Message("assistant", "")), tokenizer) == render((USER,), tokenizer)
+    assert render((USER,), tokenizer).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{% set n = 10**10 %}{{ ('x' * n) | length }}",
+        "{% set ns = namespace(s='x') %}"
+        "{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{{ 'x'.ljust(10**10) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_template_that_asks_for_gigabytes_or_hours_gets_neither(bomb: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        InputError, match=r"it takes more than (1,073,741,824 bytes|1,000,000 steps)"
+    ):
+        render((USER,), build_tokenizer(chat_template=bomb + CLOSING_TEMPLATE))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**21  # KB
+    assert (resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()) == limits
+    long = (USER, OPEN) * 500
+    assert render(long, build_tokenizer(chat_template=CLOSING_TEMPLATE)).endswith(OPEN.content)
 
 
 def test_a_template_that_rejects_a_role_is_a_pair_error() -> None:
