@@ -9,11 +9,11 @@ import pytest
 import torch
 import transformers
 from conftest import bridge, build_gpt2, build_llama, build_tokenizer
-from tokenizers import Tokenizer, decoders, normalizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers import models as kinds
 
 import steerlens as sl
-from steerlens.errors import InputError
+from steerlens.errors import InputError, ModelError
 from steerlens.measure.tokens import token_damage
 from steerlens.steering import generate_tokens
 
@@ -43,6 +43,11 @@ def byte_tokenizer() -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
+    return saved(tokenizer)
+
+
+def saved(tokenizer: Tokenizer) -> Any:
+    """From a folder, which TransformerLens loads it from once more."""
     fast = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
@@ -86,6 +91,85 @@ def test_a_template_without_a_system_turn_says_what_to_do() -> None:
 
 def _messages(turns: list[dict[str, str]]) -> tuple[sl.Message, ...]:
     return tuple(sl.Message(**turn) for turn in turns)
+
+
+def with_pad_beyond(hf_model: Any) -> Any:
+    """`[PAD]` added to the tokenizer, and the embeddings not resized: a common fault."""
+    hf_model.resize_token_embeddings(len(build_tokenizer(pad_token=None)))
+    tokenizer = build_tokenizer(pad_token="[PAD]")
+    assert tokenizer.pad_token_id == hf_model.config.vocab_size
+    return bridge(hf_model, tokenizer)
+
+
+@pytest.mark.usefixtures("much_padding")
+def test_a_pad_token_beyond_the_vocabulary_changes_nothing(pairs: sl.ContrastivePairs) -> None:
+    model, whole = with_pad_beyond(build_gpt2()), bridge(build_gpt2())
+    found, expected = (sl.collect_differences(one, pairs, batch_size=8) for one in (model, whole))
+    torch.testing.assert_close(found.positive, expected.positive, rtol=1e-4, atol=1e-5)
+    prompts = [sl.engine.tokenize_prompt(model, text) for text in ("you are kind so", "I am")]
+    vector = {"blocks.1.hook_resid_post": torch.eye(32)[0]}
+    together = generate_tokens(model, prompts, vector, 1.0, max_new_tokens=3)
+    assert together == [
+        generate_tokens(model, [one], vector, 1.0, max_new_tokens=3)[0] for one in prompts
+    ]
+
+
+def test_a_token_that_the_model_has_not_is_named_with_its_vocabulary() -> None:
+    model = with_pad_beyond(build_gpt2())
+    n_tokens = model.cfg.d_vocab
+    with pytest.raises(
+        ModelError, match=rf"id {n_tokens} \(as '\[PAD\]'\).* ends at {n_tokens - 1}"
+    ):
+        sl.engine.tokenize_prompt(model, "you are [PAD] kind")
+    assert sl.engine.tokenize_prompt(model, "you are kind").prompt
+
+
+def sentence_piece() -> Any:
+    """A tokenizer that puts "\u2581" before every text that it is given, as Llama 2's does."""
+    vocab = ["<unk>", "<s>", "</s>", "\u2581", *"abkno", "ok", "\u2581ok", "nok"]
+    tokenizer = Tokenizer(
+        kinds.BPE(
+            {token: i for i, token in enumerate(vocab)},
+            [("o", "k"), ("\u2581", "ok"), ("n", "ok")],
+            unk_token="<unk>",
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace()
+    return saved(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "continuation", "tokens"),
+    [
+        ("a", " ok", ["\u2581ok"]),
+        ("a ", "b", ["b"]),
+        ("a", "b", ["b"]),
+        ("a", "ok", ["ok"]),  # alone it would be "\u2581ok", another word
+    ],
+)
+def test_a_continuation_is_what_it_is_in_the_whole_text(
+    prompt: str, continuation: str, tokens: list[str]
+) -> None:
+    model = bridge(build_gpt2(), sentence_piece())
+    found = sl.engine.tokenize_prompt(model, prompt, continuation)
+    assert model.tokenizer.convert_ids_to_tokens(list(found.continuation)) == tokens
+    whole = model.tokenizer(prompt + continuation, add_special_tokens=False)["input_ids"]
+    assert [*found.prompt[1:], *found.continuation] == whole
+
+
+def test_a_continuation_that_cannot_be_cut_off_is_refused() -> None:
+    model = bridge(build_gpt2(), sentence_piece())
+    joined, apart = (
+        sl.PreferenceItems(
+            tuple(sl.PreferenceItem(prompt, text, "b", id=prompt) for prompt in ("a", "an"))
+        )
+        for text in ("ok", " ok")
+    )
+    with pytest.raises(InputError, match="'ok' cannot be cut off from the prompt of item 'an'"):
+        sl.engine.tokenize_items(model, joined)
+    positive, _ = sl.engine.tokenize_items(model, apart)
+    assert model.tokenizer.decode(positive[1].continuation) == "ok"
 
 
 # Text of any script

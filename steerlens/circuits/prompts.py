@@ -71,7 +71,7 @@ def make_prompts(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> Prom
     """The prompts' own tokens, without continuations, on the model's device.
 
     Args:
-        model: Its tokenizer says what to pad with.
+        model: Whose tokens they are.
         prompts: As `tokenize_prompt` makes them, one or more.
 
     Raises:
@@ -85,8 +85,7 @@ def make_prompts(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> Prom
     """
     if not prompts:
         raise InputError("expected one or more prompts, got none")
-    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
     rows = [torch.tensor(prompt.prompt) for prompt in prompts]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=pad)
+    tokens = pad_sequence(rows, batch_first=True, padding_value=0)
     last = torch.tensor([len(row) - 1 for row in rows])
     return Prompts(tokens.to(model.cfg.device), last.to(model.cfg.device))

@@ -221,11 +221,10 @@ def join(model: HookedModel, batches: Sequence[Batch]) -> Batch:
 
 def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[int, ...]) -> Batch:
     """Some of the prompts, padded on the side the model's tokenizer pads."""
-    pad_id = getattr(model.tokenizer, "pad_token_id", None) or 0
     side: PaddingSide = getattr(model.tokenizer, "padding_side", "right")
     of = tuple(prompts[row] for row in rows)
     ids = [prompt.prompt + prompt.continuation for prompt in of]
-    return Batch(rows, of, *_padded(ids, side, pad_id=pad_id, device=_device(model)))
+    return Batch(rows, of, *_padded(ids, side, device=_device(model)))
 
 
 def _groups(
@@ -269,7 +268,10 @@ def _padded(
     pad_id: int = 0,
     device: torch.device | None,
 ) -> tuple[Int[Tensor, "prompt token"], Bool[Tensor, "prompt token"]]:
-    """Ids padded to one length, and the mask that is True at the real ones."""
+    """Ids padded to one length, and the mask that is True at the real ones.
+
+    What padding is written as matters only to a model that takes no mask: 0 is in any vocabulary.
+    """
     width = max(len(row) for row in ids)
     tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
     mask = torch.zeros((len(ids), width), dtype=torch.bool)

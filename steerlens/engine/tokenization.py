@@ -84,9 +84,10 @@ def tokenize_prompt(
     """Ids of a rendered prompt; BOS as the model has it by default, never doubled.
 
     A BOS that the chat template already wrote is not written again. The continuation is tokenised
-    on its own, so that it is the same ids after any prompt. `where` is what errors call it. Raises
-    `InputError` when the prompt is empty or longer than the model's context, `ModelError` when the
-    model has no tokenizer.
+    on its own, so that it is the same ids after any prompt; where the tokenizer would begin it with
+    a space that it has not (as SentencePiece does), together with its prompt, and cut off. `where`
+    is what errors call it. Raises `InputError` when the prompt is empty or longer than the model's
+    context, or the continuation cannot be cut off; `ModelError` when the model has no tokenizer.
 
     Examples:
         >>> tokenized = sl.engine.tokenize_prompt(model, "the river was", "so cold")
@@ -170,10 +171,8 @@ def _tokenize(
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ModelError("the model has no tokenizer; set one with model.set_tokenizer(...)")
-    prompts = _ids(
-        tokenizer,
-        [unicode_text(render(prompt, tokenizer), where=where) for prompt, _, where in given],
-    )
+    rendered = [unicode_text(render(prompt, tokenizer), where=where) for prompt, _, where in given]
+    prompts = _ids(tokenizer, rendered)
     texts = [
         unicode_text(text, where=f"the continuation of the {where}")
         for _, text, where in given
@@ -182,15 +181,31 @@ def _tokenize(
     continuations = iter(_ids(tokenizer, texts))
     bos = tokenizer.bos_token_id
     has_bos = getattr(model.cfg, "default_prepend_bos", True) and bos is not None
-    n_ctx = context_length(model)
+    n_ctx, n_tokens = context_length(model), int(model.cfg.d_vocab)
     found = []
-    for ids, (_, continuation, where) in zip(prompts, given, strict=True):
+    for text, ids, (_, continuation, where) in zip(rendered, prompts, given, strict=True):
         if not ids:
             raise InputError(f"the {where} has no tokens; give some text")
         before = [bos, *ids] if has_bos and ids[:1] != [bos] else ids
         after = [] if continuation is None else next(continuations)
         if continuation is not None and not after:
             raise InputError(f"the continuation of the {where} has no tokens; give some text")
+        if continuation is not None and _is_begun_with_space(tokenizer, continuation, after):
+            [whole] = _ids(tokenizer, [text + continuation])
+            if whole[: len(ids)] != ids or len(whole) == len(ids):
+                raise InputError(
+                    f"the continuation {told(continuation)} cannot be cut off from the {where}: "
+                    "the tokenizer makes one token of the end of the one and the start of the "
+                    "other; move the space or letters between them to the other side"
+                )
+            after = whole[len(ids) :]
+        last = max([*before, *after])
+        if last >= n_tokens:
+            raise ModelError(
+                f"the {where} has the token id {last} (as "
+                f"{tokenizer.convert_ids_to_tokens([last])[0]!r}), and the model's vocabulary ends "
+                f"at {n_tokens - 1}: the tokenizer has tokens that the model has not"
+            )
         if n_ctx is not None and len(before) + len(after) > n_ctx:
             raise InputError(
                 f"the {where} has {len(before) + len(after)} tokens with its continuation, but the "
@@ -198,6 +213,13 @@ def _tokenize(
             )
         found.append(TokenizedPrompt(tuple(before), tuple(after), where))
     return found
+
+
+def _is_begun_with_space(tokenizer: Any, text: str, ids: list[int]) -> bool:
+    """Whether the ids of a text begin with more spaces than the text does."""
+    spelled = "".join(map(str, tokenizer.convert_ids_to_tokens(ids)))
+    there, here = (len(t) - len(t.lstrip(" \u2581\u0120")) for t in (text, spelled))
+    return here > there
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Shaped
 from torch import Tensor
 
+from steerlens.errors import ModelError
+
 
 @runtime_checkable
 class HookedModel(Protocol):
@@ -66,3 +68,20 @@ def takes_cache(model: Any) -> bool:
 def takes_mask(model: Any) -> bool:
     """Whether `generate` takes an attention mask, rather than reading padding off the tokens."""
     return hugging_face_model(model) is not None
+
+
+def padding_id(model: Any) -> int:
+    """What padding is written as: 0 where a mask tells it from tokens, else the tokenizer's id.
+
+    Raises `ModelError` where the model would need that id and has no embedding for it.
+    """
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    if pad is None or takes_mask(model):
+        return 0
+    n_rows = int(model.cfg.d_vocab)
+    if pad >= n_rows:
+        raise ModelError(
+            f"the tokenizer's pad token has the id {pad}, and the model's vocabulary ends at "
+            f"{n_rows - 1}; resize its embeddings, or set tokenizer.pad_token to one that it has"
+        )
+    return int(pad)

@@ -11,7 +11,7 @@ from steerlens.engine.batches import _padded as padded
 from steerlens.engine.batches import mask_kwargs
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel, context_length, takes_mask
+from steerlens.models.hooked_model import HookedModel, context_length, padding_id, takes_mask
 from steerlens.models.loading import inference
 from steerlens.steering.apply import Steerable, steer
 from steerlens.steering.cache_positions import Positions
@@ -92,7 +92,7 @@ def generate_tokens(
     tokens, mask = padded(
         [prompt.prompt for prompt in prompts],
         "left",
-        pad_id=getattr(model.tokenizer, "pad_token_id", None) or 0,
+        pad_id=padding_id(model),
         device=torch.device(model.cfg.device or "cpu"),
     )
     # A HookedTransformer takes no mask: it reads padding off the tokens, on the tokenizer's side.
