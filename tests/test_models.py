@@ -21,6 +21,7 @@ import steerlens as sl
 from steerlens.errors import ModelError
 from steerlens.models import hooked_model
 from steerlens.models import packaged as checkpoints
+from steerlens.models.checkpoint import load_checkpoint
 from steerlens.models.loading import inference
 from steerlens.models.packaged import CACHE_VARIABLE, PackagedModel, cache_folder
 
@@ -245,7 +246,8 @@ def booted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[Any, ...], dict[
     model.original_model.config._commit_hash = "c0ffee"
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-    def boot(*args: Any, **options: Any) -> Any:
+    def boot(*args: Any, model_class: Any, **options: Any) -> Any:
+        assert model_class.from_pretrained is load_checkpoint
         calls.append((args, options))
         return model
 
@@ -317,8 +319,8 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 # GGUF files and packaged models
 
 
-def write_gguf(path: Path, *, seed: int = 0) -> Path:
-    """A GGUF file, as llama.cpp writes it, of `build_llama(n_layers=2)`."""
+def write_gguf(path: Path, *, seed: int = 0, without: str = "none") -> Path:
+    """A GGUF file, as llama.cpp writes it, of `build_llama(n_layers=2)`, without one tensor."""
     model = build_llama(n_layers=2, seed=seed)
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -352,6 +354,8 @@ def write_gguf(path: Path, *, seed: int = 0) -> Path:
             halves = weight.reshape(heads[part], 2, -1, weight.shape[-1])
             weight = halves.transpose(1, 2).reshape(weight.shape)
         tensor = f"blk.{block}.{GGUF_NAMES[part]}" if block else GGUF_NAMES[part]
+        if tensor == without:
+            continue
         writer.add_tensor(f"{tensor}.weight", weight.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -412,6 +416,15 @@ def test_a_garbage_gguf_file_is_refused(
     assert entries(cache) == []
     sl.load_model(str(gguf_file), progress=False)
     assert len(entries(cache)) == 1
+
+
+def test_a_gguf_file_without_a_weight_is_refused(cache: Path, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", without="blk.1.ffn_up")
+    with pytest.raises(ModelError) as error:
+        sl.load_model(path, progress=False)
+    assert_one_line(error, "missing from it: model.layers.1.mlp.up_proj.weight;")
+    assert entries(cache) == []
+    sl.load_model(write_gguf(path), progress=False)
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
@@ -527,7 +540,7 @@ def test_a_cache_that_cannot_be_written_names_its_variable(
     assert not is_full or entries(cache) == []
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff"])
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff", b'{"gguf_sha256": "a"}'])
 def test_a_damaged_cache_says_what_to_delete(
     content: bytes | None, package: Package, cache: Path
 ) -> None:
@@ -539,6 +552,38 @@ def test_a_damaged_cache_says_what_to_delete(
     assert_one_line(error, str(folder), "delete")
     shutil.rmtree(folder)
     sl.load_model("packaged", progress=False)
+
+
+@pytest.mark.parametrize("kind", ["package", "gguf"])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.safetensors", "changed"),
+        ("config.json", "changed"),
+        ("tokenizer.json", "removed"),
+        ("adapter_config.json", "added"),
+    ],
+)
+def test_a_changed_file_in_the_cache_is_named(
+    kind: str, name: str, what: str, package: Package, gguf_file: Path, cache: Path
+) -> None:
+    """So the recorded hash is that of the weights that were loaded."""
+    model = "packaged" if kind == "package" else str(gguf_file)
+    sl.load_model(model, progress=False)
+    [folder] = cache.iterdir()
+    content = (folder / name).read_bytes() if what != "added" else b""
+    if what == "removed":
+        (folder / name).unlink()
+    else:  # one bit of the last byte of the weights
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if content else b"{}")
+    with pytest.raises(ModelError) as error:
+        sl.load_model(model, progress=False)
+    assert_one_line(error, f"{str(folder / name)!r} was {what}", "delete the folder")
+    if what == "added":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    assert sl.provenance(sl.load_model(model, progress=False)).file_hash == sha256(gguf_file)
 
 
 def test_the_folder_of_a_faster_process_is_taken(tmp_path: Path) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from steerlens.errors import ModelError
+from steerlens.models.checkpoint import load_checkpoint
 
 _N_CHECKED = 16
+_OWN_FORMAT = ("NeelNanda", "ArthurConmy", "Baidicoot")
+"""Owners of models on the hub that are not in Hugging Face's format: TransformerLens reads them."""
 _PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 
 
@@ -38,9 +41,13 @@ def load_hooked_transformer(
     """
     if not Path(name).is_dir():
         from transformer_lens import HookedTransformer
+        from transformer_lens import loading_from_pretrained as loading
 
         options: dict[str, Any] = {} if revision is None else {"revision": revision}
         options |= {"trust_remote_code": True} if trust_remote_code else {}
+        official = loading.get_official_model_name(name)
+        if not official.startswith(_OWN_FORMAT):
+            options["hf_model"] = load_checkpoint(official, dtype=dtype, **options)
         with redirect_stdout(io.StringIO()):  # it says there that it is done
             return HookedTransformer.from_pretrained_no_processing(
                 name, device=device, dtype=dtype, **options
@@ -48,7 +55,7 @@ def load_hooked_transformer(
     import transformers
 
     local: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    original = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **local)
+    original = load_checkpoint(name, dtype=dtype, **local)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, **local)
     model = _translated(Path(name), original.eval(), tokenizer, device=device, dtype=dtype)
     check_predictions(model, original)

@@ -7,11 +7,13 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
 
-from steerlens.errors import InputError, ModelError, told
+from steerlens.errors import InputError, ModelError, SteerlensError, in_one_line, told
+from steerlens.models.checkpoint import check_config_file, load_checkpoint
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
 from steerlens.models.identity import Provenance as Provenance
@@ -30,6 +32,10 @@ from steerlens.models.verification import check_device_map, check_model, check_p
 
 Quantization = Literal["8bit", "4bit"]
 
+_NO_TOKENIZER = (
+    "the folder has no tokenizer, such as tokenizer.json; save the model's beside it with "
+    "tokenizer.save_pretrained"
+)
 
 _loaded_with: "weakref.WeakKeyDictionary[Any, dict[str, Any]]" = weakref.WeakKeyDictionary()
 
@@ -198,6 +204,7 @@ def _find(
 def _weight_files(folder: Path) -> list[Path]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: expected a Hugging Face model folder, but has no config.json")
+    check_config_file(folder)
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     if not files:
         raise ModelError(f"{folder}: expected *.safetensors or *.bin weights beside config.json")
@@ -228,16 +235,24 @@ def _boot(name: str, *, quantization: Quantization | None, **options: Any) -> An
 
         if quantization is not None:
             options = _quantized(name, quantization, **options)
+        else:
+            options["model_class"] = SimpleNamespace(from_pretrained=load_checkpoint)
         return TransformerBridge.boot_transformers(  # type: ignore[attr-defined, unused-ignore]
             name, **options
         )
-    except ModelError:
+    except SteerlensError:
         raise
     except Exception as error:  # hub, network, config and architecture errors share no base class
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        hint = "" if Path(name).is_dir() else f" (packaged models: {', '.join(PACKAGED_MODELS)})"
+        hint = f" (packaged models: {', '.join(PACKAGED_MODELS)})"
+        if Path(name).is_dir():
+            hint = "" if _has_tokenizer(Path(name)) else f" ({_NO_TOKENIZER})"
         hint += "; TransformerLens 4 knows more architectures" if is_version_3() else ""
-        raise ModelError(f"cannot load the model {name!r}: {reason[0]}{hint}") from error
+        raise ModelError(f"cannot load the model {name!r}: {in_one_line(error)}{hint}") from error
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    patterns = ("*token*", "vocab*", "*.model", "*.tiktoken")
+    return any(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def _quantized(
@@ -251,7 +266,7 @@ def _quantized(
     """The model loaded quantized, as options for `boot_transformers`."""
     import transformers
 
-    hf_model = transformers.AutoModelForCausalLM.from_pretrained(
+    hf_model = load_checkpoint(
         name,
         quantization_config=transformers.BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",

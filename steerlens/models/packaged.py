@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 
-from steerlens.errors import ModelError
+from steerlens.errors import ModelError, SteerlensError, in_one_line
+from steerlens.models.checkpoint import load_checkpoint
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 CACHE_VARIABLE = "STEERLENS_CACHE"
+_RECORD = "steerlens.json"
 
 
 @dataclass(frozen=True)
@@ -184,28 +186,33 @@ def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> Non
         model.config._name_or_path = name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    record = {"name": name, "gguf_sha256": hash_files([gguf])}
-    (folder / "steerlens.json").write_text(json.dumps(record), encoding="utf-8")
+    files = {path.name: hash_files([path]) for path in folder.iterdir() if path != gguf}
+    record = {"name": name, "gguf_sha256": hash_files([gguf]), "files": files}
+    (folder / _RECORD).write_text(json.dumps(record), encoding="utf-8")
 
 
 def _dequantised(gguf: Path) -> tuple[Any, Any]:
     """The model of a GGUF file, with plain weights that can be saved, and its tokenizer."""
     import transformers
 
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(
             gguf_file=gguf.name, dequantize=True
         )
     try:
-        packed = transformers.AutoModelForCausalLM.from_pretrained(
-            **source, dtype=torch.float32, **options
+        packed = load_checkpoint(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, **options
         )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name
+        )
+    except SteerlensError:
+        raise
     except Exception as error:  # transformers and gguf raise many types on a bad file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"cannot read the GGUF file {str(gguf)!r}: {reason[0]}") from error
+        raise ModelError(
+            f"cannot read the GGUF file {str(gguf)!r}: {in_one_line(error)}"
+        ) from error
     # A model that came from GGUF refuses to be saved, so its weights move to a plain one.
     config = copy.deepcopy(packed.config)
     if hasattr(config, "quantization_config"):
@@ -217,17 +224,32 @@ def _dequantised(gguf: Path) -> tuple[Any, Any]:
 
 
 def converted_hash(folder: Path) -> str:
-    """sha256 (hex) of the GGUF file that `folder` was made from.
+    """sha256 (hex) of the GGUF file that `folder` was made from, whose files are those made then.
 
-    Raises `ModelError` when the folder does not tell.
+    Raises `ModelError` when the folder does not tell, or a file was changed, added or removed.
     """
+    again = "delete the folder and run again, and it is made anew"
     try:
-        record = json.loads((folder / "steerlens.json").read_text(encoding="utf-8"))
-        return str(record["gguf_sha256"])
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        gguf_sha256, made = str(record["gguf_sha256"]), dict(record["files"])
+        found = {path.name for path in folder.iterdir()} - {_RECORD}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"the cached model {str(folder)!r} is damaged ({error}); delete it and run again"
+            f"the cached model {str(folder)!r} is damaged ({error}); {again}"
         ) from error
+    for name in sorted(found | made.keys()):
+        if name not in found:
+            what = "removed"
+        elif name not in made:
+            what = "added"
+        elif hash_files([folder / name]) != made[name]:
+            what = "changed"
+        else:
+            continue
+        raise ModelError(
+            f"{str(folder / name)!r} was {what} since the model was put into the cache; {again}"
+        )
+    return gguf_sha256
 
 
 def _say(text: str, progress: bool) -> None:

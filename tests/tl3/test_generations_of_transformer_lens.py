@@ -15,6 +15,7 @@ from tables import COLUMNS, differences, measure, read, token_ids
 
 import steerlens as sl
 from steerlens.errors import ModelError
+from steerlens.models import hooked_transformer as loader
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
@@ -101,9 +102,17 @@ def test_names_that_are_no_folder_go_to_transformer_lens(monkeypatch: pytest.Mon
         print("Loaded pretrained model")
         return tiny
 
+    def checked(*args: Any, **options: Any) -> Any:
+        return args, options
+
     monkeypatch.setattr(HookedTransformer, "from_pretrained_no_processing", staticmethod(load))
-    model = sl.load_model("gpt2", device="cpu", progress=False)
-    assert calls == [(("gpt2",), {"device": "cpu", "dtype": torch.float32})]
+    monkeypatch.setattr(loader, "load_checkpoint", checked)
+    model = sl.load_model("gpt2-small", device="cpu", progress=False)
+    options = {"device": "cpu", "dtype": torch.float32}
+    hf_model = (("gpt2",), {"dtype": torch.float32})
+    assert calls == [(("gpt2-small",), {**options, "hf_model": hf_model})]
+    sl.load_model("solu-1l", device="cpu", progress=False)  # in a format of its own
+    assert calls[1:] == [(("solu-1l",), options)]
     assert (sl.provenance(model).source, sl.provenance(model).revision) == ("hub", "main")
 
 
