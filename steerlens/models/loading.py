@@ -70,10 +70,14 @@ def load_model(
         progress: Show what is fetched and converted, and the bars of transformers, on stderr.
 
     Raises:
-        ModelError: The model cannot be found, fetched or read; its checksum is wrong; a `revision`
-            is given for what is no hub id; `device_map` is none, names no module of the model, or
-            would offload layers to disk or "meta"; bitsandbytes or CUDA is missing; and as
-            `check_model`: TransformerLens does not reproduce the model.
+        ModelError: The model cannot be found, fetched or read; its checksum is wrong; it is no
+            causal language model; weights are missing, of another shape or left over; its config
+            asks for far more than its files have; torchvision is missing for a multimodal model; a
+            file of it was changed in the cache folder; a `revision` is given for what is no hub id;
+            `device_map` is none, names no module of the model, or would offload layers to disk or
+            "meta"; bitsandbytes or CUDA is missing; and as `check_model`: TransformerLens does not
+            reproduce the model.
+        MemoryLimitError: Its weights do not fit into this machine.
     """
     if not isinstance(name, (str, os.PathLike)):  # what the annotation promises, checked
         raise ModelError(f"expected a model's name or path, got {told(name)}")
