@@ -19,7 +19,7 @@ from torch import Tensor
 from steerlens.engine.compiled import CompiledBlocks
 from steerlens.models import verification
 from steerlens.models.hooked_model import HookedModel, hugging_face_model, weight_module
-from steerlens.models.hooks import resid_post
+from steerlens.models.hooks import keeping, resid_post
 from steerlens.models.loading import inference
 from steerlens.stats import allowed_gap, relative_gap
 
@@ -182,10 +182,8 @@ def _is_eligible(model: Any) -> bool:
 
 
 def _shares_weights(bare: BareModel | None, model: Any) -> bool:
-    """Whether the weights are the same memory still; a model without a bare one is not tried again.
-
-    Moving a model, or changing its dtype, gives it others.
-    """
+    """Whether the weights are the same memory still; a model without a bare one stays so."""
+    # Moving a model, or changing its dtype, gives it others.
     if bare is None:
         return model in _known
     theirs = {weight.data_ptr() for weight in weight_module(model).parameters()}
@@ -240,8 +238,8 @@ def _difference(model: Any, bare: BareModel) -> str | None:
 def _resumes(bare: BareModel, tokens: Int[Tensor, "row token"], allowed: float) -> bool:
     """Whether blocks run alone give what they gave, for rows in another order too."""
     first, last = resid_post(0), resid_post(len(bare.blocks) - 1)
-    whole, alone = _outputs(bare, tokens, None), {}
-    with torch.no_grad(), bare.hooks(fwd_hooks=[(last, lambda a, hook: alone.update({last: a}))]):  # noqa: ARG005
+    whole, alone = _outputs(bare, tokens, None), dict[str, Tensor]()
+    with torch.no_grad(), bare.hooks(keeping(alone, [last])):
         if not bare.resume(whole[first].flip(0), 1, len(bare.blocks) - 1):
             return False
     found, expected = alone.get(last, whole[first]).flip(0), whole[last]
@@ -252,16 +250,9 @@ def _outputs(
     model: Any, tokens: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"] | None
 ) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-            found[name] = activation.clone()
-
-        return hook
-
     names = [resid_post(i) for i in range(len(model.blocks))]
     kwargs = {} if mask is None else {"attention_mask": mask.long()}
-    with inference(model), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
+    with inference(model), model.hooks(fwd_hooks=keeping(found, names, torch.clone)):
         found["logits"] = model(tokens, return_type="logits", **kwargs)
     return found
 
