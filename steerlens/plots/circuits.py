@@ -88,8 +88,9 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
     and on a place or score that is not finite.
 
     Examples:
-        >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
-        >>> from steerlens.circuits.edges import edge_table
+        >>> from steerlens.circuits import (
+        ...     Intervention, compare_circuits, contrast_answers, edge_table
+        ... )
         >>> answers = contrast_answers(model, pairs, n_tokens=3)
         >>> pushed = {"cheerful": Intervention(vector, 4)}
         >>> found = compare_circuits(model, pairs, answers, pushed, shares=[0.2], n_splits=2)
