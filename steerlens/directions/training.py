@@ -18,9 +18,10 @@ from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.methods import METHODS, fit_directions
 from steerlens.directions.old_names import with_grouped
-from steerlens.engine.backward import adding, differentiable, run_graph
+from steerlens.engine.backward import adding, differentiable
 from steerlens.engine.batches import Batch, make_pair_batches
-from steerlens.engine.resume import Labels, Residual, advance, labels_logprob
+from steerlens.engine.capture import reading_hook
+from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items, tokenize_pairs
 from steerlens.errors import InputError, finite, whole
 from steerlens.loss import (
@@ -30,7 +31,7 @@ from steerlens.loss import (
     promotion_loss,
 )
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hook_layer, readout_hook
+from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
 
@@ -268,18 +269,21 @@ def push_sides(
         batch, start, labels = side.batch, side.residual, side.labels
         if start is not None:
             start = replace(start, values=start.values.repeat(len(SIGNS), 1, 1))
-        graph = run_graph(
-            *(model, batch, [(hook_name, adding(side.signs * vector, batch.steered_mask("all")))]),
-            last_block=hook_layer(readout) if labels is None else int(model.cfg.n_layers) - 1,
-            reads=[readout],
-            indices=batch.indices(position),
+        states: dict[str, Tensor] = {}
+        final = run_from(
+            *(model, batch.tokens, batch.attention_mask),
             start=start,
+            fwd_hooks=[
+                (hook_name, adding(side.signs * vector, batch.steered_mask("all"))),
+                reading_hook(states, readout, batch.indices(position)),
+            ],
+            last_hook=readout if labels is None else resid_post(int(model.cfg.n_layers) - 1),
         )
         shape = len(SIGNS), len(side.unsteered)
-        state = graph.states[readout].reshape(*shape, -1)
+        state = states[readout].reshape(*shape, -1)
         logprob = state.detach().new_full(shape, torch.nan)
         if labels is not None:
-            by_label = labels.read(model, graph.output).logprob
+            by_label = labels.read(model, final).logprob
             logprob = mean_by_prompt(by_label, batch.label_mask()[:, 1:]).reshape(shape)
         return Pushed(state, logprob, side.unsteered)
 

@@ -9,7 +9,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,15 +26,6 @@ DEVICES = {"cuda"}
 """Where it pays: on a CPU a Bridge costs what its arithmetic costs."""
 
 _known: "weakref.WeakKeyDictionary[Any, BareModel | None]" = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a block is given beside the residual, which is its first argument or a keyword."""
-
-    is_positional: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class BareModel(torch.nn.Module):
@@ -59,7 +49,7 @@ class BareModel(torch.nn.Module):
         More than that of a mixture of experts, of which a token passes through few."""
         self.compiled: CompiledBlocks | None = None
         self.can_resume = True
-        self._beside: dict[int, dict[int, _Call]] = {}
+        self._calls: dict[int, dict[int, Callable[..., Any]]] = {}
         self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
         self.eval().requires_grad_(False)
 
@@ -91,21 +81,18 @@ class BareModel(torch.nn.Module):
         They are given what the model's own forward pass gave them at this number of tokens. False,
         and nothing run, where that is not known yet, or is not the same for all rows.
         """
-        calls = self._beside.get(values.shape[1], {})
+        calls = self._calls.get(values.shape[1], {})
         if not self.can_resume or any(i not in calls for i in range(block, last + 1)):
             return False
         for i in range(block, last + 1):
-            call = calls[i]
-            args = (values, *call.args) if call.is_positional else call.args
-            kwargs = call.kwargs if call.is_positional else {"hidden_states": values, **call.kwargs}
-            output = self.blocks[i](*args, **kwargs)
+            output = calls[i](self.blocks[i], values)
             values = output[0] if isinstance(output, tuple) else output
         return True
 
     @contextmanager
     def _noting_calls(self, n_rows: int, n_tokens: int) -> Iterator[None]:
-        """Keep what each block is given beside the residual, where it is the same for all rows."""
-        calls = self._beside.setdefault(n_tokens, {})
+        """Keep how each block is called, where all beside the residual is the same for all rows."""
+        calls = self._calls.setdefault(n_tokens, {})
         # One row does not show it, and an inference tensor could not be differentiated later.
         if n_rows < 2 or len(calls) == len(self.blocks) or torch.is_inference_mode_enabled():
             yield
@@ -113,9 +100,14 @@ class BareModel(torch.nn.Module):
 
         def note(i: int) -> Callable[..., None]:
             def hook(module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+                beside = args[1:]
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                if _is_shared((args[1:], rest), n_rows):
-                    calls[i] = _Call(bool(args), args[1:], rest)
+                if not _is_shared((beside, rest), n_rows):
+                    return
+                if args:
+                    calls[i] = lambda block, values: block(values, *beside, **rest)
+                else:
+                    calls[i] = lambda block, values: block(hidden_states=values, **rest)
 
             return hook
 

@@ -1,6 +1,6 @@
 """Derivatives of the frozen model: a forward pass that keeps its graph, and what is pulled back.
 
-`run_graph` runs a batch with the residual stream held, or a step added to it; `Labels.read` gives
+`run_from` runs a batch with the residual stream held, or a step added to it; `Labels.read` gives
 the labels' log-probabilities, which can be differentiated though their logits are not kept. On the
 two stand `label_slopes` (along directions at coefficient 0), `loss_rows` (gradients at every hook,
 pair by pair) and `directions.training`.
@@ -67,34 +67,19 @@ class Graph:
         return _stacked([at_position(grad, self.indices) for grad in grads])
 
 
-def run_graph(
-    model: HookedModel,
-    batch: Batch,
-    hooks: Sequence[tuple[str, HookFunction]] = (),
-    *,
-    last_block: int,
-    holds: Sequence[str] = (),
-    reads: Sequence[str] = (),
-    indices: Int[Tensor, " row"] | None = None,
-    start: Residual | None = None,
-    is_padded: bool | None = None,
+def _run_graph(
+    model: HookedModel, batch: Batch, targets: dict[str, str], indices: Tensor, is_padded: bool
 ) -> Graph:
-    """Run a batch up to the end of `last_block`, with `hooks`; hold and read the stream at others.
-
-    It is read at the columns `indices`, by default those of the last prompt tokens. `start` and
-    `is_padded` are those of `run_from`. Raises `InputError` where a hook held is not as wide as the
-    residual stream.
-    """
+    """A batch run to the last loss hook, held at every hook, hooks and loss hooks read."""
     held: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
-    indices = batch.indices(-1) if indices is None else indices
-    holding = [(name, _holding(held, name)) for name in holds]
-    reading = [reading_hook(states, name, indices) for name in reads]
+    holding = [(name, _holding(held, name)) for name in targets]
+    read = dict.fromkeys([*targets, *targets.values()])
+    reading = [reading_hook(states, name, indices) for name in read]
     output = run_from(
         *(model, batch.tokens, batch.attention_mask),
-        start=start,
-        fwd_hooks=[*hooks, *holding, *reading],
-        last_hook=resid_post(last_block),
+        fwd_hooks=[*holding, *reading],
+        last_hook=resid_post(max(map(hook_layer, targets.values()))),
         is_padded=is_padded,
     )
     widths = {name: activation.shape[-1] for name, activation in held.items()}
@@ -252,8 +237,11 @@ def label_slopes(
                 (name, adding(step[:, None, None] * direction.to(step), mask))
                 for (name, direction), step in zip(along, steps, strict=True)
             ]
-            graph = run_graph(model, batch, hooks, last_block=engine.n_layers - 1)
-            read = labels.read(model, graph.output, n_samples=1, generator=generator)
+            last = resid_post(engine.n_layers - 1)
+            final = run_from(
+                model, batch.tokens, batch.attention_mask, fwd_hooks=hooks, last_hook=last
+            )
+            read = labels.read(model, final, n_samples=1, generator=generator)
             shares = labels.shares.to(read.logprob)
             (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=True)
             (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
@@ -334,16 +322,8 @@ def _batch_rows(
     deepest = max(hook_layer(name) for name in targets.values())
     with differentiable(model):
         passes = [
-            run_graph(
-                model,
-                batch,
-                last_block=deepest,
-                holds=[*targets],
-                reads=[*dict.fromkeys([*targets, *targets.values()])],
-                indices=indices,
-                is_padded=is_padded,
-            )
-            for batch, (indices, is_padded) in zip(batches, places, strict=True)
+            _run_graph(model, batch, targets, *of)
+            for batch, of in zip(batches, places, strict=True)
         ]
         final = advance(
             model,

@@ -16,7 +16,7 @@ from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
 from steerlens.errors import InputError, ModelError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.hooks import HookFunction, hooked, keeping
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
 
@@ -98,11 +98,11 @@ def reading_hook(
     `InputError` when the activation is not `[prompt, token, d_model]`.
     """
 
-    def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+    def read(activation: Tensor) -> Tensor:
         check_residual(activation, hook_name)
-        into[hook_name] = at_position(activation, indices)
+        return at_position(activation, indices)
 
-    return hook_name, read
+    return keeping(into, [hook_name], read)[0]
 
 
 def check_residual(activation: Float[Tensor, "..."], hook_name: str) -> None:

@@ -77,34 +77,22 @@ def _finished(
     readouts_pos, logprobs, kl, readouts_neg = nothing, torch.zeros((n, 0)), None, nothing
     if up:
         batches = [part.batch for part in prepared.positive]
-        joined = [_joined(slices) for slices in up]
-        readouts_pos = in_pair_order(
-            batches, [of[0].reshape(n, -1, of[0].shape[-1]) for of in joined]
-        )
-        logprobs = in_pair_order(batches, [of[1].reshape(n, -1) for of in joined])
+        readouts, by_prompt, divergences = zip(*(_joined(of, n) for of in up), strict=True)
+        readouts_pos, logprobs = (in_pair_order(batches, v) for v in (readouts, by_prompt))
         if prepared.workload.with_kl:
-            kl = by_token(batches, [of[2].reshape(n, -1) for of in joined])
+            kl = by_token(batches, divergences)
     if prepared.workload.steered_positions == "continuation":
         # What is read lies before every steered token, so it is the unsteered model's to the bit.
         unsteered = prepared.unsteered.cell(job.readout)
         readouts_pos = unsteered.positive.expand(n, -1, -1)
         readouts_neg = unsteered.negative.expand(n, -1, -1)
     elif down:
-        read = [_joined(slices)[0] for slices in down]
-        readouts_neg = in_pair_order(
-            [part.batch for part in prepared.negative],
-            [of.reshape(n, -1, of.shape[-1]) for of in read],
-        )
-    return [
-        CellOutput(
-            coefficient,
-            readouts_pos[i],
-            readouts_neg[i],
-            logprobs[i],
-            None if kl is None else kl[i],
-        )
-        for i, coefficient in enumerate(job.coefficients)
-    ]
+        batches = [part.batch for part in prepared.negative]
+        readouts_neg = in_pair_order(batches, [_joined(of, n)[0] for of in down])
+    values = zip(
+        readouts_pos, readouts_neg, logprobs, [None] * n if kl is None else kl, strict=True
+    )
+    return [CellOutput(c, *of) for c, of in zip(job.coefficients, values, strict=True)]
 
 
 def carry_past(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
@@ -291,10 +279,11 @@ _Slices: TypeAlias = list[tuple[Arriving, ...]]
 """What each pass of a part gave, on its way to the CPU."""
 
 
-def _joined(slices: _Slices) -> tuple[Tensor, ...]:
-    """The passes' outputs, waited for, one after another."""
+def _joined(slices: _Slices, n: int) -> list[Tensor]:
+    """The passes' outputs, waited for: each of them in a row for each of `n` coefficients."""
     arrived = [[one.arrived() for one in of] for of in slices]
-    return tuple(torch.cat(parts) for parts in zip(*arrived, strict=True))
+    joined = (torch.cat(parts) for parts in zip(*arrived, strict=True))
+    return [values.reshape(n, -1, *values.shape[1:]) for values in joined]
 
 
 def _addition_by_row(
