@@ -157,16 +157,9 @@ def train_directions(
             position=position,
         )
         before = index * schedule.max_epochs
-        is_pairs = objective == "reference"  # which has the labels of the positive prompts alone
-        others: dict[str, Any] = {"sign": -1 if is_pairs else 1, "with_labels": not is_pairs}
-        side = partial(make_side, model, hook_name=hook_name)
-        examples = (
-            [(side(up, sign=1), side(down, **others)) for up, down in part]
-            for part in (train, held_out)
-        )
         vector, history = _train(
             step,
-            *examples,
+            *(_sides(model, part, hook_name, objective) for part in (train, held_out)),
             vector=torch.zeros(both.shape[-1], device=train[0][0].tokens.device),
             unit=float(both.norm(dim=-1).mean()) / both.shape[-1] ** 0.5,
             schedule=schedule,
@@ -247,6 +240,15 @@ def make_side(
     signs = sign * torch.tensor(SIGNS, device=tokens.device).repeat_interleave(len(batch.prompts))
     labels_twice = Labels.of(pushed) if with_labels else None
     return Side(pushed, signs[:, None, None], residual, labels_twice, logprob)
+
+
+def _sides(
+    model: HookedModel, batches: Sequence[tuple[Batch, Batch]], hook_name: str, objective: str
+) -> list[tuple[Side, Side]]:
+    is_pairs = objective == "reference"  # which has the labels of the positive prompts alone
+    others: dict[str, Any] = {"sign": -1 if is_pairs else 1, "with_labels": not is_pairs}
+    side = partial(make_side, model, hook_name=hook_name)
+    return [(side(up, sign=1), side(down, **others)) for up, down in batches]
 
 
 def push_sides(
