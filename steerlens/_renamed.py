@@ -19,7 +19,7 @@ NAMES = {
     "SweepResult": "measure",
     "Trained": "directions",
     "bake": "steering.export",
-    "boundary_shape": "measure.study",
+    "boundary_shape": "Study.boundary_shape",
     "coherence_hinge": "loss",
     "collect_activations": "engine",
     "condition_accuracy": "steering",
@@ -34,10 +34,10 @@ NAMES = {
     "generation_table": "measure",
     "gradient_terms": "directions",
     "label_logprob": "loss",
-    "measure_layers": "measure.study",
+    "measure_layers": "Study.layers",
     "neutral_texts": "data",
     "ordering_penalty": "loss",
-    "predict_boundary": "measure.study",
+    "predict_boundary": "Study.predicted_boundary",
     "readout_hook": "models",
     "to_gguf": "steering.export",
     "to_repeng": "steering.export",
@@ -47,7 +47,7 @@ NAMES = {
     "total_variation_barrier": "loss",
     "train_directions": "directions",
 }
-"""Once at the top of the package -> the room that has it now."""
+"""Once at the top of the package -> the room that has it now, or what of a study it is."""
 
 MODULES = {
     "activations": ("engine.capture", "directions.differences"),
@@ -93,8 +93,37 @@ def renamed(name: str) -> Any:
     if name not in NAMES:
         raise AttributeError(f"module 'steerlens' has no attribute {name!r}")
     room = f"steerlens.{NAMES[name]}"
+    if name in OF_STUDIES:
+        _warn(f"steerlens.{name}", room)
+        return OF_STUDIES[name]
     _warn(f"steerlens.{name}", f"{room}.{name}")
     return getattr(importlib.import_module(room), name)
+
+
+def boundary_shape(*given: Any, layer: Any, **settings: Any) -> Any:
+    """`Study(*given, layers=layer, **settings).boundary_shape(layer, ...)`."""
+    asked = {name: settings.pop(name) for name in _OF_SHAPES if name in settings}
+    return _study(*given, layers=layer, **settings).boundary_shape(layer, **asked)
+
+
+def measure_layers(*given: Any, **settings: Any) -> Any:
+    """`Study(*given, **settings).layers`."""
+    return _study(*given, **settings).layers
+
+
+def predict_boundary(*given: Any, on: Any = "positive", **settings: Any) -> Any:
+    """`Study(*given, **settings).predicted_boundary(on=on)`."""
+    return _study(*given, **settings).predicted_boundary(on=on)
+
+
+def _study(*given: Any, **settings: Any) -> Any:
+    from steerlens.measure.study import Study
+
+    return Study(*given, **settings)
+
+
+_OF_SHAPES = ("n_angles", "on", "search_range")
+OF_STUDIES = {f.__name__: f for f in (boundary_shape, measure_layers, predict_boundary)}
 
 
 class RenamedModules(MetaPathFinder, Loader):
@@ -118,6 +147,8 @@ class RenamedModules(MetaPathFinder, Loader):
         _warn(module.__name__, " and ".join(places))
 
         def look_up(name: str) -> Any:
+            if name in OF_STUDIES:
+                return OF_STUDIES[name]
             for place in places:
                 found = importlib.import_module(place)
                 if hasattr(found, name):

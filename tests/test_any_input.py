@@ -156,7 +156,6 @@ def own(name: str, base: dict[str, Any]) -> dict[str, Any]:
         "tokenize_prompt": {"prompt": "the day", "where": "here"},
         "attention_patterns": {"prompt": 0},
         "token_projections": {"prompt": 0},
-        "steering_hooks": {"directions": {HOOK: base["directions"][HOOK]}},
         "fit_condition": {"directions": None},
     }.get(name, {})
 

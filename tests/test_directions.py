@@ -13,7 +13,8 @@ import steerlens as sl
 from steerlens.directions.differences import Differences
 from steerlens.errors import InputError
 from steerlens.models.loading import inference
-from steerlens.steering import steering_hooks
+from steerlens.steering import steps
+from steerlens.steering.apply import step_hooks
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -131,7 +132,7 @@ def test_directions_are_a_mapping_with_norm_1(llama: Any, pairs: sl.ContrastiveP
     assert list(directions) == ["blocks.0.hook_resid_post"]
     # The readout is there to be looked up, but steering by the mapping leaves it alone.
     assert directions["blocks.2.hook_resid_post"].norm() == pytest.approx(1)
-    assert [name for name, _ in steering_hooks(directions, 1)] == ["blocks.0.hook_resid_post"]
+    assert [name for name, _ in step_hooks(steps(directions, 1))] == ["blocks.0.hook_resid_post"]
     assert directions.hook_names == ("blocks.0.hook_resid_post",)
     assert directions.fingerprint == pairs.fingerprint
     with pytest.raises(KeyError):

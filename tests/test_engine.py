@@ -259,11 +259,11 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
     expected = by_plain_loop(llama, workload, jobs[0])
     real, sizes = cells.run_from, []
 
-    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(tokens))
         if len(tokens) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        real(model, tokens, *args, **kwargs)
+        return real(model, tokens, *args, **kwargs)
 
     monkeypatch.setattr(cells, "run_from", too_large)
     with pytest.warns(RuntimeWarning, match="going on with [48] prompts"):

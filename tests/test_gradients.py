@@ -398,11 +398,11 @@ def test_out_of_memory_runs_halves(
     expected = slopes(double, workload).logprob
     real, sizes = backward.run_from, []
 
-    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(len(tokens))
         if len(tokens) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        real(model, tokens, *args, **kwargs)
+        return real(model, tokens, *args, **kwargs)
 
     monkeypatch.setattr(backward, "run_from", too_large)
     with pytest.warns(RuntimeWarning, match="going on with 1 prompts"):

@@ -194,10 +194,10 @@ def test_the_record_says_that_memory_was_out(
 ) -> None:
     real = cells.run_from
 
-    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **options: Any) -> None:
+    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **options: Any) -> Any:
         if len(tokens) > 2:
             torch_fails()
-        real(model, tokens, *args, **options)
+        return real(model, tokens, *args, **options)
 
     monkeypatch.setattr(cells, "run_from", too_large)
     with pytest.warns(RuntimeWarning, match="out of memory"):

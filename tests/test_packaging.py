@@ -23,7 +23,7 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     program = (
-        "import steerlens; from steerlens.data.pairs import shipped_folder\n"
+        "import steerlens; from steerlens.data.shipped import shipped_folder\n"
         "print(shipped_folder(), *steerlens.dataset_names(), len(steerlens.neutral_texts()),"
         " len(steerlens.ContrastivePairs.load('honesty', split='test')))"
     )

@@ -11,8 +11,14 @@ from conftest import bridge, build_gpt2
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.directions.fitting import fit
-from steerlens.directions.training import Schedule, train_directions
-from steerlens.engine.backward import Pushed, Side, make_side, push_sides
+from steerlens.directions.training import (
+    Pushed,
+    Schedule,
+    Side,
+    make_side,
+    push_sides,
+    train_directions,
+)
 from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError

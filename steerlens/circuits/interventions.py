@@ -3,8 +3,6 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import hooked
+from steerlens.models.hooks import hooked, keeping
 from steerlens.models.loading import inference
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.apply import Step
@@ -82,11 +80,7 @@ def capture(
     The model stops after `n_layers` blocks (it does not stop).
     """
     captured: dict[str, Tensor] = {}
-
-    def keep(name: str, activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-        captured[name] = read(activation)
-
-    keeping = [(name, partial(keep, name)) for name in hook_names]
-    with inference(model), intervention.on(model), hooked(model, keeping):
+    keeping_all = keeping(captured, hook_names, read)
+    with inference(model), intervention.on(model), hooked(model, keeping_all):
         model(tokens, stop_at_layer=n_layers, return_type=None)
     return {name: captured[name] for name in hook_names}

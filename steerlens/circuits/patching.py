@@ -1,11 +1,8 @@
 """Exact patching: outputs of one run put into another, one component at a time or several."""
 
-import io
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +12,6 @@ from steerlens.circuits.interventions import Intervention, capture
 from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task
 from steerlens.models.hooks import HookFunction
-from steerlens.models.loading import inference
 from steerlens.progress import Progress
 
 
@@ -61,24 +57,6 @@ def patch_components(
 
 
 def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Float[Tensor, " prompt"]:
-    """TransformerLens's activation patching of one component: a forward pass."""
-    from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
-
-    name, index = "mlp_out", {"layer": [part.layer]}
-    setter: Callable[..., Tensor] = lambda corrupted, index, clean: clean  # noqa: ARG005, E731
-    if part.kind == "head":
-        name, index["head"], setter = "z", [part.head], layer_head_vector_patch_setter
-    # It shows a progress bar of its own that no setting turns off.
-    with inference(batch.model), redirect_stderr(io.StringIO()):
-        result = generic_activation_patch(
-            batch.model,
-            batch.prompts.tokens,
-            clean,
-            batch.metric,
-            setter,
-            name,
-            index_df=pd.DataFrame(index),
-            reduce="none",
-        )
-    values: Tensor = result.values[0].float().cpu()
-    return values
+    """The metric with the clean output of one component: a forward pass."""
+    ((name, heads),) = by_hook([part]).items()
+    return batch.measure(fwd_hooks=[replacing(name, clean[name], heads)])

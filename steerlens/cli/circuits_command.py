@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from steerlens import circuits, plots
-from steerlens.circuits.edges import edge_table
-from steerlens.circuits.graphs import edge_readers
+from steerlens.circuits.graphs import edge_readers, edge_table
 from steerlens.circuits.readers import check_steered
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, Task, prepare

@@ -5,22 +5,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from steerlens.data.prompts import (
-    Message,
     Prompt,
     checked_prompt,
     checked_text,
-    render,
-    unicode_text,
 )
-from steerlens.data.reading import read_jsonl, read_texts
 from steerlens.data.sequence import EntrySequence
-from steerlens.data.shipped import (
-    SPLITS,
-    dataset_card,
-    dataset_names,
-    neutral_texts,
-    shipped_folder,
-)
 from steerlens.errors import InputError
 
 
@@ -134,21 +123,3 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
             InputError: The name or split is unknown.
         """
         return cls._load(name, split, split)
-
-
-# until callers have moved
-__all__ = [
-    "SPLITS",
-    "ContrastivePair",
-    "ContrastivePairs",
-    "Message",
-    "Prompt",
-    "dataset_card",
-    "dataset_names",
-    "neutral_texts",
-    "read_jsonl",
-    "read_texts",
-    "render",
-    "shipped_folder",
-    "unicode_text",
-]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,15 +18,25 @@ from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.methods import METHODS, fit_directions
 from steerlens.directions.old_names import with_grouped
-from steerlens.engine.backward import Objective, Pushed, Side, make_side, push_sides
+from steerlens.engine.backward import adding, differentiable
 from steerlens.engine.batches import Batch, make_pair_batches
+from steerlens.engine.capture import reading_hook
+from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items, tokenize_pairs
 from steerlens.errors import InputError, finite, whole
-from steerlens.loss import contrastive_steering_loss, preference_loss, promotion_loss
+from steerlens.loss import (
+    contrastive_steering_loss,
+    mean_by_prompt,
+    preference_loss,
+    promotion_loss,
+)
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, readout_hook
+from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post
+from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
 
+SIGNS = (1.0, -1.0)
+"""The coefficients a vector is trained at."""
 TOLERANCE = 0.01
 """The loss of logprob that the reference objective permits."""
 VALIDATION = 0.2
@@ -148,10 +159,7 @@ def train_directions(
         before = index * schedule.max_epochs
         vector, history = _train(
             step,
-            *(
-                [_sides(model, *batches, hook_name, objective) for batches in part]
-                for part in (train, held_out)
-            ),
+            *(_sides(model, part, hook_name, objective) for part in (train, held_out)),
             vector=torch.zeros(both.shape[-1], device=train[0][0].tokens.device),
             unit=float(both.norm(dim=-1).mean()) / both.shape[-1] ** 0.5,
             schedule=schedule,
@@ -178,6 +186,117 @@ def train_directions(
     return Trained(directions, norms, pd.concat(histories, ignore_index=True))
 
 
+@dataclass(frozen=True)
+class Side:
+    """One side of an example: its prompts twice, to be pushed by `signs` times the vector.
+
+    The first half is at c = +1, the other at -1. `residual` enters the hook's block, each prompt
+    once (None: from the tokens on). `labels` is None where they do not matter, and the side is then
+    run to the readout only. `unsteered` is the labels' logprob at 0 (nats per token; NaN without).
+    """
+
+    batch: Batch
+    signs: Float[Tensor, "pushed_row 1 1"]
+    residual: Residual | None
+    labels: Labels | None
+    unsteered: Float[Tensor, " row"]
+
+
+class Pushed(NamedTuple):
+    """What an objective is given of a side: readout (residual units) and logprob (nats per token).
+
+    Both at c = +1 and -1 (`sign`); `unsteered` is the logprob at 0. Logprobs of a side without
+    labels are NaN.
+    """
+
+    readout: Float[Tensor, "sign row d_model"]
+    logprob: Float[Tensor, "sign row"]
+    unsteered: Float[Tensor, " row"]
+
+
+Objective = Callable[[Pushed, Pushed], Float[Tensor, ""]]
+"""The loss of the positive and the negative side."""
+
+
+def make_side(
+    model: HookedModel, batch: Batch, hook_name: str, *, sign: int, with_labels: bool = True
+) -> Side:
+    """A side pushed by `sign` times the vector at c = +1, with what is known unsteered."""
+    tokens, mask, block = batch.tokens, batch.attention_mask, hook_layer(hook_name)
+    logprob = torch.full((len(batch.prompts),), torch.nan, device=tokens.device)
+    residual = None
+    with inference(model):
+        if block > 0:
+            residual = advance(model, tokens, mask, start=None, block=block)
+        if with_labels:
+            final = advance(model, tokens, mask, start=residual, block=int(model.cfg.n_layers))
+            labels = Labels.of(batch)
+            logprob = mean_by_prompt(
+                labels_logprob(model, labels.outputs(final.values), labels.ids),
+                batch.label_mask()[:, 1:],
+            )
+    n = len(SIGNS)
+    pushed = Batch(batch.rows * n, batch.prompts * n, tokens.repeat(n, 1), mask.repeat(n, 1))
+    signs = sign * torch.tensor(SIGNS, device=tokens.device).repeat_interleave(len(batch.prompts))
+    labels_twice = Labels.of(pushed) if with_labels else None
+    return Side(pushed, signs[:, None, None], residual, labels_twice, logprob)
+
+
+def _sides(
+    model: HookedModel, batches: Sequence[tuple[Batch, Batch]], hook_name: str, objective: str
+) -> list[tuple[Side, Side]]:
+    is_pairs = objective == "reference"  # which has the labels of the positive prompts alone
+    others: dict[str, Any] = {"sign": -1 if is_pairs else 1, "with_labels": not is_pairs}
+    side = partial(make_side, model, hook_name=hook_name)
+    return [(side(up, sign=1), side(down, **others)) for up, down in batches]
+
+
+def push_sides(
+    model: HookedModel,
+    sides: tuple[Side, Side],
+    vector: Float[Tensor, " d_model"],
+    objective: Objective,
+    *,
+    hook_name: str,
+    readout: str,
+    position: int,
+    with_gradient: bool = True,
+) -> tuple[float, Float[Tensor, " d_model"]]:
+    """The objective under `+vector` and `-vector` at a hook, and its gradient there.
+
+    Readouts are at `position`. Without `with_gradient` the gradient is zero and not computed.
+    """
+
+    def push(side: Side) -> Pushed:
+        batch, start, labels = side.batch, side.residual, side.labels
+        if start is not None:
+            start = replace(start, values=start.values.repeat(len(SIGNS), 1, 1))
+        states: dict[str, Tensor] = {}
+        final = run_from(
+            *(model, batch.tokens, batch.attention_mask),
+            start=start,
+            fwd_hooks=[
+                (hook_name, adding(side.signs * vector, batch.steered_mask("all"))),
+                reading_hook(states, readout, batch.indices(position)),
+            ],
+            last_hook=readout if labels is None else resid_post(int(model.cfg.n_layers) - 1),
+        )
+        shape = len(SIGNS), len(side.unsteered)
+        state = states[readout].reshape(*shape, -1)
+        logprob = state.detach().new_full(shape, torch.nan)
+        if labels is not None:
+            by_label = labels.read(model, final).logprob
+            logprob = mean_by_prompt(by_label, batch.label_mask()[:, 1:]).reshape(shape)
+        return Pushed(state, logprob, side.unsteered)
+
+    with differentiable(model, with_gradient=with_gradient):
+        loss = objective(*map(push, sides))
+        if not with_gradient:
+            return float(loss), torch.zeros_like(vector)
+        (gradient,) = torch.autograd.grad(loss, vector, materialize_grads=True)
+    return float(loss.detach()), gradient
+
+
 def _train(
     step: Callable[..., tuple[float, Float[Tensor, " d_model"]]],
     examples: Sequence[tuple[Side, Side]],
@@ -189,11 +308,7 @@ def _train(
     seed: int,
     progress: Progress,
 ) -> tuple[Float[Tensor, " d_model"], pd.DataFrame]:
-    """The vector with the lowest validation loss, and the losses of every epoch.
-
-    It starts at `vector`. `step` gives the loss of an example and its gradient; step sizes are in
-    `unit`.
-    """
+    """The vector, from `vector` on, with the lowest validation loss; the losses of every epoch."""
     generator, max_epochs = np.random.default_rng(seed), schedule.max_epochs
     sizes = [len(positive.unsteered) for positive, _ in held_out]
     vector.requires_grad_()
@@ -219,18 +334,6 @@ def _train(
             break
     return best.cpu(), pd.DataFrame(
         rows, columns=["epoch", "train_loss", "validation_loss", "norm"]
-    )
-
-
-def _sides(
-    model: HookedModel, positive: Batch, negative: Batch, hook_name: str, objective: str
-) -> tuple[Side, Side]:
-    is_pairs = objective == "reference"
-    # The reference loss has the labels of the positive prompts alone.
-    sign = -1 if is_pairs else 1
-    return (
-        make_side(model, positive, hook_name, sign=1),
-        make_side(model, negative, hook_name, sign=sign, with_labels=not is_pairs),
     )
 
 

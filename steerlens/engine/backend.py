@@ -9,7 +9,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from steerlens.engine.compiled import CompiledBlocks
 from steerlens.models import verification
 from steerlens.models.hooked_model import HookedModel, hugging_face_model, weight_module
-from steerlens.models.hooks import resid_post
+from steerlens.models.hooks import keeping, resid_post
 from steerlens.models.loading import inference
 from steerlens.stats import allowed_gap, relative_gap
 
@@ -27,15 +26,6 @@ DEVICES = {"cuda"}
 """Where it pays: on a CPU a Bridge costs what its arithmetic costs."""
 
 _known: "weakref.WeakKeyDictionary[Any, BareModel | None]" = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a block is given beside the residual, which is its first argument or a keyword."""
-
-    is_positional: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class BareModel(torch.nn.Module):
@@ -59,7 +49,7 @@ class BareModel(torch.nn.Module):
         More than that of a mixture of experts, of which a token passes through few."""
         self.compiled: CompiledBlocks | None = None
         self.can_resume = True
-        self._beside: dict[int, dict[int, _Call]] = {}
+        self._calls: dict[int, dict[int, Callable[..., Any]]] = {}
         self._takes_positions = "position_ids" in inspect.signature(plain.forward).parameters
         self.eval().requires_grad_(False)
 
@@ -91,21 +81,18 @@ class BareModel(torch.nn.Module):
         They are given what the model's own forward pass gave them at this number of tokens. False,
         and nothing run, where that is not known yet, or is not the same for all rows.
         """
-        calls = self._beside.get(values.shape[1], {})
+        calls = self._calls.get(values.shape[1], {})
         if not self.can_resume or any(i not in calls for i in range(block, last + 1)):
             return False
         for i in range(block, last + 1):
-            call = calls[i]
-            args = (values, *call.args) if call.is_positional else call.args
-            kwargs = call.kwargs if call.is_positional else {"hidden_states": values, **call.kwargs}
-            output = self.blocks[i](*args, **kwargs)
+            output = calls[i](self.blocks[i], values)
             values = output[0] if isinstance(output, tuple) else output
         return True
 
     @contextmanager
     def _noting_calls(self, n_rows: int, n_tokens: int) -> Iterator[None]:
-        """Keep what each block is given beside the residual, where it is the same for all rows."""
-        calls = self._beside.setdefault(n_tokens, {})
+        """Keep how each block is called, where all beside the residual is the same for all rows."""
+        calls = self._calls.setdefault(n_tokens, {})
         # One row does not show it, and an inference tensor could not be differentiated later.
         if n_rows < 2 or len(calls) == len(self.blocks) or torch.is_inference_mode_enabled():
             yield
@@ -113,9 +100,14 @@ class BareModel(torch.nn.Module):
 
         def note(i: int) -> Callable[..., None]:
             def hook(module: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+                beside = args[1:]
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-                if _is_shared((args[1:], rest), n_rows):
-                    calls[i] = _Call(bool(args), args[1:], rest)
+                if not _is_shared((beside, rest), n_rows):
+                    return
+                if args:
+                    calls[i] = lambda block, values: block(values, *beside, **rest)
+                else:
+                    calls[i] = lambda block, values: block(hidden_states=values, **rest)
 
             return hook
 
@@ -182,10 +174,8 @@ def _is_eligible(model: Any) -> bool:
 
 
 def _shares_weights(bare: BareModel | None, model: Any) -> bool:
-    """Whether the weights are the same memory still; a model without a bare one is not tried again.
-
-    Moving a model, or changing its dtype, gives it others.
-    """
+    """Whether the weights are the same memory still; a model without a bare one stays so."""
+    # Moving a model, or changing its dtype, gives it others.
     if bare is None:
         return model in _known
     theirs = {weight.data_ptr() for weight in weight_module(model).parameters()}
@@ -240,8 +230,8 @@ def _difference(model: Any, bare: BareModel) -> str | None:
 def _resumes(bare: BareModel, tokens: Int[Tensor, "row token"], allowed: float) -> bool:
     """Whether blocks run alone give what they gave, for rows in another order too."""
     first, last = resid_post(0), resid_post(len(bare.blocks) - 1)
-    whole, alone = _outputs(bare, tokens, None), {}
-    with torch.no_grad(), bare.hooks(fwd_hooks=[(last, lambda a, hook: alone.update({last: a}))]):  # noqa: ARG005
+    whole, alone = _outputs(bare, tokens, None), dict[str, Tensor]()
+    with torch.no_grad(), bare.hooks(keeping(alone, [last])):
         if not bare.resume(whole[first].flip(0), 1, len(bare.blocks) - 1):
             return False
     found, expected = alone.get(last, whole[first]).flip(0), whole[last]
@@ -252,16 +242,9 @@ def _outputs(
     model: Any, tokens: Int[Tensor, "row token"], mask: Bool[Tensor, "row token"] | None
 ) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-            found[name] = activation.clone()
-
-        return hook
-
     names = [resid_post(i) for i in range(len(model.blocks))]
     kwargs = {} if mask is None else {"attention_mask": mask.long()}
-    with inference(model), model.hooks(fwd_hooks=[(name, keep(name)) for name in names]):
+    with inference(model), model.hooks(fwd_hooks=keeping(found, names, torch.clone)):
         found["logits"] = model(tokens, return_type="logits", **kwargs)
     return found
 

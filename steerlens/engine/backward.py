@@ -1,9 +1,9 @@
 """Derivatives of the frozen model: a forward pass that keeps its graph, and what is pulled back.
 
-`run_graph` runs a batch with the residual stream held, or a step added to it; `Labels.read` gives
+`run_from` runs a batch with the residual stream held, or a step added to it; `Labels.read` gives
 the labels' log-probabilities, which can be differentiated though their logits are not kept. On the
 two stand `label_slopes` (along directions at coefficient 0), `loss_rows` (gradients at every hook,
-pair by pair) and `push_sides` (a training step).
+pair by pair) and `directions.training`.
 """
 
 import math
@@ -18,15 +18,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.engine.backend import BareModel, for_hooks
-from steerlens.engine.batches import Batch, before_labels, in_pair_order, join
+from steerlens.engine.batches import Batch, in_pair_order, join
 from steerlens.engine.capture import at_position, by_halves, check_residual, reading_hook
 from steerlens.engine.engine import Engine
-from steerlens.engine.resume import Residual, advance, labels_gradients, labels_logprob, run_from
+from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
 from steerlens.engine.tokenization import SteeredPositions
 from steerlens.engine.transfer import to_device, to_host
 from steerlens.engine.workload import Cost
 from steerlens.errors import InputError, ModelError
-from steerlens.loss import label_logprob, mean_by_prompt
+from steerlens.loss import label_logprob
 from steerlens.models.hooked_model import HookedModel, weight_module
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models.loading import inference
@@ -37,8 +37,6 @@ BACKWARD_COST = 2
 LAUNCH_BOUND = 4e11
 """Floating-point operations of a block below which a GPU waits for its next one: about a
 millisecond's. Both sides of the pairs then run in one pass, which takes more arithmetic."""
-SIGNS = (1.0, -1.0)
-"""The coefficients a vector is trained at."""
 
 _checked: "weakref.WeakSet[BareModel]" = weakref.WeakSet()
 
@@ -69,50 +67,28 @@ class Graph:
         return _stacked([at_position(grad, self.indices) for grad in grads])
 
 
-def run_graph(
-    model: HookedModel,
-    batch: Batch,
-    hooks: Sequence[tuple[str, HookFunction]] = (),
-    *,
-    last_block: int,
-    holds: Sequence[str] = (),
-    reads: Sequence[str] = (),
-    indices: Int[Tensor, " row"] | None = None,
-    start: Residual | None = None,
-    is_padded: bool | None = None,
+def _run_graph(
+    model: HookedModel, batch: Batch, targets: dict[str, str], indices: Tensor, is_padded: bool
 ) -> Graph:
-    """Run a batch up to the end of `last_block`, with `hooks`; hold and read the stream at others.
-
-    It is read at the columns `indices`, by default those of the last prompt tokens. `start` and
-    `is_padded` are those of `run_from`. Raises `InputError` where a hook held is not as wide as the
-    residual stream.
-    """
+    """A batch run to the last loss hook, held at every hook, hooks and loss hooks read."""
     held: dict[str, Tensor] = {}
     states: dict[str, Tensor] = {}
-    outputs: list[Tensor] = []
-    indices = batch.indices(-1) if indices is None else indices
-    last_hook = resid_post(last_block)
-    run_from(
-        model,
-        batch.tokens,
-        batch.attention_mask,
-        start=start,
-        fwd_hooks=[
-            *hooks,
-            *((name, _holding(held, name)) for name in holds),
-            *(reading_hook(states, name, indices) for name in reads),
-            (last_hook, lambda activation, hook: outputs.append(activation)),  # noqa: ARG005
-        ],
-        last_hook=last_hook,
+    holding = [(name, _holding(held, name)) for name in targets]
+    read = dict.fromkeys([*targets, *targets.values()])
+    reading = [reading_hook(states, name, indices) for name in read]
+    output = run_from(
+        *(model, batch.tokens, batch.attention_mask),
+        fwd_hooks=[*holding, *reading],
+        last_hook=resid_post(max(map(hook_layer, targets.values()))),
         is_padded=is_padded,
     )
     widths = {name: activation.shape[-1] for name, activation in held.items()}
-    if not {outputs[0].shape[-1]}.issuperset(widths.values()):
+    if not {output.shape[-1]}.issuperset(widths.values()):
         raise InputError(
             f"the hooks' activations have the widths {widths}; gradients are taken where it is "
             "that of the residual stream"
         )
-    return Graph(outputs[0], states, held, indices)
+    return Graph(output, states, held, indices)
 
 
 def adding(steps: Float[Tensor, "row 1 d_model"], mask: Bool[Tensor, "row token"]) -> HookFunction:
@@ -125,11 +101,7 @@ def adding(steps: Float[Tensor, "row 1 d_model"], mask: Bool[Tensor, "row token"
 
 
 def _holding(held: dict[str, Tensor], name: str) -> HookFunction:
-    """A hook after which the pass goes on from `held[name]` alone, and from a copy of it.
-
-    So nothing that the model does to the copy in place, or with the activation elsewhere, is in
-    the gradient.
-    """
+    """A hook after which the pass goes on from `held[name]` alone, and from a copy of it."""
 
     def hold(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
         check_residual(activation, name)
@@ -137,86 +109,10 @@ def _holding(held: dict[str, Tensor], name: str) -> HookFunction:
             held[name] = activation.view_as(activation)
         else:
             held[name] = activation.detach().requires_grad_()
+        # Nothing that the model does to the copy in place, or elsewhere, is in the gradient.
         return held[name].clone()
 
     return hold
-
-
-class LabelOutputs(NamedTuple):
-    """The last block's output before every label, and what it says of the label.
-
-    `outputs` and `logprob` (nats) can be differentiated; `of_samples` are the gradients, at
-    `outputs`, of the logprob of labels sampled there.
-    """
-
-    outputs: Float[Tensor, "label d_model"]
-    logprob: Float[Tensor, " label"]
-    of_samples: Float[Tensor, "sample label d_model"]
-
-
-@dataclass(frozen=True)
-class Labels:
-    """A batch's labels: where they are predicted, looked up before the device is kept busy.
-
-    `before` are places in the rows end to end; `n_labels`, on the CPU, their number in each row;
-    `shares` one over that, for every label.
-    """
-
-    before: Int[Tensor, " label"]
-    ids: Int[Tensor, " label"]
-    n_labels: Int[Tensor, " row"]
-    shares: Float[Tensor, " label"]
-
-    @classmethod
-    def of(cls, batch: Batch) -> "Labels":
-        """The labels of a batch."""
-        on_cpu, device = batch.labels_on_cpu(), batch.tokens.device
-        before = before_labels(on_cpu, device)
-        n_labels = on_cpu[:, 1:].sum(dim=1)
-        shares = to_device((1 / n_labels).repeat_interleave(n_labels), device)
-        return cls(before, batch.tokens.flatten()[before + 1], n_labels, shares)
-
-    def outputs(self, final: Float[Tensor, "row token d_model"]) -> Float[Tensor, "label d_model"]:
-        """The last block's output before every label."""
-        return final.flatten(0, 1)[self.before.to(final.device)]
-
-    def read(
-        self,
-        model: HookedModel,
-        final: Float[Tensor, "row token d_model"],
-        *,
-        n_samples: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> LabelOutputs:
-        """Read the labels, and labels sampled there, off the last block's output.
-
-        The logits of all labels never exist at once, as each label's own gradient is known.
-        """
-        outputs = self.outputs(final)
-        moved = labels_gradients(
-            model,
-            outputs.detach(),
-            self.ids,
-            n_samples=n_samples,
-            generator=generator or torch.Generator(),
-        )
-        logprob = _Known.apply(outputs, moved.logprob, moved.of_label)  # type: ignore[no-untyped-call]
-        return LabelOutputs(outputs, logprob, moved.of_samples)
-
-
-class _Known(torch.autograd.Function):
-    """Values of rows whose gradients are known already."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, values: Tensor, gradients: Tensor) -> Tensor:  # noqa: ARG004
-        ctx.gradients = gradients
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
-        gradients: Tensor = ctx.gradients
-        wide = gradients * cotangent[:, None].to(gradients.device)
-        return wide.to(gradients.dtype), None, None
 
 
 @contextmanager
@@ -283,10 +179,7 @@ def _over_batches(
     *,
     seed: int,
 ) -> list[Float[Tensor, "..."]]:
-    """What `run(model, generator, *group)` gives for every group, joined in the pairs' order.
-
-    Pairs are the last dimension, or the last but one where there are three or more.
-    """
+    """What `run(model, generator, *group)` gives for every group, joined in the pairs' order."""
     model = for_hooks(engine.model, hook_names)
     check_label_rows(model, groups[0][0], cost=engine.cost)
     generator = torch.Generator().manual_seed(seed)
@@ -295,6 +188,7 @@ def _over_batches(
     )
     batches = [group[0] for group, _ in results]
     columns = zip(*(values for _, values in results), strict=True)
+    # Pairs are the last dimension, or the last but one where there are three or more.
     return [in_pair_order(batches, c, dim=-1 if c[0].ndim < 3 else -2) for c in columns]
 
 
@@ -343,8 +237,11 @@ def label_slopes(
                 (name, adding(step[:, None, None] * direction.to(step), mask))
                 for (name, direction), step in zip(along, steps, strict=True)
             ]
-            graph = run_graph(model, batch, hooks, last_block=engine.n_layers - 1)
-            read = labels.read(model, graph.output, n_samples=1, generator=generator)
+            last = resid_post(engine.n_layers - 1)
+            final = run_from(
+                model, batch.tokens, batch.attention_mask, fwd_hooks=hooks, last_hook=last
+            )
+            read = labels.read(model, final, n_samples=1, generator=generator)
             shares = labels.shares.to(read.logprob)
             (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=True)
             (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
@@ -425,16 +322,8 @@ def _batch_rows(
     deepest = max(hook_layer(name) for name in targets.values())
     with differentiable(model):
         passes = [
-            run_graph(
-                model,
-                batch,
-                last_block=deepest,
-                holds=[*targets],
-                reads=[*dict.fromkeys([*targets, *targets.values()])],
-                indices=indices,
-                is_padded=is_padded,
-            )
-            for batch, (indices, is_padded) in zip(batches, places, strict=True)
+            _run_graph(model, batch, targets, *of)
+            for batch, of in zip(batches, places, strict=True)
         ]
         final = advance(
             model,
@@ -477,10 +366,8 @@ def _is_launch_bound(model: HookedModel, both: tuple[Batch, ...]) -> bool:
 def _unit(
     differences: Float[Tensor, "pair d_model"], *, like: Float[Tensor, "pair d_model"]
 ) -> Float[Tensor, "pair d_model"]:
-    """The differences at norm 1; 0 where they are the rounding of such activations.
-
-    There the two prompts are equal, and the norm has no gradient.
-    """
+    """The differences at norm 1; 0 where they are the rounding of such activations."""
+    # There the two prompts are equal, and the norm has no gradient.
     norms = differences.norm(dim=-1, keepdim=True)
     rounding = 8 * torch.finfo(like.dtype).eps * like.norm(dim=-1, keepdim=True)
     return torch.where(norms > rounding, differences / norms, torch.zeros_like(differences))
@@ -489,10 +376,7 @@ def _unit(
 def _separation_rows(
     passes: Sequence[Graph], targets: dict[str, str]
 ) -> Float[Tensor, "all_hook row d_model"]:
-    """The gradient of `-||hs_pos - hs_neg||` at each hook's loss hook, of both sides' activations.
-
-    The positive rows come first.
-    """
+    """The gradient of `-||hs_pos - hs_neg||` at each loss hook, of positive, then negative rows."""
     rows: dict[str, Tensor] = {}
     for loss_hook in dict.fromkeys(targets.values()):
         states = [graph.states[loss_hook] for graph in passes]
@@ -513,119 +397,3 @@ def _separation_rows(
 def _stacked(rows: Sequence[Float[Tensor, "row d_model"]]) -> Float[Tensor, "hook row d_model"]:
     """Rows of hooks whose blocks may lie on different devices."""
     return torch.stack([row.to(rows[0].device) for row in rows])
-
-
-# A training step: a vector added under both signs
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of an example: its prompts twice, to be pushed by `signs` times the vector.
-
-    The first half is at c = +1, the other at -1. `residual` enters the hook's block, each prompt
-    once (None: from the tokens on). `labels` is None where they do not matter, and the side is then
-    run to the readout only. `unsteered` is the labels' logprob at 0 (nats per token; NaN without).
-    """
-
-    batch: Batch
-    signs: Float[Tensor, "pushed_row 1 1"]
-    residual: Residual | None
-    labels: Labels | None
-    unsteered: Float[Tensor, " row"]
-
-
-class Pushed(NamedTuple):
-    """What an objective is given of a side: readout (residual units) and logprob (nats per token).
-
-    Both at c = +1 and -1 (`sign`); `unsteered` is the logprob at 0. Logprobs of a side without
-    labels are NaN.
-    """
-
-    readout: Float[Tensor, "sign row d_model"]
-    logprob: Float[Tensor, "sign row"]
-    unsteered: Float[Tensor, " row"]
-
-
-Objective = Callable[[Pushed, Pushed], Float[Tensor, ""]]
-"""The loss of the positive and the negative side."""
-
-
-def make_side(
-    model: HookedModel, batch: Batch, hook_name: str, *, sign: int, with_labels: bool = True
-) -> Side:
-    """A side pushed by `sign` times the vector at c = +1, with what is known unsteered."""
-    tokens, mask, block = batch.tokens, batch.attention_mask, hook_layer(hook_name)
-    logprob = torch.full((len(batch.prompts),), torch.nan, device=tokens.device)
-    residual = None
-    with inference(model):
-        if block > 0:
-            residual = advance(model, tokens, mask, start=None, block=block)
-        if with_labels:
-            final = advance(model, tokens, mask, start=residual, block=int(model.cfg.n_layers))
-            labels = Labels.of(batch)
-            logprob = mean_by_prompt(
-                labels_logprob(model, labels.outputs(final.values), labels.ids),
-                batch.label_mask()[:, 1:],
-            )
-    n = len(SIGNS)
-    pushed = Batch(batch.rows * n, batch.prompts * n, tokens.repeat(n, 1), mask.repeat(n, 1))
-    signs = sign * torch.tensor(SIGNS, device=tokens.device).repeat_interleave(len(batch.prompts))
-    labels_twice = Labels.of(pushed) if with_labels else None
-    return Side(pushed, signs[:, None, None], residual, labels_twice, logprob)
-
-
-def push_sides(
-    model: HookedModel,
-    sides: tuple[Side, Side],
-    vector: Float[Tensor, " d_model"],
-    objective: Objective,
-    *,
-    hook_name: str,
-    readout: str,
-    position: int,
-    with_gradient: bool = True,
-) -> tuple[float, Float[Tensor, " d_model"]]:
-    """The objective under `+vector` and `-vector` at a hook, and its gradient there.
-
-    Readouts are at `position`. Without `with_gradient` the gradient is zero and not computed.
-    """
-    with differentiable(model, with_gradient=with_gradient):
-        pushed = [
-            _push(model, side, vector, hook_name=hook_name, readout=readout, position=position)
-            for side in sides
-        ]
-        loss = objective(*pushed)
-        if not with_gradient:
-            return float(loss), torch.zeros_like(vector)
-        (gradient,) = torch.autograd.grad(loss, vector, materialize_grads=True)
-    return float(loss.detach()), gradient
-
-
-def _push(
-    model: HookedModel,
-    side: Side,
-    vector: Float[Tensor, " d_model"],
-    *,
-    hook_name: str,
-    readout: str,
-    position: int,
-) -> Pushed:
-    batch, start, labels = side.batch, side.residual, side.labels
-    if start is not None:
-        start = Residual(start.block, start.values.repeat(len(SIGNS), 1, 1))
-    graph = run_graph(
-        model,
-        batch,
-        [(hook_name, adding(side.signs * vector, batch.steered_mask("all")))],
-        last_block=hook_layer(readout) if labels is None else int(model.cfg.n_layers) - 1,
-        reads=[readout],
-        indices=batch.indices(position),
-        start=start,
-    )
-    shape = len(SIGNS), len(side.unsteered)
-    state = graph.states[readout].reshape(*shape, -1)
-    logprob = state.detach().new_full(shape, torch.nan)
-    if labels is not None:
-        by_label = labels.read(model, graph.output).logprob
-        logprob = mean_by_prompt(by_label, batch.label_mask()[:, 1:]).reshape(shape)
-    return Pushed(state, logprob, side.unsteered)

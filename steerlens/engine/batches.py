@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
 from steerlens.engine.transfer import to_device
@@ -272,11 +273,8 @@ def _padded(
 
     What padding is written as matters only to a model that takes no mask: 0 is in any vocabulary.
     """
-    width = max(len(row) for row in ids)
-    tokens = torch.full((len(ids), width), pad_id, dtype=torch.long)
-    mask = torch.zeros((len(ids), width), dtype=torch.bool)
-    for i, row in enumerate(ids):
-        start = width - len(row) if side == "left" else 0
-        tokens[i, start : start + len(row)] = torch.tensor(row)
-        mask[i, start : start + len(row)] = True
+    rows = [torch.tensor(row) for row in ids]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    real = [torch.ones(len(row), dtype=torch.bool) for row in ids]
+    mask = pad_sequence(real, batch_first=True, padding_side=side)
     return tokens.to(device), mask.to(device)

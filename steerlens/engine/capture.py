@@ -11,11 +11,12 @@ from torch import Tensor
 from steerlens.engine.backend import for_hooks
 from steerlens.engine.batches import Batch, in_pair_order, make_batches
 from steerlens.engine.memory import is_out_of_memory, warn_of_memory
+from steerlens.engine.resume import Stop
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
 from steerlens.errors import InputError, ModelError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.hooks import HookFunction, hooked, keeping
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
 
@@ -97,11 +98,11 @@ def reading_hook(
     `InputError` when the activation is not `[prompt, token, d_model]`.
     """
 
-    def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+    def read(activation: Tensor) -> Tensor:
         check_residual(activation, hook_name)
-        into[hook_name] = at_position(activation, indices)
+        return at_position(activation, indices)
 
-    return hook_name, read
+    return keeping(into, [hook_name], read)[0]
 
 
 def check_residual(activation: Float[Tensor, "..."], hook_name: str) -> None:
@@ -138,10 +139,13 @@ def run_to_hooks(
     found: dict[str, Tensor] = {}
     indices = to_device(indices, batch.tokens.device)
     readers = [reading_hook(found, name, indices) for name in hook_names]
-    stopping = [
-        (name, _then_stop(read, lambda: len(found) == len(hook_names))) for name, read in readers
-    ]
-    with hooked(model, [*fwd_hooks, *stopping]), suppress(_AllRead):
+
+    def stop(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+        if len(found) == len(hook_names):
+            raise Stop
+
+    stopping = [(name, stop) for name in hook_names]
+    with hooked(model, [*fwd_hooks, *readers, *stopping]), suppress(Stop):
         model(batch.tokens, return_type=None, **batch.forward_kwargs)
     shapes = {tuple(found[name].shape) for name in hook_names}
     if len(shapes) > 1:
@@ -178,16 +182,3 @@ def _whole_or_halves(
             raise
     warn_of_memory(len(group[0].rows) // 2)
     return by_halves(list(zip(*(batch.halves() for batch in group), strict=True)), run)
-
-
-class _AllRead(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised inside the forward pass to end it once nothing is left to read."""
-
-
-def _then_stop(read: HookFunction, is_done: Callable[[], bool]) -> HookFunction:
-    def read_then_stop(activation: Tensor, hook: Any) -> None:
-        read(activation, hook)
-        if is_done():
-            raise _AllRead
-
-    return read_then_stop

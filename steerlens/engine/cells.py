@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.engine.batches import Batch, before_labels, in_pair_order, rows_per_pass
-from steerlens.engine.capture import reading_hook
+from steerlens.engine.capture import at_position, reading_hook
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
 from steerlens.engine.plain_loop import by_token, plain_cells
@@ -77,34 +77,22 @@ def _finished(
     readouts_pos, logprobs, kl, readouts_neg = nothing, torch.zeros((n, 0)), None, nothing
     if up:
         batches = [part.batch for part in prepared.positive]
-        joined = [_joined(slices) for slices in up]
-        readouts_pos = in_pair_order(
-            batches, [of[0].reshape(n, -1, of[0].shape[-1]) for of in joined]
-        )
-        logprobs = in_pair_order(batches, [of[1].reshape(n, -1) for of in joined])
+        readouts, by_prompt, divergences = zip(*(_joined(of, n) for of in up), strict=True)
+        readouts_pos, logprobs = (in_pair_order(batches, v) for v in (readouts, by_prompt))
         if prepared.workload.with_kl:
-            kl = by_token(batches, [of[2].reshape(n, -1) for of in joined])
+            kl = by_token(batches, divergences)
     if prepared.workload.steered_positions == "continuation":
         # What is read lies before every steered token, so it is the unsteered model's to the bit.
         unsteered = prepared.unsteered.cell(job.readout)
         readouts_pos = unsteered.positive.expand(n, -1, -1)
         readouts_neg = unsteered.negative.expand(n, -1, -1)
     elif down:
-        read = [_joined(slices)[0] for slices in down]
-        readouts_neg = in_pair_order(
-            [part.batch for part in prepared.negative],
-            [of.reshape(n, -1, of.shape[-1]) for of in read],
-        )
-    return [
-        CellOutput(
-            coefficient,
-            readouts_pos[i],
-            readouts_neg[i],
-            logprobs[i],
-            None if kl is None else kl[i],
-        )
-        for i, coefficient in enumerate(job.coefficients)
-    ]
+        batches = [part.batch for part in prepared.negative]
+        readouts_neg = in_pair_order(batches, [_joined(of, n)[0] for of in down])
+    values = zip(
+        readouts_pos, readouts_neg, logprobs, [None] * n if kl is None else kl, strict=True
+    )
+    return [CellOutput(c, *of) for c, of in zip(job.coefficients, values, strict=True)]
 
 
 def carry_past(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
@@ -193,11 +181,7 @@ class _Run:
         n_labels = on_cpu[:, 1:].sum(dim=1).tolist()
 
         def run(chosen: _Rows) -> tuple[Tensor, ...]:
-            final: dict[str, Tensor] = {}
-            readout = self._pass(
-                part, start, chosen, into=final, last_block=self.engine.n_layers - 1
-            )
-            residual = final["residual"]
+            readout, residual = self._pass(part, start, chosen, self.engine.n_layers - 1)
             before = before_labels(on_cpu[chosen.on_cpu], batch.tokens.device)
             predictions = residual.flatten(0, 1)[before.to(residual.device)]
             wanted = batch.tokens[chosen.rows].flatten()[before + 1]
@@ -215,24 +199,15 @@ class _Run:
         """Readouts under `-coefficient`."""
         last_block = hook_layer(self.job.readout)
 
-        def run(chosen: _Rows) -> tuple[Tensor]:
-            return (self._pass(part, start, chosen, into={}, last_block=last_block),)
+        def run(chosen: _Rows) -> tuple[Tensor, ...]:
+            return self._pass(part, start, chosen, last_block)[:1]
 
         return self._in_slices(part.batch, run, sign=-1.0)
 
     def _pass(
-        self,
-        part: Part,
-        start: Residual | None,
-        chosen: "_Rows",
-        *,
-        into: dict[str, Tensor],
-        last_block: int,
-    ) -> Float[Tensor, "row d_model"]:
-        """Steer some rows and run them up to the end of `last_block`; what the readout holds.
-
-        The residual after `last_block` is stored as `into["residual"]`.
-        """
+        self, part: Part, start: Residual | None, chosen: "_Rows", last_block: int
+    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row token d_model"]]:
+        """Some rows steered: what the readout holds, and the residual after `last_block`."""
         job, batch, rows = self.job, part.batch, chosen.rows
         tokens = batch.tokens[rows]
         mask = batch.steered_mask(self.workload.steered_positions)[rows]
@@ -244,37 +219,29 @@ class _Run:
         if start is not None:
             start = replace(start, values=start.values[rows.to(start.values.device)])
         if not job.starts_after or start is None:
-            hooks.append((job.hook_name, lambda activation, hook: add(activation)))  # noqa: ARG005
+            hooks.append((job.hook_name, add))
         else:
             start = replace(start, values=add(start.values))
         found: dict[str, Tensor] = {}
-        if start is not None and start.block == last_block + 1:
-            into["residual"] = start.values
+        if start is not None and job.readout == resid_post(start.block - 1):
+            found[job.readout] = at_position(start.values, indices)
         else:
-            last = resid_post(last_block)
-            hooks.append((last, _storing(into)))
-            if not self._reads_at_start(start):
-                hooks.append(reading_hook(found, job.readout, indices))
-            first_block = 0 if start is None else start.block
-            self.engine.cost.add(tokens, last_block + 1 - first_block)
-            run_from(
-                self.engine.model,
-                tokens,
-                batch.attention_mask[rows],
-                start=start,
-                prefix=None if part.prefix is None else part.prefix.at(rows, first_block),
-                fwd_hooks=hooks,
-                last_hook=last,
-                is_padded=not bool(batch.is_whole[chosen.on_cpu].all()),
-            )
-        if start is not None and self._reads_at_start(start):
-            _, read = reading_hook(found, job.readout, indices)
-            read(start.values, None)
-        return found[job.readout]
-
-    def _reads_at_start(self, start: Residual | None) -> bool:
-        """Whether the readout is the residual that the pass starts from."""
-        return start is not None and self.job.readout == resid_post(start.block - 1)
+            hooks.append(reading_hook(found, job.readout, indices))
+        if start is not None and start.block == last_block + 1:
+            return found[job.readout], start.values
+        first_block = 0 if start is None else start.block
+        self.engine.cost.add(tokens, last_block + 1 - first_block)
+        residual = run_from(
+            self.engine.model,
+            tokens,
+            batch.attention_mask[rows],
+            start=start,
+            prefix=None if part.prefix is None else part.prefix.at(rows, first_block),
+            fwd_hooks=hooks,
+            last_hook=resid_post(last_block),
+            is_padded=not bool(batch.is_whole[chosen.on_cpu].all()),
+        )
+        return found[job.readout], residual
 
     def _in_slices(
         self, batch: Batch, run: Callable[["_Rows"], tuple[Tensor, ...]], *, sign: float
@@ -312,28 +279,22 @@ _Slices: TypeAlias = list[tuple[Arriving, ...]]
 """What each pass of a part gave, on its way to the CPU."""
 
 
-def _joined(slices: _Slices) -> tuple[Tensor, ...]:
-    """The passes' outputs, waited for, one after another."""
+def _joined(slices: _Slices, n: int) -> list[Tensor]:
+    """The passes' outputs, waited for: each of them in a row for each of `n` coefficients."""
     arrived = [[one.arrived() for one in of] for of in slices]
-    return tuple(torch.cat(parts) for parts in zip(*arrived, strict=True))
+    joined = (torch.cat(parts) for parts in zip(*arrived, strict=True))
+    return [values.reshape(n, -1, *values.shape[1:]) for values in joined]
 
 
 def _addition_by_row(
     direction: Float[Tensor, " d_model"],
     coefficients: Float[Tensor, " row"],
     mask: Bool[Tensor, "row token"],
-) -> Callable[[Tensor], Tensor]:
+) -> HookFunction:
     """Adds `coefficients[row] * direction` at the masked tokens of each row, out of place."""
 
-    def add(activation: Tensor) -> Tensor:
+    def add(activation: Tensor, hook: object = None) -> Tensor:  # noqa: ARG001
         step = (coefficients[:, None] * direction.to(coefficients)).to(activation)
         return activation + mask.to(activation)[..., None] * step[:, None]
 
     return add
-
-
-def _storing(into: dict[str, Tensor]) -> HookFunction:
-    def store(activation: Tensor, hook: object) -> None:  # noqa: ARG001
-        into["residual"] = activation
-
-    return store

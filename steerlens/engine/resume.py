@@ -16,11 +16,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.engine.backend import BareModel, no_prefix
-from steerlens.engine.batches import Batch, mask_kwargs
+from steerlens.engine.batches import Batch, before_labels, mask_kwargs
 from steerlens.engine.memory import LOGITS_PER_PASS
+from steerlens.engine.transfer import to_device
 from steerlens.loss import divergence
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
-from steerlens.models.hooks import HookFunction, hook_layer, hooked, resid_post
+from steerlens.models.hooks import HookFunction, hook_layer, hooked, keeping, resid_post
 
 TIMES_ON_CUDA = 16
 """How many times as many logits exist at once on a GPU, which is idle while a pass is prepared."""
@@ -67,7 +68,6 @@ def run_prefix(model: Any, batch: Batch) -> Prefix:
         batch.tokens,
         batch.attention_mask,
         prefix=Prefix(cache, batch.attention_mask[:, :0]),
-        fwd_hooks=[],
         last_hook=resid_post(int(model.cfg.n_layers) - 1),
     )
     return Prefix(cache, batch.attention_mask)
@@ -80,31 +80,29 @@ def run_from(
     *,
     start: Residual | None = None,
     prefix: Prefix | None = None,
-    fwd_hooks: Sequence[tuple[str, HookFunction]],
+    fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
     last_hook: str,
     is_padded: bool | None = None,
-) -> None:
+) -> Float[Tensor, "row token d_model"]:
     """Run blocks `start.block` and later (all of them without `start`), up to `last_hook`.
 
-    What is wanted of the pass is kept by `fwd_hooks`; nothing after `last_hook` is computed.
-    With `prefix`, the tokens follow those of the prefix, whose cache is added to. `is_padded` says
-    whether the mask hides anything, which is looked up unless given. Raises `HookError` when a hook
-    did not fire.
+    What is there is returned; nothing after it is computed. With `prefix`, the tokens follow those
+    of the prefix, whose cache is added to. `is_padded` says whether the mask hides anything, which
+    is looked up unless given. Raises `HookError` when a hook did not fire.
     """
+    last: dict[str, Tensor] = {}
 
     def stop(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
-        raise _Stop
+        raise Stop
 
-    with (
-        _blocks_skipped(model, start),
-        hooked(model, [*fwd_hooks, (last_hook, stop)]),
-        suppress(_Stop),
-    ):
+    hooks = [*fwd_hooks, *keeping(last, [last_hook]), (last_hook, stop)]
+    with _blocks_skipped(model, start), hooked(model, hooks), suppress(Stop):
         kwargs = _pass_kwargs(attention_mask, prefix, is_padded)
         if isinstance(model, BareModel) and start is not None and not kwargs:
             # It ends at `last_hook` too, unless it cannot be done.
             model.resume(start.values, start.block, hook_layer(last_hook))
         model(tokens, return_type=None, **kwargs)
+    return last[last_hook]
 
 
 def _pass_kwargs(
@@ -130,19 +128,14 @@ def advance(
     """The unsteered residual entering `block`, which is 1 or more, computed on from `start`."""
     if start is not None and start.block == block:
         return start
-    kept: list[Tensor] = []
-    hook_name = resid_post(block - 1)
-    run_from(
-        model,
-        tokens,
-        attention_mask,
+    values = run_from(
+        *(model, tokens, attention_mask),
         start=start,
         prefix=prefix,
-        fwd_hooks=[(hook_name, _keeping(kept))],
-        last_hook=hook_name,
+        last_hook=resid_post(block - 1),
         is_padded=is_padded,
     )
-    return Residual(block, kept[0])
+    return Residual(block, values)
 
 
 def labels_logprob(
@@ -174,57 +167,85 @@ def labels_kl(
     return torch.cat(divergences)
 
 
-class LabelGradients(NamedTuple):
-    """Log-probabilities (nats) of labels and of sampled labels, and how each output moves them.
+class LabelOutputs(NamedTuple):
+    """The last block's output before every label, and what it says of the label.
 
-    `logprob` is that of each label; `of_label` its gradient with respect to the last block's output
-    that predicts it; `of_samples` the gradients for labels sampled there.
+    `outputs` and `logprob` (nats) can be differentiated; `of_samples` are the gradients, at
+    `outputs`, of the logprob of labels sampled there.
     """
 
+    outputs: Float[Tensor, "label d_model"]
     logprob: Float[Tensor, " label"]
-    of_label: Float[Tensor, "label d_model"]
     of_samples: Float[Tensor, "sample label d_model"]
 
 
-def labels_gradients(
-    model: HookedModel,
-    final: Float[Tensor, "label d_model"],
-    labels: Int[Tensor, " label"],
-    *,
-    n_samples: int,
-    generator: torch.Generator,
-) -> LabelGradients:
-    """Gradients at each output of the last block (`final`), of its label and of sampled labels.
+@dataclass(frozen=True)
+class Labels:
+    """A batch's labels: where they are predicted, looked up before the device is kept busy.
 
-    Samples are from the model's own distribution, drawn on the CPU so that the device does not
-    change them.
+    `before` are places in the rows end to end; `n_labels`, on the CPU, their number in each row;
+    `shares` one over that, for every label.
     """
-    logprob: list[Tensor] = []
-    totals = final.new_zeros((1 + n_samples, *final.shape))
-    with torch.enable_grad():
-        rows = final.detach().requires_grad_()
-        for logits, (wanted,) in _logits(model, rows, labels):
-            logprobs = logits.log_softmax(-1)
-            ids = [wanted[:, None]]
-            if n_samples:
-                likely = logprobs.detach().exp().cpu()
-                sampled = torch.multinomial(likely, n_samples, True, generator=generator)
-                ids += list(sampled.to(logprobs.device).T[..., None])
-            chosen = [logprobs.gather(1, column) for column in ids]
-            logprob.append(chosen[0][:, 0].detach())
-            for total, column in zip(totals, chosen, strict=True):
-                total += torch.autograd.grad(column.sum(), rows, retain_graph=True)[0]
-    return LabelGradients(torch.cat(logprob), totals[0], totals[1:])
+
+    before: Int[Tensor, " label"]
+    ids: Int[Tensor, " label"]
+    n_labels: Int[Tensor, " row"]
+    shares: Float[Tensor, " label"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Labels":
+        """The labels of a batch."""
+        on_cpu, device = batch.labels_on_cpu(), batch.tokens.device
+        before = before_labels(on_cpu, device)
+        n_labels = on_cpu[:, 1:].sum(dim=1)
+        shares = to_device((1 / n_labels).repeat_interleave(n_labels), device)
+        return cls(before, batch.tokens.flatten()[before + 1], n_labels, shares)
+
+    def outputs(self, final: Float[Tensor, "row token d_model"]) -> Float[Tensor, "label d_model"]:
+        """The last block's output before every label."""
+        return final.flatten(0, 1)[self.before.to(final.device)]
+
+    def read(
+        self,
+        model: HookedModel,
+        final: Float[Tensor, "row token d_model"],
+        *,
+        n_samples: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> LabelOutputs:
+        """Read the labels, and labels sampled there, off the last block's output.
+
+        The logits of all labels never exist at once, as each label's own gradient is known. Samples
+        are from the model's own distribution, drawn on the CPU so that the device does not change
+        them.
+        """
+        outputs = self.outputs(final)
+        values: list[Tensor] = []
+        gradients = outputs.detach().new_zeros((1 + n_samples, *outputs.shape))
+        with torch.enable_grad():
+            rows = outputs.detach().requires_grad_()
+            for logits, (wanted,) in _logits(model, rows, self.ids):
+                logprobs = logits.log_softmax(-1)
+                ids = [wanted[:, None]]
+                if n_samples:
+                    likely = logprobs.detach().exp().cpu()
+                    sampled = torch.multinomial(likely, n_samples, True, generator=generator)
+                    ids += list(sampled.to(logprobs.device).T[..., None])
+                chosen = [logprobs.gather(1, column) for column in ids]
+                values.append(chosen[0][:, 0].detach())
+                for total, column in zip(gradients, chosen, strict=True):
+                    total += torch.autograd.grad(column.sum(), rows, retain_graph=True)[0]
+        logprob = torch.cat(values)
+        wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        # 0, and the gradient that is known.
+        moved = ((wide - wide.detach()) * gradients[0]).sum(dim=-1)
+        return LabelOutputs(outputs, logprob + moved.to(logprob.device), gradients[1:])
 
 
 def _logits(
     model: HookedModel, final: Float[Tensor, "label d_model"], *beside: Shaped[Tensor, "label ..."]
 ) -> Iterator[tuple[Float[Tensor, "part vocab"], tuple[Tensor, ...]]]:
-    """Logits (float32 at least) after the last block's output, and the same rows of `beside`.
-
-    The final norm and the unembedding run on these rows alone, a part at a time, so the logits of
-    all positions never exist.
-    """
+    """Logits (float32 at least) of these rows alone, a part at a time, and the rows of `beside`."""
     n_layers, n_logits = int(model.cfg.n_layers), LOGITS_PER_PASS
     if final.device.type == "cuda":
         n_logits *= TIMES_ON_CUDA
@@ -245,15 +266,8 @@ def n_skippable(model: HookedModel) -> int:
     return len(getattr(model, "blocks", ()))
 
 
-class _Stop(Exception):  # noqa: N818 (a signal, not an error)
+class Stop(Exception):  # noqa: N818 (a signal, not an error)
     """Raised inside the forward pass to end it after the last hook that is wanted."""
-
-
-def _keeping(kept: list[Tensor]) -> HookFunction:
-    def keep(activation: Tensor, hook: Any) -> None:  # noqa: ARG001
-        kept.append(activation)
-
-    return keep
 
 
 @contextmanager

@@ -111,16 +111,11 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
         >>> len(tokenized.positive[0]), len(tokenized.negative[0])
         (7, 8)
     """
-    names = [f"prompt of pair {pair.id!r}" for pair in pairs]
-    positive, negative = (
-        _tokenize(model, side)
-        for side in (
-            [
-                (p.positive, p.continuation, f"positive {n}")
-                for p, n in zip(pairs, names, strict=True)
-            ],
-            [(p.negative, None, f"negative {n}") for p, n in zip(pairs, names, strict=True)],
-        )
+    positive = _tokenize(
+        model, [(p.positive, p.continuation, f"positive prompt of pair {p.id!r}") for p in pairs]
+    )
+    negative = _tokenize(
+        model, [(p.negative, None, f"negative prompt of pair {p.id!r}") for p in pairs]
     )
     for pair, pos, neg in zip(pairs, positive, negative, strict=True):
         if pos.prompt == neg.prompt:
@@ -143,18 +138,9 @@ def tokenize_items(
 
     Raises `InputError` as `tokenize_prompt`, and when both tokenise to the same ids.
     """
-    positive, negative = (
-        tuple(
-            _tokenize(
-                model,
-                [
-                    (item.prompt, text, f"prompt of item {item.id!r}")
-                    for item, text in zip(items, texts, strict=True)
-                ],
-            )
-        )
-        for texts in ([item.positive for item in items], [item.negative for item in items])
-    )
+    named = [(item, f"prompt of item {item.id!r}") for item in items]
+    positive = tuple(_tokenize(model, [(i.prompt, i.positive, name) for i, name in named]))
+    negative = tuple(_tokenize(model, [(i.prompt, i.negative, name) for i, name in named]))
     for item, one, other in zip(items, positive, negative, strict=True):
         if one.continuation == other.continuation:
             raise InputError(

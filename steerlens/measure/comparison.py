@@ -169,35 +169,58 @@ def compare(
     )
     position = None if position is None else operator.index(position)
     sets = _ItemSets(items, train_items, off_target or {}, _with_persona(pairs, items))
-    _check(settings, sets)
-    for some in sets.all():
-        tokenize_items(model, some)  # so that what cannot be run is said before anything is
+    _check(model, settings, sets)
     texts = _texts(model, pairs, settings, neutral)
     # Fitting, coefficients, effects, damage and texts; then what was given beside them.
     steps = _steps(progress or silent, 4 + len(sets.all()))
+    engine = Engine(model, settings.batch_size, executor, next(steps))
+    run, fitted = _fitted(engine, pairs, settings, sets, layers=layers, position=position)
+    return _compared(run, pairs, sets, texts, fitted, steps)
+
+
+def _fitted(
+    engine: Engine,
+    pairs: ContrastivePairs,
+    settings: CompareSettings,
+    sets: "_ItemSets",
+    *,
+    layers: Layers,
+    position: int | None,
+) -> tuple[Runner, dict[str, Directions]]:
+    """The directions of every method, and what measures them and the nulls."""
     shared: dict[str, Any] = {
         "layers": layers,
-        "batch_size": settings.batch_size,
-        "progress": next(steps),
+        "batch_size": engine.batch_size,
+        "progress": engine.progress,
     }
-    at = -1 if position is None else position
-    differences = collect_differences(model, pairs, position=at, **shared)
+    differences = collect_differences(
+        engine.model, pairs, position=-1 if position is None else position, **shared
+    )
     fitted = fit_methods(
-        *(model, pairs, settings.methods),
+        *(engine.model, pairs, settings.methods),
         differences=differences,
         position=position,
-        items=train_items,
+        items=sets.train,
         seed=settings.seed,
         **shared,
     )
     nulls = null_directions(differences, n=settings.n_null, seed=settings.seed)
-    run = Runner(
-        Engine(model, settings.batch_size, executor),
-        settings,
-        make_subjects(differences.hook_names, fitted, nulls),
-    )
-    reached = run.calibrate(texts.calibration, mean_norms(differences), next(steps))
-    rows, by_item = _rows(run, _measure(run, sets, texts, reached, steps), items, next(steps))
+    subjects = make_subjects(differences.hook_names, fitted, nulls)
+    return Runner(engine, settings, subjects, mean_norms(differences)), fitted
+
+
+def _compared(
+    run: Runner,
+    pairs: ContrastivePairs,
+    sets: "_ItemSets",
+    texts: "_Texts",
+    fitted: dict[str, Directions],
+    steps: Iterator[Progress],
+) -> Comparison:
+    """Everything measured, as tables."""
+    items, settings = sets.held_out, run.settings
+    found = _measure(run, sets, texts, steps)
+    rows, by_item = _rows(run, found, items, next(steps))
     if sets.persona is not None:
         by_item[PROMPT] = _persona_effect(run, items, sets.persona, next(steps))
         rows.append(_prompt_row(by_item[PROMPT], settings))
@@ -208,7 +231,7 @@ def compare(
         "pairs": pairs.name,
         **sets.record(),
         "neutral": fingerprint(texts.neutral),
-        "model": provenance(model).to_dict(),
+        "model": provenance(run.engine.model).to_dict(),
         "forward_equivalents": run.forward_equivalents(items),
     }
     effects = pd.DataFrame({"id": [item.id for item in items], **by_item})
@@ -268,12 +291,9 @@ def _texts(
 
 
 def _measure(
-    run: Runner,
-    sets: _ItemSets,
-    texts: _Texts,
-    reached: Mapping[Subject, float],
-    steps: Iterator[Progress],
+    run: Runner, sets: _ItemSets, texts: _Texts, steps: Iterator[Progress]
 ) -> "_Measurements":
+    reached = run.calibrate(texts.calibration, next(steps))
     effects = run.effects(sets.held_out, reached, next(steps))
     damage = run.damages(texts.damaged, reached, next(steps))
     on_train: Mapping[Subject, float] = {}
@@ -359,7 +379,7 @@ def _rows(
     return with_verdicts(rows), by_item
 
 
-def _check(settings: CompareSettings, sets: _ItemSets) -> None:
+def _check(model: HookedModel, settings: CompareSettings, sets: _ItemSets) -> None:
     given: list[Any] = sets.all()
     for some in given:
         if not isinstance(some, PreferenceItems):
@@ -376,6 +396,8 @@ def _check(settings: CompareSettings, sets: _ItemSets) -> None:
             f"{len(shared)} prompts are both in the training and in the held-out items, so the "
             "layer would be chosen on the test data; take them out of one"
         )
+    for some in given:
+        tokenize_items(model, some)  # so that what cannot be run is said before anything is
 
 
 def _with_persona(pairs: ContrastivePairs, items: PreferenceItems) -> PreferenceItems | None:

@@ -69,11 +69,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Runner:
-    """What every measurement of a comparison shares; methods and nulls come hook by hook."""
+    """What every measurement of a comparison shares; methods and nulls come hook by hook.
+
+    `norms` are the hooks' mean residual norms.
+    """
 
     engine: Engine
     settings: CompareSettings
     subjects: tuple[Subject, ...]
+    norms: Mapping[str, float]
 
     @property
     def methods(self) -> tuple[Subject, ...]:
@@ -81,7 +85,7 @@ class Runner:
         return tuple(subject for subject in self.subjects if not subject.is_null)
 
     def calibrate(
-        self, prompts: Sequence[TokenizedPrompt], norms: Mapping[str, float], progress: Progress
+        self, prompts: Sequence[TokenizedPrompt], progress: Progress
     ) -> dict[Subject, float]:
         """The coefficient of every subject that spends the budget on `prompts`.
 
@@ -98,7 +102,7 @@ class Runner:
             make_plan(engine, workload, unsteered, checks),
             prompts,
             [Push(job.hook_name, job.direction, 1, job.readout) for job in checks],
-            [settings.search_range * norms[subject.hook_name] for subject in self.subjects],
+            [settings.search_range * self.norms[subject.hook_name] for subject in self.subjects],
             budget=budget,
             n_bootstrap=2,  # its intervals are not looked at
             seed=settings.seed,
@@ -120,13 +124,10 @@ class Runner:
             for subject in self.subjects
             if math.isfinite(reached[subject])
         }
-        if not jobs:
-            return {}
-        engine = replace(self.engine, progress=part_of(progress, "effects: cells"))
-        unsteered, gaps = preference_gaps(engine, items, list(jobs.values()))
+        changes = self._changes(items, jobs, part_of(progress, "effects: cells"))
         return {
-            subject: Measured(np.array(job.coefficients), steered - unsteered)
-            for (subject, job), steered in zip(jobs.items(), gaps, strict=True)
+            subject: Measured(np.array(jobs[subject].coefficients), change)
+            for subject, change in changes.items()
         }
 
     def damages(
@@ -147,16 +148,9 @@ class Runner:
         self, items: PreferenceItems, reached: Mapping[Subject, float], progress: Progress
     ) -> dict[Subject, float]:
         """Every method's mean effect on other items, at its coefficient."""
-        jobs = self._at_reached(reached)
-        if not jobs:
-            return {}
         tell = part_of(progress, f"effects on {items.name}: cells")
-        engine = replace(self.engine, progress=tell)
-        unsteered, gaps = preference_gaps(engine, items, list(jobs.values()))
-        return {
-            subject: float((steered[0] - unsteered).mean())
-            for subject, steered in zip(jobs, gaps, strict=True)
-        }
+        changes = self._changes(items, self._at_reached(reached), tell)
+        return {subject: float(change[0].mean()) for subject, change in changes.items()}
 
     def gap(self, items: PreferenceItems, progress: Progress) -> Float[np.ndarray, " item"]:
         """The unsteered preference gap of every item."""
@@ -167,6 +161,16 @@ class Runner:
         both = [prompt for side in tokenize_items(self.engine.model, items) for prompt in side]
         one = sum(map(len, both)) * self.engine.n_layers
         return round(self.engine.cost.blocks / one, 3)
+
+    def _changes(
+        self, items: PreferenceItems, jobs: Mapping[Subject, Job], progress: Progress
+    ) -> dict[Subject, NDArray[np.float64]]:
+        """How every job changes the items' preference gaps, coefficient by coefficient."""
+        if not jobs:
+            return {}
+        engine = replace(self.engine, progress=progress)
+        unsteered, gaps = preference_gaps(engine, items, list(jobs.values()))
+        return {subject: steered - unsteered for subject, steered in zip(jobs, gaps, strict=True)}
 
     def _at_reached(self, reached: Mapping[Subject, float]) -> dict[Subject, Job]:
         return {

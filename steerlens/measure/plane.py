@@ -1,9 +1,9 @@
 """One plane of activation space at a hook: its boundary at every angle, its loss, its gradients."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -14,7 +14,7 @@ from steerlens.engine.backward import label_slopes
 from steerlens.engine.batches import make_batches
 from steerlens.engine.plan import run_cells
 from steerlens.engine.tokenization import fingerprint
-from steerlens.engine.workload import Baseline, Job
+from steerlens.engine.workload import Job
 from steerlens.errors import InputError, whole
 from steerlens.loss import coherence_penalty
 from steerlens.measure.boundary import Text, boundary_settings
@@ -202,16 +202,18 @@ def run_plane(
     points: list[Row] = []
     contours: list[Row] = []
     for i, (plane, along) in enumerate(zip(planes, logprobs, strict=True)):
-        inside = _in_plane(baseline, plane)
+        cell = baseline.cell(plane.hook_name)
+        differences = cell.positive.double() - cell.negative.double()
         coherence = pull * slopes.logprob[2 * i : 2 * i + 2].double()
-        points += _point_rows(plane.hook_name, inside, coherence, ids)
-        contours += _contour_rows(plane, inside, along, baseline.logprob, settings)
+        points += _point_rows(plane, differences, coherence, ids)
+        contours += _contour_rows(plane, differences, along, baseline.logprob, settings)
     attrs = study.record(settings, since=before)
     searched = {plane.hook_name: plane.table.attrs["searched"] for plane in planes}
+    shape = pd.concat([plane.table for plane in planes], ignore_index=True)
+    of_shape: dict[Any, Any] = {**attrs, "searched": searched}
+    shape.attrs = of_shape
     return LossGeometry(
-        points=to_frame(points, GEOMETRY_COLUMNS, attrs),
-        contours=to_frame(contours, CONTOUR_COLUMNS, attrs),
-        shape=_joined([plane.table for plane in planes], {**attrs, "searched": searched}),
+        to_frame(points, GEOMETRY_COLUMNS, attrs), to_frame(contours, CONTOUR_COLUMNS, attrs), shape
     )
 
 
@@ -249,7 +251,7 @@ def turned(
 
 
 def _shape_row(hook_name: str, angle: float, boundary: Boundary) -> Row:
-    along, across = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    reach = boundary.at if math.isfinite(boundary.at) else math.nan
     return {
         "hook_name": hook_name,
         "layer": hook_layer(hook_name),
@@ -257,34 +259,10 @@ def _shape_row(hook_name: str, angle: float, boundary: Boundary) -> Row:
         "boundary": boundary.at,
         "boundary_ci_low": boundary.low,
         "boundary_ci_high": boundary.high,
-        "x": boundary.at * along if math.isfinite(boundary.at) else math.nan,
-        "y": boundary.at * across if math.isfinite(boundary.at) else math.nan,
+        "x": reach * math.cos(math.radians(angle)),
+        "y": reach * math.sin(math.radians(angle)),
         "predicted_boundary": boundary.prediction.boundary,
     }
-
-
-def _joined(tables: Sequence[pd.DataFrame], attrs: Mapping[str, Any]) -> pd.DataFrame:
-    joined = pd.concat(list(tables))
-    joined = joined.reset_index(drop=True)
-    joined.attrs.clear()
-    joined.attrs.update(attrs)
-    return joined
-
-
-@dataclass(frozen=True)
-class _Inside:
-    """The unsteered differences of the pairs within a plane, and their whole lengths."""
-
-    along: Float[Tensor, " pair"]
-    across: Float[Tensor, " pair"]
-    norm: Float[Tensor, " pair"]
-
-
-def _in_plane(baseline: Baseline, plane: BoundaryShape) -> _Inside:
-    cell = baseline.cell(plane.hook_name)
-    differences = cell.positive.double() - cell.negative.double()
-    along, across = (differences @ axis.double().cpu() for axis in plane.axes)
-    return _Inside(along, across, differences.norm(dim=-1))
 
 
 def _pushed_logprobs(
@@ -318,36 +296,41 @@ def _coefficients(plane: BoundaryShape) -> list[tuple[float, ...]]:
 
 
 def _point_rows(
-    hook_name: str,
-    inside: _Inside,
+    plane: BoundaryShape,
+    differences: Float[Tensor, "pair d_model"],
     coherence: Float[Tensor, "axis pair"],
     ids: Sequence[str],
 ) -> list[Row]:
-    place = {"hook_name": hook_name, "layer": hook_layer(hook_name)}
+    (along, across), norm = _in_plane(differences, plane), differences.norm(dim=-1)
     columns = {
-        "along": inside.along,
-        "across": inside.across,
-        "separation": inside.norm,
-        "separation_along": inside.along / inside.norm,
-        "separation_across": inside.across / inside.norm,
+        "along": along,
+        "across": across,
+        "separation": norm,
+        "separation_along": along / norm,
+        "separation_across": across / norm,
         "coherence_along": coherence[0].cpu(),
         "coherence_across": coherence[1].cpu(),
     }
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
-    return [
-        {**place, "pair": name, **dict(zip(columns, row, strict=True))}
-        for name, row in zip(ids, values, strict=True)
-    ]
+    table = pd.DataFrame({name: values.numpy() for name, values in columns.items()}).assign(
+        hook_name=plane.hook_name, layer=hook_layer(plane.hook_name), pair=list(ids)
+    )
+    return cast(list[Row], table.to_dict("records"))
+
+
+def _in_plane(
+    differences: Float[Tensor, "pair d_model"], plane: BoundaryShape
+) -> list[Float[Tensor, " pair"]]:
+    return [differences @ axis.double().cpu() for axis in plane.axes]
 
 
 def _contour_rows(
     plane: BoundaryShape,
-    inside: _Inside,
+    differences: Float[Tensor, "pair d_model"],
     along: Sequence[Sequence[tuple[float, Float[Tensor, " pair"]]]],
     baseline: Float[Tensor, " pair"],
     settings: PlaneSettings,
 ) -> list[Row]:
-    mean = float(inside.along.mean()), float(inside.across.mean())
+    mean = [float(values.mean()) for values in _in_plane(differences, plane)]
     unsteered = baseline.double()
     rows: list[Row] = []
     for angle, boundary, cells in zip(plane.table.angle, plane.table.boundary, along, strict=True):

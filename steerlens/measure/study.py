@@ -302,38 +302,3 @@ def loss_geometry(
     """
     study = Study(model, pairs, directions, layers=layers, **settings)
     return study.plane(n_angles=n_angles, search_range=search_range)
-
-
-def measure_layers(
-    model: HookedModel, pairs: ContrastivePairs, directions: Directions, **settings: Any
-) -> pd.DataFrame:
-    """`Study(model, pairs, directions, **settings).layers`."""
-    return Study(model, pairs, directions, **settings).layers
-
-
-def predict_boundary(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    directions: Directions,
-    *,
-    on: On = "positive",
-    **settings: Any,
-) -> pd.DataFrame:
-    """`Study(model, pairs, directions, **settings).predicted_boundary(on=on)`."""
-    return Study(model, pairs, directions, **settings).predicted_boundary(on=on)
-
-
-def boundary_shape(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    directions: Directions,
-    *,
-    layer: Layers,
-    n_angles: int = 16,
-    on: On = "positive",
-    search_range: float | int = 4.0,
-    **settings: Any,
-) -> BoundaryShape:
-    """`Study(model, pairs, directions, layers=layer, **settings).boundary_shape(layer, ...)`."""
-    study = Study(model, pairs, directions, layers=layer, **settings)
-    return study.boundary_shape(layer, n_angles=n_angles, on=on, search_range=search_range)

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.data.pairs import ContrastivePairs
@@ -34,6 +34,7 @@ from steerlens.models.hooks import (
     Layers,
     hook_layer,
     hooked,
+    keeping,
     readout_hook,
     resolve_hooks,
 )
@@ -243,30 +244,23 @@ def _sides(
     return names, {"positive": alone}
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One pass over a batch: the logits, and every token's projection at the readout."""
-
-    logits: Float[Tensor, "prompt token vocab"]
-    projection: Float[Tensor, "prompt token"]
-
-
 def _see(
     model: HookedModel, batch: Batch, at: OneHook, fwd_hooks: Sequence[tuple[str, HookFunction]]
-) -> _Seen:
+) -> tuple[Float[Tensor, "prompt token vocab"], Float[Tensor, "prompt token"]]:
+    """One pass over a batch: the logits, and every token's projection at the readout."""
     found: dict[str, Tensor] = {}
 
-    def read(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
+    def read(activation: Tensor) -> Tensor:
         if activation.ndim != 3:
             raise InputError(
                 f"hook {at.readout} holds a tensor of shape {tuple(activation.shape)}; expected "
                 "[prompt, token, d_model]"
             )
-        found["projection"] = activation.double().cpu() @ at.direction.double().cpu()
+        return activation.double().cpu() @ at.direction.double().cpu()
 
-    with hooked(model, [*fwd_hooks, (at.readout, read)]):
+    with hooked(model, [*fwd_hooks, *keeping(found, [at.readout], read)]):
         logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
-    return _Seen(logits, found["projection"])
+    return logits, found[at.readout]
 
 
 def _rows(
@@ -277,75 +271,51 @@ def _rows(
     positions: SteeredPositions,
 ) -> list[list[Row]]:
     """The rows of each prompt of a batch: one coefficient after another, token by token."""
-    mask = batch.steered_mask(positions)
+    mask, predicted = batch.steered_mask(positions), batch.predicted_mask()
+    real, labels = batch.attention_mask.cpu(), batch.labels_on_cpu()
+    is_read = torch.zeros_like(real)
+    if at.position is not None:
+        is_read[torch.arange(len(real)), batch.indices(at.position)] = True
     unsteered = _see(model, batch, at, [])
     rows: list[list[Row]] = [[] for _ in batch.prompts]
     for amount, steps_at in acts:
         steered = _see(model, batch, at, step_hooks(steps_at, mask=mask))
-        for i, of_prompt in enumerate(rows):
-            part = slice(i, i + 1)
-            of_prompt.extend(
-                _prompt_rows(
-                    model,
-                    batch.row(i),
-                    _Seen(unsteered.logits[part], unsteered.projection[part]),
-                    _Seen(steered.logits[part], steered.projection[part]),
-                    is_steered=mask[i],
-                    position=at.position,
-                    coefficient=amount,
+        # Prompt by prompt, as a divergence takes as much memory as all logits.
+        for i, (prompt, of_prompt) in enumerate(zip(batch.prompts, rows, strict=True)):
+            one, tokens = predicted[i : i + 1], batch.tokens[i : i + 1]
+            logits, steered_logits = unsteered[0][i : i + 1], steered[0][i : i + 1]
+            logprob, steered_logprob, kl = (
+                torch.full(real[i].shape, torch.nan, dtype=torch.float64).masked_scatter_(
+                    one[0].cpu(), values.double().cpu()
+                )
+                for values in (
+                    label_logprobs(logits, tokens, one),
+                    label_logprobs(steered_logits, tokens, one),
+                    label_kl(steered_logits, logits, one),
                 )
             )
+            ids = [*prompt.prompt, *prompt.continuation]
+            measured = {
+                "is_read": is_read[i],
+                "is_steered": mask[i].cpu(),
+                "is_label": labels[i],
+                "projection": unsteered[1][i],
+                "steered_projection": steered[1][i],
+                "logprob_nats": logprob,
+                "steered_logprob_nats": steered_logprob,
+                "damage_nats": logprob - steered_logprob,
+                "kl_nats": kl,
+            }
+            columns = {
+                "coefficient": amount,
+                "position": range(len(prompt)),
+                "token_id": ids,
+                "token": token_texts(model, ids),
+                "raw_token": raw_tokens(model, ids),
+                **{name: values[real[i]].tolist() for name, values in measured.items()},
+            }
+            of_prompt += cast(list[Row], pd.DataFrame(columns).to_dict("records"))
     return rows
-
-
-def _prompt_rows(
-    model: HookedModel,
-    one: Batch,
-    unsteered: _Seen,
-    steered: _Seen,
-    *,
-    is_steered: Bool[Tensor, " token"],
-    position: int | None,
-    coefficient: float,
-) -> list[Row]:
-    """The rows of a batch of one prompt at one coefficient."""
-    (prompt,) = one.prompts
-    predicted = one.predicted_mask()
-    real = one.attention_mask[0].cpu()
-    is_read = torch.zeros_like(real)
-    if position is not None:
-        is_read[one.indices(position)] = True
-
-    def spread(values: Float[Tensor, " label"]) -> Float[Tensor, " token"]:
-        rows = torch.full(real.shape, torch.nan, dtype=torch.float64)
-        rows[predicted[0].cpu()] = values.double().cpu()
-        return rows
-
-    logprob = spread(label_logprobs(unsteered.logits, one.tokens, predicted))
-    steered_logprob = spread(label_logprobs(steered.logits, one.tokens, predicted))
-    ids = [*prompt.prompt, *prompt.continuation]
-    columns: dict[str, list[Any]] = {
-        "position": list(range(len(prompt))),
-        "token_id": ids,
-        "token": token_texts(model, ids),
-        "raw_token": raw_tokens(model, ids),
-    }
-    for name, values in {
-        "is_read": is_read,
-        "is_steered": is_steered.cpu(),
-        "is_label": one.label_mask()[0].cpu(),
-        "projection": unsteered.projection[0],
-        "steered_projection": steered.projection[0],
-        "logprob_nats": logprob,
-        "steered_logprob_nats": steered_logprob,
-        "damage_nats": logprob - steered_logprob,
-        "kl_nats": spread(label_kl(steered.logits, unsteered.logits, predicted)),
-    }.items():
-        columns[name] = values[real].tolist()
-    rows = (
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    )
-    return [{"coefficient": coefficient, **row} for row in rows]
 
 
 def generation_table(

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, SupportsIndex, TypeAlias
 
 from steerlens.errors import HookError, told
@@ -184,6 +185,19 @@ def _check_settings(model: Any, fwd_hooks: Sequence[tuple[str, HookFunction]]) -
     if hugging_face_model(model) is None and hasattr(model, "check_hooks_to_add"):
         for name, function in fwd_hooks:
             model.check_hooks_to_add(model.hook_dict[name], name, function)
+
+
+def keeping(
+    into: dict[str, Any],
+    hook_names: Iterable[str],
+    read: Callable[..., Any] = lambda values: values,
+) -> list[tuple[str, HookFunction]]:
+    """Hooks that keep, by hook name, what `read` gives of each activation: all of it by default."""
+
+    def keep(name: str, activation: Any, hook: Any) -> None:  # noqa: ARG001 (as they are called)
+        into[name] = read(activation)
+
+    return [(name, partial(keep, name)) for name in hook_names]
 
 
 @contextmanager

@@ -16,8 +16,6 @@ from steerlens.errors import InputError, ModelError, SteerlensError, in_one_line
 from steerlens.models.checkpoint import check_config_file, load_checkpoint
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
-from steerlens.models.identity import Provenance as Provenance
-from steerlens.models.identity import provenance as provenance
 from steerlens.models.identity import record_source
 from steerlens.models.packaged import (
     DEFAULT_MODEL,
@@ -282,16 +280,3 @@ def _quantized(
         **shared,
     )
     return {"hf_model": hf_model, **shared}
-
-
-# until callers have moved
-__all__ = [
-    "HookedModel",
-    "Provenance",
-    "Quantization",
-    "check_at_hand",
-    "inference",
-    "load_arguments",
-    "load_model",
-    "provenance",
-]

@@ -1,7 +1,5 @@
 """Which heads and MLPs write and read a direction, and the largest edges between them."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
@@ -24,6 +22,7 @@ from steerlens.plots.style import (
     tooltip,
 )
 
+_NAMES = ("model", "writer", "reader")
 _SIGNS = {"supports": ORANGE, "works against": BLUE}
 
 
@@ -88,8 +87,9 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
     and on a place or score that is not finite.
 
     Examples:
-        >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
-        >>> from steerlens.circuits.edges import edge_table
+        >>> from steerlens.circuits import (
+        ...     Intervention, compare_circuits, contrast_answers, edge_table
+        ... )
         >>> answers = contrast_answers(model, pairs, n_tokens=3)
         >>> pushed = {"cheerful": Intervention(vector, 4)}
         >>> found = compare_circuits(model, pairs, answers, pushed, shares=[0.2], n_splits=2)
@@ -131,40 +131,29 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
 
 def graph_rows(edges: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The edges as lines with a width by size, and the places of what they join, model by model."""
-    n_columns = int(edges.writer_head.max()) + 2
-    lines, places = [], []
-    for model, rows in edges.groupby("model", sort=False):
-        largest = float(rows.score.abs().max()) or 1.0
-        joined = {}
-        for row in rows.itertuples():
-            joined[str(row.writer)] = start = _writer_place(row, n_columns)
-            joined[str(row.reader)] = end = _reader_place(row, n_columns)
-            lines.append(
-                {
-                    "frame": str(model),
-                    "writer": str(row.writer),
-                    "reader": str(row.reader),
-                    "score": row.score,
-                    **dict(zip(("x", "y", "to_x", "to_y"), (*start, *end), strict=True)),
-                    "width": 0.5 + 4 * abs(float(str(row.score))) / largest,
-                }
-            )
-        places += [
-            {"frame": str(model), "name": name, "x": x, "y": y} for name, (x, y) in joined.items()
-        ]
-    table = pd.DataFrame(lines)
-    return table.assign(sign=np.where(table.score > 0, *_SIGNS)), pd.DataFrame(places)
-
-
-def _writer_place(row: Any, width: int) -> tuple[float, float]:
-    layer, head = float(row.writer_layer), float(row.writer_head)
-    if layer < 0:
-        return (width - 1) / 2, layer
-    return (float(width), layer + 0.5) if head < 0 else (head, layer)
-
-
-def _reader_place(row: Any, width: int) -> tuple[float, float]:
-    layer, kind = float(row.reader_layer), str(row.reader)
-    if kind.startswith("mlp"):
-        return float(width), layer + 0.5
-    return (width - 1) / 2, layer + (0.5 if kind == "logits" else -0.15)
+    by_model = [rows for _, rows in edges.groupby("model", sort=False)]
+    edges = pd.concat(by_model, ignore_index=True).astype(dict.fromkeys(_NAMES, str))
+    # Heads by number, MLPs right of them and higher; what is one a layer, in the middle.
+    right = float(edges.writer_head.max()) + 2
+    middle = (right - 1) / 2
+    is_embed, is_mlp = edges.writer_layer < 0, (edges.writer_layer >= 0) & (edges.writer_head < 0)
+    reads_mlp, is_logits = edges.reader.str.startswith("mlp"), edges.reader.eq("logits")
+    largest = edges.score.abs().groupby(edges.model).transform("max").replace(0.0, 1.0)
+    lines = pd.DataFrame(
+        {
+            "frame": edges.model,
+            "writer": edges.writer,
+            "reader": edges.reader,
+            "score": edges.score,
+            "x": np.select([is_embed, is_mlp], [middle, right], edges.writer_head),
+            "y": edges.writer_layer + 0.5 * is_mlp,
+            "to_x": np.where(reads_mlp, right, middle),
+            "to_y": edges.reader_layer + np.where(reads_mlp | is_logits, 0.5, -0.15),
+            "width": 0.5 + 4 * edges.score.abs() / largest,
+            "sign": np.where(edges.score > 0, *_SIGNS),
+        }
+    )
+    names = ["frame", "name", "x", "y"]
+    ends = (["frame", "writer", "x", "y"], ["frame", "reader", "to_x", "to_y"])
+    places = pd.concat([lines[end].set_axis(names, axis=1) for end in ends])
+    return lines, places.sort_index(kind="stable").drop_duplicates(["frame", "name"])

@@ -30,7 +30,10 @@ def loss_bands(pushes: pd.DataFrame, mean: tuple[float, float]) -> pd.DataFrame:
     reach = 2 * float(pushes.coefficient.max())
     side = np.linspace(-1.05 * reach, 1.05 * reach, N_GRID)
     x, y = mean[0] + side, mean[1] + side
-    loss = interpolated_loss(pushes, mean, *np.meshgrid(x, y))
+    along, across = np.meshgrid(x, y)
+    # Minus the projection plus the penalty; a push moves the difference by twice.
+    penalty = interpolated_penalty(pushes, (along - mean[0]) / 2, (across - mean[1]) / 2)
+    loss = penalty - along
     known = loss[np.isfinite(loss)]
     columns = ["kind", "loss", "area", "along", "across"]
     if not known.size:
@@ -58,18 +61,6 @@ def _one_path(
     """An area and its holes as one closed path: out to each hole and back the same way."""
     outer, *holes = (corners[a:b] for a, b in pairwise(starts))
     return np.concatenate([outer, *(part for hole in holes for part in (hole, outer[-1:]))])
-
-
-def interpolated_loss(
-    pushes: pd.DataFrame,
-    mean: tuple[float, float],
-    along: Float[np.ndarray, "row column"],
-    across: Float[np.ndarray, "row column"],
-) -> Float[np.ndarray, "row column"]:
-    """Minus the projection plus the interpolated penalty; a push moves the difference by twice."""
-    push_along, push_across = (along - mean[0]) / 2, (across - mean[1]) / 2
-    loss: NDArray[np.float64] = interpolated_penalty(pushes, push_along, push_across) - along
-    return loss
 
 
 def interpolated_penalty(

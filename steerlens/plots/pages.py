@@ -322,7 +322,9 @@ def _span(row: Mapping[str, Any], reach: float) -> str:
     marks = {"read": row["is_read"], "added": row["is_steered"], "aside": not row["is_label"]}
     marks |= {"lost": damage > 0, "gained": damage < 0}
     names = " ".join(name for name, is_set in marks.items() if is_set)
-    shade = "" if not damage or math.isnan(damage) else _shade(damage, reach)
+    # At most 70%: text has to be read on it, in light and in dark.
+    by = 0.0 if math.isnan(damage) else 70 * min(abs(damage) / reach, 1)
+    shade = f' style="--by:{by:.0f}"' if damage and not math.isnan(damage) else ""
     word = html.escape(_shown(row))
     if abs(damage) >= NUMBERED * reach:
         word = f"<ruby>{word}<rt>{damage:+.2g}</rt></ruby>"
@@ -330,11 +332,6 @@ def _span(row: Mapping[str, Any], reach: float) -> str:
         f"{row['raw_token']}: {row['logprob_nats']:.3g} to {row['steered_logprob_nats']:.3g} nats"
     )
     return f'<span class="{names}"{shade} title="{html.escape(told)}">{word}</span>'
-
-
-def _shade(damage: float, reach: float) -> str:
-    """How strong the colour is, at most 70%: text has to be read on it, in light and in dark."""
-    return f' style="--by:{70 * min(abs(damage) / reach, 1):.0f}"'
 
 
 def _shown(row: Mapping[str, Any]) -> str:

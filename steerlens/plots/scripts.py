@@ -21,6 +21,7 @@ class Script:
     read: Callable[[], bytes]
 
 
+@cache
 def _vega() -> bytes:
     """Vega, Vega-Lite and vega-embed, with the interpreter that needs no `eval`."""
     import vl_convert
@@ -28,6 +29,7 @@ def _vega() -> bytes:
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).encode()
 
 
+@cache
 def _circuitsvis() -> bytes:
     return files("circuitsvis").joinpath("dist/cdn/iife.js").read_bytes()
 
@@ -66,13 +68,8 @@ body { font-family: system-ui, sans-serif; line-height: 1.45; margin: 1.2rem aut
 
 
 @cache
-def _source(script: Script) -> bytes:
-    return script.read()
-
-
-@cache
 def _packed(script: Script) -> str:
-    return base64.b64encode(gzip.compress(_source(script), 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(script.read(), 9, mtime=0)).decode()
 
 
 @cache
@@ -105,7 +102,7 @@ def policy(scripts: Sequence[Script], own: Sequence[str] = ()) -> str:
     `own` are the texts of the page's other scripts. Even a script that got into the page unescaped
     would not run.
     """
-    texts = [text for script in scripts for text in (_source(script), _loader(script).encode())]
+    texts = [text for script in scripts for text in (script.read(), _loader(script).encode())]
     digests = (sha256(text).digest() for text in [*texts, *(text.encode() for text in own)])
     allowed = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
     return (

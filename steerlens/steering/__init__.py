@@ -1,7 +1,6 @@
 """Steering vectors: what they do to activations, where, how strongly, and how they are kept."""
 
 from steerlens.steering.apply import Steerable, steer, steps
-from steerlens.steering.apply import steering_hooks as steering_hooks  # until callers have moved
 from steerlens.steering.cache_positions import Positions
 from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient
 from steerlens.steering.conditions import Condition, condition_accuracy, fit_condition

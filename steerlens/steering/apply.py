@@ -215,10 +215,3 @@ def _gated(
         (condition.hook_name, read),
         *((act.hook_name, act.hook(behind_gate(act.hook_name))) for act in acts),
     ]
-
-
-def steering_hooks(  # until callers have moved
-    directions: Mapping[str, Tensor], coefficient: float | int
-) -> list[tuple[str, HookFunction]]:
-    """`(hook name, addition)` for every direction; none at coefficient 0, the identity."""
-    return step_hooks(steps(directions, coefficient))

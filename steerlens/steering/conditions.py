@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from steerlens.engine.capture import by_halves, check_finite
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hooked, resolve_hooks
+from steerlens.models.hooks import Layers, hooked, keeping, resolve_hooks
 from steerlens.models.loading import inference
 from steerlens.steering.cache_positions import Pass
 
@@ -251,11 +250,11 @@ def _means(
     means: dict[str, Tensor] = {}
     tokens = batch.steered_mask("prompt")
 
-    def read(name: str, activation: Tensor, hook: Any) -> None:  # noqa: ARG001
+    def mean(activation: Tensor) -> Tensor:
         mask = tokens.to(activation.device)[..., None]
-        means[name] = ((activation.float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
+        return ((activation.float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
 
-    with hooked(model, [(name, partial(read, name)) for name in hook_names]):
+    with hooked(model, keeping(means, hook_names, mean)):
         model(batch.tokens, return_type=None, **batch.forward_kwargs)
     return torch.stack([means[name] for name in hook_names])
 
