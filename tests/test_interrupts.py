@@ -4,21 +4,24 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Main, assert_error, model_folder, pairs_file, run, sweep  # noqa: F401 (fixtures)
+from test_cli import Main, assert_error, content, model_folder, pairs_file, run, sweep  # noqa: F401 (fixtures)
 from test_resume import (  # noqa: F401 (fixtures)
     HOOKS,
+    LONG,
     N_LAYERS,
     NULLS,
     REQUEST,
     Stop,
     assert_finished,
     assert_finished_after_resume,
+    assert_same_run,
     interrupted,
+    long_command,
     stop,
     whole,
 )
@@ -116,6 +119,32 @@ def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> N
     assert read_started(tmp_path) is None
 
 
+def tried(
+    signal: str, span: int, kills: int, log: Path, *command: str | Path
+) -> tuple[str, list[str]]:
+    """A command that gets so many signals (see `killed.py`): what it said, and the log."""
+    root, script = Path(sl.__file__).parent.parent, Path(__file__).parent / "killed.py"
+    seed = os.environ.get("STEERLENS_SEED", "3")
+    arguments = [sys.executable, script, signal, seed, span, kills, log, *command]
+    done = subprocess.run(
+        [*map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr, log.read_text(encoding="utf-8").splitlines()
+
+
+def assert_nothing_kept_is_run_again(lines: list[str]) -> None:
+    kept = [i for i, line in enumerate(lines) if line.startswith("kept ")]
+    assert len(kept) > 2
+    for i in kept:
+        assert lines[i].replace("kept", "ran") not in lines[i:]
+
+
 @pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
 def test_stopped_by_a_signal_until_it_is_finished(
     signal: str,
@@ -124,23 +153,30 @@ def test_stopped_by_a_signal_until_it_is_finished(
     whole: dict[str, bytes],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    out, log = tmp_path / "run", tmp_path / "log"
+    out = tmp_path / "run"
     options = ["--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2", *NULLS]
-    script = [sys.executable, Path(__file__).parent / "killed.py", signal, "3", log]
-    done = subprocess.run(
-        [*map(str, (*script, *options)), "--examples", "0", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(sl.__file__).parent.parent,
-        env={**os.environ, "PYTHONPATH": str(Path(sl.__file__).parent.parent)},
-    )
-    assert done.returncode == 0, done.stderr
-    lines = log.read_text(encoding="utf-8").splitlines()
-    ended = {"SIGKILL": "ended -9", "SIGINT": "ended 130"}[signal]
-    assert ended in lines
-    assert ("--resume" in done.stderr) is (signal == "SIGINT")
-    for name in HOOKS:
-        after = lines[lines.index(f"kept {name}") :] if f"kept {name}" in lines else []
-        assert f"ran {name}" not in after
+    command = ["sweep", *options, "--examples", "0", "--out", out]
+    said, lines = tried(signal, 90, 40, tmp_path / "log", *command)
+    assert {"SIGKILL": "ended -9", "SIGINT": "ended 130"}[signal] in lines
+    assert ("--resume" in said) is (signal == "SIGINT")
+    assert_nothing_kept_is_run_again(lines)
     assert_finished(out, whole)
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_every_long_command_goes_on_after_a_kill(
+    name: str,
+    long_command: Callable[..., list[str | Path]],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """In as many places as `STEERLENS_KILLS` says, spread over all that the command does."""
+    kills, out = int(os.environ.get("STEERLENS_KILLS", "3")), tmp_path / "run"
+    undisturbed = long_command(name, tmp_path / "whole")
+    _, lines = tried("SIGKILL", 1, 0, tmp_path / "undisturbed", *undisturbed)
+    (n_calls,) = [int(line.split()[1]) for line in lines if line.startswith("calls")]
+    span = max(1, 3 * n_calls // (2 * kills))
+    _, lines = tried("SIGKILL", span, kills, tmp_path / "log", *long_command(name, out))
+    print(name, n_calls, "calls;", lines.count("ended -9"), "kills")
+    assert lines.count("ended -9") > 1
+    assert_nothing_kept_is_run_again(lines)
+    assert_same_run(out, content(tmp_path / "whole"))

@@ -57,7 +57,9 @@ def estimate(
     count = counting(progress, "estimates: prompts", len(task.prompts))
     parts: list[Estimates] = []
     for batch in task.passes():
-        parts.append(_estimate_pass(batch, steered, ig_steps))
+        decided = ("estimates", steered.decided, ig_steps)
+        tensors = batch.once(decided, lambda b=batch: vars(_estimate_pass(b, steered, ig_steps)))
+        parts.append(Estimates(**tensors))
         count(len(batch.prompts))
     every = ([getattr(part, field.name) for part in parts] for field in fields(Estimates))
     return Estimates(*(torch.cat(values, dim=-1) for values in every))

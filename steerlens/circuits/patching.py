@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,6 +15,7 @@ from steerlens.circuits.components import Component, by_hook
 from steerlens.circuits.interventions import Intervention, capture
 from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task
+from steerlens.engine.checkpoint import Tensors
 from steerlens.models.hooks import HookFunction
 from steerlens.models.loading import inference
 from steerlens.progress import Progress
@@ -55,12 +57,14 @@ def patch_components(
     for batch in passes:
         clean = capture(task.model, batch.prompts.tokens, list(by_hook(parts)), steered)
         for part in parts:
-            metrics[part].append(_patch(batch, clean, part))
+            decided = ("patch", steered.decided, str(part))
+            patched = batch.once(decided, partial(_patch, batch, clean, part))
+            metrics[part].append(patched["metric"])
             count(1)
     return {part: torch.cat(values) for part, values in metrics.items()}
 
 
-def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Float[Tensor, " prompt"]:
+def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Tensors:
     """TransformerLens's activation patching of one component: a forward pass."""
     from transformer_lens.patching import generic_activation_patch, layer_head_vector_patch_setter
 
@@ -80,5 +84,4 @@ def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Float[Tens
             index_df=pd.DataFrame(index),
             reduce="none",
         )
-    values: Tensor = result.values[0].float().cpu()
-    return values
+    return {"metric": result.values[0].float().cpu()}

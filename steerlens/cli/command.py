@@ -14,12 +14,13 @@ import typer
 
 from steerlens.cli.options import DEBUG, pairs_of, pairs_record
 from steerlens.cli.printing import note, progress_of
-from steerlens.cli.run_warnings import warn, warned
+from steerlens.cli.run_warnings import keep_warning, warn, warned
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
+from steerlens.errors import FileError
 from steerlens.files import check_out_file, write_whole
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
@@ -28,7 +29,8 @@ from steerlens.models.identity import provenance
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import Progress
-from steerlens.runs.record import check_run_folder, write_run
+from steerlens.runs.record import write_run
+from steerlens.runs.unfinished import Parts
 from steerlens.tables import write_csv
 
 IN_SAMPLE = (
@@ -169,12 +171,6 @@ class Task:
         resolved = {"position": self.position, **resolved}
         return request_of(name, self.command, self.model, data, **resolved)
 
-    def start(self, name: str, **resolved: Any) -> "Run":
-        """Begin a run into `--out`. Raises `FileError` where the folder holds another."""
-        request = self.request(name, **resolved)
-        check_run_folder(self.command.out, request)
-        return Run(self.command.out, request)
-
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
         """Note what is fitted, then show the progress of the block."""
@@ -205,11 +201,18 @@ class Task:
         )
 
     def study(
-        self, progress: Progress | None, directions: Directions | None = None, **settings: Any
+        self,
+        progress: Progress | None,
+        directions: Directions | None = None,
+        *,
+        parts: Parts | None = None,
+        **settings: Any,
     ) -> Study:
-        """What `directions` (fitted unless given) are measured on, with more `settings` of it."""
-        directions = self.fit(progress) if directions is None else directions
-        settings |= {"layers": self.command.layers, **self.settings(progress)}
+        """What `directions` (kept in `parts`, or fitted, unless given) are measured on."""
+        if directions is None:
+            fit = partial(self.fit, progress)
+            directions = fit() if parts is None else parts.directions(fit)
+        settings |= {"layers": self.command.layers, "checkpoint": parts, **self.settings(progress)}
         return Study(self.model, self.measure_on, directions, **settings)
 
     def settings(self, progress: Progress | None) -> dict[str, Any]:
@@ -243,8 +246,9 @@ class Run:
 
     out: Path
     request: Mapping[str, Any]
+    parts: Parts
+    options: Mapping[str, Any]
     seconds: float = 0.0
-    """So far, of the same run before it was stopped."""
     started: float = field(default_factory=time.perf_counter)
     spent: float | None = None
 
@@ -256,19 +260,25 @@ class Run:
         forward_equivalents: float | None = None,
         **more: Any,
     ) -> None:
-        """As `write_run`, with the time taken and the warnings given."""
-        self.seconds += time.perf_counter() - self.started
+        """As `write_run`, with time and warnings, those from before the run was stopped too."""
+        self.seconds = time.perf_counter() - self.started + self.parts.seconds
         self.spent = forward_equivalents
-        write_run(
-            self.out,
-            tables,
-            directions,
-            self.request,
-            seconds=self.seconds,
-            forward_equivalents=forward_equivalents,
-            warnings=warned(),
-            **more,
-        )
+        for text in self.parts.warned:
+            keep_warning(text)
+        try:
+            write_run(
+                self.out,
+                tables,
+                directions,
+                self.request,
+                seconds=self.seconds,
+                forward_equivalents=forward_equivalents,
+                warnings=warned(),
+                options=self.options,
+                **more,
+            )
+        except FileError as error:
+            raise FileError(f"{error}; what was measured is kept: {self.parts.go_on}") from error
 
     def note(self, count: str) -> None:
         """Say how many of what were written, where, and what it took."""

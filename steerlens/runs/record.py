@@ -57,7 +57,7 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
     if not record.exists():
         if (folder / PARTS / STARTED).exists():
             raise FileError(
-                f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` "
+                f"{str(folder)!r} holds an unfinished run; the same command with --resume {folder} "
                 "goes on with it; or choose another --out or delete it"
             )
         results = [name for name in RUN_FILES if (folder / name).exists()]

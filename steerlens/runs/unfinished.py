@@ -1,7 +1,8 @@
 """A run that is not finished: its parts on disk, and who may write them.
 
 In `parts/` of the run folder: `_request.json`, what was asked for, written first;
-`_directions.safetensors`; a Parquet file a hook, each written whole and once; and `_lock`.
+`_directions.safetensors`; of a sweep a Parquet file a hook, of other commands a safetensors file
+for everything that is finished, each written whole and once; and `_lock`.
 """
 
 import hashlib
@@ -20,9 +21,9 @@ from typing import Any
 import pandas as pd
 
 from steerlens.directions.directions import Directions
+from steerlens.engine.checkpoint import UNSTEERED, Kept, Tensors, digest
 from steerlens.errors import FileError, SteerlensError
 from steerlens.files import cannot_write, write_json, write_whole
-from steerlens.measure.sweeps import FinishedHook
 from steerlens.runs.record import (
     PARTS,
     RECORD,
@@ -42,19 +43,36 @@ DIRECTIONS = "_directions.safetensors"
 LOCK = "_lock"
 # Its own files alone are removed; of one that was being written when the program was killed, a
 # folder is left that `write_whole` made.
-_PART = rf"{re.escape(STARTED)}|{re.escape(DIRECTIONS)}|[0-9]{{4,}}\.parquet"
+_TENSORS = rf"(?:{UNSTEERED})?[0-9a-f]{{64}}\.safetensors"
+_PART = rf"{re.escape(STARTED)}|{re.escape(DIRECTIONS)}|[0-9]{{4,}}\.parquet|{_TENSORS}"
 _IN_PARTS = re.compile(rf"{_PART}|\.(?:{_PART})-\w+")
 _LEFT_BESIDE = re.compile(rf"\.(?:{'|'.join(map(re.escape, RUN_FILES))})-\w+")
 
 
 @dataclass(frozen=True)
 class Started:
-    """What an unfinished run was asked for, and the hooks that have a part."""
+    """What an unfinished run was asked for, and what of it has a part.
+
+    `has_part` names the hooks of a sweep that have one; `n_parts` counts those of other commands.
+    """
 
     request: Mapping[str, Any]
     options: Mapping[str, Any]
     versions: Mapping[str, str]
     has_part: tuple[str, ...]
+    n_parts: int
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it, but for its folder."""
+        return resume_command(self.request)
+
+    @property
+    def finished(self) -> str:
+        """How much is finished."""
+        if self.request.get("command") == "sweep":
+            return f"{len(self.has_part)} of {len(self.hook_names)} hooks"
+        return f"{self.n_parts} parts"
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -62,12 +80,18 @@ class Started:
         return tuple(self.request["hook_names"])
 
 
+def resume_command(request: Mapping[str, Any]) -> str:
+    """What goes on with a run, but for its folder."""
+    return f"steerlens {request.get('command', 'sweep')} --resume"
+
+
 def read_started(folder: Path) -> Started | None:
     """What the unfinished run in a folder is; None when there is none.
 
     A folder with a run.json is finished. Raises `FileError` when the record is damaged.
     """
-    path = folder / PARTS / STARTED
+    inside = folder / PARTS
+    path = inside / STARTED
     if (folder / RECORD).exists() or not path.exists():
         return None
     try:
@@ -79,7 +103,8 @@ def read_started(folder: Path) -> Started | None:
             "and run the command once more"
         ) from error
     has_part = tuple(name for i, name in enumerate(names) if _part(folder, i).exists())
-    return Started(request, options, made_by, has_part)
+    n_parts = sum(re.fullmatch(_TENSORS, path.name) is not None for path in inside.iterdir())
+    return Started(request, options, made_by, has_part, n_parts)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -101,76 +126,88 @@ def read_record(path: Path) -> dict[str, Any]:
 class Parts:
     """The parts of a run that this process may write: a `Checkpoint` (see `open_parts`).
 
-    `seconds` and `warned` are of the hooks that were finished before, and known once `finished` is
-    called.
+    `seconds` and `warned` are of what was finished before and has been loaded.
     """
 
     def __init__(
-        self, folder: Path, hook_names: Sequence[str], warned: Callable[[], Sequence[str]]
+        self, folder: Path, request: Mapping[str, Any], warned: Callable[[], Sequence[str]]
     ) -> None:
-        self._folder, self._hook_names, self._warned = folder, tuple(hook_names), warned
-        self._of, self._since = "", time.perf_counter()
+        self._folder, self._hook_names, self._warned = folder, tuple(request["hook_names"]), warned
+        self.go_on = f"make room, then `{resume_command(request)} {folder}`"
+        self._since = time.perf_counter()
         self.seconds = 0.0
         self.warned: tuple[str, ...] = ()
 
-    def directions(self, fit: Callable[[], Directions]) -> Directions:
-        """The directions that were fitted before; else those of `fit`, which are kept."""
+    def directions(
+        self, fit: Callable[[], Directions], hook_names: Sequence[str] | None = None
+    ) -> Directions:
+        """The directions that were fitted before; else those of `fit`, which are kept.
+
+        They are at `hook_names`: those of the request, unless others are given.
+        """
         path = self._folder / PARTS / DIRECTIONS
         if path.exists():
             try:
-                return read_directions(path, self._hook_names)
+                return read_directions(path, hook_names or self._hook_names)
             except FileError as error:
                 warnings.warn(f"{error}; fitted again", RuntimeWarning, stacklevel=2)
         directions = fit()
         self._write(path, partial(write_directions, directions))
         return directions
 
-    def finished(self, of: str) -> dict[str, FinishedHook]:
-        """The hooks that have a part. One that is damaged is left out, with a warning.
+    def load(self, name: str, of: str) -> Kept | None:
+        """What is kept under a name; None where nothing is, and with a warning where it is damaged.
 
-        Raises `FileError` when a part is of another sweep than the one that `of` names.
+        Raises `FileError` when it is of another measurement than the one that `of` names.
         """
-        self._of, self._since = of, time.perf_counter()
-        hooks = {}
-        for i, name in enumerate(self._hook_names):
-            path = _part(self._folder, i)
-            if not path.exists():
-                continue
-            frame = _read_part(path, name)
-            if frame is None:
-                message = f"{str(path)!r} is damaged; the cells of {name} are run again"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-                continue
-            if frame.attrs["of"] != of:
-                raise FileError(
-                    f"{str(path)!r} was measured with other settings, directions or unsteered "
-                    "activations, to the bit: on another device, number of threads or machine? Go "
-                    "on as it was begun, or start again in another --out"
-                )
-            rows: Any = frame.to_dict("records")
-            hooks[name] = FinishedHook(name, tuple(rows), frame.attrs["blocks"])
-            self.seconds += frame.attrs["seconds"]
-            self.warned = tuple(dict.fromkeys((*self.warned, *frame.attrs["warnings"])))
-        return hooks
+        path = self._path(name)
+        if not path.exists():
+            return None
+        read = _read_rows if path.suffix == ".parquet" else _read_tensors
+        found = read(path, name)
+        if found is None:
+            message = f"{str(path)!r} is damaged; what it held is run again"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return None
+        kept, attrs = found
+        if attrs["of"] != of:
+            raise FileError(
+                f"{str(path)!r} was measured with other settings, directions or unsteered "
+                "activations, to the bit: on another device, number of threads or machine? Go "
+                "on as it was begun, or start again in another --out"
+            )
+        self.seconds += attrs["seconds"]
+        self.warned = tuple(dict.fromkeys((*self.warned, *attrs["warnings"])))
+        return kept
 
-    def keep(self, hook: FinishedHook) -> None:
-        """Write the part of a hook; it is on the disk when this returns.
+    def keep(self, name: str, of: str, kept: Kept) -> None:
+        """Write a part; it is on the disk when this returns.
 
         Raises `FileError` when it cannot be written.
         """
         moment = time.perf_counter()
         attrs = {
-            "of": self._of,
-            "hook_name": hook.hook_name,
-            "blocks": hook.blocks,
+            "of": of,
+            "hook_name": name,
+            "blocks": kept.blocks,
+            "record": dict(kept.record),
             "seconds": moment - self._since,
             "warnings": list(self._warned()),
         }
         self._since = moment
-        frame = to_frame(hook.rows, SWEEP_COLUMNS, attrs)
-        frame.attrs["sha256"] = _checksum(frame)
-        path = _part(self._folder, self._hook_names.index(hook.hook_name))
-        self._write(path, partial(write_parquet, frame))
+        path = self._path(name)
+        if path.suffix == ".parquet":
+            frame = to_frame(kept.rows, SWEEP_COLUMNS, attrs)
+            frame.attrs["sha256"] = _checksum(frame)
+            self._write(path, partial(write_parquet, frame))
+        else:
+            self._write(path, partial(_write_tensors, kept.tensors, attrs))
+
+    def _path(self, name: str) -> Path:
+        """A table where the name is that of a hook."""
+        if name in self._hook_names:
+            return _part(self._folder, self._hook_names.index(name))
+        return self._folder / PARTS / f"{name}.safetensors"
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         try:
@@ -178,7 +215,7 @@ class Parts:
         except OSError as error:
             raise FileError(
                 f"cannot write {str(path)!r}: {error.strerror or error}; what is finished is kept: "
-                f"make room, then `steerlens sweep --resume {self._folder}`"
+                f"{self.go_on}"
             ) from error
 
 
@@ -226,7 +263,7 @@ def open_parts(
                 _remove_parts(folder)
             raise
         try:
-            yield Parts(folder, request["hook_names"], warned)
+            yield Parts(folder, request, warned)
         except BaseException as error:
             if not _is_worth_keeping(inside, error):
                 _remove_parts(folder)
@@ -267,8 +304,9 @@ def _remove(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def _is_worth_keeping(inside: Path, error: BaseException) -> bool:
-    """Whether there is something to go on with: no request that failed before its first cell."""
-    if any(inside.glob("*.parquet")) or isinstance(error, FileError):
+    """Whether there is something to go on with: no request that failed before its first part."""
+    kept = (*inside.glob("*.parquet"), *inside.glob("[0-9a-f]*.safetensors"))
+    if kept or isinstance(error, FileError):
         return True
     return (inside / DIRECTIONS).exists() and not isinstance(error, SteerlensError)
 
@@ -329,8 +367,8 @@ def _part(folder: Path, index: int) -> Path:
     return folder / PARTS / f"{index:04d}.parquet"
 
 
-def _read_part(path: Path, hook_name: str) -> pd.DataFrame | None:
-    """The rows of a part, or None when they are not those that were written."""
+def _read_rows(path: Path, hook_name: str) -> tuple[Kept, dict[str, Any]] | None:
+    """A part that is a table, and its attrs; None when they are not what was written."""
     try:
         frame = pd.read_parquet(path, engine="pyarrow")
         written = frame.attrs.pop("sha256")
@@ -338,7 +376,36 @@ def _read_part(path: Path, hook_name: str) -> pd.DataFrame | None:
     # Whatever pyarrow makes of damaged bytes: its errors share no base class.
     except Exception:
         return None
-    return frame if is_whole else None
+    rows: Any = frame.to_dict("records")
+    kept = Kept(rows=tuple(rows), blocks=frame.attrs.get("blocks", 0))
+    return (kept, dict(frame.attrs)) if is_whole else None
+
+
+def _read_tensors(path: Path, name: str) -> tuple[Kept, dict[str, Any]] | None:
+    """A part that is tensors, and its attrs; None when they are not what was written."""
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        said = json.loads(content[8 : 8 + size])["__metadata__"]
+        attrs, tensors = json.loads(said["attrs"]), load(content)
+        is_whole = said["sha256"] == digest(attrs, sorted(tensors.items()))
+        kept = Kept(tensors=tensors, record=attrs["record"], blocks=attrs["blocks"])
+    # Whatever safetensors makes of damaged bytes.
+    except Exception:
+        return None
+    return (kept, attrs) if is_whole and attrs["hook_name"] == name else None
+
+
+def _write_tensors(tensors: Tensors, attrs: Mapping[str, Any], path: Path) -> None:
+    from safetensors.torch import save
+
+    # Views of one tensor are written each for itself.
+    apart = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    plain = json.loads(json.dumps(attrs))
+    metadata = {"attrs": json.dumps(plain), "sha256": digest(plain, sorted(apart.items()))}
+    path.write_bytes(save(apart, metadata))
 
 
 def _checksum(frame: pd.DataFrame) -> str:
