@@ -58,7 +58,7 @@ def strike_at(moment: int) -> None:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for _ in range(TRIES):
-    is_begun = (Path(OUT) / "parts" / "_request.json").exists()
+    is_begun = any((Path(OUT) / name).exists() for name in ("parts/_request.json", "run.json"))
     moment = moments.randint(1, 90)
     child = os.fork()
     if child == 0:

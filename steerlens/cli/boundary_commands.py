@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, prepare
+from steerlens.cli.command import RunCommand, prepare
 from steerlens.cli.printing import output, print_boundary, print_rows
 from steerlens.data.reading import read_texts
 from steerlens.measure.boundary import check_search
@@ -16,7 +16,7 @@ from steerlens.models.packaged import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boundary(ModelCommand):
+class Boundary(RunCommand):
     """The first coefficient of each sign beyond which the budget is exceeded, at every layer."""
 
     out: opt.OutFolder
@@ -42,19 +42,19 @@ class Boundary(ModelCommand):
         if self.shape is not None:
             check_plane(task.hook_names, self.shape)
         texts = list(read_texts(text)) if isinstance(text, Path) else None
-        run = task.start("boundary", texts=texts)
-        with task.progress() as progress:
-            study = task.study(progress, budget=self.budget)
-            search: dict[str, Any] = {"on": text, "search_range": self.search_range}
-            result = study.boundary(**search)
-            tables = {"boundary": result.curves, "layers": result.layers}
-            if self.shape is not None:
-                plane = study.boundary_shape(self.layers, n_angles=self.shape, **search)
-                tables["shape"] = plane.table
-        spent = sum(
-            t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
-        )
-        run.write(tables, study.directions, forward_equivalents=spent)
+        with task.start("boundary", texts=texts) as run:
+            with task.progress() as progress:
+                study = task.study(progress, budget=self.budget)
+                search: dict[str, Any] = {"on": text, "search_range": self.search_range}
+                result = study.boundary(**search)
+                tables = {"boundary": result.curves, "layers": result.layers}
+                if self.shape is not None:
+                    plane = study.boundary_shape(self.layers, n_angles=self.shape, **search)
+                    tables["shape"] = plane.table
+            spent = sum(
+                t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
+            )
+            run.write(tables, study.directions, forward_equivalents=spent)
         if self.quiet:
             return
         print_boundary(result.layers)
@@ -65,7 +65,7 @@ class Boundary(ModelCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry(ModelCommand):
+class Geometry(RunCommand):
     """The loss, its gradients and the boundary in the plane of the direction, at some layers."""
 
     out: opt.OutFolder
@@ -83,13 +83,13 @@ class Geometry(ModelCommand):
         """What the command does."""
         check_search(budget=self.budget, search_range=4.0)
         task = prepare(self, self.layers)
-        run = task.start("geometry")
-        with task.progress() as progress:
-            study = task.study(progress, budget=self.budget)
-            result = study.plane(n_angles=self.angles)
-        tables = {"geometry": result.points, "contours": result.contours, "shape": result.shape}
-        spent = result.points.attrs["forward_equivalents"]
-        run.write(tables, study.directions, forward_equivalents=spent)
+        with task.start("geometry") as run:
+            with task.progress() as progress:
+                study = task.study(progress, budget=self.budget)
+                result = study.plane(n_angles=self.angles)
+            tables = {"geometry": result.points, "contours": result.contours, "shape": result.shape}
+            spent = result.points.attrs["forward_equivalents"]
+            run.write(tables, study.directions, forward_equivalents=spent)
         if self.quiet:
             return
         columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]

@@ -11,7 +11,7 @@ from steerlens.circuits.edges import edge_table
 from steerlens.circuits.graphs import edge_readers
 from steerlens.circuits.readers import check_steered
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, Task, prepare
+from steerlens.cli.command import RunCommand, Task, prepare
 from steerlens.cli.printing import note, print_rows
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import tokenize_pairs
@@ -23,7 +23,7 @@ TOP_HEADS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circuits(ModelCommand):
+class Circuits(RunCommand):
     """Which heads and MLPs write the direction, which read it, and is it the same circuit."""
 
     out: Annotated[Path, "Folder for tables, pictures and the record."]
@@ -52,43 +52,45 @@ class Circuits(ModelCommand):
         check_steered(model, task.hook_names[0], self.coefficient)
         if self.compare:
             edge_readers(model)
-        run = task.start("circuits")
-        with task.progress() as progress:
-            shared: dict[str, Any] = {"seed": self.seed, "progress": progress}
-            directions = task.fit(progress, layers="all")
-            vector = SteeringVector.from_directions(
-                model, directions, layers=self.layer, dataset=task.fit_on.name
-            )
-            pushed = circuits.Intervention(vector, self.coefficient)
-            answers = circuits.contrast_answers(model, task.fit_on)
-            prompts = circuits.make_prompts(model, list(tokenize_pairs(model, measure_on).positive))
-            writers = circuits.find_writers(
-                model, measure_on, directions, layer=self.layer, **shared
-            )
-            readers = circuits.find_readers(
-                *(model, prompts, answers, vector, self.coefficient),
-                top=self.top,
-                ig_steps=self.ig_steps,
-                **shared,
-            )
-            if self.compare:
-                floor = circuits.random_intervention(model, measure_on, pushed, **shared)
-                comparison = circuits.compare_circuits(
-                    model, measure_on, answers, {self.method: pushed}, floor=floor, **shared
+        with task.start("circuits") as run:
+            with task.progress() as progress:
+                shared: dict[str, Any] = {"seed": self.seed, "progress": progress}
+                directions = task.fit(progress, layers="all")
+                vector = SteeringVector.from_directions(
+                    model, directions, layers=self.layer, dataset=task.fit_on.name
                 )
-        tables = {
-            "writers": writers.table,
-            "positions": writers.positions,
-            "readers": readers.table,
-            "claims": readers.claims,
-        }
-        pages = {"components": plots.components(writers.table, readers.table).to_html()}
-        pages |= _token_pages(task, prompts, directions, pushed, readers.table)
-        if self.compare:
-            tables |= {"circuits": comparison.table, "faithfulness": comparison.faithfulness}
-            tables["edges"] = edge_table(model, comparison.scores)
-            pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
-        run.write(tables, directions, pages=pages)
+                pushed = circuits.Intervention(vector, self.coefficient)
+                answers = circuits.contrast_answers(model, task.fit_on)
+                prompts = circuits.make_prompts(
+                    model, list(tokenize_pairs(model, measure_on).positive)
+                )
+                writers = circuits.find_writers(
+                    model, measure_on, directions, layer=self.layer, **shared
+                )
+                readers = circuits.find_readers(
+                    *(model, prompts, answers, vector, self.coefficient),
+                    top=self.top,
+                    ig_steps=self.ig_steps,
+                    **shared,
+                )
+                if self.compare:
+                    floor = circuits.random_intervention(model, measure_on, pushed, **shared)
+                    comparison = circuits.compare_circuits(
+                        model, measure_on, answers, {self.method: pushed}, floor=floor, **shared
+                    )
+            tables = {
+                "writers": writers.table,
+                "positions": writers.positions,
+                "readers": readers.table,
+                "claims": readers.claims,
+            }
+            pages = {"components": plots.components(writers.table, readers.table).to_html()}
+            pages |= _token_pages(task, prompts, directions, pushed, readers.table)
+            if self.compare:
+                tables |= {"circuits": comparison.table, "faithfulness": comparison.faithfulness}
+                tables["edges"] = edge_table(model, comparison.scores)
+                pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
+            run.write(tables, directions, pages=pages)
         if self.quiet:
             return
         _print_components(writers.table, readers.table, readers.claims)

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
-from steerlens.files import check_out_file, write_whole
+from steerlens.files import check_out_file, check_out_folder, locked, write_whole
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
@@ -28,7 +28,8 @@ from steerlens.models.identity import provenance
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import Progress
-from steerlens.runs.record import check_run_folder, write_run
+from steerlens.runs.record import write_run
+from steerlens.runs.unfinished import open_parts
 from steerlens.tables import write_csv
 
 IN_SAMPLE = (
@@ -51,6 +52,16 @@ class Command:
     """
 
     debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")] = False
+
+    @property
+    def written(self) -> Path | None:
+        """The file or folder that it writes, which no other run may write meanwhile."""
+        return getattr(self, "out", None)
+
+    def check_written(self) -> None:
+        """Raise `SteerlensError` where it may not write that, before any work."""
+        if self.written is not None:
+            check_out_file(self.written)
 
     def run(self) -> None:
         """Check, load, measure, write, print."""
@@ -82,6 +93,16 @@ class ModelCommand(QuietCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunCommand(ModelCommand):
+    """A command that writes a run folder."""
+
+    def check_written(self) -> None:
+        """See that it is no link, and that files may be written there."""
+        if self.written is not None:
+            check_out_folder(self.written)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableCommand(QuietCommand):
     """A command that writes one table, if it is asked to."""
 
@@ -100,7 +121,12 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
     defaults = {option.name: option.default for option in fields(command)}
 
     def run(**values: Any) -> None:
-        command(**values).run()
+        asked = command(**values)
+        with ExitStack() as held:
+            if asked.written is not None:
+                held.enter_context(locked(asked.written, is_folder=issubclass(command, RunCommand)))
+            asked.check_written()
+            asked.run()
 
     run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -169,11 +195,9 @@ class Task:
         resolved = {"position": self.position, **resolved}
         return request_of(name, self.command, self.model, data, **resolved)
 
-    def start(self, name: str, **resolved: Any) -> "Run":
-        """Begin a run into `--out`. Raises `FileError` where the folder holds another."""
-        request = self.request(name, **resolved)
-        check_run_folder(self.command.out, request)
-        return Run(self.command.out, request)
+    def start(self, name: str, **resolved: Any) -> AbstractContextManager["Run"]:
+        """As `start_run`, of the command's request."""
+        return start_run(self.command, self.request(name, **resolved))
 
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
@@ -218,8 +242,8 @@ class Task:
         return {"seed": seed, "batch_size": batch_size, "progress": progress}
 
 
-def prepare(command: Any, layers: str, *, out_file: Path | None = None) -> Task:
-    """Read the pairs, see that `out_file` can be written, load the model, resolve the hooks.
+def prepare(command: Any, layers: str) -> Task:
+    """Read the pairs, load the model, resolve the hooks.
 
     Raises `SteerlensError` of what cannot be done, where possible before the model is loaded.
     """
@@ -230,8 +254,6 @@ def prepare(command: Any, layers: str, *, out_file: Path | None = None) -> Task:
     position = command.position
     if position is None:
         position = default_position(command.method, fit_on)
-    if out_file is not None:
-        check_out_file(out_file)
     model = load_model(command.model or DEFAULT_MODEL, progress=not command.quiet)
     hook_names = resolve_hooks(model, layers)
     return Task(command, model, fit_on, measure_on, is_held_out, hook_names, position)
@@ -276,3 +298,10 @@ class Run:
             f"{count} in {self.seconds:.0f} s ({self.spent:.0f} forward-equivalents); "
             f"written to {self.out}"
         )
+
+
+@contextmanager
+def start_run(command: Any, request: Mapping[str, Any]) -> Iterator[Run]:
+    """A run of `request` into `--out`. Raises `FileError` where the folder holds another."""
+    with open_parts(command.out, request, options=recorded_options(command)):
+        yield Run(command.out, request)

@@ -10,7 +10,7 @@ import pandas as pd
 import typer
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, QuietCommand, Run, Task, prepare, recorded_options
+from steerlens.cli.command import QuietCommand, Run, RunCommand, Task, prepare, recorded_options
 from steerlens.cli.executors import executor_of
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of
 from steerlens.cli.run_warnings import keep_warning, warn, warned
@@ -29,7 +29,7 @@ from steerlens.runs.unfinished import (
     Started,
     clear_finished,
     open_parts,
-    read_record,
+    read_finished,
     read_started,
 )
 
@@ -62,7 +62,7 @@ class WorkersCommand(QuietCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(ModelCommand, WorkersCommand):
+class Sweep(RunCommand, WorkersCommand):
     """Measure projection against logprob degradation at every layer and coefficient."""
 
     context: _Context
@@ -95,11 +95,16 @@ class Sweep(ModelCommand, WorkersCommand):
         ),
     ] = 2
 
+    @property
+    def written(self) -> Path | None:
+        """The folder, of a run that is begun or gone on with."""
+        return self.out if self.resume is None else self.resume
+
     def run(self) -> None:
         """What the command does."""
         if self.resume is not None and (self.out is not None or self.source is not None):
             raise FileError("--resume goes on in its own folder: leave out --out and --from")
-        out = self.out if self.resume is None else self.resume
+        out = self.written
         if out is None:
             raise FileError(
                 "expected --out with a folder to write to, or --resume with one to go on"
@@ -112,7 +117,7 @@ class Sweep(ModelCommand, WorkersCommand):
                     return
                 command = self._as_recorded(started.options, out)
             elif self.source is not None:
-                recorded = read_record(self.source)
+                recorded = read_finished(self.source)
                 command = self._as_recorded(recorded["options"], self.source)
             try:
                 command._run_into(out, recorded, executor)
