@@ -65,7 +65,7 @@ def strike_at(moment: int) -> Callable[[], int]:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for attempt in range(int(KILLS) + 1):
-    is_begun = (Path(OUT) / "parts" / "_request.json").exists()
+    is_begun = any((Path(OUT) / name).exists() for name in ("parts/_request.json", "run.json"))
     moment = moments.randint(1, int(SPAN)) if attempt < int(KILLS) else 0
     child = os.fork()
     if child == 0:

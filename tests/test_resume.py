@@ -33,7 +33,7 @@ from steerlens.engine.checkpoint import Kept, digest
 from steerlens.errors import FileError
 from steerlens.runs import record as runs
 from steerlens.runs import unfinished
-from steerlens.runs.record import check_run_folder, differences
+from steerlens.runs.record import differences, sealed
 from steerlens.runs.unfinished import Parts, open_parts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
@@ -261,8 +261,11 @@ def test_an_unfinished_run_says_what_it_is(
     assert cells.q_value.isna().all()
     assert cells.p_value.notna().any()
     assert_error(sweep(*NULLS, "--quiet", "--out", folder), "unfinished", "--resume")
-    with pytest.raises(FileError, match="unfinished"):
-        check_run_folder(folder, {"command": "boundary"})
+    with (
+        pytest.raises(FileError, match="unfinished run; `steerlens sweep --resume"),
+        open_parts(folder, REQUEST, options={}),
+    ):
+        pass
 
 
 def test_the_cells_can_be_read_while_it_runs(
@@ -278,9 +281,7 @@ def test_the_cells_can_be_read_while_it_runs(
         keep(parts, name, of, kept)
         if name not in HOOKS:
             return
-        half = folder / "parts" / ".0003.parquet-killed"
-        half.mkdir(exist_ok=True)
-        (half / "0003.parquet").write_bytes(b"half")
+        (folder / "parts" / ".steerlens-0123abcd-0003.parquet").write_bytes(b"half")
         cells = pd.read_parquet(folder / "parts")
         seen.append(cells.hook_name.drop_duplicates().to_list())
 
@@ -316,8 +317,8 @@ def test_another_request_or_version_is_refused_with_both_values(
     assert_error(run("sweep", "--quiet"), "--out")
     assert_finished_after_resume(run, folder, whole)
     # As a kill leaves it between the record and the removal of the parts.
-    (folder / "parts").mkdir()
-    (folder / "parts" / "0000.parquet").write_bytes(b"")
+    kept_part(tmp_path / "killed")
+    (tmp_path / "killed" / "parts").rename(folder / "parts")
     again = run(*resume[:1], "--resume", folder)
     assert (again.code, "nothing to do" in again.words) == (0, True)
     assert_finished(folder, whole)
@@ -427,15 +428,116 @@ def test_a_part_of_another_sweep_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "parts").exists()
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file and folder in a folder, links not followed."""
+    return {
+        str(path.relative_to(folder)): (
+            str(path.readlink()).encode()
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else b"folder"
+        )
+        for path in folder.rglob("*")
+    }
+
+
+LEFT = [".steerlens-0123abcd-sweep.csv", "parts/.steerlens-0123abcd-0003.parquet"]
+MINE = [
+    *(".sweep.csv-backup/sweep.csv", ".sweep.csv-mybackup/sweep.csv", ".steerlens-mine"),
+    *(".steerlens-0123abcd-mine.csv", ".steerlens-0123abcd-report.html", "parts/notes.txt"),
+    *("parts/0000.csv", "parts/0007.parquet", "parts/deeper/0000.parquet"),
+]
+
+
 def test_only_what_this_program_wrote_is_removed(tmp_path: Path) -> None:
     kept_part(tmp_path)
-    for left in (".sweep.csv-killed", "parts/.0003.parquet-killed", ".mine-1"):
-        (tmp_path / left).mkdir()
-    (tmp_path / "parts" / "notes.txt").write_text("mine")
+    for name in (*LEFT, *MINE):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "parts" / "0008.parquet").symlink_to(part(tmp_path))
+    (tmp_path / ".steerlens-0123abcd-parts").symlink_to(tmp_path / "parts")
+    mine = {name: left for name, left in tree(tmp_path).items() if name not in LEFT}
     with open_parts(tmp_path, REQUEST, options={}, resume=True):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"parts", ".mine-1"}
-    assert content(tmp_path / "parts") == {"notes.txt": b"mine"}
+    wrote = {"parts/_request.json", "parts/0000.parquet"}
+    assert tree(tmp_path) == {name: left for name, left in mine.items() if name not in wrote}
+    assert wrote < mine.keys()
+
+
+def folder_with(*names: str) -> Callable[[Path], None]:
+    def plant(path: Path) -> None:
+        path.mkdir()
+        for name in names:
+            (path / name).write_bytes(b"mine")
+
+    return plant
+
+
+def linked_to_parts(path: Path) -> None:
+    """To the parts of an unfinished run of the same request."""
+    kept_part(path.parent.parent / "other")
+    path.symlink_to(path.parent.parent / "other" / "parts")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        folder_with(),
+        folder_with("notes.txt"),
+        folder_with("0000.parquet", "_directions.safetensors"),
+        folder_with("_request.json"),
+        linked_to_parts,
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.write_bytes(b"mine"),
+    ],
+)
+def test_parts_of_the_user_are_refused_and_left(
+    plant: Callable[[Path], None], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open_parts(folder, REQUEST, options={}):  # as a folder without them is taken
+        pass
+    plant(folder / "parts")
+    before = tree(tmp_path)
+    for resume in (False, True):
+        with (
+            pytest.raises(FileError, match=r"parts|holds no unfinished run"),
+            open_parts(folder, REQUEST, options={}, resume=resume),
+        ):
+            pass
+        assert tree(tmp_path) == before
+    (folder / "run.json").write_text('{"request": {"command": "sweep"}, "versions": {}}')
+    with pytest.raises(FileError, match="is not the record of a run"):
+        unfinished.clear_finished(folder)
+    (folder / "run.json").unlink()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["sweep", "boundary"])
+def test_a_command_leaves_the_users_parts(
+    command: str,
+    run: Main,  # noqa: F811
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    words = (command, "--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--quiet")
+    folder_with("notes.txt")(out)
+    folder_with("data.csv")(out / "parts")
+    before = tree(out)
+    assert_error(run(*words, "--out", out), "holds parts, not of a run")
+    assert_error(run(*words, "--position", "99", "--out", out))
+    (out / "run.json").write_text("{}")
+    if command == "sweep":
+        assert_error(run("sweep", "--resume", out), "is not the record of a run")
+    (out / "run.json").unlink()
+    assert tree(out) == before
+    (out / "parts").rename(out / "mine")
+    assert run(*words, "--out", out).code == 0
+    assert content(out / "mine") == {"data.csv": b"mine"}
 
 
 def test_differences_by_hand() -> None:
@@ -467,6 +569,9 @@ def test_a_run_is_repeated_from_its_record(
     old["versions"]["torch"] = "0.1"
     old["request"]["model"]["file_hash"] = "abc"
     source.write_text(json.dumps(old), encoding="utf-8")
+    outcome = run("sweep", "--from", first, "--out", tmp_path / "c")
+    assert_error(outcome, "it was changed")
+    source.write_text(json.dumps(sealed(old)), encoding="utf-8")
     outcome = run("sweep", "--from", first, "--seed", "6", "--out", tmp_path / "c")
     assert outcome.code == 0
     said = " ".join(record(tmp_path / "c")["warnings"])
@@ -492,7 +597,7 @@ def test_a_record_that_cannot_be_repeated(
     tmp_path: Path,
 ) -> None:
     said = {"request": {}, "versions": {}} | ({} if options is None else {"options": options})
-    (tmp_path / "run.json").write_text(json.dumps(said), encoding="utf-8")
+    (tmp_path / "run.json").write_text(json.dumps(sealed(said)), encoding="utf-8")
     outcome = run("sweep", "--from", tmp_path, "--out", tmp_path / "b", "--quiet")
     assert_error(outcome, "record", named)
     assert not (tmp_path / "b").exists()

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
 from steerlens.errors import FileError
-from steerlens.files import check_out_file, write_whole
+from steerlens.files import check_out_file, check_out_folder, locked, write_whole
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
@@ -54,6 +54,16 @@ class Command:
 
     debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")] = False
 
+    @property
+    def written(self) -> Path | None:
+        """The file or folder that it writes, which no other run may write meanwhile."""
+        return getattr(self, "out", None)
+
+    def check_written(self) -> None:
+        """Raise `SteerlensError` where it may not write that, before any work."""
+        if self.written is not None:
+            check_out_file(self.written)
+
     def run(self) -> None:
         """Check, load, measure, write, print."""
         raise NotImplementedError
@@ -84,6 +94,16 @@ class ModelCommand(QuietCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunCommand(ModelCommand):
+    """A command that writes a run folder."""
+
+    def check_written(self) -> None:
+        """See that it is no link, and that files may be written there."""
+        if self.written is not None:
+            check_out_folder(self.written)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableCommand(QuietCommand):
     """A command that writes one table, if it is asked to."""
 
@@ -102,7 +122,12 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
     defaults = {option.name: option.default for option in fields(command)}
 
     def run(**values: Any) -> None:
-        command(**values).run()
+        asked = command(**values)
+        with ExitStack() as held:
+            if asked.written is not None:
+                held.enter_context(locked(asked.written, is_folder=issubclass(command, RunCommand)))
+            asked.check_written()
+            asked.run()
 
     run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -221,8 +246,8 @@ class Task:
         return {"seed": seed, "batch_size": batch_size, "progress": progress}
 
 
-def prepare(command: Any, layers: str, *, out_file: Path | None = None) -> Task:
-    """Read the pairs, see that `out_file` can be written, load the model, resolve the hooks.
+def prepare(command: Any, layers: str) -> Task:
+    """Read the pairs, load the model, resolve the hooks.
 
     Raises `SteerlensError` of what cannot be done, where possible before the model is loaded.
     """
@@ -233,8 +258,6 @@ def prepare(command: Any, layers: str, *, out_file: Path | None = None) -> Task:
     position = command.position
     if position is None:
         position = default_position(command.method, fit_on)
-    if out_file is not None:
-        check_out_file(out_file)
     model = load_model(command.model or DEFAULT_MODEL, progress=not command.quiet)
     hook_names = resolve_hooks(model, layers)
     return Task(command, model, fit_on, measure_on, is_held_out, hook_names, position)

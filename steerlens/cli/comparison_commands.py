@@ -12,7 +12,6 @@ from steerlens.data.shipped import SPLITS, dataset_names
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.methods import method_of
 from steerlens.errors import InputError
-from steerlens.files import check_out_file
 from steerlens.measure.boundary import check_search
 from steerlens.measure.comparison import compare as run_compare
 from steerlens.measure.split_half import reliability as measure_reliability
@@ -116,8 +115,6 @@ class Reliability(ModelCommand, TableCommand):
     def run(self) -> None:
         """What the command does."""
         fit_on, _, _ = opt.pairs_of(self.pairs)
-        if self.out is not None:
-            check_out_file(self.out)
         model = load_model(self.model, progress=not self.quiet)
         with progress_of(quiet=self.quiet) as progress:
             differences = collect_differences(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from steerlens.cli.command import ModelCommand, Run, recorded_options
+from steerlens.cli.command import Run, RunCommand, recorded_options
 from steerlens.cli.printing import note
 from steerlens.cli.run_warnings import warn, warned
 from steerlens.errors import FileError, InputError
@@ -17,7 +17,7 @@ from steerlens.runs.unfinished import (
     Started,
     clear_finished,
     open_parts,
-    read_record,
+    read_finished,
     read_started,
 )
 
@@ -33,7 +33,7 @@ GIVEN = "COMMANDLINE"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderCommand(ModelCommand):
+class FolderCommand(RunCommand):
     """A command that writes a run folder, keeps what it finishes, and goes on after a stop."""
 
     context: _Context
@@ -51,6 +51,11 @@ class FolderCommand(ModelCommand):
     NEEDED = ()
     """Options without a default; a record that is gone on with, or repeated, has them."""
 
+    @property
+    def written(self) -> Path | None:
+        """The folder, of a run that is begun or gone on with."""
+        return self.out if self.resume is None else self.resume
+
     def measure(self) -> None:
         """Check, load, measure and write into `out`, inside `opened`; print."""
         raise NotImplementedError
@@ -59,7 +64,7 @@ class FolderCommand(ModelCommand):
         """What the command does."""
         if self.resume is not None and (self.out is not None or self.source is not None):
             raise FileError("--resume goes on in its own folder: leave out --out and --from")
-        out = self.out if self.resume is None else self.resume
+        out = self.written
         if out is None:
             raise FileError(
                 "expected --out with a folder to write to, or --resume with one to go on"
@@ -72,7 +77,7 @@ class FolderCommand(ModelCommand):
                     return
                 command = command._as_recorded(started.request, started.options, out)
             elif self.source is not None:
-                recorded = read_record(self.source)
+                recorded = read_finished(self.source)
                 command = command._as_recorded(
                     recorded["request"], recorded["options"], self.source
                 )
@@ -89,7 +94,7 @@ class FolderCommand(ModelCommand):
         """The run of `request` in `out`, for this process alone (see `open_parts`)."""
         assert self.out is not None
         if self.source is not None:
-            recorded = read_record(self.source)
+            recorded = read_finished(self.source)
             for text in [
                 *differences(recorded["request"], request),
                 *(f"version of {text}" for text in differences(recorded["versions"], versions())),
