@@ -432,7 +432,7 @@ def _part(folder: Path, index: int) -> Path:
 
 
 def _read_rows(path: Path, hook_name: str = "") -> tuple[Kept, dict[str, Any]] | None:
-    """A part that is a table (at that hook), and its attrs; None when they are not what was written."""
+    """A part that is a table (at that hook), and its attrs; None if it is not what was written."""
     try:
         frame = pd.read_parquet(path, engine="pyarrow")
         written = frame.attrs.pop("sha256")
