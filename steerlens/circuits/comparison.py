@@ -117,6 +117,7 @@ def compare_circuits(
     check_additive(model)
     contrast = replace(make_contrast(model, pairs, answers), checkpoint=checkpoint)
     check_sum(contrast)
+    contrast.check_unsteered()
     names = [UNSTEERED, *interventions]
     models = [Intervention(), *interventions.values(), *([] if floor is None else [floor])]
     graphs, every = _scored(contrast, models, with_edges="edge" in levels, progress=progress)

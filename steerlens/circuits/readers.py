@@ -120,6 +120,7 @@ def find_readers(
     check_additive(model)
     steered, hook_name = _steered(model, vector, coefficient)
     task = Task(model, prompts, answers, checkpoint)
+    task.check_unsteered()
     later = [part for part in components(model) if part.layer > hook_layer(hook_name)]
     estimates = estimate(task, steered, ig_steps=ig_steps, progress=progress)
     means = estimates.effect.mean(dim=1).abs().tolist()

@@ -11,7 +11,7 @@ from torch import Tensor
 from steerlens.circuits.answers import Answers
 from steerlens.circuits.interventions import UNSTEERED, Intervention
 from steerlens.circuits.prompts import Prompts
-from steerlens.engine.checkpoint import Checkpoint, Tensors, once
+from steerlens.engine.checkpoint import Checkpoint, Tensors, check_unsteered, once
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
@@ -56,12 +56,22 @@ class Task:
         parts = (self.prompts.part(rows), self.answers.part(rows))
         return Task(self.model, *parts, self.checkpoint)
 
+    @property
+    def decided(self) -> list[Any]:
+        """All that decides what the unsteered model gives, for `engine.checkpoint.digest`."""
+        prompts, answers = self.prompts, self.answers
+        inputs = [prompts.tokens, prompts.last, answers.positive, answers.negative]
+        return [provenance(self.model).to_dict(), inputs]
+
     def once(self, decided: Sequence[Any], compute: Callable[[], Tensors]) -> Tensors:
         """As `engine.checkpoint.once`, of what is `decided` by the task too."""
-        prompts, answers = self.prompts, self.answers
-        task = (prompts.tokens, prompts.last, answers.positive, answers.negative)
-        model = provenance(self.model).to_dict()
-        return once(self.checkpoint, (*decided, task, model), compute)
+        return once(self.checkpoint, (*decided, self.decided), compute)
+
+    def check_unsteered(self) -> None:
+        """As `engine.checkpoint.check_unsteered`, of the metric; a pass over all prompts."""
+        if self.checkpoint is not None:
+            metrics = [batch.measure() for batch in self.passes()]
+            check_unsteered(self.checkpoint, self.decided, metrics)
 
     def metric(self, logits: Float[Tensor, "prompt token vocab"]) -> Float[Tensor, " prompt"]:
         """Each prompt's answer logit difference after its last token."""
