@@ -53,7 +53,7 @@ def whole(model_folder: Path, pairs_file: Path, tmp_path_factory: Any) -> dict[s
 
 
 LONG = {
-    "boundary": ("--layers", "1,3", "--budget", "kl=0.05", "--shape", "3", "--layers", "1"),
+    "boundary": ("--layers", "1,3", "--budget", "kl=0.05"),
     "compare": ("--layers", "1,2", "--methods", "mean_diff,random,gradient_mean", "--null", "2"),
     "circuits": ("--layer", "1", "--coefficient", "5", "--top", "4"),
     "geometry": ("--layers", "1", "--angles", "4", "--budget", "nats=0.1"),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -78,7 +78,7 @@ class Geometry(FolderCommand):
     angles: Annotated[int, typer.Option(min=3, help="Angles of the plane to push along.")] = 16
     budget: Annotated[str, "As of `boundary`."] = "relative=0.01"
 
-    NEEDED = ("layers",)
+    NEEDED: ClassVar[tuple[str, ...]] = ("layers",)
 
     def measure(self) -> None:
         """What the command does."""

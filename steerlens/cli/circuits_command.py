@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -44,7 +44,7 @@ class Circuits(FolderCommand):
         True
     )
 
-    NEEDED = ("layer", "coefficient")
+    NEEDED: ClassVar[tuple[str, ...]] = ("layer", "coefficient")
 
     def measure(self) -> None:
         """What the command does."""

@@ -146,7 +146,9 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
 
 def option_names(command: type[Command]) -> list[str]:
     """The fields of a command: its own first, then those of its bases."""
-    return [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
+    options = {option.name for option in fields(command)}
+    declared = [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
+    return [name for name in declared if name in options]
 
 
 def _with_option(hint: Any) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
@@ -48,7 +48,7 @@ class FolderCommand(RunCommand):
         ),
     ] = None
 
-    NEEDED = ()
+    NEEDED: ClassVar[tuple[str, ...]] = ()
     """Options without a default; a record that is gone on with, or repeated, has them."""
 
     @property
