@@ -165,8 +165,9 @@ def _scored(
     for intervention in models:
         graphs.append(make_graph(contrast, intervention))
         decided = ("scores", intervention.decided, with_edges)
-        tensors = contrast.once(decided, partial(_scores, graphs[-1], with_edges=with_edges))
-        scores.append(Scores(**{**tensors, "metric": float(tensors["metric"])}))
+        kept = contrast.once(decided, partial(_scores, graphs[-1], with_edges=with_edges))
+        metric = float(kept["metric"])
+        scores.append(Scores(kept["nodes"], kept["edges"], kept["is_edge"], metric))
         count(1)
     return graphs, scores
 

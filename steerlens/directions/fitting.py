@@ -128,13 +128,14 @@ def fit_methods(
     return {name: fitted[name] for name in chosen}
 
 
-def _kept(checkpoint: Checkpoint, name: str, key: str) -> dict[str, Directions]:
+def _kept(checkpoint: Checkpoint | None, name: str, key: str) -> dict[str, Directions]:
     """The directions under a method's name, if they were kept."""
-    kept = checkpoint.load(key, key)
+    kept = None if checkpoint is None else checkpoint.load(key, key)
     if kept is None:
         return {}
-    hooks = {n: tuple(kept.record[n]) for n in ("hook_names", "readout_names")}
-    return {name: Directions(**{**kept.record, **hooks}, **kept.tensors)}
+    found: dict[str, Any] = {**kept.record, **kept.tensors}
+    found |= {field: tuple(found[field]) for field in ("hook_names", "readout_names")}
+    return {name: Directions(**found)}
 
 
 def _gradients(

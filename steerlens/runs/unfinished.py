@@ -441,8 +441,8 @@ def _read_rows(path: Path, hook_name: str = "") -> tuple[Kept, dict[str, Any]] |
     except Exception:
         return None
     rows: Any = frame.to_dict("records")
-    kept = Kept(rows=tuple(rows), blocks=frame.attrs.get("blocks", 0))
-    return (kept, dict(frame.attrs)) if is_whole else None
+    attrs: Any = frame.attrs
+    return (Kept(rows=tuple(rows), blocks=attrs["blocks"]), attrs) if is_whole else None
 
 
 def _read_tensors(path: Path, name: str = "") -> tuple[Kept, dict[str, Any]] | None:
