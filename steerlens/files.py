@@ -130,7 +130,7 @@ def check_out_folder(folder: Path) -> None:
                 f"leads to, {str(folder.resolve())!r}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        _new_file(folder / "probe").unlink()
+        _new_file(folder / PROBE).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
 
@@ -155,6 +155,8 @@ def check_out_file(path: Path) -> None:
 
 TEMPORARY = re.compile(r"\.steerlens-[0-9a-f]{8}-(?P<name>.+)", re.DOTALL)
 """The name of a file that is being written: a kill leaves it behind."""
+PROBE = "probe"
+"""The name of an empty file that is written to see whether files may be."""
 
 
 def temporary_name(path: Path) -> Path:

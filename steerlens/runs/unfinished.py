@@ -24,6 +24,7 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.checkpoint import UNSTEERED, Kept, Tensors, digest
 from steerlens.errors import FileError, SteerlensError
 from steerlens.files import (
+    PROBE,
     TEMPORARY,
     cannot_write,
     locked,
@@ -292,9 +293,13 @@ def _clear(folder: Path) -> None:
         if left and left["name"] == PARTS:
             _remove_folder(path)
         # A report is written by another command, which may be at it.
-        elif left and is_run_file(left["name"]) and left["name"] != REPORT and _is_file(path):
+        elif left and _is_left(left["name"]) and _is_file(path):
             with suppress(OSError):
                 path.unlink()
+
+
+def _is_left(name: str) -> bool:
+    return name == PROBE or (is_run_file(name) and name != REPORT)
 
 
 def _remove_parts(folder: Path) -> None:
