@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor
 
 from steerlens.engine.workload import Cost
 from steerlens.tables import Row
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, Shaped[Tensor, "..."]]
 UNSTEERED = "_unsteered-"
 """How the name of a part begins that says what the unsteered model gave."""
 
@@ -82,7 +83,7 @@ def once(
 
 
 def check_unsteered(
-    checkpoint: Checkpoint | None, decided: Sequence[Any], values: Sequence[Tensor]
+    checkpoint: Checkpoint | None, decided: Sequence[Any], values: Sequence[Shaped[Tensor, "..."]]
 ) -> None:
     """See that the unsteered model gives what it gave before the work was stopped, to the bit.
 
