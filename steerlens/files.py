@@ -1,10 +1,15 @@
-"""Read files that others made, whole and without double meanings; write files whole."""
+"""Read files that others made, whole and without double meanings; write files whole, alone."""
 
+import errno
 import json
 import math
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+import re
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +119,18 @@ def _pickle_error(path: Path) -> InputError:
 
 
 def check_out_folder(folder: Path) -> None:
-    """Make `folder` and see that files may be written there. Raises `FileError` when not."""
+    """Make `folder` and see that files may be written there, before any work.
+
+    Raises `FileError` when not, and where it is a link.
+    """
     try:
+        if folder.is_symlink():
+            raise FileError(
+                f"cannot write to {str(folder)!r}: it is a link; give --out the folder that it "
+                f"leads to, {str(folder.resolve())!r}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _new_file(folder / PROBE).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
 
@@ -132,44 +144,159 @@ def cannot_write(folder: Path, error: OSError) -> FileError:
 def check_out_file(path: Path) -> None:
     """Make the folder of `path` and see that a file may be written there, before any work.
 
-    Raises `FileError` when it may not, or when `path` is a folder.
+    Raises `FileError` when it may not, or when `path` is a folder, a link or a device.
     """
-    if path.is_dir():
-        raise FileError(f"--out {str(path)!r} is a folder; expected a file name")
-    check_out_folder(path.parent)
+    try:
+        _refuse_other_kinds(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    check_out_folder(path.parent.resolve())
 
 
-def new_file_mode(folder: Path) -> int:
-    """The permissions of a new file in `folder`: 0666 without the bits of the user's umask.
+TEMPORARY = re.compile(r"\.steerlens-[0-9a-f]{8}-(?P<name>.+)", re.DOTALL)
+"""The name of a file that is being written: a kill leaves it behind."""
+PROBE = "probe"
+"""The name of an empty file that is written to see whether files may be."""
 
-    Files that a library wrote by a temporary one of its own are private until they are given these.
-    """
-    probe = folder / ".permissions"  # asking for the umask would change it for other threads
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
-    return mode
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that no other file has."""
+    return path.with_name(f".steerlens-{uuid.uuid4().hex[:8]}-{path.name}")
+
+
+def _new_file(path: Path) -> Path:
+    """An empty file beside `path`, with the permissions of any new one."""
+    temporary = temporary_name(path)
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return temporary
+
+
+def _refuse_other_kinds(path: Path) -> None:
+    """Raise `OSError` for what a new file must not replace: a folder, a link, a device."""
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            kind = "a folder" if path.is_dir() else "a device or pipe"
+            kind = "a link" if path.is_symlink() else kind
+            raise OSError(errno.EEXIST, f"it is {kind}; expected a file's name")
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent.
 
     It has the permissions of any new file, however `write` made it, and is on the disk when this
-    returns: a power cut takes nothing of it.
+    returns: a power cut takes nothing of it. Raises `OSError` where it cannot be written, and where
+    `path` is a folder, a link or a device.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as beside:
-        temporary = Path(beside) / path.name
+    _refuse_other_kinds(path)
+    temporary = _new_file(path)
+    try:
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
-        temporary.chmod(new_file_mode(temporary.parent))
+        temporary.chmod(mode)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
     if os.name == "posix":  # elsewhere a folder cannot be opened
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+# One process at a time
+
+LOCK = ".steerlens.lock"
+_held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
+
+
+@contextmanager
+def locked(path: Path, *, is_folder: bool) -> Iterator[None]:
+    """Keep other runs from writing to a file or folder inside the block.
+
+    The lock is on an empty file: `.steerlens.lock` in the folder, or `.NAME.steerlens.lock` beside
+    the file. The system drops it with the process that holds it, so a killed one blocks nobody. A
+    block inside another of the same path holds the outer one's. Folders that are made for the lock
+    and are empty afterwards are removed again.
+
+    Raises:
+        FileError: another run holds it, or no lock can be had there.
+    """
+    target = path.absolute() if path.is_symlink() else path.resolve()
+    if target in _held.get():
+        yield
+        return
+    lock = target / LOCK if is_folder else target.with_name(f".{target.name}{LOCK}")
+    made = [folder for folder in (lock.parent, *lock.parent.parents) if not folder.exists()]
+    check_out_folder(lock.parent)
+    try:
+        descriptor = _acquired(lock)
+    except OSError as error:
+        raise FileError(
+            f"cannot lock {str(path)!r}: {error.strerror or error}; choose another --out"
+        ) from error
+    if descriptor is None:
+        raise FileError(
+            f"another run is writing to {str(path)!r}; wait for it, or choose another --out"
+        )
+    before = _held.set(_held.get() | {target})
+    try:
+        yield
+    finally:
+        _held.reset(before)
+        _release(lock, descriptor)
+        for folder in made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _acquired(lock: Path) -> int | None:
+    """The open lock file, locked; None where another process has it."""
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(lock, flags, 0o666)
+        try:
+            if os.fstat(descriptor).st_size:
+                raise OSError(errno.EEXIST, f"{lock.name} in it is no lock of steerlens")
+            if not _lock(descriptor):
+                os.close(descriptor)
+                return None
+            # Who held it may have removed it since: then this is no longer the file of that name.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _release(lock: Path, descriptor: int) -> None:
+    """Let go, and remove the lock file: while it is held, or nobody knows whose it is by then."""
+    with suppress(OSError):  # Windows keeps a file that is open, also where another has it open
+        if os.name == "posix":
+            lock.unlink()
+        os.close(descriptor)
+        if os.name != "posix":
+            lock.unlink()
 
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:

@@ -1,8 +1,9 @@
-"""`python killed.py SIGNAL SEED LOG ARGUMENTS...`: a sweep that gets the signal at random moments.
+"""`python killed.py SIGNAL SEED SPAN KILLS LOG COMMAND...`: a run stopped at random moments.
 
 Every try is a child of its own, so that the signal is a real one and the imports are paid for once.
-The first is `steerlens sweep ARGUMENTS`, the others `steerlens sweep --resume` of its folder. LOG
-gets a line for each try and each hook of it.
+The first is `steerlens COMMAND`, the others `steerlens COMMAND[0] --resume` of its folder. The
+signal comes before one of the first SPAN calls of what is counted, in the first KILLS tries. LOG
+gets a line for each try and each part of it.
 """
 
 import os
@@ -14,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from steerlens import cli
+from steerlens.circuits.tasks import Task
 from steerlens.runs import unfinished
 
-TRIES = 40
-_, NAME, SEED, LOG, *ARGUMENTS = sys.argv
+_, NAME, SEED, SPAN, KILLS, LOG, *ARGUMENTS = sys.argv
 SIGNAL = signal.Signals[NAME]
 OUT = ARGUMENTS[ARGUMENTS.index("--out") + 1]
 moments = random.Random(int(SEED))
@@ -28,8 +29,11 @@ def note(text: str) -> None:
         log.write(f"{text}\n")
 
 
-def strike_at(moment: int) -> None:
-    """Send the signal to this process before the call of that number, of any of these functions."""
+def strike_at(moment: int) -> Callable[[], int]:
+    """Send the signal to this process before the call of that number, of any of these functions.
+
+    What is returned gives how many calls there were.
+    """
     left = moment
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,30 +48,36 @@ def strike_at(moment: int) -> None:
 
     kept = unfinished.Parts.keep
 
-    def keep(parts: unfinished.Parts, hook: Any) -> None:
-        note(f"ran {hook.hook_name}")
-        kept(parts, hook)
-        note(f"kept {hook.hook_name}")
+    def keep(parts: unfinished.Parts, name: str, *part: Any) -> None:
+        note(f"ran {name}")
+        kept(parts, name, *part)
+        note(f"kept {name}")
 
     unfinished.Parts.keep = counted(keep)
     os.fsync, os.replace = counted(os.fsync), counted(os.replace)
     os.unlink, os.rmdir = counted(os.unlink), counted(os.rmdir)
-    module = sys.modules["steerlens.measure.sweeps"]
-    module.measure = counted(module.measure)
+    for module, name in (("measure.sweeps", "measure"), ("engine.cells", "start_cells")):
+        measured = sys.modules[f"steerlens.{module}"]
+        setattr(measured, name, counted(getattr(measured, name)))
+    Task.measure = counted(Task.measure)
+    return lambda: moment - left
 
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
-for _ in range(TRIES):
-    is_begun = (Path(OUT) / "parts" / "_request.json").exists()
-    moment = moments.randint(1, 90)
+for attempt in range(int(KILLS) + 1):
+    is_begun = any((Path(OUT) / name).exists() for name in ("parts/_request.json", "run.json"))
+    moment = moments.randint(1, int(SPAN)) if attempt < int(KILLS) else 0
     child = os.fork()
     if child == 0:
-        strike_at(moment)
-        cli.main(["sweep", "--quiet", *(["--resume", OUT] if is_begun else ARGUMENTS)])
+        n_calls = strike_at(moment)
+        try:
+            cli.main([ARGUMENTS[0], "--quiet", *(["--resume", OUT] if is_begun else ARGUMENTS[1:])])
+        finally:
+            note(f"calls {n_calls()}")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     note(f"ended {code}")
     if code == 0:
         sys.exit()
     if code not in (-SIGNAL, 130):
         sys.exit(f"a try ended with {code}")
-sys.exit(f"not finished after {TRIES} tries")
+sys.exit(f"not finished after {KILLS} kills")

@@ -483,7 +483,7 @@ def test_layers_takes_the_same_options(layers: Main, tmp_path: Path) -> None:
 def test_layers_refuses_a_folder_and_keeps_an_old_file_after_an_error(
     layers: Main, tmp_path: Path
 ) -> None:
-    assert_error(layers("--quiet", "--out", tmp_path), str(tmp_path), "file name")
+    assert_error(layers("--quiet", "--out", tmp_path), str(tmp_path), "a file's name")
     out = tmp_path / "layers.csv"
     out.write_text("old")
     assert_error(layers("--quiet", "--layers", "99", "--out", out), "99")

@@ -184,7 +184,8 @@ def test_quantized_weights_show_in_the_provenance(
         asked.update(options, name=name)
         made = build_llama(n_layers=2, dtype=torch.bfloat16)
         made.config.quantization_config = {"quant_method": "bitsandbytes", f"load_in_{bits}": True}
-        return made
+        whole = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
+        return made, whole
 
     with_cuda(monkeypatch, is_installed=True)
     monkeypatch.setattr(

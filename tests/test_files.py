@@ -55,7 +55,7 @@ def test_a_record_survives_json_without_nan(tmp_path: Path) -> None:
 def test_where_a_file_cannot_be_written_is_said_before_any_work(tmp_path: Path) -> None:
     check_out_file(tmp_path / "new" / "folder" / "table.csv")
     assert (tmp_path / "new" / "folder").is_dir()
-    with pytest.raises(FileError, match="is a folder; expected a file name"):
+    with pytest.raises(FileError, match="it is a folder; expected a file's name"):
         check_out_file(tmp_path / "new")
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError, match="cannot write to"):

@@ -23,6 +23,7 @@ from sound import CHECKS
 import steerlens as sl
 from steerlens import files as inputs
 from steerlens.data.reading import read_texts
+from steerlens.errors import InputError
 
 Reader = Callable[[Path], Any]
 READERS: dict[str, Reader] = {
@@ -207,7 +208,7 @@ def test_depth_is_counted() -> None:
         inputs.strict_json(f'{{"a": {deepest}}}')
 
 
-def test_an_output_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_an_output_that_is_a_link_is_neither_followed_nor_replaced(tmp_path: Path) -> None:
     precious, link = tmp_path / "precious", tmp_path / "v.safetensors"
     precious.write_text("mine")
     for path, write in (
@@ -215,10 +216,13 @@ def test_an_output_that_is_a_link_is_replaced_and_not_followed(tmp_path: Path) -
         (tmp_path / "v.gguf", lambda p: sl.export.to_gguf(hostile.vector(), p)),
     ):
         path.symlink_to(precious)
-        write(path)
-        assert not path.is_symlink()
-        assert path.stat().st_size > 4
+        with pytest.raises(InputError, match="it is a link"):
+            write(path)
+        assert path.readlink() == precious
         assert precious.read_text() == "mine"
+        path.unlink()
+        write(path)
+        assert path.stat().st_size > 4
 
 
 # Random bytes, and sound files with some bytes changed

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from conftest import build_llama, build_tokenizer
 from test_cli import (  # noqa: F401 (fixtures)
     N_LAYERS,
@@ -27,11 +29,11 @@ from test_cli import (  # noqa: F401 (fixtures)
 
 import steerlens as sl
 from steerlens.cli import command, main
+from steerlens.engine.checkpoint import Kept, digest
 from steerlens.errors import FileError
-from steerlens.measure.sweeps import FinishedHook
 from steerlens.runs import record as runs
 from steerlens.runs import unfinished
-from steerlens.runs.record import check_run_folder, differences
+from steerlens.runs.record import differences, sealed
 from steerlens.runs.unfinished import Parts, open_parts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
@@ -48,6 +50,44 @@ def whole(model_folder: Path, pairs_file: Path, tmp_path_factory: Any) -> dict[s
         main(["sweep", *map(str, options), "--examples", "0", "--quiet", "--out", str(out)])
     assert stop.value.code == 0
     return content(out)
+
+
+LONG = {
+    "boundary": ("--layers", "1,3", "--budget", "kl=0.05"),
+    "compare": ("--layers", "1,2", "--methods", "mean_diff,random,gradient_mean", "--null", "2"),
+    "circuits": ("--layer", "1", "--coefficient", "5", "--top", "4"),
+    "geometry": ("--layers", "1", "--angles", "4", "--budget", "nats=0.1"),
+}
+"""Commands that keep what they finish, beside `sweep`, and options that make them short."""
+
+
+@pytest.fixture
+def long_command(model_folder: Path, pairs_file: Path, tmp_path: Path) -> Any:  # noqa: F811
+    """A command of `LONG` on the small model, into a folder."""
+    items = tmp_path / "items.jsonl"
+    items.write_text(
+        "\n".join(
+            json.dumps({"prompt": f"the {word} was", "positive": "good day", "negative": "so bad"})
+            for word in "walk sun rain soup bread night day kind".split()
+        )
+    )
+
+    def command(name: str, out: Path) -> list[str | Path]:
+        more = ["--items", items, "--off-target", "none"] if name == "compare" else []
+        data = ["--model", model_folder, "--pairs", pairs_file]
+        return [name, *data, *LONG[name], *more, "--out", out]
+
+    return command
+
+
+def assert_same_run(folder: Path, whole: dict[str, bytes]) -> None:
+    """The same bytes in every file, and the same record but for the time."""
+    assert_finished(folder, whole)
+    now, then = record(folder), json.loads(whole["run.json"])
+    for name in ("finished", "seconds", "sha256"):  # the last one is of all else in it
+        now.pop(name)
+        then.pop(name)
+    assert now == then
 
 
 def assert_finished(folder: Path, whole: dict[str, bytes]) -> None:
@@ -109,7 +149,7 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
 
     with monkeypatch.context() as patch:
         patch.setattr(
-            Parts, "keep", lambda parts, hook: (kept.append(hook.hook_name), keep(parts, hook))[1]
+            Parts, "keep", lambda parts, name, *of: (kept.append(name), keep(parts, name, *of))[1]
         )
         patch.setattr(module, "finished_cells", counted)
         patch.setattr(
@@ -159,6 +199,43 @@ def test_a_full_disk_while_the_tables_are_written(
         assert_finished_after_resume(run, tmp_path / "run", whole)
 
 
+@pytest.mark.parametrize("name", LONG)
+def test_a_full_disk_in_any_long_command(
+    name: str,
+    run: Main,  # noqa: F811
+    long_command: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where a part was damaged since, or the settings are others."""
+    assert run(*long_command(name, tmp_path / "whole"), "--quiet").code == 0
+    whole, folder = content(tmp_path / "whole"), tmp_path / "run"
+    write, written = unfinished._write_tensors, []
+
+    def fail(tensors: Any, attrs: Any, path: Path) -> None:
+        written.append(path)
+        if len(written) > 5:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, attrs, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "_write_tensors", fail)
+        outcome = run(*long_command(name, folder), "--quiet")
+    assert_error(outcome, "cannot write", "No space left", f"{name} --resume {folder}")
+    resume = (name, "--quiet", "--resume", folder)
+    assert_error(run(*resume, "--seed", "1"), "seed (0, now 1)")
+    assert_error(run("sweep", "--quiet", "--resume", folder), f"of {name}", "options of sweep")
+    with pytest.raises(FileError, match=f"unfinished.*{name} --resume"):
+        sl.read_run(folder)
+    damaged = next(folder.glob("parts/[0-9a-f]*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.warns(RuntimeWarning, match="is damaged; what it held is run again"):
+        assert run(*resume).code == 0
+    assert_finished(folder, whole)
+    assert not (folder / "parts").exists()
+
+
 def assert_finished_after_resume(
     run: Main,  # noqa: F811
     folder: Path,
@@ -184,8 +261,11 @@ def test_an_unfinished_run_says_what_it_is(
     assert cells.q_value.isna().all()
     assert cells.p_value.notna().any()
     assert_error(sweep(*NULLS, "--quiet", "--out", folder), "unfinished", "--resume")
-    with pytest.raises(FileError, match="unfinished"):
-        check_run_folder(folder, {"command": "boundary"})
+    with (
+        pytest.raises(FileError, match="unfinished run; `steerlens sweep --resume"),
+        open_parts(folder, REQUEST, options={}),
+    ):
+        pass
 
 
 def test_the_cells_can_be_read_while_it_runs(
@@ -197,11 +277,11 @@ def test_the_cells_can_be_read_while_it_runs(
     """Also where a kill left half a part beside the whole ones."""
     folder, seen, keep = tmp_path / "run", [], Parts.keep
 
-    def keep_and_read(parts: Parts, hook: FinishedHook) -> None:
-        keep(parts, hook)
-        half = folder / "parts" / ".0003.parquet-killed"
-        half.mkdir(exist_ok=True)
-        (half / "0003.parquet").write_bytes(b"half")
+    def keep_and_read(parts: Parts, name: str, of: str, kept: Kept) -> None:
+        keep(parts, name, of, kept)
+        if name not in HOOKS:
+            return
+        (folder / "parts" / ".steerlens-0123abcd-0003.parquet").write_bytes(b"half")
         cells = pd.read_parquet(folder / "parts")
         seen.append(cells.hook_name.drop_duplicates().to_list())
 
@@ -237,8 +317,8 @@ def test_another_request_or_version_is_refused_with_both_values(
     assert_error(run("sweep", "--quiet"), "--out")
     assert_finished_after_resume(run, folder, whole)
     # As a kill leaves it between the record and the removal of the parts.
-    (folder / "parts").mkdir()
-    (folder / "parts" / "0000.parquet").write_bytes(b"")
+    kept_part(tmp_path / "killed")
+    (tmp_path / "killed" / "parts").rename(folder / "parts")
     again = run(*resume[:1], "--resume", folder)
     assert (again.code, "nothing to do" in again.words) == (0, True)
     assert_finished(folder, whole)
@@ -283,49 +363,181 @@ ROW = {
 }
 
 
+NAME = "0f" * 32
+TENSORS = {
+    "odd": torch.tensor([[math.nan, math.inf, -0.0], [1 / 3, -math.inf, 5e-324]]).double().T,
+    "half": torch.arange(6, dtype=torch.bfloat16)[::2],
+    "nothing": torch.zeros((2, 0)),
+    "one": torch.tensor(True),
+}
+
+
 def kept_part(folder: Path) -> None:
     with suppress(KeyboardInterrupt), open_parts(folder, REQUEST, options={}) as parts:
-        assert parts.finished("of") == {}
-        parts.keep(FinishedHook(HOOKS[0], (ROW,), 7))
+        assert parts.load(HOOKS[0], "of") is parts.load(NAME, "of") is None
+        parts.keep(HOOKS[0], "of", Kept(rows=(ROW,), blocks=7))
+        parts.keep(NAME, "of", Kept(tensors=TENSORS, record={"seed": 3}, blocks=5))
         raise KeyboardInterrupt
 
 
-def test_no_changed_byte_of_a_part_changes_a_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "name", "read", "step"),
+    [
+        ("0000.parquet", HOOKS[0], unfinished._read_rows, 211),
+        (f"{NAME}.safetensors", NAME, unfinished._read_tensors, 3),
+    ],
+)
+def test_no_changed_byte_of_a_part_changes_a_number(
+    file: str, name: str, read: Callable[..., Any], step: int, tmp_path: Path
+) -> None:
     kept_part(tmp_path)
-    good = part(tmp_path).read_bytes()
-    before = unfinished._read_part(part(tmp_path), HOOKS[0])
+    path = tmp_path / "parts" / file
+    good, before = path.read_bytes(), read(path, name)
     assert before is not None
-    assert before.projection.to_list() == [1 / 3]
     refused = 0
-    for place in range(0, len(good), 211):
-        part(tmp_path).write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
-        found = unfinished._read_part(part(tmp_path), HOOKS[0])
+    for place in range(0, len(good), step):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        found = read(path, name)
         refused += found is None
-        assert found is None or (found.equals(before) and found.attrs == before.attrs)
+        assert found is None or _bits(found) == _bits(before)
     assert refused > 0
-    part(tmp_path).write_bytes(good)
-    assert unfinished._read_part(part(tmp_path), HOOKS[1]) is None
+    path.write_bytes(good)
+    assert read(path, HOOKS[1]) is None
+
+
+def _bits(part: Any) -> list[Any]:
+    kept, attrs = part
+    return [repr(kept.rows), digest(sorted(kept.tensors.items())), kept.record, attrs]
 
 
 def test_a_part_of_another_sweep_is_refused(tmp_path: Path) -> None:
     kept_part(tmp_path)
     with open_parts(tmp_path, REQUEST, options={}, resume=True) as parts:
-        with pytest.raises(FileError, match="number of threads"):
-            parts.finished("other")
-        (hook,) = parts.finished("of").values()
+        for name in (HOOKS[0], NAME):
+            with pytest.raises(FileError, match="number of threads"):
+                parts.load(name, "other")
+        hook, tensors = parts.load(HOOKS[0], "of"), parts.load(NAME, "of")
+    assert hook is not None
     assert (hook.blocks, hook.rows[0]["projection"]) == (7, 1 / 3)
+    assert tensors is not None
+    assert (tensors.blocks, tensors.record) == (5, {"seed": 3})
+    for name, value in TENSORS.items():
+        found = tensors.tensors[name]
+        assert found.dtype == value.dtype
+        assert digest(found) == digest(value)  # NaN too
     assert not (tmp_path / "parts").exists()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file and folder in a folder, links not followed."""
+    return {
+        str(path.relative_to(folder)): (
+            str(path.readlink()).encode()
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else b"folder"
+        )
+        for path in folder.rglob("*")
+    }
+
+
+LEFT = [".steerlens-0123abcd-sweep.csv", "parts/.steerlens-0123abcd-0003.parquet"]
+MINE = [
+    *(".sweep.csv-backup/sweep.csv", ".sweep.csv-mybackup/sweep.csv", ".steerlens-mine"),
+    *(".steerlens-0123abcd-mine.csv", ".steerlens-0123abcd-report.html", "parts/notes.txt"),
+    *("parts/0000.csv", "parts/0007.parquet", "parts/deeper/0000.parquet"),
+]
 
 
 def test_only_what_this_program_wrote_is_removed(tmp_path: Path) -> None:
     kept_part(tmp_path)
-    for left in (".sweep.csv-killed", "parts/.0003.parquet-killed", ".mine-1"):
-        (tmp_path / left).mkdir()
-    (tmp_path / "parts" / "notes.txt").write_text("mine")
+    for name in (*LEFT, *MINE):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "parts" / "0008.parquet").symlink_to(part(tmp_path))
+    (tmp_path / ".steerlens-0123abcd-parts").symlink_to(tmp_path / "parts")
+    mine = {name: left for name, left in tree(tmp_path).items() if name not in LEFT}
     with open_parts(tmp_path, REQUEST, options={}, resume=True):
         pass
-    assert {path.name for path in tmp_path.iterdir()} == {"parts", ".mine-1"}
-    assert content(tmp_path / "parts") == {"notes.txt": b"mine"}
+    wrote = {"parts/_request.json", "parts/0000.parquet"}
+    assert tree(tmp_path) == {name: left for name, left in mine.items() if name not in wrote}
+    assert wrote < mine.keys()
+
+
+def folder_with(*names: str) -> Callable[[Path], None]:
+    def plant(path: Path) -> None:
+        path.mkdir()
+        for name in names:
+            (path / name).write_bytes(b"mine")
+
+    return plant
+
+
+def linked_to_parts(path: Path) -> None:
+    """To the parts of an unfinished run of the same request."""
+    kept_part(path.parent.parent / "other")
+    path.symlink_to(path.parent.parent / "other" / "parts")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        folder_with(),
+        folder_with("notes.txt"),
+        folder_with("0000.parquet", "_directions.safetensors"),
+        folder_with("_request.json"),
+        linked_to_parts,
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: path.write_bytes(b"mine"),
+    ],
+)
+def test_parts_of_the_user_are_refused_and_left(
+    plant: Callable[[Path], None], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with open_parts(folder, REQUEST, options={}):  # as a folder without them is taken
+        pass
+    plant(folder / "parts")
+    before = tree(tmp_path)
+    for resume in (False, True):
+        with (
+            pytest.raises(FileError, match=r"parts|holds no unfinished run"),
+            open_parts(folder, REQUEST, options={}, resume=resume),
+        ):
+            pass
+        assert tree(tmp_path) == before
+    (folder / "run.json").write_text('{"request": {"command": "sweep"}, "versions": {}}')
+    with pytest.raises(FileError, match="is not the record of a run"):
+        unfinished.clear_finished(folder)
+    (folder / "run.json").unlink()
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["sweep", "boundary"])
+def test_a_command_leaves_the_users_parts(
+    command: str,
+    run: Main,  # noqa: F811
+    model_folder: Path,  # noqa: F811
+    pairs_file: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "run"
+    words = (command, "--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--quiet")
+    folder_with("notes.txt")(out)
+    folder_with("data.csv")(out / "parts")
+    before = tree(out)
+    assert_error(run(*words, "--out", out), "holds parts, not of a run")
+    assert_error(run(*words, "--position", "99", "--out", out))
+    (out / "run.json").write_text("{}")
+    if command == "sweep":
+        assert_error(run("sweep", "--resume", out), "is not the record of a run")
+    (out / "run.json").unlink()
+    assert tree(out) == before
+    (out / "parts").rename(out / "mine")
+    assert run(*words, "--out", out).code == 0
+    assert content(out / "mine") == {"data.csv": b"mine"}
 
 
 def test_differences_by_hand() -> None:
@@ -358,6 +570,9 @@ def test_a_run_is_repeated_from_its_record(
     old["versions"]["torch"] = "0.1"
     old["request"]["model"]["file_hash"] = "abc"
     source.write_text(json.dumps(old), encoding="utf-8")
+    outcome = run("sweep", "--from", first, "--out", tmp_path / "c")
+    assert_error(outcome, "it was changed")
+    source.write_text(json.dumps(sealed(old)), encoding="utf-8")
     outcome = run("sweep", "--from", first, "--seed", "6", "--out", tmp_path / "c")
     assert outcome.code == 0
     said = " ".join(record(tmp_path / "c")["warnings"])
@@ -390,7 +605,7 @@ def test_a_record_that_cannot_be_repeated(
     tmp_path: Path,
 ) -> None:
     said = {"request": {}, "versions": {}} | ({} if options is None else {"options": options})
-    (tmp_path / "run.json").write_text(json.dumps(said), encoding="utf-8")
+    (tmp_path / "run.json").write_text(json.dumps(sealed(said)), encoding="utf-8")
     outcome = run("sweep", "--from", tmp_path, "--out", tmp_path / "b", "--quiet")
     assert_error(outcome, "record", named)
     assert not (tmp_path / "b").exists()

@@ -109,7 +109,10 @@ def test_another_request_is_refused_by_name(
     assert f"other {named};" in refused(written, request)
 
 
-@pytest.mark.parametrize("name", [name for name in RUN_FILES if name != "run.json"])
+RESULTS = [*(name for name in RUN_FILES if name != "run.json"), "directions-pca.safetensors"]
+
+
+@pytest.mark.parametrize("name", RESULTS)
 def test_results_without_a_record_are_refused(name: str, tmp_path: Path) -> None:
     check_run_folder(tmp_path, REQUEST)
     (tmp_path / name).write_bytes(b"")
@@ -118,8 +121,30 @@ def test_results_without_a_record_are_refused(name: str, tmp_path: Path) -> None
     assert "no run.json" in message
 
 
+@pytest.mark.parametrize("name", ["sweep.csv", "run.json", "directions-pca.safetensors"])
+def test_no_link_is_followed(name: str, written: Path, tmp_path: Path) -> None:
+    """Nor replaced; a link among the folders above is the user's way to the disk."""
+    (tmp_path / "above").symlink_to(tmp_path)
+    check_run_folder(tmp_path / "above" / "run", REQUEST)
+    with pytest.raises(FileError, match="it is a link; give --out the folder"):
+        check_run_folder(tmp_path / "above", REQUEST)
+    kept = tmp_path / "kept"
+    kept.write_bytes((written / name).read_bytes() if (written / name).exists() else b"")
+    (written / name).unlink(missing_ok=True)
+    (written / name).symlink_to(kept)
+    before = kept.read_bytes()
+    assert f"{name}, which is a link" in refused(written, REQUEST)
+    with pytest.raises(OSError, match="it is a link"):
+        write_whole(written / name, lambda path: path.write_bytes(b"new"))
+    assert kept.read_bytes() == before
+
+
 @pytest.mark.parametrize(
-    "record", [b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"request": 3}', b'{"request": [1]}']
+    "record",
+    [
+        *(b"", b"{", b"[]", b"{}", b"\xff\xfe", b'{"request": 3}', b'{"request": [1]}'),
+        json.dumps({"request": REQUEST, "versions": {}}).encode(),  # of another program
+    ],
 )
 def test_a_damaged_record_is_refused(record: bytes, written: Path) -> None:
     check_run_folder(written, REQUEST)
@@ -154,7 +179,7 @@ def test_a_failed_write_changes_nothing(
         temporary.write_bytes(b"half")
         # The old file is whole while the new one is written.
         assert earlier is None or path.read_bytes() == earlier
-        assert content(tmp_path.resolve() / temporary.parent.name) == {"table.csv": b"half"}
+        assert content(tmp_path) == before | {temporary.name: b"half"}
         raise raised
 
     with pytest.raises(type(raised)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from steerlens.circuits.components import (
 from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task, Traced
+from steerlens.engine.checkpoint import Tensors
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
@@ -57,13 +59,16 @@ def estimate(
     count = counting(progress, "estimates: prompts", len(task.prompts))
     parts: list[Estimates] = []
     for batch in task.passes():
-        parts.append(_estimate_pass(batch, steered, ig_steps))
+        decided = ("estimates", steered.decided, ig_steps)
+        kept = batch.once(decided, partial(_estimate_pass, batch, steered, ig_steps))
+        parts.append(Estimates(**kept))
         count(len(batch.prompts))
     every = ([getattr(part, field.name) for part in parts] for field in fields(Estimates))
     return Estimates(*(torch.cat(values, dim=-1) for values in every))
 
 
-def _estimate_pass(task: Task, steered: Intervention, ig_steps: int) -> Estimates:
+def _estimate_pass(task: Task, steered: Intervention, ig_steps: int) -> Tensors:
+    """The fields of `Estimates`."""
     model, at_last = task.model, task.prompts.at_last
     (hook_name,) = (step.hook_name for step in steered.steps)
     writers, final = writer_hooks(model), _final(model)
@@ -89,7 +94,7 @@ def _estimate_pass(task: Task, steered: Intervention, ig_steps: int) -> Estimate
         model.cfg.dtype,
     )
     estimates = (effect[n_before:], direct, vector_direct, plain.metric, pushed.metric)
-    return Estimates(*(values.cpu() for values in estimates))
+    return vars(Estimates(*(values.cpu() for values in estimates)))
 
 
 def frozen_readout(task: Task, plain: Traced) -> Float[Tensor, "prompt d_model"]:

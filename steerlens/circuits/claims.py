@@ -17,6 +17,7 @@ from steerlens.circuits.interventions import Intervention, capture
 from steerlens.circuits.patching import replacing
 from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task
+from steerlens.engine.checkpoint import Tensors
 from steerlens.models.hooks import hook_layer, hooked
 from steerlens.progress import Progress
 from steerlens.stats import ratio_interval
@@ -80,12 +81,19 @@ class Claims:
 
     def _held(self, places: Places) -> Float[Tensor, " prompt"]:
         """What is left of the change with some places at unsteered values."""
-        metrics = []
-        for batch in self.task.passes():
-            unsteered = capture(batch.model, batch.prompts.tokens, list(places))
-            holding = [replacing(name, unsteered[name], heads) for name, heads in places.items()]
-            metrics.append(batch.measure(self.steered, holding))
-        return torch.cat(metrics) - self.unsteered
+
+        def run() -> Tensors:
+            metrics = []
+            for batch in self.task.passes():
+                unsteered = capture(batch.model, batch.prompts.tokens, list(places))
+                holding = [
+                    replacing(name, unsteered[name], heads) for name, heads in places.items()
+                ]
+                metrics.append(batch.measure(self.steered, holding))
+            return {"metric": torch.cat(metrics)}
+
+        decided = ("held", self.steered.decided, sorted(places.items()))
+        return self.task.once(decided, run)["metric"] - self.unsteered
 
     def _of_prompts(self, left: Float[Tensor, " prompt"]) -> Numbers:
         """Of one run, with its interval over prompts."""

@@ -1,8 +1,8 @@
 """Same circuit or another: circuits of one behaviour in several models, steered and not."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import combinations, product
 from typing import Any
 
@@ -28,6 +28,7 @@ from steerlens.circuits.graphs import (
 from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.prompts import counting
 from steerlens.data.pairs import ContrastivePairs
+from steerlens.engine.checkpoint import Checkpoint, Tensors
 from steerlens.errors import InputError, whole
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
@@ -66,6 +67,7 @@ def compare_circuits(
     n_splits: int = 20,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Circuits:
     """The circuits of the pairs' contrast in the unsteered model and under each intervention.
 
@@ -92,6 +94,7 @@ def compare_circuits(
         n_splits: Random halves of the pairs; 0: no ceilings.
         seed: Of the splits.
         progress: Told of the models scored and of the circuits run.
+        checkpoint: As of `find_readers`.
 
     Raises:
         InputError: An argument is not as above, the answers do not fit, heads and MLPs do not add
@@ -112,8 +115,9 @@ def compare_circuits(
     _check(shares, levels, interventions, floor)
     n_splits, seed = whole("n_splits", n_splits, 0), whole("seed", seed, 0)
     check_additive(model)
-    contrast = make_contrast(model, pairs, answers)
+    contrast = replace(make_contrast(model, pairs, answers), checkpoint=checkpoint)
     check_sum(contrast)
+    contrast.check_unsteered()
     names = [UNSTEERED, *interventions]
     models = [Intervention(), *interventions.values(), *([] if floor is None else [floor])]
     graphs, every = _scored(contrast, models, with_edges="edge" in levels, progress=progress)
@@ -160,9 +164,17 @@ def _scored(
     count = counting(progress, "circuits: models", len(models))
     for intervention in models:
         graphs.append(make_graph(contrast, intervention))
-        scores.append(attribute(graphs[-1], with_edges=with_edges))
+        decided = ("scores", intervention.decided, with_edges)
+        kept = contrast.once(decided, partial(_scores, graphs[-1], with_edges=with_edges))
+        metric = float(kept["metric"])
+        scores.append(Scores(kept["nodes"], kept["edges"], kept["is_edge"], metric))
         count(1)
     return graphs, scores
+
+
+def _scores(graph: Graph, *, with_edges: bool) -> Tensors:
+    scores = attribute(graph, with_edges=with_edges)
+    return {**vars(scores), "metric": torch.tensor(scores.metric, dtype=torch.float64)}
 
 
 def _check(
@@ -227,9 +239,12 @@ class _Level:
         """Of every model's circuits in one model; `count` is told of the runs."""
 
         def run(kept: Bool[Tensor, " item"]) -> float:
-            metric = run_circuit(graph, self.level, kept)
+            metric = graph.contrast.once(
+                ("circuit", graph.intervention.decided, self.level, kept),
+                lambda: {"metric": torch.tensor([run_circuit(graph, self.level, kept)]).double()},
+            )
             count(1)
-            return metric
+            return float(metric["metric"])
 
         everything = torch.ones(self.n_items, dtype=torch.bool)
         total, empty = run(everything), run(~everything)

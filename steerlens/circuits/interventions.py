@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
@@ -53,6 +54,14 @@ class Intervention:
     def steps(self) -> tuple[Step, ...]:
         """What it does, hook by hook; nothing at coefficient 0."""
         return () if self.vector is None else steps(self.vector, self.coefficient)
+
+    @property
+    def decided(self) -> list[Any]:
+        """All that decides what it does, as `engine.checkpoint.digest` takes it."""
+        condition = None if self.vector is None else self.vector.condition
+        holds = [] if condition is None else [*vars(condition).values()]
+        acts = [[s.hook_name, repr(s.operator), s.direction, s.amount] for s in self.steps]
+        return [acts, holds]
 
     def share(self, share: float) -> "Intervention":
         """A share of it. It must act at one hook."""

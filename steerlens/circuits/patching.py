@@ -1,6 +1,7 @@
 """Exact patching: outputs of one run put into another, one component at a time or several."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from steerlens.circuits.components import Component, by_hook
 from steerlens.circuits.interventions import Intervention, capture
 from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task
+from steerlens.engine.checkpoint import Tensors
 from steerlens.models.hooks import HookFunction
 from steerlens.progress import Progress
 
@@ -51,12 +53,14 @@ def patch_components(
     for batch in passes:
         clean = capture(task.model, batch.prompts.tokens, list(by_hook(parts)), steered)
         for part in parts:
-            metrics[part].append(_patch(batch, clean, part))
+            decided = ("patch", steered.decided, str(part))
+            patched = batch.once(decided, partial(_patch, batch, clean, part))
+            metrics[part].append(patched["metric"])
             count(1)
     return {part: torch.cat(values) for part, values in metrics.items()}
 
 
-def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Float[Tensor, " prompt"]:
+def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Tensors:
     """The metric with the clean output of one component: a forward pass."""
     ((name, heads),) = by_hook([part]).items()
-    return batch.measure(fwd_hooks=[replacing(name, clean[name], heads)])
+    return {"metric": batch.measure(fwd_hooks=[replacing(name, clean[name], heads)]).cpu()}

@@ -8,9 +8,11 @@ import torch
 from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.prompts import Prompts, make_prompts
 from steerlens.data.pairs import ContrastivePairs
+from steerlens.engine.checkpoint import Checkpoint, once
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError, whole
 from steerlens.models.hooked_model import HookedModel
+from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, silent
 from steerlens.steering import Add, SteeringVector
@@ -23,6 +25,7 @@ def random_intervention(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Intervention:
     """A random direction at the same hook, at the coefficient with the same KL divergence.
 
@@ -35,6 +38,7 @@ def random_intervention(
         intervention: A vector that is added at one hook.
         seed: Of the direction.
         progress: Told of the search as one step.
+        checkpoint: As of `find_readers`.
 
     Raises:
         InputError: The intervention is another one, its divergence is 0 or not finite, no
@@ -58,13 +62,23 @@ def random_intervention(
     prompts = make_prompts(model, tokenize_pairs(model, pairs).positive)
     tell = progress or silent
     tell("random vector at equal KL", 0, 1)
-    wanted = mean_kl(model, prompts, intervention)
+
+    def kl(pushed: Intervention) -> float:
+        decided = ("kl", prompts.tokens, prompts.last, pushed.decided)
+        divergence = once(
+            checkpoint,
+            (*decided, provenance(model).to_dict()),
+            lambda: {"kl": torch.tensor(mean_kl(model, prompts, pushed), dtype=torch.float64)},
+        )
+        return float(divergence["kl"])
+
+    wanted = kl(intervention)
     if not 0 < wanted < float("inf"):
         raise InputError(f"the vector's KL divergence is {wanted:.3g}; expected one above 0")
     size = abs(steps[0].amount)
 
     def gap(log_size: float) -> float:
-        divergence = mean_kl(model, prompts, Intervention(vector, math.exp(log_size)))
+        divergence = kl(Intervention(vector, math.exp(log_size)))
         return math.log(divergence) - math.log(wanted) if divergence > 0 else -math.inf
 
     low, high = math.log(size / 16), math.log(16 * size)

@@ -23,6 +23,7 @@ from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.patching import patch_components
 from steerlens.circuits.prompts import Prompts
 from steerlens.circuits.tasks import Task
+from steerlens.engine.checkpoint import Checkpoint
 from steerlens.errors import InputError, whole
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
@@ -64,6 +65,7 @@ def find_readers(
     n_bootstrap: int = 2000,
     seed: int = 0,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Readers:
     """What carries a vector's effect on the answer logit difference, component by component.
 
@@ -92,6 +94,7 @@ def find_readers(
         n_bootstrap: Resamples, 2 or more.
         seed: Of resamples and random sets.
         progress: Told of prompts, passes and runs.
+        checkpoint: Given what is finished (see `Checkpoint`). Default: nothing is kept.
 
     Raises:
         InputError: The vector acts elsewhere or not at all, heads and MLPs do not add up to the
@@ -116,7 +119,8 @@ def find_readers(
     drawing = {"n_bootstrap": whole("n_bootstrap", n_bootstrap, 2), "seed": whole("seed", seed, 0)}
     check_additive(model)
     steered, hook_name = _steered(model, vector, coefficient)
-    task = Task(model, prompts, answers)
+    task = Task(model, prompts, answers, checkpoint)
+    task.check_unsteered()
     later = [part for part in components(model) if part.layer > hook_layer(hook_name)]
     estimates = estimate(task, steered, ig_steps=ig_steps, progress=progress)
     means = estimates.effect.mean(dim=1).abs().tolist()

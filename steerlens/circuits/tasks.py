@@ -1,6 +1,6 @@
 """A task: prompts, and answers whose logit difference is the model's metric on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch import Tensor
 from steerlens.circuits.answers import Answers
 from steerlens.circuits.interventions import UNSTEERED, Intervention
 from steerlens.circuits.prompts import Prompts
+from steerlens.engine.checkpoint import Checkpoint, Tensors, check_unsteered, once
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
 
 
@@ -32,11 +34,15 @@ class Traced:
 
 @dataclass(frozen=True)
 class Task:
-    """A model, prompts, and their answers. Raises `InputError` when the answers do not fit."""
+    """A model, prompts, and their answers. Raises `InputError` when the answers do not fit.
+
+    The `checkpoint` is given what is finished.
+    """
 
     model: HookedModel
     prompts: Prompts
     answers: Answers
+    checkpoint: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         self.answers.check(self.model, len(self.prompts))
@@ -47,7 +53,25 @@ class Task:
 
     def part(self, rows: slice) -> "Task":
         """Some of the prompts."""
-        return Task(self.model, self.prompts.part(rows), self.answers.part(rows))
+        parts = (self.prompts.part(rows), self.answers.part(rows))
+        return Task(self.model, *parts, self.checkpoint)
+
+    @property
+    def decided(self) -> list[Any]:
+        """All that decides what the unsteered model gives, for `engine.checkpoint.digest`."""
+        prompts, answers = self.prompts, self.answers
+        inputs = [prompts.tokens, prompts.last, answers.positive, answers.negative]
+        return [provenance(self.model).to_dict(), inputs]
+
+    def once(self, decided: Sequence[Any], compute: Callable[[], Tensors]) -> Tensors:
+        """As `engine.checkpoint.once`, of what is `decided` by the task too."""
+        return once(self.checkpoint, (*decided, self.decided), compute)
+
+    def check_unsteered(self) -> None:
+        """As `engine.checkpoint.check_unsteered`, of the metric; a pass over all prompts."""
+        if self.checkpoint is not None:
+            metrics = [batch.measure() for batch in self.passes()]
+            check_unsteered(self.checkpoint, self.decided, metrics)
 
     def metric(self, logits: Float[Tensor, "prompt token vocab"]) -> Float[Tensor, " prompt"]:
         """Each prompt's answer logit difference after its last token."""

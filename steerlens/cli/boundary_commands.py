@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, prepare
+from steerlens.cli.command import prepare
+from steerlens.cli.folder_command import FolderCommand
 from steerlens.cli.printing import print_boundary, print_rows, say
 from steerlens.data.reading import read_texts
 from steerlens.measure.boundary import check_search
@@ -16,10 +17,9 @@ from steerlens.models.packaged import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boundary(ModelCommand):
+class Boundary(FolderCommand):
     """The first coefficient of each sign beyond which the budget is exceeded, at every layer."""
 
-    out: opt.OutFolder
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
     test_pairs: opt.TestPairs = None
@@ -34,7 +34,7 @@ class Boundary(ModelCommand):
     search_range: Annotated[float, "How far to look, in mean residual norms of a layer."] = 4.0
     shape: Annotated[int | None, "Of one layer: boundaries at so many angles in a plane."] = None
 
-    def run(self) -> None:
+    def measure(self) -> None:
         """What the command does."""
         text = opt.text_of(self.on)
         check_search(budget=self.budget, search_range=self.search_range)
@@ -42,19 +42,19 @@ class Boundary(ModelCommand):
         if self.shape is not None:
             check_plane(task.hook_names, self.shape)
         texts = list(read_texts(text)) if isinstance(text, Path) else None
-        run = task.start("boundary", texts=texts)
-        with task.progress() as progress:
-            study = task.study(progress, budget=self.budget)
-            search: dict[str, Any] = {"on": text, "search_range": self.search_range}
-            result = study.boundary(**search)
-            tables = {"boundary": result.curves, "layers": result.layers}
-            if self.shape is not None:
-                plane = study.boundary_shape(self.layers, n_angles=self.shape, **search)
-                tables["shape"] = plane.table
-        spent = sum(
-            t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
-        )
-        run.write(tables, study.directions, forward_equivalents=spent)
+        with self.opened(task.request("boundary", texts=texts)) as run:
+            with task.progress() as progress:
+                study = task.study(progress, parts=run.parts, budget=self.budget)
+                search: dict[str, Any] = {"on": text, "search_range": self.search_range}
+                result = study.boundary(**search)
+                tables = {"boundary": result.curves, "layers": result.layers}
+                if self.shape is not None:
+                    plane = study.boundary_shape(self.layers, n_angles=self.shape, **search)
+                    tables["shape"] = plane.table
+            spent = sum(
+                t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
+            )
+            run.write(tables, study.directions, forward_equivalents=spent)
         if self.quiet:
             return
         print_boundary(result.layers)
@@ -65,11 +65,10 @@ class Boundary(ModelCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry(ModelCommand):
+class Geometry(FolderCommand):
     """The loss, its gradients and the boundary in the plane of the direction, at some layers."""
 
-    out: opt.OutFolder
-    layers: Annotated[str, "As of `sweep`; minutes for each."]
+    layers: Annotated[str | None, "As of `sweep`; minutes for each. Needed."] = None
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
     test_pairs: opt.TestPairs = None
@@ -79,17 +78,23 @@ class Geometry(ModelCommand):
     angles: Annotated[int, typer.Option(min=3, help="Angles of the plane to push along.")] = 16
     budget: Annotated[str, "As of `boundary`."] = "relative=0.01"
 
-    def run(self) -> None:
+    NEEDED: ClassVar[tuple[str, ...]] = ("layers",)
+
+    def measure(self) -> None:
         """What the command does."""
         check_search(budget=self.budget, search_range=4.0)
-        task = prepare(self, self.layers)
-        run = task.start("geometry")
-        with task.progress() as progress:
-            study = task.study(progress, budget=self.budget)
-            result = study.plane(n_angles=self.angles)
-        tables = {"geometry": result.points, "contours": result.contours, "shape": result.shape}
-        spent = result.points.attrs["forward_equivalents"]
-        run.write(tables, study.directions, forward_equivalents=spent)
+        task = prepare(self, str(self.layers))
+        with self.opened(task.request("geometry")) as run:
+            with task.progress() as progress:
+                study = task.study(progress, parts=run.parts, budget=self.budget)
+                result = study.plane(n_angles=self.angles)
+            tables = {
+                "geometry": result.points,
+                "contours": result.contours,
+                "shape": result.shape,
+            }
+            spent = result.points.attrs["forward_equivalents"]
+            run.write(tables, study.directions, forward_equivalents=spent)
         if self.quiet:
             return
         columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]

@@ -1,8 +1,8 @@
 """`steerlens circuits`: who writes the direction, who reads it, and whether the circuit changes."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, ClassVar
 
 import typer
 
@@ -10,11 +10,13 @@ from steerlens import circuits, plots
 from steerlens.circuits.graphs import edge_readers, edge_table
 from steerlens.circuits.readers import check_steered
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, Task, prepare
+from steerlens.cli.command import Task, prepare
+from steerlens.cli.folder_command import FolderCommand
 from steerlens.cli.printing import note, print_rows
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
+from steerlens.models.hooks import resolve_hooks
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.steering import SteeringVector
 
@@ -22,12 +24,11 @@ TOP_HEADS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circuits(ModelCommand):
+class Circuits(FolderCommand):
     """Which heads and MLPs write the direction, which read it, and is it the same circuit."""
 
-    out: Annotated[Path, "Folder for tables, pictures and the record."]
-    layer: Annotated[str, "Block whose output is steered."]
-    coefficient: Annotated[float, "Residual units."]
+    layer: Annotated[str | None, "Block whose output is steered. Needed."] = None
+    coefficient: Annotated[float | None, "Residual units. Needed."] = None
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
     test_pairs: opt.TestPairs = None
@@ -42,8 +43,12 @@ class Circuits(ModelCommand):
         True
     )
 
-    def run(self) -> None:
+    NEEDED: ClassVar[tuple[str, ...]] = ("layer", "coefficient")
+
+    def measure(self) -> None:
         """What the command does."""
+        assert self.layer is not None
+        assert self.coefficient is not None
         task = prepare(self, self.layer)
         model, measure_on = task.model, task.measure_on
         if len(task.hook_names) != 1:
@@ -51,43 +56,48 @@ class Circuits(ModelCommand):
         check_steered(model, task.hook_names[0], self.coefficient)
         if self.compare:
             edge_readers(model)
-        run = task.start("circuits")
-        with task.progress() as progress:
-            shared: dict[str, Any] = {"seed": self.seed, "progress": progress}
-            directions = task.fit(progress, layers="all")
-            vector = SteeringVector.from_directions(
-                model, directions, layers=self.layer, dataset=task.fit_on.name
-            )
-            pushed = circuits.Intervention(vector, self.coefficient)
-            answers = circuits.contrast_answers(model, task.fit_on)
-            prompts = circuits.make_prompts(model, list(tokenize_pairs(model, measure_on).positive))
-            writers = circuits.find_writers(
-                model, measure_on, directions, layer=self.layer, **shared
-            )
-            readers = circuits.find_readers(
-                *(model, prompts, answers, vector, self.coefficient),
-                top=self.top,
-                ig_steps=self.ig_steps,
-                **shared,
-            )
-            if self.compare:
-                floor = circuits.random_intervention(model, measure_on, pushed, **shared)
-                comparison = circuits.compare_circuits(
-                    model, measure_on, answers, {self.method: pushed}, floor=floor, **shared
+        with self.opened(task.request("circuits")) as run:
+            with task.progress() as progress:
+                shared: dict[str, Any] = {"seed": self.seed, "progress": progress}
+                kept: dict[str, Any] = {**shared, "checkpoint": run.parts}
+                directions = run.parts.directions(
+                    partial(task.fit, progress, layers="all"), resolve_hooks(model, "all")
                 )
-        tables = {
-            "writers": writers.table,
-            "positions": writers.positions,
-            "readers": readers.table,
-            "claims": readers.claims,
-        }
-        pages = {"components": plots.components(writers.table, readers.table).to_html()}
-        pages |= _token_pages(task, prompts, directions, pushed, readers.table)
-        if self.compare:
-            tables |= {"circuits": comparison.table, "faithfulness": comparison.faithfulness}
-            tables["edges"] = edge_table(model, comparison.scores)
-            pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
-        run.write(tables, directions, pages=pages)
+                vector = SteeringVector.from_directions(
+                    model, directions, layers=self.layer, dataset=task.fit_on.name
+                )
+                pushed = circuits.Intervention(vector, self.coefficient)
+                answers = circuits.contrast_answers(model, task.fit_on)
+                prompts = circuits.make_prompts(
+                    model, list(tokenize_pairs(model, measure_on).positive)
+                )
+                writers = circuits.find_writers(
+                    model, measure_on, directions, layer=self.layer, **shared
+                )
+                readers = circuits.find_readers(
+                    *(model, prompts, answers, vector, self.coefficient),
+                    top=self.top,
+                    ig_steps=self.ig_steps,
+                    **kept,
+                )
+                if self.compare:
+                    floor = circuits.random_intervention(model, measure_on, pushed, **kept)
+                    comparison = circuits.compare_circuits(
+                        model, measure_on, answers, {self.method: pushed}, floor=floor, **kept
+                    )
+            tables = {
+                "writers": writers.table,
+                "positions": writers.positions,
+                "readers": readers.table,
+                "claims": readers.claims,
+            }
+            pages = {"components": plots.components(writers.table, readers.table).to_html()}
+            pages |= _token_pages(task, prompts, directions, pushed, readers.table)
+            if self.compare:
+                tables |= {"circuits": comparison.table, "faithfulness": comparison.faithfulness}
+                tables["edges"] = edge_table(model, comparison.scores)
+                pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
+            run.write(tables, directions, pages=pages)
         if self.quiet:
             return
         _print_components(writers.table, readers.table, readers.claims)

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,14 @@ import typer
 
 from steerlens.cli.options import DEBUG, pairs_of, pairs_record
 from steerlens.cli.printing import note, progress_of
-from steerlens.cli.run_warnings import warn, warned
+from steerlens.cli.run_warnings import keep_warning, warn, warned
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
-from steerlens.files import check_out_file, write_whole
+from steerlens.errors import FileError
+from steerlens.files import check_out_file, check_out_folder, locked, write_whole
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
@@ -28,7 +29,8 @@ from steerlens.models.identity import provenance
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import Progress
-from steerlens.runs.record import check_run_folder, write_run
+from steerlens.runs.record import write_run
+from steerlens.runs.unfinished import Parts
 from steerlens.tables import write_csv
 
 IN_SAMPLE = (
@@ -51,6 +53,16 @@ class Command:
     """
 
     debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")] = False
+
+    @property
+    def written(self) -> Path | None:
+        """The file or folder that it writes, which no other run may write meanwhile."""
+        return getattr(self, "out", None)
+
+    def check_written(self) -> None:
+        """Raise `SteerlensError` where it may not write that, before any work."""
+        if self.written is not None:
+            check_out_file(self.written)
 
     def run(self) -> None:
         """Check, load, measure, write, print."""
@@ -82,6 +94,16 @@ class ModelCommand(QuietCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunCommand(ModelCommand):
+    """A command that writes a run folder."""
+
+    def check_written(self) -> None:
+        """See that it is no link, and that files may be written there."""
+        if self.written is not None:
+            check_out_folder(self.written)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TableCommand(QuietCommand):
     """A command that writes one table, if it is asked to."""
 
@@ -100,7 +122,12 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
     defaults = {option.name: option.default for option in fields(command)}
 
     def run(**values: Any) -> None:
-        command(**values).run()
+        asked = command(**values)
+        with ExitStack() as held:
+            if asked.written is not None:
+                held.enter_context(locked(asked.written, is_folder=issubclass(command, RunCommand)))
+            asked.check_written()
+            asked.run()
 
     run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -119,7 +146,9 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
 
 def option_names(command: type[Command]) -> list[str]:
     """The fields of a command: its own first, then those of its bases."""
-    return [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
+    options = {option.name for option in fields(command)}
+    declared = [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
+    return [name for name in declared if name in options]
 
 
 def _with_option(hint: Any) -> Any:
@@ -169,12 +198,6 @@ class Task:
         resolved = {"position": self.position, **resolved}
         return request_of(name, self.command, self.model, data, **resolved)
 
-    def start(self, name: str, **resolved: Any) -> "Run":
-        """Begin a run into `--out`. Raises `FileError` where the folder holds another."""
-        request = self.request(name, **resolved)
-        check_run_folder(self.command.out, request)
-        return Run(self.command.out, request)
-
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
         """Note what is fitted, then show the progress of the block."""
@@ -205,11 +228,18 @@ class Task:
         )
 
     def study(
-        self, progress: Progress | None, directions: Directions | None = None, **settings: Any
+        self,
+        progress: Progress | None,
+        directions: Directions | None = None,
+        *,
+        parts: Parts | None = None,
+        **settings: Any,
     ) -> Study:
-        """What `directions` (fitted unless given) are measured on, with more `settings` of it."""
-        directions = self.fit(progress) if directions is None else directions
-        settings |= {"layers": self.command.layers, **self.settings(progress)}
+        """What `directions` (kept in `parts`, or fitted, unless given) are measured on."""
+        if directions is None:
+            fit = partial(self.fit, progress)
+            directions = fit() if parts is None else parts.directions(fit)
+        settings |= {"layers": self.command.layers, "checkpoint": parts, **self.settings(progress)}
         return Study(self.model, self.measure_on, directions, **settings)
 
     def settings(self, progress: Progress | None) -> dict[str, Any]:
@@ -218,8 +248,8 @@ class Task:
         return {"seed": seed, "batch_size": batch_size, "progress": progress}
 
 
-def prepare(command: Any, layers: str, *, out_file: Path | None = None) -> Task:
-    """Read the pairs, see that `out_file` can be written, load the model, resolve the hooks.
+def prepare(command: Any, layers: str) -> Task:
+    """Read the pairs, load the model, resolve the hooks.
 
     Raises `SteerlensError` of what cannot be done, where possible before the model is loaded.
     """
@@ -230,8 +260,6 @@ def prepare(command: Any, layers: str, *, out_file: Path | None = None) -> Task:
     position = command.position
     if position is None:
         position = default_position(command.method, fit_on)
-    if out_file is not None:
-        check_out_file(out_file)
     model = load_model(command.model or DEFAULT_MODEL, progress=not command.quiet)
     hook_names = resolve_hooks(model, layers)
     return Task(command, model, fit_on, measure_on, is_held_out, hook_names, position)
@@ -243,8 +271,9 @@ class Run:
 
     out: Path
     request: Mapping[str, Any]
+    parts: Parts
+    options: Mapping[str, Any]
     seconds: float = 0.0
-    """So far, of the same run before it was stopped."""
     started: float = field(default_factory=time.perf_counter)
     spent: float | None = None
 
@@ -256,19 +285,25 @@ class Run:
         forward_equivalents: float | None = None,
         **more: Any,
     ) -> None:
-        """As `write_run`, with the time taken and the warnings given."""
-        self.seconds += time.perf_counter() - self.started
+        """As `write_run`, with time and warnings, those from before the run was stopped too."""
+        self.seconds = time.perf_counter() - self.started + self.parts.seconds
         self.spent = forward_equivalents
-        write_run(
-            self.out,
-            tables,
-            directions,
-            self.request,
-            seconds=self.seconds,
-            forward_equivalents=forward_equivalents,
-            warnings=warned(),
-            **more,
-        )
+        for text in self.parts.warned:
+            keep_warning(text)
+        try:
+            write_run(
+                self.out,
+                tables,
+                directions,
+                self.request,
+                seconds=self.seconds,
+                forward_equivalents=forward_equivalents,
+                warnings=warned(),
+                options=self.options,
+                **more,
+            )
+        except FileError as error:
+            raise FileError(f"{error}; what was measured is kept: {self.parts.go_on}") from error
 
     def note(self, count: str) -> None:
         """Say how many of what were written, where, and what it took."""

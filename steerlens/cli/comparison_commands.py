@@ -4,31 +4,29 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, Run, TableCommand, request_of
+from steerlens.cli.command import ModelCommand, TableCommand, request_of
+from steerlens.cli.folder_command import FolderCommand
 from steerlens.cli.printing import print_rows, print_summary, progress_of
 from steerlens.data.items import PreferenceItems
 from steerlens.data.shipped import SPLITS, dataset_names
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.methods import method_of
 from steerlens.errors import InputError
-from steerlens.files import check_out_file
 from steerlens.measure.boundary import check_search
 from steerlens.measure.comparison import compare as run_compare
 from steerlens.measure.split_half import reliability as measure_reliability
 from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
-from steerlens.runs.record import check_run_folder
 
 TEST_SHARE = 0.7
 """Of a file of items, the part that is held out; the layer is chosen on the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(ModelCommand):
+class Compare(FolderCommand):
     """Methods against each other at equal damage, on held-out items, with a null band."""
 
-    out: opt.OutFolder
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
     items: Annotated[
@@ -49,7 +47,7 @@ class Compare(ModelCommand):
     off_target: Annotated[str, "Other shipped datasets, joined by commas; all, none."] = "all"
     position: opt.Position = None
 
-    def run(self) -> None:
+    def measure(self) -> None:
         """What the command does."""
         methods = [name.strip() for name in self.methods.split(",") if name.strip()]
         for name in methods:
@@ -70,28 +68,32 @@ class Compare(ModelCommand):
             "hook_names": resolve_hooks(model, layers),
         }
         request = request_of("compare", self, model, data, methods=methods)
-        check_run_folder(self.out, request)
-        run = Run(self.out, request)
-        with progress_of(quiet=self.quiet) as progress:
-            result = run_compare(
-                model,
-                fit_on,
-                test_items,
-                methods=methods,
-                layers=layers,
-                train_items=train_items,
-                off_target=off_target,
-                budget=self.budget,
-                on=self.on,
-                n_null=self.null,
-                position=self.position,
-                seed=self.seed,
-                batch_size=self.batch_size,
-                progress=progress,
-            )
-        tables = {"comparison": result.table, "summary": result.summary, "effects": result.effects}
-        spent = result.table.attrs["forward_equivalents"]
-        run.write(tables, result.directions, forward_equivalents=spent)
+        with self.opened(request) as run:
+            with progress_of(quiet=self.quiet) as progress:
+                result = run_compare(
+                    model,
+                    fit_on,
+                    test_items,
+                    methods=methods,
+                    layers=layers,
+                    train_items=train_items,
+                    off_target=off_target,
+                    budget=self.budget,
+                    on=self.on,
+                    n_null=self.null,
+                    position=self.position,
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    progress=progress,
+                    checkpoint=run.parts,
+                )
+            tables = {
+                "comparison": result.table,
+                "summary": result.summary,
+                "effects": result.effects,
+            }
+            spent = result.table.attrs["forward_equivalents"]
+            run.write(tables, result.directions, forward_equivalents=spent)
         if self.quiet:
             return
         columns = ["method", "layer", "coefficient", "effect", "null_low", "null_high", "p_holm"]
@@ -113,8 +115,6 @@ class Reliability(ModelCommand, TableCommand):
     def run(self) -> None:
         """What the command does."""
         fit_on, _, _ = opt.pairs_of(self.pairs)
-        if self.out is not None:
-            check_out_file(self.out)
         model = load_model(self.model, progress=not self.quiet)
         with progress_of(quiet=self.quiet) as progress:
             differences = collect_differences(

@@ -22,7 +22,7 @@ class Layers(ModelCommand, TableCommand):
 
     def run(self) -> None:
         """What the command does."""
-        task = prepare(self, self.layers, out_file=self.out)
+        task = prepare(self, self.layers)
         with task.progress() as progress:
             table = task.study(progress).layers
         self.write(table)

@@ -8,7 +8,7 @@ import typer
 
 from steerlens.cli.command import QuietCommand
 from steerlens.cli.printing import note
-from steerlens.files import check_out_file, write_whole
+from steerlens.files import write_whole
 from steerlens.runs.html_report.page import report as make_report
 from steerlens.runs.reading import read_run
 from steerlens.runs.record import REPORT
@@ -25,11 +25,15 @@ class Report(QuietCommand):
         None
     )
 
+    @property
+    def written(self) -> Path:
+        """The page."""
+        return self.runs[0] / REPORT if self.out is None else self.out
+
     def run(self) -> None:
         """What the command does."""
         runs = [read_run(folder) for folder in self.runs]
-        out = self.runs[0] / REPORT if self.out is None else self.out
-        check_out_file(out)
+        out = self.written
         page = make_report(runs).encode()
 
         def write(path: Path) -> None:

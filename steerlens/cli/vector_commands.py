@@ -13,7 +13,6 @@ from steerlens.cli.printing import note, print_rows, print_table, print_texts, p
 from steerlens.data.prompts import Message, Prompt
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
-from steerlens.files import check_out_file
 from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
 from steerlens.models.hooked_model import HookedModel
@@ -62,7 +61,7 @@ class Extract(ModelCommand):
         check_search(budget=self.budget, search_range=4.0)
         if self.out.suffix != ".safetensors":
             raise InputError(f"--out {str(self.out)!r}: expected a name that ends in .safetensors")
-        task = prepare(self, self.layers, out_file=self.out)
+        task = prepare(self, self.layers)
         with task.progress() as progress:
             study = task.study(progress, budget=self.budget)
             table = study.boundary(on=text).layers if self.boundary else study.layers
@@ -158,10 +157,14 @@ class Export(QuietCommand):
     source: VectorFile
     target: Annotated[Path, typer.Argument(help="File to write: .gguf or .safetensors.")]
 
+    @property
+    def written(self) -> Path:
+        """Its target."""
+        return self.target
+
     def run(self) -> None:
         """What the command does."""
         vector, target = _read_vector(self.source), self.target
-        check_out_file(target)
         if target.suffix == ".gguf":
             to_gguf(vector, target)
         elif target.suffix == ".safetensors":
@@ -180,12 +183,15 @@ class Bake(QuietCommand):
     coefficient: Annotated[str, "Residual units, 0.1norm, or 80% of the boundary."]
     model: OptionalModel = None
 
+    def check_written(self) -> None:
+        """See that the folder is new or empty."""
+        check_is_new(self.out)
+
     def run(self) -> None:
         """What the command does."""
         strengths = opt.strengths_of(self.coefficient)
         if len(strengths) != 1:
             raise InputError(f"expected one --coefficient, got {self.coefficient!r}")
-        check_is_new(self.out)
         vector, model = _load_with_model(self.vector, self.model, quiet=self.quiet)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # noted when the model was loaded

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
-import psutil
-
 from steerlens.errors import InputError, in_one_line
 
 TEMPLATE_BYTES = 1 << 30
@@ -135,6 +133,8 @@ def _limited_memory() -> Iterator[None]:
         yield
         return
     import resource
+
+    import psutil
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = psutil.Process().memory_info().vms + TEMPLATE_BYTES

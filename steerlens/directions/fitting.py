@@ -1,6 +1,7 @@
 """Collect what methods are fitted from, once for all of them, and fit."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from steerlens.data.items import PreferenceItems
@@ -10,9 +11,11 @@ from steerlens.directions.directions import Directions
 from steerlens.directions.gradients import LossGradients, Weight, check_weight, loss_gradients
 from steerlens.directions.methods import Method, Source, fit_directions, method_of
 from steerlens.directions.training import train_directions
+from steerlens.engine.checkpoint import Checkpoint, Kept, digest
 from steerlens.loss import WEIGHT
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers
+from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 
 N_SCORES = 4
@@ -84,27 +87,55 @@ def fit_methods(
     seed: int,
     batch_size: int | None,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> dict[str, Directions]:
     """Method name, as given, -> directions; from one pass for the gradients of all that need them.
 
-    The differences are there already. Otherwise as `fit`.
+    The differences are there already. Those that the checkpoint has are not fitted again. Otherwise
+    as `fit`.
     """
     chosen = {name: method_of(name) for name in methods}
     shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
     by_gradients = [method for method in chosen.values() if method.source == "gradients"]
     evidence: dict[Source, Differences | LossGradients] = {"differences": differences}
-    if by_gradients:
+    keys: dict[str, str] = {}
+    fitted: dict[str, Directions] = {}
+    for name in chosen if checkpoint is not None else ():
+        keys[name] = digest(
+            *("directions", provenance(model).to_dict(), pairs.fingerprint, name, position, seed),
+            *(differences.all_hook_names, differences.positive, differences.negative),
+            *(batch_size, None if items is None else items.fingerprint),
+        )
+        fitted |= _kept(checkpoint, name, keys[name])
+    left = {name: method for name, method in chosen.items() if name not in fitted}
+    if any(method.source == "gradients" for method in left.values()):
         at = default_position(by_gradients[0].name, pairs) if position is None else position
         evidence["gradients"] = _gradients(
             model, pairs, by_gradients, position=at, seed=seed, **shared
         )
     at = -1 if position is None else position
-    return {
-        name: _train(model, pairs, method, items=items, position=at, seed=seed, **shared)
-        if method.source == "training"
-        else fit_directions(evidence[method.source], method=method.name, seed=seed)
-        for name, method in chosen.items()
-    }
+    for name, method in left.items():
+        if method.source == "training":
+            how: dict[str, Any] = {"items": items, "position": at, "seed": seed, **shared}
+            directions = _train(model, pairs, method, **how)
+        else:
+            directions = fit_directions(evidence[method.source], method=method.name, seed=seed)
+        fitted[name] = directions
+        if checkpoint is not None:
+            record = {f.name: getattr(directions, f.name) for f in fields(directions)}
+            kept = Kept(tensors={"vectors": record.pop("vectors")}, record=record)
+            checkpoint.keep(keys[name], keys[name], kept)
+    return {name: fitted[name] for name in chosen}
+
+
+def _kept(checkpoint: Checkpoint | None, name: str, key: str) -> dict[str, Directions]:
+    """The directions under a method's name, if they were kept."""
+    kept = None if checkpoint is None else checkpoint.load(key, key)
+    if kept is None:
+        return {}
+    found: dict[str, Any] = {**kept.record, **kept.tensors}
+    found |= {field: tuple(found[field]) for field in ("hook_names", "readout_names")}
+    return {name: Directions(**found)}
 
 
 def _gradients(

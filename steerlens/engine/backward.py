@@ -20,15 +20,17 @@ from torch import Tensor
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import Batch, in_pair_order, join
 from steerlens.engine.capture import at_position, by_halves, check_residual, reading_hook
+from steerlens.engine.checkpoint import Tensors, once
 from steerlens.engine.engine import Engine
 from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
-from steerlens.engine.tokenization import SteeredPositions
+from steerlens.engine.tokenization import SteeredPositions, fingerprint
 from steerlens.engine.transfer import to_device, to_host
 from steerlens.engine.workload import Cost
 from steerlens.errors import InputError, ModelError
 from steerlens.loss import label_logprob
 from steerlens.models.hooked_model import HookedModel, weight_module
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
+from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
 from steerlens.stats import allowed_gap
 
@@ -247,12 +249,17 @@ def label_slopes(
             (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
         return Slopes(slope.cpu(), score.cpu().square() / labels.n_labels)
 
-    engine = engine.stage("slopes: prompts")
-    groups = [(batch,) for batch in batches]
-    slopes = _over_batches(engine, groups, [name for name, _ in along], run, seed=seed)
-    for batch in batches:
-        engine.cost.add(batch.tokens, engine.n_layers * (1 + 2 * BACKWARD_COST))
-    return Slopes(*slopes)
+    def compute() -> Tensors:
+        groups = [(batch,) for batch in batches]
+        names = [name for name, _ in along]
+        slopes = _over_batches(engine.stage("slopes: prompts"), groups, names, run, seed=seed)
+        for batch in batches:
+            engine.cost.add(batch.tokens, engine.n_layers * (1 + 2 * BACKWARD_COST))
+        return Slopes(*slopes)._asdict()
+
+    prompts = [[fingerprint(batch.prompts), batch.rows] for batch in batches]
+    decided = ("slopes", provenance(engine.model).to_dict(), prompts, steered_positions, seed)
+    return Slopes(**once(engine.checkpoint, (*decided, along), compute, engine.cost))
 
 
 # Rows of the loss: the residual stream held at every hook

@@ -107,11 +107,11 @@ def cells_in_turn(
     jobs: Sequence[Job],
     exact: Collection[str],
     *,
-    known: Collection[str] = (),
+    known: Collection[Job] = (),
 ) -> Iterator[Finished]:
     """The cells of every job, one after another: resumed after the `exact` hooks, plain elsewhere.
 
-    Jobs at `known` hooks are passed without being counted. On a GPU a job is begun before the one
+    `known` jobs are passed without being counted. On a GPU a job is begun before the one
     before it is waited for.
     """
     carried = Carried.at_start(prepared)
@@ -119,7 +119,7 @@ def cells_in_turn(
     begun: Callable[[], Finished] | None = None
     for job in jobs:
         before = engine.cost.blocks
-        if job.hook_name in known:
+        if job in known:
             if job.hook_name in exact:
                 carried = carry_past(engine, prepared, job, carried)
             continue

@@ -5,6 +5,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
 from steerlens.engine.batches import Batch, make_batches
+from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.tokenization import (
     SteeredPositions,
     TokenizedPairs,
@@ -21,7 +22,8 @@ class Engine:
     """A model, how many rows it runs at once, who runs its cells, what that cost, who is told.
 
     Without a `batch_size` a pass holds what the device can use; without an `executor` cells run
-    here. `cost` is added to by all that is run, and shared by the engines made from this one.
+    here. `cost` is added to by all that is run, and shared by the engines made from this one; so is
+    the `checkpoint`, which is given what is finished.
     """
 
     model: HookedModel
@@ -29,6 +31,7 @@ class Engine:
     executor: Executor | None = None
     progress: Progress = silent
     cost: Cost = field(default_factory=Cost)
+    checkpoint: Checkpoint | None = None
 
     @property
     def n_layers(self) -> int:

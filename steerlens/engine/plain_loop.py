@@ -13,8 +13,10 @@ from torch import Tensor
 from steerlens.engine.backend import for_hooks
 from steerlens.engine.batches import Batch, in_pair_order
 from steerlens.engine.capture import by_halves, check_finite, reading_hook, run_to_hooks
+from steerlens.engine.checkpoint import check_unsteered
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import check_memory
+from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.transfer import to_device
 from steerlens.engine.workload import Baseline, CellOutput, Job, Workload
 from steerlens.errors import ModelError
@@ -31,10 +33,17 @@ def run_baseline(engine: Engine, workload: Workload, hook_names: Sequence[str]) 
     Run by the bare model where `hook_names` allow it (see `backend.for_hooks`), as the cells are.
     Costs all blocks on both sides. The engine's progress is told of the prompts. Raises
     `ModelError` that names the hooks with NaN or inf, or the prompt whose labels have no
-    finite logprob, and as `check_memory`.
+    finite logprob, and as `check_memory`; and as `check_unsteered`.
     """
     check_memory(engine.model, workload.positive)
-    return baseline_of(engine.on(for_hooks(engine.model, hook_names)), workload, hook_names)
+    baseline = baseline_of(engine.on(for_hooks(engine.model, hook_names)), workload, hook_names)
+    sides = [
+        [fingerprint(batch.prompts) for batch in side]
+        for side in (workload.positive, workload.negative)
+    ]
+    bits = (baseline.positive, baseline.negative, baseline.logprob)
+    check_unsteered(engine.checkpoint, (sides, workload.position, hook_names), bits)
+    return baseline
 
 
 def baseline_of(engine: Engine, workload: Workload, hook_names: Sequence[str]) -> Baseline:

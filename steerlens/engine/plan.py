@@ -7,22 +7,27 @@ numbers of the model itself, the plain loop is used, with a warning.
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 
 import torch
 
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import Batch
 from steerlens.engine.cells import Carried, cells_in_turn, fast_cells
+from steerlens.engine.checkpoint import Kept, Tensors, digest
 from steerlens.engine.compiled import COMPILE_FROM
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import is_out_of_memory
 from steerlens.engine.plain_loop import baseline_of, plain_cells
 from steerlens.engine.prefixes import Prepared, prepare
 from steerlens.engine.resume import n_skippable
+from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.workers import check_executor, gather, new_key
 from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workload
 from steerlens.errors import SteerlensError
 from steerlens.models.hooks import hook_layer
+from steerlens.models.identity import provenance
 from steerlens.progress import silent
 from steerlens.stats import allowed_gap
 
@@ -54,6 +59,23 @@ class Plan:
     def unsteered(self) -> Baseline:
         """What the cells are compared with."""
         return self.prepared.unsteered
+
+    @cached_property
+    def digest(self) -> str:
+        """The sha256 of what decides every cell besides its job; the unsteered model to the bit."""
+        workload, unsteered = self.workload, self.unsteered
+        batches = [
+            [fingerprint(batch.prompts), batch.rows, batch.tokens.shape]
+            for batch in (*workload.positive, *workload.negative)
+        ]
+        return digest(
+            batches,
+            (len(workload.positive), workload.position, workload.steered_positions),
+            (workload.with_kl, workload.with_readouts, unsteered.hook_names),
+            (unsteered.positive, unsteered.negative, unsteered.logprob),
+            (provenance(self.engine.model).to_dict(), self.engine.batch_size),
+            (isinstance(self.runner.model, BareModel), sorted(self.exact), self.reuse_prefix),
+        )
 
     def on(self, workload: Workload, unsteered: Baseline) -> "Plan":
         """The plan for another workload of the same model and hooks, not checked again."""
@@ -112,32 +134,35 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
 def run_cells(plan: Plan, jobs: Sequence[Job]) -> Iterator[list[CellOutput]]:
     """The cells of every job, job by job and in the order of its coefficients.
 
-    As `finished_cells`, whatever the order in which workers finish.
+    As `finished_cells`, whatever the order in which workers finish. Those that the engine's
+    checkpoint has are not run again.
     """
+    kept = dict(_kept_cells(plan, jobs))
     ready: dict[Job, list[CellOutput]] = {}
     waiting = iter(jobs)
     awaited = next(waiting, None)
-    for finished in finished_cells(plan, jobs):
-        ready[finished.job] = finished.cells
+    for job, cells in chain(kept.items(), _run_and_kept(plan, jobs, known=kept)):
+        ready[job] = cells
         while awaited is not None and awaited in ready:
             yield ready.pop(awaited)
             awaited = next(waiting, None)
 
 
 def finished_cells(
-    plan: Plan, jobs: Sequence[Job], *, known: Collection[str] = ()
+    plan: Plan, jobs: Sequence[Job], *, known: Collection[Job] = ()
 ) -> Iterator[Finished]:
     """The cells of the jobs as they are finished: in order, unless workers run them.
 
-    Nothing is run, yielded or counted for jobs at the `known` hooks; but the unsteered residual
-    goes through them, so that the cells after them have the same bits and the same cost as if they
-    had been run.
+    Nothing is run, yielded or counted for the `known` jobs; but the unsteered residual goes through
+    their hooks, so that the cells after them have the same bits and the same cost as if they had
+    been run.
 
     Jobs should come in layer order, as each one starts from where the last one stood. As many
     coefficients run at once as the engine's batch size, or the device, has room for; out of memory
     halves that for the rest of the batch. Raises as `workers.gather` where workers run them.
     """
     _compile_for(plan.runner, plan.workload, jobs)
+    jobs = jobs[: 1 + max((i for i, job in enumerate(jobs) if job not in known), default=-1)]
     if plan.engine.executor is not None:
         yield from gather(
             plan.engine,
@@ -151,6 +176,51 @@ def finished_cells(
         )
         return
     yield from cells_in_turn(plan.runner, plan.prepared, jobs, plan.exact, known=known)
+
+
+def _kept_cells(plan: Plan, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[CellOutput]]]:
+    """The jobs whose cells were kept; what they took is counted."""
+    checkpoint = plan.engine.checkpoint
+    if checkpoint is None:
+        return
+    for job in jobs:
+        key = _key(plan, job)
+        kept = checkpoint.load(key, key)
+        if kept is not None:
+            plan.engine.cost.blocks += kept.blocks
+            yield job, _cells_of(job, kept.tensors)
+
+
+def _run_and_kept(
+    plan: Plan, jobs: Sequence[Job], *, known: Collection[Job]
+) -> Iterator[tuple[Job, list[CellOutput]]]:
+    """The other jobs as they are finished, kept first."""
+    checkpoint = plan.engine.checkpoint
+    for finished in finished_cells(plan, jobs, known=known):
+        job, cells = finished.job, finished.cells
+        tensors = {
+            name: torch.stack([getattr(cell, name) for cell in cells])
+            for name in ("positive", "negative", "logprob", "kl")
+            if getattr(cells[0], name) is not None
+        }
+        if not plan.workload.with_readouts:
+            tensors |= {name: tensors[name][..., :0] for name in ("positive", "negative")}
+        if checkpoint is not None:
+            key = _key(plan, job)
+            checkpoint.keep(key, key, Kept(tensors=tensors, blocks=finished.blocks))
+        yield job, _cells_of(job, tensors)
+
+
+def _cells_of(job: Job, tensors: Tensors) -> list[CellOutput]:
+    """The cells of a job from what is kept of them: a row of each tensor a coefficient."""
+    return [
+        CellOutput(coefficient, **{name: values[i] for name, values in tensors.items()})
+        for i, coefficient in enumerate(job.coefficients)
+    ]
+
+
+def _key(plan: Plan, job: Job) -> str:
+    return digest(plan.digest, job.hook_name, job.readout, job.coefficients, job.direction)
 
 
 def _warn(text: str) -> None:

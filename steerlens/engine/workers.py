@@ -103,9 +103,9 @@ def gather(
     key: str,
     exact: frozenset[str],
     reuse_prefix: bool,
-    known: Collection[str],
+    known: Collection[Job],
 ) -> Iterator[Finished]:
-    """The cells of every job that is not at a `known` hook, in the order that workers finish them.
+    """The cells of every job that is not `known`, in the order that workers finish them.
 
     The jobs at a hook are a task, and early layers, which cost most, should come first: so that
     workers end together. The cost grows by what one process would have spent: not by the unsteered
@@ -118,15 +118,18 @@ def gather(
     after: Job | None = None
     for hook_name, group in groupby(jobs, key=lambda job: job.hook_name):
         at_hook = list(group)
-        if hook_name not in known:
+        n_passed = next((i for i, job in enumerate(at_hook) if job not in known), len(at_hook))
+        if hook_name in exact and n_passed:
+            after = _to_cpu(at_hook[n_passed - 1])
+        if to_run := [job for job in at_hook if job not in known]:
             task = replace(
                 shared,
-                unsteered=_at(prepared.unsteered, [job.readout for job in at_hook]),
+                unsteered=_at(prepared.unsteered, [job.readout for job in to_run]),
                 resumes=hook_name in exact,
                 after=after,
-                jobs=tuple(map(_to_cpu, at_hook)),
+                jobs=tuple(map(_to_cpu, to_run)),
             )
-            tasks.append((at_hook, task))
+            tasks.append((to_run, task))
         if hook_name in exact:
             after = _to_cpu(at_hook[-1])
     yield from _answered(engine, tasks)

@@ -15,7 +15,8 @@ class Workload:
     """The pairs in batches, where to read them, and which tokens to steer.
 
     Either side may be without batches: it is then not run, and its activations have 0 pairs.
-    `with_kl` asks for the KL divergence at every label too.
+    `with_kl` asks for the KL divergence at every label too; without `with_readouts` cells have
+    activations of width 0, so that none are kept where nothing reads them.
     """
 
     positive: tuple[Batch, ...]
@@ -23,6 +24,7 @@ class Workload:
     position: int
     steered_positions: SteeredPositions
     with_kl: bool = False
+    with_readouts: bool = True
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What is measured on a model along directions: sweep, boundary, plane, comparison, tokens."""
 
+from steerlens.engine.checkpoint import Checkpoint, Kept
 from steerlens.measure.boundary import BoundaryResult
 from steerlens.measure.comparison import Comparison, compare
 from steerlens.measure.cosines import cosine_table
@@ -12,7 +13,7 @@ from steerlens.measure.settings import (
 )
 from steerlens.measure.split_half import reliability
 from steerlens.measure.study import Study, find_boundary, loss_geometry, sweep
-from steerlens.measure.sweeps import Checkpoint, FinishedHook, SweepResult
+from steerlens.measure.sweeps import SweepResult
 from steerlens.measure.texts import On
 from steerlens.measure.tokens import generation_table, token_damage
 
@@ -22,7 +23,7 @@ __all__ = [
     "BoundaryShape",
     "Checkpoint",
     "Comparison",
-    "FinishedHook",
+    "Kept",
     "LossGeometry",
     "On",
     "PlaneSettings",

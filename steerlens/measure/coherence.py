@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steerlens.engine.checkpoint import Tensors, once
 from steerlens.engine.engine import Engine
 from steerlens.engine.plan import Plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt
@@ -41,7 +42,8 @@ class Reading:
     """One push at one coefficient, prompt by prompt.
 
     `values` are degradations (nats per token), mean divergences (nats per token), or the divergence
-    at every token (NaN-padded), as the budget needs; `readout` the activations at the readout hook.
+    at every token (NaN-padded), as the budget needs; `readout` the activations at the readout hook,
+    of width 0 where nothing reads them.
     """
 
     values: Float[np.ndarray, "prompt *token"]
@@ -103,11 +105,18 @@ class Coherence:
 
     def _rollouts(self, push: Push, coefficient: float, *, on_all: bool) -> Reading:
         rows = range(len(self.prompts)) if on_all else self.probes
-        values = np.full((len(rows), ROLLOUT_TOKENS), np.nan)
-        for i, row in enumerate(rows):
-            divergences = _rollout_kl(self.on_all.engine, self.prompts[row], push, coefficient)
-            values[i, : len(divergences)] = divergences
-        return Reading(values, torch.zeros((len(rows), 0)))
+        plan, signed = self.on_all, push.sign * coefficient
+
+        def run() -> Tensors:
+            values = np.full((len(rows), ROLLOUT_TOKENS), np.nan)
+            for i, row in enumerate(rows):
+                divergences = _rollout_kl(plan.engine, self.prompts[row], push, coefficient)
+                values[i, : len(divergences)] = divergences
+            return {"values": torch.from_numpy(values)}
+
+        decided = (plan.digest, "rollouts", [*rows], push.hook_name, signed, push.direction)
+        kept = once(plan.engine.checkpoint, decided, run, plan.engine.cost)
+        return Reading(kept["values"].numpy(), torch.zeros((len(rows), 0)))
 
 
 def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budget: Budget) -> None:
@@ -155,7 +164,11 @@ def make_coherence(
     """Prepare the text of `plan`, its positive prompts, as a whole and its probes alone."""
     unsteered = plan.unsteered
     workload = replace(plan.workload, with_kl=budget.is_divergence)
-    few = replace(workload, positive=plan.engine.batches([prompts[row] for row in probes]))
+    few = replace(
+        workload,
+        positive=plan.engine.batches([prompts[row] for row in probes]),
+        with_readouts=False,
+    )
     rows = torch.tensor(list(probes))
     of_few = replace(
         unsteered, positive=unsteered.positive[:, rows], logprob=unsteered.logprob[rows]

@@ -18,6 +18,7 @@ from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit_methods
 from steerlens.directions.methods import method_of, null_directions
+from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
     TokenizedPrompt,
@@ -105,6 +106,7 @@ def compare(
     batch_size: int | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Comparison:
     """Compare methods at equal damage: fitted on `pairs`, measured on held-out `items`.
 
@@ -137,6 +139,8 @@ def compare(
         search_range: How far to look for the boundary, as of `Study.boundary`.
         n_bootstrap: As of `Study`, and so are `seed`, `batch_size` and `progress`.
         executor: Its workers run the cells, as of `Study`; directions are fitted here.
+        checkpoint: As of `Study`; given the directions of a method, and what is measured of every
+            vector at each step.
 
     Raises:
         InputError: An unknown method, a budget, number or set of texts that cannot be used,
@@ -173,7 +177,7 @@ def compare(
     texts = _texts(model, pairs, settings, neutral)
     # Fitting, coefficients, effects, damage and texts; then what was given beside them.
     steps = _steps(progress or silent, 4 + len(sets.all()))
-    engine = Engine(model, settings.batch_size, executor, next(steps))
+    engine = Engine(model, settings.batch_size, executor, next(steps), checkpoint=checkpoint)
     run, fitted = _fitted(engine, pairs, settings, sets, layers=layers, position=position)
     return _compared(run, pairs, sets, texts, fitted, steps)
 
@@ -202,6 +206,7 @@ def _fitted(
         position=position,
         items=sets.train,
         seed=settings.seed,
+        checkpoint=engine.checkpoint,
         **shared,
     )
     nulls = null_directions(differences, n=settings.n_null, seed=settings.seed)
@@ -372,7 +377,7 @@ def _rows(
                 "kl_p95_nats": damage.kl_p95,
                 "degradation_nats": damage.degradation,
                 "off_target": mean_abs([effects[subject] for effects in found.elsewhere]),
-                "distinct_3": mean_distinct_3(run.engine.model, prompts, steered, reached),
+                "distinct_3": mean_distinct_3(run.engine, prompts, steered, reached),
             }
         rows.append(row)
         progress("texts: vectors", len(rows), len(subjects))

@@ -5,19 +5,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
+from steerlens.engine.checkpoint import Tensors, once
 from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan, run_cells
-from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
+from steerlens.engine.tokenization import TokenizedPrompt, fingerprint, tokenize_items
 from steerlens.engine.workload import CellOutput, Job, Workload
 from steerlens.measure.coherence import P95
-from steerlens.models.hooked_model import HookedModel, context_length
+from steerlens.models.hooked_model import context_length
 from steerlens.models.hooks import resid_post
+from steerlens.models.identity import provenance
 from steerlens.progress import silent
 from steerlens.steering import generate_tokens
 
@@ -86,7 +89,7 @@ def damages(
 
 
 def mean_distinct_3(
-    model: HookedModel,
+    engine: Engine,
     prompts: Sequence[TokenizedPrompt],
     directions: Mapping[str, Tensor],
     coefficient: float,
@@ -96,12 +99,19 @@ def mean_distinct_3(
     The prompts have one length; where the context leaves less room, the continuations are shorter.
     Those of fewer than three tokens do not count, and NaN is returned when there are no others.
     """
+    model = engine.model
     n_ctx = context_length(model)
     room = NEW_TOKENS if n_ctx is None else min(NEW_TOKENS, n_ctx - len(prompts[0].prompt))
     if room < 3:
         return float("nan")
-    continuations = generate_tokens(model, prompts, directions, coefficient, max_new_tokens=room)
-    shares = np.array([distinct_3(tokens) for tokens in continuations])
+
+    def measure() -> Tensors:
+        written = generate_tokens(model, prompts, directions, coefficient, max_new_tokens=room)
+        return {"shares": torch.tensor([distinct_3(tokens) for tokens in written]).double()}
+
+    decided = ("texts", provenance(model).to_dict(), fingerprint(prompts), coefficient, room)
+    steered = tuple(directions.items())
+    shares = once(engine.checkpoint, (*decided, steered), measure)["shares"].numpy()
     return float(np.nanmean(shares)) if not np.isnan(shares).all() else float("nan")
 
 
@@ -128,7 +138,7 @@ def distinct_3(tokens: Sequence[int]) -> float:
 def _workload(
     engine: Engine, prompts: Sequence[TokenizedPrompt], *, with_kl: bool = False
 ) -> Workload:
-    return Workload(engine.batches(prompts), (), -1, "all", with_kl)
+    return Workload(engine.batches(prompts), (), -1, "all", with_kl, with_readouts=False)
 
 
 def _cells(

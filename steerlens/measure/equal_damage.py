@@ -95,7 +95,7 @@ class Runner:
         budget = check_search(budget=settings.budget, search_range=settings.search_range)
         check_rollouts(engine.model, prompts, budget)
         checks = [self._job(subject, (1.0,)) for subject in self.subjects]
-        workload = Workload(engine.batches(prompts), (), -1, "all")
+        workload = Workload(engine.batches(prompts), (), -1, "all", with_readouts=False)
         readouts = tuple(dict.fromkeys(job.readout for job in checks))
         unsteered = run_baseline(engine, workload, readouts)
         boundaries = find_boundaries(

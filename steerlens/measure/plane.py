@@ -137,7 +137,8 @@ def run_shape(
         Push(hook_name, turned(direction, orthogonal, a).to(dtype), 1, study.readouts[hook_name])
         for a in angles
     ]
-    plan = study.plan.on(*text.unsteered(study))
+    workload, unsteered = text.unsteered(study)
+    plan = study.plan.on(replace(workload, with_readouts=False), unsteered)
     if heading:
         plan = replace(plan, engine=plan.engine.under(heading))
     boundaries = find_boundaries(
@@ -276,7 +277,7 @@ def _pushed_logprobs(
         for angle, coefficients in zip(plane.table.angle, _coefficients(plane), strict=True)
     ]
     alone = replace(baseline, negative=baseline.negative[:, :0])
-    plan = study.plan.on(replace(study.workload, negative=()), alone)
+    plan = study.plan.on(replace(study.workload, negative=(), with_readouts=False), alone)
     by_job: list[list[tuple[float, Float[Tensor, " pair"]]]] = []
     what, n_pushes = "loss in the plane: pushes", len(jobs) * len(SHARES)
     study.engine.progress(what, 0, n_pushes)

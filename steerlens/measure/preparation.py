@@ -8,6 +8,7 @@ from typing import Any
 
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
+from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import Plan, make_plan
@@ -47,6 +48,7 @@ class Preparation:
         batch_size: int | None = None,
         executor: Executor | None = None,
         progress: Progress | None = None,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
         check_directions(directions, hook_names)
@@ -65,7 +67,13 @@ class Preparation:
             seed=whole("seed", seed, 0),
             batch_size=whole_or_none("batch_size", batch_size, 1),
         )
-        self.engine = Engine(model, self.settings.batch_size, executor, progress or silent)
+        self.engine = Engine(
+            model,
+            self.settings.batch_size,
+            executor,
+            progress or silent,
+            checkpoint=checkpoint,
+        )
 
     @property
     def model(self) -> HookedModel:

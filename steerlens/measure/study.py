@@ -12,7 +12,7 @@ from steerlens.errors import InputError
 from steerlens.measure.boundary import BoundaryResult, run_boundary, run_prediction
 from steerlens.measure.plane import BoundaryShape, LossGeometry, check_plane, run_plane, run_shape
 from steerlens.measure.preparation import Preparation
-from steerlens.measure.sweeps import Checkpoint, SweepResult, run_sweep
+from steerlens.measure.sweeps import SweepResult, run_sweep
 from steerlens.measure.texts import On
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
@@ -44,6 +44,8 @@ class Study(Preparation):
             Dask client's `get_executor()`. Each loads the model, so it must come from `load_model`.
             Tables are the same to the bit. Default: cells run here.
         progress: Told of the steps (see `show_progress`). Default: nobody.
+        checkpoint: Given what is finished, so that a measurement that was stopped goes on with it:
+            of a sweep each hook, of the others each hook at each step. Default: nothing is kept.
 
     Raises:
         InputError: A hook has no direction, the directions are another model's (width, weight
@@ -78,7 +80,6 @@ class Study(Preparation):
         coefficients: Sequence[float | int],
         *,
         nulls: Mapping[str, Sequence[Directions]] | None = None,
-        checkpoint: Checkpoint | None = None,
     ) -> SweepResult:
         """Measure projection against logprob degradation at every hook and coefficient.
 
@@ -96,8 +97,6 @@ class Study(Preparation):
                 them too, at the same coefficient and read along the same direction, and gets a null
                 band, a p-value (see `null_band`) and a q-value over all cells with a coefficient
                 that is not 0; that costs as many sweeps again. Default: none.
-            checkpoint: Given each hook when its cells are done; those that it has are not run
-                again. Default: nothing is kept.
 
         Returns:
             One row a cell, one a hook, one a pair and hook; 95% bootstrap intervals over pairs.
@@ -108,7 +107,7 @@ class Study(Preparation):
             ModelError: The unsteered model is not finite on the pairs.
             WorkerError: A worker failed, after what the others finished was kept.
         """
-        return run_sweep(self, coefficients, nulls=nulls, checkpoint=checkpoint)
+        return run_sweep(self, coefficients, nulls=nulls)
 
     def boundary(self, *, on: On = "positive", search_range: float | int = 4.0) -> BoundaryResult:
         """The first coefficient of each sign beyond which the model exceeds the budget, by hook.
@@ -233,7 +232,6 @@ def sweep(
     *,
     coefficients: Sequence[float | int],
     nulls: Mapping[str, Sequence[Directions]] | None = None,
-    checkpoint: Checkpoint | None = None,
     **settings: Any,
 ) -> SweepResult:
     """`Study(model, pairs, directions, **settings).sweep(coefficients, ...)`.
@@ -249,7 +247,7 @@ def sweep(
         [-8.00, 0.00, 8.00]
     """
     study = Study(model, pairs, directions, **settings)
-    return study.sweep(coefficients, nulls=nulls, checkpoint=checkpoint)
+    return study.sweep(coefficients, nulls=nulls)
 
 
 def find_boundary(

@@ -1,19 +1,17 @@
 """The grid of cells: every hook at every coefficient, as tables."""
 
-import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.directions.directions import Directions
+from steerlens.engine.checkpoint import Kept, digest
 from steerlens.engine.plan import finished_cells
 from steerlens.engine.workload import CellOutput, Finished, Job
 from steerlens.measure.preparation import Preparation, check_directions, check_width
@@ -34,43 +32,6 @@ from steerlens.tables import (
     shortened,
     to_frame,
 )
-
-
-@dataclass(frozen=True)
-class FinishedHook:
-    """The cells of one hook: their rows without q-values, and the block-evaluations they took."""
-
-    hook_name: str
-    rows: tuple[Row, ...]
-    blocks: int
-
-
-@runtime_checkable
-class Checkpoint(Protocol):
-    """Where the finished hooks of a sweep are kept, so that it can go on where it stopped.
-
-    `steerlens.runs.unfinished.open_parts` makes one in a folder.
-
-    Examples:
-        >>> class InMemory(dict):
-        ...     def finished(self, of): return dict(self)
-        ...     def keep(self, hook): self[hook.hook_name] = hook
-        >>> kept = InMemory()
-        >>> _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=kept)
-        >>> len(kept), len(kept["blocks.1.hook_resid_post"].rows)  # hooks; cells of one
-        (5, 2)
-    """
-
-    def finished(self, of: str) -> Mapping[str, FinishedHook]:
-        """Hook name -> what is kept of it. `of` is the sha256 of all that decides the cells.
-
-        Raises where what is kept is of another sweep.
-        """
-        ...
-
-    def keep(self, hook: FinishedHook) -> None:
-        """Keep a hook; it must be safe when this returns."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -112,7 +73,6 @@ def run_sweep(
     coefficients: Sequence[float | int],
     *,
     nulls: Mapping[str, Sequence[Directions]] | None = None,
-    checkpoint: Checkpoint | None = None,
 ) -> SweepResult:
     """`Study.sweep`."""
     before = study.spent
@@ -122,15 +82,17 @@ def run_sweep(
         **vars(study.settings), coefficients=checked_coefficients(coefficients)
     )
     along, baseline = _along(study, nulls or {}), study.baseline
-    known: Mapping[str, FinishedHook] = {}
+    checkpoint, known = study.engine.checkpoint, {}
     if checkpoint is not None:
-        known = checkpoint.finished(_fingerprint(study, settings, along))
+        of = _fingerprint(study, settings, along)
+        kept = {name: checkpoint.load(name, of) for name in study.hook_names}
+        known = {name: hook for name, hook in kept.items() if hook is not None}
         study.engine.cost.blocks += sum(hook.blocks for hook in known.values())
     rows: dict[str, Sequence[Row]] = {name: hook.rows for name, hook in known.items()}
-    for hook in _finished_hooks(study, settings, along, known):
-        rows[hook.hook_name] = hook.rows
+    for name, hook in _finished_hooks(study, settings, along, known):
+        rows[name] = hook.rows
         if checkpoint is not None:
-            checkpoint.keep(hook)
+            checkpoint.keep(name, of, hook)
     table = _with_q_values([row for name in study.hook_names for row in rows[name]])
     attrs = {
         **study.record(settings, since=before),
@@ -173,8 +135,8 @@ def _finished_hooks(
     study: Preparation,
     settings: SweepSettings,
     along: Sequence[_Along],
-    known: Mapping[str, FinishedHook],
-) -> Iterator[FinishedHook]:
+    known: Mapping[str, Kept],
+) -> Iterator[tuple[str, Kept]]:
     """The hooks that are not known, each when the cells of all its jobs are finished."""
     pushes = tuple(c for c in settings.coefficients if c != 0)
     plan = study.plan if pushes else None  # before the first cell is told of
@@ -188,7 +150,8 @@ def _finished_hooks(
         for pushed in along
         if pushes
     }
-    finished = iter(()) if plan is None else finished_cells(plan, list(jobs), known=known)
+    passed = {job for job in jobs if job.hook_name in known}
+    finished = iter(()) if plan is None else finished_cells(plan, list(jobs), known=passed)
     ready: dict[str, dict[_Along, Finished]] = {}
     for done in finished:
         at_hook = ready.setdefault(done.job.hook_name, {})
@@ -203,11 +166,11 @@ def _finished_hooks(
             for _ in hook.rows:
                 n_done += 1
                 tell("cells", n_done, n_cells)
-            yield hook
+            yield done.job.hook_name, hook
     if not jobs:
         for name in study.hook_names:
             if name not in known:
-                yield _finished_hook(study, settings, name, {})
+                yield name, _finished_hook(study, settings, name, {})
                 n_done += n_of_hook
                 tell("cells", n_done, n_cells)
 
@@ -217,8 +180,8 @@ def _finished_hook(
     settings: SweepSettings,
     hook_name: str,
     finished: Mapping[_Along, Finished],
-) -> FinishedHook:
-    """The rows of a hook's cells, without q-values."""
+) -> Kept:
+    """The rows of a hook's cells, without q-values, and what the cells took."""
     readout = study.readouts[hook_name]
     unsteered, direction = study.baseline.cell(readout), study.directions[readout]
     cells = {
@@ -240,28 +203,24 @@ def _finished_hook(
         if coefficient != 0 and at_null and "projection" in row:
             row |= _null_columns(row["projection"], coefficient, at_null, direction)
         rows.append(row)
-    return FinishedHook(hook_name, tuple(rows), sum(done.blocks for done in finished.values()))
+    return Kept(rows=tuple(rows), blocks=sum(done.blocks for done in finished.values()))
 
 
 def _fingerprint(study: Preparation, settings: SweepSettings, along: Sequence[_Along]) -> str:
     """The sha256 of all that decides a cell: the unsteered activations too, to the bit."""
     baseline = study.baseline
-    decided = {
-        "model": provenance(study.model).to_dict(),
-        "pairs": study.pairs.fingerprint,
-        "settings": asdict(settings),
-        "along": [
+    return digest(
+        provenance(study.model).to_dict(),
+        study.pairs.fingerprint,
+        asdict(settings),
+        [
             (pushed.kind, pushed.directions.hook_names, pushed.directions.readout_names)
             for pushed in along
         ],
-        "baseline": baseline.hook_names,
-    }
-    digest = hashlib.sha256(json.dumps(decided).encode())
-    vectors = [pushed.directions.vectors for pushed in along]
-    for tensor in (*vectors, baseline.positive, baseline.negative, baseline.logprob):
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        [pushed.directions.vectors for pushed in along],
+        baseline.hook_names,
+        (baseline.positive, baseline.negative, baseline.logprob),
+    )
 
 
 def _null_columns(

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from steerlens.errors import MemoryLimitError, ModelError, told
@@ -186,6 +185,8 @@ def _check_padding(text: Any, error: AssertionError) -> None:
 
 def _memory() -> int:
     """Bytes of the machine's memory, that of its GPUs included."""
+    import psutil
+
     gpus = range(torch.cuda.device_count())
     total = sum(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
     return int(psutil.virtual_memory().total) + total

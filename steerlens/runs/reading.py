@@ -118,11 +118,11 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise _no_run(folder, "no such folder")
     started = read_started(folder)
     if started is not None:
-        done, n_hooks = started.has_part, len(started.hook_names)
+        cells = f"pandas.read_parquet({str(folder / PARTS)!r}) has the cells of "
         raise FileError(
-            f"{str(folder)!r} is an unfinished run, with {len(done)} of {n_hooks} hooks finished "
-            f"({', '.join(done) or 'none'}); `steerlens sweep --resume {folder}` goes on with it, "
-            f"pandas.read_parquet({str(folder / PARTS)!r}) has the cells of those"
+            f"{str(folder)!r} is an unfinished run, with {started.finished} finished; "
+            f"`{started.resume} {folder}` goes on with it"
+            + (f"; {cells}{', '.join(started.has_part)}" if started.has_part else "")
         )
     if not _exists(path):
         raise _no_run(folder, f"it holds no {RECORD}")

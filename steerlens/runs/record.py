@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
@@ -29,6 +30,8 @@ from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
 PARTS = "parts"
+SEAL = "sha256"
+"""In a record: of all else in it."""
 STARTED = "_request.json"
 """In the folder of parts: what was asked for. Readers of Parquet pass over a name like that."""
 REPORT = "report.html"
@@ -42,33 +45,40 @@ RUN_FILES = (
     "directions.safetensors",
     RECORD,
 )
-"""Every file that some command writes into a run folder."""
+"""Every file that some command writes into a run folder, but for those of several directions."""
 
 
-def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
+def is_run_file(name: str) -> bool:
+    """Whether some command writes a file of that name into a run folder."""
+    return name in RUN_FILES or re.fullmatch(r"directions-\w+\.safetensors", name) is not None
+
+
+def check_run_folder(folder: Path, request: Mapping[str, Any], *, is_begun: bool = False) -> None:
     """Make `folder` and see that a run of `request` may be written there, before any work.
 
-    A run of the same request may be written again. Raises `FileError` when the folder holds a
-    run of another request (naming what differs, with both values), an unfinished run, or results
-    without a record, or cannot be written.
+    A run of the same request may be written again, and one that `is_begun` there. Raises
+    `FileError` when the folder cannot be written, is a link, or holds a run of another request
+    (naming what differs, with both values), files of these names that no record says are of a run,
+    or a link, a folder or a device by one of them.
     """
     check_out_folder(folder)
-    record = folder / RECORD
-    if not record.exists():
-        if (folder / PARTS / STARTED).exists():
+    there = sorted(path for path in folder.iterdir() if is_run_file(path.name))
+    for path in there:
+        if path.is_symlink() or not path.is_file():
             raise FileError(
-                f"{str(folder)!r} holds an unfinished run; `steerlens sweep --resume {folder}` "
-                "goes on with it; or choose another --out or delete it"
+                f"{str(folder)!r} holds {path.name}, which is a link or no file; choose another "
+                "--out or move it away"
             )
-        results = [name for name in RUN_FILES if (folder / name).exists()]
-        if results:
+    record = folder / RECORD
+    if record not in there:
+        if there and not is_begun:
             raise FileError(
-                f"{str(folder)!r} holds {', '.join(results)} but no {RECORD}, so they may belong "
-                "to another run; choose another --out or move them away"
+                f"{str(folder)!r} holds {', '.join(path.name for path in there)} but no {RECORD}, "
+                "so they may belong to another run; choose another --out or move them away"
             )
         return
     try:
-        (earlier,) = read_objects(record, "request")
+        earlier = read_record(record)["request"]
     except ValueError as error:
         raise FileError(
             f"{str(record)!r} is not a run record ({error}); choose another --out"
@@ -80,15 +90,36 @@ def check_run_folder(folder: Path, request: Mapping[str, Any]) -> None:
         )
 
 
-def read_objects(path: Path, *names: str) -> list[dict[str, Any]]:
-    """The objects of those names in a JSON record. Raises `ValueError` where one is missing."""
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its own sha256, by which `read_record` sees that it was changed.
+
+    That shows accidents and edits; it is no signature, which nobody else could make.
+    """
+    plain = without_nan({name: value for name, value in record.items() if name != SEAL})
+    text = json.dumps(plain, sort_keys=True)
+    return {**plain, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def is_sealed(record: Mapping[str, Any]) -> bool:
+    """Whether a record is as it was written."""
+    return bool(record.get(SEAL) == sealed(record)[SEAL])
+
+
+def read_record(path: Path, *objects: str) -> dict[str, Any]:
+    """A record that steerlens wrote, with `request`, `versions` and more `objects`.
+
+    Raises `ValueError` where it is none, or was changed since.
+    """
     try:
         record = strict_json(path.read_text(encoding="utf-8"))
-        return [dict(record[name]) for name in names]
-    except KeyError as error:
-        raise ValueError(f"it has no {error}") from error
-    except (OSError, TypeError) as error:
+    except OSError as error:
         raise ValueError(error) from error
+    for name in ("request", "versions", *objects):
+        if not isinstance(record, dict) or not isinstance(record.get(name), dict):
+            raise ValueError(f"it has no {name!r}")
+    if not is_sealed(record):
+        raise ValueError(f"its {SEAL!r} does not fit: it was changed, or is of another program")
+    return dict(record)
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -183,7 +214,7 @@ def write_run(
             "files": files,
             **({} if options is None else {"options": dict(options)}),
         }
-        write_whole(folder / RECORD, partial(write_json, record))
+        write_whole(folder / RECORD, partial(write_json, sealed(record)))
     except OSError as error:
         raise FileError(f"cannot write to {str(folder)!r}: {error}") from error
 

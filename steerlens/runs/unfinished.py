@@ -1,13 +1,14 @@
 """A run that is not finished: its parts on disk, and who may write them.
 
-In `parts/` of the run folder: `_request.json`, what was asked for, written first;
-`_directions.safetensors`; a Parquet file a hook, each written whole and once; and `_lock`.
+In `parts/` of the run folder: `_request.json`, what was asked for, with which the folder is made;
+`_directions.safetensors`; of a sweep a Parquet file a hook, of other commands a safetensors file
+for everything that is finished, each written whole and once.
 """
 
 import hashlib
 import json
+import os
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,41 +21,65 @@ from typing import Any
 import pandas as pd
 
 from steerlens.directions.directions import Directions
+from steerlens.engine.checkpoint import UNSTEERED, Kept, Tensors, digest
 from steerlens.errors import FileError, SteerlensError
-from steerlens.files import cannot_write, write_json, write_whole
-from steerlens.measure.sweeps import FinishedHook
+from steerlens.files import (
+    PROBE,
+    TEMPORARY,
+    cannot_write,
+    locked,
+    temporary_name,
+    write_json,
+    write_whole,
+)
 from steerlens.runs.record import (
     PARTS,
     RECORD,
-    RUN_FILES,
+    REPORT,
     STARTED,
     check_run_folder,
     differences,
+    is_run_file,
     now,
     read_directions,
-    read_objects,
+    read_record,
+    sealed,
     versions,
     write_directions,
 )
 from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
 
 DIRECTIONS = "_directions.safetensors"
-LOCK = "_lock"
-# Its own files alone are removed; of one that was being written when the program was killed, a
-# folder is left that `write_whole` made.
-_PART = rf"{re.escape(STARTED)}|{re.escape(DIRECTIONS)}|[0-9]{{4,}}\.parquet"
-_IN_PARTS = re.compile(rf"{_PART}|\.(?:{_PART})-\w+")
-_LEFT_BESIDE = re.compile(rf"\.(?:{'|'.join(map(re.escape, RUN_FILES))})-\w+")
+_TENSORS = re.compile(rf"(?:{UNSTEERED})?[0-9a-f]{{64}}\.safetensors")
+_PART = re.compile(
+    rf"{re.escape(STARTED)}|{re.escape(DIRECTIONS)}|[0-9]{{4,}}\.parquet|{_TENSORS.pattern}"
+)
 
 
 @dataclass(frozen=True)
 class Started:
-    """What an unfinished run was asked for, and the hooks that have a part."""
+    """What an unfinished run was asked for, and what of it has a part.
+
+    `has_part` names the hooks of a sweep that have one; `n_parts` counts those of other commands.
+    """
 
     request: Mapping[str, Any]
     options: Mapping[str, Any]
     versions: Mapping[str, str]
     has_part: tuple[str, ...]
+    n_parts: int
+
+    @property
+    def resume(self) -> str:
+        """The command that goes on with it, but for its folder."""
+        return resume_command(self.request)
+
+    @property
+    def finished(self) -> str:
+        """How much is finished."""
+        if self.request.get("command") == "sweep":
+            return f"{len(self.has_part)} of {len(self.hook_names)} hooks"
+        return f"{self.n_parts} parts"
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -62,35 +87,44 @@ class Started:
         return tuple(self.request["hook_names"])
 
 
+def resume_command(request: Mapping[str, Any]) -> str:
+    """What goes on with a run, but for its folder."""
+    return f"steerlens {request.get('command', 'sweep')} --resume"
+
+
 def read_started(folder: Path) -> Started | None:
     """What the unfinished run in a folder is; None when there is none.
 
-    A folder with a run.json is finished. Raises `FileError` when the record is damaged.
+    A folder with a run.json is finished. Raises `FileError` when the record is damaged, and where
+    `parts` is a link.
     """
-    path = folder / PARTS / STARTED
+    inside = folder / PARTS
+    path = inside / STARTED
     if (folder / RECORD).exists() or not path.exists():
         return None
     try:
-        request, options, made_by = read_objects(path, "request", "options", "versions")
-        names = [str(name) for name in request["hook_names"]]
+        if path.parent.is_symlink():
+            raise ValueError(f"{PARTS} is a link")
+        record = read_record(path, "options")
+        names = [str(name) for name in record["request"]["hook_names"]]
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(
-            f"{str(path)!r} is not the record of an unfinished run ({error}); delete the folder "
-            "and run the command once more"
+            f"{str(path)!r} is not the record of an unfinished run ({error}); choose another --out "
+            "or move it away"
         ) from error
     has_part = tuple(name for i, name in enumerate(names) if _part(folder, i).exists())
-    return Started(request, options, made_by, has_part)
+    n_parts = sum(_TENSORS.fullmatch(path.name) is not None for path in inside.iterdir())
+    return Started(record["request"], record["options"], record["versions"], has_part, n_parts)
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_finished(path: Path) -> dict[str, Any]:
     """The record of a finished run, from its run.json or its folder: to run it again.
 
     Raises `FileError` when it is not one, or says no options.
     """
     path = path / RECORD if path.is_dir() else path
-    names = ("request", "options", "versions")
     try:
-        return dict(zip(names, read_objects(path, *names), strict=True))
+        return read_record(path, "options")
     except ValueError as error:
         raise FileError(
             f"{str(path)!r} is not the record of a run that can be repeated ({error}); expected "
@@ -101,76 +135,88 @@ def read_record(path: Path) -> dict[str, Any]:
 class Parts:
     """The parts of a run that this process may write: a `Checkpoint` (see `open_parts`).
 
-    `seconds` and `warned` are of the hooks that were finished before, and known once `finished` is
-    called.
+    `seconds` and `warned` are of what was finished before and has been loaded.
     """
 
     def __init__(
-        self, folder: Path, hook_names: Sequence[str], warned: Callable[[], Sequence[str]]
+        self, folder: Path, request: Mapping[str, Any], warned: Callable[[], Sequence[str]]
     ) -> None:
-        self._folder, self._hook_names, self._warned = folder, tuple(hook_names), warned
-        self._of, self._since = "", time.perf_counter()
+        self._folder, self._hook_names, self._warned = folder, tuple(request["hook_names"]), warned
+        self.go_on = f"make room, then `{resume_command(request)} {folder}`"
+        self._since = time.perf_counter()
         self.seconds = 0.0
         self.warned: tuple[str, ...] = ()
 
-    def directions(self, fit: Callable[[], Directions]) -> Directions:
-        """The directions that were fitted before; else those of `fit`, which are kept."""
+    def directions(
+        self, fit: Callable[[], Directions], hook_names: Sequence[str] | None = None
+    ) -> Directions:
+        """The directions that were fitted before; else those of `fit`, which are kept.
+
+        They are at `hook_names`: those of the request, unless others are given.
+        """
         path = self._folder / PARTS / DIRECTIONS
         if path.exists():
             try:
-                return read_directions(path, self._hook_names)
+                return read_directions(path, hook_names or self._hook_names)
             except FileError as error:
                 warnings.warn(f"{error}; fitted again", RuntimeWarning, stacklevel=2)
         directions = fit()
         self._write(path, partial(write_directions, directions))
         return directions
 
-    def finished(self, of: str) -> dict[str, FinishedHook]:
-        """The hooks that have a part. One that is damaged is left out, with a warning.
+    def load(self, name: str, of: str) -> Kept | None:
+        """What is kept under a name; None where nothing is, and with a warning where it is damaged.
 
-        Raises `FileError` when a part is of another sweep than the one that `of` names.
+        Raises `FileError` when it is of another measurement than the one that `of` names.
         """
-        self._of, self._since = of, time.perf_counter()
-        hooks = {}
-        for i, name in enumerate(self._hook_names):
-            path = _part(self._folder, i)
-            if not path.exists():
-                continue
-            frame = _read_part(path, name)
-            if frame is None:
-                message = f"{str(path)!r} is damaged; the cells of {name} are run again"
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-                continue
-            if frame.attrs["of"] != of:
-                raise FileError(
-                    f"{str(path)!r} was measured with other settings, directions or unsteered "
-                    "activations, to the bit: on another device, number of threads or machine? Go "
-                    "on as it was begun, or start again in another --out"
-                )
-            rows: Any = frame.to_dict("records")
-            hooks[name] = FinishedHook(name, tuple(rows), frame.attrs["blocks"])
-            self.seconds += frame.attrs["seconds"]
-            self.warned = tuple(dict.fromkeys((*self.warned, *frame.attrs["warnings"])))
-        return hooks
+        path = self._path(name)
+        if not path.exists():
+            return None
+        read = _read_rows if path.suffix == ".parquet" else _read_tensors
+        found = read(path, name)
+        if found is None:
+            message = f"{str(path)!r} is damaged; what it held is run again"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return None
+        kept, attrs = found
+        if attrs["of"] != of:
+            raise FileError(
+                f"{str(path)!r} was measured with other settings, directions or unsteered "
+                "activations, to the bit: on another device, number of threads or machine? Go "
+                "on as it was begun, or start again in another --out"
+            )
+        self.seconds += attrs["seconds"]
+        self.warned = tuple(dict.fromkeys((*self.warned, *attrs["warnings"])))
+        return kept
 
-    def keep(self, hook: FinishedHook) -> None:
-        """Write the part of a hook; it is on the disk when this returns.
+    def keep(self, name: str, of: str, kept: Kept) -> None:
+        """Write a part; it is on the disk when this returns.
 
         Raises `FileError` when it cannot be written.
         """
         moment = time.perf_counter()
         attrs = {
-            "of": self._of,
-            "hook_name": hook.hook_name,
-            "blocks": hook.blocks,
+            "of": of,
+            "hook_name": name,
+            "blocks": kept.blocks,
+            "record": dict(kept.record),
             "seconds": moment - self._since,
             "warnings": list(self._warned()),
         }
         self._since = moment
-        frame = to_frame(hook.rows, SWEEP_COLUMNS, attrs)
-        frame.attrs["sha256"] = _checksum(frame)
-        path = _part(self._folder, self._hook_names.index(hook.hook_name))
-        self._write(path, partial(write_parquet, frame))
+        path = self._path(name)
+        if path.suffix == ".parquet":
+            frame = to_frame(kept.rows, SWEEP_COLUMNS, attrs)
+            frame.attrs["sha256"] = _checksum(frame)
+            self._write(path, partial(write_parquet, frame))
+        else:
+            self._write(path, partial(_write_tensors, kept.tensors, attrs))
+
+    def _path(self, name: str) -> Path:
+        """A table where the name is that of a hook."""
+        if name in self._hook_names:
+            return _part(self._folder, self._hook_names.index(name))
+        return self._folder / PARTS / f"{name}.safetensors"
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         try:
@@ -178,7 +224,7 @@ class Parts:
         except OSError as error:
             raise FileError(
                 f"cannot write {str(path)!r}: {error.strerror or error}; what is finished is kept: "
-                f"make room, then `steerlens sweep --resume {self._folder}`"
+                f"{self.go_on}"
             ) from error
 
 
@@ -195,9 +241,9 @@ def open_parts(
 
     After an error, an interrupt or a kill they stay, if there are any, and `resume` goes on with
     them. `request` has the `hook_names`, `options` what the command was given, `warned` the
-    warnings so far. Raises `FileError` as `check_run_folder` does, when another process has the
-    folder, and with `resume` when there is no unfinished run, or one of another request or other
-    versions (naming both values).
+    warnings so far. Raises `FileError` as `check_run_folder` does, when another run has the folder,
+    where `parts` has work to go on with or something else in it, and with `resume` when there is no
+    unfinished run, or one of another request or other versions (naming both values).
 
     Examples:
         >>> from steerlens.runs.unfinished import open_parts, read_started
@@ -207,70 +253,151 @@ def open_parts(
         ...     len(read_started(folder).has_part)
         5
     """
-    inside = folder / PARTS
-    if not resume:
+    with locked(folder, is_folder=True):
+        if resume:
+            _check_same(folder, request)
+        else:
+            _check_new(folder, request)
+            _remove_parts(folder)
+            _start(folder, request, options)
         try:
-            inside.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(folder, error) from error
-    with _locked(folder):
-        try:
-            if resume:
-                _check_same(folder, request)
-            else:
-                check_run_folder(folder, request)
-                _start(folder, request, options)
-        except BaseException:
-            # What was refused leaves nothing behind, but for the unfinished run of another request.
-            if not (inside / STARTED).exists():
-                _remove_parts(folder)
-            raise
-        try:
-            yield Parts(folder, request["hook_names"], warned)
+            yield Parts(folder, request, warned)
         except BaseException as error:
-            if not _is_worth_keeping(inside, error):
+            if not _is_worth_keeping(folder, error):
                 _remove_parts(folder)
             raise
         _clear(folder)
 
 
 def clear_finished(folder: Path) -> None:
-    """Remove what a kill left beside the files of a run that is finished, unless it is at work."""
-    if (folder / PARTS).exists():
-        with suppress(FileError), _locked(folder):
-            _clear(folder)
+    """Remove what a kill left beside the files of a run that is finished.
+
+    Raises `FileError` where its record is not of a run, and when another run is at work there.
+    """
+    with locked(folder, is_folder=True):
+        try:
+            read_record(folder / RECORD)
+        except ValueError as error:
+            raise FileError(
+                f"{str(folder / RECORD)!r} is not the record of a run ({error}); start one with "
+                "another --out"
+            ) from error
+        _clear(folder)
 
 
 def _clear(folder: Path) -> None:
-    """Remove the parts, and what a kill half way through a table left beside it."""
-    with suppress(OSError):
-        _remove(folder, _LEFT_BESIDE)
+    """Remove the parts, and what a kill half way through a file left beside it."""
     _remove_parts(folder)
-
-
-def _remove_parts(folder: Path) -> None:
-    """Remove the parts and, where nothing of another program is in it, their folder."""
-    with suppress(OSError):
-        _remove(folder / PARTS, _IN_PARTS)
-        (folder / PARTS / LOCK).unlink()
-        (folder / PARTS).rmdir()
-
-
-def _remove(folder: Path, names: re.Pattern[str]) -> None:
-    """Remove what this program wrote into a folder, by its name, and nothing else."""
     for path in folder.iterdir():
-        if names.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
+        left = TEMPORARY.fullmatch(path.name)
+        if left and left["name"] == PARTS:
+            _remove_folder(path)
+        # A report is written by another command, which may be at it.
+        elif left and _is_left(left["name"]) and _is_file(path):
+            with suppress(OSError):
                 path.unlink()
 
 
-def _is_worth_keeping(inside: Path, error: BaseException) -> bool:
-    """Whether there is something to go on with: no request that failed before its first cell."""
-    if any(inside.glob("*.parquet")) or isinstance(error, FileError):
+def _is_left(name: str) -> bool:
+    return name == PROBE or (is_run_file(name) and name != REPORT)
+
+
+def _remove_parts(folder: Path) -> None:
+    """Remove the parts, if they are of a run; what else lies among them stays."""
+    inside = folder / PARTS
+    with suppress(OSError):
+        if _is_own(inside / STARTED) and not _others(inside):
+            gone = temporary_name(inside)  # so that a kill leaves no half of them under their name
+            inside = inside.rename(gone)
+    if _is_own(inside / STARTED):
+        _remove_folder(inside)
+
+
+def _remove_folder(folder: Path) -> None:
+    with suppress(OSError):
+        if not folder.is_symlink():
+            for path in [path for path in folder.iterdir() if _is_own(path)]:
+                path.unlink()
+            folder.rmdir()
+
+
+def _others(inside: Path) -> list[str]:
+    """What in a folder of parts is not of this program; the folder itself where it is a link."""
+    if inside.is_symlink() or not inside.is_dir():
+        return [inside.name]
+    return sorted(path.name for path in inside.iterdir() if not _is_own(path))
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a file among the parts is this program's: by its name and by what is in it."""
+    left = TEMPORARY.fullmatch(path.name)
+    name = left["name"] if left else path.name
+    if path.parent.is_symlink() or not _is_file(path) or not _PART.fullmatch(name):
+        return False
+    if left:  # it may be cut off anywhere
         return True
-    return (inside / DIRECTIONS).exists() and not isinstance(error, SteerlensError)
+    if name == STARTED:
+        with suppress(ValueError):
+            return bool(read_record(path))
+        return False
+    if name == DIRECTIONS:
+        return _has_directions(path)
+    return (_read_tensors if _TENSORS.fullmatch(name) else _read_rows)(path) is not None
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _has_directions(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "steerlens" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def _has_parts(inside: Path) -> bool:
+    return any(inside.glob("*.parquet")) or any(inside.glob("[0-9a-f]*.safetensors"))
+
+
+def _has_work(inside: Path) -> bool:
+    return _has_parts(inside) or (inside / DIRECTIONS).exists()
+
+
+def _is_worth_keeping(folder: Path, error: BaseException) -> bool:
+    """Whether there is something to go on with: no request that failed before its first part.
+
+    Or tables, which without a record are known by the request of the parts alone.
+    """
+    inside = folder / PARTS
+    if _has_parts(inside) or isinstance(error, FileError):
+        return True
+    if not (folder / RECORD).exists() and any(is_run_file(path.name) for path in folder.iterdir()):
+        return True
+    return _has_work(inside) and not isinstance(error, SteerlensError)
+
+
+def _check_new(folder: Path, request: Mapping[str, Any]) -> None:
+    """Raise `FileError` unless a run of `request` may begin in a folder."""
+    inside = folder / PARTS
+    started = read_started(folder)
+    if started is not None and _has_work(inside):
+        raise FileError(
+            f"{str(folder)!r} holds an unfinished run; `steerlens {started.request.get('command')} "
+            f"--resume {folder}` goes on with it; or choose another --out or delete it"
+        )
+    is_begun = started is not None and not differences(started.request, request)
+    check_run_folder(folder, request, is_begun=is_begun)
+    if os.path.lexists(inside):
+        others = _others(inside) if (inside / STARTED).exists() else [PARTS]
+        if others:
+            raise FileError(
+                f"{str(folder)!r} holds {', '.join(others)}, not of a run, where the parts of this "
+                f"one would be written ({PARTS}); choose another --out or move it away"
+            )
 
 
 def _start(folder: Path, request: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -280,11 +407,13 @@ def _start(folder: Path, request: Mapping[str, Any], options: Mapping[str, Any])
         "versions": versions(),
         "started": now(),
     }
+    made = temporary_name(folder / PARTS)  # a folder of parts is never without its record
     try:
-        # Of a run that was finished, or killed before its record was written.
-        _remove(folder / PARTS, _IN_PARTS)
-        write_whole(folder / PARTS / STARTED, partial(write_json, record))
+        made.mkdir()
+        write_whole(made / STARTED, partial(write_json, sealed(record)))
+        made.rename(folder / PARTS)
     except OSError as error:
+        _remove_folder(made)
         raise cannot_write(folder, error) from error
 
 
@@ -303,42 +432,49 @@ def _check_same(folder: Path, request: Mapping[str, Any]) -> None:
         )
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system drops with the process that holds it."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / PARTS / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FileError(
-            f"another process is at work in {str(folder)!r}; wait for it, or choose another --out"
-        ) from error
-    except OSError as error:
-        raise FileError(
-            f"cannot lock {str(folder)!r}: {error.strerror or error}; choose another --out"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _part(folder: Path, index: int) -> Path:
     return folder / PARTS / f"{index:04d}.parquet"
 
 
-def _read_part(path: Path, hook_name: str) -> pd.DataFrame | None:
-    """The rows of a part, or None when they are not those that were written."""
+def _read_rows(path: Path, hook_name: str = "") -> tuple[Kept, dict[str, Any]] | None:
+    """A part that is a table (at that hook), and its attrs; None if it is not what was written."""
     try:
         frame = pd.read_parquet(path, engine="pyarrow")
         written = frame.attrs.pop("sha256")
-        is_whole = written == _checksum(frame) and frame.attrs["hook_name"] == hook_name
+        is_whole = written == _checksum(frame) and hook_name in ("", frame.attrs["hook_name"])
     # Whatever pyarrow makes of damaged bytes: its errors share no base class.
     except Exception:
         return None
-    return frame if is_whole else None
+    rows: Any = frame.to_dict("records")
+    attrs: Any = frame.attrs
+    return (Kept(rows=tuple(rows), blocks=attrs["blocks"]), attrs) if is_whole else None
+
+
+def _read_tensors(path: Path, name: str = "") -> tuple[Kept, dict[str, Any]] | None:
+    """A part that is tensors, and its attrs; None when they are not what was written."""
+    from safetensors.torch import load
+
+    try:
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        said = json.loads(content[8 : 8 + size])["__metadata__"]
+        attrs, tensors = json.loads(said["attrs"]), load(content)
+        is_whole = said["sha256"] == digest(attrs, sorted(tensors.items()))
+        kept = Kept(tensors=tensors, record=attrs["record"], blocks=attrs["blocks"])
+    # Whatever safetensors makes of damaged bytes.
+    except Exception:
+        return None
+    return (kept, attrs) if is_whole and name in ("", attrs["hook_name"]) else None
+
+
+def _write_tensors(tensors: Tensors, attrs: Mapping[str, Any], path: Path) -> None:
+    from safetensors.torch import save
+
+    # Views of one tensor are written each for itself.
+    apart = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    plain = json.loads(json.dumps(attrs))
+    metadata = {"attrs": json.dumps(plain), "sha256": digest(plain, sorted(apart.items()))}
+    path.write_bytes(save(apart, metadata))
 
 
 def _checksum(frame: pd.DataFrame) -> str:

@@ -1,0 +1,112 @@
+"""Where the finished parts of long work are kept, so that it can go on where it stopped."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from steerlens.engine.workload import Cost
+from steerlens.tables import Row
+
+Tensors = Mapping[str, Shaped[Tensor, "..."]]
+UNSTEERED = "_unsteered-"
+"""How the name of a part begins that says what the unsteered model gave."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A finished part: rows of a table or tensors, what JSON can say, the block-evaluations."""
+
+    rows: tuple[Row, ...] = ()
+    tensors: Tensors = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    blocks: int = 0
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Where finished parts are kept: `steerlens.runs.unfinished.open_parts` makes one in a folder.
+
+    What is loaded has to be what was kept, to the bit. A sweep keeps the rows of each hook under
+    its name; everything else is kept under the sha256 of all that decides it.
+
+    Examples:
+        >>> class InMemory(dict):
+        ...     def load(self, name, of): return self.get((name, of))
+        ...     def keep(self, name, of, kept): self[name, of] = kept
+        >>> memory = InMemory()
+        >>> _ = sl.sweep(model, pairs, directions, coefficients=[0, 4], checkpoint=memory)
+        >>> hooks = {name: kept for (name, _), kept in memory.items() if kept.rows}
+        >>> len(hooks), len(hooks["blocks.1.hook_resid_post"].rows)  # hooks; cells of one
+        (5, 2)
+    """
+
+    def load(self, name: str, of: str) -> Kept | None:
+        """What was kept under a name; None when nothing was.
+
+        `of` is the sha256 of all that decides it. Raises where another is kept under the name.
+        """
+        ...
+
+    def keep(self, name: str, of: str, kept: Kept) -> None:
+        """Keep a part; it must be safe when this returns."""
+        ...
+
+
+def once(
+    checkpoint: Checkpoint | None,
+    decided: Sequence[Any],
+    compute: Callable[[], Tensors],
+    cost: Cost | None = None,
+) -> Tensors:
+    """The tensors that were kept, else those of `compute`, which are kept.
+
+    `decided` is all that decides them (see `digest`). `cost` grows by what they took, whenever that
+    was.
+    """
+    if checkpoint is None:
+        return compute()
+    key, cost = digest(*decided), Cost() if cost is None else cost
+    kept = checkpoint.load(key, key)
+    if kept is not None:
+        cost.blocks += kept.blocks
+        return kept.tensors
+    before = cost.blocks
+    tensors = compute()
+    checkpoint.keep(key, key, Kept(tensors=tensors, blocks=cost.blocks - before))
+    return tensors
+
+
+def check_unsteered(
+    checkpoint: Checkpoint | None, decided: Sequence[Any], values: Sequence[Shaped[Tensor, "..."]]
+) -> None:
+    """See that the unsteered model gives what it gave before the work was stopped, to the bit.
+
+    `decided` says what was run, as of `once`. Raises as `Checkpoint.load` where it does not.
+    """
+    if checkpoint is None:
+        return
+    key, of = f"{UNSTEERED}{digest(*decided)}", digest(*values)
+    if checkpoint.load(key, of) is None:
+        checkpoint.keep(key, of, Kept())
+
+
+def digest(*decided: Any) -> str:
+    """The sha256 of plain values and tensors, and lists of them, to the bit."""
+    sha256 = hashlib.sha256()
+    for value in decided:
+        if isinstance(value, Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            head: Any = [str(value.dtype), *value.shape]
+            content = flat.view(torch.uint8).numpy().tobytes()
+        elif isinstance(value, (list, tuple)):
+            head, content = len(value), digest(*value).encode()
+        else:
+            head, content = "", json.dumps(value, sort_keys=True).encode()
+        sha256.update(f"{json.dumps(head)}{len(content)} ".encode() + content)
+    return sha256.hexdigest()
