@@ -5,8 +5,10 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -192,19 +194,64 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     try:
         mode = stat.S_IMODE(temporary.stat().st_mode)
         write(temporary)
-        temporary.chmod(mode)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _finish(temporary, mode)
         os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink()
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
+    _to_disk(path.parent)
+
+
+def write_out(path: Path, write: Callable[[Path], object]) -> None:
+    """As `write_whole`, of what `--out` names. Raises `FileError` where it cannot be written."""
+    try:
+        write_whole(path, write)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_whole_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """As `write_whole`, of a folder that is new or empty and of all files that `fill` puts there.
+
+    Raises `OSError` where it cannot be written or is not empty.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    temporary.mkdir()
+    try:
+        fill(temporary)
+        probe = _new_file(temporary / "probe")
+        mode = stat.S_IMODE(probe.stat().st_mode)
+        probe.unlink()
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                _finish(path, mode)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
         try:
-            os.fsync(folder)
+            _to_disk(folder.parent)
+        except OSError:  # a folder that is there would be refused the next time
+            folder.rename(temporary)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Libraries write by temporary files of their own, which are private, and no disk is asked."""
+    path.chmod(mode)
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _to_disk(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
 
 
 # One process at a time
@@ -274,7 +321,11 @@ def _acquired(lock: Path) -> int | None:
         os.close(descriptor)
 
 
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
 def _lock(descriptor: int) -> bool:
+    """Whether a file could be locked; with a warning, where the file system has no locks."""
     try:
         if os.name == "posix":
             import fcntl
@@ -286,6 +337,11 @@ def _lock(descriptor: int) -> bool:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined, unused-ignore]
     except (BlockingIOError, PermissionError):
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        text = f"this file system has no locks ({error.strerror}): let no other run write there"
+        warnings.warn(text, RuntimeWarning, stacklevel=6)
     return True
 
 

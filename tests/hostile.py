@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 import steerlens as sl
+from steerlens.runs.record import sealed
 from steerlens.steering.vector_file import KEY, encode
 
 FOLDER = Path(__file__).resolve().parent / "files" / "hostile"
@@ -294,7 +295,8 @@ def records(good: dict[str, Any]) -> dict[str, Bad]:
         "file_list": Bad(put(files=["attention.html"]), ("files",)),
         "file_sums_list": Bad(put(files=files | {"writers.csv": []}), ("writers.csv", "sha256")),
         "file_sha_number": Bad(
-            put(files=files | {"writers.csv": {"bytes": 1, "sha256": 1}}), ("writers.csv",)
+            put(**sealed(good | {"files": files | {"writers.csv": {"bytes": 1, "sha256": 1}}})),
+            ("writers.csv",),
         ),
         "file_lacking": Bad(put(files={}), ("lack that of the table 'writers'",)),
         "file_traversal": Bad(put(files=files | {"../attention.html": sums}), ("../attention",)),
@@ -305,7 +307,11 @@ def records(good: dict[str, Any]) -> dict[str, Bad]:
         ),
         "table_list": Bad(put(tables={"writers": []}), ("writers",)),
         "rows_huge": Bad(
-            put(tables=tables | {"writers": {"rows": 10**30, "attrs": {}}}), ("writers.csv",)
+            put(**sealed(good | {"tables": tables | {"writers": {"rows": 10**30, "attrs": {}}}})),
+            ("writers.csv",),
+        ),
+        "seed_edited": Bad(
+            put(request=good["request"] | {"seed": 1}), ("run.json", "was changed since")
         ),
         "rows_text": Bad(put(tables={"writers": {"rows": "2", "attrs": {}}}), ("writers",)),
         "attrs_list": Bad(put(tables={"writers": {"rows": 2, "attrs": []}}), ("writers",)),

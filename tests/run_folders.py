@@ -14,7 +14,7 @@ import pandas as pd
 from steerlens.models.hooks import resid_post
 from steerlens.plots import attention_page, projection_page
 from steerlens.runs.contents import TABLES
-from steerlens.runs.record import write_run
+from steerlens.runs.record import sealed, write_run
 from steerlens.tables import Column, to_frame
 
 HOSTILE = (
@@ -302,7 +302,7 @@ def write(
 
 
 def seal(folder: Path) -> None:
-    """Give run.json the sha256 that the files now have, as of a run that wrote them so."""
+    """Give run.json the sha256 of the files and of itself, as of a run that wrote them so."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     for name in record["files"]:
         content = (folder / name).read_bytes()
@@ -310,7 +310,7 @@ def seal(folder: Path) -> None:
             "bytes": len(content),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(sealed(record)), encoding="utf-8")
 
 
 def sweep_tables() -> dict[str, pd.DataFrame]:

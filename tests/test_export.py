@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import stat
 import struct
 from collections import Counter
 from dataclasses import replace
@@ -374,6 +375,15 @@ def hugging_face(kind: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind])).eval()
 
 
+def new_file(folder: Path) -> Path:
+    (folder / "any").touch()
+    return folder / "any"
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize("kind", CARRIERS)
 def test_a_baked_checkpoint_gives_the_hooked_logits(kind: str, tmp_path: Path) -> None:
     model = bridge(hugging_face(kind))
@@ -392,6 +402,7 @@ def test_a_baked_checkpoint_gives_the_hooked_logits(kind: str, tmp_path: Path) -
     assert added["bias"] in dict(baked.named_parameters())
     assert added["residual_units"] == pytest.approx(-1.5 * float(vector.scale[1]))
     assert record["coefficient"] == "-1.5"
+    assert modes(tmp_path / "baked") == {stat.S_IMODE(new_file(tmp_path).stat().st_mode)}
     # The model itself is as it was.
     assert torch.equal(logits(model), plain)
 

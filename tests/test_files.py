@@ -1,5 +1,6 @@
 """Files are written whole, as the user's own, and read without double meanings."""
 
+import errno
 import math
 import os
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 from steerlens.errors import FileError
 from steerlens.files import (
     check_out_file,
+    locked,
     number,
     strict_json,
     without_nan,
     write_json,
     write_whole,
+    write_whole_folder,
 )
 
 
@@ -30,11 +33,66 @@ def test_a_written_file_has_the_permissions_of_the_users_umask(
     try:
         write_whole(tmp_path / "private", write_private)
         write_whole(tmp_path / "plain", lambda path: path.write_bytes(b"x"))
+        write_whole_folder(tmp_path / "folder", lambda folder: write_private(folder / "private"))
         (tmp_path / "other").write_bytes(b"x")
     finally:
         os.umask(before)
-    for name in ("private", "plain", "other"):
+    for name in ("private", "plain", "folder/private", "other"):
         assert (tmp_path / name).stat().st_mode & 0o777 == mode, name
+    assert (tmp_path / "folder").stat().st_mode & 0o666 == mode
+
+
+def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    for there in (False, True):
+        if there:
+            (tmp_path / "folder").mkdir()
+        with pytest.raises(OSError, match="No space"):
+            write_whole_folder(tmp_path / "folder", fail)
+        assert [path.name for path in tmp_path.rglob("*")] == ["folder"] * there
+    write_whole_folder(tmp_path / "folder", lambda folder: (folder / "a").write_bytes(b"a"))
+    with pytest.raises(OSError, match="not empty"):
+        write_whole_folder(tmp_path / "folder", lambda folder: (folder / "b").write_bytes(b"b"))
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="as Linux says that there are no locks")
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with locked(tmp_path, is_folder=True):
+        pass
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.warns(RuntimeWarning, match=r"no locks \(No locks available\): let no other run"),
+        locked(tmp_path, is_folder=True),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("plant", ["text", "folder", "link"])
+def test_a_lock_is_never_a_file_of_the_user(plant: str, tmp_path: Path) -> None:
+    lock = tmp_path / ".steerlens.lock"
+    if plant == "link":
+        (tmp_path / "mine").write_bytes(b"")
+        lock.symlink_to(tmp_path / "mine")
+    elif plant == "folder":
+        lock.mkdir()
+    else:
+        lock.write_bytes(b"mine")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileError, match="cannot lock"), locked(tmp_path, is_folder=True):
+        pass
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_record_survives_json_without_nan(tmp_path: Path) -> None:

@@ -1,16 +1,31 @@
 """A run that is stopped from outside: by a full disk, a signal, or another process at work."""
 
+import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from test_cli import Main, assert_error, content, model_folder, pairs_file, run, sweep  # noqa: F401 (fixtures)
+from test_cli import (  # noqa: F401 (fixtures)
+    HELD_OUT,
+    OPENINGS,
+    Main,
+    assert_error,
+    content,
+    model_folder,
+    pairs_file,
+    run,
+    sweep,
+    write_pairs,
+)
 from test_resume import (  # noqa: F401 (fixtures)
     HOOKS,
     LONG,
@@ -24,6 +39,7 @@ from test_resume import (  # noqa: F401 (fixtures)
     interrupted,
     long_command,
     stop,
+    tree,
     whole,
 )
 
@@ -32,6 +48,57 @@ from steerlens import cli
 from steerlens.cli import command, sweep_command
 from steerlens.errors import FileError
 from steerlens.runs.unfinished import open_parts, read_started
+
+OPTIONS = {
+    "sweep": ["--coefficients=0,2", "--examples", "0", "--layers", "1"],
+    "boundary": ["--layers", "1"],
+    "geometry": ["--layers", "1", "--angles", "3"],
+    "compare": ["--layers", "1", "--methods", "mean_diff", "--null", "2", "--off-target", "none"],
+    "circuits": ["--layer", "1", "--coefficient", "2", "--no-compare"],
+    "layers": ["--layers", "1"],
+    "reliability": ["--layers", "1"],
+    "extract": ["--layers", "1", "--no-boundary"],
+}
+RUNS = ("sweep", "boundary", "geometry", "compare", "circuits")
+FILES = ("layers", "reliability", "extract", "export", "bake", "report")
+"""The commands that write a run folder, and those that write a file or a checkpoint."""
+
+
+@pytest.fixture(scope="module")
+def written(
+    model_folder: Path,  # noqa: F811
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """What commands read: model and pairs, a vector, a run."""
+    folder = tmp_path_factory.mktemp("written")
+    (folder / "model").symlink_to(model_folder)
+    write_pairs(folder / "pairs.jsonl", [*OPENINGS, *HELD_OUT, "the cat sat", "I know"])
+    answers = {"positive": " warm", "negative": " cold"}
+    items = (json.dumps({"prompt": f"you are {word}", **answers}) for word in "abcdefgh")
+    (folder / "items.jsonl").write_text("\n".join(items))
+    for name in ("extract", "sweep"):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([name, *map(str, words_of(name, folder, output(name, folder)))])
+    return folder
+
+
+def output(name: str, folder: Path) -> Path:
+    return folder / (name if name in (*RUNS, "bake") else f"{name}.safetensors")
+
+
+def words_of(name: str, written: Path, out: Path) -> list[str | Path]:
+    """The arguments of a command that writes to `out`."""
+    vector = written / "extract.safetensors"
+    if name == "export":
+        return [vector, out]
+    if name == "bake":
+        return [vector, "--coefficient", "2", "--out", out]
+    if name == "report":
+        return [written / "sweep", "--out", out]
+    data: list[str | Path] = ["--model", written / "model", "--pairs", written / "pairs.jsonl"]
+    items = ["--items", written / "items.jsonl"] if name == "compare" else []
+    return [*data, *items, *OPTIONS[name], "--quiet", "--out", out]
+
 
 # A full disk
 
@@ -65,6 +132,46 @@ def test_a_disk_that_is_really_full(
     assert_error(run("sweep", "--quiet", "--resume", folder), "No space left", "make room")
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     assert_finished_after_resume(run, folder, whole)
+
+
+@pytest.mark.parametrize("name", [*RUNS, *FILES])
+def test_a_disk_that_fills_at_any_write_blocks_no_later_run(
+    name: str,
+    run: Main,  # noqa: F811
+    written: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every write ends on the disk: there it fails. Of the runs that take long, some moments."""
+    calls, room, fsync = [], 1000, os.fsync
+
+    def fill(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fill)
+    out = output(name, tmp_path / "whole")
+    assert run(name, *words_of(name, written, out)).code == 0
+    wrote, moments = tree(tmp_path / "whole"), range(len(calls))
+    for at in moments if name not in ("geometry", "compare", "circuits") else moments[::5]:
+        folder = tmp_path / str(at)
+        words = words_of(name, written, output(name, folder))
+        calls, room = [], at
+        outcome = run(name, *words)
+        assert (outcome.code, "No space left" in outcome.words) == (2, True)
+        assert "unexpected" not in outcome.words
+        left = {path: content for path, content in tree(folder).items() if path in wrote}
+        assert {path for path in left if left[path] != wrote[path]} <= {f"{name}/run.json"}
+        room = 1000
+        again = run(name, *words)
+        if again.code:
+            assert_error(again, f"steerlens {name} --resume")
+            assert run(name, "--resume", output(name, folder), "--quiet").code == 0
+        found = tree(folder)
+        assert found.keys() == wrote.keys()
+        assert {path for path in found if found[path] != wrote[path]} <= {f"{name}/run.json"}
 
 
 # An interrupt
@@ -141,47 +248,23 @@ def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-COMMANDS = {
-    "sweep": ["--coefficients=0,2", "--examples", "0", "--layers", "1", "--out"],
-    "boundary": ["--layers", "1", "--out"],
-    "geometry": ["--layers", "1", "--angles", "3", "--out"],
-    "compare": ["--layers", "1", "--methods", "mean_diff", "--out"],
-    "circuits": ["--layer", "1", "--coefficient", "2", "--no-compare", "--out"],
-    "layers": ["--layers", "1", "--out"],
-    "reliability": ["--layers", "1", "--out"],
-    "extract": ["--layers", "1", "--no-boundary", "--out"],
-}
-"""Every command that writes, but those below, which need what these write."""
-RUNS = ("sweep", "boundary", "geometry", "compare", "circuits")
-
-
-@pytest.mark.parametrize("name", [*COMMANDS, "export", "bake", "report"])
+@pytest.mark.parametrize("name", [*RUNS, *FILES])
 def test_every_command_that_writes_is_refused_where_another_writes(
     name: str,
     run: Main,  # noqa: F811
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    written: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    vector = tmp_path / "v.safetensors"
-    out = tmp_path / "out" / (name if name in (*RUNS, "bake") else f"{name}.safetensors")
-    options: list[str | Path] = ["--model", model_folder, "--pairs", pairs_file]
-    words: dict[str, list[str | Path]] = {
-        **{command: [*options, *more, out] for command, more in COMMANDS.items()},
-        "export": [vector, out],
-        "bake": [vector, "--coefficient", "2", "--out", out],
-        "report": [tmp_path / "run", "--out", out],
-    }
+    out = output(name, tmp_path / "out")
     out.parent.mkdir()
+    words = words_of(name, written, out)
     with held(out, "folder" if name in RUNS else "file"):
-        outcome = run(name, *words[name])
-        assert_error(outcome, f"another run is writing to '{out}'", "choose another --out")
+        assert_error(run(name, *words), f"another run is writing to '{out}'", "another --out")
     ran: list[bool] = []
     kind = next(c for c in cli.COMMANDS if c.__name__.lower() == name)
     monkeypatch.setattr(kind, "run", lambda command: ran.append(True))
-    assert (run(name, *words[name]).code, ran) == (0, [True])
-    assert list(tmp_path.iterdir()) == [out.parent]
+    assert (run(name, *words).code, ran) == (0, [True])
     assert [path.name for path in out.parent.iterdir()] in ([], [out.name])
 
 
@@ -273,3 +356,78 @@ def test_every_long_command_goes_on_after_a_kill(
     assert lines.count("ended -9") > 1
     assert_nothing_kept_is_run_again(lines)
     assert_same_run(out, content(tmp_path / "whole"))
+
+
+# A reader that goes away
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the shell of Unix")
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("STEERLENS methods | cat > said", 0),
+        ("STEERLENS methods | true", 141),
+        ("STEERLENS methods >&-", 0),
+        ("STEERLENS methods >&- 2>&-", 0),
+        ("STEERLENS methods > /dev/full", 2),
+        ("PYTHONIOENCODING=ascii STEERLENS vectors show é.safetensors > said", 0),
+        ("LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0 STEERLENS vectors show é.safetensors", 0),
+        ("STEERLENS extract EXTRACT >&-", 0),
+        ("STEERLENS extract EXTRACT | true", 141),
+    ],
+)
+def test_where_nobody_reads_stdout_nothing_is_lost(
+    line: str, code: int, written: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "é.safetensors").write_bytes((written / "extract.safetensors").read_bytes())
+    extract = " ".join(map(str, words_of("extract", written, tmp_path / "v.safetensors")))
+    line = line.replace("EXTRACT", extract.replace("--quiet", ""))
+    line = line.replace("STEERLENS", f"{sys.executable} -m steerlens")
+    done = subprocess.run(
+        ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        cwd=tmp_path,
+        env=environment(),
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    for word in (b"Traceback", b"Exception ignored", b"Error"):
+        assert word not in done.stderr.replace(b"unexpected OSError", b"")
+    if "said" in line:
+        assert (tmp_path / "said").stat().st_size > 100
+    if "extract" in line:
+        vector = sl.SteeringVector.load(tmp_path / "v.safetensors")
+        assert vector.hook_names == (HOOKS[1],)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks Linux who lives")
+def test_workers_end_when_their_parent_is_killed(written: Path, tmp_path: Path) -> None:
+    words = words_of("sweep", written, tmp_path / "run")
+    words += [
+        "--workers",
+        "2",
+        "--layers",
+        "all",
+        f"--coefficients={','.join(map(str, range(999)))}",
+    ]
+    command = [sys.executable, "-m", "steerlens", "sweep", *map(str, words)]
+    with subprocess.Popen(command, env=environment()) as parent:
+        wait_until(lambda: any((tmp_path / "run" / "parts").glob("_directions*")))
+        wait_until(lambda: len(workers_of(parent.pid)) == 2)
+        workers = workers_of(parent.pid)
+        time.sleep(2)
+        assert all(map(psutil.pid_exists, workers))
+        parent.kill()
+    wait_until(lambda: not any(map(psutil.pid_exists, workers)))
+
+
+def workers_of(parent: int) -> list[int]:
+    children = psutil.Process(parent).children(recursive=True)
+    return [child.pid for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 90
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -32,6 +32,7 @@ from steerlens.runs.html_report.figures import FIGURES
 from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.html_report.numbers import change, decimals_for, fixed, short
 from steerlens.runs.html_report.summary import summarise
+from steerlens.runs.record import check_run_folder, sealed
 from steerlens.tables import read_csv
 
 SHORT = sweep_table(1)
@@ -106,7 +107,8 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 def record_with(**changes: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        (folder / "run.json").write_text(json.dumps(record_of(folder) | changes))
+        changed = sealed(record_of(folder) | changes)
+        (folder / "run.json").write_text(json.dumps(changed))
 
     return damage
 
@@ -158,6 +160,51 @@ def test_every_file_is_held_against_the_record(
         for word in (str(folder / name), words, "run `steerlens circuits` once more"):
             assert word in message
     sl.read_run(folder)
+
+
+def shuffled(folder: Path) -> None:
+    """The same rows of the sweep in another order: no number differs."""
+    head, *rows = (folder / "sweep.csv").read_text().splitlines(keepends=True)
+    (folder / "sweep.csv").write_text("".join([head, *reversed(rows)]))
+
+
+def edited(*keys: str, to: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        record = inner = record_of(folder)
+        for key in keys[:-1]:
+            inner = inner[key]
+        assert inner[keys[-1]] != to
+        inner[keys[-1]] = to
+        (folder / "run.json").write_text(json.dumps(record))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "name"),
+    [
+        (shuffled, "sweep.csv"),
+        (edited("request", "seed", to=1), "run.json"),
+        (edited("request", "model", "name", to="other"), "run.json"),
+        (edited("tables", "sweep", "attrs", "settings", "budget", to="nats=9"), "run.json"),
+        (edited("warnings", to=["none"]), "run.json"),
+        (edited("seconds", to=1.0), "run.json"),
+    ],
+)
+def test_an_edit_that_fits_is_noticed_too(
+    edit: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    """When it is read, shown, or written to again; laid out otherwise it is still the record."""
+    folder = write_sweep(tmp_path / "run")
+    request = record_of(folder)["request"]
+    (folder / "run.json").write_text(json.dumps(record_of(folder), indent=4, sort_keys=True))
+    sl.read_run(folder)
+    check_run_folder(folder, request)
+    edit(folder)
+    assert f"{str(folder / name)!r} was changed since" in refused(folder)
+    if name == "run.json":
+        with pytest.raises(FileError, match="it was changed"):
+            check_run_folder(folder, record_of(folder)["request"])
 
 
 def test_a_sweep_says_how_it_is_run_again(tmp_path: Path) -> None:

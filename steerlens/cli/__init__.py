@@ -1,8 +1,12 @@
 """The `steerlens` command: parse, call, write. The only room that prints."""
 
+import io
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 import typer
 
@@ -41,8 +45,16 @@ app.add_typer(vectors, name="vectors")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit code 2 and one line on stderr for an error, or its traceback."""
+    """Run the command line; exit code 2 and one line on stderr for an error, or its traceback.
+
+    What no terminal or file of this encoding can show is escaped. Where nobody reads the output any
+    longer, as after `| head -1`, the exit code is 141, with nothing on stderr.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    for descriptor in range(3):
+        _open_if_closed(descriptor)
+    for name in ("stdout", "stderr"):
+        _open_stream(name)
     try:
         with escaped_streams(), keeping_warnings():
             code = app(args=words, standalone_mode=False, prog_name="steerlens")
@@ -52,7 +64,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             note(f"steerlens: {_one_line(error)}", soft_wrap=True)
         sys.exit(2)
+    finally:
+        _drop_unwritten(sys.stdout)
+        _drop_unwritten(sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_if_closed(descriptor: int) -> None:
+    """Else a file that is opened next would be taken for stdout, and written into."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+
+
+def _open_stream(name: str) -> None:
+    stream = getattr(sys, name)
+    if stream is None:
+        setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    elif isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _drop_unwritten(stream: Any) -> None:
+    """Drop what cannot be written: Python would try again at its end, and complain."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import default_position, fit
 from steerlens.directions.methods import method_of
 from steerlens.errors import FileError
-from steerlens.files import check_out_file, check_out_folder, locked, write_whole
+from steerlens.files import check_out_file, check_out_folder, locked, write_out
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
@@ -112,7 +112,7 @@ class TableCommand(QuietCommand):
     def write(self, table: pd.DataFrame) -> None:
         """Write the table as the CSV file that was asked for, if one was."""
         if self.out is not None:
-            write_whole(self.out, partial(write_csv, table))
+            write_out(self.out, partial(write_csv, table))
             note(f"written to {self.out}", quiet=self.quiet)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from steerlens.engine.workers import end_with
 from steerlens.errors import WorkerError
 
 
@@ -40,7 +41,7 @@ def _processes(n: int) -> Iterator[Executor]:
         n,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(n_threads,),
+        initargs=(n_threads, os.getpid()),
     )
     try:
         yield pool
@@ -53,8 +54,9 @@ def _processes(n: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(n_threads: int) -> None:
+def _start(n_threads: int, parent: int) -> None:
     """In a worker: its share of the cores; an interrupt is its parent's to answer."""
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(n_threads)
 

@@ -23,9 +23,20 @@ from steerlens.measure.sweeps import SweepResult
 from steerlens.progress import Progress, show_progress, visible
 from steerlens.tables import hook_label
 
+SIGPIPE = 128 + 13
+"""The exit code of a program whose reader went away, as a shell says it."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """End as other tools do; rich would say 1, as after an error."""
+        raise SystemExit(SIGPIPE)
+
+
+_is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by who started us
 # Without a terminal there is no width to fit: wide enough that nothing is cut off.
-_output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-_notes = Console(stderr=True, highlight=False)
+_output = _Console(highlight=False, width=None if _is_terminal else 160)
+_notes = _Console(stderr=True, highlight=False)
 LINES = "\n\t"
 """What text of several lines is made of besides."""
 PROSE = LINES + "\xa0\u200c\u200d\u3000"

@@ -8,7 +8,7 @@ import typer
 
 from steerlens.cli.command import QuietCommand
 from steerlens.cli.printing import note
-from steerlens.files import write_whole
+from steerlens.files import write_out
 from steerlens.runs.html_report.page import report as make_report
 from steerlens.runs.reading import read_run
 from steerlens.runs.record import REPORT
@@ -35,9 +35,5 @@ class Report(QuietCommand):
         runs = [read_run(folder) for folder in self.runs]
         out = self.written
         page = make_report(runs).encode()
-
-        def write(path: Path) -> None:
-            path.write_bytes(page)
-
-        write_whole(out, write)
+        write_out(out, lambda path: path.write_bytes(page))
         note(f"written to {out} ({len(page) / 1e6:.1f} MB)", quiet=self.quiet)

@@ -4,6 +4,9 @@ A worker loads the model once and keeps it. What it needs of the unsteered model
 itself, but for the baseline, which comes with the task.
 """
 
+import multiprocessing
+import multiprocessing.connection
+import os
 import pickle
 import threading
 import uuid
@@ -34,12 +37,13 @@ from steerlens.stats import allowed_gap
 class Task:
     """The jobs at one hook, on one workload, for a worker.
 
-    `key` names the workload, which a worker prepares once. With `resumes` they may start after the
-    hook; the unsteered blocks up to that of the job that they come `after` are not counted.
-    `is_bare` and `is_compiled` say what runs (see `backend.for_hooks`).
+    `key` names the workload, which a worker prepares once; `sender` is the process of the run. With
+    `resumes` they may start after the hook; the unsteered blocks up to that of the job that they
+    come `after` are not counted. `is_bare` and `is_compiled` say what runs (`backend.for_hooks`).
     """
 
     key: str
+    sender: int
     arguments: dict[str, Any]
     provenance: dict[str, str]
     workload: Workload
@@ -141,6 +145,7 @@ def _shared_task(
     """What the tasks of all hooks have in common, without jobs."""
     return Task(
         key=key,
+        sender=os.getpid(),
         arguments=dict(load_arguments(engine.model)),
         provenance=provenance(engine.model).to_dict(),
         workload=_on(prepared.workload, torch.device("cpu")),
@@ -208,12 +213,33 @@ def run_task(pickled: bytes) -> bytes:
     not the one that was measured unsteered.
     """
     task: Task = pickle.loads(pickled)
+    end_with(task.sender)
     with _turn, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", RuntimeWarning)
         engine = Engine(_runner_of(task, _model_of(task)), task.batch_size)
         finished = _finished(task, engine, _standing_of(task, engine))
     texts = [str(warning.message) for warning in caught if warning.category is RuntimeWarning]
     return pickle.dumps(Answer(tuple(finished), tuple(dict.fromkeys(texts))))
+
+
+_watching = threading.Event()
+
+
+def end_with(sender: int) -> None:
+    """In a worker that the process `sender` started: end at once when that one does.
+
+    A process that is killed cannot tell its workers, and a pool's wait for more for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != sender or _watching.is_set():
+        return
+    _watching.set()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _finished(task: Task, engine: Engine, standing: _Standing) -> list[Finished]:

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from steerlens.errors import ModelError, SteerlensError, in_one_line
+from steerlens.files import write_whole_folder
 from steerlens.models.checkpoint import load_checkpoint
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -135,19 +135,12 @@ def _made_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
-        ) as partial:
-            content = Path(partial) / "content"
-            content.mkdir()
-            make(content)
-            try:
-                content.rename(folder)
-            except OSError:
-                # Another process finished first: its folder is as good as ours.
-                if not folder.is_dir():
-                    raise
+        try:
+            write_whole_folder(folder, make)
+        except OSError:
+            # Another process finished first: its folder is as good as ours.
+            if not folder.is_dir():
+                raise
     except OSError as error:
         raise ModelError(
             f"cannot write the model cache {str(folder.parent)!r} ({error}); set "

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from steerlens.errors import FileError, InputError
+from steerlens.files import write_whole
 from steerlens.plots.scripts import VEGA, WITHOUT_SCRIPTS, page
 from steerlens.plots.style import CONFIG, Spec
 
@@ -113,7 +114,7 @@ class Figure:
             raise InputError(f"expected a name that ends in {', '.join(SUFFIXES)}, got {path.name}")
         made = self.to_html().encode() if path.suffix == ".html" else self.to_bytes(path.suffix[1:])
         try:
-            path.write_bytes(made)
+            write_whole(path, lambda part: part.write_bytes(made))
         except OSError as error:
             raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from error
 

@@ -12,7 +12,7 @@ import pandas as pd
 from steerlens.errors import FileError
 from steerlens.files import read_whole, strict_json
 from steerlens.runs.contents import COMMANDS, NEEDED, PAGES, TABLES, Kind
-from steerlens.runs.record import FORMAT, PARTS, RECORD
+from steerlens.runs.record import FORMAT, PARTS, RECORD, SEAL, is_sealed
 from steerlens.runs.unfinished import read_started
 from steerlens.tables import read_csv
 
@@ -137,6 +137,11 @@ def _read_record(folder: Path) -> dict[str, Any]:
     _check_format(path, record)
     if fault := _fault(record):
         raise FileError(f"{str(path)!r} is not a whole run record: {fault}; {again}")
+    if not is_sealed(record):
+        raise FileError(
+            f"{str(path)!r} was changed since the run wrote it (its {SEAL!r} is of other settings "
+            f"or numbers); put it back as it was, or {again}"
+        )
     return record
 
 

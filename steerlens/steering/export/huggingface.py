@@ -1,9 +1,6 @@
 """A vector baked into a Hugging Face checkpoint: the addition as a bias, for plain transformers."""
 
 import copy
-import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.errors import InputError
+from steerlens.files import write_json, write_whole_folder
 from steerlens.models.hooked_model import (
     HookedModel,
     checkpoint_name,
@@ -110,24 +108,17 @@ def bake(
         "vector": vector.describe(),
         "model": provenance(model).to_dict(),
     }
+
+    def fill(folder: Path) -> None:
+        plain.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+        write_json(record, folder / RECORD)
+
     try:
-        _write(out_dir, plain, model.tokenizer, json.dumps(record, indent=2) + "\n")
+        write_whole_folder(out_dir, fill)
     except (OSError, ValueError) as error:  # transformers checks the generation settings
         raise InputError(f"cannot write {str(out_dir)!r}: {error}") from error
     return out_dir
-
-
-def _write(out_dir: Path, plain: Any, tokenizer: Any, record: str) -> None:
-    """The checkpoint, whole or not at all."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as folder:
-        whole = Path(folder) / "checkpoint"
-        plain.save_pretrained(whole)
-        tokenizer.save_pretrained(whole)
-        (whole / RECORD).write_text(record, encoding="utf-8")
-        if out_dir.exists():
-            out_dir.rmdir()
-        shutil.move(whole, out_dir)
 
 
 def check_is_new(folder: Path) -> None:
