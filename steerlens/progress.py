@@ -92,8 +92,19 @@ def under(progress: Progress, heading: str) -> Progress:
 
 
 def printable(text: str) -> str:
-    """The text on one line, control characters (which a terminal would obey) as question marks."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    """The text on one line, and as `visible`."""
+    return visible(" ".join(text.split()))
+
+
+def visible(text: str, keep: str = "") -> str:
+    """The text with an escape such as \\x1b for what a terminal would obey or not show.
+
+    That is what `str.isprintable` says is none: control characters (of C1 too, and line ends),
+    those that turn the direction of text, invisible ones and half surrogate pairs; but for `keep`.
+    """
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 @contextmanager

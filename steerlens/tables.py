@@ -112,16 +112,26 @@ def to_frame(
     return frame
 
 
+# What a spreadsheet takes for a formula, behind apostrophes that were there; full-width forms too.
+_FORMULA = "('*[\t\r\n]*[-=+@\uff1d\uff0b\uff0d\uff20])"
+
+
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """Write a table as CSV: full float precision, NaN as an empty field, LF line ends.
 
-    Text is quoted where it must be; all of it in a table with a carriage return in some text.
+    Text that a spreadsheet would take for a formula (it begins with =, +, - or @, or with these
+    behind tabs or line ends) has an apostrophe in front, which `read_csv` takes away; numbers have
+    none. Text is quoted where it must be; all of it in a table with a carriage return in some text.
     """
+    texts = {
+        str(name): frame[name].astype("str").str.replace(f"^{_FORMULA}", r"'\1", regex=True)
+        for name in frame
+        if pd.api.types.is_string_dtype(frame[name].dtype)
+    }
     # Before Python 3.13 the csv module leaves a lone carriage return unquoted, and readers end the
     # row there.
-    texts = [frame[name] for name in frame if pd.api.types.is_string_dtype(frame[name].dtype)]
-    has_return = any(text.astype("str").str.contains("\r", regex=False).any() for text in texts)
-    frame.to_csv(
+    has_return = any(text.str.contains("\r", regex=False).any() for text in texts.values())
+    frame.assign(**texts).to_csv(
         path,
         index=False,
         lineterminator="\n",
@@ -132,16 +142,20 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
     """Read a table that `write_csv` wrote, with the types of `columns`; no text becomes NaN.
 
-    A plain `pandas.read_csv` reads a token such as "NA" or "null", and an empty text, as NaN.
+    A plain `pandas.read_csv` reads a token such as "NA" or "null", and an empty text, as NaN, and
+    leaves the apostrophe in front of what looks like a formula.
     """
     numbers = {column.name: [""] for column in columns if column.dtype == "float64"}
-    return pd.read_csv(
+    frame = pd.read_csv(
         path,
         dtype={column.name: column.dtype for column in columns},
         keep_default_na=False,
         na_values=numbers,
         float_precision="round_trip",
     )
+    texts = [column.name for column in columns if column.dtype == "str" and column.name in frame]
+    plain = {name: frame[name].str.replace(f"^'{_FORMULA}", r"\1", regex=True) for name in texts}
+    return frame.assign(**plain)
 
 
 def write_parquet(frame: pd.DataFrame, path: Path) -> None:
@@ -150,7 +164,7 @@ def write_parquet(frame: pd.DataFrame, path: Path) -> None:
 
 
 def shortened(text: object, size: int = MAX_NAME) -> str:
-    """The text on one line of at most `size` characters, control characters as question marks."""
+    """The text on one line of at most `size` characters, `printable`."""
     line = printable(str(text))
     return line if len(line) <= size else line[: size - 1] + "…"
 

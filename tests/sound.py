@@ -5,9 +5,12 @@ import io
 import json
 import math
 import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
@@ -71,11 +74,18 @@ def check_vector(content: bytes, found: sl.SteeringVector) -> None:
 
 
 def check_gguf(content: bytes, found: sl.SteeringVector) -> None:
+    """The rows are those that the gguf package reads."""
     check_rows(found)
-    for name in found.hook_names:
-        block = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", name)
-        assert block is not None
-        assert f"direction.{block[1]}".encode() in content
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "v.gguf"
+        path.write_bytes(content)
+        reader = gguf.GGUFReader(str(path))
+        rows = {tensor.name: np.float32(tensor.data) for tensor in reader.tensors}
+    blocks = {int(name.removeprefix("direction.")): row for name, row in rows.items()}
+    assert {f"blocks.{block}.hook_resid_post" for block in blocks} == set(found.hook_names)
+    for block, row in blocks.items():
+        ours = found.at(block).rows[0].numpy()
+        assert np.allclose(ours, row, rtol=0, atol=1e-5 * abs(row).max())
 
 
 def check_record(content: bytes, found: sl.runs.Run) -> None:

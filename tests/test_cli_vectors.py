@@ -3,17 +3,25 @@
 # ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
 
 import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from test_cli import Main, assert_error, content, model_folder, pairs_file, run
+from test_cli import Main, Outcome, assert_error, content, model_folder, pairs_file, run
 
 import steerlens as sl
 from steerlens.data.prompts import Message
 from steerlens.engine.tokenization import tokenize_prompt
+from steerlens.errors import ModelError
+from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.steering import generate
 
 HOOK = "blocks.1.hook_resid_post"
@@ -196,6 +204,39 @@ def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:
     assert_error(run(*ask[:3], file.with_name("none.safetensors"), *ask[4:]), "No such file")
 
 
+def test_a_model_that_a_file_names_is_not_fetched_unasked(
+    run: Main, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    """A packaged one and a local one are taken; any other when --model names it."""
+    asked: list[str] = []
+
+    def load(name: str, **options: Any) -> Any:
+        asked.append(name)
+        raise ModelError("loaded")
+
+    monkeypatch.setattr("steerlens.cli.vector_commands.load_model", load)
+    monkeypatch.chdir(tmp_path)
+    vector, foreign = sl.SteeringVector.load(file), tmp_path / "foreign.safetensors"
+    commands = (
+        ("generate", "--vector", foreign, "--prompt", "you"),
+        ("bake", foreign, "--coefficient", "1", "--out", tmp_path / "baked"),
+    )
+    fetched = ("gpt2", "some/one's", "//host/share", "\\\\host\\share", "x.gguf", "~no/x.gguf")
+    (tmp_path / "here.gguf").touch()
+    for name in (*fetched, DEFAULT_MODEL, str(model_folder), "here.gguf"):
+        replace(vector, origin=replace(vector.origin, model=name)).save(foreign)
+        for command in commands:
+            if name in fetched:
+                told = run(*command)
+                assert_error(told, "foreign.safetensors", f"--model {shlex.quote(name)}")
+                assert asked == []
+                assert_error(run(*command, "--model", name), "loaded")
+            else:
+                assert_error(run(*command), "loaded")
+            assert asked == [name]
+            asked.clear()
+
+
 # export, bake
 
 
@@ -252,3 +293,78 @@ def test_vectors_compare(run: Main, extract: Main, file: Path, tmp_path: Path) -
         assert f"{cosine:.4g}" in outcome.out
     assert_error(run("vectors", "compare", file, file), "twice")
     assert_error(run("vectors", "compare", file), "two or more directions")
+
+
+# What a terminal would obey
+
+ESC = "a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
+SHOWN = r"a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
+
+
+SPEAK = """
+import logging, sys, warnings
+from tqdm import tqdm
+from steerlens.cli import listing_commands, main
+
+def speak():
+    warnings.warn(f"{ESC}1")
+    logging.getLogger("a library").warning("%s2", ESC)
+    print(f"{ESC}3")
+    sys.stderr.writelines([f"{ESC}4\\n"])
+    list(tqdm([0], desc=f"{ESC}5"))
+    raise RuntimeError(f"{ESC}6")
+
+listing_commands.cache_folder = speak
+main(ARGUMENTS) if ARGUMENTS else speak()
+"""
+"""Every way in which a library may write to the terminal, inside a command or by itself."""
+
+
+def assert_visible(outcome: Outcome, *texts: str, keep: str = "\n") -> None:
+    """The texts are there, in one line whatever their width, and nothing that is not printable."""
+    printed = outcome.out + outcome.err
+    for text in texts:
+        assert text in re.sub(r"\s", "", printed)
+    assert not [c for c in printed if not c.isprintable() and c not in keep]
+
+
+def test_texts_of_others_are_shown_and_not_obeyed(run: Main, file: Path, tmp_path: Path) -> None:
+    vector = sl.SteeringVector.load(file)
+    known = replace(vector.calibration, budget=ESC, text="x\n  model: y")
+    other = tmp_path / f"{ESC}.safetensors"
+    origin = replace(vector.origin, model=ESC, chat_template=ESC, dataset=ESC)
+    replace(vector, calibration=known, origin=origin).save(other)
+    told = run("vectors", "show", other)
+    assert_visible(told, f"model:{SHOWN}", rf"{SHOWN},onx\nmodel:y")
+    assert_visible(run("vectors", "compare", file, other), SHOWN)
+    assert_visible(run("export", other, tmp_path / f"{ESC}.gguf"), f"{SHOWN}.gguf")
+    option = "--" + ESC.replace("\r", "")
+    assert_visible(run("vectors", "show", option), SHOWN.replace(r"\r", ""))
+
+
+@pytest.mark.parametrize("arguments", [["models"], ["models", "--debug"], []])
+def test_what_libraries_write_is_not_obeyed(arguments: list[str]) -> None:
+    code = f"ESC, ARGUMENTS = {ESC!r}, {arguments}\n{SPEAK}"
+    env = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=env)
+    outcome = Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+    moved = SHOWN.replace(r"\r", "")
+    if arguments:
+        assert outcome.code == 2
+        assert ("Traceback" in outcome.err) is ("--debug" in arguments)
+        # Streams keep carriage returns, by which bars move; an error has one line.
+        whole = (1, 6) if "--debug" in arguments else (1,)
+        texts = [f"{SHOWN}{i}" if i in whole else f"{moved}{i}" for i in range(1, 7)]
+        assert_visible(outcome, *texts, keep="\n\r")
+    else:
+        assert all((outcome.out + outcome.err).count(f"{ESC}{number}") for number in range(1, 7))
+
+
+def test_generated_text_keeps_its_lines(steered: Main, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "steerlens.cli.vector_commands.generate_text",
+        lambda *args, **options: f"{ESC}\nnext\u200d",
+    )
+    outcome = steered("--raw", "--quiet", "--prompt", f"you {ESC}", "--coefficients=0")
+    assert_visible(outcome, SHOWN, keep="\n\u200d")
+    assert ["next\u200d"] in cells(outcome.out)

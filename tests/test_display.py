@@ -113,7 +113,7 @@ def test_shortened_text_is_one_printable_line(text: str, size: int) -> None:
 
 
 def test_shortened_text_by_hand() -> None:
-    assert shortened("a\n b\x1b[0m", 20) == "a b?[0m"
+    assert shortened("a\n b\x1b[0m", 20) == r"a b\x1b[0m"
     assert shortened("abcdefgh", 8) == "abcdefgh"
     assert shortened("abcdefghi", 8) == "abcdefg…"
 

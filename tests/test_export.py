@@ -5,6 +5,7 @@ import json
 import math
 import stat
 import struct
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,20 @@ def repeng(monkeypatch: pytest.MonkeyPatch) -> Any:
     return repeng
 
 
-def write_gguf(path: Path, architecture: str, rows: dict[str, Any], **strings: str) -> None:
+def write_gguf(
+    path: Path,
+    architecture: str,
+    rows: dict[str, Any],
+    order: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
+    **strings: str,
+) -> None:
     """A GGUF file by the package itself, with what a control vector of ours does not hold."""
-    writer = gguf.GGUFWriter(str(path), architecture)
+    writer = gguf.GGUFWriter(str(path), architecture, endianess=order)
     writer.add_array("words", ["a", "bc"])
     writer.add_array("numbers", [1, 2, 3])
     writer.add_bool("yes", True)
     for key, value in strings.items():
-        writer.add_string(f"{architecture}.{key}", value)
+        writer.add_string(key if "." in key else f"{architecture}.{key}", value)
     for name, row in rows.items():
         writer.add_tensor(name, row)
     for step in ("header", "kv_data", "tensors"):
@@ -210,11 +217,60 @@ def test_a_record_that_does_not_fit_its_tensors(vector: sl.SteeringVector, tmp_p
     path = tmp_path / "v.gguf"
     sl.export.to_gguf(vector, path)
     content = path.read_bytes()
-    assert content.count(b'"scale": [1.0, 1.0]') == 1
+    assert content.count(b'"scale": [1.0, 1.0]') == content.count(b"steerlens.sha256") == 1
+    content = content.replace(b"steerlens.sha256", b"steerlens.sha000")  # as before there was one
+    path.write_bytes(content)
+    assert sl.export.from_gguf(path) == vector
     for wrong in (b'"scale": [1.0, 2.0]', b'"scale": {1.0, 1.0]'):
         path.write_bytes(content.replace(b'"scale": [1.0, 1.0]', wrong))
         with pytest.raises(InputError, match="does not fit its tensors"):
             sl.export.from_gguf(path)
+
+
+@pytest.mark.parametrize("has_checksum", [True, False])
+def test_a_flipped_bit_is_refused_or_means_nothing(
+    vector: sl.SteeringVector, tmp_path: Path, has_checksum: bool
+) -> None:
+    path = tmp_path / "v.gguf"
+    sl.export.to_gguf(vector, path)
+    content = path.read_bytes()
+    if not has_checksum:
+        content = content.replace(b"steerlens.sha256", b"steerlens.sha000")
+    outcomes = Counter[str]()
+    for place in np.random.default_rng(0).choice(8 * len(content), 1000, replace=False).tolist():
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            outcomes["same" if sl.export.from_gguf(path) == vector else "other"] += 1
+        except InputError:
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 100
+    assert outcomes["same"] > 10
+    assert (outcomes["other"] == 0) is has_checksum
+
+
+@pytest.mark.parametrize("order", [gguf.GGUFEndian.LITTLE, gguf.GGUFEndian.BIG])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_file_that_another_tool_wrote_again(
+    vector: sl.SteeringVector, tmp_path: Path, order: gguf.GGUFEndian, factor: int
+) -> None:
+    """With fields of its own, and in another order of bytes; but not with other numbers."""
+    path, again = tmp_path / "v.gguf", tmp_path / "again.gguf"
+    sl.export.to_gguf(vector, path)
+    reader = gguf.GGUFReader(str(path))
+    texts = {
+        name.removeprefix("controlvector."): field.contents()
+        for name, field in reader.fields.items()
+        if field.types == [gguf.GGUFValueType.STRING] and name != "general.architecture"
+    }
+    rows = {tensor.name: factor * np.array(tensor.data) for tensor in reader.tensors}
+    write_gguf(again, "controlvector", rows, order, **texts, note="theirs")
+    if factor == 1:
+        assert sl.export.from_gguf(again) == vector
+    else:
+        with pytest.raises(InputError, match="changed after it was written"):
+            sl.export.from_gguf(again)
 
 
 # repeng

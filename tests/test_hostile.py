@@ -1,11 +1,15 @@
 """Bad files: each gives one error that names the file and the reason, never anything else."""
 
+import importlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import hostile
@@ -316,6 +320,30 @@ def test_any_bytes_in_a_run(data: st.DataObject, run: Path) -> None:
         path.write_bytes(good)
         (run / "run.json").write_bytes(record_before)
     assert named.name in message
+
+
+def test_the_fuzzers_take_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind that `make fuzz` has: its good file is read and sound, bad ones are refused."""
+    stub = ModuleType("atheris")
+    monkeypatch.setattr(stub, "instrument_imports", lambda include: nullcontext(), raising=False)
+    monkeypatch.setitem(sys.modules, "atheris", stub)
+    monkeypatch.syspath_prepend(str(FOLDER.parents[1] / "fuzz"))
+    readers = importlib.import_module("readers")
+    monkeypatch.delitem(sys.modules, "readers")
+    makefile = (FOLDER.parents[2] / "Makefile").read_text(encoding="utf-8")
+    kinds = readers.kinds(tmp_path)
+    assert f"FUZZ_KINDS := {' '.join(kinds)}\n" in makefile
+    for name, kind in kinds.items():
+        assert readers.is_read(kind, tmp_path / kind.name, kind.whole(kind.good)), name
+        seeds = sorted((FOLDER / name).glob("*")) if (FOLDER / name).is_dir() else []
+        read = [s for s in seeds if readers.is_read(kind, tmp_path / kind.name, s.read_bytes())]
+        # Behind a checksum that is made to fit, a table may have other cells.
+        assert len(read) == (2 if name == "csvs" else 0), read
+        assert len(seeds) > 10 or name == "vector_records"
+    vector = hostile.vector()
+    CHECKS["ggufs"](hostile.gguf(), vector)
+    with pytest.raises(AssertionError):
+        CHECKS["ggufs"](hostile.gguf(), 2 * vector)
 
 
 def test_the_checks_see_what_a_file_does_not_say(run: Path, tmp_path: Path) -> None:

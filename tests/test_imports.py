@@ -51,6 +51,11 @@ def room(module: str) -> str:
     return module.split(".")[0]
 
 
+def test_one_module_alone_lays_text_out_for_a_terminal() -> None:
+    """What it prints is made visible there, whoever asks for it."""
+    assert [name for name, source in sources().items() if "from rich" in source] == ["cli.printing"]
+
+
 # Import order
 
 

@@ -446,6 +446,7 @@ def test_a_run_is_repeated_from_its_record(
     run: Main,  # noqa: F811
     sweep: Main,  # noqa: F811
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pairs, first = write_pairs(tmp_path / "pairs.jsonl", OPENINGS), tmp_path / "a"
     assert sweep("--pairs", pairs, "--seed", "5", "--out", first).code == 0
@@ -474,6 +475,13 @@ def test_a_run_is_repeated_from_its_record(
         assert word in said
     assert "method" not in said
     assert content(tmp_path / "c")["sweep.csv"] != before["sweep.csv"]
+    # Another's record does not choose what is fetched.
+    old["options"]["model"] = "some/one"
+    source.write_text(json.dumps(sealed(old)), encoding="utf-8")
+    monkeypatch.setattr("steerlens.cli.command.load_model", lambda name, **options: 1 / 0)
+    again = ("sweep", "--from", first, "--out", tmp_path / "d")
+    assert_error(run(*again), "the record", "--model some/one")
+    assert_error(run(*again, "--model", "some/one"), "ZeroDivisionError")
 
 
 @pytest.mark.parametrize(

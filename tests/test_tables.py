@@ -1,5 +1,6 @@
 """Columns, frames and files."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -8,8 +9,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from steerlens.tables import COLUMNS, SWEEP_COLUMNS, to_frame, write_csv, write_parquet
+from steerlens.tables import (
+    COLUMNS,
+    SWEEP_COLUMNS,
+    Column,
+    read_csv,
+    to_frame,
+    write_csv,
+    write_parquet,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -155,3 +166,41 @@ def test_csv_is_the_same_bytes_each_time(frame: pd.DataFrame, tmp_path: Path) ->
     assert header.split(",") == SWEEP_NAMES
     # NaN is an empty field, in the row where the loss is missing and only there.
     assert [",," in line for line in lines] == [False, True, False]
+
+
+COLUMNS_OF_TEXT = (
+    Column("text", "str", "", ""),
+    Column("number", "float64", "", ""),
+    Column("layer", "int64", "", ""),
+)
+
+
+def texts_table(texts: list[str]) -> pd.DataFrame:
+    rows = [{"text": text, "number": -1.5, "layer": -2} for text in texts]
+    return to_frame(rows, COLUMNS_OF_TEXT, {})
+
+
+FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r-1", "\n+1", "'=1", "''\t@", "\uff1d1", "-"]
+PLAIN = ["a=1", "1-1", " =1", "'", "''a", "it's", "", "NA", "\ta", "次"]
+
+
+def test_text_is_no_formula_in_a_csv_and_the_same_when_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    frame = texts_table([*FORMULAS, *PLAIN])
+    write_csv(frame, path)
+    with path.open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    # Numbers stay numbers, and other text stays as it is.
+    assert rows == [[text, "-1.5", "-2"] for text in (*(f"'{t}" for t in FORMULAS), *PLAIN)]
+    again = read_csv(path, COLUMNS_OF_TEXT)
+    pd.testing.assert_frame_equal(again, frame)
+    written = path.read_bytes()
+    write_csv(again, path)
+    assert path.read_bytes() == written
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text(st.sampled_from("'=-@\t\r\na,\""), max_size=6), min_size=1))
+def test_any_text_comes_back_from_a_csv(texts: list[str], tmp_path: Path) -> None:
+    write_csv(texts_table(texts), tmp_path / "t.csv")
+    assert read_csv(tmp_path / "t.csv", COLUMNS_OF_TEXT).text.tolist() == texts

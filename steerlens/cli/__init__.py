@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -16,7 +17,7 @@ from steerlens.cli.comparison_commands import Compare, Reliability
 from steerlens.cli.layers_command import Layers
 from steerlens.cli.listing_commands import Datasets, Methods, Models
 from steerlens.cli.options import DEBUG
-from steerlens.cli.printing import note
+from steerlens.cli.printing import LINES, escaped_streams, note
 from steerlens.cli.report_command import Report
 from steerlens.cli.run_warnings import keeping_warnings
 from steerlens.cli.sweep_command import Sweep
@@ -44,7 +45,7 @@ app.add_typer(vectors, name="vectors")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exit code 2 and one line on stderr for an error.
+    """Run the command line; exit code 2 and one line on stderr for an error, or its traceback.
 
     What no terminal or file of this encoding can show is escaped. Where nobody reads the output any
     longer, as after `| head -1`, the exit code is 141, with nothing on stderr.
@@ -55,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         _open_stream(name)
     try:
-        with keeping_warnings():
+        with escaped_streams(), keeping_warnings():
             code = app(args=words, standalone_mode=False, prog_name="steerlens")
     except Exception as error:
         if DEBUG in words:
-            raise
-        note(f"steerlens: {_one_line(error)}", soft_wrap=True)
+            note(traceback.format_exc(), soft_wrap=True, keep=LINES)
+        else:
+            note(f"steerlens: {_one_line(error)}", soft_wrap=True)
         sys.exit(2)
     finally:
         _drop_unwritten(sys.stdout)

@@ -8,7 +8,7 @@ import typer
 
 from steerlens.cli import options as opt
 from steerlens.cli.command import RunCommand, prepare
-from steerlens.cli.printing import output, print_boundary, print_rows
+from steerlens.cli.printing import print_boundary, print_rows, say
 from steerlens.data.reading import read_texts
 from steerlens.measure.boundary import check_search
 from steerlens.measure.plane import check_plane
@@ -60,7 +60,7 @@ class Boundary(RunCommand):
         print_boundary(result.layers)
         if self.shape is not None:
             ratio = plane.table.attrs["radius_ratio"]
-            output.print(f"in the plane: largest boundary over smallest {ratio:.2f}")
+            say(f"in the plane: largest boundary over smallest {ratio:.2f}")
         run.note(f"{2 * len(result.layers)} boundaries")
 
 

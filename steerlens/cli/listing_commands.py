@@ -22,7 +22,8 @@ class Datasets(Command):
     def run(self) -> None:
         """What the command does."""
         if self.name is not None:
-            say(dataset_card(self.name))
+            for line in dataset_card(self.name).splitlines():
+                say(line)
             return
         for dataset in dataset_names():
             sizes = [

@@ -1,8 +1,18 @@
-"""What the commands print: tables on stdout, progress and notes on stderr."""
+"""What the commands print: tables on stdout, progress and notes on stderr.
+
+Nothing that a terminal would obey leaves here: texts are made `visible` before they are laid out,
+and what libraries write is made so by `escaped_streams`.
+"""
 
 import sys
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steerlens.measure.sweeps import SweepResult
-from steerlens.progress import Progress, show_progress
+from steerlens.progress import Progress, show_progress, visible
 from steerlens.tables import hook_label
 
 SIGPIPE = 128 + 13
@@ -25,8 +35,42 @@ class _Console(Console):
 
 _is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by who started us
 # Without a terminal there is no width to fit: wide enough that nothing is cut off.
-output = _Console(highlight=False, width=None if _is_terminal else 160)
-notes = _Console(stderr=True, highlight=False)
+_output = _Console(highlight=False, width=None if _is_terminal else 160)
+_notes = _Console(stderr=True, highlight=False)
+LINES = "\n\t"
+"""What text of several lines is made of besides."""
+PROSE = LINES + "\xa0\u200c\u200d\u3000"
+"""What text that people read may hold besides: spaces and joiners of many scripts."""
+
+
+class _Escaped:
+    """A stream whose text is `visible`; bars move by carriage returns."""
+
+    def __init__(self, stream: Any) -> None:
+        self.rich_proxied_file = stream
+        """Rich writes past what has this: its styles are sequences too, its texts have none."""
+
+    def write(self, text: str) -> int:
+        if not isinstance(text, str):  # so that click tells it from a stream of bytes
+            raise TypeError(f"expected text to write, got {type(text).__name__}")
+        self.rich_proxied_file.write(visible(text, PROSE + "\r"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+@contextmanager
+def escaped_streams() -> Iterator[None]:
+    """Inside the block whatever is written to stdout and stderr, by anyone, is `visible`."""
+    out: Any = _Escaped(sys.stdout)
+    err: Any = _Escaped(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        yield
 
 
 def progress_of(*, quiet: bool) -> AbstractContextManager[Progress | None]:
@@ -34,19 +78,19 @@ def progress_of(*, quiet: bool) -> AbstractContextManager[Progress | None]:
     return nullcontext() if quiet else show_progress()
 
 
-def note(text: str, *, quiet: bool = False, soft_wrap: bool = False) -> None:
+def note(text: str, *, quiet: bool = False, soft_wrap: bool = False, keep: str = "") -> None:
     """Print a line on stderr, unless `quiet`."""
     if not quiet:
-        notes.print(Text(text), soft_wrap=soft_wrap)
+        _notes.print(Text(visible(text, keep)), soft_wrap=soft_wrap)
 
 
 def say(text: str) -> None:
     """Print a line on stdout."""
-    output.print(Text(text))
+    _output.print(Text(visible(text)))
 
 
 def print_table(
-    title: str | Text | None,
+    title: str | None,
     names: Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
@@ -54,15 +98,24 @@ def print_table(
     no_wrap: bool = False,
 ) -> None:
     """Rows of texts under the names of their columns; numbers to the right."""
-    shown = Table(title=title)
+    shown = Table(title=title and Text(visible(title)))
     for name in names:
         if name in left:
-            shown.add_column(Text(name))
+            shown.add_column(Text(visible(name)))
         else:
-            shown.add_column(Text(name), justify="right", no_wrap=no_wrap)
+            shown.add_column(Text(visible(name)), justify="right", no_wrap=no_wrap)
     for row in rows:
-        shown.add_row(*map(Text, row))
-    output.print(shown)
+        shown.add_row(*(Text(visible(cell)) for cell in row))
+    _output.print(shown)
+
+
+def print_texts(title: str, names: Sequence[str], texts: Sequence[str]) -> None:
+    """Texts of several lines side by side, each under its name."""
+    shown = Table(title=Text(visible(title, PROSE)), show_lines=True)
+    for name in names:
+        shown.add_column(Text(visible(name)), ratio=1)
+    shown.add_row(*(Text(visible(text, PROSE)) for text in texts))
+    _output.print(shown)
 
 
 def short(value: Any) -> str:
@@ -109,13 +162,13 @@ def print_layers(table: Any) -> None:
         for row in table.to_dict("records")
     ]
     print_table("Per layer, unsteered", names, rows)
-    output.print(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
+    say(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
 
 
 def print_boundary(table: Any) -> None:
     """Boundaries with their intervals, what was predicted, and the projection there."""
     settings = table.attrs["settings"]
-    title = Text(f"Coherence boundary on {settings['on']} text, {settings['budget']}")
+    title = f"Coherence boundary on {settings['on']} text, {settings['budget']}"
     names = ["hook", "negative", "95%", "predicted", "positive", "95%", "predicted", "resid norm"]
     rows = []
     for row in table.to_dict("records"):
@@ -131,7 +184,7 @@ def print_boundary(table: Any) -> None:
         rows.append([*cells, f"{row['resid_norm']:.4g}", f"{row['projection_at_boundary']:.4g}"])
     print_table(title, [*names, "projection there"], rows)
     if table[["reentry_pos", "reentry_neg"]].notna().any(axis=None):
-        output.print("* within the budget again further out: see reentry_pos and reentry_neg")
+        say("* within the budget again further out: see reentry_pos and reentry_neg")
 
 
 def print_cells(result: SweepResult) -> None:

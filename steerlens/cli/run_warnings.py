@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from steerlens.cli.printing import note
+from steerlens.cli.printing import LINES, note
+from steerlens.progress import visible
 
 _warned: ContextVar[tuple[str, ...]] = ContextVar("warned", default=())
 
@@ -20,7 +21,7 @@ def keeping_warnings() -> Iterator[None]:
 
         def keep_and_show(message: Warning | str, *args: Any, **options: Any) -> None:
             keep_warning(str(message))
-            show(message, *args, **options)
+            show(visible(str(message), LINES), *args, **options)
 
         warnings.showwarning = keep_and_show
         try:

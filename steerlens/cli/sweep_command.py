@@ -22,6 +22,7 @@ from steerlens.errors import FileError
 from steerlens.loss import Budget
 from steerlens.measure.sweeps import SweepResult
 from steerlens.measure.tokens import generation_table, token_damage
+from steerlens.models.loading import check_at_hand
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.runs.record import RECORD, differences, versions
 from steerlens.runs.unfinished import (
@@ -142,7 +143,8 @@ class Sweep(RunCommand, WorkersCommand):
     def _as_recorded(self, record: Mapping[str, Any], path: Path) -> "Sweep":
         """This command with the options of a record, but for those given on the command line.
 
-        Raises `FileError` unless the record's are those of a sweep.
+        Raises `FileError` unless the record's are those of a sweep, and `InputError` where only the
+        record says to fetch a model.
         """
         kinds, names = get_type_hints(Sweep), recorded_options(self)
         wrong = sorted({*names} ^ {*record}) or [
@@ -159,6 +161,8 @@ class Sweep(RunCommand, WorkersCommand):
         asked = [
             name for name, source in sources.items() if source and source.name == "COMMANDLINE"
         ]
+        if self.resume is None and "model" not in asked:  # another's run, it may be
+            check_at_hand(record["model"], f"the record {str(path)!r}")
         return replace(self, **{name: record[name] for name in names if name not in asked})
 
     def _run_into(

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from steerlens.cli import options as opt
 from steerlens.cli.command import Command, ModelCommand, QuietCommand, prepare
-from steerlens.cli.printing import note, output, print_rows, print_table, progress_of, say
+from steerlens.cli.printing import note, print_rows, print_table, print_texts, progress_of, say
 from steerlens.data.prompts import Message, Prompt
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
@@ -19,8 +17,9 @@ from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
-from steerlens.models.loading import load_model
+from steerlens.models.loading import check_at_hand, load_model
 from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.models.weight_processing import UNKNOWN
 from steerlens.progress import silent
 from steerlens.steering import SteeringVector, operator_of, parse_coefficient
 from steerlens.steering import generate as generate_text
@@ -30,7 +29,7 @@ from steerlens.steering.export.huggingface import check_is_new
 
 VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
 OptionalModel = Annotated[
-    str | None, "As elsewhere. Default: the vector's own, or the packaged one."
+    str | None, "As elsewhere. Default: the vector's own if it is here, or the packaged one."
 ]
 POSITIONS = ("all", "prompt", "generated", "last")
 
@@ -129,16 +128,14 @@ class Generate(ModelCommand):
             "max_new_tokens": self.max_new_tokens,
             "positions": self.positions,
         }
-        table, texts = Table(title=Text(self.prompt), show_lines=True), []
+        texts: list[str] = []
         with progress_of(quiet=self.quiet) as progress:
             tell = progress or silent
             tell("continuations", 0, len(strengths))
             for strength in strengths:
-                table.add_column(Text(strength), ratio=1)
-                texts.append(Text(generate_text(model, prompt, steered, strength, **options)))
+                texts.append(generate_text(model, prompt, steered, strength, **options))
                 tell("continuations", len(texts), len(strengths))
-        table.add_row(*texts)
-        output.print(table)
+        print_texts(self.prompt, strengths, texts)
 
     def _tokenize(self, model: HookedModel) -> TokenizedPrompt:
         chat: Prompt = self.prompt if self.raw else (Message("user", self.prompt),)
@@ -238,11 +235,15 @@ def _read_vector(path: Path) -> SteeringVector:
 def _load_with_model(
     path: Path, model_name: str | None, *, quiet: bool
 ) -> tuple[SteeringVector, HookedModel]:
-    """A vector and the model to use it on, its own by default; where they differ is noted."""
+    """A vector and the model to use it on, its own where that is at hand; where they differ is
+    noted."""
     vector = _read_vector(path)
-    if model_name is None and vector.origin.model == "unknown":
-        raise InputError("the vector does not say which model it was made on; give --model")
-    model = load_model(model_name or vector.origin.model, progress=not quiet)
+    if model_name is None:
+        model_name = vector.origin.model
+        if model_name == UNKNOWN:
+            raise InputError("the vector does not say which model it was made on; give --model")
+        check_at_hand(model_name, f"the vector {str(path)!r}")
+    model = load_model(model_name, progress=not quiet)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         vector.check_model(model)

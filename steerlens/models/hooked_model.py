@@ -5,7 +5,7 @@ A `TransformerBridge` (version 4) wraps Hugging Face's own model and has its wei
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,18 +17,16 @@ from torch import Tensor
 class HookedModel(Protocol):
     """What steerlens asks of a model: `TransformerBridge` and `HookedTransformer` both have it.
 
-    It is a torch module too: its parts' evaluation mode is set and restored.
+    Also the attributes `cfg`, `tokenizer`, `blocks` and `hook_dict`. They are not members, as the
+    instance would be looked at for them: a Bridge lists its hooks anew each time, and from Python
+    3.12 on parts of a torch module are not seen. It is a torch module too: its parts' evaluation
+    mode is set and restored.
     """
 
-    cfg: Any
-    tokenizer: Any
-    blocks: Any
-
-    @property
-    def hook_dict(self) -> Mapping[str, Any]: ...
     def hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]: ...
     def generate(self, *args: Any, **kwargs: Any) -> Any: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __getattr__(self, name: str) -> Any: ...
 
 
 def hugging_face_model(model: Any) -> Any:

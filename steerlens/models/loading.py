@@ -2,15 +2,16 @@
 
 import importlib.util
 import os
+import shlex
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from steerlens.errors import ModelError, told
+from steerlens.errors import InputError, ModelError, told
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
 from steerlens.models.identity import Provenance as Provenance
@@ -143,13 +144,38 @@ def inference(model: HookedModel) -> Iterator[None]:
                 part.training = True
 
 
+def check_at_hand(name: str, source: str) -> None:
+    """Raise `InputError` unless the model that a file names is a packaged or a local one.
+
+    Args:
+        name: The model's.
+        source: The file, as the error says it: what others made must not choose what is fetched.
+    """
+    is_elsewhere = name.startswith(("//", "\\\\"))  # a machine of the network, not to be asked
+    is_local = not is_elsewhere and (
+        _is(name, Path.is_dir) or (name.endswith(".gguf") and _is(name, Path.is_file))
+    )
+    if name not in PACKAGED_MODELS and not is_local:
+        raise InputError(
+            f"{source} names the model {told(name)}, which is neither a packaged one nor here, and "
+            "nothing is fetched because a file says so; to load that one, give "
+            f"--model {shlex.quote(name)}"
+        )
+
+
+def _is(name: str, kind: Callable[[Path], bool]) -> bool:
+    try:
+        return bool(name) and kind(Path(name).expanduser())
+    except (OSError, RuntimeError, ValueError):  # too long, of no user, with a null character
+        return False
+
+
 def _find(
     name: str, revision: str | None, *, progress: bool
 ) -> tuple[Path | None, tuple[str, str, str]]:
     """The folder of what is no hub id; and source, revision and file hash for the provenance."""
-    is_folder = bool(name) and Path(name).expanduser().is_dir()
-    is_local = name in PACKAGED_MODELS or name.endswith(".gguf") or is_folder
-    if is_local and revision is not None:
+    is_folder = _is(name, Path.is_dir)
+    if revision is not None and (name in PACKAGED_MODELS or name.endswith(".gguf") or is_folder):
         raise ModelError(f"{name!r} is no hub id, so it has no revision {revision!r}; leave it out")
     if name in PACKAGED_MODELS:
         packaged = PACKAGED_MODELS[name]
@@ -244,6 +270,7 @@ __all__ = [
     "HookedModel",
     "Provenance",
     "Quantization",
+    "check_at_hand",
     "inference",
     "load_arguments",
     "load_model",

@@ -116,7 +116,7 @@ def encode(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
     plain = {name: t.detach().cpu().float().contiguous().clone() for name, t in tensors.items()}
     header = {"format": FORMAT, "version": FORMAT_VERSION, "meaning": MEANING, **record}
     header = without_nan(header)
-    header["sha256"] = _checksum(plain, header)
+    header["sha256"] = checksum(plain, header)
     # One key: safetensors writes several in an order of its own, and the bytes would change.
     return bytes(save(plain, {KEY: json.dumps(header)}))
 
@@ -152,7 +152,7 @@ def decode(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{str(path)!r} has format version {version!r}; this steerlens reads 1 to "
             f"{FORMAT_VERSION}, so a newer one is needed"
         )
-    if header.pop("sha256", None) != _checksum(tensors, header):
+    if header.pop("sha256", None) != checksum(tensors, header):
         raise InputError(
             f"{str(path)!r} was changed after it was written: its checksum does not match"
         )
@@ -169,7 +169,8 @@ def _metadata(content: bytes) -> dict[str, Any]:
     return header
 
 
-def _checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """The sha256 (hex) of a header and of tensors: names, shapes, types and numbers."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())

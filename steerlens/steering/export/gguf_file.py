@@ -2,22 +2,26 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from steerlens.errors import InputError
 from steerlens.files import read_whole, refuse_pickle, strict_json, without_nan
 from steerlens.models.hooks import hook_layer, resid_post
+from steerlens.models.weight_processing import UNKNOWN
 from steerlens.steering import Add, Origin, SteeringVector
-from steerlens.steering.vector_file import write_named
+from steerlens.steering.export.gguf_format import read_gguf
+from steerlens.steering.vector_file import checksum, write_named
 
 ARCHITECTURE = "controlvector"
+HINT = f"{ARCHITECTURE}.model_hint"
 RECORD = "steerlens.vector"
+SHA256 = "steerlens.sha256"
 _NAME = re.compile(r"direction\.([0-9]{1,6})")
 
 
@@ -41,8 +45,8 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     """Write a llama.cpp control vector: `direction.N` is added to the output of block N.
 
     The tensors are `scale * direction` in float32, so that strength c there is coefficient c here;
-    scale, calibration and origin travel in the metadata. Blocks are counted from 0 on both sides,
-    but llama.cpp has no slot for block 0.
+    scale, calibration and origin travel in the metadata, with a sha256 over them and the tensors.
+    Blocks are counted from 0 on both sides, but llama.cpp has no slot for block 0.
 
     Args:
         vector: added everywhere, at block outputs from block 1 on.
@@ -62,15 +66,20 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
             "llama.cpp has no slot for the output of block 0 (its direction.N begins at 1), and "
             "shifting the layer would change the vector; leave block 0 out with .at(...)"
         )
+    tensors = {
+        f"direction.{block}": row.float().contiguous() for block, row in sorted(rows.items())
+    }
     _, record = vector.to_record()
+    texts = {HINT: vector.origin.architecture, RECORD: json.dumps(without_nan(record))}
 
     def fill(temporary: Path) -> None:
         writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", vector.origin.architecture)
+        writer.add_string(SHA256, _checksum(tensors, texts))
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(rows))
-        writer.add_string(RECORD, json.dumps(without_nan(record)))
-        for block, row in sorted(rows.items()):
-            writer.add_tensor(f"direction.{block}", row.float().contiguous().numpy())
+        for name, text in texts.items():
+            writer.add_string(name, text)
+        for name, row in tensors.items():
+            writer.add_tensor(name, row.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -87,8 +96,8 @@ def from_gguf(path: str | Path) -> SteeringVector:
     architecture.
 
     Raises:
-        InputError: the file cannot be read whole, is not a control vector, or holds tensors that
-            are not float rows of one length.
+        InputError: the file cannot be read whole, is not a control vector, holds tensors that
+            are not float rows of one length, or was changed since `to_gguf` wrote it.
 
     Examples:
         >>> sl.export.to_gguf(vector, folder / "cheerful.gguf")
@@ -100,71 +109,40 @@ def from_gguf(path: str | Path) -> SteeringVector:
         refuse_pickle(path)
         if not path.exists():
             raise InputError(f"no GGUF file at {str(path)!r}")
-        read_whole(path, InputError)  # no pipe or device, and not too large
-        fields, rows = _read(path)
-        architecture = fields.get("general.architecture")
-        if architecture != ARCHITECTURE:
-            raise InputError(
-                f"{str(path)!r} has the architecture {architecture!r}; expected {ARCHITECTURE!r}"
-            )
-        hint = str(fields.get(f"{ARCHITECTURE}.model_hint", "unknown"))
-        named = {resid_post(block): row for block, row in sorted(rows.items())}
-        vector = SteeringVector.from_vectors(named, origin=Origin(architecture=hint))
+        fields, tensors = read_gguf(read_whole(path, InputError), ARCHITECTURE)
+        rows = _rows(tensors)
+        by_name = {name: torch.from_numpy(row) for name, row in tensors.items()}
+        if SHA256 in fields and fields[SHA256] != _checksum(by_name, fields):
+            raise InputError("it was changed after it was written: its checksum does not match")
+        named = {resid_post(block): row for block, row in rows.items()}
+        origin = Origin(architecture=str(fields.get(HINT, UNKNOWN)))
+        vector = SteeringVector.from_vectors(named, origin=origin)
         return _with_record(vector, fields.get(RECORD))
     except InputError as error:
         raise InputError(f"cannot read {str(path)!r}: {error}") from error
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[int, Tensor]]:
-    """The string fields and the rows by block of a GGUF file."""
-    import gguf
-
-    class Bounded(gguf.GGUFReader):  # type: ignore[misc, unused-ignore]
-        """The package's reader takes what lies beyond the end as empty, and loops over it: for
-        ever, where a header claims 2^60 numbers."""
-
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, *args: Any, **kwargs: Any) -> Any:
-            size = np.dtype(dtype).itemsize * int(count)
-            left = max(len(self.data) - int(offset), 0)
-            if size > left:
-                raise ValueError(f"it claims {size} bytes where {left} are left")
-            return super()._get(int(offset), dtype, count, *args, **kwargs)
-
-        def _push_field(self, field: Any, *args: Any, **kwargs: Any) -> Any:
-            if field.name in self.fields:
-                raise ValueError(f"its key {field.name!r} occurs twice")
-            return super()._push_field(field, *args, **kwargs)
-
-    try:
-        reader = Bounded(str(path))
-        fields = {
-            name: field.contents()
-            for name, field in reader.fields.items()
-            if field.types[:1] == [gguf.GGUFValueType.STRING]
-        }
-        tensors = {
-            tensor.name: (tensor.tensor_type.name, np.array(tensor.data))
-            for tensor in reader.tensors
-        }
-    except Exception as error:  # gguf raises many types on a damaged file
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+    except ValueError as error:
         raise InputError(
-            f"{str(path)!r} is not a whole GGUF file ({reason[0]}); it may be truncated"
+            f"{str(path)!r} is not a whole GGUF file ({error}); it may be truncated"
         ) from error
-    rows = {}
-    for name, (kind, data) in tensors.items():
+
+
+def _rows(tensors: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Rows by block, sorted. Raises `InputError` where a name is no direction.N, or names a block
+    again."""
+    rows: dict[int, Tensor] = {}
+    for name, row in tensors.items():
         match = _NAME.fullmatch(name)
         if match is None or int(match[1]) in rows:
-            raise InputError(f"{str(path)!r} has a tensor {name!r}; expected direction.N, once")
-        if kind not in ("F32", "F16") or data.ndim != 1:
-            raise InputError(
-                f"{name} in {str(path)!r} is {kind} of shape {data.shape}; expected a row of "
-                "F32 or F16"
-            )
-        rows[int(match[1])] = torch.from_numpy(data.astype(np.float32))
+            raise InputError(f"it has a tensor {name!r}; expected direction.N, once")
+        rows[int(match[1])] = torch.from_numpy(row)
     if not rows:
-        raise InputError(f"{str(path)!r} holds no direction.N")
-    return fields, rows
+        raise InputError("it holds no direction.N")
+    return dict(sorted(rows.items()))
+
+
+def _checksum(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
+    """Of the tensors and of the texts that are read; other tools may add fields of their own."""
+    return checksum(tensors, {name: fields.get(name) for name in (HINT, RECORD)})
 
 
 def _with_record(vector: SteeringVector, text: Any) -> SteeringVector:
