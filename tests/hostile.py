@@ -390,7 +390,7 @@ def corpus(run: Path) -> dict[str, dict[str, Bad]]:
         "items": items(),
         "vectors": vectors(),
         "ggufs": ggufs(),
-        "records": records(record | fixed),
+        "records": records(sealed(record | fixed)),
         "csvs": csvs((run / "writers.csv").read_text()),
         "pages": pages(),
     }

@@ -587,7 +587,7 @@ def test_a_run_is_repeated_from_its_record(
     assert content(tmp_path / "c")["sweep.csv"] != before["sweep.csv"]
     # Another's record does not choose what is fetched.
     old["options"]["model"] = "some/one"
-    source.write_text(json.dumps(old), encoding="utf-8")
+    source.write_text(json.dumps(sealed(old)), encoding="utf-8")
     monkeypatch.setattr("steerlens.cli.command.load_model", lambda name, **options: 1 / 0)
     again = ("sweep", "--from", first, "--out", tmp_path / "d")
     assert_error(run(*again), "the record", "--model some/one")
