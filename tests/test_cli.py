@@ -439,7 +439,7 @@ def test_an_interrupt_is_exit_code_130_and_leaves_no_files(
         patch.setattr("steerlens.cli.command.fit", interrupt)
         outcome = sweep("--out", tmp_path)
         assert outcome.code == 130
-        assert "before a hook was finished" in outcome.words
+        assert "before anything was finished" in outcome.words
     assert content(tmp_path) == {}
     assert sweep("--out", tmp_path).code == 0
 

@@ -285,7 +285,7 @@ MADE_BY = {
     "measure.BoundaryResult": "find_boundary",
     "measure.BoundaryShape": "Study",
     "measure.Comparison": "compare",
-    "measure.Kept": "measure.Checkpoint",
+    "engine.Kept": "engine.Checkpoint",
     "measure.LossGeometry": "loss_geometry",
     "measure.SweepResult": "sweep",
     "plots.Page": "plots.token_page",

@@ -460,7 +460,7 @@ def test_only_what_this_program_wrote_is_removed(tmp_path: Path) -> None:
     mine = {name: left for name, left in tree(tmp_path).items() if name not in LEFT}
     with open_parts(tmp_path, REQUEST, options={}, resume=True):
         pass
-    wrote = {"parts/_request.json", "parts/0000.parquet"}
+    wrote = {"parts/_request.json", "parts/0000.parquet", f"parts/{NAME}.safetensors"}
     assert tree(tmp_path) == {name: left for name, left in mine.items() if name not in wrote}
     assert wrote < mine.keys()
 

@@ -69,16 +69,18 @@ class Sweep(FolderCommand, WorkersCommand):
         """What the command does."""
         coefficients = opt.numbers_of(self.coefficients)
         Budget.parse(self.budget)
+        # Workers that cannot be had are told of before a model is loaded.
+        with executor_of(workers=self.workers, dask=self.dask) as executor:
+            self._run(coefficients, executor)
+
+    def _run(self, coefficients: list[float], executor: Executor | None) -> None:
         task = prepare(self, self.layers)
         request = task.request(
             "sweep",
             coefficients=coefficients,
             examples_at="the middle one of hook_names, whatever the numbers: an illustration",
         )
-        with (
-            executor_of(workers=self.workers, dask=self.dask) as executor,
-            self.opened(request) as run,
-        ):
+        with self.opened(request) as run:
             directions, result = self._cells(task, coefficients, run.parts, executor)
             tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
             if self.examples:

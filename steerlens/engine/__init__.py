@@ -1,6 +1,7 @@
 """Prompts to batches; the model run, in part and as a whole, at the cost of its arithmetic."""
 
 from steerlens.engine.capture import collect_activations
+from steerlens.engine.checkpoint import Checkpoint, Kept
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
     SteeredPositions,
@@ -12,7 +13,9 @@ from steerlens.engine.tokenization import (
 )
 
 __all__ = [
+    "Checkpoint",
     "Engine",
+    "Kept",
     "SteeredPositions",
     "TokenizedPairs",
     "TokenizedPrompt",

@@ -1,6 +1,5 @@
 """What is measured on a model along directions: sweep, boundary, plane, comparison, tokens."""
 
-from steerlens.engine.checkpoint import Checkpoint, Kept
 from steerlens.measure.boundary import BoundaryResult
 from steerlens.measure.comparison import Comparison, compare
 from steerlens.measure.cosines import cosine_table
@@ -21,9 +20,7 @@ __all__ = [
     "BoundaryResult",
     "BoundarySettings",
     "BoundaryShape",
-    "Checkpoint",
     "Comparison",
-    "Kept",
     "LossGeometry",
     "On",
     "PlaneSettings",
