@@ -285,7 +285,6 @@ MADE_BY = {
     "measure.BoundaryResult": "find_boundary",
     "measure.BoundaryShape": "Study",
     "measure.Comparison": "compare",
-    "engine.Kept": "engine.Checkpoint",
     "measure.LossGeometry": "loss_geometry",
     "measure.SweepResult": "sweep",
     "plots.Page": "plots.token_page",
