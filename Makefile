@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: audit demo bench docs fuzz models-table test test-llamacpp test-oldest test-tl3 lint types unit install clean
+.PHONY: audit demo bench docs fuzz models-table simulate test test-llamacpp test-oldest test-tl3 lint types unit install clean
 
 install: $(STAMP)
 
@@ -28,6 +28,12 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/boundary.py --out build/bench
 	$(BIN)/python tests/benchmarks/gradients.py
 	$(BIN)/python tests/benchmarks/circuits.py
+
+# Coverage of the intervals and errors of the tests, simulated: some 3 minutes.
+simulate: $(STAMP)
+	mkdir -p build
+	OMP_NUM_THREADS=1 $(BIN)/python tests/simulations/inference.py > build/simulations.md
+	mv build/simulations.md docs/simulations.md
 
 # Our vectors in llama.cpp itself, built from source in an environment of its own: some 10 minutes.
 LLAMACPP := build/llamacpp

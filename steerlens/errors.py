@@ -1,7 +1,5 @@
 """Errors that say what was expected, what came, and what to do."""
 
-import math
-import operator
 import warnings
 from typing import Any
 
@@ -45,9 +43,11 @@ class WorkerError(SteerlensError):
 
 
 def told(value: Any) -> str:
-    """What was given, as an error says it: up to 80 characters of its repr."""
+    """What was given, as an error says it: up to 80 characters of its repr, in one line."""
+    if hasattr(value, "dtype") and getattr(value, "shape", None):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
     try:
-        return f"{value!r:.80}"
+        return f"{value!r:.200}".replace("\n", " ")[:80]
     except ValueError:  # Python refuses to write thousands of digits
         return f"{type(value).__name__} with a number of more digits than can be written"
 
@@ -56,33 +56,6 @@ def in_one_line(error: Exception) -> str:
     """What another library's error says, up to a traceback in it; its class where it is silent."""
     text = " ".join(str(error).partition("Traceback")[0].split())
     return text or type(error).__name__
-
-
-def finite(name: str, value: Any) -> float:
-    """The value as a float. Raises `InputError` unless it is finite."""
-    try:
-        number = float(value) if not isinstance(value, str) else math.nan
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"expected a finite {name}, got {told(value)}")
-    return number
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """The value as an int. Raises `InputError` unless it is a whole number from `least` on."""
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise InputError(f"{name} must be a whole number, got {told(value)}") from error
-    if not least <= number < 2**63:
-        raise InputError(f"{name} must be at least {least} and below 2**63, got {told(number)}")
-    return number
-
-
-def whole_or_none(name: str, value: Any, least: int) -> int | None:
-    """None, or as `whole`."""
-    return None if value is None else whole(name, value, least)
 
 
 _FORMER = {

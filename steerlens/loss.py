@@ -9,7 +9,8 @@ from einops import reduce
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerlens.errors import InputError
+from steerlens.errors import InputError, told
+from steerlens.validation import NotNegative, checked
 
 __all__ = [
     "MARGIN",
@@ -35,6 +36,8 @@ BudgetKind = Literal["relative", "nats"] | Divergence
 
 MARGIN = 0.99
 WEIGHT = 1e4
+LARGEST_BUDGET = 1e6
+"""Nats per token: no model loses more."""
 
 
 class SteeringLoss(NamedTuple):
@@ -55,6 +58,7 @@ class SteeringLoss(NamedTuple):
     coherence_penalty: Float[Tensor, ""]
 
 
+@checked
 def contrastive_steering_loss_noref(
     hs_pos: Float[Tensor, "pair d_model"],
     hs_neg: Float[Tensor, "pair d_model"],
@@ -62,7 +66,7 @@ def contrastive_steering_loss_noref(
     *,
     mask: Bool[Tensor, " pair"] | None = None,
     margin: float | int = MARGIN,
-    weight: float | int = WEIGHT,
+    weight: NotNegative = WEIGHT,
 ) -> SteeringLoss:
     """The steering loss without a reference model: the baseline is this very forward pass.
 
@@ -104,6 +108,7 @@ def contrastive_steering_loss_noref(
     return SteeringLoss(separation + penalty, separation, penalty)
 
 
+@checked
 def contrastive_steering_loss(
     hs_pos: Float[Tensor, "pair d_model"],
     hs_neg: Float[Tensor, "pair d_model"],
@@ -114,7 +119,7 @@ def contrastive_steering_loss(
     mask: Bool[Tensor, " pair"] | None = None,
     margin: float | int = MARGIN,
     tolerance: float | int | None = None,
-    weight: float | int = WEIGHT,
+    weight: NotNegative = WEIGHT,
 ) -> SteeringLoss:
     """The steering loss against the unsteered model, along a frozen direction.
 
@@ -156,13 +161,14 @@ def contrastive_steering_loss(
     return SteeringLoss(separation + penalty, separation, penalty)
 
 
+@checked
 def coherence_penalty(
     logp: Float[Tensor, " pair"],
     baseline: Float[Tensor, " pair"],
     *,
     mask: Bool[Tensor, " pair"] | None = None,
     margin: float | int = MARGIN,
-    weight: float | int = WEIGHT,
+    weight: NotNegative = WEIGHT,
 ) -> Float[Tensor, ""]:
     """`weight * mean_i relu(margin * baseline_i - logp_i)^2` over the pairs that `mask` keeps.
 
@@ -174,13 +180,14 @@ def coherence_penalty(
     return weight * excess.square().mean()
 
 
+@checked
 def coherence_hinge(
     logp: Float[Tensor, " pair"],
     baseline: Float[Tensor, " pair"],
     *,
     threshold: float | int = 0.05,
     exponent: float | int = 2,
-    weight: float | int = WEIGHT,
+    weight: NotNegative = WEIGHT,
 ) -> Float[Tensor, ""]:
     """`weight * mean_i relu(baseline_i - logp_i - threshold)^exponent`: on the nats that are lost.
 
@@ -210,13 +217,14 @@ def coherence_hinge(
     return weight * excess.pow(exponent).mean()
 
 
+@checked
 def total_variation_barrier(
     logits: Float[Tensor, "prompt token vocab"],
     unsteered: Float[Tensor, "prompt token vocab"],
     label_mask: Bool[Tensor, "prompt token"],
     *,
     limit: float | int = 0.5,
-    weight: float | int = 1.0,
+    weight: NotNegative = 1.0,
 ) -> Float[Tensor, ""]:
     """`-weight * mean_t log(1 - TV_t / limit)`: a wall that the next-token distributions meet.
 
@@ -252,6 +260,7 @@ def total_variation_barrier(
     return -weight * torch.log(torch.relu(1 - distance / limit)).mean()
 
 
+@checked
 def ordering_penalty(
     gap_down: Float[Tensor, " item"],
     gap_none: Float[Tensor, " item"],
@@ -284,6 +293,7 @@ def ordering_penalty(
     return first + second
 
 
+@checked
 def promotion_loss(
     logp_promoted: Float[Tensor, " item"], logp_suppressed: Float[Tensor, " item"]
 ) -> Float[Tensor, ""]:
@@ -298,6 +308,7 @@ def promotion_loss(
     return (-logp_promoted - suppressed).mean()
 
 
+@checked
 def preference_loss(
     gap_up: Float[Tensor, " item"],
     gap_none: Float[Tensor, " item"],
@@ -319,6 +330,7 @@ def preference_loss(
     return -both.mean()
 
 
+@checked
 def label_logprob(
     logits: Float[Tensor, "prompt token vocab"],
     tokens: Int[Tensor, "prompt token"],
@@ -346,6 +358,7 @@ def label_logprob(
     return mean_by_prompt(label_logprobs(logits, tokens, label_mask), label_mask[:, 1:])
 
 
+@checked
 def label_logprobs(
     logits: Float[Tensor, "prompt token vocab"],
     tokens: Int[Tensor, "prompt token"],
@@ -358,6 +371,7 @@ def label_logprobs(
     )
 
 
+@checked
 def label_kl(
     logits: Float[Tensor, "prompt token vocab"],
     unsteered: Float[Tensor, "prompt token vocab"],
@@ -405,6 +419,7 @@ def mean_by_prompt(
     return total / reduce(is_label, "prompt token -> prompt", "sum")
 
 
+@checked
 @dataclass(frozen=True)
 class Budget:
     """How much a steered model may lose and still count as coherent.
@@ -437,12 +452,13 @@ class Budget:
             value = float(number)
         except ValueError:
             value = math.nan
-        is_within = {"relative": 0 <= value < 1, "nats": 0 <= value < math.inf}
-        is_within |= dict.fromkeys(DIVERGENCES, 0 < value < math.inf)
+        is_within = {"relative": 0 <= value < 1, "nats": 0 <= value <= LARGEST_BUDGET}
+        is_within |= dict.fromkeys(DIVERGENCES, 0 < value <= LARGEST_BUDGET)
         if not is_within.get(kind, False):
             raise InputError(
                 "expected a budget like relative=0.01 (from 0 up to 1), nats=0.05 (0 or more), "
-                f"kl=0.1, kl_p95=1 or rollout_kl_p95=1 (above 0), got {text!r}"
+                f"kl=0.1, kl_p95=1 or rollout_kl_p95=1 (above 0), at most {LARGEST_BUDGET:g} nats, "
+                f"got {told(text)}"
             )
         return cls(cast(BudgetKind, kind), value)
 

@@ -1,32 +1,40 @@
-"""How far a mean over pairs can be trusted, and when numbers that should be equal are."""
+"""How far a mean over pairs or groups can be trusted, and when numbers that should be equal are."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from steerlens.errors import InputError
+
 __all__ = [
-    "NullBand",
     "allowed_gap",
-    "bootstrap_interval",
-    "bootstrap_intervals",
-    "false_discovery",
-    "holm",
-    "null_band",
+    "flip_p",
+    "interval",
+    "intervals",
+    "max_rank_p",
     "percentile_interval",
+    "rank_p",
     "ratio_interval",
     "relative_gap",
     "resampled_counts",
+    "smallest_effect",
     "weighted_quantile",
 ]
 
 CONFIDENCE = 0.95
+TAIL = (1 - CONFIDENCE) / 2
+POWER = 0.8
+"""The share of repeats in which the smallest effect is shown."""
+DEGENERATE = 1e-3
+"""The share of draws without spread above which an interval is by Student's t."""
+ROWS = 200
+"""Intervals that are made at a time."""
 
 
 def allowed_gap(dtype: torch.dtype, *, least: float = 1e-4, roundings: int = 8) -> float:
@@ -56,159 +64,250 @@ def relative_gap(
     return gaps
 
 
-def bootstrap_interval(
-    values: Float[np.ndarray, " pair"], *, n_resamples: int, seed: int
+def interval(
+    values: Float[np.ndarray, " pair"] | Sequence[float],
+    *,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
+    n_bootstrap: int = 2000,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (95%) of the mean of `values` over pairs, in their unit.
+    """The 95% interval of the mean of `values`, resampled by group: a bootstrap-t interval.
 
-    Pairs are resampled with replacement (`scipy.stats.bootstrap`, percentile method, so that equal
-    values give an interval of width 0). The same seed draws the same pairs for every cell. NaN
-    among the values gives (NaN, NaN). With few pairs the interval is too narrow.
+    Whole groups are drawn with replacement, so that what they share counts as one observation. Of
+    each draw the mean is studentised, `t* = (mean* - mean) / se*`, and the ends are `mean - q se`
+    with the 97.5% and 2.5% quantiles q of t*: that keeps its coverage with few groups and skewed
+    values, where percentiles of the means are too narrow. `se` is the standard error of a ratio of
+    sums over groups, `sqrt(n / (n - 1) sum_g (sum_g - mean size_g)^2) / sum_g size_g`. Where more
+    than one draw in 1000 has no spread (five groups and fewer, or nearly all values alike), q is
+    that of Student's t with n - 1 degrees of freedom.
+
+    Args:
+        values: One value a pair (prompt, item), in any unit; also the unit of the ends.
+        groups: The group of each value; None takes every value for a group of its own.
+        seed: Of the draws; the same seed draws the same groups for every cell.
+        n_bootstrap: Number of draws.
+
+    Returns:
+        Low and high end; (NaN, NaN) for one group or values that are not finite.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 12.5.
 
     Examples:
-        >>> bootstrap_interval(np.array([2.0, 2.0, 2.0]), n_resamples=100, seed=0)
-        (2.0, 2.0)
+        >>> interval(np.array([1.0, 3.0]))  # t(0.975, 1) = 12.71 and se = 1
+        (-10.71, 14.71)
+        >>> interval(np.array([1.0, 1.0, 3.0, 3.0]), groups=["a", "a", "b", "b"])
+        (-10.71, 14.71)
     """
-    if not np.isfinite(values).all():
-        return math.nan, math.nan
-    low, high = _bootstrap(values, n_resamples=n_resamples, seed=seed, batch=None)
-    return float(low), float(high)
+    row = np.asarray(values, dtype=np.float64)[None]
+    low, high = intervals(row, groups=groups, seed=seed, n_bootstrap=n_bootstrap)
+    return float(low[0]), float(high[0])
 
 
-def bootstrap_intervals(
-    values: Float[np.ndarray, "row pair"], *, n_resamples: int, seed: int
+def intervals(
+    values: Float[np.ndarray, "row pair"],
+    *,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
+    n_bootstrap: int = 2000,
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    """`bootstrap_interval` of every row at once, the same pairs drawn for all of them.
-
-    One value a row has no interval: NaN.
-    """
-    nan = np.full(len(values), math.nan)
-    if values.shape[1] < 2:
-        return nan, nan
-    low, high = _bootstrap(values, n_resamples=n_resamples, seed=seed, batch=100)
-    is_finite = np.isfinite(values).all(axis=-1)
-    return np.where(is_finite, low, nan), np.where(is_finite, high, nan)
-
-
-def _bootstrap(
-    values: Float[np.ndarray, "*row pair"], *, n_resamples: int, seed: int, batch: int | None
-) -> tuple[Any, Any]:
-    from scipy.stats import bootstrap
-
-    interval = bootstrap(
-        (values,),
-        np.mean,
-        axis=-1,
-        n_resamples=n_resamples,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        vectorized=True,
-        batch=batch,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return interval.low, interval.high
+    """`interval` of every row, the same groups drawn for all of them."""
+    return _bootstrap_t(values, np.ones_like(values), groups, seed, n_bootstrap)
 
 
 def ratio_interval(
     values: Float[np.ndarray, " pair"],
     divisors: Float[np.ndarray, " pair"],
     *,
-    n_resamples: int,
-    seed: int,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
+    n_bootstrap: int = 2000,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval (95%) of `mean(values) / mean(divisors)`, pairs drawn together.
-
-    NaN below two pairs and where either is not finite.
+    """`interval` of `mean(values) / mean(divisors)`: the divisors take the place of the sizes.
 
     Examples:
         >>> values = np.array([1.0, 2.0, 3.0])
-        >>> ratio_interval(values, 2 * values, n_resamples=100, seed=0)
+        >>> ratio_interval(values, 2 * values)
         (0.5, 0.5)
     """
-    if len(values) < 2 or not (np.isfinite(values).all() and np.isfinite(divisors).all()):
-        return math.nan, math.nan
-    draws = np.random.default_rng(seed).integers(0, len(values), (n_resamples, len(values)))
+    low, high = _bootstrap_t(values[None], divisors[None], groups, seed, n_bootstrap)
+    return float(low[0]), float(high[0])
+
+
+def _bootstrap_t(
+    values: Float[np.ndarray, "row pair"],
+    divisors: Float[np.ndarray, "row pair"],
+    groups: Sequence[Any] | None,
+    seed: int,
+    n_bootstrap: int,
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """The ends of the ratio of sums of every row."""
+    group = _group_numbers(groups, values.shape[1])
+    low, high = np.full((2, len(values)), math.nan)
+    n = int(group.max(initial=-1)) + 1
+    is_finite = np.isfinite(values).all(axis=1) & np.isfinite(divisors).all(axis=1)
+    if n < 2 or not is_finite.any():
+        return low, high
+    counts = resampled_counts(n, n_resamples=n_bootstrap, seed=seed)
+    for rows in np.array_split(np.flatnonzero(is_finite), math.ceil(is_finite.sum() / ROWS)):
+        sums, sizes = (
+            np.stack([np.bincount(group, of_pairs[row]) for row in rows])
+            for of_pairs in (values, divisors)
+        )
+        low[rows], high[rows] = _ends(sums, sizes, counts)
+    return low, high
+
+
+def _ends(
+    sums: Float[np.ndarray, "row group"],
+    sizes: Float[np.ndarray, "row group"],
+    counts: Float[np.ndarray, "resample group"],
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    from scipy.stats import t
+
+    n, total = sums.shape[1], sizes.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = values[draws].mean(axis=1) / divisors[draws].mean(axis=1)
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+        ratio = sums.sum(axis=1) / total
+        # About the ratio seen, so that a large mean does not swallow a small spread.
+        rest = sums - ratio[:, None] * sizes
+        rest[np.abs(rest) <= 1e-12 * np.abs(sums).max(axis=1, keepdims=True)] = 0.0
+        error = np.sqrt(n / (n - 1) * (rest**2).sum(axis=1)) / np.abs(total)
+        totals = counts @ sizes.T
+        shift = (counts @ rest.T) / totals
+        spread = counts @ (rest**2).T - 2 * shift * (counts @ (rest * sizes).T)
+        spread += shift**2 * (counts @ (sizes**2).T)
+        errors = np.sqrt(n / (n - 1) * spread.clip(min=0)) / np.abs(totals)
+        has_spread = errors > 1e-6 * error
+        studentised = np.where(has_spread, shift / errors, np.inf * np.sign(shift))
+    drawn = np.quantile(np.nan_to_num(studentised), [TAIL, 1 - TAIL], axis=0)
+    students = t.ppf([TAIL, 1 - TAIL], n - 1)[:, None]
+    lower, upper = np.where((~has_spread).mean(axis=0) > DEGENERATE, students, drawn)
+    return ratio - upper * error, ratio - lower * error
 
 
-@dataclass(frozen=True)
-class NullBand:
-    """Where a value of the null lies with 95% probability, and how unlikely the value seen is."""
+def _group_numbers(groups: Sequence[Any] | None, n: int) -> Int[np.ndarray, " pair"]:
+    """The number of each value's group, in the order in which groups are met."""
+    if groups is None:
+        return np.arange(n)
+    if len(groups) != n:
+        raise InputError(f"expected a group for each of {n} values, got {len(groups)} groups")
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    return np.array([numbers[name] for name in groups])
 
-    low: float
-    high: float
-    p_value: float
 
+def rank_p(value: float, nulls: Float[np.ndarray, " null"] | Sequence[float]) -> float:
+    """Two-sided rank p-value: `(1 + nulls at least as far from 0) / (1 + nulls)`.
 
-def null_band(value: float, nulls: Sequence[Float[np.ndarray, " null"]]) -> NullBand:
-    """A value against the values of null vectors, given kind by kind (random, shuffled).
+    Exact at any level when value and nulls could have been drawn in any order, which holds for
+    labels that an independent coin flips, the labels as they are included. A null that equals the
+    value but for rounding (1e-9 of it) counts as at least as far.
 
-    Of each kind the prediction interval for one more of it, `mean +- t sd sqrt(1 + 1/n)`, and the
-    two-sided p-value of Student's t with n - 1 degrees of freedom; then the widest band and the
-    largest p-value, so that the harder kind decides. It takes the nulls of a kind to be normal,
-    which lets 20 of them say more than that the value beats them all (p = 1/21). NaN where a kind
-    has fewer than two values, one that is not finite, or no spread.
+    Args:
+        value: What was seen, in any unit.
+        nulls: The same of vectors that cannot know the labels; 19 of them can show 0.05.
+
+    Returns:
+        Between `1 / (1 + nulls)` and 1; NaN where value or a null is NaN, or there is no null.
+
+    Source: Phipson and Smyth, Permutation P-values Should Never Be Zero (2010).
 
     Examples:
-        >>> band = null_band(3.0, [np.array([-1.0, 0.0, 1.0])])  # mean 0, sd 1, t(2) = 4.30
-        >>> band.low, band.high  # -+ 4.30 sqrt(1 + 1/3)
-        (-4.97, 4.97)
-        >>> band.p_value
-        0.122
+        >>> rank_p(3.0, np.array([-1.0, 0.0, 1.0]))  # none of 3 is as far
+        0.25
+        >>> rank_p(3.0, np.array([-3.0, 0.0, 1.0]))
+        0.5
+    """
+    distances = np.abs(np.asarray(nulls, dtype=np.float64))
+    if not len(distances) or math.isnan(value) or np.isnan(distances).any():
+        return math.nan
+    n_as_far = int((distances >= abs(value) * (1 - 1e-9)).sum())
+    return (1 + n_as_far) / (1 + len(distances))
+
+
+def max_rank_p(
+    values: Float[np.ndarray, " hook"], nulls: Float[np.ndarray, "draw hook"]
+) -> Float[np.ndarray, " hook"]:
+    """Rank p-values against the largest null over all hooks (Westfall and Young's maximum).
+
+    Each hook's values are divided by their root mean square over the draws and the value seen, so
+    that no hook decides by its unit; a draw counts where its largest is at least as far from 0.
+    With one hook, `rank_p`.
+
+    Args:
+        values: What was seen at each hook.
+        nulls: The same of draws that cannot know the labels, each with the same labels everywhere;
+            NaN where a draw has no value.
+
+    Returns:
+        p-values that hold for the best of all hooks; NaN where there is no value, or no draw.
+
+    Source: Westfall and Young, Resampling-Based Multiple Testing (1993).
+
+    Examples:
+        >>> max_rank_p(np.array([3.0, 1.0]), np.array([[0.0, 1.0], [1.0, -1.0], [0.0, 0.0]]))
+        array([0.25, 0.75])
+    """
+    sizes, draws = np.abs(values), np.abs(nulls)
+    draws = draws[~np.isnan(draws).all(axis=1)]
+    if not len(draws):
+        return np.full(len(values), math.nan)
+    scale = np.sqrt(np.nanmean(np.vstack([draws, sizes]) ** 2, axis=0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        seen, largest = sizes / scale, np.nanmax(np.nan_to_num(draws / scale), axis=1)
+    n_as_far = (largest[:, None] >= seen * (1 - 1e-9)).sum(axis=0)
+    return np.where(np.isnan(sizes), math.nan, (1 + n_as_far) / (1 + len(draws)))
+
+
+def flip_p(
+    values: Float[np.ndarray, "row pair"],
+    *,
+    groups: Sequence[Any] | None = None,
+    seed: int = 0,
+    n_flips: int = 1999,
+) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
+    """Sign-flip p-values of every row's mean being 0, alone and over the family of all rows.
+
+    The statistic is `|sum_g s_g| / sqrt(sum_g s_g^2)` of the groups' sums s_g; each draw flips the
+    signs of whole groups by coin, the same for all rows, and the family's p-value compares with the
+    largest of all rows. It takes the differences of a group to be as likely of either sign where
+    there is no effect. NaN for a row that is not finite or all zero.
+
+    Examples:
+        >>> alone, family = flip_p(np.array([[1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]))  # 2 in 64 as far
+        >>> alone.round(2), bool(alone == family)
+        (array([0.03]), True)
+    """
+    group = _group_numbers(groups, values.shape[1])
+    n = int(group.max()) + 1
+    known = np.isfinite(values).all(axis=1) & (values != 0).any(axis=1)
+    sums = np.zeros((len(values), n))
+    for i in np.flatnonzero(known):
+        sums[i] = np.bincount(group, values[i])
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_flips, n))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = np.sqrt((sums**2).sum(axis=1))
+        seen, drawn = np.abs(sums.sum(axis=1)) / scale, np.abs(signs @ sums.T) / scale
+    least = seen * (1 - 1e-9)
+    largest = np.nan_to_num(drawn).max(axis=1, initial=0.0)
+    alone = (1 + (drawn >= least).sum(axis=0)) / (1 + n_flips)
+    family = (1 + (largest[:, None] >= least).sum(axis=0)) / (1 + n_flips)
+    return np.where(known, alone, math.nan), np.where(known, family, math.nan)
+
+
+def smallest_effect(low: float, high: float, n_groups: int) -> float:
+    """The mean that data like these would show in 4 of 5 repeats, with a 95% interval off 0.
+
+    `(t(0.975) + t(0.80)) * half-width / t(0.975)` with n_groups - 1 degrees of freedom.
+
+    Examples:
+        >>> smallest_effect(-1.96, 1.96, n_groups=10**6)
+        2.80
     """
     from scipy.stats import t
 
-    lows, highs, p_values = [], [], []
-    for kind in nulls:
-        n = len(kind)
-        spread = float(np.std(kind, ddof=1)) if n > 1 and np.isfinite(kind).all() else math.nan
-        if not (spread > 0 and math.isfinite(value)):
-            return NullBand(math.nan, math.nan, math.nan)
-        mean, scale = float(np.mean(kind)), spread * math.sqrt(1 + 1 / n)
-        reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * scale
-        lows.append(mean - reach)
-        highs.append(mean + reach)
-        p_values.append(2 * float(t.sf(abs(value - mean) / scale, n - 1)))
-    return NullBand(min(lows), max(highs), max(p_values))
-
-
-def false_discovery(p_values: Float[np.ndarray, " claim"]) -> Float[np.ndarray, " claim"]:
-    """Benjamini and Hochberg's adjusted p-values (q-values) of a family of claims.
-
-    Those that are NaN stay NaN and do not count (`scipy.stats.false_discovery_control`).
-
-    Examples:
-        >>> false_discovery(np.array([0.01, 0.02, 0.9]))  # 3/1 0.01, 3/2 0.02, 3/3 0.9
-        array([0.03, 0.03, 0.9 ])
-    """
-    from scipy.stats import false_discovery_control
-
-    adjusted = np.full_like(p_values, math.nan)
-    is_given = ~np.isnan(p_values)
-    if is_given.any():
-        adjusted[is_given] = false_discovery_control(p_values[is_given])
-    return adjusted
-
-
-def holm(p_values: Float[np.ndarray, " claim"]) -> Float[np.ndarray, " claim"]:
-    """Holm's adjusted p-values: the r-th smallest of n times n - r + 1, never falling, at most 1.
-
-    Those that are NaN stay NaN and do not count.
-
-    Examples:
-        >>> holm(np.array([0.01, 0.02, 0.9]))  # 3 times 0.01, 2 times 0.02, once 0.9
-        array([0.03, 0.04, 0.9 ])
-    """
-    adjusted = np.full_like(p_values, math.nan)
-    order = [i for i in np.argsort(p_values) if not math.isnan(p_values[i])]
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * float(p_values[i])))
-        adjusted[i] = largest
-    return adjusted
+    if n_groups < 2:
+        return math.nan
+    reach = float(t.ppf(1 - TAIL, n_groups - 1))
+    return (high - low) / 2 * (reach + float(t.ppf(POWER, n_groups - 1))) / reach
 
 
 def resampled_counts(
@@ -249,6 +348,5 @@ def weighted_quantile(
 
 def percentile_interval(estimates: Float[np.ndarray, " resample"]) -> tuple[float, float]:
     """The 95% percentile interval of bootstrap estimates, which may be infinite."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(estimates, [tail, 1 - tail], method="inverted_cdf")
+    low, high = np.quantile(estimates, [TAIL, 1 - TAIL], method="inverted_cdf")
     return float(low), float(high)

@@ -5,10 +5,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
+import commands
 import pytest
 import torch
 import transformers
@@ -51,22 +55,25 @@ def build_tokenizer(*, words: Sequence[str] = WORDS, **options: Any) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def build_llama(*, n_layers: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+def build_llama(
+    *, n_layers: int = 5, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
+) -> Any:
     """A random-init Llama with grouped-query attention and a context of 64."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=160,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=n_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": 160,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": n_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    config = transformers.LlamaConfig(**settings | changes)
     return transformers.LlamaForCausalLM(config).eval().to(dtype)
 
 
@@ -92,6 +99,10 @@ ATTN_OUT = "hook_attn_out" if IS_TL3 else "attn.hook_out"
 """Where a block's attention is written, inside the block."""
 FINAL_NORM = "ln_final.hook_normalized" if IS_TL3 else "ln_final.hook_out"
 
+Swept = Callable[..., sl.measure.SweepResult]
+Bounded = Callable[..., sl.measure.BoundaryResult]
+Studies = Callable[..., sl.Study]
+
 needs_bridge = pytest.mark.skipif(IS_TL3, reason="of a TransformerBridge alone")
 
 
@@ -110,6 +121,14 @@ def bridge(hf_model: Any, tokenizer: Any = None, dtype: torch.dtype = torch.floa
     )
 
 
+@contextmanager
+def padding(model: Any, side: str) -> Iterator[None]:
+    """The tokenizer pads on that side inside the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.tokenizer, "padding_side", side)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama() -> Any:
     return bridge(build_llama())
@@ -118,6 +137,12 @@ def llama() -> Any:
 @pytest.fixture(scope="session")
 def gpt2() -> Any:
     return bridge(build_gpt2())
+
+
+@pytest.fixture(scope="session")
+def double() -> Any:
+    # GPT-2, as the Llama of transformers norms in float32 whatever its weights are.
+    return bridge(build_gpt2().double(), dtype=torch.float64)
 
 
 @pytest.fixture(scope="session", params=["llama", "gpt2"])
@@ -141,6 +166,15 @@ def pairs() -> sl.ContrastivePairs:
     return sl.ContrastivePairs.from_lists(
         [f"you are cheerful {opening}" for opening in openings],
         [f"you are very gloomy {opening}" for opening in openings],
+    )
+
+
+@pytest.fixture(scope="session")
+def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
+    """The same pairs with a continuation each."""
+    after = ["warm and good", "so cold", "very bad soup", "rain", "a good day", "so", "kind", "by"]
+    return sl.ContrastivePairs.from_lists(
+        [p.positive for p in pairs], [p.negative for p in pairs], after
     )
 
 
@@ -171,6 +205,18 @@ def directions(llama: Any, many: sl.ContrastivePairs) -> sl.Directions:
     return sl.fit_directions(sl.collect_differences(llama, many))
 
 
+@pytest.fixture(scope="session")
+def bounded(llama: Any, many: sl.ContrastivePairs, directions: sl.Directions) -> Bounded:
+    """`find_boundary` of `directions` on `many`."""
+    return partial(sl.find_boundary, llama, many, directions)
+
+
+@pytest.fixture(scope="session")
+def study(llama: Any, many: sl.ContrastivePairs, directions: sl.Directions) -> Studies:
+    """Studies of `directions` on `many`."""
+    return partial(sl.Study, llama, many, directions)
+
+
 @pytest.fixture(scope="module")
 def much_padding() -> Iterator[None]:
     """Batches as large as asked for, however much padding that takes: so that it is put to test."""
@@ -196,11 +242,95 @@ def _threads(request: pytest.FixtureRequest) -> None:
 def _hooks_are_gone(request: pytest.FixtureRequest) -> Iterator[None]:
     """After every test the shared models have no hook left on them."""
     yield
-    for name in ("llama", "gpt2", "real_model"):
+    for name in ("llama", "gpt2", "loaded", "real_model"):
         if name in request.fixturenames:
             model = request.getfixturevalue(name)
             left = [n for n, point in model.hook_dict.items() if point.fwd_hooks]
             assert not left, f"hooks left on {name}: {left}"
+
+
+# Commands
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_llama(n_layers=commands.N_LAYERS).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return commands.write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", commands.OPENINGS)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> commands.Main:
+    """Run a command in this process."""
+    from steerlens.cli import main
+
+    def run_main(*arguments: str | Path) -> commands.Outcome:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        assert isinstance(stop.value.code, int)
+        return commands.Outcome(stop.value.code, *capsys.readouterr())
+
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def sweep_words(model_folder: Path, pairs_file: Path) -> tuple[str, ...]:
+    """`sweep` on the small model, without examples."""
+    data = ("--model", str(model_folder), "--pairs", str(pairs_file))
+    return ("sweep", *data, "--coefficients=-2,0,2", "--examples", "0")
+
+
+@pytest.fixture
+def sweep(run: commands.Main, sweep_words: tuple[str, ...]) -> commands.Main:
+    """`steerlens sweep` on the small model; a later option overrides these."""
+    return lambda *arguments: run(*sweep_words, *arguments)
+
+
+@pytest.fixture(scope="session")
+def swept_folder(sweep_words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a sweep, to be read or copied."""
+    folder = tmp_path_factory.mktemp("swept") / "run"
+    commands.finish(*sweep_words, "--quiet", "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(model_folder: Path) -> Any:
+    """The model of `model_folder` as `load_model` gives it: what workers can load too."""
+    return sl.load_model(str(model_folder), device="cpu", progress=False)
+
+
+@pytest.fixture
+def loaded_once(loaded: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands take the model of `model_folder` as `loaded`, where loading it is not the point."""
+    from steerlens.cli import command, comparison_commands, vector_commands
+
+    load = sl.load_model
+
+    def load_once(name: str | Path, **options: Any) -> Any:
+        return loaded if str(name) == str(model_folder) else load(name, **options)
+
+    for module in (command, comparison_commands, vector_commands):
+        monkeypatch.setattr(module, "load_model", load_once)
+
+
+@pytest.fixture
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of the neutral texts that ship."""
+    monkeypatch.setattr("steerlens.measure.texts.neutral_texts", lambda: commands.NEUTRAL)
+
+
+@pytest.fixture(scope="session")
+def fitted(loaded: Any, pairs: sl.ContrastivePairs) -> sl.Directions:
+    """Mean-difference directions of `pairs` in it, at every block's output."""
+    return sl.fit_directions(sl.collect_differences(loaded, pairs))
 
 
 @pytest.fixture(scope="session")

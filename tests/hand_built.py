@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import transformers
-from conftest import bridge, build_tokenizer
+from conftest import bridge, build_llama, build_tokenizer
 from torch import Tensor
+from zoo import bridged
 
 import steerlens as sl
 from steerlens.circuits import Answers, Prompts, make_prompts
@@ -28,22 +28,8 @@ VECTOR = sl.SteeringVector.from_vectors({HOOK: AXIS})
 
 def build(*, writes: bool = True, reads: bool = True, noise: float = 0.005) -> Any:
     """The model; without its writer or its reader for the positive controls."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=160,
-        hidden_size=WIDTH,
-        intermediate_size=8,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=noise,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 8, "num_attention_heads": 2}
+    model = build_llama(n_layers=3, initializer_range=noise, **sizes)
     tokenizer = build_tokenizer()
     word = {
         name: tokenizer.convert_tokens_to_ids(name)
@@ -73,19 +59,7 @@ def build(*, writes: bool = True, reads: bool = True, noise: float = 0.005) -> A
 
 def build_normed() -> Any:
     """Gemma 2, which norms what heads and MLPs write before it is added."""
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(
-        vocab_size=160,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )
-    return bridge(transformers.Gemma2ForCausalLM(config).eval())
+    return bridged("Gemma 2", num_hidden_layers=2, attn_implementation="eager")
 
 
 def good_or_bad(model: Any) -> Answers:

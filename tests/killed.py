@@ -1,9 +1,9 @@
-"""`python killed.py SIGNAL SEED SPAN KILLS LOG COMMAND...`: a run stopped at random moments.
+"""`python killed.py SIGNAL SEED KILLS LOG WHOLE OUT COMMAND...`: a run stopped at random moments.
 
 Every try is a child of its own, so that the signal is a real one and the imports are paid for once.
-The first is `steerlens COMMAND`, the others `steerlens COMMAND[0] --resume` of its folder. The
-signal comes before one of the first SPAN calls of what is counted, in the first KILLS tries. LOG
-gets a line for each try and each part of it.
+The first is `steerlens COMMAND` into WHOLE, undisturbed; the second into OUT, and the others
+`steerlens COMMAND[0] --resume` of it. KILLS of them get a signal, spread over all calls of what is
+counted. LOG gets a line for each try and each part of it.
 """
 
 import os
@@ -14,13 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformer_lens.model_bridge  # noqa: F401 (else each child would)
+import transformers.models.llama.modeling_llama  # noqa: F401
+from commands import NEUTRAL
+
 from steerlens import cli
 from steerlens.circuits.tasks import Task
+from steerlens.measure import texts
 from steerlens.runs import unfinished
 
-_, NAME, SEED, SPAN, KILLS, LOG, *ARGUMENTS = sys.argv
+_, NAME, SEED, KILLS, LOG, WHOLE, OUT, *ARGUMENTS = sys.argv
 SIGNAL = signal.Signals[NAME]
-OUT = ARGUMENTS[ARGUMENTS.index("--out") + 1]
 moments = random.Random(int(SEED))
 
 
@@ -63,19 +67,30 @@ def strike_at(moment: int) -> Callable[[], int]:
     return lambda: moment - left
 
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-for attempt in range(int(KILLS) + 1):
-    is_begun = any((Path(OUT) / name).exists() for name in ("parts/_request.json", "run.json"))
-    moment = moments.randint(1, int(SPAN)) if attempt < int(KILLS) else 0
+def tried(moment: int, out: str) -> int:
+    """How a try ended that gets the signal at that call, if any; its calls stand in LOG."""
+    is_begun = any((Path(out) / name).exists() for name in ("parts/_request.json", "run.json"))
+    words = ["--resume", out] if is_begun else [*ARGUMENTS[1:], "--out", out]
     child = os.fork()
     if child == 0:
         n_calls = strike_at(moment)
         try:
-            cli.main([ARGUMENTS[0], "--quiet", *(["--resume", OUT] if is_begun else ARGUMENTS[1:])])
+            cli.main([ARGUMENTS[0], "--quiet", *words])
         finally:
             note(f"calls {n_calls()}")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     note(f"ended {code}")
+    return code
+
+
+texts.neutral_texts = lambda: NEUTRAL
+signal.signal(signal.SIGINT, signal.default_int_handler)
+assert tried(0, WHOLE) == 0
+calls = Path(LOG).read_text(encoding="utf-8").rpartition("calls ")[2]
+Path(LOG).unlink()
+span = 3 * int(calls.split()[0]) // (2 * int(KILLS) + 2)
+for attempt in range(int(KILLS) + 1):
+    code = tried(moments.randint(span // 2, span) if attempt < int(KILLS) else 0, OUT)
     if code == 0:
         sys.exit()
     if code not in (-SIGNAL, 130):

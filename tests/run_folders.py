@@ -73,6 +73,7 @@ def sweep_table(n_layers: int = N_LAYERS) -> pd.DataFrame:
                     "coefficient": c,
                     "readout_hook": resid_post(readout),
                     "n_pairs": 8,
+                    "n_groups": 8,
                     **interval("projection", 20 + 2 * gain * c, 2),
                     "projection_shift": gain * c,
                     "baseline_logprob_nats": -2.5,
@@ -80,8 +81,7 @@ def sweep_table(n_layers: int = N_LAYERS) -> pd.DataFrame:
                     "degradation_nats": lost,
                     "degradation_ci_low": lost - 0.005,
                     "degradation_ci_high": lost + 0.005,
-                    "coherent": abs(c) < 30,
-                    **dict.fromkeys(("null_low", "null_high", "p_value", "q_value"), math.nan),
+                    "coherent": "yes" if abs(c) < 30 else "no",
                 }
             )
     return table("sweep", cells)

@@ -47,33 +47,14 @@ def test_differences_equal_bare_hugging_face(
         torch.testing.assert_close(found.values[:, i], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_side_and_batch_size_change_nothing(
-    tiny: Any, pairs: sl.ContrastivePairs, side: str, batch_size: int
-) -> None:
-    reference = sl.collect_differences(tiny, pairs, batch_size=1)
-    before = tiny.tokenizer.padding_side
-    tiny.tokenizer.padding_side = side
-    try:
-        found = sl.collect_differences(tiny, pairs, batch_size=batch_size)
-    finally:
-        tiny.tokenizer.padding_side = before
-    torch.testing.assert_close(found.positive, reference.positive, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found.negative, reference.negative, rtol=1e-4, atol=1e-4)
-
-
 def test_constant_on_both_sides_cancels_in_the_difference(
     llama: Any, pairs: sl.ContrastivePairs
 ) -> None:
     hook_name = "blocks.2.hook_resid_post"
     constant = torch.randn(32) * 5
     plain = sl.collect_differences(llama, pairs, layers=[2])
-    llama.add_hook(hook_name, lambda activation, hook: activation + constant)
-    try:
+    with llama.hooks(fwd_hooks=[(hook_name, lambda activation, hook: activation + constant)]):
         shifted = sl.collect_differences(llama, pairs, layers=[2])
-    finally:
-        llama.reset_hooks()
     torch.testing.assert_close(shifted[hook_name], plain[hook_name], rtol=1e-4, atol=1e-4)
     # The vector was really added: both sides moved by it.
     moved = shifted.positive[0] - plain.positive[0]
@@ -97,16 +78,14 @@ def test_the_readout_is_carried_along_but_not_among_the_values(
 
 def test_no_unembedding_when_logits_are_not_needed(llama: Any, pairs: sl.ContrastivePairs) -> None:
     calls: list[str] = []
-    llama.add_hook("unembed.hook_out", lambda activation, hook: calls.append("unembed"))
-    llama.add_hook("blocks.4.hook_resid_post", lambda activation, hook: calls.append("block 4"))
-    try:
+    names = ("unembed.hook_out", "blocks.4.hook_resid_post")
+    fwd_hooks = [(name, lambda x, hook, name=name: calls.append(name)) for name in names]
+    with llama.hooks(fwd_hooks=fwd_hooks):
         sl.collect_differences(llama, pairs, layers="all")
-        assert "block 4" in calls
-        assert "unembed" not in calls
+        assert names[1] in calls
+        assert names[0] not in calls
         llama(torch.tensor([[1, 5]]))
-        assert "unembed" in calls
-    finally:
-        llama.reset_hooks()
+        assert names[0] in calls
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -114,16 +93,12 @@ def test_not_finite_activations_name_the_hook(
     llama: Any, pairs: sl.ContrastivePairs, bad: float
 ) -> None:
     sl.collect_differences(llama, pairs)
-    llama.add_hook("blocks.3.hook_resid_post", lambda activation, hook: activation * bad)
-    try:
+    broken = ("blocks.3.hook_resid_post", lambda activation, hook: activation * bad)
+    with llama.hooks(fwd_hooks=[broken]):
         with pytest.raises(ModelError, match=r"NaN or inf .* blocks\.3\.hook_resid_post"):
             sl.collect_differences(llama, pairs, layers="1,3")
         # A hook before the bad one is still fine.
-        sl.engine.collect_activations(
-            llama, tokenize_pairs(llama, pairs).positive, ["blocks.1.hook_resid_post"]
-        )
-    finally:
-        llama.reset_hooks()
+        sl.collect_differences(llama, pairs, layers="1")
 
 
 def test_position_outside_a_prompt_names_pair_and_length(
@@ -139,11 +114,8 @@ def test_hook_that_is_not_on_the_residual_stream_is_refused(
     llama: Any, pairs: sl.ContrastivePairs
 ) -> None:
     prompts = tokenize_pairs(llama, pairs).positive
-    assert sl.engine.collect_activations(llama, prompts, ["blocks.0.hook_mlp_out"]).shape == (
-        1,
-        8,
-        32,
-    )
+    found = sl.engine.collect_activations(llama, prompts, ["blocks.0.hook_mlp_out"])
+    assert found.shape == (1, 8, 32)
     with pytest.raises(InputError, match=r"hook_pattern holds a tensor of shape"):
         sl.engine.collect_activations(llama, prompts, ["blocks.0.attn.hook_pattern"])
 

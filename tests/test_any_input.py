@@ -5,6 +5,10 @@ others as in `base`. Files as such are in test_hostile.py.
 """
 
 import inspect
+import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -112,7 +116,12 @@ def kinds() -> dict[str, st.SearchStrategy[Any]]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every parameter is given that is not at issue, by its name."""
-    g = made(tmp_path_factory.mktemp("outputs"))
+    return made_base(tmp_path_factory.mktemp("outputs"))
+
+
+def made_base(folder: Path) -> dict[str, Any]:
+    """As `base`."""
+    g = made(folder)
     found = vars(g) | {
         "along": g.vector,
         "differences": sl.collect_differences(g.model, g.pairs),
@@ -351,6 +360,23 @@ def test_any_value_is_taken_or_refused(name: str) -> None:
 
     check()
     assert all(told)
+
+
+def test_what_an_annotation_excludes_is_refused_without_its_being_checked_by_the_tests() -> None:
+    """The tests check types while they run, and users do not: in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("wrong_values.py"))],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    happened: dict[str, str] = json.loads(done.stdout)
+    wrong = {call: end for call, end in happened.items() if not end.startswith("SteerlensError: ")}
+    assert wrong == {}
+    for call in ("sweep(model=None)", "sweep(pairs=a list of texts)", "sweep(batch_size=1.5)"):
+        assert call in happened
 
 
 def test_another_error_would_be_seen(base: SimpleNamespace) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from browser import DRAWN, Browser, find_chromium
-from run_folders import HOSTILE, WRITERS, write_circuits, write_compare, write_sweep
-from test_cli import model_folder, pairs_file  # noqa: F401 (fixtures)
+from run_folders import HOSTILE, WRITERS, write_compare
+from selenium.webdriver.common.keys import Keys
 
 import steerlens as sl
 from steerlens.cli import main
@@ -95,8 +95,8 @@ PAGES = ("attention", "tokens", "components", "graph")
 
 @pytest.fixture(scope="module")
 def circuits(
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    model_folder: Path,
+    pairs_file: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """The folder of `steerlens circuits` on a small model."""
@@ -259,8 +259,6 @@ def test_a_table_sorts_on_a_click(browser: Browser, report: Path) -> None:
 
 
 def test_a_table_sorts_by_keyboard_and_keeps_one_order(browser: Browser, report: Path) -> None:
-    from selenium.webdriver.common.keys import Keys
-
     opened(browser, report)
     before = browser.run(CELLS)
     layers_head(browser, 0)[0].click()
@@ -293,8 +291,6 @@ def test_cells_without_a_number_come_last(browser: Browser, report: Path) -> Non
 
 def test_a_slider_moves_a_figure(browser: Browser, report: Path) -> None:
     """One frame a layer: at the right end it shows the last layer's points, by keyboard."""
-    from selenium.webdriver.common.keys import Keys
-
     opened(browser, report)
     chart = "document.querySelector('.frames').closest('figure').querySelector('svg.marks')"
     shown = f"{chart}.innerHTML"
@@ -312,8 +308,6 @@ def test_a_slider_moves_a_figure(browser: Browser, report: Path) -> None:
 def test_the_keyboard_reaches_everything_and_shows_where_it_is(
     browser: Browser, report: Path
 ) -> None:
-    from selenium.webdriver.common.keys import Keys
-
     opened(browser, report)
     page = browser.driver.switch_to.active_element
     page.send_keys(Keys.TAB)
@@ -397,10 +391,3 @@ def test_a_script_that_got_into_the_page_would_not_run(
     page.write_text(re.sub("<meta http-equiv[^>]*>", "", text), encoding="utf-8")
     opened(browser, page)
     assert browser.run("return document.title") == "run"
-
-
-def test_the_page_of_one_run_is_small(report: Path, tmp_path: Path) -> None:
-    page = written(tmp_path / "sweep.html", write_sweep(tmp_path / "sweep"))
-    assert page.stat().st_size < 5_000_000
-    assert report.stat().st_size < 5_000_000
-    assert written(tmp_path / "c.html", write_circuits(tmp_path / "c")).stat().st_size > 100_000

@@ -1,91 +1,30 @@
 """The command line: what it writes, prints and refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
-from conftest import build_llama, build_tokenizer
+from commands import (
+    HELD_OUT,
+    N_LAYERS,
+    OPENINGS,
+    Main,
+    assert_error,
+    content,
+    record,
+    table,
+    write_pairs,
+)
 
 import steerlens as sl
-from steerlens.cli import main
 from steerlens.data import shipped
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.runs.record import RUN_FILES
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, write_csv
-
-N_LAYERS = 4
-OPENINGS = ["the river was", "how was the day today", "I said", "the soup is so warm and good"]
-HELD_OUT = ["what a night by the river", "tomorrow the sun is", "you felt"]
-Main = Callable[..., "Outcome"]
-
-
-class Outcome:
-    """How a command ended: its exit code and what it printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def words(self) -> str:
-        """All that was printed on stderr as one line: rich wraps long ones, inside words too."""
-        return "".join(self.err.splitlines())
-
-
-def write_pairs(path: Path, openings: list[str], *, negative: str = "gloomy") -> Path:
-    lines = (
-        json.dumps(
-            {
-                "positive": f"you are cheerful {opening}",
-                "negative": f"you are very {negative} {opening}",
-            }
-        )
-        for opening in openings
-    )
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    build_llama(n_layers=N_LAYERS).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", OPENINGS)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Main:
-    """Run a command in this process."""
-
-    def run_main(*arguments: str | Path) -> Outcome:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        assert isinstance(stop.value.code, int)
-        return Outcome(stop.value.code, *capsys.readouterr())
-
-    return run_main
-
-
-@pytest.fixture
-def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:
-    """`steerlens sweep` on the small model; a later option overrides these."""
-    return lambda *arguments: run(
-        *("sweep", "--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2"),
-        *("--examples", "0"),
-        *arguments,
-    )
 
 
 @pytest.fixture
@@ -93,30 +32,6 @@ def layers(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     return lambda *arguments: run(
         "layers", "--model", model_folder, "--pairs", pairs_file, *arguments
     )
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
-
-
-def table(folder: Path, name: str = "sweep.csv") -> pd.DataFrame:
-    return pd.read_csv(folder / name, float_precision="round_trip")
-
-
-def record(folder: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    return loaded
-
-
-def assert_error(outcome: Outcome, *words: str) -> None:
-    """Exit code 2, nothing on stdout, exactly one line on stderr."""
-    assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("steerlens: ")
-    assert outcome.err.count("\n") == 1
-    assert outcome.err.endswith("\n")
-    assert "Traceback" not in outcome.err
-    for word in words:
-        assert word in outcome.err
 
 
 # sweep
@@ -148,26 +63,19 @@ def test_a_sweep_writes_five_files(sweep: Main, tmp_path: Path) -> None:
 
 
 def test_a_sweep_writes_what_the_library_gives(
-    sweep: Main, tmp_path: Path, model_folder: Path, pairs_file: Path
+    sweep: Main, tmp_path: Path, loaded: Any, pairs_file: Path
 ) -> None:
     options = ("--layers", "1:3", "--method", "pca", "--position", "-2", "--batch-size", "2")
     outcome = sweep(*options, "--budget", "nats=0.5", "--seed", "7", "--out", tmp_path / "run")
     assert outcome.code == 0
-    model = sl.load_model(str(model_folder), progress=False)
+    assert record(tmp_path / "run")["request"]["batch_size"] == 2
     pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
-    differences = sl.collect_differences(model, pairs, layers="1:3", position=-2, batch_size=2)
-    expected = sl.sweep(
-        model,
-        pairs,
-        sl.fit_directions(differences, method="pca", seed=7),
-        coefficients=[-2, 0, 2],
-        budget="nats=0.5",
-        seed=7,
-        batch_size=2,
-    )
-    write_csv(expected.table, tmp_path / "sweep.csv")
-    write_csv(expected.layers, tmp_path / "layers.csv")
-    for name in ("sweep.csv", "layers.csv"):
+    differences = sl.collect_differences(loaded, pairs, layers="1:3", position=-2, batch_size=2)
+    directions = sl.fit_directions(differences, method="pca", seed=7)
+    more: dict[str, Any] = {"budget": "nats=0.5", "seed": 7, "batch_size": 2}
+    expected = sl.sweep(loaded, pairs, directions, coefficients=[-2, 0, 2], **more)
+    for name, frame in (("sweep.csv", expected.table), ("layers.csv", expected.layers)):
+        write_csv(frame, tmp_path / name)
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
@@ -184,40 +92,74 @@ def test_a_sweep_writes_what_the_library_gives(
         (["--method", "pca"], "method", "pca"),
         (["--position", "-2"], "position", -2),
         (["--budget", "relative=0"], "budget", "relative=0"),
-        (["--seed", "5"], "seed", 5),
     ],
 )
 def test_every_option_changes_the_numbers_and_the_record(
-    options: list[str], key: str, value: Any, sweep: Main, tmp_path: Path
+    options: list[str], key: str, value: Any, sweep: Main, swept_folder: Path, tmp_path: Path
 ) -> None:
-    assert sweep("--out", tmp_path / "default").code == 0
-    assert sweep(*options, "--out", tmp_path / "changed").code == 0
-    requests = [record(tmp_path / name)["request"] for name in ("default", "changed")]
-    assert requests[1] == requests[0] | {key: value}
-    assert requests[0][key] != value
-    assert not table(tmp_path / "default").equals(table(tmp_path / "changed"))
+    assert sweep(*options, "--out", tmp_path).code == 0
+    before, after = record(swept_folder)["request"], record(tmp_path)["request"]
+    assert after == before | {key: value}
+    assert before[key] != value
+    assert not table(swept_folder).equals(table(tmp_path))
 
 
-def test_the_batch_size_changes_no_number_beyond_rounding(sweep: Main, tmp_path: Path) -> None:
-    for size in ("1", "3"):
-        assert sweep("--batch-size", size, "--out", tmp_path / size).code == 0
-        assert record(tmp_path / size)["request"]["batch_size"] == int(size)
-    one, three = (table(tmp_path / size) for size in ("1", "3"))
-    # The penalty multiplies squared logprobs by 10000, and their rounding with them.
-    scaled = ["coherence_penalty", "loss"]
-    numbers = one.select_dtypes("number").columns.drop(scaled)
-    np.testing.assert_allclose(one[numbers], three[numbers], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(one[scaled], three[scaled], rtol=1e-3, atol=0.02)
+def test_intervals_go_by_the_group_that_is_named(sweep: Main, tmp_path: Path) -> None:
+    """Seven personas, each with its own adjective in two pairs; the seed draws among them."""
+    words = "kind good warm cold bad so very".split()
+    lines = [
+        json.dumps(
+            {
+                "positive": f"you are {word} the {opening}",
+                "negative": f"you are rude the {opening}",
+                "persona": word,
+            }
+        )
+        for opening in ("river was", "night is")
+        for word in words
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(lines))
+    runs = {
+        "plain": [],
+        "persona": ["--group", "persona"],
+        "auto": ["--group", "auto"],
+        "seed": ["--group", "persona", "--seed", "5"],
+    }
+    cells = {}
+    for name, options in runs.items():
+        usual = ("--pairs", file, "--layers", "1", "--out", tmp_path / name)
+        if name == "plain":
+            assert sweep(*usual).code == 0
+        else:
+            with pytest.warns(UserWarning, match="7 independent groups of pairs"):
+                outcome = sweep(*usual, *options)
+            assert outcome.code == 0
+            assert any("7 independent groups" in w for w in record(tmp_path / name)["warnings"])
+        cells[name] = table(tmp_path / name).drop(columns="n_groups")
+        request = record(tmp_path / name)["request"]
+        n_groups = 14 if name == "plain" else 7
+        assert request["fitted_on"]["n_groups"] == request["measured_on"]["n_groups"] == n_groups
+        assert (table(tmp_path / name).n_groups == n_groups).all()
+    assert cells["auto"].equals(cells["persona"])
+    means = ["projection", "degradation_nats"]
+    for other in ("plain", "seed"):
+        assert cells[other][means].equals(cells["persona"][means])
+        assert not cells[other].equals(cells["persona"])
+    refused = sweep("--pairs", file, "--group", "tone", "--out", tmp_path / "none")
+    assert_error(refused, "missing key 'tone'")
 
 
-def test_the_same_command_gives_the_same_bytes(sweep: Main, tmp_path: Path) -> None:
-    for name, options in {"a": [], "b": [], "c": ["--coefficients=-2,0,3"]}.items():
-        assert sweep(*options, "--out", tmp_path / name).code == 0
-    a, b, c = (content(tmp_path / name) for name in "abc")
+def test_the_same_command_gives_the_same_bytes(
+    sweep: Main, swept_folder: Path, tmp_path: Path
+) -> None:
+    """`test_every_option_changes_the_numbers` is the control."""
+    assert sweep("--out", tmp_path / "b").code == 0
+    a, b = (content(folder) for folder in (swept_folder, tmp_path / "b"))
     for name in ("sweep.csv", "layers.csv", "sweep.parquet"):
         assert a[name] == b[name]
-    assert a["sweep.csv"] != c["sweep.csv"]
     # Again into the same folder.
+    shutil.copytree(swept_folder, tmp_path / "a")
     (tmp_path / "a" / "sweep.csv").unlink()
     (tmp_path / "a" / "notes.txt").write_text("mine")
     assert sweep("--out", tmp_path / "a").code == 0
@@ -235,21 +177,21 @@ def test_the_same_command_gives_the_same_bytes(sweep: Main, tmp_path: Path) -> N
     ],
 )
 def test_another_request_into_the_same_folder_is_refused(
-    options: list[str], named: str, sweep: Main, tmp_path: Path
+    options: list[str], named: str, sweep: Main, swept_folder: Path
 ) -> None:
-    assert sweep("--out", tmp_path).code == 0
-    before = content(tmp_path)
-    assert_error(sweep(*options, "--quiet", "--out", tmp_path), f"{named};", str(tmp_path))
-    assert content(tmp_path) == before
+    before = content(swept_folder)
+    assert_error(sweep(*options, "--quiet", "--out", swept_folder), f"{named};", str(swept_folder))
+    assert content(swept_folder) == before
 
 
 def test_other_pairs_in_a_file_of_the_same_name_are_refused(sweep: Main, tmp_path: Path) -> None:
     pairs, out = tmp_path / "pairs.jsonl", tmp_path / "run"
+    words = ("--layers", "1", "--pairs", pairs, "--quiet", "--out", out)
     write_pairs(pairs, OPENINGS)
-    assert sweep("--pairs", pairs, "--out", out).code == 0
+    assert sweep(*words).code == 0
     before = content(out)
     write_pairs(pairs, OPENINGS, negative="rude")
-    outcome = sweep("--pairs", pairs, "--quiet", "--out", out)
+    outcome = sweep(*words)
     assert_error(outcome, "other fitted_on.fingerprint (", ", measured_on.fingerprint (")
     assert content(out) == before
 
@@ -261,7 +203,7 @@ def test_pairs_to_fit_and_to_measure_on(
     mood.mkdir(parents=True)
     write_pairs(mood / "train.jsonl", OPENINGS)
     held_out = write_pairs(mood / "test.jsonl", HELD_OUT)
-    options = ("--test-pairs", held_out, "--max-pairs", "2")
+    options = ("--test-pairs", held_out, "--max-pairs", "2", "--layers", "1")
     assert sweep(*options, "--out", tmp_path / "file").code == 0
     request = record(tmp_path / "file")["request"]
     measured = sl.ContrastivePairs.from_jsonl(held_out)[:2]
@@ -269,12 +211,13 @@ def test_pairs_to_fit_and_to_measure_on(
     assert request["measured_on"] == {
         "name": str(held_out),
         "n_pairs": 2,
+        "n_groups": 2,
         "fingerprint": measured.fingerprint,
     }
     assert (table(tmp_path / "file").n_pairs == 2).all()
     # A shipped dataset is fitted on its training part and measured on its test part.
     monkeypatch.setattr(shipped, "shipped_folder", lambda: mood.parent)
-    assert sweep("--pairs", "mood", "--out", tmp_path / "mood").code == 0
+    assert sweep("--pairs", "mood", "--layers", "1", "--out", tmp_path / "mood").code == 0
     request = record(tmp_path / "mood")["request"]
     parts = [request[part]["name"] for part in ("fitted_on", "measured_on")]
     assert parts == ["mood/train", "mood/test"]
@@ -284,26 +227,17 @@ def test_pairs_to_fit_and_to_measure_on(
 def test_quiet_prints_nothing(sweep: Main, layers: Main, tmp_path: Path) -> None:
     for i, command in enumerate((sweep, layers)):
         out = tmp_path / f"{i}.csv"
-        loud = command("--out", out)
+        loud = command("--layers", "1", "--out", out)
         assert (loud.code, loud.out != "", loud.err != "") == (0, True, True)
-        quiet = command("--quiet", "--out", out)
+        quiet = command("--layers", "1", "--quiet", "--out", out)
         assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
 
 
-@pytest.mark.parametrize("name", ["run[a]", "run[/x]", "run:smile:"])
-def test_the_folders_name_is_printed_as_it_is(name: str, sweep: Main, tmp_path: Path) -> None:
-    outcome = sweep("--out", tmp_path / name)
+def test_the_folders_name_is_printed_as_it_is(sweep: Main, tmp_path: Path) -> None:
+    folder = tmp_path / "run[a][/x]:smile:"
+    outcome = sweep("--layers", "1", "--out", folder)
     assert outcome.code == 0
-    assert str(tmp_path / name) in outcome.words
-
-
-def test_a_cell_that_overflows_is_empty_in_the_table(sweep: Main, tmp_path: Path) -> None:
-    with pytest.warns(RuntimeWarning, match="NaN or inf at coefficient 1e\\+39"):
-        outcome = sweep("--layers", "0", "--coefficients=0,1e39", "--out", tmp_path)
-    assert outcome.code == 0
-    cells = table(tmp_path)
-    assert cells.projection.isna().to_list() == [False, True]
-    assert cells.coherent.to_list() == [True, False]
+    assert str(folder) in outcome.words
 
 
 # Errors
@@ -350,6 +284,7 @@ def _one_pair(folder: Path) -> Path:
         (["stray"], ["stray"]),
     ],
 )
+@pytest.mark.usefixtures("loaded_once")
 def test_a_sweep_that_cannot_be_run(
     options: list[Any],
     words: list[str],
@@ -391,25 +326,13 @@ def test_a_usage_error_is_one_line(arguments: list[str], words: list[str], run: 
     assert_error(run(*arguments), *words)
 
 
-def test_what_stands_where_the_folder_should_be_is_kept(sweep: Main, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_text("mine")
-    for taken in (file, file / "deeper"):
-        assert_error(sweep("--quiet", "--out", taken), str(file), "--out")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "sweep.csv").write_text("mine")
-    assert_error(sweep("--quiet", "--out", folder), "sweep.csv", "no run.json")
-    assert (content(folder), file.read_text()) == ({"sweep.csv": b"mine"}, "mine")
-
-
 def test_debug_shows_the_traceback(sweep: Main, run: Main, tmp_path: Path) -> None:
     assert_error(sweep("--quiet", "--layers", "99", "--out", tmp_path), "99")
     outcome = sweep("--quiet", "--layers", "99", "--out", tmp_path, "--debug")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.startswith("Traceback (most recent call last):\n  File ")
     assert "HookError: layer 99 does not exist" in outcome.err
-    assert sweep("--debug", "--out", tmp_path).code == 0
+    assert sweep("--debug", "--layers", "1", "--out", tmp_path).code == 0
 
 
 def test_an_unexpected_error_says_so_and_points_to_debug(
@@ -430,25 +353,25 @@ def test_an_interrupt_is_exit_code_130_and_leaves_no_files(
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("steerlens.cli.command.load_model", interrupt)
-        outcome = layers("--quiet")
+    for name, stopped in (
+        ("load_model", lambda: layers("--quiet")),
+        ("fit", lambda: sweep("--out", tmp_path)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"steerlens.cli.command.{name}", interrupt)
+            outcome = stopped()
         assert outcome.code == 130
         assert "Traceback" not in outcome.err
-    with monkeypatch.context() as patch:
-        patch.setattr("steerlens.cli.command.fit", interrupt)
-        outcome = sweep("--out", tmp_path)
-        assert outcome.code == 130
-        assert "before anything was finished" in outcome.words
+    assert "before anything was finished" in outcome.words
     assert content(tmp_path) == {}
-    assert sweep("--out", tmp_path).code == 0
+    assert sweep("--layers", "1", "--out", tmp_path).code == 0
 
 
 # layers
 
 
 def test_layers_prints_and_writes_the_table(
-    layers: Main, sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layers: Main, swept_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert layers().code == 0
@@ -459,8 +382,7 @@ def test_layers_prints_and_writes_the_table(
     for word in ("separation", "agreement", "baseline logprob"):
         assert word in outcome.out
     # The unsteered table of a sweep, with no cell run.
-    assert sweep("--out", tmp_path / "run").code == 0
-    assert out.read_bytes() == (tmp_path / "run" / "layers.csv").read_bytes()
+    assert out.read_bytes() == (swept_folder / "layers.csv").read_bytes()
     written = table(out.parent, "layers.csv")
     assert list(written.columns) == [column.name for column in LAYER_COLUMNS]
     assert len(written) == N_LAYERS
@@ -531,18 +453,8 @@ def test_every_command_is_in_the_help_and_has_one(run: Main) -> None:
 
 
 def test_python_m_steerlens() -> None:
-    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "steerlens", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    shown = call("--help")
-    assert (shown.returncode, shown.stderr) == (0, "")
-    for command in ("sweep", "layers", "generate", "models", "datasets"):
-        assert f" {command} " in shown.stdout
-    failed = call("no-such-command")
+    """That it may succeed is shown by test_where_nobody_reads_stdout_nothing_is_lost."""
+    command = [sys.executable, "-m", "steerlens", "no-such-command"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.splitlines() == ["steerlens: No such command 'no-such-command'."]

@@ -1,17 +1,17 @@
 """`steerlens boundary`: what it writes, prints and refuses."""
 
-# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
-
-import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
-from test_cli import Main, assert_error, content, model_folder, pairs_file, record, run, table
+from commands import Main, assert_error, content, finish, record, table
 
 import steerlens as sl
 import steerlens.measure.texts
 from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 @pytest.fixture
@@ -24,8 +24,17 @@ def boundary(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     )
 
 
+@pytest.fixture(scope="module")
+def found(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run."""
+    out = tmp_path_factory.mktemp("found") / "run"
+    data = ("--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--budget", "nats=0.1")
+    finish("boundary", *data, "--quiet", "--out", out)
+    return out
+
+
 def test_a_run_holds_tables_directions_and_record(
-    boundary: Main, tmp_path: Path, model_folder: Path, pairs_file: Path
+    boundary: Main, tmp_path: Path, loaded: Any, pairs_file: Path
 ) -> None:
     outcome = boundary("--out", tmp_path)
     assert outcome.code == 0
@@ -38,9 +47,9 @@ def test_a_run_holds_tables_directions_and_record(
     layers = table(tmp_path, "layers.csv")
     assert list(layers.columns) == [column.name for column in LAYER_COLUMNS]
     assert list(table(tmp_path, "boundary.csv").columns) == [c.name for c in BOUNDARY_COLUMNS]
-    model, pairs = sl.load_model(str(model_folder)), sl.ContrastivePairs.from_jsonl(pairs_file)
-    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers=[1]))
-    expected = sl.find_boundary(model, pairs, directions, budget="nats=0.1").layers
+    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
+    directions = sl.fit_directions(sl.collect_differences(loaded, pairs, layers=[1]))
+    expected = sl.find_boundary(loaded, pairs, directions, budget="nats=0.1").layers
     pd.testing.assert_frame_equal(layers, expected, check_exact=True)
     assert layers.boundary_on.tolist() == ["positive"]
     found = record(tmp_path)
@@ -60,45 +69,36 @@ def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.M
     neutral = ("the soup was good", "it was not so")
     monkeypatch.setattr(steerlens.measure.texts, "neutral_texts", lambda: neutral)
     found = {}
-    for on in ("positive", "negative", "neutral", str(texts)):
+    for on in ("negative", "neutral", str(texts)):
         out = tmp_path / Path(on).stem / "run"
         assert boundary("--quiet", "--on", on, "--out", out).code == 0
         found[on] = table(out, "layers.csv").iloc[0]
         assert record(out)["request"]["on"] == on
     assert [row.boundary_on for row in found.values()] == list(found)
-    assert len({row.boundary_pos for row in found.values()}) == 4
+    assert len({row.boundary_pos for row in found.values()}) == 3
     given = record(tmp_path / "texts" / "run")["request"]["texts"]
     assert given == ["the river was warm", "how was the day"]
 
 
-def test_a_shape_is_written_beside_it(boundary: Main, tmp_path: Path) -> None:
+def test_a_shape_is_written_beside_it(boundary: Main, found: Path, tmp_path: Path) -> None:
     assert boundary("--quiet", "--shape", "6", "--out", tmp_path).code == 0
     shape, layers = table(tmp_path, "shape.csv"), table(tmp_path, "layers.csv")
     assert list(shape.columns) == [column.name for column in SHAPE_COLUMNS]
     assert shape.angle.tolist() == [0, 60, 120, 180, 240, 300]
     assert shape.boundary[0] == pytest.approx(layers.boundary_pos[0], rel=0.03)
     assert shape.boundary[3] == pytest.approx(-layers.boundary_neg[0], rel=0.03)
-    assert boundary("--quiet", "--out", tmp_path / "alone").code == 0
-    both, alone = (record(p)["forward_equivalents"] for p in (tmp_path, tmp_path / "alone"))
+    both, alone = (record(folder)["forward_equivalents"] for folder in (tmp_path, found))
     assert both > alone > 5
 
 
-def test_an_infinite_boundary_is_written_as_such(boundary: Main, tmp_path: Path) -> None:
-    outcome = boundary("--search-range", "0.0001", "--out", tmp_path)
-    row = table(tmp_path, "layers.csv").iloc[0]
-    assert (row.boundary_pos, row.boundary_neg) == (math.inf, -math.inf)
-    assert "inf" in outcome.out
-
-
-def test_another_request_does_not_overwrite(boundary: Main, tmp_path: Path) -> None:
-    outcome = boundary("--quiet", "--out", tmp_path)
+def test_another_request_does_not_overwrite(boundary: Main, found: Path) -> None:
+    before = content(found)
+    assert_error(boundary("--quiet", "--on", "negative", "--out", found), "other on", "--out")
+    assert_error(boundary("--quiet", "--budget", "kl=0.1", "--out", found), "other budget")
+    assert content(found) == before
+    outcome = boundary("--quiet", "--out", found)
     assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
-    before = content(tmp_path)
-    assert_error(boundary("--quiet", "--on", "negative", "--out", tmp_path), "other on", "--out")
-    assert_error(boundary("--quiet", "--budget", "kl=0.1", "--out", tmp_path), "other budget")
-    assert content(tmp_path) == before
-    assert boundary("--quiet", "--out", tmp_path).code == 0
-    assert content(tmp_path)["layers.csv"] == before["layers.csv"]
+    assert content(found)["layers.csv"] == before["layers.csv"]
 
 
 @pytest.mark.parametrize(

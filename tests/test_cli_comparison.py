@@ -1,27 +1,15 @@
-"""`steerlens compare`, `reliability`, `methods` and `sweep --null`."""
-
-# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+"""`steerlens compare`, `reliability` and `methods`."""
 
 import json
 from pathlib import Path
 
-import pandas as pd
 import pytest
-from test_cli import (
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    record,
-    run,
-    table,
-    write_pairs,
-)
+from commands import Main, assert_error, content, record, table, write_pairs
 
 from steerlens.directions.methods import METHODS
 from steerlens.tables import COMPARISON_COLUMNS, RELIABILITY_COLUMNS, SUMMARY_COLUMNS
 
+pytestmark = pytest.mark.usefixtures("loaded_once", "few_texts")
 WORDS = "walk sun rain soup bread night day kind rude it you a".split()
 
 
@@ -47,34 +35,31 @@ def compare(run: Main, model_folder: Path, pairs_file: Path, items_file: Path) -
     )
 
 
-def test_a_comparison_writes_its_tables_and_is_repeatable(compare: Main, tmp_path: Path) -> None:
-    outcome = compare("--out", tmp_path / "a")
+def test_a_comparison_writes_its_tables(compare: Main, tmp_path: Path) -> None:
+    outcome = compare("--out", tmp_path)
     assert outcome.code == 0
-    assert set(content(tmp_path / "a")) == {
+    assert set(content(tmp_path)) == {
         "comparison.csv",
         "summary.csv",
         "effects.csv",
+        "methods.csv",
         "directions-mean_diff.safetensors",
         "directions-random.safetensors",
         "run.json",
     }
-    found = table(tmp_path / "a", "comparison.csv")
+    found = table(tmp_path, "comparison.csv")
     assert list(found.columns) == [column.name for column in COMPARISON_COLUMNS]
     assert found.method.tolist() == ["mean_diff", "random"]
     # Seven tenths of twelve items are held out, the others choose the layer.
     assert found.n_items.tolist() == [8, 8]
     assert found.train_effect.notna().all()
-    summary = table(tmp_path / "a", "summary.csv")
+    summary = table(tmp_path, "summary.csv")
     assert list(summary.columns) == [column.name for column in SUMMARY_COLUMNS]
-    assert len(table(tmp_path / "a", "effects.csv")) == 8
-    request = record(tmp_path / "a")["request"]
+    assert len(table(tmp_path, "effects.csv")) == 8
+    request = record(tmp_path)["request"]
     assert request["methods"] == ["mean_diff", "random"]
     assert request["measured_on"]["n_items"] == 8
     assert "Effect at equal damage" in outcome.out
-    assert compare("--out", tmp_path / "b", "--quiet").out == ""
-    for name, written in content(tmp_path / "a").items():
-        if name != "run.json":
-            assert content(tmp_path / "b")[name] == written, name
 
 
 @pytest.mark.parametrize(
@@ -108,14 +93,13 @@ def test_reliability_is_printed_and_written(run: Main, model_folder: Path, tmp_p
     out, pairs = tmp_path / "reliability.csv", write_pairs(tmp_path / "pairs.jsonl", WORDS)
     outcome = run("reliability", "--model", model_folder, "--pairs", pairs, "--out", out)
     assert outcome.code == 0
+    assert "split half cosine" in outcome.out
+    found = table(tmp_path, "reliability.csv")
+    assert list(found.columns) == [column.name for column in RELIABILITY_COLUMNS]
+    assert found.layer.is_monotonic_increasing
     few = write_pairs(tmp_path / "few.jsonl", WORDS[:5])
     outcome = run("reliability", "--model", model_folder, "--pairs", few, "--quiet")
     assert_error(outcome, "at least 8 pairs")
-    outcome = run("reliability", "--model", model_folder, "--pairs", pairs)
-    found = pd.read_csv(out)
-    assert list(found.columns) == [column.name for column in RELIABILITY_COLUMNS]
-    assert found.layer.is_monotonic_increasing
-    assert "split half cosine" in outcome.out
 
 
 def test_methods_are_listed(run: Main) -> None:
@@ -125,26 +109,9 @@ def test_methods_are_listed(run: Main) -> None:
         assert f"{name} (" in outcome.out
 
 
-def test_a_sweep_with_nulls_has_p_values(
-    run: Main, model_folder: Path, pairs_file: Path, tmp_path: Path
-) -> None:
-    outcome = run(
-        *("sweep", "--model", model_folder, "--pairs", pairs_file, "--layers", "1"),
-        *("--coefficients=-2,0,2", "--null", "3", "--out", tmp_path),
-    )
-    assert outcome.code == 0
-    found = table(tmp_path)
-    assert found.p_value.notna().tolist() == [True, False, True]
-    assert (found.null_low[::2] < found.null_high[::2]).all()
-    assert record(tmp_path)["request"]["null"] == 3
-
-
-def test_a_gradient_method_is_fitted_before_the_last_token(
-    run: Main, model_folder: Path, pairs_file: Path, tmp_path: Path
-) -> None:
-    given = ("--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--quiet")
-    options = ("--coefficients", "0,1", "--method", "gradient_mean")
-    assert run("sweep", *given, *options, "--out", tmp_path / "a").code == 0
+def test_a_gradient_method_is_fitted_before_the_last_token(sweep: Main, tmp_path: Path) -> None:
+    options = ("--layers", "1", "--quiet", "--method", "gradient_mean")
+    assert sweep(*options, "--out", tmp_path / "a").code == 0
     assert record(tmp_path / "a")["request"]["position"] == -2
-    outcome = run("sweep", *given, *options, "--position", "-1", "--out", tmp_path / "b")
+    outcome = sweep(*options, "--position", "-1", "--out", tmp_path / "b")
     assert_error(outcome, "no label comes after position -1")

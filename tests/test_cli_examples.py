@@ -1,14 +1,12 @@
 """What `steerlens sweep` shows of a few prompts: generations.csv and tokens.csv."""
 
-# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from test_cli import Main, assert_error, content, model_folder, pairs_file, record, run, table
+from commands import Main, assert_error, content, record, table
 
 import steerlens as sl
 from steerlens.models.hooks import resid_post
@@ -16,16 +14,15 @@ from steerlens.plots.pages import token_page
 from steerlens.runs.record import RUN_FILES
 from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, read_csv
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 BOTH = {"generations.csv", "tokens.csv"}
 
 
 @pytest.fixture
 def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens sweep` with its examples on the small model; a later option overrides these."""
-    return lambda *arguments: run(
-        *("sweep", "--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,3"),
-        *arguments,
-    )
+    given = ("--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,3")
+    return lambda *arguments: run("sweep", *given, *arguments)
 
 
 def examples(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -36,7 +33,7 @@ def examples(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def test_a_sweep_shows_two_prompts(
-    sweep: Main, tmp_path: Path, model_folder: Path, pairs_file: Path
+    sweep: Main, tmp_path: Path, loaded: Any, pairs_file: Path
 ) -> None:
     outcome = sweep("--out", tmp_path, "--layers", "0:3")
     assert outcome.code == 0
@@ -52,24 +49,28 @@ def test_a_sweep_shows_two_prompts(
     request = record(tmp_path)["request"]
     assert request["examples"] == 2
     assert "illustration" in request["examples_at"]
-    model = sl.load_model(str(model_folder), progress=False)
     pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
-    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers="0:3"))
+    directions = sl.fit_directions(sl.collect_differences(loaded, pairs, layers="0:3"))
     prompts: list[Any] = [pair.positive for pair in pairs][:2]
     options: dict[str, Any] = {"layer": 1}
     pd.testing.assert_frame_equal(
         generations,
-        sl.measure.generation_table(model, prompts, directions, coefficients=[-2, 0, 3], **options),
+        sl.measure.generation_table(
+            loaded, prompts, directions, coefficients=[-2, 0, 3], **options
+        ),
     )
     pd.testing.assert_frame_equal(
-        tokens, sl.token_damage(model, prompts, directions, coefficients=[-2, 3], **options)
+        tokens, sl.token_damage(loaded, prompts, directions, coefficients=[-2, 3], **options)
     )
     assert token_page(tokens).html.count("<h2>") == 4
 
 
-def test_the_examples_agree_with_the_cells(sweep: Main, tmp_path: Path) -> None:
+def test_the_examples_agree_with_the_cells(
+    sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of all prompts, the mean damage over labels is the cell's degradation."""
-    assert sweep("--out", tmp_path, "--examples", "9", "--quiet").code == 0
+    monkeypatch.setattr("steerlens.cli.sweep_command.NEW_TOKENS", 4)
+    assert sweep("--out", tmp_path, "--examples", "9", "--layers", "2", "--quiet").code == 0
     generations, tokens = examples(tmp_path)
     assert generations.prompt.nunique() == 4, "as many as there are"
     cells = table(tmp_path)
@@ -81,7 +82,7 @@ def test_the_examples_agree_with_the_cells(sweep: Main, tmp_path: Path) -> None:
 
 
 def test_without_examples(sweep: Main, tmp_path: Path) -> None:
-    outcome = sweep("--out", tmp_path, "--examples", "0")
+    outcome = sweep("--out", tmp_path, "--layers", "1", "--examples", "0")
     assert outcome.code == 0
     assert not BOTH & set(content(tmp_path))
     assert "Examples" not in outcome.words
@@ -89,8 +90,9 @@ def test_without_examples(sweep: Main, tmp_path: Path) -> None:
 
 
 def test_the_examples_change_no_cell_and_are_the_same_bytes(sweep: Main, tmp_path: Path) -> None:
+    options = ("--layers", "1", "--coefficients=0,3", "--quiet")
     for name, n_examples in (("a", "1"), ("b", "1"), ("c", "0")):
-        assert sweep("--out", tmp_path / name, "--examples", n_examples, "--quiet").code == 0
+        assert sweep(*options, "--out", tmp_path / name, "--examples", n_examples).code == 0
     a, b, c = (content(tmp_path / name) for name in "abc")
     for name in c:
         if name.endswith(".csv"):

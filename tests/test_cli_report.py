@@ -1,7 +1,5 @@
 """`steerlens report`, and what a run's record says of the warnings given."""
 
-# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
-
 import json
 import subprocess
 import sys
@@ -9,22 +7,13 @@ import warnings
 from pathlib import Path
 
 import pytest
+from commands import HELD_OUT, Main, assert_error, content, record, table, write_pairs
 from run_folders import write_boundary, write_sweep
-from test_cli import (
-    HELD_OUT,
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    record,
-    run,
-    sweep,
-    write_pairs,
-)
 
 from steerlens.cli.command import IN_SAMPLE
 from steerlens.cli.run_warnings import keeping_warnings, warn, warned
+
+pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
 def test_a_report_is_written_into_the_first_folder(run: Main, tmp_path: Path) -> None:
@@ -81,7 +70,7 @@ def test_no_model_is_loaded(tmp_path: Path) -> None:
 def test_a_real_run_has_a_report(sweep: Main, run: Main, tmp_path: Path) -> None:
     """The in-sample note is in the record and the report, quiet or not; CSV files stay the same."""
     for name, more in (("loud", []), ("quiet", ["--quiet"])):
-        outcome = sweep("--out", tmp_path / name, *more)
+        outcome = sweep("--layers", "1", "--out", tmp_path / name, *more)
         assert outcome.code == 0
         assert (IN_SAMPLE in " ".join(outcome.err.split())) == (name == "loud")
         assert record(tmp_path / name)["warnings"] == [IN_SAMPLE]
@@ -95,9 +84,9 @@ def test_a_real_run_has_a_report(sweep: Main, run: Main, tmp_path: Path) -> None
 
 def test_held_out_pairs_give_no_note(sweep: Main, tmp_path: Path) -> None:
     other = write_pairs(tmp_path / "other.jsonl", HELD_OUT)
-    outcome = sweep("--out", tmp_path / "run", "--test-pairs", other)
+    outcome = sweep("--layers", "1", "--out", tmp_path / "run", "--test-pairs", other)
     assert (outcome.code, IN_SAMPLE[:30] in outcome.words) == (0, False)
-    fewer = sweep("--out", tmp_path / "fewer", "--max-pairs", "3")
+    fewer = sweep("--layers", "1", "--out", tmp_path / "fewer", "--max-pairs", "3")
     assert (fewer.code, IN_SAMPLE[:30] in fewer.words) == (0, True)
     assert record(tmp_path / "run")["warnings"] == []
     assert record(tmp_path / "run")["request"]["held_out"] is True
@@ -139,9 +128,12 @@ def test_every_run_has_its_own_warnings() -> None:
 
 def test_a_warning_of_the_run_is_in_its_record(sweep: Main, tmp_path: Path) -> None:
     """A coefficient that overflows leaves its cell undefined, with a warning."""
-    with pytest.warns(RuntimeWarning, match="NaN or inf"):
+    with pytest.warns(RuntimeWarning, match="NaN or inf at coefficient 1e\\+39"):
         assert sweep("--out", tmp_path, "--coefficients=0,1e39", "--layers", "0").code == 0
-    first, second = record(tmp_path)["warnings"]
+    cells = table(tmp_path)
+    assert cells.projection.isna().to_list() == [False, True]
+    assert cells.coherent.to_list() == ["yes", "no"]
+    first, *_, second = record(tmp_path)["warnings"]
     assert first == IN_SAMPLE
     assert second == "NaN or inf at coefficient 1e+39: the cell is left undefined"
     json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)

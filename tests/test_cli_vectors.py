@@ -1,7 +1,5 @@
 """`steerlens extract`, `generate`, `export`, `bake` and `vectors`."""
 
-# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
-
 import json
 import os
 import re
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_cli import Main, Outcome, assert_error, content, model_folder, pairs_file, run
+from commands import Main, Outcome, assert_error, content, finish
 
 import steerlens as sl
 from steerlens.data.prompts import Message
@@ -24,6 +22,7 @@ from steerlens.errors import ModelError
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.steering import generate
 
+pytestmark = pytest.mark.usefixtures("loaded_once")
 HOOK = "blocks.1.hook_resid_post"
 
 
@@ -47,10 +46,13 @@ def extract(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     )
 
 
-@pytest.fixture
-def file(extract: Main, tmp_path: Path) -> Path:
-    assert extract("--out", tmp_path / "v.safetensors", "--quiet").code == 0
-    return tmp_path / "v.safetensors"
+@pytest.fixture(scope="module")
+def file(model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `extract` writes, to be read."""
+    out = tmp_path_factory.mktemp("vector") / "v.safetensors"
+    data = ("--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--budget", "nats=0.1")
+    finish("extract", *data, "--out", out, "--quiet")
+    return out
 
 
 def cells(printed: str) -> list[list[str]]:
@@ -66,27 +68,23 @@ def cells(printed: str) -> list[list[str]]:
 
 
 def test_extract_writes_a_vector_with_its_boundary(
-    extract: Main, tmp_path: Path, model_folder: Path, pairs_file: Path
+    extract: Main, file: Path, tmp_path: Path, loaded: Any, pairs_file: Path
 ) -> None:
     out = tmp_path / "new" / "v.safetensors"
     outcome = extract("--out", out)
     assert outcome.code == 0
     assert list(content(tmp_path / "new")) == ["v.safetensors"]
     vector = sl.SteeringVector.load(out)
-    model = sl.load_model(str(model_folder), progress=False)
-    vector.check_model(model)
+    vector.check_model(loaded)
     pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
-    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers="1"))
+    directions = sl.fit_directions(sl.collect_differences(loaded, pairs, layers="1"))
     torch.testing.assert_close(vector[HOOK], directions[HOOK])
-    found = sl.find_boundary(model, pairs, directions, budget="nats=0.1").layers
+    found = sl.find_boundary(loaded, pairs, directions, budget="nats=0.1").layers
     assert vector.calibration.boundary_pos.tolist() == pytest.approx(found.boundary_pos.tolist())
     assert vector.calibration.budget == "nats=0.1"
     assert vector.origin.dataset == pairs.name
     assert f"{found.boundary_pos[0]:.4g}" in outcome.out
-    # Again, the same bytes.
-    first = out.read_bytes()
-    assert extract("--out", out, "--quiet").code == 0
-    assert out.read_bytes() == first
+    assert out.read_bytes() == file.read_bytes()  # again, the same
 
 
 def test_extract_of_several_layers_and_operators(extract: Main, tmp_path: Path) -> None:
@@ -126,19 +124,17 @@ def test_extract_refuses(
 
 
 def test_generate_prints_a_column_for_each_coefficient(
-    steered: Main, model_folder: Path, pairs_file: Path
+    steered: Main, loaded: Any, pairs_file: Path
 ) -> None:
     outcome = steered("--raw")
     assert outcome.code == 0
     assert "you are" in outcome.out
     header, row = cells(outcome.out)
     assert header == ["-90", "0", "90"]
-    model = sl.load_model(str(model_folder), progress=False)
     pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
-    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers="1"))
-    steer = {"blocks.1.hook_resid_post": directions["blocks.1.hook_resid_post"]}
-    prompt = tokenize_prompt(model, "you are")
-    expected = [generate(model, prompt, steer, c, max_new_tokens=3) for c in (-90, 0, 90)]
+    steer = {HOOK: sl.fit_directions(sl.collect_differences(loaded, pairs, layers="1"))[HOOK]}
+    prompt = tokenize_prompt(loaded, "you are")
+    expected = [generate(loaded, prompt, steer, c, max_new_tokens=3) for c in (-90, 0, 90)]
     assert row == expected
     # Steering this hard must show, or the columns could be in any order.
     assert len(set(row)) == 3
@@ -176,24 +172,23 @@ def test_generate_uses_the_chat_template_unless_raw(
     ],
 )
 def test_generate_refuses(options: list[str], words: list[str], steered: Main) -> None:
-    assert steered("--quiet").code == 0
+    """`test_generate_prints_a_column_for_each_coefficient` is the control."""
     assert_error(steered("--quiet", *options), *words)
 
 
-def test_generate_with_a_vector(run: Main, file: Path, model_folder: Path) -> None:
+def test_generate_with_a_vector(run: Main, file: Path, loaded: Any) -> None:
     ask = ("generate", "--vector", file, "--prompt", "you are", "--raw", "--max-new-tokens", "3")
     outcome = run(*ask, "--coefficients=900%,0,2norm,90")
     assert outcome.code == 0
     header, row = cells(outcome.out)
     assert header == ["900%", "0", "2norm", "90"]
     # The model is the one the vector was made on.
-    model = sl.load_model(str(model_folder), progress=False)
     vector = sl.SteeringVector.load(file)
-    prompt = tokenize_prompt(model, "you are")
-    assert row == [generate(model, prompt, vector, c, max_new_tokens=3) for c in header]
+    prompt = tokenize_prompt(loaded, "you are")
+    assert row == [generate(loaded, prompt, vector, c, max_new_tokens=3) for c in header]
     assert len(set(row)) > 1
     last = run(*ask, "--coefficient", "90", "--positions", "last").out
-    assert generate(model, prompt, vector, 90, max_new_tokens=3, positions="last") in last
+    assert generate(loaded, prompt, vector, 90, max_new_tokens=3, positions="last") in last
 
 
 def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:

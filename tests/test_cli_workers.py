@@ -1,26 +1,23 @@
 """`steerlens sweep --workers` and `--dask`: the same bytes, and errors in one line."""
 
-# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
-
 import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
-from test_cli import Main, assert_error, content, model_folder, pairs_file, run, sweep
+from commands import Main, assert_error, content
 
 from steerlens.cli.executors import executor_of
 from steerlens.errors import WorkerError
 
 
-def test_two_workers_write_the_same_bytes(sweep: Main, tmp_path: Path) -> None:
+def test_a_worker_writes_the_same_bytes(sweep: Main, swept_folder: Path, tmp_path: Path) -> None:
+    """Of two, see test_workers.py."""
     threads = torch.get_num_threads()
-    serial, shared = tmp_path / "serial", tmp_path / "shared"
-    assert sweep("--quiet", "--out", serial).code == 0
-    outcome = sweep("--quiet", "--workers", "2", "--out", shared)
+    outcome = sweep("--quiet", "--workers", "1", "--out", tmp_path)
     assert (outcome.code, outcome.err) == (0, "")
     assert torch.get_num_threads() == threads
-    found, expected = content(shared), content(serial)
+    found, expected = content(tmp_path), content(swept_folder)
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == ["run.json"]
     assert multiprocessing.active_children() == []

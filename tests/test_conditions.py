@@ -171,7 +171,7 @@ def test_a_prompt_in_chunks_has_no_decision(llama: Any) -> None:
     ("fields", "message"),
     [
         ({"direction": torch.ones(32)}, "norm 5.65685; expected 1"),
-        ({"threshold": float("nan")}, "finite threshold"),
+        ({"threshold": float("nan")}, "threshold: expected a finite number"),
     ],
 )
 def test_what_is_no_condition(fields: dict[str, Any], message: str) -> None:

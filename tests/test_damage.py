@@ -2,16 +2,13 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import transformers
-from conftest import bridge
-from test_tokens import padding
+from conftest import bridge, build_llama, padding
 
 import steerlens as sl
 from steerlens.data.prompts import Message
@@ -19,7 +16,7 @@ from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import readout_hook, resid_post
 from steerlens.steering import Ablate
-from steerlens.tables import TOKEN_COLUMNS, read_csv, write_csv
+from steerlens.tables import TOKEN_COLUMNS
 
 HOOK = resid_post(1)
 NUMBERS = ["projection", "steered_projection", "logprob_nats", "steered_logprob_nats"]
@@ -55,17 +52,8 @@ def test_by_hand() -> None:
     With 2 e_1 added it is (2, 2, 0, 0), which the norm makes (2, 2, 0, 0) / sqrt(2). Only the word
     "good" reads e_1, so unsteered all 160 tokens are as likely; steered "good" has the logit ln 3.
     """
-    config = transformers.LlamaConfig(
-        vocab_size=160,
-        hidden_size=4,
-        intermediate_size=4,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=16,
-        rms_norm_eps=1e-12,
-        tie_word_embeddings=False,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1}
+    model = build_llama(n_layers=1, rms_norm_eps=1e-12, **sizes)
     built = bridge(model)
     good = built.tokenizer.convert_tokens_to_ids("good")
     with torch.no_grad():
@@ -109,15 +97,6 @@ def test_it_agrees_with_a_sweep(
         read = rows[rows.is_read].set_index(["prompt", "side"]).steered_projection.unstack()
         assert (read.positive - read.negative).mean() == pytest.approx(projection, rel=1e-5)
     assert (found.readout_hook == readout_hook(resid_post(0), tiny.cfg.n_layers)).all()
-
-
-def test_without_a_continuation_it_agrees_too(
-    llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions, table: pd.DataFrame
-) -> None:
-    cells = sl.sweep(llama, pairs, directions, layers=1, coefficients=[3]).table
-    rows = table[(table.coefficient == 3) & (table.side == "positive") & table.is_label]
-    damage = rows.groupby("prompt").damage_nats.mean().mean()
-    assert damage == pytest.approx(cells.degradation_nats.item(), abs=2e-6)
 
 
 def test_at_0_nothing_is_lost(table: pd.DataFrame) -> None:
@@ -245,18 +224,6 @@ def test_what_overflows_is_undefined(llama: Any, directions: sl.Directions) -> N
     assert at_1[undefined][1:].notna().all(axis=None)
 
 
-def test_a_file_keeps_every_text_and_number(table: pd.DataFrame, tmp_path: Path) -> None:
-    texts = ["NA", "", "null", "a\rb", "\n", '"', ",", "\u2028", "\ufffd", " x ", "1", "True"]
-    odd = table[: len(texts)].assign(token=texts).reset_index(drop=True)
-    for rows in (odd, table):
-        write_csv(rows, tmp_path / "tokens.csv")
-        read = read_csv(tmp_path / "tokens.csv", TOKEN_COLUMNS)
-        pd.testing.assert_frame_equal(read, rows, check_exact=True)
-    # Plain pandas takes some of them for numbers that are missing.
-    write_csv(odd, tmp_path / "tokens.csv")
-    assert pd.read_csv(tmp_path / "tokens.csv").token.isna().sum() == 3
-
-
 def test_the_record_says_what_was_run(table: pd.DataFrame) -> None:
     assert table.attrs["settings"] == {"steered_positions": "all", "position": -1}
     assert set(table.attrs["text"]) == {"positive", "negative"}
@@ -274,7 +241,7 @@ def test_what_is_refused(
     for error, message, given in (
         (InputError, "expected one hook, got 5", {"layer": None}),
         (InputError, "expected one hook, got 2", {"layer": [1, 2]}),
-        (InputError, "list of prompts", {"prompts": "the river"}),
+        (InputError, "a list, got 'the river'", {"prompts": "the river"}),
         (InputError, "list of prompts", {"prompts": []}),
         (InputError, "different ids", {"prompts": ["I", "you"], "ids": ["a", "a"]}),
         (InputError, "different ids", {"ids": ["a", "b"]}),

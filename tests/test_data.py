@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -341,12 +342,157 @@ def test_split_depends_on_the_seed() -> None:
     assert [part.name for part in made.split(0.5)] == ["pairs[train]", "pairs[test]"]
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, float("nan"), 0.1, 0.9])
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, 0.1, 0.9])
 def test_a_split_part_of_fewer_than_two_pairs_is_refused(fraction: float) -> None:
     made = numbered(8)
-    with pytest.raises(InputError, match=f"test_fraction={fraction} of 8 pairs"):
+    with pytest.raises(InputError, match=f"test_fraction={fraction} of 8 groups"):
         made.split(fraction)
     assert [len(part) for part in made.split(0.25)] == [6, 2]
+
+
+# Groups
+
+
+def grouped(*groups: str | None) -> ContrastivePairs:
+    return ContrastivePairs(
+        tuple(
+            ContrastivePair(f"good {i}", f"bad {i}", id=str(i), group=group)
+            for i, group in enumerate(groups)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "values"), [("group", ["b", "a", "b", None]), ("persona", [7, "a", 7, None])]
+)
+def test_a_group_comes_from_its_key_however_pairs_are_read(
+    tmp_path: Path, key: str, values: list[Any]
+) -> None:
+    rows = [
+        {"positive": f"good {i}", "negative": f"bad {i}", key: value}
+        for i, value in enumerate(values)
+    ]
+    read = [
+        ContrastivePairs.from_records(rows, group=key),
+        ContrastivePairs.from_jsonl(write(tmp_path, *map(json.dumps, rows)), group=key),
+        ContrastivePairs.from_dataset(rows, group=key),
+        ContrastivePairs.from_lists(
+            *([row[side] for row in rows] for side in ("positive", "negative")), group=values
+        ),
+    ]
+    names = [None if value is None else str(value) for value in values]
+    for made in read:
+        assert [pair.group for pair in made] == names
+        assert made.groups == (0, 1, 0, 2)
+        assert made[::-1].groups == (0, 1, 2, 1)
+        assert made.fingerprint == read[0].fingerprint
+    if key != "group":
+        assert ContrastivePairs.from_records(rows).groups == (0, 1, 2, 3)
+        with pytest.raises(InputError, match=f"record 2: missing key '{key}'"):
+            ContrastivePairs.from_records([rows[0], {"positive": "a", "negative": "b"}], group=key)
+
+
+@pytest.mark.parametrize("key", ["positive", "negative", "continuation", "id", "auto "])
+def test_a_group_cannot_be_another_part_of_a_pair(key: str) -> None:
+    rows = [{"positive": f"good {i}", "negative": f"bad {i}"} for i in range(2)]
+    with pytest.raises(InputError, match=f"'{key}'"):
+        ContrastivePairs.from_records(rows, group=key)
+    with pytest.raises(InputError, match=f"'{key}'"):
+        ContrastivePairs.from_lists(["a", "b"], ["c", "d"], group=key)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sides", "groups"),
+    [
+        # The same words at the same place; another word; the same words in another order.
+        ([("I love it", "I hate it"), ("we love her", "we hate her")], (0, 0)),
+        ([("I love it", "I hate it"), ("I like it", "I hate it")], (0, 1)),
+        ([("a b c", "a c"), ("d b e", "d e"), ("b b", "b"), ("a c", "a b c")], (0, 0, 0, 1)),
+    ],
+)
+def test_pairs_that_differ_in_one_text_are_a_group_of_auto(
+    sides: list[tuple[str, str]], groups: tuple[int, ...]
+) -> None:
+    positive, negative = zip(*sides, strict=True)
+    assert ContrastivePairs.from_lists(positive, negative, group="auto").groups == groups
+    chats = [
+        [user(text, "system") + user(f"question {i}") for text in pair]
+        for i, pair in enumerate(sides)
+    ]
+    made = ContrastivePairs.from_lists(*zip(*chats, strict=True), group="auto")
+    # Of chats whole messages are compared.
+    assert made.groups == tuple(range(len(sides)))
+    again = ContrastivePairs.from_lists(*zip(*chats, *chats, strict=True), group="auto")
+    assert again.groups == 2 * tuple(range(len(sides)))
+
+
+def test_repeats_without_a_group_are_one_group() -> None:
+    made = ContrastivePairs.from_lists(["a", "b", "a", "a"], ["c", "c", "c", "d"])
+    assert made.groups == (0, 1, 0, 2)
+    items = PreferenceItems.from_records([ITEM, {**ITEM, "positive": " good."}] * 2)
+    assert items.groups == (0, 0, 0, 0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(st.integers(2, 5), min_size=2, max_size=12), seed=st.integers(0, 2**32))
+def test_a_split_parts_no_group(sizes: list[int], seed: int) -> None:
+    made = grouped(*(str(i) for i, size in enumerate(sizes) for _ in range(size)))
+    train, test = made.split(0.5, seed)
+    kinds = [{pair.group for pair in part} for part in (train, test)]
+    assert not kinds[0] & kinds[1]
+    assert len(kinds[1]) == round(0.5 * len(sizes))
+    assert len(train) + len(test) == len(made)
+
+
+def test_a_group_is_part_of_the_fingerprint() -> None:
+    prints = [grouped(*groups).fingerprint for groups in (("a", "b"), ("a", "a"), (None, None))]
+    assert len(set(prints)) == 3
+    assert (
+        prints[2]
+        == ContrastivePairs.from_records(
+            {"positive": f"good {i}", "negative": f"bad {i}", "id": i} for i in range(2)
+        ).fingerprint
+    )
+
+
+VERBS, NOUNS = ("adored", "loathed"), ("soup", "film", "walk", "book", "city", "song")
+ALIKE = "10 pairs without groups differ in 1 texts only"
+FEW = "independent groups of pairs; intervals and p-values from fewer than 10 are rough"
+
+
+@pytest.mark.parametrize(
+    ("made", "texts"),
+    [
+        (grouped(*"abcdefghij"), []),
+        (grouped(*"abcdefghi", "a"), [f"9 {FEW}"]),
+        (
+            ContrastivePairs.from_lists([*"abcdefghijk", "a"], ["-"] * 12),
+            ["1 of 12 pairs repeat others"],
+        ),
+        (
+            ContrastivePairs.from_lists(*([f"{w} {i}" for i in range(10)] for w in ("hi", "oh"))),
+            [ALIKE],
+        ),
+        (
+            ContrastivePairs.from_lists(
+                *([f"I {verb} the {noun} because" for noun in 2 * NOUNS] for verb in VERBS)
+            ),
+            ["6 of 12 pairs repeat others", "differ in 1 texts only", f"6 {FEW}"],
+        ),
+    ],
+    ids=["none", "few", "repeats", "alike", "dup"],
+)
+def test_what_is_wrong_with_groups_is_told_with_its_counts(
+    made: ContrastivePairs, texts: list[str]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made.warn_of_groups()
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == len(texts)
+    for message, text in zip(told, texts, strict=True):
+        assert text in message
+        assert message.startswith(f"{made.name}: ")
 
 
 # Shipped datasets
@@ -358,22 +504,33 @@ def test_shipped_names() -> None:
 
 @pytest.mark.parametrize("name", dataset_names())
 def test_a_shipped_dataset_holds_out_its_test_part(name: str) -> None:
-    """Train and test share no (user, opening), so a held-out effect is not a remembered line."""
+    """Nothing of a pair is in both parts, so a held-out effect is not a remembered line."""
     parts = [ContrastivePairs.load(name, split=split) for split in ("train", "test")]
     assert [part.name for part in parts] == [f"{name}/train", f"{name}/test"]
-    scenes, systems = [], []
+    seen: dict[str, list[set[Any]]] = {}
     for part in parts:
-        assert len(part) >= 100
+        assert len(part) == 160
+        assert [part.groups.count(group) for group in range(40)] == [4] * 40
+        by_group: dict[Any, set[Any]] = {}
         for pair in part:
             assert [m.role for m in pair.positive] == ["system", "user", "assistant"]
             assert pair.positive[1:] == pair.negative[1:]
-            assert pair.positive[0].content != pair.negative[0].content
             assert pair.positive[-1].content == pair.positive[-1].content.strip()
-        scenes.append({pair.positive[1:] for pair in part})
-        systems.append({side[0] for pair in part for side in (pair.positive, pair.negative)})
-    assert not scenes[0] & scenes[1]
-    assert not systems[0] & systems[1]
-    assert not {pair.id for pair in parts[0]} & {pair.id for pair in parts[1]}
+            by_group.setdefault(pair.group, set()).add((pair.positive[0], pair.negative[0]))
+        # A group is a persona: two sentences that no other group has.
+        personas = [side for sides in by_group.values() for pair_ in sides for side in pair_]
+        assert len(personas) == len(set(personas)) == 80
+        for kind, values in {
+            "id": {pair.id for pair in part},
+            "group": set(by_group),
+            "persona": set(personas),
+            "question": {pair.positive[1] for pair in part},
+            "opening": {pair.positive[2] for pair in part},
+        }.items():
+            seen.setdefault(kind, []).append(values)
+    assert {kind: train & test for kind, (train, test) in seen.items()} == {
+        kind: set() for kind in seen
+    }
 
 
 @pytest.mark.parametrize("name", dataset_names())
@@ -546,11 +703,13 @@ def test_a_bad_item_is_named(tmp_path: Path, bad: object, message: str) -> None:
     assert len(PreferenceItems.from_jsonl(file)) == 2
 
 
-def test_a_split_is_a_partition_that_the_seed_decides() -> None:
+def test_a_split_of_items_parts_no_group() -> None:
     items = PreferenceItems.load("sentiment")
     train, test = items.split(0.7, seed=1)
-    assert (len(train), len(test)) == (30, 70)
     assert {i.id for i in train} | {i.id for i in test} == {i.id for i in items}
+    groups = [{item.group for item in part} for part in (train, test)]
+    assert not groups[0] & groups[1]
+    assert len(groups[1]) == round(0.7 * len(set(items.groups)))
     assert items.split(0.7, seed=1)[1].fingerprint == test.fingerprint
     assert items.split(0.7, seed=2)[1].fingerprint != test.fingerprint
     with pytest.raises(InputError, match="at least 2 items"):
@@ -566,18 +725,26 @@ def test_the_fingerprint_is_that_of_the_content() -> None:
 
 @pytest.mark.parametrize("name", dataset_names())
 def test_shipped_items(name: str) -> None:
-    """100 held-out items and 40 to choose by; prompts of the pairs, without the persona."""
+    """100 held-out items and 80 to choose by, in groups, and with prompts that no pair has."""
     train, test = (PreferenceItems.load(name, split=split) for split in ("train", "test"))
-    assert (len(train), len(test)) == (40, 100)
-    assert not {item.prompt for item in train} & {item.prompt for item in test}
-    texts = [text for item in (*train, *test) for text in (item.positive, item.negative)]
-    assert len(set(texts)) == len(texts)
-    for split, items in (("train", train), ("test", test)):
-        prompts = {pair.positive[1:] for pair in ContrastivePairs.load(name, split=split)}
-        for item in items:
-            assert item.prompt in prompts, item.id
-            words = [len(text.split()) for text in (item.positive, item.negative)]
-            assert abs(words[0] - words[1]) <= 1, item.id
-            for text in (item.positive, item.negative):
-                assert re.fullmatch(r" [^\s].*[.?!]", text), item.id
-                assert text.isascii(), item.id
+    assert (len(train), len(test)) == (80, 100)
+    items = (*train, *test)
+    assert all(item.group is not None for item in items)
+    prompts = {
+        pair.positive[1:]
+        for split in ("train", "test")
+        for pair in ContrastivePairs.load(name, split=split)
+    }
+    assert not {item.prompt for item in items} & prompts
+    for texts in (
+        [item.prompt for item in items],
+        [text for item in items for text in (item.positive, item.negative)],
+    ):
+        assert len(set(texts)) == len(texts)
+    for item in items:
+        assert [m.role for m in item.prompt] == ["user", "assistant"], item.id
+        words = [len(text.split()) for text in (item.positive, item.negative)]
+        assert abs(words[0] - words[1]) <= 1, item.id
+        for text in (item.positive, item.negative):
+            assert re.fullmatch(r" [^\s].*[.?!]", text), item.id
+            assert text.isascii(), item.id

@@ -33,7 +33,6 @@ def swept(given: Any, *, batch_size: int = 4, seed: int = 0) -> dict[str, pd.Dat
         *(given.model, given.pairs, directions),
         coefficients=[-2, 0, 1.5],
         layers=[0, 1],
-        nulls=sl.null_directions(differences, n=2, seed=seed),
         n_bootstrap=50,
         seed=seed,
         batch_size=batch_size,
@@ -99,6 +98,19 @@ def test_the_same_seed_gives_the_same_bytes(
     np.random.random(3)
     assert written(tables(given), tmp_path) == first
     assert written(tables(given, seed=1), tmp_path) != first
+
+
+def test_another_seed_gives_other_intervals_round_the_same_numbers(given: SimpleNamespace) -> None:
+    first, other = (
+        sl.Study(given.model, given.pairs, given.directions, n_bootstrap=50, seed=seed)
+        .sweep([1, 2])
+        .table
+        for seed in (3, 4)
+    )
+    assert (other.projection == first.projection).all()
+    assert (other.projection_ci_low != first.projection_ci_low).any()
+    assert (first.projection_ci_low < first.projection).all()
+    assert (first.projection < first.projection_ci_high).all()
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])

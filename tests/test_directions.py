@@ -1,6 +1,7 @@
 """Directions: planted ones are recovered; sign, norm and seed are fixed."""
 
-from dataclasses import replace
+import re
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 import steerlens as sl
 from steerlens.directions.differences import Differences
+from steerlens.directions.directions import Directions
+from steerlens.directions.methods import Method
 from steerlens.errors import InputError
 from steerlens.models.loading import inference
 from steerlens.steering import steps
@@ -146,3 +149,83 @@ def test_fitting_uses_no_gradients(llama: Any, pairs: sl.ContrastivePairs) -> No
     with inference(llama):
         assert not torch.is_grad_enabled()
     assert torch.is_grad_enabled()
+
+
+def test_nothing_changes_directions_or_vectors_through_their_tensors() -> None:
+    given = torch.eye(4)[:1]
+    made = Directions((HOOK,), (), given, "mean_diff", -1, 0, "fingerprint")
+    vector = sl.SteeringVector.from_vectors({HOOK: 2 * torch.eye(4)[0]})
+    condition = sl.Condition(HOOK, torch.eye(4)[0], 0.0)
+    taken = [given, made.vectors, made[HOOK], vector.directions, vector[HOOK], vector.scale]
+    for tensor in (*taken, vector.rows, vector.calibration.resid_norm, condition.direction):
+        tensor.fill_(7.0)
+        assert bool((tensor == 7).all())  # it can be written to
+    assert made[HOOK].tolist() == vector[HOOK].tolist() == condition.direction.tolist()
+    assert (made[HOOK].tolist(), vector.scale.tolist()) == ([1, 0, 0, 0], [2.0])
+    assert bool(vector.calibration.resid_norm.isnan().all())
+
+
+def test_equality_and_hash_of_public_values_raise_nothing() -> None:
+    """A dataclass that holds tensors or tables must not compare them field by field."""
+    rooms = (sl, sl.circuits, sl.steering, sl.measure, sl.directions, sl.runs)
+    named = [vars(room).get(name) for room in rooms for name in room.__all__]
+    kinds = {kind for kind in named if is_dataclass(kind) and isinstance(kind, type)}
+    holding = [
+        kind
+        for kind in kinds
+        if any(re.search("Tensor|DataFrame", str(f.type)) for f in fields(kind))
+        and kind is not Method  # holds functions of tensors
+    ]
+    assert {Directions, Differences, sl.measure.SweepResult, sl.SteeringVector} <= set(holding)
+    assert [kind for kind in holding if is_generated(kind)] == []
+    assert is_generated(Generated)
+    for kind in holding:  # results, whose values need not be made for it
+        if kind.__eq__ is object.__eq__:
+            one, other = object.__new__(kind), object.__new__(kind)
+            assert one == one != other
+            assert len({one, other}) == 2
+        assert kind.__hash__ is not None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a result must not be."""
+
+    values: torch.Tensor
+
+
+def is_generated(kind: Any) -> bool:
+    """Whether its `__eq__` compares its fields, as `dataclass` writes it."""
+    code = getattr(kind.__eq__, "__code__", None)
+    return code is not None and not code.co_filename.endswith(".py")
+
+
+def test_directions_and_vectors_are_equal_by_content() -> None:
+    made = Directions((HOOK,), (), torch.eye(4)[:1], "mean_diff", -1, 0, "fingerprint")
+    again = replace(made)
+    other = replace(made, vectors=torch.eye(4)[1:2])
+    assert made == again != other
+    assert made in [other, again]
+    assert len({made, again, other}) == 2
+    vectors = [sl.SteeringVector.from_vectors({HOOK: row}) for row in torch.eye(4)[[0, 0, 1]]]
+    assert len(set(vectors)) == 2
+    conditions = [sl.Condition(HOOK, row, 0.0) for row in torch.eye(4)[[0, 0, 1]]]
+    assert len(set(conditions)) == 2
+
+
+def test_directions_of_other_weights_warn(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    """`filterwarnings = error` is the control: the model that they were fitted on does not warn."""
+    directions = sl.fit(llama, pairs, layers=[2])
+    other = bridge(build_llama(seed=1))
+    uses = {
+        "sweep": lambda model: sl.Study(model, pairs, directions),
+        "writers": lambda model: sl.circuits.find_writers(
+            model, pairs, directions, layer=2, n_bootstrap=2
+        ),
+        "vector": lambda model: sl.SteeringVector.from_directions(model, directions),
+    }
+    for use in uses.values():
+        use(llama)
+        with pytest.warns(UserWarning, match="fitted on other weights"):
+            use(other)
+    sl.Study(other, pairs, replace(directions, weights_fingerprint="unknown"))

@@ -44,6 +44,7 @@ def assert_near(table: Any, expected: Any, columns: list[str], bound: float) -> 
         assert relative(ours, theirs) < bound, column
 
 
+@pytest.mark.filterwarnings("ignore:the directions were fitted on other weights")
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("build", [build_llama, build_gpt2])
 def test_numbers_are_those_of_float32_within_rounding(
@@ -94,6 +95,7 @@ def build_large() -> Any:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:the directions were fitted on other weights")
 @pytest.mark.parametrize("dtype", HALF)
 def test_norms_beyond_float16_are_right(dtype: torch.dtype) -> None:
     model, wide = in_both(build_large, dtype)

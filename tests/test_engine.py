@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ATTN_OUT, FINAL_NORM, bridge, build_gpt2, build_llama, needs_bridge
+from conftest import ATTN_OUT, FINAL_NORM, bridge, build_llama, needs_bridge, padding
 
 import steerlens as sl
 from steerlens.engine import cells
@@ -23,14 +23,6 @@ from steerlens.models.hooks import readout_hook, resid_post
 COEFFICIENTS = (-3.0, 0.5, 4.0)
 
 pytestmark = pytest.mark.usefixtures("much_padding")
-
-
-@pytest.fixture(scope="module")
-def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
-    after = ["warm and good", "so cold", "very bad soup", "rain", "a good day", "so", "kind", "by"]
-    return sl.ContrastivePairs.from_lists(
-        [p.positive for p in pairs], [p.negative for p in pairs], after
-    )
 
 
 def make(model: Any, pairs: sl.ContrastivePairs, positions: Any = "all", size: int = 3) -> Workload:
@@ -95,12 +87,8 @@ def assert_same(found: list[CellOutput], expected: list[CellOutput]) -> None:
 def test_equal_to_the_plain_loop_at_every_layer(
     tiny: Any, continued: sl.ContrastivePairs, positions: str, side: str
 ) -> None:
-    before = tiny.tokenizer.padding_side
-    tiny.tokenizer.padding_side = side
-    try:
+    with padding(tiny, side):
         workload = make(tiny, continued, positions)
-    finally:
-        tiny.tokenizer.padding_side = before
     jobs = make_jobs(tiny, [resid_post(i) for i in range(tiny.cfg.n_layers)])
     found = planned(tiny, workload, jobs, rows=7)
     for job, of_job in zip(jobs, found, strict=True):
@@ -152,16 +140,13 @@ def test_only_tokens_from_the_last_prompt_token_on_are_run(
     """Five blocks, readout after block 2; hook 1; three coefficients."""
     workload = make(llama, continued, positions, size=8)
     seen: list[int] = []
-    llama.add_hook(resid_post(2), lambda activation, hook: seen.append(activation.shape[1]))
-    job = make_jobs(llama, [resid_post(1)])[0]
-    try:
+    job, engine = make_jobs(llama, [resid_post(1)])[0], Engine(llama, 8)
+    width = (resid_post(2), lambda activation, hook: seen.append(activation.shape[1]))
+    with llama.hooks(fwd_hooks=[width]):
         unsteered = run_baseline(Engine(llama, 8), workload, (job.readout,))
-        engine = Engine(llama, 8)
         ready = prepare(engine, workload, unsteered, reuse_prefix=True)
         seen.clear()
         fast_cells(engine, ready, job, Carried.at_start(ready))
-    finally:
-        llama.reset_hooks()
     longest = max(len(p.continuation) for p in workload.positive[0].prompts)
     assert set(seen) == {1 + longest} | ({1} if positions == "last" else set())
     assert all(part.prefix is not None for part in ready.positive)
@@ -218,11 +203,9 @@ def test_only_label_positions_reach_the_unembedding(
     workload = make(llama, pairs, size=8)
     jobs = make_jobs(llama, [resid_post(1)])
     planned(llama, workload, jobs, rows=8)
-    llama.add_hook("unembed.hook_out", lambda logits, hook: rows.append(logits.shape[:-1].numel()))
-    try:
+    count = ("unembed.hook_out", lambda logits, hook: rows.append(logits.shape[:-1].numel()))
+    with llama.hooks(fwd_hooks=[count]):
         by_engine(llama, workload, jobs[0], rows=8)
-    finally:
-        llama.reset_hooks()
     labels = sum(len(prompt) - 1 for prompt in workload.positive[0].prompts)
     rows = rows[1:]  # without the baseline's, which are all positions
     assert sum(rows) == labels * len(COEFFICIENTS)
@@ -239,13 +222,9 @@ def test_users_hooks_still_fire(llama: Any, pairs: sl.ContrastivePairs) -> None:
         fired.append(hook.layer())
         return activation * 1.3
 
-    for layer in (0, 3):
-        llama.add_hook(resid_post(layer), shift)
-    try:
+    with llama.hooks(fwd_hooks=[(resid_post(layer), shift) for layer in (0, 3)]):
         found = planned(llama, workload, jobs, rows=16)
         expected = [by_plain_loop(llama, workload, job) for job in jobs]
-    finally:
-        llama.reset_hooks()
     assert {0, 3} <= set(fired)
     for ours, theirs, without in zip(found, expected, plain_jobs, strict=True):
         assert_same(ours, theirs)
@@ -273,18 +252,6 @@ def test_out_of_memory_halves_the_rows_and_goes_on(
     monkeypatch.setattr(cells, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
     with pytest.raises(torch.OutOfMemoryError):
         by_engine(llama, workload, jobs[0], rows=1)
-
-
-def test_other_errors_are_not_taken_for_out_of_memory(
-    llama: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("shapes cannot be multiplied")
-
-    workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
-    monkeypatch.setattr(cells, "run_from", broken)
-    with pytest.raises(RuntimeError, match="shapes"):
-        by_engine(llama, workload, jobs[0], rows=16)
 
 
 def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs) -> None:
@@ -344,43 +311,16 @@ def test_a_users_hook_on_the_end_of_the_model_is_found_out(
 
     workload, jobs = make(llama, pairs), make_jobs(llama, [resid_post(1)])
     without = by_plain_loop(llama, workload, jobs[0])
-    llama.add_hook(FINAL_NORM, late)
-    try:
+    with llama.hooks(fwd_hooks=[(FINAL_NORM, late)]):
         with pytest.warns(RuntimeWarning, match="logprob differs"):
             (found,) = planned(llama, workload, jobs, rows=16)
         assert_same(found, by_plain_loop(llama, workload, jobs[0]))
-    finally:
-        llama.reset_hooks()
     with pytest.raises(AssertionError):
         assert_same(found, without)
 
 
-def test_blocks_are_as_before_after_an_exception(llama: Any) -> None:
-    tokens, mask = torch.tensor([[1, 7, 9]]), torch.ones(1, 3, dtype=torch.bool)
-    with torch.no_grad():
-        before = llama(tokens)
-
-    def fail(activation: torch.Tensor, hook: Any) -> None:
-        raise KeyError("stop")
-
-    start = passes.Residual(2, torch.randn(1, 3, 32))
-    with pytest.raises(KeyError), torch.no_grad():
-        passes.run_from(
-            llama,
-            tokens,
-            mask,
-            start=start,
-            fwd_hooks=[(resid_post(3), fail)],
-            last_hook=resid_post(3),
-        )
-    assert not any("forward" in block.__dict__ for block in llama.blocks)
-    with torch.no_grad():
-        assert torch.equal(llama(tokens), before)
-
-
-def test_gradients_flow_through_a_resumed_pass() -> None:
-    # GPT-2, as the Llama of transformers norms in float32 whatever its weights are.
-    model = bridge(build_gpt2().double(), dtype=torch.float64)
+def test_gradients_flow_through_a_resumed_pass(double: Any) -> None:
+    model = double
     torch.manual_seed(0)
     tokens, mask = torch.tensor([[1, 7, 9, 12]]), torch.ones(1, 4, dtype=torch.bool)
     residual = torch.randn(1, 4, 32, dtype=torch.float64)

@@ -1,10 +1,12 @@
 """The comparison: its numbers by bare hooks, its nulls, its intervals, its verdicts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import sampled
@@ -12,20 +14,33 @@ from conftest import sampled
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.prompts import Message
-from steerlens.directions.methods import null_directions
+from steerlens.directions.methods import null_directions, null_vectors
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import tokenize_items, tokenize_prompt
 from steerlens.engine.workload import Job
 from steerlens.errors import InputError
-from steerlens.loss import label_logprob
+from steerlens.loss import Budget, label_logprob
 from steerlens.measure.comparison import Comparison, compare
 from steerlens.measure.effects import damages, distinct_3, mean_distinct_3, preference_gaps
 from steerlens.measure.equal_damage import CompareSettings, Measured
+from steerlens.measure.linearised import Linearised, linearise
+from steerlens.measure.nulls import NullEffects, Screen
 from steerlens.measure.split_half import cosine, d_prime, reliability
-from steerlens.measure.verdicts import effect_columns, with_verdicts
+from steerlens.measure.verdicts import (
+    Inference,
+    effect_columns,
+    methods_table,
+    verdict,
+    with_verdicts,
+)
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
-from steerlens.tables import COMPARISON_COLUMNS, RELIABILITY_COLUMNS, SUMMARY_COLUMNS
+from steerlens.tables import (
+    COMPARISON_COLUMNS,
+    RELIABILITY_COLUMNS,
+    SUMMARY_COLUMNS,
+    to_frame,
+)
 
 HOOK = resid_post(1)
 WORDS = "walk sun rain soup bread night day kind rude it".split()
@@ -69,7 +84,27 @@ def compared(
     )
 
 
-def logprob(model: Any, prompt: str, text: str, vector: torch.Tensor, c: float) -> float:
+@pytest.fixture(scope="module")
+def small(
+    llama: Any, many: sl.ContrastivePairs, items: PreferenceItems, neutral: list[str]
+) -> Callable[..., Comparison]:
+    """A comparison of one method at one layer; what is given overrides that."""
+    usual = {"methods": ["mean_diff"], "layers": [1], "neutral": neutral, "n_null": 2}
+
+    def run(
+        pairs: sl.ContrastivePairs = many, items: PreferenceItems = items, **options: Any
+    ) -> Comparison:
+        return compare(llama, pairs, items, **usual | {"n_bootstrap": 10} | options)
+
+    return run
+
+
+UNSTEERED = torch.zeros(32)
+
+
+def logprob(
+    model: Any, prompt: Any, text: str, vector: torch.Tensor = UNSTEERED, c: float = 0.0
+) -> float:
     tokenized = tokenize_prompt(model, prompt, text)
     ids = torch.tensor([tokenized.prompt + tokenized.continuation])
     mask = torch.zeros_like(ids, dtype=torch.bool)
@@ -78,20 +113,22 @@ def logprob(model: Any, prompt: str, text: str, vector: torch.Tensor, c: float) 
         return float(label_logprob(model(ids, return_type="logits"), ids, mask)[0])
 
 
+def gap(model: Any, prompt: Any, *steered: Any) -> float:
+    """By how much the positive continuation of `make_items` is likelier, by bare hooks."""
+    texts = ("warm and good", "so cold")
+    up, down = (logprob(model, prompt, text, *steered) for text in texts)
+    return up - down
+
+
 def test_gaps_are_those_of_bare_hooks(
     llama: Any, directions: sl.Directions, items: PreferenceItems
 ) -> None:
     job = Job(HOOK, directions[HOOK], (2.0, -1.0), resid_post(2))
     first = Job(resid_post(0), directions[resid_post(0)], (1.0,), resid_post(2))
     unsteered, found = preference_gaps(Engine(llama, 3), items, [job, first])
-    vector = directions[HOOK]
     for i, item in enumerate(items):
         for c, value in ((0.0, unsteered[i]), (2.0, found[0][0, i]), (-1.0, found[0][1, i])):
-            up, down = (
-                logprob(llama, item.prompt, text, vector, c)
-                for text in (item.positive, item.negative)
-            )
-            assert value == pytest.approx(up - down, abs=1e-5)
+            assert value == pytest.approx(gap(llama, item.prompt, directions[HOOK], c), abs=1e-5)
     assert found[1].shape == (1, 10)
 
 
@@ -131,8 +168,9 @@ def test_every_method_spends_the_same_budget(compared: Comparison) -> None:
     # Set on one half of the neutral texts, measured on the other.
     assert table.kl_nats.between(0.06, 0.16).all()
     assert table.n_items.eq(10).all()
-    assert table.n_null.eq(8).all()
-    assert not table.drop(columns=["p_holm"]).isna().any(axis=None)
+    assert table.n_null.isin([4, 999]).all()
+    assert (table.n_null == 999).equals(table.null_by == "linearised")
+    assert not table.isna().any(axis=None)
     assert table.attrs["forward_equivalents"] > 10
 
 
@@ -140,15 +178,8 @@ def test_the_effect_is_the_change_of_the_gap_at_the_coefficient(
     llama: Any, compared: Comparison, items: PreferenceItems
 ) -> None:
     row = compared.table.iloc[0]
-    direction = compared.directions["mean_diff"][HOOK]
-    changes = []
-    for item in items:
-        gaps = [
-            logprob(llama, item.prompt, item.positive, direction, c)
-            - logprob(llama, item.prompt, item.negative, direction, c)
-            for c in (0.0, row.coefficient)
-        ]
-        changes.append(gaps[1] - gaps[0])
+    steered = compared.directions["mean_diff"][HOOK], row.coefficient
+    changes = [gap(llama, item.prompt, *steered) - gap(llama, item.prompt) for item in items]
     assert row.effect == pytest.approx(float(np.mean(changes)), abs=1e-4)
     assert compared.effects[f"mean_diff @ {HOOK}"].tolist() == pytest.approx(changes, abs=1e-4)
     assert row.effect_ci_low < row.effect < row.effect_ci_high
@@ -166,17 +197,9 @@ def test_the_layer_is_chosen_on_the_training_items(compared: Comparison) -> None
     assert ((summary.rank_low <= summary["rank"]) & (summary["rank"] <= summary.rank_high)).all()
 
 
-def test_the_same_seed_gives_the_same_table(
-    llama: Any, many: sl.ContrastivePairs, items: PreferenceItems, neutral: list[str]
-) -> None:
-    options: dict[str, Any] = {
-        "methods": ["mean_diff", "shuffled"],
-        "layers": [1],
-        "neutral": neutral,
-        "n_null": 2,
-    }
+def test_the_same_seed_gives_the_same_table(small: Callable[..., Comparison]) -> None:
     one, again, other = (
-        compare(llama, many, items, n_bootstrap=50, seed=seed, **options).table
+        small(methods=["mean_diff", "shuffled"], n_bootstrap=50, seed=seed).table
         for seed in (0, 0, 1)
     )
     assert one.to_csv() == again.to_csv()
@@ -186,45 +209,26 @@ def test_the_same_seed_gives_the_same_table(
     assert one.train_effect.isna().all()
 
 
-def test_a_budget_that_is_not_reached_is_said(
-    llama: Any, many: sl.ContrastivePairs, items: PreferenceItems, neutral: list[str]
-) -> None:
-    found = compare(
-        llama,
-        many,
-        items,
-        methods=["mean_diff"],
-        layers=[1],
-        neutral=neutral,
-        n_null=2,
-        budget="nats=50",
-        n_bootstrap=10,
-    ).table.iloc[0]
+def test_a_budget_that_is_not_reached_is_said(small: Callable[..., Comparison]) -> None:
+    found = small(budget="nats=50").table.iloc[0]
     assert found.coefficient == math.inf
     assert math.isnan(found.effect)
     assert found.verdict == "budget not reached"
 
 
 def test_the_coherence_boundary_as_a_budget(
-    llama: Any, many: sl.ContrastivePairs, items: PreferenceItems, neutral: list[str]
+    llama: Any, many: sl.ContrastivePairs, small: Callable[..., Comparison]
 ) -> None:
     options: dict[str, Any] = {"layers": [1], "budget": "relative=0.02", "n_bootstrap": 10}
-    found = compare(
-        llama,
-        many,
-        items,
-        methods=["mean_diff"],
-        on="positive",
-        neutral=neutral,
-        n_null=2,
-        **options,
-    )
+    found = small(on="positive", **options)
     boundary = sl.find_boundary(llama, many, found.directions["mean_diff"], **options).layers
     # Two searches with other probes, each right to a few per cent.
     assert found.table.coefficient[0] == pytest.approx(boundary.boundary_pos[0], rel=0.05)
 
 
-def test_the_persona_in_the_prompt_is_a_baseline(llama: Any, neutral: list[str]) -> None:
+def test_the_persona_in_the_prompt_is_a_baseline(
+    llama: Any, small: Callable[..., Comparison]
+) -> None:
     def chat(system: str, user: str) -> list[dict[str, str]]:
         return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
@@ -232,40 +236,16 @@ def test_the_persona_in_the_prompt_is_a_baseline(llama: Any, neutral: list[str])
         [chat("you are cheerful", f"the {word}") for word in WORDS],
         [chat("you are gloomy", f"the {word}") for word in WORDS],
     )
+    plain = make_items("said")
     chats = PreferenceItems(
-        tuple(
-            PreferenceItem((Message("user", f"said {word}"),), "warm and good", "so cold", word)
-            for word in WORDS
-        )
+        tuple(replace(item, prompt=(Message("user", str(item.prompt)),)) for item in plain)
     )
-    found = compare(
-        llama,
-        pairs,
-        chats,
-        methods=["mean_diff"],
-        layers=[1],
-        neutral=neutral,
-        n_null=2,
-        train_items=make_items("you said"),
-        n_bootstrap=50,
-    )
+    found = small(pairs, chats, train_items=make_items("you said"), n_bootstrap=50)
     row = found.table.iloc[-1]
     assert (row.method, row.layer, row.verdict) == ("prompt", -1, "baseline")
-
-    def gap(messages: tuple[Message, ...]) -> float:
-        both = []
-        for text in ("warm and good", "so cold"):
-            tokenized = tokenize_prompt(llama, messages, text)
-            ids = torch.tensor([tokenized.prompt + tokenized.continuation])
-            mask = torch.zeros_like(ids, dtype=torch.bool)
-            mask[:, len(tokenized.prompt) :] = True
-            with inference(llama):
-                both.append(float(label_logprob(llama(ids), ids, mask)[0]))
-        return both[0] - both[1]
-
     persona = Message("system", "you are cheerful")
-    expected = [gap((persona, *item.prompt)) - gap(item.prompt) for item in chats]
-    assert row.effect == pytest.approx(float(np.mean(expected)), abs=1e-5)
+    changes = [gap(llama, (persona, *i.prompt)) - gap(llama, i.prompt) for i in chats]
+    assert row.effect == pytest.approx(float(np.mean(changes)), abs=1e-5)
     assert "prompt" in found.summary.method.tolist()
     assert set(found.effects.columns) == {"id", f"mean_diff @ {HOOK}", "prompt"}
 
@@ -273,17 +253,16 @@ def test_the_persona_in_the_prompt_is_a_baseline(llama: Any, neutral: list[str])
 # Arithmetic
 
 
-def settings(**changes: Any) -> CompareSettings:
-    base = CompareSettings(("mean_diff",), "kl=0.1", "neutral", 20, 4.0, 200, 0, None)
-    return replace(base, **changes)
+def assumed(n_items: int, *, n_fitted: int = 40, margin: float = 0.1) -> Inference:
+    settings = CompareSettings(("mean_diff",), "kl=0.1", "neutral", 20, None, 4.0, 200, 0, None)
+    return Inference(settings, tuple(range(n_items)), n_fitted, margin)
 
 
 def test_the_dose_response_by_hand() -> None:
     """Changes 2c for the first item, -c for the second, and up but not at every step."""
     doses = np.array([-1.0, -0.5, 0.5, 1.0])
     changes = np.stack([2 * doses, -doses, np.array([-1.0, -2.0, 1.0, 3.0])], axis=1)
-    nulls = [np.array([-0.1, 0.1, 0.0]), np.array([0.0, 0.2, -0.3])]
-    row = effect_columns(Measured(doses, changes), nulls, settings())
+    row = effect_columns(Measured(doses, changes), assumed(3))
     assert row["effect"] == pytest.approx((2 - 1 + 3) / 3)
     # sum of dose^2 = 2.5, of dose * change = 5, -2.5 and 1 + 1 + 0.5 + 3.
     assert row["slope"] == pytest.approx((2 - 1 + 5.5 / 2.5) / 3)
@@ -292,108 +271,189 @@ def test_the_dose_response_by_hand() -> None:
     assert row["spearman"] == pytest.approx((1 - 1 + 0.9) / 3)
     # An item that nothing moves has no correlation, and the others keep theirs.
     still = np.append(changes, np.zeros((4, 1)), axis=1)
-    row = effect_columns(Measured(doses, still), nulls, settings())
+    row = effect_columns(Measured(doses, still), assumed(4))
     assert row["spearman"] == pytest.approx((1 - 1 + 0.9) / 3)
 
 
-def test_verdicts_take_the_band_and_the_corrected_p_value() -> None:
-    def row(method: str, layer: int, effect: float, p: float, train: float) -> dict[str, Any]:
-        return {
-            "method": method,
-            "layer": layer,
-            "effect": effect,
-            "p_value": p,
-            "null_low": -1.0,
-            "null_high": 1.0,
-            "train_effect": train,
-            "verdict": "",
-        }
-
-    rows = with_verdicts(
-        [
-            row("a", 1, 2.0, 0.01, 0.1),
-            row("a", 2, 2.0, 0.03, 0.5),
-            row("a", 3, 2.0, 0.2, 0.2),
-            row("b", 1, -2.0, 0.01, math.nan),
-            row("c", 1, 0.5, 0.01, 0.3),
-        ]
-    )
-    # Holm over the three layers of a: 0.03, 0.06, 0.2.
-    assert [r["p_holm"] for r in rows] == pytest.approx([0.03, 0.06, 0.2, 0.01, 0.01])
-    verdicts = [r["verdict"] for r in rows]
-    assert verdicts == [
-        "effect",
-        "no effect shown",
-        "no effect shown",
-        "reversed",
-        "no effect shown",
-    ]
-    assert [r["is_chosen"] for r in rows] == [False, True, False, False, True]
-    # Benjamini and Hochberg over five: 0.01 three times, then 0.03 and 0.2.
-    assert [r["q_value"] for r in rows] == pytest.approx([1 / 60, 0.0375, 0.2, 1 / 60, 1 / 60])
-
-
-def test_null_methods_land_in_the_null_band(
-    llama: Any, many: sl.ContrastivePairs, items: PreferenceItems, neutral: list[str]
-) -> None:
-    """Fresh random and shuffled vectors as methods: at most one in ten is called an effect."""
-    differences = sl.collect_differences(llama, many, layers=[1])
-    fresh = null_directions(differences, n=30, seed=7)
-    jobs = [Job(HOOK, of[HOOK], (3.0,), resid_post(2)) for some in fresh.values() for of in some]
-    null = null_directions(differences, n=20, seed=0)
-    jobs += [Job(HOOK, of[HOOK], (3.0,), resid_post(2)) for some in null.values() for of in some]
-    unsteered, gaps = preference_gaps(Engine(llama), items, jobs)
-    effects = np.array([float((gap[0] - unsteered).mean()) for gap in gaps])
-    kinds = [effects[60:80], effects[80:100]]
-    outside = [
-        (row := effect_columns(Measured(np.array([1.0]), np.array([[e, e]])), kinds, settings()))
-        and not row["null_low"] <= row["effect"] <= row["null_high"]
-        for e in effects[:60]
-    ]
-    assert np.mean(outside) <= 0.1
-    # Control: ten times the largest of them is outside.
-    far = effect_columns(
-        Measured(np.array([1.0]), np.full((1, 2), 10 * np.abs(effects).max())), kinds, settings()
-    )
-    assert far["p_value"] < 1e-3
-
-
-def test_intervals_cover_the_truth_in_nine_of_ten_datasets() -> None:
-    """200 simulated sets of 100 items with a mean effect of 0.3."""
-    generator = np.random.default_rng(0)
-    covered = 0
-    for _ in range(200):
-        values = 0.3 + generator.gamma(2.0, 0.5, size=100) - 1.0
-        measured = Measured(np.array([1.0]), values[None])
-        row = effect_columns(measured, [np.array([0.0, 0.1])], settings())
-        covered += row["effect_ci_low"] <= 0.3 <= row["effect_ci_high"]
-    assert 0.9 <= covered / 200 < 1
+def test_the_interval_holds_the_extraction() -> None:
+    """The halves add as the roots of sums of squares do; t(0.975, 39) is 2.0227."""
+    values = np.array([1.0, 2.0, 4.0, 5.0, 3.0, 3.0, 2.0, 4.0, 1.0, 5.0])
+    measured = Measured(np.array([1.0]), values[None])
+    alone, wide = (effect_columns(measured, assumed(10), spread) for spread in (math.nan, 2.0))
+    assert (alone["interval_over"], wide["interval_over"]) == ("items", "items and pairs")
+    for end, sign in (("low", -1), ("high", 1)):
+        half = abs(alone[f"effect_ci_{end}"] - 3)
+        expected = 3 + sign * math.hypot(half, 2.0227 * 2)
+        assert wide[f"effect_ci_{end}"] == pytest.approx(expected, abs=1e-3)
+    # Four times the groups needed where the effect is half the smallest that could be shown.
+    half_as_large = replace(measured, changes=measured.changes - 3 + alone["smallest_effect"] / 2)
+    assert effect_columns(half_as_large, assumed(10))["groups_needed"] in (40, 41)
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("low", "high", "p", "n_fitted", "expected"),
     [
-        ({"methods": []}, InputError, "at least one method"),
-        ({"methods": ["best"]}, InputError, "there are mean_diff"),
-        ({"n_null": 1}, InputError, "n_null"),
-        ({"budget": "loss=1"}, InputError, "budget"),
-        ({"neutral": ["the sun", "a river"]}, InputError, "4 neutral texts"),
-        ({"neutral": ["the sun", "a river", "so", "it is", ""]}, InputError, "text 5"),
-        ({"train_items": make_items("the river was")}, InputError, "both in the training"),
-        ({"layers": [1], "methods": ["optimised_promotion"]}, InputError, "give items"),
+        (0.2, 1.0, 0.01, 40, "effect"),
+        (-1.0, -0.2, 0.01, 40, "reversed"),
+        (0.2, 1.0, 0.2, 40, "no more than a null"),
+        (0.2, 1.0, 0.2, 5, "too few groups"),
+        (0.2, 1.0, math.nan, 40, "no nulls"),
+        (-0.2, 1.0, 0.01, 40, "undecided"),
+        (-0.05, 0.09, 0.5, 40, "equivalent to no effect"),
+        (0.02, 0.09, 0.01, 40, "equivalent to no effect"),
+        (math.nan, math.nan, 0.01, 40, "undefined"),
+    ],
+)
+def test_verdicts(low: float, high: float, p: float, n_fitted: int, expected: str) -> None:
+    row = {"effect": (low + high) / 2, "effect_ci_low": low, "effect_ci_high": high, "p_layers": p}
+    assert verdict(row, assumed(20, n_fitted=n_fitted)) == expected
+
+
+def test_a_layer_is_chosen_by_the_training_items_alone() -> None:
+    given = [("a", 0.1), ("a", 0.5), ("a", 0.2), ("b", math.nan), ("c", 0.3)]
+    rows = [
+        {"method": name, "effect": 1.0, "effect_ci_low": 0.5, "effect_ci_high": 1.5}
+        | {"train_effect": train, "verdict": ""}
+        for name, train in given
+    ]
+    found = with_verdicts(rows, assumed(20))
+    assert [row["is_chosen"] for row in found] == [False, True, False, False, True]
+
+
+def test_methods_are_compared_on_the_same_items() -> None:
+    """Ten items: better by 1 on all, by 0.01 on all, and by noise about 0."""
+    noise = np.array([1.0, -1.0] * 5)
+    reference = np.linspace(0, 5, 10)
+    by_method = {"mean_diff": reference, "far": reference + 1 + 0.1 * noise, "near": reference}
+    by_method |= {"same": reference + 0.01, "unsure": reference + noise}
+    rows = [
+        {"method": name, "hook_name": HOOK, "layer": 1, "n_items": 10, "n_groups": 10}
+        | {"n_null": 0, "null_by": "none", "interval_over": "items", "effect": 1.0}
+        | {"is_chosen": False, "layer_choice": "none", "verdict": "effect"}
+        for name in by_method
+    ]
+    table = to_frame(rows, COMPARISON_COLUMNS, {})
+    effects = pd.DataFrame({f"{name} @ {HOOK}": values for name, values in by_method.items()})
+    found = methods_table(table, effects, assumed(10)).set_index("method")
+    assert found.verdict.to_dict() == {
+        "far": "better",
+        "near": "equivalent",
+        "same": "equivalent",
+        "unsure": "undecided",
+    }
+    assert found.difference.tolist() == pytest.approx([1, 0, 0.01, 0])
+    assert (found.p_family >= found.p_value)[["far", "same"]].all()
+    # 2 of 1024 flips are as far; drawn 1999 times.
+    assert found.p_value["far"] < 0.01
+    # Without the reference there is nothing to compare with.
+    assert methods_table(table[1:], effects, assumed(10)).empty
+
+
+# Nulls
+
+
+@pytest.fixture(scope="module")
+def linear(
+    double: Any, many: sl.ContrastivePairs, items: PreferenceItems, neutral: list[str]
+) -> Linearised:
+    texts = [tokenize_prompt(double, text) for text in neutral]
+    return linearise(Engine(double), items, texts, [HOOK], budget=Budget.parse("kl=1e-8"), seed=0)
+
+
+def test_linearised_effects_are_those_of_small_pushes(
+    double: Any, many: sl.ContrastivePairs, items: PreferenceItems, linear: Linearised
+) -> None:
+    """By bare hooks, at the coefficient that the curvature predicts for a divergence of 1e-8."""
+    differences = sl.collect_differences(double, many, layers=[1])
+    vectors = null_vectors(differences, n=2, seed=0)["shuffled"][:, 0]
+    found = linear.effects(HOOK, vectors)
+    curvature = (vectors @ linear.text.scores[0].double().T).square().mean(dim=1)
+    for vector, effects, bend in zip(vectors, found, curvature.tolist(), strict=True):
+        c = math.sqrt(2e-8 / bend)
+        exact = [gap(double, item.prompt, vector, c) - gap(double, item.prompt) for item in items]
+        assert effects.tolist() == pytest.approx(exact, rel=1e-2, abs=1e-7)
+        assert np.abs(effects).max() > 1e-5
+
+
+def test_the_first_null_vectors_are_the_null_directions(
+    llama: Any, many: sl.ContrastivePairs
+) -> None:
+    differences = sl.collect_differences(llama, many, layers=[1])
+    drawn, vectors = (make(differences, n=3, seed=5) for make in (null_directions, null_vectors))
+    for kind, some in drawn.items():
+        for one, row in zip(some, vectors[kind][:, 0], strict=True):
+            torch.testing.assert_close(one[HOOK].double(), row, atol=1e-6, rtol=1e-5)
+
+
+def screen(linear: Linearised, many: sl.ContrastivePairs, model: Any, noise: float) -> Screen:
+    """Nulls whose exact effects are the linearised ones and some noise."""
+    differences = sl.collect_differences(model, many, layers=[1])
+    vectors = null_vectors(differences, n=40, seed=0)
+    generator = np.random.default_rng(0)
+    exact = {}
+    for kind, rows in vectors.items():
+        effects = linear.effects(HOOK, rows[:20, 0]).mean(axis=1, keepdims=True)
+        exact[kind] = effects + noise * effects.std() * generator.standard_normal((20, 1))
+    return Screen(linear, exact, vectors)
+
+
+def test_linearised_nulls_are_used_where_they_are_right_only(
+    double: Any, many: sl.ContrastivePairs, linear: Linearised
+) -> None:
+    direction = sl.fit(double, many, layers=[1])
+    for noise, how, n_null in ((0.0, "linearised", 40), (1.0, "exact", 20)):
+        found = screen(linear, many, double, noise).columns({HOOK: direction[HOOK]}, {HOOK: 1.0})
+        assert (found[HOOK]["null_by"], found[HOOK]["n_null"]) == (how, n_null)
+    # 1 nat is beyond all twenty nulls of each kind.
+    assert found[HOOK]["p_value"] == found[HOOK]["p_layers"] == pytest.approx(1 / 21)
+
+
+def test_the_spread_of_refits_is_that_of_resampled_groups(
+    double: Any, many: sl.ContrastivePairs, linear: Linearised
+) -> None:
+    given, differences = (
+        screen(linear, many, double, 0.0),
+        sl.collect_differences(double, many, layers=[1]),
+    )
+    spread = given.spreads(differences, "mean_diff", seed=0)[HOOK]
+    assert spread > 0
+    # One group has nothing to resample, and pairs that come in fours have fewer.
+    alone = replace(differences, groups=(0,) * len(many))
+    assert given.spreads(alone, "mean_diff", seed=0)[HOOK] == pytest.approx(0, abs=1e-12)
+    fours = replace(differences, groups=tuple(i // 4 for i in range(len(many))))
+    assert given.spreads(fours, "mean_diff", seed=0)[HOOK] != pytest.approx(spread, rel=0.01)
+    for method in ("random", "gradient_mean"):
+        assert given.spreads(differences, method, seed=0) == {}
+    assert screen(linear, many, double, 1.0).spreads(differences, "mean_diff", seed=0) == {}
+
+
+def test_the_harder_kind_of_null_decides() -> None:
+    near, far = np.linspace(-1, 1, 41)[:, None], np.linspace(-3, 3, 41)[:, None]
+    row = NullEffects("exact", (HOOK,), np.array([2.0]), {"a": near, "b": far}).columns()[HOOK]
+    # Beyond 2 there are 14 of the 41.
+    assert row["p_value"] == row["p_layers"] == pytest.approx(15 / 42)
+    assert (row["null_low"], row["null_high"]) == pytest.approx((-2.85, 2.85))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": []}, "at least one method"),
+        ({"methods": ["best"]}, "there are mean_diff"),
+        ({"n_null": 1}, "n_null"),
+        ({"budget": "loss=1"}, "budget"),
+        ({"neutral": []}, "list of at least 4 texts"),
+        ({"neutral": ["the sun", "a river"]}, "4 neutral texts"),
+        ({"neutral": ["the sun", "a river", "so", "it is", ""]}, "text 5"),
+        ({"train_items": make_items("the river was")}, "both in the training"),
+        ({"methods": ["optimised_promotion"]}, "give items"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
-    llama: Any,
-    many: sl.ContrastivePairs,
-    items: PreferenceItems,
-    options: dict[str, Any],
-    error: type[Exception],
-    message: str,
+    small: Callable[..., Comparison], options: dict[str, Any], message: str
 ) -> None:
-    given: dict[str, Any] = {"methods": ["mean_diff"], "layers": [1], **options}
-    with pytest.raises(error, match=message):
-        compare(llama, many, items, **given)
+    with pytest.raises(InputError, match=message):
+        small(**options)
 
 
 # Reliability
@@ -438,23 +498,9 @@ def test_items_that_tokenise_alike_are_refused(llama: Any) -> None:
 
 def test_overflow_is_undefined_and_not_no_effect() -> None:
     changes = np.array([[1.0, 2.0], [math.nan, 1.0]])
-    row = effect_columns(Measured(np.array([-1.0, 1.0]), changes), [np.arange(3.0)], settings())
+    row = effect_columns(Measured(np.array([-1.0, 1.0]), changes), assumed(2))
     assert list(row) == ["effect"]
-    rows = with_verdicts(
-        [
-            {**row, "method": "a", "train_effect": 0.1, "verdict": ""},
-            {
-                "method": "b",
-                "effect": 1.0,
-                "train_effect": 0.1,
-                "verdict": "",
-                "p_value": math.nan,
-                "null_low": math.nan,
-                "null_high": math.nan,
-            },
-        ]
-    )
-    assert [r["verdict"] for r in rows] == ["undefined", "no null band"]
+    assert verdict(row, assumed(2)) == "undefined"
 
 
 def test_continuations_stay_within_the_context(gpt2: Any) -> None:
@@ -464,27 +510,3 @@ def test_continuations_stay_within_the_context(gpt2: Any) -> None:
         prompt = tokenize_prompt(gpt2, "the " * n_words + "sun")
         found = mean_distinct_3(Engine(gpt2), [prompt], vector, 1.0)
         assert math.isfinite(found) == expected
-
-
-def test_few_pairs_have_few_shuffles(llama: Any, pairs: sl.ContrastivePairs) -> None:
-    differences = sl.collect_differences(llama, pairs[:4], layers=[1])
-    with pytest.raises(InputError, match="in 6 ways only, and 20"):
-        null_directions(differences, n=20, seed=0)
-    assert len(null_directions(differences, n=6, seed=0)["shuffled"]) == 6
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"neutral": []}, "list of at least 4 texts"),
-    ],
-)
-def test_texts_are_a_list(
-    llama: Any,
-    many: sl.ContrastivePairs,
-    items: PreferenceItems,
-    options: dict[str, Any],
-    message: str,
-) -> None:
-    with pytest.raises(InputError, match=message):
-        compare(llama, many, items, methods=["mean_diff"], layers=[1], **options)

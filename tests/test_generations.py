@@ -1,6 +1,5 @@
 """What a steered model writes, and how each text ends."""
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -13,7 +12,7 @@ from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
 from steerlens.steering import generate_tokens
-from steerlens.tables import GENERATION_COLUMNS, read_csv, write_csv
+from steerlens.tables import GENERATION_COLUMNS
 
 HOOK = resid_post(1)
 PROMPTS = ["the river was", "how was the day today"]
@@ -106,14 +105,6 @@ def test_a_text_may_end_by_itself(llama: Any, directions: sl.Directions) -> None
     found = write(ending, [prompt], directions, coefficients=[0])
     assert (found.end.item(), found.n_tokens.item()) == ("stop", end)
     assert found.text.item() == llama.tokenizer.decode(ids[:end])
-
-
-def test_a_file_keeps_every_text(llama: Any, directions: sl.Directions, tmp_path: Path) -> None:
-    found = write(llama, PROMPTS, directions)
-    found.loc[:3, "text"] = ["", "NA", "a\rb\n", '"x",y']
-    write_csv(found, tmp_path / "generations.csv")
-    read = read_csv(tmp_path / "generations.csv", GENERATION_COLUMNS)
-    pd.testing.assert_frame_equal(read, found, check_exact=True)
 
 
 def test_what_is_refused(llama: Any, directions: sl.Directions) -> None:

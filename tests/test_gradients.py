@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bridge, build_gpt2, build_llama
+from conftest import bridge, build_llama
 
 import steerlens as sl
 from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
-from steerlens.engine import backward
-from steerlens.engine import resume as passes
 from steerlens.engine.backward import Slopes, label_slopes
 from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
@@ -26,20 +24,6 @@ from steerlens.tables import GRADIENT_COLUMNS
 
 HOOKS = ("blocks.0.hook_mlp_out", resid_post(0), resid_post(1))
 SLOPE_HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
-
-
-@pytest.fixture(scope="module")
-def double() -> Any:
-    # GPT-2, as the Llama of transformers norms in float32 whatever its weights are.
-    return bridge(build_gpt2().double(), dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
-    after = ["warm and good", "so cold", "very bad soup", "rain", "a good day", "so", "kind", "by"]
-    return sl.ContrastivePairs.from_lists(
-        [p.positive for p in pairs], [p.negative for p in pairs], after
-    )
 
 
 def states(
@@ -96,6 +80,7 @@ def test_rows_are_finite_differences_of_the_loss(
     generator = torch.Generator().manual_seed(0)
     zero = torch.zeros(32, dtype=torch.float64)
     assert found.all_hook_names[: len(HOOKS)] == HOOKS
+    assert not found.positive.requires_grad
     for i in (0, 5):
         pair = tokenized.positive[i], tokenized.negative[i]
         for h, hook in enumerate(HOOKS):
@@ -217,13 +202,14 @@ def test_the_cost_is_reported(double: Any, continued: sl.ContrastivePairs) -> No
     assert found.forward_equivalents == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_weight_that_is_none_is_refused(double: Any, continued: sl.ContrastivePairs) -> None:
-    found = loss_gradients(double, continued, layers=[0], position=-1)
-    for weight in (-1, math.nan):
-        with pytest.raises(InputError, match="weight"):
-            found.with_weight(weight)
-        with pytest.raises(InputError, match="weight"):
-            sl.fit(double, continued, method="gradient_mean", layers=[0], weight=weight)
+@pytest.mark.parametrize("weight", [-1, math.nan])
+def test_a_weight_that_is_none_is_refused(
+    double: Any, continued: sl.ContrastivePairs, weight: float
+) -> None:
+    with pytest.raises(InputError, match="weight"):
+        loss_gradients(double, continued, layers=[0], position=-1).with_weight(weight)
+    with pytest.raises(InputError, match="weight"):
+        sl.fit(double, continued, method="gradient_mean", layers=[0], weight=weight)
 
 
 def test_old_keywords_are_taken_with_a_warning(double: Any, continued: sl.ContrastivePairs) -> None:
@@ -322,6 +308,7 @@ def test_slopes_equal_finite_differences(
 ) -> None:
     workload, step = workload_of(double, continued, positions), 1e-4
     found = slopes(double, workload).logprob
+    assert not found.requires_grad
     for i in range(len(SLOPE_HOOKS)):
         up, down = (cell(double, workload, i, c).logprob for c in (step, -step))
         expected = (up - down) / (2 * step)
@@ -356,30 +343,6 @@ def test_the_same_seed_draws_the_same_labels(double: Any, continued: sl.Contrast
     torch.testing.assert_close(first.logprob, other.logprob)
 
 
-def test_weights_are_as_before_and_get_no_gradient(
-    pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hf_model = build_llama()
-    frozen = next(hf_model.parameters())
-    frozen.requires_grad_(False)
-    model = bridge(hf_model)
-    before = [p.requires_grad for p in hf_model.parameters()]
-    assert len(set(before)) == 2
-    workload = workload_of(model, pairs, "all")
-    derivatives = slopes(model, workload).logprob, loss_gradients(model, pairs).positive
-    assert [p.requires_grad for p in hf_model.parameters()] == before
-    assert all(p.grad is None for p in hf_model.parameters())
-    assert not any(values.requires_grad for values in derivatives)
-    monkeypatch.setattr(passes, "_blocks_skipped", _failing)
-    with pytest.raises(RuntimeError, match="shapes"):
-        slopes(model, workload)
-    assert [p.requires_grad for p in hf_model.parameters()] == before
-
-
-def _failing(*args: Any) -> Any:
-    raise RuntimeError("shapes do not fit")
-
-
 def test_the_cost_is_a_forward_and_two_backward_passes(
     double: Any, pairs: sl.ContrastivePairs
 ) -> None:
@@ -388,29 +351,6 @@ def test_the_cost_is_a_forward_and_two_backward_passes(
     check = 2 * 3 * workload.positive[0].tokens.shape[1]
     every = sum(batch.tokens.numel() for batch in workload.positive)
     assert cost.blocks == 5 * 3 * every + check
-
-
-def test_out_of_memory_runs_halves(
-    double: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The label slopes are the same; the sampled labels of the curvature are drawn anew."""
-    workload = workload_of(double, pairs, "all")
-    expected = slopes(double, workload).logprob
-    real, sizes = backward.run_from, []
-
-    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(tokens))
-        if len(tokens) > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(backward, "run_from", too_large)
-    with pytest.warns(RuntimeWarning, match="going on with 1 prompts"):
-        torch.testing.assert_close(slopes(double, workload).logprob, expected)
-    assert max(sizes) == 3
-    monkeypatch.setattr(backward, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
-    with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="1 prompts"):
-        slopes(double, workload)
 
 
 def test_inference_mode_is_refused(double: Any, pairs: sl.ContrastivePairs) -> None:

@@ -21,8 +21,8 @@ from steerlens import _renamed
 PACKAGE = Path(steerlens.__file__).parent
 # A module or folder imports only from those to its left.
 ORDER = (
-    "errors stats progress tables loss files data models engine directions steering measure "
-    "circuits plots runs cli"
+    "errors validation stats progress tables loss files data models engine directions steering "
+    "measure circuits plots runs cli"
 ).split()
 EXEMPT = ("__init__", "__main__", "_renamed")
 # What makes an import slow, or is needed by one command or one kind of model only.

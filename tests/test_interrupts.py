@@ -1,5 +1,7 @@
 """A run that is stopped from outside: by a full disk, a signal, or another process at work."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named as parameters)
+
 import errno
 import json
 import os
@@ -14,31 +16,17 @@ from typing import Any
 
 import psutil
 import pytest
-from test_cli import (  # noqa: F401 (fixtures)
-    HELD_OUT,
-    OPENINGS,
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    run,
-    sweep,
-    write_pairs,
-)
-from test_resume import (  # noqa: F401 (fixtures)
+from commands import HELD_OUT, OPENINGS, Main, assert_error, content, finish, write_pairs
+from test_resume import (
     HOOKS,
     LONG,
     N_LAYERS,
-    NULLS,
     REQUEST,
-    Stop,
-    assert_finished,
     assert_finished_after_resume,
     assert_same_run,
+    half,
     interrupted,
     long_command,
-    stop,
     tree,
     whole,
 )
@@ -49,11 +37,12 @@ from steerlens.cli import command, sweep_command
 from steerlens.errors import FileError
 from steerlens.runs.unfinished import open_parts, read_started
 
+pytestmark = pytest.mark.usefixtures("loaded_once", "few_texts")
 OPTIONS = {
     "sweep": ["--coefficients=0,2", "--examples", "0", "--layers", "1"],
     "boundary": ["--layers", "1"],
     "geometry": ["--layers", "1", "--angles", "3"],
-    "compare": ["--layers", "1", "--methods", "mean_diff", "--null", "2", "--off-target", "none"],
+    "compare": "--layers 1 --methods mean_diff --null 2 --off-target none".split(),
     "circuits": ["--layer", "1", "--coefficient", "2", "--no-compare"],
     "layers": ["--layers", "1"],
     "reliability": ["--layers", "1"],
@@ -66,7 +55,7 @@ FILES = ("layers", "reliability", "extract", "export", "bake", "report")
 
 @pytest.fixture(scope="module")
 def written(
-    model_folder: Path,  # noqa: F811
+    model_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """What commands read: model and pairs, a vector, a run."""
@@ -77,8 +66,7 @@ def written(
     items = (json.dumps({"prompt": f"you are {word}", **answers}) for word in "abcdefgh")
     (folder / "items.jsonl").write_text("\n".join(items))
     for name in ("extract", "sweep"):
-        with pytest.raises(SystemExit, match="0"):
-            cli.main([name, *map(str, words_of(name, folder, output(name, folder)))])
+        finish(name, *words_of(name, folder, output(name, folder)))
     return folder
 
 
@@ -95,7 +83,12 @@ def words_of(name: str, written: Path, out: Path) -> list[str | Path]:
         return [vector, "--coefficient", "2", "--out", out]
     if name == "report":
         return [written / "sweep", "--out", out]
-    data: list[str | Path] = ["--model", written / "model", "--pairs", written / "pairs.jsonl"]
+    data: list[str | Path] = [
+        "--model",
+        (written / "model").resolve(),
+        "--pairs",
+        written / "pairs.jsonl",
+    ]
     items = ["--items", written / "items.jsonl"] if name == "compare" else []
     return [*data, *items, *OPTIONS[name], "--quiet", "--out", out]
 
@@ -119,13 +112,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_full(
-    run: Main,  # noqa: F811
-    sweep: Main,  # noqa: F811
-    whole: dict[str, bytes],  # noqa: F811
+    run: Main,
+    sweep: Main,
+    whole: dict[str, bytes],
     small_disk: Path,
 ) -> None:
     folder = small_disk / "run"
-    assert_error(sweep(*NULLS, "--quiet", "--out", folder), "No space left", "make room", "resume")
+    assert_error(sweep("--quiet", "--out", folder), "No space left", "make room", "resume")
     started = read_started(folder)
     assert started is not None
     assert 0 < len(started.has_part) < N_LAYERS
@@ -137,12 +130,12 @@ def test_a_disk_that_is_really_full(
 @pytest.mark.parametrize("name", [*RUNS, *FILES])
 def test_a_disk_that_fills_at_any_write_blocks_no_later_run(
     name: str,
-    run: Main,  # noqa: F811
+    run: Main,
     written: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every write ends on the disk: there it fails. Of the runs that take long, some moments."""
+    """Every write ends on the disk: there it fails. Of runs, some moments, others of each."""
     calls, room, fsync = [], 1000, os.fsync
 
     def fill(descriptor: int) -> None:
@@ -155,7 +148,8 @@ def test_a_disk_that_fills_at_any_write_blocks_no_later_run(
     out = output(name, tmp_path / "whole")
     assert run(name, *words_of(name, written, out)).code == 0
     wrote, moments = tree(tmp_path / "whole"), range(len(calls))
-    for at in moments if name not in ("geometry", "compare", "circuits") else moments[::5]:
+    step = len(calls) // 3
+    for at in moments if name in FILES else moments[RUNS.index(name) % step :: step]:
         folder = tmp_path / str(at)
         words = words_of(name, written, output(name, folder))
         calls, room = [], at
@@ -178,17 +172,16 @@ def test_a_disk_that_fills_at_any_write_blocks_no_later_run(
 
 
 def test_an_interrupt_says_how_to_go_on_at_any_moment(
-    run: Main,  # noqa: F811
-    sweep: Main,  # noqa: F811
-    stop: Stop,  # noqa: F811
+    run: Main,
+    interrupted: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupt(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    folder = interrupted(stop)
+    folder = interrupted
     before = sorted(path.name for path in (folder / "parts").iterdir())
-    steps = [(command, "load_model"), (sweep_command, "collect_differences"), (command, "Study")]
+    steps = [(command, "load_model"), (command, "Study")]
     for module, name in steps:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupt)
@@ -206,24 +199,26 @@ def test_an_interrupt_says_how_to_go_on_at_any_moment(
 
 
 HOLD = """
-import sys
+import contextlib, sys
 from pathlib import Path
 from steerlens.files import locked
-with locked(Path(sys.argv[1]), is_folder=sys.argv[2] == "folder"):
+with contextlib.ExitStack() as locks:
+    for path, kind in zip(sys.argv[1::2], sys.argv[2::2]):
+        locks.enter_context(locked(Path(path), is_folder=kind == "folder"))
     print(1, flush=True)
     input()
 """
 
 
 @contextmanager
-def held(path: Path, kind: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Inside the block another process writes there, until it is killed."""
-    words = [sys.executable, "-c", HOLD, str(path), kind]
+def held(kinds: dict[Path, str]) -> Iterator[None]:
+    """Inside the block another process writes to these folders and files, until it is killed."""
+    words = [sys.executable, "-c", HOLD, *(str(word) for item in kinds.items() for word in item)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(words, env=environment(), **pipes) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"1\n"
-        yield holder
+        yield
         holder.kill()
 
 
@@ -231,8 +226,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(sl.__file__).parent.parent)}
 
 
+@pytest.fixture(scope="module")
+def taken(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder to whose outputs of all commands another process writes."""
+    folder = tmp_path_factory.mktemp("taken")
+    kinds = {name: "folder" if name in RUNS else "file" for name in (*RUNS, *FILES)}
+    with held({output(name, folder): kind for name, kind in kinds.items()}):
+        yield folder
+
+
 def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> None:
-    with held(tmp_path, "folder"):
+    with held({tmp_path: "folder"}):
         with (
             pytest.raises(FileError, match=f"another run is writing to '{tmp_path}'"),
             open_parts(tmp_path, REQUEST, options={}),
@@ -251,29 +255,28 @@ def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> N
 @pytest.mark.parametrize("name", [*RUNS, *FILES])
 def test_every_command_that_writes_is_refused_where_another_writes(
     name: str,
-    run: Main,  # noqa: F811
+    run: Main,
     written: Path,
+    taken: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = output(name, tmp_path / "out")
-    out.parent.mkdir()
-    words = words_of(name, written, out)
-    with held(out, "folder" if name in RUNS else "file"):
-        assert_error(run(name, *words), f"another run is writing to '{out}'", "another --out")
+    out = output(name, taken)
+    refused = run(name, *words_of(name, written, out))
+    assert_error(refused, f"another run is writing to '{out}'", "another --out")
     ran: list[bool] = []
     kind = next(c for c in cli.COMMANDS if c.__name__.lower() == name)
     monkeypatch.setattr(kind, "run", lambda command: ran.append(True))
-    assert (run(name, *words).code, ran) == (0, [True])
+    out = output(name, tmp_path / "out")
+    out.parent.mkdir()
+    assert (run(name, *words_of(name, written, out)).code, ran) == (0, [True])
     assert [path.name for path in out.parent.iterdir()] in ([], [out.name])
 
 
-@pytest.mark.parametrize("second", ["boundary", "sweep"])
 def test_a_run_beside_another_in_one_folder_loses_nothing(
-    second: str,
-    run: Main,  # noqa: F811
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    run: Main,
+    model_folder: Path,
+    pairs_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -283,7 +286,7 @@ def test_a_run_beside_another_in_one_folder_loses_nothing(
     study, said = command.Study, []
 
     def study_beside(*args: Any, **settings: Any) -> Any:
-        words = [sys.executable, "-m", "steerlens", second, *options, "--out", str(out)]
+        words = [sys.executable, "-m", "steerlens", "boundary", *options, "--out", str(out)]
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
         said.append((done.returncode, done.stderr))
         return study(*args, **settings)
@@ -295,15 +298,22 @@ def test_a_run_beside_another_in_one_folder_loses_nothing(
     assert sl.read_run(out).command == "boundary"
 
 
-def tried(
-    signal: str, span: int, kills: int, log: Path, *command: str | Path
-) -> tuple[str, list[str]]:
-    """A command that gets so many signals (see `killed.py`): what it said, and the log."""
-    script = Path(__file__).parent / "killed.py"
-    seed = os.environ.get("STEERLENS_SEED", "3")
-    arguments = [sys.executable, script, signal, seed, span, kills, log, *command]
+LOGGED = {"SIGKILL": "ended -9", "SIGINT": "ended 130"}
+
+
+@pytest.mark.parametrize(
+    ("name", "signal"), [("sweep", "SIGINT"), *((name, "SIGKILL") for name in ("sweep", *LONG))]
+)
+def test_every_long_command_goes_on_after_a_signal(
+    name: str, signal: str, long_command: Callable[..., list[str | Path]], tmp_path: Path
+) -> None:
+    """As often as `STEERLENS_KILLS` says, spread over all that the command does (`killed.py`)."""
+    script, log = Path(__file__).parent / "killed.py", tmp_path / "log"
+    kills, seed = (os.environ.get(f"STEERLENS_{n}", d) for n, d in (("KILLS", "1"), ("SEED", "3")))
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    words = [script, signal, seed, kills, log, whole, out, *long_command(name)]
     done = subprocess.run(
-        [*map(str, arguments)],
+        [sys.executable, *map(str, words)],
         capture_output=True,
         text=True,
         check=False,
@@ -311,51 +321,13 @@ def tried(
         env=environment(),
     )
     assert done.returncode == 0, done.stderr
-    return done.stderr, log.read_text(encoding="utf-8").splitlines()
-
-
-def assert_nothing_kept_is_run_again(lines: list[str]) -> None:
+    assert ("--resume" in done.stderr) is (signal == "SIGINT")
+    lines = log.read_text(encoding="utf-8").splitlines()
     kept = [i for i, line in enumerate(lines) if line.startswith("kept ")]
-    assert len(kept) > 2
-    for i in kept:
+    assert kept[0] < lines.index(LOGGED[signal]) < kept[-1]
+    for i in kept:  # it is not run again
         assert lines[i].replace("kept", "ran") not in lines[i:]
-
-
-@pytest.mark.parametrize("signal", ["SIGKILL", "SIGINT"])
-def test_stopped_by_a_signal_until_it_is_finished(
-    signal: str,
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
-    whole: dict[str, bytes],  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    out = tmp_path / "run"
-    options = ["--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2", *NULLS]
-    command = ["sweep", *options, "--examples", "0", "--out", out]
-    said, lines = tried(signal, 90, 40, tmp_path / "log", *command)
-    assert {"SIGKILL": "ended -9", "SIGINT": "ended 130"}[signal] in lines
-    assert ("--resume" in said) is (signal == "SIGINT")
-    assert_nothing_kept_is_run_again(lines)
-    assert_finished(out, whole)
-
-
-@pytest.mark.parametrize("name", LONG)
-def test_every_long_command_goes_on_after_a_kill(
-    name: str,
-    long_command: Callable[..., list[str | Path]],  # noqa: F811
-    tmp_path: Path,
-) -> None:
-    """In as many places as `STEERLENS_KILLS` says, spread over all that the command does."""
-    kills, out = int(os.environ.get("STEERLENS_KILLS", "3")), tmp_path / "run"
-    undisturbed = long_command(name, tmp_path / "whole")
-    _, lines = tried("SIGKILL", 1, 0, tmp_path / "undisturbed", *undisturbed)
-    (n_calls,) = [int(line.split()[1]) for line in lines if line.startswith("calls")]
-    span = max(1, 3 * n_calls // (2 * kills))
-    _, lines = tried("SIGKILL", span, kills, tmp_path / "log", *long_command(name, out))
-    print(name, n_calls, "calls;", lines.count("ended -9"), "kills")
-    assert lines.count("ended -9") > 1
-    assert_nothing_kept_is_run_again(lines)
-    assert_same_run(out, content(tmp_path / "whole"))
+    assert_same_run(out, content(whole))
 
 
 # A reader that goes away
@@ -403,13 +375,8 @@ def test_where_nobody_reads_stdout_nothing_is_lost(
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks Linux who lives")
 def test_workers_end_when_their_parent_is_killed(written: Path, tmp_path: Path) -> None:
     words = words_of("sweep", written, tmp_path / "run")
-    words += [
-        "--workers",
-        "2",
-        "--layers",
-        "all",
-        f"--coefficients={','.join(map(str, range(999)))}",
-    ]
+    coefficients = ",".join(map(str, range(999)))
+    words += ["--workers", "2", "--layers", "all", f"--coefficients={coefficients}"]
     command = [sys.executable, "-m", "steerlens", "sweep", *map(str, words)]
     with subprocess.Popen(command, env=environment()) as parent:
         wait_until(lambda: any((tmp_path / "run" / "parts").glob("_directions*")))

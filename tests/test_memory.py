@@ -3,16 +3,19 @@
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from commands import Main
 from conftest import IS_TL3
 from live import LiveBytes
-from test_cli import Main, model_folder, pairs_file, run, sweep  # noqa: F401 (fixtures)
 
 import steerlens as sl
 from steerlens.engine import cells, memory
@@ -137,58 +140,45 @@ def assert_close(found: Any, expected: Any) -> None:
     assert numbers[0].size > 0
 
 
+def swept(model: Any, pairs: sl.ContrastivePairs, positions: Any) -> Any:
+    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers=[1, 3]))
+    options: dict[str, Any] = {"coefficients": [-1, 0, 1], "n_bootstrap": 20}
+    return sl.sweep(model, pairs, directions, steered_positions=positions, **options).table
+
+
+def bounded(model: Any, pairs: sl.ContrastivePairs) -> Any:
+    directions = sl.fit_directions(sl.collect_differences(model, pairs, layers=[1]))
+    layers = sl.find_boundary(model, pairs, directions, n_bootstrap=20).layers
+    return layers[["boundary_pos", "boundary_neg", "predicted_first_order_pos"]]
+
+
+def differentiated(model: Any, pairs: sl.ContrastivePairs) -> Any:
+    found = sl.loss_gradients(model, pairs, layers=[1], position=-1).coherence[0]
+    assert found.abs().max() > 0
+    return pd.DataFrame(found.numpy())
+
+
 @FAILURES
-@pytest.mark.parametrize("steered_positions", ["all", "continuation"])
-def test_a_sweep_goes_on_with_smaller_passes(
-    fail: Callable[[], None], steered_positions: Any, llama: Any, many: sl.ContrastivePairs
+@pytest.mark.parametrize(
+    "measure",
+    [
+        *(partial(swept, positions=positions) for positions in ("all", "continuation")),
+        bounded,
+        differentiated,
+    ],
+)
+def test_work_goes_on_with_smaller_passes(
+    measure: Callable[..., Any], fail: Callable[[], None], llama: Any, many: sl.ContrastivePairs
 ) -> None:
-    given = [(p.positive, p.negative, "it was so warm") for p in many[:6]]
-    pairs = sl.ContrastivePairs.from_records(
-        [{"positive": a, "negative": b, "continuation": c} for a, b, c in given]
+    pairs = sl.ContrastivePairs(
+        tuple(replace(pair, continuation="it was so warm") for pair in many[:6])
     )
-    directions = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[1, 3]))
-
-    def run_it() -> Any:
-        return sl.sweep(
-            *(llama, pairs, directions),
-            coefficients=[-1, 0, 1],
-            steered_positions=steered_positions,
-            n_bootstrap=20,
-        ).table
-
-    assert_close(with_little_memory(llama, fail, run_it), run_it())
-
-
-@FAILURES
-def test_the_boundary_search_goes_on_with_smaller_passes(
-    fail: Callable[[], None],
-    llama: Any,
-    many: sl.ContrastivePairs,
-    directions: sl.Directions,
-) -> None:
-    def run_it() -> Any:
-        return sl.find_boundary(llama, many[:6], directions, layers=[1], n_bootstrap=20).layers
-
-    found, expected = with_little_memory(llama, fail, run_it), run_it()
-    assert_close(
-        found[["boundary_pos", "boundary_neg"]], expected[["boundary_pos", "boundary_neg"]]
-    )
-
-
-@FAILURES
-def test_gradients_go_on_with_smaller_passes(
-    fail: Callable[[], None], llama: Any, many: sl.ContrastivePairs
-) -> None:
-    def run_it() -> Any:
-        return sl.loss_gradients(llama, many[:6], layers=[1])
-
-    found, expected = with_little_memory(llama, fail, run_it), run_it()
-    torch.testing.assert_close(found.coherence, expected.coherence, rtol=1e-4, atol=1e-4)
-    assert found.coherence.abs().max() > 0
+    found = with_little_memory(llama, fail, lambda: measure(llama, pairs))
+    assert_close(found, measure(llama, pairs))
 
 
 def test_the_record_says_that_memory_was_out(
-    sweep: Main,  # noqa: F811
+    sweep: Main,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -96,16 +96,6 @@ def test_operators_keep_dtype_and_shape(operator: Any) -> None:
     torch.testing.assert_close(out.float(), wide, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("operator", [Ablate(), Clamp(300.0), Rotate()])
-def test_reductions_are_in_float32(operator: Any) -> None:
-    # In float16 the sum of squares of such an activation is inf.
-    activation = torch.full((1, 1, 64), 400.0, dtype=torch.float16)
-    direction = torch.nn.functional.normalize(torch.arange(64.0), dim=0)
-    out = operator(activation, direction.half(), 1)
-    assert bool(out.isfinite().all())
-    assert bool((activation**2).sum().isinf())
-
-
 @pytest.mark.parametrize(
     ("operator", "amount"),
     [
@@ -144,7 +134,7 @@ def test_operators_by_name() -> None:
         operator_of("clamp")
     with pytest.raises(InputError, match="'add' got 3"):
         operator_of("add", value=3)
-    with pytest.raises(InputError, match="finite value"):
+    with pytest.raises(InputError, match="value: expected a finite number"):
         Clamp(math.nan)
 
 

@@ -36,7 +36,7 @@ def test_data_is_found_after_a_plain_wheel_install(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(site), "PATH": ""},
     ).stdout.split()
     assert found[0] == str(site / "steerlens" / "shipped")
-    assert found[1:] == ["formality", "honesty", "sentiment", "200", "100"]
+    assert found[1:] == ["formality", "honesty", "sentiment", "200", "160"]
     assert (site / "steerlens" / "py.typed").is_file()
     others = {path for path in (ROOT / "steerlens").rglob("*.*") if path.suffix in SUFFIXES}
     assert {path.suffix for path in others} == SUFFIXES

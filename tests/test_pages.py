@@ -7,7 +7,6 @@ import json
 import math
 import re
 import socket
-from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import circuitsvis
 import numpy as np
 import pandas as pd
 import pytest
+from outline import Outline
 
-import steerlens as sl
 from steerlens.errors import FileError, InputError
 from steerlens.plots.pages import (
     Page,
@@ -27,47 +26,12 @@ from steerlens.plots.pages import (
     token_page,
     token_table_html,
 )
-from steerlens.tables import TOKEN_COLUMNS, read_csv, to_frame, write_csv
+from steerlens.tables import TOKEN_COLUMNS, to_frame
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 JOINER = "\u2060"
 TAGS = """html head meta title style body main h1 h2 p b div span ruby rt script noscript details
 summary""".split()
-
-
-class Seen(HTMLParser):
-    """The elements of a page, its attributes that load or run something, its text and its data."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.acting: list[str] = []
-        self.spans: list[tuple[dict[str, str | None], str]] = []
-        self.text = ""
-        self.data: list[Any] = []
-        self._script: dict[str, str | None] | None = None
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        named = dict(attrs)
-        self.acting += [n for n in named if n.startswith("on") or n in ("src", "href", "srcdoc")]
-        if tag == "span":
-            self.spans.append((named, ""))
-        self._script = named if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag: str) -> None:
-        self._script = None
-
-    def handle_data(self, data: str) -> None:
-        if self._script is None:
-            self.text += data
-            if self.spans:
-                attrs, text = self.spans[-1]
-                self.spans[-1] = (attrs, text + data)
-        elif self._script.get("class") == "circuitsvis-data":
-            self.data.append(json.loads(data))
 
 
 def row(position: int, token: str, damage: float = math.nan, **given: Any) -> dict[str, Any]:
@@ -108,16 +72,16 @@ def tokens() -> pd.DataFrame:
     return to_frame(rows, TOKEN_COLUMNS, {})
 
 
-def classes(seen: Seen) -> list[set[str]]:
+def classes(seen: Outline) -> list[set[str]]:
     return [set((attrs["class"] or "").split()) for attrs, _ in seen.spans]
 
 
 def views(page: str) -> list[Any]:
-    return Seen(page).data
+    return Outline(page).views
 
 
 def test_tokens_are_marked(tokens: pd.DataFrame) -> None:
-    seen = Seen(token_table_html(tokens))
+    seen = Outline(token_table_html(tokens))
     assert classes(seen) == [
         {"aside"},
         {"added", "lost"},
@@ -150,7 +114,7 @@ def test_a_notebook_view_is_a_few_kb(tokens: pd.DataFrame) -> None:
 
 def test_a_token_page_draws_every_value(tokens: pd.DataFrame) -> None:
     page = token_page(tokens)
-    assert classes(Seen(page.html)) == classes(Seen(token_table_html(tokens)))
+    assert classes(Outline(page.html)) == classes(Outline(token_table_html(tokens)))
     unsteered, steered, damage = views(page.html)
     assert {view["view"] for view in views(page.html)} == {"ColoredTokens"}
     assert unsteered["props"]["values"] == [0, 1.5, 3, 4.5, 6]
@@ -175,14 +139,7 @@ def test_undefined_values_are_blank(tokens: pd.DataFrame) -> None:
     undefined = tokens.assign(steered_projection=np.nan, damage_nats=np.nan)
     _, steered, damage = views(token_page(undefined).html)
     assert steered["props"]["values"] == damage["props"]["values"] == [None] * 5
-    assert not any({"lost", "gained"} & of for of in classes(Seen(token_table_html(undefined))))
-
-
-def test_a_table_from_a_file_gives_the_same_page(tokens: pd.DataFrame, tmp_path: Path) -> None:
-    odd = tokens.assign(token=["NA", "", "a\rb", "null", "1"])
-    write_csv(odd, tmp_path / "tokens.csv")
-    read = read_csv(tmp_path / "tokens.csv", TOKEN_COLUMNS)
-    assert token_page(read) == token_page(odd)
+    assert not any({"lost", "gained"} & of for of in classes(Outline(token_table_html(undefined))))
 
 
 def test_what_is_no_table_of_tokens(tokens: pd.DataFrame) -> None:
@@ -243,12 +200,12 @@ def hostile_pages(tokens: pd.DataFrame) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["tokens", "table", "attention", "projections"])
 def test_a_hostile_token_stays_text(name: str, tokens: pd.DataFrame) -> None:
     page = hostile_pages(tokens)[name]
-    seen = Seen(page)
+    seen = Outline(page)
     assert set(seen.tags) <= set(TAGS)
     assert seen.acting == []
-    shown = seen.text + json.dumps(seen.data, ensure_ascii=False).replace(JOINER, "")
+    shown = seen.text + json.dumps(seen.views, ensure_ascii=False).replace(JOINER, "")
     assert HOSTILE in shown
-    not_so = Seen(page + "<img src=x onerror=y>")
+    not_so = Outline(page + "<img src=x onerror=y>")
     assert not_so.tags[-1] == "img"
     assert not_so.acting == ["src", "onerror"]
 
@@ -258,11 +215,11 @@ def test_circuitsvis_is_given_no_tag_and_no_entity(text: str) -> None:
     """Its tokens are set as inner HTML: what a parser makes of them must be the text itself."""
     element = circuitsvis_element("view", "ColoredTokens", {"tokens": [text]})
     (token,) = views(element)[0]["props"]["tokens"]
-    inside = Seen(token)
+    inside = Outline(token)
     assert inside.tags == []
-    assert inside.text.replace(JOINER, "") == text
-    as_it_is = Seen(f"<span>{text}x</span>")
-    assert as_it_is.tags != ["span"] or as_it_is.text != text + "x"
+    assert "".join(inside.words).replace(JOINER, "") == text
+    as_it_is = Outline(f"<span>{text}x</span>")
+    assert as_it_is.tags != ["span"] or "".join(as_it_is.words) != text + "x"
 
 
 # One file, no network
@@ -318,8 +275,3 @@ def test_a_page_is_saved_whole(tokens: pd.DataFrame, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="cannot write"):
         page.save(tmp_path / "none" / "a.html")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
-
-
-def test_the_whole_way(llama: Any, directions: sl.Directions) -> None:
-    found = sl.token_damage(llama, ["the river was"], directions, layer=1, coefficients=[-3, 3])
-    assert [len(view["props"]["tokens"]) for view in views(token_page(found).html)] == [4] * 6

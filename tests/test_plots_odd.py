@@ -167,6 +167,36 @@ def test_the_longest_arrow_is_the_share_of_the_panel_that_is_told(geometry: Loss
 # What cannot be drawn
 
 
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (plots.tradeoff, "sweep"),
+        (plots.heat_maps, "sweep"),
+        (plots.dose_response, "sweep"),
+        (plots.layer_profile, "per-layer"),
+        (plots.boundary, "per-layer"),
+        (plots.comparison, "comparison"),
+        (plots.differences, "points"),
+        (plots.circuit_graph, "edges"),
+    ],
+)
+def test_another_table_is_refused(make: Callable[[pd.DataFrame], plots.Figure], word: str) -> None:
+    with pytest.raises(InputError, match=f"{word}.*no column"):
+        make(pd.DataFrame({"a": [1]}))
+
+
+def test_text_where_numbers_belong_is_refused() -> None:
+    with pytest.raises(InputError, match="projection hold text"):
+        plots.tradeoff(sweep_table(2).astype({"projection": str}))
+
+
+def test_components_need_a_head_or_an_mlp() -> None:
+    writers, readers = (circuits_tables()[name] for name in ("writers", "readers"))
+    alone = writers.assign(component="embed", layer=-1)
+    with pytest.raises(InputError, match="the embedding"):
+        plots.components(alone, readers)
+
+
 def geometry_with(part: str, **columns: Any) -> Callable[[LossGeometry], LossGeometry]:
     return lambda whole: replace(whole, **{part: getattr(whole, part).assign(**columns)})
 

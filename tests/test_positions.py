@@ -52,6 +52,19 @@ def moved(
     return found
 
 
+def refused(
+    model: Any, message: str, run: Any, positions: Any = "last", hook: str = HOOK, **given: Any
+) -> None:
+    """`run` under steering raises an `InputError` with that message."""
+    direction = given.get("direction", DIRECTION)
+    with (
+        pytest.raises(InputError, match=message),
+        torch.no_grad(),
+        sl.steer(model, {hook: direction}, 1.0, positions=positions),
+    ):
+        run()
+
+
 @pytest.mark.parametrize(
     ("positions", "in_prompt", "later"),
     [
@@ -146,17 +159,16 @@ def test_a_manual_loop_on_a_kv_cache_is_generation(llama: Any) -> None:
 
 
 def test_a_cache_from_before_the_block_is_refused(llama: Any) -> None:
-    tokens = torch.tensor(PROMPTS[:1])
     with torch.no_grad():
-        cache = with_cache(llama, tokens)
-        with (
-            pytest.raises(InputError, match="where the prompt ends"),
-            sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="prompt"),
-        ):
-            with_cache(llama, torch.tensor([[12]]), cache)
-        # All positions need not know.
-        with sl.steer(llama, {HOOK: DIRECTION}, 1.0):
-            with_cache(llama, torch.tensor([[12]]), cache)
+        cache = with_cache(llama, torch.tensor(PROMPTS[:1]))
+
+    def go_on() -> None:
+        with_cache(llama, torch.tensor([[12]]), cache)
+
+    refused(llama, "where the prompt ends", go_on, "prompt")
+    # All positions need not know.
+    with torch.no_grad(), sl.steer(llama, {HOOK: DIRECTION}, 1.0):
+        go_on()
 
 
 def test_every_prompt_begins_anew(llama: Any) -> None:
@@ -187,14 +199,13 @@ def test_streamed_generation(llama: Any) -> None:
     assert len(found) > 1
 
 
-def test_a_mask_of_another_shape_is_refused(llama: Any) -> None:
-    with (
-        pytest.raises(InputError, match=r"\(1, 5\), but the prompts of this pass are \(1, 3\)"),
-        torch.no_grad(),
-        sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions=MASK),
-    ):
-        llama(torch.tensor(PROMPTS[1:]))
+def test_a_mask_that_does_not_fit_is_refused(llama: Any) -> None:
+    other, tokens = (torch.tensor([ids]) for ids in reversed(PROMPTS))
+    message = r"\(1, 5\), but the prompts of this pass are \(1, 3\)"
+    refused(llama, message, lambda: llama(other), MASK)
     assert not vars(llama).get("generate")
+    message = r"expected an attention mask of shape \(1, 5\)"
+    refused(llama, message, lambda: llama(tokens, attention_mask=torch.ones(1, 1, 5, 5)))
 
 
 def test_the_model_is_as_before_after_the_block(tiny: Any) -> None:
@@ -212,18 +223,12 @@ def test_the_model_is_as_before_after_the_block(tiny: Any) -> None:
     assert [dict(vars(part)) for part in (tiny, inner)] == before
 
 
-@pytest.mark.parametrize("name", ["hook_pattern", "hook_z"])
-def test_hooks_of_heads_are_refused(llama: Any, name: str) -> None:
+@pytest.mark.parametrize(("name", "size"), [("hook_pattern", 4), ("hook_z", 8)])
+def test_hooks_of_heads_are_refused(llama: Any, name: str, size: int) -> None:
     """Four tokens and four heads: a mask of tokens would choose heads."""
-    tokens = torch.tensor([PROMPTS[0][:4]])
-    size = 4 if name == "hook_pattern" else 8
+    tokens, hook = torch.tensor([PROMPTS[0][:4]]), f"blocks.1.attn.{name}"
     direction = torch.ones(size) / size**0.5
-    with (
-        pytest.raises(InputError, match="with a row a token"),
-        torch.no_grad(),
-        sl.steer(llama, {f"blocks.1.attn.{name}": direction}, 1.0, positions="last"),
-    ):
-        llama(tokens)
+    refused(llama, "with a row a token", lambda: llama(tokens), hook=hook, direction=direction)
 
 
 def test_what_is_no_position() -> None:
@@ -284,16 +289,6 @@ def test_hugging_faces_own_generate_without_a_cache(llama: Any) -> None:
         )
 
     assert moved(llama, "generated", run) == [[[False] * 3], [[False] * 3 + [True]]]
-
-
-def test_a_mask_that_cannot_be_read_is_refused(llama: Any) -> None:
-    tokens = torch.tensor(PROMPTS[:1])
-    with (
-        pytest.raises(InputError, match=r"expected an attention mask of shape \(1, 5\)"),
-        torch.no_grad(),
-        sl.steer(llama, {HOOK: DIRECTION}, 1.0, positions="last"),
-    ):
-        llama(tokens, attention_mask=torch.ones(1, 1, 5, 5))
 
 
 def test_blocks_that_end_in_another_order_leave_nothing(llama: Any) -> None:

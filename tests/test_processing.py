@@ -112,15 +112,6 @@ def test_processing_changes_residual_norms_and_not_the_predictions(
 
 USES: dict[str, Callable[[Any, sl.ContrastivePairs, sl.Directions], Any]] = {
     "sweep": lambda m, p, d: sl.sweep(m, p, d, layers=[1], coefficients=[1], n_bootstrap=2),
-    "nulls": lambda m, p, d: sl.sweep(
-        m,
-        p,
-        replace(d, weight_processing="unknown"),
-        layers=[1],
-        coefficients=[1],
-        n_bootstrap=2,
-        nulls={"random": [d, d]},
-    ),
     "layers": lambda m, p, d: sl.Study(m, p, d, layers=[1]).layers,
     "boundary": lambda m, p, d: sl.find_boundary(m, p, d, layers=[1], n_bootstrap=2),
     "prediction": lambda m, p, d: sl.Study(m, p, d, layers=[1]).predicted_boundary(),
@@ -197,7 +188,7 @@ def test_what_is_put_together_is_of_one_processing(
 def test_what_is_not_known_is_not_refused(
     processed: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
 ) -> None:
-    unknown = replace(fitted, weight_processing="unknown")
+    unknown = replace(fitted, weight_processing="unknown", weights_fingerprint="unknown")
     sl.sweep(processed, pairs, unknown, layers=[1], coefficients=[1], n_bootstrap=2)
     for one, other in (("none", "unknown"), ("unknown", BOTH), ("none", "none")):
         check_same("this", one, "that", other)

@@ -186,18 +186,20 @@ def test_a_comparison_has_numbered_steps(llama: Any, many: sl.ContrastivePairs) 
     # Two methods and four nulls at one hook; a method is measured at four doses.
     once = [stage for stage in found if "all prompts" not in stage[0]]
     assert once == [
-        ("step 1 of 7, activations: prompts", 40),
-        ("step 1 of 7, gradients: pairs", 20),
-        ("step 2 of 7, unsteered model: prompts", 4),
-        ("step 2 of 7, checks: hooks", 1),
-        ("step 2 of 7, slopes: prompts", 4),
-        ("step 2 of 7, boundary on probes: pushes settled", 6),
-        ("step 2 of 7, intervals: pushes", 6),
-        ("step 3 of 7, effects: cells", 2 * 4 + 4),
-        ("step 4 of 7, damage: cells", 2),
-        ("step 5 of 7, effects on you said: cells", 2),
-        ("step 6 of 7, effects on I felt: cells", 2),
-        ("step 7 of 7, texts: vectors", 2),
+        ("step 1 of 8, activations: prompts", 40),
+        ("step 1 of 8, gradients: pairs", 20),
+        ("step 2 of 8, unsteered model: prompts", 4),
+        ("step 2 of 8, checks: hooks", 1),
+        ("step 2 of 8, slopes: prompts", 4),
+        ("step 2 of 8, boundary on probes: pushes settled", 6),
+        ("step 2 of 8, intervals: pushes", 6),
+        ("step 3 of 8, slopes: prompts", 10),
+        ("step 3 of 8, slopes: prompts", 4),
+        ("step 4 of 8, effects: cells", 2 * 4 + 4),
+        ("step 5 of 8, damage: cells", 2),
+        ("step 6 of 8, effects on you said: cells", 2),
+        ("step 7 of 8, effects on I felt: cells", 2),
+        ("step 8 of 8, texts: vectors", 2),
     ]
 
 
@@ -223,9 +225,9 @@ def test_a_comparison_with_personas_has_one_step_more(
         n_null=2,
         n_bootstrap=10,
     )
-    assert found[0][0].startswith("step 1 of 6, ")
+    assert found[0][0].startswith("step 1 of 7, ")
     # Both continuations of three items, with the persona and without.
-    assert found[-1] == ("step 6 of 6, persona in the prompt: prompts", 12)
+    assert found[-1] == ("step 7 of 7, persona in the prompt: prompts", 12)
 
 
 def test_circuits(llama: Any, pairs: sl.ContrastivePairs) -> None:

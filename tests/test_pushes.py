@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import Bounded
 
 import steerlens as sl
 from steerlens.directions.directions import Directions
@@ -16,8 +17,12 @@ from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.loss import Budget
 from steerlens.measure.boundary_search import choose_probes
 from steerlens.measure.coherence import allowances, mean_loss
-from steerlens.measure.prediction import first_root
+from steerlens.measure.prediction import first_roots
 from steerlens.tables import LAYER_COLUMNS
+
+
+def first_root(bend: float, slope: float, allowance: float) -> float:
+    return float(first_roots(np.array([bend]), np.array([slope]), allowance)[0])
 
 
 def test_first_roots_by_hand() -> None:
@@ -29,7 +34,7 @@ def test_first_roots_by_hand() -> None:
 
 
 def test_predictions_are_of_the_slope_and_the_curvature(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, bounded: Bounded
 ) -> None:
     prompts = tokenize_pairs(llama, many).positive
     slopes = label_slopes(
@@ -41,9 +46,9 @@ def test_predictions_are_of_the_slope_and_the_curvature(
     )
     slope, bend = slopes.logprob.mean(dim=1).tolist(), (slopes.curvature.mean(dim=1) / 2).tolist()
     options: dict[str, Any] = {"n_bootstrap": 2, "search_range": 1e-6}
-    of_nats = sl.find_boundary(llama, many, directions, budget="nats=0.001", **options).layers
-    of_kl = sl.find_boundary(llama, many, directions, budget="kl=0.1", **options).layers
-    of_p95 = sl.find_boundary(llama, many, directions, budget="kl_p95=0.1", **options).layers
+    of_nats = bounded(budget="nats=0.001", **options).layers
+    of_kl = bounded(budget="kl=0.1", **options).layers
+    of_p95 = bounded(budget="kl_p95=0.1", **options).layers
     for i in range(5):
         for side, sign in (("pos", 1), ("neg", -1)):
             found = sign * of_nats[f"predicted_first_order_{side}"][i]
@@ -60,11 +65,11 @@ def test_predictions_are_of_the_slope_and_the_curvature(
 
 @pytest.mark.parametrize("on", ["positive", "negative"])
 def test_predictions_alone_are_those_of_the_search(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions, on: Any
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, on: Any, bounded: Bounded
 ) -> None:
     options: dict[str, Any] = {"budget": "nats=0.1", "layers": [1, 3], "n_bootstrap": 2}
     alone = sl.Study(llama, many, directions, **options).predicted_boundary(on=on)
-    found = sl.find_boundary(llama, many, directions, on=on, **options).layers
+    found = bounded(on=on, **options).layers
     assert list(alone.columns) == [column.name for column in LAYER_COLUMNS]
     predicted = [name for name in alone.columns if name.startswith("predicted_")]
     assert len(predicted) == 4
@@ -75,10 +80,8 @@ def test_predictions_alone_are_those_of_the_search(
     assert alone.attrs["forward_equivalents"] < 9 < found.attrs["forward_equivalents"]
 
 
-def test_a_small_budget_is_reached_where_it_was_predicted(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions
-) -> None:
-    layers = sl.find_boundary(llama, many, directions, budget="nats=0.0002", n_bootstrap=2).layers
+def test_a_small_budget_is_reached_where_it_was_predicted(bounded: Bounded) -> None:
+    layers = bounded(budget="nats=0.0002", n_bootstrap=2).layers
     for row in layers.to_dict("records"):
         for side in ("pos", "neg"):
             first = row[f"predicted_first_order_{side}"]

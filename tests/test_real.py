@@ -10,14 +10,16 @@ import transformers
 from bare import cell
 
 import steerlens as sl
-from steerlens.data.prompts import render
+from steerlens.circuits import contrast_answers, find_readers, find_writers, make_prompts
+from steerlens.data.prompts import Message, render
 from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import plain_cells, run_baseline
 from steerlens.engine.plan import make_plan, run_cells
-from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs, tokenize_prompt
 from steerlens.engine.workload import Job
 from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
-from steerlens.steering import generate
+from steerlens.plots.pages import token_page, token_table_html
+from steerlens.steering import generate, generate_tokens
 
 pytestmark = pytest.mark.real
 
@@ -154,26 +156,6 @@ def test_held_out_pairs_separate_far_above_a_random_direction(
         assert projection > 2 * max(random)
 
 
-def test_steering_turns_the_answer(real_model: Any, directions: sl.Directions) -> None:
-    prompt = tokenize_prompt(real_model, (sl.Message("user", "How was your day?"),))
-    steered = {"blocks.10.hook_resid_post": directions["blocks.10.hook_resid_post"]}
-    texts = {
-        c: generate(real_model, prompt, steered, c, max_new_tokens=30) for c in (-30.0, 0.0, 30.0)
-    }
-    print(texts)
-    assert len(set(texts.values())) == 3
-
-
-def test_logits_are_bit_equal_after_a_sweep(real_model: Any, directions: sl.Directions) -> None:
-    tokens = real_model.to_tokens("The river was")
-    with torch.no_grad():
-        before = real_model(tokens)
-    pairs = sl.ContrastivePairs.load("sentiment", split="test")[:2]
-    sl.sweep(real_model, pairs, directions, layers=[5], coefficients=[40])
-    with torch.no_grad():
-        assert torch.equal(real_model(tokens), before)
-
-
 def test_the_boundary_is_where_a_sweep_loses_the_budget(
     real_model: Any, directions: sl.Directions
 ) -> None:
@@ -195,7 +177,8 @@ def test_the_boundary_is_where_a_sweep_loses_the_budget(
             coefficients=coefficients,
             n_bootstrap=2,
         ).table
-        assert table.coherent.tolist() == [True, False, True, False]
+        allowance = -table.baseline_logprob_nats * (1 / 0.99 - 1)
+        assert (table.degradation_nats <= allowance).tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize("positions", ["continuation", "last"])
@@ -224,3 +207,152 @@ def test_reused_keys_and_values_give_the_plain_loops_cells(
                 getattr(ours, part), getattr(theirs, part), rtol=1e-4, atol=1e-4
             )
         assert (theirs.logprob - unsteered.logprob).abs().max() > 1e-2
+
+
+# Circuits
+
+
+def test_writers_and_readers_of_sentiment(real_model: Any) -> None:
+    train = sl.ContrastivePairs.load("sentiment")[:40]
+    test = sl.ContrastivePairs.load("sentiment", split="test")[:4]
+    directions = sl.fit_directions(sl.collect_differences(real_model, train, layers=[12]))
+    writers = find_writers(real_model, test, directions, layer=12)
+    assert writers.table.attrs["residual"] < 1e-3
+    assert len(writers.table) == 1 + 13 * 10
+    vector = sl.SteeringVector.from_directions(real_model, directions)
+    prompts = make_prompts(real_model, sl.engine.tokenize_pairs(real_model, test).positive)
+    answers = contrast_answers(real_model, train)
+    found = find_readers(real_model, prompts, answers, vector, 20, top=14, n_draws=3)
+    # What carries a push of this size is close to linear in it.
+    for kind, r in found.table.attrs["correlation"].items():
+        assert r is not None, kind
+        assert r > 0.95, kind
+    claims = found.claims.set_index("test").remaining
+    assert claims["named components"] < claims["random components"]
+    assert claims["attention values"] < 0.3 < claims["attention patterns"]
+
+
+# Tokens and texts
+
+
+@pytest.fixture(scope="module")
+def held_out() -> sl.ContrastivePairs:
+    return sl.ContrastivePairs.load("sentiment", split="test")[:3]
+
+
+def test_damage_agrees_with_the_sweep(
+    real_model: Any, held_out: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    options: dict[str, Any] = {"coefficients": [-20, 20]}
+    cells = sl.sweep(real_model, held_out, directions, layers=15, **options).table
+    found = sl.token_damage(real_model, held_out, directions, layer=15, **options)
+    of = found[found.is_label & (found.side == "positive")]
+    damage = of.groupby(["coefficient", "prompt"]).damage_nats.mean().groupby("coefficient").mean()
+    assert damage.to_list() == pytest.approx(cells.degradation_nats.to_list(), abs=1e-5)
+    read = found[found.is_read].set_index(["coefficient", "prompt", "side"]).steered_projection
+    sides = read.unstack()
+    gap = (sides.positive - sides.negative).groupby("coefficient").mean()
+    assert gap.to_list() == pytest.approx(cells.projection.to_list(), rel=1e-4)
+
+
+def test_parts_of_characters_are_told_apart(real_model: Any, directions: sl.Directions) -> None:
+    """Most characters of this text are several tokens."""
+    text = "\U0001f916 \u65e5\u672c \u2014 caf\u00e9"
+    found = sl.token_damage(real_model, [text], directions, layer=15, coefficients=[20])
+    parts = found[found.token.str.contains("\ufffd")]
+    assert len(parts) > 3
+    by_id = parts.drop_duplicates("token_id")
+    assert by_id.token.nunique() < len(by_id) == by_id.raw_token.nunique()
+    for page in (token_page(found).html, token_table_html(found)):
+        assert "\ufffd" not in page
+        assert "\u2014" in page
+
+
+def test_a_chat_goes_on_in_the_assistants_words(
+    real_model: Any, held_out: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    """The opening of the answer belongs to the prompt; the text goes on from there."""
+    prompt = held_out[0].positive
+    found = sl.measure.generation_table(
+        real_model, [prompt], directions, layer=15, coefficients=[0, -40], max_new_tokens=8
+    )
+    opening = prompt[-1].content
+    for text in found.text:
+        assert "<|im_start|>" not in text
+        assert "assistant" not in text
+        assert not text.startswith(opening)
+        assert text.startswith(" "), "it continues the opening's sentence"
+    assert found.text.nunique() == 2
+
+
+# Vectors
+
+
+HOOK = "blocks.10.hook_resid_post"
+QUESTIONS = ("How was your day?", "Tell me about the weather in the mountains today.")
+
+
+@pytest.fixture(scope="module")
+def vector(real_model: Any) -> sl.SteeringVector:
+    train = sl.ContrastivePairs.load("sentiment")
+    directions = sl.fit_directions(sl.collect_differences(real_model, train, layers=[10]))
+    return sl.SteeringVector.from_directions(real_model, directions, dataset="sentiment")
+
+
+def asked(model: Any) -> list[TokenizedPrompt]:
+    return [tokenize_prompt(model, (Message("user", text),)) for text in QUESTIONS]
+
+
+def test_answers_turn_from_delight_to_grief(real_model: Any, vector: sl.SteeringVector) -> None:
+    prompt = asked(real_model)[0]
+    down, plain, up = (
+        generate(real_model, prompt, vector, c, max_new_tokens=40) for c in (-30, 0, 30)
+    )
+    bright = ("pleasure", "glad", "happy", "excited", "delight", "wonderful", "great")
+    dark = ("shadow", "lost", "dark", "grim", "weary", "death", "pain", "despair", "sorry")
+    assert any(word in up for word in bright)
+    assert any(word in down for word in dark)
+    assert not any(word in plain for word in dark)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
+def test_greedy_tokens_with_and_without_a_kv_cache(
+    real_model: Any, vector: sl.SteeringVector, positions: Any
+) -> None:
+    tokens = torch.tensor([asked(real_model)[0].prompt])
+    options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "verbose": False}
+    with torch.no_grad(), sl.steer(real_model, vector, 20, positions=positions):
+        cached = real_model.generate(tokens, return_type="tokens", **options)
+        whole = real_model.generate(
+            tokens, return_type="tokens", use_past_kv_cache=False, **options
+        )
+    assert torch.equal(cached, whole)
+
+
+def test_a_baked_checkpoint_in_plain_transformers(
+    real_model: Any, vector: sl.SteeringVector, tmp_path: Path
+) -> None:
+    sl.export.bake(real_model, vector, -30, tmp_path / "baked")
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
+    prompt = asked(real_model)[0]
+    tokens = torch.tensor([prompt.prompt])
+    with torch.no_grad(), sl.steer(real_model, vector, -30):
+        ours = real_model(tokens)
+    with torch.no_grad():
+        theirs = baked(tokens).logits
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
+        written = baked.generate(tokens, max_new_tokens=8, do_sample=False)
+    (steered,) = generate_tokens(real_model, [prompt], vector, -30, max_new_tokens=8)
+    assert tuple(written[0, tokens.shape[1] :].tolist()) == steered
+
+
+def test_a_condition_fitted_on_data_holds_on_other_data(real_model: Any) -> None:
+    train, test = (sl.ContrastivePairs.load("formality", split=s) for s in ("train", "test"))
+    condition = sl.steering.fit_condition(real_model, train, layers=[5, 10, 15])
+    # Personas of other wordings are told apart worse than those that it was fitted on.
+    seen, unseen = (
+        sl.steering.condition_accuracy(real_model, pairs, condition) for pairs in (train, test)
+    )
+    assert seen > 0.8
+    # Of 320 prompts: more than five standard errors above chance.
+    assert unseen > 0.5 + 5 * (0.25 / 320) ** 0.5

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pandas as pd
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from outline import Outline
 from run_folders import (
     CONTENTS,
     HOSTILE,
@@ -69,12 +69,16 @@ def test_a_run_reads_back_as_it_was_written(command: str, tmp_path: Path) -> Non
 @example(text="a\r\nb")
 @example(text="a\rb")
 @example(text="1e5")
+@example(text="True")
+@example(text=" \u2028,")
 def test_text_is_read_as_it_was(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Commas, quotes, line ends, and what pandas takes for a missing value."""
     folder = tmp_path_factory.mktemp("text") / "run"
     table = points_table((0,)).assign(pair=text)
     run = sl.read_run(write(folder, "sweep", {"sweep": SHORT, "points": table}))
     pd.testing.assert_frame_equal(run.tables["points"], table, check_exact=True)
+    if text in ("NA", "null", "", "nan", "None"):
+        assert pd.read_csv(folder / "points.csv").pair.isna().all()
 
 
 def test_every_table_and_its_place_are_known() -> None:
@@ -232,9 +236,6 @@ def test_a_run_of_an_older_version_is_refused_with_how_to_run_it_again(tmp_path:
     [
         (lambda f: (f / "run.json").unlink(), ["holds no run.json", "give the --out folder"]),
         (lambda f: (f / "run.json").write_text("{"), ["not a run record", "once more"]),
-        (lambda f: (f / "run.json").write_bytes(b"\xff"), ["not a run record"]),
-        (lambda f: (f / "run.json").write_text("[]"), ["'request' is missing"]),
-        (record_with(format=3), ["format 3", "newer steerlens"]),
         (record_with(tables=3), ["'tables' is missing or of another kind"]),
         (record_with(seconds=None), ["'seconds' is missing or of another kind"]),
         (record_with(request={}), ["it is of None", "sweep, boundary, compare"]),
@@ -242,8 +243,6 @@ def test_a_run_of_an_older_version_is_refused_with_how_to_run_it_again(tmp_path:
         (record_with(tables={"wings": {"rows": 1, "attrs": {}}}), ["'wings'"]),
         (record_with(tables={"sweep": {"rows": True, "attrs": {}}}), ["'sweep'"]),
         (record_with(tables={"sweep": {"rows": 3, "attrs": {}}}), ["210 rows", "says 3"]),
-        (record_with(files={}), ["its files lack that of the table 'sweep'"]),
-        (record_with(files={"../a.csv": {"bytes": 1, "sha256": ""}}), ["'../a.csv'"]),
         (record_with(warnings=[["x"]]), ["warnings are texts"]),
         (record_with(tables={}), ["a sweep has the table 'sweep'"]),
     ],
@@ -263,11 +262,10 @@ def test_what_is_wrong_with_a_record_is_named(
     [
         (lambda text: text.replace(",loss,", ",lost,", 1), ["lack loss and have lost besides"]),
         (
-            lambda text: text.replace("null_low,null_high", "null_high,null_low", 1),
+            lambda text: text.replace("n_pairs,n_groups", "n_groups,n_pairs", 1),
             ["another order than hook_name, layer"],
         ),
         (lambda text: text.replace(",0,", ",zero,", 1), ["cannot be read as CSV", "zero"]),
-        (lambda text: text.replace("True", "yes", 1), ["cannot be read as CSV"]),
         (lambda text: text.replace("\n", ",1\n", 3), ["sweep.csv"]),
         (lambda text: text + '"', ["cannot be read as CSV"]),
         (lambda text: "", ["cannot be read as CSV"]),
@@ -281,27 +279,6 @@ def test_a_table_of_another_steerlens_is_named(
     (folder / "sweep.csv").write_text(change((folder / "sweep.csv").read_text()))
     seal(folder)
     for word in ["sweep.csv", *words]:
-        assert word in refused(folder)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (lambda text: "<p>", ["no views", "AttentionHeads"]),
-        (lambda t: t.replace("AttentionHeads", "ColoredTokens"), ["not only AttentionHeads"]),
-        (lambda text: text.replace('"props"', '"prop"'), ["not a page of steerlens", "props"]),
-        (lambda text: text.replace('"title": "', '"title": ["'), ["not a page of steerlens"]),
-    ],
-)
-def test_a_page_of_another_steerlens_is_named(
-    change: Callable[[str], str], words: list[str], tmp_path: Path
-) -> None:
-    folder = write_circuits(tmp_path / "run")
-    assert len(sl.read_run(folder).views) == 14
-    path = folder / "attention.html"
-    path.write_text(change(path.read_text(encoding="utf-8")), encoding="utf-8")
-    seal(folder)
-    for word in ["attention.html", *words]:
         assert word in refused(folder)
 
 
@@ -345,27 +322,10 @@ def test_no_folder_and_no_run(tmp_path: Path) -> None:
 # Markup
 
 
-class Seen(HTMLParser):
-    """Elements with their attributes, and the text between them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
 @given(text=st.text(), attribute=st.text())
 def test_text_stays_text(text: str, attribute: str) -> None:
     made = element("p", text, title=attribute)
-    seen = Seen(made)
+    seen = Outline(made)
     clean = [value.replace("\r", "\n") for value in (text, attribute)]
     assert seen.elements == [("p", {"title": attribute})] or "\r" in attribute
     assert "".join(seen.words).replace("\r", "\n") == clean[0]
@@ -380,50 +340,34 @@ def test_what_is_html_already_is_not_escaped_again() -> None:
 
 
 def test_the_check_of_hostile_text_can_fail() -> None:
-    assert [tag for tag, _ in Seen(HOSTILE).elements] == ["script", "img", "b", "a"]
-    assert Seen(element("p", HOSTILE)).elements == [("p", {})]
+    assert Outline(HOSTILE).tags == ["script", "img", "b", "a"]
+    assert Outline(element("p", HOSTILE)).elements == [("p", {})]
 
 
 # Numbers
 
 
-@pytest.mark.parametrize(
-    ("values", "decimals"),
-    [
+def test_decimals_are_those_of_the_middle_value() -> None:
+    for values, decimals in (
         ([1.0, -2.0, math.nan, math.inf], 0),  # whole numbers
-        ([0.5, 12.25, 200.0], 2),  # the middle one, 12.25
+        ([0.5, 12.25, 200.0], 2),
         ([0.001234], 6),
         ([0.0, 0.0], 0),
         ([], 0),
         ([1234.5], 0),
-    ],
-)
-def test_decimals(values: list[float], decimals: int) -> None:
-    assert decimals_for(values) == decimals
+    ):
+        assert decimals_for(values) == decimals
 
 
-@pytest.mark.parametrize(
-    ("value", "decimals", "text"),
-    [
-        (1.25, 3, "1.250"),
-        (-1.25, 1, "−1.2"),  # noqa: RUF001 (a true minus)
-        (0.0, 3, "0.000"),
-        (-0.0, 1, "0.0"),
-        (0.00012, 3, "1.20e-4".replace("-", "−")),  # noqa: RUF001
-        (3e9, 2, "3.00e9"),
-    ],
-)
-def test_fixed(value: float, decimals: int, text: str) -> None:
-    assert fixed(value, decimals) == text
-
-
-def test_numbers_in_running_text() -> None:
-    assert [short(v) for v in (0.12345, 12.345, 1234.5, math.nan)] == [
-        *("0.123", "12.3", "1234"),
-        "undefined",
+def test_numbers_in_tables_and_in_running_text() -> None:
+    assert [fixed(v, n) for v, n in ((1.25, 3), (-1.25, 1), (0.0, 3), (-0.0, 1), (3e9, 2))] == [
+        *("1.250", "−1.2", "0.000", "0.0", "3.00e9")  # noqa: RUF001 (a true minus)
+    ]
+    assert fixed(0.00012, 3) == "1.20e−4"  # noqa: RUF001
+    assert [short(v) for v in (0.12345, 12.345, 1234.5, math.nan, -math.inf)] == [
+        *("0.123", "12.3", "1234", "undefined", "−infinite")  # noqa: RUF001
     ]
     assert [change(v) for v in (0.5, -0.5, 0.0)] == ["+0.5", "−0.5", "0"]  # noqa: RUF001
-    assert short(-math.inf) == "−infinite"  # noqa: RUF001
 
 
 def test_hooks_of_one_layer_have_a_sentence_each(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ import html
 import json
 import math
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from outline import Outline
 from run_folders import (
     HOSTILE,
     MODEL,
@@ -35,40 +35,6 @@ from steerlens.runs.contents import COMMANDS, TABLES
 from steerlens.runs.html_report.listings import MAX_ROWS, listing
 from steerlens.runs.html_report.summary import summarise
 
-MEGABYTE = 1_000_000
-VOID = ("meta", "br", "input", "link", "img")
-
-
-class Outline(HTMLParser):
-    """A page's elements with their attributes and places, and its text without scripts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not {"script", "style"} & {*self.open}:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attrs for name, attrs in self.elements if name == tag]
-
 
 def page_of(*folders: Path) -> str:
     return sl.report([sl.read_run(folder) for folder in folders])
@@ -87,8 +53,8 @@ def test_a_page_of_every_command(command: str, tmp_path: Path) -> None:
     page = page_of(folder)
     assert page_of(folder) == page
     outline = Outline(page)
-    assert outline.open == [], "every element is closed"
-    assert len(page.encode()) < 5 * MEGABYTE
+    assert outline.is_whole
+    assert len(page.encode()) < 5_000_000
     assert f"{command}: run" in outline.text
     for word in ("in-sample", MODEL["name"], "sentiment/test", "12 s", "torch", "x86_64"):
         assert word in outline.text
@@ -111,7 +77,7 @@ def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
     folders = [WRITERS[command](tmp_path / command) for command in COMMANDS]
     page = page_of(*folders)
     outline = Outline(page)
-    assert len(page.encode()) < 5 * MEGABYTE
+    assert len(page.encode()) < 5_000_000
     assert page.count('id="packed-vega"') == 1
     headings = [attrs.get("id") for attrs in outline.all("h2")]
     assert headings == [f"run{n}-title" for n in range(1, 6)]
@@ -119,11 +85,11 @@ def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
     assert links == ["#run1", *(f"#run{n}" for n in range(1, 6))]
     ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
     assert len(ids) == len({*ids})
-    levels = [int(tag[1]) for tag, _ in outline.elements if re.fullmatch(r"h[1-6]", tag)]
+    levels = [int(tag[1]) for tag in outline.tags if re.fullmatch(r"h[1-6]", tag)]
     assert (levels[0], levels.count(1)) == (1, 1)
     assert all(b <= a + 1 for a, b in pairwise(levels))
     landmarks = ("header", "nav", "main", "footer")
-    assert [tag for tag, _ in outline.elements if tag in landmarks] == [*landmarks]
+    assert [tag for tag in outline.tags if tag in landmarks] == [*landmarks]
 
 
 # Summaries, by hand
@@ -137,7 +103,10 @@ def test_the_summary_of_a_sweep(tmp_path: Path) -> None:
         "pairs of sentiment/train."
     )
     assert said[1] == "Unsteered, the labels' mean logprob is −2.5 nats per token."  # noqa: RUF001
-    assert said[2] == "Of 210 cells 150 are within the budget (relative=0.01)."
+    assert said[2] == (
+        "Of 210 cells 150 are within the budget (relative=0.01); of 0 the interval of the "
+        "degradation reaches across it, so they are undecided."
+    )
     # gain 3 at layer 12, times c = -20; the readouts, with a gain of 5, do not count.
     assert "most at layer 12 with coefficient −20: by −60 residual units" in said[3]  # noqa: RUF001
     assert "degradation of +0.008 nats per token (95% interval +0.003 to +0.013)" in said[3]
@@ -149,8 +118,11 @@ def test_what_a_sweep_may_not_claim(tmp_path: Path) -> None:
     cells = sweep_table()
     readouts = cells[cells.hook_name == cells.readout_hook].reset_index(drop=True)
     cells.loc[3, "logprob_nats"] = math.nan
+    cells.loc[cells.coefficient == 20, "coherent"] = "undecided"
     said = sentences(write(tmp_path / "run", "sweep", {"sweep": cells}, held_out=False))
     assert "in-sample" in said[0]
+    assert "Of 210 cells 120 are within the budget" in said[2]
+    assert "of 30 the interval of the degradation reaches across it" in said[2]
     assert said[3] == "1 cells are undefined: the model overflowed there."
     said = sentences(write(tmp_path / "readouts", "sweep", {"sweep": readouts}))
     assert len(said) == 3
@@ -251,15 +223,15 @@ def test_what_is_undefined_is_empty_and_what_is_infinite_is_beyond() -> None:
 
 
 def test_columns_that_say_nothing_are_told_in_a_line() -> None:
-    note, (head, *rows) = shown("sweep", sweep_table())
+    note, (head, *rows) = shown("sweep", sweep_table().assign(loss=math.nan))
     assert "210 rows, from sweep.csv" in note
     assert "n_pairs 8 pairs" in note
     assert "baseline_logprob_nats −2.5" in note  # noqa: RUF001
-    assert "Without a value in this run: null_low, null_high, p_value, q_value." in note
+    assert "Without a value in this run: loss." in note
     assert "block outputs, blocks.N.hook_resid_post" in note
     assert head[:2] == ["layer", "coefficientresidual units"]
     assert len(rows) == 210
-    assert not any("null low" in name or "hook name" in name for name in head)
+    assert not any("n groups" in name or "hook name" in name for name in head)
 
 
 def test_hooks_that_are_not_block_outputs_are_named() -> None:
@@ -326,7 +298,7 @@ def hostile_run(folder: Path) -> Path:
 def assert_harmless(page: str) -> None:
     """No element comes from `HOSTILE`, in the page or in the JSON inside its scripts."""
     outline = Outline(page)
-    assert outline.open == []
+    assert outline.is_whole
     assert not outline.all("img")
     assert not any(key.startswith("on") for _, attrs in outline.elements for key in attrs)
     for attrs in outline.all("a"):
@@ -382,6 +354,9 @@ def test_views_are_rounded_and_their_script_travels_only_with_them(tmp_path: Pat
     assert "packed-circuitsvis" not in page_of(write_sweep(tmp_path / "sweep"))
 
 
+UNDECIDED = "within budget or not: undecided"
+
+
 def test_texts_are_side_by_side_and_say_whether_they_are_coherent(tmp_path: Path) -> None:
     text = Outline(page_of(write_sweep(tmp_path / "run"))).text
     part = text[text.index("Greedy continuations") : text.index("Token damage")]
@@ -390,12 +365,12 @@ def test_texts_are_side_by_side_and_say_whether_they_are_coherent(tmp_path: Path
     assert places == sorted(places)
     assert part.count("The weather is fine.") == 10
     assert "beyond the budget" not in part
-    cells = sweep_table().assign(coherent=False)
-    tables = {"sweep": cells, "generations": generations_table()}
-    assert (
-        "c = 20beyond the budget"
-        in Outline(page_of(write(tmp_path / "more", "sweep", tables))).text
-    )
+    assert UNDECIDED not in part
+    for coherent, words in {"no": "beyond the budget", "undecided": UNDECIDED}.items():
+        cells = sweep_table().assign(coherent=coherent)
+        tables = {"sweep": cells, "generations": generations_table()}
+        page = page_of(write(tmp_path / coherent, "sweep", tables))
+        assert f"c = 20{words}" in Outline(page).text
 
 
 def test_figures_are_left_out_where_their_table_is_empty(tmp_path: Path) -> None:

@@ -3,32 +3,21 @@
 import errno
 import json
 import math
+import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from commands import N_LAYERS, OPENINGS, Main, assert_error, content, finish, record, write_pairs
 from conftest import build_llama, build_tokenizer
-from test_cli import (  # noqa: F401 (fixtures)
-    N_LAYERS,
-    OPENINGS,
-    Main,
-    assert_error,
-    content,
-    model_folder,
-    pairs_file,
-    record,
-    run,
-    sweep,
-    write_pairs,
-)
 
 import steerlens as sl
-from steerlens.cli import command, main
+from steerlens.cli import command
 from steerlens.engine.checkpoint import Kept, digest
 from steerlens.errors import FileError
 from steerlens.runs import record as runs
@@ -37,24 +26,22 @@ from steerlens.runs.record import differences, sealed
 from steerlens.runs.unfinished import Parts, open_parts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
-NULLS = ("--null", "2")
-Stop = Callable[..., Path]
+
+
+pytestmark = pytest.mark.usefixtures("loaded_once", "few_texts")
 
 
 @pytest.fixture(scope="module")
-def whole(model_folder: Path, pairs_file: Path, tmp_path_factory: Any) -> dict[str, bytes]:  # noqa: F811
+def whole(sweep_words: tuple[str, ...], tmp_path_factory: Any) -> dict[str, bytes]:
     """The files of a run that was not stopped."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    options = ["--model", model_folder, "--pairs", pairs_file, "--coefficients=-2,0,2", *NULLS]
-    with pytest.raises(SystemExit) as stop:
-        main(["sweep", *map(str, options), "--examples", "0", "--quiet", "--out", str(out)])
-    assert stop.value.code == 0
+    finish(*sweep_words, "--quiet", "--out", out)
     return content(out)
 
 
 LONG = {
-    "boundary": ("--layers", "1,3", "--budget", "kl=0.05"),
-    "compare": ("--layers", "1,2", "--methods", "mean_diff,random,gradient_mean", "--null", "2"),
+    "boundary": ("--layers", "1", "--budget", "kl=0.05"),
+    "compare": ("--layers", "1", "--methods", "mean_diff,gradient_mean", "--null", "2"),
     "circuits": ("--layer", "1", "--coefficient", "5", "--top", "4"),
     "geometry": ("--layers", "1", "--angles", "4", "--budget", "nats=0.1"),
 }
@@ -62,8 +49,8 @@ LONG = {
 
 
 @pytest.fixture
-def long_command(model_folder: Path, pairs_file: Path, tmp_path: Path) -> Any:  # noqa: F811
-    """A command of `LONG` on the small model, into a folder."""
+def long_command(sweep_words: tuple[str, ...], tmp_path: Path) -> Any:
+    """`sweep`, or a command of `LONG` on the small model, without its folder."""
     items = tmp_path / "items.jsonl"
     items.write_text(
         "\n".join(
@@ -72,10 +59,11 @@ def long_command(model_folder: Path, pairs_file: Path, tmp_path: Path) -> Any:  
         )
     )
 
-    def command(name: str, out: Path) -> list[str | Path]:
+    def command(name: str) -> list[str | Path]:
+        if name == "sweep":
+            return [*sweep_words]
         more = ["--items", items, "--off-target", "none"] if name == "compare" else []
-        data = ["--model", model_folder, "--pairs", pairs_file]
-        return [name, *data, *LONG[name], *more, "--out", out]
+        return [name, *sweep_words[1:5], *LONG[name], *more]
 
     return command
 
@@ -97,43 +85,41 @@ def assert_finished(folder: Path, whole: dict[str, bytes]) -> None:
     assert changed == ["run.json"]  # seconds and the date
 
 
+@contextmanager
+def stopping(at: int, error: BaseException) -> Iterator[None]:
+    """A run is stopped by the error when it is about to write the part of that number."""
+    write, written = unfinished.write_parquet, []
+
+    def fail(frame: pd.DataFrame, path: Path) -> None:
+        written.append(path)
+        if len(written) > at:
+            path.write_bytes(b"half")
+            raise error
+        write(frame, path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unfinished, "write_parquet", fail)
+        yield
+
+
+@pytest.fixture(scope="module")
+def half(sweep_words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was interrupted when two hooks were finished."""
+    folder = tmp_path_factory.mktemp("half") / "run"
+    with stopping(2, KeyboardInterrupt()):
+        finish(*sweep_words, "--quiet", "--out", folder, code=130)
+    return folder
+
+
 @pytest.fixture
-def stop(sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stop:  # noqa: F811
-    """A run that is stopped by an error when it is about to write that part; its folder."""
-
-    def stopped(at: int, error: BaseException, code: int, *words: str) -> Path:
-        write, written = unfinished.write_parquet, []
-
-        def fail(frame: pd.DataFrame, path: Path) -> None:
-            written.append(path)
-            if len(written) > at:
-                path.write_bytes(b"half")
-                raise error
-            write(frame, path)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(unfinished, "write_parquet", fail)
-            outcome = sweep(*NULLS, "--quiet", "--out", tmp_path / "run")
-        assert outcome.code == code
-        assert outcome.err.count("\n") == 1
-        for word in words:
-            assert word in outcome.words
-        return tmp_path / "run"
-
-    return stopped
-
-
-def interrupted(stop: Stop, at: int = 2) -> Path:
-    return stop(at, KeyboardInterrupt(), 130, f"{at} of {N_LAYERS} hooks", "--resume")
+def interrupted(half: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(half, tmp_path / "run")
 
 
 def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
-    run: Main,  # noqa: F811
-    stop: Stop,
-    whole: dict[str, bytes],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Main, interrupted: Path, whole: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = interrupted(stop)
     kept: list[str] = []
     fits: list[str] = []
     measured: list[float] = []
@@ -156,30 +142,28 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
             module, "measure", lambda cell, *rest: (measured.append(0), measure(cell, *rest))[1]
         )
         patch.setattr(command, "fit", lambda *args, **options: fits.append("fit"))
-        assert run("sweep", "--resume", folder, "--quiet").code == 0
+        assert run("sweep", "--resume", interrupted, "--quiet").code == 0
     assert command.fit is fit
     assert kept == HOOKS[2:]
     assert len(measured) == 2 * 3  # hooks left, coefficients
-    assert yielded == [2] * 2 * 5  # hooks left, along the direction and four nulls
+    assert yielded == [2] * 2  # hooks left
     assert fits == []  # directions are read back
-    assert_finished(folder, whole)
-    record_now = json.loads(content(folder)["run.json"])
-    assert record_now["warnings"] == json.loads(whole["run.json"])["warnings"] != []
+    assert_finished(interrupted, whole)
+    assert record(interrupted)["warnings"] == json.loads(whole["run.json"])["warnings"] != []
 
 
 def test_a_full_disk_leaves_what_can_be_resumed(
-    run: Main,  # noqa: F811
-    stop: Stop,
-    whole: dict[str, bytes],
+    run: Main, sweep: Main, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    full = OSError(errno.ENOSPC, "No space left on device")
-    folder = stop(1, full, 2, "steerlens: cannot write", "No space left", "--resume ")
-    assert_finished_after_resume(run, folder, whole)
+    with stopping(1, OSError(errno.ENOSPC, "No space left on device")):
+        outcome = sweep("--quiet", "--out", tmp_path)
+    assert_error(outcome, "steerlens: cannot write", "No space left", "--resume ")
+    assert_finished_after_resume(run, tmp_path, whole)
 
 
 def test_a_full_disk_while_the_tables_are_written(
-    run: Main,  # noqa: F811
-    sweep: Main,  # noqa: F811
+    run: Main,
+    sweep: Main,
     whole: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -190,7 +174,7 @@ def test_a_full_disk_while_the_tables_are_written(
 
     with monkeypatch.context() as patch:
         patch.setattr(runs, "write_csv", fail)
-        outcome = sweep(*NULLS, "--quiet", "--out", tmp_path / "run")
+        outcome = sweep("--quiet", "--out", tmp_path / "run")
     assert_error(outcome, "cannot write", "No space left", "--resume")
     assert not (tmp_path / "run" / "sweep.csv").exists()
     with monkeypatch.context() as patch:
@@ -202,13 +186,14 @@ def test_a_full_disk_while_the_tables_are_written(
 @pytest.mark.parametrize("name", LONG)
 def test_a_full_disk_in_any_long_command(
     name: str,
-    run: Main,  # noqa: F811
+    run: Main,
     long_command: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also where a part was damaged since, or the settings are others."""
-    assert run(*long_command(name, tmp_path / "whole"), "--quiet").code == 0
+    command = (*long_command(name), "--quiet", "--out")
+    assert run(*command, tmp_path / "whole").code == 0
     whole, folder = content(tmp_path / "whole"), tmp_path / "run"
     write, written = unfinished._write_tensors, []
 
@@ -221,7 +206,7 @@ def test_a_full_disk_in_any_long_command(
 
     with monkeypatch.context() as patch:
         patch.setattr(unfinished, "_write_tensors", fail)
-        outcome = run(*long_command(name, folder), "--quiet")
+        outcome = run(*command, folder)
     assert_error(outcome, "cannot write", "No space left", f"{name} --resume {folder}")
     resume = (name, "--quiet", "--resume", folder)
     assert_error(run(*resume, "--seed", "1"), "seed (0, now 1)")
@@ -237,7 +222,7 @@ def test_a_full_disk_in_any_long_command(
 
 
 def assert_finished_after_resume(
-    run: Main,  # noqa: F811
+    run: Main,
     folder: Path,
     whole: dict[str, bytes],
 ) -> None:
@@ -246,21 +231,20 @@ def assert_finished_after_resume(
     assert_finished(folder, whole)
 
 
-def test_an_unfinished_run_says_what_it_is(
-    run: Main,  # noqa: F811
-    sweep: Main,  # noqa: F811
-    stop: Stop,
-) -> None:
-    folder = interrupted(stop)
+def test_an_unfinished_run_says_what_it_is(run: Main, sweep: Main, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with stopping(2, KeyboardInterrupt()):
+        outcome = sweep("--quiet", "--out", folder)
+    assert (outcome.code, outcome.err.count("\n")) == (130, 1)
+    assert f"2 of {N_LAYERS} hooks" in outcome.words
+    assert f"--resume {folder}" in outcome.words
     for word in ("unfinished", f"2 of {N_LAYERS}", HOOKS[1], f"--resume {folder}", "read_parquet"):
         with pytest.raises(FileError, match=word.replace(".", r"\.")):
             sl.read_run(folder)
         assert_error(run("report", folder), word)
     cells = pd.read_parquet(folder / "parts")
     assert cells.hook_name.drop_duplicates().to_list() == HOOKS[:2]
-    assert cells.q_value.isna().all()
-    assert cells.p_value.notna().any()
-    assert_error(sweep(*NULLS, "--quiet", "--out", folder), "unfinished", "--resume")
+    assert_error(sweep("--quiet", "--out", folder), "unfinished", "--resume")
     with (
         pytest.raises(FileError, match="unfinished run; `steerlens sweep --resume"),
         open_parts(folder, REQUEST, options={}),
@@ -269,7 +253,7 @@ def test_an_unfinished_run_says_what_it_is(
 
 
 def test_the_cells_can_be_read_while_it_runs(
-    sweep: Main,  # noqa: F811
+    sweep: Main,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     whole: dict[str, bytes],
@@ -287,22 +271,21 @@ def test_the_cells_can_be_read_while_it_runs(
 
     with monkeypatch.context() as patch:
         patch.setattr(Parts, "keep", keep_and_read)
-        assert sweep(*NULLS, "--quiet", "--out", folder).code == 0
+        assert sweep("--quiet", "--out", folder).code == 0
     assert seen == [HOOKS[: i + 1] for i in range(N_LAYERS)]
     assert_finished(folder, whole)
 
 
 def test_another_request_or_version_is_refused_with_both_values(
-    run: Main,  # noqa: F811
-    stop: Stop,
+    run: Main,
+    interrupted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     whole: dict[str, bytes],
 ) -> None:
-    folder = interrupted(stop)
+    folder = interrupted
     resume = ("sweep", "--quiet", "--resume", folder)
     assert_error(run(*resume, "--seed", "1"), "seed (0, now 1)")
-    assert_error(run(*resume, "--null", "3"), "null (2, now 3)")
     others = write_pairs(tmp_path / "other.jsonl", OPENINGS[:3])
     assert_error(run(*resume, "--pairs", others), "fitted_on.n_pairs (4, now 3)", "fingerprint (")
     build_llama(n_layers=N_LAYERS, seed=1).save_pretrained(tmp_path / "model")
@@ -324,7 +307,7 @@ def test_another_request_or_version_is_refused_with_both_values(
     assert_finished(folder, whole)
 
 
-def test_an_error_before_the_first_cell_leaves_nothing(sweep: Main, tmp_path: Path) -> None:  # noqa: F811
+def test_an_error_before_the_first_cell_leaves_nothing(sweep: Main, tmp_path: Path) -> None:
     assert_error(sweep("--quiet", "--position", "99", "--out", tmp_path / "run"), "99")
     assert content(tmp_path / "run") == {}
 
@@ -336,19 +319,14 @@ def part(folder: Path) -> Path:
     return folder / "parts" / "0000.parquet"
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-1]])
 def test_a_truncated_part_is_run_again(
-    damage: Callable[[bytes], bytes],
-    run: Main,  # noqa: F811
-    stop: Stop,
-    whole: dict[str, bytes],
+    run: Main, interrupted: Path, whole: dict[str, bytes]
 ) -> None:
-    folder = interrupted(stop)
-    part(folder).write_bytes(damage(part(folder).read_bytes()))
+    part(interrupted).write_bytes(part(interrupted).read_bytes()[:-1])
     with pytest.warns(RuntimeWarning, match=r"0000\.parquet' is damaged"):
-        assert run("sweep", "--resume", folder, "--quiet").code == 0
-    assert_finished(folder, whole)
-    assert "is damaged" in str(record(folder)["warnings"])
+        assert run("sweep", "--resume", interrupted, "--quiet").code == 0
+    assert_finished(interrupted, whole)
+    assert "is damaged" in str(record(interrupted)["warnings"])
 
 
 REQUEST = {"command": "sweep", "hook_names": HOOKS}
@@ -358,7 +336,8 @@ ROW = {
     "readout_hook": HOOKS[2],
     "coefficient": 0.1,
     "n_pairs": 3,
-    "coherent": True,
+    "n_groups": 3,
+    "coherent": "yes",
     "projection": 1 / 3,
 }
 
@@ -401,6 +380,9 @@ def test_no_changed_byte_of_a_part_changes_a_number(
         refused += found is None
         assert found is None or _bits(found) == _bits(before)
     assert refused > 0
+    for cut in (b"", good[: len(good) // 2], good[:-1]):
+        path.write_bytes(cut)
+        assert read(path, name) is None
     path.write_bytes(good)
     assert read(path, HOOKS[1]) is None
 
@@ -518,9 +500,9 @@ def test_parts_of_the_user_are_refused_and_left(
 @pytest.mark.parametrize("command", ["sweep", "boundary"])
 def test_a_command_leaves_the_users_parts(
     command: str,
-    run: Main,  # noqa: F811
-    model_folder: Path,  # noqa: F811
-    pairs_file: Path,  # noqa: F811
+    run: Main,
+    model_folder: Path,
+    pairs_file: Path,
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "run"
@@ -553,8 +535,8 @@ def test_differences_by_hand() -> None:
 
 
 def test_a_run_is_repeated_from_its_record(
-    run: Main,  # noqa: F811
-    sweep: Main,  # noqa: F811
+    run: Main,
+    sweep: Main,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -601,7 +583,7 @@ def test_a_run_is_repeated_from_its_record(
 def test_a_record_that_cannot_be_repeated(
     options: Any,
     named: str,
-    run: Main,  # noqa: F811
+    run: Main,
     tmp_path: Path,
 ) -> None:
     said = {"request": {}, "versions": {}} | ({} if options is None else {"options": options})

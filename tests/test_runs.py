@@ -271,6 +271,7 @@ def test_directions_read_back_with_how_they_were_fitted(
         "seed": 4,
         "fitted_on": pairs.fingerprint,
         "weight_processing": "none",
+        "weights_fingerprint": result.directions.weights_fingerprint,
         "readout_hooks": ["blocks.2.hook_resid_post"],
     }
 

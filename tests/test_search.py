@@ -2,13 +2,23 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlens.measure.search import Curve, Line, crossing, first_crossings, search
+from steerlens.measure.search import (
+    Curve,
+    Line,
+    crossing,
+    crossing_interval,
+    first_crossings,
+    search,
+)
+from steerlens.stats import interval
 
 
 def line(
@@ -159,3 +169,36 @@ def test_a_leap_across_a_wide_gap_is_looked_into() -> None:
     (found,), asked = run([loss], [line(-0.3, at=0.9)])
     assert found.at == pytest.approx(3.9, rel=0.03)
     assert len(asked) < 12
+
+
+@pytest.mark.parametrize("groups", [(0, 1, 2, 3, 4, 5, 6, 7), (0, 0, 1, 1, 2, 2, 3, 4)])
+def test_the_interval_of_a_crossing_is_where_the_loss_beyond_the_allowance_has_0_as_an_end(
+    groups: tuple[int, ...],
+) -> None:
+    """Prompts with losses s c + b c^2, each with an allowance a of its own."""
+    slopes = np.array([0.1, 0.0, 0.2, 0.1, -0.1, 0.3, 0.1, 0.1])
+    bends = np.array([0.2, 0.25, 0.4, 0.3, 0.2, 0.35, 0.1, 0.3])
+    allowed = np.array([1.0, 0.9, 1.1, 1.0, 1.0, 0.8, 1.2, 1.0])
+    distances = np.array([1.0, 2.0])
+    losses = slopes[:, None] * distances + bends[:, None] * distances**2
+    known = tuple((c, float(bends.mean())) for c in distances)
+    slope = float(slopes.mean())
+    found = Line(Curve(slope, known, known), slope, 1.0, 50.0, at=1.8)
+    drawing: dict[str, Any] = {"groups": groups, "seed": 2, "n_bootstrap": 1000}
+
+    def beyond(c: float) -> tuple[float, float]:
+        return interval(slopes * c + bends * c**2 - allowed, **drawing)
+
+    low, high = crossing_interval(found, slopes, losses, allowed, **drawing)
+    assert 0 < low < crossing(found.curve.loss, 1.0, 50.0) < high < 50
+    assert beyond(low)[1] == pytest.approx(0, abs=2e-3)
+    assert beyond(high)[0] == pytest.approx(0, abs=2e-3)
+    # Control: half way inwards both ends are on one side, and no end where the range ends before.
+    assert beyond(low / 2)[1] < -0.1
+    short = replace(found, limit=(low + high) / 2)
+    assert crossing_interval(short, slopes, losses, allowed, **drawing) == (
+        pytest.approx(low, rel=1e-3),
+        math.inf,
+    )
+    alone = crossing_interval(found, slopes, losses, allowed, **drawing | {"groups": (0,) * 8})
+    assert all(map(math.isnan, alone))

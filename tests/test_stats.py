@@ -1,7 +1,6 @@
-"""Intervals, null bands and corrected p-values by hand."""
+"""Intervals, ranks among nulls and sign flips by hand."""
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,106 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import t
 
+from steerlens.errors import InputError
 from steerlens.stats import (
     allowed_gap,
-    bootstrap_interval,
-    bootstrap_intervals,
-    false_discovery,
-    holm,
-    null_band,
+    flip_p,
+    interval,
+    intervals,
+    max_rank_p,
+    rank_p,
     ratio_interval,
     relative_gap,
+    resampled_counts,
+    smallest_effect,
 )
-
-
-def test_the_band_by_hand() -> None:
-    """Values -1, 0, 1: mean 0, standard deviation 1, so the reach is t(0.975, 2) sqrt(4/3)."""
-    kind = np.array([-1.0, 0.0, 1.0])
-    found = null_band(3.0, [kind])
-    reach = 4.302653 * math.sqrt(4 / 3)
-    assert (found.low, found.high) == pytest.approx((-reach, reach))
-    assert found.p_value == pytest.approx(2 * t.sf(3 / math.sqrt(4 / 3), 2))
-
-
-def test_the_harder_kind_decides() -> None:
-    narrow, wide = np.array([-0.1, 0.0, 0.1]), np.array([0.0, 2.0, 4.0])
-    found = null_band(5.0, [narrow, wide])
-    alone = null_band(5.0, [wide])
-    assert found == alone
-    assert null_band(5.0, [narrow]).p_value < found.p_value
-
-
-@pytest.mark.parametrize(
-    ("value", "kinds"),
-    [
-        (1.0, [np.array([1.0])]),
-        (1.0, [np.array([0.5, 0.5])]),
-        (1.0, [np.array([0.0, math.nan])]),
-        (math.nan, [np.array([0.0, 1.0])]),
-    ],
-)
-def test_an_undefined_band_is_nan(value: float, kinds: list[np.ndarray]) -> None:
-    found = null_band(value, kinds)
-    assert all(math.isnan(x) for x in (found.low, found.high, found.p_value))
-
-
-def test_one_more_of_the_null_is_inside_19_times_of_20() -> None:
-    generator = np.random.default_rng(0)
-    inside, small = 0, 0
-    for _ in range(1000):
-        values = generator.normal(2, 3, size=21)
-        found = null_band(float(values[0]), [values[1:]])
-        inside += found.low <= values[0] <= found.high
-        small += found.p_value < 0.05
-    assert 0.93 < inside / 1000 < 0.97
-    assert small == 1000 - inside
-
-
-def test_holm_by_hand() -> None:
-    """Sorted 0.01, 0.02, 0.04 times 3, 2, 1; the last may not fall below the one before."""
-    found = holm(np.array([0.02, math.nan, 0.01, 0.04]))
-    assert found[[0, 2, 3]].tolist() == pytest.approx([0.04, 0.03, 0.04])
-    assert math.isnan(found[1])
-    assert holm(np.array([0.9, 0.8])).tolist() == [1.0, 1.0]
-
-
-def test_false_discovery_by_hand() -> None:
-    """0.01 * 3 / 1, 0.02 * 3 / 2, 0.5 * 3 / 3."""
-    found = false_discovery(np.array([0.5, 0.01, math.nan, 0.02]))
-    assert found[[0, 1, 3]].tolist() == pytest.approx([0.5, 0.03, 0.03])
-    assert math.isnan(found[2])
-    assert np.isnan(false_discovery(np.array([math.nan]))).all()
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=10))
-@settings(deadline=None)
-def test_corrections_never_lower_a_p_value_and_keep_the_order(values: list[float]) -> None:
-    p = np.array(values)
-    for corrected in (holm(p), false_discovery(p)):
-        assert (corrected >= p - 1e-12).all()
-        assert (corrected <= 1).all()
-        order = p.argsort(kind="stable")
-        assert (np.diff(corrected[order]) >= -1e-12).all()
-
-
-def test_the_interval_of_a_ratio() -> None:
-    of = np.array([1.0, 2.0, 3.0, 4.0])
-    assert ratio_interval(of, of, n_resamples=200, seed=0) == (1.0, 1.0)
-    low, high = ratio_interval(np.array([2.0, 1.0, 3.0, 4.0]), of, n_resamples=200, seed=0)
-    assert low < 1.0 < high
-    for bad in (np.array([1.0]), np.array([1.0, np.nan])):
-        assert np.isnan(ratio_interval(bad, np.ones(len(bad)), n_resamples=10, seed=0)).all()
-
-
-def test_intervals_of_rows_are_those_of_each() -> None:
-    values = np.random.default_rng(0).normal(size=(3, 12))
-    low, high = bootstrap_intervals(values, n_resamples=300, seed=1)
-    for i, row in enumerate(values):
-        assert (low[i], high[i]) == pytest.approx(
-            bootstrap_interval(row, n_resamples=300, seed=1), abs=0.25
-        )
-    assert np.isnan(bootstrap_intervals(values[:, :1], n_resamples=10, seed=0)).all()
-
 
 # Gaps of what should be equal
 
@@ -127,37 +39,79 @@ def test_relative_gaps_of_rows_by_hand() -> None:
     assert not bool(gaps[2] <= 1)
 
 
-# The bootstrap interval
+# Intervals
 
 
-def interval(values: Any, *, n_resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    return bootstrap_interval(
-        np.asarray(values, dtype=np.float64), n_resamples=n_resamples, seed=seed
-    )
-
-
-@pytest.mark.parametrize("value", [0.0, -1.25, 7.0])
+@pytest.mark.parametrize("value", [0.0, -1.25, 7.0, 1e9])
 def test_equal_values_give_an_interval_of_no_width(value: float) -> None:
     assert interval([value] * 6) == (value, value)
 
 
-def test_two_values_give_themselves_as_the_interval() -> None:
-    """The mean of a resample of {0, 1} is 0, 1/2 or 1; 0 and 1 each come a quarter of the time."""
-    assert interval([0.0, 1.0]) == (0.0, 1.0)
+def test_few_groups_give_students_interval() -> None:
+    """1 and 3: mean 2, standard error 1, t(0.975, 1) = 12.706."""
+    expected = (2 - 12.7062, 2 + 12.7062)
+    assert interval([1.0, 3.0]) == pytest.approx(expected, abs=1e-4)
+    values = [0.0, 2.0, 3.0, 3.0, 3.0, 3.0]  # the groups' means are 1 and 3, but 4 of 6 are in b
+    low, high = interval(values, groups=["a", "a", "b", "b", "b", "b"])
+    # mean 7/3; of the sums (2, 12) about mean times size: -8/3 and 8/3; se = sqrt(2 * 128/9) / 6
+    reach = 12.7062 * math.sqrt(256 / 9) / 6
+    assert (low, high) == pytest.approx((7 / 3 - reach, 7 / 3 + reach), abs=1e-3)
 
 
-def test_one_odd_value_among_ten_moves_one_end_only() -> None:
-    """Of 10 values one is 1: a resample has none with probability 0.35, four or more with 0.013."""
-    low, high = interval([0.0] * 9 + [1.0], n_resamples=20_000)
-    assert low == 0
-    assert high == pytest.approx(0.3)
+def test_many_values_give_the_quantiles_of_the_studentised_means() -> None:
+    values = np.random.default_rng(0).exponential(size=12)
+    n, mean = len(values), values.mean()
+    counts = resampled_counts(n, n_resamples=500, seed=3)
+    drawn = [np.repeat(values, count.astype(int)) for count in counts]
+    t_values = [(d.mean() - mean) / (d.std(ddof=1) / math.sqrt(n)) for d in drawn]
+    upper, lower = np.quantile(t_values, [0.975, 0.025])
+    error = values.std(ddof=1) / math.sqrt(n)
+    found = interval(values, seed=3, n_bootstrap=500)
+    assert found == pytest.approx((mean - upper * error, mean - lower * error))
+    assert found[1] - mean > mean - found[0]  # values skewed to the right: further up
 
 
-def test_the_interval_holds_the_mean_and_scales_with_the_values() -> None:
-    values = np.random.default_rng(1).normal(2.0, 3.0, size=25)
-    low, high = interval(values)
-    assert low < values.mean() < high
-    assert interval(10 * values + 5) == pytest.approx((10 * low + 5, 10 * high + 5))
+def test_nearly_all_values_alike_give_students_interval() -> None:
+    """One of 20 is 1: a third of all draws have no spread to be studentised with."""
+    low, high = interval([1.0] + [0.0] * 19)
+    reach = t.ppf(0.975, 19) * 0.05
+    assert (low, high) == pytest.approx((0.05 - reach, 0.05 + reach))
+
+
+NUMBERS = st.lists(st.floats(-100, 100).map(lambda x: round(x, 3)), min_size=2, max_size=12)
+
+
+@given(NUMBERS, st.floats(0.1, 50), st.floats(-50, 50))
+@settings(deadline=None)
+def test_an_interval_goes_with_unit_and_origin(
+    values: list[float], scale: float, shift: float
+) -> None:
+    found = interval(values, n_bootstrap=50)
+    moved = interval(scale * np.array(values) + shift, n_bootstrap=50)
+    size = 1 + max(map(abs, (*found, *moved)))
+    assert moved == pytest.approx([scale * end + shift for end in found], abs=1e-6 * size)
+
+
+@given(NUMBERS, st.integers(2, 4))
+@settings(deadline=None)
+def test_repeats_within_their_group_change_nothing(values: list[float], times: int) -> None:
+    groups = [i for i in range(len(values)) for _ in range(times)]
+    repeated = interval(np.repeat(values, times), groups=groups, n_bootstrap=50)
+    once = interval(values, n_bootstrap=50)
+    assert repeated == pytest.approx(once, abs=1e-6 * (1 + max(map(abs, once))))
+
+
+def test_what_groups_share_makes_the_interval_wider() -> None:
+    generator = np.random.default_rng(1)
+    shared = np.repeat(generator.normal(size=10), 8)
+    groups = np.repeat(np.arange(10), 8).tolist()
+    own = generator.normal(size=80)
+    width = {
+        name: np.diff(interval(own + part * shared, groups=of))[0]
+        for name, part, of in (("pairs", 3, None), ("groups", 3, groups), ("none", 0, groups))
+    }
+    assert width["groups"] > 2 * width["pairs"]
+    assert width["none"] < width["pairs"]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -166,16 +120,89 @@ def test_a_value_that_is_not_finite_gives_nan(bad: float) -> None:
     assert not any(map(math.isnan, interval([1.0, 1.5, 2.0])))
 
 
+def test_one_group_has_no_interval() -> None:
+    assert all(map(math.isnan, interval([1.0])))
+    assert all(map(math.isnan, interval([])))
+    assert all(map(math.isnan, interval([1.0, 2.0, 3.0], groups=["a"] * 3)))
+    with pytest.raises(InputError, match="a group for each of 3 values, got 2"):
+        interval([1.0, 2.0, 3.0], groups=["a", "b"])
+
+
 def test_the_seed_decides_the_interval() -> None:
     values = np.random.default_rng(2).normal(size=20)
     assert interval(values, seed=5) == interval(values, seed=5)
     assert interval(values, seed=5) != interval(values, seed=6)
 
 
-def test_the_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
-    generator = np.random.default_rng(3)
-    intervals = np.array([interval(generator.normal(size=30), seed=i) for i in range(200)])
-    covered = ((intervals[:, 0] < 0) & (intervals[:, 1] > 0)).mean()
-    # The upper bound catches an interval that is merely wide.
-    assert 0.90 <= covered <= 0.98
-    assert np.diff(intervals).mean() == pytest.approx(2 * 1.96 / math.sqrt(30), rel=0.1)
+def test_intervals_of_rows_are_those_of_each() -> None:
+    values = np.random.default_rng(0).normal(size=(3, 12))
+    values[1, 0] = math.nan
+    low, high = intervals(values, seed=1)
+    for i in (0, 2):
+        assert (low[i], high[i]) == pytest.approx(interval(values[i], seed=1), rel=1e-12)
+    assert np.isnan([low[1], high[1]]).all()
+
+
+def test_the_interval_of_a_ratio() -> None:
+    of = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    assert ratio_interval(of, of) == (1.0, 1.0)
+    assert ratio_interval(of, np.ones(7)) == interval(of)
+    low, high = ratio_interval(of[[1, 0, 2, 4, 3, 5, 6]], of)
+    assert low < 1.0 < high
+    # Numerator and denominator are drawn together: the ratio is far surer than either.
+    assert high - low < np.diff(interval(of))[0] / of.mean()
+    for bad in (np.array([1.0]), np.array([1.0, np.nan])):
+        assert np.isnan(ratio_interval(bad, np.ones(len(bad)))).all()
+    assert np.isnan(ratio_interval(of, np.zeros(7))).all()
+
+
+# Rank p-values
+
+
+def test_rank_p_values_by_hand() -> None:
+    nulls = [-1.0, 0.0, 1.0]
+    assert rank_p(3.0, nulls) == 1 / 4
+    assert rank_p(-1.0, nulls) == 3 / 4  # both sides count
+    assert rank_p(0.0, nulls) == 1.0
+    assert rank_p(0.1 + 0.2, [0.3, 0.0]) == 2 / 3  # equal but for rounding
+
+
+@pytest.mark.parametrize(("value", "nulls"), [(math.nan, [1.0]), (1.0, [math.nan]), (1.0, [])])
+def test_an_undefined_rank_is_nan(value: float, nulls: list[float]) -> None:
+    assert math.isnan(rank_p(value, nulls))
+
+
+def test_the_maximum_over_hooks_by_hand() -> None:
+    """The second hook's unit is a thousand times the first's, and neither decides by it."""
+    nulls = np.array([[1.0, 1000.0], [-2.0, 0.0], [0.0, -2000.0], [1.0, 1000.0]])
+    found = max_rank_p(np.array([4.0, 500.0]), nulls)
+    # Root mean squares with the value seen: (22 / 5)^0.5 and (6.25e6 / 5)^0.5, so 1.91 and 0.45;
+    # the largest of the draws are 0.89, 0.95, 1.79 and 0.89.
+    assert found.tolist() == pytest.approx([1 / 5, 1.0])
+    alone = max_rank_p(np.array([1.5]), nulls[:, :1])[0]
+    assert alone == rank_p(1.5, nulls[:, 0]) == pytest.approx(2 / 5)
+    # A draw without a value at one hook counts at the other; one without any is left out.
+    some = np.vstack([nulls, [[math.nan, 9000.0], [math.nan, math.nan]]])
+    assert max_rank_p(np.array([4.0, 500.0]), some)[0] == pytest.approx(2 / 6)
+    assert np.isnan(max_rank_p(np.array([1.0]), np.full((3, 1), math.nan))).all()
+    assert np.isnan(max_rank_p(np.array([math.nan]), nulls[:, :1])).all()
+
+
+def test_sign_flips_by_hand() -> None:
+    """Of the 16 flips of four equal groups 2 are as far as no flip; of the other row's, all."""
+    values = np.array([[1.0, 1.0, 1.0, 1.0], [1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0]])
+    alone, family = flip_p(values, n_flips=20000)
+    assert alone[:2].tolist() == pytest.approx([2 / 16, 1.0], abs=0.01)
+    # The second row never reaches 2, so the family is the first row alone but for shared flips.
+    assert family[0] >= alone[0]
+    assert family[1] == 1.0
+    assert math.isnan(alone[2])
+    assert math.isnan(family[2])
+    # Two groups of two have four flips, two of them as far.
+    assert flip_p(values[:1], groups="aabb", n_flips=20000)[0][0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_smallest_effect_by_hand() -> None:
+    """t(0.975, 9) = 2.2622 and t(0.8, 9) = 0.8834."""
+    assert smallest_effect(-1.0, 1.0, 10) == pytest.approx((2.2622 + 0.8834) / 2.2622, abs=1e-4)
+    assert math.isnan(smallest_effect(-1.0, 1.0, 1))

@@ -63,10 +63,27 @@ def test_a_plane_is_of_a_hook_of_the_study_with_every_token_pushed(
         prompts.plane(1, n_angles=3)
 
 
-def test_a_study_says_what_it_is(
+def test_what_is_printed_is_one_line(
     llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions
 ) -> None:
     study = sl.Study(llama, pairs, directions, **SETTINGS)
     assert repr(study) == "Study(2 hooks, 8 pairs, mean_diff)"
+    for value in (sl.collect_differences(llama, pairs), directions, pairs):
+        assert "\n" not in repr(value)
+        assert len(repr(value)) < 120
     with pytest.raises(TypeError, match="coefficient"):
         sl.Study(llama, pairs, directions, coefficient=3)  # type: ignore[call-arg]
+
+
+def test_a_hook_without_direction_is_refused_by_every_measurement(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    fitted = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[3]))
+    for measure in (
+        lambda: sl.sweep(llama, pairs, fitted, layers=[1], coefficients=[1]),
+        lambda: sl.find_boundary(llama, pairs, fitted, layers=[1]),
+        lambda: sl.loss_geometry(llama, pairs, fitted, layers=[1]),
+    ):
+        with pytest.raises(InputError, match=r"no direction was fitted at blocks\.1"):
+            measure()
+    sl.sweep(llama, pairs, fitted, coefficients=[1])

@@ -1,7 +1,9 @@
 """The sweep: cells against bare hooks, coefficient 0, invariance, both tables."""
 
 import math
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from bare import cell
-from conftest import ATTN_OUT, bridge, build_gpt2, build_llama, needs_bridge
+from conftest import ATTN_OUT, Swept, bridge, build_gpt2, build_llama, needs_bridge, padding
 
 import steerlens as sl
-from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.methods import null_directions
 from steerlens.engine.batches import make_batches
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
-from steerlens.stats import false_discovery, null_band
+from steerlens.stats import interval
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS
 
 COEFFICIENTS = (-2.0, 0.0, 0.5, 3.0)
@@ -29,6 +29,12 @@ pytestmark = pytest.mark.usefixtures("much_padding")
 @pytest.fixture(scope="module")
 def directions(llama: Any, pairs: sl.ContrastivePairs) -> Directions:
     return sl.fit_directions(sl.collect_differences(llama, pairs))
+
+
+@pytest.fixture(scope="module")
+def swept(llama: Any, pairs: sl.ContrastivePairs, directions: Directions) -> Swept:
+    """`sweep` of `directions` on `pairs`."""
+    return partial(sl.sweep, llama, pairs, directions)
 
 
 def numbers(table: pd.DataFrame) -> pd.DataFrame:
@@ -70,16 +76,17 @@ def test_cells_equal_bare_hugging_face_hooks(
 
 
 def test_coefficient_0_is_the_unsteered_model_bit_for_bit(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, swept: Swept
 ) -> None:
-    table = sl.sweep(llama, pairs, directions, coefficients=[0, 1e-3]).table
+    table = swept(coefficients=[0, 1e-3]).table
     zero = table[table.coefficient == 0]
+    assert table.baseline_logprob_nats.nunique() == 1
     assert (zero.logprob_nats == zero.baseline_logprob_nats).all()
     assert (zero.degradation_nats == 0).all()
     assert (zero.degradation_ci_low == 0).all()
     assert (zero.degradation_ci_high == 0).all()
     assert (zero.projection_shift == 0).all()
-    assert zero.coherent.all()
+    assert (zero.coherent == "yes").all()
     tokenized = tokenize_pairs(llama, pairs)
     # The same batches through the bare model, with no hook of ours but the reading of a cache.
     for row in zero.to_dict("records"):
@@ -102,18 +109,9 @@ def test_coefficient_0_is_the_unsteered_model_bit_for_bit(
     assert (moved.projection_shift != 0).all()
 
 
-def test_baseline_column_is_the_same_for_every_cell(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
-    table = sl.sweep(llama, pairs, directions, coefficients=[-1, 2]).table
-    assert table.baseline_logprob_nats.nunique() == 1
-
-
-def test_at_the_readout_the_difference_moves_by_twice_the_coefficient(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
+def test_at_the_readout_the_difference_moves_by_twice_the_coefficient(swept: Swept) -> None:
     """Why the two sides are steered oppositely: the same vector on both would cancel."""
-    table = sl.sweep(llama, pairs, directions, layers="2:", coefficients=[0, 1.5]).table
+    table = swept(layers="2:", coefficients=[0, 1.5]).table
     for _, rows in table.groupby("layer"):
         zero, steered = rows.projection
         assert steered - zero == pytest.approx(2 * 1.5, abs=1e-4)
@@ -125,61 +123,44 @@ def test_at_the_readout_the_difference_moves_by_twice_the_coefficient(
 def test_padding_side_and_batch_size_change_nothing(
     tiny: Any, pairs: sl.ContrastivePairs, side: str, batch_size: int
 ) -> None:
-    fitted = sl.fit_directions(sl.collect_differences(tiny, pairs))
+    expected = sl.collect_differences(tiny, pairs, batch_size=1)
+    fitted = sl.fit_directions(expected)
     reference = sl.sweep(tiny, pairs, fitted, coefficients=[-1, 2], batch_size=1).table
-    before = tiny.tokenizer.padding_side
-    tiny.tokenizer.padding_side = side
-    try:
+    with padding(tiny, side):
+        differences = sl.collect_differences(tiny, pairs, batch_size=batch_size)
         found = sl.sweep(tiny, pairs, fitted, coefficients=[-1, 2], batch_size=batch_size).table
-    finally:
-        tiny.tokenizer.padding_side = before
+    torch.testing.assert_close(differences.positive, expected.positive, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(differences.negative, expected.negative, rtol=1e-4, atol=1e-4)
     columns = [c for c in numbers(found) if c not in ("coherence_penalty", "loss")]
     np.testing.assert_allclose(found[columns], reference[columns], rtol=1e-4, atol=1e-4)
 
 
 def test_logits_are_bit_equal_after_a_sweep_and_after_an_exception_inside_one(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
+    llama: Any, directions: Directions, swept: Swept
 ) -> None:
     tokens = torch.tensor([[1, 7, 9, 12, 5]])
-    with torch.no_grad():
-        before = llama(tokens)
-    sl.sweep(llama, pairs, directions, coefficients=[-1, 1])
 
     def interrupt(what: str, done: int, total: int) -> None:
         if what == "cells" and done > 0:
             raise InterruptedError
 
-    def fail_while_steering() -> None:
-        with torch.no_grad(), sl.steer(llama, directions, 4.0):
-            assert not torch.equal(llama(tokens), before)
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        sl.sweep(llama, pairs, directions, coefficients=[-1, 1], progress=interrupt)
-    with pytest.raises(InterruptedError):
-        fail_while_steering()
-    with torch.no_grad():
-        assert torch.equal(llama(tokens), before)
-
-
-def test_exception_inside_a_forward_pass_leaves_the_model_as_it_was(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
-    tokens = torch.tensor([[1, 7, 9, 12, 5]])
-    with torch.no_grad():
-        before = llama(tokens)
-
     def fail(activation: torch.Tensor, hook: Any) -> None:
         raise OSError("in the middle of a forward pass")
 
-    llama.add_hook("blocks.3.hook_resid_post", fail)
-    try:
-        with pytest.raises(OSError, match="in the middle"):
-            sl.sweep(llama, pairs, directions, coefficients=[1])
-    finally:
-        llama.reset_hooks()
-    assert not any(point.fwd_hooks for point in llama.hook_dict.values())
     with torch.no_grad():
+        before = llama(tokens)
+        swept(coefficients=[-1, 1])
+        with pytest.raises(InterruptedError):
+            swept(coefficients=[-1, 1], progress=interrupt)
+        with (
+            pytest.raises(OSError, match="in the middle"),
+            llama.hooks(fwd_hooks=[("blocks.3.hook_resid_post", fail)]),
+        ):
+            swept(coefficients=[1])
+        assert not any(point.fwd_hooks for point in llama.hook_dict.values())
+        with suppress(InterruptedError), sl.steer(llama, directions, 4.0):
+            assert not torch.equal(llama(tokens), before)
+            raise InterruptedError
         assert torch.equal(llama(tokens), before)
 
 
@@ -224,74 +205,55 @@ def test_steering_the_continuation_leaves_the_prompt_alone(llama: Any) -> None:
     assert everywhere.degradation_nats[1] != only_after.degradation_nats[1]
 
 
-@pytest.mark.parametrize("positions", ["last", "continuation"])
-def test_steering_that_can_reach_no_label_is_refused(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, positions: Any
-) -> None:
-    with pytest.raises(InputError, match="no continuation"):
-        sl.sweep(llama, pairs, directions, coefficients=[1], steered_positions=positions)
-    sl.sweep(llama, pairs, directions, coefficients=[1], steered_positions="prompt", layers=[0])
-
-
-@pytest.mark.parametrize("coefficients", [[float("nan")], [1.0, float("inf")], []])
-def test_coefficients_without_meaning_are_refused(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, coefficients: Any
-) -> None:
-    with pytest.raises(InputError, match=r"finite coefficient|at least one"):
-        sl.sweep(llama, pairs, directions, coefficients=coefficients)
-
-
 @pytest.mark.parametrize(
-    "option", [{"seed": -1}, {"n_bootstrap": 1}, {"margin": float("nan")}, {"weight": float("inf")}]
+    ("options", "message"),
+    [
+        ({"steered_positions": "last"}, "no continuation"),
+        ({"steered_positions": "continuation"}, "no continuation"),
+        ({"coefficients": [math.nan]}, "expected a finite number"),
+        ({"coefficients": [1.0, math.inf]}, "expected a finite number"),
+        ({"coefficients": []}, "at least one"),
+        ({"seed": -1}, "seed"),
+        ({"n_bootstrap": 1}, "n_bootstrap"),
+        ({"margin": math.nan}, "margin"),
+        ({"weight": math.inf}, "weight"),
+    ],
 )
-def test_settings_without_meaning_are_refused(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, option: Any
+def test_what_has_no_meaning_is_refused(
+    options: dict[str, Any], message: str, swept: Swept
 ) -> None:
-    with pytest.raises(InputError, match=next(iter(option))):
-        sl.sweep(llama, pairs, directions, layers=[0], coefficients=[1], **option)
+    usual: dict[str, Any] = {"layers": [0], "coefficients": [1], "steered_positions": "prompt"}
+    swept(**usual)
+    with pytest.raises(InputError, match=message):
+        swept(**usual | options)
 
 
 def test_a_prompt_without_any_label_is_refused(llama: Any) -> None:
     """Without BOS a prompt of one word is one token, and nothing predicts it."""
     bos, llama.tokenizer.bos_token = llama.tokenizer.bos_token, None
+    one_word, longer = (
+        sl.ContrastivePairs.from_lists([f"{word}good", "you are good"], ["bad", "you are bad"])
+        for word in ("", "so ")
+    )
     try:
-        one_word = sl.ContrastivePairs.from_lists(["good", "you are good"], ["bad", "you are bad"])
         with pytest.raises(InputError, match="pair '1' is a single token"):
             sl.engine.tokenize_pairs(llama, one_word)
-        longer = sl.ContrastivePairs.from_lists(["so good", "you are good"], ["bad", "you are bad"])
         sl.engine.tokenize_pairs(llama, longer)
     finally:
         llama.tokenizer.bos_token = bos
 
 
-def test_repeated_and_negative_zero_coefficients_are_one(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
-    table = sl.sweep(llama, pairs, directions, layers=[0], coefficients=[0, -0.0, 1, 1.0]).table
+def test_repeated_and_negative_zero_coefficients_are_one(swept: Swept) -> None:
+    table = swept(layers=[0], coefficients=[0, -0.0, 1, 1.0]).table
     assert list(table.coefficient) == [0.0, 1.0]
-
-
-def test_missing_direction_names_the_hook(llama: Any, pairs: sl.ContrastivePairs) -> None:
-    only_3 = sl.fit_directions(sl.collect_differences(llama, pairs, layers=[3]))
-    with pytest.raises(InputError, match=r"no direction was fitted at blocks\.1"):
-        sl.sweep(llama, pairs, only_3, layers=[1], coefficients=[1])
-    sl.sweep(llama, pairs, only_3, coefficients=[1])
 
 
 def test_directions_of_another_width_are_refused(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions
 ) -> None:
-    narrow = Directions(
-        directions.hook_names,
-        (),
-        torch.nn.functional.normalize(directions.vectors[:, :16], dim=-1),
-        "mean_diff",
-        -1,
-        0,
-        "",
-    )
+    vectors = torch.nn.functional.normalize(directions.vectors[:, :16], dim=-1)
     with pytest.raises(InputError, match="d_model 16"):
-        sl.sweep(llama, pairs, narrow, coefficients=[1])
+        sl.sweep(llama, pairs, replace(directions, vectors=vectors), coefficients=[1])
 
 
 def test_overflowing_cell_is_undefined_and_the_rest_is_kept(pairs: sl.ContrastivePairs) -> None:
@@ -303,21 +265,15 @@ def test_overflowing_cell_is_undefined_and_the_rest_is_kept(pairs: sl.Contrastiv
     bad = table[table.coefficient == 1e6].iloc[0]
     assert np.isnan(bad.projection)
     assert np.isnan(bad.degradation_ci_low)
-    assert not bad.coherent
-    of_nulls = ["null_low", "null_high", "p_value", "q_value"]
-    names = ["hook_name", "readout_hook"]
-    good = table[table.coefficient != 1e6].drop(columns=[*names, *of_nulls])
+    assert bad.coherent == "no"
+    good = table[table.coefficient != 1e6].drop(columns=["hook_name", "readout_hook"])
     assert good.notna().all(axis=None)
-    nulls = null_directions(sl.collect_differences(model, pairs), n=2, seed=0)
-    with pytest.warns(RuntimeWarning, match="NaN or inf at coefficient 1e"):
-        table = sl.sweep(model, pairs, fitted, layers=[0], coefficients=[1, 1e6], nulls=nulls).table
-    assert table.p_value.notna().tolist() == [True, False]
 
 
 def test_tables_have_the_declared_columns_and_provenance(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
+    pairs: sl.ContrastivePairs, swept: Swept
 ) -> None:
-    result = sl.sweep(llama, pairs, directions, coefficients=[0, 1], seed=7)
+    result = swept(coefficients=[0, 1], seed=7)
     assert list(result.table.columns) == [column.name for column in SWEEP_COLUMNS]
     assert list(result.layers.columns) == [column.name for column in LAYER_COLUMNS]
     for frame in (result.table, result.layers):
@@ -331,34 +287,87 @@ def test_tables_have_the_declared_columns_and_provenance(
     assert result.layers[undefined].isna().all(axis=None)
 
 
-def test_coherent_follows_the_budget(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
+def test_coherent_follows_the_interval_of_the_degradation_and_the_budget(swept: Swept) -> None:
     options: dict[str, Any] = {"layers": [1], "coefficients": [-4, 0, 4]}
-    table = sl.sweep(llama, pairs, directions, **options).table
-    relative = table.logprob_nats >= table.baseline_logprob_nats / 0.99
-    assert list(table.coherent) == list(relative)
-    assert not table.coherent.all()
-    wide = sl.sweep(llama, pairs, directions, budget="nats=100", **options).table
-    assert wide.coherent.all()
+    table = swept(**options).table
+    allowance = -table.baseline_logprob_nats[0] * (1 / 0.99 - 1)
+    by_hand = np.select(
+        [table.degradation_ci_high <= allowance, table.degradation_ci_low > allowance],
+        ["yes", "no"],
+        "undecided",
+    )
+    assert list(table.coherent) == list(by_hand)
+    low, mean, high = table.iloc[2][
+        ["degradation_ci_low", "degradation_nats", "degradation_ci_high"]
+    ]
+    assert 0 < low < mean < high
+    for budget, expected in (
+        (100, "yes"),
+        (1.01 * high, "yes"),
+        (mean, "undecided"),
+        (low / 2, "no"),
+    ):
+        found = swept(budget=f"nats={float(budget)}", **options).table
+        assert list(found.coherent[1:]) == ["yes", expected]
 
 
-def test_same_seed_gives_the_same_table_and_another_seed_other_intervals(
+def test_intervals_are_those_of_each_pairs_values_by_group(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions
 ) -> None:
-    options: dict[str, Any] = {"layers": [1], "coefficients": [1, 2]}
-    first = sl.sweep(llama, pairs, directions, seed=3, **options).table
-    pd.testing.assert_frame_equal(
-        first, sl.sweep(llama, pairs, directions, seed=3, **options).table
+    """Every pair's values come from bare hooks; its layer's from the points."""
+    groups = [*"aabbcdef"]
+    of_groups = sl.ContrastivePairs(
+        tuple(replace(pair, group=group) for pair, group in zip(pairs, groups, strict=True))
     )
-    other = sl.sweep(llama, pairs, directions, seed=4, **options).table
-    assert (other.projection == first.projection).all()
-    assert (other.projection_ci_low != first.projection_ci_low).any()
-    assert (first.projection_ci_low < first.projection).all()
-    assert (first.projection < first.projection_ci_high).all()
+    options: dict[str, Any] = {"coefficients": [2], "layers": [0], "n_bootstrap": 500, "seed": 3}
+    found, apart = (sl.sweep(llama, some, directions, **options) for some in (of_groups, pairs))
+    tokenized, hf_model = tokenize_pairs(llama, pairs), build_llama()
+    by_pair = [
+        cell(
+            hf_model,
+            [positive.prompt],
+            [negative.prompt],
+            {i: directions[f"blocks.{i}.hook_resid_post"] for i in range(llama.cfg.n_layers)},
+            layer=0,
+            coefficient=2,
+            position=-1,
+            n_layers=llama.cfg.n_layers,
+        )
+        for positive, negative in zip(tokenized.positive, tokenized.negative, strict=True)
+    ]
+    for table, name, of_pairs in (
+        (found.table, "projection", [values["projection"] for values in by_pair]),
+        (found.table, "degradation", [values["degradation_nats"] for values in by_pair]),
+        (found.layers, "projection", found.points.along.to_numpy()),
+        (found.layers, "separation", found.points.separation.to_numpy()),
+    ):
+        ends = table.loc[0, [f"{name}_ci_low", f"{name}_ci_high"]]
+        by_hand = interval(of_pairs, groups=groups, seed=3, n_bootstrap=500)
+        assert list(ends) == pytest.approx(by_hand, abs=1e-3), name
+    assert (found.table.n_groups[0], found.table.n_pairs[0]) == (6, 8)
+    # Control: pairs of no group are eight groups, and have other intervals.
+    assert apart.table.n_groups[0] == 8
+    assert apart.table.projection_ci_low[0] != pytest.approx(found.table.projection_ci_low[0])
 
 
-def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
+def test_repeats_make_no_interval_narrower(
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, swept: Swept
+) -> None:
+    twice = sl.ContrastivePairs.from_lists(
+        *([getattr(pair, side) for pair in pairs] * 2 for side in ("positive", "negative"))
+    )
+    options: dict[str, Any] = {"coefficients": [0, 2]}
+    with pytest.warns(UserWarning, match="8 of 16 pairs repeat others"):
+        found = sl.sweep(llama, twice, directions, **options)
+    expected = swept(**options)
+    for repeated, distinct in ((found.table, expected.table), (found.layers, expected.layers)):
+        columns = [name for name in numbers(distinct) if name.endswith(("_low", "_high"))]
+        np.testing.assert_allclose(repeated[columns], distinct[columns], rtol=1e-3, atol=1e-4)
+    assert found.table.projection_ci_high[0] > found.table.projection_ci_low[0]
+    assert (found.table.n_groups == 8).all()
+
+
+def test_layer_table_by_hand() -> None:
     """Differences (3, 4) and (0, 1) against the direction (0.6, 0.8): projections 5 and 0.8."""
     from steerlens.engine.workload import Baseline
     from steerlens.measure.rows import layer_row
@@ -382,7 +391,7 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
         torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]),
         torch.tensor([-2.0, -4.0]),
     )
-    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]), settings)
+    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]), settings, (0, 1))
     expected = {
         "separation": 3.0,
         "projection": 2.9,
@@ -396,17 +405,18 @@ def test_layer_table_by_hand(pairs: sl.ContrastivePairs) -> None:
     }
     for column, value in expected.items():
         assert row[column] == pytest.approx(value, rel=1e-6), column
-    # Of two pairs a resample is one of them twice, or both: intervals run from one to the other.
+    # Of two values their mean, and 12.71 (Student's t) times half of their distance.
     ends = {
-        "separation": (1, 5),
-        "projection": (0.8, 5),
-        "agreement": (0.8, 1),
-        "explained_variance": (0.64, 1),
-        "resid_norm": (0.5, 2.5),
+        "separation": (3, 2),
+        "projection": (2.9, 2.1),
+        "agreement": (0.9, 0.1),
+        "explained_variance": (25.64 / 26, 0.36 * 25 / 26 * 2 / 26),
+        "resid_norm": (1.5, 1.0),
     }
-    for column, interval in ends.items():
+    for column, (mean, error) in ends.items():
         found = row[f"{column}_ci_low"], row[f"{column}_ci_high"]
-        assert found == pytest.approx(interval, rel=1e-6), column
+        expected_ends = (mean - 12.7062 * error, mean + 12.7062 * error)
+        assert found == pytest.approx(expected_ends, rel=1e-5), column
 
 
 def test_points_by_hand() -> None:
@@ -427,10 +437,8 @@ def test_points_by_hand() -> None:
     assert [math.isnan(row["across"]) for row in rows] == [True, True]
 
 
-def test_points_are_those_of_the_layer_table(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
-    result = sl.sweep(llama, pairs, directions, coefficients=[0])
+def test_points_are_those_of_the_layer_table(pairs: sl.ContrastivePairs, swept: Swept) -> None:
+    result = swept(coefficients=[0])
     by_hook = result.points.groupby("hook_name", sort=False)
     assert list(result.points.pair[: len(pairs)]) == [pair.id for pair in pairs]
     for column, mean in (("projection", "along"), ("separation", "separation")):
@@ -445,14 +453,9 @@ def test_other_hooks_of_a_block_can_be_swept(llama: Any, pairs: sl.ContrastivePa
     assert (table[table.coefficient == 2].projection_shift != 0).all()
 
 
-def test_progress_counts_every_cell(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
+def test_progress_counts_every_cell(swept: Swept) -> None:
     seen: list[tuple[str, int, int]] = []
-    sl.sweep(
-        llama,
-        pairs,
-        directions,
+    swept(
         layers="0:3",
         coefficients=[0, 1],
         progress=lambda *told: seen.append(told),
@@ -461,33 +464,6 @@ def test_progress_counts_every_cell(
     assert list(dict.fromkeys(what for what, _, _ in seen)) == [
         *("unsteered model: prompts", "checks: hooks", "cells")
     ]
-
-
-def test_progress_counts_the_cells_along_null_vectors(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
-    """2 hooks, 3 coefficients, 2 x 2 nulls at the two that are not 0: 2 * (3 + 4 * 2) cells."""
-    nulls = sl.null_directions(sl.collect_differences(llama, pairs), n=2, seed=0)
-    seen: list[tuple[int, int]] = []
-    sl.sweep(
-        llama,
-        pairs,
-        directions,
-        layers="0:2",
-        coefficients=[-1, 0, 1],
-        nulls=nulls,
-        progress=lambda what, *counts: seen.append(counts) if what == "cells" else None,
-    )
-    done = [0, 2, 4, 6, 8, 9, 10, 11, 13, 15, 17, 19, 20, 21, 22]
-    assert seen == [(i, 22) for i in done]
-
-
-def test_measure_layers_equals_the_sweeps_layer_table(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
-) -> None:
-    alone = sl.Study(llama, pairs, directions).layers
-    swept = sl.sweep(llama, pairs, directions, coefficients=[0, 1]).layers
-    pd.testing.assert_frame_equal(alone, swept)
 
 
 @needs_bridge  # version 3 has no dropout
@@ -505,39 +481,52 @@ def test_model_in_training_mode_is_measured_without_dropout(pairs: sl.Contrastiv
     pd.testing.assert_frame_equal(found, expected)
 
 
-def test_differences_print_in_one_line(llama: Any, pairs: sl.ContrastivePairs) -> None:
-    differences: Differences = sl.collect_differences(llama, pairs)
-    for value in (differences, sl.fit_directions(differences), pairs):
-        assert "\n" not in repr(value)
-        assert len(repr(value)) < 120
+@pytest.mark.parametrize("coefficient", [1e20, 1e30, 1e38, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_push_whose_square_overflows_is_not_coherent(
+    pairs: sl.ContrastivePairs, coefficient: float, dtype: torch.dtype
+) -> None:
+    """A norm makes finite logits of it, so the budget alone would take it."""
+    model = bridge(build_llama(n_layers=3, dtype=dtype), dtype=dtype)
+    directions = sl.fit_directions(sl.collect_differences(model, pairs[:4]))
+    settings = {"layers": [1], "budget": "nats=1000", "n_bootstrap": 20}
+    with pytest.warns(RuntimeWarning, match="NaN or inf"):
+        table = sl.sweep(
+            *(model, pairs[:4], directions),
+            coefficients=[1.0, -coefficient, coefficient],
+            **settings,
+        ).table
+    assert table.coherent.tolist() == ["yes", "no", "no"]
+    assert table.degradation_nats.isna().tolist() == [False, True, True]
+    tokens = sl.token_damage(
+        model, ["the river was"], directions, layer=1, coefficients=[1.0, coefficient]
+    )
+    assert tokens.groupby("coefficient").kl_nats.count().tolist() == [3, 0]
 
 
-def test_null_bands_are_those_of_sweeps_along_the_null_vectors(
+def test_autocast_around_a_sweep_changes_nothing(
     llama: Any, pairs: sl.ContrastivePairs, directions: Directions
 ) -> None:
-    differences = sl.collect_differences(llama, pairs)
-    nulls = null_directions(differences, n=3, seed=5)
-    options: dict[str, Any] = {"layers": [1, 3], "coefficients": [0, 2.0], "n_bootstrap": 10}
-    plain = sl.sweep(llama, pairs, directions, **options).table
-    table = sl.sweep(llama, pairs, directions, nulls=nulls, **options).table
-    given = ["null_low", "null_high", "p_value", "q_value"]
-    assert plain[given].isna().all(axis=None)
-    pd.testing.assert_frame_equal(table.drop(columns=given), plain.drop(columns=given))
-    row = table[(table.layer == 1) & (table.coefficient == 2)].iloc[0]
-    found = []
-    for kind in ("random", "shuffled"):
-        projections = []
-        for null in nulls[kind]:
-            # The readout keeps its own frozen direction.
-            swapped = replace(directions, vectors=directions.vectors.clone())
-            swapped.vectors[1] = null["blocks.1.hook_resid_post"]
-            cells = sl.sweep(llama, pairs, swapped, **options).table
-            projections.append(cells[(cells.layer == 1) & (cells.coefficient == 2)].projection)
-        found.append(np.array([float(p.iloc[0]) for p in projections]))
-    band = null_band(float(row.projection), found)
-    assert (row.null_low, row.null_high) == pytest.approx((band.low, band.high), abs=1e-4)
-    assert row.p_value == pytest.approx(band.p_value, rel=1e-3)
-    steered = table[table.coefficient == 2]
-    expected = false_discovery(steered.p_value.to_numpy())
-    assert steered.q_value.tolist() == pytest.approx(expected.tolist())
-    assert table[table.coefficient == 0][given].isna().all(axis=None)
+    def run() -> pd.DataFrame:
+        return sl.sweep(llama, pairs, directions, layers=[2], coefficients=COEFFICIENTS).table
+
+    tokens = torch.tensor([[1, 4, 5]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        changed, around = llama(tokens), run()
+    pd.testing.assert_frame_equal(around, run())
+    assert not torch.equal(changed, llama(tokens))  # it does change the model itself
+
+
+def test_a_default_device_without_numbers_is_refused(
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions
+) -> None:
+    with torch.device("meta"), pytest.raises(InputError, match="default device"):
+        sl.sweep(llama, pairs, directions, coefficients=[1])
+
+
+@pytest.mark.parametrize("method", ["gradient_mean", "optimised"])
+def test_gradients_inside_inference_mode_are_refused(
+    llama: Any, pairs: sl.ContrastivePairs, method: str
+) -> None:
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        sl.fit(llama, pairs, method=method, layers=[2])

@@ -26,19 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Copied from the design, so that a renamed or moved column shows here.
 SWEEP_NAMES = (
-    "hook_name layer coefficient readout_hook n_pairs projection projection_ci_low "
+    "hook_name layer coefficient readout_hook n_pairs n_groups projection projection_ci_low "
     "projection_ci_high projection_shift separation logprob_nats baseline_logprob_nats "
-    "degradation_nats degradation_ci_low degradation_ci_high coherence_penalty loss coherent "
-    "null_low null_high p_value q_value"
+    "degradation_nats degradation_ci_low degradation_ci_high coherence_penalty loss coherent"
 ).split()
 LAYER_NAMES = (
     "hook_name layer separation projection projection_std agreement explained_variance "
     "resid_norm logprob_nats coherence_penalty loss boundary_pos boundary_neg "
     "predicted_boundary_pos predicted_boundary_neg projection_at_boundary"
 ).split()
-WHOLE_NUMBERS = {"layer", "n_pairs"}
-TEXTS = {"hook_name", "readout_hook"}
-FLAGS = {"coherent"}
+WHOLE_NUMBERS = {"layer", "n_pairs", "n_groups"}
+TEXTS = {"hook_name", "readout_hook", "coherent"}
 ATTRS = {"settings": {"coefficients": [-2.0, 0.1], "seed": 3}, "method": "pca", "name": "é"}
 
 
@@ -47,7 +45,7 @@ def full_row(seed: int) -> dict[str, Any]:
     generator = np.random.default_rng(seed)
     row: dict[str, Any] = {name: float(generator.normal() / 3) for name in SWEEP_NAMES}
     row |= {"hook_name": f"blocks.{seed}.hook_resid_post", "readout_hook": "blocks.9.x"}
-    return row | {"layer": seed, "n_pairs": 8, "coherent": seed % 2 == 0}
+    return row | {"layer": seed, "n_pairs": 8, "n_groups": 4, "coherent": "undecided"}
 
 
 @pytest.fixture
@@ -85,7 +83,7 @@ def test_the_docs_have_the_columns_of_every_table(table: str) -> None:
 def test_the_columns_are_a_file_with_a_line_each_and_its_tables_together() -> None:
     lines = (ROOT / "steerlens" / "columns.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "table,name,type,unit,meaning"
-    assert len(lines) - 1 == sum(map(len, COLUMNS.values())) == 250
+    assert len(lines) - 1 == sum(map(len, COLUMNS.values())) == 264
 
 
 def test_a_frame_has_the_declared_types_and_order(frame: pd.DataFrame) -> None:
@@ -94,7 +92,6 @@ def test_a_frame_has_the_declared_types_and_order(frame: pd.DataFrame) -> None:
         is_type = {
             name in TEXTS: pd.api.types.is_string_dtype,
             name in WHOLE_NUMBERS: pd.api.types.is_int64_dtype,
-            name in FLAGS: pd.api.types.is_bool_dtype,
         }.get(True, lambda dtype: dtype == np.float64)
         assert is_type(frame[name].dtype), (name, frame[name].dtype)
 
@@ -118,7 +115,7 @@ def test_a_missing_number_is_nan(frame: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("name", ["layer", "n_pairs", "coherent"])
 def test_a_missing_value_that_cannot_be_nan_is_refused(name: str) -> None:
-    """Whole numbers and flags have no NaN: a gap must not turn into 0 or True."""
+    """Whole numbers and texts have no NaN: a gap must not turn into 0 or a word."""
     row = full_row(0)
     assert to_frame([row], SWEEP_COLUMNS, {})[name].item() == row[name]
     del row[name]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bridge, build_gpt2
 
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
@@ -27,11 +26,6 @@ from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
 
 HOOK = resid_post(1)
-
-
-@pytest.fixture(scope="module")
-def double() -> Any:
-    return bridge(build_gpt2().double(), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")

@@ -234,7 +234,7 @@ def test_directions_of_another_width_are_refused(llama: Any) -> None:
             sl.steer(llama, {HOOKS[0]: bad}, 1),
         ):
             pass
-    with pytest.raises(InputError, match="finite"):
+    with pytest.raises(InputError, match="step of at most"):
         made([1.0] * 32).fwd_hooks(1e39)
 
 
@@ -314,8 +314,8 @@ def test_what_cannot_be_combined() -> None:
         (lambda: a - a, "no direction"),
         (lambda: a.orthogonal_to(3 * a), "no direction"),
         (lambda: a * 0, "finite number that is not 0"),
-        (lambda: a * math.inf, "finite number that is not 0"),
-        (lambda: a * math.nan, "finite number that is not 0"),
+        (lambda: a * math.inf, "factor: expected a finite number"),
+        (lambda: a * math.nan, "factor: expected a finite number"),
         (lambda: mine + other, r"other weights .* of 'mine' and of 'other'; tokenizer"),
         (lambda: replace(a, condition=condition) + b, "other conditions"),
     ]
@@ -467,64 +467,37 @@ def test_pickles_are_refused_whatever_their_name(tmp_path: Path) -> None:
         sl.SteeringVector.load(tmp_path / "old")
 
 
-def test_a_damaged_file_is_refused_wherever_it_is_damaged(saved: Path) -> None:
-    whole = saved.read_bytes()
-    last = len(whole) - 1
-    damaged = [whole[:length] for length in (*range(0, last, 97), last)]
-    damaged += [
-        whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
-        for place in (*range(8, last, 61), last)
-    ]
-    for content in damaged:
-        saved.write_bytes(content)
-        with pytest.raises(InputError, match="cannot load"):
-            sl.SteeringVector.load(saved)
-    saved.write_bytes(whole)
-    sl.SteeringVector.load(saved)
-
-
-def test_metadata_that_do_not_fit(saved: Path) -> None:
-    content = saved.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
-    texts: list[tuple[str | None, str]] = [
-        (None, "no steering vector of steerlens"),
-        ("{}", "no steering vector of steerlens"),
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ("[]", "not an object"),
         ("{", "not a whole safetensors file"),
-        ("[" * 100_000, "not a whole safetensors file"),
-    ]
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"version": 2}, "format version 2; this steerlens reads 1"),
-        ({"version": "1"}, "format version '1'"),
         ({"format": "another"}, "no steering vector of steerlens"),
         ({"scale": [1.0, 5.0]}, "was changed"),
         ({"hooks": None}, "was changed"),
-    ]
-    texts += [(json.dumps(header | change), message) for change, message in changes]
-    for text, message in texts:
-        saved.write_bytes(save(load(content), None if text is None else {KEY: text}))
-        with pytest.raises(InputError, match=f"cannot load .*{message}"):
-            sl.SteeringVector.load(saved)
+    ],
+)
+def test_metadata_that_do_not_fit(saved: Path, change: Any, message: str) -> None:
+    """Beside those in tests/files/hostile."""
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"][KEY])
+    text = change if isinstance(change, str) else json.dumps(header | change)
+    saved.write_bytes(save(load(content), {KEY: text}))
+    with pytest.raises(InputError, match=f"cannot load .*{message}"):
+        sl.SteeringVector.load(saved)
 
 
 def test_records_that_do_not_fit(vector: sl.SteeringVector) -> None:
+    """Beside those in tests/files/hostile."""
     tensors, record = vector.to_record()
     assert sl.SteeringVector.from_record(tensors, record) == vector
-    origin = vector.origin.to_dict()
     changes: list[dict[str, Any]] = [
-        {"hooks": ["blocks.9.hook_resid_post"]},
-        {"scale": ["1", "1"]},
         {"scale": [True, True]},
-        {"scale": [10**400, 1.0]},
-        {"operator": {"name": "shift"}},
-        {"operator": None},
         {"condition": {"hook": "x"}},
         {"boundary_pos": 3},
         {"resid_norm": []},
-        {"origin": {"colour": "red"}},
-        {"origin": origin | {"model": [1]}},
-        {"origin": origin | {"model": "\ud800"}},
+        {"origin": vector.origin.to_dict() | {"model": "\ud800"}},
     ]
     for change in changes:
         with pytest.raises(InputError):

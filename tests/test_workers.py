@@ -1,4 +1,4 @@
-"""Cells on an executor's workers: the serial run's numbers, whatever happens to the workers."""
+"""Cells on an executor's workers and on Dask's: the serial numbers, whatever happens to them."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import build_llama, build_tokenizer
+from conftest import Swept
 
 import steerlens as sl
 from steerlens.engine import cells, workers
@@ -57,24 +57,6 @@ class LastFirst(Executor):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    build_llama().save_pretrained(path)
-    build_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return sl.load_model(str(folder), device="cpu", progress=False)
-
-
-@pytest.fixture(scope="module")
-def fitted(model: Any, pairs: sl.ContrastivePairs) -> sl.Directions:
-    return sl.fit_directions(sl.collect_differences(model, pairs))
-
-
-@pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
@@ -104,8 +86,15 @@ def _forget() -> Iterator[None]:
     workers._standing.clear()
 
 
-def swept(model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, **options: Any) -> Any:
-    return sl.sweep(model, pairs, fitted, coefficients=COEFFICIENTS, n_bootstrap=50, **options)
+@pytest.fixture(scope="session")
+def swept(loaded: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions) -> Swept:
+    """A sweep of the loaded model on `pairs`; what is given overrides that."""
+
+    def run(model: Any = loaded, pairs: sl.ContrastivePairs = pairs, **options: Any) -> Any:
+        options = {"coefficients": COEFFICIENTS, "n_bootstrap": 50} | options
+        return sl.sweep(model, pairs, fitted, **options)
+
+    return run
 
 
 def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
@@ -119,24 +108,17 @@ def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("positions", ["all", "last"])
 def test_a_sweep_in_processes_has_the_same_bytes(
-    model: Any,
+    loaded: Any,
     pairs: sl.ContrastivePairs,
-    fitted: sl.Directions,
+    continued: sl.ContrastivePairs,
     pool: ProcessPoolExecutor,
     positions: Any,
+    swept: Swept,
 ) -> None:
-    differences = sl.collect_differences(model, pairs)
-    options: dict[str, Any] = {"steered_positions": positions}
-    if positions == "all":
-        options["nulls"] = sl.null_directions(differences, n=2, seed=1)
-    else:
-        pairs = sl.ContrastivePairs.from_lists(
-            [pair.positive for pair in pairs],
-            [pair.negative for pair in pairs],
-            ["warm and good", "so cold", "bad", "rain", "a good day", "so", "kind", "by"],
-        )
-    expected = swept(model, pairs, fitted, **options)
-    found = swept(model, pairs, fitted, **options, executor=pool)
+    given = pairs if positions == "all" else continued
+    options: dict[str, Any] = {"steered_positions": positions, "pairs": given}
+    expected = swept(**options)
+    found = swept(**options, executor=pool)
     for name in ("table", "layers", "points"):
         assert_same(getattr(found, name), getattr(expected, name))
     assert found.table.projection.nunique() > 10
@@ -144,21 +126,21 @@ def test_a_sweep_in_processes_has_the_same_bytes(
 
 @pytest.mark.parametrize("budget", ["relative=0.02", "kl=0.05"])
 def test_a_boundary_in_processes_has_the_same_bytes(
-    model: Any,
+    loaded: Any,
     pairs: sl.ContrastivePairs,
     fitted: sl.Directions,
     pool: ProcessPoolExecutor,
     budget: str,
 ) -> None:
     options: dict[str, Any] = {"budget": budget, "n_bootstrap": 50}
-    expected = sl.find_boundary(model, pairs, fitted, **options)
-    found = sl.find_boundary(model, pairs, fitted, **options, executor=pool)
+    expected = sl.find_boundary(loaded, pairs, fitted, **options)
+    found = sl.find_boundary(loaded, pairs, fitted, **options, executor=pool)
     assert_same(found.layers, expected.layers)
     assert_same(found.curves, expected.curves)
 
 
 def test_a_comparison_in_processes_has_the_same_bytes(
-    model: Any, pairs: sl.ContrastivePairs, pool: ProcessPoolExecutor
+    loaded: Any, pairs: sl.ContrastivePairs, pool: ProcessPoolExecutor
 ) -> None:
     items = sl.PreferenceItems(
         (
@@ -175,50 +157,43 @@ def test_a_comparison_in_processes_has_the_same_bytes(
         "n_null": 2,
         "n_bootstrap": 50,
     }
-    expected = sl.compare(model, pairs, items, **options)
-    found = sl.compare(model, pairs, items, **options, executor=pool)
+    expected = sl.compare(loaded, pairs, items, **options)
+    found = sl.compare(loaded, pairs, items, **options, executor=pool)
     assert_same(found.table, expected.table)
 
 
-def test_threads_take_turns_and_give_the_same_bytes(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
-) -> None:
+def test_threads_take_turns_and_give_the_same_bytes(swept: Swept) -> None:
     with ThreadPoolExecutor(3) as executor:
-        found = swept(model, pairs, fitted, executor=executor)
-    assert_same(found.table, swept(model, pairs, fitted).table)
+        found = swept(executor=executor)
+    assert_same(found.table, swept().table)
 
 
 def test_a_task_is_a_hook_and_their_order_changes_nothing(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+    swept: Swept,
 ) -> None:
-    """Also where nulls make it several jobs a hook, and a worker goes back to an earlier layer."""
-    nulls = sl.null_directions(sl.collect_differences(model, pairs), n=2, seed=1)
-    expected = swept(model, pairs, fitted, nulls=nulls)
+    """Also where a worker goes back to an earlier layer."""
+    expected = swept()
     executor = LastFirst(expected.table.hook_name.nunique())
-    found = swept(model, pairs, fitted, nulls=nulls, executor=executor)
+    found = swept(executor=executor)
     assert len(executor.kept) == expected.table.hook_name.nunique() > 2
     assert_same(found.table, expected.table)
 
 
 def test_a_worker_runs_the_unsteered_blocks_once(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, advances: list[Any]
+    loaded: Any, advances: list[Any], swept: Swept
 ) -> None:
     """It goes on from where its last task stood; one that goes backwards cannot."""
     n_from_start = {}
-    executors = {"serial": None, "inline": Inline(), "backwards": LastFirst(model.cfg.n_layers)}
+    executors = {"serial": None, "inline": Inline(), "backwards": LastFirst(loaded.cfg.n_layers)}
     for name, executor in executors.items():
         advances.clear()
-        swept(model, pairs, fitted, executor=executor)
+        swept(executor=executor)
         n_from_start[name] = sum(start is None for start, _ in advances)
     assert n_from_start["serial"] == n_from_start["inline"] < n_from_start["backwards"]
 
 
 def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
-    model: Any,
-    pairs: sl.ContrastivePairs,
-    fitted: sl.Directions,
-    advances: list[Any],
-    monkeypatch: pytest.MonkeyPatch,
+    advances: list[Any], monkeypatch: pytest.MonkeyPatch, swept: Swept
 ) -> None:
     monkeypatch.setattr(
         "steerlens.engine.plan._reasons", lambda *args, **kwargs: {resid_post(1): "no"}
@@ -227,7 +202,7 @@ def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
     for name, executor in {"serial": None, "inline": Inline()}.items():
         advances.clear()
         with pytest.warns(RuntimeWarning, match=r"blocks\.1\."):
-            tables[name] = swept(model, pairs, fitted, executor=executor).table
+            tables[name] = swept(executor=executor).table
         # Those that stand there already are advanced by nothing.
         moves[name] = [move for move in advances if move[0] != move[1]]
     assert_same(tables["inline"], tables["serial"])
@@ -236,30 +211,22 @@ def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
 
 
 def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(
-    model: Any,
-    pairs: sl.ContrastivePairs,
-    fitted: sl.Directions,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, swept: Swept
 ) -> None:
-    expected = swept(model, pairs, fitted)
+    expected = swept()
     monkeypatch.setattr("steerlens.engine.plan.n_skippable", lambda model: 0)
     with pytest.warns(RuntimeWarning, match="not one list"):
-        plainly = swept(model, pairs, fitted)
+        plainly = swept()
     with pytest.warns(RuntimeWarning, match="not one list"):
-        found = swept(model, pairs, fitted, executor=Inline())
+        found = swept(executor=Inline())
     assert_same(found.table, plainly.table)
     cost = found.table.attrs["forward_equivalents"]
     assert cost > expected.table.attrs["forward_equivalents"]
 
 
-def test_a_workers_warnings_are_given_here(
-    model: Any,
-    pairs: sl.ContrastivePairs,
-    fitted: sl.Directions,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_workers_warnings_are_given_here(monkeypatch: pytest.MonkeyPatch, swept: Swept) -> None:
     """The first pass of every worker runs out of memory."""
-    expected = swept(model, pairs, fitted)
+    expected = swept()
     real, failed = cells.start_cells, []
 
     def short(*args: Any) -> Any:
@@ -272,54 +239,50 @@ def test_a_workers_warnings_are_given_here(
 
     monkeypatch.setattr(cells, "start_cells", short)
     with pytest.warns(RuntimeWarning, match="half of it"):
-        found = swept(model, pairs, fitted, executor=Inline())
+        found = swept(executor=Inline())
     assert_same(found.table, expected.table)
 
 
 # What cannot be given to workers
 
 
-def test_a_model_made_elsewhere_is_refused(
-    llama: Any, model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
-) -> None:
+@pytest.mark.filterwarnings("ignore:the directions were fitted on other weights")
+def test_a_model_made_elsewhere_is_refused(llama: Any, swept: Swept) -> None:
     with pytest.raises(ModelError, match="load_model gave"):
-        swept(llama, pairs, fitted, executor=Inline())
-    swept(model, pairs, fitted, executor=Inline())
+        swept(llama, executor=Inline())
+    swept(executor=Inline())
 
 
 @pytest.mark.parametrize("given", [4, "processes", object()])
-def test_what_is_no_executor_is_refused(model: Any, given: Any) -> None:
+def test_what_is_no_executor_is_refused(loaded: Any, given: Any) -> None:
     with pytest.raises(WorkerError, match=r"expected a concurrent\.futures\.Executor"):
-        workers.check_executor(given, model)
-    workers.check_executor(Inline(), model)
+        workers.check_executor(given, loaded)
+    workers.check_executor(Inline(), loaded)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_forked_processes_are_refused(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
-) -> None:
+def test_forked_processes_are_refused(swept: Swept) -> None:
     context = multiprocessing.get_context("fork")
     with (
         ProcessPoolExecutor(1, mp_context=context) as executor,
         pytest.raises(WorkerError, match=r"get_context\('spawn'\)"),
     ):
-        swept(model, pairs, fitted, executor=executor)
+        swept(executor=executor)
 
 
-def test_a_model_that_was_changed_is_found_out(
-    folder: Path, pairs: sl.ContrastivePairs, fitted: sl.Directions
-) -> None:
-    changed = sl.load_model(str(folder), device="cpu", progress=False)
+@pytest.mark.filterwarnings("ignore:the directions were fitted on other weights")
+def test_a_model_that_was_changed_is_found_out(model_folder: Path, swept: Swept) -> None:
+    changed = sl.load_model(str(model_folder), device="cpu", progress=False)
     weight = changed.original_model.lm_head.weight
-    swept(changed, pairs, fitted, executor=Inline())
+    swept(changed, executor=Inline())
     with torch.no_grad():
         weight *= 1.1
     with pytest.raises(WorkerError, match="was the model changed after load_model"):
-        swept(changed, pairs, fitted, executor=Inline())
+        swept(changed, executor=Inline())
 
 
 def test_a_worker_with_other_versions_is_refused(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, swept: Swept
 ) -> None:
     real = workers.provenance
     seen: list[Any] = []
@@ -331,15 +294,13 @@ def test_a_worker_with_other_versions_is_refused(
 
     monkeypatch.setattr(workers, "provenance", other)
     with pytest.raises(WorkerError, match=r"torch 0\.1 \(expected"):
-        swept(model, pairs, fitted, executor=Inline())
+        swept(executor=Inline())
 
 
 # Workers that fail
 
 
-def test_what_others_finished_is_given_before_the_error(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
-) -> None:
+def test_what_others_finished_is_given_before_the_error(swept: Swept) -> None:
     def spoil(n: int) -> None:
         if n == 2:
             raise OSError("the node is gone")
@@ -347,32 +308,86 @@ def test_what_others_finished_is_given_before_the_error(
     seen: list[int] = []
     with pytest.raises(WorkerError, match=r"a worker failed \(OSError: the node is gone\)"):
         swept(
-            model,
-            pairs,
-            fitted,
             executor=Inline(spoil),
             progress=lambda what, done, total: seen.append(done) if what == "cells" else None,
         )
     executor = Inline()
-    swept(model, pairs, fitted, executor=executor)
+    swept(executor=executor)
     assert executor.n_run > 2
 
 
-def test_an_error_of_ours_comes_as_it_was(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
-) -> None:
+def test_an_error_of_ours_comes_as_it_was(swept: Swept) -> None:
     def spoil(n: int) -> None:
         raise ModelError("no such model here")
 
     with pytest.raises(ModelError, match="no such model here"):
-        swept(model, pairs, fitted, executor=Inline(spoil))
+        swept(executor=Inline(spoil))
 
 
-def test_a_pool_whose_worker_is_killed_ends_with_an_error(
-    model: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
-) -> None:
+def test_a_pool_whose_worker_is_killed_ends_with_an_error(swept: Swept) -> None:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as executor:
         os.kill(executor.submit(os.getpid).result(), signal.SIGKILL)
         with pytest.raises(WorkerError, match="BrokenProcessPool"):
-            swept(model, pairs, fitted, executor=executor)
+            swept(executor=executor)
+
+
+# Dask
+
+
+class Deadly(Executor):
+    """Dask's executor, but one task kills its worker, whichever that is."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._n = 0
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self._n += 1
+        if self._n == 2:
+            return self._executor.submit(os._exit, 1)
+        return self._executor.submit(fn, *args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Any]:
+    import dask
+    from distributed import Client, LocalCluster
+
+    options = {
+        "distributed.scheduler.allowed-failures": 1,
+        # A slow machine is not a dead one.
+        "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": "1",
+        "distributed.comm.timeouts.connect": "120s",
+    }
+    with (
+        dask.config.set(options),
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def test_the_same_bytes_also_when_a_worker_is_killed_in_mid_run(client: Any, swept: Swept) -> None:
+    expected = swept().table.to_csv()
+    executor = client.get_executor()
+    assert swept(executor=executor).table.to_csv() == expected
+    pids = client.run(os.getpid)
+    assert len(set(pids.values())) == 2
+    killed: list[int] = []
+
+    def kill(what: str, done: int, total: int) -> None:
+        if what == "cells" and done and not killed:
+            killed.append(min(pids.values()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    found = swept(executor=executor, progress=kill)
+    assert found.table.to_csv() == expected
+    assert killed
+
+
+def test_a_task_that_kills_every_worker_ends_the_run(client: Any, swept: Swept) -> None:
+    with pytest.raises(WorkerError, match="a worker failed"):
+        swept(executor=Deadly(client.get_executor()))
+    # The others go on working.
+    swept(executor=client.get_executor())

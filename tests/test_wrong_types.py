@@ -4,13 +4,20 @@ The tests check types while they run, so the calls are made in a process without
 """
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+import steerlens as sl
+from steerlens.loss import mean_by_prompt
 
 HERE = Path(__file__).parent
 
@@ -50,20 +57,36 @@ CALLS = {
     },
     "numbers": {
         **{
-            f"check_plane(['blocks.1.hook_resid_post'], {value})": f"InputError: n_angles .*{value}"
-            for value in ("'4'", "4.5", "None")
+            f"sl.loss.coherence_penalty(logp, logp, margin={value})": (
+                f"InputError: coherence_penalty: margin: expected a finite number, got {value}"
+            )
+            for value in ("'x'", "'1'", "None", "{}", "nan", "True", "1j")
         },
+        "sl.loss.coherence_penalty(logp, logp, weight=-1)": (
+            "InputError: coherence_penalty: weight: expected a finite number of 0 or more, got -1"
+        ),
+        "sl.loss.coherence_penalty(logp, logp[:1])": "InputError: .*baseline: expected Float",
+        "sl.loss.coherence_penalty(logp[:0], logp[:0])": "InputError: .*logp: expected numbers",
+        "sl.loss.coherence_penalty(logp.long(), logp)": "InputError: .*got torch.int64 of",
+        "sl.loss.coherence_penalty(logp.numpy(), logp)": "InputError: .*: logp: .*torch.from_numpy",
+        "sl.loss.coherence_penalty(logp, logp)": "no error",
+        "sl.directions.Schedule(patience=1.5)": "InputError: Schedule: patience: expected a whole",
+        "sl.directions.Schedule(patience=0)": "InputError: .*patience: .*1 or more, got 0",
+        "sl.directions.Schedule(patience=True)": "InputError: Schedule: patience: expected a whole",
+        "sl.directions.Schedule(patience=1)": "no error",
         **{
-            f"finite('margin', {value})": f"InputError: expected a finite margin, got {value}"
-            for value in ("'x'", "'1'", "None", "{}")
+            f"sl.steering.parse_coefficient({value})": f"InputError: .*: coefficient: .*got {value}"
+            for value in ("None", "1j", "nan", "{}", "True")
         },
-        "finite('margin', 1)": "no error",
-        "check_search(budget='kl=0.1', search_range='x')": "InputError: .*search_range, got 'x'",
-        "check_search(budget='kl=0.1', search_range=4)": "no error",
-        "strengths_at(at, 5)": "InputError: expected a list of coefficients, got 5",
-        "strengths_at(at, None)": "InputError: expected a list of coefficients, got None",
-        "sl.measure.generation_table(None, ['a'], None, coefficients=[1], max_new_tokens='x')": (
-            "InputError: max_new_tokens must be a whole number, got 'x'"
+        "sl.steering.parse_coefficient('x')": "InputError: cannot read the coefficient",
+        "sl.steering.parse_coefficient('80%')": "no error",
+        "sl.Condition('blocks.0.hook_resid_post', torch.eye(3)[0].numpy(), 0.0)": (
+            "InputError: Condition: direction: .*torch.from_numpy"
+        ),
+        "sl.Condition('blocks.0.hook_resid_post', torch.eye(3)[0], 0.0)": "no error",
+        "sl.sweep(None, None, None, coefficients='x')": "InputError: sweep: model: expected",
+        "sl.collect_differences(torch.nn.Linear(2, 2), None)": (
+            "InputError: .*: expected a model of TransformerLens, as load_model gives, got Linear"
         ),
     },
     "models": {
@@ -87,12 +110,9 @@ import torch
 import steerlens as sl
 from run_folders import layers_table, sweep_table, write_sweep
 from steerlens import plots
-from steerlens.measure.boundary import check_search
-from steerlens.measure.tokens import strengths_at
-from steerlens.errors import finite
-from steerlens.measure.plane import check_plane
 
-table, at = sweep_table(2), None
+nan, logp = float("nan"), torch.tensor([-1.0, -2.0])
+table = sweep_table(2)
 result = sl.measure.SweepResult(table, layers_table(2), table, None, None)
 run = sl.read_run(write_sweep(pathlib.Path(sys.argv[1])))
 raised = {}
@@ -130,3 +150,15 @@ def raised(
 def test_another_type_is_refused_in_words(area: str, raised: dict[str, str]) -> None:
     for call, expected in CALLS[area].items():
         assert re.match(expected, raised[call], re.DOTALL), (call, raised[call])
+
+
+# Sizes are compared between arguments; the tests' checks of `validation` itself part them.
+@pytest.mark.parametrize("call", [call for call in CALLS["numbers"] if "logp[:1]" not in call])
+def test_what_checks_types_in_the_tests_does_not_hide_it(call: str) -> None:
+    """The same calls in this process: what was asked for comes first."""
+    names = {"sl": sl, "torch": torch, "nan": math.nan, "logp": torch.tensor([-1.0, -2.0])}
+    is_right = CALLS["numbers"][call] == "no error"
+    with nullcontext() if is_right else pytest.raises(sl.SteerlensError, match=r"expected|cannot"):
+        eval(call, names)
+    with pytest.raises(TypeCheckError):
+        mean_by_prompt("x", "y")  # it is on, inside the package

@@ -14,9 +14,11 @@ from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, token
 from steerlens.errors import InputError, told
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.loading import inference
+from steerlens.validation import Count, checked
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, eq=False)
 class Answers:
     """Token ids of the answer on either side: the metric is the difference of their mean logits.
 
@@ -83,7 +85,10 @@ class Answers:
         }
 
 
-def contrast_answers(model: HookedModel, pairs: ContrastivePairs, *, n_tokens: int = 10) -> Answers:
+@checked
+def contrast_answers(
+    model: HookedModel, pairs: ContrastivePairs, *, n_tokens: Count = 10
+) -> Answers:
     """The tokens that the positive prompts make likelier than the negative ones, and the reverse.
 
     For a behaviour that is not named by answer tokens of its own: those with the largest and the
@@ -127,6 +132,7 @@ def _mean_logprobs(
     return torch.cat(logits).log_softmax(dim=-1).mean(dim=0)
 
 
+@checked
 def item_answers(model: HookedModel, items: PreferenceItems) -> tuple[Prompts, Answers]:
     """Items as prompts, with the first token of each continuation as answers.
 

@@ -98,7 +98,12 @@ class Claims:
     def _of_prompts(self, left: Float[Tensor, " prompt"]) -> Numbers:
         """Of one run, with its interval over prompts."""
         changes = [values.double().numpy() for values in (left, self.change)]
-        interval = ratio_interval(*changes, n_resamples=self.n_bootstrap, seed=self.seed)
+        interval = ratio_interval(
+            *changes,
+            groups=self.task.prompts.groups,
+            seed=self.seed,
+            n_bootstrap=self.n_bootstrap,
+        )
         return 1, float(left.double().mean()), *interval
 
     def _of_draws(self, means: Sequence[Tensor]) -> Numbers:

@@ -29,19 +29,20 @@ from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.prompts import counting
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.checkpoint import Checkpoint, Tensors
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.steering import Add
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, Row, to_frame
+from steerlens.validation import Whole, checked
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 UNSTEERED = "unsteered"
 LEVELS = ("node", "edge")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Circuits:
     """`table` has a row a pair of models, level and size (`CIRCUIT_COLUMNS`), `faithfulness` one a
     circuit, model and size (`FAITHFULNESS_COLUMNS`); `scores` the attributions of each model.
@@ -55,6 +56,7 @@ class Circuits:
         return f"Circuits({', '.join(self.scores)})"
 
 
+@checked
 def compare_circuits(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -62,10 +64,10 @@ def compare_circuits(
     interventions: Mapping[str, Intervention],
     *,
     floor: Intervention | None = None,
-    shares: Sequence[float] = SHARES,
+    shares: Sequence[float | int] = SHARES,
     levels: Sequence[str] = LEVELS,
-    n_splits: int = 20,
-    seed: int = 0,
+    n_splits: Whole = 20,
+    seed: Whole = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Circuits:
@@ -77,7 +79,7 @@ def compare_circuits(
     by overlap (`iou`), by Spearman's correlation of all absolute scores (`rank`), and by running
     each in the other's model, everything else at its mean there:
     `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`. Overlap alone is no
-    evidence. Its ceiling is the overlap of circuits from random halves of the pairs (mean over
+    evidence. Its ceiling is the overlap of circuits from random halves of the groups (mean over
     splits and both models; each half has half the pairs, so an overlap on all of them may exceed
     it), its floor that of the unsteered model with the one under `floor`. `cpr` and `cmd` are the
     areas under faithfulness, and between it and 1, against the share of nodes or edges that the
@@ -113,7 +115,6 @@ def compare_circuits(
     """
     shares, levels = sorted(set(shares)), tuple(dict.fromkeys(levels))
     _check(shares, levels, interventions, floor)
-    n_splits, seed = whole("n_splits", n_splits, 0), whole("seed", seed, 0)
     check_additive(model)
     contrast = replace(make_contrast(model, pairs, answers), checkpoint=checkpoint)
     check_sum(contrast)
@@ -127,7 +128,10 @@ def compare_circuits(
     rows: list[Row] = []
     curve_rows: list[Row] = []
     for name in levels:
-        level = _Level(name, shares, scores, None if floor is None else every[-1], n_splits, seed)
+        level = _Level(
+            *(name, shares, scores, None if floor is None else every[-1]),
+            *(n_splits, seed, pairs.groups),
+        )
         curves: Curves = {}
         for run_in, graph in zip(names, graphs, strict=False):
             curves |= level.faithfulness(run_in, graph, count)
@@ -136,6 +140,7 @@ def compare_circuits(
             rows += level.rows(a, b, curves)
     attrs = {
         "n_pairs": len(pairs),
+        "n_groups": len(set(pairs.groups)),
         "fingerprint": pairs.fingerprint,
         "answers": answers.words(model),
         "metric": {name: of_model.metric for name, of_model in scores.items()},
@@ -192,8 +197,6 @@ def _check(
             f"give one or more interventions, none called {UNSTEERED!r}; got {list(interventions)}"
         )
     for steered in (*interventions.values(), *(() if floor is None else (floor,))):
-        if not isinstance(steered, Intervention):
-            raise InputError(f"expected Intervention(vector, coefficient), got {steered!r}")
         if steered.vector is None or "edge" not in levels:
             continue
         if not isinstance(steered.vector.operator, Add) or steered.vector.condition is not None:
@@ -217,6 +220,7 @@ class _Level:
     floor: Scores | None
     n_splits: int
     seed: int
+    groups: tuple[int, ...]
 
     @cached_property
     def n_items(self) -> int:
@@ -273,7 +277,7 @@ class _Level:
         """Rows of `CIRCUIT_COLUMNS` that compare two models."""
         means = {name: self.mean(scores) for name, scores in self.scores.items()}
         halves = [
-            _halves(self.scores[name].items(self.level), seed=self.seed + split)
+            _halves(self.scores[name].items(self.level), self.groups, seed=self.seed + split)
             for name, split in product((a, b), range(self.n_splits))
         ]
         apart = [] if self.floor is None else [(means[UNSTEERED], self.mean(self.floor))]
@@ -300,12 +304,13 @@ def _areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[floa
 
 
 def _halves(
-    scores: Float[Tensor, "item pair"], *, seed: int
+    scores: Float[Tensor, "item pair"], groups: Sequence[int], *, seed: int
 ) -> tuple[Float[Tensor, " item"], Float[Tensor, " item"]]:
-    """Mean scores over two random halves of the pairs."""
-    order = torch.randperm(scores.shape[-1], generator=torch.Generator().manual_seed(seed))
-    first, second = order.chunk(2)
-    return scores[:, first].mean(dim=-1), scores[:, second].mean(dim=-1)
+    """Mean scores over the pairs of two random halves of the groups."""
+    n_groups = max(groups) + 1
+    rank = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
+    is_first = rank[torch.tensor(groups)] < (n_groups + 1) // 2
+    return scores[:, is_first].mean(dim=-1), scores[:, ~is_first].mean(dim=-1)
 
 
 def _rank(a: Float[Tensor, " item"], b: Float[Tensor, " item"]) -> float:

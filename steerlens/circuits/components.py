@@ -15,8 +15,9 @@ from torch import Tensor
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.stats import allowed_gap, bootstrap_intervals
+from steerlens.stats import allowed_gap, intervals
 from steerlens.tables import Row
+from steerlens.validation import checked
 
 EMBED = "blocks.0.hook_resid_pre"
 """What the stream begins with: token embeddings, and positions where the model adds them."""
@@ -29,6 +30,7 @@ def tolerance(dtype: torch.dtype) -> float:
     return allowed_gap(dtype, least=TOLERANCE, roundings=4)
 
 
+@checked
 @dataclass(frozen=True, order=True)
 class Component:
     """One writer: the embedding (layer -1), a head, or an MLP (head -1).
@@ -81,11 +83,15 @@ def component_rows(parts: Sequence[Component], **columns: Any) -> list[Row]:
 
 
 def mean_intervals(
-    values: Float[Tensor, "component example"], *, n_bootstrap: int, seed: int
+    values: Float[Tensor, "component example"],
+    *,
+    groups: Sequence[int],
+    n_bootstrap: int,
+    seed: int,
 ) -> tuple[Float[np.ndarray, " component"], ...]:
-    """The means over examples, and the lower and upper ends of their 95% intervals."""
+    """The means over examples, and the ends of their 95% intervals, which go by `groups`."""
     values = values.double()
-    bounds = bootstrap_intervals(values.numpy(), n_resamples=n_bootstrap, seed=seed)
+    bounds = intervals(values.numpy(), groups=groups, seed=seed, n_bootstrap=n_bootstrap)
     return values.mean(dim=1).numpy(), *bounds
 
 

@@ -28,10 +28,11 @@ from steerlens.circuits.prompts import make_prompts
 from steerlens.circuits.tasks import Task
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, resid_post
 from steerlens.tables import EDGE_COLUMNS, Row, to_frame
+from steerlens.validation import Count, checked
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +58,7 @@ class Reader:
         return "logits" if self.kind == "logits" else f"{self.kind}{self.layer}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contrast(Task):
     """A behaviour: prompts of both sides, positive ones first, as many of each; and answers.
 
@@ -77,7 +78,7 @@ class Contrast(Task):
         return positive - negative
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Graph:
     """The heads and MLPs of a model on a contrast, steered or not, and what they write on average.
 
@@ -98,7 +99,7 @@ class Graph:
         return beyond
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scores:
     """Attribution of every node and edge, pair by pair, in logits: positive ones support the
     behaviour.
@@ -118,6 +119,7 @@ class Scores:
         return self.nodes if level == "node" else self.edges[self.is_edge]
 
 
+@checked
 def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers) -> Contrast:
     """Both sides of the pairs as one batch, positive prompts first.
 
@@ -146,6 +148,7 @@ def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers)
     return Contrast(model, prompts, answers)
 
 
+@checked
 def make_graph(contrast: Contrast, intervention: Intervention) -> Graph:
     """The model's graph under an intervention: a forward pass over all prompts for the means.
 
@@ -187,6 +190,7 @@ def nodes(model: HookedModel) -> tuple[Component, ...]:
     return components(model)[1:]
 
 
+@checked
 def edge_readers(model: HookedModel) -> tuple[Reader, ...]:
     """What edges lead to: attention and MLP of every layer in order, then the logits.
 
@@ -249,6 +253,7 @@ def check_sum(contrast: Contrast) -> None:
         )
 
 
+@checked
 def attribute(graph: Graph, *, with_edges: bool = True) -> Scores:
     """Score every node and every edge, from one forward and one backward pass of each batch.
 
@@ -295,6 +300,7 @@ def attribute(graph: Graph, *, with_edges: bool = True) -> Scores:
     return Scores(node_scores, edges, is_edge, metric)
 
 
+@checked
 def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> float:
     """The metric (logits) with every head and MLP that is not kept replaced by its mean.
 
@@ -312,6 +318,7 @@ def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> float:
     )
 
 
+@checked
 def run_edges(graph: Graph, kept: Bool[Tensor, "writer reader"]) -> float:
     """The metric (logits) when each reader sees only the writers kept for it, else means.
 
@@ -347,8 +354,9 @@ def largest(
     return chosen.reshape(scores.shape)
 
 
+@checked
 def edge_table(
-    model: HookedModel, scores: Mapping[str, Scores], *, n_edges: int = 40
+    model: HookedModel, scores: Mapping[str, Scores], *, n_edges: Count = 40
 ) -> pd.DataFrame:
     """The edges of each model with the largest absolute score, as a table (`EDGE_COLUMNS`).
 
@@ -371,7 +379,6 @@ def edge_table(
         >>> edges.groupby("model").size().to_dict()
         {'cheerful': 5, 'unsteered': 5}
     """
-    n_edges = whole("n_edges", n_edges, 1)
     parts, readers = components(model), edge_readers(model)
     rows: list[Row] = []
     for name, model_scores in scores.items():

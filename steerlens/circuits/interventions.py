@@ -15,8 +15,10 @@ from steerlens.models.hooks import hooked, keeping
 from steerlens.models.loading import inference
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.apply import Step
+from steerlens.validation import checked
 
 
+@checked
 @dataclass(frozen=True)
 class Intervention:
     """A vector at a coefficient, or nothing at all.

@@ -15,10 +15,11 @@ from steerlens.engine.tokenization import token_texts
 from steerlens.errors import InputError, told
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer
-from steerlens.models.weight_processing import check_processing
+from steerlens.models.identity import check_fitted_on
+from steerlens.validation import checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Patterns:
     """Attention patterns of some heads on one text: each row the shares that a token (query)
     takes from those up to it (key)."""
@@ -29,7 +30,7 @@ class Patterns:
     steered: Float[Tensor, "head query key"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Projections:
     """Every token of one text on the direction of each layer, in residual units."""
 
@@ -39,6 +40,7 @@ class Projections:
     steered: Float[Tensor, "layer token"]
 
 
+@checked
 def attention_patterns(
     model: HookedModel,
     prompts: Prompts,
@@ -84,6 +86,7 @@ def attention_patterns(
     return Patterns(words, tuple(map(str, heads)), unsteered, steered)
 
 
+@checked
 def token_projections(
     model: HookedModel,
     prompts: Prompts,
@@ -111,7 +114,7 @@ def token_projections(
         >>> projections.steered.shape
         torch.Size([5, 7])
     """
-    check_processing(model, directions)
+    check_fitted_on(model, directions)
     words, runs = _read(model, prompts, prompt, list(directions), intervention)
     unsteered, steered = (
         torch.stack([run[name] @ directions[name].float().cpu() for name in directions])

@@ -12,6 +12,7 @@ from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.progress import Progress, silent
+from steerlens.validation import checked
 
 ROWS = 16
 """Prompts in one pass: what every component writes is held for all of them at once."""
@@ -35,20 +36,21 @@ def counting(progress: Progress | None, stage: str, total: int) -> Callable[[int
     return count
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompts:
     """Prompts padded on the right, which causal attention needs no mask for; `last` is each one's
-    last real column."""
+    last real column, `groups` the number of each one's group, by which intervals go."""
 
     tokens: Int[Tensor, "prompt token"]
     last: Int[Tensor, " prompt"]
+    groups: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.last)
 
     def part(self, rows: slice) -> "Prompts":
         """Some of the prompts, as padded as they are."""
-        return Prompts(self.tokens[rows], self.last[rows])
+        return Prompts(self.tokens[rows], self.last[rows], self.groups[rows])
 
     @property
     def passes(self) -> list[slice]:
@@ -67,15 +69,23 @@ class Prompts:
         return values[rows, self.last.to(values.device)]
 
 
-def make_prompts(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> Prompts:
+@checked
+def make_prompts(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    *,
+    groups: Sequence[int] | None = None,
+) -> Prompts:
     """The prompts' own tokens, without continuations, on the model's device.
 
     Args:
         model: Whose tokens they are.
         prompts: As `tokenize_prompt` makes them, one or more.
+        groups: The number of each prompt's group, as of `ContrastivePairs.groups`. Default: each
+            is one of its own.
 
     Raises:
-        InputError: There are none.
+        InputError: There are none, or not as many groups.
 
     Examples:
         >>> from steerlens.circuits import make_prompts
@@ -85,7 +95,10 @@ def make_prompts(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> Prom
     """
     if not prompts:
         raise InputError("expected one or more prompts, got none")
+    numbers = tuple(range(len(prompts)) if groups is None else groups)
+    if len(numbers) != len(prompts):
+        raise InputError(f"expected a group for each of {len(prompts)} prompts, got {len(numbers)}")
     rows = [torch.tensor(prompt.prompt) for prompt in prompts]
     tokens = pad_sequence(rows, batch_first=True, padding_value=0)
     last = torch.tensor([len(row) - 1 for row in rows])
-    return Prompts(tokens.to(model.cfg.device), last.to(model.cfg.device))
+    return Prompts(tokens.to(model.cfg.device), last.to(model.cfg.device), numbers)

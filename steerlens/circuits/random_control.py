@@ -10,20 +10,22 @@ from steerlens.circuits.prompts import Prompts, make_prompts
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.checkpoint import Checkpoint, once
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, silent
 from steerlens.steering import Add, SteeringVector
+from steerlens.validation import Whole, checked
 
 
+@checked
 def random_intervention(
     model: HookedModel,
     pairs: ContrastivePairs,
     intervention: Intervention,
     *,
-    seed: int = 0,
+    seed: Whole = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Intervention:
@@ -55,7 +57,7 @@ def random_intervention(
     steps = intervention.steps
     if len(steps) != 1 or not isinstance(steps[0].operator, Add):
         raise InputError(f"expected a vector that is added at one hook, got {len(steps)} steps")
-    generator = torch.Generator().manual_seed(whole("seed", seed, 0))
+    generator = torch.Generator().manual_seed(seed)
     row = torch.randn(len(steps[0].direction), generator=generator)
     vector = SteeringVector.from_vectors({steps[0].hook_name: row})
     vector = replace(vector, scale=torch.ones(1))
@@ -92,6 +94,7 @@ def random_intervention(
     return Intervention(vector, coefficient)
 
 
+@checked
 def mean_kl(model: HookedModel, prompts: Prompts, intervention: Intervention) -> float:
     """Mean KL(unsteered || steered) of next-token predictions over real tokens, nats per token.
 

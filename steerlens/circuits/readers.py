@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,16 +25,17 @@ from steerlens.circuits.patching import patch_components
 from steerlens.circuits.prompts import Prompts
 from steerlens.circuits.tasks import Task
 from steerlens.engine.checkpoint import Checkpoint
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.steering import Coefficient, SteeringVector
 from steerlens.tables import READER_COLUMNS, Row, to_frame
+from steerlens.validation import Count, Draws, Whole, checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Readers:
     """`table` has a row a component behind the steered hook (`READER_COLUMNS`), largest effect
     first; `claims` the tests of what carries it (`CLAIM_COLUMNS`).
@@ -51,6 +53,7 @@ class Readers:
         return f"Readers({self.table.attrs['hook_name']}, {len(self.table)} components)"
 
 
+@checked
 def find_readers(
     model: HookedModel,
     prompts: Prompts,
@@ -58,12 +61,12 @@ def find_readers(
     vector: SteeringVector,
     coefficient: Coefficient,
     *,
-    top: int = 20,
-    ig_steps: int = 1,
-    n_claimed: int = 10,
-    n_draws: int = 10,
-    n_bootstrap: int = 2000,
-    seed: int = 0,
+    top: Whole = 20,
+    ig_steps: Count = 1,
+    n_claimed: Whole = 10,
+    n_draws: Whole = 10,
+    n_bootstrap: Draws = 2000,
+    seed: Whole = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Readers:
@@ -111,12 +114,7 @@ def find_readers(
         >>> np.allclose(readers.table.effect, readers.table.direct + readers.table.mediated)
         True
     """
-    if min(top, n_claimed, n_draws) < 0 or ig_steps < 1:
-        raise InputError(
-            "top, n_claimed and n_draws are 0 or more and ig_steps 1 or more, got "
-            f"{top}, {n_claimed}, {n_draws} and {ig_steps}"
-        )
-    drawing = {"n_bootstrap": whole("n_bootstrap", n_bootstrap, 2), "seed": whole("seed", seed, 0)}
+    drawing = {"n_bootstrap": n_bootstrap, "seed": seed}
     check_additive(model)
     steered, hook_name = _steered(model, vector, coefficient)
     task = Task(model, prompts, answers, checkpoint)
@@ -128,7 +126,7 @@ def find_readers(
     ranked = [later[i] for i in order]
     metrics = patch_components(task, steered, ranked[:top], progress=progress)
     exact = {part: metric - estimates.unsteered for part, metric in metrics.items()}
-    rows = _rows(later, estimates, exact, **drawing)
+    rows = _rows(later, estimates, exact, groups=prompts.groups, **drawing)
     vector_direct = float(estimates.vector_direct.mean())
     rest = float(estimates.change.mean()) - vector_direct
     attrs = {
@@ -168,6 +166,7 @@ def _steered(
     return steered, names[0]
 
 
+@checked
 def check_steered(model: HookedModel, hook_name: str, coefficient: float | int) -> None:
     """See that steering there has readers: what `find_readers` would refuse, before it is run.
 
@@ -207,7 +206,7 @@ def _rows(
     later: Sequence[Component],
     estimates: Estimates,
     exact: Mapping[Component, Float[Tensor, " prompt"]],
-    **drawing: int,
+    **drawing: Any,
 ) -> list[Row]:
     """A row a component, in the order of `later`."""
     change = float(estimates.change.mean()) or math.nan

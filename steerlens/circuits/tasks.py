@@ -32,7 +32,7 @@ class Traced:
     metric: Float[Tensor, " prompt"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """A model, prompts, and their answers. Raises `InputError` when the answers do not fit.
 

@@ -25,16 +25,16 @@ from steerlens.circuits.prompts import counting, make_prompts, row_slices
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, resid_post, resolve_hooks
-from steerlens.models.identity import provenance
-from steerlens.models.weight_processing import check_processing
+from steerlens.models.identity import check_fitted_on, provenance
 from steerlens.progress import Progress
 from steerlens.tables import WRITER_COLUMNS, WRITER_POSITION_COLUMNS, to_frame
+from steerlens.validation import Count, Draws, Whole, checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Writers:
     """`table` has a row a component (`WRITER_COLUMNS`), `positions` one a component and token.
 
@@ -49,15 +49,16 @@ class Writers:
         return f"Writers({self.table.attrs['hook_name']}, {len(self.table)} components)"
 
 
+@checked
 def find_writers(
     model: HookedModel,
     pairs: ContrastivePairs,
     directions: Directions,
     *,
     layer: Layers,
-    n_positions: int = 8,
-    n_bootstrap: int = 2000,
-    seed: int = 0,
+    n_positions: Count = 8,
+    n_bootstrap: Draws = 2000,
+    seed: Whole = 0,
     progress: Progress | None = None,
 ) -> Writers:
     """What each component wrote of the pairs' difference along the frozen direction at one hook.
@@ -91,14 +92,12 @@ def find_writers(
         >>> float(writers.table.share.sum())
         1.00
     """
-    if n_positions < 1:
-        raise InputError(f"n_positions must be at least 1, got {n_positions}")
-    drawing = {"seed": whole("seed", seed, 0), "n_bootstrap": whole("n_bootstrap", n_bootstrap, 2)}
+    drawing = {"seed": seed, "n_bootstrap": n_bootstrap}
     check_additive(model)
     name = _block_output(model, layer)
     if name not in directions:
         raise InputError(f"there is no direction at {name}; fit one there")
-    check_processing(model, directions)
+    check_fitted_on(model, directions)
     tokenized = tokenize_pairs(model, pairs)
     shortest = min(len(p.prompt) for p in (*tokenized.positive, *tokenized.negative))
     n_read = min(n_positions, shortest)
@@ -118,12 +117,13 @@ def find_writers(
         "hook_name": name,
         "position": directions.position,
         "n_pairs": len(pairs),
+        "n_groups": len(set(pairs.groups)),
         "projection": total,
         "residual": abs(explained - total) / abs(total) if total else float("nan"),
         "provenance": provenance(model).to_dict(),
         **drawing,
     }
-    contribution, low, high = mean_intervals(by_pair, **drawing)
+    contribution, low, high = mean_intervals(by_pair, groups=pairs.groups, **drawing)
     share = contribution / (total or math.nan)
     rows = component_rows(parts, contribution=contribution, share=share, ci_low=low, ci_high=high)
     by_position = written[:, :, :-1].double().mean(dim=1)

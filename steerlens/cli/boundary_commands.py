@@ -22,6 +22,7 @@ class Boundary(FolderCommand):
 
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     layers: opt.Layers = "all"
@@ -71,6 +72,7 @@ class Geometry(FolderCommand):
     layers: Annotated[str | None, "As of `sweep`; minutes for each. Needed."] = None
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     method: opt.Method = "mean_diff"

@@ -31,6 +31,7 @@ class Circuits(FolderCommand):
     coefficient: Annotated[float | None, "Residual units. Needed."] = None
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: Annotated[int, "Measure on the first N pairs only."] = 16
     method: opt.Method = "mean_diff"
@@ -69,7 +70,9 @@ class Circuits(FolderCommand):
                 pushed = circuits.Intervention(vector, self.coefficient)
                 answers = circuits.contrast_answers(model, task.fit_on)
                 prompts = circuits.make_prompts(
-                    model, list(tokenize_pairs(model, measure_on).positive)
+                    model,
+                    list(tokenize_pairs(model, measure_on).positive),
+                    groups=measure_on.groups,
                 )
                 writers = circuits.find_writers(
                     model, measure_on, directions, layer=self.layer, **shared

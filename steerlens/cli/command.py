@@ -255,7 +255,10 @@ def prepare(command: Any, layers: str) -> Task:
     """
     method_of(command.method)
     fit_on, measure_on, is_held_out = pairs_of(
-        command.pairs, getattr(command, "test_pairs", None), getattr(command, "max_pairs", None)
+        command.pairs,
+        getattr(command, "test_pairs", None),
+        getattr(command, "max_pairs", None),
+        group=getattr(command, "group", "group"),
     )
     position = command.position
     if position is None:

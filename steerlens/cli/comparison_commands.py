@@ -29,6 +29,7 @@ class Compare(FolderCommand):
 
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     items: Annotated[
         str | None,
         "JSONL file of items (prompt, positive, negative), or a shipped dataset. Default: "
@@ -53,7 +54,7 @@ class Compare(FolderCommand):
         for name in methods:
             method_of(name)
         check_search(budget=self.budget, search_range=4.0)
-        fit_on, _, _ = opt.pairs_of(self.pairs)
+        fit_on, _, _ = opt.pairs_of(self.pairs, group=self.group)
         train_items, test_items = _items_of(self.items or self.pairs, self.seed)
         if self.max_items is not None:
             test_items = test_items[: max(self.max_items, 0)]
@@ -90,13 +91,14 @@ class Compare(FolderCommand):
             tables = {
                 "comparison": result.table,
                 "summary": result.summary,
+                "methods": result.methods,
                 "effects": result.effects,
             }
             spent = result.table.attrs["forward_equivalents"]
             run.write(tables, result.directions, forward_equivalents=spent)
         if self.quiet:
             return
-        columns = ["method", "layer", "coefficient", "effect", "null_low", "null_high", "p_holm"]
+        columns = ["method", "layer", "coefficient", "effect", "null_low", "null_high", "p_layers"]
         columns += ["anti_steerable", "kl_nats", "degradation_nats", "off_target", "verdict"]
         print_rows(result.table, "Every method and layer", columns)
         print_summary(result.summary)
@@ -109,12 +111,13 @@ class Reliability(ModelCommand, TableCommand):
 
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     layers: opt.Layers = "all"
     position: opt.Position = None
 
     def run(self) -> None:
         """What the command does."""
-        fit_on, _, _ = opt.pairs_of(self.pairs)
+        fit_on, _, _ = opt.pairs_of(self.pairs, group=self.group)
         model = load_model(self.model, progress=not self.quiet)
         with progress_of(quiet=self.quiet) as progress:
             differences = collect_differences(

@@ -14,6 +14,7 @@ class Layers(ModelCommand, TableCommand):
 
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     layers: opt.Layers = "all"

@@ -16,6 +16,11 @@ DEBUG = "--debug"
 OutFolder = Annotated[Path, "Folder for the tables and the record."]
 Model = Annotated[str, "Packaged model, local folder, GGUF file or hub id."]
 Pairs = Annotated[str, "JSONL file of contrastive pairs, or a shipped dataset."]
+Group = Annotated[
+    str,
+    "Key that names the group of a pair (persona, template), by which intervals and nulls go; "
+    "auto: pairs whose sides differ in the same text.",
+]
 TestPairs = Annotated[
     str | None, "Pairs to measure on. Default: a shipped dataset's test part; a file's own pairs."
 ]
@@ -52,14 +57,18 @@ def numbers_of(text: str) -> list[float]:
 
 
 def pairs_of(
-    pairs: str, test_pairs: str | None = None, max_pairs: int | None = None
+    pairs: str,
+    test_pairs: str | None = None,
+    max_pairs: int | None = None,
+    *,
+    group: str = "group",
 ) -> tuple[ContrastivePairs, ContrastivePairs, bool]:
     """The pairs to fit on, the pairs to measure on, and whether those are other pairs."""
-    fit_on = _read_pairs(pairs, "train")
+    fit_on = _read_pairs(pairs, "train", group)
     if test_pairs is not None:
-        measure_on = _read_pairs(test_pairs, "test")
+        measure_on = _read_pairs(test_pairs, "test", group)
     elif pairs in dataset_names():
-        measure_on = _read_pairs(pairs, "test")
+        measure_on = _read_pairs(pairs, "test", group)
     else:
         measure_on = fit_on
     is_held_out = measure_on.fingerprint != fit_on.fingerprint
@@ -68,11 +77,11 @@ def pairs_of(
     return fit_on, measure_on, is_held_out
 
 
-def _read_pairs(source: str, split: str) -> ContrastivePairs:
+def _read_pairs(source: str, split: str, group: str) -> ContrastivePairs:
     if source in dataset_names():
-        return ContrastivePairs.load(source, split=split)
+        return ContrastivePairs.load(source, split=split, group=group)
     check_source(source)
-    return ContrastivePairs.from_jsonl(source)
+    return ContrastivePairs.from_jsonl(source, group=group)
 
 
 def check_source(source: str) -> None:
@@ -94,4 +103,9 @@ def text_of(on: str) -> On:
 
 def pairs_record(pairs: ContrastivePairs) -> dict[str, Any]:
     """What a run's record says of its pairs."""
-    return {"name": pairs.name, "n_pairs": len(pairs), "fingerprint": pairs.fingerprint}
+    return {
+        "name": pairs.name,
+        "n_pairs": len(pairs),
+        "n_groups": len(set(pairs.groups)),
+        "fingerprint": pairs.fingerprint,
+    }

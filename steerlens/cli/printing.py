@@ -25,6 +25,7 @@ from steerlens.tables import hook_label
 
 SIGPIPE = 128 + 13
 """The exit code of a program whose reader went away, as a shell says it."""
+_COHERENT = {"yes": " ", "no": "!", "undecided": "?"}
 
 
 class _Console(Console):
@@ -192,13 +193,12 @@ def print_cells(result: SweepResult) -> None:
     rows = []
     for hook_name, cells in result.table.groupby("hook_name", sort=False):
         texts = [
-            f"{row['projection']:.1f} ({row['degradation_nats']:+.3f})"
-            f"{' ' if row['coherent'] else '!'}"
+            f"{row['projection']:.1f} ({row['degradation_nats']:+.3f}){_COHERENT[row['coherent']]}"
             for row in cells.to_dict("records")
         ]
         rows.append([hook_label(str(hook_name)), *texts])
     print_table(
-        "Projection (degradation, nats per token; ! beyond the budget)",
+        "Projection (degradation, nats per token; ! beyond the budget, ? undecided)",
         ["hook", *(f"c = {coefficient:g}" for coefficient in result.settings.coefficients)],
         rows,
         no_wrap=True,

@@ -13,9 +13,7 @@ from steerlens.cli.executors import executor_of
 from steerlens.cli.folder_command import FolderCommand
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of
 from steerlens.cli.run_warnings import warn
-from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.methods import null_directions
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.loss import Budget
 from steerlens.measure.sweeps import SweepResult
@@ -48,6 +46,7 @@ class Sweep(FolderCommand, WorkersCommand):
 
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     layers: opt.Layers = "all"
@@ -55,7 +54,6 @@ class Sweep(FolderCommand, WorkersCommand):
     method: opt.Method = "mean_diff"
     position: opt.Position = None
     budget: Annotated[str, "What counts as coherent: relative=0.01 or nats=0.05"] = "relative=0.01"
-    null: Annotated[int | None, "Null vectors of each kind, random and shuffled, e.g. 20."] = None
     examples: Annotated[
         int,
         typer.Option(
@@ -95,22 +93,12 @@ class Sweep(FolderCommand, WorkersCommand):
     def _cells(
         self, task: Task, coefficients: list[float], parts: Parts, executor: Executor | None
     ) -> tuple[Directions, SweepResult]:
-        evidence = nulls = None
         with task.progress() as progress:
-            if self.null is not None:
-                evidence = collect_differences(
-                    *(task.model, task.fit_on),
-                    layers=self.layers,
-                    position=task.position,
-                    batch_size=self.batch_size,
-                    progress=progress,
-                )
-                nulls = null_directions(evidence, n=self.null, seed=self.seed)
-            directions = parts.directions(lambda: task.fit(progress, differences=evidence))
+            directions = parts.directions(lambda: task.fit(progress))
             study = task.study(
                 progress, directions, parts=parts, budget=self.budget, executor=executor
             )
-            result = study.sweep(coefficients, nulls=nulls)
+            result = study.sweep(coefficients)
         return directions, result
 
     def _example_tables(

@@ -42,6 +42,7 @@ class Extract(ModelCommand):
     layers: opt.Layers
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     method: opt.Method = "mean_diff"

@@ -5,13 +5,16 @@ from typing import ClassVar
 
 from steerlens.data.prompts import Prompt, checked_prompt, checked_text
 from steerlens.data.sequence import EntrySequence
+from steerlens.validation import checked
 
 
+@checked
 @dataclass(frozen=True)
 class PreferenceItem:
     """A prompt without a persona, and the continuations that the positive and negative side prefer.
 
-    Steering towards the positive side should raise logprob(positive) - logprob(negative).
+    Steering towards the positive side should raise logprob(positive) - logprob(negative). `group`
+    names what items share that makes them alike, a subject or a template.
 
     Examples:
         >>> item = sl.PreferenceItem("The film was", positive=" a joy.", negative=" a bore.")
@@ -23,15 +26,18 @@ class PreferenceItem:
     positive: str
     negative: str
     id: str = ""
+    group: str | None = None
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class PreferenceItems(EntrySequence[PreferenceItem]):
     """An immutable list of at least two items with distinct ids.
 
     In a record or a line of JSONL: `prompt` (text, or a list of `{"role", "content"}` messages),
-    `positive` and `negative` (the two continuations, text), optional `id` (text or a whole number).
-    Other keys are ignored unless they look misspelt.
+    `positive` and `negative` (the two continuations, text), optional `group` and `id` (text or a
+    whole number). Other keys are ignored unless they look misspelt. Items of one prompt are one
+    group where none is given.
 
     Args:
         items: The items, in order.
@@ -42,7 +48,7 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
 
     Examples:
         >>> sl.PreferenceItems.load("sentiment", split="train")
-        PreferenceItems('sentiment/items_train', 40 items, ...)
+        PreferenceItems('sentiment/items_train', 80 items, ...)
         >>> train, test = items.split(0.5)
         >>> len(train), len(test)
         (3, 3)
@@ -59,17 +65,25 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
         "negative": checked_text,
     }
     _optional: ClassVar = {}
-    _split_by: ClassVar = ("prompt", "prompts")
 
     @classmethod
-    def load(cls, name: str, *, split: str = "test") -> "PreferenceItems":
+    def load(cls, name: str, *, split: str = "test", group: str = "group") -> "PreferenceItems":
         """The items of a shipped dataset.
 
         Args:
             name: One of `dataset_names()`.
             split: "train" or "test", which share no prompt.
+            group: As of `from_records`; the shipped items have their subject as `group`.
 
         Raises:
             InputError: The name or split is unknown.
         """
-        return cls._load(name, split, f"items_{split}")
+        return cls._load(name, split, f"items_{split}", group)
+
+    @staticmethod
+    def _alike(entry: PreferenceItem) -> Prompt:
+        return entry.prompt
+
+    @staticmethod
+    def _auto_group(entry: PreferenceItem) -> str:
+        return repr(entry.prompt)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from itertools import takewhile
+from typing import Any, ClassVar, Literal
 
 from steerlens.data.prompts import (
     Prompt,
@@ -11,15 +12,18 @@ from steerlens.data.prompts import (
 )
 from steerlens.data.sequence import EntrySequence
 from steerlens.errors import InputError
+from steerlens.validation import checked
 
 
+@checked
 @dataclass(frozen=True)
 class ContrastivePair:
     """A positive and a negative prompt that differ in one concept.
 
     A prompt is text, or a tuple of chat messages that the model's tokenizer renders. `continuation`
     is text that follows the positive prompt; where it is given, its tokens are the labels whose
-    log-probability is measured.
+    log-probability is measured. `group` names what pairs share that makes them alike beyond the
+    concept, a persona wording or a template: pairs of one group are not independent.
 
     Examples:
         >>> pair = sl.ContrastivePair("You are kind.", "You are rude.", continuation="Hello!")
@@ -31,15 +35,17 @@ class ContrastivePair:
     negative: Prompt
     continuation: str | None = None
     id: str = ""
+    group: str | None = None
 
 
+@checked
 @dataclass(frozen=True, repr=False)
 class ContrastivePairs(EntrySequence[ContrastivePair]):
     """An immutable list of at least two contrastive pairs with distinct ids.
 
     In a record or a line of JSONL: `positive` and `negative` (text, or a list of `{"role",
-    "content"}` messages), optional `continuation` (text) and `id` (text or a whole number). Other
-    keys are ignored unless they look misspelt.
+    "content"}` messages), optional `continuation` (text), `group` and `id` (text or a whole
+    number). Other keys are ignored unless they look misspelt.
 
     Args:
         pairs: The pairs, in order.
@@ -54,8 +60,8 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
         ... )
         ContrastivePairs('pairs', 2 pairs, ...)
         >>> held_out = sl.ContrastivePairs.load("sentiment", split="test")
-        >>> len(held_out), len(held_out[:8])
-        (100, 8)
+        >>> len(held_out), len(set(held_out.groups))
+        (160, 40)
     """
 
     pairs: tuple[ContrastivePair, ...]
@@ -65,7 +71,6 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
     _entry: ClassVar = ContrastivePair
     _required: ClassVar = {"positive": checked_prompt, "negative": checked_prompt}
     _optional: ClassVar = {"continuation": checked_text}
-    _split_by: ClassVar = ("id", "pairs")
 
     @classmethod
     def from_lists(
@@ -75,6 +80,7 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
         continuation: Sequence[str] | None = None,
         *,
         name: str = "pairs",
+        group: Sequence[str | int | None] | Literal["auto"] | None = None,
     ) -> "ContrastivePairs":
         """Pairs from lists of equal length: texts, or lists of `{"role", "content"}` messages.
 
@@ -83,43 +89,68 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
             negative: A prompt a pair.
             continuation: A text a pair, after the positive prompt; default none.
             name: What messages and tables call them.
+            group: The group of each pair, or "auto" (see `from_records`); default none.
 
         Raises:
             InputError: The lengths differ, or an item cannot be a prompt.
         """
-        columns = {"positive": positive, "negative": negative}
+        columns: dict[str, Sequence[Any]] = {"positive": positive, "negative": negative}
         if continuation is not None:
             columns["continuation"] = continuation
+        key = group if isinstance(group, str) else "group"
+        if group is not None and not isinstance(group, str):
+            columns["group"] = group
         lengths = {key: len(column) for key, column in columns.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"{name}: expected lists of one length, got {lengths}")
         rows = zip(*columns.values(), strict=True)
-        return cls.from_records((dict(zip(columns, row, strict=True)) for row in rows), name=name)
+        records = (dict(zip(columns, row, strict=True)) for row in rows)
+        return cls.from_records(records, name=name, group=key)
 
     @classmethod
     def from_dataset(
-        cls, dataset: Iterable[Mapping[str, Any]], *, name: str = "dataset"
+        cls, dataset: Iterable[Mapping[str, Any]], *, name: str = "dataset", group: str = "group"
     ) -> "ContrastivePairs":
         """Pairs from a `datasets.Dataset` (or any iterable of rows) with the JSONL keys as columns.
 
         Args:
             dataset: An optional column may hold None.
             name: What messages and tables call them.
+            group: The column that holds the group, or "auto", as of `from_records`.
 
         Raises:
             InputError: As `from_records`.
         """
-        return cls.from_records(dataset, name=name)
+        return cls.from_records(dataset, name=name, group=group)
 
     @classmethod
-    def load(cls, name: str, *, split: str = "train") -> "ContrastivePairs":
+    def load(cls, name: str, *, split: str = "train", group: str = "group") -> "ContrastivePairs":
         """A dataset shipped with steerlens.
 
         Args:
             name: One of `dataset_names()`.
             split: "train" or "test", which share neither topic nor wording.
+            group: As of `from_records`; the shipped pairs have their persona as `group`.
 
         Raises:
             InputError: The name or split is unknown.
         """
-        return cls._load(name, split, split)
+        return cls._load(name, split, split, group)
+
+    @staticmethod
+    def _alike(entry: ContrastivePair) -> Any:
+        return entry.positive, entry.negative, entry.continuation
+
+    @staticmethod
+    def _auto_group(entry: ContrastivePair) -> str:
+        """What the two sides do not share: whole messages, or the words of a text."""
+        positive, negative = entry.positive, entry.negative
+        if isinstance(positive, str) or isinstance(negative, str):
+            sides = [str(positive).split(), str(negative).split()]
+        else:
+            sides = [[f"{m.role}: {m.content}" for m in side] for side in (positive, negative)]
+        for _ in ("start", "end"):  # turned round after each: both ends are cut, the order kept
+            shared = takewhile(lambda words: words[0] == words[1], zip(*sides, strict=False))
+            n_shared = len(list(shared))
+            sides = [side[n_shared:][::-1] for side in sides]
+        return " | ".join(" ".join(side) for side in sides)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from steerlens.errors import InputError, in_one_line
+from steerlens.validation import checked
 
 TEMPLATE_BYTES = 1 << 30
 """The most memory that a chat template may take."""
@@ -18,6 +19,7 @@ TEMPLATE_STEPS = 1_000_000
 _one_at_a_time = threading.Lock()
 
 
+@checked
 class Message(NamedTuple):
     """One turn of a chat.
 
@@ -43,6 +45,7 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
 
+@checked
 def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
     """The text of a prompt: as it is, or its messages through the tokenizer's chat template.
 

@@ -3,8 +3,9 @@
 import difflib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
@@ -13,9 +14,12 @@ import numpy as np
 from steerlens.data.prompts import unicode_text
 from steerlens.data.reading import printable, read_jsonl
 from steerlens.data.shipped import SPLITS, shipped_file
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
+from steerlens.validation import Whole, checked
 
 MIN_ENTRIES = 2
+FEW_GROUPS = 10
+"""Below so many, intervals and p-values are rough."""
 _LONGEST_TYPO = 20
 
 Check = Callable[..., Any]
@@ -26,6 +30,7 @@ Entry = TypeVar("Entry")
 Self = TypeVar("Self", bound="EntrySequence[Any]")
 
 
+@checked
 class EntrySequence(Sequence[Entry]):
     """An immutable list of at least two entries with distinct ids, each of two sides that differ.
 
@@ -40,8 +45,6 @@ class EntrySequence(Sequence[Entry]):
     _required: ClassVar[Mapping[str, Check]]
     """The keys of a record, each with its check."""
     _optional: ClassVar[Mapping[str, Check]]
-    _split_by: ClassVar[tuple[str, str]]
-    """What entries of one part of a split share: the attribute, and how several are called."""
 
     if TYPE_CHECKING:
 
@@ -86,37 +89,115 @@ class EntrySequence(Sequence[Entry]):
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of the content in order; the name is not part of it."""
-        names = ["id", *(field.name for field in fields(self._entry) if field.name != "id")]
-        content = [[getattr(entry, name) for name in names] for entry in self._entries]
+        others = [field.name for field in fields(self._entry) if field.name not in ("id", "group")]
+        content = [
+            [
+                *(getattr(entry, name) for name in ("id", *others)),
+                *([] if entry.group is None else [entry.group]),
+            ]
+            for entry in self._entries
+        ]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The number of each entry's group, in the order in which groups are met.
+
+        An entry without a group is one of its own, with those that repeat it.
+
+        Examples:
+            >>> pairs.groups
+            (0, 1, 2, 3, 4, 5, 6, 7)
+        """
+        keys = [
+            ("alike", type(self)._alike(entry)) if entry.group is None else ("group", entry.group)
+            for entry in self._entries
+        ]
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        return tuple(numbers[key] for key in keys)
+
+    def warn_of_groups(self) -> None:
+        """Warn of repeated entries, of likeness that no group tells, of fewer than 10 groups."""
+        n, noun = len(self), self._noun
+        n_groups = len(set(self.groups))
+        n_repeats = n - len({type(self)._alike(entry) for entry in self._entries})
+        has_groups = any(entry.group is not None for entry in self._entries)
+        n_texts = len({type(self)._auto_group(entry) for entry in self._entries})
+        notes = []
+        if n_repeats:
+            notes.append(
+                f"{n_repeats} of {n} {noun} repeat others; the repeats are taken as one of their "
+                "groups, so they make no interval narrower"
+            )
+        if not has_groups and n_texts < n - n_repeats:
+            notes.append(
+                f"{n} {noun} without groups differ in {n_texts} texts only, so that some are "
+                'alike; intervals and nulls go by these texts with group="auto" (--group auto)'
+            )
+        if n_groups < FEW_GROUPS:
+            notes.append(
+                f"{n_groups} independent groups of {noun}; intervals and p-values from fewer than "
+                f"{FEW_GROUPS} are rough"
+            )
+        for text in notes:
+            warnings.warn(f"{self.name}: {text}", UserWarning, stacklevel=3)
 
     @classmethod
     def from_records(
-        cls: type[Self], records: Iterable[Mapping[str, Any]], *, name: str | None = None
+        cls: type[Self],
+        records: Iterable[Mapping[str, Any]],
+        *,
+        name: str | None = None,
+        group: str = "group",
     ) -> Self:
         """Entries from dicts with the keys of the JSONL format; see the class.
 
         Args:
             records: One an entry; an optional key may be absent or None.
             name: What messages and tables call them; default "pairs" or "items".
+            group: The key that holds the group, or "auto": pairs whose sides differ in the same
+                text are one group, and so are items of one prompt.
 
         Raises:
             InputError: Says which record (counted from 1) cannot be used, and why.
+
+        Examples:
+            >>> films = [
+            ...     {"positive": "A good film, as", "negative": "A bad film, as", "by": "Ann"},
+            ...     {"positive": "A good meal, as", "negative": "A bad meal, as", "by": "Bob"},
+            ... ]
+            >>> sl.ContrastivePairs.from_records(films, group="by").groups
+            (0, 1)
+            >>> sl.ContrastivePairs.from_records(films, group="auto").groups
+            (0, 0)
         """
         name = cls._noun if name is None else name
-        entries = (
-            cls._from_record(record, default_id=str(i), where=f"{name}: record {i}")
-            for i, record in enumerate(records, start=1)
-        )
+        read = ((f"{name}: record {i}", str(i), record) for i, record in enumerate(records, 1))
+        return cls._of_records(read, name, group)
+
+    @classmethod
+    def _of_records(
+        cls: type[Self], records: Iterable[tuple[str, str, Any]], name: str, group: str
+    ) -> Self:
+        """Entries from records, each with where it is and its default id."""
+        if group in (*cls._required, *cls._optional, "id"):
+            raise InputError(f"{name}: {group!r} is another part of {cls._noun}, not their group")
+        entries = [
+            cls._from_record(record, group=group, default_id=default_id, where=where)
+            for where, default_id, record in records
+        ]
+        if group == "auto":
+            entries = [replace(entry, group=cls._auto_group(entry)) for entry in entries]
         return cls(tuple(entries), name)
 
     @classmethod
-    def from_jsonl(cls: type[Self], path: str | Path) -> Self:
+    def from_jsonl(cls: type[Self], path: str | Path, *, group: str = "group") -> Self:
         """Entries from a UTF-8 JSONL file: one object a line, blank lines skipped.
 
         Args:
             path: The file, or a pipe; its lines have the keys that the class tells. The default
                 id is the line number.
+            group: As of `from_records`.
 
         Raises:
             InputError: Says which line of the file cannot be used, and why.
@@ -130,25 +211,21 @@ class EntrySequence(Sequence[Entry]):
             >>> [pair.id for pair in sl.ContrastivePairs.from_jsonl(folder / "mine.jsonl")]
             ['1', 'good']
         """
-        entries = tuple(
-            cls._from_record(record, default_id=str(number), where=where)
-            for number, where, record in read_jsonl(Path(path))
-        )
-        return cls(entries, printable(Path(path)))
+        read = ((where, str(number), record) for number, where, record in read_jsonl(Path(path)))
+        return cls._of_records(read, printable(Path(path)), group)
 
     @classmethod
-    def _load(cls: type[Self], name: str, split: str, stem: str) -> Self:
-        entries = cls.from_jsonl(shipped_file(name, stem, split))
+    def _load(cls: type[Self], name: str, split: str, stem: str, group: str) -> Self:
+        entries = cls.from_jsonl(shipped_file(name, stem, split), group=group)
         return cls(tuple(entries), f"{name}/{stem}")
 
-    def split(self: Self, test_fraction: float, seed: int = 0) -> tuple[Self, Self]:
+    def split(self: Self, test_fraction: float | int, seed: Whole = 0) -> tuple[Self, Self]:
         """A random (train, test) partition, the same for the same seed; order is kept in each.
 
-        Items with the same prompt stay together.
+        A group stays together.
 
         Args:
-            test_fraction: Of n pairs, or of the n prompts of items, `round(test_fraction * n)` are
-                in the test part.
+            test_fraction: Of n groups, `round(test_fraction * n)` are in the test part.
             seed: A whole number from 0 on.
 
         Raises:
@@ -159,18 +236,22 @@ class EntrySequence(Sequence[Entry]):
             >>> len(train), len(test)
             (6, 2)
         """
-        key, unit = self._split_by
-        kinds = list(dict.fromkeys(getattr(entry, key) for entry in self._entries))
-        n_test = round(test_fraction * len(kinds)) if 0 < test_fraction < 1 else 0
-        order = np.random.default_rng(whole("seed", seed, 0)).permutation(len(kinds))
-        chosen = {kinds[i] for i in order[:n_test]}
+        groups = self.groups
+        n_groups = len(set(groups))
+        n_test = round(test_fraction * n_groups) if 0 < test_fraction < 1 else 0
+        order = np.random.default_rng(seed).permutation(n_groups)
+        chosen = set(order[:n_test].tolist())
         parts = [
-            tuple(entry for entry in self._entries if (getattr(entry, key) in chosen) == is_test)
+            tuple(
+                entry
+                for entry, group in zip(self._entries, groups, strict=True)
+                if (group in chosen) == is_test
+            )
             for is_test in (False, True)
         ]
         if min(map(len, parts)) < MIN_ENTRIES:
             raise InputError(
-                f"{self.name}: test_fraction={test_fraction} of {len(kinds)} {unit} must leave at "
+                f"{self.name}: test_fraction={test_fraction} of {n_groups} groups must leave at "
                 f"least {MIN_ENTRIES} {self._noun} in each part"
             )
         train, test = (
@@ -180,17 +261,30 @@ class EntrySequence(Sequence[Entry]):
         return train, test
 
     @staticmethod
+    def _alike(entry: Any) -> Any:
+        """What makes two entries without a group one group: their content, or a part of it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _auto_group(entry: Any) -> str:
+        """The group that an entry is given by `group="auto"`."""
+        raise NotImplementedError
+
+    @staticmethod
     def _check_sides(entry: Any, *, where: str) -> None:
         if entry.positive == entry.negative:
             raise InputError(f"{where}: positive and negative are equal; they must differ")
 
     @classmethod
-    def _from_record(cls, record: Any, *, default_id: str, where: str) -> Entry:
+    def _from_record(cls, record: Any, *, group: str, default_id: str, where: str) -> Entry:
         keys = f"the keys {', '.join(cls._required)}"
         if not isinstance(record, Mapping):
             raise InputError(f"{where}: expected an object with {keys}")
         optional = {**cls._optional, "id": _checked_id}
-        for key in cls._required:
+        if group != "auto":
+            optional[group] = _checked_id
+        needed = [*cls._required, *([] if group in ("auto", "group") else [group])]
+        for key in needed:
             if key not in record:
                 raise InputError(
                     f"{where}: missing key {key!r}; expected {keys} and optionally "
@@ -208,6 +302,8 @@ class EntrySequence(Sequence[Entry]):
             for key, check in checks.items()
             if key in cls._required or record.get(key) is not None
         }
+        if group in values:
+            values["group"] = values.pop(group)
         entry: Entry = cls._entry(**{"id": default_id, **values})
         cls._check_sides(entry, where=where)
         return entry

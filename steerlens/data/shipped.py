@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from steerlens.errors import InputError
+from steerlens.validation import checked
 
 SPLITS = ("train", "test")
 
@@ -24,6 +25,7 @@ def dataset_names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in shipped_folder().glob("*/train.jsonl")))
 
 
+@checked
 def dataset_card(name: str) -> str:
     """How a shipped dataset was made and what it is not good for (Markdown).
 

@@ -1,5 +1,7 @@
 """Methods that look at the activations of both sides alone: one forward pass of the pairs."""
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +14,15 @@ from steerlens.errors import InputError
 
 @dataclass(frozen=True)
 class Activations:
-    """Both sides' activations at one hook (float64, residual units), and a seeded generator."""
+    """Both sides' activations at one hook (float64, residual units), and what controls draw from.
+
+    `generator` is seeded for the hook; `flips` are +1 or -1 a pair, the same at every hook.
+    """
 
     positive: Float[Tensor, "pair d_model"]
     negative: Float[Tensor, "pair d_model"]
     generator: torch.Generator
+    flips: Float[Tensor, " pair"]
 
     @property
     def differences(self) -> Float[Tensor, "pair d_model"]:
@@ -121,17 +127,26 @@ def random(sides: Activations) -> Float[Tensor, " d_model"]:
 
 
 def shuffled(sides: Activations) -> Float[Tensor, " d_model"]:
-    """`mean_diff` with the labels of half the pairs exchanged: `mean_i s_i d_i`, s_i = +1 or -1.
+    """`mean_diff` with the labels of groups of pairs exchanged by coin: `mean_i s_g(i) d_i`.
 
-    The harder control: it lies where the pairs differ, and cannot know which side is which, as the
-    signs sum to 0 (to +1 or -1 for an odd number of pairs) and its own sign is not fixed on the
-    differences. Which half is drawn from the seed and the hook name. Cost: one sum.
+    The harder control: it lies where the pairs differ, and cannot know which side is which. Each
+    group's sign is an independent fair coin, drawn from the seed and the same at every hook, so
+    that the labels as they are could have been drawn too; its own sign is not fixed on the
+    differences. Cost: one sum.
     """
-    n_pairs = len(sides.differences)
-    order = torch.randperm(n_pairs, generator=sides.generator)
-    n_exchanged = n_pairs // 2 + int(
-        torch.randint(0, 1 + n_pairs % 2, (1,), generator=sides.generator)
-    )
-    signs = torch.ones(n_pairs, dtype=sides.positive.dtype)
-    signs[order[:n_exchanged]] = -1
-    return (signs[:, None] * sides.differences).mean(dim=0)
+    return (sides.flips[:, None] * sides.differences).mean(dim=0)
+
+
+def coin_flips(groups: Sequence[int], seed: int) -> Float[Tensor, " pair"]:
+    """A sign a pair, +1 or -1 with equal chances, one for each of the groups (numbered from 0).
+
+    Examples:
+        >>> signs = coin_flips((0, 0, 1, 1), seed=3)
+        >>> bool(signs[0] == signs[1] and signs[2] == signs[3])
+        True
+    """
+    digest = hashlib.sha256(f"{seed}:flips".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    signs = 2.0 * torch.randint(0, 2, (max(groups) + 1,), generator=generator).double() - 1.0
+    flips: Tensor = signs[torch.tensor(groups)]
+    return flips

@@ -13,19 +13,22 @@ from steerlens.engine.capture import collect_activations
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
+from steerlens.models.identity import weights_fingerprint
 from steerlens.models.weight_processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress
 from steerlens.tables import fragment, hook_label
+from steerlens.validation import Count, checked
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, eq=False)
 class Differences:
     """Activations of the positive and the negative prompts at some hooks and one position.
 
     `positive` and `negative` hold `hook_names` first, then `readout_names`: further hooks at which
     a sweep over `hook_names` reads its effect, carried along so that one pass is enough. In
-    residual units; float32, or float64 where the model is. `fingerprint` is that of the pairs,
-    `weight_processing` that of the model's weights.
+    residual units; float32, or float64 where the model is. `fingerprint` and `groups` are those of
+    the pairs, `weight_processing` and `weights_fingerprint` those of the model.
 
     Examples:
         >>> differences
@@ -43,6 +46,13 @@ class Differences:
     position: int
     fingerprint: str
     weight_processing: str = UNKNOWN
+    weights_fingerprint: str = UNKNOWN
+    groups: tuple[int, ...] | None = None
+
+    @property
+    def pair_groups(self) -> tuple[int, ...]:
+        """The number of each pair's group; by default each is one of its own."""
+        return tuple(range(self.positive.shape[1])) if self.groups is None else self.groups
 
     @property
     def all_hook_names(self) -> tuple[str, ...]:
@@ -80,13 +90,14 @@ class Differences:
         return fragment(about, table, note="means over pairs, residual units")
 
 
+@checked
 def collect_differences(
     model: HookedModel,
     pairs: ContrastivePairs,
     *,
     layers: Layers = "all",
     position: int = -1,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> Differences:
     """Activations of both sides of every pair and their differences.
@@ -128,6 +139,8 @@ def collect_differences(
     return Differences(
         *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
         weight_processing=weight_processing(model),
+        weights_fingerprint=weights_fingerprint(model),
+        groups=pairs.groups,
     )
 
 

@@ -2,28 +2,46 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import InputError
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.tables import fragment, hook_label, shortened
+from steerlens.validation import Whole, checked
 
 UNIT_TOLERANCE = 1e-3
 """How far from 1 the norm of a unit direction may be."""
 
 
-@dataclass(frozen=True)
-class Directions(Mapping[str, Tensor]):
+class Frozen:
+    """Base of frozen dataclasses whose tensors are copied when given and when taken."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                object.__setattr__(self, name, value.detach().clone())
+
+    def __getattribute__(self, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        return value.clone() if isinstance(value, Tensor) else value
+
+
+@checked
+@dataclass(frozen=True, eq=False)
+class Directions(Frozen, Mapping[str, Tensor]):
     """Hook name -> unit direction, fitted on the unsteered model and then frozen.
 
     Iterating gives `hook_names`, the hooks that were asked for; the readouts carried along for a
     sweep (`readout_names`) are found by `directions[name]` too, but are not steered. `vectors`
-    holds both, in that order. The sign is fixed by the method, most often so that positive prompts
-    project higher on average. `fingerprint` is that of the pairs it was fitted on, and
-    `weight_processing` that of the model's weights: another model may not use them. Raises
+    holds both, in that order; what is taken is a copy, so that nothing changes them. The sign is
+    fixed by the method, most often so that positive prompts project higher on average.
+    `fingerprint` is that of the pairs it was fitted on. A model with another `weight_processing`
+    may not use them; one with another `weights_fingerprint` may, with a warning. Raises
     `InputError` when a vector does not have norm 1.
 
     Examples:
@@ -39,12 +57,13 @@ class Directions(Mapping[str, Tensor]):
     vectors: Float[Tensor, "all_hook d_model"]
     method: str
     position: int
-    seed: int
+    seed: Whole
     fingerprint: str
     weight_processing: str = UNKNOWN
+    weights_fingerprint: str = UNKNOWN
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "vectors", self.vectors.detach())
+        super().__post_init__()
         norms = self.vectors.norm(dim=-1)
         for name, norm in zip((*self.hook_names, *self.readout_names), norms.tolist(), strict=True):
             if not abs(norm - 1) < UNIT_TOLERANCE:
@@ -54,6 +73,16 @@ class Directions(Mapping[str, Tensor]):
         if hook_name not in self._names:
             raise KeyError(hook_name)
         return self.vectors[self._names.index(hook_name)]
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other are directions of the same values, fitted in the same way."""
+        if not isinstance(other, Directions):
+            return NotImplemented
+        mine, theirs = ({**vars(one), "vectors": None} for one in (self, other))
+        return mine == theirs and torch.equal(self.vectors, other.vectors)
+
+    def __hash__(self) -> int:
+        return hash((self._names, self.method, self.seed, self.fingerprint))
 
     def __contains__(self, hook_name: object) -> bool:
         return hook_name in self._names

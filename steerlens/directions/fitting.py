@@ -17,11 +17,13 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
+from steerlens.validation import Count, Whole, checked
 
 N_SCORES = 4
 """Label sequences drawn for each positive prompt where a method needs scores."""
 
 
+@checked
 def fit(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -32,8 +34,8 @@ def fit(
     weight: Weight = WEIGHT,
     items: PreferenceItems | None = None,
     differences: Differences | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
+    seed: Whole = 0,
+    batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> Directions:
     """A unit direction at every hook, by any method: collects what it is fitted from, or trains.

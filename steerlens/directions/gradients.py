@@ -24,18 +24,21 @@ from steerlens.engine.capture import are_finite
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import check_memory
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_pairs
-from steerlens.errors import HookError, InputError, ModelError, finite, told, whole
+from steerlens.errors import HookError, InputError, ModelError, told
 from steerlens.loss import MARGIN, WEIGHT
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post, resolve_hooks
+from steerlens.models.identity import weights_fingerprint
 from steerlens.models.weight_processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress, silent
 from steerlens.tables import GRADIENT_COLUMNS, Row, fragment, hook_label, to_frame
+from steerlens.validation import Count, Whole, checked
 
 Weight = float | int | Literal["balanced"]
 
 
-@dataclass(frozen=True)
+@checked
+@dataclass(frozen=True, eq=False)
 class LossGradients:
     """Gradients of each pair's noref loss at every hook and one position; no mean over pairs.
 
@@ -70,6 +73,7 @@ class LossGradients:
     fingerprint: str
     forward_equivalents: float
     weight_processing: str = UNKNOWN
+    weights_fingerprint: str = UNKNOWN
 
     @property
     def all_hook_names(self) -> tuple[str, ...]:
@@ -129,6 +133,7 @@ class LossGradients:
 
 
 @with_old_gradient_keywords
+@checked
 def loss_gradients(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -137,9 +142,9 @@ def loss_gradients(
     position: int = -2,
     loss_hook: str | None = None,
     margin: float | int = MARGIN,
-    n_scores: int = 0,
-    seed: int = 0,
-    batch_size: int | None = None,
+    n_scores: Whole = 0,
+    seed: Whole = 0,
+    batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> LossGradients:
     """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
@@ -181,8 +186,6 @@ def loss_gradients(
     hook_names = resolve_hooks(model, layers)
     readouts = missing_readouts(hook_names, int(model.cfg.n_layers))
     loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook)
-    margin = finite("margin", margin)
-    n_scores, seed = whole("n_scores", n_scores, 0), whole("seed", seed, 0)
     tokenized = tokenize_pairs(model, pairs)
     _check_position(tokenized, position)
     batches = make_pair_batches(model, tokenized, batch_size)
@@ -216,11 +219,13 @@ def loss_gradients(
         fingerprint=pairs.fingerprint,
         forward_equivalents=round(engine.cost.blocks / n_blocks, 3),
         weight_processing=weight_processing(model),
+        weights_fingerprint=weights_fingerprint(model),
     )
     _check_finite(gradients)
     return gradients
 
 
+@checked
 def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
     """Which term dominates where: norms and cosine of the two, one row a hook.
 

@@ -6,25 +6,26 @@ and in records of runs. `METHODS` says which options a method has.
 """
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.directions import contrast_methods as contrast
 from steerlens.directions import gradient_methods as gradient
-from steerlens.directions.contrast_methods import Activations
+from steerlens.directions.contrast_methods import Activations, coin_flips
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.gradient_methods import Form, Gradients
 from steerlens.directions.gradients import LossGradients
 from steerlens.directions.old_names import METHOD_NAMES, warn_of_old
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
+from steerlens.validation import Draws, Whole, checked
 
 Source = Literal["differences", "gradients", "training"]
 
@@ -122,8 +123,9 @@ def method_of(name: str) -> Method:
     )
 
 
+@checked
 def fit_directions(
-    evidence: Differences | LossGradients, *, method: str = "mean_diff", seed: int = 0
+    evidence: Differences | LossGradients, *, method: str = "mean_diff", seed: Whole = 0
 ) -> Directions:
     """A unit direction at every hook of `evidence`, the readouts included.
 
@@ -147,7 +149,7 @@ def fit_directions(
         >>> sl.fit_directions(differences, method="pca")
         Directions(pca, 5 hooks, d_model 32, position -1)
     """
-    chosen, seed = method_of(method), whole("seed", seed, 0)
+    chosen = method_of(method)
     source = "differences" if isinstance(evidence, Differences) else "gradients"
     if chosen.function is None or chosen.source != source:
         raise InputError(
@@ -159,7 +161,7 @@ def fit_directions(
     for index, hook_name in enumerate(evidence.all_hook_names):
         try:
             if isinstance(evidence, Differences):
-                known, rows, rounding = _activations(evidence, index, _generator(seed, hook_name))
+                known, rows, rounding = _activations(evidence, index, hook_name, seed)
             else:
                 known, rows, rounding = _gradients(evidence, index, chosen.form)
             unit = _unit(chosen.function(known), rounding)
@@ -177,14 +179,19 @@ def fit_directions(
         seed=seed,
         fingerprint=evidence.fingerprint,
         weight_processing=evidence.weight_processing,
+        weights_fingerprint=evidence.weights_fingerprint,
     )
 
 
-def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str, list[Directions]]:
+@checked
+def null_directions(
+    differences: Differences, *, n: Draws, seed: Whole
+) -> dict[str, list[Directions]]:
     """`n` random and `n` shuffled directions at every hook: what a claim is compared with.
 
-    Their seeds are 1000 times `seed + 1`, and counted up from there, so that they are not those of
-    methods of the same name with a small seed.
+    A shuffled one exchanges the labels of whole groups, the same at every hook. Their seeds are
+    1000 times `seed + 1`, and counted up from there, so that they are not those of methods of the
+    same name with a small seed.
 
     Args:
         differences: What they are drawn for.
@@ -195,26 +202,43 @@ def null_directions(differences: Differences, *, n: int, seed: int) -> dict[str,
         Kind (`random`, `shuffled`) -> directions.
 
     Raises:
-        InputError: Fewer than two, or too few pairs for so many shuffles.
+        InputError: Fewer than two, or a shuffle in which the differences cancel.
 
     Examples:
         >>> nulls = sl.null_directions(differences, n=3, seed=0)
         >>> {kind: len(drawn) for kind, drawn in nulls.items()}
         {'random': 3, 'shuffled': 3}
     """
-    n, seed = whole("n", n, 2), whole("seed", seed, 0)
-    n_pairs = differences.positive.shape[1]
-    n_shuffles = math.comb(n_pairs, n_pairs // 2)
-    if n_shuffles < n:
-        raise InputError(
-            f"half of {n_pairs} pairs can be exchanged in {n_shuffles} ways only, and {n} shuffled "
-            "vectors were asked for; fit on more pairs"
-        )
     seeds = range(1000 * (seed + 1), 1000 * (seed + 1) + n)
     return {
         kind: [fit_directions(differences, method=kind, seed=s) for s in seeds]
         for kind in ("random", "shuffled")
     }
+
+
+def null_vectors(
+    differences: Differences, *, n: int, seed: int
+) -> dict[str, Float[Tensor, "draw hook d_model"]]:
+    """The vectors of `null_directions` at `hook_names`, thousands of them at once (float64, CPU).
+
+    The first ones are those of fewer draws. A shuffle in which the differences cancel is 0.
+    """
+    values = differences.values.double().cpu()
+    seeds = range(1000 * (seed + 1), 1000 * (seed + 1) + n)
+    flips = torch.stack([coin_flips(differences.pair_groups, s) for s in seeds])
+    drawn = [
+        torch.stack([_gaussian(values.shape[-1], _generator(s, name)) for s in seeds])
+        for name in differences.hook_names
+    ]
+    vectors = {
+        "random": torch.stack(drawn, dim=1),
+        "shuffled": einsum(flips, values, "draw pair, hook pair d -> draw hook d"),
+    }
+    return {kind: torch.nn.functional.normalize(rows, dim=-1) for kind, rows in vectors.items()}
+
+
+def _gaussian(d_model: int, generator: torch.Generator) -> Float[Tensor, " d_model"]:
+    return torch.randn(d_model, generator=generator, dtype=torch.float64)
 
 
 _ADVICE = {
@@ -225,11 +249,16 @@ _ADVICE = {
 
 
 def _activations(
-    differences: Differences, index: int, generator: torch.Generator
+    differences: Differences, index: int, hook_name: str, seed: int
 ) -> tuple[Activations, Float[Tensor, "pair d_model"], float]:
     """What is known at one hook, the rows that fix the sign, and what counts as rounding."""
     positive, negative = differences.positive[index], differences.negative[index]
-    sides = Activations(positive.double(), negative.double(), generator)
+    sides = Activations(
+        positive.double(),
+        negative.double(),
+        generator=_generator(seed, hook_name),
+        flips=coin_flips(differences.pair_groups, seed).to(positive.device),
+    )
     rounding = 8 * torch.finfo(positive.dtype).eps * float(positive.abs().max())
     if sides.differences.abs().max() <= rounding:
         raise InputError(

@@ -23,7 +23,7 @@ from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.capture import reading_hook
 from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items, tokenize_pairs
-from steerlens.errors import InputError, finite, whole
+from steerlens.errors import InputError
 from steerlens.loss import (
     contrastive_steering_loss,
     mean_by_prompt,
@@ -34,6 +34,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
+from steerlens.validation import Count, Positive, Whole, checked
 
 SIGNS = (1.0, -1.0)
 """The coefficients a vector is trained at."""
@@ -47,6 +48,7 @@ METHOD_OF = {method.objective: method.name for method in METHODS.values() if met
 """Objective -> the name of the method that trains by it."""
 
 
+@checked
 @dataclass(frozen=True)
 class Schedule:
     """How long a vector is trained, and in which steps.
@@ -61,19 +63,13 @@ class Schedule:
         InputError: A number that is not above 0.
     """
 
-    max_epochs: int = 8
-    patience: int = 2
-    step_size: float | int = 0.01
-    examples_per_step: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("max_epochs", "patience", "examples_per_step"):
-            whole(name, getattr(self, name), 1)
-        if not finite("step_size", self.step_size) > 0:
-            raise InputError(f"step_size must be above 0, got {self.step_size}")
+    max_epochs: Count = 8
+    patience: Count = 2
+    step_size: Positive = 0.01
+    examples_per_step: Count = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trained:
     """Directions that were trained, how long the vectors were, and the losses on the way.
 
@@ -87,6 +83,7 @@ class Trained:
 
 
 @with_grouped("schedule", Schedule, frozenset(field.name for field in fields(Schedule)))
+@checked
 def train_directions(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -96,8 +93,8 @@ def train_directions(
     items: PreferenceItems | None = None,
     position: int = -1,
     schedule: Schedule = Schedule(),
-    seed: int = 0,
-    batch_size: int | None = None,
+    seed: Whole = 0,
+    batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> Trained:
     """A vector at every hook, trained with Adam on the frozen model at c = +1 and c = -1.
@@ -137,7 +134,7 @@ def train_directions(
         >>> list(trained.history)
         ['hook_name', 'epoch', 'train_loss', 'validation_loss', 'norm']
     """
-    items, seed = _items_of(objective, items), whole("seed", seed, 0)
+    items = _items_of(objective, items)
     differences = collect_differences(
         model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress
     )

@@ -2,7 +2,7 @@
 
 `run_from` runs a batch with the residual stream held, or a step added to it; `Labels.read` gives
 the labels' log-probabilities, which can be differentiated though their logits are not kept. On the
-two stand `label_slopes` (along directions at coefficient 0), `loss_rows` (gradients at every hook,
+two stand `label_gradients` (by vectors added at hooks, at 0), `loss_rows` (gradients at every hook,
 pair by pair) and `directions.training`.
 """
 
@@ -197,6 +197,17 @@ def _over_batches(
 # Slopes: steps at all hooks at once
 
 
+class LabelGradients(NamedTuple):
+    """Gradients by a vector added at a hook, at 0, of the labels' logprob and of sampled labels'.
+
+    `logprob` is that of the mean logprob of a prompt's labels (nats per token and residual unit);
+    `scores` that of the logprob of labels sampled from the model, over the root of their number.
+    """
+
+    logprob: Float[Tensor, "hook prompt d_model"]
+    scores: Float[Tensor, "hook prompt d_model"]
+
+
 class Slopes(NamedTuple):
     """The first two derivatives, at coefficient 0, along directions at hooks.
 
@@ -220,46 +231,74 @@ def label_slopes(
 ) -> Slopes:
     """`Slopes` of the batches' prompts, in their order, along each (hook name, direction).
 
-    A scalar step along the direction is added at every hook and its derivative taken at 0, so the
-    hooks do not influence each other. The curvature is the Fisher information of the model's own
-    next-token distributions: with labels y sampled from the model at the T label positions and
-    s = d(sum_t log p(y_t))/dc, E[s^2] / T is the second derivative of the mean KL per token, as the
-    s of different positions are uncorrelated (the contexts stay those of the prompt). The engine's
-    cost is added to: a forward pass and two backward passes, each counted as two forward passes,
-    and a check of one prompt. Raises `ModelError` as `check_label_rows`.
+    The products of `label_gradients` with the directions. The curvature is the Fisher information
+    of the model's own next-token distributions: with labels y sampled from the model at the T label
+    positions and s = d(sum_t log p(y_t))/dc, E[s^2] / T is the second derivative of the mean KL per
+    token, as the s of different positions are uncorrelated (the contexts stay those of the prompt).
+    """
+    hook_names = tuple(dict.fromkeys(name for name, _ in along))
+    found = label_gradients(
+        engine, batches, hook_names, steered_positions=steered_positions, seed=seed
+    )
+    places = [(hook_names.index(name), unit.to(found.logprob).cpu()) for name, unit in along]
+    return Slopes(
+        torch.stack([found.logprob[i] @ unit for i, unit in places]),
+        torch.stack([(found.scores[i] @ unit).square() for i, unit in places]),
+    )
+
+
+def label_gradients(
+    engine: Engine,
+    batches: Sequence[Batch],
+    hook_names: Sequence[str],
+    *,
+    steered_positions: SteeredPositions,
+    seed: int,
+    with_scores: bool = True,
+) -> LabelGradients:
+    """`LabelGradients` of the batches' prompts, in their order, at every hook.
+
+    A vector is added at every hook, the same at all steered tokens of a prompt, and the derivative
+    taken at 0, so the hooks do not influence each other. Without scores these are NaN. The engine's
+    cost is added to: a forward pass and two backward passes (one without scores), each counted as
+    two forward passes, and a check of one prompt. Raises `ModelError` as `check_label_rows`.
     """
 
-    def run(model: HookedModel, generator: torch.Generator, batch: Batch) -> Slopes:
+    def run(model: HookedModel, generator: torch.Generator, batch: Batch) -> LabelGradients:
         mask, labels = batch.steered_mask(steered_positions), Labels.of(batch)
         with differentiable(model):
             wide = torch.promote_types(model.cfg.dtype, torch.float32)
-            steps = torch.zeros(len(along), len(batch.prompts), dtype=wide, device=mask.device)
-            steps.requires_grad_()
+            shape = (len(hook_names), len(batch.prompts), int(model.cfg.d_model))
+            steps = torch.zeros(shape, dtype=wide, device=mask.device).requires_grad_()
             hooks = [
-                (name, adding(step[:, None, None] * direction.to(step), mask))
-                for (name, direction), step in zip(along, steps, strict=True)
+                (name, adding(step[:, None], mask))
+                for name, step in zip(hook_names, steps, strict=True)
             ]
             last = resid_post(engine.n_layers - 1)
             final = run_from(
                 model, batch.tokens, batch.attention_mask, fwd_hooks=hooks, last_hook=last
             )
-            read = labels.read(model, final, n_samples=1, generator=generator)
+            read = labels.read(model, final, n_samples=int(with_scores), generator=generator)
             shares = labels.shares.to(read.logprob)
-            (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=True)
-            (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
-        return Slopes(slope.cpu(), score.cpu().square() / labels.n_labels)
+            (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=with_scores)
+            score = torch.full_like(slope, math.nan)
+            if with_scores:
+                (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
+        return LabelGradients(slope.cpu(), score.cpu() / labels.n_labels.sqrt()[:, None])
 
     def compute() -> Tensors:
         groups = [(batch,) for batch in batches]
-        names = [name for name, _ in along]
-        slopes = _over_batches(engine.stage("slopes: prompts"), groups, names, run, seed=seed)
+        stage = engine.stage("slopes: prompts")
+        gradients = _over_batches(stage, groups, hook_names, run, seed=seed)
+        n_backward = 1 + with_scores
         for batch in batches:
-            engine.cost.add(batch.tokens, engine.n_layers * (1 + 2 * BACKWARD_COST))
-        return Slopes(*slopes)._asdict()
+            engine.cost.add(batch.tokens, engine.n_layers * (1 + n_backward * BACKWARD_COST))
+        return LabelGradients(*gradients)._asdict()
 
     prompts = [[fingerprint(batch.prompts), batch.rows] for batch in batches]
-    decided = ("slopes", provenance(engine.model).to_dict(), prompts, steered_positions, seed)
-    return Slopes(**once(engine.checkpoint, (*decided, along), compute, engine.cost))
+    how = (steered_positions, seed, with_scores)
+    decided = ("slopes", provenance(engine.model).to_dict(), prompts, how, hook_names)
+    return LabelGradients(**once(engine.checkpoint, decided, compute, engine.cost))
 
 
 # Rows of the loss: the residual stream held at every hook

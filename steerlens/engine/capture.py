@@ -19,17 +19,19 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked, keeping
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
+from steerlens.validation import Count, checked
 
 T = TypeVar("T")
 
 
+@checked
 def collect_activations(
     model: HookedModel,
     prompts: Sequence[TokenizedPrompt],
     hook_names: Sequence[str],
     *,
     position: int = -1,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "hook prompt d_model"]:
     """Activations at one position of every prompt, in the prompts' order, on the CPU.

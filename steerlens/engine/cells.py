@@ -21,7 +21,7 @@ from steerlens.engine.plain_loop import by_token, plain_cells
 from steerlens.engine.prefixes import Part, Prepared, advance_part
 from steerlens.engine.resume import Residual, labels_kl, labels_logprob, run_from
 from steerlens.engine.transfer import Arriving, to_device, to_host
-from steerlens.engine.workload import CellOutput, Cost, Finished, Job, Workload
+from steerlens.engine.workload import LARGEST_PUSH, CellOutput, Cost, Finished, Job, Workload
 from steerlens.loss import mean_by_prompt
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models.loading import inference
@@ -294,7 +294,8 @@ def _addition_by_row(
     """Adds `coefficients[row] * direction` at the masked tokens of each row, out of place."""
 
     def add(activation: Tensor, hook: object = None) -> Tensor:  # noqa: ARG001
-        step = (coefficients[:, None] * direction.to(coefficients)).to(activation)
+        sizes = coefficients.masked_fill(coefficients.abs() > LARGEST_PUSH, torch.nan)
+        step = (sizes[:, None] * direction.to(sizes)).to(activation)
         return activation + mask.to(activation)[..., None] * step[:, None]
 
     return add

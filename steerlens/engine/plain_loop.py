@@ -18,7 +18,7 @@ from steerlens.engine.engine import Engine
 from steerlens.engine.memory import check_memory
 from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.transfer import to_device
-from steerlens.engine.workload import Baseline, CellOutput, Job, Workload
+from steerlens.engine.workload import LARGEST_PUSH, Baseline, CellOutput, Job, Workload
 from steerlens.errors import ModelError
 from steerlens.loss import label_kl, label_logprob
 from steerlens.models.hooked_model import HookedModel
@@ -193,7 +193,8 @@ def _addition(
     def add(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001 (TransformerLens's signature)
         dtype = torch.promote_types(direction.dtype, activation.dtype)
         wide = direction.to(activation.device, torch.promote_types(dtype, torch.float32))
-        moved = activation + (coefficient * wide).to(activation)
+        size = coefficient if abs(coefficient) <= LARGEST_PUSH else torch.nan
+        moved = activation + (size * wide).to(activation)
         return torch.where(mask.to(activation.device)[..., None], moved, activation)
 
     return add

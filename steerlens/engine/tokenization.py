@@ -11,8 +11,10 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Prompt, render, unicode_text
 from steerlens.errors import InputError, ModelError, told
 from steerlens.models.hooked_model import HookedModel, context_length
+from steerlens.validation import checked
 
 
+@checked
 @dataclass(frozen=True)
 class TokenizedPrompt:
     """The ids of a prompt and of the continuation after it (empty when there is none)."""
@@ -37,6 +39,7 @@ class TokenizedPrompt:
         return position % len(self.prompt)
 
 
+@checked
 @dataclass(frozen=True)
 class TokenizedPairs:
     """Positive and negative prompts in pair order; continuations follow the positive ones only."""
@@ -74,6 +77,7 @@ def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
         )
 
 
+@checked
 def tokenize_prompt(
     model: HookedModel,
     prompt: Prompt,
@@ -99,6 +103,7 @@ def tokenize_prompt(
     return _tokenize(model, [(prompt, continuation, where)])[0]
 
 
+@checked
 def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:
     """Ids of every pair's prompts (see `tokenize_prompt`).
 
@@ -131,6 +136,7 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
     return TokenizedPairs(tuple(positive), tuple(negative))
 
 
+@checked
 def tokenize_items(
     model: HookedModel, items: PreferenceItems
 ) -> tuple[tuple[TokenizedPrompt, ...], tuple[TokenizedPrompt, ...]]:

@@ -9,6 +9,10 @@ from steerlens.engine.batches import Batch
 from steerlens.engine.tokenization import SteeredPositions
 from steerlens.models.hooks import hook_layer, resid_post
 
+LARGEST_PUSH = 2.0**63
+"""Residual units: a state pushed further has no square in float32, which the next norm takes of it,
+so that what the model then says is made of nothing. Such a push is NaN instead."""
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -11,7 +11,7 @@ from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, fingerprint
 from steerlens.engine.workload import Baseline, Job, Workload
-from steerlens.errors import InputError, finite
+from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.boundary_search import Boundary, find_boundaries
 from steerlens.measure.coherence import Push, check_rollouts
@@ -31,7 +31,7 @@ from steerlens.tables import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundaryResult:
     """`layers` has one row a hook (`LAYER_COLUMNS`), `curves` one an evaluation of the search.
 
@@ -88,6 +88,7 @@ def run_boundary(
         budget=study.budget,
         n_bootstrap=settings.n_bootstrap,
         seed=settings.seed,
+        groups=text.groups,
     )
     outward, inward = boundaries[::2], boundaries[1::2]
     projections = _projections(study, outward, reads_positive=text.is_positive)
@@ -145,6 +146,8 @@ class Text:
 
     on: On
     prompts: tuple[TokenizedPrompt, ...]
+    groups: tuple[int, ...] | None
+    """Those of the pairs; None for texts of their own."""
 
     @classmethod
     def of(cls, study: Preparation, on: On) -> "Text":
@@ -152,7 +155,8 @@ class Text:
         prompts = text_prompts(study.model, on, study.tokens)
         check_text_positions(study.settings.steered_positions, on, prompts)
         check_rollouts(study.model, prompts, study.budget)
-        return cls(on, prompts)
+        is_of_pairs = isinstance(on, str) and on in ("positive", "negative")
+        return cls(on, prompts, study.pairs.groups if is_of_pairs else None)
 
     @property
     def is_positive(self) -> bool:
@@ -188,7 +192,7 @@ def check_search(*, budget: str, search_range: float | int) -> Budget:
         raise InputError(
             f"the budget {parsed} leaves no room: no coefficient is within it; give one above 0"
         )
-    if not 1e-6 <= finite("search_range", search_range) <= 1e6:
+    if not 1e-6 <= search_range <= 1e6:
         raise InputError(
             f"search_range must be from 1e-6 to 1e6 mean residual norms, got {search_range}"
         )

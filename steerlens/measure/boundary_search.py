@@ -14,6 +14,7 @@ from torch import Tensor
 from steerlens.engine.engine import Engine
 from steerlens.engine.plan import Plan
 from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.coherence import (
     Coherence,
@@ -29,6 +30,7 @@ from steerlens.measure.search import (
     UNDEFINED,
     Curve,
     Line,
+    crossing_interval,
     first_crossings,
     loss_of,
     search,
@@ -102,11 +104,13 @@ def find_boundaries(
     budget: Budget,
     n_bootstrap: int,
     seed: int,
+    groups: Sequence[int] | None = None,
 ) -> list[Boundary]:
     """The boundary along every push on one text, each searched up to its limit (residual units).
 
     `find_boundary` without the pairs: any directions, several at one hook too. `plan` is that of
-    the text as positive prompts, with the pushes' hooks checked. Its engine is told of the prompts
+    the text as positive prompts, with the pushes' hooks checked; intervals go by the prompts'
+    `groups` (each its own by default). Its engine is told of the prompts
     whose slopes are taken, the pushes that have settled on the probes, those measured on all
     prompts (which moves some, to be measured again), and the intervals.
     """
@@ -137,7 +141,9 @@ def find_boundaries(
     measured = _Measured(coherence, pushes, [{} for _ in pushes], [[] for _ in pushes])
     settled = engine.stage("boundary on probes: pushes settled").progress
     lines = search(lines, measured.evaluate, progress=settled)
-    counts = resampled_counts(len(prompts), n_resamples=n_bootstrap, seed=seed)
+    group = np.arange(len(prompts)) if groups is None else np.array(groups)
+    allowed = allowances(budget, logprob, np.eye(len(logprob)))
+    counts = resampled_counts(int(group.max()) + 1, n_resamples=n_bootstrap, seed=seed)[:, group]
     boundaries = []
     engine.progress("intervals: pushes", 0, len(pushes))
     for k, (line, prediction) in enumerate(zip(lines, predictions, strict=True)):
@@ -148,7 +154,21 @@ def find_boundaries(
                 RuntimeWarning,
                 stacklevel=3,
             )
-        low, high = _interval(coherence, line, prediction.drops, measured.readings[k], counts)
+        readings = measured.readings[k]
+        if math.isnan(line.at):
+            low = high = math.nan
+        elif coherence.is_of_tokens:
+            low, high = _percentiles(coherence, line, prediction.drops, readings, counts)
+        else:
+            low, high = crossing_interval(
+                line,
+                prediction.drops,
+                np.stack([readings[c].values for c, _ in line.curve.full], axis=1),
+                allowed,
+                groups=group.tolist(),
+                seed=seed,
+                n_bootstrap=n_bootstrap,
+            )
         boundaries.append(
             Boundary(
                 push=pushes[k],
@@ -158,7 +178,7 @@ def find_boundaries(
                 prediction=prediction,
                 reentry=line.reentry(),
                 allowance=allowance,
-                readings=measured.readings[k],
+                readings=readings,
                 evaluations=tuple(measured.evaluations[k]),
             )
         )
@@ -169,6 +189,12 @@ def find_boundaries(
 def _check_rounding(engine: Engine, budget: Budget, allowance: float) -> None:
     dtype = engine.model.cfg.dtype
     rounding = torch.finfo(dtype).eps
+    least = torch.finfo(torch.float64).eps
+    if allowance < least:
+        raise InputError(
+            f"the budget {budget} allows {allowance:.2g} nats per token; expected {least:.2g} or "
+            "more, as no float tells less apart: take a larger budget"
+        )
     if allowance < rounding:
         warnings.warn(
             f"the budget {budget} allows {allowance:.2g} nats per token, less than the rounding of "
@@ -231,20 +257,18 @@ def choose_probes(slopes: Float[np.ndarray, "push prompt"], seed: int) -> tuple[
     return tuple(int(row) for row in draws[int(np.argmin(misses))])
 
 
-def _interval(
+def _percentiles(
     coherence: Coherence,
     line: Line,
     drop: NDArray[np.float64],
     readings: Mapping[float, Reading],
     counts: NDArray[np.float64],
 ) -> tuple[float, float]:
-    """Bootstrap interval of a boundary: slope, baseline and measured losses of resampled prompts.
+    """Interval of a boundary that bounds a percentile of tokens: those of resampled prompts.
 
     Between and beyond the coefficients measured on all prompts every resample's curve bends as the
     search's own.
     """
-    if math.isnan(line.at):
-        return math.nan, math.nan
     # From 0 on: a resample may cross before any of the points between which the others are.
     grid = np.append(0.0, np.geomspace(min(line.at, line.limit) / 200, line.limit, 1200))
     distances = np.array([c for c, _ in line.curve.full])

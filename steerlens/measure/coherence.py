@@ -61,6 +61,11 @@ class Coherence:
     on_all: Plan
     on_probes: Plan
 
+    @property
+    def is_of_tokens(self) -> bool:
+        """Whether the budget bounds a percentile over tokens, not a mean over prompts."""
+        return self.budget.kind.endswith("_p95")
+
     def measure(
         self,
         pushes: Sequence[tuple[Push, float]],

@@ -1,7 +1,6 @@
 """Methods against each other at equal damage, on held-out items, with a null band."""
 
 import math
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, field, replace
@@ -9,15 +8,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Message
-from steerlens.directions.differences import collect_differences
+from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit_methods
-from steerlens.directions.methods import method_of, null_directions
+from steerlens.directions.methods import method_of, null_directions, null_vectors
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
@@ -26,7 +26,8 @@ from steerlens.engine.tokenization import (
     tokenize_items,
     tokenize_pairs,
 )
-from steerlens.errors import InputError, whole, whole_or_none
+from steerlens.errors import InputError
+from steerlens.loss import Budget
 from steerlens.measure.boundary import check_search
 from steerlens.measure.effects import Damage, mean_distinct_3, of_one_length
 from steerlens.measure.equal_damage import (
@@ -37,32 +38,44 @@ from steerlens.measure.equal_damage import (
     make_subjects,
     mean_norms,
 )
+from steerlens.measure.linearised import linearise
+from steerlens.measure.nulls import N_SCREENED, Screen
 from steerlens.measure.texts import text_prompts
-from steerlens.measure.verdicts import PROMPT, effect_columns, mean_abs, summarise, with_verdicts
+from steerlens.measure.verdicts import (
+    PROMPT,
+    Inference,
+    effect_columns,
+    mean_abs,
+    methods_table,
+    summarise,
+    with_verdicts,
+)
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress, part_of, silent, under
-from steerlens.stats import bootstrap_interval
 from steerlens.tables import COMPARISON_COLUMNS, Row, fragment, measured, shortened, to_frame
+from steerlens.validation import Count, Draws, NotNegative, Whole, checked
 
 N_GENERATED = 4
 """Most items whose prompts, of one length, are continued greedily for `distinct_3`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparison:
     """`table` has one row a method and layer (`COMPARISON_COLUMNS`), `summary` one a method.
 
     `summary` (`SUMMARY_COLUMNS`) holds each method at the layer chosen on training items, best
-    first; it is empty when there are none. `effects` are the effects item by item, one row an item
-    and one column a row of `table` ("method @ hook name"). The tables carry settings, model
-    provenance, fingerprints and `forward_equivalents` (of the held-out items with both
-    continuations; fitting and generation are not counted) in their attrs.
+    first; it is empty when there are none. `methods` (`METHOD_COLUMNS`) compares every method with
+    `mean_diff` on the same items, at the chosen layers or layer by layer. `effects` are the effects
+    item by item, one row an item and one column a row of `table` ("method @ hook name"). The tables
+    carry settings, model provenance, fingerprints and `forward_equivalents` (of the held-out items
+    with both continuations; fitting and generation are not counted) in their attrs.
     """
 
     table: pd.DataFrame
     summary: pd.DataFrame
+    methods: pd.DataFrame
     effects: pd.DataFrame = field(repr=False)
     directions: Mapping[str, Directions] = field(repr=False)
     settings: CompareSettings
@@ -76,7 +89,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         rows = self.table if self.summary.empty else self.summary
         names = ["coefficient", "effect", "effect_ci_low", "effect_ci_high"]
-        names += ["rank"] if "rank" in rows else ["null_low", "null_high", "p_holm"]
+        names += ["rank"] if "rank" in rows else ["null_low", "null_high", "p_layers"]
         table = rows[["method", "layer", "verdict", *names]]
         return fragment(
             [repr(self), *measured(self.table.attrs)],
@@ -86,24 +99,26 @@ class Comparison:
         )
 
 
+@checked
 def compare(
     model: HookedModel,
     pairs: ContrastivePairs,
     items: PreferenceItems,
     *,
-    methods: Sequence[str],
+    methods: str | Sequence[str],
     layers: Layers,
     train_items: PreferenceItems | None = None,
     off_target: Mapping[str, PreferenceItems] | None = None,
     budget: str = "kl=0.1",
     on: str = "neutral",
     neutral: Sequence[str] | None = None,
-    n_null: int = 20,
+    n_null: Draws = 20,
+    margin: NotNegative | None = None,
     position: int | None = None,
     search_range: float | int = 4.0,
-    n_bootstrap: int = 2000,
-    seed: int = 0,
-    batch_size: int | None = None,
+    n_bootstrap: Draws = 2000,
+    seed: Whole = 0,
+    batch_size: Count | None = None,
     executor: Executor | None = None,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
@@ -112,29 +127,36 @@ def compare(
 
     Every direction's coefficient (residual units, positive) is the one at which the budget is
     spent: its coherence boundary on that text. The effect is the mean change of the preference gap,
-    `logprob(positive continuation) - logprob(negative one)` (nats per token), with a 95% bootstrap
-    interval over items; damage is measured on the second half of the neutral texts. Every token is
-    steered. The gap is also measured at -1, -1/2, 0 and 1/2 times the coefficient, for slope,
-    Spearman correlation and monotone share of every item. The baseline "prompt" writes the pairs'
-    positive system messages into the items' prompts, where both are chats.
+    `logprob(positive continuation) - logprob(negative one)` (nats per token), with a 95% interval
+    over groups of items and, for methods fitted from differences, of refits on resampled groups of
+    pairs (linearised, see below); damage is measured on the second half of the neutral texts. Every
+    token is steered. The gap is also measured at -1, -1/2, 0 and 1/2 times the coefficient, for
+    slope, Spearman correlation and monotone share of every item. The baseline "prompt" writes the
+    pairs' positive system messages into the items' prompts, where both are chats.
 
-    The nulls, each at its own coefficient for the same budget, give the band and p-value of
-    `null_band`; `p_holm` corrects over the layers of a method, `q_value` over all rows. A row is an
-    "effect" ("reversed" when negative) only outside the band and with `p_holm` below 0.05; a
-    p-value from so few nulls rests on their being normal.
+    The nulls are random vectors, and mean differences with the labels of whole groups of pairs
+    exchanged by coin, each at its own coefficient for the same budget. `n_null` of each kind are
+    run. Gradients of the items' gaps and of the budget's loss at 0 give the effects of 999 of each
+    kind to first order; at hooks where these correlate above 0.95 with those that were run (20 at
+    least), they take their place, and the method's own effect is then linearised too (`null_by`).
+    `p_value` is the rank p-value (`rank_p`), `p_layers` that of the maximum over the method's
+    layers (`max_rank_p`); of both kinds the larger. What a verdict means is told at
+    `measure.verdicts.verdict`.
 
     Args:
         methods: What to fit with (see `METHODS`).
         layers: Where (see `resolve_hooks`).
         train_items: The layer is chosen by the effect on these, never on `items`. Methods trained
-            on continuations are trained on them too, so their choice of layer is in-sample.
+            on continuations are trained on them too, so their `layer_choice` is "in sample".
             Default: no layer is chosen.
         off_target: Items of other concepts, by name. Default: none.
         budget: See `Budget`.
         on: What the budget is spent on: "neutral", the first half of the neutral texts, or
             "positive", the pairs' positive prompts.
         neutral: At least 4 texts. Default: the shipped lines.
-        n_null: Random and as many shuffled vectors at every hook.
+        n_null: Random and as many shuffled vectors at every hook that are run.
+        margin: The effect (nats per token) below which it does not matter, for "equivalent to no
+            effect". Default: a tenth of the standard deviation over items of the unsteered gap.
         position: Token of the prompt that is read. Default: that of each method.
         search_range: How far to look for the boundary, as of `Study.boundary`.
         n_bootstrap: As of `Study`, and so are `seed`, `batch_size` and `progress`.
@@ -165,21 +187,25 @@ def compare(
         methods=tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)),
         budget=str(check_search(budget=budget, search_range=search_range)),
         on=on,
-        n_null=whole("n_null", n_null, 2),
+        n_null=n_null,
+        margin=None if margin is None else float(margin),
         search_range=float(search_range),
-        n_bootstrap=whole("n_bootstrap", n_bootstrap, 2),
-        seed=whole("seed", seed, 0),
-        batch_size=whole_or_none("batch_size", batch_size, 1),
+        n_bootstrap=n_bootstrap,
+        seed=seed,
+        batch_size=batch_size,
     )
-    position = None if position is None else operator.index(position)
     sets = _ItemSets(items, train_items, off_target or {}, _with_persona(pairs, items))
     _check(model, settings, sets)
     texts = _texts(model, pairs, settings, neutral)
-    # Fitting, coefficients, effects, damage and texts; then what was given beside them.
-    steps = _steps(progress or silent, 4 + len(sets.all()))
+    pairs.warn_of_groups()
+    items.warn_of_groups()
+    # Fitting, coefficients, gradients, effects, damage and texts; then what was given beside them.
+    steps = _steps(progress or silent, 5 + len(sets.all()))
     engine = Engine(model, settings.batch_size, executor, next(steps), checkpoint=checkpoint)
-    run, fitted = _fitted(engine, pairs, settings, sets, layers=layers, position=position)
-    return _compared(run, pairs, sets, texts, fitted, steps)
+    run, fitted, differences = _fitted(
+        engine, pairs, settings, sets, layers=layers, position=position
+    )
+    return _compared(run, differences, pairs, sets, texts, fitted, steps)
 
 
 def _fitted(
@@ -190,8 +216,8 @@ def _fitted(
     *,
     layers: Layers,
     position: int | None,
-) -> tuple[Runner, dict[str, Directions]]:
-    """The directions of every method, and what measures them and the nulls."""
+) -> tuple[Runner, dict[str, Directions], Differences]:
+    """What measures methods and nulls, the directions of every method, and the differences."""
     shared: dict[str, Any] = {
         "layers": layers,
         "batch_size": engine.batch_size,
@@ -211,11 +237,12 @@ def _fitted(
     )
     nulls = null_directions(differences, n=settings.n_null, seed=settings.seed)
     subjects = make_subjects(differences.hook_names, fitted, nulls)
-    return Runner(engine, settings, subjects, mean_norms(differences)), fitted
+    return Runner(engine, settings, subjects, mean_norms(differences)), fitted, differences
 
 
 def _compared(
     run: Runner,
+    differences: Differences,
     pairs: ContrastivePairs,
     sets: "_ItemSets",
     texts: "_Texts",
@@ -224,11 +251,18 @@ def _compared(
 ) -> Comparison:
     """Everything measured, as tables."""
     items, settings = sets.held_out, run.settings
-    found = _measure(run, sets, texts, steps)
-    rows, by_item = _rows(run, found, items, next(steps))
+    found = _measure(run, differences, sets, texts, steps)
+    spread = float(np.std(found.unsteered, ddof=1))
+    inference = Inference(
+        settings,
+        items.groups,
+        n_fitted=len(set(differences.pair_groups)),
+        margin=0.1 * spread if settings.margin is None else settings.margin,
+    )
+    rows, by_item = _rows(run, found, differences, items, inference, next(steps))
     if sets.persona is not None:
         by_item[PROMPT] = _persona_effect(run, items, sets.persona, next(steps))
-        rows.append(_prompt_row(by_item[PROMPT], settings))
+        rows.append(_prompt_row(by_item[PROMPT], inference))
     attrs = {
         "settings": asdict(settings),
         "positions": {name: directions.position for name, directions in fitted.items()},
@@ -237,12 +271,15 @@ def _compared(
         **sets.record(),
         "neutral": fingerprint(texts.neutral),
         "model": provenance(run.engine.model).to_dict(),
+        "margin_nats": inference.margin,
+        "null_correlation": found.screen.correlation,
         "forward_equivalents": run.forward_equivalents(items),
     }
     effects = pd.DataFrame({"id": [item.id for item in items], **by_item})
     effects.attrs.update(attrs)
     table = to_frame(rows, COMPARISON_COLUMNS, attrs)
-    return Comparison(table, summarise(table, effects, settings), effects, fitted, settings)
+    summary, methods = (make(table, effects, inference) for make in (summarise, methods_table))
+    return Comparison(table, summary, methods, effects, fitted, settings)
 
 
 @dataclass(frozen=True)
@@ -296,16 +333,47 @@ def _texts(
 
 
 def _measure(
-    run: Runner, sets: _ItemSets, texts: _Texts, steps: Iterator[Progress]
+    run: Runner,
+    differences: Differences,
+    sets: _ItemSets,
+    texts: _Texts,
+    steps: Iterator[Progress],
 ) -> "_Measurements":
+    settings = run.settings
     reached = run.calibrate(texts.calibration, next(steps))
-    effects = run.effects(sets.held_out, reached, next(steps))
+    linear = linearise(
+        replace(run.engine, progress=next(steps)),
+        sets.held_out,
+        texts.calibration,
+        differences.hook_names,
+        budget=Budget.parse(settings.budget),
+        seed=settings.seed,
+    )
+    unsteered, effects = run.effects(sets.held_out, reached, next(steps))
     damage = run.damages(texts.damaged, reached, next(steps))
     on_train: Mapping[Subject, float] = {}
     if sets.train is not None:
         on_train = run.mean_effects(sets.train, reached, next(steps))
     elsewhere = [run.mean_effects(s, reached, next(steps)) for s in sets.off_target.values()]
-    return _Measurements(reached, effects, damage, on_train, elsewhere)
+    screen = Screen(
+        linear,
+        _exact_nulls(run, effects, differences.hook_names),
+        null_vectors(differences, n=max(N_SCREENED, settings.n_null), seed=settings.seed),
+    )
+    return _Measurements(reached, unsteered, effects, screen, damage, on_train, elsewhere)
+
+
+def _exact_nulls(
+    run: Runner, effects: Mapping[Subject, Measured], hook_names: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """The mean effects of the nulls that were run, by kind: a row a draw, a column a hook."""
+    columns: dict[str, dict[str, list[float]]] = {}
+    for subject in run.subjects:
+        if subject.is_null:
+            mean = float(effects[subject].at_full.mean()) if subject in effects else math.nan
+            of_kind = columns.setdefault(subject.name, {name: [] for name in hook_names})
+            of_kind[subject.hook_name].append(mean)
+    return {kind: np.array([*by_hook.values()]).T for kind, by_hook in columns.items()}
 
 
 def _persona_effect(
@@ -328,67 +396,84 @@ class _Measurements:
     """What was measured of every subject; `elsewhere` on the off-target items."""
 
     reached: Mapping[Subject, float]
+    unsteered: Float[np.ndarray, " item"]
     effects: Mapping[Subject, Measured]
+    screen: Screen
     damage: Mapping[Subject, Damage]
     on_train: Mapping[Subject, float]
     elsewhere: Sequence[Mapping[Subject, float]]
 
-    def null_effects(self, hook_name: str) -> list[NDArray[np.float64]]:
-        """The mean effects of the nulls at a hook, kind by kind, without those out of range."""
-        kinds: dict[str, list[float]] = {}
-        for subject in self.reached:
-            if subject.is_null and subject.hook_name == hook_name:
-                of_kind = kinds.setdefault(subject.name, [])
-                if subject in self.effects:
-                    of_kind.append(float(self.effects[subject].at_full.mean()))
-        return [np.array(of_kind) for of_kind in kinds.values()]
-
 
 def _rows(
-    run: Runner, found: _Measurements, items: PreferenceItems, progress: Progress
+    run: Runner,
+    found: _Measurements,
+    differences: Differences,
+    items: PreferenceItems,
+    inference: Inference,
+    progress: Progress,
 ) -> tuple[list[Row], dict[str, NDArray[np.float64]]]:
     """The rows of all methods and hooks with their verdicts, and the effects item by item."""
     rows: list[Row] = []
     by_item: dict[str, NDArray[np.float64]] = {}
     prompts = of_one_length(tokenize_items(run.engine.model, items)[0], N_GENERATED)
-    subjects = sorted(run.methods, key=lambda s: run.settings.methods.index(s.name))
-    progress("texts: vectors", 0, len(subjects))
-    for subject in subjects:
-        name, hook_name, reached = subject.name, subject.hook_name, found.reached[subject]
-        nulls = found.null_effects(hook_name)
-        row: dict[str, Any] = {
-            "method": name,
-            "hook_name": hook_name,
-            "layer": hook_layer(hook_name),
-            "coefficient": reached,
-            "n_items": len(items),
-            "train_effect": found.on_train.get(subject, math.nan),
-            "is_chosen": False,
-            "n_null": sum(map(len, nulls)),
-            "verdict": "search failed" if math.isnan(reached) else "budget not reached",
+    progress("texts: vectors", 0, len(run.methods))
+    for name in run.settings.methods:
+        subjects = [subject for subject in run.methods if subject.name == name]
+        measured = {s.hook_name: found.effects[s] for s in subjects if s in found.effects}
+        exact = {
+            hook_name: float(of_hook.at_full.mean())
+            for hook_name, of_hook in measured.items()
+            if np.isfinite(of_hook.changes).all()
         }
-        if subject in found.effects:
-            measured, damage = found.effects[subject], found.damage[subject]
-            by_item[f"{name} @ {hook_name}"] = measured.at_full
-            steered = {hook_name: subject.direction}
-            row |= effect_columns(measured, nulls, run.settings)
-            row |= {
-                "kl_nats": damage.kl,
-                "kl_p95_nats": damage.kl_p95,
-                "degradation_nats": damage.degradation,
-                "off_target": mean_abs([effects[subject] for effects in found.elsewhere]),
-                "distinct_3": mean_distinct_3(run.engine, prompts, steered, reached),
+        among_nulls = found.screen.columns({s.hook_name: s.direction for s in subjects}, exact)
+        spreads = found.screen.spreads(differences, name, seed=run.settings.seed)
+        for subject in subjects:
+            hook_name, reached = subject.hook_name, found.reached[subject]
+            row: dict[str, Any] = {
+                "method": name,
+                "hook_name": hook_name,
+                "layer": hook_layer(hook_name),
+                "coefficient": reached,
+                "n_items": len(items),
+                "n_groups": len(set(inference.groups)),
+                "n_null": 0,
+                "null_by": "none",
+                "interval_over": "none",
+                "train_effect": found.on_train.get(subject, math.nan),
+                "is_chosen": False,
+                "layer_choice": _layer_choice(name, is_made=bool(found.on_train)),
+                "verdict": "search failed" if math.isnan(reached) else "budget not reached",
             }
-        rows.append(row)
-        progress("texts: vectors", len(rows), len(subjects))
-    return with_verdicts(rows), by_item
+            if hook_name in measured:
+                damage = found.damage[subject]
+                by_item[f"{name} @ {hook_name}"] = measured[hook_name].at_full
+                row |= effect_columns(
+                    measured[hook_name], inference, spreads.get(hook_name, math.nan)
+                )
+                row |= among_nulls.get(hook_name, {})
+                row |= {
+                    "kl_nats": damage.kl,
+                    "kl_p95_nats": damage.kl_p95,
+                    "degradation_nats": damage.degradation,
+                    "off_target": mean_abs([effects[subject] for effects in found.elsewhere]),
+                    "distinct_3": mean_distinct_3(
+                        run.engine, prompts, {hook_name: subject.direction}, reached
+                    ),
+                }
+            rows.append(row)
+            progress("texts: vectors", len(rows), len(run.methods))
+    return with_verdicts(rows, inference), by_item
+
+
+def _layer_choice(method: str, *, is_made: bool) -> str:
+    """Whether the items that choose the layer were trained on."""
+    if not is_made:
+        return "none"
+    is_trained_on = method_of(method).objective in ("promotion", "preference")
+    return "in sample" if is_trained_on else "held out"
 
 
 def _check(model: HookedModel, settings: CompareSettings, sets: _ItemSets) -> None:
-    given: list[Any] = sets.all()
-    for some in given:
-        if not isinstance(some, PreferenceItems):
-            raise InputError(f"items are PreferenceItems, not {type(some).__name__}")
     if not settings.methods:
         raise InputError("expected at least one method, got none")
     for name in settings.methods:
@@ -401,7 +486,7 @@ def _check(model: HookedModel, settings: CompareSettings, sets: _ItemSets) -> No
             f"{len(shared)} prompts are both in the training and in the held-out items, so the "
             "layer would be chosen on the test data; take them out of one"
         )
-    for some in given:
+    for some in sets.all():
         tokenize_items(model, some)  # so that what cannot be run is said before anything is
 
 
@@ -421,17 +506,21 @@ def _with_persona(pairs: ContrastivePairs, items: PreferenceItems) -> Preference
     return PreferenceItems(tuple(told), f"{items.name}, told")
 
 
-def _prompt_row(change: NDArray[np.float64], settings: CompareSettings) -> Row:
-    low, high = bootstrap_interval(change, n_resamples=settings.n_bootstrap, seed=settings.seed)
+def _prompt_row(change: NDArray[np.float64], inference: Inference) -> Row:
+    low, high = inference.interval(change)
     return {
         "method": PROMPT,
         "hook_name": "none",
         "layer": -1,
         "n_items": len(change),
+        "n_groups": len(set(inference.groups)),
         "n_null": 0,
+        "null_by": "none",
         "effect": float(change.mean()),
         "effect_ci_low": low,
         "effect_ci_high": high,
+        "interval_over": "items",
         "is_chosen": False,
+        "layer_choice": "none",
         "verdict": "baseline",
     }

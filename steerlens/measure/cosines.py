@@ -11,8 +11,10 @@ from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer
 from steerlens.models.weight_processing import check_one
 from steerlens.tables import COSINE_COLUMNS, Row, to_frame
+from steerlens.validation import checked
 
 
+@checked
 def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     """Cosine of every two directions of some named vectors, one row a pair (`COSINE_COLUMNS`).
 

@@ -23,7 +23,7 @@ from steerlens.measure.boundary_search import find_boundaries
 from steerlens.measure.coherence import Push, check_rollouts
 from steerlens.measure.effects import Damage, damages, preference_gaps, unsteered_gaps
 from steerlens.models.hooks import readout_hook
-from steerlens.progress import Progress, part_of
+from steerlens.progress import Progress, part_of, silent
 
 DOSES = (-1.0, -0.5, 0.5, 1.0)
 """Shares of the coefficient at which the dose-response is measured, beside 0."""
@@ -37,6 +37,7 @@ class CompareSettings:
     budget: str
     on: str
     n_null: int
+    margin: float | None
     search_range: float
     n_bootstrap: int
     seed: int
@@ -114,8 +115,11 @@ class Runner:
 
     def effects(
         self, items: PreferenceItems, reached: Mapping[Subject, float], progress: Progress
-    ) -> dict[Subject, Measured]:
-        """Every method at all doses, every null at its coefficient; none without a coefficient."""
+    ) -> tuple[Float[np.ndarray, " item"], dict[Subject, Measured]]:
+        """The unsteered gaps, and what changes them: every method at all doses, every null once.
+
+        None without a coefficient.
+        """
         jobs = {
             subject: self._job(
                 subject,
@@ -124,8 +128,8 @@ class Runner:
             for subject in self.subjects
             if math.isfinite(reached[subject])
         }
-        changes = self._changes(items, jobs, part_of(progress, "effects: cells"))
-        return {
+        unsteered, changes = self._changes(items, jobs, part_of(progress, "effects: cells"))
+        return unsteered, {
             subject: Measured(np.array(jobs[subject].coefficients), change)
             for subject, change in changes.items()
         }
@@ -149,7 +153,7 @@ class Runner:
     ) -> dict[Subject, float]:
         """Every method's mean effect on other items, at its coefficient."""
         tell = part_of(progress, f"effects on {items.name}: cells")
-        changes = self._changes(items, self._at_reached(reached), tell)
+        _, changes = self._changes(items, self._at_reached(reached), tell)
         return {subject: float(change[0].mean()) for subject, change in changes.items()}
 
     def gap(self, items: PreferenceItems, progress: Progress) -> Float[np.ndarray, " item"]:
@@ -164,13 +168,14 @@ class Runner:
 
     def _changes(
         self, items: PreferenceItems, jobs: Mapping[Subject, Job], progress: Progress
-    ) -> dict[Subject, NDArray[np.float64]]:
-        """How every job changes the items' preference gaps, coefficient by coefficient."""
+    ) -> tuple[NDArray[np.float64], dict[Subject, NDArray[np.float64]]]:
+        """The items' preference gaps, and how every job changes them at each coefficient."""
         if not jobs:
-            return {}
+            return self.gap(items, silent), {}
         engine = replace(self.engine, progress=progress)
         unsteered, gaps = preference_gaps(engine, items, list(jobs.values()))
-        return {subject: steered - unsteered for subject, steered in zip(jobs, gaps, strict=True)}
+        changes = {job: steered - unsteered for job, steered in zip(jobs, gaps, strict=True)}
+        return unsteered, changes
 
     def _at_reached(self, reached: Mapping[Subject, float]) -> dict[Subject, Job]:
         return {

@@ -15,7 +15,7 @@ from steerlens.engine.batches import make_batches
 from steerlens.engine.plan import run_cells
 from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.workload import Job
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.loss import coherence_penalty
 from steerlens.measure.boundary import Text, boundary_settings
 from steerlens.measure.boundary_search import Boundary, find_boundaries
@@ -35,12 +35,13 @@ from steerlens.tables import (
     measured,
     to_frame,
 )
+from steerlens.validation import Angles, checked
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Where the loss is measured along every push, in boundaries of that angle."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LossGeometry:
     """`points` has one row a hook and pair (`GEOMETRY_COLUMNS`), `contours` one a measured push.
 
@@ -75,7 +76,7 @@ class LossGeometry:
         return fragment(about, pd.DataFrame(rows), note="residual units; inf is not reached")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoundaryShape:
     """`table` has one row an angle (`SHAPE_COLUMNS`) in the plane of two unit vectors.
 
@@ -149,6 +150,7 @@ def run_shape(
         budget=study.budget,
         n_bootstrap=settings.n_bootstrap,
         seed=settings.seed,
+        groups=text.groups,
     )
     attrs = {
         **study.record(settings, since=before),
@@ -171,8 +173,6 @@ def run_plane(
     """`Study.plane`."""
     before = study.spent
     settings = _plane_settings(study, n_angles=n_angles, on="positive", search_range=search_range)
-    if settings.weight < 0:
-        raise InputError(f"weight must be 0 or more, got {settings.weight}")
     if settings.steered_positions != "all":
         raise InputError(
             "in the plane every token is pushed, so steered_positions must be all, not "
@@ -218,18 +218,19 @@ def run_plane(
     )
 
 
-def check_plane(hook_names: Sequence[str], n_angles: Any) -> None:
+@checked
+def check_plane(hook_names: Sequence[str], n_angles: Angles) -> None:
     """Raise `InputError` when there is not one hook, or too few angles for a shape."""
+    del n_angles  # checked
     if len(hook_names) != 1:
         raise InputError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
-    whole("n_angles", n_angles, 3)
 
 
 def _plane_settings(
     study: Preparation, *, n_angles: int, on: On, search_range: float | int
 ) -> PlaneSettings:
     settings = boundary_settings(study, on=on, search_range=search_range)
-    return PlaneSettings(**vars(settings), n_angles=whole("n_angles", n_angles, 3))
+    return PlaneSettings(**vars(settings), n_angles=n_angles)
 
 
 def _ratio(reach: Sequence[float]) -> float:

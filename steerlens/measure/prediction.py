@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import NDArray
 
 from steerlens.engine.backward import label_slopes
 from steerlens.engine.batches import make_batches, rows_per_pass
@@ -70,27 +71,35 @@ def predict(
             )
         slopes = push.sign * logprob.double().numpy()
         drops = np.zeros_like(slopes) if budget.is_divergence else -slopes
-        bend = float(curvature.double().mean()) / 2
-        if budget.kind in ("kl_p95", "rollout_kl_p95"):
-            from scipy.stats import chi2
-
-            bend *= float(chi2.ppf(0.95, 1))
-        slope = float(drops.mean())
-        first_order = math.nan if budget.is_divergence else first_root(0.0, slope, allowance)
-        boundary = first_root(bend, slope, allowance)
+        bend = bend_of(budget, np.array([float(curvature.double().mean())]))
+        slope = np.array([drops.mean()])
+        (boundary,) = first_roots(bend, slope, allowance).tolist()
+        (first_order,) = first_roots(np.zeros(1), slope, allowance).tolist()
+        first_order = math.nan if budget.is_divergence else first_order
         predictions.append(Prediction(slopes, drops, boundary, first_order))
     return predictions
 
 
-def first_root(bend: float, slope: float, allowance: float) -> float:
+def bend_of(budget: Budget, curvature: Float[np.ndarray, " push"]) -> Float[np.ndarray, " push"]:
+    """Half the curvature of the loss that the budget bounds, from that of the mean divergence."""
+    if budget.kind not in ("kl_p95", "rollout_kl_p95"):
+        return curvature / 2
+    from scipy.stats import chi2
+
+    return curvature / 2 * float(chi2.ppf(0.95, 1))
+
+
+def first_roots(
+    bends: Float[np.ndarray, " push"], slopes: Float[np.ndarray, " push"], allowance: float
+) -> Float[np.ndarray, " push"]:
     """The smallest c > 0 with `slope * c + bend * c^2 = allowance` (bend >= 0), inf if none.
 
     Examples:
-        >>> first_root(bend=0.5, slope=0.0, allowance=0.08)  # sqrt(0.08 / 0.5)
-        0.40
-        >>> first_root(bend=0.0, slope=-1.0, allowance=0.08)
-        inf
+        >>> first_roots(np.array([0.5, 0.0]), np.array([0.0, -1.0]), allowance=0.08)
+        array([0.4, inf])
     """
-    if bend == 0:
-        return allowance / slope if slope > 0 else math.inf
-    return (math.sqrt(slope**2 + 4 * bend * allowance) - slope) / (2 * bend)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        curved = (np.sqrt(slopes**2 + 4 * bends * allowance) - slopes) / (2 * bends)
+        straight = np.where(slopes > 0, allowance / slopes, np.inf)
+    roots: NDArray[np.float64] = np.where(bends == 0, straight, curved)
+    return roots

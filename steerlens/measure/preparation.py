@@ -14,18 +14,19 @@ from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import Plan, make_plan
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, tokenize_pairs
 from steerlens.engine.workload import Baseline, Job, Workload
-from steerlens.errors import InputError, finite, whole, whole_or_none
+from steerlens.errors import InputError
 from steerlens.loss import MARGIN, WEIGHT, Budget
 from steerlens.measure.rows import layer_row
 from steerlens.measure.settings import N_BOOTSTRAP, StudySettings
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
-from steerlens.models.identity import provenance
-from steerlens.models.weight_processing import check_processing
+from steerlens.models.identity import check_fitted_on, provenance
 from steerlens.progress import Progress, silent
 from steerlens.tables import Row
+from steerlens.validation import Count, Draws, NotNegative, Whole, checked
 
 
+@checked
 class Preparation:
     """Model, pairs and directions, checked; what all measurements share is computed when asked for.
 
@@ -42,18 +43,19 @@ class Preparation:
         budget: str = "relative=0.01",
         steered_positions: SteeredPositions = "all",
         margin: float | int = MARGIN,
-        weight: float | int = WEIGHT,
-        n_bootstrap: int = N_BOOTSTRAP,
-        seed: int = 0,
-        batch_size: int | None = None,
+        weight: NotNegative = WEIGHT,
+        n_bootstrap: Draws = N_BOOTSTRAP,
+        seed: Whole = 0,
+        batch_size: Count | None = None,
         executor: Executor | None = None,
         progress: Progress | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
         check_directions(directions, hook_names)
-        check_processing(model, directions)
+        check_fitted_on(model, directions)
         check_width(directions, model)
+        pairs.warn_of_groups()
         self.pairs = pairs
         self.directions = directions
         self.settings = StudySettings(
@@ -61,11 +63,11 @@ class Preparation:
             position=directions.position,
             steered_positions=steered_positions,
             budget=str(Budget.parse(budget)),
-            margin=finite("margin", margin),
-            weight=finite("weight", weight),
-            n_bootstrap=whole("n_bootstrap", n_bootstrap, 2),
-            seed=whole("seed", seed, 0),
-            batch_size=whole_or_none("batch_size", batch_size, 1),
+            margin=float(margin),
+            weight=float(weight),
+            n_bootstrap=n_bootstrap,
+            seed=seed,
+            batch_size=batch_size,
         )
         self.engine = Engine(
             model,
@@ -128,7 +130,9 @@ class Preparation:
     def layer_rows(self) -> Mapping[str, Row]:
         """Hook name -> the numbers of the unsteered model there (`LAYER_COLUMNS`)."""
         return {
-            name: layer_row(name, self.baseline, self.directions[name], self.settings)
+            name: layer_row(
+                name, self.baseline, self.directions[name], self.settings, self.pairs.groups
+            )
             for name in self.hook_names
         }
 
@@ -155,6 +159,7 @@ class Preparation:
             "fitted_on": self.directions.fingerprint,
             "measured_on": self.pairs.fingerprint,
             "pairs": self.pairs.name,
+            "n_groups": len(set(self.pairs.groups)),
             "model": provenance(self.model).to_dict(),
             "forward_equivalents": round(cost, 3),
         }

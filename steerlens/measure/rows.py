@@ -2,16 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.engine.workload import Baseline, CellOutput
-from steerlens.errors import InputError, finite, told
+from steerlens.errors import InputError
 from steerlens.loss import (
     Budget,
     contrastive_steering_loss,
@@ -19,8 +18,9 @@ from steerlens.loss import (
 )
 from steerlens.measure.settings import StudySettings
 from steerlens.models.hooks import hook_layer
-from steerlens.stats import bootstrap_interval, bootstrap_intervals, ratio_interval
+from steerlens.stats import intervals, ratio_interval
 from steerlens.tables import Row
+from steerlens.validation import checked
 
 
 def measure(
@@ -28,10 +28,12 @@ def measure(
     unsteered: CellOutput,
     direction: Float[Tensor, " d_model"],
     settings: StudySettings,
+    groups: Sequence[int],
 ) -> Row:
     """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own).
 
-    `direction` is the readout hook's unit direction. Means and the loss are over pairs, in float64.
+    `direction` is the readout hook's unit direction, `groups` the pairs' groups, by which intervals
+    go. Means and the loss are over pairs, in float64.
     """
     unit = direction.double().cpu()
     positive, negative = cell.positive.double(), cell.negative.double()
@@ -40,8 +42,9 @@ def measure(
     row: dict[str, Any] = {
         "coefficient": cell.coefficient,
         "n_pairs": len(logprob),
+        "n_groups": len(set(groups)),
         "baseline_logprob_nats": mean_baseline,
-        "coherent": False,
+        "coherent": "no",
     }
     if not all(bool(part.isfinite().all()) for part in (positive, negative, logprob)):
         warnings.warn(
@@ -61,20 +64,33 @@ def measure(
         margin=settings.margin,
         weight=settings.weight,
     )
-    mean_logprob = float(logprob.mean())
-    min_logprob = Budget.parse(settings.budget).min_logprob(mean_baseline)
+    ends = _intervals({"projection": projection, "degradation": degradation}, settings, groups)
+    allowance = Budget.parse(settings.budget).allowance(mean_baseline)
     return row | {
+        **ends,
         "projection": float(projection.mean()),
-        **_interval("projection", projection, settings),
         "projection_shift": float(((positive - unsteered.positive.double()) @ unit).mean()),
         "separation": float((positive - negative).norm(dim=-1).mean()),
-        "logprob_nats": mean_logprob,
+        "logprob_nats": float(logprob.mean()),
         "degradation_nats": float(degradation.mean()),
-        **_interval("degradation", degradation, settings),
         "coherence_penalty": float(loss.coherence_penalty),
         "loss": float(loss.loss),
-        "coherent": mean_logprob >= min_logprob,
+        "coherent": is_within(
+            ends["degradation_ci_low"], ends["degradation_ci_high"], allowance=allowance
+        ),
     }
+
+
+def is_within(low: float, high: float, *, allowance: float) -> str:
+    """Whether a loss with that interval is within its allowance: yes, no, or undecided.
+
+    Examples:
+        >>> [is_within(*ends, allowance=1.0) for ends in [(0.2, 0.9), (1.1, 2.0), (0.9, 1.1)]]
+        ['yes', 'no', 'undecided']
+    """
+    if high <= allowance:
+        return "yes"
+    return "no" if low > allowance else "undecided"
 
 
 def layer_row(
@@ -82,10 +98,11 @@ def layer_row(
     baseline: Baseline,
     direction: Float[Tensor, " d_model"],
     settings: StudySettings,
+    groups: Sequence[int],
 ) -> Row:
     """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`).
 
-    Intervals are 95% bootstrap intervals over pairs, the same pairs drawn for every number.
+    Intervals go by the pairs' `groups`, the same groups drawn for every number.
     """
     cell = baseline.cell(hook_name)
     positive, negative = cell.positive.double(), cell.negative.double()
@@ -105,16 +122,17 @@ def layer_row(
         "agreement": projection / norms,
         "resid_norm": (positive.norm(dim=-1) + negative.norm(dim=-1)) / 2,
     }
-    stacked = torch.stack([*by_pair.values()]).numpy()
-    draws = {"n_resamples": settings.n_bootstrap, "seed": settings.seed}
-    lows, highs = bootstrap_intervals(stacked, **draws)
-    ends = dict(zip(by_pair, zip(lows.tolist(), highs.tolist(), strict=True), strict=True))
-    ends["explained_variance"] = ratio_interval(
-        projection.square().numpy(), norms.square().numpy(), **draws
+    low, high = ratio_interval(
+        projection.square().numpy(),
+        norms.square().numpy(),
+        groups=groups,
+        seed=settings.seed,
+        n_bootstrap=settings.n_bootstrap,
     )
     return {
-        **{f"{name}_ci_low": low for name, (low, _) in ends.items()},
-        **{f"{name}_ci_high": high for name, (_, high) in ends.items()},
+        **_intervals(by_pair, settings, groups),
+        "explained_variance_ci_low": low,
+        "explained_variance_ci_high": high,
         "hook_name": hook_name,
         "layer": hook_layer(hook_name),
         "separation": float(norms.mean()),
@@ -193,30 +211,28 @@ def logprob_budget(budget: Budget) -> Budget:
     return budget
 
 
+@checked
 def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
     """The coefficients as distinct floats, in order.
 
-    Raises `InputError` when there is none, or one that is not a finite number.
+    Raises `InputError` when there is none.
     """
-    given: Any = coefficients  # what the annotation promises is what is checked here
-    try:
-        if isinstance(given, str):
-            raise TypeError("text")
-        # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
-        checked = tuple(dict.fromkeys(float(c) + 0.0 for c in given))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"expected a list of finite coefficients, got {told(given)}") from error
-    if not checked:
+    # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
+    distinct = tuple(dict.fromkeys(float(c) + 0.0 for c in coefficients))
+    if not distinct:
         raise InputError("expected at least one coefficient, got none")
-    for coefficient in checked:
-        finite("coefficient", coefficient)
-    return checked
+    return distinct
 
 
-def _interval(
-    name: str, values: Float[Tensor, " pair"], settings: StudySettings
+def _intervals(
+    by_pair: Mapping[str, Float[Tensor, " pair"]], settings: StudySettings, groups: Sequence[int]
 ) -> dict[str, float]:
-    low, high = bootstrap_interval(
-        values.numpy().astype(np.float64), n_resamples=settings.n_bootstrap, seed=settings.seed
+    """The ends of every mean's interval, by the names of their columns."""
+    values = torch.stack([*by_pair.values()]).double().numpy()
+    lows, highs = intervals(
+        values, groups=groups, seed=settings.seed, n_bootstrap=settings.n_bootstrap
     )
-    return {f"{name}_ci_low": low, f"{name}_ci_high": high}
+    ends: dict[str, float] = {}
+    for name, low, high in zip(by_pair, lows.tolist(), highs.tolist(), strict=True):
+        ends |= {f"{name}_ci_low": low, f"{name}_ci_high": high}
+    return ends

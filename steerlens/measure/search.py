@@ -15,6 +15,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.progress import Progress, silent
+from steerlens.stats import intervals
 
 FIRST_STEP = 1.25
 """How far beyond the prediction the first evaluation lies: predictions tend to be too small."""
@@ -30,6 +31,7 @@ _MAX_DOUBTS = 3
 _WIDE_GAP = 1.6
 _STEEPEST = 6.0
 _GRID = 3000
+_INTERVAL_GRID = 160
 UNDEFINED = 10.0
 """Times the allowance: a loss beyond that bounds the search, and is not interpolated."""
 
@@ -258,6 +260,44 @@ def first_crossings(
     )
     crossed = grid[before] + np.clip(share, 0, 1) * (grid[first] - grid[before])
     return np.where(is_over.any(axis=1), crossed, np.inf)
+
+
+def crossing_interval(
+    line: Line,
+    slopes: Float[np.ndarray, " prompt"],
+    losses: Float[np.ndarray, "prompt distance"],
+    allowed: Float[np.ndarray, " prompt"],
+    *,
+    groups: Sequence[int],
+    seed: int,
+    n_bootstrap: int,
+) -> tuple[float, float]:
+    """Between which distances the mean loss of other prompts may cross its allowance, with 95%.
+
+    At every distance the loss beyond the allowance has an `interval` over prompts, by group; low
+    is where its upper end first exceeds 0, high where its lower end does (inf where never).
+
+    Args:
+        line: The search that has ended.
+        slopes: Of each prompt's loss at 0, nats per token and residual unit.
+        losses: Of each prompt, at the distances measured on all prompts; between and beyond them
+            a prompt's curve bends as the search's own.
+        allowed: What each prompt adds to the allowance, which is their mean.
+        groups: As of `interval`, and so are `seed` and `n_bootstrap`.
+    """
+    distances = np.array([c for c, _ in line.curve.full])
+    nearest = min(line.at, line.limit) / 200
+    grid = np.append(0.0, np.geomspace(nearest, line.limit, _INTERVAL_GRID))
+    slopes_apart = slopes - slopes.mean()
+    bends = (losses - losses.mean(axis=0) - slopes_apart[:, None] * distances) / distances**2
+    bent = np.stack([np.interp(grid, distances, of_prompt) for of_prompt in bends])
+    apart = slopes_apart[:, None] * grid + grid**2 * bent
+    beyond = line.curve.loss(grid) + apart - allowed[:, None]
+    lower, upper = intervals(beyond.T, groups=groups, seed=seed, n_bootstrap=n_bootstrap)
+    if np.isnan(lower).any():
+        return math.nan, math.nan
+    low, high = first_crossings(grid, np.stack([upper, lower]), np.zeros(2))
+    return float(low), float(high)
 
 
 def _measure(

@@ -1,46 +1,44 @@
 """How far a direction can be trusted before anything is steered: from the differences alone."""
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.directions.differences import Differences
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer
 from steerlens.tables import RELIABILITY_COLUMNS, Row, to_frame
+from steerlens.validation import Draws, Whole, checked
 
 MIN_PAIRS = 8
 
 
-def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) -> pd.DataFrame:
+@checked
+def reliability(differences: Differences, *, n_splits: Draws = 50, seed: Whole = 0) -> pd.DataFrame:
     """Reliability of the mean-difference direction, one row a hook (`RELIABILITY_COLUMNS`).
 
-    Over `n_splits` random halves of the pairs: the cosine between the two halves' directions; d' of
-    the projections on one half's direction of the other half's activations, `(mean_pos - mean_neg)
-    / sqrt((var_pos + var_neg) / 2)`; and the cosine with the direction of all pairs of that of a
-    quarter and of half of them. A cosine near 0 between halves means that there is no one direction
-    to find at that hook. Raises `InputError` for fewer than 8 pairs or fewer than 2 splits.
+    Over `n_splits` random halves of the pairs' groups: the cosine between the two halves'
+    directions; d' of the projections on one half's direction of the other half's activations,
+    `(mean_pos - mean_neg) / sqrt((var_pos + var_neg) / 2)`; and the cosine with the direction of
+    all pairs of that of a quarter and of half of the groups. A cosine near 0 between halves means
+    that there is no one direction to find at that hook. Raises `InputError` for fewer than 8 pairs
+    in 2 groups, or fewer than 2 splits.
 
     Examples:
         >>> table = sl.reliability(differences, n_splits=4)
         >>> bool((table.split_half_cosine <= 1).all())
         True
     """
-    given: Any = differences
-    if not isinstance(given, Differences):
-        raise InputError(f"reliability is that of Differences, not of {type(given).__name__}")
-    n_splits, seed = whole("n_splits", n_splits, 0), whole("seed", seed, 0)
     n_pairs = differences.positive.shape[1]
-    if n_pairs < MIN_PAIRS or n_splits < 2:
+    groups = np.array(differences.pair_groups)
+    n_groups = int(groups.max()) + 1
+    if n_pairs < MIN_PAIRS or n_groups < 2:
         raise InputError(
-            f"reliability takes at least {MIN_PAIRS} pairs and 2 splits, got {n_pairs} and "
-            f"{n_splits}"
+            f"reliability takes at least {MIN_PAIRS} pairs in 2 groups, got {n_pairs} in {n_groups}"
         )
     generator = np.random.default_rng(seed)
-    orders = [generator.permutation(n_pairs) for _ in range(n_splits)]
+    ranks = [generator.permutation(n_groups)[groups] / n_groups for _ in range(n_splits)]
     rows: list[Row] = []
     for i, name in enumerate(differences.hook_names):
         sides = (differences.positive[i], differences.negative[i])
@@ -50,7 +48,8 @@ def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) 
                 "hook_name": name,
                 "layer": hook_layer(name),
                 "n_pairs": n_pairs,
-                **_at_hook(positive, negative, orders),
+                "n_groups": n_groups,
+                **_at_hook(positive, negative, ranks),
             }
         )
     attrs = {
@@ -66,18 +65,19 @@ def reliability(differences: Differences, *, n_splits: int = 50, seed: int = 0) 
 def _at_hook(
     positive: NDArray[np.float64],
     negative: NDArray[np.float64],
-    orders: list[NDArray[np.int64]],
+    ranks: list[NDArray[np.float64]],
 ) -> dict[str, float]:
+    """`ranks`, from 0 to 1, are those of the pairs' groups, so that a part holds whole groups."""
     values = positive - negative
-    n_pairs = len(values)
     mean = values.mean(axis=0)
     halves, separations, quarters, half_to_all = [], [], [], []
-    for order in orders:
-        first, second = order[: n_pairs // 2], order[n_pairs // 2 :]
+    for rank in ranks:
+        second, quarter = rank >= 0.5, (rank < 0.25) | (rank == 0)
+        first = ~second
         one, other = values[first].mean(axis=0), values[second].mean(axis=0)
         halves.append(cosine(one, other))
         half_to_all.append(cosine(one, mean))
-        quarters.append(cosine(values[order[: max(1, n_pairs // 4)]].mean(axis=0), mean))
+        quarters.append(cosine(values[quarter].mean(axis=0), mean))
         separations.append(d_prime(positive[second] @ one, negative[second] @ one))
     axis = np.linalg.svd(values, full_matrices=False)[2][0]
     return {

@@ -1,6 +1,6 @@
 """A study: a model, pairs and directions, run unsteered and checked once, measured in many ways."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,8 +17,10 @@ from steerlens.measure.texts import On
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
 from steerlens.tables import LAYER_COLUMNS, to_frame
+from steerlens.validation import Angles, checked
 
 
+@checked
 class Study(Preparation):
     """A model, pairs and directions: tokenised, run unsteered and checked once, when first needed.
 
@@ -37,7 +39,7 @@ class Study(Preparation):
             "continuation" or "last" (of the prompt).
         margin: Share of the baseline logprob below which the penalty begins (0.99).
         weight: Of the penalty in the loss (10000).
-        n_bootstrap: Resamples of every 95% interval (2000), over pairs or prompts.
+        n_bootstrap: Resamples of every 95% interval (2000), over the groups of pairs or prompts.
         seed: Of the resamples, the probes and the labels drawn (0).
         batch_size: Prompts a forward pass. Default: what the device can use.
         executor: Its workers run the cells: a `ProcessPoolExecutor` with the "spawn" context, a
@@ -75,12 +77,7 @@ class Study(Preparation):
         rows = list(self.layer_rows.values())
         return to_frame(rows, LAYER_COLUMNS, self.record(self.settings, since=before))
 
-    def sweep(
-        self,
-        coefficients: Sequence[float | int],
-        *,
-        nulls: Mapping[str, Sequence[Directions]] | None = None,
-    ) -> SweepResult:
+    def sweep(self, coefficients: Sequence[float | int]) -> SweepResult:
         """Measure projection against logprob degradation at every hook and coefficient.
 
         In a cell at hook L with coefficient c the positive prompts run with `+c * direction` and
@@ -89,17 +86,15 @@ class Study(Preparation):
         fitted at, and projected on the readout hook's own frozen direction. The logprob is that of
         the positive prompts' labels. Steering that begins after the read position
         ("continuation") leaves the projection as it was and moves the logprob alone. A cell whose
-        numbers overflow is a row of NaN, not coherent, with a warning.
+        numbers overflow is a row of NaN, not coherent ("no"), with a warning.
 
         Args:
             coefficients: What multiplies the unit directions, in residual units.
-            nulls: Null vectors by kind (see `null_directions`). Every cell is run along each of
-                them too, at the same coefficient and read along the same direction, and gets a null
-                band, a p-value (see `null_band`) and a q-value over all cells with a coefficient
-                that is not 0; that costs as many sweeps again. Default: none.
 
         Returns:
-            One row a cell, one a hook, one a pair and hook; 95% bootstrap intervals over pairs.
+            One row a cell, one a hook, one a pair and hook; 95% intervals over the pairs' groups. A
+            cell is `coherent` ("yes") where the whole interval of its degradation is within the
+            budget, "no" where none of it is, else "undecided".
 
         Raises:
             InputError: Coefficients that are not finite, a budget of a divergence, a readout
@@ -107,7 +102,7 @@ class Study(Preparation):
             ModelError: The unsteered model is not finite on the pairs.
             WorkerError: A worker failed, after what the others finished was kept.
         """
-        return run_sweep(self, coefficients, nulls=nulls)
+        return run_sweep(self, coefficients)
 
     def boundary(self, *, on: On = "positive", search_range: float | int = 4.0) -> BoundaryResult:
         """The first coefficient of each sign beyond which the model exceeds the budget, by hook.
@@ -117,9 +112,11 @@ class Study(Preparation):
         within the budget again is in `reentry_*`. One forward and two backward passes predict all
         boundaries; the search starts there, evaluates all hooks and both signs in batched runs,
         mostly on the quarter of the prompts whose slopes at 0 are most like those of all (the
-        probes), and in the end on all prompts within 15% of the boundary. Intervals are 95%
-        percentile bootstrap intervals over prompts of the same estimate, the baseline and the slope
-        resampled too; as a resample is not searched again, their ends are right to about a fifth.
+        probes), and in the end on all prompts within 15% of the boundary. A 95% interval reaches
+        from where the loss beyond the allowance may be 0 to where it must be above, by its own
+        interval over groups there (`crossing_interval`); an end far from all that was measured is
+        that of a curve drawn on, and may lie too far out. Of a percentile over tokens it is that of
+        resampled prompts.
         `projection_at_boundary` is the projection of the cell at `boundary_pos`, on a line through
         c = 0 and the coefficient measured nearest to the boundary.
 
@@ -152,7 +149,7 @@ class Study(Preparation):
         self,
         layer: Layers,
         *,
-        n_angles: int = 16,
+        n_angles: Angles = 16,
         on: On = "positive",
         search_range: float | int = 4.0,
     ) -> BoundaryShape:
@@ -182,7 +179,7 @@ class Study(Preparation):
         self,
         layers: Layers | None = None,
         *,
-        n_angles: int = 16,
+        n_angles: Angles = 16,
         search_range: float | int = 4.0,
     ) -> LossGeometry:
         """Measure the loss in the plane of each hook's direction and the main orthogonal one.
@@ -225,13 +222,13 @@ class Study(Preparation):
         return hook_names
 
 
+@checked
 def sweep(
     model: HookedModel,
     pairs: ContrastivePairs,
     directions: Directions,
     *,
     coefficients: Sequence[float | int],
-    nulls: Mapping[str, Sequence[Directions]] | None = None,
     **settings: Any,
 ) -> SweepResult:
     """`Study(model, pairs, directions, **settings).sweep(coefficients, ...)`.
@@ -247,9 +244,10 @@ def sweep(
         [-8.00, 0.00, 8.00]
     """
     study = Study(model, pairs, directions, **settings)
-    return study.sweep(coefficients, nulls=nulls)
+    return study.sweep(coefficients)
 
 
+@checked
 def find_boundary(
     model: HookedModel,
     pairs: ContrastivePairs,
@@ -274,13 +272,14 @@ def find_boundary(
     return study.boundary(on=on, search_range=search_range)
 
 
+@checked
 def loss_geometry(
     model: HookedModel,
     pairs: ContrastivePairs,
     directions: Directions,
     *,
     layers: Layers,
-    n_angles: int = 16,
+    n_angles: Angles = 16,
     search_range: float | int = 4.0,
     **settings: Any,
 ) -> LossGeometry:

@@ -25,7 +25,7 @@ from steerlens.engine.tokenization import (
     tokenize_pairs,
     tokenize_prompt,
 )
-from steerlens.errors import InputError, whole
+from steerlens.errors import InputError
 from steerlens.loss import label_kl, label_logprobs
 from steerlens.measure.preparation import check_directions
 from steerlens.models.hooked_model import HookedModel, context_length
@@ -38,9 +38,8 @@ from steerlens.models.hooks import (
     readout_hook,
     resolve_hooks,
 )
-from steerlens.models.identity import provenance
+from steerlens.models.identity import check_fitted_on, provenance
 from steerlens.models.loading import inference
-from steerlens.models.weight_processing import check_processing
 from steerlens.progress import Progress, part_of, silent
 from steerlens.steering import (
     Coefficient,
@@ -53,6 +52,7 @@ from steerlens.steering import (
 )
 from steerlens.steering.apply import Step, step_hooks
 from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, Row, to_frame
+from steerlens.validation import Count, Whole, checked
 
 SIDES = {"positive": 1, "negative": -1}
 """Each side of a pair, and the sign of the coefficient that it runs with."""
@@ -98,7 +98,7 @@ def one_hook(
     names = along.hook_names if layer is None else resolve_hooks(model, layer)
     if len(names) != 1:
         raise InputError(f"expected one hook, got {len(names)}; name one with layer=")
-    check_processing(model, along)
+    check_fitted_on(model, along)
     (name,) = names
     if isinstance(along, SteeringVector):
         vector: Steerable | Mapping[str, Tensor] = along.at(name)
@@ -116,6 +116,7 @@ def one_hook(
     return OneHook(name, vector, readout, along[readout], position)
 
 
+@checked
 def token_damage(
     model: HookedModel,
     prompts: ContrastivePairs | Sequence[Prompt | TokenizedPrompt],
@@ -125,7 +126,7 @@ def token_damage(
     coefficients: Sequence[Coefficient],
     steered_positions: SteeredPositions = "all",
     ids: Sequence[str] | None = None,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Every token's logprob and projection, unsteered and steered (`TOKEN_COLUMNS`).
@@ -196,9 +197,6 @@ def strengths_at(at: OneHook, coefficients: Iterable[Coefficient]) -> dict[Coeff
 
     Raises `InputError` when there is none, and on one without a meaning here.
     """
-    given: Any = coefficients  # what the annotation promises is what is checked here
-    if isinstance(given, str) or not isinstance(given, Iterable):
-        raise InputError(f"expected a list of coefficients, got {given!r:.80}")
     strengths = {c: at.amount(c) for c in coefficients}
     if not strengths:
         raise InputError("expected at least one coefficient, got none")
@@ -215,7 +213,7 @@ def named_prompts(
     Raises `InputError` when there are none, `ids` are not one a prompt, or an id is not Unicode
     text.
     """
-    if isinstance(prompts, str) or not prompts:
+    if not prompts:
         raise InputError(f"expected a list of prompts, got {prompts!r:.80}")
     given = [str(i) for i in range(1, len(prompts) + 1)] if ids is None else list(ids)
     names = [unicode_text(name, where="ids") for name in given]
@@ -318,6 +316,7 @@ def _rows(
     return rows
 
 
+@checked
 def generation_table(
     model: HookedModel,
     prompts: Sequence[Prompt | TokenizedPrompt],
@@ -325,7 +324,7 @@ def generation_table(
     *,
     layer: Layers | None = None,
     coefficients: Sequence[Coefficient],
-    max_new_tokens: int = 40,
+    max_new_tokens: Whole = 40,
     ids: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -345,7 +344,6 @@ def generation_table(
         >>> table.coefficient.tolist()
         [-4.0, 0.0, 4.0]
     """
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     at = one_hook(model, along, layer)
     strengths = strengths_at(at, coefficients)
     names, tokenized = named_prompts(model, prompts, ids)

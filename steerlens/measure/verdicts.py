@@ -1,7 +1,9 @@
-"""From measured effects to rows: null band, dose-response, corrected p-values, verdicts, ranks."""
+"""From measured effects to rows: intervals, p-values, verdicts, methods against each other."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,35 +12,70 @@ from numpy.typing import NDArray
 
 from steerlens.measure.equal_damage import CompareSettings, Measured
 from steerlens.stats import (
-    bootstrap_interval,
-    false_discovery,
-    holm,
-    null_band,
+    TAIL,
+    flip_p,
+    interval,
     percentile_interval,
     resampled_counts,
+    smallest_effect,
 )
-from steerlens.tables import SUMMARY_COLUMNS, Row, to_frame
+from steerlens.tables import METHOD_COLUMNS, SUMMARY_COLUMNS, Row, to_frame
 
 LEVEL = 0.05
-"""A claim's largest corrected p-value."""
+"""A claim's largest p-value."""
 PROMPT = "prompt"
 """The method's name of the baseline: the positive persona written into the prompt."""
+REFERENCE = "mean_diff"
+"""The method that the others are compared with, item by item."""
+CHOSEN = "chosen"
+ENDS = ("_ci_low", "_ci_high")
 
 
-def effect_columns(
-    measured: Measured, nulls: Sequence[Float[np.ndarray, " null"]], settings: CompareSettings
-) -> Row:
-    """Effect, its interval and null band, and the dose-response, of one method at one hook.
+@dataclass(frozen=True)
+class Inference:
+    """What intervals and verdicts of a comparison need besides the effects.
+
+    `groups` are those of the held-out items, `n_fitted` the number of groups of pairs that the
+    directions are fitted on, `margin` the effect (nats per token) that is too small to matter.
+    """
+
+    settings: CompareSettings
+    groups: tuple[int, ...]
+    n_fitted: int
+    margin: float
+
+    def interval(
+        self, changes: Float[np.ndarray, " item"], spread: float = 0.0
+    ) -> tuple[float, float]:
+        """The 95% interval of the mean change, with the `spread` of refitted directions in it.
+
+        The two are independent, so their halves add as the roots of sums of squares do; the half of
+        the spread (a standard deviation) is Student's with `n_fitted - 1` degrees of freedom.
+        """
+        from scipy.stats import t
+
+        settings, mean = self.settings, float(changes.mean())
+        low, high = interval(
+            changes, groups=self.groups, seed=settings.seed, n_bootstrap=settings.n_bootstrap
+        )
+        if not spread > 0:
+            return low, high
+        half = float(t.ppf(1 - TAIL, self.n_fitted - 1)) * spread
+        return mean - math.hypot(mean - low, half), mean + math.hypot(high - mean, half)
+
+
+def effect_columns(measured: Measured, inference: Inference, spread: float = math.nan) -> Row:
+    """Effect, its interval and what it could have shown, dose-response, of one method at one hook.
 
     NaN where the logprob of some item overflows at some dose.
     """
     if not np.isfinite(measured.changes).all():
         return {"effect": math.nan}
     effect = float(measured.at_full.mean())
-    low, high = bootstrap_interval(
-        measured.at_full, n_resamples=settings.n_bootstrap, seed=settings.seed
-    )
-    band = null_band(effect, nulls)
+    low, high = inference.interval(measured.at_full, spread)
+    n_groups = len(set(inference.groups))
+    smallest = smallest_effect(low, high, n_groups)
+    needed = math.ceil(n_groups * (smallest / effect) ** 2) if effect and smallest >= 0 else -1
     doses = np.append(measured.coefficients, 0.0)
     order = doses.argsort()
     curves = np.vstack([measured.changes, np.zeros_like(measured.changes[:1])])[order]
@@ -49,9 +86,9 @@ def effect_columns(
         "effect": effect,
         "effect_ci_low": low,
         "effect_ci_high": high,
-        "null_low": band.low,
-        "null_high": band.high,
-        "p_value": band.p_value,
+        "interval_over": "items and pairs" if spread >= 0 else "items",
+        "smallest_effect": smallest,
+        "groups_needed": float(needed) if needed >= 0 else math.nan,
         "slope": float(slopes.mean()),
         "anti_steerable": float((slopes < 0).mean()),
         "spearman": _mean_spearman(doses, curves),
@@ -73,74 +110,131 @@ def mean_abs(values: Sequence[float]) -> float:
     return float(np.mean(np.abs(values))) if values else math.nan
 
 
-def with_verdicts(rows: Sequence[Row]) -> list[Row]:
-    """The rows with corrected p-values, the chosen layer of each method, and a verdict."""
-    p_values = np.array([float(row.get("p_value", math.nan)) for row in rows])
-    q_values, corrected = false_discovery(p_values), np.full_like(p_values, math.nan)
+def with_verdicts(rows: Sequence[Row], inference: Inference) -> list[Row]:
+    """The rows with the chosen layer of each method, and a verdict."""
     is_chosen = np.zeros(len(rows), dtype=bool)
     for method in dict.fromkeys(row["method"] for row in rows):
         of = np.array([i for i, row in enumerate(rows) if row["method"] == method])
-        corrected[of] = holm(p_values[of])
         on_train = np.array([float(rows[i]["train_effect"]) for i in of])
         if not np.isnan(on_train).all():
             is_chosen[of[int(np.nanargmax(on_train))]] = True
-    found: list[Row] = []
-    for i, row in enumerate(rows):
-        done = {
-            **row,
-            "p_holm": float(corrected[i]),
-            "q_value": float(q_values[i]),
-            "is_chosen": bool(is_chosen[i]),
-        }
-        found.append({**done, "verdict": _verdict(done)})
-    return found
+    return [
+        {**row, "is_chosen": bool(chosen), "verdict": verdict(row, inference)}
+        for row, chosen in zip(rows, is_chosen, strict=True)
+    ]
 
 
-def _verdict(row: Row) -> str:
+def verdict(row: Row, inference: Inference) -> str:
+    """What can be said of a row's effect.
+
+    "equivalent to no effect": the whole interval is within the margin. "effect", "reversed": it is
+    off 0, and fewer than 1 in 20 nulls move as much at the best of their layers. "no more than a
+    null": it is off 0, and nulls move as much. "too few groups": the same, where flips of so few
+    groups of pairs could not have said otherwise. "undecided": none of these.
+    """
     if "effect" not in row:
         return str(row["verdict"])
-    if math.isnan(row["effect"]):
+    effect, low, high = (float(row.get(f"effect{end}", math.nan)) for end in ("", *ENDS))
+    if math.isnan(effect) or math.isnan(low):
         return "undefined"
-    if math.isnan(row["p_holm"]):
-        return "no null band"
-    is_inside = row["null_low"] <= row["effect"] <= row["null_high"]
-    if is_inside or not row["p_holm"] < LEVEL:
-        return "no effect shown"
-    return "effect" if row["effect"] > 0 else "reversed"
+    if -inference.margin <= low and high <= inference.margin:
+        return "equivalent to no effect"
+    if low <= 0 <= high:
+        return "undecided"
+    p = float(row.get("p_layers", math.nan))
+    if math.isnan(p):
+        return "no nulls"
+    if p < LEVEL:
+        return "effect" if effect > 0 else "reversed"
+    # A flip of all groups gives the same vector turned round: twice the smallest share.
+    return "too few groups" if 2.0 ** (1 - inference.n_fitted) >= LEVEL else "no more than a null"
 
 
-def summarise(
-    table: pd.DataFrame, effects: pd.DataFrame, settings: CompareSettings
-) -> pd.DataFrame:
-    """Every method at its chosen layer, and the prompt baseline, best first (`SUMMARY_COLUMNS`).
+def methods_table(table: pd.DataFrame, effects: pd.DataFrame, inference: Inference) -> pd.DataFrame:
+    """Every method against `REFERENCE` on the same items (`METHOD_COLUMNS`).
 
-    Ranks are resampled over items, all methods on the same ones.
+    At the layers chosen on training items where there are some, else layer by layer. The p-value of
+    the family is that of the largest statistic of all rows; intervals are over items.
     """
     attrs = {str(name): value for name, value in table.attrs.items()}
+    is_chosen = bool(table.is_chosen.any())
+    measured = table[table.is_chosen] if is_chosen else table[table.layer >= 0]
+    rows = measured[measured.effect.notna()].to_dict("records")
+    references = {
+        CHOSEN if is_chosen else row["hook_name"]: row for row in rows if row["method"] == REFERENCE
+    }
+    places = [(row, CHOSEN if is_chosen else row["hook_name"]) for row in rows]
+    compared = [
+        (row, references[place])
+        for row, place in places
+        if place in references and row["method"] != REFERENCE
+    ]
+    if not compared:
+        return to_frame([], METHOD_COLUMNS, attrs)
+    differences = np.stack([_by_item(effects, a) - _by_item(effects, b) for a, b in compared])
+    alone, family = flip_p(differences, groups=inference.groups, seed=inference.settings.seed)
+    found: list[Row] = []
+    for i, (row, reference) in enumerate(compared):
+        low, high = inference.interval(differences[i])
+        found.append(
+            {
+                "method": row["method"],
+                "layer": row["layer"],
+                "reference": reference["method"],
+                "reference_layer": reference["layer"],
+                "difference": float(differences[i].mean()),
+                "difference_ci_low": low,
+                "difference_ci_high": high,
+                "p_value": float(alone[i]),
+                "p_family": float(family[i]),
+                "verdict": _against(low, high, float(family[i]), inference.margin),
+            }
+        )
+    return to_frame(found, METHOD_COLUMNS, attrs)
+
+
+def _by_item(effects: pd.DataFrame, row: Any) -> NDArray[np.float64]:
+    """The effects of a row of the comparison, item by item."""
+    name = PROMPT if row["method"] == PROMPT else f"{row['method']} @ {row['hook_name']}"
+    values: NDArray[np.float64] = effects[name].to_numpy(dtype=np.float64)
+    return values
+
+
+def _against(low: float, high: float, p: float, margin: float) -> str:
+    if math.isnan(low):
+        return "undefined"
+    if -margin <= low and high <= margin:
+        return "equivalent"
+    if p < LEVEL and not low <= 0 <= high:
+        return "better" if low > 0 else "worse"
+    return "undecided"
+
+
+def summarise(table: pd.DataFrame, effects: pd.DataFrame, inference: Inference) -> pd.DataFrame:
+    """Every method at its chosen layer, and the prompt baseline, best first (`SUMMARY_COLUMNS`).
+
+    Ranks are resampled over groups of items, all methods on the same ones.
+    """
+    attrs = {str(name): value for name, value in table.attrs.items()}
+    settings, group = inference.settings, np.array(inference.groups)
     chosen = table[table.is_chosen | (table.method == PROMPT)]
     if not table.is_chosen.any():
         return to_frame([], SUMMARY_COLUMNS, attrs)
     rows = chosen.sort_values("effect", ascending=False, kind="stable").to_dict("records")
-    names = [PROMPT if r["method"] == PROMPT else f"{r['method']} @ {r['hook_name']}" for r in rows]
-    values = np.stack([effects[name].to_numpy(dtype=np.float64) for name in names], axis=1)
-    counts = resampled_counts(len(values), n_resamples=settings.n_bootstrap, seed=settings.seed)
+    values = np.stack([_by_item(effects, row) for row in rows], axis=1)
+    drawn = resampled_counts(
+        int(group.max()) + 1, n_resamples=settings.n_bootstrap, seed=settings.seed
+    )
+    counts = drawn[:, group]
     means = counts @ values / counts.sum(axis=1, keepdims=True)
     ranks = (-means).argsort(axis=1, kind="stable").argsort(axis=1) + 1
-    kept = (
-        "method",
-        "layer",
-        "coefficient",
-        "effect",
-        "effect_ci_low",
-        "effect_ci_high",
-        "verdict",
-    )
+    kept = ("method", "layer", "coefficient", "effect", "effect_ci_low", "effect_ci_high")
     summary = []
     for i, row in enumerate(rows):
         low, high = percentile_interval(ranks[:, i].astype(np.float64))
         summary.append(
             {
-                **{name: row[name] for name in kept},
+                **{name: row[name] for name in (*kept, "layer_choice", "verdict")},
                 "rank": i + 1,
                 "rank_low": int(low),
                 "rank_high": int(high),

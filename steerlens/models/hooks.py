@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex, TypeAlias
 
 from steerlens.errors import HookError, told
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
+from steerlens.validation import checked
 
 Layers: TypeAlias = str | SupportsIndex | slice | Iterable[SupportsIndex | str | slice]
 """What names hooks: "all", "0,5,10", "10:20:2", a glob, an int, a slice, or a list of these."""
@@ -46,6 +47,7 @@ def hook_layer(hook_name: str) -> int:
     return int(match.group(1))
 
 
+@checked
 def readout_hook(hook_name: str, n_layers: int) -> str:
     """`blocks.{max(L, n_layers - 3)}.hook_resid_post` for a hook in block L.
 
@@ -69,6 +71,7 @@ def readout_hook(hook_name: str, n_layers: int) -> str:
     return resid_post(max(hook_layer(hook_name), n_layers - _READOUT_DEPTH))
 
 
+@checked
 def resolve_hooks(model: HookedModel, layers: Layers = "all") -> tuple[str, ...]:
     """Hook names of this model, in layer order and without repeats.
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 import weakref
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from steerlens.models.hooked_model import checkpoint_name, hugging_face_model, weight_module
-from steerlens.models.weight_processing import UNKNOWN, weight_processing
+from steerlens.models.weight_processing import UNKNOWN, check_processing, weight_processing
 
 LAYOUT = "HookedTransformer "
 """What the fingerprint of a `HookedTransformer`'s weights begins with."""
@@ -139,6 +140,24 @@ def weights_fingerprint(model: Any) -> str:
         digest.update(values.numpy().tobytes())
     layout = "" if hugging_face_model(model) is not None else LAYOUT
     return layout + digest.hexdigest()
+
+
+def check_fitted_on(model: Any, directions: Any) -> None:
+    """See that directions may be used with `model`; warns when they were fitted on other weights.
+
+    Raises `InputError` when the model's weights were processed in another way.
+    """
+    check_processing(model, directions)
+    there = Provenance(weights=getattr(directions, "weights_fingerprint", UNKNOWN))
+    if there.weights != UNKNOWN and there.differences(
+        Provenance(weights=weights_fingerprint(model))
+    ):
+        warnings.warn(
+            "the directions were fitted on other weights (or another dtype) than this model's, so "
+            "their effect may be another; fit them on this model",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def tokenizer_fingerprints(tokenizer: Any) -> tuple[str, str]:

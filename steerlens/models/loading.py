@@ -5,7 +5,7 @@ import os
 import shlex
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
@@ -132,7 +132,7 @@ def load_arguments(model: HookedModel) -> dict[str, Any]:
 
 @contextmanager
 def inference(model: HookedModel) -> Iterator[None]:
-    """No gradients and evaluation mode (no dropout) inside; every part as before afterwards.
+    """No gradients, no autocast and evaluation mode (no dropout) inside; as before afterwards.
 
     Raises `ModelError` as `check_model`, which is called where the model was not checked before.
     """
@@ -141,7 +141,10 @@ def inference(model: HookedModel) -> Iterator[None]:
     wrapped = hugging_face_model(model)
     parts = [*module.modules(), *(wrapped.modules() if wrapped is not None else ())]
     training = [part for part in parts if part.training]
-    with torch.no_grad():
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(kind, enabled=False))
         if training:
             module.eval()
         try:

@@ -12,7 +12,7 @@ from steerlens.tables import hook_label
 
 TEXTS = (
     *("hook_name", "readout_hook", "pair", "prompt", "side", "token", "raw_token"),
-    *("method", "verdict", "component", "model", "writer", "reader"),
+    *("method", "verdict", "coherent", "component", "model", "writer", "reader"),
 )
 """Columns of text; the others of a figure's tables are numbers."""
 

@@ -21,21 +21,21 @@ from steerlens.plots.style import (
 )
 
 _CHOSEN = "chosen on training items"
-_BAND = "null band (95%)"
+_BAND = "95% of nulls"
 _DRAWN = (
     *("method", "layer", "coefficient", "effect", "effect_ci_low", "effect_ci_high"),
     *("null_low", "null_high", "verdict"),
 )
-_COLOURS = {"effect or reversed": ORANGE, "no effect shown": BLUE}
+_COLOURS = {"effect or reversed": ORANGE, "not shown": BLUE}
 
 
 def comparison(table: pd.DataFrame) -> Figure:
-    """The effect of every method at equal damage with its interval, and the null band.
+    """The effect of every method at equal damage with its interval, and the range of nulls.
 
     Takes the table of `compare`. One frame shows each method at its layer chosen on training items
-    (where there were some), the others one hook each. Filled points are effects, or effects the
-    other way (reversed), outside the null band with a corrected p-value below 0.05. Raises
-    `InputError` when the table is not a comparison, or an effect is infinite.
+    (where there were some), the others one hook each. Filled points are those whose verdict is an
+    effect, or an effect the other way (reversed). Raises `InputError` when the table is not a
+    comparison, or an effect is infinite.
 
     Examples:
         >>> found = sl.compare(
@@ -83,9 +83,9 @@ def comparison(table: pd.DataFrame) -> Figure:
     caption = (
         "Mean change of logprob(positive continuation) - logprob(negative one) on held-out items "
         "(nats per token), every method at the coefficient that spends the same budget; bars are "
-        "95% bootstrap intervals over items. Grey: where 95% of random and shuffled vectors at the "
-        "same budget lie. Filled points are effects, or effects the other way (outside the band, "
-        "corrected p below 0.05)."
+        "95% intervals over groups of items (and refits on groups of pairs). Grey: where 95% of "
+        "random and of shuffled vectors at the same budget lie. Filled points are effects, or "
+        "effects the other way, by the rank among the nulls at the best layer (p below 0.05)."
     )
     tables = {"methods": comparison_rows(table)}
     return make_figure("Methods at equal damage", caption, tables, [drawn], slider="shown:")

@@ -31,6 +31,10 @@ PROJECTION = f"projection at the readout ({RESIDUAL})"
 COEFFICIENT = f"coefficient ({RESIDUAL})"
 
 
+_SHAPES: dict[str, Spec] = {"no": {}, "undecided": {"shape": "square"}, "yes": {"filled": True}}
+"""How a cell is drawn that is beyond the budget, undecided, or within it."""
+
+
 def _labelled(sweep: pd.DataFrame) -> pd.DataFrame:
     """The cells by layer and coefficient, with the layer's label in the column `layer`."""
     tables = [rows.assign(layer=label) for label, rows in by_hook(sweep).items()]
@@ -66,14 +70,18 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
     drawn = [
         zero_line("x"),
         layer("cells", {"type": "line"}, axes | {"order": number("coefficient")}),
-        layer("cells", point, axes, where="!datum.coherent"),
-        layer("cells", point | {"filled": True}, axes, where="datum.coherent"),
+        *(
+            layer("cells", point | shape, axes, where=f"datum.coherent == '{word}'")
+            for word, shape in _SHAPES.items()
+            if (cells.coherent == word).any()
+        ),
     ]
     tables = {"cells": cells}
     caption = (
         "Each curve is one layer, from the lowest coefficient to the highest: mean projection of "
         "the pairs' differences at the readout hook (residual units) against the loss of logprob "
-        "of the positive prompts' labels (nats per token). Open circles are beyond the budget."
+        "of the positive prompts' labels (nats per token). Open circles are beyond the budget, "
+        "open squares undecided: the interval of their degradation reaches across it."
     )
     if layers is not None:
         needed = ["hook_name", "layer", "boundary_pos", "boundary_neg"]
@@ -110,7 +118,8 @@ def boundary_places(sweep: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 def heat_maps(sweep: pd.DataFrame) -> Figure:
     """Layer by coefficient: projection, degradation and loss of every cell.
 
-    Takes the table of a sweep. Crosses are cells beyond the budget. Colours of degradation and loss
+    Takes the table of a sweep. Crosses are cells beyond the budget, circles
+    undecided ones. Colours of degradation and loss
     stop at the 95th percentile of their size, so that a few broken cells do not bleach all others.
     Raises `InputError` when the table is not that of a sweep, or has two rows of one cell.
 
@@ -130,9 +139,9 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
     cells, labels = _labelled(sweep)[columns[1:]], list(by_hook(sweep))
     names = coefficient_labels(sorted(set(cells.coefficient)))
     cells["coefficient"] = cells.coefficient.map(names)
-    cells["coherent"] = cells.coherent.astype(bool)
     axes = {"x": text("coefficient"), "y": text("layer")}
     cross = {"type": "point", "shape": CROSS, "stroke": GREY, "size": 16, "strokeWidth": 1.4}
+    dot = {"type": "point", "stroke": GREY, "size": 12, "strokeWidth": 1.4}
     panels = []
     for name, title, unit in shown:
         colours = heat_map(
@@ -144,14 +153,15 @@ def heat_maps(sweep: pd.DataFrame) -> Figure:
             reach=_reach(cells[name].to_numpy(dtype=float), name),
             is_diverging=name == "degradation_nats",
         )
-        crosses = layer("cells", cross, axes, where="!datum.coherent")
+        crosses = layer("cells", cross, axes, where="datum.coherent == 'no'")
+        dots = layer("cells", dot, axes, where="datum.coherent == 'undecided'")
         size = (280, max(240, 12 * len(labels)))
-        panels.append(panel([colours, crosses], title=title, size=size))
+        panels.append(panel([colours, crosses, dots], title=title, size=size))
     caption = (
         "Every cell of the sweep: mean projection at the readout hook (residual units), loss of "
         "logprob (nats per token; positive is worse) and the loss in its reference form. A cross "
-        "marks a cell beyond the budget; colours stop at the 95th percentile of degradation and "
-        "loss. Undefined cells are empty."
+        "marks a cell beyond the budget, a circle an undecided one; colours stop at the 95th "
+        "percentile of degradation and loss. Undefined cells are empty."
     )
     return make_figure("Every cell", caption, {"cells": cells}, panels, columns=3)
 
@@ -174,7 +184,7 @@ def coefficient_labels(coefficients: Sequence[float]) -> dict[float, str]:
 def dose_response(sweep: pd.DataFrame) -> Figure:
     """Projection and degradation against the coefficient, with intervals, one curve a layer.
 
-    Takes the table of a sweep. Intervals are its 95% bootstrap intervals over pairs. Raises
+    Takes the table of a sweep. Intervals are its 95% intervals over groups of pairs. Raises
     `InputError` when the table is not that of a sweep.
 
     Examples:
@@ -211,7 +221,8 @@ def dose_response(sweep: pd.DataFrame) -> Figure:
         panels.append(panel(curves, size=(420, 320), zoom=f"zoom_{name}", params=[chosen]))
     caption = (
         "Mean projection at the readout hook (residual units) and loss of logprob (nats per token) "
-        "at every coefficient, one curve a layer; areas are 95% bootstrap intervals over pairs."
+        "at every coefficient, one curve a layer; areas are 95% intervals over groups of "
+        "pairs."
     )
     tables = {"cells": _labelled(sweep)[columns[1:]]}
     return make_figure("Dose and response", caption, tables, panels, columns=2, is_one_legend=True)

@@ -66,6 +66,7 @@ _AN_EFFECT = Column("", "float64", "nats per token", "change of the gap by this 
 _COLUMNS: Mapping[str, tuple[Column, ...]] = {  # until `tables` has them by file name
     "summary": tables.SUMMARY_COLUMNS,
     "comparison": tables.COMPARISON_COLUMNS,
+    "methods": tables.METHOD_COLUMNS,
     "layers": tables.LAYER_COLUMNS,
     "sweep": tables.SWEEP_COLUMNS,
     "geometry": tables.GEOMETRY_COLUMNS,

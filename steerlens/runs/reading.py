@@ -42,7 +42,7 @@ class View:
     props: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """What a command wrote into a folder: `record` is its run.json, `tables` by file name.
 

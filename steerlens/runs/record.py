@@ -25,6 +25,7 @@ from steerlens.files import (
     write_json,
     write_whole,
 )
+from steerlens.models.weight_processing import UNKNOWN
 from steerlens.runs.contents import PAGES, TABLES
 from steerlens.tables import write_csv, write_parquet
 
@@ -253,6 +254,7 @@ def write_directions(directions: Directions, path: Path) -> None:
         "seed": directions.seed,
         "fitted_on": directions.fingerprint,
         "weight_processing": directions.weight_processing,
+        "weights_fingerprint": directions.weights_fingerprint,
         "readout_hooks": directions.readout_names,
     }
     names = (*directions.hook_names, *directions.readout_names)
@@ -285,6 +287,7 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
             seed=fitted["seed"],
             fingerprint=fitted["fitted_on"],
             weight_processing=fitted["weight_processing"],
+            weights_fingerprint=fitted.get("weights_fingerprint", UNKNOWN),
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{str(path)!r} holds no directions of this run ({error})") from error

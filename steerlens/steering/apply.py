@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from steerlens.engine.workload import LARGEST_PUSH
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
@@ -17,6 +18,7 @@ from steerlens.steering.cache_positions import Positions, Watch, check_positions
 from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient, step_sizes
 from steerlens.steering.conditions import Condition, Gate
 from steerlens.steering.operators import Add, Operator
+from steerlens.validation import checked
 
 
 @runtime_checkable
@@ -51,12 +53,14 @@ class Step:
                 )
             # First, as it says best what is wrong with an activation that is no row a token.
             mask = None if chosen is None else chosen(activation, hook).to(activation.device)
-            moved = self.operator(activation, self.direction, self.amount)
+            amount = self.amount if abs(self.amount) <= LARGEST_PUSH else torch.nan
+            moved = self.operator(activation, self.direction, amount)
             return moved if mask is None else torch.where(mask[..., None], moved, activation)
 
         return act
 
 
+@checked
 def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) -> tuple[Step, ...]:
     """What a vector does at each of its hooks; nothing at coefficient 0.
 
@@ -85,8 +89,11 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
     for size in sizes:
         operator.check(size)
         # A sweep may try such a cell, and says that it overflows; a vector in use may not.
-        if abs(size) > torch.finfo(torch.float32).max:
-            raise InputError(f"expected a step that is finite in float32, got {size:.3g}")
+        if abs(size) > LARGEST_PUSH:
+            raise InputError(
+                f"expected a step of at most {LARGEST_PUSH:.3g}, got {size:.3g}: the model's norms "
+                "overflow beyond"
+            )
     rows = zip(vector.hook_names, vector.directions, sizes, strict=True)
     return tuple(Step(name, operator, direction, size) for name, direction, size in rows if size)
 
@@ -127,6 +134,7 @@ def step_hooks(
     return _gated(acts, condition, None, None if mask is None else _exactly(mask))
 
 
+@checked
 @contextmanager
 def steer(
     model: HookedModel,

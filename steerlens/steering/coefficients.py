@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.directions.directions import Frozen
 from steerlens.errors import InputError
 from steerlens.models.weight_processing import UNKNOWN
+from steerlens.validation import checked
 
 Coefficient: TypeAlias = float | int | str
 """With `Add`, a number or "12.5" (residual units, times the vector's scale), "0.1 norm" (multiples
@@ -23,8 +25,9 @@ _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _TEXT = re.compile(rf"\s*({_NUMBER})\s*(%|norms?)?\s*", re.IGNORECASE)
 
 
+@checked
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class Calibration(Frozen):
     """What gives a coefficient its meaning at each hook; NaN where it was not measured.
 
     `resid_norm` is the mean norm of both sides' activations at the fitted position, `boundary_neg`
@@ -102,6 +105,7 @@ class Parsed:
     unit: str
 
 
+@checked
 def parse_coefficient(coefficient: Coefficient) -> Parsed:
     """Read a coefficient; "80%" comes back as 0.8 of the boundary.
 

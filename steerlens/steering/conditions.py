@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.data.pairs import ContrastivePairs
-from steerlens.directions.directions import UNIT_TOLERANCE
+from steerlens.directions.directions import UNIT_TOLERANCE, Frozen
 from steerlens.engine.batches import Batch, in_pair_order, make_batches
 from steerlens.engine.capture import by_halves, check_finite
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
@@ -19,14 +19,16 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hooked, keeping, resolve_hooks
 from steerlens.models.loading import inference
 from steerlens.steering.cache_positions import Pass
+from steerlens.validation import Count, checked
 
 Scope = Literal["prompt", "token"]
 
 _FOLDS = 5
 
 
+@checked
 @dataclass(frozen=True, eq=False)
-class Condition:
+class Condition(Frozen):
     """Steer where `h . direction >= threshold` at `hook_name`.
 
     The idea is conditional activation steering (Lee et al. 2024, arXiv:2409.05907); that work
@@ -57,19 +59,11 @@ class Condition:
     scope: Scope = "prompt"
 
     def __post_init__(self) -> None:
-        if self.direction.ndim != 1 or not isinstance(self.above, bool):
-            raise InputError(
-                f"expected one row as direction and above True or False, got shape "
-                f"{tuple(self.direction.shape)} and {self.above!r}"
-            )
+        super().__post_init__()
         if not abs(float(self.direction.norm()) - 1) < UNIT_TOLERANCE:
             raise InputError(
                 f"the condition's direction has norm {float(self.direction.norm()):.6g}; expected 1"
             )
-        if self.scope not in get_args(Scope):
-            raise InputError(f"a condition's scope is prompt or token, not {self.scope!r}")
-        if not np.isfinite(self.threshold):
-            raise InputError(f"expected a finite threshold, got {self.threshold}")
 
     def __eq__(self, other: object) -> bool:
         """Whether the other is a condition with the same values."""
@@ -80,6 +74,9 @@ class Condition:
             for c in (self, other)
         )
         return mine == theirs
+
+    def __hash__(self) -> int:
+        return hash((self.hook_name, self.threshold, self.above, self.scope))
 
     def __repr__(self) -> str:
         sign = ">=" if self.above else "<"
@@ -136,13 +133,14 @@ class Gate:
         return self.decided
 
 
+@checked
 def fit_condition(
     model: HookedModel,
     pairs: ContrastivePairs,
     *,
     layers: Layers = "all",
     directions: Mapping[str, Tensor] | None = None,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
 ) -> Condition:
     """The condition that best tells positive prompts (to be steered) from negative ones.
 
@@ -188,12 +186,13 @@ def fit_condition(
     return Condition(names[row], *_fit(*sides[row]))
 
 
+@checked
 def condition_accuracy(
     model: HookedModel,
     pairs: ContrastivePairs,
     condition: Condition,
     *,
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
 ) -> float:
     """Balanced accuracy of a condition on pairs: positives should pass, negatives should not.
 

@@ -16,15 +16,17 @@ from steerlens.models.loading import inference
 from steerlens.steering.apply import Steerable, steer
 from steerlens.steering.cache_positions import Positions
 from steerlens.steering.coefficients import Coefficient
+from steerlens.validation import Whole, checked
 
 
+@checked
 def generate(
     model: HookedModel,
     prompt: TokenizedPrompt,
     vector: Steerable | Mapping[str, Tensor],
     coefficient: Coefficient,
     *,
-    max_new_tokens: int,
+    max_new_tokens: Whole,
     positions: Positions = "all",
 ) -> str:
     """The greedy continuation of `prompt` under `steer`, as text without special tokens.
@@ -52,18 +54,20 @@ def generate(
     return decoded(model, generated)
 
 
+@checked
 def decoded(model: HookedModel, ids: Sequence[int]) -> str:
     """Generated tokens as text, without special tokens."""
     return str(model.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
+@checked
 def generate_tokens(
     model: HookedModel,
     prompts: Sequence[TokenizedPrompt],
     vector: Steerable | Mapping[str, Tensor],
     coefficient: Coefficient,
     *,
-    max_new_tokens: int,
+    max_new_tokens: Whole,
     positions: Positions = "all",
 ) -> list[tuple[int, ...]]:
     """The token ids that `generate` adds to each of some prompts, run together.

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import InputError, told
+from steerlens.validation import checked
 
 Activation = Float[Tensor, "prompt token d_model"]
 Unit = Float[Tensor, " d_model"]
@@ -39,6 +40,7 @@ class _AlongDirection:
             )
 
 
+@checked
 @dataclass(frozen=True)
 class Add(_AlongDirection):
     """`h + amount * d`: `amount` in residual units.
@@ -63,6 +65,7 @@ class Add(_AlongDirection):
             raise InputError(f"expected a finite coefficient, got {told(amount)}")
 
 
+@checked
 @dataclass(frozen=True)
 class Ablate(_AlongDirection):
     """`h - amount * (h . d) d`: at amount 1 nothing is left along `d`.
@@ -79,6 +82,7 @@ class Ablate(_AlongDirection):
         return h - amount * (h @ unit)[..., None] * unit
 
 
+@checked
 @dataclass(frozen=True)
 class Clamp(_AlongDirection):
     """`h + amount * (value - h . d) d`: at amount 1 the component is `value`.
@@ -98,14 +102,11 @@ class Clamp(_AlongDirection):
     value: float | int
     name: ClassVar[str] = "clamp"
 
-    def __post_init__(self) -> None:
-        if not is_finite(self.value):
-            raise InputError(f"expected a finite value to clamp to, got {told(self.value)}")
-
     def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
         return h + (amount * (self.value - h @ unit))[..., None] * unit
 
 
+@checked
 @dataclass(frozen=True)
 class Rotate(_AlongDirection):
     """`h` turned by `amount` degrees towards `d` in their common plane; its norm stays.
@@ -151,6 +152,7 @@ OPERATORS: Mapping[str, Callable[..., Operator]] = {
 }
 
 
+@checked
 def operator_of(name: str, *, value: float | int | None = None) -> Operator:
     """The operator of a name.
 

@@ -6,8 +6,8 @@ from importlib.metadata import version
 from steerlens.directions.directions import Directions
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.identity import Provenance, provenance
-from steerlens.models.weight_processing import UNKNOWN, check_processing
+from steerlens.models.identity import Provenance, check_fitted_on, provenance
+from steerlens.models.weight_processing import UNKNOWN
 
 _OF_THE_MODEL = (
     *("revision", "file_hash", "weights", "weight_processing", "dtype", "architecture"),
@@ -53,7 +53,7 @@ class Origin:
 
         Raises `InputError` when they were fitted on a model with other weight processing.
         """
-        check_processing(model, directions)
+        check_fitted_on(model, directions)
         here = provenance(model)
         return replace(
             cls.of_model(model),

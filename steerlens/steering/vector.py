@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.directions.directions import UNIT_TOLERANCE, Directions
+from steerlens.directions.directions import UNIT_TOLERANCE, Directions, Frozen
 from steerlens.errors import HookError, InputError, told
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, Layers, hook_layer, resolve_hooks
@@ -25,10 +25,12 @@ from steerlens.steering.operators import Add, Operator, is_finite
 from steerlens.steering.origin import Origin
 from steerlens.steering.vector_file import decode, encode, fields_of, record_of, write_named
 from steerlens.tables import MAX_LINE, fragment, hook_label, shortened
+from steerlens.validation import checked
 
 
+@checked
 @dataclass(frozen=True, eq=False)
-class SteeringVector(Mapping[str, Tensor]):
+class SteeringVector(Frozen, Mapping[str, Tensor]):
     """Hook name -> unit direction, with what is done along it, how far, and where it comes from.
 
     A coefficient is a separate argument everywhere; 0 is the identity with every operator.
@@ -68,14 +70,7 @@ class SteeringVector(Mapping[str, Tensor]):
     origin: Origin = field(default_factory=Origin)
 
     def __post_init__(self) -> None:
-        is_table = self.directions.ndim == 2 and self.scale.ndim == 1
-        if not (is_table and self.directions.is_floating_point()):
-            raise InputError(
-                f"expected a row of floats for each hook and a scale, got "
-                f"{self.directions.dtype} of shape {tuple(self.directions.shape)} and scales of "
-                f"shape {tuple(self.scale.shape)}"
-            )
-        object.__setattr__(self, "directions", self.directions.detach())
+        super().__post_init__()
         sizes = {len(self.hook_names), len(self.directions), len(self.scale)}
         if (
             len(sizes) > 1
@@ -225,6 +220,9 @@ class SteeringVector(Mapping[str, Tensor]):
     def __eq__(self, other: object) -> bool:
         """Whether the other is a steering vector that would be saved as the same bytes."""
         return isinstance(other, SteeringVector) and self.to_bytes() == other.to_bytes()
+
+    def __hash__(self) -> int:
+        return hash((self.hook_names, self.operator, self.origin))
 
     def __repr__(self) -> str:
         hooks = self.hook_names[0] if len(self) == 1 else f"{len(self)} hooks"

@@ -43,7 +43,6 @@ from steerlens.engine.plan import Plan, make_plan, run_cells
 from steerlens.engine.workload import CellOutput, Job
 
 COEFFICIENTS = (-8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0)
-SIZES = ((8, 48), (32, 48), (64, 128))
 N_SAMPLED = 2  # coefficients of the plain loop that are run: its cells all cost the same
 
 # Part -> seconds it may take, in the order of what matters most.
@@ -121,24 +120,17 @@ def card(session: Session) -> None:
     session.row("card", f"bf16 {size}^3", tflops=best / 1e12, tflops_sustained=through / 1e12)
 
 
-def sweep(session: Session) -> None:
-    """The 7B shape, at three sizes: the plain loop, eager and compiled blocks."""
-    sizes = ((2, 12), (4, 12)) if session.quick else SIZES
-    for n_prompts, n_tokens in sizes:
-        rounds = 3 if n_prompts * n_tokens > 4000 else 5
-        measure(session, "sweep", "Llama 7B", n_prompts, n_tokens, rounds=rounds)
+def sweep(part: str, name: str, *sizes: tuple[int, int, int]) -> Callable[[Session], None]:
+    """A part that sweeps a shape by the plain loop, eager and compiled blocks.
 
+    `sizes`: prompts, tokens a prompt, rounds.
+    """
 
-def qwen(session: Session) -> None:
-    """The shape of Qwen3 0.6B."""
-    for n_prompts, n_tokens in ((2, 12),) if session.quick else ((8, 48), (64, 128)):
-        measure(session, "qwen", "Qwen3 0.6B", n_prompts, n_tokens, rounds=5)
+    def run(session: Session) -> None:
+        for n_prompts, n_tokens, rounds in ((2, 12, 3), (4, 12, 3)) if session.quick else sizes:
+            measure(session, part, name, n_prompts, n_tokens, rounds=rounds)
 
-
-def llama70b(session: Session) -> None:
-    """Eight blocks of Llama 70B's shape."""
-    for n_prompts, n_tokens in ((2, 12),) if session.quick else ((8, 48), (64, 128)):
-        measure(session, "llama70b", "Llama 70B, 8 blocks", n_prompts, n_tokens, rounds=3)
+    return run
 
 
 def measure(
@@ -296,13 +288,13 @@ def table(session: Session) -> str:
 PARTS: dict[str, Callable[[Session], None]] = {
     "card": card,
     "correct": gpu_extra.correct,
-    "sweep": sweep,
+    "sweep": sweep("sweep", "Llama 7B", (8, 48, 5), (32, 48, 5), (64, 128, 3)),
     "boundary": gpu_extra.boundary,
     "gradients": gpu_extra.gradients,
     "profile": profile,
     "peers": gpu_extra.peers,
-    "qwen": qwen,
-    "llama70b": llama70b,
+    "qwen": sweep("qwen", "Qwen3 0.6B", (8, 48, 5), (64, 128, 5)),
+    "llama70b": sweep("llama70b", "Llama 70B, 8 blocks", (8, 48, 3), (64, 128, 3)),
     "smol": gpu_extra.smol,
     "dask": gpu_extra.dask,
 }

@@ -12,6 +12,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from work import hooked
 
 import steerlens as sl
 from steerlens.engine.batches import Batch, make_batches
@@ -198,21 +199,14 @@ def hook_loop(
         step = coefficient * job.direction
         block, readout = (int(name.split(".")[1]) for name in (job.hook_name, job.readout))
 
-        def add(module: Any, args: Any, out: Any, step: Tensor = step) -> Any:
+        def add(out: Any, step: Tensor = step) -> Any:
             return out + step.to(out) if isinstance(out, Tensor) else (out[0] + step, *out[1:])
 
-        def keep(module: Any, args: Any, out: Any, kept: list[Tensor] = kept) -> None:
+        def keep(out: Any, kept: list[Tensor] = kept) -> None:
             kept.append((out if isinstance(out, Tensor) else out[0])[rows, -1].float())
 
-        handles = [
-            layers[block].register_forward_hook(add),
-            layers[readout].register_forward_hook(keep),
-        ]
-        try:
+        with hooked(layers, {block: add}), hooked(layers, {readout: keep}):
             logits = plain(batch.tokens, use_cache=False).logits
-        finally:
-            for handle in handles:
-                handle.remove()
         logprob = label_logprob(logits, batch.tokens, batch.label_mask())
         kept[0].cpu()
         found.append(logprob.cpu())

@@ -37,14 +37,7 @@ class Bridge(PlainLoop):
         )
         return kept[0], batch.pick_labels(output) if wants_logits else None
 
-    def differences(self, n_pairs: int) -> dict[int, Tensor]:
-        sides = [
-            torch.cat([self._all_layers(batch) for batch in self.batches(prompts[:n_pairs])], dim=1)
-            for prompts in (self.work.extract_positive, self.work.extract_negative)
-        ]
-        return dict(enumerate(sides[0] - sides[1]))
-
-    def _all_layers(self, batch: Padded) -> Tensor:
+    def all_layers(self, batch: Padded) -> Tensor:
         names = [resid_post(i) for i in range(self.work.n_layers)]
         _, cache = self.model.run_with_cache(
             batch.tokens, attention_mask=batch.mask, names_filter=names, logits_to_keep=1

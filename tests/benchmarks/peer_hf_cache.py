@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from peer_hf_lean import LeanHooks
 from torch import Tensor
-from work import Command, Padded, mean_logprob, serve
+from work import Command, Padded, hooked, mean_logprob, serve
 
 
 class HuggingFaceCache(LeanHooks):
@@ -46,22 +46,14 @@ class HuggingFaceCache(LeanHooks):
     def _prompt(self, batch: Padded, readouts: list[int]) -> tuple[Any, Tensor, Tensor]:
         """The cache, states `[readout, row, d_model]`, and the last token's final state."""
         kept: list[Tensor] = []
-        handles = [
-            self.model.model.layers[i].register_forward_hook(
-                lambda module, args, out: kept.append(out[:, -1])
-            )
-            for i in readouts
-        ]
-        try:
+        keep = dict.fromkeys(readouts, lambda out: kept.append(out[:, -1]))
+        with hooked(self.model.model.layers, keep):
             output = self.model.model(
                 input_ids=batch.tokens,
                 attention_mask=batch.mask,
                 position_ids=batch.position_ids,
                 use_cache=True,
             )
-        finally:
-            for handle in handles:
-                handle.remove()
         return output.past_key_values, torch.stack(kept), output.last_hidden_state[:, -1:]
 
     def _continuation(
@@ -70,10 +62,7 @@ class HuggingFaceCache(LeanHooks):
         """Each row's mean logprob. The last label predicts nothing, so it is not run."""
         labels = torch.tensor(self.work.continuation_ids).expand(len(batch.tokens), -1)
         tokens = labels[:, :-1]
-        handle = self.model.model.layers[layer].register_forward_hook(
-            lambda module, args, out: out + step
-        )
-        try:
+        with hooked(self.model.model.layers, {layer: lambda out: out + step}):
             final = self.model.model(
                 input_ids=tokens,
                 attention_mask=torch.cat([batch.mask, torch.ones_like(tokens)], dim=1),
@@ -81,9 +70,7 @@ class HuggingFaceCache(LeanHooks):
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state
-        finally:
-            handle.remove()
-            cache.crop(-tokens.shape[1])
+        cache.crop(-tokens.shape[1])
         return mean_logprob(self.model.lm_head(torch.cat([prompt_final, final], dim=1)), labels)
 
 

@@ -26,14 +26,7 @@ class NNsight(PlainLoop):
             logits = model.output.logits.save()
         return state, batch.pick_labels(logits) if wants_logits else None
 
-    def differences(self, n_pairs: int) -> dict[int, Tensor]:
-        sides = [
-            torch.cat([self._all_layers(batch) for batch in self.batches(prompts[:n_pairs])], dim=1)
-            for prompts in (self.work.extract_positive, self.work.extract_negative)
-        ]
-        return dict(enumerate(sides[0] - sides[1]))
-
-    def _all_layers(self, batch: Padded) -> Tensor:
+    def all_layers(self, batch: Padded) -> Tensor:
         rows, last = batch.rows, batch.last
         inputs = {"input_ids": batch.tokens, "attention_mask": batch.mask, "use_cache": False}
         with self.model.trace(inputs) as tracer:

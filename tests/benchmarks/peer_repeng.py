@@ -10,7 +10,7 @@ from repeng import ControlModel, ControlVector
 from repeng.extract import batched_get_hiddens
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from work import Padded, PlainLoop, Push, serve
+from work import Padded, PlainLoop, Push, hooked, serve
 
 
 class Repeng(PlainLoop):
@@ -43,19 +43,16 @@ class Repeng(PlainLoop):
         control.set_control(vector, push.coefficient)
         # repeng reads hidden states from the model's own output, which are those before the
         # control; a hook on the controlled block shows them as the next block gets them.
-        handle = self.model.model.layers[push.readout].register_forward_hook(
-            lambda module, args, out: kept.append(out[batch.rows, batch.last])
-        )
-        inputs = {
-            "input_ids": batch.tokens,
-            "attention_mask": batch.mask,
-            "position_ids": batch.position_ids,
-            "use_cache": False,
-        }
+        keep = {push.readout: lambda out: kept.append(out[batch.rows, batch.last])}
         try:
-            logits = control(**inputs).logits
+            with hooked(self.model.model.layers, keep):
+                logits = control(
+                    input_ids=batch.tokens,
+                    attention_mask=batch.mask,
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                ).logits
         finally:
-            handle.remove()
             control.unwrap()
         return kept[0], batch.pick_labels(logits) if wants_logits else None
 

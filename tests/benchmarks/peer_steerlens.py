@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from prepare import FITTED_ON, extraction_pairs
 from torch import Tensor
-from work import Command, Padded, Work, pad, serve
+from work import Command, Padded, Work, pad, serve, time_forward
 
 import steerlens as sl
 
@@ -54,27 +54,8 @@ class Steerlens:
 
     @torch.no_grad()
     def forward(self, command: Command) -> dict[str, Any]:
-        """Seconds of one bare forward pass without logits, side by side: the floor's rate.
-
-        The model inside the Bridge, in batches of prompts of like length as steerlens makes them.
-        """
-        work, n_pairs = self.work, command["n_pairs"]
-        sides = {
-            "positive": self._batches(work.positive[:n_pairs], work.continuation_ids),
-            "negative": self._batches(work.negative[:n_pairs]),
-        }
-        if command.get("extract"):
-            sides = {
-                "positive": self._batches(work.extract_positive[:n_pairs]),
-                "negative": self._batches(work.extract_negative[:n_pairs]),
-            }
-        seconds = {}
-        for side, batches in sides.items():
-            started = time.perf_counter()
-            for batch in batches:
-                self._base(batch)
-            seconds[side] = time.perf_counter() - started
-        return {"seconds": sum(seconds.values()), **seconds}
+        """The model inside the Bridge, in batches of prompts of like length as steerlens makes."""
+        return time_forward(self.work, command, self._batches, self._base)
 
     @torch.no_grad()
     def unembed(self, command: Command) -> dict[str, Any]:

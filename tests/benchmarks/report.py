@@ -65,6 +65,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def section(title: str, text: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A heading, a paragraph and a table."""
+    return "\n\n".join([f"## {title}", *filter(None, [text]), table(columns, rows)])
+
+
+def spread(seconds: Sequence[float], digits: int) -> list[str]:
+    """Median, least and most."""
+    return [f"{value:.{digits}f}" for value in (median(seconds), min(seconds), max(seconds))]
+
+
 def _header(found: Answers) -> str:
     if "header" not in found:
         return "# Benchmark"
@@ -98,7 +108,7 @@ def _sweep(found: Answers, positions: str) -> str:
         rows.append(
             [
                 NAMES[name],
-                *(f"{value:.1f}" for value in (middle, min(seconds), max(seconds))),
+                *spread(seconds, 1),
                 f"{middle / plan['n_cells']:.3f}",
                 f"{middle / ours:.2f}",
                 f"{differs['projection']:.1e}",
@@ -112,27 +122,13 @@ def _sweep(found: Answers, positions: str) -> str:
         else f"Seconds of {plan['n_cells']} cells, scaled from {sweep['peer_cells']} "
         f"({sweep['our_cells']} of steerlens)"
     )
-    return "\n".join(
-        [
-            f"## Sweep, steering {where}",
-            "",
-            f"{how}; {plan['n_pairs']} pairs, {plan['rounds']} interleaved rounds, batches of "
-            f"{plan['batch_size']}. Differences to steerlens: the largest of the sampled cells.",
-            "",
-            table(
-                [
-                    "contender",
-                    "median s",
-                    "min s",
-                    "max s",
-                    "s a cell",
-                    "x steerlens",
-                    "projection, relative",
-                    "logprob, nats",
-                ],
-                rows,
-            ),
-        ]
+    columns = ["contender", "median s", "min s", "max s", "s a cell", "x steerlens"]
+    return section(
+        f"Sweep, steering {where}",
+        f"{how}; {plan['n_pairs']} pairs, {plan['rounds']} interleaved rounds, batches of "
+        f"{plan['batch_size']}. Differences to steerlens: the largest of the sampled cells.",
+        [*columns, "projection, relative", "logprob, nats"],
+        rows,
     )
 
 
@@ -142,7 +138,7 @@ def _agreement(found: Answers, positions: str) -> str:
         for name, answer in found["agreement"][positions].items()
     ]
     columns = ["contender", "projection, relative", "logprob, nats"]
-    return f"## Differences to steerlens, steering {positions}\n\n" + table(columns, rows)
+    return section(f"Differences to steerlens, steering {positions}", "", columns, rows)
 
 
 def _scientific(value: float | None) -> str:
@@ -174,30 +170,17 @@ def _floor(found: Answers) -> str:
                     f"{seconds / floor:.2f}",
                 ]
             )
-    return "\n".join(
-        [
-            "## Against the floor",
-            "",
-            f"The floor of {sweep['our_cells']} cells: their forward-equivalents times one bare "
-            "forward pass of the positive prompts without logits, and the label logits once a "
-            "cell. The seconds of steerlens are of these cells, not scaled; its check of every "
-            "hook on two prompts, the tables and the bootstrap are among them. With fewer pairs "
-            "than a batch holds this is no floor: steerlens fills its passes with coefficients, "
-            "and full passes cost less a token.",
-            "",
-            table(
-                [
-                    "steering, bare model",
-                    "forward-equivalents",
-                    "forward s",
-                    "label logits s",
-                    "floor s",
-                    "steerlens s",
-                    "x floor",
-                ],
-                rows,
-            ),
-        ]
+    columns = ["forward-equivalents", "forward s", "label logits s", "floor s", "steerlens s"]
+    return section(
+        "Against the floor",
+        f"The floor of {sweep['our_cells']} cells: their forward-equivalents times one bare "
+        "forward pass of the positive prompts without logits, and the label logits once a "
+        "cell. The seconds of steerlens are of these cells, not scaled; its check of every "
+        "hook on two prompts, the tables and the bootstrap are among them. With fewer pairs "
+        "than a batch holds this is no floor: steerlens fills its passes with coefficients, "
+        "and full passes cost less a token.",
+        ["steering, bare model", *columns, "x floor"],
+        rows,
     )
 
 
@@ -208,9 +191,7 @@ def _extraction(found: Answers) -> str:
     rows = [
         [
             names[name],
-            f"{median(seconds):.2f}",
-            f"{min(seconds):.2f}",
-            f"{max(seconds):.2f}",
+            *spread(seconds, 2),
             f"{median(seconds) / ours:.2f}",
             f"{extract['difference'][name]:.1e}",
         ]
@@ -223,30 +204,16 @@ def _extraction(found: Answers) -> str:
             if name == US
             else "plain Hugging Face, prompts as they come"
         )
-        rows.append(
-            [
-                f"bare forward: {what}",
-                f"{median(seconds):.2f}",
-                f"{min(seconds):.2f}",
-                f"{max(seconds):.2f}",
-                f"{median(seconds) / ours:.2f}",
-                "-",
-            ]
-        )
-    return "\n".join(
-        [
-            "## Extraction",
-            "",
-            f"Last-token differences at all layers from {plan['extract_pairs']} pairs, "
-            f"{plan['extract_rounds']} interleaved rounds. steering-vectors and repeng tokenise "
-            "inside the time, as steerlens does; the others are given token ids. Difference: of "
-            "the mean projections, relative, over the layers.",
-            "",
-            table(
-                ["contender", "median s", "min s", "max s", "x steerlens", "difference"],
-                rows,
-            ),
-        ]
+        times = f"{median(seconds) / ours:.2f}"
+        rows.append([f"bare forward: {what}", *spread(seconds, 2), times, "-"])
+    return section(
+        "Extraction",
+        f"Last-token differences at all layers from {plan['extract_pairs']} pairs, "
+        f"{plan['extract_rounds']} interleaved rounds. steering-vectors and repeng tokenise "
+        "inside the time, as steerlens does; the others are given token ids. Difference: of "
+        "the mean projections, relative, over the layers.",
+        ["contender", "median s", "min s", "max s", "x steerlens", "difference"],
+        rows,
     )
 
 
@@ -261,9 +228,7 @@ def _memory(rows: Sequence[Answers]) -> str:
         else " The system cannot reset a peak, so that of loading may hide the sweep's."
     )
     columns = ["contender", "loaded MB", "peak MB", "above MB"]
-    return f"## Peak memory\n\nResident memory of a fresh process each.{note}\n\n" + table(
-        columns, body
-    )
+    return section("Peak memory", f"Resident memory of a fresh process each.{note}", columns, body)
 
 
 def _growth(found: Answers) -> str:
@@ -278,17 +243,14 @@ def _growth(found: Answers) -> str:
         for row in found["growth"]
     ]
     layers = ", ".join(map(str, plan["growth_layers"]))
-    return "\n".join(
-        [
-            "## Growth",
-            "",
-            f"One size at a time, each once; else {plan['growth_pairs']} pairs "
-            f"({plan['grow_tokens_pairs']} where the prompts' length grows), layers {layers}, "
-            f"{plan['growth_coefficients']} coefficients, steering all tokens. "
-            f"{found.get('plot', '')}",
-            "",
-            table(["size", "seconds", "forward-equivalents", "s a forward-equivalent"], rows),
-        ]
+    return section(
+        "Growth",
+        f"One size at a time, each once; else {plan['growth_pairs']} pairs "
+        f"({plan['grow_tokens_pairs']} where the prompts' length grows), layers {layers}, "
+        f"{plan['growth_coefficients']} coefficients, steering all tokens. "
+        f"{found.get('plot', '')}",
+        ["size", "seconds", "forward-equivalents", "s a forward-equivalent"],
+        rows,
     )
 
 

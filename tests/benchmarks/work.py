@@ -8,8 +8,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -170,9 +170,17 @@ class PlainLoop:
         """States `[row, d_model]` at the readout's last prompt token, logits `[row, label, id]`."""
         raise NotImplementedError
 
+    def all_layers(self, batch: Padded) -> Tensor:
+        """Block outputs `[layer, row, d_model]` at the last prompt token."""
+        raise NotImplementedError
+
     def differences(self, n_pairs: int) -> dict[int, Tensor]:
         """Layer -> differences `[pair, d_model]` at the last prompt token, the tool's own way."""
-        raise NotImplementedError
+        sides = [
+            torch.cat([self.all_layers(batch) for batch in self.batches(prompts[:n_pairs])], dim=1)
+            for prompts in (self.work.extract_positive, self.work.extract_negative)
+        ]
+        return dict(enumerate(sides[0] - sides[1]))
 
     def batches(self, prompts: list[list[int]], continuation: Sequence[int] = ()) -> list[Padded]:
         """Prompts padded as this tool wants them."""
@@ -254,6 +262,43 @@ class PlainLoop:
             if logits is not None:
                 logprobs.append(mean_logprob(logits, batch.labels))
         return torch.cat(states), torch.cat(logprobs) if logprobs else torch.empty(0)
+
+
+@contextmanager
+def hooked(layers: Any, hooks: Mapping[int, Callable[[Any], Any]]) -> Iterator[None]:
+    """Forward hooks on blocks inside the block: each is given an output, and may give another."""
+    handles = [
+        layers[i].register_forward_hook(lambda module, args, out, hook=hook: hook(out))
+        for i, hook in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def time_forward(
+    work: Work,
+    command: Command,
+    batches: Callable[..., list[Padded]],
+    base: Callable[[Padded], object],
+) -> dict[str, Any]:
+    """Seconds of one bare forward pass without logits, side by side: the floor's rate."""
+    positive, negative, continuation = work.positive, work.negative, work.continuation_ids
+    if command.get("extract"):
+        positive, negative, continuation = work.extract_positive, work.extract_negative, []
+    seconds = {}
+    for side, prompts, after in (
+        ("positive", positive, continuation),
+        ("negative", negative, []),
+    ):
+        padded = batches(prompts[: command["n_pairs"]], after)
+        started = time.perf_counter()
+        for batch in padded:
+            base(batch)
+        seconds[side] = time.perf_counter() - started
+    return {"seconds": sum(seconds.values()), **seconds}
 
 
 def mean_logprob(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ from steerlens.tables import Column
 MAX_ROWS = 600
 """Rows of a table that are shown; of a longer one, the largest by `TableContent.by`."""
 _NUMBERS = ("float64", "int64")
+_BUDGET = {
+    None: "",
+    "yes": "within budget; ",
+    "no": "beyond the budget; ",
+    "undecided": "within budget or not: undecided; ",
+}
 _ENDS = {
     "stop": "ended by itself",
     "length": "cut at the asked-for length",
@@ -186,9 +192,9 @@ def generations(table: pd.DataFrame, cells: pd.DataFrame | None) -> Html:
 
     With the `cells` of a sweep each column says whether its cell is within the budget.
     """
-    coherent: dict[tuple[Any, Any], bool] = {}
+    coherent: dict[tuple[Any, Any], str] = {}
     if cells is not None:
-        coherent = {(c.hook_name, c.coefficient): bool(c.coherent) for c in cells.itertuples()}
+        coherent = {(c.hook_name, c.coefficient): str(c.coherent) for c in cells.itertuples()}
     rows = []
     groups: Any = table.groupby(["prompt", "hook_name"], sort=False)
     for (prompt, hook_name), group in groups:
@@ -208,8 +214,8 @@ def generations(table: pd.DataFrame, cells: pd.DataFrame | None) -> Html:
     return joined(note, *rows)
 
 
-def _text(row: Any, is_coherent: bool | None) -> Html:
-    budget = {None: "", True: "within budget; ", False: "beyond the budget; "}[is_coherent]
+def _text(row: Any, coherent: str | None) -> Html:
+    budget = _BUDGET[coherent]
     unsteered = ", unsteered" if row.coefficient == 0 else ""
     return element(
         "div",

@@ -41,8 +41,12 @@ def _sweep(run: Run) -> Iterator[str]:
         return
     baseline = short(cells[0].baseline_logprob_nats)
     yield f"Unsteered, the labels' mean logprob is {baseline} nats per token."
-    within = [cell for cell in cells if cell.coherent]
-    yield f"Of {len(cells)} cells {len(within)} are within the budget ({run.request['budget']})."
+    within = [cell for cell in cells if cell.coherent == "yes"]
+    n_undecided = sum(cell.coherent == "undecided" for cell in cells)
+    yield (
+        f"Of {len(cells)} cells {len(within)} are within the budget ({run.request['budget']}); of "
+        f"{n_undecided} the interval of the degradation reaches across it, so they are undecided."
+    )
     undefined = sum(math.isnan(cell.logprob_nats) for cell in cells)
     if undefined:
         yield f"{undefined} cells are undefined: the model overflowed there."
@@ -119,7 +123,7 @@ def _compare(run: Run) -> Iterator[str]:
     band = ""
     if math.isfinite(row.null_low) and math.isfinite(row.null_high):
         ends = f"{change(row.null_low)} and {change(row.null_high)}"
-        band = f"; 95% of random and shuffled vectors lie between {ends}"
+        band = f"; 95% of random and of shuffled vectors lie between {ends}"
     yield (
         f"The largest effect is that of {best.method} at layer {best.layer}: "
         f"{change(best.effect)} nats per token (95% interval {change(best.effect_ci_low)} to "
@@ -129,6 +133,13 @@ def _compare(run: Run) -> Iterator[str]:
     )
     n_effects = sum(row.verdict == "effect" for row in methods)
     yield f'The verdict is "effect" for {n_effects} of {len(methods)} methods.'
+    against = _rows(run.tables["methods"]) if "methods" in run.tables else []
+    if against:
+        better = [row.method for row in against if row.verdict == "better"]
+        yield (
+            f"On the same items {', '.join(better) or 'no method'} is better than "
+            f"{against[0].reference}, by signs flipped over {len(against)} comparisons."
+        )
 
 
 def _circuits(run: Run) -> Iterator[str]:

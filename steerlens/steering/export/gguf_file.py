@@ -17,6 +17,7 @@ from steerlens.models.weight_processing import UNKNOWN
 from steerlens.steering import Add, Origin, SteeringVector
 from steerlens.steering.export.gguf_format import read_gguf
 from steerlens.steering.vector_file import checksum, write_named
+from steerlens.validation import checked
 
 ARCHITECTURE = "controlvector"
 HINT = f"{ARCHITECTURE}.model_hint"
@@ -41,6 +42,7 @@ def block_rows(vector: SteeringVector, target: str) -> dict[int, Tensor]:
     return dict(zip(map(hook_layer, vector.hook_names), vector.rows, strict=True))
 
 
+@checked
 def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     """Write a llama.cpp control vector: `direction.N` is added to the output of block N.
 
@@ -88,6 +90,7 @@ def to_gguf(vector: SteeringVector, path: str | Path) -> None:
     write_named(path, ".gguf", fill)
 
 
+@checked
 def from_gguf(path: str | Path) -> SteeringVector:
     """Read a GGUF control vector of llama.cpp, repeng or `to_gguf`.
 

@@ -24,6 +24,7 @@ from steerlens.models.loading import inference
 from steerlens.stats import allowed_gap
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.export.gguf_file import block_rows
+from steerlens.validation import checked
 
 RECORD = "steerlens.json"
 TOLERANCE = 1e-4
@@ -54,6 +55,7 @@ CARRIERS = {
 residual stream as it is."""
 
 
+@checked
 def bake(
     model: HookedModel, vector: SteeringVector, coefficient: Coefficient, out_dir: str | Path
 ) -> Path:

@@ -11,6 +11,7 @@ from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
 from steerlens.steering.export.gguf_file import block_rows
+from steerlens.validation import checked
 
 _LAYER_TYPES = {
     "decoder_block": ("hook_resid_post",),
@@ -35,6 +36,7 @@ class RepengLike(Protocol):
     directions: Mapping[int, Any]
 
 
+@checked
 def to_steering_vectors(vector: SteeringVector) -> Any:
     """A `steering_vectors.SteeringVector`: multiplier c there is coefficient c here.
 
@@ -62,6 +64,7 @@ def to_steering_vectors(vector: SteeringVector) -> Any:
     return Theirs(layer_activations=rows, layer_type=layer_types[0])
 
 
+@checked
 def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
     """Take over a `steering_vectors.SteeringVector`; its origin is unknown.
 
@@ -88,6 +91,7 @@ def from_steering_vectors(vector: SteeringVectorsLike) -> SteeringVector:
     return SteeringVector.from_vectors(rows)
 
 
+@checked
 def to_repeng(vector: SteeringVector) -> Any:
     """A `repeng.ControlVector`: its coefficient c is c here.
 
@@ -104,6 +108,7 @@ def to_repeng(vector: SteeringVector) -> Any:
     )
 
 
+@checked
 def from_repeng(vector: RepengLike) -> SteeringVector:
     """Take over a `repeng.ControlVector`; of its origin only the architecture is known.
 

@@ -1,10 +1,12 @@
-"""The loss in a plane: where pairs are pushed, and which way its terms push them."""
+"""The plane of a direction: the boundary's shape in it, and the loss where pairs are pushed."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Studies
 
 import steerlens as sl
 from steerlens.directions.directions import Directions
@@ -12,6 +14,7 @@ from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.loss import contrastive_steering_loss, label_logprob
 from steerlens.measure.plane import SHARES
+from steerlens.measure.rows import main_orthogonal
 from steerlens.measure.study import loss_geometry
 from steerlens.tables import CONTOUR_COLUMNS, GEOMETRY_COLUMNS, SHAPE_COLUMNS
 
@@ -60,19 +63,23 @@ def test_the_tables_have_their_columns_and_rows(
 
 
 def test_the_shape_says_how_far_each_hook_was_searched(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.measure.LossGeometry
+    geometry: sl.measure.LossGeometry, study: Studies
 ) -> None:
-    plane = sl.Study(llama, many, directions, **OPTIONS).boundary_shape(4, n_angles=3)
+    plane = study(**OPTIONS).boundary_shape(4, n_angles=3)
     searched = geometry.shape.attrs["searched"]
     assert list(searched) == ["blocks.1.hook_resid_post", "blocks.4.hook_resid_post"]
     assert searched["blocks.4.hook_resid_post"] == plane.table.attrs["searched"]
 
 
 def test_the_loss_of_a_push_is_that_of_bare_hooks(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.measure.LossGeometry
+    llama: Any,
+    many: sl.ContrastivePairs,
+    directions: Directions,
+    geometry: sl.measure.LossGeometry,
+    study: Studies,
 ) -> None:
     name = "blocks.1.hook_resid_post"
-    plane = sl.Study(llama, many, directions, **OPTIONS).boundary_shape(1, n_angles=6)
+    plane = study(**OPTIONS).boundary_shape(1, n_angles=6)
     rows = geometry.contours[(geometry.contours.hook_name == name)]
     row = rows[(rows.angle == 60.0) & (rows.coefficient > 0)].iloc[2]
     push = float(row.coefficient) * plane.at(60.0)
@@ -113,11 +120,11 @@ def test_the_boundary_lies_where_the_degradation_spends_the_budget(
 
 
 def test_arrows_are_finite_differences_of_the_loss(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions, geometry: sl.measure.LossGeometry
+    llama: Any, many: sl.ContrastivePairs, geometry: sl.measure.LossGeometry, study: Studies
 ) -> None:
     """Minus d(penalty)/d(difference): a push p moves the difference by 2 p, hence the half."""
     name = "blocks.1.hook_resid_post"
-    plane = sl.Study(llama, many, directions, **OPTIONS).boundary_shape(1, n_angles=6)
+    plane = study(**OPTIONS).boundary_shape(1, n_angles=6)
     points = geometry.points[geometry.points.hook_name == name]
     prompt = tokenize_pairs(llama, many).positive[3]
     step = 2e-2
@@ -134,15 +141,77 @@ def test_arrows_are_finite_differences_of_the_loss(
     assert (points.separation_along**2 + points.separation_across**2 <= 1 + 1e-9).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_angles": 2}, "n_angles"),
+        ({"weight": float("nan")}, "weight"),
+        ({"weight": -1}, "weight: expected a finite number of 0 or more"),
+    ],
+)
 def test_a_geometry_without_meaning_is_refused(
-    llama: Any, many: sl.ContrastivePairs, directions: Directions
+    llama: Any,
+    many: sl.ContrastivePairs,
+    directions: Directions,
+    options: dict[str, Any],
+    message: str,
 ) -> None:
-    with pytest.raises(InputError, match="n_angles"):
-        loss_geometry(llama, many, directions, layers=[1], n_angles=2)
-    with pytest.raises(InputError, match="weight"):
-        loss_geometry(llama, many, directions, layers=[1], weight=float("nan"))
-    with pytest.raises(InputError, match="weight must be 0 or more"):
-        loss_geometry(llama, many, directions, layers=[1], weight=-1)
-    fitted = sl.fit_directions(sl.collect_differences(llama, many, layers=[0]))
-    with pytest.raises(InputError, match=r"blocks\.1"):
-        loss_geometry(llama, many, fitted, layers=[1])
+    with pytest.raises(InputError, match=message):
+        loss_geometry(llama, many, directions, layers=[1], **options)
+
+
+# The shape
+
+
+def test_the_shape_has_the_two_boundaries_of_the_direction(
+    llama: Any, many: sl.ContrastivePairs, directions: Directions, study: Studies
+) -> None:
+    options: dict[str, Any] = {"budget": "nats=0.1", "n_bootstrap": 50}
+    shape = study(**options).boundary_shape(2, n_angles=8)
+    table = shape.table
+    assert list(table.columns) == [column.name for column in SHAPE_COLUMNS]
+    assert table.angle.tolist() == [45.0 * i for i in range(8)]
+    row = sl.find_boundary(llama, many, directions, layers=[2], **options).layers.iloc[0]
+    assert table.boundary[0] == pytest.approx(row.boundary_pos, rel=0.03)
+    assert table.boundary[4] == pytest.approx(-row.boundary_neg, rel=0.03)
+    np.testing.assert_allclose(np.hypot(table.x, table.y), table.boundary)
+    assert table.y[2] == pytest.approx(table.boundary[2])
+    assert table.attrs["radius_ratio"] == pytest.approx(table.boundary.max() / table.boundary.min())
+    assert table.attrs["radius_ratio"] > 1.05
+    assert float(shape.direction @ shape.orthogonal) == pytest.approx(0, abs=1e-6)
+    turned = replace(
+        directions,
+        vectors=torch.stack(
+            [
+                shape.orthogonal if name == "blocks.2.hook_resid_post" else directions[name]
+                for name in directions.hook_names
+            ]
+        ),
+    )
+    across = sl.find_boundary(llama, many, turned, layers=[2], **options).layers.iloc[0]
+    assert table.boundary[2] == pytest.approx(across.boundary_pos, rel=0.03)
+
+
+def test_the_main_orthogonal_direction_by_hand() -> None:
+    """Without their first component the differences are (0, 1, 0), (0, 2, 0) and (0, 0, 1)."""
+    differences = torch.tensor([[5.0, 1, 0], [7, 2, 0], [3, 0, 1]], dtype=torch.float64)
+    direction = torch.tensor([1.0, 0, 0], dtype=torch.float64)
+    found = main_orthogonal(differences, direction)
+    torch.testing.assert_close(found, torch.tensor([0.0, 1, 0], dtype=torch.float64))
+    with pytest.raises(InputError, match="no plane is left"):
+        main_orthogonal(torch.outer(torch.tensor([1.0, 2.0]).double(), direction), direction)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layer": "0,1"}, "one hook"),
+        ({"layer": 2, "n_angles": 2}, "n_angles"),
+        ({"layer": 2, "search_range": -1}, "search_range"),
+    ],
+)
+def test_a_shape_without_meaning_is_refused(
+    options: dict[str, Any], message: str, study: Studies
+) -> None:
+    with pytest.raises(InputError, match=message):
+        study().boundary_shape(**options)

@@ -1,0 +1,88 @@
+"""What any vector at a hook would do, to first order: effects of thousands, from two passes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steerlens.data.items import PreferenceItems
+from steerlens.engine.backward import LabelGradients, label_gradients
+from steerlens.engine.batches import make_batches, rows_per_pass
+from steerlens.engine.engine import Engine
+from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
+from steerlens.engine.workload import Workload
+from steerlens.loss import Budget
+from steerlens.measure.prediction import bend_of, first_roots
+from steerlens.models.hooks import resid_post
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """Gradients of the items' preference gaps, and of the loss that the budget bounds, at hooks.
+
+    `gaps` are in nats per token and residual unit, item by item; `text` those of the text that the
+    budget is spent on, `allowance` what it allows there (nats per token).
+    """
+
+    hook_names: tuple[str, ...]
+    gaps: Float[Tensor, "hook item d_model"]
+    text: LabelGradients
+    budget: Budget
+    allowance: float
+
+    def effects(
+        self, hook_name: str, vectors: Float[Tensor, "vector d_model"]
+    ) -> Float[np.ndarray, "vector item"]:
+        """The change of every item's gap by unit vectors, each at the coefficient predicted for it.
+
+        `c (v . gradient)`, with `slope c + bend c^2` of the loss at its allowance; NaN where no
+        coefficient spends the budget.
+        """
+        at = self.hook_names.index(hook_name)
+        units = vectors.double().cpu()
+        logprob, scores = self.text.logprob[at].double(), self.text.scores[at].double()
+        bends = bend_of(self.budget, (units @ scores.T).square().mean(dim=1).numpy())
+        slopes = np.zeros(len(units))
+        if not self.budget.is_divergence:
+            slopes = -(units @ logprob.mean(dim=0)).numpy()
+        reached = first_roots(bends, slopes, self.allowance)
+        along: NDArray[np.float64] = (units @ self.gaps[at].double().T).numpy()
+        return np.where(np.isfinite(reached), reached, np.nan)[:, None] * along
+
+
+def linearise(
+    engine: Engine,
+    items: PreferenceItems,
+    text: Sequence[TokenizedPrompt],
+    hook_names: Sequence[str],
+    *,
+    budget: Budget,
+    seed: int,
+) -> Linearised:
+    """The gradients at 0 of the items' gaps and of the text's loss, every token steered."""
+    positive, negative = tokenize_items(engine.model, items)
+    every = (*positive, *negative)
+    gradients = _gradients(engine, every, hook_names, seed=seed, with_scores=False).logprob
+    allowance = budget.value  # that of a divergence
+    if not budget.is_divergence:
+        last = resid_post(engine.n_layers - 1)
+        workload = Workload(engine.batches(text), (), -1, "all", with_readouts=False)
+        baseline = run_baseline(engine, workload, (last,)).logprob
+        allowance = budget.allowance(float(baseline.double().mean()))
+    up, down = gradients.chunk(2, dim=1)
+    of_text = _gradients(engine, text, hook_names, seed=seed)
+    return Linearised(tuple(hook_names), up - down, of_text, budget, allowance)
+
+
+def _gradients(
+    engine: Engine, prompts: Sequence[TokenizedPrompt], hook_names: Sequence[str], **how: Any
+) -> LabelGradients:
+    width = max(len(prompt) for prompt in prompts)
+    size = max(1, (engine.batch_size or rows_per_pass(engine.model, width)) // 2)
+    batches = make_batches(engine.model, prompts, size)
+    return label_gradients(engine, batches, hook_names, steered_positions="all", **how)

@@ -1,0 +1,183 @@
+"""What vectors that cannot know the labels do at equal damage, and a method's rank among them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steerlens.directions.differences import Differences
+from steerlens.directions.methods import fit_directions, method_of
+from steerlens.errors import InputError
+from steerlens.measure.linearised import Linearised
+from steerlens.stats import TAIL, max_rank_p, rank_p
+from steerlens.tables import Row
+
+N_SCREENED = 999
+"""Nulls of each kind whose effects are taken from the gradients."""
+MIN_CORRELATION = 0.95
+MIN_EXACT = 20
+"""Vectors of which exact and linearised effects are compared, at least."""
+N_REFITS = 50
+
+
+@dataclass(frozen=True)
+class NullEffects:
+    """What was seen at the hooks of one method and under nulls, in one kind of arithmetic.
+
+    `how` is "linearised" or "exact"; `seen` has one value a hook, `draws` by kind of null (random,
+    shuffled) one a draw and hook, NaN where a null does not reach the budget.
+    """
+
+    how: str
+    hook_names: tuple[str, ...]
+    seen: Float[np.ndarray, " hook"]
+    draws: Mapping[str, Float[np.ndarray, "draw hook"]]
+
+    def columns(self) -> dict[str, Row]:
+        """Hook name -> p-values and the nulls' range there; the kind that is harder decides."""
+        over_hooks = [max_rank_p(self.seen, draws) for draws in self.draws.values()]
+        rows: dict[str, Row] = {}
+        for i, name in enumerate(self.hook_names):
+            kinds = [draws[:, i] for draws in self.draws.values()]
+            kinds = [of_kind[~np.isnan(of_kind)] for of_kind in kinds]
+            ends = [np.quantile(k, [TAIL, 1 - TAIL]) if len(k) else [math.nan] * 2 for k in kinds]
+            rows[name] = {
+                "null_by": self.how,
+                "n_null": min(map(len, kinds)),
+                "null_low": float(min(low for low, _ in ends)),
+                "null_high": float(max(high for _, high in ends)),
+                "p_value": max(rank_p(float(self.seen[i]), of_kind) for of_kind in kinds),
+                "p_layers": float(max(p[i] for p in over_hooks)),
+            }
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Screen:
+    """Nulls run exactly, and many more of which the effects are taken from the gradients.
+
+    `exact` are the mean effects of the nulls that were run, by kind, NaN where one did not reach
+    the budget; `vectors` all that are drawn, by kind, the ones that were run first.
+    """
+
+    linear: Linearised
+    exact: Mapping[str, Float[np.ndarray, "run hook"]]
+    vectors: Mapping[str, Float[Tensor, "draw hook d_model"]]
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """The hooks, in the order of all tables here."""
+        return self.linear.hook_names
+
+    @cached_property
+    def screened(self) -> Mapping[str, Float[np.ndarray, "draw hook"]]:
+        """The linearised mean effects of all nulls, by kind."""
+        return {
+            kind: np.stack(
+                [self.effects(name, rows[:, i]) for i, name in enumerate(self.hook_names)], axis=1
+            )
+            for kind, rows in self.vectors.items()
+        }
+
+    def effects(
+        self, hook_name: str, vectors: Float[Tensor, "vector d_model"]
+    ) -> Float[np.ndarray, " vector"]:
+        """The linearised mean effects of unit vectors."""
+        mean: NDArray[np.float64] = self.linear.effects(hook_name, vectors).mean(axis=1)
+        return mean
+
+    @cached_property
+    def correlation(self) -> dict[str, float]:
+        """Hook name -> Pearson's r of exact and linearised effects of the nulls that were run.
+
+        NaN where fewer than 20 of them reached the budget.
+        """
+        found = {}
+        for i, name in enumerate(self.hook_names):
+            exact = np.concatenate([rows[:, i] for rows in self.exact.values()])
+            linear = np.concatenate(
+                [rows[: len(self.exact[kind]), i] for kind, rows in self.screened.items()]
+            )
+            known = np.isfinite(exact) & np.isfinite(linear)
+            exact, linear = exact[known], linear[known]
+            enough = len(exact) >= MIN_EXACT and exact.std() > 0 and linear.std() > 0
+            found[name] = float(np.corrcoef(exact, linear)[0, 1]) if enough else math.nan
+        return found
+
+    def is_linear(self, hook_name: str) -> bool:
+        """Whether linearised effects may stand for exact ones at a hook."""
+        return self.correlation[hook_name] > MIN_CORRELATION
+
+    def columns(
+        self, directions: Mapping[str, Tensor], exact: Mapping[str, float]
+    ) -> dict[str, Row]:
+        """Hook name -> how one method ranks among the nulls there (`NullEffects.columns`).
+
+        Where linearised effects stand for exact ones, the method's own is linearised too. The
+        maximum over layers is over the hooks of one arithmetic.
+        """
+        columns: dict[str, Row] = {}
+        for how in ("linearised", "exact"):
+            names = tuple(n for n in exact if self.is_linear(n) == (how == "linearised"))
+            if not names:
+                continue
+            at = [self.hook_names.index(name) for name in names]
+            if how == "linearised":
+                seen = [float(self.effects(n, directions[n][None])[0]) for n in names]
+                draws = self.screened
+            else:
+                seen, draws = [exact[name] for name in names], self.exact
+            nulls = {kind: rows[:, at] for kind, rows in draws.items()}
+            columns |= NullEffects(how, names, np.array(seen), nulls).columns()
+        return columns
+
+    def spreads(self, differences: Differences, method: str, *, seed: int) -> dict[str, float]:
+        """Hook name -> standard deviation of the mean effect over refits of a method.
+
+        Each refit has as many groups of pairs, drawn with replacement; effects are linearised. Only
+        hooks where these may stand for exact ones, and methods that are fitted from differences;
+        none where a refit fails.
+        """
+        chosen = method_of(method)
+        names = [name for name in self.hook_names if self.is_linear(name)]
+        if chosen.source != "differences" or chosen.is_control or not names:
+            return {}
+        group = np.array(differences.pair_groups)
+        members = [np.flatnonzero(group == g) for g in range(int(group.max()) + 1)]
+        generator = np.random.default_rng(seed)
+        refitted: dict[str, list[Tensor]] = {name: [] for name in names}
+        for _ in range(N_REFITS):
+            drawn = generator.integers(0, len(members), len(members))
+            resampled = _part_of(differences, names, [members[g] for g in drawn])
+            try:
+                directions = fit_directions(resampled, method=method)
+            except InputError:  # nothing is left of these pairs: the spread is not known
+                return {}
+            for name in names:
+                refitted[name].append(directions[name])
+        return {
+            name: float(np.std(self.effects(name, torch.stack(rows)), ddof=1))
+            for name, rows in refitted.items()
+        }
+
+
+def _part_of(
+    differences: Differences, hook_names: Sequence[str], groups: Sequence[NDArray[np.int64]]
+) -> Differences:
+    """Some hooks, and some groups of pairs, which may be there more than once."""
+    hooks = [differences.hook_names.index(name) for name in hook_names]
+    rows = torch.from_numpy(np.concatenate(groups)).to(differences.positive.device)
+    return replace(
+        differences,
+        hook_names=tuple(hook_names),
+        readout_names=(),
+        positive=differences.positive[hooks][:, rows],
+        negative=differences.negative[hooks][:, rows],
+        groups=None,
+    )

@@ -1,0 +1,74 @@
+"""What the tests of commands share: how one ended, and what lies in the folder that it wrote."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+N_LAYERS = 4
+OPENINGS = ["the river was", "how was the day today", "I said", "the soup is so warm and good"]
+HELD_OUT = ["what a night by the river", "tomorrow the sun is", "you felt"]
+NEUTRAL = tuple(f"the {word} was so" for word in "walk sun rain soup bread night".split())
+Main = Callable[..., "Outcome"]
+
+
+class Outcome:
+    """How a command ended: its exit code and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def words(self) -> str:
+        """All that was printed on stderr as one line: rich wraps long ones, inside words too."""
+        return "".join(self.err.splitlines())
+
+
+def finish(*arguments: str | Path, code: int = 0) -> None:
+    """Run a command in this process; it ends with that code."""
+    from steerlens.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    assert stop.value.code == code
+
+
+def write_pairs(path: Path, openings: list[str], *, negative: str = "gloomy") -> Path:
+    lines = (
+        json.dumps(
+            {
+                "positive": f"you are cheerful {opening}",
+                "negative": f"you are very {negative} {opening}",
+            }
+        )
+        for opening in openings
+    )
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else {}
+
+
+def table(folder: Path, name: str = "sweep.csv") -> pd.DataFrame:
+    return pd.read_csv(folder / name, float_precision="round_trip")
+
+
+def record(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return loaded
+
+
+def assert_error(outcome: Outcome, *words: str) -> None:
+    """Exit code 2, nothing on stdout, exactly one line on stderr."""
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("steerlens: ")
+    assert outcome.err.count("\n") == 1
+    assert outcome.err.endswith("\n")
+    assert "Traceback" not in outcome.err
+    for word in words:
+        assert word in outcome.err
