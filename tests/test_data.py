@@ -1,18 +1,13 @@
 """Pairs: what loads, what is refused and where, how they split, and how they become text."""
 
 import json
-import os
 import re
-import resource
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_tokenizer
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,16 +21,10 @@ from steerlens.data import (
     dataset_card,
     dataset_names,
     neutral_texts,
-    render,
 )
 from steerlens.errors import InputError
 
 GOOD = '{"positive": "you are kind", "negative": "you are rude"}'
-# Closes every turn, as most chat models do: an open turn must not get this end mark.
-CLOSING_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def write(folder: Path, *lines: str | bytes, end: bytes = b"\n") -> Path:
@@ -350,151 +339,6 @@ def test_a_split_part_of_fewer_than_two_pairs_is_refused(fraction: float) -> Non
     assert [len(part) for part in made.split(0.25)] == [6, 2]
 
 
-# Groups
-
-
-def grouped(*groups: str | None) -> ContrastivePairs:
-    return ContrastivePairs(
-        tuple(
-            ContrastivePair(f"good {i}", f"bad {i}", id=str(i), group=group)
-            for i, group in enumerate(groups)
-        )
-    )
-
-
-@pytest.mark.parametrize(
-    ("key", "values"), [("group", ["b", "a", "b", None]), ("persona", [7, "a", 7, None])]
-)
-def test_a_group_comes_from_its_key_however_pairs_are_read(
-    tmp_path: Path, key: str, values: list[Any]
-) -> None:
-    rows = [
-        {"positive": f"good {i}", "negative": f"bad {i}", key: value}
-        for i, value in enumerate(values)
-    ]
-    read = [
-        ContrastivePairs.from_records(rows, group=key),
-        ContrastivePairs.from_jsonl(write(tmp_path, *map(json.dumps, rows)), group=key),
-        ContrastivePairs.from_dataset(rows, group=key),
-        ContrastivePairs.from_lists(
-            *([row[side] for row in rows] for side in ("positive", "negative")), group=values
-        ),
-    ]
-    names = [None if value is None else str(value) for value in values]
-    for made in read:
-        assert [pair.group for pair in made] == names
-        assert made.groups == (0, 1, 0, 2)
-        assert made[::-1].groups == (0, 1, 2, 1)
-        assert made.fingerprint == read[0].fingerprint
-    if key != "group":
-        assert ContrastivePairs.from_records(rows).groups == (0, 1, 2, 3)
-        with pytest.raises(InputError, match=f"record 2: missing key '{key}'"):
-            ContrastivePairs.from_records([rows[0], {"positive": "a", "negative": "b"}], group=key)
-
-
-@pytest.mark.parametrize("key", ["positive", "negative", "continuation", "id", "auto "])
-def test_a_group_cannot_be_another_part_of_a_pair(key: str) -> None:
-    rows = [{"positive": f"good {i}", "negative": f"bad {i}"} for i in range(2)]
-    with pytest.raises(InputError, match=f"'{key}'"):
-        ContrastivePairs.from_records(rows, group=key)
-    with pytest.raises(InputError, match=f"'{key}'"):
-        ContrastivePairs.from_lists(["a", "b"], ["c", "d"], group=key)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("sides", "groups"),
-    [
-        # The same words at the same place; another word; the same words in another order.
-        ([("I love it", "I hate it"), ("we love her", "we hate her")], (0, 0)),
-        ([("I love it", "I hate it"), ("I like it", "I hate it")], (0, 1)),
-        ([("a b c", "a c"), ("d b e", "d e"), ("b b", "b"), ("a c", "a b c")], (0, 0, 0, 1)),
-    ],
-)
-def test_pairs_that_differ_in_one_text_are_a_group_of_auto(
-    sides: list[tuple[str, str]], groups: tuple[int, ...]
-) -> None:
-    positive, negative = zip(*sides, strict=True)
-    assert ContrastivePairs.from_lists(positive, negative, group="auto").groups == groups
-    chats = [
-        [user(text, "system") + user(f"question {i}") for text in pair]
-        for i, pair in enumerate(sides)
-    ]
-    made = ContrastivePairs.from_lists(*zip(*chats, strict=True), group="auto")
-    # Of chats whole messages are compared.
-    assert made.groups == tuple(range(len(sides)))
-    again = ContrastivePairs.from_lists(*zip(*chats, *chats, strict=True), group="auto")
-    assert again.groups == 2 * tuple(range(len(sides)))
-
-
-def test_repeats_without_a_group_are_one_group() -> None:
-    made = ContrastivePairs.from_lists(["a", "b", "a", "a"], ["c", "c", "c", "d"])
-    assert made.groups == (0, 1, 0, 2)
-    items = PreferenceItems.from_records([ITEM, {**ITEM, "positive": " good."}] * 2)
-    assert items.groups == (0, 0, 0, 0)
-
-
-@settings(max_examples=40, deadline=None)
-@given(sizes=st.lists(st.integers(2, 5), min_size=2, max_size=12), seed=st.integers(0, 2**32))
-def test_a_split_parts_no_group(sizes: list[int], seed: int) -> None:
-    made = grouped(*(str(i) for i, size in enumerate(sizes) for _ in range(size)))
-    train, test = made.split(0.5, seed)
-    kinds = [{pair.group for pair in part} for part in (train, test)]
-    assert not kinds[0] & kinds[1]
-    assert len(kinds[1]) == round(0.5 * len(sizes))
-    assert len(train) + len(test) == len(made)
-
-
-def test_a_group_is_part_of_the_fingerprint() -> None:
-    prints = [grouped(*groups).fingerprint for groups in (("a", "b"), ("a", "a"), (None, None))]
-    assert len(set(prints)) == 3
-    assert (
-        prints[2]
-        == ContrastivePairs.from_records(
-            {"positive": f"good {i}", "negative": f"bad {i}", "id": i} for i in range(2)
-        ).fingerprint
-    )
-
-
-VERBS, NOUNS = ("adored", "loathed"), ("soup", "film", "walk", "book", "city", "song")
-ALIKE = "10 pairs without groups differ in 1 texts only"
-FEW = "independent groups of pairs; intervals and p-values from fewer than 10 are rough"
-
-
-@pytest.mark.parametrize(
-    ("made", "texts"),
-    [
-        (grouped(*"abcdefghij"), []),
-        (grouped(*"abcdefghi", "a"), [f"9 {FEW}"]),
-        (
-            ContrastivePairs.from_lists([*"abcdefghijk", "a"], ["-"] * 12),
-            ["1 of 12 pairs repeat others"],
-        ),
-        (
-            ContrastivePairs.from_lists(*([f"{w} {i}" for i in range(10)] for w in ("hi", "oh"))),
-            [ALIKE],
-        ),
-        (
-            ContrastivePairs.from_lists(
-                *([f"I {verb} the {noun} because" for noun in 2 * NOUNS] for verb in VERBS)
-            ),
-            ["6 of 12 pairs repeat others", "differ in 1 texts only", f"6 {FEW}"],
-        ),
-    ],
-    ids=["none", "few", "repeats", "alike", "dup"],
-)
-def test_what_is_wrong_with_groups_is_told_with_its_counts(
-    made: ContrastivePairs, texts: list[str]
-) -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        made.warn_of_groups()
-    told = [str(warning.message) for warning in caught]
-    assert len(told) == len(texts)
-    for message, text in zip(told, texts, strict=True):
-        assert text in message
-        assert message.startswith(f"{made.name}: ")
-
-
 # Shipped datasets
 
 
@@ -558,111 +402,6 @@ def test_what_is_not_shipped_is_refused_with_the_known_names(name: str) -> None:
             kind.load("honesty", split="valid")
     assert ContrastivePairs.load("sentiment") == ContrastivePairs.load("sentiment", split="train")
     assert PreferenceItems.load("sentiment") == PreferenceItems.load("sentiment", split="test")
-
-
-# Rendering
-
-USER = Message("user", "how")
-OPEN = Message("assistant", "the river was")
-
-
-@pytest.mark.parametrize("template", [None, CLOSING_TEMPLATE])
-@pytest.mark.parametrize("text", ["the river", " <s> the ", "\n"])
-def test_text_is_not_touched(text: str, template: str | None) -> None:
-    assert render(text, build_tokenizer(chat_template=template)) == text
-
-
-def test_messages_go_through_the_template() -> None:
-    tokenizer = build_tokenizer(chat_template=CLOSING_TEMPLATE)
-    user = "<|im_start|>user\nhow<|im_end|>\n"
-    assert render((USER,), tokenizer) == user + "<|im_start|>assistant\n"
-    assert render((USER, OPEN), tokenizer) == user + "<|im_start|>assistant\nthe river was"
-    # Only the last turn stays open.
-    closed = "<|im_start|>assistant\nthe river was<|im_end|>\n"
-    assert render((OPEN, USER), tokenizer) == closed + user + "<|im_start|>assistant\n"
-
-
-@pytest.mark.parametrize("name", dataset_names())
-def test_shipped_prompts_end_with_their_opening(name: str) -> None:
-    tokenizer = build_tokenizer(chat_template=CLOSING_TEMPLATE)
-    for pair in ContrastivePairs.load(name):
-        for prompt in (pair.positive, pair.negative):
-            text = render(prompt, tokenizer)
-            assert text.endswith("<|im_start|>assistant\n" + prompt[-1].content)
-            assert prompt[0].content in text
-
-
-def test_messages_need_a_chat_template() -> None:
-    with pytest.raises(InputError, match="no chat template"):
-        render((USER,), build_tokenizer(chat_template=None))
-    assert render((USER,), build_tokenizer()) == "<s>[user] how \n[assistant] "
-
-
-@pytest.mark.parametrize("text", ["I am ", " I am", "I am\n", "I  am"])
-def test_a_template_that_changes_the_last_turn_says_how(text: str) -> None:
-    """Llama 3.1's strips turns; the text that is continued must be the one that was written."""
-    stripped = CLOSING_TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }}")
-    if text == "I  am":
-        stripped = CLOSING_TEMPLATE.replace(
-            "{{ m.content }}", "{{ m.content | replace('  ', ' ') }}"
-        )
-    messages = (USER, Message("assistant", text))
-    with pytest.raises(InputError) as error:
-        render(messages, build_tokenizer(chat_template=stripped))
-    assert text == "I  am" or f"makes {text.strip()!r} of the last turn's {text!r}" in str(
-        error.value
-    )
-    assert render(messages, build_tokenizer(chat_template=CLOSING_TEMPLATE)).endswith(text)
-    plain = (USER, Message("assistant", "I am"))
-    assert render(plain, build_tokenizer(chat_template=stripped)).endswith("I am")
-
-
-def test_an_empty_last_turn_is_the_templates_generation_prompt() -> None:
-    tokenizer = build_tokenizer(chat_template=CLOSING_TEMPLATE)
-    assert render((USER, Message("assistant", "")), tokenizer) == render((USER,), tokenizer)
-    assert render((USER,), tokenizer).endswith("<|im_start|>assistant\n")
-
-
-@pytest.mark.parametrize(
-    "bomb",
-    [
-        "{{ 'x' * 10**10 }}",
-        "{% set n = 10**10 %}{{ ('x' * n) | length }}",
-        "{% set ns = namespace(s='x') %}"
-        "{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "{{ 'x'.ljust(10**10) }}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    ],
-)
-def test_a_template_that_asks_for_gigabytes_or_hours_gets_neither(bomb: str) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(
-        InputError, match=r"it takes more than (1,073,741,824 bytes|1,000,000 steps)"
-    ):
-        render((USER,), build_tokenizer(chat_template=bomb + CLOSING_TEMPLATE))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**21  # KB
-    assert (resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()) == limits
-    long = (USER, OPEN) * 500
-    assert render(long, build_tokenizer(chat_template=CLOSING_TEMPLATE)).endswith(OPEN.content)
-
-
-def test_a_template_that_rejects_a_role_is_a_pair_error() -> None:
-    template = (
-        "{% for m in messages %}{% if m.role == 'system' %}"
-        "{{ raise_exception('no system turn here') }}{% endif %}{{ m.content }}{% endfor %}"
-    )
-    tokenizer = build_tokenizer(chat_template=template)
-    with pytest.raises(InputError, match=r"\['system', 'user'\]: no system turn here"):
-        render((Message("system", "kind"), USER), tokenizer)
-    assert render((USER,), tokenizer) == "how"
-
-
-def test_a_file_name_that_is_no_text_can_still_be_recorded(tmp_path: Path) -> None:
-    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.jsonl"))
-    file.write_text('{"positive": "a", "negative": "b"}\n' * 2)
-    assert ContrastivePairs.from_jsonl(file).name.endswith("bad\\xff.jsonl")
-    ContrastivePairs.from_jsonl(file).name.encode("utf-8")
 
 
 # Preference items

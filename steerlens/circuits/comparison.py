@@ -80,7 +80,7 @@ def compare_circuits(
     each in the other's model, everything else at its mean there:
     `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`. Overlap alone is no
     evidence. Its ceiling is the overlap of circuits from random halves of the groups (mean over
-    splits and both models; each half has half the pairs, so an overlap on all of them may exceed
+    splits and both models; each half has half the groups, so an overlap on all of them may exceed
     it), its floor that of the unsteered model with the one under `floor`. `cpr` and `cmd` are the
     areas under faithfulness, and between it and 1, against the share of nodes or edges that the
     circuit has, from 0 to 1 (Mueller et al. 2025, arXiv:2504.13151).
@@ -93,7 +93,7 @@ def compare_circuits(
         floor: Best a random vector at equal KL (`random_intervention`); None: NaN.
         shares: Sizes of circuits, as shares of all nodes or edges, between 0 and 1.
         levels: "node", "edge" or both.
-        n_splits: Random halves of the pairs; 0: no ceilings.
+        n_splits: Random halves of the groups of pairs; 0: no ceilings.
         seed: Of the splits.
         progress: Told of the models scored and of the circuits run.
         checkpoint: As of `find_readers`.

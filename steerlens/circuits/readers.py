@@ -76,7 +76,7 @@ def find_readers(
     one in the unsteered model: `sum (a_steered - a_unsteered) . gradient` (attribution patching,
     Nanda 2023), and `exact` is that replacement run. `direct` is the change of the component's own
     write into the metric with the final norm frozen at the unsteered run, and `mediated` the rest
-    of its effect. All in logits, mean over prompts with 95% bootstrap intervals over prompts.
+    of its effect. All in logits, mean over prompts with 95% intervals over their groups.
     `claims` says what share of the change remains in the steered model with attention patterns, or
     values, or the largest components, or random ones held at what they are unsteered: NaN where a
     model does not use what is put into its patterns (then `n_draws` is 0), and where fewer other

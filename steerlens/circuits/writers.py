@@ -66,7 +66,7 @@ def find_writers(
     The difference `h_pos - h_neg` at the output of block L, at the position the direction was
     fitted at, is the sum of what the embedding, every head (through its `W_O`) and every MLP up to
     L wrote there, so its projection on the direction is the sum of theirs (residual units; mean
-    over pairs, with 95% bootstrap intervals over pairs). Attention and other biases are the same on
+    over pairs, with 95% intervals over their groups). Attention and other biases are the same on
     both sides and cancel.
 
     Args:

@@ -19,13 +19,15 @@ from steerlens.models.hooks import resolve_hooks
 from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 
+AGAINST = ["method", "layer", "difference", "difference_ci_low", "difference_ci_high", "p_family"]
+AGAINST += ["verdict"]
 TEST_SHARE = 0.7
 """Of a file of items, the part that is held out; the layer is chosen on the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(FolderCommand):
-    """Methods against each other at equal damage, on held-out items, with a null band."""
+    """Methods against each other at equal damage, on held-out items, ranked among nulls."""
 
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
@@ -43,7 +45,7 @@ class Compare(FolderCommand):
     )
     budget: Annotated[str, "Damage every method is given, e.g. kl=0.1"] = "kl=0.1"
     on: Annotated[str, "Text the budget is spent on: neutral or positive."] = "neutral"
-    null: Annotated[int, "Null vectors of each kind, random and shuffled."] = 20
+    null: Annotated[int, "Null vectors of each kind, random and shuffled, that are run."] = 20
     max_items: Annotated[int | None, "Measure on the first N held-out items only."] = None
     off_target: Annotated[str, "Other shipped datasets, joined by commas; all, none."] = "all"
     position: opt.Position = None
@@ -102,6 +104,8 @@ class Compare(FolderCommand):
         columns += ["anti_steerable", "kl_nats", "degradation_nats", "off_target", "verdict"]
         print_rows(result.table, "Every method and layer", columns)
         print_summary(result.summary)
+        if len(result.methods):
+            print_rows(result.methods, "Against mean_diff, on the same items", AGAINST)
         run.note(f"{len(result.table)} rows")
 
 

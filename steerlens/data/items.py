@@ -58,6 +58,7 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
     name: str = "items"
 
     _noun: ClassVar = "items"
+    _repeated: ClassVar = "the prompt of others"
     _entry: ClassVar = PreferenceItem
     _required: ClassVar = {
         "prompt": checked_prompt,
@@ -80,10 +81,6 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
         """
         return cls._load(name, split, f"items_{split}", group)
 
-    @staticmethod
-    def _alike(entry: PreferenceItem) -> Prompt:
+    @classmethod
+    def _alike(cls, entry: PreferenceItem) -> Prompt:
         return entry.prompt
-
-    @staticmethod
-    def _auto_group(entry: PreferenceItem) -> str:
-        return repr(entry.prompt)

@@ -137,12 +137,8 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
         """
         return cls._load(name, split, split, group)
 
-    @staticmethod
-    def _alike(entry: ContrastivePair) -> Any:
-        return entry.positive, entry.negative, entry.continuation
-
-    @staticmethod
-    def _auto_group(entry: ContrastivePair) -> str:
+    @classmethod
+    def _auto_group(cls, entry: ContrastivePair) -> str:
         """What the two sides do not share: whole messages, or the words of a text."""
         positive, negative = entry.positive, entry.negative
         if isinstance(positive, str) or isinstance(negative, str):

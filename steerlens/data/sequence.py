@@ -39,6 +39,8 @@ class EntrySequence(Sequence[Entry]):
     """
 
     name: str
+    _repeated: ClassVar[str] = "others"
+    """What an entry shares with those that are its group where none is given."""
     _noun: ClassVar[str]
     """What the entries are called, and the field that holds them."""
     _entry: ClassVar[type[Any]]
@@ -89,12 +91,8 @@ class EntrySequence(Sequence[Entry]):
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of the content in order; the name is not part of it."""
-        others = [field.name for field in fields(self._entry) if field.name not in ("id", "group")]
         content = [
-            [
-                *(getattr(entry, name) for name in ("id", *others)),
-                *([] if entry.group is None else [entry.group]),
-            ]
+            [entry.id, *self._content(entry), *([] if entry.group is None else [entry.group])]
             for entry in self._entries
         ]
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
@@ -110,7 +108,7 @@ class EntrySequence(Sequence[Entry]):
             (0, 1, 2, 3, 4, 5, 6, 7)
         """
         keys = [
-            ("alike", type(self)._alike(entry)) if entry.group is None else ("group", entry.group)
+            ("alike", self._alike(entry)) if entry.group is None else ("group", entry.group)
             for entry in self._entries
         ]
         numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -120,14 +118,14 @@ class EntrySequence(Sequence[Entry]):
         """Warn of repeated entries, of likeness that no group tells, of fewer than 10 groups."""
         n, noun = len(self), self._noun
         n_groups = len(set(self.groups))
-        n_repeats = n - len({type(self)._alike(entry) for entry in self._entries})
+        n_repeats = n - len({self._alike(entry) for entry in self._entries})
         has_groups = any(entry.group is not None for entry in self._entries)
-        n_texts = len({type(self)._auto_group(entry) for entry in self._entries})
+        n_texts = len({self._auto_group(entry) for entry in self._entries})
         notes = []
         if n_repeats:
             notes.append(
-                f"{n_repeats} of {n} {noun} repeat others; the repeats are taken as one of their "
-                "groups, so they make no interval narrower"
+                f"{n_repeats} of {n} {noun} repeat {self._repeated}; where no group is given they "
+                "are of one group, so that they make no interval narrower"
             )
         if not has_groups and n_texts < n - n_repeats:
             notes.append(
@@ -260,15 +258,21 @@ class EntrySequence(Sequence[Entry]):
         )
         return train, test
 
-    @staticmethod
-    def _alike(entry: Any) -> Any:
-        """What makes two entries without a group one group: their content, or a part of it."""
-        raise NotImplementedError
+    @classmethod
+    def _content(cls, entry: Any) -> tuple[Any, ...]:
+        """All of an entry but its id and group."""
+        names = [field.name for field in fields(cls._entry)]
+        return tuple(getattr(entry, name) for name in names if name not in ("id", "group"))
 
-    @staticmethod
-    def _auto_group(entry: Any) -> str:
+    @classmethod
+    def _alike(cls, entry: Any) -> Any:
+        """What makes two entries without a group one group."""
+        return cls._content(entry)
+
+    @classmethod
+    def _auto_group(cls, entry: Any) -> str:
         """The group that an entry is given by `group="auto"`."""
-        raise NotImplementedError
+        return repr(cls._alike(entry))
 
     @staticmethod
     def _check_sides(entry: Any, *, where: str) -> None:

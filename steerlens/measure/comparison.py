@@ -1,4 +1,4 @@
-"""Methods against each other at equal damage, on held-out items, with a null band."""
+"""Methods against each other at equal damage, on held-out items, ranked among nulls."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +11,8 @@ import pandas as pd
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from steerlens.data.items import PreferenceItem, PreferenceItems
+from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
-from steerlens.data.prompts import Message
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit_methods
@@ -21,14 +20,18 @@ from steerlens.directions.methods import method_of, null_directions, null_vector
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
-    TokenizedPrompt,
     fingerprint,
     tokenize_items,
-    tokenize_pairs,
 )
-from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.boundary import check_search
+from steerlens.measure.comparison_inputs import (
+    ItemSets,
+    Texts,
+    check_compared,
+    split_texts,
+    with_persona,
+)
 from steerlens.measure.effects import Damage, mean_distinct_3, of_one_length
 from steerlens.measure.equal_damage import (
     CompareSettings,
@@ -40,7 +43,6 @@ from steerlens.measure.equal_damage import (
 )
 from steerlens.measure.linearised import linearise
 from steerlens.measure.nulls import N_SCREENED, Screen
-from steerlens.measure.texts import text_prompts
 from steerlens.measure.verdicts import (
     PROMPT,
     Inference,
@@ -194,9 +196,9 @@ def compare(
         seed=seed,
         batch_size=batch_size,
     )
-    sets = _ItemSets(items, train_items, off_target or {}, _with_persona(pairs, items))
-    _check(model, settings, sets)
-    texts = _texts(model, pairs, settings, neutral)
+    sets = ItemSets(items, train_items, off_target or {}, with_persona(pairs, items))
+    check_compared(model, settings, sets)
+    texts = split_texts(model, pairs, settings, neutral)
     pairs.warn_of_groups()
     items.warn_of_groups()
     # Fitting, coefficients, gradients, effects, damage and texts; then what was given beside them.
@@ -212,7 +214,7 @@ def _fitted(
     engine: Engine,
     pairs: ContrastivePairs,
     settings: CompareSettings,
-    sets: "_ItemSets",
+    sets: ItemSets,
     *,
     layers: Layers,
     position: int | None,
@@ -244,8 +246,8 @@ def _compared(
     run: Runner,
     differences: Differences,
     pairs: ContrastivePairs,
-    sets: "_ItemSets",
-    texts: "_Texts",
+    sets: ItemSets,
+    texts: Texts,
     fitted: dict[str, Directions],
     steps: Iterator[Progress],
 ) -> Comparison:
@@ -282,71 +284,22 @@ def _compared(
     return Comparison(table, summary, methods, effects, fitted, settings)
 
 
-@dataclass(frozen=True)
-class _ItemSets:
-    """Held-out items, and those given beside them; with the persona in the prompt, if it can be."""
-
-    held_out: PreferenceItems
-    train: PreferenceItems | None
-    off_target: Mapping[str, PreferenceItems]
-    persona: PreferenceItems | None
-
-    def all(self) -> list[PreferenceItems]:
-        """Those that there are."""
-        sets = [self.held_out, self.train, *self.off_target.values(), self.persona]
-        return [items for items in sets if items is not None]
-
-    def record(self) -> dict[str, Any]:
-        """What a table says of them."""
-        return {
-            "measured_on": self.held_out.fingerprint,
-            "items": self.held_out.name,
-            "chosen_on": None if self.train is None else self.train.fingerprint,
-            "off_target": {name: items.fingerprint for name, items in self.off_target.items()},
-        }
-
-
-@dataclass(frozen=True)
-class _Texts:
-    """What the budget is spent on, and where damage is measured: other texts."""
-
-    neutral: tuple[TokenizedPrompt, ...]
-    calibration: tuple[TokenizedPrompt, ...]
-    damaged: tuple[TokenizedPrompt, ...]
-
-
-def _texts(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    settings: CompareSettings,
-    neutral: Sequence[str] | None,
-) -> _Texts:
-    tokenized = tokenize_pairs(model, pairs)
-    if isinstance(neutral, str) or neutral == []:
-        raise InputError(f"neutral is a list of at least 4 texts, got {neutral!r}")
-    texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
-    if len(texts) < 4:
-        raise InputError(f"expected at least 4 neutral texts, got {len(texts)}")
-    half = len(texts) // 2
-    calibration = tokenized.positive if settings.on == "positive" else texts[:half]
-    return _Texts(texts, calibration, texts[half:])
-
-
 def _measure(
     run: Runner,
     differences: Differences,
-    sets: _ItemSets,
-    texts: _Texts,
+    sets: ItemSets,
+    texts: Texts,
     steps: Iterator[Progress],
 ) -> "_Measurements":
     settings = run.settings
-    reached = run.calibrate(texts.calibration, next(steps))
+    reached, allowance = run.calibrate(texts.calibration, next(steps))
     linear = linearise(
         replace(run.engine, progress=next(steps)),
         sets.held_out,
         texts.calibration,
         differences.hook_names,
         budget=Budget.parse(settings.budget),
+        allowance=allowance,
         seed=settings.seed,
     )
     unsteered, effects = run.effects(sets.held_out, reached, next(steps))
@@ -471,39 +424,6 @@ def _layer_choice(method: str, *, is_made: bool) -> str:
         return "none"
     is_trained_on = method_of(method).objective in ("promotion", "preference")
     return "in sample" if is_trained_on else "held out"
-
-
-def _check(model: HookedModel, settings: CompareSettings, sets: _ItemSets) -> None:
-    if not settings.methods:
-        raise InputError("expected at least one method, got none")
-    for name in settings.methods:
-        method_of(name)
-    if settings.on not in ("neutral", "positive"):
-        raise InputError(f"on is neutral or positive, not {settings.on!r}")
-    shared = {item.prompt for item in sets.held_out} & {item.prompt for item in sets.train or ()}
-    if shared:
-        raise InputError(
-            f"{len(shared)} prompts are both in the training and in the held-out items, so the "
-            "layer would be chosen on the test data; take them out of one"
-        )
-    for some in sets.all():
-        tokenize_items(model, some)  # so that what cannot be run is said before anything is
-
-
-def _with_persona(pairs: ContrastivePairs, items: PreferenceItems) -> PreferenceItems | None:
-    """The items with the positive personas in turn as system messages; None without any."""
-    firsts = [pair.positive[0] for pair in pairs if not isinstance(pair.positive, str)]
-    personas = list(dict.fromkeys(first.content for first in firsts if first.role == "system"))
-    if not personas:
-        return None
-    told: list[PreferenceItem] = []
-    for i, item in enumerate(items):
-        if isinstance(item.prompt, str) or item.prompt[0].role == "system":
-            return None
-        persona = Message("system", personas[i % len(personas)])
-        name = f"{item.id} (with the persona before it)"
-        told.append(replace(item, prompt=(persona, *item.prompt), id=name))
-    return PreferenceItems(tuple(told), f"{items.name}, told")
 
 
 def _prompt_row(change: NDArray[np.float64], inference: Inference) -> Row:

@@ -87,8 +87,8 @@ class Runner:
 
     def calibrate(
         self, prompts: Sequence[TokenizedPrompt], progress: Progress
-    ) -> dict[Subject, float]:
-        """The coefficient of every subject that spends the budget on `prompts`.
+    ) -> tuple[dict[Subject, float], float]:
+        """The coefficient of every subject that spends the budget on `prompts`; what it allows.
 
         Searched up to `search_range` times the hook's mean residual norm; inf where it lies beyond.
         """
@@ -108,10 +108,11 @@ class Runner:
             n_bootstrap=2,  # its intervals are not looked at
             seed=settings.seed,
         )
-        return {
+        reached = {
             subject: boundary.at
             for subject, boundary in zip(self.subjects, boundaries, strict=True)
         }
+        return reached, boundaries[0].allowance
 
     def effects(
         self, items: PreferenceItems, reached: Mapping[Subject, float], progress: Progress

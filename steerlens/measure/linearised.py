@@ -11,14 +11,10 @@ from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
 from steerlens.engine.backward import LabelGradients, label_gradients
-from steerlens.engine.batches import make_batches, rows_per_pass
 from steerlens.engine.engine import Engine
-from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
-from steerlens.engine.workload import Workload
 from steerlens.loss import Budget
-from steerlens.measure.prediction import bend_of, first_roots
-from steerlens.models.hooks import resid_post
+from steerlens.measure.prediction import bend_of, first_roots, gradient_batches
 
 
 @dataclass(frozen=True)
@@ -62,27 +58,17 @@ def linearise(
     hook_names: Sequence[str],
     *,
     budget: Budget,
+    allowance: float,
     seed: int,
 ) -> Linearised:
-    """The gradients at 0 of the items' gaps and of the text's loss, every token steered."""
+    """The gradients at 0 of the items' gaps and of the text's loss, every token steered.
+
+    `allowance` is what the budget allows on the text, nats per token.
+    """
     positive, negative = tokenize_items(engine.model, items)
-    every = (*positive, *negative)
-    gradients = _gradients(engine, every, hook_names, seed=seed, with_scores=False).logprob
-    allowance = budget.value  # that of a divergence
-    if not budget.is_divergence:
-        last = resid_post(engine.n_layers - 1)
-        workload = Workload(engine.batches(text), (), -1, "all", with_readouts=False)
-        baseline = run_baseline(engine, workload, (last,)).logprob
-        allowance = budget.allowance(float(baseline.double().mean()))
-    up, down = gradients.chunk(2, dim=1)
-    of_text = _gradients(engine, text, hook_names, seed=seed)
+    shared: dict[str, Any] = {"steered_positions": "all", "seed": seed}
+    batches = gradient_batches(engine, (*positive, *negative))
+    of_items = label_gradients(engine, batches, hook_names, with_scores=False, **shared)
+    of_text = label_gradients(engine, gradient_batches(engine, text), hook_names, **shared)
+    up, down = of_items.logprob.chunk(2, dim=1)
     return Linearised(tuple(hook_names), up - down, of_text, budget, allowance)
-
-
-def _gradients(
-    engine: Engine, prompts: Sequence[TokenizedPrompt], hook_names: Sequence[str], **how: Any
-) -> LabelGradients:
-    width = max(len(prompt) for prompt in prompts)
-    size = max(1, (engine.batch_size or rows_per_pass(engine.model, width)) // 2)
-    batches = make_batches(engine.model, prompts, size)
-    return label_gradients(engine, batches, hook_names, steered_positions="all", **how)

@@ -40,7 +40,10 @@ class NullEffects:
     draws: Mapping[str, Float[np.ndarray, "draw hook"]]
 
     def columns(self) -> dict[str, Row]:
-        """Hook name -> p-values and the nulls' range there; the kind that is harder decides."""
+        """Hook name -> p-values and the nulls' range there; the kind that is harder decides.
+
+        NaN where no null of one kind reaches the budget.
+        """
         over_hooks = [max_rank_p(self.seen, draws) for draws in self.draws.values()]
         rows: dict[str, Row] = {}
         for i, name in enumerate(self.hook_names):
@@ -50,10 +53,10 @@ class NullEffects:
             rows[name] = {
                 "null_by": self.how,
                 "n_null": min(map(len, kinds)),
-                "null_low": float(min(low for low, _ in ends)),
-                "null_high": float(max(high for _, high in ends)),
-                "p_value": max(rank_p(float(self.seen[i]), of_kind) for of_kind in kinds),
-                "p_layers": float(max(p[i] for p in over_hooks)),
+                "null_low": float(np.min([low for low, _ in ends])),
+                "null_high": float(np.max([high for _, high in ends])),
+                "p_value": float(np.max([rank_p(float(self.seen[i]), kind) for kind in kinds])),
+                "p_layers": float(np.max([p[i] for p in over_hooks])),
             }
         return rows
 

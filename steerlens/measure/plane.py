@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.engine.backward import label_slopes
-from steerlens.engine.batches import make_batches
 from steerlens.engine.plan import run_cells
 from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.workload import Job
@@ -20,6 +19,7 @@ from steerlens.loss import coherence_penalty
 from steerlens.measure.boundary import Text, boundary_settings
 from steerlens.measure.boundary_search import Boundary, find_boundaries
 from steerlens.measure.coherence import Push
+from steerlens.measure.prediction import gradient_batches
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.rows import main_orthogonal
 from steerlens.measure.settings import PlaneSettings
@@ -190,10 +190,9 @@ def run_plane(
     ]
     baseline = study.baseline
     logprobs = _pushed_logprobs(study, planes)
-    n_rows = max(1, (settings.batch_size or len(study.pairs)) // 2)
     slopes = label_slopes(
         study.engine,
-        make_batches(study.model, study.tokens.positive, n_rows),
+        gradient_batches(study.engine, study.tokens.positive),
         [(plane.hook_name, axis) for plane in planes for axis in plane.axes],
         steered_positions="all",
         seed=settings.seed,
@@ -219,9 +218,8 @@ def run_plane(
 
 
 @checked
-def check_plane(hook_names: Sequence[str], n_angles: Angles) -> None:
+def check_plane(hook_names: Sequence[str], n_angles: Angles) -> None:  # noqa: ARG001 (a range)
     """Raise `InputError` when there is not one hook, or too few angles for a shape."""
-    del n_angles  # checked
     if len(hook_names) != 1:
         raise InputError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
 

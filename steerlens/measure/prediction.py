@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.engine.backward import label_slopes
-from steerlens.engine.batches import make_batches, rows_per_pass
+from steerlens.engine.batches import Batch, make_batches, rows_per_pass
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt
 from steerlens.errors import ModelError
@@ -49,12 +49,9 @@ def predict(
     freedom, whose 95th percentile is 3.84. Raises `ModelError` where a gradient is not finite.
     """
     along = {(push.hook_name, id(push.direction)): push.direction for push in pushes}
-    # A backward pass keeps every block's activations: half as many prompts as a forward pass.
-    width = max(len(prompt) for prompt in prompts)
-    size = max(1, (engine.batch_size or rows_per_pass(engine.model, width)) // 2)
     derivatives = label_slopes(
         engine,
-        make_batches(engine.model, prompts, size),
+        gradient_batches(engine, prompts),
         [(name, direction) for (name, _), direction in along.items()],
         steered_positions=steered_positions,
         seed=seed,
@@ -78,6 +75,13 @@ def predict(
         first_order = math.nan if budget.is_divergence else first_order
         predictions.append(Prediction(slopes, drops, boundary, first_order))
     return predictions
+
+
+def gradient_batches(engine: Engine, prompts: Sequence[TokenizedPrompt]) -> tuple[Batch, ...]:
+    """Half as many prompts as a forward pass takes: a backward pass keeps all activations."""
+    width = max(len(prompt) for prompt in prompts)
+    size = max(1, (engine.batch_size or rows_per_pass(engine.model, width)) // 2)
+    return make_batches(engine.model, prompts, size)
 
 
 def bend_of(budget: Budget, curvature: Float[np.ndarray, " push"]) -> Float[np.ndarray, " push"]:

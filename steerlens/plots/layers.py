@@ -42,7 +42,7 @@ _PROFILE = (
 def layer_profile(layers: pd.DataFrame) -> Figure:
     """Separation, agreement, explained variance and residual norm of every layer, with intervals.
 
-    Takes the per-layer table; one frame a kind of hook. Areas are 95% bootstrap intervals over
+    Takes the per-layer table; one frame a kind of hook. Areas are 95% intervals over groups of
     pairs. Raises `InputError` when the table is not a per-layer table.
 
     Examples:
@@ -55,7 +55,7 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
     caption = (
         "The unsteered model, layer by layer: mean length of the pairs' differences, their mean "
         "cosine with the frozen direction, the share of their squared length along it, and the "
-        "mean length of the residual stream. Areas are 95% bootstrap intervals over pairs."
+        "mean length of the residual stream. Areas are 95% intervals over groups of pairs."
     )
     rows = pd.concat(of_kind.assign(frame=kind) for kind, of_kind in by_kind(layers).items())
     panels = []
@@ -85,7 +85,7 @@ def boundary(layers: pd.DataFrame) -> Figure:
 
     Takes the per-layer table of `find_boundary` or `predict_boundary`; one frame a kind of hook. On
     the left in residual units, on the right as a share of the layer's mean residual norm. Areas are
-    95% bootstrap intervals; a boundary beyond the searched range is a triangle at the edge of the
+    95% intervals; a boundary beyond the searched range is a triangle at the edge of the
     panel, a tenth beyond the largest that was found. Raises `InputError` when the table is not a
     per-layer table.
 
@@ -113,7 +113,7 @@ def boundary(layers: pd.DataFrame) -> Figure:
     where = "" if text == "none" else f" on {text} text"
     caption = (
         "The first coefficient of each sign, outward from 0, at which the budget is spent"
-        f"{where}: measured (line, with its 95% bootstrap interval) and predicted from gradients "
+        f"{where}: measured (line, with its 95% interval) and predicted from gradients "
         "at 0 (dashed). A triangle is a boundary beyond the searched range."
     )
     if any(rows.is_cut.any() for rows in tables.values()):
