@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: audit demo bench docs fuzz models-table simulate test test-llamacpp test-oldest test-tl3 lint types unit install clean
+.PHONY: audit demo bench docs found-circuits fuzz models-table simulate test test-llamacpp test-oldest test-tl3 lint types unit install clean
 
 install: $(STAMP)
 
@@ -34,6 +34,13 @@ simulate: $(STAMP)
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simulations/inference.py > build/simulations.md
 	mv build/simulations.md docs/simulations.md
+
+# What docs/found-circuits.md holds; on 2 cores hours, on a GPU minutes. FOUND is a folder of that run.
+FOUND := build/found-circuits
+found-circuits: $(STAMP)
+	test -f $(FOUND)/run.json || $(BIN)/steerlens circuits --layer 12 --coefficient 20 --max-pairs 80 \
+		--out $(FOUND)
+	$(BIN)/python docs/found_circuits.py $(FOUND)
 
 # Our vectors in llama.cpp itself, built from source in an environment of its own: some 10 minutes.
 LLAMACPP := build/llamacpp
@@ -81,19 +88,23 @@ audit:
 	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	$(AUDIT)/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt
 
-# The readers of files, 200,000 inputs a kind, with atheris in an environment of its own, at low priority.
+# The readers of files, 200,000 inputs a kind, with atheris in an environment of its own, at low priority:
+# FUZZ_JOBS kinds at once, the inputs of each from FUZZ_SHARDS processes with seeds and corpora of their own.
 FUZZ := build/fuzz
 FUZZ_KINDS := pairs items vectors vector_records ggufs records csvs pages
+FUZZ_JOBS ?= 1
+FUZZ_SHARDS ?= 1
+FUZZ_FOLDERS = $(foreach kind,$(FUZZ_KINDS),$(addprefix $(FUZZ)/$(kind)/,$(shell seq $(FUZZ_SHARDS))))
 fuzz: $(STAMP)
 	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
 	$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-r tests/fuzz/requirements.txt
-	for kind in $(FUZZ_KINDS); do \
+	printf '%s\n' $(FUZZ_FOLDERS) | \
 		PYTHONPATH="$(CURDIR):$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)" nice -n 15 \
-			$(FUZZ)/bin/python tests/fuzz/readers.py $$kind $(FUZZ)/$$kind -runs=200000 \
-			-max_len=4096 -timeout=10 -rss_limit_mb=4096 -artifact_prefix=$(FUZZ)/$$kind/ || exit 1; \
-	done
-	cat $(FUZZ_KINDS:%=$(FUZZ)/%/outcome.json)
+		xargs -P $$(($(FUZZ_JOBS) * $(FUZZ_SHARDS))) -I{} sh -c '$(FUZZ)/bin/python tests/fuzz/readers.py \
+			$$(basename $$(dirname {})) {} -seed=$$(basename {}) -runs=$$((200000 / $(FUZZ_SHARDS))) \
+			-max_len=4096 -timeout=10 -rss_limit_mb=4096 -artifact_prefix={}/ || exit 255'
+	$(BIN)/python tests/fuzz/outcomes.py $(FUZZ_FOLDERS)
 
 test: lint types unit
 

@@ -64,7 +64,7 @@ MODULES = {
     "fidelity": ("models.verification",),
     "generations": ("measure.tokens",),
     "geometry": ("measure.plane", "measure.study"),
-    "gradients": ("directions.gradients",),
+    "gradients": ("directions.gradients", "directions.gradient_rows"),
     "hooked_transformer": ("models.hooked_transformer",),
     "hooks": ("models.hooks",),
     "inputs": ("files",),

@@ -64,13 +64,15 @@ def contrastive_steering_loss_noref(
     hs_neg: Float[Tensor, "pair d_model"],
     logp_avg_pos_label: Float[Tensor, " pair"],
     *,
+    direction: Float[Tensor, " d_model"] | None = None,
     mask: Bool[Tensor, " pair"] | None = None,
     margin: float | int = MARGIN,
     weight: NotNegative = WEIGHT,
 ) -> SteeringLoss:
     """The steering loss without a reference model: the baseline is this very forward pass.
 
-        separation = -mean_i ||hs_pos_i - hs_neg_i||_2
+        separation = -mean_i ||hs_pos_i - hs_neg_i||_2              without a direction
+                   = -mean_i (hs_pos_i - hs_neg_i) . direction      with one
         baseline = stop_gradient(logp_avg_pos_label)
         coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
@@ -85,6 +87,8 @@ def contrastive_steering_loss_noref(
         hs_pos: Hidden states of the positive prompts, residual units.
         hs_neg: Those of the negative prompts.
         logp_avg_pos_label: Mean logprob of the positive prompts' labels, nats per token (negative).
+        direction: A frozen unit vector, on which the separation is then measured (see
+            `contrastive_steering_loss`); no gradient flows through it. By default the norm.
         mask: Pairs whose logprob counts; all by default. The separation takes every pair.
         margin: Of the baseline, at which the penalty begins; below 1.
         weight: Of the penalty, residual units / nats^2.
@@ -101,7 +105,7 @@ def contrastive_steering_loss_noref(
         >>> torch.autograd.grad(terms.loss, logp)[0].item()  # 200 * logp
         -400.0
     """
-    separation = -(hs_pos - hs_neg).norm(dim=-1).mean()
+    separation = -_separation(hs_pos - hs_neg, direction)
     penalty = coherence_penalty(
         logp_avg_pos_label, logp_avg_pos_label.detach(), mask=mask, margin=margin, weight=weight
     )
@@ -113,7 +117,7 @@ def contrastive_steering_loss(
     hs_pos: Float[Tensor, "pair d_model"],
     hs_neg: Float[Tensor, "pair d_model"],
     logp_avg_pos_label: Float[Tensor, " pair"],
-    direction: Float[Tensor, " d_model"],
+    direction: Float[Tensor, " d_model"] | None,
     baseline_logp_avg_pos_label: Float[Tensor, " pair"],
     *,
     mask: Bool[Tensor, " pair"] | None = None,
@@ -126,13 +130,17 @@ def contrastive_steering_loss(
         separation = -mean_i (hs_pos_i - hs_neg_i) . direction
         coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
-    An intervention cannot win by rotating the difference. With `margin=0.99` the penalty is zero
+    What an intervention adds to the difference across the direction counts for nothing, so it
+    cannot win by rotating the difference. Of the norm, `-mean_i ||hs_pos_i - hs_neg_i||_2`, which
+    is taken where the direction is None, it can: a step r across a difference d makes it longer,
+    `sqrt(|d|^2 + r^2)`. With `margin=0.99` the penalty is zero
     only where the steered logprob is at least 1% better (closer to 0) than the baseline: it demands
     an improvement, so unsteered it is `(0.01 * logp_i)^2 * weight`, not 0. Units, `mask` and what
     is returned as in `contrastive_steering_loss_noref`.
 
     Args:
-        direction: The unit vector fitted on the unsteered model; no gradient flows through it.
+        direction: The unit vector fitted on the unsteered model, pointing to the positive side; no
+            gradient flows through it. None: the norm.
         baseline_logp_avg_pos_label: The unsteered logprob, nats per token; no gradient either.
         tolerance: From 0 up to 1, replaces the margin by `1 / (1 - tolerance)`, which permits a
             loss: with 0.01 the penalty is 0 down to `baseline / 0.99`, the default of `coherent`,
@@ -148,17 +156,31 @@ def contrastive_steering_loss(
         >>> terms = sl.loss.contrastive_steering_loss(hs_pos, hs_neg, logp, direction, baseline)
         >>> float(terms.separation), float(terms.coherence_penalty)  # -3 and 10000 * 0.12^2
         (-3.00, 144.0)
+        >>> turned = torch.tensor([[0.0, 6.0]])  # longer, and across the direction
+        >>> for along in (None, direction):
+        ...     terms = sl.loss.contrastive_steering_loss(turned, hs_neg, logp, along, baseline)
+        ...     float(terms.separation)
+        -6.0
+        -0.0
     """
     if tolerance is not None:
         if not 0 <= tolerance < 1:
             raise InputError(f"tolerance must be from 0 up to 1, got {tolerance}")
         margin = 1 / (1 - tolerance)
-    separation = -((hs_pos - hs_neg) @ direction.detach()).mean()
+    separation = -_separation(hs_pos - hs_neg, direction)
     baseline = baseline_logp_avg_pos_label.detach()
     penalty = coherence_penalty(
         logp_avg_pos_label, baseline, mask=mask, margin=margin, weight=weight
     )
     return SteeringLoss(separation + penalty, separation, penalty)
+
+
+def _separation(
+    differences: Float[Tensor, "pair d_model"], direction: Float[Tensor, " d_model"] | None
+) -> Float[Tensor, ""]:
+    """Mean projection on the direction, or mean norm without one; residual units."""
+    along = differences.norm(dim=-1) if direction is None else differences @ direction.detach()
+    return along.mean()
 
 
 @checked

@@ -66,6 +66,7 @@ SWEEP_COLUMNS = COLUMNS["sweep"]
 LAYER_COLUMNS = COLUMNS["layers"]
 BOUNDARY_COLUMNS = COLUMNS["boundary"]
 SHAPE_COLUMNS = COLUMNS["shape"]
+JOINT_COLUMNS = COLUMNS["joint"]
 POINT_COLUMNS = COLUMNS["points"]
 GEOMETRY_COLUMNS = COLUMNS["geometry"]
 CONTOUR_COLUMNS = COLUMNS["contours"]
@@ -75,7 +76,9 @@ METHOD_COLUMNS = COLUMNS["methods"]
 RELIABILITY_COLUMNS = COLUMNS["reliability"]
 COSINE_COLUMNS = COLUMNS["cosines"]
 GRADIENT_COLUMNS = COLUMNS["gradients"]
+TRAINING_COLUMNS = COLUMNS["training"]
 TOKEN_COLUMNS = COLUMNS["tokens"]
+SEGMENT_COLUMNS = COLUMNS["segments"]
 GENERATION_COLUMNS = COLUMNS["generations"]
 WRITER_COLUMNS = COLUMNS["writers"]
 WRITER_POSITION_COLUMNS = COLUMNS["positions"]
@@ -171,9 +174,12 @@ def shortened(text: object, size: int = MAX_NAME) -> str:
 
 
 def hook_label(hook_name: str) -> str:
-    """The layer's number for a block's output, another hook's whole name."""
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", hook_name)
-    return hook_name if match is None else match[1]
+    """The layer's number for a block's output, another hook's whole name; several joined by +."""
+    parts = hook_name.split(" + ")
+    found = [re.fullmatch(r"blocks\.(\d+)\.hook_resid_post", part) for part in parts]
+    return " + ".join(
+        part if match is None else match[1] for part, match in zip(parts, found, strict=True)
+    )
 
 
 def measured(attrs: Mapping[Hashable, Any]) -> list[str]:

@@ -1,9 +1,10 @@
 """`python killed.py SIGNAL SEED KILLS LOG WHOLE OUT COMMAND...`: a run stopped at random moments.
 
 Every try is a child of its own, so that the signal is a real one and the imports are paid for once.
-The first is `steerlens COMMAND` into WHOLE, undisturbed; the second into OUT, and the others
-`steerlens COMMAND[0] --resume` of it. KILLS of them get a signal, spread over all calls of what is
-counted. LOG gets a line for each try and each part of it.
+The first is `steerlens COMMAND` into WHOLE, undisturbed; the second into OUT-1, and the others
+`steerlens COMMAND[0] --resume` of it. KILLS of them get a signal, at random among all calls of what
+is counted; where a run ends before, another is begun in OUT-2 and so on. LOG gets a line for each
+run, try and part.
 """
 
 import os
@@ -87,12 +88,17 @@ texts.neutral_texts = lambda: NEUTRAL
 signal.signal(signal.SIGINT, signal.default_int_handler)
 assert tried(0, WHOLE) == 0
 calls = Path(LOG).read_text(encoding="utf-8").rpartition("calls ")[2]
-Path(LOG).unlink()
-span = 3 * int(calls.split()[0]) // (2 * int(KILLS) + 2)
-for attempt in range(int(KILLS) + 1):
-    code = tried(moments.randint(span // 2, span) if attempt < int(KILLS) else 0, OUT)
-    if code == 0:
+n_calls, killed, begun = int(calls.split()[0]), 0, 1
+Path(LOG).write_text("begun\n", encoding="utf-8")
+while True:
+    moment = moments.randint(1, n_calls) if killed < int(KILLS) else 0
+    code = tried(moment, f"{OUT}-{begun}")
+    if code == 0 and killed == int(KILLS):
         sys.exit()
-    if code not in (-SIGNAL, 130):
+    if code == 0:  # before it was its turn: another run is to be killed
+        begun += 1
+        note("begun")
+    elif code in (-SIGNAL, 130):
+        killed += 1
+    else:
         sys.exit(f"a try ended with {code}")
-sys.exit(f"not finished after {KILLS} kills")

@@ -33,14 +33,15 @@ def made(folder: Path) -> SimpleNamespace:
     items = sl.PreferenceItems(
         tuple(sl.PreferenceItem(f"the {n} was", "warm and good", "so cold", n) for n in nouns)
     )
-    directions = sl.fit_directions(sl.collect_differences(model, pairs))
+    differences = sl.collect_differences(model, pairs)
+    directions = sl.fit_directions(differences)
     vector = sl.SteeringVector.from_directions(model, directions, layers=[1])
     vector.save(folder / "vector.safetensors")
     prompts = circuits.make_prompts(
         model,
         [
-            sl.engine.tokenize_prompt(model, "the river was so"),
-            sl.engine.tokenize_prompt(model, "I said"),
+            sl.engine.tokenize_prompt(model, text)
+            for text in ("the river was so", "I said", "you felt", "it was a night")
         ],
     )
     # What is found out once a model is not part of a call's forward passes.
@@ -49,6 +50,7 @@ def made(folder: Path) -> SimpleNamespace:
         model=model,
         pairs=pairs,
         items=items,
+        differences=differences,
         directions=directions,
         vector=vector,
         folder=folder,
@@ -155,8 +157,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "item_answers": lambda g: circuits.item_answers(g.model, g.items),
     "make_contrast": lambda g: circuits.make_contrast(g.model, g.pairs, g.answers),
     "make_prompts": lambda g: circuits.make_prompts(g.model, [g.prompt]),
-    "mean_kl": lambda g: circuits.mean_kl(g.model, g.prompts, g.steered),
-    "random_intervention": lambda g: circuits.random_intervention(g.model, g.pairs, g.steered),
+    "null_interventions": lambda g: circuits.null_interventions(
+        g.model, g.pairs, g.steered, g.differences, n=2
+    ),
     "token_projections": lambda g: circuits.token_projections(
         g.model, g.prompts, g.directions, g.steered
     ),

@@ -88,7 +88,7 @@ def cell(kind: str) -> None:
     directions = directions_of(kind)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*group")
+        warnings.filterwarnings("ignore", message=".*(group|were fitted on)")
         found = sl.sweep(
             model_of(kind),
             pairs(),

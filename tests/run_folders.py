@@ -281,7 +281,7 @@ def write(
         "model": MODEL,
         "fitted_on": {**DATA, "name": "sentiment/train", "n_pairs": 120},
         "measured_on": DATA,
-        "held_out": True,
+        "n_pairs_fitted_on": 0,
         "hook_names": [resid_post(layer) for layer in range(N_LAYERS)],
         "method": "mean_diff",
         "budget": "relative=0.01",
@@ -355,7 +355,7 @@ def write_run_of(
         more = {"on": "positive"}
     elif command == "compare":
         chosen_on = items | {"name": "sentiment/train", "n_items": 40}
-        more = {"measured_on": items, "chosen_on": chosen_on, "on": "neutral", "budget": "kl=0.1"}
+        more = {"measured_on": items, "chosen_on": chosen_on, "on": "own", "budget": "kl=0.1"}
     elif command == "circuits":
         more = {"coefficient": 20.0, "pages": circuits_pages()}
     return write(folder, command, tables or CONTENTS[command](), **{**more, **options})

@@ -106,6 +106,7 @@ def kinds() -> dict[str, st.SearchStrategy[Any]]:
         "continuation": PROMPTS,
         "ids": lists(TEXTS),
         "shares": lists(st.floats()).map(tuple),
+        "null_shares": lists(st.floats()).map(tuple),
         "levels": lists(TEXTS | st.just("node")).map(tuple),
         "heads": lists(head),
         "path": TEXTS.map(Path) | TEXTS,
@@ -124,10 +125,10 @@ def made_base(folder: Path) -> dict[str, Any]:
     g = made(folder)
     found = vars(g) | {
         "along": g.vector,
-        "differences": sl.collect_differences(g.model, g.pairs),
-        "evidence": sl.collect_differences(g.model, g.pairs),
+        "evidence": g.differences,
         "intervention": g.steered,
         "interventions": {"steered": g.steered},
+        "nulls": {"steered": {"random": [g.steered]}},
         "heads": [circuits.Component(2, head=0)],
         "layer": 1,
         "layers": [1],

@@ -78,7 +78,7 @@ def test_numbers_are_those_of_the_bridge(
     monkeypatch.setattr(bare, "DEVICES", {"cpu"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*group")
+        warnings.filterwarnings("ignore", message=".*(group|were fitted on)")
         found = numbers(model, texts, positions)
     assert isinstance(for_hooks(model, HOOKS), BareModel)
     for name, values in expected.items():

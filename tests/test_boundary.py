@@ -183,17 +183,17 @@ def test_at_the_ends_of_an_interval_the_loss_is_just_within_or_just_beyond(
         assert list(cells[name][within]) == pytest.approx([0.1, 0.1], rel=0.1)
 
 
-def test_the_interval_is_wider_where_pairs_share_a_group(
+def test_the_interval_is_wider_where_pairs_repeat_or_share_a_group(
     llama: Any, many: sl.ContrastivePairs, directions: Directions, bounded: Bounded
 ) -> None:
-    """Every pair twice: as 40 groups, and as the 20 that they are."""
+    """Every positive prompt twice; where the negative ones differ, groups may tell them apart."""
     options: dict[str, Any] = {"layers": [4], "budget": "nats=0.1"}
 
-    def width(n_groups: int) -> float:
+    def width(n_groups: int, more: str = "") -> float:
         twice = sl.ContrastivePairs(
             tuple(
-                replace(pair, id=str(i), group=str(i % n_groups))
-                for i, pair in enumerate((*many, *many))
+                replace(pair, id=str(i), group=str(i % n_groups), negative=pair.negative + end)
+                for i, (pair, end) in enumerate((p, e) for e in ("", more) for p in many)
             )
         )
         row = sl.find_boundary(llama, twice, directions, **options).layers.iloc[0]
@@ -201,8 +201,9 @@ def test_the_interval_is_wider_where_pairs_share_a_group(
 
     once = bounded(**options).layers.iloc[0]
     expected = math.log(once.boundary_pos_ci_high / once.boundary_pos_ci_low)
-    assert width(20) == pytest.approx(expected, rel=0.1)
-    assert width(20) > 1.2 * width(40)
+    for wide in (width(20, " so"), width(40)):
+        assert wide == pytest.approx(expected, rel=0.1)
+        assert wide > 1.2 * width(40, " so")
 
 
 def test_rollouts_are_measured_on_the_steered_models_own_text(

@@ -101,7 +101,7 @@ def circuits(
 ) -> Path:
     """The folder of `steerlens circuits` on a small model."""
     out = tmp_path_factory.mktemp("circuits") / "run"
-    options = ["--layer", "1", "--coefficient", "5", "--quiet", "--out", str(out)]
+    options = ["--layer", "1", "--coefficient", "5", "--null", "2", "--quiet", "--out", str(out)]
     with pytest.raises(SystemExit) as stop:
         main(["circuits", "--model", str(model_folder), "--pairs", str(pairs_file), *options])
     assert stop.value.code == 0

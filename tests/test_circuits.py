@@ -145,7 +145,7 @@ def test_writers_refuse(llama: Any, many: sl.ContrastivePairs, directions: sl.Di
 
 def test_the_reader_made_by_hand_is_found(hand: Any) -> None:
     prompts = positive_prompts(hand, PAIRS)
-    found = find_readers(hand, prompts, good_or_bad(hand), VECTOR, 1.5, n_claimed=1, n_draws=3)
+    found = find_readers(hand, prompts, good_or_bad(hand), VECTOR, 1.5, n_claimed=1, n_draws=19)
     # First by exact patching, then by the estimate.
     exact = found.table.loc[found.table.exact.abs().idxmax()]
     assert label(exact) == "mlp1"
@@ -157,8 +157,15 @@ def test_the_reader_made_by_hand_is_found(hand: Any) -> None:
     claims = found.claims.set_index("test").remaining
     assert claims["nothing"] == pytest.approx(1)
     assert abs(claims["named components"]) < 0.1
-    assert claims["random components"] == pytest.approx(1, abs=0.1)
     assert claims["attention patterns"] == pytest.approx(1, abs=0.1)
+    # Random sets hold one of the two MLPs behind the vector: all of the effect or none.
+    assert found.claims.attrs["named"] == ["mlp1"]
+    random = found.claims.set_index("test").loc["random components"]
+    assert (random.ci_low, random.ci_high) == pytest.approx((0, 1), abs=0.1)
+    n_as_far = round((1 - random.remaining) * 19)
+    assert 0 < n_as_far < 19
+    p_value = found.claims.set_index("test").p_value["named components"]
+    assert p_value == pytest.approx((1 + n_as_far) / 20)
     # Positive control: without the reader, nothing carries the direction on.
     broken = build(reads=False)
     other = find_readers(
@@ -188,6 +195,32 @@ def readers(tiny: Any, task: Task, steering: sl.SteeringVector) -> Any:
 
 def final_hook(model: Any) -> str:
     return resid_post(int(model.cfg.n_layers) - 1)
+
+
+def test_components_are_named_on_one_half_of_the_groups_and_held_on_the_other(
+    tiny: Any, task: Task, steering: sl.SteeringVector
+) -> None:
+    """The named are the largest of the one half alone; what is left is of the other alone."""
+    groups = (0, 0, 1, 1, 2, 2, 3, 3)
+    prompts = replace(task.prompts, groups=groups)
+    options: dict[str, Any] = {"top": 0, "n_draws": 0}
+    claims = find_readers(tiny, prompts, task.answers, steering, 2.0, n_claimed=2, **options).claims
+    chosen, tested = (claims.attrs[half]["rows"] for half in ("chosen_on", "tested_on"))
+    assert sorted(chosen + tested) == list(range(8))
+    assert not {groups[i] for i in chosen} & {groups[i] for i in tested}
+    assert claims.n_groups.tolist() == [2] * len(claims)
+    on_half = find_readers(
+        tiny, prompts.part(chosen), task.answers, steering, 2.0, n_claimed=0, **options
+    ).table
+    assert claims.attrs["named"] == [label(row) for _, row in on_half.head(2).iterrows()]
+    attrs = find_readers(
+        tiny, prompts.part(tested), task.answers, steering, 2.0, n_claimed=0, **options
+    ).table.attrs
+    change = attrs["metric_steered"] - attrs["metric_unsteered"]
+    assert claims.change[0] == pytest.approx(change, rel=1e-4)
+    few = replace(prompts, groups=(0, 0, 0, 0, 1, 1, 2, 2))
+    with pytest.raises(InputError, match="4 groups or more; got 3"):
+        find_readers(tiny, few, task.answers, steering, 2.0, n_claimed=2, **options)
 
 
 def test_columns_and_order_of_readers(tiny: Any, readers: Any) -> None:

@@ -173,7 +173,7 @@ def test_the_same_command_gives_the_same_bytes(
         (["--coefficients=-2,0,4"], "coefficients ([-2.0, 0.0, 2.0], now [-2.0, 0.0, 4.0])"),
         (["--layers", "0", "--seed", "1"], "seed (0, now 1)"),
         (["--method", "pca"], "method ('mean_diff', now 'pca')"),
-        (["--max-pairs", "3"], "n_pairs (4, now 3)"),
+        (["--max-pairs", "3"], "n_pairs (4, now 3), n_pairs_fitted_on (4, now 3)"),
     ],
 )
 def test_another_request_into_the_same_folder_is_refused(

@@ -41,6 +41,7 @@ def test_a_run_holds_tables_directions_and_record(
     assert set(content(tmp_path)) == {
         "boundary.csv",
         "layers.csv",
+        "segments.csv",
         "directions.safetensors",
         "run.json",
     }
@@ -49,11 +50,17 @@ def test_a_run_holds_tables_directions_and_record(
     assert list(table(tmp_path, "boundary.csv").columns) == [c.name for c in BOUNDARY_COLUMNS]
     pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
     directions = sl.fit_directions(sl.collect_differences(loaded, pairs, layers=[1]))
-    expected = sl.find_boundary(loaded, pairs, directions, budget="nats=0.1").layers
+    study = sl.Study(loaded, pairs, directions, layers=[1], budget="nats=0.1")
+    result = study.boundary()
+    expected, parts = result.layers, study.segments(result)
     pd.testing.assert_frame_equal(layers, expected, check_exact=True)
     assert layers.boundary_on.tolist() == ["positive"]
     found = record(tmp_path)
-    assert found["forward_equivalents"] == expected.attrs["forward_equivalents"] > 5
+    spent = [table.attrs["forward_equivalents"] for table in (expected, parts)]
+    assert found["forward_equivalents"] == sum(spent)
+    assert min(spent) > 1
+    parts_read = table(tmp_path, "segments.csv")
+    pd.testing.assert_frame_equal(parts_read, parts, check_exact=True)
     assert found["request"]["on"] == "positive"
     assert found["request"]["budget"] == "nats=0.1"
     for word in ("Coherence boundary on positive text, nats=0.1", "predicted", "projection there"):

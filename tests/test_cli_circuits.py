@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from steerlens.circuits import (
 )
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.models.hooks import resid_post
-from steerlens.tables import CIRCUIT_COLUMNS, READER_COLUMNS, WRITER_COLUMNS
+from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, READER_COLUMNS, WRITER_COLUMNS
 
+ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
 
@@ -29,7 +31,7 @@ def circuits(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     """`steerlens circuits` on the small model; a later option overrides these."""
     return lambda *arguments: run(
         *("circuits", "--model", model_folder, "--pairs", pairs_file, "--layer", "1"),
-        *("--coefficient", "5"),
+        *("--coefficient", "5", "--null", "2"),
         *arguments,
     )
 
@@ -46,12 +48,31 @@ def test_a_run_holds_tables_pages_and_record(circuits: Main, tmp_path: Path) -> 
         ("writers.csv", WRITER_COLUMNS),
         ("readers.csv", READER_COLUMNS),
         ("circuits.csv", CIRCUIT_COLUMNS),
+        ("faithfulness.csv", FAITHFULNESS_COLUMNS),
     ):
         found = table(tmp_path, name)
         assert list(found.columns) == [column.name for column in columns]
         assert len(found)
     assert "correlation" in outcome.err
     assert "What carries it" in outcome.out
+    assert set(table(tmp_path, "circuits.csv").n_null) == {2}
+    attrs = json.loads((tmp_path / "run.json").read_text())["tables"]["circuits"]["attrs"]
+    assert attrs["chosen_on"]["n_groups"] == attrs["tested_on"]["n_groups"] == 2
+
+
+def test_the_page_of_circuits_is_made_from_a_run(circuits: Main, tmp_path: Path) -> None:
+    """What `make found-circuits` writes: the numbers of the tables, each beside its test."""
+    assert circuits("--out", tmp_path / "run", "--quiet").code == 0
+    script = runpy.run_path(str(ROOT / "docs" / "found_circuits.py"))
+    run = sl.read_run(tmp_path / "run")
+    page = script["page"](run)
+    claims, overlaps = run.tables["claims"], run.tables["circuits"]
+    named = claims.set_index("test").loc["named components"]
+    assert f"| named components | {named.remaining:.2f} (" in page
+    assert f"| {named.p_value:.2f} |" in page
+    assert f"{overlaps.iou_p_family.iloc[-1]:.2f} |" in page
+    assert "2 nulls of each kind can give is 0.333" in page
+    assert "nan" not in page
 
 
 def test_without_the_comparison(circuits: Main, tmp_path: Path) -> None:
@@ -76,6 +97,8 @@ def test_without_the_comparison(circuits: Main, tmp_path: Path) -> None:
         (["--coefficient", "0"], ["coefficient 0"]),
         (["--method", "none"], ["none"]),
         (["--ig-steps", "0"], ["--ig-steps"]),
+        (["--null", "1"], ["--null"]),
+        (["--max-pairs", "3"], ["4 groups or more; got 3"]),
     ],
 )
 def test_circuits_refuses(

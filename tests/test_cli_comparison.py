@@ -59,7 +59,10 @@ def test_a_comparison_writes_its_tables(compare: Main, tmp_path: Path) -> None:
     request = record(tmp_path)["request"]
     assert request["methods"] == ["mean_diff", "random"]
     assert request["measured_on"]["n_items"] == 8
+    assert (request["on"], request["own_tokens"]) == ("own", 32)
     assert "Effect at equal damage" in outcome.out
+    assert {"own", "spent"} <= {*outcome.out.partition("mean_diff")[0].split()}
+    assert ("spent neg above 2:" in outcome.out) == (found.spent_neg > 2).any()
 
 
 @pytest.mark.parametrize(
@@ -71,7 +74,7 @@ def test_a_comparison_writes_its_tables(compare: Main, tmp_path: Path) -> None:
         ("--items", "pairs.jsonl", "a comparison needs items"),
         ("--off-target", "humour", "no dataset 'humour'"),
         ("--max-items", "1", "at least 2 items"),
-        ("--on", "negative", "neutral or positive"),
+        ("--on", "negative", "own, neutral or positive"),
         ("--null", "1", "n_null"),
         ("--methods", ",", "at least one method"),
     ],

@@ -7,10 +7,9 @@ import warnings
 from pathlib import Path
 
 import pytest
-from commands import HELD_OUT, Main, assert_error, content, record, table, write_pairs
+from commands import HELD_OUT, OPENINGS, Main, assert_error, content, record, table, write_pairs
 from run_folders import write_boundary, write_sweep
 
-from steerlens.cli.command import IN_SAMPLE
 from steerlens.cli.run_warnings import keeping_warnings, warn, warned
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -68,28 +67,44 @@ def test_no_model_is_loaded(tmp_path: Path) -> None:
 
 
 def test_a_real_run_has_a_report(sweep: Main, run: Main, tmp_path: Path) -> None:
-    """The in-sample note is in the record and the report, quiet or not; CSV files stay the same."""
+    """Its warnings are in the record and the report, quiet or not; CSV files stay the same."""
     for name, more in (("loud", []), ("quiet", ["--quiet"])):
-        outcome = sweep("--layers", "1", "--out", tmp_path / name, *more)
-        assert outcome.code == 0
-        assert (IN_SAMPLE in " ".join(outcome.err.split())) == (name == "loud")
-        assert record(tmp_path / name)["warnings"] == [IN_SAMPLE]
-        assert record(tmp_path / name)["request"]["held_out"] is False
+        with pytest.warns(UserWarning, match="4 of 4 measured pairs were fitted on"):
+            assert sweep("--layers", "1", "--out", tmp_path / name, *more).code == 0
+        assert any("4 of 4" in text for text in record(tmp_path / name)["warnings"])
     loud, quiet = content(tmp_path / "loud"), content(tmp_path / "quiet")
     assert [n for n in loud if loud[n] != quiet[n]] == ["run.json"]
     assert run("report", tmp_path / "loud").code == 0
     page = (tmp_path / "loud" / "report.html").read_text(encoding="utf-8")
-    assert IN_SAMPLE.removeprefix("note: ") in page
+    assert "4 of 4 measured pairs were fitted on" in page
+    assert "the directions are fitted on 4 of these too" in page
 
 
-def test_held_out_pairs_give_no_note(sweep: Main, tmp_path: Path) -> None:
-    other = write_pairs(tmp_path / "other.jsonl", HELD_OUT)
-    outcome = sweep("--layers", "1", "--out", tmp_path / "run", "--test-pairs", other)
-    assert (outcome.code, IN_SAMPLE[:30] in outcome.words) == (0, False)
-    fewer = sweep("--layers", "1", "--out", tmp_path / "fewer", "--max-pairs", "3")
-    assert (fewer.code, IN_SAMPLE[:30] in fewer.words) == (0, True)
-    assert record(tmp_path / "run")["warnings"] == []
-    assert record(tmp_path / "run")["request"]["held_out"] is True
+@pytest.mark.parametrize(
+    ("openings", "more", "n", "n_measured"),
+    [
+        (HELD_OUT, [], 0, 3),
+        ([*HELD_OUT, *OPENINGS[:2]], [], 2, 5),
+        (OPENINGS[:3], [], 3, 3),
+        (OPENINGS, ["--max-pairs", "3"], 3, 3),
+    ],
+)
+def test_pairs_that_were_fitted_on_are_counted_whatever_file_they_are_in(
+    sweep: Main, tmp_path: Path, openings: list[str], more: list[str], n: int, n_measured: int
+) -> None:
+    other = write_pairs(tmp_path / "other.jsonl", openings)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ended = sweep("--layers", "1", "--out", tmp_path / "run", "--test-pairs", other, *more)
+    assert ended.code == 0
+    told = [str(w.message) for w in caught if "were fitted on" in str(w.message)]
+    assert len(told) == (n > 0)
+    assert all(f"{n} of {n_measured} measured pairs were fitted on" in text for text in told)
+    written = record(tmp_path / "run")
+    assert [text for text in written["warnings"] if "were fitted on" in text] == told
+    assert written["request"]["n_pairs_fitted_on"] == n
+    for name in ("sweep", "layers"):
+        assert written["tables"][name]["attrs"]["n_pairs_fitted_on"] == n
 
 
 # Warnings
@@ -133,7 +148,8 @@ def test_a_warning_of_the_run_is_in_its_record(sweep: Main, tmp_path: Path) -> N
     cells = table(tmp_path)
     assert cells.projection.isna().to_list() == [False, True]
     assert cells.coherent.to_list() == ["yes", "no"]
-    first, *_, second = record(tmp_path)["warnings"]
-    assert first == IN_SAMPLE
-    assert second == "NaN or inf at coefficient 1e+39: the cell is left undefined"
+    assert (
+        record(tmp_path)["warnings"][-1]
+        == "NaN or inf at coefficient 1e+39: the cell is left undefined"
+    )
     json.loads((tmp_path / "run.json").read_text(), parse_constant=pytest.fail)

@@ -243,7 +243,7 @@ def comparison(method: str, *, chosen: bool) -> Comparison:
     table = to_frame([{**row, **counts}], COMPARISON_COLUMNS, {"pairs": "p"})
     rank = {"rank": 1, "rank_low": 1, "rank_high": 1}
     summary = to_frame([{**row, **rank}] if chosen else [], SUMMARY_COLUMNS, {})
-    settings = CompareSettings((method,), "kl=0.1", "neutral", 2, None, 4.0, 2, 0, None)
+    settings = CompareSettings((method,), "kl=0.1", "own", 32, 2, None, 4.0, 2, 0, None)
     methods = to_frame([], METHOD_COLUMNS, {})
     return Comparison(table, summary, methods, pd.DataFrame({"id": ["a", "b"]}), {}, settings)
 

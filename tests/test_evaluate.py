@@ -1,8 +1,10 @@
 """The comparison: its numbers by bare hooks, its nulls, its intervals, its verdicts."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,18 @@ from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.prompts import Message
 from steerlens.directions.methods import null_directions, null_vectors
 from steerlens.engine.engine import Engine
-from steerlens.engine.tokenization import tokenize_items, tokenize_prompt
+from steerlens.engine.tokenization import (
+    TokenizedPrompt,
+    tokenize_items,
+    tokenize_pairs,
+    tokenize_prompt,
+)
 from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.loss import Budget, label_logprob
 from steerlens.measure.comparison import Comparison, compare
-from steerlens.measure.effects import damages, distinct_3, mean_distinct_3, preference_gaps
+from steerlens.measure.comparison_inputs import ItemSets, split_texts
+from steerlens.measure.effects import Damage, damages, distinct_3, mean_distinct_3, preference_gaps
 from steerlens.measure.equal_damage import CompareSettings, Measured
 from steerlens.measure.linearised import Linearised, linearise
 from steerlens.measure.nulls import NullEffects, Screen
@@ -130,23 +138,103 @@ def test_gaps_are_those_of_bare_hooks(
     assert found[1].shape == (1, 10)
 
 
+def damage_of_bare_hooks(
+    model: Any, texts: Sequence[TokenizedPrompt], vector: torch.Tensor, c: float
+) -> list[float]:
+    """Mean and 95th percentile of KL(unsteered || steered) over labels, and their degradation."""
+    divergences, lost = [], []
+    for text in texts:
+        ids, labels = torch.tensor([text.ids]), torch.tensor(text.label_tokens)
+        with inference(model):
+            plain = model(ids)[0, labels - 1].log_softmax(-1)
+            with sl.steer(model, {HOOK: vector}, c):
+                steered = model(ids)[0, labels - 1].log_softmax(-1)
+        divergences += (plain.exp() * (plain - steered)).sum(-1).tolist()
+        taken = ids[0, labels, None]
+        lost.append(float((plain.gather(1, taken) - steered.gather(1, taken)).mean()))
+    p95 = float(np.percentile(divergences, 95))
+    return [float(np.mean(divergences)), p95, float(np.mean(lost))]
+
+
 def test_damage_by_bare_hooks(llama: Any, directions: sl.Directions, neutral: list[str]) -> None:
     texts = [tokenize_prompt(llama, text) for text in neutral[:4]]
     job = Job(HOOK, directions[HOOK], (4.0,), resid_post(2))
     ((found,),) = damages(Engine(llama), texts, [job])
-    divergences, lost = [], []
-    for text in texts:
-        ids = torch.tensor([text.prompt])
-        with inference(llama):
-            plain = llama(ids)[0, :-1].log_softmax(-1)
-            with sl.steer(llama, {HOOK: directions[HOOK]}, 4.0):
-                steered = llama(ids)[0, :-1].log_softmax(-1)
-        divergences += (plain.exp() * (plain - steered)).sum(-1).tolist()
-        taken = ids[0, 1:, None]
-        lost.append(float((plain.gather(1, taken) - steered.gather(1, taken)).mean()))
-    assert found.kl == pytest.approx(float(np.mean(divergences)), rel=1e-4)
-    assert found.kl_p95 == pytest.approx(float(np.percentile(divergences, 95)), rel=1e-4)
-    assert found.degradation == pytest.approx(float(np.mean(lost)), rel=1e-4)
+    expected = damage_of_bare_hooks(llama, texts, directions[HOOK], 4.0)
+    assert [found.kl, found.kl_p95, found.degradation] == pytest.approx(expected, rel=1e-4)
+
+
+def written_by(model: Any, prompt: str, n_tokens: int) -> TokenizedPrompt:
+    """The prompt with the likeliest tokens after it, one by one."""
+    tokenized = tokenize_prompt(model, prompt)
+    ids = list(tokenized.prompt)
+    with inference(model):
+        while len(ids) < len(tokenized) + n_tokens and ids[-1] != model.tokenizer.eos_token_id:
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    return replace(tokenized, continuation=tuple(ids[len(tokenized) :]))
+
+
+def test_damage_is_that_of_both_texts_and_signs(
+    llama: Any, compared: Comparison, neutral: list[str]
+) -> None:
+    """On the second half of neutral texts, and of what the model writes after training items."""
+    row = compared.table.iloc[0]
+    texts = {
+        "": [tokenize_prompt(llama, text) for text in neutral[8:]],
+        "own_": [written_by(llama, f"you said {word}", 32) for word in WORDS[5:]],
+    }
+    for (name, prompts), (sign, c) in product(texts.items(), (("", 1), ("neg_", -1))):
+        steered = compared.directions["mean_diff"][HOOK], c * row.coefficient
+        kl, _, degradation = damage_of_bare_hooks(llama, prompts, *steered)
+        assert row[f"{name}kl_{sign}nats"] == pytest.approx(kl, rel=1e-3)
+        assert row[f"{name}degradation_{sign}nats"] == pytest.approx(degradation, abs=1e-5)
+    assert row.kl_nats != pytest.approx(row.kl_neg_nats, rel=0.01)
+    assert row.own_kl_nats != pytest.approx(row.kl_nats, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [("kl=2", 1.5), ("kl_p95=2", 2.5), ("nats=2", 0.5), ("nats=0", math.nan)],
+)
+def test_the_share_spent_is_that_of_what_the_budget_bounds(budget: str, expected: float) -> None:
+    spent = Damage(kl=3.0, kl_p95=5.0, degradation=1.0).spent
+    parsed = Budget.parse(budget)
+    assert spent(parsed, parsed.allowance(-3.0)) == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_texts_that_the_model_writes(
+    llama: Any, many: sl.ContrastivePairs, neutral: list[str]
+) -> None:
+    """Of different prompts, one of each group in turn, the budget gets half, none of a held-out."""
+    train = PreferenceItems(
+        tuple(
+            PreferenceItem(f"{group} {word}", "warm and good", "so cold", f"{group} {i}", group)
+            for group in WORDS[:8]
+            for i, word in enumerate((WORDS[0], *WORDS[:5]))
+        )
+    )
+    held_out = train[:2]  # one prompt
+    sets = ItemSets(held_out, train[2:], {}, None)
+    texts = split_texts(llama, many, sets, assumed(2).settings, neutral)
+    first, second = texts.halves["own"]
+    assert texts.calibration == first
+    assert texts.damaged["own"] == second
+    prompts = {text.prompt for text in (*first, *second)}
+    assert len(first) == len(second) == 16
+    assert len(prompts) == 32
+    assert tokenize_items(llama, held_out)[0][0].prompt not in prompts
+    assert all(0 < len(text.continuation) <= 32 for text in (*first, *second))
+    words = [{str(text.source).split()[0] for text in half} for half in (first, second)]
+    assert [len(of_half) for of_half in words] == [4, 4]
+    assert not words[0] & words[1]
+    # Without training items after the pairs' positive prompts.
+    first, second = split_texts(
+        llama, many, replace(sets, train=None), assumed(2).settings, neutral
+    ).halves["own"]
+    positive = tokenize_pairs(llama, many).positive
+    assert [text.prompt for text in (*first, *second)] == [text.prompt for text in positive]
+    with pytest.raises(InputError, match="2 different prompts, got 1 of the training items"):
+        split_texts(llama, many, replace(sets, train=train[1:3]), assumed(2).settings, neutral)
 
 
 def test_distinct_3_by_hand() -> None:
@@ -163,8 +251,9 @@ def test_every_method_spends_the_same_budget(compared: Comparison) -> None:
     assert list(table.columns) == [column.name for column in COMPARISON_COLUMNS]
     assert table.method.tolist() == ["mean_diff"] * 2 + ["gradient_mean"] * 2 + ["random"] * 2
     assert (table.coefficient > 0).all()
-    # Set on one half of the neutral texts, measured on the other.
-    assert table.kl_nats.between(0.06, 0.16).all()
+    # Set on one half of the texts that the model wrote, measured on the other.
+    assert table.own_kl_nats.between(0.06, 0.16).all()
+    assert table.spent_neg.tolist() == pytest.approx((table.own_kl_neg_nats / 0.1).tolist())
     assert table.n_items.eq(10).all()
     assert table.n_null.isin([4, 999]).all()
     assert (table.n_null == 999).equals(table.null_by == "linearised")
@@ -214,12 +303,23 @@ def test_a_budget_that_is_not_reached_is_said(small: Callable[..., Comparison]) 
     assert found.verdict == "budget not reached"
 
 
+@pytest.mark.parametrize(
+    ("on", "budget"), [("own", "kl=0.1"), ("neutral", "kl=0.1"), ("positive", "relative=0.02")]
+)
 def test_the_coherence_boundary_as_a_budget(
-    llama: Any, many: sl.ContrastivePairs, small: Callable[..., Comparison]
+    on: str,
+    budget: str,
+    llama: Any,
+    many: sl.ContrastivePairs,
+    small: Callable[..., Comparison],
+    neutral: list[str],
 ) -> None:
-    options: dict[str, Any] = {"layers": [1], "budget": "relative=0.02", "n_bootstrap": 10}
-    found = small(on="positive", **options)
-    boundary = sl.find_boundary(llama, many, found.directions["mean_diff"], **options).layers
+    """On the first half of own or neutral text, or on all positive prompts."""
+    options: dict[str, Any] = {"layers": [1], "budget": budget, "n_bootstrap": 10}
+    found = small(on=on, **options)
+    measured_on = many[: len(many) // 2] if on == "own" else many
+    options |= {"own": {"labels": "own"}, "neutral": {"on": neutral[:8]}}.get(on, {})
+    boundary = sl.find_boundary(llama, measured_on, found.directions["mean_diff"], **options).layers
     # Two searches with other probes, each right to a few per cent.
     assert found.table.coefficient[0] == pytest.approx(boundary.boundary_pos[0], rel=0.05)
 
@@ -248,11 +348,45 @@ def test_the_persona_in_the_prompt_is_a_baseline(
     assert set(found.effects.columns) == {"id", f"mean_diff @ {HOOK}", "prompt"}
 
 
+@pytest.mark.parametrize(
+    ("prompt", "shared", "choice"),
+    [
+        (None, (0, 0, 0), "held out"),
+        ("pair", (0, 0, 1), "in sample"),
+        ("item", (2, 0, 0), "held out"),
+    ],
+)
+def test_items_that_share_a_prompt_with_pairs_are_told(
+    small: Callable[..., Comparison],
+    many: sl.ContrastivePairs,
+    prompt: str | None,
+    shared: tuple[int, int, int],
+    choice: str,
+) -> None:
+    """By the prompt, though items and pairs have groups of the same names."""
+    items, train = make_items("the river was"), make_items("you said")
+    if prompt == "pair":
+        train = PreferenceItems((replace(train[0], prompt=many[0].positive), *train.items[1:]))
+    if prompt == "item":
+        seen = [replace(items[i], prompt=many[i].negative) for i in (0, 1)]
+        items = PreferenceItems((*seen, *items.items[2:]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = small(many, items, train_items=train)
+    told = [str(w.message) for w in caught if "share a prompt or persona" in str(w.message)]
+    assert len(told) == any(shared)
+    assert all("1 of 10 items" in text or "2 of 10 items" in text for text in told)
+    names = ("n_items_fitted_on", "n_items_chosen_on", "n_choosing_items_fitted_on")
+    for table in (found.table, found.summary):
+        assert tuple(table.attrs[name] for name in names) == shared
+        assert table.layer_choice.tolist() == [choice]
+
+
 # Arithmetic
 
 
 def assumed(n_items: int, *, n_fitted: int = 40, margin: float = 0.1) -> Inference:
-    settings = CompareSettings(("mean_diff",), "kl=0.1", "neutral", 20, None, 4.0, 200, 0, None)
+    settings = CompareSettings(("mean_diff",), "kl=0.1", "own", 32, 20, None, 4.0, 200, 0, None)
     return Inference(settings, tuple(range(n_items)), n_fitted, margin)
 
 
@@ -332,7 +466,7 @@ def test_methods_are_compared_on_the_same_items() -> None:
     ]
     table = to_frame(rows, COMPARISON_COLUMNS, {})
     effects = pd.DataFrame({f"{name} @ {HOOK}": values for name, values in by_method.items()})
-    found = methods_table(table, effects, assumed(10)).set_index("method")
+    found = methods_table(table, effects, assumed(10), {}).set_index("method")
     assert found.verdict.to_dict() == {
         "far": "better",
         "near": "equivalent",
@@ -344,7 +478,21 @@ def test_methods_are_compared_on_the_same_items() -> None:
     # 2 of 1024 flips are as far; drawn 1999 times.
     assert found.p_value["far"] < 0.01
     # Without the reference there is nothing to compare with.
-    assert methods_table(table[1:], effects, assumed(10)).empty
+    assert methods_table(table[1:], effects, assumed(10), {}).empty
+    # Refits of both on the same pairs widen an interval by how their difference varies.
+    draws = np.array([1.0, 2.0, 4.0, 5.0, 3.0])
+    refits = {f"mean_diff @ {HOOK}": draws, f"near @ {HOOK}": draws}
+    refits[f"unsure @ {HOOK}"] = draws + [2.0, 0.0, -2.0, 0.0, 0.0]
+    nested = methods_table(table, effects, assumed(10), refits).set_index("method")
+    over = {"far": "items", "near": "items and pairs", "same": "items", "unsure": "items and pairs"}
+    assert nested.interval_over.to_dict() == over
+    assert found.interval_over.eq("items").all()
+    ends = ["difference_ci_low", "difference_ci_high"]
+    pd.testing.assert_frame_equal(nested[ends][:3], found[ends][:3])
+    for end in ends:
+        # The standard deviation of 2, 0, -2, 0, 0 is the root of 2; t(0.975, 39) is 2.0227.
+        half = math.hypot(found[end]["unsure"], 2.0227 * math.sqrt(2))
+        assert abs(nested[end]["unsure"]) == pytest.approx(half, abs=1e-3)
 
 
 # Nulls
@@ -415,16 +563,25 @@ def test_the_spread_of_refits_is_that_of_resampled_groups(
         screen(linear, many, double, 0.0),
         sl.collect_differences(double, many, layers=[1]),
     )
-    spread = given.spreads(differences, "mean_diff", seed=0)[HOOK]
+    spread = given.refits(differences, "mean_diff", seed=0)[HOOK].std(ddof=1)
     assert spread > 0
+    # On pairs that are nearly alike PCA is the mean; the groups drawn are the same for both.
+    mean = (differences.positive - differences.negative).mean(dim=1, keepdim=True)
+    alike = replace(differences, positive=differences.positive + 50 * mean)
+    of_mean, of_pca, other = (
+        given.refits(alike, method, seed=seed)[HOOK]
+        for method, seed in (("mean_diff", 0), ("pca", 0), ("pca", 1))
+    )
+    assert np.corrcoef(of_mean, of_pca)[0, 1] > 0.9 > np.corrcoef(of_mean, other)[0, 1]
     # One group has nothing to resample, and pairs that come in fours have fewer.
     alone = replace(differences, groups=(0,) * len(many))
-    assert given.spreads(alone, "mean_diff", seed=0)[HOOK] == pytest.approx(0, abs=1e-12)
+    assert given.refits(alone, "mean_diff", seed=0) == {}
     fours = replace(differences, groups=tuple(i // 4 for i in range(len(many))))
-    assert given.spreads(fours, "mean_diff", seed=0)[HOOK] != pytest.approx(spread, rel=0.01)
+    in_fours = given.refits(fours, "mean_diff", seed=0)[HOOK].std(ddof=1)
+    assert in_fours != pytest.approx(spread, rel=0.01)
     for method in ("random", "gradient_mean"):
-        assert given.spreads(differences, method, seed=0) == {}
-    assert screen(linear, many, double, 1.0).spreads(differences, "mean_diff", seed=0) == {}
+        assert given.refits(differences, method, seed=0) == {}
+    assert screen(linear, many, double, 1.0).refits(differences, "mean_diff", seed=0) == {}
 
 
 def test_the_harder_kind_of_null_decides() -> None:

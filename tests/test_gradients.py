@@ -9,7 +9,8 @@ import torch
 from conftest import bridge, build_llama
 
 import steerlens as sl
-from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
+from steerlens.directions.gradient_rows import LossGradients, gradient_terms
+from steerlens.directions.gradients import loss_gradients
 from steerlens.engine.backward import Slopes, label_slopes
 from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
@@ -54,28 +55,34 @@ def loss_of(
     *,
     steps: list[torch.Tensor],
     weight: float,
+    axis: torch.Tensor | None = None,
     **at: Any,
 ) -> float:
     """The noref loss of one pair, its baseline held fixed as the stopped gradient has it."""
     hs_pos, logprob = states(model, pair[0], step=steps[0], **at)
     hs_neg, _ = states(model, pair[1], step=steps[1], **at)
-    return float(-(hs_pos - hs_neg).norm() + weight * max(0.0, 0.99 * baseline - logprob) ** 2)
+    difference = hs_pos - hs_neg
+    separation = difference.norm() if axis is None else difference @ axis
+    return float(-separation + weight * max(0.0, 0.99 * baseline - logprob) ** 2)
 
 
 @pytest.mark.parametrize("loss_hook", [None, "blocks.1.hook_resid_post", "own"])
-@pytest.mark.parametrize("with_continuation", [True, False])
+@pytest.mark.parametrize(("with_continuation", "axis"), [(True, None), (False, "pca")])
 def test_rows_are_finite_differences_of_the_loss(
     double: Any,
     pairs: sl.ContrastivePairs,
     continued: sl.ContrastivePairs,
     loss_hook: str | None,
     with_continuation: bool,
+    axis: str | None,
 ) -> None:
     given, position = (continued, -1) if with_continuation else (pairs, -2)
     weight, epsilon = 50.0, 1e-5
-    found = loss_gradients(
-        double, given, layers=HOOKS, position=position, loss_hook=loss_hook, batch_size=3
-    ).with_weight(weight)
+    options: dict[str, Any] = {"loss_hook": loss_hook, "axis": axis, "batch_size": 3}
+    found = loss_gradients(double, given, layers=HOOKS, position=position, **options)
+    found = found.with_weight(weight)
+    assert found.axis == axis
+    frozen = sl.fit(double, given, method="pca", layers=found.loss_hooks, position=position)
     tokenized = tokenize_pairs(double, given)
     generator = torch.Generator().manual_seed(0)
     zero = torch.zeros(32, dtype=torch.float64)
@@ -87,6 +94,7 @@ def test_rows_are_finite_differences_of_the_loss(
             along = torch.randn(32, dtype=torch.float64, generator=generator)
             at: dict[str, Any] = {"hook": hook, "read": found.loss_hooks[h], "position": position}
             baseline = states(double, pair[0], step=zero, **at)[1]
+            at["axis"] = None if axis is None else frozen[found.loss_hooks[h]]
             assert float(found.logprob[i]) == pytest.approx(baseline)
             for rows, side in ((found.positive, 0), (found.negative, 1)):
                 losses = []
@@ -126,9 +134,54 @@ def test_a_position_without_a_later_label_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="no label comes after position -1"):
         loss_gradients(double, pairs, position=-1)
-    last_but_one = loss_gradients(double, pairs, position=-2)
-    assert bool((last_but_one.coherence.norm(dim=-1) > 0).all())
+    with pytest.raises(InputError, match="no label comes after position -1"):
+        loss_gradients(double, pairs, position=-1, axis="pca")
+    for axis in (None, "pca"):
+        last_but_one = loss_gradients(double, pairs, position=-2, axis=axis)
+        assert bool((last_but_one.coherence.norm(dim=-1) > 0).all())
     assert bool((loss_gradients(double, continued, position=-1).coherence.norm(dim=-1) > 0).all())
+
+
+def test_on_an_axis_the_rows_are_that_axis_and_the_penalty_is_the_same(
+    double: Any, continued: sl.ContrastivePairs
+) -> None:
+    """At the loss hook itself: -u of the positive prompt, +u of the negative one, of every pair."""
+    options: dict[str, Any] = {"layers": [1], "position": -1, "loss_hook": "own"}
+    norm = loss_gradients(double, continued, **options)
+    frozen = sl.fit(double, continued, method="lda", layers=[1])
+    found = loss_gradients(double, continued, axis=frozen, **options)
+    for i, hook in enumerate(found.all_hook_names):
+        expected = frozen[hook].expand(8, -1)
+        torch.testing.assert_close(found.separation_positive[i], -expected)
+        torch.testing.assert_close(found.separation_negative[i], expected)
+    torch.testing.assert_close(found.coherence, norm.coherence)
+    assert bool(found.coherence.any())
+    # By the norm a pair's row is its own difference at length 1.
+    difference = sl.collect_differences(double, continued, layers=[1])[resid_post(1)]
+    unit = torch.nn.functional.normalize(difference, dim=-1)
+    torch.testing.assert_close(norm.separation_negative[0], unit)
+    # Signed to the positive side: downhill the positive prompts project further.
+    assert float((difference @ frozen[resid_post(1)]).mean()) > 0
+    # Without the penalty the mean of r = g_neg - g_pos = 2 u is the axis, and its name is told.
+    fitted = sl.fit_directions(found.with_weight(0), method="gradient_mean")
+    torch.testing.assert_close(fitted[resid_post(1)], frozen[resid_post(1)])
+    assert fitted.method == "gradient_mean+on_lda"
+    assert found.forward_equivalents == norm.forward_equivalents
+    assert gradient_terms(found).attrs["axis"] == "lda"
+
+
+def test_an_axis_that_cannot_be_used_is_refused(
+    double: Any, continued: sl.ContrastivePairs
+) -> None:
+    options: dict[str, Any] = {"layers": [0], "position": -1}
+    with pytest.raises(InputError, match="fitted from gradients; fit it, and give the Directions"):
+        loss_gradients(double, continued, axis="gradient_mean", **options)
+    with pytest.raises(InputError, match="no method 'norm'"):
+        loss_gradients(double, continued, axis="norm", **options)
+    frozen = sl.fit(double, continued, layers=[0])
+    with pytest.raises(HookError, match=f"no direction at {resid_post(1)}"):
+        loss_gradients(double, continued, axis=frozen, loss_hook=resid_post(1), **options)
+    assert loss_gradients(double, continued, axis=frozen, **options).axis == "mean_diff"
 
 
 def test_the_terms_are_norms_and_cosines(double: Any, continued: sl.ContrastivePairs) -> None:
@@ -289,7 +342,7 @@ def slopes(model: Any, workload: Workload, seed: int = 0, cost: Cost | None = No
     return label_slopes(
         Engine(model, cost=cost or Cost()),
         workload.positive,
-        along(),
+        [(added,) for added in along()],
         steered_positions=workload.steered_positions,
         seed=seed,
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,9 @@ from steerlens.circuits import (
     contrast_answers,
     edge_readers,
     edge_table,
-    mean_kl,
-    random_intervention,
+    null_interventions,
 )
-from steerlens.circuits.comparison import UNSTEERED, _areas
+from steerlens.circuits.comparison import UNSTEERED
 from steerlens.circuits.components import components, head_hook, mlp_hook, output_weights
 from steerlens.circuits.graphs import (
     Contrast,
@@ -31,14 +31,16 @@ from steerlens.circuits.graphs import (
     Scores,
     attribute,
     existing_edges,
-    largest,
     make_contrast,
     make_graph,
     nodes,
     run_edges,
     run_nodes,
 )
+from steerlens.circuits.overlap import Sizes, overlap_rows
+from steerlens.circuits.prompts import choosing_half, first_half
 from steerlens.errors import InputError
+from steerlens.stats import ratio_interval
 from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS
 
 NOTHING = Intervention()
@@ -126,9 +128,9 @@ def test_a_circuit_alone_equals_brute_force(tiny: Any, contrast: Contrast, graph
     for gone in (parts[:1], parts[4:5], parts[3:8]):
         kept = torch.tensor([part not in gone for part in parts])
         expected = metric(contrast, [ablation(graph, part) for part in gone])
-        assert run_nodes(graph, kept) == pytest.approx(expected, abs=1e-4)
+        assert run_nodes(graph, kept).mean() == pytest.approx(expected, abs=1e-4)
     everything = torch.ones(len(parts), dtype=torch.bool)
-    assert run_nodes(graph, everything) == pytest.approx(metric(contrast), abs=1e-4)
+    assert run_nodes(graph, everything).mean() == pytest.approx(metric(contrast), abs=1e-4)
 
 
 def test_edges_cut_equal_brute_force(tiny: Any, contrast: Contrast, graph: Graph) -> None:
@@ -138,10 +140,10 @@ def test_edges_cut_equal_brute_force(tiny: Any, contrast: Contrast, graph: Graph
     for reader in (Reader(1, "attn"), Reader(0, "mlp"), Reader(2, "mlp"), readers[-1]):
         kept = exists.clone()
         kept[components(tiny).index(HEAD), readers.index(reader)] = False
-        found = run_edges(graph, kept)
+        found = float(run_edges(graph, kept).mean())
         assert found == pytest.approx(metric(contrast, cut_edge(graph, reader)), abs=1e-4)
         assert abs(found - uncut) > 1e-4
-    assert run_edges(graph, exists) == pytest.approx(uncut, abs=1e-4)
+    assert run_edges(graph, exists).mean() == pytest.approx(uncut, abs=1e-4)
 
 
 def test_scores_are_derivatives_of_cutting(
@@ -202,27 +204,34 @@ def test_edges_that_exist(llama: Any) -> None:
     assert int(exists.sum()) == sum(before_attention) + sum(before_mlp) + 26
 
 
-def test_largest_and_areas_by_hand() -> None:
-    numbers = torch.tensor([[1.0, -5.0], [3.0, 0.5]])
-    assert largest(numbers, 2).tolist() == [[False, True], [True, False]]
-    among = torch.tensor([[True, False], [True, True]])
-    assert largest(numbers, 2, among).tolist() == [[True, False], [True, False]]
-    # f: 0 at 0, 0.5 at 0.5, 1 at 1; and with an overshoot of 2 at 0.5.
-    assert _areas([0.5], [0.5]) == pytest.approx((0.5, 0.5))
-    assert _areas([0.5], [2.0]) == pytest.approx((1.25, 0.75))
+def test_circuits_and_overlaps_by_hand() -> None:
+    a = torch.tensor([1.0, -5.0, 3.0, 0.5])
+    b = torch.tensor([-4.0, -5.0, 3.0, 2.0])
+    absolute, signed = (Sizes("node", kind, (0.25, 0.5), 4) for kind in ("absolute", "signed"))
+    assert [kept.tolist() for kept in absolute.circuits(a)] == [
+        [False, True, False, False],
+        [False, True, True, False],
+    ]
+    assert signed.circuits(a)[1].tolist() == [True, False, True, False]
+    # Of two: {1, 2} and {0, 1} by size, {0, 2} and {2, 3} by sign.
+    # Ranks: 2 4 3 1 and 3 4 2 1 by size, 3 1 4 2 and 2 1 4 3 by sign: 1 - 6 (1 + 1) / (4 (16 - 1)).
+    assert absolute.overlaps(a, b) == pytest.approx([1, 1 / 3, 0.8])
+    assert signed.overlaps(a, b) == pytest.approx([1, 1 / 3, 0.8])
+    equal = torch.ones(4)
+    assert absolute.circuits(equal)[1].tolist() == [True, True, False, False]
 
 
 def test_the_circuit_made_by_hand_is_found_and_is_enough() -> None:
     model = build()
     graph = make_graph(make_contrast(model, PAIRS, good_or_bad(model)), NOTHING)
     scores = attribute(graph)
-    kept = largest(scores.nodes.mean(dim=-1), 2)
+    (kept,) = Sizes("node", "absolute", (2 / 9,), 9).circuits(scores.nodes.mean(dim=-1))
     chosen = {str(part) for part, keep in zip(nodes(model), kept.tolist(), strict=True) if keep}
     assert chosen == {"L0H1", "mlp1"}
-    assert run_nodes(graph, kept) == pytest.approx(scores.metric, rel=0.15)
-    assert abs(run_nodes(graph, torch.zeros_like(kept))) < 0.1 * scores.metric
+    assert run_nodes(graph, kept).mean() == pytest.approx(scores.metric, rel=0.15)
+    assert abs(run_nodes(graph, torch.zeros_like(kept)).mean()) < 0.1 * scores.metric
     # Positive control: all the others together do nothing.
-    assert abs(run_nodes(graph, ~kept)) < 0.1 * scores.metric
+    assert abs(run_nodes(graph, ~kept).mean()) < 0.1 * scores.metric
     edges = edge_table(model, {"unsteered": scores}, n_edges=2)[["writer", "reader"]]
     assert set(edges.itertuples(index=False, name=None)) >= {("L0H1", "mlp1"), ("mlp1", "logits")}
 
@@ -235,87 +244,224 @@ def steering(tiny: Any, pairs: sl.ContrastivePairs) -> sl.SteeringVector:
     return sl.SteeringVector.from_directions(tiny, fitted(tiny, pairs))
 
 
+SHARES = (0.1, 0.5)
+
+
+@pytest.fixture(scope="module")
+def pushed(steering: sl.SteeringVector) -> Intervention:
+    return Intervention(steering, 3.0)
+
+
+@pytest.fixture(scope="module")
+def nulls(tiny: Any, pairs: sl.ContrastivePairs, pushed: Intervention) -> Any:
+    differences = sl.collect_differences(tiny, pairs, layers=[0])
+    return null_interventions(tiny, pairs, pushed, differences, n=2)
+
+
 @pytest.fixture(scope="module")
 def compared(
-    tiny: Any, pairs: sl.ContrastivePairs, given: Answers, steering: sl.SteeringVector
+    tiny: Any, pairs: sl.ContrastivePairs, given: Answers, pushed: Intervention, nulls: Any
 ) -> Any:
-    pushed = Intervention(steering, 3.0)
-    return compare_circuits(
-        tiny,
-        pairs,
-        given,
-        {"mean_diff": pushed},
-        floor=random_intervention(tiny, pairs, pushed),
-        shares=(0.1, 0.5),
-        n_splits=3,
-    )
+    with pytest.warns(UserWarning, match="8 independent groups"):
+        return compare_circuits(
+            tiny,
+            pairs,
+            given,
+            {"mean_diff": pushed},
+            nulls={"mean_diff": nulls},
+            shares=SHARES,
+            n_splits=3,
+        )
+
+
+compare = partial(compare_circuits, n_splits=1)
 
 
 def test_columns_and_rows_of_circuits(compared: Any) -> None:
     table, curves = compared.table, compared.faithfulness
     assert list(table.columns) == [column.name for column in CIRCUIT_COLUMNS]
     assert list(curves.columns) == [column.name for column in FAITHFULNESS_COLUMNS]
-    assert table[["level", "a", "b", "share"]].values.tolist() == [
-        [level, UNSTEERED, "mean_diff", share] for level in ("node", "edge") for share in (0.1, 0.5)
+    kinds = [(level, by) for level in ("node", "edge") for by in ("absolute", "signed")]
+    assert table[["level", "selection", "a", "b", "share"]].values.tolist() == [
+        [*kind, UNSTEERED, "mean_diff", share] for kind in kinds for share in SHARES
     ]
-    assert len(curves) == 2 * 2 * 2 * 2
-    for name in ("iou", "iou_ceiling", "iou_floor"):
+    assert len(curves) == 4 * 2 * 2 * 2
+    for name in ("iou", "iou_across", "iou_ceiling", "iou_null_low", "iou_null_high"):
         assert table[name].between(0, 1).all()
-    for row in table.itertuples():
-        curve = curves.query(
-            f"level == '{row.level}' and circuit_of == '{row.a}' and run_in == '{row.b}'"
+    assert (table.iou_null_low <= table.iou_null_high).all()
+    for of_table in (table, curves):
+        assert set(of_table.n_groups) == {4}
+        chosen, tested = (of_table.attrs[half] for half in ("chosen_on", "tested_on"))
+        assert sorted(chosen["rows"] + tested["rows"]) == list(range(8))
+        assert chosen["n_groups"] == tested["n_groups"] == 4
+    for frame, value, ends in (
+        (table, "iou", "iou_ci"),
+        (table, "rank", "rank_ci"),
+        (curves, "faithfulness", "ci"),
+        (curves, "shortfall", "shortfall_ci"),
+        (curves, "area_under_faithfulness", "area_ci"),
+    ):
+        assert frame[value].between(frame[f"{ends}_low"], frame[f"{ends}_high"]).all(), value
+
+
+def test_what_is_ranked_among_nulls(compared: Any) -> None:
+    """Overlaps at all sizes; the unsteered node circuit's faithfulness, at the largest."""
+    table, curves = compared.table, compared.faithfulness
+    assert (table.n_null == 2).all()
+    thirds = (1 / 3, 2 / 3, 1)
+    for name in ("iou_p", "iou_p_family", "rank_p"):
+        assert table[name].map(lambda p: any(p == pytest.approx(x) for x in thirds)).all()
+    is_ranked = (curves.level == "node") & (curves.share == 0.5)
+    is_ranked &= (curves.circuit_of == UNSTEERED) & (curves.run_in == "mean_diff")
+    assert is_ranked.sum() == 2
+    assert curves.p_value.notna().eq(is_ranked).all()
+    assert curves.n_null.eq(2 * is_ranked).all()
+
+
+def test_a_vector_that_is_its_own_null_is_ranked_last(
+    tiny: Any, pairs: sl.ContrastivePairs, given: Answers, pushed: Intervention
+) -> None:
+    """Positive control: among nulls that do nothing it is first."""
+    nothing = Intervention(pushed.vector, 1e-6)
+    for stand_in, rank in ((pushed, 1.0), (nothing, 0.25)):
+        options: dict[str, Any] = {"nulls": {"x": {"some": [stand_in] * 3}}, "shares": (0.2,)}
+        found = compare(tiny, pairs, given, {"x": pushed}, levels=("node",), **options)
+        assert found.table.rank_p.tolist() == pytest.approx([rank, rank])
+        is_ranked = found.faithfulness.p_value.notna()
+        assert found.faithfulness[is_ranked].p_value.tolist() == pytest.approx([rank, rank])
+
+
+def test_circuits_are_chosen_on_one_half_and_run_on_the_other(
+    tiny: Any, pairs: sl.ContrastivePairs, given: Answers, compared: Any
+) -> None:
+    """By hand: means and scores of the one half, runs of the other."""
+    halves = [compared.table.attrs[half]["rows"] for half in ("chosen_on", "tested_on")]
+    chosen, tested = (
+        make_contrast(tiny, sl.ContrastivePairs(tuple(pairs.pairs[i] for i in rows)), given)
+        for rows in halves
+    )
+    graph = make_graph(chosen, NOTHING)
+    for by in ("absolute", "signed"):
+        sizes = Sizes("node", by, (0.5,), len(nodes(tiny)))
+        (kept,) = sizes.circuits(attribute(graph).nodes.mean(dim=-1))
+        empty, whole, alone = (
+            run_nodes(replace(graph, contrast=tested), mask)
+            for mask in (torch.zeros_like(kept), torch.ones_like(kept), kept)
         )
-        assert row.a_in_b == curve[curve.share == row.share].faithfulness.item()
+        row = compared.faithfulness.query(
+            f"level == 'node' and share == 0.5 and selection == '{by}' "
+            f"and circuit_of == run_in == '{UNSTEERED}'"
+        ).squeeze()
+        expected = (alone - empty).mean() / (whole - empty).mean()
+        assert row.faithfulness == pytest.approx(float(expected), rel=1e-3)
+        kept_by_pair, whole_by_pair = ((x - empty).numpy() for x in (alone, whole))
+        ends = ratio_interval(kept_by_pair, whole_by_pair)
+        assert (row.ci_low, row.ci_high) == pytest.approx(ends, rel=1e-2)
+
+
+def test_areas_are_of_the_whole_curve(compared: Any) -> None:
+    columns = ["level", "selection", "circuit_of", "run_in"]
+    sizes = {"node": len(compared.scores[UNSTEERED].nodes)}
+    sizes["edge"] = int(compared.scores[UNSTEERED].is_edge.sum())
+    for (level, *_), curve in compared.faithfulness.groupby(columns):
+        x = [0, *(curve["size"] / sizes[level]), 1]
+        f = [0, *curve.faithfulness, 1]
+        area = sum((f[i] + f[i + 1]) / 2 * (x[i + 1] - x[i]) for i in range(3))
+        assert curve.area_under_faithfulness.tolist() == pytest.approx([area, area], rel=1e-6)
+        away = [abs(1 - y) for y in f]
+        area = sum((away[i] + away[i + 1]) / 2 * (x[i + 1] - x[i]) for i in range(3))
+        assert curve.area_from_one.tolist() == pytest.approx([area, area], rel=1e-6)
 
 
 def test_an_intervention_that_does_nothing_has_the_same_circuit(
     tiny: Any, pairs: sl.ContrastivePairs, given: Answers, steering: sl.SteeringVector
 ) -> None:
     nothing = {"nothing": Intervention(steering, 0)}
-    table = compare_circuits(tiny, pairs, given, nothing, shares=(0.2,), n_splits=2).table
-    assert table.iou.tolist() == [1.0, 1.0]
-    assert table["rank"].tolist() == pytest.approx([1.0, 1.0])
-    assert table.iou_floor.isna().all()
-    assert table.a_in_b.tolist() == pytest.approx(table.a_in_a.tolist())
+    found = compare(tiny, pairs, given, nothing, shares=(0.2,), n_splits=2)
+    table, curves = found.table, found.faithfulness
+    assert table.iou.tolist() == table.iou_ci_low.tolist() == [1.0] * 4
+    assert table["rank"].tolist() == pytest.approx([1.0] * 4)
+    assert table.iou_across.tolist() == pytest.approx(table.iou_ceiling.tolist())
+    assert (table.iou_ceiling < 1).any(), "halves of the pairs have other circuits"
+    assert table.n_null.eq(0).all()
+    assert table[["iou_p", "iou_null_low", "rank_p"]].isna().all(axis=None)
+    assert curves.shortfall.tolist() == pytest.approx([0.0] * len(curves), abs=1e-6)
 
 
-def test_faithfulness_equals_runs_by_hand(tiny: Any, graph: Graph, compared: Any) -> None:
-    scores = compared.scores[UNSTEERED]
-    kept = largest(scores.nodes.mean(dim=-1), max(1, round(0.5 * len(nodes(tiny)))))
-    empty, whole, alone = (
-        run_nodes(graph, mask) for mask in (torch.zeros_like(kept), torch.ones_like(kept), kept)
-    )
-    found = compared.table.query("level == 'node' and share == 0.5").a_in_a.item()
-    assert found == pytest.approx((alone - empty) / (whole - empty), rel=1e-4)
+def test_halves_hold_whole_groups() -> None:
+    groups = (7, 7, 3, 3, 0, 9, 9, 1)
+    for seed in range(10):
+        is_first = first_half(groups, seed)
+        chosen = {g for g, is_in in zip(groups, is_first.tolist(), strict=True) if is_in}
+        rest = {g for g, is_in in zip(groups, is_first.tolist(), strict=True) if not is_in}
+        assert not chosen & rest
+        assert (len(chosen), len(rest)) == (3, 2)
+    assert len({tuple(first_half(groups, seed).tolist()) for seed in range(10)}) > 3
+    with pytest.raises(InputError, match="takes 4 groups or more; got 3"):
+        choosing_half((0, 1, 2, 2, 2), 0)
 
 
-def test_a_random_vector_has_the_same_divergence(
-    tiny: Any, pairs: sl.ContrastivePairs, contrast: Contrast, steering: sl.SteeringVector
+def test_intervals_of_overlaps_hold_the_expected_overlap() -> None:
+    """Two models whose scores differ, on 6 groups: the interval covers what is seen on average."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = Sizes("node", "absolute", (0.2,), 60)
+    truth = torch.randn(60, generator=generator) ** 3
+    apart = truth + torch.randn(60, generator=generator)
+    seen, ends = [], []
+    for seed in range(60):
+        noise = torch.randn(2, 60, 12, generator=generator)
+        noise += torch.randn(2, 60, 6, generator=generator).repeat_interleave(2, dim=2)
+        scores = {"a": truth[:, None] + noise[0], "b": apart[:, None] + noise[1]}
+        (drawn,) = overlap_rows(
+            *(sizes, scores, ("a", "b"), {}),
+            is_chosen_on=torch.ones(12, dtype=torch.bool),
+            groups=[i // 2 for i in range(12)],
+            n_splits=0,
+            seed=seed,
+        )
+        seen.append(drawn.row["iou"])
+        ends.append((drawn.row["iou_ci_low"], drawn.row["iou_ci_high"]))
+    low, high = np.array(ends).T
+    assert ((low <= np.mean(seen)) & (np.mean(seen) <= high)).mean() >= 0.9
+    assert (high - low).mean() < 0.6, "and says something"
+
+
+def test_nulls_are_at_the_vectors_divergence(
+    tiny: Any,
+    pairs: sl.ContrastivePairs,
+    contrast: Contrast,
+    steering: sl.SteeringVector,
+    pushed: Intervention,
+    nulls: Any,
 ) -> None:
-    pushed = Intervention(steering, 3.0)
-    other = random_intervention(tiny, pairs, pushed, seed=1)
+    """By hand, prompt by prompt; the directions are those that a comparison of methods draws."""
     prompts = contrast.prompts.part(slice(0, contrast.n_pairs))
-    wanted = mean_kl(tiny, prompts, pushed)
-    assert mean_kl(tiny, prompts, other) == pytest.approx(wanted, rel=0.05)
-    assert other.vector is not None
-    (name,) = other.vector.hook_names
-    assert abs(float(other.vector[name] @ steering[name])) < 0.7
-    assert mean_kl(tiny, prompts, NOTHING) == pytest.approx(0, abs=1e-6)
-    with pytest.raises(InputError, match="added at one hook, got 0"):
-        random_intervention(tiny, pairs, NOTHING)
 
+    def mean_kl(intervention: Intervention) -> float:
+        values = []
+        for tokens in one_by_one(prompts):
+            with torch.no_grad():
+                p = tiny(tokens)[0, :-1].double().softmax(dim=-1)
+                with intervention.on(tiny):
+                    q = tiny(tokens)[0, :-1].double().softmax(dim=-1)
+            values.append(float((p * (p / q).log()).sum(dim=-1).mean()))
+        return float(np.mean(values))
 
-def test_mean_kl_by_hand(tiny: Any, contrast: Contrast, steering: sl.SteeringVector) -> None:
-    prompts = contrast.prompts.part(slice(0, 2))
-    pushed = Intervention(steering, 3.0)
-    values = []
-    for tokens in one_by_one(prompts):
-        with torch.no_grad():
-            p = tiny(tokens)[0].double().softmax(dim=-1)
-            with pushed.on(tiny):
-                q = tiny(tokens)[0].double().softmax(dim=-1)
-        values += (p * (p / q).log()).sum(dim=-1).tolist()
-    assert mean_kl(tiny, prompts, pushed) == pytest.approx(np.mean(values), rel=1e-3)
+    wanted = mean_kl(pushed)
+    differences = sl.collect_differences(tiny, pairs, layers=[0])
+    expected = sl.null_directions(differences, n=2, seed=0)
+    (name,) = steering.hook_names
+    for kind, some in nulls.items():
+        for null, directions in zip(some, expected[kind], strict=True):
+            assert mean_kl(null) == pytest.approx(wanted, rel=0.1)
+            torch.testing.assert_close(null.vector[name], directions[name])
+    assert mean_kl(NOTHING) == pytest.approx(0, abs=1e-6)
+    for intervention in (NOTHING, Intervention(replace(steering, operator=sl.Ablate()), 1.0)):
+        with pytest.raises(InputError, match="added at one hook"):
+            null_interventions(tiny, pairs, intervention, differences, n=2)
+    elsewhere = sl.collect_differences(tiny, pairs, layers=[1])
+    with pytest.raises(InputError, match="no differences at"):
+        null_interventions(tiny, pairs, pushed, elsewhere, n=2)
 
 
 def test_circuits_refuse(
@@ -327,23 +473,28 @@ def test_circuits_refuse(
         (pushed, {"shares": (0.0,)}, "between 0 and 1"),
         (pushed, {"shares": ()}, "between 0 and 1"),
         (pushed, {"levels": ("layer",)}, "levels are"),
+        (pushed, {"null_shares": (0.3,)}, "null_shares are some of shares"),
+        (pushed, {"nulls": {"y": {"random": [pushed["x"]]}}}, "none is called"),
+        (pushed, {"nulls": {"x": {"random": []}}}, "no vector of some kind"),
         ({}, {}, "one or more interventions"),
         ({UNSTEERED: NOTHING}, {}, "one or more interventions"),
         (gone, {"shares": (0.5,)}, "vectors must be added"),
+        (pushed, {"nulls": {"x": {"random": [gone["gone"]]}}}, "vectors must be added"),
     ):
         with pytest.raises(InputError, match=message):
             compare_circuits(tiny, pairs, given, interventions, **options)
-    found = compare_circuits(tiny, pairs, given, gone, shares=(0.5,), levels=("node",), n_splits=1)
-    assert found.table.level.tolist() == ["node"]
+    with pytest.raises(InputError, match="4 groups or more; got 3"):
+        compare_circuits(tiny, pairs[:3], given, pushed)
+    found = compare(tiny, pairs, given, gone, shares=(0.5,), levels=("node",))
+    assert set(found.table.level) == {"node"}
 
 
 def test_the_order_of_shares_does_not_matter(
     tiny: Any, pairs: sl.ContrastivePairs, given: Answers, steering: sl.SteeringVector
 ) -> None:
-    options: dict[str, Any] = {"levels": ("node",), "n_splits": 1}
     pushed = {"x": Intervention(steering, 1.0)}
     one, other = (
-        compare_circuits(tiny, pairs, given, pushed, shares=shares, **options).faithfulness
+        compare(tiny, pairs, given, pushed, shares=shares, levels=("node",)).faithfulness
         for shares in ((0.2, 0.5), (0.5, 0.2, 0.5))
     )
     pd.testing.assert_frame_equal(one, other)
@@ -368,7 +519,7 @@ def test_what_cannot_be_explained_is_refused() -> None:
         )
     }
     with pytest.raises(InputError, match="unexplained"):
-        compare_circuits(normed, PAIRS[:2], good_or_bad(normed), push, levels=("node",))
+        compare(normed, PAIRS[:4], good_or_bad(normed), push, levels=("node",))
     silent = build(noise=0.0)
     with torch.no_grad():
         silent.original_model.lm_head.weight.zero_()

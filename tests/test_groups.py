@@ -98,9 +98,20 @@ def test_pairs_that_differ_in_one_text_are_a_group_of_auto(
     assert again.groups == 2 * tuple(range(len(sides)))
 
 
-def test_repeats_without_a_group_are_one_group() -> None:
-    made = ContrastivePairs.from_lists(["a", "b", "a", "a"], ["c", "c", "c", "d"])
-    assert made.groups == (0, 1, 0, 2)
+def test_repeats_are_one_group_whatever_group_they_are_given() -> None:
+    sides = (["a", "b", "a", "a"], ["c", "c", "c", "d"])
+    for group in (None, ["1", "2", "3", "4"], [None, "2", "3", "4"]):
+        assert ContrastivePairs.from_lists(*sides, group=group).groups == (0, 1, 0, 2)
+    rows = [{"positive": "a", "negative": "b", "continuation": word} for word in ("c", "d")]
+    assert ContrastivePairs.from_records(rows).groups == (0, 0)
+    apart = [{**row, "group": i} for i, row in enumerate(rows)]
+    assert ContrastivePairs.from_records(apart).groups == (0, 1)
+    # One of them stands for all: others of its group are not drawn along.
+    assert ContrastivePairs.from_lists(*sides, group=["1", "2", "2", "2"]).groups == (0, 1, 0, 1)
+    # A prompt alone makes items alike only where they have no group.
+    rows = [{**ITEM, "positive": word, "group": word} for word in (" good.", " great.")]
+    items = PreferenceItems.from_records([*rows, {**rows[0], "group": "other"}])
+    assert items.groups == (0, 1, 0)
     items = PreferenceItems.from_records([ITEM, {**ITEM, "positive": " good."}] * 2)
     assert items.groups == (0, 0, 0, 0)
 
@@ -139,7 +150,7 @@ FEW = "independent groups of pairs; intervals and p-values from fewer than 10 ar
         (grouped(*"abcdefghi", "a"), [f"9 {FEW}"]),
         (
             ContrastivePairs.from_lists([*"abcdefghijk", "a"], ["-"] * 12),
-            ["1 of 12 pairs repeat others"],
+            ["1 of 12 pairs repeat both prompts of others"],
         ),
         (
             ContrastivePairs.from_lists(*([f"{w} {i}" for i in range(10)] for w in ("hi", "oh"))),
@@ -149,7 +160,7 @@ FEW = "independent groups of pairs; intervals and p-values from fewer than 10 ar
             ContrastivePairs.from_lists(
                 *([f"I {verb} the {noun} because" for noun in 2 * NOUNS] for verb in VERBS)
             ),
-            ["6 of 12 pairs repeat others", "differ in 1 texts only", f"6 {FEW}"],
+            ["6 of 12 pairs repeat both prompts of others", "differ in 1 texts only", f"6 {FEW}"],
         ),
     ],
     ids=["none", "few", "repeats", "alike", "dup"],
@@ -177,3 +188,42 @@ def test_items_of_one_prompt_are_told_and_are_one_group() -> None:
     assert items.groups == (0, 0, 1, 1)
     with pytest.warns(UserWarning, match="2 of 4 items repeat the prompt of others"):
         items.warn_of_groups()
+
+
+# What items share with pairs
+
+HELPFUL, KIND, RUDE = (user(text, "system") for text in ("Be helpful.", "Be kind.", "Be rude."))
+SOUP, FILM = user("How was the soup?"), user("How was the film?")
+OPENED = user("It was", "assistant")
+LETTERS = [user(f"({letter})", "assistant") for letter in "AB"]
+
+
+@pytest.mark.parametrize(
+    ("sides", "prompts", "n"),
+    [
+        # A question, with a persona or another opening; a persona; an opening alone.
+        ([[KIND + SOUP, RUDE + SOUP], [KIND + FILM, RUDE + FILM]], [SOUP + OPENED], 1),
+        ([[KIND + SOUP, RUDE + SOUP], [KIND + FILM, RUDE + FILM]], [KIND + user("Hello")], 1),
+        ([[KIND + SOUP + OPENED, RUDE + SOUP], [KIND, RUDE]], [user("Hello") + OPENED], 0),
+        # What every prompt has tells nothing.
+        ([[HELPFUL + KIND + SOUP, HELPFUL + RUDE + SOUP]] * 2, [HELPFUL + SOUP], 0),
+        # Letters as the two answers: the question, not the letter.
+        ([[SOUP + a, SOUP + b] for a, b in [LETTERS]] + [[FILM, KIND]], [SOUP, KIND + RUDE], 2),
+        # Texts: the whole, the words before and after what differs, however they are spaced.
+        ([["I love it", "I hate it"], ["We love her", "We hate her"]], ["I love  it"], 1),
+        ([["I love it", "I hate it"], ["We love her", "We hate her"]], ["it", "We", "I love"], 2),
+        ([["I love it", "I hate it"], ["We love it", "We hate it"]], ["it"], 0),
+    ],
+)
+def test_items_that_share_a_prompt_or_persona_with_pairs_are_counted(
+    sides: list[Any], prompts: list[Any], n: int
+) -> None:
+    """By texts alone: the names of groups are the same everywhere."""
+    made = ContrastivePairs.from_records(
+        {"positive": positive, "negative": negative, "group": "1"} for positive, negative in sides
+    )
+    rows = [
+        {"prompt": prompt, "positive": "A", "negative": "B", "group": "1"}
+        for prompt in (*prompts, "nothing of that", "nor of that")
+    ]
+    assert PreferenceItems.from_records(rows).count_sharing(made.shared_texts) == n

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -344,6 +345,20 @@ def test_the_fuzzers_take_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
     CHECKS["ggufs"](hostile.gguf(), vector)
     with pytest.raises(AssertionError):
         CHECKS["ggufs"](hostile.gguf(), 2 * vector)
+
+
+def test_the_outcomes_of_shards_are_added_up(tmp_path: Path) -> None:
+    for kind, shard in (("a", "1"), ("a", "2"), ("b", "1")):
+        (tmp_path / kind / shard).mkdir(parents=True)
+        outcome = {"kind": kind, "inputs": 3, "read": int(shard), "date": "2026-11-28"}
+        (tmp_path / kind / shard / "outcome.json").write_text(json.dumps(outcome))
+    script = FOLDER.parents[1] / "fuzz" / "outcomes.py"
+    folders = [tmp_path / name for name in ("a/1", "a/2", "b/1")]
+    found = subprocess.run([sys.executable, script, *folders], capture_output=True, check=True)
+    assert [json.loads(line) for line in found.stdout.splitlines()] == [
+        {"kind": "a", "inputs": 6, "read": 3},
+        {"kind": "b", "inputs": 3, "read": 1},
+    ]
 
 
 def test_the_checks_see_what_a_file_does_not_say(run: Path, tmp_path: Path) -> None:

@@ -63,6 +63,27 @@ def test_reference_by_hand() -> None:
     assert baseline.grad is None
 
 
+def test_either_form_takes_the_axis_or_the_norm() -> None:
+    """Turned from (3, 4) to (0, 6): the norm gains, what lies along (0.6, 0.8) does not."""
+    logp, axis, zeros = tensor([-2.0]), tensor([0.6, 0.8]), tensor([[0.0, 0.0]])
+    found = {}
+    for name, difference in (("as it is", [[3.0, 4.0]]), ("turned", [[0.0, 6.0]])):
+        for along in (None, axis):
+            noref = sl.loss.contrastive_steering_loss_noref(
+                tensor(difference), zeros, logp, direction=along
+            )
+            against = sl.loss.contrastive_steering_loss(
+                tensor(difference), zeros, logp, along, logp
+            )
+            assert noref.separation.item() == against.separation.item()
+            assert noref.coherence_penalty.item() == pytest.approx(4)
+            found[name, along is None] = noref.separation.item()
+    assert [found["as it is", True], found["turned", True]] == pytest.approx([-5, -6])
+    assert [found["as it is", False], found["turned", False]] == pytest.approx([-5, -4.8])
+    noref.loss.backward()
+    assert axis.grad is None
+
+
 @given(logprobs)
 def test_margin_times_baseline_lies_above_so_the_relu_is_always_active(values: list[float]) -> None:
     logp = tensor(values)

@@ -13,8 +13,10 @@ from steerlens.directions import contrast_methods as contrast
 from steerlens.directions import gradient_methods as gradient
 from steerlens.directions.contrast_methods import Activations
 from steerlens.directions.differences import Differences
+from steerlens.directions.fitting import fit_methods
 from steerlens.directions.gradient_methods import Gradients
-from steerlens.directions.gradients import LossGradients, loss_gradients
+from steerlens.directions.gradient_rows import LossGradients
+from steerlens.directions.gradients import loss_gradients
 from steerlens.directions.linear_algebra import first_axis
 from steerlens.directions.methods import METHODS, method_of
 from steerlens.errors import InputError
@@ -321,9 +323,13 @@ def test_degenerate_evidence_is_refused() -> None:
     sl.fit_directions(alike, method="gradient_mean")
 
 
-def test_descent_on_a_model_lowers_the_loss(llama: Any, pairs: sl.ContrastivePairs) -> None:
+@pytest.mark.parametrize("axis", [None, "pca"])
+def test_descent_on_a_model_lowers_the_loss(
+    llama: Any, pairs: sl.ContrastivePairs, axis: str | None
+) -> None:
     """A small push along `gradient_mean`, opposite on the two sides, separates the pairs."""
-    rows = loss_gradients(llama, pairs, layers=[1]).with_weight(0)
+    rows = loss_gradients(llama, pairs, layers=[1], axis=axis).with_weight(0)
+    frozen = sl.fit(llama, pairs, method="pca", layers=[1], position=-2)
     fitted = sl.fit_directions(rows, method="gradient_mean")
     name, step = "blocks.1.hook_resid_post", 1e-2
     readout = rows.loss_hooks[0]
@@ -337,7 +343,9 @@ def test_descent_on_a_model_lowers_the_loss(llama: Any, pairs: sl.ContrastivePai
                 both.append(
                     sl.engine.collect_activations(llama, prompts, [readout], position=-2)[0]
                 )
-        return float((both[0] - both[1]).norm(dim=-1).mean())
+        difference = both[0] - both[1]
+        along = difference.norm(dim=-1) if axis is None else difference @ frozen[readout]
+        return float(along.mean())
 
     assert separation(step) > separation(0) > separation(-step)
 
@@ -373,3 +381,38 @@ def test_an_old_name_is_the_new_one_with_a_warning(old: str) -> None:
         fitted = sl.fit_directions(rows, method=old)
     assert fitted.method == new
     torch.testing.assert_close(fitted[HOOK], sl.fit_directions(rows, method=new)[HOOK])
+
+
+def test_the_axis_of_the_loss_is_the_last_option() -> None:
+    assert METHODS["optimised"].axis == "pca"
+    assert method_of("gradient_fisher+pooled+centred+on_pca").name == (
+        "gradient_fisher+centred+pooled+on_pca"
+    )
+    # A method's own axis is not told, so that it has one name.
+    for name, axis in (("gradient_mean+on_norm", None), ("optimised+on_pca", "pca")):
+        assert (method_of(name).name, method_of(name).axis) == (name.partition("+")[0], axis)
+    assert method_of("optimised+on_norm").axis is None
+    with pytest.warns(DeprecationWarning, match="gradient_mean.pooled"):
+        assert method_of("gradient_mean_pooled+on_pca").axis == "pca"
+    for name in ("pca+on_pca", "optimised_promotion+on_pca"):
+        with pytest.raises(InputError, match=r"no method '.*on_pca'; write .* alone"):
+            method_of(name)
+    with pytest.raises(InputError, match="no method 'axis'"):
+        method_of("gradient_mean+on_axis")
+    with pytest.raises(InputError, match="give the Directions as axis="):
+        method_of("gradient_mean+on_optimised")
+
+
+def test_each_axis_has_gradients_of_its_own(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    names = ["gradient_mean", "gradient_mean+on_pca", "gradient_svd+on_pca"]
+    options: dict[str, Any] = {"layers": [1], "seed": 0, "batch_size": None}
+    differences = sl.collect_differences(llama, pairs, layers=[1])
+    fitted = fit_methods(llama, pairs, names, differences=differences, position=None, **options)
+    for name in names:
+        alone = sl.fit(llama, pairs, method=name, layers=[1])
+        assert fitted[name].method == alone.method == name
+        torch.testing.assert_close(fitted[name].vectors, alone.vectors)
+    assert not torch.allclose(fitted[names[0]].vectors, fitted[names[1]].vectors, atol=1e-3)
+    by_norm = loss_gradients(llama, pairs, layers=[1])
+    with pytest.raises(InputError, match=r"on the axis pca, and these gradients are on the norm"):
+        sl.fit_directions(by_norm, method="gradient_mean+on_pca")

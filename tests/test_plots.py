@@ -21,7 +21,7 @@ from steerlens import plots
 from steerlens.errors import FileError, InputError
 from steerlens.measure.plane import SHARES, LossGeometry
 from steerlens.plots.isolines import interpolated_penalty
-from steerlens.tables import EDGE_COLUMNS
+from steerlens.tables import EDGE_COLUMNS, TRAINING_COLUMNS, to_frame
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
 COEFFICIENTS = [-2.0, 0.0, 2.0, 4.0]
@@ -146,6 +146,18 @@ def edges() -> pd.DataFrame:
 
 
 @pytest.fixture
+def history() -> pd.DataFrame:
+    """Two hooks and methods; a step of each, and held-out rows before and after it."""
+    rows = [
+        {"method": method, "hook_name": hook, "layer": i, "part": part, "step": step, **ends}
+        for i, hook in enumerate(HOOKS)
+        for method, ends in (("a", {"separation": 2.0}), ("b", {"separation": 3.0}))
+        for part, step in (("held_out", 0), ("train", 0), ("held_out", 1))
+    ]
+    return to_frame([{"epoch": 0, "n_examples": 4, **row} for row in rows], TRAINING_COLUMNS, {})
+
+
+@pytest.fixture
 def figures(
     sweep: pd.DataFrame,
     layers: pd.DataFrame,
@@ -154,6 +166,7 @@ def figures(
     geometry: LossGeometry,
     parts: tuple[pd.DataFrame, pd.DataFrame],
     edges: pd.DataFrame,
+    history: pd.DataFrame,
 ) -> dict[str, plots.Figure]:
     return {
         "tradeoff": plots.tradeoff(sweep, layers),
@@ -166,6 +179,7 @@ def figures(
         "loss_geometry": plots.loss_geometry(geometry),
         "components": plots.components(*parts),
         "circuit_graph": plots.circuit_graph(edges),
+        "training": plots.training(history),
     }
 
 
@@ -390,6 +404,17 @@ def test_the_graph_leads_from_writer_to_reader(edges: pd.DataFrame) -> None:
     assert (lines.y < lines.to_y).all()
     names = rows(plots.circuit_graph(edges), "places")
     assert set(names.name) == {"embed", "attn0", "L0H1", "mlp0", "logits"}
+
+
+def test_training_has_a_curve_a_method_and_a_frame_a_hook(history: pd.DataFrame) -> None:
+    figure = plots.training(history)
+    assert figure.frames == ("0", HOOKS[1])
+    drawn = rows(figure, "steps")
+    assert drawn.separation.tolist() == [2.0] * 3 + [3.0] * 3
+    assert drawn.projection.isna().all()
+    titles = [panel["title"] for panel in figure.spec["concat"]]
+    assert titles[1:3] == ["Projection on the axis", "Angle to the axis"]
+    assert figure.spec["concat"][2]["layer"][1]["encoding"]["y"]["title"] == "degrees"
 
 
 def test_pushes_that_overflowed_are_left_out(geometry: LossGeometry) -> None:

@@ -178,6 +178,7 @@ def test_the_longest_arrow_is_the_share_of_the_panel_that_is_told(geometry: Loss
         (plots.comparison, "comparison"),
         (plots.differences, "points"),
         (plots.circuit_graph, "edges"),
+        (plots.training, "history"),
     ],
 )
 def test_another_table_is_refused(make: Callable[[pd.DataFrame], plots.Figure], word: str) -> None:

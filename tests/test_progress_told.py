@@ -14,7 +14,7 @@ from steerlens.circuits import (
     find_readers,
     find_writers,
     make_prompts,
-    random_intervention,
+    null_interventions,
 )
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.engine.tokenization import tokenize_pairs
@@ -183,20 +183,21 @@ def test_a_comparison_has_numbered_steps(llama: Any, many: sl.ContrastivePairs) 
         n_null=2,
         n_bootstrap=10,
     )
-    # Two methods and four nulls at one hook; a method is measured at four doses.
+    # Two methods and four nulls at one hook; a method is measured at four doses, its damage
+    # on two texts at both signs; the budget is spent on two of four own texts.
     once = [stage for stage in found if "all prompts" not in stage[0]]
     assert once == [
         ("step 1 of 8, activations: prompts", 40),
         ("step 1 of 8, gradients: pairs", 20),
-        ("step 2 of 8, unsteered model: prompts", 4),
+        ("step 2 of 8, unsteered model: prompts", 2),
         ("step 2 of 8, checks: hooks", 1),
-        ("step 2 of 8, slopes: prompts", 4),
+        ("step 2 of 8, slopes: prompts", 2),
         ("step 2 of 8, boundary on probes: pushes settled", 6),
         ("step 2 of 8, intervals: pushes", 6),
         ("step 3 of 8, slopes: prompts", 10),
-        ("step 3 of 8, slopes: prompts", 4),
+        ("step 3 of 8, slopes: prompts", 2),
         ("step 4 of 8, effects: cells", 2 * 4 + 4),
-        ("step 5 of 8, damage: cells", 2),
+        ("step 5 of 8, damage: cells", 2 * 2 * 2),
         ("step 6 of 8, effects on you said: cells", 2),
         ("step 7 of 8, effects on I felt: cells", 2),
         ("step 8 of 8, texts: vectors", 2),
@@ -245,12 +246,17 @@ def test_circuits(llama: Any, pairs: sl.ContrastivePairs) -> None:
     alone = run(find_readers, llama, prompts, answers, vector, 3.0, top=0, n_claimed=0)
     assert alone == [("estimates: prompts", 8)]
     pushed = Intervention(vector, 3.0)
-    assert run(random_intervention, llama, pairs, pushed) == [("random vector at equal KL", 1)]
+    differences = sl.collect_differences(llama, pairs, layers=[1])
+    found = run(null_interventions, llama, pairs, pushed, differences, n=2)
+    assert all(stage.startswith("nulls, ") for stage, _ in found)
+    assert found[-1] == ("nulls, intervals: pushes", 4)
     found = run(
         *(compare_circuits, llama, pairs, answers, {"mean_diff": pushed}),
-        floor=pushed,
+        nulls={"mean_diff": {"random": [pushed]}},
         shares=(0.1, 0.5),
         n_splits=2,
     )
-    # Two levels, in two models: whole, empty, and two circuits at two sizes.
-    assert found == [("circuits: models", 3), ("circuits on their own: runs", 2 * 2 * (2 + 2 * 2))]
+    # Two levels and models: whole, empty, and of two models circuits of two kinds and sizes; and
+    # whole, empty and a circuit of each kind under the null, of nodes alone.
+    n_runs = 2 * 2 * (2 + 2 * 2 * 2) + 2 + 2
+    assert found == [("circuits: models", 3), ("circuits on their own: runs", n_runs)]

@@ -40,7 +40,7 @@ def test_predictions_are_of_the_slope_and_the_curvature(
     slopes = label_slopes(
         Engine(llama),
         make_batches(llama, prompts, None),
-        [(name, directions[name]) for name in directions.hook_names],
+        [((name, directions[name]),) for name in directions.hook_names],
         steered_positions="all",
         seed=0,
     )

@@ -75,7 +75,7 @@ def test_a_cell_equals_bare_hugging_face_hooks(
 ) -> None:
     pairs = sl.ContrastivePairs.load("sentiment", split="test")[:3]
     found = sl.sweep(
-        real_model, pairs, directions, layers=[layer], coefficients=[coefficient]
+        real_model, pairs, directions, layers=[layer], labels="all", coefficients=[coefficient]
     ).table.iloc[0]
     tokenized = tokenize_pairs(real_model, pairs)
     expected = cell(
@@ -356,3 +356,23 @@ def test_a_condition_fitted_on_data_holds_on_other_data(real_model: Any) -> None
     assert seen > 0.8
     # Of 320 prompts: more than five standard errors above chance.
     assert unseen > 0.5 + 5 * (0.25 / 320) ** 0.5
+
+
+def test_trained_on_the_axis_a_vector_keeps_the_differences_nearer_to_it(real_model: Any) -> None:
+    """The figure of docs/draw_training.py, cut short."""
+    pairs = sl.ContrastivePairs(tuple(sl.ContrastivePairs.load("honesty"))[::8], "honesty")
+    ends = {}
+    for axis in ("pca", None):
+        trained = sl.directions.train_directions(
+            *(real_model, pairs),
+            layers=[20],
+            axis=axis,
+            labels="all",
+            schedule=sl.directions.Schedule(max_epochs=2, step_size=0.02),
+        )
+        held_out = trained.history[trained.history.part == "held_out"]
+        ends[axis] = held_out.iloc[-1]
+        # At so small a step both separate the pairs further.
+        assert ends[axis].separation > 2 * held_out.separation.iloc[0]
+    assert ends["pca"].angle_deg < ends[None].angle_deg - 5
+    assert ends["pca"].projection > 1.2 * ends[None].projection

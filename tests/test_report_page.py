@@ -99,7 +99,7 @@ def test_the_summary_of_a_sweep(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "run")
     said = sentences(folder)
     assert said[0] == (
-        "Measured on 8 pairs of sentiment/test; the directions are fitted on another set, 120 "
+        "Measured on 8 pairs of sentiment/test; the directions are fitted on others, 120 "
         "pairs of sentiment/train."
     )
     assert said[1] == "Unsteered, the labels' mean logprob is −2.5 nats per token."  # noqa: RUF001
@@ -119,14 +119,15 @@ def test_what_a_sweep_may_not_claim(tmp_path: Path) -> None:
     readouts = cells[cells.hook_name == cells.readout_hook].reset_index(drop=True)
     cells.loc[3, "logprob_nats"] = math.nan
     cells.loc[cells.coefficient == 20, "coherent"] = "undecided"
-    said = sentences(write(tmp_path / "run", "sweep", {"sweep": cells}, held_out=False))
-    assert "in-sample" in said[0]
+    said = sentences(write(tmp_path / "run", "sweep", {"sweep": cells}, n_pairs_fitted_on=3))
+    assert "the directions are fitted on 3 of these too" in said[0]
+    assert "in sample" in said[0]
     assert "Of 210 cells 120 are within the budget" in said[2]
     assert "of 30 the interval of the degradation reaches across it" in said[2]
     assert said[3] == "1 cells are undefined: the model overflowed there."
     said = sentences(write(tmp_path / "readouts", "sweep", {"sweep": readouts}))
     assert len(said) == 3
-    assert not any("moves most" in sentence or "in-sample" in sentence for sentence in said)
+    assert not any("moves most" in sentence or "in sample" in sentence for sentence in said)
 
 
 def test_the_summary_of_a_boundary(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_the_summary_of_a_boundary(tmp_path: Path) -> None:
 
 def test_the_summary_of_a_comparison(tmp_path: Path) -> None:
     said = sentences(write_compare(tmp_path / "run"))
-    assert said[0].startswith("Every method may do the same damage (kl=0.1 on neutral text)")
+    assert said[0].startswith("Every method may do the same damage (kl=0.1 on own text)")
     assert "100 items of sentiment/test" in said[0]
     assert "chosen on 40 other items (sentiment/train)" in said[1]
     assert "largest effect is that of mean_diff at layer 10: +0.7 nats per token" in said[2]

@@ -28,7 +28,11 @@ from steerlens.runs.unfinished import Parts, open_parts
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
 
 
-pytestmark = pytest.mark.usefixtures("loaded_once", "few_texts")
+pytestmark = [
+    pytest.mark.usefixtures("loaded_once", "few_texts"),
+    # Every run here has a warning for its record.
+    pytest.mark.filterwarnings("always:.*measured pairs were fitted on:UserWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def whole(sweep_words: tuple[str, ...], tmp_path_factory: Any) -> dict[str, byte
 LONG = {
     "boundary": ("--layers", "1", "--budget", "kl=0.05"),
     "compare": ("--layers", "1", "--methods", "mean_diff,gradient_mean", "--null", "2"),
-    "circuits": ("--layer", "1", "--coefficient", "5", "--top", "4"),
+    "circuits": ("--layer", "1", "--coefficient", "5", "--top", "4", "--null", "2"),
     "geometry": ("--layers", "1", "--angles", "4", "--budget", "nats=0.1"),
 }
 """Commands that keep what they finish, beside `sweep`, and options that make them short."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import platform
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +14,19 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import steerlens as sl
 from steerlens.errors import FileError
 from steerlens.files import write_whole
 from steerlens.runs import record as runs
-from steerlens.runs.record import RUN_FILES, check_run_folder, write_directions, write_run
+from steerlens.runs.record import (
+    RUN_FILES,
+    check_run_folder,
+    read_directions,
+    write_directions,
+    write_run,
+)
 
 REQUEST: dict[str, Any] = {
     "command": "sweep",
@@ -272,8 +280,23 @@ def test_directions_read_back_with_how_they_were_fitted(
         "fitted_on": pairs.fingerprint,
         "weight_processing": "none",
         "weights_fingerprint": result.directions.weights_fingerprint,
+        "pair_hashes": list(pairs.prompt_hashes),
         "readout_hooks": ["blocks.2.hook_resid_post"],
     }
+
+
+def test_directions_are_read_back_and_so_are_those_without_hashes_of_pairs(
+    result: sl.measure.SweepResult, tmp_path: Path
+) -> None:
+    for written in (result.directions, replace(result.directions, pair_hashes=())):
+        write_directions(written, tmp_path / "new.safetensors")
+        assert read_directions(tmp_path / "new.safetensors", written.hook_names) == written
+    with safe_open(tmp_path / "new.safetensors", framework="pt") as file:
+        metadata = json.loads(file.metadata()["steerlens"])
+    del metadata["pair_hashes"]
+    tensors = load_file(tmp_path / "new.safetensors")
+    save_file(tensors, tmp_path / "old.safetensors", {"steerlens": json.dumps(metadata)})
+    assert read_directions(tmp_path / "old.safetensors", written.hook_names) == written
 
 
 def test_directions_are_written_as_the_same_bytes(

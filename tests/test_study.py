@@ -1,5 +1,9 @@
 """A study: what its measurements share is run once, and each says what it ran itself."""
 
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -87,3 +91,75 @@ def test_a_hook_without_direction_is_refused_by_every_measurement(
         with pytest.raises(InputError, match=r"no direction was fitted at blocks\.1"):
             measure()
     sl.sweep(llama, pairs, fitted, coefficients=[1])
+
+
+# Pairs that were fitted on
+
+
+def in_sample(measure: Callable[[], pd.DataFrame]) -> tuple[int | None, list[str]]:
+    """What the table's attrs say, and the warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        n = measure().attrs["n_pairs_fitted_on"]
+    return n, [str(w.message) for w in caught if "fitted on" in str(w.message)]
+
+
+@pytest.mark.parametrize("method", ["mean_diff", "gradient_mean", "optimised"])
+def test_measured_pairs_that_were_fitted_on_are_told_with_their_counts(
+    llama: Any, pairs: sl.ContrastivePairs, many: sl.ContrastivePairs, method: str, tmp_path: Path
+) -> None:
+    """By their prompts, whatever their ids, groups and sides; of a vector's file too."""
+    fitted = sl.fit(llama, pairs, method=method, layers=[1])
+    sl.SteeringVector.from_directions(llama, fitted).save(tmp_path / "v.safetensors")
+    vector = sl.SteeringVector.load(tmp_path / "v.safetensors")
+    turned = replace(pairs[0], positive=pairs[0].negative, negative=pairs[0].positive)
+    again = [replace(pair, id=f"again {pair.id}", group="g") for pair in (turned, *pairs[1:3])]
+    for measured, n in ((again, 3), ([*again, *many[:4]], 3), (many, 0)):
+        of = sl.ContrastivePairs(tuple(measured), "mine")
+        by_study = in_sample(lambda of=of: sl.Study(llama, of, fitted, layers=[1]).layers)
+        along = in_sample(lambda of=of: sl.token_damage(llama, of, vector, coefficients=[1]))
+        assert by_study == along
+        assert by_study[0] == n
+        assert len(by_study[1]) == (n > 0)
+        for text in by_study[1]:
+            assert text.startswith(f"mine: {n} of {len(of)} measured pairs were fitted on")
+
+
+def test_directions_that_do_not_say_what_they_were_fitted_on_warn_of_nothing(
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    for hashes, n in ((directions.pair_hashes, 20), ((), None)):
+        fitted = replace(directions, pair_hashes=hashes)
+        found, texts = in_sample(lambda on=fitted: sl.Study(llama, many, on, layers=[1]).layers)
+        assert (found, len(texts)) == (n, bool(n))
+
+
+# Labels of two kinds
+
+
+def test_labels_of_two_kinds_are_refused_where_they_would_be_averaged(
+    llama: Any, many: sl.ContrastivePairs
+) -> None:
+    def with_continuations(n: int) -> sl.ContrastivePairs:
+        continued = [replace(pair, continuation="so warm") for pair in many[:n]] if n else []
+        return sl.ContrastivePairs((*continued, *many.pairs[n:]), "mixed")
+
+    def compare_on_positive(pairs: sl.ContrastivePairs) -> Any:
+        items = sl.PreferenceItems(
+            tuple(sl.PreferenceItem(f"the {w} was", "warm", "cold", w) for w in ("sun", "day"))
+        )
+        given: dict[str, Any] = {"methods": "mean_diff", "layers": [1], "on": "positive"}
+        return sl.compare(llama, pairs, items, n_null=2, n_bootstrap=2, **given)
+
+    fitted = sl.fit(llama, with_continuations(3), layers=[1])  # which has no labels
+    measures: list[Callable[[sl.ContrastivePairs], Any]] = [
+        lambda pairs: sl.Study(llama, pairs, fitted).layers,
+        lambda pairs: sl.fit(llama, pairs, method="gradient_mean", layers=[1], position=-2),
+        lambda pairs: sl.fit(llama, pairs, method="optimised", layers=[1]),
+        compare_on_positive,
+    ]
+    for measure in measures:
+        for n in (0, len(many)):
+            measure(with_continuations(n))
+        with pytest.raises(InputError, match="3 of the kind 'continuation', 17 of the kind 'all'"):
+            measure(with_continuations(3))

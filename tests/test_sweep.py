@@ -350,14 +350,16 @@ def test_intervals_are_those_of_each_pairs_values_by_group(
     assert apart.table.projection_ci_low[0] != pytest.approx(found.table.projection_ci_low[0])
 
 
+@pytest.mark.parametrize("group", [None, range(16)], ids=["no group", "each another"])
 def test_repeats_make_no_interval_narrower(
-    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, swept: Swept
+    llama: Any, pairs: sl.ContrastivePairs, directions: Directions, swept: Swept, group: Any
 ) -> None:
     twice = sl.ContrastivePairs.from_lists(
-        *([getattr(pair, side) for pair in pairs] * 2 for side in ("positive", "negative"))
+        *([getattr(pair, side) for pair in pairs] * 2 for side in ("positive", "negative")),
+        group=group,
     )
     options: dict[str, Any] = {"coefficients": [0, 2]}
-    with pytest.warns(UserWarning, match="8 of 16 pairs repeat others"):
+    with pytest.warns(UserWarning, match="8 of 16 pairs repeat both prompts of others"):
         found = sl.sweep(llama, twice, directions, **options)
     expected = swept(**options)
     for repeated, distinct in ((found.table, expected.table), (found.layers, expected.layers)):
@@ -378,6 +380,8 @@ def test_layer_table_by_hand() -> None:
         hook_names=(name,),
         position=-1,
         steered_positions="all",
+        labels="all",
+        own_tokens=None,
         budget="relative=0.01",
         margin=0.99,
         weight=10000.0,

@@ -83,7 +83,7 @@ def test_the_docs_have_the_columns_of_every_table(table: str) -> None:
 def test_the_columns_are_a_file_with_a_line_each_and_its_tables_together() -> None:
     lines = (ROOT / "steerlens" / "columns.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "table,name,type,unit,meaning"
-    assert len(lines) - 1 == sum(map(len, COLUMNS.values())) == 264
+    assert len(lines) - 1 == sum(map(len, COLUMNS.values()))
 
 
 def test_a_frame_has_the_declared_types_and_order(frame: pd.DataFrame) -> None:

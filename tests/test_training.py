@@ -1,29 +1,35 @@
 """Training a vector: its gradient against finite differences, and that it does what it is for."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from conftest import bridge, build_llama, build_tokenizer
 
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.directions.fitting import fit
-from steerlens.directions.training import (
+from steerlens.directions.training import Schedule, train_directions
+from steerlens.directions.training_step import (
+    Push,
     Pushed,
-    Schedule,
     Side,
     make_side,
+    objective_of,
     push_sides,
-    train_directions,
 )
 from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.tokenization import tokenize_pairs
-from steerlens.errors import InputError
+from steerlens.errors import HookError, InputError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
+from steerlens.tables import TRAINING_COLUMNS
 
 HOOK = resid_post(1)
 
@@ -73,13 +79,13 @@ def test_the_gradient_is_that_of_finite_differences(
     at, along = torch.randn((2, 32), generator=generator, dtype=torch.float64)
     options: dict[str, Any] = {"hook_name": hook, "readout": resid_post(2), "position": -2}
 
-    def loss(vector: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def push(vector: torch.Tensor) -> Push:
         vector = vector.clone().requires_grad_()
         return push_sides(double, sides, vector, everything, **options)
 
     epsilon = 1e-5
-    slope = (loss(at + epsilon * along)[0] - loss(at - epsilon * along)[0]) / (2 * epsilon)
-    assert float(loss(at)[1] @ along) == pytest.approx(slope, rel=1e-6)
+    slope = (push(at + epsilon * along).loss - push(at - epsilon * along).loss) / (2 * epsilon)
+    assert float(push(at).gradient @ along) == pytest.approx(slope, rel=1e-6)
 
 
 def test_a_step_reads_what_hooks_read(double: Any, both: tuple[Batch, Batch]) -> None:
@@ -119,15 +125,15 @@ def test_a_side_without_labels_is_run_to_the_readout_alone(
     for with_labels in (True, False):
         sides = sides_of(double, both, with_labels=with_labels)
         push = partial(push_sides, double, sides, objective=objective, **options)
-        loss, gradient = push(vector.clone().requires_grad_())
-        alone, none = push(vector, with_gradient=False)
-        assert alone == pytest.approx(loss)
-        assert not none.any()
+        pushed = push(vector.clone().requires_grad_())
+        alone = push(vector, with_gradient=False)
+        assert alone.loss == pytest.approx(pushed.loss)
+        assert not alone.gradient.any()
         assert bool(negatives[-1].logprob.isnan().all()) != with_labels
-        results.append((loss, gradient))
-    assert results[0][0] == pytest.approx(results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1])
-    assert bool(results[0][1].any())
+        results.append(pushed)
+    assert results[0].loss == pytest.approx(results[1].loss)
+    torch.testing.assert_close(results[0].gradient, results[1].gradient)
+    assert bool(results[0].gradient.any())
 
 
 def gaps(model: Any, items: PreferenceItems, vector: torch.Tensor, sign: float) -> torch.Tensor:
@@ -146,6 +152,11 @@ def gaps(model: Any, items: PreferenceItems, vector: torch.Tensor, sign: float) 
     return found[0] - found[1]
 
 
+def held_out(trained: sl.directions.Trained) -> pd.DataFrame:
+    history = trained.history
+    return history[history.part == "held_out"]
+
+
 @pytest.mark.parametrize("objective", ["promotion", "preference"])
 def test_training_on_continuations_moves_the_preference_both_ways(
     llama: Any, pairs: sl.ContrastivePairs, items: PreferenceItems, objective: str
@@ -162,8 +173,11 @@ def test_training_on_continuations_moves_the_preference_both_ways(
     assert float(up - none) > 0.05
     assert float(none - down) > 0.05
     assert trained.directions.method == f"optimised_{objective}"
-    history = trained.history
-    assert history.validation_loss.min() < history.validation_loss.iloc[0] or len(history) == 3
+    losses = held_out(trained).loss
+    assert losses.min() < losses.iloc[0]
+    # There are no pairs, so no difference either.
+    assert bool(trained.history[["separation", "projection", "angle_deg"]].isna().all(axis=None))
+    assert bool(trained.history.degradation_nats.notna().all())
 
 
 def test_the_reference_loss_separates_the_pairs_within_the_boundary(
@@ -186,9 +200,157 @@ def test_the_reference_loss_separates_the_pairs_within_the_boundary(
     torch.testing.assert_close(again.directions[HOOK], directions[HOOK])
     other = train_directions(llama, many, seed=1, **options)
     assert not torch.allclose(other.directions[HOOK], directions[HOOK])
-    # The readout keeps the direction that was frozen.
-    frozen = sl.fit_directions(sl.collect_differences(llama, many, layers=[1]))
+    # The readout keeps the axis that was frozen.
+    frozen = sl.fit_directions(sl.collect_differences(llama, many, layers=[1]), method="pca")
     torch.testing.assert_close(directions[resid_post(2)], frozen[resid_post(2)])
+
+
+# The axis
+
+
+AXIS, ACROSS = torch.eye(16)[:2]
+FIRST = resid_post(0)
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[Any, sl.ContrastivePairs]:
+    """Blocks that add nothing, and logits to which dimension 1 does a fifth of what 0 does.
+
+    The last words' differences are 2 in dimension 0, and 0.6 or -0.3 in dimension 1, where they
+    sum to 0: dimension 0 is the PCA axis.
+    """
+    model = build_llama(n_layers=3, hidden_size=16)
+    tokenizer = build_tokenizer()
+    words = {"cheerful": 0.6, "kind": -0.3, "good": -0.3}
+    others = ("gloomy", "rude", "bad")
+    openings = ("the day was", "I felt so", "the river is", "you said it")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(weight.ndim == 1)  # the norms alone are left
+        model.model.embed_tokens.weight[:, 2] = 10.0  # so that the norm's divisor hardly changes
+        for (word, across), other in zip(words.items(), others, strict=True):
+            for text, sign in ((word, 1.0), (other, -1.0)):
+                index = tokenizer.convert_tokens_to_ids(text)
+                model.model.embed_tokens.weight[index, :2] = sign * torch.tensor([1.0, across / 2])
+        # The labels' own logits are 0: what the others gain, whichever sign, the labels lose.
+        gain = torch.tensor([1.0, 1.0, -1.0, -1.0]).repeat_interleave(20)
+        model.lm_head.weight[80:, 0] = gain
+        model.lm_head.weight[80:, 1] = 0.2 * gain.roll(20)
+    pairs = sl.ContrastivePairs.from_lists(
+        [f"{opening} {word}" for opening in openings for word in words],
+        [f"{opening} {other}" for opening in openings for other in others],
+    )
+    return bridge(model, tokenizer), pairs
+
+
+def loss_at(
+    model: Any, pairs: sl.ContrastivePairs, axis: torch.Tensor | None, vector: torch.Tensor
+) -> float:
+    (both,) = make_pair_batches(model, tokenize_pairs(model, pairs), len(pairs))
+    sides = sides_of(model, both, FIRST, with_labels=False)
+    objective = objective_of("reference", axis)
+    at: dict[str, Any] = {"hook_name": FIRST, "readout": FIRST, "position": -1}
+    return push_sides(model, sides, vector, objective, with_gradient=False, **at).loss
+
+
+def test_a_push_across_the_axis_pays_by_the_norm_and_not_on_the_axis(
+    planted: tuple[Any, sl.ContrastivePairs],
+) -> None:
+    loss = partial(loss_at, *planted)
+    # Differences (2, 0.6), (2, -0.3), (2, -0.3); pushed by 3 across, 6 more in dimension 1.
+    norms = [(4 + 0.6**2) ** 0.5, 2 * (4 + 0.3**2) ** 0.5]
+    turned = [(4 + 6.6**2) ** 0.5, 2 * (4 + 5.7**2) ** 0.5]
+    assert loss(None, 0 * ACROSS) == pytest.approx(-sum(norms) / 3)
+    assert loss(None, 3 * ACROSS) == pytest.approx(-sum(turned) / 3)
+    # Minus the projections at c = +1 and, the other way, at -1: -2 + 2, whatever lies across.
+    assert loss(AXIS, 0 * ACROSS) == pytest.approx(0, abs=1e-6)
+    assert loss(AXIS, 3 * ACROSS) == pytest.approx(0, abs=1e-6)
+    # Control: along the axis it pays, -(2 + 1) + (2 - 1), where nothing is lost yet.
+    assert loss(AXIS, 0.5 * AXIS) == pytest.approx(-2)
+
+
+def test_trained_by_the_norm_a_vector_turns_the_difference_away_and_on_the_axis_it_does_not(
+    planted: tuple[Any, sl.ContrastivePairs],
+) -> None:
+    model, pairs = planted
+    schedule = Schedule(max_epochs=60, patience=60, step_size=0.04, examples_per_step=12)
+    options: dict[str, Any] = {"layers": [0], "schedule": schedule}
+    on_axis = train_directions(model, pairs, **options)
+    by_norm = train_directions(model, pairs, axis=None, **options)
+    assert (on_axis.directions.method, by_norm.directions.method) == (
+        "optimised",
+        "optimised+on_norm",
+    )
+    starts, turned = held_out(by_norm).iloc[0], held_out(by_norm).iloc[-1]
+    held = held_out(on_axis).iloc[-1]
+    # Both separate further, at about the 1% of the logprob (-log 160) that is permitted.
+    assert turned.separation > held.separation + 3 > starts.separation + 5
+    assert max(turned.degradation_nats, held.degradation_nats) < 0.015 * math.log(160)
+    # But one difference points elsewhere, and the other where it did.
+    assert starts.angle_deg < 20
+    assert turned.angle_deg > 60
+    assert held.angle_deg < starts.angle_deg
+    assert held.projection > turned.projection + 1
+    assert abs(float(by_norm.directions[FIRST] @ ACROSS)) > 0.9
+    assert float(on_axis.directions[FIRST] @ AXIS) > 0.99
+    # Each wins on the loss that it was trained by, held against the other.
+    away, along = (t.directions[FIRST] * t.norms[FIRST] for t in (by_norm, on_axis))
+    assert loss_at(model, pairs, None, away) < loss_at(model, pairs, None, along) - 3
+    assert loss_at(model, pairs, AXIS, along) < loss_at(model, pairs, AXIS, away) - 1
+
+
+def test_the_axis_may_be_directions_or_any_method_of_differences(
+    llama: Any, many: sl.ContrastivePairs
+) -> None:
+    options: dict[str, Any] = {"layers": [1], "schedule": Schedule(max_epochs=1)}
+    by_name = train_directions(llama, many, axis="mean_diff", **options)
+    frozen = sl.fit(llama, many, layers=[1])
+    given = train_directions(llama, many, axis=frozen, **options)
+    assert torch.equal(given.directions.vectors, by_name.directions.vectors)
+    assert given.directions.method == by_name.directions.method == "optimised+on_mean_diff"
+    pd.testing.assert_frame_equal(given.history, by_name.history)
+    assert torch.equal(given.directions[resid_post(2)], frozen[resid_post(2)])
+    named = sl.fit(llama, many, method="optimised+on_mean_diff", layers=[1])
+    assert named.method == "optimised+on_mean_diff"
+    with pytest.raises(InputError, match="fitted from gradients; fit it, and give the Directions"):
+        train_directions(llama, many, axis="gradient_mean", **options)
+    elsewhere = sl.fit(llama, many, layers=[4])
+    with pytest.raises(HookError, match=r"no direction at blocks.2.hook_resid_post"):
+        train_directions(llama, many, axis=elsewhere, **options)
+    narrow = replace(frozen, vectors=torch.eye(2)[:, :2], weights_fingerprint="unknown")
+    with pytest.raises(InputError, match="d_model 2 and the model 32"):
+        train_directions(llama, many, axis=narrow, **options)
+
+
+def test_the_history_is_what_a_sweep_measures(llama: Any, many: sl.ContrastivePairs) -> None:
+    """Its first row that of the unsteered model, a step's row that of the vector before it."""
+    schedule = Schedule(max_epochs=2, examples_per_step=20)
+    trained = train_directions(llama, many, layers=[1], schedule=schedule)
+    history = trained.history
+    assert list(history.columns) == [column.name for column in TRAINING_COLUMNS]
+    steps = int((history.part == "train").sum()) // 2
+    assert held_out(trained).step.tolist() == [0, steps, 2 * steps]
+    assert history[history.part == "train"].step.tolist() == [*range(2 * steps)]
+    assert held_out(trained).n_examples.tolist() == [4, 4, 4]
+    last = held_out(trained).loc[lambda rows: rows.loss.idxmin()]
+    assert last.vector_norm == pytest.approx(trained.norms[HOOK])
+    order = np.random.default_rng(0).permutation(20)
+    chosen = [many[int(i)] for i in sorted(order[:4])]
+    few = sl.ContrastivePairs(tuple(chosen), "few")
+    cells = sl.sweep(
+        *(llama, few, trained.directions),
+        coefficients=[0, trained.norms[HOOK]],
+        n_bootstrap=50,
+    ).table
+    first = held_out(trained).iloc[0]
+    for row, (_, cell) in zip((first, last), cells.iterrows(), strict=True):
+        for name in ("separation", "projection", "degradation_nats"):
+            assert row[name] == pytest.approx(cell[name], abs=1e-3)
+    # The angles of the unsteered differences, by hand.
+    differences = sl.collect_differences(llama, few, layers=[2])[resid_post(2)]
+    axis = trained.directions[resid_post(2)]
+    cosines = torch.nn.functional.cosine_similarity(differences, axis[None], dim=-1)
+    assert first.angle_deg == pytest.approx(float(cosines.acos().rad2deg().mean()), abs=0.1)
 
 
 def test_training_stops_early(llama: Any, many: sl.ContrastivePairs) -> None:
@@ -199,14 +361,14 @@ def test_training_stops_early(llama: Any, many: sl.ContrastivePairs) -> None:
         schedule=Schedule(max_epochs=40, patience=1, step_size=0.5),
         progress=lambda *told: seen.append(told),
     )
-    n_epochs = len(trained.history)
+    losses = held_out(trained).loss.tolist()[1:]
+    n_epochs = len(losses)
     assert 2 <= n_epochs < 40
     # One call an epoch; the last says that those to come are spared.
     done = [*range(n_epochs), 40]
     assert [told for told in seen if told[0] == "training: epochs"] == [
         ("training: epochs", i, 40) for i in done
     ]
-    losses = trained.history.validation_loss.tolist()
     assert losses[-1] >= min(losses[:-1])
 
 

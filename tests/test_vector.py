@@ -327,9 +327,11 @@ def test_what_cannot_be_combined() -> None:
 
 
 def test_the_origin_of_a_combination() -> None:
-    a = made(A, origin=Origin(method="mean_diff", dataset="sentiment", seed="0"))
-    b = made(B, origin=Origin(method="pca", dataset="sentiment", seed="0"))
+    shared = {"dataset": "sentiment", "seed": "0"}
+    a = made(A, origin=Origin(method="mean_diff", pair_hashes=("1", "2"), **shared))
+    b = made(B, origin=Origin(method="pca", pair_hashes=("2", "3"), **shared))
     origin = (a - b).origin
+    assert origin.pair_hashes == ("1", "2", "3")
     assert (origin.method, origin.dataset, origin.seed) == ("(mean_diff - pca)", "sentiment", "0")
 
 
@@ -498,6 +500,8 @@ def test_records_that_do_not_fit(vector: sl.SteeringVector) -> None:
         {"boundary_pos": 3},
         {"resid_norm": []},
         {"origin": vector.origin.to_dict() | {"model": "\ud800"}},
+        {"origin": vector.origin.to_dict() | {"pair_hashes": 7}},
+        {"origin": vector.origin.to_dict() | {"pair_hashes": ["a", 7]}},
     ]
     for change in changes:
         with pytest.raises(InputError):
@@ -511,6 +515,7 @@ def test_a_file_of_version_1_stays_readable() -> None:
     assert vector.calibration.boundary_pos.tolist() == [8.0, math.inf]
     assert vector.calibration.boundary_neg[0].isnan()
     assert vector.origin.method == "mean_diff"
+    assert vector.origin.pair_hashes == ()
     assert vector.condition is not None
     assert vector.condition.threshold == 0.5
 
@@ -520,3 +525,4 @@ def test_what_a_vector_says_of_itself(vector: sl.SteeringVector) -> None:
     assert told["method"] == "mean_diff"
     assert told["boundary"] == "kl=0.5, on positive text"
     assert "torch" in told["versions"]
+    assert "pair_hashes" not in told

@@ -162,6 +162,19 @@ def test_a_comparison_in_processes_has_the_same_bytes(
     assert_same(found.table, expected.table)
 
 
+def test_a_vector_in_a_worker_has_the_same_bytes(
+    loaded: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions
+) -> None:
+    vector = sl.SteeringVector.from_directions(
+        loaded, fitted, layers=[0, 1], operator=sl.steering.Ablate()
+    )
+    options: dict[str, Any] = {"coefficients": [0, 0.5, 1], "n_bootstrap": 2}
+    executor = Inline()
+    found = sl.sweep(loaded, pairs, vector, executor=executor, **options)
+    assert executor.n_run == 1
+    assert_same(found.table, sl.sweep(loaded, pairs, vector, **options).table)
+
+
 def test_threads_take_turns_and_give_the_same_bytes(swept: Swept) -> None:
     with ThreadPoolExecutor(3) as executor:
         found = swept(executor=executor)

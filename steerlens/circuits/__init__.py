@@ -17,9 +17,9 @@ from steerlens.circuits.graphs import (
     run_nodes,
 )
 from steerlens.circuits.interventions import Intervention
+from steerlens.circuits.nulls import null_interventions
 from steerlens.circuits.patterns import Patterns, Projections, attention_patterns, token_projections
 from steerlens.circuits.prompts import Prompts, make_prompts
-from steerlens.circuits.random_control import mean_kl, random_intervention
 from steerlens.circuits.readers import Readers, check_steered, find_readers
 from steerlens.circuits.writers import Writers, find_writers
 
@@ -50,8 +50,7 @@ __all__ = [
     "make_contrast",
     "make_graph",
     "make_prompts",
-    "mean_kl",
-    "random_intervention",
+    "null_interventions",
     "run_edges",
     "run_nodes",
     "token_projections",

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.circuits.prompts import Prompts, make_prompts, row_slices
+from steerlens.circuits.prompts import Prompts, Rows, make_prompts, row_slices
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
@@ -64,7 +64,7 @@ class Answers:
                     f"{int(ids.max())}"
                 )
 
-    def part(self, rows: slice) -> "Answers":
+    def part(self, rows: Rows) -> "Answers":
         """Those of some prompts; the same ones where there is one row for all."""
         if len(self.positive) == 1:
             return self

@@ -20,7 +20,7 @@ from steerlens.circuits.tasks import Task
 from steerlens.engine.checkpoint import Tensors
 from steerlens.models.hooks import hook_layer, hooked
 from steerlens.progress import Progress
-from steerlens.stats import ratio_interval
+from steerlens.stats import TAIL, rank_p, ratio_interval
 from steerlens.tables import CLAIM_COLUMNS, to_frame
 
 Places = Mapping[str, list[int] | None]
@@ -44,21 +44,22 @@ class Claims:
     def test(
         self,
         named: Sequence[Component],
-        others: Sequence[Component],
+        behind: Sequence[Component],
         *,
         n_draws: int,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
         """The steered model with something held at its unsteered value (`CLAIM_COLUMNS`).
 
-        Attention patterns, values, the `named` components, and `n_draws` times as many random
-        `others`, of all behind the vector. `progress` is told of the runs. See `find_readers`.
+        Attention patterns, values, the `named` components, chosen on other prompts, and `n_draws`
+        times as many random ones of all that lie `behind` the vector. `progress` is told of the
+        runs. See `find_readers`.
         """
         rows: dict[str, tuple[int, Numbers]] = {"nothing": (0, self._of_prompts(self.change))}
         if not named:
             return self._table(rows)
         count = counting(progress, "claims: runs", 3 + n_draws)
-        first = min(part.layer for part in (*named, *others))
+        first = min(part.layer for part in behind)
         attention = [f"blocks.{i}.attn" for i in range(first, int(self.task.model.cfg.n_layers))]
         for kind, hook in (("patterns", "hook_pattern"), ("values", "hook_v")):
             names = [f"{module}.{hook}" for module in attention]
@@ -69,15 +70,14 @@ class Claims:
         rows["named components"] = len(named), self._of_prompts(self._held(by_hook(named)))
         count(1)
         generator = np.random.default_rng(self.seed)
-        draws: list[Tensor] = []
+        draws: list[float] = []
         for _ in range(n_draws):
-            drawn = _as_many(named, others, generator)
-            if drawn is not None:
-                draws.append(self._held(by_hook(drawn)).double().mean())
+            drawn = _as_many(named, behind, generator)
+            draws.append(float(self._held(by_hook(drawn)).double().mean()))
             count(1)
-        if n_draws:
-            rows["random components"] = len(named), self._of_draws(draws)
-        return self._table(rows)
+        if draws:
+            rows["random components"] = len(named), self._of_draws(np.array(draws))
+        return self._table(rows, draws)
 
     def _held(self, places: Places) -> Float[Tensor, " prompt"]:
         """What is left of the change with some places at unsteered values."""
@@ -106,23 +106,31 @@ class Claims:
         )
         return 1, float(left.double().mean()), *interval
 
-    def _of_draws(self, means: Sequence[Tensor]) -> Numbers:
+    def _of_draws(self, changes: Float[np.ndarray, " draw"]) -> Numbers:
         """Of all random sets, with where 95% of them lie."""
-        if not means:
-            return NO_RUN
-        changes, whole = torch.stack(list(means)), float(self.change.mean())
         low = high = math.nan
-        if len(means) > 1 and whole:
-            low, high = (changes / whole).quantile(changes.new_tensor([0.025, 0.975])).tolist()
-        return len(means), float(changes.mean()), low, high
+        if len(changes) > 1 and self._whole:
+            low, high = np.quantile(changes / self._whole, [TAIL, 1 - TAIL])
+        return len(changes), float(changes.mean()), float(low), float(high)
 
-    def _table(self, rows: Mapping[str, tuple[int, Numbers]]) -> pd.DataFrame:
+    @property
+    def _whole(self) -> float:
+        return float(self.change.double().mean())
+
+    def _table(
+        self, rows: Mapping[str, tuple[int, Numbers]], draws: Sequence[float] = ()
+    ) -> pd.DataFrame:
         names = ("test", "n_components", "n_draws", "change", "ci_low", "ci_high")
-        whole = float(self.change.mean()) or math.nan
+        n_groups, p_value = len(set(self.task.prompts.groups)), math.nan
+        if draws:
+            taken = [self._whole - left for left in (rows["named components"][1][1], *draws)]
+            p_value = rank_p(taken[0], taken[1:])
         records = [
             {
                 **dict(zip(names, (test, n_components, *numbers), strict=True)),
-                "remaining": numbers[1] / whole,
+                "remaining": numbers[1] / (self._whole or math.nan),
+                "p_value": p_value if test == "named components" else math.nan,
+                "n_groups": n_groups,
             }
             for test, (n_components, numbers) in rows.items()
         ]
@@ -147,14 +155,12 @@ def _is_live(task: Task, hook_name: str) -> bool:
 
 
 def _as_many(
-    named: Sequence[Component], others: Sequence[Component], generator: np.random.Generator
-) -> list[Component] | None:
-    """As many heads and MLPs as are named, of the others; None where there are too few."""
+    named: Sequence[Component], behind: Sequence[Component], generator: np.random.Generator
+) -> list[Component]:
+    """As many heads and MLPs as are named, of all behind the vector, the named ones among them."""
     drawn: list[Component] = []
     for kind in ("head", "mlp"):
+        pool = [part for part in behind if part.kind == kind]
         n_named = sum(part.kind == kind for part in named)
-        pool = [part for part in others if part.kind == kind]
-        if len(pool) < n_named:
-            return None
-        drawn += [pool[i] for i in generator.choice(len(pool), n_named, replace=False)]
+        drawn += [pool[i] for i in sorted(generator.choice(len(pool), n_named, replace=False))]
     return drawn

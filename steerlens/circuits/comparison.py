@@ -2,31 +2,30 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import combinations, product
-from typing import Any
+from functools import partial
+from itertools import combinations
+from typing import TypeVar
 
-import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from steerlens.circuits.answers import Answers
-from steerlens.circuits.components import check_additive, rows_of
+from steerlens.circuits.components import check_additive
+from steerlens.circuits.faithfulness import Bench, faithfulness_rows, ranked_faithfulness
 from steerlens.circuits.graphs import (
     Contrast,
     Graph,
     Scores,
     attribute,
     check_sum,
-    largest,
     make_contrast,
     make_graph,
-    run_circuit,
 )
 from steerlens.circuits.interventions import Intervention
-from steerlens.circuits.prompts import counting
+from steerlens.circuits.overlap import SELECTIONS, Drawn, Sizes, overlap_rows, ranked_overlaps
+from steerlens.circuits.prompts import choosing_half, counting, half_record
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.checkpoint import Checkpoint, Tensors
 from steerlens.errors import InputError
@@ -34,18 +33,23 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.steering import Add
-from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, Row, to_frame
+from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, to_frame
 from steerlens.validation import Whole, checked
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 UNSTEERED = "unsteered"
 LEVELS = ("node", "edge")
+MEAN = "mean of "
+T = TypeVar("T")
+Nulls = Mapping[str, Mapping[str, Sequence[Intervention]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Circuits:
-    """`table` has a row a pair of models, level and size (`CIRCUIT_COLUMNS`), `faithfulness` one a
-    circuit, model and size (`FAITHFULNESS_COLUMNS`); `scores` the attributions of each model.
+    """`table` has a row a pair of models, level, selection and size (`CIRCUIT_COLUMNS`), of
+    circuits that are chosen on one half of the pairs; `faithfulness` one a circuit, model and size
+    (`FAITHFULNESS_COLUMNS`), of these circuits run on the other half. `scores` are the attributions
+    of each model on all pairs. `attrs["chosen_on"]` and `["tested_on"]` say which half is which.
     """
 
     table: pd.DataFrame
@@ -63,9 +67,10 @@ def compare_circuits(
     answers: Answers,
     interventions: Mapping[str, Intervention],
     *,
-    floor: Intervention | None = None,
+    nulls: Nulls | None = None,
     shares: Sequence[float | int] = SHARES,
     levels: Sequence[str] = LEVELS,
+    null_shares: Sequence[float | int] | None = None,
     n_splits: Whole = 20,
     seed: Whole = 0,
     progress: Progress | None = None,
@@ -75,26 +80,32 @@ def compare_circuits(
 
     The behaviour is the mean difference of the answer logit difference between the two prompts of
     a pair. In each model nodes (heads and MLPs) and edges are scored by attribution against their
-    means there; the circuit of a size is the largest by absolute score. Two circuits are compared
-    by overlap (`iou`), by Spearman's correlation of all absolute scores (`rank`), and by running
-    each in the other's model, everything else at its mean there:
-    `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`. Overlap alone is no
-    evidence. Its ceiling is the overlap of circuits from random halves of the groups (mean over
-    splits and both models; each half has half the groups, so an overlap on all of them may exceed
-    it), its floor that of the unsteered model with the one under `floor`. `cpr` and `cmd` are the
-    areas under faithfulness, and between it and 1, against the share of nodes or edges that the
-    circuit has, from 0 to 1 (Mueller et al. 2025, arXiv:2504.13151).
+    means there; the circuit of a size has the largest scores, absolute or signed (`selection`).
+    Means and circuits are those of a random half of the groups of pairs. Two circuits are compared
+    by overlap (`iou`), by Spearman's correlation of all scores (`rank`), and by running each, on
+    the other half of the groups, in the other's model, everything else at its mean there:
+    `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`. Intervals are over groups.
+
+    Overlap alone is no evidence. `iou_across` compares circuits of two models from two halves of
+    the groups, `iou_ceiling` circuits of one model from the same halves (means over splits).
+    `iou_p` ranks `1 - iou` among that of `nulls` in the intervention's place, `iou_p_family` the
+    maximum over levels, selections and sizes; of both kinds of nulls the larger. Overlaps, those of
+    nulls too, are of attributions, which are linear; faithfulness, that of nulls too, is run
+    exactly: `p_value` ranks how much the unsteered circuit's changes in the steered model.
 
     Args:
         model: The model, unsteered.
-        pairs: Prompts that begin with the same token, which is left as it is.
+        pairs: Prompts that begin with the same token, which is left as it is, of 4 groups or more.
         answers: One row, one a pair, or one a prompt, positive ones first.
         interventions: By name; edges need vectors that are added, without a condition.
-        floor: Best a random vector at equal KL (`random_intervention`); None: NaN.
+        nulls: What `null_interventions` gives for some of the interventions, by their name.
+            Default: none, and no p-values.
         shares: Sizes of circuits, as shares of all nodes or edges, between 0 and 1.
         levels: "node", "edge" or both.
+        null_shares: Those of `shares` at which node circuits are run under nulls too (edge circuits
+            are not): for every null two runs, and two a share. Default: the largest.
         n_splits: Random halves of the groups of pairs; 0: no ceilings.
-        seed: Of the splits.
+        seed: Of the half, the splits and the draws.
         progress: Told of the models scored and of the circuits run.
         checkpoint: As of `find_readers`.
 
@@ -110,93 +121,203 @@ def compare_circuits(
         >>> circuits = compare_circuits(
         ...     model, pairs, answers, pushed, shares=[0.2], levels=["node"], n_splits=2
         ... )
-        >>> circuits.table[["a", "b", "size"]].to_dict("list")
-        {'a': ['unsteered'], 'b': ['cheerful'], 'size': [5]}
+        >>> circuits.table[["selection", "a", "b", "size"]].to_dict("list")
+        {'selection': ['absolute', 'signed'], 'a': ['unsteered', 'unsteered'], \
+'b': ['cheerful', 'cheerful'], 'size': [5, 5]}
     """
     shares, levels = sorted(set(shares)), tuple(dict.fromkeys(levels))
-    _check(shares, levels, interventions, floor)
+    null_shares = shares[-1:] if null_shares is None else sorted(set(null_shares))
+    nulls = {} if nulls is None else nulls
+    _check(shares, levels, null_shares, interventions, nulls)
+    is_chosen_on = choosing_half(pairs.groups, seed)
     check_additive(model)
+    pairs.warn_of_groups()
     contrast = replace(make_contrast(model, pairs, answers), checkpoint=checkpoint)
     check_sum(contrast)
     contrast.check_unsteered()
-    names = [UNSTEERED, *interventions]
-    models = [Intervention(), *interventions.values(), *([] if floor is None else [floor])]
-    graphs, every = _scored(contrast, models, with_edges="edge" in levels, progress=progress)
-    scores = dict(zip(names, every, strict=False))
-    n_runs = len(levels) * len(names) * (2 + len(names) * len(shares))
-    count = counting(progress, "circuits on their own: runs", n_runs)
-    rows: list[Row] = []
-    curve_rows: list[Row] = []
-    for name in levels:
-        level = _Level(
-            *(name, shares, scores, None if floor is None else every[-1]),
-            *(n_splits, seed, pairs.groups),
-        )
-        curves: Curves = {}
-        for run_in, graph in zip(names, graphs, strict=False):
-            curves |= level.faithfulness(run_in, graph, count)
-        curve_rows += level.curve_rows(curves)
-        for a, b in combinations(names, 2):
-            rows += level.rows(a, b, curves)
+    chosen_on = contrast.of_pairs(is_chosen_on)
+    models = {UNSTEERED: Intervention(), **interventions}
+    drawn = [vector for kinds in nulls.values() for some in kinds.values() for vector in some]
+    count = counting(progress, "circuits: models", len(models) + len(drawn))
+    score = partial(_scored, chosen_on, with_edges="edge" in levels, count=count)
+    compared = _Compared(
+        {name: score(contrast, steered) for name, steered in models.items()},
+        {
+            name: {kind: [score(chosen_on, v) for v in some] for kind, some in kinds.items()}
+            for name, kinds in nulls.items()
+        },
+        contrast.of_pairs(~is_chosen_on),
+        is_chosen_on,
+        pairs.groups,
+        n_splits,
+        seed,
+    )
+    n_runs = len(levels) * len(models) * (2 + len(SELECTIONS) * len(models) * len(shares))
+    n_runs += ("node" in levels) * len(drawn) * (2 + len(SELECTIONS) * len(null_shares))
+    ran = counting(progress, "circuits on their own: runs", n_runs)
+    rows: list[Drawn] = []
+    curve_rows: list[Drawn] = []
+    for level in levels:
+        for of_table, more in zip(
+            (rows, curve_rows),
+            compared.at(level, tuple(shares), tuple(null_shares), ran),
+            strict=True,
+        ):
+            of_table.extend(more)
+    scores = {name: of_model.scores for name, of_model in compared.models.items()}
     attrs = {
         "n_pairs": len(pairs),
         "n_groups": len(set(pairs.groups)),
+        "chosen_on": half_record(pairs.groups, is_chosen_on),
+        "tested_on": half_record(pairs.groups, ~is_chosen_on),
         "fingerprint": pairs.fingerprint,
         "answers": answers.words(model),
         "metric": {name: of_model.metric for name, of_model in scores.items()},
         "coefficients": {name: steered.coefficient for name, steered in interventions.items()},
+        "null_coefficients": {
+            name: {kind: [v.coefficient for v in some] for kind, some in kinds.items()}
+            for name, kinds in nulls.items()
+        },
         "n_splits": n_splits,
         "seed": seed,
         "provenance": provenance(model).to_dict(),
     }
     table, faithfulness = (
         to_frame(*columns, attrs)
-        for columns in ((rows, CIRCUIT_COLUMNS), (curve_rows, FAITHFULNESS_COLUMNS))
+        for columns in (
+            (ranked_overlaps(rows), CIRCUIT_COLUMNS),
+            (ranked_faithfulness(curve_rows), FAITHFULNESS_COLUMNS),
+        )
     )
     return Circuits(table, faithfulness, scores)
 
 
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """A model: its graph, with the means of the half that circuits are chosen on, and scores."""
+
+    graph: Graph
+    scores: Scores
+
+
+@dataclass(frozen=True, eq=False)
+class _Compared:
+    """Models, the nulls in their place by name and kind, and which pairs are for what."""
+
+    models: Mapping[str, _Scored]
+    nulls: Mapping[str, Mapping[str, Sequence[_Scored]]]
+    tested_on: Contrast
+    is_chosen_on: Bool[Tensor, " pair"]
+    groups: tuple[int, ...]
+    n_splits: int
+    seed: int
+
+    def at(
+        self,
+        level: str,
+        shares: tuple[float, ...],
+        null_shares: tuple[float, ...],
+        count: Callable[[int], None],
+    ) -> tuple[list[Drawn], list[Drawn]]:
+        """Rows of both tables at one level; `count` is told of the runs."""
+        items = {name: of_model.scores.items(level) for name, of_model in self.models.items()}
+        n_items = len(items[UNSTEERED])
+        null_items = self._of_nulls(lambda of: of.scores.items(level).mean(dim=1))
+
+        def bench(of_model: _Scored) -> Bench:
+            graph = replace(of_model.graph, contrast=self.tested_on)
+            return Bench.of(graph, level, n_items, count)
+
+        benches = {name: bench(of_model) for name, of_model in self.models.items()}
+        for of_model in benches.values():
+            of_model.check()
+        null_benches = self._of_nulls(bench) if level == "node" else {}
+        rows: list[Drawn] = []
+        curve_rows: list[Drawn] = []
+        for selection in SELECTIONS:
+            sizes = Sizes(level, selection, shares, n_items)
+            circuits = {
+                name: sizes.circuits(scores[:, self.is_chosen_on].mean(dim=1))
+                for name, scores in items.items()
+            }
+            curve_rows += faithfulness_rows(
+                *(sizes, circuits, benches, null_benches),
+                null_shares=null_shares,
+                seed=self.seed,
+                count=count,
+            )
+            for a, b in combinations(items, 2):
+                rows += overlap_rows(
+                    *(sizes, items, (a, b)),
+                    null_items.get(b, {}) if a == UNSTEERED else {},
+                    is_chosen_on=self.is_chosen_on,
+                    groups=self.groups,
+                    n_splits=self.n_splits,
+                    seed=self.seed,
+                )
+        return rows, curve_rows
+
+    def _of_nulls(self, make: Callable[[_Scored], T]) -> dict[str, dict[str, list[T]]]:
+        return {
+            name: {kind: [make(null) for null in some] for kind, some in kinds.items()}
+            for name, kinds in self.nulls.items()
+        }
+
+
 def _scored(
+    chosen_on: Contrast,
     contrast: Contrast,
-    models: Sequence[Intervention],
+    steered: Intervention,
     *,
     with_edges: bool,
-    progress: Progress | None,
-) -> tuple[list[Graph], list[Scores]]:
-    """The graph and the scores of the model under each intervention."""
-    graphs: list[Graph] = []
-    scores: list[Scores] = []
-    count = counting(progress, "circuits: models", len(models))
-    for intervention in models:
-        graphs.append(make_graph(contrast, intervention))
-        decided = ("scores", intervention.decided, with_edges)
-        kept = contrast.once(decided, partial(_scores, graphs[-1], with_edges=with_edges))
-        metric = float(kept["metric"])
-        scores.append(Scores(kept["nodes"], kept["edges"], kept["is_edge"], metric))
-        count(1)
-    return graphs, scores
+    count: Callable[[int], None],
+) -> _Scored:
+    """A model with the means of `chosen_on` and the scores of `contrast` against them.
 
+    By pair, but for `chosen_on` itself.
+    """
 
-def _scores(graph: Graph, *, with_edges: bool) -> Tensors:
-    scores = attribute(graph, with_edges=with_edges)
-    return {**vars(scores), "metric": torch.tensor(scores.metric, dtype=torch.float64)}
+    def compute() -> Tensors:
+        graph = make_graph(chosen_on, steered)
+        scores = attribute(replace(graph, contrast=contrast), with_edges=with_edges)
+        if contrast is chosen_on:  # a null: of all of them the means alone are kept
+            nodes, edges = (v.mean(dim=-1, keepdim=True) for v in (scores.nodes, scores.edges))
+            scores = replace(scores, nodes=nodes, edges=edges)
+        metric = torch.tensor(scores.metric, dtype=torch.float64)
+        means = {f"{MEAN}{name}": mean.cpu() for name, mean in graph.means.items()}
+        return {**vars(scores), "metric": metric, **means}
+
+    kept = contrast.once(("scores", steered.decided, chosen_on.decided, with_edges), compute)
+    device = contrast.model.cfg.device
+    means = {n.removeprefix(MEAN): v.to(device) for n, v in kept.items() if n.startswith(MEAN)}
+    scores = Scores(kept["nodes"], kept["edges"], kept["is_edge"], float(kept["metric"]))
+    count(1)
+    return _Scored(Graph(chosen_on, steered, means), scores)
 
 
 def _check(
     shares: Sequence[float],
     levels: Sequence[str],
+    null_shares: Sequence[float],
     interventions: Mapping[str, Intervention],
-    floor: Intervention | None,
+    nulls: Nulls,
 ) -> None:
     if not shares or not all(0 < share < 1 for share in shares):
         raise InputError(f"shares are between 0 and 1, got {list(shares)}")
+    if not null_shares or set(null_shares) - set(shares):
+        raise InputError(f"null_shares are some of shares, {shares}; got {list(null_shares)}")
     if not levels or set(levels) - set(LEVELS):
         raise InputError(f"levels are {', '.join(LEVELS)}, got {list(levels)}")
     if not interventions or UNSTEERED in interventions:
         raise InputError(
             f"give one or more interventions, none called {UNSTEERED!r}; got {list(interventions)}"
         )
-    for steered in (*interventions.values(), *(() if floor is None else (floor,))):
+    if not_there := set(nulls) - set(interventions):
+        raise InputError(f"nulls are of interventions, none is called {sorted(not_there)}")
+    if not all(some for kinds in nulls.values() for some in (kinds, *kinds.values())):
+        raise InputError("nulls hold no vector of some kind; make them with null_interventions")
+    drawn = (vector for kinds in nulls.values() for some in kinds.values() for vector in some)
+    for steered in (*interventions.values(), *drawn):
         if steered.vector is None or "edge" not in levels:
             continue
         if not isinstance(steered.vector.operator, Add) or steered.vector.condition is not None:
@@ -204,126 +325,3 @@ def _check(
                 "edges are cut by subtraction from the stream, so vectors must be added, without "
                 'a condition; compare nodes alone, levels=("node",)'
             )
-
-
-Curves = dict[tuple[str, str], list[float]]
-"""Faithfulness, size by size: whose circuit, and the model that it is run in."""
-
-
-@dataclass(frozen=True)
-class _Level:
-    """Circuits of nodes, or of edges, in sizes from small to large."""
-
-    level: str
-    shares: Sequence[float]
-    scores: Mapping[str, Scores]
-    floor: Scores | None
-    n_splits: int
-    seed: int
-    groups: tuple[int, ...]
-
-    @cached_property
-    def n_items(self) -> int:
-        """How many nodes or edges there are."""
-        return len(self.scores[UNSTEERED].items(self.level))
-
-    @cached_property
-    def sizes(self) -> list[int]:
-        return [max(1, round(share * self.n_items)) for share in self.shares]
-
-    def mean(self, scores: Scores) -> Float[Tensor, " item"]:
-        return scores.items(self.level).mean(dim=-1)
-
-    def circuits(self, name: str) -> list[Bool[Tensor, " item"]]:
-        """Those of a model, size by size."""
-        mean = self.mean(self.scores[name])
-        return [largest(mean, size) for size in self.sizes]
-
-    def faithfulness(self, run_in: str, graph: Graph, count: Callable[[int], None]) -> Curves:
-        """Of every model's circuits in one model; `count` is told of the runs."""
-
-        def run(kept: Bool[Tensor, " item"]) -> float:
-            metric = graph.contrast.once(
-                ("circuit", graph.intervention.decided, self.level, kept),
-                lambda: {"metric": torch.tensor([run_circuit(graph, self.level, kept)]).double()},
-            )
-            count(1)
-            return float(metric["metric"])
-
-        everything = torch.ones(self.n_items, dtype=torch.bool)
-        total, empty = run(everything), run(~everything)
-        if not abs(total - empty) > 1e-6 * max(abs(total), abs(empty)):
-            raise InputError(
-                f"the behaviour is {total:.3g} logits with and without all {self.level}s, so there "
-                "is nothing that a circuit could explain; choose answers that the pairs' sides "
-                "differ in"
-            )
-        return {
-            (name, run_in): [(run(kept) - empty) / (total - empty) for kept in self.circuits(name)]
-            for name in self.scores
-        }
-
-    def curve_rows(self, curves: Curves) -> list[Row]:
-        """Rows of `FAITHFULNESS_COLUMNS`, a model that is run in after another."""
-        rows: list[Row] = []
-        for (circuit_of, run_in), curve in curves.items():
-            cpr, cmd = _areas([size / self.n_items for size in self.sizes], curve)
-            columns = {"share": self.shares, "size": self.sizes, "faithfulness": curve}
-            same = {"level": self.level, "circuit_of": circuit_of, "run_in": run_in}
-            rows += rows_of(**columns, **same, cpr=cpr, cmd=cmd)
-        return rows
-
-    def rows(self, a: str, b: str, curves: Curves) -> list[Row]:
-        """Rows of `CIRCUIT_COLUMNS` that compare two models."""
-        means = {name: self.mean(scores) for name, scores in self.scores.items()}
-        halves = [
-            _halves(self.scores[name].items(self.level), self.groups, seed=self.seed + split)
-            for name, split in product((a, b), range(self.n_splits))
-        ]
-        apart = [] if self.floor is None else [(means[UNSTEERED], self.mean(self.floor))]
-        columns: dict[str, Any] = {"level": self.level, "a": a, "b": b}
-        columns |= {"share": self.shares, "size": self.sizes}
-        compared = {"": [(means[a], means[b])], "_ceiling": halves, "_floor": apart}
-        for suffix, sides in compared.items():
-            columns[f"rank{suffix}"] = _average([_rank(*pair) for pair in sides])
-            columns[f"iou{suffix}"] = [
-                _average([_iou(*pair, size) for pair in sides]) for size in self.sizes
-            ]
-        for circuit_of, run_in in product((("a", a), ("b", b)), repeat=2):
-            columns[f"{circuit_of[0]}_in_{run_in[0]}"] = curves[circuit_of[1], run_in[1]]
-        return rows_of(**columns)
-
-
-def _areas(shares: Sequence[float], faithfulness: Sequence[float]) -> tuple[float, float]:
-    """CPR and CMD: trapezoids from the empty circuit (0) to the whole model (1); shares rise."""
-    from scipy.integrate import trapezoid
-
-    x = np.array([0.0, *shares, 1.0])
-    f = np.array([0.0, *faithfulness, 1.0])
-    return float(trapezoid(f, x)), float(trapezoid(np.abs(1 - f), x))
-
-
-def _halves(
-    scores: Float[Tensor, "item pair"], groups: Sequence[int], *, seed: int
-) -> tuple[Float[Tensor, " item"], Float[Tensor, " item"]]:
-    """Mean scores over the pairs of two random halves of the groups."""
-    n_groups = max(groups) + 1
-    rank = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
-    is_first = rank[torch.tensor(groups)] < (n_groups + 1) // 2
-    return scores[:, is_first].mean(dim=-1), scores[:, ~is_first].mean(dim=-1)
-
-
-def _rank(a: Float[Tensor, " item"], b: Float[Tensor, " item"]) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(a.abs().numpy(), b.abs().numpy()).statistic)
-
-
-def _iou(a: Float[Tensor, " item"], b: Float[Tensor, " item"], size: int) -> float:
-    """Of the circuits of a size."""
-    in_a, in_b = largest(a, size), largest(b, size)
-    return float((in_a & in_b).sum()) / float((in_a | in_b).sum())
-
-
-def _average(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")

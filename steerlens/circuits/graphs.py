@@ -71,6 +71,11 @@ class Contrast(Task):
         """How many pairs there are."""
         return len(self.prompts) // 2
 
+    def of_pairs(self, is_in: Bool[Tensor, " pair"]) -> "Contrast":
+        """Some of the pairs."""
+        rows: list[int] = is_in.nonzero().flatten().tolist()
+        return self.part(rows + [self.n_pairs + row for row in rows])
+
     @staticmethod
     def by_pair(values: Float[Tensor, "*rest prompt"]) -> Float[Tensor, "*rest pair"]:
         """Each positive prompt's value minus that of the negative one."""
@@ -137,7 +142,8 @@ def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers)
         8
     """
     tokenized = tokenize_pairs(model, pairs)
-    prompts = make_prompts(model, [*tokenized.positive, *tokenized.negative])
+    both = [*tokenized.positive, *tokenized.negative]
+    prompts = make_prompts(model, both, groups=2 * pairs.groups)
     if bool((prompts.tokens[:, 0] != prompts.tokens[0, 0]).any()):
         raise InputError(
             "the prompts begin with different tokens; circuits are compared on prompts that begin "
@@ -163,9 +169,9 @@ def make_graph(contrast: Contrast, intervention: Intervention) -> Graph:
         >>> graph = make_graph(contrast, Intervention(vector, 4))
         >>> scores = attribute(graph)
         >>> kept = scores.nodes.mean(dim=-1).abs() > 0  # all that have any effect
-        >>> bool(np.isclose(run_nodes(graph, kept), scores.metric, rtol=1e-3))
+        >>> bool(np.isclose(run_nodes(graph, kept).mean(), scores.metric, rtol=1e-3))
         True
-        >>> bool(np.isclose(run_edges(graph, scores.is_edge), scores.metric, rtol=1e-3))
+        >>> bool(np.isclose(run_edges(graph, scores.is_edge).mean(), scores.metric, rtol=1e-3))
         True
     """
     names = writer_hooks(contrast.model)
@@ -301,8 +307,8 @@ def attribute(graph: Graph, *, with_edges: bool = True) -> Scores:
 
 
 @checked
-def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> float:
-    """The metric (logits) with every head and MLP that is not kept replaced by its mean.
+def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> Float[Tensor, " pair"]:
+    """The metric (logits), pair by pair, with all heads and MLPs that are not kept at their means.
 
     Args:
         graph: As `make_graph` makes it; its example goes on to here.
@@ -319,8 +325,8 @@ def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> float:
 
 
 @checked
-def run_edges(graph: Graph, kept: Bool[Tensor, "writer reader"]) -> float:
-    """The metric (logits) when each reader sees only the writers kept for it, else means.
+def run_edges(graph: Graph, kept: Bool[Tensor, "writer reader"]) -> Float[Tensor, " pair"]:
+    """The metric (logits), pair by pair, when each reader sees the writers kept for it, else means.
 
     A reader's input is the stream minus what each cut writer wrote beyond its mean in this same
     run, so what it does see is what the circuit itself computes.
@@ -334,24 +340,12 @@ def run_edges(graph: Graph, kept: Bool[Tensor, "writer reader"]) -> float:
     return _run(graph, lambda: _cutting(graph, cut))
 
 
-def run_circuit(graph: Graph, level: str, kept: Bool[Tensor, " item"]) -> float:
+def run_circuit(graph: Graph, level: str, kept: Bool[Tensor, " item"]) -> Float[Tensor, " pair"]:
     """`run_nodes` or `run_edges` with the kept of `Scores.items`."""
     if level == "node":
         return run_nodes(graph, kept)
     edges = existing_edges(graph.contrast.model)
     return run_edges(graph, edges.masked_scatter(edges, kept))
-
-
-def largest(
-    scores: Float[Tensor, "*shape"], size: int, among: Bool[Tensor, "*shape"] | None = None
-) -> Bool[Tensor, "*shape"]:
-    """True at the `size` largest absolute scores (`among` those that exist)."""
-    flat = scores.abs().flatten().clone()
-    if among is not None:
-        flat[~among.flatten()] = -1
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    chosen[flat.argsort(descending=True, stable=True)[:size]] = True
-    return chosen.reshape(scores.shape)
 
 
 @checked
@@ -382,9 +376,10 @@ def edge_table(
     parts, readers = components(model), edge_readers(model)
     rows: list[Row] = []
     for name, model_scores in scores.items():
-        mean = model_scores.edges.mean(dim=-1)
-        chosen = largest(mean, n_edges, model_scores.is_edge)
-        edges = [(parts[i], readers[j]) for i, j in chosen.nonzero().tolist()]
+        exists = model_scores.is_edge.nonzero()
+        mean = model_scores.items("edge").mean(dim=-1)
+        chosen = mean.abs().topk(min(n_edges, len(mean))).indices.sort().values
+        edges = [(parts[i], readers[j]) for i, j in exists[chosen].tolist()]
         rows += rows_of(
             model=name,
             writer=[str(writer) for writer, _ in edges],
@@ -397,10 +392,10 @@ def edge_table(
     return to_frame(rows, EDGE_COLUMNS, {"n_edges": n_edges})
 
 
-def _run(graph: Graph, make_hooks: Any) -> float:
+def _run(graph: Graph, make_hooks: Any) -> Float[Tensor, " pair"]:
     """The metric of the model with hooks, made anew for every pass."""
     metrics = [batch.measure(graph.intervention, make_hooks()) for batch in graph.contrast.passes()]
-    return float(graph.contrast.by_pair(torch.cat(metrics)).mean())
+    return graph.contrast.by_pair(torch.cat(metrics).double())
 
 
 def _cutting(graph: Graph, cut: Bool[Tensor, "writer reader"]) -> list[tuple[str, HookFunction]]:

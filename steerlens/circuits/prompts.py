@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
@@ -16,11 +18,42 @@ from steerlens.validation import checked
 
 ROWS = 16
 """Prompts in one pass: what every component writes is held for all of them at once."""
+MIN_GROUPS = 4
+Rows = slice | list[int]
+"""Some of the prompts, by their place."""
 
 
 def row_slices(n_prompts: int) -> list[slice]:
     """The rows of each pass over so many prompts."""
     return [slice(start, start + ROWS) for start in range(0, n_prompts, ROWS)]
+
+
+def first_half(groups: Sequence[int], seed: int) -> Bool[Tensor, " row"]:
+    """Whether each row is of a random half of the groups, the larger one where they are odd."""
+    _, number = np.unique(groups, return_inverse=True)
+    n_groups = int(number.max()) + 1
+    rank = torch.randperm(n_groups, generator=torch.Generator().manual_seed(seed))
+    return rank[torch.from_numpy(number)] < (n_groups + 1) // 2
+
+
+def choosing_half(groups: Sequence[int], seed: int) -> Bool[Tensor, " row"]:
+    """`first_half`, on which something is chosen, to be tested on the other.
+
+    Raises `InputError` below 4 groups, of which no half has an interval.
+    """
+    n_groups = len(set(groups))
+    if n_groups < MIN_GROUPS:
+        raise InputError(
+            f"what carries an effect is chosen on one half of the groups and tested on the other, "
+            f"which takes {MIN_GROUPS} groups or more; got {n_groups}"
+        )
+    return first_half(groups, seed)
+
+
+def half_record(groups: Sequence[int], is_in: Bool[Tensor, " row"]) -> dict[str, Any]:
+    """What a table's attrs say of a half: its rows, counted from 0, and its groups."""
+    rows: list[int] = is_in.nonzero().flatten().tolist()
+    return {"rows": rows, "n_groups": len({groups[row] for row in rows})}
 
 
 def counting(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
@@ -48,9 +81,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.last)
 
-    def part(self, rows: slice) -> "Prompts":
+    def part(self, rows: Rows) -> "Prompts":
         """Some of the prompts, as padded as they are."""
-        return Prompts(self.tokens[rows], self.last[rows], self.groups[rows])
+        groups = tuple(np.array(self.groups)[rows].tolist())
+        return Prompts(self.tokens[rows], self.last[rows], groups)
 
     @property
     def passes(self) -> list[slice]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.circuits.answers import Answers
@@ -22,7 +23,7 @@ from steerlens.circuits.components import (
 )
 from steerlens.circuits.interventions import Intervention
 from steerlens.circuits.patching import patch_components
-from steerlens.circuits.prompts import Prompts
+from steerlens.circuits.prompts import Prompts, choosing_half, half_record
 from steerlens.circuits.tasks import Task
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.errors import InputError
@@ -64,7 +65,7 @@ def find_readers(
     top: Whole = 20,
     ig_steps: Count = 1,
     n_claimed: Whole = 10,
-    n_draws: Whole = 10,
+    n_draws: Whole = 20,
     n_bootstrap: Draws = 2000,
     seed: Whole = 0,
     progress: Progress | None = None,
@@ -79,8 +80,9 @@ def find_readers(
     of its effect. All in logits, mean over prompts with 95% intervals over their groups.
     `claims` says what share of the change remains in the steered model with attention patterns, or
     values, or the largest components, or random ones held at what they are unsteered: NaN where a
-    model does not use what is put into its patterns (then `n_draws` is 0), and where fewer other
-    components are left than were named.
+    model does not use what is put into its patterns (then `n_draws` is 0). The largest are named on
+    one random half of the groups of prompts and held on the other, where `p_value` ranks what they
+    take away among random sets of as many heads and MLPs behind the vector.
 
     Args:
         model: The model, unsteered.
@@ -92,10 +94,11 @@ def find_readers(
         ig_steps: 1: the gradient at the unsteered run. More: its mean over so many runs at the
             coefficients `(k - 1/2) / ig_steps` of the whole (integrated gradients, Hanna et al.
             2024, arXiv:2403.17806, with the path along the coefficient).
-        n_claimed: How many components, by estimate, the claims hold; 0: no claims.
-        n_draws: Random sets of as many other heads and MLPs.
+        n_claimed: How many components, by estimate, the claims hold; 0: no claims, else 4 groups of
+            prompts or more are needed.
+        n_draws: Random sets; 19 of them can show p = 0.05.
         n_bootstrap: Resamples, 2 or more.
-        seed: Of resamples and random sets.
+        seed: Of halves, resamples and random sets.
         progress: Told of prompts, passes and runs.
         checkpoint: Given what is finished (see `Checkpoint`). Default: nothing is kept.
 
@@ -118,6 +121,9 @@ def find_readers(
     check_additive(model)
     steered, hook_name = _steered(model, vector, coefficient)
     task = Task(model, prompts, answers, checkpoint)
+    is_choosing = torch.zeros(len(prompts), dtype=torch.bool)
+    if n_claimed:
+        is_choosing = choosing_half(prompts.groups, seed)
     task.check_unsteered()
     later = [part for part in components(model) if part.layer > hook_layer(hook_name)]
     estimates = estimate(task, steered, ig_steps=ig_steps, progress=progress)
@@ -143,8 +149,16 @@ def find_readers(
         **drawing,
         "provenance": provenance(model).to_dict(),
     }
-    claims = Claims(task, steered, estimates.unsteered, estimates.change, **drawing).test(
-        ranked[:n_claimed], ranked[n_claimed:], n_draws=n_draws, progress=progress
+    claims = _claims(
+        task,
+        steered,
+        estimates,
+        later,
+        is_choosing,
+        n_claimed,
+        n_draws=n_draws,
+        progress=progress,
+        **drawing,
     )
     return Readers(to_frame([rows[i] for i in order], READER_COLUMNS, attrs), claims)
 
@@ -189,6 +203,38 @@ def check_steered(model: HookedModel, hook_name: str, coefficient: float | int) 
         raise InputError(f"expected a vector at one block output, got one at {hook_name}")
     if hook_layer(hook_name) >= last:
         raise InputError(f"nothing reads the output of block {last}, the last one")
+
+
+def _claims(
+    task: Task,
+    steered: Intervention,
+    estimates: Estimates,
+    later: Sequence[Component],
+    is_choosing: Bool[Tensor, " prompt"],
+    n_claimed: int,
+    *,
+    n_draws: int,
+    progress: Progress | None,
+    n_bootstrap: int,
+    seed: int,
+) -> pd.DataFrame:
+    """The largest components on one half of the prompts, tested on the other."""
+    named: list[Component] = []
+    if n_claimed:
+        sizes = estimates.effect[:, is_choosing].mean(dim=1).abs()
+        named = [later[i] for i in sizes.argsort(descending=True, stable=True)[:n_claimed].tolist()]
+    tested = task.part((~is_choosing).nonzero().flatten().tolist())
+    changes = (estimates.unsteered[~is_choosing], estimates.change[~is_choosing])
+    claims = Claims(tested, steered, *changes, n_bootstrap, seed).test(
+        named, later, n_draws=n_draws, progress=progress
+    )
+    halves = {"chosen_on": is_choosing, "tested_on": ~is_choosing}
+    groups = task.prompts.groups
+    claims.attrs.update(
+        {name: half_record(groups, is_in) for name, is_in in halves.items()},
+        named=[str(part) for part in named],
+    )
+    return claims
 
 
 def _correlations(rows: Sequence[Row]) -> dict[str, float | None]:

@@ -1,8 +1,8 @@
 """A task: prompts, and answers whose logit difference is the model's metric on them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from steerlens.circuits.answers import Answers
 from steerlens.circuits.interventions import UNSTEERED, Intervention
-from steerlens.circuits.prompts import Prompts
+from steerlens.circuits.prompts import Prompts, Rows
 from steerlens.engine.checkpoint import Checkpoint, Tensors, check_unsteered, once
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
 from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
+
+Self = TypeVar("Self", bound="Task")
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,13 @@ class Task:
     def __post_init__(self) -> None:
         self.answers.check(self.model, len(self.prompts))
 
-    def passes(self) -> list["Task"]:
+    def passes(self: Self) -> list[Self]:
         """The same in parts that run in one pass each."""
         return [self.part(rows) for rows in self.prompts.passes]
 
-    def part(self, rows: slice) -> "Task":
+    def part(self: Self, rows: Rows) -> Self:
         """Some of the prompts."""
-        parts = (self.prompts.part(rows), self.answers.part(rows))
-        return Task(self.model, *parts, self.checkpoint)
+        return replace(self, prompts=self.prompts.part(rows), answers=self.answers.part(rows))
 
     @property
     def decided(self) -> list[Any]:

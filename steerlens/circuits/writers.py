@@ -98,6 +98,7 @@ def find_writers(
     if name not in directions:
         raise InputError(f"there is no direction at {name}; fit one there")
     check_fitted_on(model, directions)
+    n_fitted_on = pairs.warn_of_fitted(directions.pair_hashes)
     tokenized = tokenize_pairs(model, pairs)
     shortest = min(len(p.prompt) for p in (*tokenized.positive, *tokenized.negative))
     n_read = min(n_positions, shortest)
@@ -117,6 +118,7 @@ def find_writers(
         "hook_name": name,
         "position": directions.position,
         "n_pairs": len(pairs),
+        "n_pairs_fitted_on": n_fitted_on,
         "n_groups": len(set(pairs.groups)),
         "projection": total,
         "residual": abs(explained - total) / abs(total) if total else float("nan"),

@@ -11,6 +11,7 @@ from steerlens.cli.command import prepare
 from steerlens.cli.folder_command import FolderCommand
 from steerlens.cli.printing import print_boundary, print_rows, say
 from steerlens.data.reading import read_texts
+from steerlens.engine.labels import OWN_TOKENS
 from steerlens.measure.boundary import check_search
 from steerlens.measure.plane import check_plane
 from steerlens.models.packaged import DEFAULT_MODEL
@@ -28,6 +29,8 @@ class Boundary(FolderCommand):
     layers: opt.Layers = "all"
     method: opt.Method = "mean_diff"
     position: opt.Position = None
+    labels: opt.Labels = None
+    own_tokens: opt.OwnTokens = OWN_TOKENS
     on: Annotated[str, "positive, negative, neutral (shipped text), or a text file."] = "positive"
     budget: Annotated[str, "relative=0.01, nats=0.05, kl=0.1, kl_p95=1 or rollout_kl_p95=1"] = (
         "relative=0.01"
@@ -37,7 +40,7 @@ class Boundary(FolderCommand):
 
     def measure(self) -> None:
         """What the command does."""
-        text = opt.text_of(self.on)
+        text, labels = opt.text_of(self.on), opt.labels_of(self)
         check_search(budget=self.budget, search_range=self.search_range)
         task = prepare(self, self.layers)
         if self.shape is not None:
@@ -45,17 +48,19 @@ class Boundary(FolderCommand):
         texts = list(read_texts(text)) if isinstance(text, Path) else None
         with self.opened(task.request("boundary", texts=texts)) as run:
             with task.progress() as progress:
-                study = task.study(progress, parts=run.parts, budget=self.budget)
+                study = task.study(progress, parts=run.parts, budget=self.budget, **labels)
                 search: dict[str, Any] = {"on": text, "search_range": self.search_range}
                 result = study.boundary(**search)
                 tables = {"boundary": result.curves, "layers": result.layers}
+                if self.on == "positive":
+                    tables["segments"] = study.segments(result)
                 if self.shape is not None:
                     plane = study.boundary_shape(self.layers, n_angles=self.shape, **search)
                     tables["shape"] = plane.table
             spent = sum(
                 t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
             )
-            run.write(tables, study.directions, forward_equivalents=spent)
+            run.write(tables, study.fitted, forward_equivalents=spent)
         if self.quiet:
             return
         print_boundary(result.layers)
@@ -77,6 +82,8 @@ class Geometry(FolderCommand):
     max_pairs: opt.MaxPairs = None
     method: opt.Method = "mean_diff"
     position: opt.Position = None
+    labels: opt.Labels = None
+    own_tokens: opt.OwnTokens = OWN_TOKENS
     angles: Annotated[int, typer.Option(min=3, help="Angles of the plane to push along.")] = 16
     budget: Annotated[str, "As of `boundary`."] = "relative=0.01"
 
@@ -84,11 +91,12 @@ class Geometry(FolderCommand):
 
     def measure(self) -> None:
         """What the command does."""
+        labels = opt.labels_of(self)
         check_search(budget=self.budget, search_range=4.0)
         task = prepare(self, str(self.layers))
         with self.opened(task.request("geometry")) as run:
             with task.progress() as progress:
-                study = task.study(progress, parts=run.parts, budget=self.budget)
+                study = task.study(progress, parts=run.parts, budget=self.budget, **labels)
                 result = study.plane(n_angles=self.angles)
             tables = {
                 "geometry": result.points,
@@ -96,7 +104,7 @@ class Geometry(FolderCommand):
                 "shape": result.shape,
             }
             spent = result.points.attrs["forward_equivalents"]
-            run.write(tables, study.directions, forward_equivalents=spent)
+            run.write(tables, study.fitted, forward_equivalents=spent)
         if self.quiet:
             return
         columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]

@@ -8,11 +8,13 @@ import typer
 
 from steerlens import circuits, plots
 from steerlens.circuits.graphs import edge_readers, edge_table
+from steerlens.circuits.prompts import choosing_half
 from steerlens.circuits.readers import check_steered
 from steerlens.cli import options as opt
 from steerlens.cli.command import Task, prepare
 from steerlens.cli.folder_command import FolderCommand
 from steerlens.cli.printing import note, print_rows
+from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
@@ -40,6 +42,9 @@ class Circuits(FolderCommand):
     ig_steps: Annotated[
         int, typer.Option(min=1, help="Steps of integrated gradients; 1: none.")
     ] = 1
+    null: Annotated[
+        int, typer.Option(min=2, help="Null vectors of each kind, random and shuffled.")
+    ] = 20
     compare: Annotated[bool, "Compare the circuits too, steered and unsteered: takes longest."] = (
         True
     )
@@ -55,6 +60,7 @@ class Circuits(FolderCommand):
         if len(task.hook_names) != 1:
             raise InputError(f"--layer {self.layer!r} names {len(task.hook_names)} hooks; give one")
         check_steered(model, task.hook_names[0], self.coefficient)
+        choosing_half(measure_on.groups, self.seed)
         if self.compare:
             edge_readers(model)
         with self.opened(task.request("circuits")) as run:
@@ -84,9 +90,20 @@ class Circuits(FolderCommand):
                     **kept,
                 )
                 if self.compare:
-                    floor = circuits.random_intervention(model, measure_on, pushed, **kept)
+                    differences = collect_differences(
+                        *(model, task.fit_on),
+                        layers=task.hook_names,
+                        position=task.position,
+                        batch_size=self.batch_size,
+                        progress=progress,
+                    )
+                    nulls = circuits.null_interventions(
+                        model, measure_on, pushed, differences, n=self.null, **kept
+                    )
                     comparison = circuits.compare_circuits(
-                        model, measure_on, answers, {self.method: pushed}, floor=floor, **kept
+                        *(model, measure_on, answers, {self.method: pushed}),
+                        nulls={self.method: nulls},
+                        **kept,
                     )
             tables = {
                 "writers": writers.table,
@@ -103,10 +120,21 @@ class Circuits(FolderCommand):
             run.write(tables, directions, pages=pages)
         if self.quiet:
             return
+        interval = ["ci_low", "ci_high"]
         _print_components(writers.table, readers.table, readers.claims)
         if self.compare:
-            columns = ["level", "share", "iou", "iou_ceiling", "iou_floor", "a_in_a", "a_in_b"]
-            print_rows(comparison.table, "Same circuit or another", [*columns, "b_in_b"])
+            columns = ["level", "selection", "share"]
+            overlap = ["iou", "iou_across", "iou_ceiling", "iou_null_low", "iou_null_high"]
+            print_rows(
+                comparison.table,
+                "Same circuit or another: chosen on one half of the groups",
+                [*columns, *overlap, "iou_p_family"],
+            )
+            print_rows(
+                comparison.faithfulness,
+                "What circuits keep on the other half",
+                [*columns, "circuit_of", "run_in", "faithfulness", *interval, "p_value"],
+            )
         note(f"{run.seconds:.0f} s; written to {self.out}")
 
 
@@ -134,7 +162,9 @@ def _print_components(writers: Any, readers: Any, claims: Any) -> None:
     print_rows(by_size, "Who writes the direction", [*columns, "contribution", "share", *interval])
     effects = ["effect", "direct", "mediated", "exact"]
     print_rows(readers.head(10), "Who reads it", [*columns, *effects])
-    print_rows(claims, "What carries it", ["test", "n_components", "remaining", *interval])
+    print_rows(
+        claims, "What carries it", ["test", "n_components", "remaining", *interval, "p_value"]
+    )
     correlations = ", ".join(
         f"{kind} {'undefined' if r is None else f'{r:.3f}'}"
         for kind, r in readers.attrs["correlation"].items()

@@ -14,7 +14,7 @@ import typer
 
 from steerlens.cli.options import DEBUG, pairs_of, pairs_record
 from steerlens.cli.printing import note, progress_of
-from steerlens.cli.run_warnings import keep_warning, warn, warned
+from steerlens.cli.run_warnings import keep_warning, warned
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
@@ -33,9 +33,6 @@ from steerlens.runs.record import write_run
 from steerlens.runs.unfinished import Parts
 from steerlens.tables import write_csv
 
-IN_SAMPLE = (
-    "note: measured on the pairs the directions are fitted on; give --test-pairs to hold some out"
-)
 HOW = frozenset({"context", "out", "resume", "source", "workers", "dask", "quiet", "debug"})
 """Options that say how a command is run; the others decide what comes out."""
 DATA = frozenset(
@@ -183,7 +180,6 @@ class Task:
     model: HookedModel
     fit_on: ContrastivePairs
     measure_on: ContrastivePairs
-    is_held_out: bool
     hook_names: tuple[str, ...]
     position: int
 
@@ -192,7 +188,7 @@ class Task:
         data = {
             "fitted_on": pairs_record(self.fit_on),
             "measured_on": pairs_record(self.measure_on),
-            "held_out": self.is_held_out,
+            "n_pairs_fitted_on": self.measure_on.count_among(self.fit_on.prompt_hashes),
             "hook_names": self.hook_names,
         }
         resolved = {"position": self.position, **resolved}
@@ -202,8 +198,6 @@ class Task:
     def progress(self) -> Iterator[Progress | None]:
         """Note what is fitted, then show the progress of the block."""
         quiet = self.command.quiet
-        if not self.is_held_out:
-            warn(IN_SAMPLE, quiet=quiet)
         pairs, method = self.fit_on, self.command.method
         note(f"Fitting {method} on {len(pairs)} pairs of {pairs.name}", quiet=quiet)
         with progress_of(quiet=quiet) as progress:
@@ -254,7 +248,7 @@ def prepare(command: Any, layers: str) -> Task:
     Raises `SteerlensError` of what cannot be done, where possible before the model is loaded.
     """
     method_of(command.method)
-    fit_on, measure_on, is_held_out = pairs_of(
+    fit_on, measure_on = pairs_of(
         command.pairs,
         getattr(command, "test_pairs", None),
         getattr(command, "max_pairs", None),
@@ -265,7 +259,7 @@ def prepare(command: Any, layers: str) -> Task:
         position = default_position(command.method, fit_on)
     model = load_model(command.model or DEFAULT_MODEL, progress=not command.quiet)
     hook_names = resolve_hooks(model, layers)
-    return Task(command, model, fit_on, measure_on, is_held_out, hook_names, position)
+    return Task(command, model, fit_on, measure_on, hook_names, position)
 
 
 @dataclass

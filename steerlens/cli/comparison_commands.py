@@ -6,11 +6,12 @@ from typing import Annotated
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, TableCommand, request_of
 from steerlens.cli.folder_command import FolderCommand
-from steerlens.cli.printing import print_rows, print_summary, progress_of
+from steerlens.cli.printing import print_rows, print_summary, progress_of, say
 from steerlens.data.items import PreferenceItems
 from steerlens.data.shipped import SPLITS, dataset_names
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.methods import method_of
+from steerlens.engine.labels import OWN_TOKENS
 from steerlens.errors import InputError
 from steerlens.measure.boundary import check_search
 from steerlens.measure.comparison import compare as run_compare
@@ -44,7 +45,12 @@ class Compare(FolderCommand):
         "mean_diff,pca,pca_pooled,lda,probe,gradient_mean,fisher_pullback"
     )
     budget: Annotated[str, "Damage every method is given, e.g. kl=0.1"] = "kl=0.1"
-    on: Annotated[str, "Text the budget is spent on: neutral or positive."] = "neutral"
+    on: Annotated[
+        str,
+        "Text the budget is spent on: own (what the model writes after training items), neutral or "
+        "positive.",
+    ] = "own"
+    own_tokens: opt.OwnTokens = OWN_TOKENS
     null: Annotated[int, "Null vectors of each kind, random and shuffled, that are run."] = 20
     max_items: Annotated[int | None, "Measure on the first N held-out items only."] = None
     off_target: Annotated[str, "Other shipped datasets, joined by commas; all, none."] = "all"
@@ -56,7 +62,7 @@ class Compare(FolderCommand):
         for name in methods:
             method_of(name)
         check_search(budget=self.budget, search_range=4.0)
-        fit_on, _, _ = opt.pairs_of(self.pairs, group=self.group)
+        fit_on, _ = opt.pairs_of(self.pairs, group=self.group)
         train_items, test_items = _items_of(self.items or self.pairs, self.seed)
         if self.max_items is not None:
             test_items = test_items[: max(self.max_items, 0)]
@@ -83,6 +89,7 @@ class Compare(FolderCommand):
                     off_target=off_target,
                     budget=self.budget,
                     on=self.on,
+                    own_tokens=self.own_tokens,
                     n_null=self.null,
                     position=self.position,
                     seed=self.seed,
@@ -101,8 +108,11 @@ class Compare(FolderCommand):
         if self.quiet:
             return
         columns = ["method", "layer", "coefficient", "effect", "null_low", "null_high", "p_layers"]
-        columns += ["anti_steerable", "kl_nats", "degradation_nats", "off_target", "verdict"]
+        columns += ["anti_steerable", "own_kl_nats", "own_degradation_nats", "spent_neg"]
+        columns += ["off_target", "verdict"]
         print_rows(result.table, "Every method and layer", columns)
+        if (result.table.spent_neg > 2).any():
+            say("spent neg above 2: minus the coefficient does more than twice the budget's damage")
         print_summary(result.summary)
         if len(result.methods):
             print_rows(result.methods, "Against mean_diff, on the same items", AGAINST)
@@ -121,7 +131,7 @@ class Reliability(ModelCommand, TableCommand):
 
     def run(self) -> None:
         """What the command does."""
-        fit_on, _, _ = opt.pairs_of(self.pairs, group=self.group)
+        fit_on, _ = opt.pairs_of(self.pairs, group=self.group)
         model = load_model(self.model, progress=not self.quiet)
         with progress_of(quiet=self.quiet) as progress:
             differences = collect_differences(

@@ -1,11 +1,14 @@
 """The options that several commands share, each declared once, and what their values name."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
+
+import typer
 
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.reading import read_texts
 from steerlens.data.shipped import dataset_names
+from steerlens.engine.labels import LabelKind
 from steerlens.errors import InputError
 from steerlens.measure.rows import checked_coefficients
 from steerlens.measure.texts import On
@@ -32,6 +35,25 @@ Position = Annotated[
     "Token of the prompt to read; negative from its end. Default -1; -2 for methods "
     "fitted from gradients where pairs have no continuation.",
 ]
+
+Labels = Annotated[
+    str | None,
+    "Tokens whose logprob counts: continuation, assistant, own, own_sampled or all. Default: "
+    "continuation where pairs have one, else assistant of a chat, else all.",
+]
+OwnTokens = Annotated[
+    int, typer.Option(min=1, help="Most tokens of a text that the model itself writes.")
+]
+
+
+def labels_of(command: Any) -> dict[str, Any]:
+    """What `--labels` and `--own-tokens` say, as `Study` takes it.
+
+    Raises `InputError` on no kind of labels.
+    """
+    if command.labels is not None and command.labels not in get_args(LabelKind):
+        raise InputError(f"labels are {', '.join(get_args(LabelKind))}, not {command.labels!r}")
+    return {"labels": command.labels, "own_tokens": command.own_tokens}
 
 
 def strengths_of(text: str) -> list[str]:
@@ -62,8 +84,8 @@ def pairs_of(
     max_pairs: int | None = None,
     *,
     group: str = "group",
-) -> tuple[ContrastivePairs, ContrastivePairs, bool]:
-    """The pairs to fit on, the pairs to measure on, and whether those are other pairs."""
+) -> tuple[ContrastivePairs, ContrastivePairs]:
+    """The pairs to fit on and the pairs to measure on."""
     fit_on = _read_pairs(pairs, "train", group)
     if test_pairs is not None:
         measure_on = _read_pairs(test_pairs, "test", group)
@@ -71,10 +93,9 @@ def pairs_of(
         measure_on = _read_pairs(pairs, "test", group)
     else:
         measure_on = fit_on
-    is_held_out = measure_on.fingerprint != fit_on.fingerprint
     if max_pairs is not None:
         measure_on = measure_on[: max(max_pairs, 0)]
-    return fit_on, measure_on, is_held_out
+    return fit_on, measure_on
 
 
 def _read_pairs(source: str, split: str, group: str) -> ContrastivePairs:

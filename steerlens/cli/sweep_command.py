@@ -13,9 +13,9 @@ from steerlens.cli.executors import executor_of
 from steerlens.cli.folder_command import FolderCommand
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of
 from steerlens.cli.run_warnings import warn
-from steerlens.directions.directions import Directions
-from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.engine.labels import OWN_TOKENS
 from steerlens.loss import Budget
+from steerlens.measure.study import Study
 from steerlens.measure.sweeps import SweepResult
 from steerlens.measure.tokens import generation_table, token_damage
 from steerlens.models.packaged import DEFAULT_MODEL
@@ -53,6 +53,8 @@ class Sweep(FolderCommand, WorkersCommand):
     coefficients: Annotated[str, "Residual units, e.g. --coefficients=-8,0,8"] = "-8,-4,0,4,8"
     method: opt.Method = "mean_diff"
     position: opt.Position = None
+    labels: opt.Labels = None
+    own_tokens: opt.OwnTokens = OWN_TOKENS
     budget: Annotated[str, "What counts as coherent: relative=0.01 or nats=0.05"] = "relative=0.01"
     examples: Annotated[
         int,
@@ -67,6 +69,7 @@ class Sweep(FolderCommand, WorkersCommand):
         """What the command does."""
         coefficients = opt.numbers_of(self.coefficients)
         Budget.parse(self.budget)
+        opt.labels_of(self)
         # Workers that cannot be had are told of before a model is loaded.
         with executor_of(workers=self.workers, dask=self.dask) as executor:
             self._run(coefficients, executor)
@@ -79,12 +82,12 @@ class Sweep(FolderCommand, WorkersCommand):
             examples_at="the middle one of hook_names, whatever the numbers: an illustration",
         )
         with self.opened(request) as run:
-            directions, result = self._cells(task, coefficients, run.parts, executor)
+            study, result = self._cells(task, coefficients, run.parts, executor)
             tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
             if self.examples:
-                tables |= self._example_tables(task, directions, coefficients)
+                tables |= self._example_tables(study, coefficients)
             spent = result.table.attrs["forward_equivalents"]
-            run.write(tables, directions, forward_equivalents=spent)
+            run.write(tables, study.fitted, forward_equivalents=spent)
         if not self.quiet:
             print_layers(result.layers)
             print_cells(result)
@@ -92,29 +95,32 @@ class Sweep(FolderCommand, WorkersCommand):
 
     def _cells(
         self, task: Task, coefficients: list[float], parts: Parts, executor: Executor | None
-    ) -> tuple[Directions, SweepResult]:
+    ) -> tuple[Study, SweepResult]:
         with task.progress() as progress:
             directions = parts.directions(lambda: task.fit(progress))
             study = task.study(
-                progress, directions, parts=parts, budget=self.budget, executor=executor
+                progress,
+                directions,
+                parts=parts,
+                budget=self.budget,
+                executor=executor,
+                **opt.labels_of(self),
             )
             result = study.sweep(coefficients)
-        return directions, result
+        return study, result
 
-    def _example_tables(
-        self, task: Task, directions: Directions, coefficients: list[float]
-    ) -> dict[str, pd.DataFrame]:
+    def _example_tables(self, study: Study, coefficients: list[float]) -> dict[str, pd.DataFrame]:
         """Of the first positive prompts, steered at the middle hook: what illustrates the run.
 
         `generations` at every coefficient, `tokens` at the smallest and the largest. Notes, kept in
         the record, say which texts are short because the context is full.
         """
-        hook_name = task.hook_names[len(task.hook_names) // 2]
-        ids = [pair.id for pair in task.measure_on][: self.examples]
-        prompts = tokenize_pairs(task.model, task.measure_on).positive[: self.examples]
+        hook_name = study.hook_names[len(study.hook_names) // 2]
+        ids = [pair.id for pair in study.pairs][: self.examples]
+        prompts = study.tokens.positive[: self.examples]
         note(f"Examples: {len(ids)} prompts at {hook_name}", quiet=self.quiet)
         with progress_of(quiet=self.quiet) as progress:
-            steered = (task.model, prompts, directions)
+            steered = (study.model, prompts, study.fitted)
             shared: dict[str, Any] = {"layer": hook_name, "ids": ids, "progress": progress}
             generations = generation_table(
                 *steered, coefficients=coefficients, max_new_tokens=NEW_TOKENS, **shared

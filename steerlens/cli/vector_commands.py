@@ -1,7 +1,7 @@
 """The commands that make, use and carry steering vectors."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +68,7 @@ class Extract(ModelCommand):
             table = study.boundary(on=text).layers if self.boundary else study.layers
         vector = SteeringVector.from_directions(
             task.model,
-            study.directions,
+            study.fitted,
             layers=self.layers,
             operator=operator,
             layer_table=table,
@@ -144,7 +144,7 @@ class Generate(ModelCommand):
 
     def _fit_at(self, layer: str) -> tuple[HookedModel, TokenizedPrompt, dict[str, Any]]:
         """The model, the prompt, and a direction fitted at each hook of `layer`."""
-        task = replace(prepare(self, layer), is_held_out=True)  # nothing is measured
+        task = prepare(self, layer)
         prompt = self._tokenize(task.model)
         with task.progress() as progress:
             directions = task.fit(progress, layers=layer)

@@ -1,9 +1,10 @@
 """Preference items: a prompt with two continuations, one for each side of a concept."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
-from steerlens.data.prompts import Prompt, checked_prompt, checked_text
+from steerlens.data.prompts import Prompt, checked_prompt, checked_text, distinctive, texts_of
 from steerlens.data.sequence import EntrySequence
 from steerlens.validation import checked
 
@@ -58,7 +59,7 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
     name: str = "items"
 
     _noun: ClassVar = "items"
-    _repeated: ClassVar = "the prompt of others"
+    _repeated: ClassVar = "the prompt"
     _entry: ClassVar = PreferenceItem
     _required: ClassVar = {
         "prompt": checked_prompt,
@@ -80,6 +81,15 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
             InputError: The name or split is unknown.
         """
         return cls._load(name, split, f"items_{split}", group)
+
+    def count_sharing(self, texts: Collection[str]) -> int:
+        """How many of these items have one of the texts in their prompt (see `texts_of`)."""
+        return sum(not texts_of(item.prompt).isdisjoint(texts) for item in self)
+
+    @property
+    def shared_texts(self) -> set[str]:
+        """The texts of the prompts (see `texts_of`), but for those that all have."""
+        return distinctive(texts_of(item.prompt) for item in self)
 
     @classmethod
     def _alike(cls, entry: PreferenceItem) -> Prompt:

@@ -1,6 +1,9 @@
 """Contrastive pairs: a positive and a negative prompt that differ in one concept."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar, Literal
@@ -9,6 +12,8 @@ from steerlens.data.prompts import (
     Prompt,
     checked_prompt,
     checked_text,
+    distinctive,
+    texts_of,
 )
 from steerlens.data.sequence import EntrySequence
 from steerlens.errors import InputError
@@ -68,6 +73,7 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
     name: str = "pairs"
 
     _noun: ClassVar = "pairs"
+    _repeated: ClassVar = "both prompts"
     _entry: ClassVar = ContrastivePair
     _required: ClassVar = {"positive": checked_prompt, "negative": checked_prompt}
     _optional: ClassVar = {"continuation": checked_text}
@@ -137,16 +143,78 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
         """
         return cls._load(name, split, split, group)
 
+    @property
+    def prompt_hashes(self) -> tuple[str, ...]:
+        """What tells each pair by its two prompts: 16 hex digits of their sha256.
+
+        Its id, group and continuation and which side is which do not matter.
+
+        Examples:
+            >>> turned = sl.ContrastivePairs.from_lists(
+            ...     [pair.negative for pair in pairs], [pair.positive for pair in pairs]
+            ... )
+            >>> turned.prompt_hashes == pairs.prompt_hashes
+            True
+        """
+        sides = ([json.dumps(side) for side in (pair.positive, pair.negative)] for pair in self)
+        return tuple(
+            hashlib.sha256("\n".join(sorted(both)).encode()).hexdigest()[:16] for both in sides
+        )
+
+    def count_among(self, hashes: Collection[str]) -> int | None:
+        """How many of these pairs have the two prompts of some others, given by `prompt_hashes`.
+
+        None where there are none: what `Directions` were fitted on may not be known.
+        """
+        others = frozenset(hashes)
+        return sum(one in others for one in self.prompt_hashes) if others else None
+
+    def warn_of_fitted(self, hashes: Collection[str]) -> int | None:
+        """`count_among` the pairs that were fitted on; a warning where any of these was."""
+        n = self.count_among(hashes)
+        if n:
+            warnings.warn(
+                f"{self.name}: {n} of {len(self)} measured pairs were fitted on too, so what is "
+                "measured is in sample and likely looks better than on new pairs; measure on "
+                "others (--test-pairs), or fit on a part of them (pairs.split)",
+                UserWarning,
+                stacklevel=3,
+            )
+        return n
+
+    @classmethod
+    def _alike(cls, entry: ContrastivePair) -> tuple[Prompt, Prompt]:
+        return entry.positive, entry.negative
+
+    @property
+    def shared_texts(self) -> set[str]:
+        """The texts of the prompts, personas too (see `texts_of`), but for those that all have.
+
+        Where they are text, also the words before and those after what the sides differ in.
+        """
+        return distinctive(
+            texts_of(side) | ({*_parts(pair)[1:]} if isinstance(side, str) else set())
+            for pair in self
+            for side in (pair.positive, pair.negative)
+        )
+
     @classmethod
     def _auto_group(cls, entry: ContrastivePair) -> str:
-        """What the two sides do not share: whole messages, or the words of a text."""
-        positive, negative = entry.positive, entry.negative
-        if isinstance(positive, str) or isinstance(negative, str):
-            sides = [str(positive).split(), str(negative).split()]
-        else:
-            sides = [[f"{m.role}: {m.content}" for m in side] for side in (positive, negative)]
-        for _ in ("start", "end"):  # turned round after each: both ends are cut, the order kept
-            shared = takewhile(lambda words: words[0] == words[1], zip(*sides, strict=False))
-            n_shared = len(list(shared))
-            sides = [side[n_shared:][::-1] for side in sides]
-        return " | ".join(" ".join(side) for side in sides)
+        return _parts(entry)[0]
+
+
+def _parts(pair: ContrastivePair) -> tuple[str, str, str]:
+    """What the two sides do not share, whole messages or the words of a text, and both ends that
+    they do."""
+    positive, negative = pair.positive, pair.negative
+    if isinstance(positive, str) or isinstance(negative, str):
+        sides = [str(positive).split(), str(negative).split()]
+    else:
+        sides = [[f"{m.role}: {m.content}" for m in side] for side in (positive, negative)]
+    ends = []
+    for turn in (1, -1):  # turned round after each: both ends are cut, the order kept
+        shared = takewhile(lambda words: words[0] == words[1], zip(*sides, strict=False))
+        n_shared = len(list(shared))
+        ends.append(" ".join(sides[0][:n_shared][::turn]))
+        sides = [side[n_shared:][::-1] for side in sides]
+    return " | ".join(" ".join(side) for side in sides), ends[0], ends[1]

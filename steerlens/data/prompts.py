@@ -3,8 +3,10 @@
 import importlib.util
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from steerlens.errors import InputError, in_one_line
@@ -34,6 +36,24 @@ class Message(NamedTuple):
 
 Prompt: TypeAlias = str | tuple[Message, ...]
 """Text, or the messages of a chat, which the model's tokenizer renders."""
+
+
+def texts_of(prompt: Prompt) -> set[str]:
+    """What others may share of a prompt: the text; of a chat, what system and user say.
+
+    An assistant's opening is left out, as it goes with the question. Spaces count as one.
+    """
+    if isinstance(prompt, str):
+        prompt = (Message("user", prompt),)
+    texts = {" ".join(said.content.split()) for said in prompt if said.role != "assistant"}
+    return texts - {""}
+
+
+def distinctive(of_prompts: Iterable[set[str]]) -> set[str]:
+    """The texts of some prompts without those that all have: such an instruction tells nothing."""
+    sets = list(of_prompts)
+    counts = Counter(chain.from_iterable(sets))
+    return {text for text, n in counts.items() if n < len(sets)}
 
 
 @runtime_checkable
@@ -101,6 +121,58 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
     return text
 
 
+class Span(NamedTuple):
+    """Where in a rendered prompt the text of a message stands, and whose it is."""
+
+    role: str
+    start: int
+    stop: int
+
+
+@checked
+def message_spans(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[Span, ...]:
+    """Where each message stands in the text that `render` gives; none where a prompt is text.
+
+    The template is rendered once more with marks in place of the messages: what stands between the
+    marks is the template's own. A message that the template leaves out has no span.
+
+    Raises:
+        InputError: The template writes other text around the messages than around the marks, or
+            changes a message by more than spaces at its ends; and as `render`.
+    """
+    if isinstance(prompt, str):
+        return ()
+    text = render(prompt, tokenizer)
+    is_open = prompt[-1].role == "assistant" and not prompt[-1].content
+    messages = prompt[:-1] if is_open else prompt
+    marks = [f"\ue000{i}\ue001" for i in range(len(messages))]
+    rest = render(
+        tuple(Message(m.role, mark) for m, mark in zip(messages, marks, strict=True)), tokenizer
+    )
+    written = [(m, mark) for m, mark in zip(messages, marks, strict=True) if mark in rest]
+    spans, at = [], 0
+    before, *_ = rest.split(written[0][1]) if written else ("",)
+    for number, (message, mark) in enumerate(written):
+        rest = rest.partition(mark)[2]
+        following = written[number + 1][1] if number + 1 < len(written) else ""
+        after = rest.partition(following)[0] if following else rest
+        start = at + len(before)
+        kept = [
+            content
+            for content in _trimmed(message.content)
+            if text.startswith(before, at) and text.startswith(content + after, start)
+        ]
+        if not kept:
+            raise InputError(
+                f"the chat template writes another text around the message "
+                f"{_ends(message.content)} than around others, so the tokens of each role cannot "
+                "be told apart; take the labels 'all' or 'own', or give continuations"
+            )
+        at, before = start + len(kept[0]), after
+        spans.append(Span(message.role, start, at))
+    return tuple(spans)
+
+
 @contextmanager
 def _limited() -> Iterator[None]:
     """Raise inside the block where a template runs too long, or takes too much memory at once.
@@ -147,6 +219,11 @@ def _limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _trimmed(text: str) -> tuple[str, ...]:
+    """A text as it is, and without the spaces at either end, or both."""
+    return text, text.strip(), text.lstrip(), text.rstrip()
 
 
 def _ends(text: str) -> str:

@@ -39,7 +39,7 @@ class EntrySequence(Sequence[Entry]):
     """
 
     name: str
-    _repeated: ClassVar[str] = "others"
+    _repeated: ClassVar[str]
     """What an entry shares with those that are its group where none is given."""
     _noun: ClassVar[str]
     """What the entries are called, and the field that holds them."""
@@ -101,14 +101,19 @@ class EntrySequence(Sequence[Entry]):
     def groups(self) -> tuple[int, ...]:
         """The number of each entry's group, in the order in which groups are met.
 
-        An entry without a group is one of its own, with those that repeat it.
+        An entry without a group is one of its own, with those that repeat it. One that repeats all
+        of an earlier entry but its id is of that one's group, whatever group it is given.
 
         Examples:
             >>> pairs.groups
             (0, 1, 2, 3, 4, 5, 6, 7)
         """
+        first: dict[Any, tuple[str, Any]] = {}
         keys = [
-            ("alike", self._alike(entry)) if entry.group is None else ("group", entry.group)
+            first.setdefault(
+                self._content(entry),
+                ("alike", self._alike(entry)) if entry.group is None else ("group", entry.group),
+            )
             for entry in self._entries
         ]
         numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
@@ -124,8 +129,8 @@ class EntrySequence(Sequence[Entry]):
         notes = []
         if n_repeats:
             notes.append(
-                f"{n_repeats} of {n} {noun} repeat {self._repeated}; where no group is given they "
-                "are of one group, so that they make no interval narrower"
+                f"{n_repeats} of {n} {noun} repeat {self._repeated} of others; where no group is "
+                "given they are of one group, so that they make no interval narrower"
             )
         if not has_groups and n_texts < n - n_repeats:
             notes.append(
@@ -267,7 +272,7 @@ class EntrySequence(Sequence[Entry]):
     @classmethod
     def _alike(cls, entry: Any) -> Any:
         """What makes two entries without a group one group."""
-        return cls._content(entry)
+        raise NotImplementedError
 
     @classmethod
     def _auto_group(cls, entry: Any) -> str:

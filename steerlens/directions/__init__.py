@@ -3,7 +3,8 @@
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit
-from steerlens.directions.gradients import LossGradients, gradient_terms, loss_gradients
+from steerlens.directions.gradient_rows import LossGradients, gradient_terms
+from steerlens.directions.gradients import loss_gradients
 from steerlens.directions.methods import METHODS, Method, fit_directions, null_directions
 from steerlens.directions.training import Schedule, Trained, train_directions
 

@@ -27,8 +27,9 @@ class Differences:
 
     `positive` and `negative` hold `hook_names` first, then `readout_names`: further hooks at which
     a sweep over `hook_names` reads its effect, carried along so that one pass is enough. In
-    residual units; float32, or float64 where the model is. `fingerprint` and `groups` are those of
-    the pairs, `weight_processing` and `weights_fingerprint` those of the model.
+    residual units; float32, or float64 where the model is. `fingerprint`, `groups` and
+    `pair_hashes` are those of the pairs, `weight_processing` and `weights_fingerprint` those of
+    the model.
 
     Examples:
         >>> differences
@@ -48,6 +49,7 @@ class Differences:
     weight_processing: str = UNKNOWN
     weights_fingerprint: str = UNKNOWN
     groups: tuple[int, ...] | None = None
+    pair_hashes: tuple[str, ...] = ()
 
     @property
     def pair_groups(self) -> tuple[int, ...]:
@@ -141,6 +143,7 @@ def collect_differences(
         weight_processing=weight_processing(model),
         weights_fingerprint=weights_fingerprint(model),
         groups=pairs.groups,
+        pair_hashes=pairs.prompt_hashes,
     )
 
 

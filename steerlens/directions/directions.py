@@ -40,7 +40,8 @@ class Directions(Frozen, Mapping[str, Tensor]):
     sweep (`readout_names`) are found by `directions[name]` too, but are not steered. `vectors`
     holds both, in that order; what is taken is a copy, so that nothing changes them. The sign is
     fixed by the method, most often so that positive prompts project higher on average.
-    `fingerprint` is that of the pairs it was fitted on. A model with another `weight_processing`
+    `fingerprint` is that of the pairs it was fitted on, `pair_hashes` their `prompt_hashes` (none
+    where that is not known). A model with another `weight_processing`
     may not use them; one with another `weights_fingerprint` may, with a warning. Raises
     `InputError` when a vector does not have norm 1.
 
@@ -61,6 +62,7 @@ class Directions(Frozen, Mapping[str, Tensor]):
     fingerprint: str
     weight_processing: str = UNKNOWN
     weights_fingerprint: str = UNKNOWN
+    pair_hashes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

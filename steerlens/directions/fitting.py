@@ -8,10 +8,12 @@ from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.gradients import LossGradients, Weight, check_weight, loss_gradients
-from steerlens.directions.methods import Method, Source, fit_directions, method_of
+from steerlens.directions.gradient_rows import LossGradients, Weight, check_weight
+from steerlens.directions.gradients import loss_gradients
+from steerlens.directions.methods import Method, fit_directions, method_of
 from steerlens.directions.training import train_directions
 from steerlens.engine.checkpoint import Checkpoint, Kept, digest
+from steerlens.engine.labels import OWN, LabelKind
 from steerlens.loss import WEIGHT
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers
@@ -31,6 +33,7 @@ def fit(
     method: str = "mean_diff",
     layers: Layers = "all",
     position: int | None = None,
+    labels: LabelKind | None = None,
     weight: Weight = WEIGHT,
     items: PreferenceItems | None = None,
     differences: Differences | None = None,
@@ -43,10 +46,13 @@ def fit(
     `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`.
 
     Args:
-        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`.
+        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`,
+            `gradient_mean+on_pca`.
         layers: As in `resolve_hooks`.
         position: The token of each prompt that is read; by default the last, or the last but one
-            for a method fitted from gradients where some pair has no continuation.
+            for a method fitted from gradients where some pair has no label after it.
+        labels: Of methods fitted from gradients or trained: the tokens whose logprob the loss
+            keeps, as of `Study`. Default: that of the pairs.
         weight: That of the coherence term in the gradients (`LossGradients.with_weight`).
         items: For the methods trained on continuations.
         differences: Of the pairs at the layers and the position, where they are there already;
@@ -64,13 +70,15 @@ def fit(
     """
     check_weight(weight)
     chosen = method_of(method)
-    at = default_position(method, pairs) if position is None else position
+    at = default_position(method, pairs, labels) if position is None else position
     shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
     evidence: Differences | LossGradients
     if chosen.source == "training":
-        return _train(model, pairs, chosen, items=items, position=at, seed=seed, **shared)
+        how: dict[str, Any] = {"items": items, "position": at, "labels": labels, "seed": seed}
+        return _train(model, pairs, chosen, **how, **shared)
     if chosen.source == "gradients":
-        gradients = _gradients(model, pairs, [chosen], position=at, seed=seed, **shared)
+        how = {"position": at, "labels": labels, "seed": seed}
+        gradients = _gradients(model, pairs, [chosen], **how, **shared)
         evidence = gradients.with_weight(weight)
     else:
         evidence = differences or collect_differences(model, pairs, position=at, **shared)
@@ -91,7 +99,7 @@ def fit_methods(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> dict[str, Directions]:
-    """Method name, as given, -> directions; from one pass for the gradients of all that need them.
+    """Method name, as given, -> directions; from one pass for the gradients on each axis.
 
     The differences are there already. Those that the checkpoint has are not fitted again. Otherwise
     as `fit`.
@@ -99,7 +107,7 @@ def fit_methods(
     chosen = {name: method_of(name) for name in methods}
     shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
     by_gradients = [method for method in chosen.values() if method.source == "gradients"]
-    evidence: dict[Source, Differences | LossGradients] = {"differences": differences}
+    gradients: dict[str | None, LossGradients] = {}
     keys: dict[str, str] = {}
     fitted: dict[str, Directions] = {}
     for name in chosen if checkpoint is not None else ():
@@ -110,18 +118,19 @@ def fit_methods(
         )
         fitted |= _kept(checkpoint, name, keys[name])
     left = {name: method for name, method in chosen.items() if name not in fitted}
-    if any(method.source == "gradients" for method in left.values()):
-        at = default_position(by_gradients[0].name, pairs) if position is None else position
-        evidence["gradients"] = _gradients(
-            model, pairs, by_gradients, position=at, seed=seed, **shared
-        )
+    for axis in dict.fromkeys(m.axis for m in left.values() if m.source == "gradients"):
+        alike = [method for method in by_gradients if method.axis == axis]
+        at = default_position(alike[0].name, pairs) if position is None else position
+        gradients[axis] = _gradients(model, pairs, alike, position=at, seed=seed, **shared)
     at = -1 if position is None else position
     for name, method in left.items():
         if method.source == "training":
             how: dict[str, Any] = {"items": items, "position": at, "seed": seed, **shared}
             directions = _train(model, pairs, method, **how)
         else:
-            directions = fit_directions(evidence[method.source], method=method.name, seed=seed)
+            by_gradient = method.source == "gradients"
+            evidence = gradients[method.axis] if by_gradient else differences
+            directions = fit_directions(evidence, method=method.name, seed=seed)
         fitted[name] = directions
         if checkpoint is not None:
             record = {f.name: getattr(directions, f.name) for f in fields(directions)}
@@ -136,27 +145,34 @@ def _kept(checkpoint: Checkpoint | None, name: str, key: str) -> dict[str, Direc
     if kept is None:
         return {}
     found: dict[str, Any] = {**kept.record, **kept.tensors}
-    found |= {field: tuple(found[field]) for field in ("hook_names", "readout_names")}
+    found |= {
+        field: tuple(found[field]) for field in ("hook_names", "readout_names", "pair_hashes")
+    }
     return {name: Directions(**found)}
 
 
 def _gradients(
     model: HookedModel, pairs: ContrastivePairs, methods: Sequence[Method], **settings: Any
 ) -> LossGradients:
+    """One pass for methods of the same axis."""
     n_scores = N_SCORES if any(method.needs_scores for method in methods) else 0
-    return loss_gradients(model, pairs, n_scores=n_scores, **settings)
+    return loss_gradients(model, pairs, axis=methods[0].axis, n_scores=n_scores, **settings)
 
 
 def _train(
     model: HookedModel, pairs: ContrastivePairs, method: Method, **settings: Any
 ) -> Directions:
-    return train_directions(model, pairs, objective=method.objective, **settings).directions
+    trained = train_directions(
+        model, pairs, objective=method.objective, axis=method.axis, **settings
+    )
+    return trained.directions
 
 
-def default_position(method: str, pairs: ContrastivePairs) -> int:
-    """-1; or -2 for methods fitted from gradients where some pair has no continuation.
+def default_position(method: str, pairs: ContrastivePairs, labels: LabelKind | None = None) -> int:
+    """-1; or -2 for methods fitted from gradients where some pair has no label after it.
 
-    A gradient of the coherence term needs a label after it.
+    A gradient of the coherence term needs a label after it: of a continuation, or of own text.
     """
-    is_early = method_of(method).source == "gradients" and not all(p.continuation for p in pairs)
-    return -2 if is_early else -1
+    are_after = labels != "assistant" and all(pair.continuation for pair in pairs)
+    follow = labels in OWN or are_after
+    return -2 if method_of(method).source == "gradients" and not follow else -1

@@ -2,11 +2,13 @@
 
 A method is written as its name, with options after plus signs where it has any: `pca`,
 `gradient_svd+pooled`, `gradient_fisher+centred+pooled`; so in `fit`, on the command line, in tables
-and in records of runs. `METHODS` says which options a method has.
+and in records of runs. `METHODS` says which options a method has. The last one, where it is not the
+method's own, is the axis on which its loss measures the separation: `gradient_mean+on_pca`,
+`optimised+on_mean_diff`, `optimised+on_norm`.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -22,12 +24,15 @@ from steerlens.directions.contrast_methods import Activations, coin_flips
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.gradient_methods import Form, Gradients
-from steerlens.directions.gradients import LossGradients
+from steerlens.directions.gradient_rows import LossGradients
 from steerlens.directions.old_names import METHOD_NAMES, warn_of_old
 from steerlens.errors import InputError
 from steerlens.validation import Draws, Whole, checked
 
 Source = Literal["differences", "gradients", "training"]
+
+NORM = "norm"
+"""What a name says of a loss without an axis: `optimised+on_norm`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Method:
 
     A function's result is normalised and signed by `fit_directions`. A method by `training` runs
     the model, so it has an `objective` in place of a function. `kinds` are options of the function;
-    `has_forms` says that `pooled` is one too (see `gradient_methods`).
+    `has_forms` says that `pooled` is one too (see `gradient_methods`), `has_axis` that the loss
+    measures a separation: on `axis`, fitted by the method of that name, or by the norm (None).
     """
 
     name: str
@@ -46,14 +52,23 @@ class Method:
     objective: str = ""
     kinds: tuple[str, ...] = ()
     has_forms: bool = False
+    has_axis: bool = False
+    axis: str | None = None
     form: Form = "paired"
     needs_scores: bool = False
     is_control: bool = False
 
     @property
     def options(self) -> tuple[str, ...]:
-        """What may follow the name: one of the kinds, and `pooled`."""
-        return (*self.kinds, *(["pooled"] if self.has_forms else []))
+        """What may follow the name: one of the kinds, `pooled`, and an axis (`on_pca`)."""
+        axis = ["on_AXIS"] if self.has_axis else []
+        return (*self.kinds, *(["pooled"] if self.has_forms else []), *axis)
+
+    def on(self, axis: str | None) -> "Method":
+        """The method with its loss on this axis; its name says so where it is not its own."""
+        if axis == self.axis or not self.has_axis:
+            return self
+        return replace(self, name=f"{self.name}+on_{axis or NORM}", axis=axis)
 
 
 def _of(source: Source, function: Callable[..., Tensor], **settings: Any) -> Method:
@@ -70,14 +85,22 @@ _ALL = (
     _of("differences", contrast.pca_pooled),
     _of("differences", contrast.lda),
     _of("differences", contrast.probe),
-    _of("gradients", gradient.gradient_mean, has_forms=True),
-    _of("gradients", gradient.gradient_svd, has_forms=True),
-    _of("gradients", gradient.gradient_fisher, kinds=("centred", "norm_weighted"), has_forms=True),
-    _of("gradients", gradient.fisher_pullback, needs_scores=True),
+    _of("gradients", gradient.gradient_mean, has_forms=True, has_axis=True),
+    _of("gradients", gradient.gradient_svd, has_forms=True, has_axis=True),
+    _of(
+        *("gradients", gradient.gradient_fisher),
+        kinds=("centred", "norm_weighted"),
+        has_forms=True,
+        has_axis=True,
+    ),
+    _of("gradients", gradient.fisher_pullback, needs_scores=True, has_axis=True),
     Method(
         *("optimised", "training"),
-        "A vector trained at c = +1 and -1 by the reference loss (`train_directions`).",
+        "A vector trained at c = +1 and -1 by the reference loss on the frozen PCA axis "
+        "(`train_directions`). Options: on_AXIS.",
         objective="reference",
+        has_axis=True,
+        axis="pca",
     ),
     Method(
         *("optimised_promotion", "training"),
@@ -102,6 +125,7 @@ def method_of(name: str) -> Method:
 
     Raises `InputError` that lists the methods, or the options, where there is none of that name.
     """
+    name, on, axis = name.partition("+on_")
     if name in METHOD_NAMES:
         warn_of_old(f"the method {name!r}", repr(METHOD_NAMES[name]))
         name = METHOD_NAMES[name]
@@ -111,16 +135,34 @@ def method_of(name: str) -> Method:
     method = METHODS[base]
     kinds = tuple(option for option in options if option in method.kinds)
     pooled = ("pooled",) if method.has_forms and "pooled" in options else ()
-    if len(kinds) > 1 or sorted(kinds + pooled) != sorted(options):
+    is_other = sorted(kinds + pooled) != sorted(options) or bool(on and not method.has_axis)
+    if len(kinds) > 1 or is_other:
         allowed = " or ".join(f"{base}+{option}" for option in method.options) or f"{base} alone"
-        raise InputError(f"no method {name!r}; write {allowed}")
+        raise InputError(f"no method {name + on + axis!r}; write {allowed}")
     function = method.function
-    return replace(
+    method = replace(
         method,
         name="+".join((base, *kinds, *pooled)),
         function=partial(function, kind=kinds[0]) if kinds and function else function,
         form="pooled" if pooled else "paired",
     )
+    if not on:
+        return method
+    return method.on(None if axis == NORM else axis_method(axis).name)
+
+
+def axis_method(name: str) -> Method:
+    """The method of an axis that is given by name: one that is fitted from differences.
+
+    Raises `InputError` for others.
+    """
+    chosen = method_of(name)
+    if chosen.source != "differences":
+        raise InputError(
+            f"an axis by name is fitted from differences, and {name} is fitted from "
+            f"{chosen.source}; fit it, and give the Directions as axis="
+        )
+    return chosen
 
 
 @checked
@@ -137,13 +179,15 @@ def fit_directions(
     Args:
         evidence: What `collect_differences` gives, or `loss_gradients` for the methods fitted from
             gradients.
-        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`.
+        method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`. The
+            axis is that of the gradients, and the result's method names it.
         seed: From 0 on; matters to `random` and `shuffled` alone.
 
     Raises:
-        InputError: An unknown method or one that is fitted from something else, a bad seed, or a
-            hook at which nothing is left beyond rounding: differences that are zero, that cancel
-            for `mean_diff`, that are all equal for `pca_centred`; a gradient that is zero.
+        InputError: An unknown method or one that is fitted from something else or on another axis,
+            a bad seed, or a hook at which nothing is left beyond rounding: differences that are
+            zero, that cancel for `mean_diff`, that are all equal for `pca_centred`; a gradient that
+            is zero.
 
     Examples:
         >>> sl.fit_directions(differences, method="pca")
@@ -151,11 +195,19 @@ def fit_directions(
     """
     chosen = method_of(method)
     source = "differences" if isinstance(evidence, Differences) else "gradients"
-    if chosen.function is None or chosen.source != source:
+    function = chosen.function
+    if function is None or chosen.source != source:
         raise InputError(
             f"{chosen.name} is fitted from {chosen.source}, and this is {source}; "
             f"{_ADVICE[chosen.source]}, or use fit(model, pairs, method={chosen.name!r})"
         )
+    if isinstance(evidence, LossGradients):
+        if chosen.axis not in (None, evidence.axis):
+            raise InputError(
+                f"{chosen.name} is on the axis {chosen.axis}, and these gradients are on "
+                f"{evidence.axis or 'the norm'}; take loss_gradients(..., axis={chosen.axis!r})"
+            )
+        chosen = chosen.on(evidence.axis)
     vectors = []
     known: Activations | Gradients
     for index, hook_name in enumerate(evidence.all_hook_names):
@@ -164,22 +216,34 @@ def fit_directions(
                 known, rows, rounding = _activations(evidence, index, hook_name, seed)
             else:
                 known, rows, rounding = _gradients(evidence, index, chosen.form)
-            unit = _unit(chosen.function(known), rounding)
+            unit = _unit(function(known), rounding)
         except InputError as error:
             raise InputError(f"{chosen.name} at {hook_name}: {error}") from error
         # A control must not know which side is which, as its sign would say.
         is_turned = not chosen.is_control and bool((rows @ unit).mean() < 0)
         vectors.append(-unit if is_turned else unit)
+    return directions_of(evidence, vectors, method=chosen.name, seed=seed)
+
+
+def directions_of(
+    evidence: Differences | LossGradients,
+    vectors: Sequence[Float[Tensor, " d_model"]],
+    *,
+    method: str,
+    seed: int,
+) -> Directions:
+    """Unit vectors at every hook of the evidence, readouts included, as `Directions` of it."""
     return Directions(
         hook_names=evidence.hook_names,
         readout_names=evidence.readout_names,
-        vectors=torch.stack(vectors).to(evidence.positive.dtype),
-        method=chosen.name,
+        vectors=torch.stack([*vectors]).to(evidence.positive.dtype),
+        method=method,
         position=evidence.position,
         seed=seed,
         fingerprint=evidence.fingerprint,
         weight_processing=evidence.weight_processing,
         weights_fingerprint=evidence.weights_fingerprint,
+        pair_hashes=evidence.pair_hashes,
     )
 
 

@@ -8,7 +8,7 @@ pair by pair) and `directions.training`.
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -224,26 +224,32 @@ class Slopes(NamedTuple):
 def label_slopes(
     engine: Engine,
     batches: Sequence[Batch],
-    along: Sequence[tuple[str, Float[Tensor, " d_model"]]],
+    along: Sequence[Sequence[tuple[str, Float[Tensor, " d_model"]]]],
     *,
     steered_positions: SteeredPositions,
     seed: int,
 ) -> Slopes:
-    """`Slopes` of the batches' prompts, in their order, along each (hook name, direction).
+    """`Slopes` of the batches' prompts, in their order, along each push.
+
+    A push is what it adds: (hook name, direction), of one hook or of several at once.
 
     The products of `label_gradients` with the directions. The curvature is the Fisher information
     of the model's own next-token distributions: with labels y sampled from the model at the T label
     positions and s = d(sum_t log p(y_t))/dc, E[s^2] / T is the second derivative of the mean KL per
     token, as the s of different positions are uncorrelated (the contexts stay those of the prompt).
     """
-    hook_names = tuple(dict.fromkeys(name for name, _ in along))
+    hook_names = tuple(dict.fromkeys(name for added in along for name, _ in added))
     found = label_gradients(
         engine, batches, hook_names, steered_positions=steered_positions, seed=seed
     )
-    places = [(hook_names.index(name), unit.to(found.logprob).cpu()) for name, unit in along]
+
+    def summed(rows: Tensor, added: Sequence[tuple[str, Tensor]]) -> Tensor:
+        parts = [rows[hook_names.index(name)] @ unit.to(rows).cpu() for name, unit in added]
+        return torch.stack(parts).sum(dim=0)
+
     return Slopes(
-        torch.stack([found.logprob[i] @ unit for i, unit in places]),
-        torch.stack([(found.scores[i] @ unit).square() for i, unit in places]),
+        torch.stack([summed(found.logprob, added) for added in along]),
+        torch.stack([summed(found.scores, added).square() for added in along]),
     )
 
 
@@ -319,12 +325,14 @@ def loss_rows(
     batches: Sequence[tuple[Batch, Batch]],
     targets: dict[str, str],
     *,
+    axis: Mapping[str, Float[Tensor, " d_model"]] | None,
     position: int,
     n_scores: int,
     seed: int,
 ) -> LossRows:
     """The rows of both terms of the loss at every hook; `targets` maps a hook to its loss hook.
 
+    The separation is the projection on the loss hook's `axis`, or the norm without one.
     The engine's cost is added to, a backward pass counted as `BACKWARD_COST` forward passes through
     the same blocks, and a check of one prompt. Raises `ModelError` as `check_label_rows`,
     `InputError` where a hook is not as wide as the residual stream.
@@ -334,7 +342,7 @@ def loss_rows(
         batches,
         (*targets, *targets.values()),
         lambda model, generator, *both: _batch_rows(
-            model, both, targets, position, n_scores, generator
+            model, both, targets, axis, position, n_scores, generator
         ),
         seed=seed,
     )
@@ -352,6 +360,7 @@ def _batch_rows(
     model: HookedModel,
     both: tuple[Batch, ...],
     targets: dict[str, str],
+    axis: Mapping[str, Tensor] | None,
     position: int,
     n_scores: int,
     generator: torch.Generator,
@@ -379,7 +388,7 @@ def _batch_rows(
             block=int(model.cfg.n_layers),
             is_padded=not bool(positive.is_whole.all()),
         ).values
-        separation = to_host(_separation_rows(passes, targets))
+        separation = to_host(_separation_rows(passes, targets, axis))
         read = labels.read(model, final, n_samples=n_scores, generator=generator)
         roots = labels.shares.to(read.outputs).sqrt()[:, None]
         pulled = [
@@ -420,14 +429,17 @@ def _unit(
 
 
 def _separation_rows(
-    passes: Sequence[Graph], targets: dict[str, str]
+    passes: Sequence[Graph], targets: dict[str, str], axis: Mapping[str, Tensor] | None
 ) -> Float[Tensor, "all_hook row d_model"]:
-    """The gradient of `-||hs_pos - hs_neg||` at each loss hook, of positive, then negative rows."""
+    """The gradient of minus the separation at loss hooks, of positive, then negative rows."""
     rows: dict[str, Tensor] = {}
     for loss_hook in dict.fromkeys(targets.values()):
         states = [graph.states[loss_hook] for graph in passes]
         hs_pos, hs_neg = torch.cat(states).detach().chunk(2)
-        outward = _unit(hs_pos - hs_neg, like=hs_pos)
+        if axis is None:
+            outward = _unit(hs_pos - hs_neg, like=hs_pos)
+        else:
+            outward = axis[loss_hook].to(hs_pos).expand_as(hs_pos)
         rows[loss_hook] = torch.cat([-outward, outward])
         names = [n for n, target in targets.items() if target == loss_hook and n != loss_hook]
         if names:

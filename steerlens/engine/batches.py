@@ -10,7 +10,11 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
+from steerlens.engine.tokenization import (
+    SteeredPositions,
+    TokenizedPairs,
+    TokenizedPrompt,
+)
 from steerlens.engine.transfer import to_device
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
@@ -76,7 +80,7 @@ class Batch:
         )
 
     def label_mask(self) -> Bool[Tensor, "prompt token"]:
-        """True at the label tokens: the continuation's, or every prompt token but the first."""
+        """True at the label tokens (see `TokenizedPrompt`)."""
         return self._mask("labels")[1]
 
     def labels_on_cpu(self) -> Bool[Tensor, "prompt token"]:
@@ -103,8 +107,8 @@ class Batch:
             with torch.inference_mode(mode=False):
                 mask = torch.zeros(self.attention_mask.shape, dtype=torch.bool)
                 for row, (start, prompt) in enumerate(zip(self._starts, self.prompts, strict=True)):
-                    first, end = _SPANS[name](prompt)
-                    mask[row, max(start + first, 0) : max(start + end, 0)] = True
+                    columns = [start + index for index in _INDICES[name](prompt)]
+                    mask[row, [column for column in columns if column >= 0]] = True
                 self._masks[name] = mask, to_device(mask, self.attention_mask.device)
         return self._masks[name]
 
@@ -120,15 +124,15 @@ class Batch:
         return [start - before for start, before in zip(starts, n_before, strict=True)]
 
 
-_SPANS: dict[str, Callable[[TokenizedPrompt], tuple[int, int]]] = {
-    "labels": lambda p: (len(p.prompt) if p.continuation else 1, len(p)),
-    "predicted": lambda p: (1, len(p)),
-    "all": lambda p: (0, len(p)),
-    "prompt": lambda p: (0, len(p.prompt)),
-    "continuation": lambda p: (len(p.prompt), len(p)),
-    "last": lambda p: (len(p.prompt) - 1, len(p.prompt)),
+_INDICES: dict[str, Callable[[TokenizedPrompt], Sequence[int]]] = {
+    "labels": lambda p: p.label_tokens,
+    "predicted": lambda p: range(1, len(p)),
+    "all": lambda p: range(len(p)),
+    "prompt": lambda p: range(len(p.prompt)),
+    "continuation": lambda p: range(len(p.prompt), len(p)),
+    "last": lambda p: (len(p.prompt) - 1,),
 }
-"""Of a prompt's tokens the first that a mask marks, and the one after the last."""
+"""Of a prompt's tokens those that a mask marks."""
 
 
 def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
@@ -186,13 +190,13 @@ def make_split_batches(
     batches = []
     for rows in _groups(lengths, model, batch_size):
         of, cuts = tuple(prompts[row] for row in rows), tuple(n_before[row] for row in rows)
-        ids = [prompt.prompt + prompt.continuation for prompt in of]
+        ids = [prompt.ids for prompt in of]
         heads = [tokens[:n] for tokens, n in zip(ids, cuts, strict=True)]
         tails = [tokens[n:] for tokens, n in zip(ids, cuts, strict=True)]
         batches.append(
             (
-                Batch(rows, of, *_padded(heads, "left", device=_device(model))),
-                Batch(rows, of, *_padded(tails, "right", device=_device(model)), cuts),
+                Batch(rows, of, *padded(heads, "left", device=_device(model))),
+                Batch(rows, of, *padded(tails, "right", device=_device(model)), cuts),
             )
         )
     return tuple(batches)
@@ -224,8 +228,8 @@ def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[i
     """Some of the prompts, padded on the side the model's tokenizer pads."""
     side: PaddingSide = getattr(model.tokenizer, "padding_side", "right")
     of = tuple(prompts[row] for row in rows)
-    ids = [prompt.prompt + prompt.continuation for prompt in of]
-    return Batch(rows, of, *_padded(ids, side, device=_device(model)))
+    ids = [prompt.ids for prompt in of]
+    return Batch(rows, of, *padded(ids, side, device=_device(model)))
 
 
 def _groups(
@@ -262,7 +266,7 @@ def rows_per_pass(model: HookedModel, width: int) -> int:
     return max(1, TOKENS_PER_PASS.get(kind, TOKENS_PER_PASS["cpu"]) // width)
 
 
-def _padded(
+def padded(
     ids: Sequence[tuple[int, ...]],
     side: PaddingSide,
     *,

@@ -74,13 +74,15 @@ def _finished(
     """The cells of a job from the outputs of its parts."""
     n = len(job.coefficients)
     nothing = torch.zeros((n, 0, len(job.direction)))
-    readouts_pos, logprobs, kl, readouts_neg = nothing, torch.zeros((n, 0)), None, nothing
+    readouts_pos, logprob, readouts_neg = nothing, torch.zeros((n, 0)), nothing
+    at_labels: Sequence[Sequence[Tensor | None]] = [(None, None)] * n
     if up:
         batches = [part.batch for part in prepared.positive]
-        readouts, by_prompt, divergences = zip(*(_joined(of, n) for of in up), strict=True)
-        readouts_pos, logprobs = (in_pair_order(batches, v) for v in (readouts, by_prompt))
-        if prepared.workload.with_kl:
-            kl = by_token(batches, divergences)
+        readouts, by_prompt, *by_label = zip(*(_joined(of, n) for of in up), strict=True)
+        readouts_pos, logprob = (in_pair_order(batches, v) for v in (readouts, by_prompt))
+        if by_label:
+            kl, logprobs = (by_token(batches, values) for values in by_label)
+            at_labels = list(zip(kl, logprobs, strict=True))
     if prepared.workload.steered_positions == "continuation":
         # What is read lies before every steered token, so it is the unsteered model's to the bit.
         unsteered = prepared.unsteered.cell(job.readout)
@@ -89,10 +91,8 @@ def _finished(
     elif down:
         batches = [part.batch for part in prepared.negative]
         readouts_neg = in_pair_order(batches, [_joined(of, n)[0] for of in down])
-    values = zip(
-        readouts_pos, readouts_neg, logprobs, [None] * n if kl is None else kl, strict=True
-    )
-    return [CellOutput(c, *of) for c, of in zip(job.coefficients, values, strict=True)]
+    values = zip(job.coefficients, readouts_pos, readouts_neg, logprob, at_labels, strict=True)
+    return [CellOutput(*of, *by_label) for *of, by_label in values]
 
 
 def carry_past(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
@@ -120,10 +120,10 @@ def cells_in_turn(
     for job in jobs:
         before = engine.cost.blocks
         if job in known:
-            if job.hook_name in exact:
+            if job.resumes(exact):
                 carried = carry_past(engine, prepared, job, carried)
             continue
-        if job.hook_name in exact:
+        if job.resumes(exact):
             finish, carried = start_cells(engine, prepared, job, carried)
         else:
             finish = partial(list, plain_cells(engine, prepared.workload, job))
@@ -172,9 +172,10 @@ class _Run:
     job: Job
 
     def positive(self, part: Part, start: Residual | None) -> "_Slices":
-        """Readouts, label logprobs and divergences (0 labels unless asked for) at `+coefficient`.
+        """Readouts and mean label logprobs at `+coefficient`.
 
-        The divergences come prompt after prompt.
+        And, where they are asked for, the divergence and logprob at every label, prompt after
+        prompt.
         """
         batch = part.batch
         labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()
@@ -186,12 +187,12 @@ class _Run:
             predictions = residual.flatten(0, 1)[before.to(residual.device)]
             wanted = batch.tokens[chosen.rows].flatten()[before + 1]
             logprob = labels_logprob(self.engine.model, predictions, wanted)
-            kl = logprob.new_zeros(0)
-            if part.final is not None:
-                by_row = torch.split(part.final, n_labels)
-                unsteered = torch.cat([by_row[row] for row in chosen.on_cpu.tolist()])
-                kl = labels_kl(self.engine.model, predictions, unsteered)
-            return readout, mean_by_prompt(logprob, labels[chosen.rows]), kl
+            means = readout, mean_by_prompt(logprob, labels[chosen.rows])
+            if part.final is None:
+                return means
+            by_row = torch.split(part.final, n_labels)
+            unsteered = torch.cat([by_row[row] for row in chosen.on_cpu.tolist()])
+            return *means, labels_kl(self.engine.model, predictions, unsteered), logprob
 
         return self._in_slices(batch, run, sign=1.0)
 

@@ -3,8 +3,8 @@
 Slow and simple. It measures the unsteered model, and is what the engine is checked against.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,11 +20,14 @@ from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.transfer import to_device
 from steerlens.engine.workload import LARGEST_PUSH, Baseline, CellOutput, Job, Workload
 from steerlens.errors import ModelError
-from steerlens.loss import label_kl, label_logprob
+from steerlens.loss import label_kl, label_logprob, label_logprobs
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hook_layer, hooked
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
+
+_Steering: TypeAlias = Callable[[Batch], list[tuple[str, HookFunction]]]
+"""The hooks that steer a batch."""
 
 
 def run_baseline(engine: Engine, workload: Workload, hook_names: Sequence[str]) -> Baseline:
@@ -58,8 +61,8 @@ def baseline_of(engine: Engine, workload: Workload, hook_names: Sequence[str]) -
     of_positive = part_of(engine.progress, what, total=total)
     of_negative = part_of(engine.progress, what, before=n_positive, total=total)
     with inference(model):
-        positive, logprob, _ = _run_positive(model, workload, hook_names, {}, 0.0, of_positive)
-        negative = _run_negative(model, workload, hook_names, {}, 0.0, of_negative)
+        positive, logprob, _ = _run_positive(model, workload, hook_names, _unsteered, of_positive)
+        negative = _run_negative(model, workload, hook_names, _unsteered, of_negative)
     check_finite(positive, hook_names)
     check_finite(negative, hook_names)
     _check_labels(workload.positive, logprob)
@@ -70,9 +73,10 @@ def plain_cells(engine: Engine, workload: Workload, job: Job) -> list[CellOutput
     """The cells of a job by whole forward passes, one for each coefficient, in order.
 
     Positive prompts run with `+coefficient * direction` added at the hook, negative prompts with
-    `-coefficient * direction`, both read at the readout.
+    `-coefficient * direction`, both read at the readout. A vector whose coefficient has no opposite
+    is applied to both with the same.
     """
-    model, steered, readouts = engine.model, {job.hook_name: job.direction}, [job.readout]
+    model, readouts = engine.model, [job.readout]
     for batch in workload.positive:
         # A divergence takes the unsteered model's logits too.
         n_passes = len(job.coefficients) * (1 + workload.with_kl)
@@ -80,11 +84,13 @@ def plain_cells(engine: Engine, workload: Workload, job: Job) -> list[CellOutput
     for batch in workload.negative:
         engine.cost.add(batch.tokens, (hook_layer(job.readout) + 1) * len(job.coefficients))
     cells = []
+    sign = -1 if job.vector is None or job.vector.is_signed else 1
     for coefficient in job.coefficients:
+        up, down = (_steering(job, workload, c) for c in (coefficient, sign * coefficient))
         with inference(model):
-            positive, logprob, kl = _run_positive(model, workload, readouts, steered, coefficient)
-            negative = _run_negative(model, workload, readouts, steered, -coefficient)
-        cells.append(CellOutput(coefficient, positive[0], negative[0], logprob, kl))
+            positive, logprob, at_labels = _run_positive(model, workload, readouts, up)
+            negative = _run_negative(model, workload, readouts, down)
+        cells.append(CellOutput(coefficient, positive[0], negative[0], logprob, *at_labels))
     return cells
 
 
@@ -119,36 +125,38 @@ def _run_positive(
     model: HookedModel,
     workload: Workload,
     hook_names: Sequence[str],
-    steered: dict[str, Tensor],
-    coefficient: float,
+    steering: _Steering,
     progress: Progress = silent,
 ) -> tuple[
-    Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"], Float[Tensor, "pair token"] | None
+    Float[Tensor, "hook pair d_model"], Float[Tensor, " pair"], list[Float[Tensor, "pair token"]]
 ]:
+    """Readouts, logprobs, and, of a workload with KL, divergence and logprob at every label."""
     if not workload.positive:
         nothing = torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
-        return nothing, torch.zeros(0), None
+        return nothing, torch.zeros(0), []
 
-    def run(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def run(batch: Batch) -> tuple[Tensor, ...]:
         found: dict[str, Tensor] = {}
         indices = to_device(batch.indices(workload.position), batch.tokens.device)
         readers = [reading_hook(found, name, indices) for name in hook_names]
         labels = batch.label_mask()
-        with hooked(model, [*_hooks(batch, workload, steered, coefficient), *readers]):
+        with hooked(model, [*steering(batch), *readers]):
             logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
-        kl = logits.new_zeros(0)
-        if workload.with_kl:
-            unsteered = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
-            kl = label_kl(logits, unsteered, labels)
         logprob = label_logprob(logits, batch.tokens, labels)
-        return torch.stack([found[n].cpu() for n in hook_names]), logprob.cpu(), kl.cpu()
+        means = torch.stack([found[n].cpu() for n in hook_names]), logprob.cpu()
+        if not workload.with_kl:
+            return means
+        unsteered = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
+        by_label = label_logprobs(logits, batch.tokens, labels)
+        return *means, label_kl(logits, unsteered, labels).cpu(), by_label.cpu()
 
     done = by_halves([(batch,) for batch in workload.positive], run, progress=progress)
     batches = [batch for (batch,), _ in done]
+    activations, logprob, *at_labels = zip(*(values for _, values in done), strict=True)
     return (
-        in_pair_order(batches, [activations for _, (activations, _, _) in done]),
-        in_pair_order(batches, [logprob[None] for _, (_, logprob, _) in done])[0],
-        by_token(batches, [kl[None] for _, (_, _, kl) in done])[0] if workload.with_kl else None,
+        in_pair_order(batches, activations),
+        in_pair_order(batches, [of[None] for of in logprob])[0],
+        [by_token(batches, [of[None] for of in values])[0] for values in at_labels],
     )
 
 
@@ -156,8 +164,7 @@ def _run_negative(
     model: HookedModel,
     workload: Workload,
     hook_names: Sequence[str],
-    steered: dict[str, Tensor],
-    coefficient: float,
+    steering: _Steering,
     progress: Progress = silent,
 ) -> Float[Tensor, "hook pair d_model"]:
     if not workload.negative:
@@ -169,20 +176,27 @@ def _run_negative(
             batch,
             hook_names,
             indices=batch.indices(workload.position),
-            fwd_hooks=_hooks(batch, workload, steered, coefficient),
+            fwd_hooks=steering(batch),
         ).cpu()
 
     done = by_halves([(batch,) for batch in workload.negative], run, progress=progress)
     return in_pair_order([batch for (batch,), _ in done], [values for _, values in done])
 
 
-def _hooks(
-    batch: Batch, workload: Workload, steered: dict[str, Tensor], coefficient: float
-) -> list[tuple[str, HookFunction]]:
-    if coefficient == 0:
-        return []
-    mask = batch.steered_mask(workload.steered_positions)
-    return [(name, _addition(direction, coefficient, mask)) for name, direction in steered.items()]
+def _unsteered(batch: Batch) -> list[tuple[str, HookFunction]]:  # noqa: ARG001
+    return []
+
+
+def _steering(job: Job, workload: Workload, coefficient: float) -> _Steering:
+    """The hooks of a job at one coefficient."""
+
+    def hooks(batch: Batch) -> list[tuple[str, HookFunction]]:
+        mask = batch.steered_mask(workload.steered_positions)
+        if job.vector is not None:
+            return job.vector.fwd_hooks(coefficient, mask=mask)
+        return [(job.hook_name, _addition(job.direction, coefficient, mask))]
+
+    return hooks if coefficient else _unsteered
 
 
 def _addition(

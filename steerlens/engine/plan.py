@@ -87,24 +87,25 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
     """Prepare `workload` and check every job's hook, so that `run_cells` may resume after it.
 
     `unsteered` is the baseline of `workload` at every readout. Every hook is checked on two prompts
-    a side, the shortest and the longest: resumed at coefficient 0 it has to give the unsteered
-    model, and the first job at its smallest coefficient what the plain loop gives. Hooks at which
-    that differs by more than 1e-4 (of a readout's norm, or nats; 8 times the rounding of a
-    half-precision dtype) run by the plain loop, with a warning; so does the reuse of a prefix,
-    which is given up for all hooks. The check compares what runs, the bare model where there is one
-    (see `backend.for_hooks`), with its own plain loop; where it cannot be resumed the Bridge is
-    taken, with a warning. The check counts in the engine's cost, and its progress is told of the
-    hooks checked. With an executor its workers run the cells; what is checked and what is shared is
-    run here. Raises as `workers.check_executor`.
+    a side, the shortest and the longest (but for vectors, which are not resumed): resumed at
+    coefficient 0 it has to give the unsteered model, and the first job at its smallest coefficient
+    what the plain loop gives. Hooks at which that differs by more than 1e-4 (of a readout's norm,
+    or nats; 8 times the rounding of a half-precision dtype) run by the plain loop, with a warning;
+    so does the reuse of a prefix, which is given up for all hooks. The check compares what runs,
+    the bare model where there is one (see `backend.for_hooks`), with its own plain loop; where it
+    cannot be resumed the Bridge is taken, with a warning. The check counts in the engine's cost,
+    and its progress is told of the hooks checked. With an executor its workers run the cells; what
+    is checked and what is shared is run here. Raises as `workers.check_executor`.
     """
     if engine.executor is not None:
         check_executor(engine.executor, engine.model)
     if not jobs:
         nothing = Prepared(workload, unsteered, (), ())
         return Plan(engine, engine, nothing, frozenset(), reuse_prefix=False)
-    by_hook = {job.hook_name: job for job in reversed(jobs)}
-    one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in jobs)]
-    runner = engine.on(for_hooks(engine.model, [*by_hook, *(job.readout for job in jobs)]))
+    resumed = [job for job in jobs if job.vector is None]
+    by_hook = {job.hook_name: job for job in reversed(resumed)}
+    one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in resumed)]
+    runner = engine.on(for_hooks(engine.model, [name for job in jobs for name in job.touched]))
     reuse_prefix, reasons = _check(runner, workload, one_each)
     if reasons and runner.model is not engine.model:
         name, reason = next(iter(reasons.items()))
@@ -120,7 +121,7 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
             f"resuming after {name} does not reproduce this model ({reason}); such cells run as "
             "whole forward passes, which is slower"
         )
-    elif reuse_prefix is False and workload.steered_positions in SPLIT:
+    elif one_each and not reuse_prefix and workload.steered_positions in SPLIT:
         _warn(
             "the unsteered prompt's keys and values cannot be reused on this model; every "
             "token is run, which is slower"
@@ -200,7 +201,7 @@ def _run_and_kept(
         job, cells = finished.job, finished.cells
         tensors = {
             name: torch.stack([getattr(cell, name) for cell in cells])
-            for name in ("positive", "negative", "logprob", "kl")
+            for name in ("positive", "negative", "logprob", "kl", "logprobs")
             if getattr(cells[0], name) is not None
         }
         if not plan.workload.with_readouts:
@@ -220,7 +221,8 @@ def _cells_of(job: Job, tensors: Tensors) -> list[CellOutput]:
 
 
 def _key(plan: Plan, job: Job) -> str:
-    return digest(plan.digest, job.hook_name, job.readout, job.coefficients, job.direction)
+    what = job.direction if job.vector is None else job.vector.fingerprint
+    return digest(plan.digest, job.hook_name, job.readout, job.coefficients, what)
 
 
 def _warn(text: str) -> None:
@@ -254,6 +256,8 @@ def _arithmetic(runner: BareModel, workload: Workload, jobs: Sequence[Job]) -> f
 
 def _check(runner: Engine, workload: Workload, jobs: Sequence[Job]) -> tuple[bool, dict[str, str]]:
     """Whether a prefix can be reused, and hook name -> why it cannot be resumed after."""
+    if not jobs:
+        return False, {}
     few = replace(
         workload,
         positive=_ends(workload.positive),

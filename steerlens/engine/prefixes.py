@@ -68,6 +68,7 @@ def _parts(
         and workload.steered_positions in ("continuation", "last")
         and takes_cache(engine.model)
         and all(len(p.prompt) > 1 for p in prompts.values())
+        and all(p.label_tokens[0] >= len(p.prompt) for p in prompts.values() if p.continuation)
         and all(p.index(workload.position) == len(p.prompt) - 1 for p in prompts.values())
     )
     if not is_split:

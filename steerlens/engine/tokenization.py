@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from steerlens.data.items import PreferenceItems
@@ -17,14 +17,31 @@ from steerlens.validation import checked
 @checked
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """The ids of a prompt and of the continuation after it (empty when there is none)."""
+    """The ids of a prompt and of the continuation after it (empty when there is none).
+
+    `where` is what errors call it, `source` what it was made from, where that is known. `labels`
+    are the indices of the tokens whose logprob is measured, in the prompt with its continuation; of
+    none given, those of the continuation, or every token but the first.
+    """
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
     where: str
+    source: Prompt | None = field(default=None, compare=False, repr=False)
+    labels: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.continuation)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The prompt's ids with those of its continuation."""
+        return self.prompt + self.continuation
+
+    @property
+    def label_tokens(self) -> tuple[int, ...]:
+        """The indices of its labels in `ids`."""
+        return self.labels or tuple(range(len(self.prompt) if self.continuation else 1, len(self)))
 
     def index(self, position: int) -> int:
         """The token index of `position`, counted in the prompt; negative ones from its end.
@@ -60,8 +77,11 @@ def raw_tokens(model: HookedModel, ids: Sequence[int]) -> list[str]:
 
 
 def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
-    """sha256 (hex) of the prompts' token ids and where each continuation begins."""
-    ids = [[prompt.prompt, prompt.continuation] for prompt in prompts]
+    """sha256 (hex) of the prompts' token ids, where each continuation begins, and the labels."""
+    ids = [
+        [prompt.prompt, prompt.continuation, *([prompt.labels] if prompt.labels else [])]
+        for prompt in prompts
+    ]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
@@ -74,6 +94,12 @@ def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
         raise InputError(
             f"steering at {positions!r} can only change labels after the prompt, but some pairs "
             "have no continuation; give one for every pair, or steer all positions"
+        )
+    if needs_continuation and any(p.label_tokens[-1] < len(p.prompt) for p in pairs.positive):
+        raise InputError(
+            f"steering at {positions!r} can only change labels after the prompt, and those that "
+            "were asked for are in it; take the labels 'continuation' or 'own', or steer all "
+            "positions"
         )
 
 
@@ -175,7 +201,7 @@ def _tokenize(
     has_bos = getattr(model.cfg, "default_prepend_bos", True) and bos is not None
     n_ctx, n_tokens = context_length(model), int(model.cfg.d_vocab)
     found = []
-    for text, ids, (_, continuation, where) in zip(rendered, prompts, given, strict=True):
+    for text, ids, (source, continuation, where) in zip(rendered, prompts, given, strict=True):
         if not ids:
             raise InputError(f"the {where} has no tokens; give some text")
         before = [bos, *ids] if has_bos and ids[:1] != [bos] else ids
@@ -203,7 +229,7 @@ def _tokenize(
                 f"the {where} has {len(before) + len(after)} tokens with its continuation, but the "
                 f"model's context is {n_ctx}; shorten it"
             )
-        found.append(TokenizedPrompt(tuple(before), tuple(after), where))
+        found.append(TokenizedPrompt(tuple(before), tuple(after), where, source))
     return found
 
 

@@ -120,21 +120,21 @@ def gather(
     shared = _shared_task(engine, runner, prepared, key=key, reuse_prefix=reuse_prefix)
     tasks: list[tuple[list[Job], Task]] = []
     after: Job | None = None
-    for hook_name, group in groupby(jobs, key=lambda job: job.hook_name):
+    for (_, resumes), group in groupby(jobs, key=lambda job: (job.hook_name, job.resumes(exact))):
         at_hook = list(group)
         n_passed = next((i for i, job in enumerate(at_hook) if job not in known), len(at_hook))
-        if hook_name in exact and n_passed:
+        if resumes and n_passed:
             after = _to_cpu(at_hook[n_passed - 1])
         if to_run := [job for job in at_hook if job not in known]:
             task = replace(
                 shared,
                 unsteered=_at(prepared.unsteered, [job.readout for job in to_run]),
-                resumes=hook_name in exact,
+                resumes=resumes,
                 after=after,
                 jobs=tuple(map(_to_cpu, to_run)),
             )
             tasks.append((to_run, task))
-        if hook_name in exact:
+        if resumes:
             after = _to_cpu(at_hook[-1])
     yield from _answered(engine, tasks)
 
@@ -288,7 +288,7 @@ def _runner_of(task: Task, model: Any) -> Any:
     """What runs: the model, or the bare one under it where the task says so."""
     if not task.is_bare:
         return model
-    runner = for_hooks(model, [name for job in task.jobs for name in (job.hook_name, job.readout)])
+    runner = for_hooks(model, [name for job in task.jobs for name in job.touched])
     if task.is_compiled and isinstance(runner, BareModel):
         runner.compile_blocks()
     return runner
@@ -360,6 +360,7 @@ def _alone(cell: CellOutput) -> CellOutput:
         negative=cell.negative.clone(),
         logprob=cell.logprob.clone(),
         kl=None if cell.kl is None else cell.kl.clone(),
+        logprobs=None if cell.logprobs is None else cell.logprobs.clone(),
     )
 
 

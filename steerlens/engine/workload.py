@@ -1,13 +1,15 @@
 """What the engine takes and gives back: pairs in batches, cells, the baseline, the cost."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.engine.batches import Batch
 from steerlens.engine.tokenization import SteeredPositions
-from steerlens.models.hooks import hook_layer, resid_post
+from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 
 LARGEST_PUSH = 2.0**63
 """Residual units: a state pushed further has no square in float32, which the next norm takes of it,
@@ -19,8 +21,8 @@ class Workload:
     """The pairs in batches, where to read them, and which tokens to steer.
 
     Either side may be without batches: it is then not run, and its activations have 0 pairs.
-    `with_kl` asks for the KL divergence at every label too; without `with_readouts` cells have
-    activations of width 0, so that none are kept where nothing reads them.
+    `with_kl` asks for KL divergence and log-probability at every label too; without `with_readouts`
+    cells have activations of width 0, so that none are kept where nothing reads them.
     """
 
     positive: tuple[Batch, ...]
@@ -49,7 +51,8 @@ class CellOutput:
     `positive` are the positive prompts' activations at the readout hook under `+coefficient`,
     `negative` the negative prompts' under `-coefficient` (residual units); `logprob` is the mean
     log-probability of the positive prompts' labels under `+coefficient` (nats per token); `kl` is
-    KL(unsteered || steered) where each label is predicted (nats; NaN at the other tokens).
+    KL(unsteered || steered) where each label is predicted (nats; NaN at the other tokens), and
+    `logprobs` the log-probability of each label (nats; NaN likewise).
     """
 
     coefficient: float
@@ -57,6 +60,7 @@ class CellOutput:
     negative: Float[Tensor, "negative_pair d_model"]
     logprob: Float[Tensor, " pair"]
     kl: Float[Tensor, "pair token"] | None = None
+    logprobs: Float[Tensor, "pair token"] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,54 @@ class Baseline:
         return CellOutput(0.0, self.positive[index], self.negative[index], self.logprob)
 
 
+@runtime_checkable
+class Vector(Protocol):
+    """What a job asks of a steering vector, which it applies by the vector's own hooks."""
+
+    def fwd_hooks(
+        self, coefficient: float, *, mask: Bool[Tensor, "prompt token"]
+    ) -> list[tuple[str, HookFunction]]:
+        """The hooks at one coefficient, on the tokens of a mask."""
+        ...
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The hooks that it acts at or reads."""
+        ...
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether a coefficient has an opposite."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of all that decides what it does."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
-    """The cells of one hook: its direction, the coefficients, and where the effect is read."""
+    """The cells of one hook: its direction, the coefficients, and where the effect is read.
+
+    With a `vector` that is applied instead, and `hook_name` only names it: it runs as whole forward
+    passes.
+    """
 
     hook_name: str
     direction: Float[Tensor, " d_model"]
     coefficients: tuple[float, ...]
     readout: str
+    vector: Vector | None = None
+
+    def resumes(self, exact: Collection[str]) -> bool:
+        """Whether its cells may start after its hook, where that is so for the `exact` hooks."""
+        return self.vector is None and self.hook_name in exact
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """Every hook that it needs."""
+        return (*((self.hook_name,) if self.vector is None else self.vector.touched), self.readout)
 
     @property
     def starts_after(self) -> bool:

@@ -10,15 +10,16 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, fingerprint
-from steerlens.engine.workload import Baseline, Job, Workload
+from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.boundary_search import Boundary, find_boundaries
-from steerlens.measure.coherence import Push, check_rollouts
+from steerlens.measure.coherence import check_rollouts
 from steerlens.measure.prediction import Prediction, predict
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.settings import BoundarySettings
 from steerlens.measure.texts import On, check_text_positions, text_name, text_prompts
+from steerlens.steering import SteeringVector
 from steerlens.tables import (
     BOUNDARY_COLUMNS,
     LAYER_COLUMNS,
@@ -42,7 +43,7 @@ class BoundaryResult:
 
     layers: pd.DataFrame
     curves: pd.DataFrame
-    directions: Directions
+    directions: Directions | SteeringVector
     settings: BoundarySettings
 
     def __repr__(self) -> str:
@@ -70,35 +71,34 @@ def run_boundary(
     """`Study.boundary`."""
     before = study.spent
     study.check_readouts()
-    settings = boundary_settings(study, on=on, search_range=search_range)
     text = Text.of(study, on)
-    # One tensor for both signs: they are then run together.
-    pushes = [
-        Push(name, along, sign, study.readouts[name])
-        for name, along in ((name, study.directions[name]) for name in study.hook_names)
-        for sign in (1, -1)
-    ]
+    settings = boundary_settings(study, text, search_range=search_range)
+    interventions = study.interventions.values()
+    pushes = [of.push(sign) for of in interventions for sign in of.signs]
+    searched = {of.name: of.limit(study.baseline, settings.search_range) for of in interventions}
     rows = study.layer_rows
-    limits = [settings.search_range * rows[push.hook_name]["resid_norm"] for push in pushes]
     boundaries = find_boundaries(
         study.plan.on(*text.unsteered(study)),
         text.prompts,
         pushes,
-        limits,
+        [searched[push.hook_name] for push in pushes],
         budget=study.budget,
         n_bootstrap=settings.n_bootstrap,
         seed=settings.seed,
         groups=text.groups,
     )
-    outward, inward = boundaries[::2], boundaries[1::2]
-    projections = _projections(study, outward, reads_positive=text.is_positive)
+    outward, inward = (
+        {found.push.hook_name: found for found in boundaries if found.push.sign == sign}
+        for sign in (1, -1)
+    )
+    projections = _projections(study, [*outward.values()], reads_positive=text.is_positive)
     table = [
-        {**rows[up.push.hook_name], **_columns(up, down), **there, "boundary_on": settings.on}
-        for up, down, there in zip(outward, inward, projections, strict=True)
+        {**rows[name], **_columns(up, inward.get(name)), **there, "boundary_on": settings.on}
+        for (name, up), there in zip(outward.items(), projections, strict=True)
     ]
     attrs = {
         **study.record(settings, since=before),
-        "searched": {push.hook_name: limit for push, limit in zip(pushes, limits, strict=True)},
+        "searched": searched,
         "text": fingerprint(text.prompts),
     }
     curves = [row for boundary in boundaries for row in boundary.rows()]
@@ -113,14 +113,15 @@ def run_boundary(
 def run_prediction(study: Preparation, *, on: On = "positive") -> pd.DataFrame:
     """`Study.predicted_boundary`."""
     before = study.spent
-    settings = boundary_settings(study, on=on, search_range=1.0)
     text = Text.of(study, on)
+    settings = boundary_settings(study, text, search_range=1.0)
     _, unsteered = text.unsteered(study)
-    pushes = [
-        Push(name, along, sign, name)
-        for name, along in ((name, study.directions[name]) for name in study.hook_names)
-        for sign in (1, -1)
-    ]
+    pushes = [of.push(sign) for of in study.interventions.values() for sign in (1, -1)]
+    if not all(push.additions for push in pushes):
+        raise InputError(
+            "a boundary is predicted of what is added; measure that of another operator, or of a "
+            "vector with a condition: study.boundary()"
+        )
     predictions = predict(
         study.engine,
         text.prompts,
@@ -146,17 +147,20 @@ class Text:
 
     on: On
     prompts: tuple[TokenizedPrompt, ...]
+    labels: str
     groups: tuple[int, ...] | None
     """Those of the pairs; None for texts of their own."""
 
     @classmethod
     def of(cls, study: Preparation, on: On) -> "Text":
         """The text, checked: it has labels, and steering and rollouts can reach them."""
-        prompts = text_prompts(study.model, on, study.tokens)
+        prompts, labels = text_prompts(study.model, on, study.tokens), study.settings.labels
+        if on != "positive":
+            prompts, labels = study.labelled(prompts)
         check_text_positions(study.settings.steered_positions, on, prompts)
         check_rollouts(study.model, prompts, study.budget)
         is_of_pairs = isinstance(on, str) and on in ("positive", "negative")
-        return cls(on, prompts, study.pairs.groups if is_of_pairs else None)
+        return cls(on, prompts, labels, study.pairs.groups if is_of_pairs else None)
 
     @property
     def is_positive(self) -> bool:
@@ -174,11 +178,15 @@ class Text:
         return workload, run_baseline(study.engine, workload, study.baseline.hook_names)
 
 
-def boundary_settings(study: Preparation, *, on: On, search_range: float | int) -> BoundarySettings:
+def boundary_settings(
+    study: Preparation, text: Text, *, search_range: float | int
+) -> BoundarySettings:
     """The settings. Raises `InputError` where one of them has no meaning."""
     check_search(budget=study.settings.budget, search_range=search_range)
     settings = BoundarySettings(
-        **vars(study.settings), on=text_name(on), search_range=float(search_range)
+        **(vars(study.settings) | {"labels": text.labels}),
+        on=text_name(text.on),
+        search_range=float(search_range),
     )
     if study.budget.kind == "rollout_kl_p95" and settings.steered_positions != "all":
         raise InputError("rollouts are steered at all positions, so steered_positions must be all")
@@ -199,17 +207,22 @@ def check_search(*, budget: str, search_range: float | int) -> Budget:
     return parsed
 
 
-def _columns(up: Boundary, down: Boundary) -> Row:
-    return {
+def _columns(up: Boundary, down: Boundary | None) -> Row:
+    outward = {
         "boundary_pos": up.at,
         "boundary_pos_ci_low": up.low,
         "boundary_pos_ci_high": up.high,
+        "prediction_trusted": up.is_trusted,
+        "reentry_pos": up.reentry,
+    }
+    if down is None:
+        return outward
+    return outward | {
         "boundary_neg": -down.at,
         "boundary_neg_ci_low": -down.high,
         "boundary_neg_ci_high": -down.low,
         **_predicted_columns(up.prediction, down.prediction),
         "prediction_trusted": up.is_trusted and down.is_trusted,
-        "reentry_pos": up.reentry,
         "reentry_neg": -down.reentry,
     }
 
@@ -232,10 +245,7 @@ def _projections(
     """
     plan, baseline = study.plan, study.baseline
     reached = {b.push.hook_name: b for b in outward if math.isfinite(b.at)}
-    jobs = [
-        Job(name, boundary.push.direction, (boundary.nearest,), boundary.push.readout)
-        for name, boundary in reached.items()
-    ]
+    jobs = [study.interventions[name].job((b.nearest,)) for name, b in reached.items()]
     is_read = reads_positive and all(b.read_at_nearest.numel() for b in reached.values())
     if is_read:
         plan = plan.on(replace(study.workload, positive=()), baseline)
@@ -246,7 +256,7 @@ def _projections(
         boundary = reached[job.hook_name]
         positive = boundary.read_at_nearest if is_read else cell.positive
         unsteered = baseline.cell(job.readout)
-        unit = study.directions[job.readout].double()
+        unit = study.read_along[job.readout].double()
         before = float(((unsteered.positive - unsteered.negative).double() @ unit).mean())
         after = float(((positive - cell.negative).double() @ unit).mean())
         share = boundary.at / boundary.nearest

@@ -26,7 +26,6 @@ from steerlens.measure.coherence import (
 )
 from steerlens.measure.prediction import Prediction, predict
 from steerlens.measure.search import (
-    FIRST_STEP,
     UNDEFINED,
     Curve,
     Line,
@@ -134,7 +133,7 @@ def find_boundaries(
             float(prediction.drops[list(probes)].mean()),
             allowance,
             limit,
-            min(FIRST_STEP * prediction.boundary, limit),
+            prediction.start(limit),
         )
         for prediction, limit in zip(predictions, limits, strict=True)
     ]

@@ -20,7 +20,7 @@ from steerlens.models.hooked_model import HookedModel, context_length
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, silent
 from steerlens.stats import weighted_quantile
-from steerlens.steering import steer
+from steerlens.steering import Add, SteeringVector, steer
 
 ROLLOUT_TOKENS = 24
 """Tokens of a greedy continuation that a rollout budget looks at."""
@@ -29,12 +29,25 @@ P95 = 0.95
 
 @dataclass(frozen=True)
 class Push:
-    """A direction at a hook, the sign of the coefficient, and where the effect is read."""
+    """A direction at a hook, the sign of the coefficient, and where the effect is read.
+
+    A `vector` is applied instead, and hook and direction then only name it.
+    """
 
     hook_name: str
     direction: Float[Tensor, " d_model"]
     sign: int
     readout: str
+    vector: SteeringVector | None = None
+
+    @property
+    def additions(self) -> tuple[tuple[str, Float[Tensor, " d_model"]], ...]:
+        """What coefficient 1 adds, hook by hook; nothing where it does something else."""
+        if self.vector is None:
+            return ((self.hook_name, self.direction),)
+        if isinstance(self.vector.operator, Add) and self.vector.condition is None:
+            return tuple(zip(self.vector.hook_names, self.vector.rows, strict=True))
+        return ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,7 @@ class Coherence:
         for members in groups.values():
             push = pushes[members[0]][0]
             coefficients = tuple(pushes[i][0].sign * pushes[i][1] for i in members)
-            job = Job(push.hook_name, push.direction, coefficients, push.readout)
+            job = Job(push.hook_name, push.direction, coefficients, push.readout, push.vector)
             jobs.append((job, members))
         # Each job starts from where the last one stood, so none may begin before it.
         jobs.sort(key=lambda item: item[0].first_block)
@@ -119,7 +132,8 @@ class Coherence:
                 values[i, : len(divergences)] = divergences
             return {"values": torch.from_numpy(values)}
 
-        decided = (plan.digest, "rollouts", [*rows], push.hook_name, signed, push.direction)
+        what = push.direction if push.vector is None else push.vector.fingerprint
+        decided = (plan.digest, "rollouts", [*rows], push.hook_name, signed, what)
         kept = once(plan.engine.checkpoint, decided, run, plan.engine.cost)
         return Reading(kept["values"].numpy(), torch.zeros((len(rows), 0)))
 
@@ -192,7 +206,8 @@ def _rollout_kl(
     engine: Engine, prompt: TokenizedPrompt, push: Push, coefficient: float
 ) -> Float[np.ndarray, " token"]:
     """KL(unsteered || steered), nats, at each token of the steered model's greedy continuation."""
-    model, steered = engine.model, {push.hook_name: push.direction}
+    model = engine.model
+    steered = {push.hook_name: push.direction} if push.vector is None else push.vector
     signed = push.sign * coefficient
     tokens = torch.tensor([prompt.prompt], device=model.cfg.device)
     n_prompt = tokens.shape[1]

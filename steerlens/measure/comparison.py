@@ -19,10 +19,8 @@ from steerlens.directions.fitting import fit_methods
 from steerlens.directions.methods import method_of, null_directions, null_vectors
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
-from steerlens.engine.tokenization import (
-    fingerprint,
-    tokenize_items,
-)
+from steerlens.engine.labels import OWN_TOKENS
+from steerlens.engine.tokenization import tokenize_items
 from steerlens.loss import Budget
 from steerlens.measure.boundary import check_search
 from steerlens.measure.comparison_inputs import (
@@ -31,8 +29,9 @@ from steerlens.measure.comparison_inputs import (
     check_compared,
     split_texts,
     with_persona,
+    with_shared,
 )
-from steerlens.measure.effects import Damage, mean_distinct_3, of_one_length
+from steerlens.measure.effects import Damage, damage_columns, mean_distinct_3, of_one_length
 from steerlens.measure.equal_damage import (
     CompareSettings,
     Measured,
@@ -49,6 +48,7 @@ from steerlens.measure.verdicts import (
     effect_columns,
     mean_abs,
     methods_table,
+    prompt_row,
     summarise,
     with_verdicts,
 )
@@ -112,7 +112,8 @@ def compare(
     train_items: PreferenceItems | None = None,
     off_target: Mapping[str, PreferenceItems] | None = None,
     budget: str = "kl=0.1",
-    on: str = "neutral",
+    on: str = "own",
+    own_tokens: Count = OWN_TOKENS,
     neutral: Sequence[str] | None = None,
     n_null: Draws = 20,
     margin: NotNegative | None = None,
@@ -131,10 +132,12 @@ def compare(
     spent: its coherence boundary on that text. The effect is the mean change of the preference gap,
     `logprob(positive continuation) - logprob(negative one)` (nats per token), with a 95% interval
     over groups of items and, for methods fitted from differences, of refits on resampled groups of
-    pairs (linearised, see below); damage is measured on the second half of the neutral texts. Every
-    token is steered. The gap is also measured at -1, -1/2, 0 and 1/2 times the coefficient, for
-    slope, Spearman correlation and monotone share of every item. The baseline "prompt" writes the
-    pairs' positive system messages into the items' prompts, where both are chats.
+    pairs (linearised, see below). Damage is measured on other texts than the budget is spent on, at
+    the coefficient and at minus it: the budget is found for the first alone, and `spent_neg` says
+    how much of it the second spends. Every token is steered. The gap is also measured at -1, -1/2,
+    0 and 1/2 times the coefficient, for slope, Spearman correlation and monotone share of every
+    item. The baseline "prompt" writes the pairs' positive system messages into the items' prompts,
+    where both are chats.
 
     The nulls are random vectors, and mean differences with the labels of whole groups of pairs
     exchanged by coin, each at its own coefficient for the same budget. `n_null` of each kind are
@@ -150,11 +153,16 @@ def compare(
         layers: Where (see `resolve_hooks`).
         train_items: The layer is chosen by the effect on these, never on `items`. Methods trained
             on continuations are trained on them too, so their `layer_choice` is "in sample".
-            Default: no layer is chosen.
+            And so is that of every method where some of these share a prompt or persona with
+            the pairs (`with_shared`). Default: no layer is chosen.
         off_target: Items of other concepts, by name. Default: none.
         budget: See `Budget`.
-        on: What the budget is spent on: "neutral", the first half of the neutral texts, or
-            "positive", the pairs' positive prompts.
+        on: What the budget is spent on: "own", what the unsteered model writes after the prompts of
+            `train_items`, or else after the pairs' positive prompts (up to 32 different ones, one
+            of each group in turn, none of a held-out item; the first half of them); "neutral", the
+            first half of the neutral texts; "positive", the pairs' positive prompts. Damage is
+            measured on the second halves of own and neutral text.
+        own_tokens: The most tokens that the model writes after each (32).
         neutral: At least 4 texts. Default: the shipped lines.
         n_null: Random and as many shuffled vectors at every hook that are run.
         margin: The effect (nats per token) below which it does not matter, for "equivalent to no
@@ -189,6 +197,7 @@ def compare(
         methods=tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)),
         budget=str(check_search(budget=budget, search_range=search_range)),
         on=on,
+        own_tokens=own_tokens,
         n_null=n_null,
         margin=None if margin is None else float(margin),
         search_range=float(search_range),
@@ -198,7 +207,8 @@ def compare(
     )
     sets = ItemSets(items, train_items, off_target or {}, with_persona(pairs, items))
     check_compared(model, settings, sets)
-    texts = split_texts(model, pairs, settings, neutral)
+    sets = with_shared(sets, pairs)
+    texts = split_texts(model, pairs, sets, settings, neutral)
     pairs.warn_of_groups()
     items.warn_of_groups()
     # Fitting, coefficients, gradients, effects, damage and texts; then what was given beside them.
@@ -261,17 +271,17 @@ def _compared(
         n_fitted=len(set(differences.pair_groups)),
         margin=0.1 * spread if settings.margin is None else settings.margin,
     )
-    rows, by_item = _rows(run, found, differences, items, inference, next(steps))
+    rows, by_item, refits = _rows(run, found, differences, sets, inference, next(steps))
     if sets.persona is not None:
         by_item[PROMPT] = _persona_effect(run, items, sets.persona, next(steps))
-        rows.append(_prompt_row(by_item[PROMPT], inference))
+        rows.append(prompt_row(by_item[PROMPT], inference))
     attrs = {
         "settings": asdict(settings),
         "positions": {name: directions.position for name, directions in fitted.items()},
         "fitted_on": pairs.fingerprint,
         "pairs": pairs.name,
         **sets.record(),
-        "neutral": fingerprint(texts.neutral),
+        **texts.record(),
         "model": provenance(run.engine.model).to_dict(),
         "margin_nats": inference.margin,
         "null_correlation": found.screen.correlation,
@@ -280,7 +290,8 @@ def _compared(
     effects = pd.DataFrame({"id": [item.id for item in items], **by_item})
     effects.attrs.update(attrs)
     table = to_frame(rows, COMPARISON_COLUMNS, attrs)
-    summary, methods = (make(table, effects, inference) for make in (summarise, methods_table))
+    summary = summarise(table, effects, inference)
+    methods = methods_table(table, effects, inference, refits)
     return Comparison(table, summary, methods, effects, fitted, settings)
 
 
@@ -352,7 +363,7 @@ class _Measurements:
     unsteered: Float[np.ndarray, " item"]
     effects: Mapping[Subject, Measured]
     screen: Screen
-    damage: Mapping[Subject, Damage]
+    damage: Mapping[Subject, Mapping[str, Sequence[Damage]]]
     on_train: Mapping[Subject, float]
     elsewhere: Sequence[Mapping[Subject, float]]
 
@@ -361,13 +372,17 @@ def _rows(
     run: Runner,
     found: _Measurements,
     differences: Differences,
-    items: PreferenceItems,
+    sets: ItemSets,
     inference: Inference,
     progress: Progress,
-) -> tuple[list[Row], dict[str, NDArray[np.float64]]]:
-    """The rows of all methods and hooks with their verdicts, and the effects item by item."""
+) -> tuple[list[Row], dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+    """The rows of all methods and hooks with verdicts; effects item by item, and of refits."""
     rows: list[Row] = []
+    linear = found.screen.linear
+    of_budget = "neutral" if run.settings.on == "neutral" else "own"
     by_item: dict[str, NDArray[np.float64]] = {}
+    refits: dict[str, NDArray[np.float64]] = {}
+    items = sets.held_out
     prompts = of_one_length(tokenize_items(run.engine.model, items)[0], N_GENERATED)
     progress("texts: vectors", 0, len(run.methods))
     for name in run.settings.methods:
@@ -379,7 +394,9 @@ def _rows(
             if np.isfinite(of_hook.changes).all()
         }
         among_nulls = found.screen.columns({s.hook_name: s.direction for s in subjects}, exact)
-        spreads = found.screen.spreads(differences, name, seed=run.settings.seed)
+        of_method = found.screen.refits(differences, name, seed=run.settings.seed)
+        refits |= {f"{name} @ {hook_name}": values for hook_name, values in of_method.items()}
+        spreads = {hook_name: float(v.std(ddof=1)) for hook_name, v in of_method.items()}
         for subject in subjects:
             hook_name, reached = subject.hook_name, found.reached[subject]
             row: dict[str, Any] = {
@@ -394,7 +411,7 @@ def _rows(
                 "interval_over": "none",
                 "train_effect": found.on_train.get(subject, math.nan),
                 "is_chosen": False,
-                "layer_choice": _layer_choice(name, is_made=bool(found.on_train)),
+                "layer_choice": _layer_choice(name, sets) if found.on_train else "none",
                 "verdict": "search failed" if math.isnan(reached) else "budget not reached",
             }
             if hook_name in measured:
@@ -404,10 +421,9 @@ def _rows(
                     measured[hook_name], inference, spreads.get(hook_name, math.nan)
                 )
                 row |= among_nulls.get(hook_name, {})
+                row |= damage_columns(damage)
                 row |= {
-                    "kl_nats": damage.kl,
-                    "kl_p95_nats": damage.kl_p95,
-                    "degradation_nats": damage.degradation,
+                    "spent_neg": damage[of_budget][1].spent(linear.budget, linear.allowance),
                     "off_target": mean_abs([effects[subject] for effects in found.elsewhere]),
                     "distinct_3": mean_distinct_3(
                         run.engine, prompts, {hook_name: subject.direction}, reached
@@ -415,32 +431,11 @@ def _rows(
                 }
             rows.append(row)
             progress("texts: vectors", len(rows), len(run.methods))
-    return with_verdicts(rows, inference), by_item
+    return with_verdicts(rows, inference), by_item, refits
 
 
-def _layer_choice(method: str, *, is_made: bool) -> str:
-    """Whether the items that choose the layer were trained on."""
-    if not is_made:
-        return "none"
+def _layer_choice(method: str, sets: ItemSets) -> str:
+    """Whether items that choose the layer were trained on, or share a text with fitted pairs."""
     is_trained_on = method_of(method).objective in ("promotion", "preference")
-    return "in sample" if is_trained_on else "held out"
-
-
-def _prompt_row(change: NDArray[np.float64], inference: Inference) -> Row:
-    low, high = inference.interval(change)
-    return {
-        "method": PROMPT,
-        "hook_name": "none",
-        "layer": -1,
-        "n_items": len(change),
-        "n_groups": len(set(inference.groups)),
-        "n_null": 0,
-        "null_by": "none",
-        "effect": float(change.mean()),
-        "effect_ci_low": low,
-        "effect_ci_high": high,
-        "interval_over": "items",
-        "is_chosen": False,
-        "layer_choice": "none",
-        "verdict": "baseline",
-    }
+    is_shared = sets.shared["n_choosing_items_fitted_on"] > 0
+    return "in sample" if is_trained_on or is_shared else "held out"

@@ -1,18 +1,30 @@
 """What a comparison is given: sets of items, the texts its budget is spent on, and their check."""
 
+import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Message
 from steerlens.directions.methods import method_of
-from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
+from steerlens.engine.labels import with_labels
+from steerlens.engine.tokenization import (
+    TokenizedPrompt,
+    fingerprint,
+    tokenize_items,
+    tokenize_pairs,
+)
 from steerlens.errors import InputError
 from steerlens.measure.equal_damage import CompareSettings
 from steerlens.measure.texts import text_prompts
 from steerlens.models.hooked_model import HookedModel
+
+N_OWN = 32
+"""Most prompts after which the model writes."""
+Prompts = tuple[TokenizedPrompt, ...]
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,7 @@ class ItemSets:
     train: PreferenceItems | None
     off_target: Mapping[str, PreferenceItems]
     persona: PreferenceItems | None
+    shared: Mapping[str, int] = field(default_factory=dict)
 
     def all(self) -> list[PreferenceItems]:
         """Those that there are."""
@@ -35,35 +48,85 @@ class ItemSets:
             "measured_on": self.held_out.fingerprint,
             "items": self.held_out.name,
             "chosen_on": None if self.train is None else self.train.fingerprint,
+            **self.shared,
             "off_target": {name: items.fingerprint for name, items in self.off_target.items()},
         }
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What the budget is spent on, and where damage is measured: other texts."""
+    """What the budget is spent on, and "own" and "neutral" text, in halves.
 
-    neutral: tuple[TokenizedPrompt, ...]
-    calibration: tuple[TokenizedPrompt, ...]
-    damaged: tuple[TokenizedPrompt, ...]
+    The first half is there to spend the budget on, damage is measured on the second.
+    """
+
+    calibration: Prompts
+    halves: Mapping[str, tuple[Prompts, Prompts]]
+
+    @property
+    def damaged(self) -> dict[str, Prompts]:
+        """Where damage is measured."""
+        return {name: second for name, (_, second) in self.halves.items()}
+
+    def record(self) -> dict[str, str]:
+        """What a table says of them."""
+        return {name: fingerprint(first + second) for name, (first, second) in self.halves.items()}
 
 
 def split_texts(
     model: HookedModel,
     pairs: ContrastivePairs,
+    sets: ItemSets,
     settings: CompareSettings,
     neutral: Sequence[str] | None,
 ) -> Texts:
-    """Neutral texts in halves, or the positive prompts beside the second half."""
+    """What the model itself writes, and neutral texts, in halves."""
     tokenized = tokenize_pairs(model, pairs)
     if isinstance(neutral, str) or neutral == []:
         raise InputError(f"neutral is a list of at least 4 texts, got {neutral!r}")
     texts = text_prompts(model, "neutral" if neutral is None else tuple(neutral), tokenized)
     if len(texts) < 4:
         raise InputError(f"expected at least 4 neutral texts, got {len(texts)}")
+    own = with_labels(
+        model, _own_prompts(model, pairs, sets), "own", own_tokens=settings.own_tokens
+    )
+    halves = {"own": _halves(own), "neutral": _halves(texts)}
+    if settings.on == "positive":
+        return Texts(with_labels(model, tokenized.positive), halves)
+    return Texts(halves[settings.on][0], halves)
+
+
+def _own_prompts(model: HookedModel, pairs: ContrastivePairs, sets: ItemSets) -> Prompts:
+    """Different prompts, one of each group in turn up to `N_OWN`, the groups one after the other.
+
+    Those of the training items, or the positive ones of the pairs; none of a held-out item. Cut in
+    the middle, at most one group is on both sides.
+    """
+    if sets.train is None:
+        groups, prompts = pairs.groups, tokenize_pairs(model, pairs).positive
+    else:
+        groups, prompts = sets.train.groups, tokenize_items(model, sets.train)[0]
+    held_out = {prompt.prompt for prompt in tokenize_items(model, sets.held_out)[0]}
+    different = {p.prompt: (g, p) for g, p in zip(groups, prompts, strict=True)}
+    places: list[tuple[int, int, TokenizedPrompt]] = []
+    met: Counter[int] = Counter()
+    for ids, (group, prompt) in different.items():
+        if ids not in held_out:
+            places.append((met[group], group, prompt))
+            met[group] += 1
+    if len(places) < 2:
+        raise InputError(
+            f"the model writes after at least 2 different prompts, got {len(places)} of "
+            f"{'the pairs' if sets.train is None else 'the training items'} that no held-out item "
+            "has; give more"
+        )
+    in_turn = sorted(places, key=lambda place: place[:2])[:N_OWN]
+    return tuple(prompt for _, _, prompt in sorted(in_turn, key=lambda place: place[1]))
+
+
+def _halves(texts: Prompts) -> tuple[Prompts, Prompts]:
     half = len(texts) // 2
-    calibration = tokenized.positive if settings.on == "positive" else texts[:half]
-    return Texts(texts, calibration, texts[half:])
+    return texts[:half], texts[half:]
 
 
 def check_compared(model: HookedModel, settings: CompareSettings, sets: ItemSets) -> None:
@@ -72,8 +135,8 @@ def check_compared(model: HookedModel, settings: CompareSettings, sets: ItemSets
         raise InputError("expected at least one method, got none")
     for name in settings.methods:
         method_of(name)
-    if settings.on not in ("neutral", "positive"):
-        raise InputError(f"on is neutral or positive, not {settings.on!r}")
+    if settings.on not in ("own", "neutral", "positive"):
+        raise InputError(f"on is own, neutral or positive, not {settings.on!r}")
     shared = {item.prompt for item in sets.held_out} & {item.prompt for item in sets.train or ()}
     if shared:
         raise InputError(
@@ -82,6 +145,35 @@ def check_compared(model: HookedModel, settings: CompareSettings, sets: ItemSets
         )
     for some in sets.all():
         tokenize_items(model, some)
+
+
+def with_shared(sets: ItemSets, pairs: ContrastivePairs) -> ItemSets:
+    """With how many items share a prompt or persona with what is fitted or chosen on; warns of any.
+
+    By what system and user say, and by whole texts (`shared_texts`), never by the names of groups:
+    two files may both have a group "1".
+    """
+    items, train = sets.held_out, sets.train
+    fitted = "the pairs that are fitted on"
+    compared: list[tuple[str, PreferenceItems, ContrastivePairs | PreferenceItems, str, str]]
+    compared = [("n_items_fitted_on", items, pairs, fitted, "effects are")]
+    if train is not None:
+        chosen = "the items that choose the layer"
+        compared += [
+            ("n_items_chosen_on", items, train, chosen, "effects are"),
+            ("n_choosing_items_fitted_on", train, pairs, fitted, "the choice of a layer is"),
+        ]
+    found = {}
+    for name, some, others, what, outcome in compared:
+        n = found[name] = some.count_sharing(others.shared_texts)
+        if n:
+            warnings.warn(
+                f"{some.name}: {n} of {len(some)} items share a prompt or persona with {what}, so "
+                f"{outcome} in sample; take them out of one",
+                UserWarning,
+                stacklevel=4,
+            )
+    return replace(sets, shared=found)
 
 
 def with_persona(pairs: ContrastivePairs, items: PreferenceItems) -> PreferenceItems | None:

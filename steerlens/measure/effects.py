@@ -1,5 +1,6 @@
-"""What steering does to held-out items and to neutral text: effect and damage, cell by cell."""
+"""What steering does to held-out items and to other text: effect and damage, cell by cell."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,14 @@ from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, fingerprint, tokenize_items
 from steerlens.engine.workload import CellOutput, Job, Workload
+from steerlens.loss import Budget
 from steerlens.measure.coherence import P95
 from steerlens.models.hooked_model import context_length
 from steerlens.models.hooks import resid_post
 from steerlens.models.identity import provenance
 from steerlens.progress import silent
 from steerlens.steering import generate_tokens
+from steerlens.tables import Row
 
 NEW_TOKENS = 40
 """Length of the greedy continuations that `distinct_3` looks at."""
@@ -30,15 +33,25 @@ NEW_TOKENS = 40
 
 @dataclass(frozen=True)
 class Damage:
-    """What a push costs on neutral text, in nats per token.
+    """What a push costs on a text, in nats per token.
 
     `kl` and `kl_p95` are the mean and the 95th percentile of KL(unsteered || steered) over all
-    predicted tokens, `degradation` the mean loss of the tokens' logprob.
+    labels, `degradation` the mean loss of their logprob.
     """
 
     kl: float
     kl_p95: float
     degradation: float
+
+    def spent(self, budget: Budget, allowance: float) -> float:
+        """The loss that the budget bounds over what it allows; NaN where that is nothing.
+
+        Of a rollout budget the percentile on this text.
+        """
+        if not allowance:
+            return math.nan
+        loss = self.kl if budget.kind == "kl" else self.kl_p95
+        return (loss if budget.is_divergence else self.degradation) / allowance
 
 
 def preference_gaps(
@@ -86,6 +99,16 @@ def damages(
         return Damage(float(kl.mean()), p95, lost)
 
     return [[damage(cell) for cell in of_job] for of_job in cells]
+
+
+def damage_columns(damage: Mapping[str, Sequence[Damage]]) -> Row:
+    """The damage on "own" and on "neutral" text, at the coefficient and at minus it."""
+    row = {"kl_p95_nats": damage["neutral"][0].kl_p95}
+    for name, prefix in (("neutral", ""), ("own", "own_")):
+        for of_sign, sign in zip(damage[name], ("", "neg_"), strict=True):
+            row[f"{prefix}kl_{sign}nats"] = of_sign.kl
+            row[f"{prefix}degradation_{sign}nats"] = of_sign.degradation
+    return row
 
 
 def mean_distinct_3(

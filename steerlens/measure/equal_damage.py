@@ -36,6 +36,7 @@ class CompareSettings:
     methods: tuple[str, ...]
     budget: str
     on: str
+    own_tokens: int
     n_null: int
     margin: float | None
     search_range: float
@@ -137,17 +138,24 @@ class Runner:
 
     def damages(
         self,
-        texts: Sequence[TokenizedPrompt],
+        texts: Mapping[str, Sequence[TokenizedPrompt]],
         reached: Mapping[Subject, float],
         progress: Progress,
-    ) -> dict[Subject, Damage]:
-        """What every method costs on neutral text at its coefficient."""
-        jobs = self._at_reached(reached)
+    ) -> dict[Subject, dict[str, list[Damage]]]:
+        """What every method costs on each text, at its coefficient and at minus it."""
+        jobs = self._at_reached(reached, (1.0, -1.0))
         if not jobs:
             return {}
-        engine = replace(self.engine, progress=part_of(progress, "damage: cells"))
-        by_job = damages(engine, texts, list(jobs.values()))
-        return {subject: of_job[0] for subject, of_job in zip(jobs, by_job, strict=True)}
+        found: dict[Subject, dict[str, list[Damage]]] = {subject: {} for subject in jobs}
+        n_cells = 2 * len(jobs)
+        for i, (name, prompts) in enumerate(texts.items()):
+            tell = part_of(
+                progress, "damage: cells", before=i * n_cells, total=len(texts) * n_cells
+            )
+            by_job = damages(replace(self.engine, progress=tell), prompts, list(jobs.values()))
+            for subject, of_job in zip(jobs, by_job, strict=True):
+                found[subject][name] = of_job
+        return found
 
     def mean_effects(
         self, items: PreferenceItems, reached: Mapping[Subject, float], progress: Progress
@@ -178,9 +186,11 @@ class Runner:
         changes = {job: steered - unsteered for job, steered in zip(jobs, gaps, strict=True)}
         return unsteered, changes
 
-    def _at_reached(self, reached: Mapping[Subject, float]) -> dict[Subject, Job]:
+    def _at_reached(
+        self, reached: Mapping[Subject, float], doses: Sequence[float] = (1.0,)
+    ) -> dict[Subject, Job]:
         return {
-            subject: self._job(subject, (reached[subject],))
+            subject: self._job(subject, tuple(dose * reached[subject] for dose in doses))
             for subject in self.methods
             if math.isfinite(reached[subject])
         }

@@ -140,12 +140,14 @@ class Screen:
             columns |= NullEffects(how, names, np.array(seen), nulls).columns()
         return columns
 
-    def spreads(self, differences: Differences, method: str, *, seed: int) -> dict[str, float]:
-        """Hook name -> standard deviation of the mean effect over refits of a method.
+    def refits(
+        self, differences: Differences, method: str, *, seed: int
+    ) -> dict[str, Float[np.ndarray, " refit"]]:
+        """Hook name -> the mean effect of every refit of a method, linearised.
 
-        Each refit has as many groups of pairs, drawn with replacement; effects are linearised. Only
-        hooks where these may stand for exact ones, and methods that are fitted from differences;
-        none where a refit fails.
+        Each refit has as many groups of pairs, drawn with replacement, the same for every method.
+        Only hooks where linearised effects may stand for exact ones, and methods that are fitted
+        from differences; none where a refit fails, or all pairs are of one group.
         """
         chosen = method_of(method)
         names = [name for name in self.hook_names if self.is_linear(name)]
@@ -153,6 +155,8 @@ class Screen:
             return {}
         group = np.array(differences.pair_groups)
         members = [np.flatnonzero(group == g) for g in range(int(group.max()) + 1)]
+        if len(members) < 2:
+            return {}
         generator = np.random.default_rng(seed)
         refitted: dict[str, list[Tensor]] = {name: [] for name in names}
         for _ in range(N_REFITS):
@@ -160,14 +164,11 @@ class Screen:
             resampled = _part_of(differences, names, [members[g] for g in drawn])
             try:
                 directions = fit_directions(resampled, method=method)
-            except InputError:  # nothing is left of these pairs: the spread is not known
+            except InputError:  # nothing is left of these pairs
                 return {}
             for name in names:
                 refitted[name].append(directions[name])
-        return {
-            name: float(np.std(self.effects(name, torch.stack(rows)), ddof=1))
-            for name, rows in refitted.items()
-        }
+        return {name: self.effects(name, torch.stack(rows)) for name, rows in refitted.items()}
 
 
 def _part_of(

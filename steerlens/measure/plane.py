@@ -126,10 +126,10 @@ def run_shape(
 ) -> BoundaryShape:
     """`Study.boundary_shape` at one hook; progress goes under the `heading`."""
     before = study.spent
-    settings = _plane_settings(study, n_angles=n_angles, on=on, search_range=search_range)
-    text = Text.of(study, on)
+    fitted, text = study.fitted, Text.of(study, on)
+    settings = _plane_settings(study, text, n_angles=n_angles, search_range=search_range)
     cell = study.baseline.cell(hook_name)
-    dtype, direction = study.directions[hook_name].dtype, study.directions[hook_name].double()
+    dtype, direction = fitted[hook_name].dtype, fitted[hook_name].double()
     orthogonal = main_orthogonal((cell.positive - cell.negative).double(), direction)
     norms = torch.cat([cell.positive, cell.negative]).norm(dim=-1)
     limit = settings.search_range * float(norms.mean())
@@ -172,7 +172,8 @@ def run_plane(
 ) -> LossGeometry:
     """`Study.plane`."""
     before = study.spent
-    settings = _plane_settings(study, n_angles=n_angles, on="positive", search_range=search_range)
+    text = Text.of(study, "positive")
+    settings = _plane_settings(study, text, n_angles=n_angles, search_range=search_range)
     if settings.steered_positions != "all":
         raise InputError(
             "in the plane every token is pushed, so steered_positions must be all, not "
@@ -193,7 +194,7 @@ def run_plane(
     slopes = label_slopes(
         study.engine,
         gradient_batches(study.engine, study.tokens.positive),
-        [(plane.hook_name, axis) for plane in planes for axis in plane.axes],
+        [((plane.hook_name, axis),) for plane in planes for axis in plane.axes],
         steered_positions="all",
         seed=settings.seed,
     )
@@ -225,9 +226,9 @@ def check_plane(hook_names: Sequence[str], n_angles: Angles) -> None:  # noqa: A
 
 
 def _plane_settings(
-    study: Preparation, *, n_angles: int, on: On, search_range: float | int
+    study: Preparation, text: Text, *, n_angles: int, search_range: float | int
 ) -> PlaneSettings:
-    settings = boundary_settings(study, on=on, search_range=search_range)
+    settings = boundary_settings(study, text, search_range=search_range)
     return PlaneSettings(**vars(settings), n_angles=n_angles)
 
 

@@ -15,6 +15,7 @@ from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt
 from steerlens.errors import ModelError
 from steerlens.loss import Budget
 from steerlens.measure.coherence import Push
+from steerlens.measure.search import FIRST_STEP
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class Prediction:
     drops: Float[np.ndarray, " prompt"]
     boundary: float
     first_order: float
+
+    @classmethod
+    def of_nothing(cls, n_prompts: int) -> "Prediction":
+        """Of a push that does not add, which has no gradient: NaN, and slopes taken to be 0."""
+        return cls(np.zeros(n_prompts), np.zeros(n_prompts), math.nan, math.nan)
+
+    def start(self, limit: float) -> float:
+        """Where a search up to `limit` looks first; not far out where nothing is predicted."""
+        return limit / 16 if math.isnan(self.boundary) else min(FIRST_STEP * self.boundary, limit)
 
 
 def predict(
@@ -48,18 +58,20 @@ def predict(
     divergence of a token is taken to be its mean times a chi-square variable with one degree of
     freedom, whose 95th percentile is 3.84. Raises `ModelError` where a gradient is not finite.
     """
-    along = {(push.hook_name, id(push.direction)): push.direction for push in pushes}
+    along = {_key(push): push.additions for push in pushes if push.additions}
+    if not along:
+        return [Prediction.of_nothing(len(prompts))] * len(pushes)
     derivatives = label_slopes(
         engine,
         gradient_batches(engine, prompts),
-        [(name, direction) for (name, _), direction in along.items()],
+        [*along.values()],
         steered_positions=steered_positions,
         seed=seed,
     )
     index = {key: i for i, key in enumerate(along)}
     predictions = []
     for push in pushes:
-        row = index[push.hook_name, id(push.direction)]
+        row = index[_key(push)]
         logprob, curvature = derivatives.logprob[row], derivatives.curvature[row]
         if not bool((logprob + curvature).isfinite().all()):
             raise ModelError(
@@ -75,6 +87,11 @@ def predict(
         first_order = math.nan if budget.is_divergence else first_order
         predictions.append(Prediction(slopes, drops, boundary, first_order))
     return predictions
+
+
+def _key(push: Push) -> tuple[str, int]:
+    """The same for both signs of a push."""
+    return push.hook_name, id(push.direction)
 
 
 def gradient_batches(engine: Engine, prompts: Sequence[TokenizedPrompt]) -> tuple[Batch, ...]:

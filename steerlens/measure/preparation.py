@@ -1,27 +1,50 @@
 """What every measurement on some pairs needs, computed once: tokens, unsteered model, plan."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
+from steerlens.engine.labels import (
+    OWN,
+    OWN_TOKENS,
+    LabelKind,
+    default_labels,
+    labelled_pairs,
+    with_labels,
+)
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import Plan, make_plan
-from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, tokenize_pairs
-from steerlens.engine.workload import Baseline, Job, Workload
+from steerlens.engine.tokenization import (
+    SteeredPositions,
+    TokenizedPairs,
+    TokenizedPrompt,
+)
+from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import MARGIN, WEIGHT, Budget
+from steerlens.measure.interventions import (
+    Intervention,
+    of_vector,
+    position_of,
+    readout_of,
+    resid_norm,
+)
 from steerlens.measure.rows import layer_row
 from steerlens.measure.settings import N_BOOTSTRAP, StudySettings
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
+from steerlens.models.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.models.identity import check_fitted_on, provenance
 from steerlens.progress import Progress, silent
+from steerlens.steering import SteeringVector
+from steerlens.steering.operators import operator_record
 from steerlens.tables import Row
 from steerlens.validation import Count, Draws, NotNegative, Whole, checked
 
@@ -37,9 +60,12 @@ class Preparation:
         self,
         model: HookedModel,
         pairs: ContrastivePairs,
-        directions: Directions,
+        directions: Directions | SteeringVector,
         *,
+        readout: Mapping[str, Tensor] | None = None,
         layers: Layers | None = None,
+        labels: LabelKind | None = None,
+        own_tokens: Count = OWN_TOKENS,
         budget: str = "relative=0.01",
         steered_positions: SteeredPositions = "all",
         margin: float | int = MARGIN,
@@ -51,17 +77,30 @@ class Preparation:
         progress: Progress | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
-        check_directions(directions, hook_names)
-        check_fitted_on(model, directions)
-        check_width(directions, model)
+        if isinstance(directions, SteeringVector):
+            interventions = _of_vector(model, directions, readout, layers)
+            self.read_along: Mapping[str, Tensor] = dict(
+                [readout_of(directions, readout, int(model.cfg.n_layers))]
+            )
+        else:
+            interventions = _of_directions(model, directions, readout, layers)
+            self.read_along = directions
+        self.interventions = {of.name: of for of in interventions}
         pairs.warn_of_groups()
+        kind = labels or default_labels(
+            [pair.positive for pair in pairs], [pair.continuation is not None for pair in pairs]
+        )
+        source = directions.origin if isinstance(directions, SteeringVector) else directions
+        self._n_fitted_on = pairs.warn_of_fitted(source.pair_hashes)
         self.pairs = pairs
+        self.asked_labels = labels, own_tokens
         self.directions = directions
         self.settings = StudySettings(
-            hook_names=hook_names,
-            position=directions.position,
+            hook_names=tuple(self.interventions),
+            position=position_of(directions, readout),
             steered_positions=steered_positions,
+            labels=kind,
+            own_tokens=own_tokens if kind in OWN else None,
             budget=str(Budget.parse(budget)),
             margin=float(margin),
             weight=float(weight),
@@ -88,6 +127,23 @@ class Preparation:
         return self.settings.hook_names
 
     @property
+    def fitted(self) -> Directions:
+        """The directions. Raises `InputError` in a study of a vector."""
+        if not isinstance(self.directions, Directions):
+            raise InputError(
+                "expected a study of fitted Directions, got one of a SteeringVector, whose scale "
+                "and operator have no plane (of two hooks joint_boundary gives the curve)"
+            )
+        return self.directions
+
+    @property
+    def method(self) -> str:
+        """How the directions were fitted."""
+        if isinstance(self.directions, Directions):
+            return self.directions.method
+        return self.directions.origin.method
+
+    @property
     def budget(self) -> Budget:
         """What counts as coherent."""
         return Budget.parse(self.settings.budget)
@@ -95,12 +151,26 @@ class Preparation:
     @cached_property
     def readouts(self) -> Mapping[str, str]:
         """Hook name -> the hook at which the effect of a push there is read."""
-        return {name: readout_hook(name, self.engine.n_layers) for name in self.hook_names}
+        return {name: of.readout for name, of in self.interventions.items()}
 
     @cached_property
     def tokens(self) -> TokenizedPairs:
-        """The pairs as token ids."""
-        return tokenize_pairs(self.model, self.pairs)
+        """The pairs as token ids, the positive prompts with their labels."""
+        labels, own_tokens = self.asked_labels
+        return labelled_pairs(
+            self.model, self.pairs, labels, own_tokens=own_tokens, seed=self.settings.seed
+        )
+
+    def labelled(
+        self, prompts: Sequence[TokenizedPrompt]
+    ) -> tuple[tuple[TokenizedPrompt, ...], LabelKind]:
+        """Prompts with the labels that were asked for, or else their default; and the kind."""
+        labels, own_tokens = self.asked_labels
+        kind = labels or default_labels(
+            [prompt.source for prompt in prompts], [bool(p.continuation) for p in prompts]
+        )
+        seed = self.settings.seed
+        return with_labels(self.model, prompts, kind, own_tokens=own_tokens, seed=seed), kind
 
     @cached_property
     def workload(self) -> Workload:
@@ -114,31 +184,32 @@ class Preparation:
     @cached_property
     def baseline(self) -> Baseline:
         """The unsteered model, at every hook and readout."""
-        needed = tuple(dict.fromkeys([*self.hook_names, *self.readouts.values()]))
+        acted_at = [name for of in self.interventions.values() for name in of.hook_names]
+        needed = tuple(dict.fromkeys([*acted_at, *self.readouts.values()]))
         return run_baseline(self.engine, self.workload, needed)
 
     @cached_property
     def plan(self) -> Plan:
         """The pairs ready for cells, every hook checked with a push of one residual unit."""
-        jobs = [
-            Job(name, self.directions[name], (1.0,), self.readouts[name])
-            for name in self.hook_names
-        ]
+        jobs = [of.job((1.0,)) for of in self.interventions.values()]
         return make_plan(self.engine, self.workload, self.baseline, jobs)
 
     @cached_property
     def layer_rows(self) -> Mapping[str, Row]:
         """Hook name -> the numbers of the unsteered model there (`LAYER_COLUMNS`)."""
+        settings, groups = self.settings, self.pairs.groups
         return {
-            name: layer_row(
-                name, self.baseline, self.directions[name], self.settings, self.pairs.groups
-            )
-            for name in self.hook_names
+            name: {
+                **layer_row(of.hook_name, self.baseline, of.direction, settings, groups),
+                "hook_name": name,
+                "layer": hook_layer(name),
+            }
+            for name, of in self.interventions.items()
         }
 
     def check_readouts(self) -> None:
         """Raise `InputError` when a readout hook has no direction."""
-        check_directions(self.directions, self.readouts.values())
+        check_directions(self.read_along, self.readouts.values())
 
     @property
     def spent(self) -> int:
@@ -154,18 +225,72 @@ class Preparation:
         cost = self.engine.forward_equivalents(self.workload, since=since)
         return {
             "settings": asdict(settings),
-            "method": self.directions.method,
-            "directions_seed": self.directions.seed,
-            "fitted_on": self.directions.fingerprint,
+            **self._origin(),
             "measured_on": self.pairs.fingerprint,
             "pairs": self.pairs.name,
+            "n_pairs_fitted_on": self._n_fitted_on,
             "n_groups": len(set(self.pairs.groups)),
             "model": provenance(self.model).to_dict(),
             "forward_equivalents": round(cost, 3),
         }
 
+    def _origin(self) -> dict[str, Any]:
+        """How the directions were made; of a vector also what it is."""
+        if isinstance(self.directions, Directions):
+            return {
+                "method": self.method,
+                "directions_seed": self.directions.seed,
+                "fitted_on": self.directions.fingerprint,
+            }
+        vector = self.directions
+        return {
+            "method": self.method,
+            "directions_seed": vector.origin.seed,
+            "fitted_on": vector.origin.pairs,
+            "vector": {
+                "fingerprint": vector.fingerprint,
+                "hook_names": vector.hook_names,
+                "operator": operator_record(vector.operator),
+                "scale": vector.scale.tolist(),
+                "resid_norm": [resid_norm(self.baseline, name) for name in vector.hook_names],
+            },
+        }
 
-def check_directions(directions: Directions, hook_names: Iterable[str]) -> None:
+
+def _of_directions(
+    model: HookedModel, directions: Directions, readout: object, layers: Layers | None
+) -> list[Intervention]:
+    if readout is not None:
+        raise InputError("readout= is for a SteeringVector; Directions are read along their own")
+    hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
+    check_directions(directions, hook_names)
+    check_fitted_on(model, directions)
+    check_width(directions, model)
+    n_layers = int(model.cfg.n_layers)
+    return [
+        Intervention(name, name, unit, unit, readout_hook(name, n_layers))
+        for name, unit in ((name, directions[name]) for name in hook_names)
+    ]
+
+
+def _of_vector(
+    model: HookedModel,
+    vector: SteeringVector,
+    readout: Mapping[str, Tensor] | None,
+    layers: Layers | None,
+) -> list[Intervention]:
+    if layers is not None:
+        raise InputError("a vector is measured as a whole; give vector.at(...) instead of layers=")
+    if vector.condition is not None and vector.condition.scope == "prompt":
+        raise InputError(
+            "a study does not follow a condition on the prompt, as only `steer` knows where that "
+            "ends; measure the vector with a condition on each token, or without one"
+        )
+    vector.check_model(model)
+    return [of_vector(vector, readout_of(vector, readout, int(model.cfg.n_layers))[0])]
+
+
+def check_directions(directions: Mapping[str, Tensor], hook_names: Iterable[str]) -> None:
     """Raise `InputError` when a hook has no direction."""
     missing = [name for name in dict.fromkeys(hook_names) if name not in directions]
     if missing:

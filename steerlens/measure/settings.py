@@ -10,11 +10,16 @@ N_BOOTSTRAP = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What all measurements of a study share; `margin` and `weight` are those of the loss."""
+    """What all measurements of a study share; `margin` and `weight` are those of the loss.
+
+    `own_tokens` is None where the labels are not what the model itself writes.
+    """
 
     hook_names: tuple[str, ...]
     position: int
     steered_positions: SteeredPositions
+    labels: str
+    own_tokens: int | None
     budget: str
     margin: float
     weight: float

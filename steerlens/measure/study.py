@@ -10,12 +10,15 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
 from steerlens.errors import InputError
 from steerlens.measure.boundary import BoundaryResult, run_boundary, run_prediction
+from steerlens.measure.joint import run_joint
 from steerlens.measure.plane import BoundaryShape, LossGeometry, check_plane, run_plane, run_shape
 from steerlens.measure.preparation import Preparation
+from steerlens.measure.segments import run_segments
 from steerlens.measure.sweeps import SweepResult, run_sweep
 from steerlens.measure.texts import On
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
+from steerlens.steering import SteeringVector
 from steerlens.tables import LAYER_COLUMNS, to_frame
 from steerlens.validation import Angles, checked
 
@@ -30,10 +33,23 @@ class Study(Preparation):
 
     Args:
         model: What is measured, as `load_model` gives it.
-        pairs: Contrastive pairs; the positive prompts' labels are the continuation where a pair
-            has one, else every prompt token but the first.
-        directions: Unit vectors by hook, frozen; also for the readout hooks.
-        layers: Where to measure (see `resolve_hooks`). Default: the hooks of the directions.
+        pairs: Contrastive pairs.
+        directions: Unit vectors by hook, frozen; also for the readout hooks. Or a `SteeringVector`,
+            applied as `steer` applies it: all its hooks at once, so that tables have one row for
+            them (their names joined by " + ", the layer of the first), and a coefficient is that of
+            the vector. Without an opposite (`Ablate`, `Clamp`) both sides of a pair get the same
+            coefficient, and there is no negative boundary.
+        readout: Of a vector, where its effect is read: hook name -> direction, such as
+            `Directions`, at the usual readout hook of its last hook, or at the one hook that is
+            given. Default: its last hook, along the vector itself.
+        layers: Where to measure (see `resolve_hooks`). Default: the hooks of the directions. Not of
+            a vector, of which `vector.at(...)` is a part.
+        labels: The tokens whose logprob is measured: "continuation", "assistant", "own",
+            "own_sampled" or "all" (see `LabelKind`). Default: the positive prompts' continuations
+            where there are any, else what the assistant says in a chat, else every token but the
+            first. A prompt counts with the mean over its labels, a text with that over its prompts.
+        own_tokens: The most tokens that the unsteered model writes after each prompt where its own
+            text is measured (32); written once, when first needed.
         budget: What counts as coherent (see `Budget`). Default: 1% of the baseline logprob.
         steered_positions: Tokens that are steered: "all" real ones (the default), "prompt",
             "continuation" or "last" (of the prompt).
@@ -51,7 +67,7 @@ class Study(Preparation):
 
     Raises:
         InputError: A hook has no direction, the directions are another model's (width, weight
-            processing), or a setting has no meaning.
+            processing), the pairs would have labels of two kinds, or a setting has no meaning.
         HookError: `layers` names no hook of the model.
 
     Examples:
@@ -67,7 +83,7 @@ class Study(Preparation):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self.hook_names)} hooks, {len(self.pairs)} pairs, "
-            f"{self.directions.method})"
+            f"{self.method})"
         )
 
     @cached_property
@@ -130,6 +146,44 @@ class Study(Preparation):
                 rollout budget where not all tokens are steered or the context is too short.
         """
         return run_boundary(self, on=on, search_range=search_range)
+
+    def joint_boundary(
+        self, *, n_angles: Angles = 16, on: On = "positive", search_range: float | int = 4.0
+    ) -> pd.DataFrame:
+        """The boundary of a vector at two hooks, as a curve (`JOINT_COLUMNS`), one row an angle.
+
+        At angle a the first hook is pushed by `c * cos(a)` times its `scale * direction`, the
+        second by `c * sin(a)` times its own, in the same passes, c > 0; the boundary is the c at
+        which the budget is spent. At 0 and 180 degrees the first hook is pushed alone, at 90 and
+        270 the second.
+
+        Args:
+            n_angles: How many angles of the full circle, 3 at least.
+            on: The text (see `On`). Default: the positive prompts.
+            search_range: How far to look: until one of the hooks is pushed by so many mean norms
+                of the activations there.
+
+        Raises:
+            InputError: The study is not of a SteeringVector that adds at two hooks; as `boundary`.
+        """
+        return run_joint(self, n_angles=n_angles, on=on, search_range=search_range)
+
+    def segments(self, boundary: BoundaryResult) -> pd.DataFrame:
+        """What each part of the text loses at the boundaries (`SEGMENT_COLUMNS`).
+
+        The mean that a budget bounds can hide that one part pays for all. Of at most 16 positive
+        prompts, one of each group in turn, every token but the first is measured, by what it is
+        part of: the messages of each role, the template around them, and what follows, the
+        continuation or (where a pair has none) what the unsteered model writes. One row a hook, a
+        finite boundary and a part; means over the prompts of the means over their tokens.
+
+        Args:
+            boundary: What `boundary` of this study gave.
+
+        Raises:
+            InputError: A chat template whose own text depends on the messages.
+        """
+        return run_segments(self, boundary.layers)
 
     def predicted_boundary(self, *, on: On = "positive") -> pd.DataFrame:
         """The per-layer table with the predicted boundaries alone, from two backward passes.
@@ -226,7 +280,7 @@ class Study(Preparation):
 def sweep(
     model: HookedModel,
     pairs: ContrastivePairs,
-    directions: Directions,
+    directions: Directions | SteeringVector,
     *,
     coefficients: Sequence[float | int],
     **settings: Any,
@@ -251,7 +305,7 @@ def sweep(
 def find_boundary(
     model: HookedModel,
     pairs: ContrastivePairs,
-    directions: Directions,
+    directions: Directions | SteeringVector,
     *,
     on: On = "positive",
     search_range: float | int = 4.0,

@@ -14,6 +14,7 @@ from steerlens.measure.rows import checked_coefficients, logprob_budget, measure
 from steerlens.measure.settings import SweepSettings
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
+from steerlens.steering import SteeringVector
 from steerlens.tables import (
     LAYER_COLUMNS,
     POINT_COLUMNS,
@@ -38,13 +39,14 @@ class SweepResult:
     table: pd.DataFrame
     layers: pd.DataFrame
     points: pd.DataFrame
-    directions: Directions
+    directions: Directions | SteeringVector
     settings: SweepSettings
 
     def __repr__(self) -> str:
+        method = shortened(self.table.attrs["method"])
         return (
             f"SweepResult({len(self.settings.hook_names)} hooks x "
-            f"{len(self.settings.coefficients)} coefficients, {shortened(self.directions.method)})"
+            f"{len(self.settings.coefficients)} coefficients, {method})"
         )
 
     def _repr_html_(self) -> str:
@@ -69,6 +71,8 @@ def run_sweep(study: Preparation, coefficients: Sequence[float | int]) -> SweepR
     settings = SweepSettings(
         **vars(study.settings), coefficients=checked_coefficients(coefficients)
     )
+    pushes = tuple(c for c in settings.coefficients if c != 0)
+    jobs = [of.job(pushes) for of in study.interventions.values()]
     baseline, checkpoint, known = study.baseline, study.engine.checkpoint, {}
     if checkpoint is not None:
         of = _fingerprint(study, settings)
@@ -76,16 +80,16 @@ def run_sweep(study: Preparation, coefficients: Sequence[float | int]) -> SweepR
         known = {name: hook for name, hook in kept.items() if hook is not None}
         study.engine.cost.blocks += sum(hook.blocks for hook in known.values())
     rows: dict[str, Sequence[Row]] = {name: hook.rows for name, hook in known.items()}
-    for name, hook in _finished_hooks(study, settings, known):
+    for name, hook in _finished_hooks(study, settings, jobs, known):
         rows[name] = hook.rows
         if checkpoint is not None:
             checkpoint.keep(name, of, hook)
     attrs = study.record(settings, since=before)
     ids = [pair.id for pair in study.pairs]
     points = [
-        row
-        for name in study.hook_names
-        for row in point_rows(name, baseline, study.directions[name], ids)
+        {**row, "hook_name": name, "layer": hook_layer(name)}
+        for name, of in study.interventions.items()
+        for row in point_rows(of.hook_name, baseline, of.direction, ids)
     ]
     table = [row for name in study.hook_names for row in rows[name]]
     return SweepResult(
@@ -98,18 +102,16 @@ def run_sweep(study: Preparation, coefficients: Sequence[float | int]) -> SweepR
 
 
 def _finished_hooks(
-    study: Preparation, settings: SweepSettings, known: Mapping[str, Kept]
+    study: Preparation, settings: SweepSettings, jobs: Sequence[Job], known: Mapping[str, Kept]
 ) -> Iterator[tuple[str, Kept]]:
     """The hooks that are not known, each when its cells are finished."""
-    pushes = tuple(c for c in settings.coefficients if c != 0)
-    plan = study.plan if pushes else None  # before the first cell is told of
+    plan = (
+        study.plan if any(job.coefficients for job in jobs) else None
+    )  # before the first cell is told of
     n_of_hook = len(settings.coefficients)
     n_done, n_cells = n_of_hook * len(known), n_of_hook * len(study.hook_names)
     tell = study.engine.progress
     tell("cells", n_done, n_cells)
-    jobs = [
-        Job(name, study.directions[name], pushes, study.readouts[name]) for name in study.hook_names
-    ]
     finished: Iterator[tuple[str, Finished | None]]
     if plan is None:
         finished = ((name, None) for name in study.hook_names if name not in known)
@@ -129,7 +131,7 @@ def _finished_hook(
 ) -> Kept:
     """The rows of a hook's cells, and what the cells took; nothing is run for c = 0 alone."""
     readout = study.readouts[hook_name]
-    unsteered, direction = study.baseline.cell(readout), study.directions[readout]
+    unsteered, direction = study.baseline.cell(readout), study.read_along[readout]
     cells = {cell.coefficient: cell for cell in (finished.cells if finished else ())}
     where = {"hook_name": hook_name, "layer": hook_layer(hook_name), "readout_hook": readout}
     rows = tuple(
@@ -141,15 +143,14 @@ def _finished_hook(
 
 def _fingerprint(study: Preparation, settings: SweepSettings) -> str:
     """The sha256 of all that decides a cell: the unsteered activations too, to the bit."""
-    baseline, directions = study.baseline, study.directions
+    baseline = study.baseline
     return digest(
         provenance(study.model).to_dict(),
         study.pairs.fingerprint,
         study.pairs.groups,
         asdict(settings),
-        directions.hook_names,
-        directions.readout_names,
-        directions.vectors,
+        [of.decided for of in study.interventions.values()],
+        [study.read_along[name] for name in study.readouts.values()],
         baseline.hook_names,
         (baseline.positive, baseline.negative, baseline.logprob),
     )

@@ -14,6 +14,7 @@ from steerlens.data.prompts import Prompt, unicode_text
 from steerlens.directions.directions import Directions
 from steerlens.engine.batches import Batch, make_batches
 from steerlens.engine.capture import by_halves
+from steerlens.engine.labels import labelled_pairs
 from steerlens.engine.tokenization import (
     SteeredPositions,
     TokenizedPairs,
@@ -22,7 +23,6 @@ from steerlens.engine.tokenization import (
     fingerprint,
     raw_tokens,
     token_texts,
-    tokenize_pairs,
     tokenize_prompt,
 )
 from steerlens.errors import InputError
@@ -132,11 +132,12 @@ def token_damage(
     """Every token's logprob and projection, unsteered and steered (`TOKEN_COLUMNS`).
 
     `damage_nats = logprob - steered logprob` of a token after those before it, in nats: over the
-    label tokens of a positive prompt its mean is that prompt's share of a sweep's degradation. It
-    and the KL divergence are NaN at the first token, which nothing predicts, and where the steered
-    model overflows. Projections are `h . direction`, in residual units, at the readout hook and
-    along its frozen direction (see `one_hook`): of the pairs, positive minus negative at the token
-    that is read, their mean is a sweep's `projection`.
+    label tokens of a positive prompt its mean is that prompt's share of a sweep's degradation.
+    Pairs have their default labels; for others give `study.tokens.positive`. It and the KL
+    divergence are NaN at the first token, which nothing predicts, and where the steered model
+    overflows. Projections are `h . direction`, in residual units, at the readout hook and along its
+    frozen direction (see `one_hook`): of the pairs, positive minus negative at the token that is
+    read, their mean is a sweep's `projection`.
 
     `prompts` are pairs, whose positive prompts run with `+coefficient` and negative ones with
     `-coefficient`, or any prompts, which run with `+coefficient`; `ids` name these (numbers from 1
@@ -159,6 +160,10 @@ def token_damage(
             "prompts that it would not steer, and give it without its condition"
         )
     strengths = strengths_at(at, coefficients)
+    fitted_on = {}
+    if isinstance(prompts, ContrastivePairs):
+        hashes = (along.origin if isinstance(along, SteeringVector) else along).pair_hashes
+        fitted_on["n_pairs_fitted_on"] = prompts.warn_of_fitted(hashes)
     names, sides = _sides(model, prompts, ids)
     first = next(iter(sides.values()))
     check_steered_positions(steered_positions, TokenizedPairs(tuple(first), ()))
@@ -184,6 +189,7 @@ def token_damage(
                     }
                     rows[side, row] = [{**named, **of} for of in of_prompt]
     attrs = {
+        **fitted_on,
         "settings": {"steered_positions": steered_positions, "position": at.position},
         "text": {side: fingerprint(of_side) for side, of_side in sides.items()},
         "model": provenance(model).to_dict(),
@@ -235,7 +241,7 @@ def _sides(
 ) -> tuple[list[str], dict[str, list[TokenizedPrompt]]]:
     """The prompts' names, and the tokens of each side."""
     if isinstance(prompts, ContrastivePairs):
-        tokenized = tokenize_pairs(model, prompts)
+        tokenized = labelled_pairs(model, prompts)
         names, _ = named_prompts(model, tokenized.positive, ids or [pair.id for pair in prompts])
         return names, {"positive": [*tokenized.positive], "negative": [*tokenized.negative]}
     names, alone = named_prompts(model, prompts, ids)

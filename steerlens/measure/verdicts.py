@@ -1,7 +1,7 @@
 """From measured effects to rows: intervals, p-values, verdicts, methods against each other."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,13 +86,34 @@ def effect_columns(measured: Measured, inference: Inference, spread: float = mat
         "effect": effect,
         "effect_ci_low": low,
         "effect_ci_high": high,
-        "interval_over": "items and pairs" if spread >= 0 else "items",
+        "interval_over": _interval_over(spread),
         "smallest_effect": smallest,
         "groups_needed": float(needed) if needed >= 0 else math.nan,
         "slope": float(slopes.mean()),
         "anti_steerable": float((slopes < 0).mean()),
         "spearman": _mean_spearman(doses, curves),
         "monotone": float((np.diff(curves, axis=0) > 0).all(axis=0).mean()),
+    }
+
+
+def prompt_row(change: Float[np.ndarray, " item"], inference: Inference) -> Row:
+    """The row of the baseline that writes the persona into the prompt."""
+    low, high = inference.interval(change)
+    return {
+        "method": PROMPT,
+        "hook_name": "none",
+        "layer": -1,
+        "n_items": len(change),
+        "n_groups": len(set(inference.groups)),
+        "n_null": 0,
+        "null_by": "none",
+        "effect": float(change.mean()),
+        "effect_ci_low": low,
+        "effect_ci_high": high,
+        "interval_over": "items",
+        "is_chosen": False,
+        "layer_choice": "none",
+        "verdict": "baseline",
     }
 
 
@@ -150,11 +171,17 @@ def verdict(row: Row, inference: Inference) -> str:
     return "too few groups" if 2.0 ** (1 - inference.n_fitted) >= LEVEL else "no more than a null"
 
 
-def methods_table(table: pd.DataFrame, effects: pd.DataFrame, inference: Inference) -> pd.DataFrame:
+def methods_table(
+    table: pd.DataFrame,
+    effects: pd.DataFrame,
+    inference: Inference,
+    refits: Mapping[str, Float[np.ndarray, " refit"]],
+) -> pd.DataFrame:
     """Every method against `REFERENCE` on the same items (`METHOD_COLUMNS`).
 
     At the layers chosen on training items where there are some, else layer by layer. The p-value of
-    the family is that of the largest statistic of all rows; intervals are over items.
+    the family is that of the largest statistic of all rows. Intervals are over items, and over
+    `refits` (column of `effects` -> mean effects) on the same groups of pairs where both have them.
     """
     attrs = {str(name): value for name, value in table.attrs.items()}
     is_chosen = bool(table.is_chosen.any())
@@ -175,7 +202,9 @@ def methods_table(table: pd.DataFrame, effects: pd.DataFrame, inference: Inferen
     alone, family = flip_p(differences, groups=inference.groups, seed=inference.settings.seed)
     found: list[Row] = []
     for i, (row, reference) in enumerate(compared):
-        low, high = inference.interval(differences[i])
+        known = [refits[name] for name in map(_column, (row, reference)) if name in refits]
+        spread = float((known[0] - known[1]).std(ddof=1)) if len(known) == 2 else math.nan
+        low, high = inference.interval(differences[i], spread)
         found.append(
             {
                 "method": row["method"],
@@ -185,6 +214,7 @@ def methods_table(table: pd.DataFrame, effects: pd.DataFrame, inference: Inferen
                 "difference": float(differences[i].mean()),
                 "difference_ci_low": low,
                 "difference_ci_high": high,
+                "interval_over": _interval_over(spread),
                 "p_value": float(alone[i]),
                 "p_family": float(family[i]),
                 "verdict": _against(low, high, float(family[i]), inference.margin),
@@ -193,11 +223,19 @@ def methods_table(table: pd.DataFrame, effects: pd.DataFrame, inference: Inferen
     return to_frame(found, METHOD_COLUMNS, attrs)
 
 
+def _column(row: Any) -> str:
+    """The column of the effects that a row of the comparison has."""
+    return PROMPT if row["method"] == PROMPT else f"{row['method']} @ {row['hook_name']}"
+
+
 def _by_item(effects: pd.DataFrame, row: Any) -> NDArray[np.float64]:
     """The effects of a row of the comparison, item by item."""
-    name = PROMPT if row["method"] == PROMPT else f"{row['method']} @ {row['hook_name']}"
-    values: NDArray[np.float64] = effects[name].to_numpy(dtype=np.float64)
+    values: NDArray[np.float64] = effects[_column(row)].to_numpy(dtype=np.float64)
     return values
+
+
+def _interval_over(spread: float) -> str:
+    return "items and pairs" if spread >= 0 else "items"
 
 
 def _against(low: float, high: float, p: float, margin: float) -> str:

@@ -2,6 +2,7 @@
 
 from steerlens.plots.circuits import circuit_graph, components
 from steerlens.plots.figure import Figure
+from steerlens.plots.history import training
 from steerlens.plots.layers import boundary, layer_profile
 from steerlens.plots.methods import comparison
 from steerlens.plots.pages import (
@@ -31,4 +32,5 @@ __all__ = [
     "token_page",
     "token_table_html",
     "tradeoff",
+    "training",
 ]

@@ -11,7 +11,7 @@ from steerlens.errors import InputError
 from steerlens.tables import hook_label
 
 TEXTS = (
-    *("hook_name", "readout_hook", "pair", "prompt", "side", "token", "raw_token"),
+    *("hook_name", "readout_hook", "pair", "prompt", "side", "part", "token", "raw_token"),
     *("method", "verdict", "coherent", "component", "model", "writer", "reader"),
 )
 """Columns of text; the others of a figure's tables are numbers."""

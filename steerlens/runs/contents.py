@@ -83,6 +83,7 @@ _COLUMNS: Mapping[str, tuple[Column, ...]] = {  # until `tables` has them by fil
     "points": tables.POINT_COLUMNS,
     "generations": tables.GENERATION_COLUMNS,
     "tokens": tables.TOKEN_COLUMNS,
+    "segments": tables.SEGMENT_COLUMNS,
 }
 
 

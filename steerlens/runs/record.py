@@ -255,6 +255,7 @@ def write_directions(directions: Directions, path: Path) -> None:
         "fitted_on": directions.fingerprint,
         "weight_processing": directions.weight_processing,
         "weights_fingerprint": directions.weights_fingerprint,
+        "pair_hashes": directions.pair_hashes,
         "readout_hooks": directions.readout_names,
     }
     names = (*directions.hook_names, *directions.readout_names)
@@ -288,6 +289,7 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
             fingerprint=fitted["fitted_on"],
             weight_processing=fitted["weight_processing"],
             weights_fingerprint=fitted.get("weights_fingerprint", UNKNOWN),
+            pair_hashes=tuple(fitted.get("pair_hashes", ())),
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{str(path)!r} holds no directions of this run ({error})") from error

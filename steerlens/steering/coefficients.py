@@ -31,9 +31,9 @@ class Calibration(Frozen):
     """What gives a coefficient its meaning at each hook; NaN where it was not measured.
 
     `resid_norm` is the mean norm of both sides' activations at the fitted position, `boundary_neg`
-    (below 0) and `boundary_pos` the coherence boundary of each sign: residual units, each hook
-    pushed alone at all tokens; inf or -inf beyond the searched range. `budget` and `text` are what
-    it was measured with and on.
+    (below 0) and `boundary_pos` the coherence boundary of each sign: residual units, at all tokens;
+    inf or -inf beyond the searched range. Each hook was pushed alone; or all of them at once, where
+    `is_joint`. `budget` and `text` are what it was measured with and on.
     """
 
     resid_norm: Float[Tensor, " hook"]
@@ -41,6 +41,7 @@ class Calibration(Frozen):
     boundary_pos: Float[Tensor, " hook"]
     budget: str
     text: str
+    is_joint: bool = False
 
     @property
     def lengths(self) -> set[int]:
@@ -57,10 +58,15 @@ class Calibration(Frozen):
     def of_table(cls, hook_names: Sequence[str], layer_table: pd.DataFrame | None) -> "Calibration":
         """What a layer table says of these hooks, or nothing.
 
-        Raises `InputError` when a hook has no row.
+        Raises `InputError` when a hook has no row, and for the table of a vector.
         """
         if layer_table is None:
             return cls.unknown(len(hook_names))
+        if "vector" in layer_table.attrs:
+            raise InputError(
+                "the layer table is that of a vector, in its coefficients: give it to "
+                "SteeringVector.calibrated"
+            )
         rows = layer_table.set_index("hook_name")
         missing = [name for name in hook_names if name not in rows.index]
         if missing:
@@ -75,11 +81,40 @@ class Calibration(Frozen):
         if bool(measures["boundary_pos"].isnan().all()):
             settings = {}
         budget, text = (str(settings.get(key, UNKNOWN)) for key in ("budget", "on"))
-        return cls(**measures, budget=budget, text=text)
+        return cls(
+            measures["resid_norm"], measures["boundary_neg"], measures["boundary_pos"], budget, text
+        )
+
+    @classmethod
+    def of_vector(
+        cls, fingerprint: str, scale: Float[Tensor, " hook"], layer_table: pd.DataFrame
+    ) -> "Calibration":
+        """What the layer table of a vector's own boundary says: of several hooks, pushed at once.
+
+        Raises `InputError` when it is another vector's, or holds no measured boundary.
+        """
+        measured, row = layer_table.attrs.get("vector", {}), layer_table.iloc[0]
+        ends = row[["boundary_neg", "boundary_pos"]].astype(float)
+        if measured.get("fingerprint") != fingerprint or ends.isna().all():
+            raise InputError(
+                "the table is not of this very vector; expected the layers of "
+                "Study(model, pairs, vector).boundary()"
+            )
+        settings = layer_table.attrs["settings"]
+        return cls(
+            resid_norm=torch.tensor(measured["resid_norm"]),
+            boundary_neg=float(row.boundary_neg) * scale,
+            boundary_pos=float(row.boundary_pos) * scale,
+            budget=str(settings["budget"]),
+            text=str(settings["on"]),
+            is_joint=len(scale) > 1,
+        )
 
     def take(self, rows: Sequence[int]) -> "Calibration":
-        """Some of its hooks."""
+        """Some of its hooks; a boundary of all of them is not theirs."""
         keep = list(rows)
+        if self.is_joint and len(keep) < len(self.resid_norm):
+            return self.without_boundary().take(keep)
         return replace(
             self,
             resid_norm=self.resid_norm[keep],

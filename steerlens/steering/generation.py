@@ -1,18 +1,12 @@
 """Greedy continuations under steering, one prompt or a batch."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
-from steerlens.engine.batches import _padded as padded
-from steerlens.engine.batches import mask_kwargs
+from steerlens.engine.continuations import continue_prompts, until_end
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel, context_length, padding_id, takes_mask
-from steerlens.models.loading import inference
+from steerlens.models.hooked_model import HookedModel
 from steerlens.steering.apply import Steerable, steer
 from steerlens.steering.cache_positions import Positions
 from steerlens.steering.coefficients import Coefficient
@@ -82,51 +76,6 @@ def generate_tokens(
             would not fit the model's context; and as `steer`.
         HookError: as `steer`.
     """
-    if not prompts or max_new_tokens < 1:
-        raise InputError(
-            f"expected prompts and 1 or more new tokens, got {len(prompts)} and {max_new_tokens}"
-        )
-    width = max(len(prompt.prompt) for prompt in prompts)
-    n_ctx = context_length(model)
-    if n_ctx is not None and width + max_new_tokens > n_ctx:
-        raise InputError(
-            f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "
-            f"of {n_ctx}; ask for fewer"
-        )
-    tokens, mask = padded(
-        [prompt.prompt for prompt in prompts],
-        "left",
-        pad_id=padding_id(model),
-        device=torch.device(model.cfg.device or "cpu"),
-    )
-    # A HookedTransformer takes no mask: it reads padding off the tokens, on the tokenizer's side.
-    has_mask = takes_mask(model)
-    is_read = not has_mask and not bool(mask.all())
-    with (
-        inference(model),
-        _left_padding(model.tokenizer) if is_read else nullcontext(),
-        steer(model, vector, coefficient, positions=positions),
-    ):
-        generated = model.generate(
-            tokens,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            return_type="tokens",
-            verbose=False,
-            **(mask_kwargs(mask) if has_mask else {}),
-        )
-    return [_before_end(row, model) for row in generated[:, width:].tolist()]
-
-
-@contextmanager
-def _left_padding(tokenizer: Any) -> Iterator[None]:
-    side, tokenizer.padding_side = tokenizer.padding_side, "left"
-    try:
-        yield
-    finally:
-        tokenizer.padding_side = side
-
-
-def _before_end(ids: list[int], model: HookedModel) -> tuple[int, ...]:
-    end = getattr(model.tokenizer, "eos_token_id", None)
-    return tuple(ids[: ids.index(end)] if end in ids else ids)
+    with steer(model, vector, coefficient, positions=positions):
+        rows = continue_prompts(model, prompts, max_new_tokens=max_new_tokens)
+    return [until_end(row, model) for row in rows]

@@ -21,6 +21,10 @@ class _AlongDirection:
     """What operators share: they reckon in float32 at least and give a new tensor."""
 
     name: ClassVar[str]
+    most: ClassVar[float]
+    """The largest amount that it takes."""
+    is_signed: ClassVar[bool]
+    """Whether it takes amounts below 0."""
 
     def __call__(self, activation: Activation, direction: Unit, amount: float | int) -> Activation:
         """The activation, changed along the unit `direction`, in its own dtype, out of place."""
@@ -52,6 +56,8 @@ class Add(_AlongDirection):
     """
 
     name: ClassVar[str] = "add"
+    most: ClassVar[float] = math.inf
+    is_signed: ClassVar[bool] = True
 
     def __call__(self, activation: Activation, direction: Unit, amount: float | int) -> Activation:
         """The activation moved along the unit `direction`, in its own dtype, out of place."""
@@ -77,6 +83,8 @@ class Ablate(_AlongDirection):
     """
 
     name: ClassVar[str] = "ablate"
+    most: ClassVar[float] = 1.0
+    is_signed: ClassVar[bool] = False
 
     def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
         return h - amount * (h @ unit)[..., None] * unit
@@ -101,6 +109,8 @@ class Clamp(_AlongDirection):
 
     value: float | int
     name: ClassVar[str] = "clamp"
+    most: ClassVar[float] = 1.0
+    is_signed: ClassVar[bool] = False
 
     def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
         return h + (amount * (self.value - h @ unit))[..., None] * unit
@@ -124,6 +134,8 @@ class Rotate(_AlongDirection):
     """
 
     name: ClassVar[str] = "rotate"
+    most: ClassVar[float] = 180.0
+    is_signed: ClassVar[bool] = True
 
     def _changed(self, h: Activation, unit: Unit, amount: float | int) -> Activation:
         along = h @ unit

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from typing import Any
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import InputError
@@ -20,9 +21,10 @@ class Origin:
     """The model, data and method of a steering vector; "unknown" where not recorded.
 
     `model` is the model's name; the fields from `revision` to `chat_template` are as in
-    `Provenance`. `pairs` is the fingerprint of the pairs' content, `dataset` their name. `method`,
-    `position` (of the token that was read) and `seed` are those of the directions, `versions`
-    those of the packages. Raises `InputError` when a field is not text.
+    `Provenance`. `pairs` is the fingerprint of the pairs' content, `dataset` their name,
+    `pair_hashes` their `prompt_hashes`, none where not recorded. `method`, `position` (of the token
+    that was read) and `seed` are those of the directions, `versions` those of the packages. Raises
+    `InputError` when a field is not text.
     """
 
     model: str = UNKNOWN
@@ -40,12 +42,16 @@ class Origin:
     position: str = UNKNOWN
     seed: str = UNKNOWN
     versions: str = UNKNOWN
+    pair_hashes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pair_hashes, tuple):
+            raise InputError(f"the origin's pair_hashes are a tuple, not {self.pair_hashes!r}")
         for name, value in asdict(self).items():
-            # A lone surrogate is text that cannot be written anywhere.
-            if not isinstance(value, str) or value != value.encode("utf-8", "ignore").decode():
-                raise InputError(f"the origin's {name} is text, not {value!r}")
+            for text in value if name == "pair_hashes" else [value]:
+                # A lone surrogate is text that cannot be written anywhere.
+                if not isinstance(text, str) or text != text.encode("utf-8", "ignore").decode():
+                    raise InputError(f"the origin's {name} is text, not {text!r}")
 
     @classmethod
     def of(cls, model: HookedModel, directions: Directions, *, dataset: str = UNKNOWN) -> "Origin":
@@ -59,6 +65,7 @@ class Origin:
             cls.of_model(model),
             dataset=dataset,
             pairs=directions.fingerprint,
+            pair_hashes=directions.pair_hashes,
             method=directions.method,
             position=str(directions.position),
             seed=str(directions.seed),
@@ -77,7 +84,7 @@ class Origin:
         """That of the model, as far as it is recorded."""
         return Provenance(name=self.model, **{name: getattr(self, name) for name in _OF_THE_MODEL})
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """The fields as a plain dict."""
         return asdict(self)
 

@@ -1,5 +1,6 @@
 """The steering vector: directions with operator, scale, calibration and origin."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -242,6 +243,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
         }
         about = [repr(self), f"model {shortened(self.origin.model)}"]
         about += [f"boundary of {shortened(known.budget)} on {shortened(known.text)} text"]
+        about += ["all hooks pushed at once"] if known.is_joint else []
         return fragment(about, pd.DataFrame(columns), note="residual units")
 
     @property
@@ -258,6 +260,38 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
     def rows(self) -> Float[Tensor, "hook d_model"]:
         """`scale * direction` of every hook: what coefficient 1 adds."""
         return self.scale[:, None] * self.directions
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of all that decides what it does: not of calibration and origin."""
+        unknown = Calibration.unknown(len(self))
+        bare = replace(self, calibration=unknown, origin=Origin())
+        return hashlib.sha256(bare.to_bytes()).hexdigest()
+
+    @property
+    def touched(self) -> tuple[str, ...]:
+        """The hooks that it acts at, and that of its condition."""
+        condition = () if self.condition is None else (self.condition.hook_name,)
+        return (*self.hook_names, *condition)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its operator takes coefficients below 0."""
+        return self.operator.is_signed
+
+    def calibrated(self, layer_table: pd.DataFrame) -> "SteeringVector":
+        """The vector with the boundary that was measured of it: then "80%" is a share of that.
+
+        Args:
+            layer_table: `layers` of `Study(model, pairs, vector).boundary()`. Several hooks were
+                pushed at once, and "80%" moves each by 80% of what it was pushed by then.
+
+        Raises:
+            InputError: the table is another vector's, or the vector does not add.
+        """
+        self._check_add("a share of the boundary", self)
+        measured = Calibration.of_vector(self.fingerprint, self.scale, layer_table)
+        return replace(self, calibration=measured)
 
     def at(self, *hooks: str | int) -> "SteeringVector":
         """The part at some hooks, given by name or by block. Raises `InputError` on others."""
@@ -374,11 +408,12 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
             values = getattr(mine, field), getattr(theirs, field)
             return values[0] if values[0] == values[1] else how.format(*values)
 
+        hashes = tuple(dict.fromkeys(mine.pair_hashes + theirs.pair_hashes))
         fields = {f: both(f) for f in ("method", "dataset", "pairs", "position", "seed")}
         return self._from_rows(
             self.hook_names,
             combine(self.rows, other.rows),
-            replace(mine, **fields),
+            replace(mine, pair_hashes=hashes, **fields),
             self.calibration.without_boundary(),
             self.condition,
         )
@@ -490,8 +525,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
                 f"the vector has d_model {self.d_model}, the model {model.cfg.d_model}; it was "
                 f"made on {self.origin.model!r}"
             )
-        extra = () if self.condition is None else (self.condition.hook_name,)
-        missing = [name for name in (*self.hook_names, *extra) if name not in model.hook_dict]
+        missing = [name for name in self.touched if name not in model.hook_dict]
         if missing:
             raise InputError(
                 f"the model has no hook {', '.join(missing)} (it has {model.cfg.n_layers} layers); "
@@ -507,11 +541,16 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
             )
 
     def describe(self) -> dict[str, str]:
-        """Operator, condition, what the boundary was measured with, and the known origin."""
-        origin = {name: value for name, value in self.origin.to_dict().items() if value != UNKNOWN}
+        """Operator, condition, what the boundary was measured with, and the known origin.
+
+        Without the pairs' hashes.
+        """
+        hidden = (UNKNOWN, self.origin.pair_hashes)
+        origin = {n: v for n, v in self.origin.to_dict().items() if v not in hidden}
+        together = ", all hooks pushed at once" if self.calibration.is_joint else ""
         return {
             "operator": str(self.operator),
             "condition": str(self.condition),
-            "boundary": f"{self.calibration.budget}, on {self.calibration.text} text",
+            "boundary": f"{self.calibration.budget}, on {self.calibration.text} text{together}",
             **origin,
         }

@@ -49,6 +49,7 @@ def record_of(vector: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "boundary_pos": known.boundary_pos.tolist(),
         "boundary_budget": known.budget,
         "boundary_text": known.text,
+        **({"boundary_is_joint": True} if known.is_joint else {}),
         "origin": vector.origin.to_dict(),
         "condition": None,
     }
@@ -65,7 +66,7 @@ def record_of(vector: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def fields_of(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `SteeringVector`; raises whatever a record of the wrong form raises."""
-    names = tuple(record["hooks"])
+    names, origin = tuple(record["hooks"]), record["origin"]
     condition = record["condition"]
     if condition is not None:
         direction = _real(tensors[_CONDITION + condition["hook"]])
@@ -80,11 +81,14 @@ def fields_of(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[
         "directions": torch.stack([_real(tensors[name]) for name in names]),
         "scale": numbers.pop("scale"),
         "calibration": Calibration(
-            **numbers, budget=record["boundary_budget"], text=record["boundary_text"]
+            **numbers,
+            budget=record["boundary_budget"],
+            text=record["boundary_text"],
+            is_joint=record.get("boundary_is_joint", False),
         ),
         "operator": operator_of(**record["operator"]),
         "condition": condition,
-        "origin": Origin(**record["origin"]),
+        "origin": Origin(**{**origin, "pair_hashes": tuple(origin.get("pair_hashes", ()))}),
     }
 
 

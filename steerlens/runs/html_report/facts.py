@@ -10,7 +10,7 @@ from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.html_report.numbers import short
 from steerlens.runs.reading import Run
 
-_DATA = ("fitted_on", "chosen_on", "measured_on", "off_target", "held_out")
+_DATA = ("fitted_on", "chosen_on", "measured_on", "off_target", "n_pairs_fitted_on")
 _ELSEWHERE = ("command", "model", "hook_names", "texts", *_DATA)
 
 
@@ -75,8 +75,6 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 
 def _data(data: Any) -> str:
-    if data is True:
-        return "yes: measured on another set than fitted on"
     if not isinstance(data, Mapping):
         return _text(data)
     if "name" not in data:

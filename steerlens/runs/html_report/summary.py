@@ -20,18 +20,19 @@ def _held_out(run: Run) -> Iterator[str]:
     fitted, measured = run.request.get("fitted_on"), run.request.get("measured_on")
     if not isinstance(fitted, Mapping) or not isinstance(measured, Mapping):
         return
-    if "n_pairs" not in measured or "held_out" not in run.request:
+    n_fitted_on = run.request.get("n_pairs_fitted_on")
+    if "n_pairs" not in measured or not isinstance(n_fitted_on, int):
         return
     measured_on = f"Measured on {measured['n_pairs']} pairs of {measured['name']}"
-    if run.request["held_out"]:
+    if n_fitted_on == 0:
         yield (
-            f"{measured_on}; the directions are fitted on another set, {fitted['n_pairs']} pairs "
+            f"{measured_on}; the directions are fitted on others, {fitted['n_pairs']} pairs "
             f"of {fitted['name']}."
         )
     else:
         yield (
-            f"{measured_on}, which the directions are fitted on too: projections are in-sample, so "
-            "they are likely larger than on new pairs."
+            f"{measured_on}; the directions are fitted on {n_fitted_on} of these too: projections "
+            "are in sample, so they are likely larger than on new pairs."
         )
 
 
