@@ -350,3 +350,15 @@ def percentile_interval(estimates: Float[np.ndarray, " resample"]) -> tuple[floa
     """The 95% percentile interval of bootstrap estimates, which may be infinite."""
     low, high = np.quantile(estimates, [TAIL, 1 - TAIL], method="inverted_cdf")
     return float(low), float(high)
+
+
+def one_of_each_in_turn(groups: Sequence[int], most: int) -> list[int]:
+    """At most so many rows, in their order: the first of each group, then the second, and so on.
+
+    Examples:
+        >>> one_of_each_in_turn([0, 0, 0, 1, 1, 2], 4)
+        [0, 1, 3, 5]
+    """
+    turns = [list(groups[:row]).count(group) for row, group in enumerate(groups)]
+    in_turn = sorted(range(len(groups)), key=lambda row: (turns[row], groups[row]))
+    return sorted(in_turn[:most])

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import json
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -270,9 +271,9 @@ class EntrySequence(Sequence[Entry]):
         return tuple(getattr(entry, name) for name in names if name not in ("id", "group"))
 
     @classmethod
+    @abstractmethod
     def _alike(cls, entry: Any) -> Any:
         """What makes two entries without a group one group."""
-        raise NotImplementedError
 
     @classmethod
     def _auto_group(cls, entry: Any) -> str:

@@ -10,11 +10,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from steerlens.engine.tokenization import (
-    SteeredPositions,
-    TokenizedPairs,
-    TokenizedPrompt,
-)
+from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
 from steerlens.engine.transfer import to_device
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel

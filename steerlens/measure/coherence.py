@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.engine.checkpoint import Tensors, once
+from steerlens.engine.continuations import continue_prompts
 from steerlens.engine.engine import Engine
 from steerlens.engine.plan import Plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt
@@ -209,17 +210,11 @@ def _rollout_kl(
     model = engine.model
     steered = {push.hook_name: push.direction} if push.vector is None else push.vector
     signed = push.sign * coefficient
-    tokens = torch.tensor([prompt.prompt], device=model.cfg.device)
-    n_prompt = tokens.shape[1]
+    n_prompt = len(prompt.prompt)
     with inference(model):
         with steer(model, steered, signed):
-            generated = model.generate(
-                tokens,
-                max_new_tokens=ROLLOUT_TOKENS,
-                do_sample=False,
-                return_type="tokens",
-                verbose=False,
-            )
+            (written,) = continue_prompts(model, [prompt], max_new_tokens=ROLLOUT_TOKENS)
+            generated = torch.tensor([[*prompt.prompt, *written]], device=model.cfg.device)
             logits = model(generated, return_type="logits")
         unsteered = model(generated, return_type="logits")
     engine.cost.add(generated, 3 * engine.n_layers)

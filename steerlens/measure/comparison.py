@@ -145,8 +145,8 @@ def compare(
     kind to first order; at hooks where these correlate above 0.95 with those that were run (20 at
     least), they take their place, and the method's own effect is then linearised too (`null_by`).
     `p_value` is the rank p-value (`rank_p`), `p_layers` that of the maximum over the method's
-    layers (`max_rank_p`); of both kinds the larger. What a verdict means is told at
-    `measure.verdicts.verdict`.
+    layers of the same `null_by` (`max_rank_p`); of both kinds the larger. What a verdict means is
+    told at `measure.verdicts.verdict`.
 
     Args:
         methods: What to fit with (see `METHODS`).

@@ -1,7 +1,6 @@
 """What a comparison is given: sets of items, the texts its budget is spent on, and their check."""
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +20,7 @@ from steerlens.errors import InputError
 from steerlens.measure.equal_damage import CompareSettings
 from steerlens.measure.texts import text_prompts
 from steerlens.models.hooked_model import HookedModel
+from steerlens.stats import one_of_each_in_turn
 
 N_OWN = 32
 """Most prompts after which the model writes."""
@@ -108,20 +108,16 @@ def _own_prompts(model: HookedModel, pairs: ContrastivePairs, sets: ItemSets) ->
         groups, prompts = sets.train.groups, tokenize_items(model, sets.train)[0]
     held_out = {prompt.prompt for prompt in tokenize_items(model, sets.held_out)[0]}
     different = {p.prompt: (g, p) for g, p in zip(groups, prompts, strict=True)}
-    places: list[tuple[int, int, TokenizedPrompt]] = []
-    met: Counter[int] = Counter()
-    for ids, (group, prompt) in different.items():
-        if ids not in held_out:
-            places.append((met[group], group, prompt))
-            met[group] += 1
+    places = [place for ids, place in different.items() if ids not in held_out]
     if len(places) < 2:
         raise InputError(
             f"the model writes after at least 2 different prompts, got {len(places)} of "
             f"{'the pairs' if sets.train is None else 'the training items'} that no held-out item "
             "has; give more"
         )
-    in_turn = sorted(places, key=lambda place: place[:2])[:N_OWN]
-    return tuple(prompt for _, _, prompt in sorted(in_turn, key=lambda place: place[1]))
+    chosen = one_of_each_in_turn([group for group, _ in places], N_OWN)
+    in_turn = sorted((places[row] for row in chosen), key=lambda place: place[0])
+    return tuple(prompt for _, prompt in in_turn)
 
 
 def _halves(texts: Prompts) -> tuple[Prompts, Prompts]:

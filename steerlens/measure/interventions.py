@@ -14,9 +14,15 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.workload import Baseline, Job
 from steerlens.errors import InputError
 from steerlens.measure.coherence import Push
-from steerlens.models.hooks import hook_layer, readout_hook, resid_post
+from steerlens.models.hooks import hook_layer, readout_hook
 from steerlens.steering import Add, SteeringVector
 from steerlens.steering.apply import steps
+
+IN_A_BLOCK = (
+    *("hook_resid_pre", "ln1", "attn", "hook_attn_out"),
+    *("hook_resid_mid", "ln2", "mlp", "hook_mlp_out", "hook_resid_post"),
+)
+"""What a forward pass comes to within a block, first to last: how names of hooks begin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,10 +94,12 @@ def of_vector(vector: SteeringVector, readout: str) -> Intervention:
 
 
 def in_order(vector: SteeringVector) -> tuple[str, ...]:
-    """Its hooks in the order in which a forward pass comes to them: a block's output last."""
+    """Its hooks in the order in which a forward pass comes to them."""
 
-    def place(name: str) -> tuple[int, bool]:
-        return hook_layer(name), name == resid_post(hook_layer(name))
+    def place(name: str) -> tuple[int, int]:
+        within = name.partition(f"blocks.{hook_layer(name)}.")[2]
+        first = [i for i, part in enumerate(IN_A_BLOCK) if within.startswith(part)]
+        return hook_layer(name), first[0] if first else 0
 
     return tuple(sorted(vector, key=place))
 

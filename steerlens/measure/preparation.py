@@ -22,11 +22,7 @@ from steerlens.engine.labels import (
 )
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import Plan, make_plan
-from steerlens.engine.tokenization import (
-    SteeredPositions,
-    TokenizedPairs,
-    TokenizedPrompt,
-)
+from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
 from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import MARGIN, WEIGHT, Budget

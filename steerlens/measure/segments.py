@@ -16,7 +16,7 @@ from steerlens.engine.tokenization import TokenizedPrompt, fingerprint
 from steerlens.engine.workload import CellOutput, Job
 from steerlens.measure.preparation import Preparation
 from steerlens.models.hooks import hook_layer
-from steerlens.stats import interval
+from steerlens.stats import interval, one_of_each_in_turn
 from steerlens.tables import SEGMENT_COLUMNS, Row, to_frame
 
 N_PROMPTS = 16
@@ -26,7 +26,7 @@ N_PROMPTS = 16
 def run_segments(study: Preparation, layers: pd.DataFrame) -> pd.DataFrame:
     """`Study.segments` at the boundaries of a per-layer table."""
     before, settings = study.spent, study.settings
-    rows = _of_each_group(study.pairs.groups, N_PROMPTS)
+    rows = one_of_each_in_turn(study.pairs.groups, N_PROMPTS)
     prompts = tuple(study.tokens.positive[row] for row in rows)
     after = "own" if settings.labels in OWN else "continuation"
     if not all(prompt.continuation for prompt in prompts):
@@ -125,9 +125,3 @@ def _segment_row(
         "degradation_ci_high": high,
         "kl_nats": float(divergence.mean()),
     }
-
-
-def _of_each_group(groups: Sequence[int], most: int) -> list[int]:
-    """At most so many rows, one of each group in turn, in their order."""
-    turns = [list(groups[:row]).count(group) for row, group in enumerate(groups)]
-    return sorted(sorted(range(len(groups)), key=lambda row: turns[row])[:most])

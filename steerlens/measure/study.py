@@ -174,28 +174,31 @@ class Study(Preparation):
         The mean that a budget bounds can hide that one part pays for all. Of at most 16 positive
         prompts, one of each group in turn, every token but the first is measured, by what it is
         part of: the messages of each role, the template around them, and what follows, the
-        continuation or (where a pair has none) what the unsteered model writes. One row a hook, a
-        finite boundary and a part; means over the prompts of the means over their tokens.
+        continuations or, where one of these prompts has none, what the unsteered model writes after
+        each. One row a hook, a finite boundary and a part; means over the prompts of the means over
+        their tokens.
 
         Args:
             boundary: What `boundary` of this study gave.
 
         Raises:
-            InputError: A chat template whose own text depends on the messages.
+            InputError: A chat template whose own text depends on the messages; no room in the
+                context for what the model writes.
         """
         return run_segments(self, boundary.layers)
 
     def predicted_boundary(self, *, on: On = "positive") -> pd.DataFrame:
-        """The per-layer table with the predicted boundaries alone, from two backward passes.
+        """The per-layer table with the predicted boundaries alone, without a search.
 
-        The predictions of `boundary`, without its search: nothing is steered, and the measured
-        columns stay NaN. Expect them to be too small in the first layers.
+        The predictions of `boundary`, from one forward and two backward passes: nothing is steered,
+        and the measured columns stay NaN. Their curvature is that of the KL divergence: right for a
+        KL budget, roughly for one of the logprob, whose slope they have.
 
         Args:
             on: The text (see `On`). Default: the positive prompts.
 
         Raises:
-            InputError: As `boundary`.
+            InputError: As `boundary`; a vector that does not add, or has a condition.
         """
         return run_prediction(self, on=on)
 

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
@@ -23,6 +23,16 @@ with `Ablate` and `Clamp` a strength from 0 to 1, with `Rotate` degrees."""
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _TEXT = re.compile(rf"\s*({_NUMBER})\s*(%|norms?)?\s*", re.IGNORECASE)
+
+
+def _check_all_steered(settings: Mapping[str, Any]) -> None:
+    """Raise `InputError` of a boundary that is no measure of steering at all tokens."""
+    positions = settings.get("steered_positions", "all")
+    if positions != "all":
+        raise InputError(
+            f"the boundary was measured with steered_positions={positions!r}, and a vector keeps "
+            "that of all tokens; measure it so, or leave the table out"
+        )
 
 
 @checked
@@ -58,7 +68,8 @@ class Calibration(Frozen):
     def of_table(cls, hook_names: Sequence[str], layer_table: pd.DataFrame | None) -> "Calibration":
         """What a layer table says of these hooks, or nothing.
 
-        Raises `InputError` when a hook has no row, and for the table of a vector.
+        Raises `InputError` when a hook has no row, for the table of a vector, and for boundaries of
+        other steered positions than all.
         """
         if layer_table is None:
             return cls.unknown(len(hook_names))
@@ -80,6 +91,7 @@ class Calibration(Frozen):
         settings = layer_table.attrs.get("settings", {})
         if bool(measures["boundary_pos"].isnan().all()):
             settings = {}
+        _check_all_steered(settings)
         budget, text = (str(settings.get(key, UNKNOWN)) for key in ("budget", "on"))
         return cls(
             measures["resid_norm"], measures["boundary_neg"], measures["boundary_pos"], budget, text
@@ -91,7 +103,8 @@ class Calibration(Frozen):
     ) -> "Calibration":
         """What the layer table of a vector's own boundary says: of several hooks, pushed at once.
 
-        Raises `InputError` when it is another vector's, or holds no measured boundary.
+        Raises `InputError` when it is another vector's, holds no measured boundary, or that of
+        other steered positions than all.
         """
         measured, row = layer_table.attrs.get("vector", {}), layer_table.iloc[0]
         ends = row[["boundary_neg", "boundary_pos"]].astype(float)
@@ -101,6 +114,7 @@ class Calibration(Frozen):
                 "Study(model, pairs, vector).boundary()"
             )
         settings = layer_table.attrs["settings"]
+        _check_all_steered(settings)
         return cls(
             resid_norm=torch.tensor(measured["resid_norm"]),
             boundary_neg=float(row.boundary_neg) * scale,
