@@ -70,7 +70,10 @@ def strike_at(moment: int) -> Callable[[], int]:
 
 def tried(moment: int, out: str) -> int:
     """How a try ended that gets the signal at that call, if any; its calls stand in LOG."""
-    is_begun = any((Path(out) / name).exists() for name in ("parts/_request.json", "run.json"))
+    marks = ["/parts/_request.json", "/run.json"]
+    if ARGUMENTS[0] == "extract":
+        out, marks = f"{out}/v.safetensors", [".unfinished/parts/_request.json", ""]
+    is_begun = any(Path(out + mark).exists() for mark in marks)
     words = ["--resume", out] if is_begun else [*ARGUMENTS[1:], "--out", out]
     child = os.fork()
     if child == 0:

@@ -8,7 +8,7 @@ import typer
 
 from steerlens.cli import options as opt
 from steerlens.cli.command import prepare
-from steerlens.cli.folder_command import FolderCommand
+from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import print_boundary, print_rows, say
 from steerlens.data.reading import read_texts
 from steerlens.engine.labels import OWN_TOKENS

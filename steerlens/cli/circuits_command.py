@@ -12,7 +12,7 @@ from steerlens.circuits.prompts import choosing_half
 from steerlens.circuits.readers import check_steered
 from steerlens.cli import options as opt
 from steerlens.cli.command import Task, prepare
-from steerlens.cli.folder_command import FolderCommand
+from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_rows
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
 
 import pandas as pd
 import typer
@@ -51,6 +51,8 @@ class Command:
 
     debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")] = False
 
+    WRITES_FOLDER: ClassVar[bool] = False
+
     @property
     def written(self) -> Path | None:
         """The file or folder that it writes, which no other run may write meanwhile."""
@@ -59,7 +61,8 @@ class Command:
     def check_written(self) -> None:
         """Raise `SteerlensError` where it may not write that, before any work."""
         if self.written is not None:
-            check_out_file(self.written)
+            check = check_out_folder if self.WRITES_FOLDER else check_out_file
+            check(self.written)
 
     def run(self) -> None:
         """Check, load, measure, write, print."""
@@ -91,16 +94,6 @@ class ModelCommand(QuietCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunCommand(ModelCommand):
-    """A command that writes a run folder."""
-
-    def check_written(self) -> None:
-        """See that it is no link, and that files may be written there."""
-        if self.written is not None:
-            check_out_folder(self.written)
-
-
-@dataclass(frozen=True, kw_only=True)
 class TableCommand(QuietCommand):
     """A command that writes one table, if it is asked to."""
 
@@ -122,7 +115,7 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
         asked = command(**values)
         with ExitStack() as held:
             if asked.written is not None:
-                held.enter_context(locked(asked.written, is_folder=issubclass(command, RunCommand)))
+                held.enter_context(locked(asked.written, is_folder=command.WRITES_FOLDER))
             asked.check_written()
             asked.run()
 
@@ -144,7 +137,7 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
 def option_names(command: type[Command]) -> list[str]:
     """The fields of a command: its own first, then those of its bases."""
     options = {option.name for option in fields(command)}
-    declared = [name for cls in command.__mro__ for name in inspect.get_annotations(cls)]
+    declared = dict.fromkeys(n for cls in command.__mro__ for n in inspect.get_annotations(cls))
     return [name for name in declared if name in options]
 
 

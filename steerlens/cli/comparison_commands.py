@@ -5,7 +5,7 @@ from typing import Annotated
 
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand, TableCommand, request_of
-from steerlens.cli.folder_command import FolderCommand
+from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import print_rows, print_summary, progress_of, say
 from steerlens.data.items import PreferenceItems
 from steerlens.data.shipped import SPLITS, dataset_names

@@ -10,7 +10,7 @@ import typer
 from steerlens.cli import options as opt
 from steerlens.cli.command import QuietCommand, Task, prepare
 from steerlens.cli.executors import executor_of
-from steerlens.cli.folder_command import FolderCommand
+from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of
 from steerlens.cli.run_warnings import warn
 from steerlens.engine.labels import OWN_TOKENS

@@ -1,16 +1,19 @@
 """The commands that make, use and carry steering vectors."""
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from steerlens.cli import options as opt
 from steerlens.cli.command import Command, ModelCommand, QuietCommand, prepare
+from steerlens.cli.long_command import LongCommand
 from steerlens.cli.printing import note, print_rows, print_table, print_texts, progress_of, say
 from steerlens.data.prompts import Message, Prompt
+from steerlens.data.reading import read_texts
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.measure.boundary import check_search
@@ -21,6 +24,7 @@ from steerlens.models.loading import check_at_hand, load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.progress import silent
+from steerlens.runs.unfinished import clear_finished
 from steerlens.steering import SteeringVector, operator_of, parse_coefficient
 from steerlens.steering import generate as generate_text
 from steerlens.steering.export import bake as bake_checkpoint
@@ -31,15 +35,17 @@ VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector
 OptionalModel = Annotated[
     str | None, "As elsewhere. Default: the vector's own if it is here, or the packaged one."
 ]
+UNFINISHED = ".unfinished"
+"""What the name of a file ends in, as that of the folder of its parts."""
 POSITIONS = ("all", "prompt", "generated", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extract(ModelCommand):
+class Extract(LongCommand):
     """Fit a direction and write it as a steering vector, its boundary with it."""
 
-    out: Annotated[Path, "File to write, .safetensors."]
-    layers: opt.Layers
+    out: Annotated[Path | None, "File to write, .safetensors."] = None
+    layers: Annotated[str | None, "As of `sweep`. Needed."] = None
     model: opt.Model = DEFAULT_MODEL
     pairs: opt.Pairs = "sentiment"
     group: opt.Group = "group"
@@ -55,26 +61,54 @@ class Extract(ModelCommand):
     on: Annotated[str, "Text of the boundary: positive, negative, neutral or a file."] = "positive"
     budget: Annotated[str, "Of the boundary, as in `steerlens boundary`."] = "relative=0.01"
 
-    def run(self) -> None:
-        """What the command does."""
+    NEEDED: ClassVar[tuple[str, ...]] = ("layers",)
+
+    @property
+    def written(self) -> Path | None:
+        """The file, of a run that is begun or gone on with."""
+        if self.resume is None:
+            return self.out
+        return self.resume.with_name(self.resume.name.removesuffix(UNFINISHED))
+
+    @staticmethod
+    def parts_folder(out: Path) -> Path:
+        """A folder beside the file, gone when that is written."""
+        return out.with_name(out.name + UNFINISHED)
+
+    @staticmethod
+    def is_finished(out: Path) -> bool:
+        """Whether the file is there; what a kill left beside it is removed."""
+        folder = Extract.parts_folder(out)
+        if out.is_file() and folder.is_dir():
+            clear_finished(folder)
+            with suppress(OSError):  # where a user's file lies in it
+                folder.rmdir()
+        return out.is_file()
+
+    def measure(self) -> None:
+        """Fit, measure the boundary, write the vector."""
+        assert self.out is not None
         operator = operator_of(self.operator, value=self.value)
         text = opt.text_of(self.on)
         check_search(budget=self.budget, search_range=4.0)
         if self.out.suffix != ".safetensors":
             raise InputError(f"--out {str(self.out)!r}: expected a name that ends in .safetensors")
-        task = prepare(self, self.layers)
-        with task.progress() as progress:
-            study = task.study(progress, budget=self.budget)
-            table = study.boundary(on=text).layers if self.boundary else study.layers
-        vector = SteeringVector.from_directions(
-            task.model,
-            study.fitted,
-            layers=self.layers,
-            operator=operator,
-            layer_table=table,
-            dataset=task.fit_on.name,
-        )
-        vector.save(self.out)
+        task = prepare(self, str(self.layers))
+        texts = list(read_texts(text)) if isinstance(text, Path) else None
+        with self.opened(task.request("extract", texts=texts)) as run:
+            with task.progress() as progress:
+                study = task.study(progress, parts=run.parts, budget=self.budget)
+                table = study.boundary(on=text).layers if self.boundary else study.layers
+            vector = SteeringVector.from_directions(
+                task.model,
+                study.fitted,
+                layers=str(self.layers),
+                operator=operator,
+                layer_table=table,
+                dataset=task.fit_on.name,
+            )
+            vector.save(self.out)
+        self.is_finished(self.out)
         if not self.quiet:
             _print_vector(vector)
             note(f"written to {self.out}")

@@ -276,7 +276,8 @@ def clear_finished(folder: Path) -> None:
     """
     with locked(folder, is_folder=True):
         try:
-            read_record(folder / RECORD)
+            if (folder / RECORD).exists():
+                read_record(folder / RECORD)
         except ValueError as error:
             raise FileError(
                 f"{str(folder / RECORD)!r} is not the record of a run ({error}); start one with "

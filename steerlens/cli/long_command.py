@@ -1,4 +1,4 @@
-"""What the commands that write a run folder share: what is finished is kept, and gone on with."""
+"""What long commands share: what is finished is kept in a folder, and gone on with."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
-from steerlens.cli.command import Run, RunCommand, recorded_options
+from steerlens.cli.command import ModelCommand, Run, recorded_options
 from steerlens.cli.printing import note
 from steerlens.cli.run_warnings import warn, warned
 from steerlens.errors import FileError, InputError
@@ -34,19 +34,13 @@ GIVEN = "COMMANDLINE"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FolderCommand(RunCommand):
-    """A command that writes a run folder, keeps what it finishes, and goes on after a stop."""
+class LongCommand(ModelCommand):
+    """A command that keeps what it finishes in a folder, and goes on after a stop."""
 
     context: _Context
-    out: Annotated[Path | None, "Folder for the tables and the record."] = None
+    out: Path | None = None
     resume: Annotated[
         Path | None, "Go on with the unfinished run in this folder, as it was begun."
-    ] = None
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", help=f"Repeat the run of this {RECORD}, and say what differs from it."
-        ),
     ] = None
 
     NEEDED: ClassVar[tuple[str, ...]] = ()
@@ -54,16 +48,34 @@ class FolderCommand(RunCommand):
 
     @property
     def written(self) -> Path | None:
-        """The folder, of a run that is begun or gone on with."""
+        """What it writes, of a run that is begun or gone on with."""
         return self.out if self.resume is None else self.resume
 
+    @property
+    def repeated(self) -> Path | None:
+        """The record of a finished run that is run again, if there is one."""
+        return None
+
+    @staticmethod
+    def parts_folder(out: Path) -> Path:
+        """Where what is finished is kept, by what is written."""
+        return out
+
+    @staticmethod
+    def is_finished(out: Path) -> bool:
+        """Whether that is written; what a kill left beside it is removed."""
+        if not (out / RECORD).exists():
+            return False
+        clear_finished(out)
+        return True
+
     def measure(self) -> None:
-        """Check, load, measure and write into `out`, inside `opened`; print."""
+        """Check, load, measure and write `out`, inside `opened`; print."""
         raise NotImplementedError
 
     def run(self) -> None:
         """What the command does."""
-        if self.resume is not None and (self.out is not None or self.source is not None):
+        if self.resume is not None and (self.out is not None or self.repeated is not None):
             raise FileError("--resume goes on in its own folder: leave out --out and --from")
         out = self.written
         if out is None:
@@ -77,42 +89,43 @@ class FolderCommand(RunCommand):
                 if started is None:
                     return
                 command = command._as_recorded(started.request, started.options, out)
-            elif self.source is not None:
-                recorded = read_finished(self.source)
+            elif self.repeated is not None:
+                recorded = read_finished(self.repeated)
                 command = command._as_recorded(
-                    recorded["request"], recorded["options"], self.source
+                    recorded["request"], recorded["options"], self.repeated
                 )
             missing = [name for name in self.NEEDED if getattr(command, name) is None]
             if missing:
                 raise InputError(f"expected {', '.join(f'--{name}' for name in missing)}")
             command.measure()
         except KeyboardInterrupt:
-            _note_interrupt(out)
+            self._note_interrupt(out)
             raise typer.Exit(INTERRUPTED) from None
 
     @contextmanager
     def opened(self, request: Mapping[str, Any]) -> Iterator[Run]:
         """The run of `request` in `out`, for this process alone (see `open_parts`)."""
         assert self.out is not None
-        if self.source is not None:
-            recorded = read_finished(self.source)
+        if self.repeated is not None:
+            recorded = read_finished(self.repeated)
             for text in [
                 *differences(recorded["request"], request),
                 *(f"version of {text}" for text in differences(recorded["versions"], versions())),
             ]:
                 warn(f"note: not as recorded: {text}", quiet=self.quiet)
         options, resumes = recorded_options(self), self.resume is not None
-        with open_parts(self.out, request, options=options, resume=resumes, warned=warned) as parts:
+        folder = self.parts_folder(self.out)
+        with open_parts(folder, request, options=options, resume=resumes, warned=warned) as parts:
             yield Run(self.out, request, parts, options)
 
-    def _unfinished(self, folder: Path) -> Started | None:
+    def _unfinished(self, out: Path) -> Started | None:
         """What is to be gone on with; None when the run is finished."""
+        folder = self.parts_folder(out)
         started = read_started(folder)
         if started is not None:
             text = f"Going on in {folder}: {started.finished} are finished"
-        elif (folder / RECORD).exists():
-            clear_finished(folder)
-            text = f"{folder} is finished: nothing to do"
+        elif self.is_finished(out):
+            text = f"{out} is finished: nothing to do"
         else:
             raise FileError(f"{str(folder)!r} holds no unfinished run; start one with --out")
         note(text, quiet=self.quiet)
@@ -120,7 +133,7 @@ class FolderCommand(RunCommand):
 
     def _as_recorded(
         self, request: Mapping[str, Any], options: Mapping[str, Any], path: Path
-    ) -> "FolderCommand":
+    ) -> "LongCommand":
         """This command with the options of a record, but for those given on the command line.
 
         Raises `FileError` unless the record's are those of this command, and `InputError` where
@@ -146,13 +159,33 @@ class FolderCommand(RunCommand):
             check_at_hand(options["model"], f"the record {str(path)!r}")
         return replace(self, **{name: options[name] for name in names if name not in asked})
 
+    def _note_interrupt(self, out: Path) -> None:
+        folder = self.parts_folder(out)
+        started = read_started(folder)
+        if started is not None:
+            text = f"with {started.finished} finished; `{started.resume} {folder}` goes on"
+        elif (out / RECORD).exists():
+            text = f"(the tables in {out} are whole)"
+        else:
+            text = "before anything was finished"
+        note(f"steerlens: interrupted {text}", soft_wrap=True)
 
-def _note_interrupt(out: Path) -> None:
-    started = read_started(out)
-    if started is not None:
-        text = f"with {started.finished} finished; `{started.resume} {out}` goes on"
-    elif (out / RECORD).exists():
-        text = f"(the tables in {out} are whole)"
-    else:
-        text = "before anything was finished"
-    note(f"steerlens: interrupted {text}", soft_wrap=True)
+
+@dataclass(frozen=True, kw_only=True)
+class FolderCommand(LongCommand):
+    """A long command that writes a run folder, in which what is finished is kept."""
+
+    out: Annotated[Path | None, "Folder for the tables and the record."] = None
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help=f"Repeat the run of this {RECORD}, and say what differs from it."
+        ),
+    ] = None
+
+    WRITES_FOLDER = True
+
+    @property
+    def repeated(self) -> Path | None:
+        """As `--from` says."""
+        return self.source
