@@ -4,6 +4,7 @@
 is Hugging Face's own model with bare PyTorch hooks, one prompt at a time.
 """
 
+import math
 import sys
 import tempfile
 import warnings
@@ -154,14 +155,20 @@ def gradients(kind: str) -> None:
 
 
 def boundary(kind: str) -> None:
-    """The KL divergence at the boundary is the budget, measured on bare Hugging Face."""
+    """The KL divergence at the boundary is the budget, measured on bare Hugging Face.
+
+    Where the boundary is inf, it is less at the end of the range.
+    """
     budget = 0.1
     found = sl.find_boundary(
         model_of(kind), pairs(), directions_of(kind), layers=[1], budget=f"kl={budget}"
     )
     row = found.layers.iloc[0]
     unit = directions_of(kind)[resid_post(1)].float()
+    limit = found.layers.attrs["searched"][resid_post(1)]
     for coefficient in (row.boundary_neg, row.boundary_pos):
+        is_beyond = math.isinf(coefficient)
+        coefficient = math.copysign(limit, coefficient) if is_beyond else coefficient
         kl = []
         for ids in tokens_of(kind)[0]:
             steered, plain = (
@@ -170,7 +177,8 @@ def boundary(kind: str) -> None:
             )
             p, q = steered.double().log_softmax(-1), plain.double().log_softmax(-1)
             kl.append(float((q.exp() * (q - p)).sum(-1).mean()))
-        assert sum(kl) / len(kl) == pytest.approx(budget, rel=0.1)
+        mean = sum(kl) / len(kl)
+        assert mean < budget if is_beyond else mean == pytest.approx(budget, rel=0.1)
 
 
 def vector_file(kind: str) -> None:
@@ -225,7 +233,7 @@ COLUMNS = ("architecture", "what is particular", *CHECKS, "hooks besides block o
 
 
 def hooks(kind: str) -> str:
-    """Which parts of every block have a hook that fires and holds `[prompt, token, width]`."""
+    """Which parts of the blocks have a hook that fires and holds `[prompt, token, width]`."""
     model, there = model_of(kind), []
     assert sl.resolve_hooks(model) == tuple(resid_post(i) for i in range(N_LAYERS))
     for name, pattern in PARTS.items():
@@ -233,9 +241,8 @@ def hooks(kind: str) -> str:
             found = sl.resolve_hooks(model, pattern)
         except HookError:
             continue
-        assert len(found) == N_LAYERS
         sl.collect_differences(model, pairs(), layers=list(found))
-        there.append(name)
+        there.append(name if len(found) == N_LAYERS else f"{name} in some")
     return ", ".join(there)
 
 

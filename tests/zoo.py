@@ -38,6 +38,40 @@ BLOOM: dict[str, Any] = IDS | {
 }
 OPT: dict[str, Any] = FALCON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "init_std": 0.3}
 EXPERTS = GROUPED | {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+HEADS = GROUPED | {"head_dim": 8}
+DENSE_FIRST: dict[str, Any] = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+SLIDING = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+LINEAR: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+}
+SCALED = {
+    "embedding_multiplier": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.3,
+    "logits_scaling": 2.0,
+}
+MAMBA: dict[str, Any] = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
 
 # Name -> (what is particular about it, the class of its config, its settings).
 ZOO: dict[str, tuple[str, Any, dict[str, Any]]] = {
@@ -62,7 +96,15 @@ ZOO: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "Gemma 3": (
         "two rotary bases, sliding windows",
         transformers.Gemma3TextConfig,
-        GEMMA | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+        GEMMA | SLIDING,
+    ),
+    "Gemma 4": (
+        "embeddings of each block, sliding window",
+        transformers.Gemma4TextConfig,
+        HEADS
+        | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+        | {"sliding_window": WINDOW, "global_head_dim": 8, "num_kv_shared_layers": 0}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 160},
     ),
     "Phi": ("attention and MLP side by side", transformers.PhiConfig, SMALL),
     "Phi-3": ("queries, keys, values in one matrix", transformers.Phi3Config, GROUPED),
@@ -94,6 +136,86 @@ ZOO: dict[str, tuple[str, Any, dict[str, Any]]] = {
         "mixture of 4 experts and a shared one",
         transformers.Qwen2MoeConfig,
         EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 16},
+    ),
+    "Qwen3-MoE": (
+        "mixture of 4 experts, norms on queries and keys",
+        transformers.Qwen3MoeConfig,
+        EXPERTS | {"num_experts": 4, "head_dim": 8},
+    ),
+    "Qwen3-Next": (
+        "linear attention, mixture of 4 experts and a shared one",
+        transformers.Qwen3NextConfig,
+        EXPERTS | LINEAR | {"num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 16},
+    ),
+    "Qwen3.5": ("linear attention", transformers.Qwen3_5TextConfig, HEADS | LINEAR),
+    "gpt-oss": (
+        "mixture of 4 experts, attention sinks, sliding windows",
+        transformers.GptOssConfig,
+        HEADS | SLIDING | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "DeepSeek-V3": (
+        "latent attention, 4 experts after a dense block",
+        transformers.DeepseekV3Config,
+        EXPERTS | DENSE_FIRST | LATENT | {"n_routed_experts": 4},
+    ),
+    "Llama 4": (
+        "4 experts in some blocks, chunked attention",
+        transformers.Llama4TextConfig,
+        HEADS
+        | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+        | {"interleave_moe_layer_step": 2, "attention_chunk_size": 8},
+    ),
+    "SmolLM3": (
+        "no positions in some blocks",
+        transformers.SmolLM3Config,
+        GROUPED | {"no_rope_layers": [1, 0, 1], "initializer_range": 0.5},
+    ),
+    "OLMo 3": (
+        "norms after each part, sliding windows",
+        transformers.Olmo3Config,
+        GROUPED | SLIDING,
+    ),
+    "OLMoE": (
+        "mixture of 4 experts",
+        transformers.OlmoeConfig,
+        GROUPED | {"num_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "GLM-4": ("norms before and after each part", transformers.Glm4Config, HEADS),
+    "GLM-4-MoE": (
+        "4 experts after a dense block",
+        transformers.Glm4MoeConfig,
+        EXPERTS | DENSE_FIRST | {"n_routed_experts": 4, "head_dim": 8},
+    ),
+    "Granite": (
+        "scaled embeddings, attention, residuals and logits",
+        transformers.GraniteConfig,
+        GROUPED | SCALED,
+    ),
+    "Ministral 3": ("rotary positions scaled by YaRN", transformers.Ministral3Config, HEADS),
+    "Arcee": ("squared ReLU", transformers.ArceeConfig, GROUPED),
+    "Seed-OSS": ("biases on queries, keys, values", transformers.SeedOssConfig, HEADS),
+    "Ernie 4.5": ("rotary over neighbouring values", transformers.Ernie4_5Config, HEADS),
+    "Apertus": ("xIELU, norms on queries and keys", transformers.ApertusConfig, GROUPED),
+    "LFM2": (
+        "short convolutions in place of some attention",
+        transformers.Lfm2Config,
+        GROUPED | {"layer_types": ["conv", "full_attention", "conv"]},
+    ),
+    "Falcon-H1": (
+        "attention and Mamba side by side",
+        transformers.FalconH1Config,
+        HEADS | MAMBA,
+    ),
+    "Nemotron": ("squared ReLU, layer norms", transformers.NemotronConfig, HEADS),
+    "Starcoder2": (
+        "layer norms, sliding window",
+        transformers.Starcoder2Config,
+        GROUPED | {"sliding_window": WINDOW},
+    ),
+    "Cohere": (
+        "attention and MLP side by side, scaled logits",
+        transformers.CohereConfig,
+        GROUPED,
     ),
 }
 
