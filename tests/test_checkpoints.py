@@ -206,41 +206,81 @@ def test_what_is_no_causal_language_model_is_refused_by_its_config(
     assert f"the checkpoint is of {words}" in refusal(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def multimodal(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    text = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 16}
+TEXT = SMALL | {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+LINEAR = {f"linear_{side}_head_dim": 8 for side in ("key", "value")}
+LINEAR |= {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+MULTIMODAL: dict[str, dict[str, Any]] = {
+    "Gemma3": {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "Gemma4": {
+        "text_config": TEXT
+        | {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "global_head_dim": 8},
+        "vision_config": VISION | {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8},
+    },
+    "Mistral3": {
+        "text_config": TEXT | {"model_type": "ministral3"},
+        "vision_config": VISION | {"model_type": "pixtral"},
+        "tie_word_embeddings": False,
+    },
+    "Qwen3_5": {
+        "text_config": TEXT | LINEAR | {"layer_types": ["linear_attention", "full_attention"]},
+        "vision_config": {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+        | {"out_hidden_size": 32, "num_position_embeddings": 16},
+    },
+}
+
+
+def multimodal(kind: str, folder: Path) -> Any:
+    """A multimodal model, saved in the folder."""
     torch.manual_seed(0)
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4
-    )
-    model = transformers.Gemma3ForConditionalGeneration(config).eval()
-    return save(model, tmp_path_factory.mktemp("multimodal") / "model")
+    config = getattr(transformers, f"{kind}Config")(**MULTIMODAL[kind])
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    save(model, folder)
+    return model
 
 
 @needs_bridge
-@pytest.mark.parametrize("is_installed", [False, True])
-def test_loading_starts_no_process(
-    is_installed: bool, multimodal: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_of_a_multimodal_model_the_text_part_is_loaded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TransformerLens would have pip install torchvision, which may bring another torch along."""
-    monkeypatch.setitem(
-        sys.modules, "torchvision", ModuleType("torchvision") if is_installed else None
-    )
-    with watched(multimodal.parent) as seen:
-        sl.load_model(whole, progress=False)
-        if is_installed:
-            model = sl.load_model(multimodal, progress=False)
-        else:
-            message = refusal(multimodal)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    whole = multimodal(kind, tmp_path)
+    with watched(tmp_path) as seen:
+        model = sl.load_model(tmp_path, progress=False)
     assert seen == []
-    if is_installed:
-        own = transformers.Gemma3ForConditionalGeneration.from_pretrained(multimodal)
-        torch.testing.assert_close(logits(model), logits(own.eval()), rtol=1e-4, atol=1e-4)
-    else:
-        assert "Gemma3ForConditionalGeneration, a multimodal model" in message
-        assert "pip install torchvision" in message
+    torch.testing.assert_close(logits(model), logits(whole), rtol=1e-4, atol=1e-4)
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = config["text_config"]
+    types = text.get("layer_types", ["full_attention"])
+    text |= {"num_hidden_layers": 1, "layer_types": types[:1]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "layers.1" in refusal(tmp_path)
+
+
+@needs_bridge
+def test_a_multimodal_model_without_a_text_part_needs_torchvision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = "Emu3ForConditionalGeneration"
+    transformers.Emu3Config(architectures=[kind]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"none")
+    for is_there, words in ((False, f"{kind}, a multimodal model"), (True, "cannot load")):
+        there = ModuleType("torchvision") if is_there else None
+        monkeypatch.setitem(sys.modules, "torchvision", there)
+        with watched(tmp_path) as seen:
+            message = refusal(tmp_path)
+        assert seen == []
+        assert words in message
+        assert ("pip install torchvision" in message) is not is_there
 
 
 # Sizes

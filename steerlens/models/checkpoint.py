@@ -1,8 +1,9 @@
 """Hugging Face's model of a checkpoint that is whole, causal, and no larger than its files."""
 
+import copy
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,14 @@ _MASKS = re.compile(
     r"(attn|attention)\.(bias|masked_bias|causal_mask)$|rotary_emb\.\w+$|(^|\.)version$"
 )
 """What older versions of transformers saved beside the weights, and the present one computes."""
+_TEXT_PART = {
+    r"^(model\.)?language_model\.lm_head": "lm_head",
+    r"^(model\.)?language_model\.(model\.)?": "model.",
+}
+"""Where a multimodal checkpoint has the weights of its text part, and where that alone has them."""
+_OTHER_PARTS = re.compile(
+    r"(model\.)?(vision|visual|audio|image|multi_modal|mm_|embed_vision|embed_audio)"
+)
 
 
 def check_config_file(folder: Path) -> None:
@@ -50,6 +59,8 @@ def check_config_file(folder: Path) -> None:
 def load_checkpoint(name: str, **options: Any) -> Any:
     """Hugging Face's model, every weight of which comes from the checkpoint.
 
+    Of a multimodal one the text part, where transformers has a causal language model for it.
+
     Args:
         name: A folder or a hub id.
         options: As `from_pretrained` of the auto classes takes them.
@@ -60,20 +71,55 @@ def load_checkpoint(name: str, **options: Any) -> Any:
             library is not installed.
         MemoryLimitError: Its weights do not fit into this machine.
     """
-    import transformers
 
     config = options.get("config")
     if config is None:
-        of_config = {key: options[key] for key in _OF_CONFIG if key in options}
-        config = transformers.AutoConfig.from_pretrained(name, **of_config)
+        config = _config(name, options)
     _check_kind(config)
     auto = _auto_class(config)
+    if has_text_part(config):
+        config = _text_part(config)
+        options |= {"config": config, "key_mapping": _TEXT_PART}
     _check_size(auto, config, Path(name), options)
     model, found = auto.from_pretrained(
         name, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
-    _check_whole(name, type(model).__name__, config, found)
+    _check_whole(name, type(model).__name__, config, found, is_part="key_mapping" in options)
     return model
+
+
+def has_text_part(config: Any) -> bool:
+    """Whether a config is of a multimodal model whose text part can be loaded by itself."""
+    import transformers
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    text = config.get_text_config(decoder=True)
+    models = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if text is config or type(text) not in models:
+        return False
+    return models[type(text)].__name__ in SUPPORTED_ARCHITECTURES
+
+
+def is_multimodal(name: str, options: Mapping[str, Any]) -> bool:
+    """`has_text_part` of a folder or hub id, by its config."""
+    return has_text_part(_config(name, options))
+
+
+def _config(name: str, options: Mapping[str, Any]) -> Any:
+    import transformers
+
+    of_config = {key: options[key] for key in _OF_CONFIG if key in options}
+    return transformers.AutoConfig.from_pretrained(name, **of_config)
+
+
+def _text_part(config: Any) -> Any:
+    """The config of the text part of a multimodal model."""
+    import transformers
+
+    text = copy.deepcopy(config.get_text_config(decoder=True))
+    text.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__]
+    text.tie_word_embeddings = config.tie_word_embeddings
+    return text
 
 
 def _numbers(config: Any) -> Iterator[tuple[str, int]]:
@@ -113,7 +159,7 @@ def _check_kind(config: Any) -> None:
                 f"config.json says architectures {name}, which is no model of the type "
                 f"{config.model_type!r} that it says too; correct the one that is wrong"
             )
-    if text is not config:
+    if text is not config and not has_text_part(config):
         _check_torchvision(what)
 
 
@@ -132,7 +178,7 @@ def _auto_class(config: Any) -> Any:
     """The class of transformers that finds the model's own."""
     import transformers
 
-    if config.get_text_config(decoder=True) is not config:
+    if config.get_text_config(decoder=True) is not config and not has_text_part(config):
         for auto, mapping in (
             (transformers.AutoModelForImageTextToText, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
             (transformers.AutoModelForSeq2SeqLM, "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
@@ -196,10 +242,16 @@ def _told_bytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:,.2f} GB" if n_bytes >= 1e7 else f"{n_bytes:,} bytes"
 
 
-def _check_whole(name: str, kind: str, config: Any, found: dict[str, Any]) -> None:
+def _check_whole(
+    name: str, kind: str, config: Any, found: dict[str, Any], *, is_part: bool
+) -> None:
     """Raise `ModelError` where weights were made up, cut or left over, by what the load found."""
     missing = sorted(found["missing_keys"])
-    unread = sorted(key for key in found["unexpected_keys"] if not _MASKS.search(key))
+    unread = sorted(
+        key
+        for key in found["unexpected_keys"]
+        if not _MASKS.search(key) and not (is_part and _OTHER_PARTS.match(key))
+    )
     shapes = [
         f"{key} ({tuple(there)} instead of {tuple(here)})"
         for key, there, here in sorted(found["mismatched_keys"])

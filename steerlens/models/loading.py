@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from steerlens.errors import InputError, ModelError, SteerlensError, in_one_line, told
-from steerlens.models.checkpoint import check_config_file, load_checkpoint
+from steerlens.models.checkpoint import check_config_file, is_multimodal, load_checkpoint
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
 from steerlens.models.identity import record_source
@@ -70,8 +70,9 @@ def load_model(
     Raises:
         ModelError: The model cannot be found, fetched or read; its checksum is wrong; it is no
             causal language model; weights are missing, of another shape or left over; its config
-            asks for far more than its files have; torchvision is missing for a multimodal model; a
-            file of it was changed in the cache folder; a `revision` is given for what is no hub id;
+            asks for far more than its files have; torchvision is missing for a multimodal model
+            whose text part cannot be loaded by itself; a file of it was changed in the cache
+            folder; a `revision` is given for what is no hub id;
             `device_map` is none, names no module of the model, or would offload layers to disk or
             "meta"; bitsandbytes or CUDA is missing; and as `check_model`: TransformerLens does not
             reproduce the model.
@@ -238,8 +239,8 @@ def _boot(name: str, *, quantization: Quantization | None, **options: Any) -> An
             return load_hooked_transformer(name, **options)
         from transformer_lens.model_bridge import TransformerBridge
 
-        if quantization is not None:
-            options = _quantized(name, quantization, **options)
+        if quantization is not None or is_multimodal(name, options):
+            options = _loaded_before(name, quantization, **options)
         else:
             options["model_class"] = SimpleNamespace(from_pretrained=load_checkpoint)
         return TransformerBridge.boot_transformers(  # type: ignore[attr-defined, unused-ignore]
@@ -260,26 +261,30 @@ def _has_tokenizer(folder: Path) -> bool:
     return any(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def _quantized(
+def _loaded_before(
     name: str,
-    quantization: Quantization,
+    quantization: Quantization | None,
     *,
     device: Any = None,
     device_map: Any = None,
     **shared: Any,
 ) -> dict[str, Any]:
-    """The model loaded quantized, as options for `boot_transformers`."""
+    """The model, quantized or of a text part alone, as options for `boot_transformers`."""
     import transformers
+    from transformer_lens.utilities import get_device
 
-    hf_model = load_checkpoint(
-        name,
-        quantization_config=transformers.BitsAndBytesConfig(
+    settings: dict[str, Any] = {}
+    if quantization is not None:
+        settings["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_8bit=quantization == "8bit",
             load_in_4bit=quantization == "4bit",
             bnb_4bit_compute_dtype=shared["dtype"],
-        ),
-        device_map={"": device or "cuda"} if device_map is None else device_map,
+        )
+    hf_model = load_checkpoint(
+        name,
+        device_map={"": device or get_device()} if device_map is None else device_map,
         attn_implementation="eager",
+        **settings,
         **shared,
     )
     return {"hf_model": hf_model, **shared}
