@@ -7,6 +7,7 @@ import stat
 import struct
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ TOKENS = torch.tensor([[1, 7, 9, 11, 6], [1, 8, 5, 20, 30]])
 ROWS = {
     f"blocks.{block}.hook_resid_post": torch.linspace(-1, 2, 32).roll(block) for block in (1, 2)
 }
+ROW = torch.linspace(-1, 2, 32)
 
 
 @pytest.fixture
@@ -140,7 +142,7 @@ def test_block_0_has_no_slot(vector: sl.SteeringVector, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"operator": sl.Ablate()}, "cannot carry ablate"),
+        ({"operator": sl.Rotate()}, "cannot carry rotate"),
         (
             {"condition": sl.Condition("blocks.1.hook_resid_post", torch.ones(1) / 1, 0.0)},
             "cannot carry a conditional vector",
@@ -365,6 +367,16 @@ CONFIGS = {
         init_std=0.3,
     ),
     "phi": transformers.PhiConfig(**LAYERS, **SMALL),
+    **{
+        kind: config(num_key_value_heads=2, **LAYERS, **SMALL)
+        for kind, config in {
+            "qwen2": transformers.Qwen2Config,
+            "mistral": partial(transformers.MistralConfig, sliding_window=None),
+            "phi3": partial(transformers.Phi3Config, pad_token_id=3),
+            "qwen3": partial(transformers.Qwen3Config, head_dim=8),
+            "gemma2": partial(transformers.Gemma2Config, head_dim=8),
+        }.items()
+    },
 }
 
 
@@ -407,17 +419,60 @@ def test_a_baked_checkpoint_gives_the_hooked_logits(kind: str, tmp_path: Path) -
     assert torch.equal(logits(model), plain)
 
 
+def everywhere(model: Any, *parts: str, direction: torch.Tensor = ROW) -> sl.SteeringVector:
+    """A direction ablated at these hooks of all blocks."""
+    hooks = sl.resolve_hooks(model, [f"blocks.*.hook_resid_{part}" for part in parts])
+    vector = sl.SteeringVector.from_vectors(dict.fromkeys(hooks, direction))
+    return replace(vector, operator=sl.Ablate())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt", "phi", "qwen3", "mistral"])
+def test_an_ablation_is_baked_into_what_is_written(kind: str, tmp_path: Path) -> None:
+    model = bridge(hugging_face(kind))
+    side_by_side = kind in ("gpt_neox", "phi")
+    vector = everywhere(model, "pre", *([] if side_by_side else ["mid"]), "post")
+    plain, ours = logits(model), steered(model, vector, 1)
+    sl.export.bake(model, vector, 1, tmp_path / "baked")
+    baked = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "baked").eval()
+    torch.testing.assert_close(logits(baked), ours, rtol=0, atol=1e-4 * float(ours.abs().max()))
+    assert float((ours - plain).abs().max()) > 1e-3 * float(ours.abs().max())
+    states = baked(TOKENS, output_hidden_states=True).hidden_states[:-1]
+    states = torch.stack(states).detach()
+    along = states @ (ROW / ROW.norm())
+    assert float(along.abs().max()) < 1e-5 * float(states.abs().max())
+    assert torch.equal(logits(model), plain)
+
+
+def test_which_ablations_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
+    whole = everywhere(llama, "pre", "mid", "post")
+    other = dict.fromkeys(whole.hook_names, ROW) | {whole.hook_names[0]: torch.arange(1.0, 33.0)}
+    two = replace(sl.SteeringVector.from_vectors(other), operator=sl.Ablate())
+    gemma = bridge(hugging_face("gemma2"))
+    for model, vector, amount, message in (
+        (llama, everywhere(llama, "post"), 1, "has to act at .*differs at blocks.0.hook_resid_mid"),
+        (llama, whole, 0.5, "ablated whole: coefficient 1"),
+        (llama, two, 1, "one direction"),
+        (gemma, everywhere(gemma, "pre", "mid", "post"), 1, "differ from the hooked model's"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sl.export.bake(model, vector, amount, tmp_path / "baked")
+    assert not (tmp_path / "baked").exists()
+
+
 def test_what_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
     vector = sl.SteeringVector.from_vectors(ROWS)
-    config = transformers.Qwen2Config(num_key_value_heads=2, **LAYERS, **SMALL)
-    qwen = bridge(transformers.AutoModelForCausalLM.from_config(config).eval())
+    qwen, gemma = (bridge(hugging_face(kind)) for kind in ("qwen3", "gemma2"))
+    windows = transformers.MistralConfig(sliding_window=8, **LAYERS, **SMALL)
+    mistral = bridge(transformers.AutoModelForCausalLM.from_config(windows).eval())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     processed = bridge(build_llama())
     processed.enable_compatibility_mode()
     narrow = sl.SteeringVector.from_vectors({"blocks.1.hook_resid_post": torch.ones(4)})
     for model, of_vector, coefficient, folder, message in (
-        (qwen, vector, 1.0, "baked", "'qwen2' checkpoints have no bias"),
+        (qwen, vector, 1.0, "baked", "'qwen3' checkpoints have no bias .* norms queries and keys"),
+        (gemma, vector, 1.0, "baked", "norms what its MLP adds"),
+        (mistral, vector, 1.0, "baked", "attends to 8 tokens only"),
         (llama, vector, "0%", "baked", "coefficient 0"),
         (llama, vector, 1.0, "full", "not empty"),
         (processed, vector, 1.0, "baked", "without weight processing"),
