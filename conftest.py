@@ -4,15 +4,66 @@ Run them with `pytest --doctest-modules steerlens`.
 """
 
 import importlib.util
+import inspect
 import sys
-from functools import cache
+import threading
+from collections.abc import Callable
+from functools import cache, partial, wraps
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
+import jaxtyping
 import pytest
 from _pytest.doctest import DoctestItem
 
 ROOT = Path(__file__).resolve().parent
+
+# A checker of types takes milliseconds to make, and jaxtyping makes one whenever a function inside
+# a function is defined: a hook, for instance. Here those of the same code share one.
+jaxtyped = jaxtyping.jaxtyped
+checkers: dict[CodeType, Callable[..., Any]] = {}
+defined = threading.local()  # `.functions`: those that a checker is about to call
+
+
+def jaxtyped_once(function: Any = None, **options: Any) -> Any:
+    """As `jaxtyped`."""
+    if function is None:
+        return partial(jaxtyped_once, **options)
+    if inspect.isclass(function) and getattr(function.__init__, "__globals__", None) is globals():
+        return function  # as `jaxtyped`, where `__init__` is checked already
+    if not inspect.isfunction(function) or "<locals>" not in function.__qualname__:
+        return jaxtyped(function, **options)
+    if function.__code__ not in checkers:
+        checkers[function.__code__] = jaxtyped(last_defined(function), **options)
+    checker = checkers[function.__code__]
+
+    @wraps(function)
+    def checked(*args: Any, **options: Any) -> Any:
+        vars(defined).setdefault("functions", []).append(function)
+        try:
+            return checker(*args, **options)
+        finally:
+            defined.functions.pop()
+
+    return checked
+
+
+def last_defined(function: Any) -> Any:
+    """Calls the last of `defined`; to look at, it is `function`, which it does not keep alive."""
+    functions = defined
+
+    def call(*args: Any, **options: Any) -> Any:
+        return functions.functions[-1](*args, **options)
+
+    same = type(call)(call.__code__, function.__globals__, closure=call.__closure__)
+    for name in ("__name__", "__qualname__", "__module__"):
+        setattr(same, name, getattr(function, name))
+    same.__signature__ = inspect.signature(function)
+    return same
+
+
+jaxtyping.jaxtyped = jaxtyped_once
 
 
 @cache
@@ -56,7 +107,7 @@ def example_names() -> dict[str, Any]:
     directions = sl.fit_directions(differences)
     items = sl.PreferenceItems(
         tuple(
-            sl.PreferenceItem(f"the {noun} was", "warm and good", "so cold", noun)
+            sl.PreferenceItem(f"the {noun} was", " warm and good", " so cold", noun)
             for noun in ("river", "walk", "day", "night", "rain", "soup")
         )
     )

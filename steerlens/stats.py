@@ -1,30 +1,28 @@
 """How far a mean over pairs or groups can be trusted, and when numbers that should be equal are."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
 
-from steerlens.errors import InputError
+from steerlens.errors import InputError, told
 
 __all__ = [
-    "allowed_gap",
+    "effective_groups",
     "flip_p",
     "interval",
     "intervals",
+    "least_max_rank_p",
     "max_rank_p",
     "percentile_interval",
     "rank_p",
     "ratio_interval",
-    "relative_gap",
+    "refit_spread",
     "resampled_counts",
     "smallest_effect",
-    "weighted_quantile",
 ]
 
 CONFIDENCE = 0.95
@@ -33,41 +31,16 @@ POWER = 0.8
 """The share of repeats in which the smallest effect is shown."""
 DEGENERATE = 1e-3
 """The share of draws without spread above which an interval is by Student's t."""
+UNEVEN = 0.5
+"""The share of groups that they are at least as good as: below, it is by Student's t, too."""
 ROWS = 200
 """Intervals that are made at a time."""
 
 
-def allowed_gap(dtype: torch.dtype, *, least: float = 1e-4, roundings: int = 8) -> float:
-    """How far two ways to compute the same may be apart: `max(least, roundings * eps(dtype))`.
-
-    Relative to their size; `least` decides in float32 and float64, the rounding in 16-bit dtypes.
-    Test it as `not gap <= allowed`, which a NaN fails too.
-
-    Examples:
-        >>> allowed_gap(torch.float32), allowed_gap(torch.bfloat16)  # 8 / 128
-        (0.0001, 0.0625)
-    """
-    return max(least, roundings * torch.finfo(dtype).eps)
-
-
-def relative_gap(
-    values: Float[Tensor, "*row d"], expected: Float[Tensor, "*row d"], *, floor: float = 1e-30
-) -> Float[Tensor, "*row"]:
-    """`||values - expected|| / max(||expected||, floor)` of each row, in float64.
-
-    Examples:
-        >>> relative_gap(torch.tensor([[3.0, 4.5]]), torch.tensor([[3.0, 4.0]]))  # 0.5 / 5
-        tensor([0.100], dtype=torch.float64)
-    """
-    wide = expected.double()
-    gaps: Tensor = (values.double() - wide).norm(dim=-1) / wide.norm(dim=-1).clamp(min=floor)
-    return gaps
-
-
 def interval(
-    values: Float[np.ndarray, " pair"] | Sequence[float],
+    values: Iterable[Any],
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Iterable[Any] | None = None,
     seed: int = 0,
     n_bootstrap: int = 2000,
 ) -> tuple[float, float]:
@@ -77,20 +50,25 @@ def interval(
     each draw the mean is studentised, `t* = (mean* - mean) / se*`, and the ends are `mean - q se`
     with the 97.5% and 2.5% quantiles q of t*: that keeps its coverage with few groups and skewed
     values, where percentiles of the means are too narrow. `se` is the standard error of a ratio of
-    sums over groups, `sqrt(n / (n - 1) sum_g (sum_g - mean size_g)^2) / sum_g size_g`. Where more
-    than one draw in 1000 has no spread (five groups and fewer, or nearly all values alike), q is
-    that of Student's t with n - 1 degrees of freedom.
+    sums over groups, `sqrt(sum_g (sum_g - mean size_g)^2 / (1 - share_g)) / sum_g size_g`, share_g
+    the group's share of all values. Where more than one draw in 1000 has no spread (five groups and
+    fewer, or nearly all values alike), or the groups are so uneven that they are as good as half of
+    them, q is that of Student's t with `effective_groups - 1` degrees of freedom, 1 at least.
 
     Args:
         values: One value a pair (prompt, item), in any unit; also the unit of the ends.
-        groups: The group of each value; None takes every value for a group of its own.
+        groups: The group of each value; None takes every value, or this one, for one of its own.
         seed: Of the draws; the same seed draws the same groups for every cell.
         n_bootstrap: Number of draws.
 
     Returns:
         Low and high end; (NaN, NaN) for one group or values that are not finite.
 
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 12.5.
+    Raises:
+        InputError: The values are no list of numbers, or the groups not as many.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 12.5; Bell and
+    McCaffrey, Bias Reduction in Standard Errors for Linear Regression (2002).
 
     Examples:
         >>> interval(np.array([1.0, 3.0]))  # t(0.975, 1) = 12.71 and se = 1
@@ -98,15 +76,36 @@ def interval(
         >>> interval(np.array([1.0, 1.0, 3.0, 3.0]), groups=["a", "a", "b", "b"])
         (-10.71, 14.71)
     """
-    row = np.asarray(values, dtype=np.float64)[None]
-    low, high = intervals(row, groups=groups, seed=seed, n_bootstrap=n_bootstrap)
+    low, high = intervals(_numbers(values)[None], groups=groups, seed=seed, n_bootstrap=n_bootstrap)
     return float(low[0]), float(high[0])
+
+
+def _numbers(values: Iterable[Any]) -> Float[np.ndarray, " value"]:
+    """As float64."""
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"expected a list of numbers, got {told(values)}") from error
+    if numbers.ndim != 1:
+        raise InputError(f"expected a list of numbers, got an array of shape {numbers.shape}")
+    return numbers
+
+
+def effective_groups(groups: Iterable[Any]) -> float:
+    """How many groups of one size are as good as these: `(sum_g size_g)^2 / sum_g size_g^2`.
+
+    Examples:
+        >>> effective_groups("aabb"), effective_groups("aaab")
+        (2.0, 1.6)
+    """
+    sizes = np.bincount(_group_numbers(groups))
+    return float(sizes.sum() ** 2 / (sizes**2).sum())
 
 
 def intervals(
     values: Float[np.ndarray, "row pair"],
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Iterable[Any] | None = None,
     seed: int = 0,
     n_bootstrap: int = 2000,
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
@@ -118,7 +117,7 @@ def ratio_interval(
     values: Float[np.ndarray, " pair"],
     divisors: Float[np.ndarray, " pair"],
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Iterable[Any] | None = None,
     seed: int = 0,
     n_bootstrap: int = 2000,
 ) -> tuple[float, float]:
@@ -136,7 +135,7 @@ def ratio_interval(
 def _bootstrap_t(
     values: Float[np.ndarray, "row pair"],
     divisors: Float[np.ndarray, "row pair"],
-    groups: Sequence[Any] | None,
+    groups: Iterable[Any] | None,
     seed: int,
     n_bootstrap: int,
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
@@ -170,7 +169,8 @@ def _ends(
         # About the ratio seen, so that a large mean does not swallow a small spread.
         rest = sums - ratio[:, None] * sizes
         rest[np.abs(rest) <= 1e-12 * np.abs(sums).max(axis=1, keepdims=True)] = 0.0
-        error = np.sqrt(n / (n - 1) * (rest**2).sum(axis=1)) / np.abs(total)
+        shares = np.abs(sizes) / np.abs(sizes).sum(axis=1, keepdims=True)
+        error = np.sqrt((rest**2 / (1 - shares)).sum(axis=1)) / np.abs(total)
         totals = counts @ sizes.T
         shift = (counts @ rest.T) / totals
         spread = counts @ (rest**2).T - 2 * shift * (counts @ (rest * sizes).T)
@@ -179,22 +179,25 @@ def _ends(
         has_spread = errors > 1e-6 * error
         studentised = np.where(has_spread, shift / errors, np.inf * np.sign(shift))
     drawn = np.quantile(np.nan_to_num(studentised), [TAIL, 1 - TAIL], axis=0)
-    students = t.ppf([TAIL, 1 - TAIL], n - 1)[:, None]
-    lower, upper = np.where((~has_spread).mean(axis=0) > DEGENERATE, students, drawn)
+    effective = 1 / (shares**2).sum(axis=1)
+    is_rough = ((~has_spread).mean(axis=0) > DEGENERATE) | (effective < UNEVEN * n)
+    students = t.ppf(np.array([[TAIL], [1 - TAIL]]), (effective - 1).clip(min=1.0))
+    lower, upper = np.where(is_rough, students, drawn)
     return ratio - upper * error, ratio - lower * error
 
 
-def _group_numbers(groups: Sequence[Any] | None, n: int) -> Int[np.ndarray, " pair"]:
+def _group_numbers(groups: Iterable[Any] | None, n: int | None = None) -> Int[np.ndarray, " pair"]:
     """The number of each value's group, in the order in which groups are met."""
-    if groups is None:
-        return np.arange(n)
-    if len(groups) != n:
-        raise InputError(f"expected a group for each of {n} values, got {len(groups)} groups")
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    return np.array([numbers[name] for name in groups])
+    groups = range(n or 0) if groups is None else groups
+    names = groups.tolist() if hasattr(groups, "tolist") else list(groups)
+    if n not in (None, len(names)):
+        raise InputError(f"expected a group for each of {n} values, got {len(names)} groups")
+    names = [object() if name is None else name for name in names]
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], dtype=np.int64)
 
 
-def rank_p(value: float, nulls: Float[np.ndarray, " null"] | Sequence[float]) -> float:
+def rank_p(value: float | int, nulls: Iterable[Any]) -> float:
     """Two-sided rank p-value: `(1 + nulls at least as far from 0) / (1 + nulls)`.
 
     Exact at any level when value and nulls could have been drawn in any order, which holds for
@@ -216,7 +219,7 @@ def rank_p(value: float, nulls: Float[np.ndarray, " null"] | Sequence[float]) ->
         >>> rank_p(3.0, np.array([-3.0, 0.0, 1.0]))
         0.5
     """
-    distances = np.abs(np.asarray(nulls, dtype=np.float64))
+    distances = np.abs(_numbers(nulls))
     if not len(distances) or math.isnan(value) or np.isnan(distances).any():
         return math.nan
     n_as_far = int((distances >= abs(value) * (1 - 1e-9)).sum())
@@ -230,7 +233,10 @@ def max_rank_p(
 
     Each hook's values are divided by their root mean square over the draws and the value seen, so
     that no hook decides by its unit; a draw counts where its largest is at least as far from 0.
-    With one hook, `rank_p`.
+    With one hook, `rank_p`. Hooks at which other draws have a value (nulls that were run, beside
+    more of which only first-order effects are known) are families of their own, whose p-values are
+    added up: to that of a hook's own family the largest that each other family could have had and
+    that is no larger (Bonferroni; Tarone, as 20 nulls have none below 1/21).
 
     Args:
         values: What was seen at each hook.
@@ -240,27 +246,64 @@ def max_rank_p(
     Returns:
         p-values that hold for the best of all hooks; NaN where there is no value, or no draw.
 
-    Source: Westfall and Young, Resampling-Based Multiple Testing (1993).
+    Source: Westfall and Young, Resampling-Based Multiple Testing (1993); Tarone (1990).
 
     Examples:
         >>> max_rank_p(np.array([3.0, 1.0]), np.array([[0.0, 1.0], [1.0, -1.0], [0.0, 0.0]]))
         array([0.25, 0.75])
     """
-    sizes, draws = np.abs(values), np.abs(nulls)
-    draws = draws[~np.isnan(draws).all(axis=1)]
-    if not len(draws):
-        return np.full(len(values), math.nan)
-    scale = np.sqrt(np.nanmean(np.vstack([draws, sizes]) ** 2, axis=0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        seen, largest = sizes / scale, np.nanmax(np.nan_to_num(draws / scale), axis=1)
-    n_as_far = (largest[:, None] >= seen * (1 - 1e-9)).sum(axis=0)
-    return np.where(np.isnan(sizes), math.nan, (1 + n_as_far) / (1 + len(draws)))
+    known, family = _families(values, nulls)
+    p_values = np.full(len(values), math.nan)
+    for k, is_drawn in enumerate(known):
+        sizes, draws = np.abs(values[family == k]), np.abs(nulls[is_drawn][:, family == k])
+        scale = np.sqrt((np.vstack([draws, sizes]) ** 2).mean(axis=0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            seen, largest = sizes / scale, np.nan_to_num(draws / scale).max(axis=1)
+        n_as_far = (largest[:, None] >= seen * (1 - 1e-9)).sum(axis=0)
+        p_values[family == k] = (1 + n_as_far) / (1 + len(draws))
+    return _over_families(p_values, known)
+
+
+def least_max_rank_p(
+    values: Float[np.ndarray, " hook"], nulls: Float[np.ndarray, "draw hook"]
+) -> Float[np.ndarray, " hook"]:
+    """The smallest p-values that `max_rank_p` could give with so many nulls.
+
+    Examples:
+        >>> least_max_rank_p(np.array([3.0, 1.0]), np.array([[0.0, 1.0], [1.0, np.nan]]))
+        array([0.333, 0.833])
+    """
+    known, family = _families(values, nulls)
+    p_values = np.array([1 / (1 + known[k].sum()) if k >= 0 else math.nan for k in family])
+    return _over_families(p_values, known)
+
+
+def _families(
+    values: Float[np.ndarray, " hook"], nulls: Float[np.ndarray, "draw hook"]
+) -> tuple[list[Bool[np.ndarray, " draw"]], Int[np.ndarray, " hook"]]:
+    """Which draws have a value, for each set of hooks where these are the same, and each's set."""
+    is_known = ~np.isnan(nulls) & ~np.isnan(values)
+    kinds = [tuple(column) for column in is_known.T]
+    families = list(dict.fromkeys(kind for kind in kinds if any(kind)))
+    known = [np.array(kind) for kind in families]
+    return known, np.array([families.index(k) if any(k) else -1 for k in kinds])
+
+
+def _over_families(
+    p_values: Float[np.ndarray, " hook"], known: Sequence[Bool[np.ndarray, " draw"]]
+) -> Float[np.ndarray, " hook"]:
+    """With the p-values that other families could have had and that are no larger; 1 at most."""
+    totals = 1 + np.array([is_drawn.sum() for is_drawn in known])
+    total: NDArray[np.float64] = (np.floor(p_values[:, None] * totals + 1e-9) / totals).sum(axis=1)
+    return np.where(np.isnan(p_values), math.nan, total.clip(max=1.0))
 
 
 def flip_p(
     values: Float[np.ndarray, "row pair"],
     *,
-    groups: Sequence[Any] | None = None,
+    groups: Iterable[Any] | None = None,
+    refits: Float[np.ndarray, "row refit"] | None = None,
+    n_fitted: float | int = 0,
     seed: int = 0,
     n_flips: int = 1999,
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
@@ -271,26 +314,67 @@ def flip_p(
     largest of all rows. It takes the differences of a group to be as likely of either sign where
     there is no effect. NaN for a row that is not finite or all zero.
 
+    Args:
+        values: One row a comparison, in any unit.
+        groups: The group of each value; None takes every value for a group of its own.
+        refits: The mean of every row when what was fitted is fitted again on resampled groups, the
+            same for all rows; NaN for a row without, None for all. With them a draw is what an
+            interval holds: flips of the groups' sums about the mean, and the refits' deviations
+            with normal weights, each over the root of a chi-square over its degrees of freedom
+            (those of `refit_spread`).
+        n_fitted: Groups that were resampled for the refits (`effective_groups`).
+        seed: Of the draws.
+        n_flips: Number of draws.
+
     Examples:
         >>> alone, family = flip_p(np.array([[1.0, 1.0, 1.0, 1.0, 1.0, 1.0]]))  # 2 in 64 as far
         >>> alone.round(2), bool(alone == family)
         (array([0.03]), True)
     """
     group = _group_numbers(groups, values.shape[1])
-    n = int(group.max()) + 1
-    known = np.isfinite(values).all(axis=1) & (values != 0).any(axis=1)
+    sizes = np.bincount(group) / len(group)
+    n, known = len(sizes), np.isfinite(values).all(axis=1) & (values != 0).any(axis=1)
     sums = np.zeros((len(values), n))
     for i in np.flatnonzero(known):
-        sums[i] = np.bincount(group, values[i])
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(n_flips, n))
+        sums[i] = np.bincount(group, values[i]) / len(group)
+    generator = np.random.default_rng(seed)
+    signs = generator.choice([-1.0, 1.0], size=(n_flips, n))
+    means, variances, drawn = sums.sum(axis=1), (sums**2).sum(axis=1), signs @ sums.T
+    if refits is not None and min(n, n_fitted, refits.shape[1]) > 1:
+        rest = (sums - means[:, None] * sizes) * math.sqrt(n / (n - 1))
+        spread, df = refit_spread(refits, n_fitted)
+        moves = refits - refits.mean(axis=1, keepdims=True)
+        moves *= (spread / np.sqrt((moves**2).sum(axis=1)).clip(min=1e-300))[:, None]
+        both, weights = 0.0, generator.standard_normal((n_flips, refits.shape[1]))
+        for draws, parts, of in ((signs, rest, n - 1), (weights, moves, df)):
+            both += draws / np.sqrt(generator.chisquare(of, (n_flips, 1)) / of) @ parts.T
+        is_refitted = np.isfinite(spread)
+        drawn = np.where(is_refitted, both, drawn)
+        variances = np.where(is_refitted, (rest**2).sum(axis=1) + spread**2, variances)
     with np.errstate(divide="ignore", invalid="ignore"):
-        scale = np.sqrt((sums**2).sum(axis=1))
-        seen, drawn = np.abs(sums.sum(axis=1)) / scale, np.abs(signs @ sums.T) / scale
+        seen, drawn = np.abs(means) / variances**0.5, np.abs(drawn) / variances**0.5
     least = seen * (1 - 1e-9)
     largest = np.nan_to_num(drawn).max(axis=1, initial=0.0)
     alone = (1 + (drawn >= least).sum(axis=0)) / (1 + n_flips)
     family = (1 + (largest[:, None] >= least).sum(axis=0)) / (1 + n_flips)
     return np.where(known, alone, math.nan), np.where(known, family, math.nan)
+
+
+def refit_spread(
+    refits: Float[np.ndarray, "row refit"], n_groups: float | int
+) -> tuple[Float[np.ndarray, " row"], float]:
+    """The standard deviation of what was fitted over draws of its groups; degrees of freedom.
+
+    That of refits on groups drawn with replacement times `sqrt(n / (n - 1))`, as these spread too
+    little; `1 / df = 1 / (n - 1) + 1 / (refits - 1)`; n are the `effective_groups`, 2 at least.
+
+    Examples:
+        >>> refit_spread(np.array([[1.0, 3.0]]), n_groups=9)  # 1.414 sqrt(9 / 8)
+        (array([1.5]), 0.889)
+    """
+    n = max(n_groups, 2.0)
+    df = 1 / (1 / (n - 1) + 1 / (refits.shape[1] - 1))
+    return refits.std(axis=1, ddof=1) * math.sqrt(n / (n - 1)), df
 
 
 def smallest_effect(low: float, high: float, n_groups: int) -> float:
@@ -320,45 +404,7 @@ def resampled_counts(
     return drawn.astype(np.float64)
 
 
-def weighted_quantile(
-    values: Float[np.ndarray, "pair token"],
-    counts: Float[np.ndarray, "resample pair"],
-    quantile: float,
-) -> Float[np.ndarray, " resample"]:
-    """The `quantile` (0 to 1) of all values that are not NaN, each pair's counted `counts` times.
-
-    The smallest value whose share of counted values at or below it reaches `quantile`.
-
-    Examples:
-        >>> values = np.array([[1.0, 2.0], [3.0, np.nan]])
-        >>> weighted_quantile(values, np.array([[1.0, 1.0], [1.0, 3.0]]), 0.5)
-        array([2., 3.])
-    """
-    is_given = ~np.isnan(values)
-    flat, owner = values[is_given], np.nonzero(is_given)[0]
-    order = flat.argsort()
-    quantiles = []
-    for part in np.array_split(counts, max(1, len(counts) * len(flat) // 2**24)):
-        cumulative = part[:, owner[order]].cumsum(axis=1)
-        reached = cumulative >= quantile * cumulative[:, -1:] - 1e-9
-        quantiles.append(flat[order][reached.argmax(axis=1)])
-    joined: NDArray[np.float64] = np.concatenate(quantiles)
-    return joined
-
-
 def percentile_interval(estimates: Float[np.ndarray, " resample"]) -> tuple[float, float]:
     """The 95% percentile interval of bootstrap estimates, which may be infinite."""
     low, high = np.quantile(estimates, [TAIL, 1 - TAIL], method="inverted_cdf")
     return float(low), float(high)
-
-
-def one_of_each_in_turn(groups: Sequence[int], most: int) -> list[int]:
-    """At most so many rows, in their order: the first of each group, then the second, and so on.
-
-    Examples:
-        >>> one_of_each_in_turn([0, 0, 0, 1, 1, 2], 4)
-        [0, 1, 3, 5]
-    """
-    turns = [list(groups[:row]).count(group) for row, group in enumerate(groups)]
-    in_turn = sorted(range(len(groups)), key=lambda row: (turns[row], groups[row]))
-    return sorted(in_turn[:most])

@@ -46,7 +46,7 @@ _WORDS = {
     **{"Mapping": "a mapping", "bool": "True or False"},
     "HookedModel": "a model of TransformerLens, as load_model gives",
     "ContrastivePairs": "ContrastivePairs, as their from_lists and load give",
-    "PreferenceItems": "PreferenceItems, as their from_records and load give",
+    "PreferenceItems": "PreferenceItems, as their load gives",
     "Directions": "Directions, as fit gives",
     "Differences": "Differences, as collect_differences gives",
     "LossGradients": "LossGradients, as loss_gradients gives",

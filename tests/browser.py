@@ -89,12 +89,7 @@ class Browser:
         )
         cdp(
             "Emulation.setDeviceMetricsOverride",
-            {
-                "width": width,
-                "height": height,
-                "deviceScaleFactor": 1,
-                "mobile": False,
-            },
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
         )
         self.driver.get(page.resolve().as_uri())
 

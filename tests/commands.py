@@ -1,6 +1,7 @@
 """What the tests of commands share: how one ended, and what lies in the folder that it wrote."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def finish(*arguments: str | Path, code: int = 0) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(argument) for argument in arguments])
     assert stop.value.code == code
+
+
+def environment() -> dict[str, str]:
+    """Of a process that is to import this package."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 
 def write_pairs(path: Path, openings: list[str], *, negative: str = "gloomy") -> Path:

@@ -129,6 +129,11 @@ def padding(model: Any, side: str) -> Iterator[None]:
         yield
 
 
+def other_side(model: Any, positions: str) -> str:
+    """A side to pad on, such that either of `tiny`, either side and any two positions meet."""
+    return ("left", "right")[(positions in ("all", "continuation")) != (model.cfg.n_layers == 5)]
+
+
 @pytest.fixture(scope="session")
 def llama() -> Any:
     return bridge(build_llama())
@@ -172,9 +177,9 @@ def pairs() -> sl.ContrastivePairs:
 @pytest.fixture(scope="session")
 def continued(pairs: sl.ContrastivePairs) -> sl.ContrastivePairs:
     """The same pairs with a continuation each."""
-    after = ["warm and good", "so cold", "very bad soup", "rain", "a good day", "so", "kind", "by"]
+    words = ["warm and good", "so cold", "very bad soup", "rain", "a good day", "so", "kind", "by"]
     return sl.ContrastivePairs.from_lists(
-        [p.positive for p in pairs], [p.negative for p in pairs], after
+        [p.positive for p in pairs], [p.negative for p in pairs], [f" {w}" for w in words]
     )
 
 
@@ -192,7 +197,7 @@ def sampled(model: Any, start: str, n_tokens: int, seed: int) -> str:
 
 @pytest.fixture(scope="session")
 def many(llama: Any) -> sl.ContrastivePairs:
-    """Twenty pairs: more than the probes, so that both kinds of evaluation are made."""
+    """Twenty pairs."""
     positive = [sampled(llama, "you are cheerful", 8 + i % 5, seed=i) for i in range(20)]
     return sl.ContrastivePairs.from_lists(
         positive, [text.replace("cheerful", "very gloomy", 1) for text in positive]
@@ -310,15 +315,13 @@ def loaded(model_folder: Path) -> Any:
 @pytest.fixture
 def loaded_once(loaded: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands take the model of `model_folder` as `loaded`, where loading it is not the point."""
-    from steerlens.cli import command, comparison_commands, vector_commands
-
     load = sl.load_model
 
     def load_once(name: str | Path, **options: Any) -> Any:
-        return loaded if str(name) == str(model_folder) else load(name, **options)
+        is_plain = str(name) == str(model_folder) and not options.get("template_args")
+        return loaded if is_plain else load(name, **options)
 
-    for module in (command, comparison_commands, vector_commands):
-        monkeypatch.setattr(module, "load_model", load_once)
+    monkeypatch.setattr("steerlens.cli.command.load_model", load_once)
 
 
 @pytest.fixture

@@ -85,7 +85,8 @@ def pairs() -> dict[str, Bad]:
         "role_number": Bad(messages(b'[{"role": 1, "content": "a"}]'), (":2", "role")),
         "content_list": Bad(messages(b'[{"role": "user", "content": ["a"]}]'), (":2", "content")),
         "misspelt": Bad(
-            lines(PAIR, PAIR[:-1] + b', "continuatoin": "a"}'), (":2", "did you mean 'continuation")
+            lines(PAIR, b'{"positive": "a", "negatve": "b"}'),
+            (":2", "did you mean 'negatve'", "--columns negative=negatve"),
         ),
     }
 

@@ -1,12 +1,15 @@
-"""`python killed.py SIGNAL SEED KILLS LOG WHOLE OUT COMMAND...`: a run stopped at random moments.
+"""`python killed.py CASES`: runs that are stopped at random moments.
 
-Every try is a child of its own, so that the signal is a real one and the imports are paid for once.
-The first is `steerlens COMMAND` into WHOLE, undisturbed; the second into OUT-1, and the others
-`steerlens COMMAND[0] --resume` of it. KILLS of them get a signal, at random among all calls of what
-is counted; where a run ends before, another is begun in OUT-2 and so on. LOG gets a line for each
-run, try and part.
+CASES is a JSON list of cases `[SIGNAL, SEED, KILLS, LOG, WHOLE, OUT, COMMAND...]`; the exit code
+of each is printed. Every case, and every try of it, is a child of its own, so that the signal is a
+real one and the imports are paid for once. The first try is `steerlens COMMAND` into WHOLE,
+undisturbed; the second into OUT-1, and the others `steerlens COMMAND[0] --resume` of it. KILLS of
+them get a signal, at random among all calls of what is counted; where a run ends before, another
+is begun in OUT-2 and so on. LOG gets a line for each run, try and part, and LOG.err what was said
+on stderr.
 """
 
+import json
 import os
 import random
 import signal
@@ -24,17 +27,13 @@ from steerlens.circuits.tasks import Task
 from steerlens.measure import texts
 from steerlens.runs import unfinished
 
-_, NAME, SEED, KILLS, LOG, WHOLE, OUT, *ARGUMENTS = sys.argv
-SIGNAL = signal.Signals[NAME]
-moments = random.Random(int(SEED))
+
+def note(log: str, text: str) -> None:
+    with Path(log).open("a", encoding="utf-8") as lines:
+        lines.write(f"{text}\n")
 
 
-def note(text: str) -> None:
-    with Path(LOG).open("a", encoding="utf-8") as log:
-        log.write(f"{text}\n")
-
-
-def strike_at(moment: int) -> Callable[[], int]:
+def strike_at(moment: int, kind: signal.Signals, log: str) -> Callable[[], int]:
     """Send the signal to this process before the call of that number, of any of these functions.
 
     What is returned gives how many calls there were.
@@ -46,7 +45,7 @@ def strike_at(moment: int) -> Callable[[], int]:
             nonlocal left
             left -= 1
             if left == 0:
-                os.kill(os.getpid(), SIGNAL)
+                os.kill(os.getpid(), kind)
             return function(*args, **options)
 
         return call
@@ -54,9 +53,9 @@ def strike_at(moment: int) -> Callable[[], int]:
     kept = unfinished.Parts.keep
 
     def keep(parts: unfinished.Parts, name: str, *part: Any) -> None:
-        note(f"ran {name}")
+        note(log, f"ran {name}")
         kept(parts, name, *part)
-        note(f"kept {name}")
+        note(log, f"kept {name}")
 
     unfinished.Parts.keep = counted(keep)
     os.fsync, os.replace = counted(os.fsync), counted(os.replace)
@@ -68,40 +67,55 @@ def strike_at(moment: int) -> Callable[[], int]:
     return lambda: moment - left
 
 
-def tried(moment: int, out: str) -> int:
-    """How a try ended that gets the signal at that call, if any; its calls stand in LOG."""
+def tried(moment: int, kind: signal.Signals, log: str, out: str, arguments: list[str]) -> int:
+    """How a try ended that gets the signal at that call, if any; its calls stand in the log."""
     marks = ["/parts/_request.json", "/run.json"]
-    if ARGUMENTS[0] == "extract":
+    if arguments[0] == "extract":
         out, marks = f"{out}/v.safetensors", [".unfinished/parts/_request.json", ""]
     is_begun = any(Path(out + mark).exists() for mark in marks)
-    words = ["--resume", out] if is_begun else [*ARGUMENTS[1:], "--out", out]
+    words = ["--resume", out] if is_begun else [*arguments[1:], "--out", out]
     child = os.fork()
     if child == 0:
-        n_calls = strike_at(moment)
+        n_calls = strike_at(moment, kind, log)
         try:
-            cli.main([ARGUMENTS[0], "--quiet", *words])
+            cli.main([arguments[0], "--quiet", *words])
         finally:
-            note(f"calls {n_calls()}")
+            note(log, f"calls {n_calls()}")
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    note(f"ended {code}")
+    note(log, f"ended {code}")
     return code
+
+
+def stop_often(
+    name: str, seed: str, kills: str, log: str, whole: str, out: str, *arguments: str
+) -> None:
+    """A case, in a process of its own."""
+    os.dup2(os.open(f"{log}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
+    kind, moments = signal.Signals[name], random.Random(int(seed))
+    assert tried(0, kind, log, whole, [*arguments]) == 0
+    calls = Path(log).read_text(encoding="utf-8").rpartition("calls ")[2]
+    n_calls, killed, begun = int(calls.split()[0]), 0, 1
+    Path(log).write_text("begun\n", encoding="utf-8")
+    while True:
+        moment = moments.randint(1, n_calls) if killed < int(kills) else 0
+        code = tried(moment, kind, log, f"{out}-{begun}", [*arguments])
+        if code == 0 and killed == int(kills):
+            sys.exit()
+        if code == 0:  # before it was its turn: another run is to be killed
+            begun += 1
+            note(log, "begun")
+        elif code in (-kind, 130):
+            killed += 1
+        else:
+            sys.exit(f"a try ended with {code}")
 
 
 texts.neutral_texts = lambda: NEUTRAL
 signal.signal(signal.SIGINT, signal.default_int_handler)
-assert tried(0, WHOLE) == 0
-calls = Path(LOG).read_text(encoding="utf-8").rpartition("calls ")[2]
-n_calls, killed, begun = int(calls.split()[0]), 0, 1
-Path(LOG).write_text("begun\n", encoding="utf-8")
-while True:
-    moment = moments.randint(1, n_calls) if killed < int(KILLS) else 0
-    code = tried(moment, f"{OUT}-{begun}")
-    if code == 0 and killed == int(KILLS):
-        sys.exit()
-    if code == 0:  # before it was its turn: another run is to be killed
-        begun += 1
-        note("begun")
-    elif code in (-SIGNAL, 130):
-        killed += 1
-    else:
-        sys.exit(f"a try ended with {code}")
+codes = []
+for case in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        stop_often(*case)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))

@@ -31,7 +31,7 @@ def made(folder: Path) -> SimpleNamespace:
     )
     nouns = ("river", "walk", "day", "night")
     items = sl.PreferenceItems(
-        tuple(sl.PreferenceItem(f"the {n} was", "warm and good", "so cold", n) for n in nouns)
+        tuple(sl.PreferenceItem(f"the {n} was", " warm and good", " so cold", n) for n in nouns)
     )
     differences = sl.collect_differences(model, pairs)
     directions = sl.fit_directions(differences)
@@ -187,7 +187,7 @@ BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
     "item_answers": lambda g: circuits.item_answers(
         g.model,
         sl.PreferenceItems(
-            tuple(sl.PreferenceItem("the", "good day", "good night", i) for i in "ab")
+            tuple(sl.PreferenceItem("the", " good day", " good night", i) for i in "ab")
         ),
     ),
     "Answers.check": lambda g: circuits.Answers(torch.tensor([[9999]]), torch.tensor([[5]])).check(

@@ -161,7 +161,12 @@ def boundary(kind: str) -> None:
     """
     budget = 0.1
     found = sl.find_boundary(
-        model_of(kind), pairs(), directions_of(kind), layers=[1], budget=f"kl={budget}"
+        model_of(kind),
+        pairs(),
+        directions_of(kind),
+        layers=[1],
+        budget=f"kl={budget}",
+        n_bootstrap=2,
     )
     row = found.layers.iloc[0]
     unit = directions_of(kind)[resid_post(1)].float()

@@ -242,6 +242,8 @@ def geometry_tables() -> dict[str, pd.DataFrame]:
             "x": at * math.cos(math.radians(angle)),
             "y": at * math.sin(math.radians(angle)),
             "predicted_boundary": at,
+            "radius_ratio": 2.0,
+            "radius_ratio_if_round": 1.1,
         }
         for angle, at in reach.items()
     ]
@@ -262,7 +264,7 @@ def geometry_tables() -> dict[str, pd.DataFrame]:
     return {
         "geometry": table("geometry", [{**hook(10), "pair": f"p{k}"} for k in range(8)]),
         "contours": table("contours", pushes),
-        "shape": table("shape", shape, {**ATTRS, "radius_ratio": 2.0}),
+        "shape": table("shape", shape),
     }
 
 

@@ -32,6 +32,7 @@ def check_lines(content: bytes, found: Any, keys: tuple[str, ...]) -> None:
     assert len(records) == len(found) >= 2
     assert len({item.id for item in found}) == len(found)
     for record, item in zip(records, found, strict=True):
+        record = {key.strip().lower(): value for key, value in record.items()} | record
         for key in keys:
             given, made = record[key], getattr(item, key)
             if not isinstance(made, str):

@@ -30,11 +30,7 @@ def hf_block_outputs(hf_model: Any, ids: tuple[int, ...]) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "build"), [("llama", build_llama), ("gpt2", build_gpt2)])
 @pytest.mark.parametrize("position", [-1, -2, 2])
 def test_differences_equal_bare_hugging_face(
-    request: pytest.FixtureRequest,
-    pairs: sl.ContrastivePairs,
-    name: str,
-    build: Any,
-    position: int,
+    request: pytest.FixtureRequest, pairs: sl.ContrastivePairs, name: str, build: Any, position: int
 ) -> None:
     model, hf_model = request.getfixturevalue(name), build()
     found = sl.collect_differences(model, pairs, layers="all", position=position)

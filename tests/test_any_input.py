@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import hostile
 import pytest
 import torch
@@ -27,7 +28,7 @@ from sound import check_rows
 import steerlens as sl
 from steerlens import circuits, steering
 
-N_EXAMPLES = 6
+N_EXAMPLES = 4
 # What they do when it is not refused takes a second; most is seen by their relatives.
 HEAVY = ("boundary_shape", "compare", "compare_circuits", "find_boundary", "loss_geometry")
 TEXTS = st.one_of(
@@ -114,6 +115,16 @@ def kinds() -> dict[str, st.SearchStrategy[Any]]:
     }
 
 
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text with a slash may be a dataset of the Hub, which is asked for again and again."""
+
+    def refuse(name: str) -> None:
+        raise ConnectionError(f"no network for {name!r}")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What every parameter is given that is not at issue, by its name."""
@@ -187,7 +198,7 @@ ELSEWHERE = {
     "gradient_terms": "gradients alone",
     "item_answers": "items alone",
     "label_logprob": "tensors; test_loss.py",
-    "load_model": "test_models.py",
+    "load_model": "test_models.py, test_packaged.py",
     "make_contrast": "pairs and answers; test_graphs.py",
     "make_graph": "a contrast and an intervention; test_graphs.py",
     "neutral_texts": "takes nothing",
@@ -311,8 +322,8 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Any], st.SearchStrategy[Any]]] = {
         lambda v: sl.ContrastivePairs.from_lists(v, v[::-1]),
         st.lists(PROMPTS, max_size=3),
     ),
-    "ContrastivePairs.from_records": (
-        sl.ContrastivePairs.from_records,
+    "ContrastivePairs.load of records": (
+        sl.ContrastivePairs.load,
         st.lists(
             st.dictionaries(
                 st.sampled_from(["positive", "negative", "id", "continuation", "x"]),

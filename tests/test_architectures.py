@@ -6,13 +6,16 @@ from typing import Any
 import models_table
 import pytest
 import torch
-from conftest import bridge, build_gpt2, build_llama
+from conftest import bridge, build_gpt2, build_llama, needs_bridge
 from zoo import ZOO, bridged, hugging_face
 
 import steerlens as sl
-from steerlens.errors import ModelError
+from steerlens.circuits import make_prompts
+from steerlens.engine import batches
+from steerlens.errors import InputError, ModelError
 from steerlens.models import verification as fidelity
 from steerlens.models.loading import inference
+from steerlens.steering import generate_tokens
 
 TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 
@@ -157,3 +160,65 @@ def test_a_model_that_cannot_be_built_again_is_warned_of(monkeypatch: pytest.Mon
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", message=".*(group|were fitted on)")
         sl.check_model(model)  # said once
+
+
+# A length at which the model changes its arithmetic
+
+LONGROPE: dict[str, Any] = {
+    "max_position_embeddings": 64,
+    "original_max_position_embeddings": 10,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [3.0, 5.0, 7.0, 9.0],
+        "original_max_position_embeddings": 10,
+    },
+}
+
+
+@needs_bridge
+@pytest.mark.usefixtures("much_padding")
+def test_no_batch_mixes_lengths_at_which_the_model_differs(
+    continued: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phi-3's longrope goes by the longest row: equal numbers at every batch size."""
+    model = bridged("Phi-3", **LONGROPE)
+    prompts = sl.engine.tokenize_pairs(model, continued)
+    lengths = {len(prompt) > 10 for prompt in prompts.positive}
+    assert lengths == {True, False}
+
+    def numbers(batch_size: int | None) -> list[torch.Tensor]:
+        shared: dict[str, Any] = {"layers": [1], "batch_size": batch_size}
+        found = sl.collect_differences(model, continued, **shared)
+        gradients = sl.loss_gradients(model, continued, **shared)
+        directions = sl.fit_directions(found)
+        swept = [
+            sl.sweep(
+                *(model, continued, directions),
+                coefficients=[0, 3],
+                steered_positions=positions,
+                n_bootstrap=2,
+                **shared,
+            ).points
+            for positions in ("all", "last")
+        ]
+        columns = [torch.tensor(table.select_dtypes("number").to_numpy()) for table in swept]
+        return [found.positive, found.negative, gradients.coherence, *columns]
+
+    alone = numbers(1)
+    for batch_size in (4, None):
+        for ours, theirs in zip(numbers(batch_size), alone, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, equal_nan=True)
+    texts = [prompts.positive[row] for row in range(4)]
+    push = {"blocks.1.hook_resid_post": torch.eye(32)[0]}
+    written = generate_tokens(model, texts, push, 2.0, max_new_tokens=8)
+    assert written == [
+        generate_tokens(model, [text], push, 2.0, max_new_tokens=8)[0] for text in texts
+    ]
+    with pytest.raises(InputError, match="of both sides of 10 tokens"):
+        make_prompts(model, prompts.positive)
+    # A batch that mixes them gives other numbers.
+    monkeypatch.setattr(batches, "side_of_switches", lambda model, n: 0)
+    mixed = sl.collect_differences(model, continued, layers=[1], batch_size=16).positive
+    assert float((mixed - alone[0]).abs().max()) > 0.01

@@ -38,7 +38,7 @@ def texts() -> sl.ContrastivePairs:
     return sl.ContrastivePairs.from_lists(
         [f"you are cheerful {text}" for text in openings],
         [f"you are very gloomy {text}" for text in openings],
-        ["warm and good", "so cold", "rain"],
+        [" warm and good", " so cold", " rain"],
     )
 
 
@@ -59,9 +59,13 @@ def numbers(model: Any, pairs: sl.ContrastivePairs, positions: Any = "all") -> d
     }
 
 
-@pytest.mark.parametrize(("side", "positions"), [("right", "all"), ("left", "last")])
 @pytest.mark.parametrize(
-    "kind", ["Llama", "GPT-2", "GPT-NeoX", "Qwen3", "Gemma 2", "BLOOM", "OPT", "Mixtral"]
+    ("kind", "side", "positions"),
+    [
+        *((kind, "right", "all") for kind in ("Llama", "GPT-2", "BLOOM", "Mixtral")),
+        *((kind, "left", "last") for kind in ("Llama", "GPT-2", "GPT-NeoX", "Qwen3")),
+        *((kind, "left", "last") for kind in ("Gemma 2", "BLOOM", "OPT", "Mixtral")),
+    ],
 )
 def test_numbers_are_those_of_the_bridge(
     kind: str,

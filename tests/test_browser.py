@@ -95,9 +95,7 @@ PAGES = ("attention", "tokens", "components", "graph")
 
 @pytest.fixture(scope="module")
 def circuits(
-    model_folder: Path,
-    pairs_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of `steerlens circuits` on a small model."""
     out = tmp_path_factory.mktemp("circuits") / "run"

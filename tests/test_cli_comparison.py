@@ -17,7 +17,7 @@ WORDS = "walk sun rain soup bread night day kind rude it you a".split()
 def items_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("items") / "items.jsonl"
     lines = [
-        json.dumps({"prompt": f"the {word} was", "positive": "good day", "negative": "so bad"})
+        json.dumps({"prompt": f"the {word} was", "positive": " good day", "negative": " so bad"})
         for word in WORDS
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
@@ -72,7 +72,7 @@ def test_a_comparison_writes_its_tables(compare: Main, tmp_path: Path) -> None:
         ("--budget", "kl=0", "budget"),
         ("--items", "nowhere.jsonl", "neither a file nor a shipped dataset"),
         ("--items", "pairs.jsonl", "a comparison needs items"),
-        ("--off-target", "humour", "no dataset 'humour'"),
+        ("--off-target", "humour", "'humour' is neither a file nor a shipped dataset"),
         ("--max-items", "1", "at least 2 items"),
         ("--on", "negative", "own, neutral or positive"),
         ("--null", "1", "n_null"),

@@ -49,7 +49,7 @@ def test_a_sweep_shows_two_prompts(
     request = record(tmp_path)["request"]
     assert request["examples"] == 2
     assert "illustration" in request["examples_at"]
-    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
+    pairs = sl.ContrastivePairs.load(pairs_file)
     directions = sl.fit_directions(sl.collect_differences(loaded, pairs, layers="0:3"))
     prompts: list[Any] = [pair.positive for pair in pairs][:2]
     options: dict[str, Any] = {"layer": 1}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from commands import Main, Outcome, assert_error, content, finish
+from commands import Main, Outcome, assert_error, content, environment, finish
 
 import steerlens as sl
 from steerlens.data.prompts import Message
@@ -76,7 +76,7 @@ def test_extract_writes_a_vector_with_its_boundary(
     assert list(content(tmp_path / "new")) == ["v.safetensors"]
     vector = sl.SteeringVector.load(out)
     vector.check_model(loaded)
-    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
+    pairs = sl.ContrastivePairs.load(pairs_file)
     directions = sl.fit_directions(sl.collect_differences(loaded, pairs, layers="1"))
     torch.testing.assert_close(vector[HOOK], directions[HOOK])
     found = sl.find_boundary(loaded, pairs, directions, budget="nats=0.1").layers
@@ -131,7 +131,7 @@ def test_generate_prints_a_column_for_each_coefficient(
     assert "you are" in outcome.out
     header, row = cells(outcome.out)
     assert header == ["-90", "0", "90"]
-    pairs = sl.ContrastivePairs.from_jsonl(pairs_file)
+    pairs = sl.ContrastivePairs.load(pairs_file)
     steer = {HOOK: sl.fit_directions(sl.collect_differences(loaded, pairs, layers="1"))[HOOK]}
     prompt = tokenize_prompt(loaded, "you are")
     expected = [generate(loaded, prompt, steer, c, max_new_tokens=3) for c in (-90, 0, 90)]
@@ -209,7 +209,7 @@ def test_a_model_that_a_file_names_is_not_fetched_unasked(
         asked.append(name)
         raise ModelError("loaded")
 
-    monkeypatch.setattr("steerlens.cli.vector_commands.load_model", load)
+    monkeypatch.setattr("steerlens.cli.command.load_model", load)
     monkeypatch.chdir(tmp_path)
     vector, foreign = sl.SteeringVector.load(file), tmp_path / "foreign.safetensors"
     commands = (
@@ -297,7 +297,7 @@ SHOWN = r"a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
 
 
 SPEAK = """
-import logging, sys, warnings
+import logging, os, sys, warnings
 from tqdm import tqdm
 from steerlens.cli import listing_commands, main
 
@@ -310,7 +310,13 @@ def speak():
     raise RuntimeError(f"{ESC}6")
 
 listing_commands.cache_folder = speak
-main(ARGUMENTS) if ARGUMENTS else speak()
+for arguments in CALLS:  # a child each, so that the imports are paid for once
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.dup2(os.open("-".join([*arguments, str(stream)]), os.O_CREAT | os.O_WRONLY), stream)
+        main(arguments) if arguments else speak()
+    os.waitpid(child, 0)
 """
 """Every way in which a library may write to the terminal, inside a command or by itself."""
 
@@ -337,22 +343,23 @@ def test_texts_of_others_are_shown_and_not_obeyed(run: Main, file: Path, tmp_pat
     assert_visible(run("vectors", "show", option), SHOWN.replace(r"\r", ""))
 
 
-@pytest.mark.parametrize("arguments", [["models"], ["models", "--debug"], []])
-def test_what_libraries_write_is_not_obeyed(arguments: list[str]) -> None:
-    code = f"ESC, ARGUMENTS = {ESC!r}, {arguments}\n{SPEAK}"
-    env = {**os.environ, "PYTHONUTF8": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=env)
-    outcome = Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
-    moved = SHOWN.replace(r"\r", "")
-    if arguments:
-        assert outcome.code == 2
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_what_libraries_write_is_not_obeyed(tmp_path: Path) -> None:
+    calls, moved = [["models"], ["models", "--debug"], []], SHOWN.replace(r"\r", "")
+    env = environment() | {"PYTHONUTF8": "1"}
+    code = f"ESC, CALLS = {ESC!r}, {calls}\n{SPEAK}"
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=tmp_path)
+    for arguments in calls:
+        paths = [tmp_path / "-".join([*arguments, stream]) for stream in "12"]
+        outcome = Outcome(2, *(path.read_bytes().decode() for path in paths))
+        if not arguments:
+            assert all((outcome.out + outcome.err).count(f"{ESC}{i}") for i in range(1, 7))
+            continue
         assert ("Traceback" in outcome.err) is ("--debug" in arguments)
         # Streams keep carriage returns, by which bars move; an error has one line.
         whole = (1, 6) if "--debug" in arguments else (1,)
         texts = [f"{SHOWN}{i}" if i in whole else f"{moved}{i}" for i in range(1, 7)]
         assert_visible(outcome, *texts, keep="\n\r")
-    else:
-        assert all((outcome.out + outcome.err).count(f"{ESC}{number}") for number in range(1, 7))
 
 
 def test_generated_text_keeps_its_lines(steered: Main, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,3 +370,37 @@ def test_generated_text_keeps_its_lines(steered: Main, monkeypatch: pytest.Monke
     outcome = steered("--raw", "--quiet", "--prompt", f"you {ESC}", "--coefficients=0")
     assert_visible(outcome, SHOWN, keep="\n\u200d")
     assert ["next\u200d"] in cells(outcome.out)
+
+
+def test_how_prompts_are_read_and_rendered(
+    run: Main, model_folder: Path, pairs_file: Path, tmp_path: Path
+) -> None:
+    """A span as the position, an argument of the template, both recorded in the vector."""
+    words = ("extract", "--model", model_folder, "--pairs", pairs_file, "--layers", "1", "--quiet")
+    for position, kept in (("-3:", "-3::mean"), ("last", "-1")):
+        out = tmp_path / f"{kept[-1]}.safetensors"
+        done = run(*words, "--no-boundary", f"--position={position}", "--out", out)
+        assert done.code == 0, done
+        assert sl.SteeringVector.load(out).origin.position == kept
+    say = (
+        "generate",
+        "--vector",
+        out,
+        "--model",
+        model_folder,
+        "--prompt",
+        "you",
+        "--coefficients=2",
+    )
+    few = ("--max-new-tokens", "3", "--positions", "last+generated[0:2]", "--quiet")
+    assert run(*say, *few).code == 0
+    told = run(*say, *few, "--template-args", "bos_token=</s>")
+    assert told.code == 0
+    for wrong, message in (
+        (("--template-args", "enable_thinking=false"), "reads no argument 'enable_thinking'"),
+        (("--template-args", "enable_thinking"), "name=value"),
+        (("--straddle", "on"), "--straddle is error or back"),
+        (("--positions", "first"), "positions are all, prompt"),
+    ):
+        assert_error(run(*say, *few, *wrong), message)
+    assert_error(run(*words, "--position", "first", "--out", out), "expected a position such as")

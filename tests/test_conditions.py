@@ -84,11 +84,7 @@ def test_the_decision_holds_while_generating(llama: Any) -> None:
     prompts = [TokenizedPrompt(tuple(ids), (), "prompt") for ids in PROMPTS]
     steered, plain, always = (
         generate_tokens(llama, prompts, of, c, max_new_tokens=6)
-        for of, c in (
-            (vector(condition), 25.0),
-            ({HOOK: DIRECTION}, 0),
-            ({HOOK: DIRECTION}, 25.0),
-        )
+        for of, c in ((vector(condition), 25.0), ({HOOK: DIRECTION}, 0), ({HOOK: DIRECTION}, 25.0))
     )
     chosen = 0 if first > second else 1
     assert steered[chosen] == always[chosen] != plain[chosen]
@@ -105,10 +101,7 @@ def test_the_prompt_may_be_padded(llama: Any) -> None:
     first = (states(llama, EARLY, torch.tensor([PROMPTS[0]])) @ OTHER).mean()
     short = (states(llama, EARLY, torch.tensor([PROMPTS[1][:3]])) @ OTHER).mean()
     condition = sl.Condition(EARLY, OTHER, float(first + short) / 2)
-    for tokens in (
-        [PROMPTS[0], [*PROMPTS[1][:3], 3, 3]],
-        [PROMPTS[0], [3, 3, *PROMPTS[1][:3]]],
-    ):
+    for tokens in ([PROMPTS[0], [*PROMPTS[1][:3], 3, 3]], [PROMPTS[0], [3, 3, *PROMPTS[1][:3]]]):
         ids = torch.tensor(tokens)
         mask = (ids != 3).long()
         plain = states(llama, HOOK, ids, attention_mask=mask)
@@ -150,20 +143,14 @@ def test_each_cache_keeps_its_prompts_decision(llama: Any) -> None:
     with torch.no_grad():
         _, cache = llama(fails, **options)
         torch.testing.assert_close(unsteered, llama(more, past_key_values=cache))
-        with (
-            pytest.raises(InputError, match="not run inside the block"),
-            sl.steer(llama, of, 1.0),
-        ):
+        with pytest.raises(InputError, match="not run inside the block"), sl.steer(llama, of, 1.0):
             llama(more, past_key_values=cache)
 
 
 def test_a_prompt_in_chunks_has_no_decision(llama: Any) -> None:
     of = vector(sl.Condition(EARLY, OTHER, 0.0))
     tokens = torch.tensor([[*PROMPTS[0], 9]])
-    with (
-        pytest.raises(InputError, match="come in chunks"),
-        sl.steer(llama, of, 1.0),
-    ):
+    with pytest.raises(InputError, match="come in chunks"), sl.steer(llama, of, 1.0):
         llama.hf_generate(tokens, max_new_tokens=2, do_sample=False, prefill_chunk_size=3)
 
 

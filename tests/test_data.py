@@ -54,7 +54,7 @@ def test_jsonl_holds_text_chat_continuation_and_id(tmp_path: Path) -> None:
         record(id="first", continuation=" and so on", source="a key of the user's own"),
         record(positive=chat),
     )
-    first, second = ContrastivePairs.from_jsonl(path)
+    first, second = ContrastivePairs.load(path)
     assert first == ContrastivePair("you are kind", "you are rude", " and so on", "first")
     assert second.positive == (Message("system", "kind"), Message("user", "how"))
     assert second.continuation is None
@@ -65,14 +65,14 @@ def test_default_ids_are_line_numbers_and_blank_lines_are_counted(
     tmp_path: Path, blank: str
 ) -> None:
     path = write(tmp_path, GOOD, blank, GOOD, record(id="named"), blank, GOOD)
-    assert [pair.id for pair in ContrastivePairs.from_jsonl(path)] == ["1", "3", "named", "6"]
+    assert [pair.id for pair in ContrastivePairs.load(path)] == ["1", "3", "named", "6"]
 
 
 @pytest.mark.parametrize("key", ["id", "continuation"])
 def test_null_stands_for_an_absent_optional_key(tmp_path: Path, key: str) -> None:
-    absent = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, GOOD))
-    given_ = ContrastivePairs.from_jsonl(write(tmp_path, record(**{key: "x"}), GOOD))
-    null = ContrastivePairs.from_jsonl(write(tmp_path, record(**{key: None}), GOOD))
+    absent = ContrastivePairs.load(write(tmp_path, GOOD, GOOD))
+    given_ = ContrastivePairs.load(write(tmp_path, record(**{key: "x"}), GOOD))
+    null = ContrastivePairs.load(write(tmp_path, record(**{key: None}), GOOD))
     assert null.pairs == absent.pairs != given_.pairs
 
 
@@ -95,7 +95,7 @@ def test_any_text_comes_back_from_a_file(
     keys = ("positive", "negative", "continuation")
     lines = (json.dumps(dict(zip(keys, row, strict=True)), ensure_ascii=as_ascii) for row in rows)
     path = write(tmp_path_factory.mktemp("any"), *lines)
-    loaded = ContrastivePairs.from_jsonl(path)
+    loaded = ContrastivePairs.load(path)
     assert [(p.positive, p.negative, p.continuation) for p in loaded] == rows
     assert [p.id for p in loaded] == [str(i + 1) for i in range(len(rows))]
 
@@ -113,9 +113,9 @@ BAD_LINES: dict[str, tuple[Any, Any, str]] = {
     "no negative": ('{"positive": "a"}', {}, "missing key 'negative'"),
     "no positive": ('{"negative": "a"}', {}, "missing key 'positive'"),
     "misspelt key": (
-        {"continuaton": "c"},
-        {"continuation": "c"},
-        "'continuaton'; did you mean 'continuation'",
+        '{"positive": "a", "negatve": "b"}',
+        {},
+        "did you mean 'negatve'? --columns negative=negatve",
     ),
     "latin-1": (b'{"positive": "caf\xe9", "negative": "b"}', {"positive": "café"}, "not UTF-8"),
     "empty": ({"positive": ""}, {"positive": " "}, "positive: expected text that is not empty"),
@@ -157,10 +157,10 @@ def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> No
     bad = record(**bad) if isinstance(bad, dict) else bad
     path = write(tmp_path, GOOD, "", bad, GOOD)
     with pytest.raises(InputError) as caught:
-        ContrastivePairs.from_jsonl(path)
+        ContrastivePairs.load(path)
     assert f"{path}:3: " in str(caught.value)
     assert reason in str(caught.value)
-    loaded = ContrastivePairs.from_jsonl(write(tmp_path, GOOD, "", record(**repaired), GOOD))
+    loaded = ContrastivePairs.load(write(tmp_path, GOOD, "", record(**repaired), GOOD))
     assert len(loaded) == 3
     assert loaded.fingerprint
 
@@ -169,8 +169,8 @@ def test_a_bad_line_is_refused_by_file_and_line(tmp_path: Path, name: str) -> No
 def test_fewer_than_two_pairs_are_refused(tmp_path: Path, lines: tuple[str, ...]) -> None:
     n_pairs = lines.count(GOOD)
     with pytest.raises(InputError, match=f"at least 2 pairs, got {n_pairs}"):
-        ContrastivePairs.from_jsonl(write(tmp_path, *lines))
-    assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines, GOOD, GOOD))) == n_pairs + 2
+        ContrastivePairs.load(write(tmp_path, *lines))
+    assert len(ContrastivePairs.load(write(tmp_path, *lines, GOOD, GOOD))) == n_pairs + 2
 
 
 @pytest.mark.parametrize(("ids", "repeated"), [(("x", "x"), "x"), (("2", None), "2")])
@@ -181,16 +181,16 @@ def test_ids_are_distinct_default_ones_too(
         return [GOOD if id_ is None else record(id=id_) for id_ in ids]
 
     with pytest.raises(InputError, match=f"id '{repeated}' occurs twice"):
-        ContrastivePairs.from_jsonl(write(tmp_path, *lines(*ids)))
-    assert len(ContrastivePairs.from_jsonl(write(tmp_path, *lines(ids[0], "other")))) == 2
+        ContrastivePairs.load(write(tmp_path, *lines(*ids)))
+    assert len(ContrastivePairs.load(write(tmp_path, *lines(ids[0], "other")))) == 2
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
         with pytest.raises(InputError, match="cannot be read") as caught:
-            ContrastivePairs.from_jsonl(path)
+            ContrastivePairs.load(path)
         assert str(path) in str(caught.value)
-    assert len(ContrastivePairs.from_jsonl(str(write(tmp_path, GOOD, GOOD)))) == 2
+    assert len(ContrastivePairs.load(str(write(tmp_path, GOOD, GOOD)))) == 2
 
 
 # Lists and datasets
@@ -243,7 +243,7 @@ def test_from_dataset_reads_none_as_absent() -> None:
         {"positive": "a", "negative": "b", "continuation": None, "id": "x", "topic": "t"},
         {"positive": "c", "negative": "d", "continuation": "e", "id": None, "topic": None},
     ]
-    made = ContrastivePairs.from_dataset(Dataset.from_list(rows))
+    made = ContrastivePairs.load(Dataset.from_list(rows))
     assert made.pairs == (ContrastivePair("a", "b", None, "x"), ContrastivePair("c", "d", "e", "2"))
 
 
@@ -254,9 +254,9 @@ def test_from_dataset_reads_messages_and_refuses_a_missing_column() -> None:
         for message in [{"role": "user", "content": side}]
     ]
     data = Dataset.from_list(rows)
-    assert ContrastivePairs.from_dataset(data)[1].positive == (Message("user", "b+"),)
-    with pytest.raises(InputError, match="dataset: record 1: missing key 'negative'"):
-        ContrastivePairs.from_dataset(data.remove_columns("negative"))
+    assert ContrastivePairs.load(data)[1].positive == (Message("user", "b+"),)
+    with pytest.raises(InputError, match=r"pairs: .*name them: --columns negative=COLUMN"):
+        ContrastivePairs.load(data.remove_columns("negative"))
 
 
 # Slices, fingerprint, split
@@ -416,7 +416,7 @@ def write_items(folder: Path, *records: object) -> Path:
 def test_items_from_jsonl(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "Hello"}]
     file = write_items(tmp_path, ITEM, {**ITEM, "prompt": chat, "id": "two"})
-    first, second = PreferenceItems.from_jsonl(file)
+    first, second = PreferenceItems.load(file)
     assert first == PreferenceItem("The film was", " great.", " dull.", "1")
     assert second.prompt == (Message("user", "Hello"),)
     assert second.id == "two"
@@ -436,10 +436,10 @@ def test_items_from_jsonl(tmp_path: Path) -> None:
 def test_a_bad_item_is_named(tmp_path: Path, bad: object, message: str) -> None:
     file = write_items(tmp_path, ITEM, bad)
     with pytest.raises(InputError, match=message) as error:
-        PreferenceItems.from_jsonl(file)
+        PreferenceItems.load(file)
     assert file.name in str(error.value)
     write_items(tmp_path, ITEM, {**ITEM, "positive": " good."})
-    assert len(PreferenceItems.from_jsonl(file)) == 2
+    assert len(PreferenceItems.load(file)) == 2
 
 
 def test_a_split_of_items_parts_no_group() -> None:

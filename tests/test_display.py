@@ -278,10 +278,7 @@ def with_attrs(result: Any, name: str) -> Any:
 
 
 def test_hostile_names_stay_text(
-    swept: sl.measure.SweepResult,
-    llama: Any,
-    many: sl.ContrastivePairs,
-    directions: sl.Directions,
+    swept: sl.measure.SweepResult, llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
 ) -> None:
     boundary = sl.find_boundary(llama, many, directions, layers=[1], n_bootstrap=2)
     shape = sl.Study(llama, many, directions, n_bootstrap=2, layers=1).boundary_shape(1, n_angles=3)

@@ -16,6 +16,7 @@ from conftest import sampled
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.prompts import Message
+from steerlens.directions.gradient_rows import LossGradients
 from steerlens.directions.methods import null_directions, null_vectors
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
@@ -55,7 +56,7 @@ WORDS = "walk sun rain soup bread night day kind rude it".split()
 def make_items(start: str, n: int = 10) -> PreferenceItems:
     return PreferenceItems(
         tuple(
-            PreferenceItem(f"{start} {word}", "warm and good", "so cold", word)
+            PreferenceItem(f"{start} {word}", " warm and good", " so cold", word)
             for word in WORDS[:n]
         ),
         start,
@@ -121,7 +122,7 @@ def logprob(
 
 def gap(model: Any, prompt: Any, *steered: Any) -> float:
     """By how much the positive continuation of `make_items` is likelier, by bare hooks."""
-    texts = ("warm and good", "so cold")
+    texts = (" warm and good", " so cold")
     up, down = (logprob(model, prompt, text, *steered) for text in texts)
     return up - down
 
@@ -208,7 +209,7 @@ def test_the_texts_that_the_model_writes(
     """Of different prompts, one of each group in turn, the budget gets half, none of a held-out."""
     train = PreferenceItems(
         tuple(
-            PreferenceItem(f"{group} {word}", "warm and good", "so cold", f"{group} {i}", group)
+            PreferenceItem(f"{group} {word}", " warm and good", " so cold", f"{group} {i}", group)
             for group in WORDS[:8]
             for i, word in enumerate((WORDS[0], *WORDS[:5]))
         )
@@ -320,7 +321,7 @@ def test_the_coherence_boundary_as_a_budget(
     measured_on = many[: len(many) // 2] if on == "own" else many
     options |= {"own": {"labels": "own"}, "neutral": {"on": neutral[:8]}}.get(on, {})
     boundary = sl.find_boundary(llama, measured_on, found.directions["mean_diff"], **options).layers
-    # Two searches with other probes, each right to a few per cent.
+    # Two searches from other evaluations, each right to a few per cent.
     assert found.table.coefficient[0] == pytest.approx(boundary.boundary_pos[0], rel=0.05)
 
 
@@ -387,7 +388,11 @@ def test_items_that_share_a_prompt_with_pairs_are_told(
 
 def assumed(n_items: int, *, n_fitted: int = 40, margin: float = 0.1) -> Inference:
     settings = CompareSettings(("mean_diff",), "kl=0.1", "own", 32, 20, None, 4.0, 200, 0, None)
-    return Inference(settings, tuple(range(n_items)), n_fitted, margin)
+    return Inference(settings, tuple(range(n_items)), tuple(range(n_fitted)), margin)
+
+
+UNIT_SPREAD = np.tile([-1.0, 1.0], 25) * math.sqrt(49 / 50 * 39 / 40)
+"""Fifty refits on 40 groups that vary with a standard deviation of 1."""
 
 
 def test_the_dose_response_by_hand() -> None:
@@ -408,18 +413,35 @@ def test_the_dose_response_by_hand() -> None:
 
 
 def test_the_interval_holds_the_extraction() -> None:
-    """The halves add as the roots of sums of squares do; t(0.975, 39) is 2.0227."""
+    """The halves add as the roots of sums of squares do; t(0.975, 21.72) is 2.0754."""
     values = np.array([1.0, 2.0, 4.0, 5.0, 3.0, 3.0, 2.0, 4.0, 1.0, 5.0])
     measured = Measured(np.array([1.0]), values[None])
-    alone, wide = (effect_columns(measured, assumed(10), spread) for spread in (math.nan, 2.0))
+    alone, wide = (
+        effect_columns(measured, assumed(10), refits) for refits in (None, 2 * UNIT_SPREAD)
+    )
     assert (alone["interval_over"], wide["interval_over"]) == ("items", "items and pairs")
     for end, sign in (("low", -1), ("high", 1)):
         half = abs(alone[f"effect_ci_{end}"] - 3)
-        expected = 3 + sign * math.hypot(half, 2.0227 * 2)
+        expected = 3 + sign * math.hypot(half, 2.0754 * 2)
         assert wide[f"effect_ci_{end}"] == pytest.approx(expected, abs=1e-3)
-    # Four times the groups needed where the effect is half the smallest that could be shown.
-    half_as_large = replace(measured, changes=measured.changes - 3 + alone["smallest_effect"] / 2)
-    assert effect_columns(half_as_large, assumed(10))["groups_needed"] in (40, 41)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 5.0])
+@pytest.mark.parametrize(("share", "expected"), [(1.001, 10), (0.2501, 40), (-0.01, math.nan)])
+def test_the_groups_of_items_needed_are_those_given_the_pairs(
+    spread: float, share: float, expected: float
+) -> None:
+    """`share` of the squared smallest effect of the items is left beyond that of the pairs."""
+    values = np.array([-2.0, -1.0, 1.0, 2.0, 0.0, 0.0, -1.0, 1.0, -2.0, 2.0])
+    refits = spread * UNIT_SPREAD
+
+    def columns(values: np.ndarray, *refits: np.ndarray) -> dict[str, Any]:
+        return dict(effect_columns(Measured(np.array([1.0]), values[None]), assumed(10), *refits))
+
+    of_items, of_both = (columns(values, *r)["smallest_effect"] for r in ((), (refits,)))
+    effect = math.sqrt(max(0.0, of_both**2 - of_items**2 + share * of_items**2))
+    needed = columns(values + effect, refits)["groups_needed"]
+    assert needed == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -429,6 +451,7 @@ def test_the_interval_holds_the_extraction() -> None:
         (-1.0, -0.2, 0.01, 40, "reversed"),
         (0.2, 1.0, 0.2, 40, "no more than a null"),
         (0.2, 1.0, 0.2, 5, "too few groups"),
+        (0.2, 1.0, 0.01, 5, "too few groups"),
         (0.2, 1.0, math.nan, 40, "no nulls"),
         (-0.2, 1.0, 0.01, 40, "undecided"),
         (-0.05, 0.09, 0.5, 40, "equivalent to no effect"),
@@ -439,6 +462,10 @@ def test_the_interval_holds_the_extraction() -> None:
 def test_verdicts(low: float, high: float, p: float, n_fitted: int, expected: str) -> None:
     row = {"effect": (low + high) / 2, "effect_ci_low": low, "effect_ci_high": high, "p_layers": p}
     assert verdict(row, assumed(20, n_fitted=n_fitted)) == expected
+    one_group = replace(assumed(20), groups=(0,) * 20)
+    assert verdict(row, one_group) == "too few groups"
+    few = {"no more than a null": "too few nulls"}.get(expected, expected)
+    assert verdict({**row, "least_p": 0.05}, assumed(20, n_fitted=n_fitted)) == few
 
 
 def test_a_layer_is_chosen_by_the_training_items_alone() -> None:
@@ -480,19 +507,23 @@ def test_methods_are_compared_on_the_same_items() -> None:
     # Without the reference there is nothing to compare with.
     assert methods_table(table[1:], effects, assumed(10), {}).empty
     # Refits of both on the same pairs widen an interval by how their difference varies.
-    draws = np.array([1.0, 2.0, 4.0, 5.0, 3.0])
+    draws = np.random.default_rng(0).normal(size=50)
     refits = {f"mean_diff @ {HOOK}": draws, f"near @ {HOOK}": draws}
-    refits[f"unsure @ {HOOK}"] = draws + [2.0, 0.0, -2.0, 0.0, 0.0]
+    for name in ("unsure", "far"):
+        refits[f"{name} @ {HOOK}"] = draws + 2 * UNIT_SPREAD
     nested = methods_table(table, effects, assumed(10), refits).set_index("method")
-    over = {"far": "items", "near": "items and pairs", "same": "items", "unsure": "items and pairs"}
-    assert nested.interval_over.to_dict() == over
+    over = {"far": "items and pairs", "near": "items and pairs", "same": "items"}
+    assert nested.interval_over.to_dict() == over | {"unsure": "items and pairs"}
     assert found.interval_over.eq("items").all()
     ends = ["difference_ci_low", "difference_ci_high"]
-    pd.testing.assert_frame_equal(nested[ends][:3], found[ends][:3])
+    alike = ["near", "same"]
+    pd.testing.assert_frame_equal(nested[ends].loc[alike], found[ends].loc[alike])
     for end in ends:
-        # The standard deviation of 2, 0, -2, 0, 0 is the root of 2; t(0.975, 39) is 2.0227.
-        half = math.hypot(found[end]["unsure"], 2.0227 * math.sqrt(2))
+        half = math.hypot(found[end]["unsure"], 2.0754 * 2)
         assert abs(nested[end]["unsure"]) == pytest.approx(half, abs=1e-3)
+    # The p-value has in it what the interval has: 1 is half a standard deviation of the refits.
+    assert nested.p_value["far"] == pytest.approx(0.62, abs=0.05)
+    assert nested.verdict["far"] == "undecided"
 
 
 # Nulls
@@ -563,30 +594,84 @@ def test_the_spread_of_refits_is_that_of_resampled_groups(
         screen(linear, many, double, 0.0),
         sl.collect_differences(double, many, layers=[1]),
     )
-    spread = given.refits(differences, "mean_diff", seed=0)[HOOK].std(ddof=1)
+    of_each = {"groups": differences.pair_groups, "seed": 0}
+    spread = given.refits(differences, "mean_diff", **of_each)[HOOK].std(ddof=1)
     assert spread > 0
     # On pairs that are nearly alike PCA is the mean; the groups drawn are the same for both.
     mean = (differences.positive - differences.negative).mean(dim=1, keepdim=True)
     alike = replace(differences, positive=differences.positive + 50 * mean)
     of_mean, of_pca, other = (
-        given.refits(alike, method, seed=seed)[HOOK]
+        given.refits(alike, method, groups=alike.pair_groups, seed=seed)[HOOK]
         for method, seed in (("mean_diff", 0), ("pca", 0), ("pca", 1))
     )
     assert np.corrcoef(of_mean, of_pca)[0, 1] > 0.9 > np.corrcoef(of_mean, other)[0, 1]
     # One group has nothing to resample, and pairs that come in fours have fewer.
-    alone = replace(differences, groups=(0,) * len(many))
-    assert given.refits(alone, "mean_diff", seed=0) == {}
-    fours = replace(differences, groups=tuple(i // 4 for i in range(len(many))))
-    in_fours = given.refits(fours, "mean_diff", seed=0)[HOOK].std(ddof=1)
+    alone, fours = ((0,) * len(many), tuple(i // 4 for i in range(len(many))))
+    assert given.refits(differences, "mean_diff", groups=alone, seed=0) == {}
+    in_fours = given.refits(differences, "mean_diff", groups=fours, seed=0)[HOOK].std(ddof=1)
     assert in_fours != pytest.approx(spread, rel=0.01)
-    for method in ("random", "gradient_mean"):
-        assert given.refits(differences, method, seed=0) == {}
-    assert screen(linear, many, double, 1.0).refits(differences, "mean_diff", seed=0) == {}
+    for method, evidence in (("random", differences), ("optimised", None)):
+        assert given.refits(evidence, method, **of_each) == {}
+    assert screen(linear, many, double, 1.0).refits(differences, "mean_diff", **of_each) == {}
+
+
+@pytest.mark.parametrize(
+    "method", ["gradient_mean", "gradient_fisher+pooled", "fisher_pullback", "gradient_mean+on_pca"]
+)
+def test_gradients_are_refitted_without_a_pass(
+    double: Any, many: sl.ContrastivePairs, linear: Linearised, method: str
+) -> None:
+    """Their rows are those of the pairs that were drawn; an axis is itself fitted on the pairs."""
+    given = screen(linear, many, double, 0.0)
+    n, scores = len(many), 2 * (method == "fisher_pullback")
+    axis = "pca" if method.endswith("pca") else None
+
+    def gradients(pairs: sl.ContrastivePairs) -> LossGradients:
+        return sl.loss_gradients(double, pairs, layers=[1], axis=axis, n_scores=scores)
+
+    groups = tuple(i // 2 for i in range(n))
+    evidence = gradients(many)
+    found = given.refits(evidence, method, groups=groups, seed=0)
+    if axis:
+        assert found == {}
+        return
+    drawn = np.random.default_rng(0).integers(0, n // 2, n // 2).tolist()
+    rows = [i for g in drawn for i in (2 * g, 2 * g + 1)]
+    again = gradients(
+        sl.ContrastivePairs(tuple(replace(many[r], id=str(i)) for i, r in enumerate(rows)))
+    )
+    if scores:  # drawn once a pair, sample by sample
+        both = [evidence.scores[:, sample * n :][:, rows] for sample in range(scores)]
+        again = replace(again, scores=torch.cat(both, dim=1))
+    expected = given.effects(HOOK, sl.fit_directions(again, method=method)[HOOK][None])[0]
+    assert found[HOOK][0] == pytest.approx(expected, rel=1e-6)
+    assert found[HOOK].std() > 1e-3 * abs(expected)
+
+
+def test_nulls_that_are_run_and_linearised_ones_are_one_family() -> None:
+    """999 at the first hook, 19 of them at the second: no null there can be below 1 in 20."""
+    first, few = np.linspace(-1, 1, 999), np.full(999, math.nan)
+    few[:19] = np.linspace(-1, 1, 19)
+    draws = {"a": np.stack([first, few], axis=1)}
+
+    def columns(*seen: float) -> list[dict[str, Any]]:
+        hows, names = ("linearised", "exact"), (HOOK, resid_post(2))
+        return [*NullEffects(hows, names, np.array(seen), draws).columns().values()]
+
+    far = columns(2.0, 2.0)
+    assert [row["null_by"] for row in far] == ["linearised", "exact"]
+    assert [row["n_null"] for row in far] == [999, 19]
+    assert [row["p_value"] for row in far] == pytest.approx([1 / 1000, 1 / 20])
+    assert [row["p_layers"] for row in far] == pytest.approx([1 / 1000, 1 / 20 + 50 / 1000])
+    assert [row["least_p"] for row in far] == [row["p_layers"] for row in far]
+    near = columns(0.9, 0.0)[0]
+    assert near["p_layers"] == pytest.approx(near["p_value"] + 2 / 20)
+    assert near["least_p"] == pytest.approx(1 / 1000)
 
 
 def test_the_harder_kind_of_null_decides() -> None:
     near, far = np.linspace(-1, 1, 41)[:, None], np.linspace(-3, 3, 41)[:, None]
-    row = NullEffects("exact", (HOOK,), np.array([2.0]), {"a": near, "b": far}).columns()[HOOK]
+    row = NullEffects(("exact",), (HOOK,), np.array([2.0]), {"a": near, "b": far}).columns()[HOOK]
     # Beyond 2 there are 14 of the 41.
     assert row["p_value"] == row["p_layers"] == pytest.approx(15 / 42)
     assert (row["null_low"], row["null_high"]) == pytest.approx((-2.85, 2.85))
@@ -615,7 +700,10 @@ def test_what_cannot_be_compared_is_refused(
 
 def test_items_that_tokenise_alike_are_refused(llama: Any) -> None:
     alike = PreferenceItems(
-        (PreferenceItem("the sun", "zzz", "qqq", "1"), PreferenceItem("the day", "so", "it", "2"))
+        (
+            PreferenceItem("the sun", " zzz", " qqq", "1"),
+            PreferenceItem("the day", " so", " it", "2"),
+        )
     )
     with pytest.raises(InputError, match="item '1' tokenise to the same ids"):
         tokenize_items(llama, alike)
@@ -641,7 +729,7 @@ def test_a_kind_without_nulls_leaves_the_rank_unknown() -> None:
     """`test_the_harder_kind_of_null_decides` is the control."""
     known, unknown = np.linspace(-1, 1, 21)[:, None], np.full((21, 1), math.nan)
     for draws in ({"a": known, "b": unknown}, {"a": unknown, "b": known}):
-        row = NullEffects("exact", (HOOK,), np.array([2.0]), draws).columns()[HOOK]
+        row = NullEffects(("exact",), (HOOK,), np.array([2.0]), draws).columns()[HOOK]
         assert row["n_null"] == 0
         for name in ("p_value", "p_layers", "null_low", "null_high"):
             assert math.isnan(row[name]), name

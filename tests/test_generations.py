@@ -68,7 +68,7 @@ def test_a_chat_goes_on_after_its_header(llama: Any, directions: sl.Directions) 
 def test_a_continuation_of_the_prompts_own_is_left_out(
     llama: Any, directions: sl.Directions
 ) -> None:
-    plain, continued = (tokenize_prompt(llama, PROMPTS[0], c) for c in (None, "so cold"))
+    plain, continued = (tokenize_prompt(llama, PROMPTS[0], c) for c in (None, " so cold"))
     found = write(llama, [plain, continued], directions)
     assert found.text[:3].to_list() == found.text[3:].to_list()
 

@@ -32,7 +32,7 @@ def states(
 ) -> tuple[torch.Tensor, float]:
     """The state at `read` and the labels' logprob when `step` is added at `hook`, by bare hooks."""
     (batch,) = make_batches(model, [prompt], 1)
-    index = int(batch.indices(position)[0])
+    index = int(batch.reading(position)[0])
     found: dict[str, torch.Tensor] = {}
 
     def add(activation: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -376,7 +376,14 @@ def test_the_curvature_is_that_of_the_mean_divergence(
 ) -> None:
     """Averaged over many draws of labels, the estimate is the second derivative of the KL."""
     workload, step = workload_of(double, continued, "all"), 1e-3
-    draws = torch.stack([slopes(double, workload, seed).curvature for seed in range(200)])
+    # Every pair 20 times in 10 passes: labels are drawn for each of them.
+    repeated = sl.ContrastivePairs(
+        tuple(replace(pair, id=f"{i} {pair.id}") for i in range(20) for pair in continued)
+    )
+    often = workload_of(double, repeated, "all")
+    draws = torch.cat(
+        [slopes(double, often, seed).curvature.unflatten(1, (20, -1)) for seed in range(10)], dim=1
+    ).transpose(0, 1)
     for i in range(len(SLOPE_HOOKS)):
         kl = cell(double, workload, i, step).kl
         assert kl is not None
@@ -415,9 +422,7 @@ def test_inference_mode_is_refused(double: Any, pairs: sl.ContrastivePairs) -> N
     slopes(double, workload)
 
 
-def test_a_model_whose_label_rows_are_not_alone_is_refused(
-    pairs: sl.ContrastivePairs,
-) -> None:
+def test_a_model_whose_label_rows_are_not_alone_is_refused(pairs: sl.ContrastivePairs) -> None:
     """A hook that mixes positions after the last block: gradients of label rows would be wrong."""
     model = bridge(build_llama())
     workload = workload_of(model, pairs, "all")

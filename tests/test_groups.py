@@ -9,11 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlens.data import (
-    ContrastivePair,
-    ContrastivePairs,
-    PreferenceItems,
-)
+from steerlens.data import ContrastivePair, ContrastivePairs, PreferenceItems
 from steerlens.errors import InputError
 
 ITEM = {"prompt": "The film was", "positive": " great.", "negative": " dull."}
@@ -45,9 +41,9 @@ def test_a_group_comes_from_its_key_however_pairs_are_read(
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     read = [
-        ContrastivePairs.from_records(rows, group=key),
-        ContrastivePairs.from_jsonl(file, group=key),
-        ContrastivePairs.from_dataset(rows, group=key),
+        ContrastivePairs.load(rows, group=key),
+        ContrastivePairs.load(file, group=key),
+        ContrastivePairs.load(rows, group=key),
         ContrastivePairs.from_lists(
             *([row[side] for row in rows] for side in ("positive", "negative")), group=values
         ),
@@ -59,16 +55,16 @@ def test_a_group_comes_from_its_key_however_pairs_are_read(
         assert made[::-1].groups == (0, 1, 2, 1)
         assert made.fingerprint == read[0].fingerprint
     if key != "group":
-        assert ContrastivePairs.from_records(rows).groups == (0, 1, 2, 3)
+        assert ContrastivePairs.load(rows).groups == (0, 1, 2, 3)
         with pytest.raises(InputError, match=f"record 2: missing key '{key}'"):
-            ContrastivePairs.from_records([rows[0], {"positive": "a", "negative": "b"}], group=key)
+            ContrastivePairs.load([rows[0], {"positive": "a", "negative": "b"}], group=key)
 
 
 @pytest.mark.parametrize("key", ["positive", "negative", "continuation", "id", "auto "])
 def test_a_group_cannot_be_another_part_of_a_pair(key: str) -> None:
     rows = [{"positive": f"good {i}", "negative": f"bad {i}"} for i in range(2)]
     with pytest.raises(InputError, match=f"'{key}'"):
-        ContrastivePairs.from_records(rows, group=key)
+        ContrastivePairs.load(rows, group=key)
     with pytest.raises(InputError, match=f"'{key}'"):
         ContrastivePairs.from_lists(["a", "b"], ["c", "d"], group=key)  # type: ignore[arg-type]
 
@@ -103,16 +99,16 @@ def test_repeats_are_one_group_whatever_group_they_are_given() -> None:
     for group in (None, ["1", "2", "3", "4"], [None, "2", "3", "4"]):
         assert ContrastivePairs.from_lists(*sides, group=group).groups == (0, 1, 0, 2)
     rows = [{"positive": "a", "negative": "b", "continuation": word} for word in ("c", "d")]
-    assert ContrastivePairs.from_records(rows).groups == (0, 0)
+    assert ContrastivePairs.load(rows).groups == (0, 0)
     apart = [{**row, "group": i} for i, row in enumerate(rows)]
-    assert ContrastivePairs.from_records(apart).groups == (0, 1)
+    assert ContrastivePairs.load(apart).groups == (0, 1)
     # One of them stands for all: others of its group are not drawn along.
     assert ContrastivePairs.from_lists(*sides, group=["1", "2", "2", "2"]).groups == (0, 1, 0, 1)
     # A prompt alone makes items alike only where they have no group.
     rows = [{**ITEM, "positive": word, "group": word} for word in (" good.", " great.")]
-    items = PreferenceItems.from_records([*rows, {**rows[0], "group": "other"}])
+    items = PreferenceItems.load([*rows, {**rows[0], "group": "other"}])
     assert items.groups == (0, 1, 0)
-    items = PreferenceItems.from_records([ITEM, {**ITEM, "positive": " good."}] * 2)
+    items = PreferenceItems.load([ITEM, {**ITEM, "positive": " good."}] * 2)
     assert items.groups == (0, 0, 0, 0)
 
 
@@ -132,7 +128,7 @@ def test_a_group_is_part_of_the_fingerprint() -> None:
     assert len(set(prints)) == 3
     assert (
         prints[2]
-        == ContrastivePairs.from_records(
+        == ContrastivePairs.load(
             {"positive": f"good {i}", "negative": f"bad {i}", "id": i} for i in range(2)
         ).fingerprint
     )
@@ -148,6 +144,8 @@ FEW = "independent groups of pairs; intervals and p-values from fewer than 10 ar
     [
         (grouped(*"abcdefghij"), []),
         (grouped(*"abcdefghi", "a"), [f"9 {FEW}"]),
+        (grouped(*"abcdefghijk", *"aaaaaaaaaa"), ["11 independent groups, so uneven that they"]),
+        (grouped(*"abcdefghijk", *"bcd"), []),
         (
             ContrastivePairs.from_lists([*"abcdefghijk", "a"], ["-"] * 12),
             ["1 of 12 pairs repeat both prompts of others"],
@@ -163,7 +161,7 @@ FEW = "independent groups of pairs; intervals and p-values from fewer than 10 ar
             ["6 of 12 pairs repeat both prompts of others", "differ in 1 texts only", f"6 {FEW}"],
         ),
     ],
-    ids=["none", "few", "repeats", "alike", "dup"],
+    ids=["none", "few", "uneven", "even", "repeats", "alike", "dup"],
 )
 def test_what_is_wrong_with_groups_is_told_with_its_counts(
     made: ContrastivePairs, texts: list[str]
@@ -184,7 +182,7 @@ def test_items_of_one_prompt_are_told_and_are_one_group() -> None:
         for prompt in ("the sun was", "the day was")
         for word in ("good", "kind")
     ]
-    items = PreferenceItems.from_records(rows)
+    items = PreferenceItems.load(rows)
     assert items.groups == (0, 0, 1, 1)
     with pytest.warns(UserWarning, match="2 of 4 items repeat the prompt of others"):
         items.warn_of_groups()
@@ -219,11 +217,11 @@ def test_items_that_share_a_prompt_or_persona_with_pairs_are_counted(
     sides: list[Any], prompts: list[Any], n: int
 ) -> None:
     """By texts alone: the names of groups are the same everywhere."""
-    made = ContrastivePairs.from_records(
+    made = ContrastivePairs.load(
         {"positive": positive, "negative": negative, "group": "1"} for positive, negative in sides
     )
     rows = [
         {"prompt": prompt, "positive": "A", "negative": "B", "group": "1"}
         for prompt in (*prompts, "nothing of that", "nor of that")
     ]
-    assert PreferenceItems.from_records(rows).count_sharing(made.shared_texts) == n
+    assert PreferenceItems.load(rows).count_sharing(made.shared_texts) == n

@@ -28,8 +28,8 @@ from steerlens.errors import InputError
 
 Reader = Callable[[Path], Any]
 READERS: dict[str, Reader] = {
-    "pairs": sl.ContrastivePairs.from_jsonl,
-    "items": sl.PreferenceItems.from_jsonl,
+    "pairs": sl.ContrastivePairs.load,
+    "items": sl.PreferenceItems.load,
     "vectors": sl.SteeringVector.load,
     "ggufs": sl.export.from_gguf,
 }
@@ -127,11 +127,7 @@ def test_run_files_with_windows_line_ends(run: Path, tmp_path: Path) -> None:
 
 # What no file can hold: pipes, links, sizes, names
 
-OPENERS: dict[str, Reader] = {
-    **READERS,
-    "texts": read_texts,
-    "runs": sl.read_run,
-}
+OPENERS: dict[str, Reader] = {**READERS, "texts": read_texts, "runs": sl.read_run}
 
 
 @pytest.mark.parametrize("kind", OPENERS)
@@ -185,10 +181,10 @@ def test_a_file_of_any_size_is_refused_before_it_is_read(
     small = tmp_path / "small.jsonl"
     small.write_bytes(hostile.lines(PAIR, PAIR))
     monkeypatch.setattr(inputs, "MAX_BYTES", small.stat().st_size)
-    assert len(sl.ContrastivePairs.from_jsonl(small)) == 3
+    assert len(sl.ContrastivePairs.load(small)) == 3
     monkeypatch.setattr(inputs, "MAX_BYTES", small.stat().st_size - 1)
     with pytest.raises(sl.SteerlensError, match="small"):
-        sl.ContrastivePairs.from_jsonl(small)
+        sl.ContrastivePairs.load(small)
 
 
 def test_many_keys_are_told_apart_at_once(tmp_path: Path) -> None:
@@ -197,7 +193,7 @@ def test_many_keys_are_told_apart_at_once(tmp_path: Path) -> None:
     path = tmp_path / "many.jsonl"
     path.write_text("{" + keys + ', "99999": 0}')
     with pytest.raises(sl.SteerlensError, match=r"many\.jsonl:1.*'99999' occurs twice"):
-        sl.ContrastivePairs.from_jsonl(path)
+        sl.ContrastivePairs.load(path)
 
 
 def test_depth_is_counted() -> None:
@@ -264,13 +260,13 @@ JSONL_ITEMS = st.one_of(st.binary(max_size=200), mutated(hostile.lines(ITEM, ITE
 @given(content=JSONL)
 @EXAMPLES
 def test_any_bytes_as_pairs(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.ContrastivePairs.from_jsonl, tmp_path / "f.jsonl", content, "pairs")
+    refused_or_sound(sl.ContrastivePairs.load, tmp_path / "f.jsonl", content, "pairs")
 
 
 @given(content=JSONL_ITEMS)
 @EXAMPLES
 def test_any_bytes_as_items(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.PreferenceItems.from_jsonl, tmp_path / "f.jsonl", content, "items")
+    refused_or_sound(sl.PreferenceItems.load, tmp_path / "f.jsonl", content, "items")
 
 
 @given(content=st.one_of(st.binary(max_size=200), mutated(hostile.vector().to_bytes())))
@@ -365,7 +361,7 @@ def test_the_checks_see_what_a_file_does_not_say(run: Path, tmp_path: Path) -> N
     good = hostile.lines(PAIR, PAIR)
     path = tmp_path / "f.jsonl"
     path.write_bytes(good)
-    found = sl.ContrastivePairs.from_jsonl(path)
+    found = sl.ContrastivePairs.load(path)
     CHECKS["pairs"](good, found)
     for other in (good + PAIR, good.replace(b"a", b"c", 1), good.replace(b"{", b'{"x":1,"x":1,')):
         with pytest.raises(AssertionError):

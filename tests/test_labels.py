@@ -59,7 +59,7 @@ def test_segments_of_a_chat(llama: Any, chats: sl.ContrastivePairs) -> None:
         "template",
         *("assistant",) * 3,
     )
-    [text] = segments(llama, [tokenize_prompt(llama, "the river was", "so cold")])
+    [text] = segments(llama, [tokenize_prompt(llama, "the river was", " so cold")])
     assert text == ("text",) * 4 + ("continuation",) * 2
 
 
@@ -177,6 +177,9 @@ def test_damage_part_by_part(llama: Any, chats: sl.ContrastivePairs) -> None:
     directions = sl.fit(llama, chats, layers=[1, 2])
     study = sl.Study(llama, chats, directions, layers=[1, 2], budget="nats=0.05", own_tokens=4)
     boundary = study.boundary()
+    for others in ((directions, [1]), (sl.fit(llama, chats, method="pca", layers=[1, 2]), [1, 2])):
+        with pytest.raises(InputError, match="expected boundaries of this study"):
+            sl.Study(llama, chats, others[0], layers=others[1]).segments(boundary)
     table = study.segments(boundary)
     assert set(table.segment) == {"template", "system", "user", "assistant", "own"}
     reached = boundary.layers[["boundary_pos", "boundary_neg"]].to_numpy().flatten()
@@ -236,9 +239,9 @@ def test_labels_that_there_are_not(llama: Any, labels: Any, words: str) -> None:
     """A mean over labels of two kinds says nothing of either."""
     records = [
         {"positive": f"you are cheerful {x}", "negative": f"you are gloomy {x}", **more}
-        for x, more in (("so", {}), ("by", {"continuation": "the river"}), ("it", {}))
+        for x, more in (("so", {}), ("by", {"continuation": " the river"}), ("it", {}))
     ]
-    mixed = sl.ContrastivePairs.from_records(records)
+    mixed = sl.ContrastivePairs.load(records)
     directions = sl.fit(llama, mixed, layers=[1])
     with pytest.raises(InputError, match=words):
         sl.sweep(llama, mixed, directions, layers=[1], labels=labels, coefficients=[0, 1])
@@ -251,11 +254,11 @@ def test_steering_that_cannot_reach_the_labels(llama: Any, chats: sl.Contrastive
     turns = [(pair.positive, pair.negative) for pair in chats]
     continued = sl.ContrastivePairs.from_lists(
         *([[m._asdict() for m in side] for side in sides] for sides in zip(*turns, strict=True)),
-        ["so cold", "by", "a good day"],
+        [" so cold", " by", " a good day"],
     )
     directions = sl.fit(llama, continued, layers=[1])
     shared: dict[str, Any] = {"layers": [1], "steered_positions": "last", "coefficients": [2]}
-    with pytest.raises(InputError, match="those that were asked for are in it"):
+    with pytest.raises(InputError, match="after the first token there, and no prompt has one"):
         sl.sweep(llama, continued, directions, labels="assistant", **shared)
     for possible in (None, "own"):
         table = sl.sweep(llama, continued, directions, labels=possible, **shared).table

@@ -50,13 +50,10 @@ def python_fails() -> None:
     bytearray(TOO_MUCH)
 
 
-FAILURES = pytest.mark.parametrize("fail", [torch_fails, numpy_fails, python_fails])
-
-
 # Which errors mean that memory is out
 
 
-@FAILURES
+@pytest.mark.parametrize("fail", [torch_fails, numpy_fails, python_fails])
 def test_a_real_failure_to_allocate_is_out_of_memory(fail: Callable[[], None]) -> None:
     with pytest.raises((RuntimeError, MemoryError)) as caught:
         fail()
@@ -158,29 +155,28 @@ def differentiated(model: Any, pairs: sl.ContrastivePairs) -> Any:
     return pd.DataFrame(found.numpy())
 
 
-@FAILURES
 @pytest.mark.parametrize(
-    "measure",
+    ("measure", "fail"),
     [
-        *(partial(swept, positions=positions) for positions in ("all", "continuation")),
-        bounded,
-        differentiated,
+        *((partial(swept, positions="all"), fail) for fail in (torch_fails, python_fails)),
+        (partial(swept, positions="continuation"), numpy_fails),
+        (bounded, torch_fails),
+        (differentiated, numpy_fails),
+        (differentiated, python_fails),
     ],
 )
 def test_work_goes_on_with_smaller_passes(
     measure: Callable[..., Any], fail: Callable[[], None], llama: Any, many: sl.ContrastivePairs
 ) -> None:
     pairs = sl.ContrastivePairs(
-        tuple(replace(pair, continuation="it was so warm") for pair in many[:6])
+        tuple(replace(pair, continuation=" it was so warm") for pair in many[:6])
     )
     found = with_little_memory(llama, fail, lambda: measure(llama, pairs))
     assert_close(found, measure(llama, pairs))
 
 
 def test_the_record_says_that_memory_was_out(
-    sweep: Main,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    sweep: Main, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = cells.run_from
 

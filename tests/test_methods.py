@@ -407,12 +407,17 @@ def test_each_axis_has_gradients_of_its_own(llama: Any, pairs: sl.ContrastivePai
     names = ["gradient_mean", "gradient_mean+on_pca", "gradient_svd+on_pca"]
     options: dict[str, Any] = {"layers": [1], "seed": 0, "batch_size": None}
     differences = sl.collect_differences(llama, pairs, layers=[1])
-    fitted = fit_methods(llama, pairs, names, differences=differences, position=None, **options)
+    fitted, _ = fit_methods(llama, pairs, names, differences=differences, position=None, **options)
     for name in names:
         alone = sl.fit(llama, pairs, method=name, layers=[1])
         assert fitted[name].method == alone.method == name
         torch.testing.assert_close(fitted[name].vectors, alone.vectors)
     assert not torch.allclose(fitted[names[0]].vectors, fitted[names[1]].vectors, atol=1e-3)
     by_norm = loss_gradients(llama, pairs, layers=[1])
-    with pytest.raises(InputError, match=r"on the axis pca, and these gradients are on the norm"):
+    with pytest.raises(InputError, match=r"is on pca, and these gradients are on the norm"):
         sl.fit_directions(by_norm, method="gradient_mean+on_pca")
+    by_axis = loss_gradients(llama, pairs, layers=[1], axis="pca")
+    with pytest.raises(InputError, match=r"is on the norm, and these gradients are on pca"):
+        sl.fit_directions(by_axis, method="gradient_mean+on_norm")
+    for rows, method in ((by_norm, "gradient_mean+on_norm"), (by_axis, "gradient_mean+on_pca")):
+        assert sl.fit_directions(rows, method=method).method == method.removesuffix("+on_norm")

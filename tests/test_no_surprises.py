@@ -177,10 +177,7 @@ BREAKERS: list[tuple[str, Callable[[Any], Iterator[None]]]] = [
         "default dtype",
         lambda m: swapped(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     ),
-    (
-        "default device",
-        lambda m: swapped(lambda: None, torch.set_default_device, "meta"),
-    ),
+    ("default device", lambda m: swapped(lambda: None, torch.set_default_device, "meta")),
     ("threads", lambda m: swapped(torch.get_num_threads, torch.set_num_threads, 3)),
     (
         "matmul precision",
@@ -188,10 +185,7 @@ BREAKERS: list[tuple[str, Callable[[Any], Iterator[None]]]] = [
             torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"
         ),
     ),
-    (
-        "deterministic",
-        lambda m: swapped(lambda: False, torch.use_deterministic_algorithms, True),
-    ),
+    ("deterministic", lambda m: swapped(lambda: False, torch.use_deterministic_algorithms, True)),
     ("grad mode", lambda m: swapped(torch.is_grad_enabled, torch.set_grad_enabled, False)),
     ("torch rng", lambda m: drawn(torch.get_rng_state, torch.set_rng_state, lambda: torch.rand(1))),
     ("numpy rng", lambda m: drawn(np.random.get_state, np.random.set_state, np.random.random)),

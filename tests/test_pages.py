@@ -170,12 +170,7 @@ def test_projections_share_a_scale_within_a_layer() -> None:
     low = np.array([[9.0, 1.0, -2.0], [0.0, 3.0, 1.0]])
     page = projection_page(["a", "b", "c"], ["layer 0", "layer 1"], {"Off": low, "On": low + 1})
     props = [view["props"] for view in views(page.html)]
-    assert [of["values"] for of in props] == [
-        [9, 1, -2],
-        [10, 2, -1],
-        [0, 3, 1],
-        [1, 4, 2],
-    ]
+    assert [of["values"] for of in props] == [[9, 1, -2], [10, 2, -1], [0, 3, 1], [1, 4, 2]]
     assert [of["maxValue"] for of in props] == [2, 2, 4, 4]
     assert "layer 1: full shade 4" in page.html
     with pytest.raises(InputError, match=r"shape \(1, 3\), got \(2, 3\)"):

@@ -1,19 +1,23 @@
 """The plane of a direction: the boundary's shape in it, and the loss where pairs are pushed."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import Studies
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import steerlens as sl
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.loss import contrastive_steering_loss, label_logprob
-from steerlens.measure.plane import SHARES
+from steerlens.measure.plane import SHARES, radius_ratio
 from steerlens.measure.rows import main_orthogonal
 from steerlens.measure.study import loss_geometry
 from steerlens.tables import CONTOUR_COLUMNS, GEOMETRY_COLUMNS, SHAPE_COLUMNS
@@ -176,8 +180,11 @@ def test_the_shape_has_the_two_boundaries_of_the_direction(
     assert table.boundary[4] == pytest.approx(-row.boundary_neg, rel=0.03)
     np.testing.assert_allclose(np.hypot(table.x, table.y), table.boundary)
     assert table.y[2] == pytest.approx(table.boundary[2])
-    assert table.attrs["radius_ratio"] == pytest.approx(table.boundary.max() / table.boundary.min())
-    assert table.attrs["radius_ratio"] > 1.05
+    ratio = table.radius_ratio[0]
+    assert ratio == pytest.approx(table.boundary.max() / table.boundary.min())
+    assert 1 <= table.radius_ratio_ci_low[0] <= table.radius_ratio_ci_high[0]
+    assert 1 < table.radius_ratio_if_round[0] < ratio + 1
+    assert ratio > 1.05
     assert float(shape.direction @ shape.orthogonal) == pytest.approx(0, abs=1e-6)
     turned = replace(
         directions,
@@ -190,6 +197,57 @@ def test_the_shape_has_the_two_boundaries_of_the_direction(
     )
     across = sl.find_boundary(llama, many, turned, layers=[2], **options).layers.iloc[0]
     assert table.boundary[2] == pytest.approx(across.boundary_pos, rel=0.03)
+
+
+def test_the_radius_ratio_by_hand() -> None:
+    """Radii 2 and 4; resamples of 2 e^n and 4 e^m, whose ratios are 2 e^(m - n)."""
+    noise = np.array([[0.1, 0.0], [0.0, 0.1], [-0.1, 0.1], [0.0, 0.0]])
+    found = radius_ratio(np.array([2.0, 4.0]), np.array([2.0, 4.0]) * np.exp(noise))
+    assert found["radius_ratio"] == 2
+    # Ranges of the noise: 0.1, 0.1, 0.2, 0.
+    assert found["radius_ratio_if_round"] == pytest.approx(math.exp(0.1))
+    # Of a shape s times as far from a circle the log ratios are s log 2 and -0.1, 0.1, 0.2, 0.
+    low, high = np.quantile([-0.1, 0.1, 0.2, 0.0], [0.025, 0.975])
+    step = 2 ** (1 / 40)
+    assert found["radius_ratio_ci_low"] == pytest.approx(2 * math.exp(-high), rel=step - 1)
+    assert found["radius_ratio_ci_high"] == pytest.approx(2 * math.exp(-low), rel=step - 1)
+    beyond = radius_ratio(np.array([2.0, math.inf]), np.array([[2.0, math.inf]]))
+    assert beyond == {"radius_ratio": math.inf}
+    assert radius_ratio(np.array([math.inf] * 2), np.full((1, 2), math.inf)) == {}
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 100))
+def test_without_noise_the_ratio_is_exact_and_has_no_unit(seed: int, scale: float) -> None:
+    generator = np.random.default_rng(seed)
+    radii, noise = generator.uniform(1, 3, 6), generator.normal(0, 0.1, (50, 6))
+    exact = radius_ratio(radii, np.repeat(radii[None], 50, axis=0))
+    assert exact["radius_ratio_if_round"] == pytest.approx(1)
+    for end in ("low", "high"):
+        assert exact[f"radius_ratio_ci_{end}"] == pytest.approx(exact["radius_ratio"])
+    noisy = radius_ratio(radii, radii * np.exp(noise))
+    assert noisy["radius_ratio_if_round"] > 1
+    assert radius_ratio(scale * radii, scale * radii * np.exp(noise)) == pytest.approx(noisy)
+
+
+@pytest.mark.parametrize("stretched", [1.0, 1.5])
+def test_a_circle_has_the_ratio_that_it_is_said_to_have(stretched: float) -> None:
+    """Forty prompts pull at eight radii; resampled, they say what a circle of theirs looks like."""
+    generator = np.random.default_rng(0)
+    truth = np.log([stretched, *[1.0] * 7])
+    rows = []
+    for _ in range(200):
+        pulls = generator.normal(0, 0.5, (40, 8))
+        counts = generator.multinomial(40, [1 / 40] * 40, size=300) / 40
+        radii, resampled = np.exp(truth + pulls.mean(axis=0)), np.exp(truth + counts @ pulls)
+        rows.append(radius_ratio(radii, resampled))
+    found = pd.DataFrame(rows)
+    is_above = (found.radius_ratio > found.radius_ratio_if_round).mean()
+    covers = (found.radius_ratio_ci_low <= stretched) & (stretched <= found.radius_ratio_ci_high)
+    # As often above as below where it is round; nearly always above where it is not.
+    assert 0.4 < is_above < 0.6 if stretched == 1 else is_above > 0.95
+    assert covers.mean() > 0.9
+    assert found.radius_ratio.median() > stretched + 0.03
 
 
 def test_the_main_orthogonal_direction_by_hand() -> None:

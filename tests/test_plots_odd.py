@@ -8,13 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from run_folders import (
-    circuits_tables,
-    compare_tables,
-    geometry_tables,
-    layers_table,
-    sweep_table,
-)
+from run_folders import circuits_tables, compare_tables, geometry_tables, layers_table, sweep_table
 from test_plots import boundaries, rows
 
 from steerlens import plots
@@ -213,10 +207,7 @@ def geometry_with(part: str, **columns: Any) -> Callable[[LossGeometry], LossGeo
         (geometry_with("contours", angle=math.inf), "angle holds values"),
         (geometry_with("contours", coefficient=0.0), "several; give the contours"),
         (geometry_with("contours", angle=range(360, 376)), "angle from 0 up to 360"),
-        (
-            geometry_with("contours", coefficient=[-1.0, 1.0] * 8),
-            "coefficient 0 or more",
-        ),
+        (geometry_with("contours", coefficient=[-1.0, 1.0] * 8), "coefficient 0 or more"),
         (geometry_with("contours", coherence_penalty=-1.0), "coherence_penalty 0 or more"),
     ],
 )

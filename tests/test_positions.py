@@ -2,6 +2,8 @@
 
 import inspect
 import threading
+import warnings
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -72,6 +74,8 @@ def refused(
         ("prompt", [True] * 5, False),
         ("generated", [False] * 5, True),
         ("last", [False] * 4 + [True], False),
+        ("last+generated", [False] * 4 + [True], True),
+        ("own", [False] * 5, True),
         (MASK, MASK[0].tolist(), False),
     ],
 )
@@ -95,7 +99,7 @@ def test_the_same_tokens_with_and_without_a_kv_cache(
     assert by_hugging_face == cached
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last", MASK])
+@pytest.mark.parametrize("positions", ["all", "prompt", "last+generated", "generated[1:3]", MASK])
 def test_greedy_tokens_are_the_same_with_and_without_a_kv_cache(llama: Any, positions: Any) -> None:
     tokens = torch.tensor(PROMPTS[:1])
     with torch.no_grad():
@@ -147,6 +151,81 @@ def with_cache(model: Any, tokens: torch.Tensor, cache: Any = None) -> Any:
     else:
         model(tokens, past_key_values=cache)
     return cache
+
+
+@pytest.mark.parametrize(
+    ("window", "steered"),
+    [
+        ("0:2", [True, True, False, False]),
+        ("1:3", [False, True, True, False]),
+        ("3:", [False, False, False, True]),
+    ],
+)
+def test_a_window_of_generation_steps(tiny: Any, window: str, steered: list[bool]) -> None:
+    """Step 0 is the first token that is generated, with a KV cache and without."""
+    tokens, positions = torch.tensor(PROMPTS[:1]), f"generated[{window}]"
+    found = moved(tiny, positions, lambda: tiny.generate(tokens, **GREEDY))
+    assert found == [[[False] * 5], *([[step]] for step in steered)]
+    whole = moved(tiny, positions, lambda: tiny.generate(tokens, use_past_kv_cache=False, **GREEDY))
+    assert whole[-1] == [[False] * 5 + steered]
+
+
+THINK, ANSWER = 21, 22
+TURNS = [1, THINK, 9, ANSWER, 7, THINK, 8, 9]  # an earlier turn's thinking, and one that is open
+WRITTEN = [10, 11, ANSWER, 12, 13, THINK, 14, ANSWER, 15]
+INSIDE = [False] * 6 + [True] * 4 + [False] * 4 + [True] + [False] * 2
+AFTER = [False] * 11 + [True] * 2 + [False] * 3 + [True]
+
+
+@pytest.mark.parametrize(("positions", "steered"), [("think", INSIDE), ("answer", AFTER)])
+def test_phases_of_thinking_while_decoding(llama: Any, positions: str, steered: list[bool]) -> None:
+    """Token by token on a KV cache, in chunks, and as one text whose prompt is known."""
+    names = llama.tokenizer.convert_ids_to_tokens([THINK, ANSWER])
+    sl.data.set_rendering(llama.tokenizer, thinking=tuple(names))
+
+    def loop(*chunks: list[int]) -> Any:
+        def run() -> None:
+            cache = with_cache(llama, torch.tensor([TURNS]))
+            for chunk in chunks:
+                with_cache(llama, torch.tensor([chunk]), cache)
+
+        return run
+
+    try:
+        assert sum(steered) == (5 if positions == "think" else 3)
+        for chunks in ([[token] for token in WRITTEN], [WRITTEN[:4], WRITTEN[4:]]):
+            found = moved(llama, positions, loop(*chunks))
+            assert list(chain.from_iterable(of[0] for of in found)) == steered
+        both = moved(llama, f"{positions}+generated[0:1]", loop(WRITTEN))
+        assert both[1][0] == [True, *steered[9:]]
+        message = "found by their ids"
+        refused(llama, message, lambda: llama(torch.randn(1, 3, 32)), positions=positions)
+    finally:
+        sl.data.set_rendering(llama.tokenizer)
+    refused(llama, "no <think> and </think>", lambda: None, positions=positions)
+
+
+def test_right_padded_prompts_of_generate_are_warned_of(tiny: Any) -> None:
+    right = torch.tensor([PROMPTS[0], [*PROMPTS[1], 3, 3]])
+    left = torch.tensor([PROMPTS[0], [3, 3, *PROMPTS[1]]])
+    for positions in ("all", "last"):
+        with torch.no_grad(), sl.steer(tiny, {HOOK: DIRECTION}, 1.0, positions=positions):
+            with pytest.warns(UserWarning, match="given to generate are padded on the right"):
+                tiny.generate(right, **GREEDY)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                tiny.generate(left, **GREEDY)
+                tiny.generate(right[:1], **GREEDY)
+                tiny(right)  # no text goes on behind it
+    if not IS_TL3:
+        mask = (right != 3).long()
+        with (
+            torch.no_grad(),
+            sl.steer(tiny, {HOOK: DIRECTION}, 1.0),
+            pytest.warns(UserWarning, match="padded on the right") as told,
+        ):
+            tiny.hf_generate(right, attention_mask=mask, max_new_tokens=2, do_sample=False)
+        assert len([w for w in told if "padded on the right" in str(w.message)]) == 1
 
 
 def test_a_manual_loop_on_a_kv_cache_is_generation(llama: Any) -> None:
@@ -235,9 +314,11 @@ def test_what_is_no_position() -> None:
     unchecked = inspect.unwrap(check_positions)
     for right in ("all", "prompt", "generated", "last", MASK):
         unchecked(right)
-    wrong: list[Any] = [None, 3, b"all", [0, 1], torch.ones(1, 4), "first"]
+    for right in ("last+generated", "generated[0:10]", "think+generated[5:]"):
+        unchecked(right)
+    wrong: list[Any] = [None, 3, b"all", [0, 1], torch.ones(1, 4), "first", "", "last+", "all[0:2]"]
     for positions in wrong:
-        with pytest.raises(InputError, match="are all, prompt, generated, last or a mask"):
+        with pytest.raises(InputError, match="positions are all, prompt, generated, last"):
             unchecked(positions)
 
 

@@ -249,7 +249,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines() -> None:
 
 
 def test_a_narrow_terminal_keeps_the_numbers() -> None:
-    code = "FAIL = False" + WORK.replace("cells", "step 2 of 9, boundary on probes: pushes settled")
+    code = "FAIL = False" + WORK.replace("cells", "step 2 of 9, boundary: pushes settled")
     shown = screen(in_pty(code, columns=60))
     assert re.fullmatch(rf"{DONE}{TIMES} step 2 of 9, bo\w*", shown[0])
 

@@ -89,27 +89,22 @@ def test_training_counts_epochs_of_all_hooks(llama: Any, many: sl.ContrastivePai
     ]
 
 
-BOUNDARY = [
-    ("boundary on probes: pushes settled", 4),
-    ("boundary on all prompts: pushes", 4),
-]
-
-
 @pytest.mark.parametrize("on", ["positive", "negative"])
 def test_a_boundary(
     llama: Any, many: sl.ContrastivePairs, directions: sl.Directions, on: Any
 ) -> None:
-    found = run(sl.find_boundary, llama, many, directions, layers=[1, 3], on=on, n_bootstrap=20)
+    def boundary(with_projection: bool, **options: Any) -> Any:
+        study = sl.Study(llama, many, directions, layers=[1, 3], n_bootstrap=20, **options)
+        return study.boundary(on=on, with_projection=with_projection)
+
     unsteered = [("unsteered model: prompts", 40), ("checks: hooks", 2)]
     unsteered += [("unsteered model: prompts", 20)] if on == "negative" else []
-    before = [*unsteered, ("slopes: prompts", 20), *BOUNDARY]
-    assert found[: len(before)] == before
-    # Where all prompts moved the boundary, those pushes are measured again.
-    again = [of for what, of in found[len(before) :] if what == "boundary on all prompts: pushes"]
-    assert all(of <= 4 for of in again)
-    after = [stage for stage in found[len(before) :] if stage[0] != BOUNDARY[1][0]]
-    assert after[0] == ("intervals: pushes", 4)
-    assert [what for what, _ in after[1:]] == ["projections there: hooks"] * bool(after[1:])
+    searched = [("slopes: prompts", 20), ("boundary: pushes settled", 4), ("intervals: pushes", 4)]
+    assert run(boundary, False) == [*unsteered, *searched]
+    [*before, (projections, n_hooks)] = run(boundary, True)
+    assert before == [*unsteered, *searched]
+    assert projections == "projections there: hooks"
+    assert n_hooks in (1, 2)  # those with a finite boundary
 
 
 def test_rollouts_and_predictions(
@@ -117,7 +112,7 @@ def test_rollouts_and_predictions(
 ) -> None:
     options: dict[str, Any] = {"layers": [3], "budget": "rollout_kl_p95=0.5", "n_bootstrap": 2}
     found = run(sl.find_boundary, llama, pairs[:3], directions, **options)
-    assert ("boundary on all prompts: pushes", 2) in found
+    assert ("boundary: pushes settled", 2) in found
     assert run(
         lambda **given: sl.Study(llama, pairs, directions, **given).predicted_boundary()
     ) == [*(("unsteered model: prompts", 16), ("slopes: prompts", 8))]
@@ -133,7 +128,7 @@ def test_a_shape(llama: Any, many: sl.ContrastivePairs, directions: sl.Direction
         ("unsteered model: prompts", 40),
         ("checks: hooks", 1),
         ("slopes: prompts", 20),
-        BOUNDARY[0],
+        ("boundary: pushes settled", 4),
     ]
     assert found[-1] == ("intervals: pushes", 4)
 
@@ -145,11 +140,8 @@ def test_the_geometry_of_several_layers(
     found = run(sl.loss_geometry, llama, many, directions, **options)
     assert found[:2] == [("unsteered model: prompts", 40), ("checks: hooks", 2)]
     assert found[2] == ("layer 1 of 2, slopes: prompts", 20)
-    assert ("layer 2 of 2, boundary on probes: pushes settled", 3) in found
-    assert found[-2:] == [
-        ("loss in the plane: pushes", 2 * 3 * 6),
-        ("slopes: prompts", 20),
-    ]
+    assert ("layer 2 of 2, boundary: pushes settled", 3) in found
+    assert found[-2:] == [("loss in the plane: pushes", 2 * 3 * 6), ("slopes: prompts", 20)]
 
 
 def test_what_is_shown_of_prompts(
@@ -165,7 +157,7 @@ def test_what_is_shown_of_prompts(
 
 def items(start: str, n: int) -> PreferenceItems:
     words = "walk sun rain soup bread night".split()[:n]
-    made = [PreferenceItem(f"{start} {word}", "warm and good", "so cold", word) for word in words]
+    made = [PreferenceItem(f"{start} {word}", " warm and good", " so cold", word) for word in words]
     return PreferenceItems(tuple(made), start)
 
 
@@ -185,14 +177,13 @@ def test_a_comparison_has_numbered_steps(llama: Any, many: sl.ContrastivePairs) 
     )
     # Two methods and four nulls at one hook; a method is measured at four doses, its damage
     # on two texts at both signs; the budget is spent on two of four own texts.
-    once = [stage for stage in found if "all prompts" not in stage[0]]
-    assert once == [
+    assert found == [
         ("step 1 of 8, activations: prompts", 40),
         ("step 1 of 8, gradients: pairs", 20),
         ("step 2 of 8, unsteered model: prompts", 2),
         ("step 2 of 8, checks: hooks", 1),
         ("step 2 of 8, slopes: prompts", 2),
-        ("step 2 of 8, boundary on probes: pushes settled", 6),
+        ("step 2 of 8, boundary: pushes settled", 6),
         ("step 2 of 8, intervals: pushes", 6),
         ("step 3 of 8, slopes: prompts", 10),
         ("step 3 of 8, slopes: prompts", 2),

@@ -1,4 +1,4 @@
-"""Predicted boundaries, the probes, and the losses a budget bounds."""
+"""Predicted boundaries, and the losses a budget bounds."""
 
 import math
 from typing import Any
@@ -15,7 +15,6 @@ from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.loss import Budget
-from steerlens.measure.boundary_search import choose_probes
 from steerlens.measure.coherence import allowances, mean_loss
 from steerlens.measure.prediction import first_roots
 from steerlens.tables import LAYER_COLUMNS
@@ -93,22 +92,6 @@ def test_a_small_budget_is_reached_where_it_was_predicted(bounded: Bounded) -> N
     is_near &= (layers.predicted_boundary_pos / layers.boundary_pos - 1).abs() <= 0.4
     assert layers.prediction_trusted.tolist() == is_near.tolist()
     assert layers.prediction_trusted.any()
-
-
-def test_probes_are_those_most_like_all_prompts() -> None:
-    """Of 40 prompts with one slope far from the rest, the chosen quarter has the mean of all."""
-    slopes = np.random.default_rng(0).normal(size=(3, 40))
-    probes = choose_probes(slopes, seed=0)
-    assert len(probes) == len(set(probes)) == 10
-    spread = slopes.std(axis=1)
-    miss = np.abs(slopes[:, list(probes)].mean(axis=1) - slopes.mean(axis=1)) / spread
-    typical = [
-        np.abs(slopes[:, rows].mean(axis=1) - slopes.mean(axis=1)) / spread
-        for rows in (np.random.default_rng(i).permutation(40)[:10] for i in range(50))
-    ]
-    assert miss.max() < 0.15 < np.median(typical, axis=0).min() * 2
-    assert choose_probes(slopes[:, :7], seed=0) == tuple(range(7))
-    assert choose_probes(np.zeros((2, 40)), seed=0) == choose_probes(np.zeros((2, 40)), seed=0)
 
 
 def test_losses_by_hand() -> None:

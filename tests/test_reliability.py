@@ -11,9 +11,7 @@ import steerlens as sl
 from steerlens.errors import InputError
 from steerlens.measure.split_half import cosine, d_prime, reliability
 from steerlens.models.hooks import resid_post
-from steerlens.tables import (
-    RELIABILITY_COLUMNS,
-)
+from steerlens.tables import RELIABILITY_COLUMNS
 
 
 def test_reliability_of_a_planted_direction() -> None:

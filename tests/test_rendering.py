@@ -3,11 +3,13 @@
 import os
 import resource
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
-from conftest import build_tokenizer
+from conftest import bridge, build_gpt2, build_tokenizer
 
+import steerlens as sl
 from steerlens.data import (
     ContrastivePairs,
     Message,
@@ -77,6 +79,67 @@ def test_a_template_that_changes_the_last_turn_says_how(text: str) -> None:
     assert render(plain, build_tokenizer(chat_template=stripped)).endswith("I am")
 
 
+@pytest.mark.parametrize(
+    ("inner", "turn", "difference"),
+    [
+        ("{{ m.content | trim }}", " how ", "makes 'how' of the user turn's ' how '"),
+        ("{{ m.content if m.role != 'system' }}", "how", "leaves out .* system turn's 'kind'"),
+        ("{{ m.content | upper }}", "how", "leaves out or rewrites the system turn's 'kind'"),
+    ],
+)
+def test_what_a_template_changes_is_told(inner: str, turn: str, difference: str) -> None:
+    """Once for all prompts, with the first difference; the prompts are used as they are."""
+    template = CLOSING_TEMPLATE.replace("{{ m.content }}", inner)
+    prompts = [
+        sl.PreferenceItem((Message("system", "kind"), Message("user", text)), " it", " so", id)
+        for text, id in ((turn, "a"), ("the river", "b"))
+    ]
+    items = sl.PreferenceItems(tuple(prompts))
+    model = bridge(build_gpt2(), build_tokenizer(chat_template=template))
+    n = 1 if "trim" in inner else 2
+    with pytest.warns(UserWarning, match=f"changes {n} of 2 .* item 'a' it {difference}"):
+        sl.engine.tokenize_items(model, items)
+    faithful = bridge(build_gpt2(), build_tokenizer(chat_template=CLOSING_TEMPLATE))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sl.engine.tokenize_items(faithful, items)
+
+
+THINKING_TEMPLATE = CLOSING_TEMPLATE.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}",
+)
+
+
+def test_template_arguments_are_passed_through_and_recorded(model_folder: Path) -> None:
+    plain = sl.load_model(str(model_folder), device="cpu", progress=False)
+    folder_template = plain.tokenizer.chat_template
+    tokenizer = build_tokenizer(chat_template=THINKING_TEMPLATE)
+    header = render((USER,), tokenizer)
+    sl.data.set_rendering(tokenizer, template_args={"enable_thinking": False})
+    assert render((USER,), tokenizer) == header + "<think>\n\n</think>\n\n"
+    assert render((USER, OPEN), tokenizer).endswith("assistant\nthe river was")
+    sl.data.set_rendering(tokenizer, template_args={"enable_thinking": True})
+    assert render((USER,), tokenizer) == header
+    for arguments, message in (
+        ({"enable_thinkin": False}, "reads no argument 'enable_thinkin'"),
+        ({"add_generation_prompt": False}, "reads no argument 'add_generation_prompt'"),
+        ({"enable_thinking": {1, 2}}, "value of JSON"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sl.data.set_rendering(tokenizer, template_args=arguments)
+    assert sl.provenance(plain).to_dict().get("rendering") is None
+    with pytest.raises(InputError, match="no argument 'enable_thinking'"):
+        sl.load_model(str(model_folder), template_args={"enable_thinking": False}, progress=False)
+    assert "bos_token" in folder_template
+    loaded = sl.load_model(
+        str(model_folder), device="cpu", template_args={"bos_token": "</s>"}, progress=False
+    )
+    assert sl.engine.tokenize_prompt(loaded, (USER,)).ids[:2] == (1, 2)
+    assert sl.provenance(loaded).rendering == '{"template_args": {"bos_token": "</s>"}}'
+
+
 def test_an_empty_last_turn_is_the_templates_generation_prompt() -> None:
     tokenizer = build_tokenizer(chat_template=CLOSING_TEMPLATE)
     assert render((USER, Message("assistant", "")), tokenizer) == render((USER,), tokenizer)
@@ -121,5 +184,5 @@ def test_a_template_that_rejects_a_role_is_a_pair_error() -> None:
 def test_a_file_name_that_is_no_text_can_still_be_recorded(tmp_path: Path) -> None:
     file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.jsonl"))
     file.write_text('{"positive": "a", "negative": "b"}\n' * 2)
-    assert ContrastivePairs.from_jsonl(file).name.endswith("bad\\xff.jsonl")
-    ContrastivePairs.from_jsonl(file).name.encode("utf-8")
+    assert ContrastivePairs.load(file).name.endswith("bad\\xff.jsonl")
+    ContrastivePairs.load(file).name.encode("utf-8")

@@ -283,15 +283,15 @@ def test_a_table_of_another_steerlens_is_named(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("other", COMMANDS)
-def test_the_record_of_another_command_is_refused(command: str, other: str, tmp_path: Path) -> None:
+def test_the_record_of_another_command_is_refused(command: str, tmp_path: Path) -> None:
     """A report of what was read never fails; what it would fail on cannot be read."""
     folder = WRITERS[command](tmp_path / "run")
-    record_with(request=record_of(folder)["request"] | {"command": other})(folder)
-    if command == other:
-        assert sl.report([sl.read_run(folder)])
-    else:
+    request = record_of(folder)["request"]
+    for other in set(COMMANDS) - {command}:
+        record_with(request=request | {"command": other})(folder)
         assert f"not a whole run record: a {other} has" in refused(folder)
+    record_with(request=request)(folder)
+    assert sl.report([sl.read_run(folder)])
 
 
 @pytest.mark.parametrize(

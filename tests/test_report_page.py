@@ -176,7 +176,8 @@ def test_the_summary_of_circuits(tmp_path: Path) -> None:
     ],
 )
 def test_hooks_in_a_line(names: list[str], told: str, tmp_path: Path) -> None:
-    text = Outline(page_of(write_sweep(tmp_path / "run", hook_names=names))).text
+    few = {"sweep": sweep_table(1)}
+    text = Outline(page_of(write(tmp_path / "run", "sweep", few, hook_names=names))).text
     assert f"hooks{told}fitted on" in text
 
 

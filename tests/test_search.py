@@ -21,34 +21,29 @@ from steerlens.measure.search import (
 from steerlens.stats import interval
 
 
-def line(
-    slope: float, *, probe_slope: float | None = None, limit: float = 1e3, at: float = 1.0
-) -> Line:
-    return Line(Curve(slope), slope if probe_slope is None else probe_slope, 1.0, limit, at)
+def line(slope: float, *, limit: float = 1e3, at: float = 1.0) -> Line:
+    return Line(Curve(slope), 1.0, limit, at)
 
 
 def run(
-    losses: Sequence[Callable[[float], float]],
-    lines: Sequence[Line],
-    probe_losses: Sequence[Callable[[float], float]] | None = None,
-) -> tuple[list[Line], list[tuple[int, float, bool]]]:
+    losses: Sequence[Callable[[float], float]], lines: Sequence[Line], **options: Any
+) -> tuple[list[Line], list[tuple[int, float]]]:
     """The lines found, and every evaluation."""
-    asked: list[tuple[int, float, bool]] = []
+    asked: list[tuple[int, float]] = []
 
-    def evaluate(points: Sequence[tuple[int, float]], on_all: bool) -> list[tuple[float, float]]:
-        asked.extend((k, c, on_all) for k, c in points)
-        of_probes = probe_losses or losses
-        return [(of_probes[k](c), losses[k](c) if on_all else math.nan) for k, c in points]
+    def evaluate(points: Sequence[tuple[int, float]]) -> list[float]:
+        asked.extend(points)
+        return [losses[k](c) for k, c in points]
 
-    return search(lines, evaluate), asked
+    return search(lines, evaluate, **options), asked
 
 
 def test_a_parabola_is_found_from_its_slope_and_one_evaluation() -> None:
     """0.5 c + 0.25 c^2 = 1 at c = sqrt(5) - 1."""
     (found,), asked = run([lambda c: 0.5 * c + 0.25 * c**2], [line(0.5)])
     assert found.at == pytest.approx(math.sqrt(5) - 1, rel=1e-4)
-    assert [on_all for _, _, on_all in asked].count(True) == 1
-    assert asked[0][1] == 1.0
+    assert asked[0] == (0, 1.0)
+    assert len(asked) <= 2
 
 
 @pytest.mark.parametrize("start", [0.05, 0.5, 2.0, 9.0])
@@ -66,27 +61,55 @@ def test_steep_and_dipping_losses_are_bracketed(start: float) -> None:
         assert loss(of.at) == pytest.approx(1, rel=0.05)
         if value is not None:
             assert of.at == pytest.approx(value, rel=0.02)
-    assert sum(on_all for _, _, on_all in asked) <= 9
+    assert len(asked) <= 21
 
 
-def test_probes_of_another_bend_are_corrected_by_all_prompts() -> None:
-    """The probes alone would say sqrt(1 / 0.4); all prompts cross at sqrt(1 / 0.25) = 2."""
-    (found,), asked = run([lambda c: 0.25 * c**2], [line(0.0)], probe_losses=[lambda c: 0.4 * c**2])
-    assert found.at == pytest.approx(2, rel=1e-3)
-    assert not asked[0][2]
-    # And another slope of the probes is known, so it needs no correction.
-    (found,), _ = run(
-        [lambda c: 0.5 * c + 0.25 * c**2],
-        [line(0.5, probe_slope=-0.2)],
-        probe_losses=[lambda c: -0.2 * c + 0.25 * c**2],
-    )
-    assert found.at == pytest.approx(math.sqrt(5) - 1, rel=1e-4)
+def test_the_opposite_push_says_how_a_loss_bends_near_0() -> None:
+    """0.3 c + 0.2 c^2 + 0.05 c^3 both ways: one evaluation 11% beyond the crossing is enough."""
+
+    def loss(c: float) -> float:
+        return 0.3 * c + 0.2 * c**2 + 0.05 * c**3
+
+    lines = [line(0.3, at=1.6), line(-0.3, at=4.0)]
+    (up, down), asked = run([loss, lambda c: loss(-c)], lines, opposite={0: 1, 1: 0})
+    assert loss(up.at) == pytest.approx(1, rel=0.01)
+    assert up.curve.behind == tuple((-c, bend) for c, bend in reversed(down.curve.ahead[:2]))
+    assert [k for k, _ in asked].count(0) == 1
+    # Control: alone the same start does not do.
+    _, alone = run([loss], lines[:1])
+    assert len(alone) > 1
+
+
+@pytest.mark.parametrize(("slope", "n_evaluations"), [(0.6, 1), (-0.3, 2)])
+def test_an_estimate_is_relied_on_where_it_does_not_hang_on_the_bend(
+    slope: float, n_evaluations: int
+) -> None:
+    """Begun as far beyond the crossing of 1: a slope that spends most of the budget is known."""
+
+    def loss(c: float) -> float:
+        return slope * c + 0.3 * c**2
+
+    crossing = (math.sqrt(slope**2 + 1.2) - slope) / 0.6
+    lines = [line(slope, at=1.12 * crossing), line(-slope, at=2 * crossing)]
+    (found, _), asked = run([loss, lambda c: loss(-c)], lines, opposite={0: 1, 1: 0})
+    assert found.at == pytest.approx(crossing, rel=1e-3)
+    assert [k for k, _ in asked].count(0) == n_evaluations
+
+
+def test_a_far_end_is_looked_at() -> None:
+    """c^2 = 1 at 1, settled by the first evaluation; an interval that ends at 1.9 needs another."""
+    options: dict[str, Any] = {"far_end": lambda k, found: 1.9 * found.at}
+    (found,), asked = run([lambda c: c**2], [line(0.0, at=1.0)], **options)
+    assert found.at == pytest.approx(1, rel=1e-3)
+    assert [c for _, c in asked] == [1.0, pytest.approx(math.sqrt(1.9), rel=1e-3)]
+    options = {"far_end": lambda k, found: 1.2 * found.at}
+    assert len(run([lambda c: c**2], [line(0.0, at=1.0)], **options)[1]) == 1
 
 
 def test_beyond_the_limit_is_infinite_and_the_limit_was_evaluated() -> None:
     (found,), asked = run([lambda c: 1e-9 * c**2], [line(0.0, limit=50.0)])
     assert found.at == math.inf
-    assert (0, 50.0, True) in asked
+    assert (0, 50.0) in asked
     # Control: a limit beyond the crossing.
     (found,), _ = run([lambda c: 1e-3 * c**2], [line(0.0, limit=50.0)])
     assert found.at == pytest.approx(math.sqrt(1e3), rel=1e-3)
@@ -96,7 +119,7 @@ def test_beyond_the_limit_is_infinite_and_the_limit_was_evaluated() -> None:
 def test_an_undefined_start_does_not_pull_the_crossing_towards_it(start: float) -> None:
     """1e-4 c^2 = 0.03 at sqrt(300); from 30 on there is no number."""
     loss = lambda c: 1e-4 * c**2 if c < 30 else math.nan  # noqa: E731
-    start_at = Line(Curve(0.0), 0.0, 0.03, 1e3, start)
+    start_at = Line(Curve(0.0), 0.03, 1e3, start)
     (found,), _ = run([loss], [start_at])
     assert found.at == pytest.approx(math.sqrt(300), rel=0.01)
 
@@ -139,9 +162,9 @@ def test_lines_are_searched_side_by_side() -> None:
     """One call of `evaluate` for all lines that still move, not one for each."""
     calls: list[int] = []
 
-    def evaluate(points: Sequence[tuple[int, float]], on_all: bool) -> list[tuple[float, float]]:
+    def evaluate(points: Sequence[tuple[int, float]]) -> list[float]:
         calls.append(len(points))
-        return [(c**2 / (k + 1), c**2 / (k + 1)) for k, c in points]
+        return [c**2 / (k + 1) for k, c in points]
 
     found = search([line(0.0, at=1.0) for _ in range(5)], evaluate)
     assert [of.at for of in found] == pytest.approx([math.sqrt(k + 1) for k in range(5)], rel=1e-3)
@@ -183,7 +206,7 @@ def test_the_interval_of_a_crossing_is_where_the_loss_beyond_the_allowance_has_0
     losses = slopes[:, None] * distances + bends[:, None] * distances**2
     known = tuple((c, float(bends.mean())) for c in distances)
     slope = float(slopes.mean())
-    found = Line(Curve(slope, known, known), slope, 1.0, 50.0, at=1.8)
+    found = Line(Curve(slope, known), 1.0, 50.0, at=1.8)
     drawing: dict[str, Any] = {"groups": groups, "seed": 2, "n_bootstrap": 1000}
 
     def beyond(c: float) -> tuple[float, float]:

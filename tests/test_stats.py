@@ -1,8 +1,10 @@
 """Intervals, ranks among nulls and sign flips by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,15 +12,17 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from steerlens.errors import InputError
+from steerlens.models.tolerance import allowed_gap, relative_gap
 from steerlens.stats import (
-    allowed_gap,
+    effective_groups,
     flip_p,
     interval,
     intervals,
+    least_max_rank_p,
     max_rank_p,
     rank_p,
     ratio_interval,
-    relative_gap,
+    refit_spread,
     resampled_counts,
     smallest_effect,
 )
@@ -53,8 +57,8 @@ def test_few_groups_give_students_interval() -> None:
     assert interval([1.0, 3.0]) == pytest.approx(expected, abs=1e-4)
     values = [0.0, 2.0, 3.0, 3.0, 3.0, 3.0]  # the groups' means are 1 and 3, but 4 of 6 are in b
     low, high = interval(values, groups=["a", "a", "b", "b", "b", "b"])
-    # mean 7/3; of the sums (2, 12) about mean times size: -8/3 and 8/3; se = sqrt(2 * 128/9) / 6
-    reach = 12.7062 * math.sqrt(256 / 9) / 6
+    # mean 7/3; the sums (2, 12) about mean times size are -8/3 and 8/3, one has a third of all
+    reach = 12.7062 * math.sqrt(64 / 9 * (3 / 2 + 3)) / 6
     assert (low, high) == pytest.approx((7 / 3 - reach, 7 / 3 + reach), abs=1e-3)
 
 
@@ -69,6 +73,31 @@ def test_many_values_give_the_quantiles_of_the_studentised_means() -> None:
     found = interval(values, seed=3, n_bootstrap=500)
     assert found == pytest.approx((mean - upper * error, mean - lower * error))
     assert found[1] - mean > mean - found[0]  # values skewed to the right: further up
+
+
+def test_uneven_groups_give_students_interval() -> None:
+    """Ten values in one group and one in each of ten: as good as 20^2 / 110 = 3.64 groups."""
+    values, groups = np.arange(20.0), [0] * 10 + list(range(1, 11))
+    assert effective_groups(groups) == pytest.approx(400 / 110)
+    rest = np.array([values[:10].sum() - 95.0, *(values[10:] - 9.5)])
+    shares = np.array([10, *[1] * 10]) / 20
+    reach = t.ppf(0.975, 400 / 110 - 1) * math.sqrt((rest**2 / (1 - shares)).sum()) / 20
+    assert interval(values, groups=groups) == pytest.approx((9.5 - reach, 9.5 + reach))
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, pd.Series])
+def test_values_and_groups_are_lists_or_arrays_of_any_kind(make: Any) -> None:
+    """A value whose group is None is one of its own, as a pair is."""
+    values, groups = [1, 2, 4, 8, 5], [0, 0, 1, 2, 3]
+    expected = interval([float(value) for value in values], groups=groups)
+    assert interval(make(values), groups=make(groups)) == expected
+    assert interval(values, groups=[0, 0, None, None, None]) == expected
+    assert rank_p(3, make(values)) == rank_p(3.0, values)
+    for wrong in ([values], ["a", "b"]):
+        with pytest.raises(InputError, match="expected a list of numbers"):
+            interval(wrong)
+        with pytest.raises(InputError, match="expected a list of numbers"):
+            rank_p(1.0, wrong)
 
 
 def test_nearly_all_values_alike_give_students_interval() -> None:
@@ -181,9 +210,11 @@ def test_the_maximum_over_hooks_by_hand() -> None:
     assert found.tolist() == pytest.approx([1 / 5, 1.0])
     alone = max_rank_p(np.array([1.5]), nulls[:, :1])[0]
     assert alone == rank_p(1.5, nulls[:, 0]) == pytest.approx(2 / 5)
-    # A draw without a value at one hook counts at the other; one without any is left out.
+    # Where hooks have other draws each is a family; the other's p-values are multiples of 1/6.
     some = np.vstack([nulls, [[math.nan, 9000.0], [math.nan, math.nan]]])
-    assert max_rank_p(np.array([4.0, 500.0]), some)[0] == pytest.approx(2 / 6)
+    assert max_rank_p(np.array([4.0, 500.0]), some)[0] == pytest.approx(1 / 5 + 1 / 6)
+    for seen in (some[0], [9.0, 9e4]):
+        assert (least_max_rank_p(np.array(seen), some) <= max_rank_p(np.array(seen), some)).all()
     assert np.isnan(max_rank_p(np.array([1.0]), np.full((3, 1), math.nan))).all()
     assert np.isnan(max_rank_p(np.array([math.nan]), nulls[:, :1])).all()
 
@@ -200,6 +231,24 @@ def test_sign_flips_by_hand() -> None:
     assert math.isnan(family[2])
     # Two groups of two have four flips, two of them as far.
     assert flip_p(values[:1], groups="aabb", n_flips=20000)[0][0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_refits_move_a_draw_as_much_as_the_interval() -> None:
+    """Where the items are nearly alike: Student's t of the mean over the refits' spread."""
+    rows = 1 + 1e-6 * np.tile([1.0, -1.0], (2, 20))
+    refits = np.stack([np.tile([-1.0, 1.0], 100), np.full(200, math.nan)])
+    spread, df = refit_spread(refits, 9)
+    assert spread[0] == pytest.approx(math.sqrt(200 / 199 * 9 / 8))
+    assert df == pytest.approx(1 / (1 / 8 + 1 / 199))
+    alone, family = flip_p(rows, refits=refits, n_fitted=9, n_flips=20000)
+    assert alone[0] == pytest.approx(2 * t.sf(1 / spread[0], df), abs=0.02)
+    assert alone[1] == pytest.approx(1 / 20001)  # 40 of one sign
+    assert family[0] >= alone[0]
+    # Rows that vary together are one comparison.
+    together = flip_p(rows[[0, 0]], refits=refits[[0, 0]], n_fitted=9)
+    assert together[1].tolist() == together[0].tolist()
+    # One group of items, or of pairs, has no spread to be told by.
+    assert flip_p(rows, groups=[0] * 40, refits=refits, n_fitted=9)[0].tolist() == [1.0, 1.0]
 
 
 def test_the_smallest_effect_by_hand() -> None:

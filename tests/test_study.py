@@ -141,12 +141,12 @@ def test_labels_of_two_kinds_are_refused_where_they_would_be_averaged(
     llama: Any, many: sl.ContrastivePairs
 ) -> None:
     def with_continuations(n: int) -> sl.ContrastivePairs:
-        continued = [replace(pair, continuation="so warm") for pair in many[:n]] if n else []
-        return sl.ContrastivePairs((*continued, *many.pairs[n:]), "mixed")
+        continued = [replace(pair, continuation=" so warm") for pair in many[:n]] if n else []
+        return sl.ContrastivePairs((*continued, *many.pairs[n:8]), "mixed")
 
     def compare_on_positive(pairs: sl.ContrastivePairs) -> Any:
         items = sl.PreferenceItems(
-            tuple(sl.PreferenceItem(f"the {w} was", "warm", "cold", w) for w in ("sun", "day"))
+            tuple(sl.PreferenceItem(f"the {w} was", " warm", " cold", w) for w in ("sun", "day"))
         )
         given: dict[str, Any] = {"methods": "mean_diff", "layers": [1], "on": "positive"}
         return sl.compare(llama, pairs, items, n_null=2, n_bootstrap=2, **given)
@@ -159,7 +159,7 @@ def test_labels_of_two_kinds_are_refused_where_they_would_be_averaged(
         compare_on_positive,
     ]
     for measure in measures:
-        for n in (0, len(many)):
+        for n in (0, 8):
             measure(with_continuations(n))
-        with pytest.raises(InputError, match="3 of the kind 'continuation', 17 of the kind 'all'"):
+        with pytest.raises(InputError, match="3 of the kind 'continuation', 5 of the kind 'all'"):
             measure(with_continuations(3))

@@ -44,11 +44,7 @@ def numbers(table: pd.DataFrame) -> pd.DataFrame:
 @pytest.mark.parametrize(("name", "build"), [("llama", build_llama), ("gpt2", build_gpt2)])
 @pytest.mark.parametrize("position", [-1, 3])
 def test_cells_equal_bare_hugging_face_hooks(
-    request: pytest.FixtureRequest,
-    pairs: sl.ContrastivePairs,
-    name: str,
-    build: Any,
-    position: int,
+    request: pytest.FixtureRequest, pairs: sl.ContrastivePairs, name: str, build: Any, position: int
 ) -> None:
     model, hf_model = request.getfixturevalue(name), build()
     fitted = sl.fit_directions(sl.collect_differences(model, pairs, position=position))
@@ -82,10 +78,8 @@ def test_coefficient_0_is_the_unsteered_model_bit_for_bit(
     zero = table[table.coefficient == 0]
     assert table.baseline_logprob_nats.nunique() == 1
     assert (zero.logprob_nats == zero.baseline_logprob_nats).all()
-    assert (zero.degradation_nats == 0).all()
-    assert (zero.degradation_ci_low == 0).all()
-    assert (zero.degradation_ci_high == 0).all()
-    assert (zero.projection_shift == 0).all()
+    nothing = ["degradation_nats", "degradation_ci_low", "degradation_ci_high", "projection_shift"]
+    assert (zero[nothing] == 0).all(axis=None)
     assert (zero.coherent == "yes").all()
     tokenized = tokenize_pairs(llama, pairs)
     # The same batches through the bare model, with no hook of ours but the reading of a cache.
@@ -96,7 +90,7 @@ def test_coefficient_0_is_the_unsteered_model_bit_for_bit(
             (batch,) = make_batches(llama, prompts, 16)
             with torch.no_grad():
                 logits, cache = llama.run_with_cache(batch.tokens, **batch.forward_kwargs)
-            last = cache[row["readout_hook"]][torch.arange(8), batch.indices(-1)]
+            last = cache[row["readout_hook"]][torch.arange(8), batch.reading(-1)]
             order = torch.tensor(batch.rows).argsort()
             sides.append(last[order].double())
             if prompts is tokenized.positive:
@@ -105,8 +99,7 @@ def test_coefficient_0_is_the_unsteered_model_bit_for_bit(
         assert row["logprob_nats"] == logprob.double().mean().item()
     # Control: the smallest step already moves every one of these.
     moved = table[table.coefficient != 0]
-    assert (moved.degradation_nats != 0).all()
-    assert (moved.projection_shift != 0).all()
+    assert (moved[["degradation_nats", "projection_shift"]] != 0).all(axis=None)
 
 
 def test_at_the_readout_the_difference_moves_by_twice_the_coefficient(swept: Swept) -> None:
@@ -118,21 +111,19 @@ def test_at_the_readout_the_difference_moves_by_twice_the_coefficient(swept: Swe
         assert rows.projection_shift.iloc[1] == pytest.approx(1.5, abs=1e-4)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_padding_side_and_batch_size_change_nothing(
-    tiny: Any, pairs: sl.ContrastivePairs, side: str, batch_size: int
-) -> None:
-    expected = sl.collect_differences(tiny, pairs, batch_size=1)
-    fitted = sl.fit_directions(expected)
-    reference = sl.sweep(tiny, pairs, fitted, coefficients=[-1, 2], batch_size=1).table
-    with padding(tiny, side):
-        differences = sl.collect_differences(tiny, pairs, batch_size=batch_size)
-        found = sl.sweep(tiny, pairs, fitted, coefficients=[-1, 2], batch_size=batch_size).table
-    torch.testing.assert_close(differences.positive, expected.positive, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(differences.negative, expected.negative, rtol=1e-4, atol=1e-4)
-    columns = [c for c in numbers(found) if c not in ("coherence_penalty", "loss")]
-    np.testing.assert_allclose(found[columns], reference[columns], rtol=1e-4, atol=1e-4)
+def test_padding_side_and_batch_size_change_nothing(tiny: Any, pairs: sl.ContrastivePairs) -> None:
+    options: dict[str, Any] = {"coefficients": [-1, 2], "n_bootstrap": 20}
+    alone = sl.collect_differences(tiny, pairs, batch_size=1)  # without padding
+    fitted = sl.fit_directions(alone)
+    expected = sl.sweep(tiny, pairs, fitted, batch_size=1, **options).table
+    for side in ("left", "right"):
+        with padding(tiny, side):
+            together = sl.collect_differences(tiny, pairs, batch_size=7)
+            found = sl.sweep(tiny, pairs, fitted, batch_size=7, **options).table
+        torch.testing.assert_close(together.positive, alone.positive, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(together.negative, alone.negative, rtol=1e-4, atol=1e-4)
+        columns = [c for c in numbers(found) if c not in ("coherence_penalty", "loss")]
+        np.testing.assert_allclose(found[columns], expected[columns], rtol=1e-4, atol=1e-4)
 
 
 def test_logits_are_bit_equal_after_a_sweep_and_after_an_exception_inside_one(
@@ -167,7 +158,7 @@ def test_logits_are_bit_equal_after_a_sweep_and_after_an_exception_inside_one(
 def test_continuation_tokens_are_the_labels(llama: Any) -> None:
     prompts = ["you are cheerful the river was", "you are kind it went", "I felt cheerful"]
     against = ["you are gloomy the river was", "you are rude it went", "I felt gloomy"]
-    after = ["warm and good", "very good", "so good today"]
+    after = [" warm and good", " very good", " so good today"]
     pairs = sl.ContrastivePairs.from_lists(prompts, against, after)
     fitted = sl.fit_directions(sl.collect_differences(llama, pairs))
     table = sl.sweep(llama, pairs, fitted, coefficients=[0, 1]).table
@@ -193,7 +184,7 @@ def test_steering_the_continuation_leaves_the_prompt_alone(llama: Any) -> None:
     pairs = sl.ContrastivePairs.from_lists(
         ["you are cheerful it was", "you are kind"],
         ["you are gloomy it was", "you are rude"],
-        ["warm and good", "very good"],
+        [" warm and good", " very good"],
     )
     fitted = sl.fit_directions(sl.collect_differences(llama, pairs))
     options: dict[str, Any] = {"layers": [1], "coefficients": [0, 4]}
@@ -263,8 +254,7 @@ def test_overflowing_cell_is_undefined_and_the_rest_is_kept(pairs: sl.Contrastiv
     with pytest.warns(RuntimeWarning, match="NaN or inf at coefficient 1e"):
         table = sl.sweep(model, pairs, fitted, layers=[0], coefficients=[1, 1e6, 0]).table
     bad = table[table.coefficient == 1e6].iloc[0]
-    assert np.isnan(bad.projection)
-    assert np.isnan(bad.degradation_ci_low)
+    assert bad[["projection", "degradation_ci_low"]].isna().all()
     assert bad.coherent == "no"
     good = table[table.coefficient != 1e6].drop(columns=["hook_name", "readout_hook"])
     assert good.notna().all(axis=None)
@@ -369,78 +359,6 @@ def test_repeats_make_no_interval_narrower(
     assert (found.table.n_groups == 8).all()
 
 
-def test_layer_table_by_hand() -> None:
-    """Differences (3, 4) and (0, 1) against the direction (0.6, 0.8): projections 5 and 0.8."""
-    from steerlens.engine.workload import Baseline
-    from steerlens.measure.rows import layer_row
-    from steerlens.measure.settings import StudySettings
-
-    name = "blocks.0.hook_resid_post"
-    settings = StudySettings(
-        hook_names=(name,),
-        position=-1,
-        steered_positions="all",
-        labels="all",
-        own_tokens=None,
-        budget="relative=0.01",
-        margin=0.99,
-        weight=10000.0,
-        n_bootstrap=500,
-        seed=0,
-        batch_size=None,
-    )
-    baseline = Baseline(
-        (name,),
-        torch.tensor([[[3.0, 4.0], [0.0, 1.0]]]),
-        torch.tensor([[[0.0, 0.0], [0.0, 0.0]]]),
-        torch.tensor([-2.0, -4.0]),
-    )
-    row = layer_row(name, baseline, torch.tensor([0.6, 0.8]), settings, (0, 1))
-    expected = {
-        "separation": 3.0,
-        "projection": 2.9,
-        "projection_std": 4.2 / 2**0.5,
-        "agreement": (1 + 0.8) / 2,
-        "explained_variance": (25 + 0.64) / 26,
-        "resid_norm": (5 + 1) / 4,
-        "logprob_nats": -3.0,
-        "coherence_penalty": 10.0,
-        "loss": 7.0,
-    }
-    for column, value in expected.items():
-        assert row[column] == pytest.approx(value, rel=1e-6), column
-    # Of two values their mean, and 12.71 (Student's t) times half of their distance.
-    ends = {
-        "separation": (3, 2),
-        "projection": (2.9, 2.1),
-        "agreement": (0.9, 0.1),
-        "explained_variance": (25.64 / 26, 0.36 * 25 / 26 * 2 / 26),
-        "resid_norm": (1.5, 1.0),
-    }
-    for column, (mean, error) in ends.items():
-        found = row[f"{column}_ci_low"], row[f"{column}_ci_high"]
-        expected_ends = (mean - 12.7062 * error, mean + 12.7062 * error)
-        assert found == pytest.approx(expected_ends, rel=1e-5), column
-
-
-def test_points_by_hand() -> None:
-    """Differences (3, 4) and (0, 1) on the direction (1, 0) and what is orthogonal to it."""
-    from steerlens.engine.workload import Baseline
-    from steerlens.measure.rows import point_rows
-
-    name = "blocks.2.hook_resid_post"
-    states = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
-    baseline = Baseline((name,), states, torch.zeros_like(states), torch.zeros(2))
-    rows = point_rows(name, baseline, torch.tensor([1.0, 0.0]), ["a", "b"])
-    assert [(row["pair"], row["layer"]) for row in rows] == [("a", 2), ("b", 2)]
-    found = [[row[column] for column in ("along", "across", "separation")] for row in rows]
-    assert np.array(found) == pytest.approx(np.array([[3.0, 4.0, 5.0], [0.0, 1.0, 1.0]]))
-    # Along the direction alone nothing is left for a second axis.
-    flat = replace(baseline, positive=states * torch.tensor([1.0, 0.0]))
-    rows = point_rows(name, flat, torch.tensor([1.0, 0.0]), ["a", "b"])
-    assert [math.isnan(row["across"]) for row in rows] == [True, True]
-
-
 def test_points_are_those_of_the_layer_table(pairs: sl.ContrastivePairs, swept: Swept) -> None:
     result = swept(coefficients=[0])
     by_hook = result.points.groupby("hook_name", sort=False)
@@ -459,11 +377,7 @@ def test_other_hooks_of_a_block_can_be_swept(llama: Any, pairs: sl.ContrastivePa
 
 def test_progress_counts_every_cell(swept: Swept) -> None:
     seen: list[tuple[str, int, int]] = []
-    swept(
-        layers="0:3",
-        coefficients=[0, 1],
-        progress=lambda *told: seen.append(told),
-    )
+    swept(layers="0:3", coefficients=[0, 1], progress=lambda *told: seen.append(told))
     assert [told for told in seen if told[0] == "cells"] == [("cells", i, 6) for i in range(7)]
     assert list(dict.fromkeys(what for what, _, _ in seen)) == [
         *("unsteered model: prompts", "checks: hooks", "cells")
@@ -485,27 +399,27 @@ def test_model_in_training_mode_is_measured_without_dropout(pairs: sl.Contrastiv
     pd.testing.assert_frame_equal(found, expected)
 
 
-@pytest.mark.parametrize("coefficient", [1e20, 1e30, 1e38, 1e300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_push_whose_square_overflows_is_not_coherent(
-    pairs: sl.ContrastivePairs, coefficient: float, dtype: torch.dtype
+    pairs: sl.ContrastivePairs, dtype: torch.dtype
 ) -> None:
     """A norm makes finite logits of it, so the budget alone would take it."""
+    huge = [1e20, 1e30, 1e38, 1e300]
     model = bridge(build_llama(n_layers=3, dtype=dtype), dtype=dtype)
     directions = sl.fit_directions(sl.collect_differences(model, pairs[:4]))
     settings = {"layers": [1], "budget": "nats=1000", "n_bootstrap": 20}
     with pytest.warns(RuntimeWarning, match="NaN or inf"):
         table = sl.sweep(
             *(model, pairs[:4], directions),
-            coefficients=[1.0, -coefficient, coefficient],
+            coefficients=[1.0, *(-c for c in huge), *huge],
             **settings,
         ).table
-    assert table.coherent.tolist() == ["yes", "no", "no"]
-    assert table.degradation_nats.isna().tolist() == [False, True, True]
+    assert table.coherent.tolist() == ["yes", *["no"] * 8]
+    assert table.degradation_nats.isna().tolist() == [False, *[True] * 8]
     tokens = sl.token_damage(
-        model, ["the river was"], directions, layer=1, coefficients=[1.0, coefficient]
+        model, ["the river was"], directions, layer=1, coefficients=[1.0, *huge]
     )
-    assert tokens.groupby("coefficient").kl_nats.count().tolist() == [3, 0]
+    assert tokens.groupby("coefficient").kl_nats.count().tolist() == [3, 0, 0, 0, 0]
 
 
 def test_autocast_around_a_sweep_changes_nothing(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import bridge, build_gpt2, build_llama, build_tokenizer
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as kinds
 
 import steerlens as sl
@@ -139,37 +139,134 @@ def sentence_piece() -> Any:
     return saved(tokenizer)
 
 
+def llama_2() -> Any:
+    """The same by a normalizer, with bytes for what it has not."""
+    vocab = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *"abkno"]
+    merges = [("o", "k"), ("\u2581", "ok"), ("n", "ok"), ("b", "b")]
+    vocab += ["".join(pair) for pair in merges]
+    ids = {token: i for i, token in enumerate(vocab)}
+    tokenizer = Tokenizer(kinds.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return saved(tokenizer)
+
+
+def byte_level() -> Any:
+    """As GPT-2's: a space belongs to the word after it, and bytes are letters."""
+    tokenizer = Tokenizer(kinds.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = ["an ok bank ok ok nok b(ok"] * 3
+    trainer = trainers.BpeTrainer(
+        vocab_size=290,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return saved(tokenizer)
+
+
+TOKENIZERS = {
+    "sentence_piece": sentence_piece,
+    "llama_2": llama_2,
+    "byte_level": byte_level,
+    "byte_fallback": lambda: byte_tokenizer(),
+}
+
+
+@pytest.fixture(scope="module", params=TOKENIZERS)
+def cutting(request: pytest.FixtureRequest) -> Any:
+    return with_tokenizer(request.param)
+
+
+def with_tokenizer(kind: str) -> Any:
+    """A model with that kind of tokenizer."""
+    hf_model = build_llama(n_layers=3)
+    hf_model.resize_token_embeddings(320)
+    return bridge(hf_model, TOKENIZERS[kind]())
+
+
 @pytest.mark.parametrize(
-    ("prompt", "continuation", "tokens"),
+    ("prompt", "continuation"),
     [
-        ("a", " ok", ["\u2581ok"]),
-        ("a ", "b", ["b"]),
-        ("a", "b", ["b"]),
-        ("a", "ok", ["ok"]),  # alone it would be "\u2581ok", another word
+        ("an", " ok"),
+        ("a", "b"),
+        ("a", "ok"),  # alone it would be "\u2581ok", another word
+        ("ok ok", " na\u00efve \U0001f600 ok"),
+        ("ok \u4f60", "\u597d ok"),
     ],
 )
 def test_a_continuation_is_what_it_is_in_the_whole_text(
-    prompt: str, continuation: str, tokens: list[str]
+    cutting: Any, prompt: str, continuation: str
 ) -> None:
-    model = bridge(build_gpt2(), sentence_piece())
-    found = sl.engine.tokenize_prompt(model, prompt, continuation)
-    assert model.tokenizer.convert_ids_to_tokens(list(found.continuation)) == tokens
-    whole = model.tokenizer(prompt + continuation, add_special_tokens=False)["input_ids"]
-    assert [*found.prompt[1:], *found.continuation] == whole
+    """The oracle: the whole text tokenised once and run by Hugging Face's own model."""
+    found = sl.engine.tokenize_prompt(cutting, prompt, continuation)
+    tokenizer, bos = cutting.tokenizer, cutting.tokenizer.bos_token_id
+    whole = tokenizer(prompt + continuation, add_special_tokens=False)["input_ids"]
+    assert found.ids == (bos, *whole)
+    assert found.prompt == sl.engine.tokenize_prompt(cutting, prompt).prompt
+    if tokenizer.unk_token_id not in whole:
+        assert tokenizer.decode(found.continuation).strip() == continuation.strip()
+    pairs = sl.ContrastivePairs.from_lists([prompt] * 2, ["b", "bo"], [continuation] * 2)
+    directions = {"blocks.1.hook_resid_post": torch.eye(32)[0]}
+    measured = sl.Study(cutting, pairs, sl.SteeringVector.from_vectors(directions)).baseline
+    hugging_face = getattr(cutting, "original_model", None)
+    if hugging_face is not None:
+        with torch.no_grad():
+            logprobs = hugging_face(torch.tensor([[bos, *whole]])).logits[0].log_softmax(dim=-1)
+        of_tokens = logprobs[range(len(whole)), whole][-len(found.continuation) :]
+        torch.testing.assert_close(measured.logprob, of_tokens.mean().expand(2))
 
 
-def test_a_continuation_that_cannot_be_cut_off_is_refused() -> None:
-    model = bridge(build_gpt2(), sentence_piece())
-    joined, apart = (
-        sl.PreferenceItems(
-            tuple(sl.PreferenceItem(prompt, text, "b", id=prompt) for prompt in ("a", "an"))
-        )
-        for text in ("ok", " ok")
+@pytest.mark.parametrize(
+    ("kind", "prompt", "continuation", "straddling", "prompt_back"),
+    [
+        ("sentence_piece", "an", "ok", "nok", "a"),
+        ("llama_2", "an", "ok", "nok", "a"),
+        ("llama_2", "a ", "ok", "\u2581ok", "a"),  # as with a space at the end of a prompt
+        ("byte_level", "an ", "ok", "\u0120ok", "an"),
+    ],
+)
+def test_a_token_on_both_sides_of_the_cut(
+    kind: str, prompt: str, continuation: str, straddling: str, prompt_back: str
+) -> None:
+    """An error that shows it, or by choice the first token of the continuation."""
+    model = with_tokenizer(kind)
+    items = sl.PreferenceItems(
+        tuple(sl.PreferenceItem(prompt, continuation, "b", id=i) for i in "xy")
     )
-    with pytest.raises(InputError, match="'ok' cannot be cut off from the prompt of item 'an'"):
-        sl.engine.tokenize_items(model, joined)
-    positive, _ = sl.engine.tokenize_items(model, apart)
-    assert model.tokenizer.decode(positive[1].continuation) == "ok"
+    pairs = sl.ContrastivePairs.from_lists(
+        [prompt] * 2, ["b" + prompt] * 2, [continuation, continuation * 2]
+    )
+    message = f"{continuation!r} cannot be cut off from the .*one token, '{straddling}' .* becomes"
+    for tokenize, given in (
+        (sl.engine.tokenize_items, items),
+        (sl.engine.tokenize_pairs, pairs),
+    ):
+        with pytest.raises(InputError, match=message):
+            tokenize(model, given)
+    sl.data.set_rendering(model.tokenizer, straddle="back")
+    assert sl.provenance(model).rendering == '{"straddle": "back"}'
+    sides = sl.engine.tokenize_items(model, items)
+    whole = model.tokenizer(prompt + continuation, add_special_tokens=False)["input_ids"]
+    names = model.tokenizer.convert_ids_to_tokens
+    for side, text in zip(sides, (continuation, "b"), strict=True):
+        assert side[0].prompt == sl.engine.tokenize_prompt(model, prompt_back).prompt
+        assert model.tokenizer.decode(side[0].ids[1:]).strip() == prompt + text
+    assert [*sides[0][0].ids[1:]] == whole
+    assert names(sides[0][0].continuation[0]) == straddling
+    tokenized = sl.engine.tokenize_pairs(model, pairs)
+    assert tokenized.positive[0].ids == sides[0][0].ids
+    # Both sides are read before the same continuation.
+    assert tokenized.negative[0].prompt == (
+        sl.engine.tokenize_prompt(model, "b" + prompt_back).prompt
+    )
+    assert tokenized.negative[0].continuation == ()
 
 
 # Text of any script
@@ -204,7 +301,7 @@ def test_pairs_and_tokens_of_any_script(byte_model: Any) -> None:
 
 @pytest.mark.parametrize("n_after", [0, 3])
 def test_a_full_context_is_measured_and_one_token_more_is_not(llama: Any, n_after: int) -> None:
-    after = [" ".join(["so"] * n_after)] * 2 if n_after else None
+    after = [" so" * n_after] * 2 if n_after else None
     for more in (0, 1):
         words = ["very"] * (N_CTX - 2 - n_after + more)
         pairs = sl.ContrastivePairs.from_lists(

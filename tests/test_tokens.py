@@ -119,17 +119,16 @@ def test_the_bos_that_transformer_lens_chooses_is_used() -> None:
 @pytest.mark.parametrize("prompt", ["the river was", CHAT], ids=["text", "chat"])
 def test_the_continuation_follows_the_prompt(tiny: Any, prompt: Any) -> None:
     alone = tokenize_prompt(tiny, prompt)
-    whole = tokenize_prompt(tiny, prompt, "warm and good")
+    whole = tokenize_prompt(tiny, prompt, " warm and good")
     assert alone.continuation == ()
     assert whole.prompt == alone.prompt
-    # The ids of the text after BOS: a continuation begins no new text.
     assert whole.continuation == tuple(tiny.to_tokens("warm and good")[0, 1:].tolist())
     assert len(whole) == len(alone) + 3
 
 
 def test_pairs_keep_order_and_only_positive_prompts_have_continuations(llama: Any) -> None:
     pairs = ContrastivePairs.from_lists(
-        ["you are kind", "cheerful"], ["you are rude", "gloomy"], ["so", "very good"]
+        ["you are kind", "cheerful"], ["you are rude", "gloomy"], [" so", " very good"]
     )
     tokenized = tokenize_pairs(llama, pairs)
     for side in ("positive", "negative"):
@@ -147,7 +146,7 @@ def test_prompts_of_the_same_ids_are_refused(llama: Any) -> None:
     # The continuation follows the positive prompt only, so it makes no difference between them.
     with pytest.raises(InputError, match="pair '2' tokenise to the same ids"):
         tokenize_pairs(
-            llama, ContrastivePairs.from_lists(words, ["I am", "you are qqq"], ["so", "so"])
+            llama, ContrastivePairs.from_lists(words, ["I am", "you are qqq"], [" so", " so"])
         )
     tokenized = tokenize_pairs(llama, ContrastivePairs.from_lists(words, ["I am", "you are kind"]))
     assert tokenized.positive[1].prompt != tokenized.negative[1].prompt
@@ -155,7 +154,7 @@ def test_prompts_of_the_same_ids_are_refused(llama: Any) -> None:
 
 @pytest.mark.parametrize("n_after", [0, 1, 10])
 def test_a_prompt_fits_the_context_to_the_last_token(tiny: Any, n_after: int) -> None:
-    after = " ".join(["so"] * n_after) or None
+    after = " so" * n_after or None
     n_words = N_CTX - 1 - n_after  # The first token is BOS.
     whole = tokenize_prompt(tiny, " ".join(["very"] * n_words), after)
     assert len(whole) == N_CTX
@@ -266,7 +265,7 @@ def test_split_batches_are_the_whole_prompts_in_two(
         mask = torch.cat([head.attention_mask, tail.attention_mask], dim=1)
         for prompt, ids, real in zip(head.prompts, joined, mask, strict=True):
             assert tuple(ids[real].tolist()) == prompt.prompt + prompt.continuation
-        columns = tail.indices(-1)
+        columns = tail.reading(-1)
         assert columns.tolist() == [0] * len(tail.rows)
         for i, prompt in enumerate(tail.prompts):
             n_after = len(prompt.continuation)
@@ -291,12 +290,12 @@ def test_a_position_hits_the_same_token_whatever_the_padding(
         (batch,) = make_batches(gpt2, prompts, len(prompts))
     shortest = min(n_prompt for n_prompt, _ in lengths)
     position = data.draw(st.integers(-shortest, shortest - 1))
-    columns = batch.indices(position)
+    columns = batch.reading(position)
     hit = batch.tokens[torch.arange(len(columns)), columns]
     assert hit.tolist() == [prompt.prompt[position] for prompt in batch.prompts]
     for outside in (-shortest - 1, shortest):
         with pytest.raises(InputError, match=f"position {outside} is outside the prompt"):
-            batch.indices(outside)
+            batch.reading(outside)
 
 
 @pytest.mark.parametrize(("position", "index"), [(0, 0), (2, 2), (-1, 2), (-3, 0)])
@@ -307,10 +306,10 @@ def test_index_counts_in_the_prompt_and_not_in_its_continuation(position: int, i
 
 @pytest.mark.parametrize("side", SIDES)
 def test_a_position_outside_a_prompt_is_named(llama: Any, side: str) -> None:
-    pairs = ContrastivePairs.from_records(
+    pairs = ContrastivePairs.load(
         [
             {"positive": "the river was kind", "negative": "the rain", "id": "long"},
-            {"positive": "kind", "negative": "rude", "id": "short", "continuation": "and so on"},
+            {"positive": "kind", "negative": "rude", "id": "short", "continuation": " and so on"},
         ]
     )
     with padding(llama, side):
@@ -321,9 +320,9 @@ def test_a_position_outside_a_prompt_is_named(llama: Any, side: str) -> None:
             match=f"position {position} is outside the positive prompt of pair 'short', which has "
             "2 tokens",
         ):
-            batch.indices(position)
+            batch.reading(position)
     for position, words in ((1, ["the", "kind"]), (-2, ["was", "<s>"])):
-        hit = batch.tokens[torch.arange(2), batch.indices(position)].tolist()
+        hit = batch.tokens[torch.arange(2), batch.reading(position)].tolist()
         assert llama.tokenizer.convert_ids_to_tokens(hit) == words
 
 
@@ -402,11 +401,19 @@ def test_steering_after_the_prompt_needs_every_continuation(positions: str) -> N
     for n_after in ((0, 0), (2, 0)):
         with pytest.raises(InputError, match=f"steering at '{positions}' .* no continuation"):
             check_steered_positions(positions, tokenized(*n_after))
-    check_steered_positions(positions, tokenized(2, 1))
+    check_steered_positions(positions, tokenized(2, 2))
+
+
+def test_the_only_label_must_come_after_what_is_steered() -> None:
+    """The logprob of the continuation's first token is that of the logits before it."""
+    with pytest.raises(InputError, match="labels after the first token there, and no prompt has"):
+        check_steered_positions("continuation", tokenized(1, 1))
+    check_steered_positions("continuation", tokenized(2, 1))
+    check_steered_positions("last", tokenized(1, 1))
 
 
 def test_unknown_steered_positions_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"'continuation', 'last'.* not 'first'"):
+    with pytest.raises(InputError, match=r"all, prompt, last.* not 'first'"):
         check_steered_positions("first", tokenized(2, 1))
     check_steered_positions("all", tokenized(2, 1))
 

@@ -39,7 +39,7 @@ def items() -> PreferenceItems:
     words = "walk sun rain soup bread night day river it you".split()
     return PreferenceItems(
         tuple(
-            PreferenceItem(f"you said the {word} was", "warm and good", "so cold", word)
+            PreferenceItem(f"you said the {word} was", " warm and good", " so cold", word)
             for word in words
         )
     )
@@ -338,9 +338,7 @@ def test_the_history_is_what_a_sweep_measures(llama: Any, many: sl.ContrastivePa
     chosen = [many[int(i)] for i in sorted(order[:4])]
     few = sl.ContrastivePairs(tuple(chosen), "few")
     cells = sl.sweep(
-        *(llama, few, trained.directions),
-        coefficients=[0, trained.norms[HOOK]],
-        n_bootstrap=50,
+        *(llama, few, trained.directions), coefficients=[0, trained.norms[HOOK]], n_bootstrap=50
     ).table
     first = held_out(trained).iloc[0]
     for row, (_, cell) in zip((first, last), cells.iterrows(), strict=True):
@@ -379,7 +377,7 @@ def test_fit_takes_every_kind_of_method(
     assert fit(llama, pairs, method="gradient_svd", layers=[1]).position == -2
     assert fit(llama, pairs, method="fisher_pullback", layers=[1]).method == "fisher_pullback"
     ended = sl.ContrastivePairs(
-        tuple(replace(pair, continuation="the sun") for pair in pairs), "ended"
+        tuple(replace(pair, continuation=" the sun") for pair in pairs), "ended"
     )
     assert fit(llama, ended, method="gradient_svd", layers=[1]).position == -1
     trained = fit(llama, pairs, method="optimised_preference", layers=[1], items=items)

@@ -56,7 +56,7 @@ def by_hand(
     return torch.stack(activations).double(), np.array(logprobs)
 
 
-@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("layer", [1, 3])  # read elsewhere, and where it adds
 def test_a_vector_that_adds_at_one_hook_is_measured_as_its_direction(
     llama: Any, pairs: sl.ContrastivePairs, directions: sl.Directions, made: Made, layer: int
 ) -> None:
@@ -80,14 +80,19 @@ def test_a_vector_that_adds_at_one_hook_is_measured_as_its_direction(
         "forward_equivalents": 0,
         "directions_seed": directions.seed,
     }
-    # A coefficient is that of the vector: of one twice as long half of it does the same.
-    half = sl.sweep(llama, pairs, 2 * vector, readout=directions, coefficients=[-1, 1.5], **FAST)
-    rows = swept.table[swept.table.coefficient != 0].reset_index(drop=True)
-    pd.testing.assert_frame_equal(
-        half.table.drop(columns="coefficient"), rows.drop(columns="coefficient"), rtol=1e-5
+
+
+def test_half_the_coefficient_of_a_vector_twice_as_long_does_the_same(
+    llama: Any, pairs: sl.ContrastivePairs, made: Made
+) -> None:
+    studies = [sl.Study(llama, pairs[:4], vector, **FAST) for vector in (made(1), 2 * made(1))]
+    once, twice = (
+        study.sweep(c).table.drop(columns="coefficient")
+        for study, c in zip(studies, ([-2, 3], [-1, 1.5]), strict=True)
     )
-    found_twice = sl.find_boundary(llama, pairs, 2 * vector, readout=directions, **FAST).layers
-    assert found_twice.boundary_pos[0] == pytest.approx(found.layers.boundary_pos[0] / 2, rel=1e-3)
+    pd.testing.assert_frame_equal(twice, once, rtol=1e-5)
+    first, second = (study.boundary().layers.boundary_pos[0] for study in studies)
+    assert second == pytest.approx(first / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +211,7 @@ def test_the_boundary_of_any_operator_is_that_of_brute_force(
 def test_a_second_hook_that_does_nothing_changes_no_boundary(
     llama: Any, many: sl.ContrastivePairs, made: Made, budget: str
 ) -> None:
-    few = many[:3]
+    few = many[:2]
     alone = sl.find_boundary(llama, few, made(1), budget=budget, **FAST).layers
     both = made(1, 3, scale=torch.tensor([1.0, 1e-7]))
     study = sl.Study(llama, few, both, budget=budget, **FAST)

@@ -97,6 +97,12 @@ def swept(loaded: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions) -> Swe
     return run
 
 
+@pytest.fixture(scope="session")
+def serial(swept: Swept) -> sl.measure.SweepResult:
+    """That sweep, in this process."""
+    return swept()
+
+
 def assert_same(found: pd.DataFrame, expected: pd.DataFrame) -> None:
     """To the bit, and the same attrs."""
     assert found.to_csv() == expected.to_csv()
@@ -114,25 +120,21 @@ def test_a_sweep_in_processes_has_the_same_bytes(
     pool: ProcessPoolExecutor,
     positions: Any,
     swept: Swept,
+    serial: Any,
 ) -> None:
     given = pairs if positions == "all" else continued
     options: dict[str, Any] = {"steered_positions": positions, "pairs": given}
-    expected = swept(**options)
+    expected = serial if positions == "all" else swept(**options)
     found = swept(**options, executor=pool)
     for name in ("table", "layers", "points"):
         assert_same(getattr(found, name), getattr(expected, name))
     assert found.table.projection.nunique() > 10
 
 
-@pytest.mark.parametrize("budget", ["relative=0.02", "kl=0.05"])
 def test_a_boundary_in_processes_has_the_same_bytes(
-    loaded: Any,
-    pairs: sl.ContrastivePairs,
-    fitted: sl.Directions,
-    pool: ProcessPoolExecutor,
-    budget: str,
+    loaded: Any, pairs: sl.ContrastivePairs, fitted: sl.Directions, pool: ProcessPoolExecutor
 ) -> None:
-    options: dict[str, Any] = {"budget": budget, "n_bootstrap": 50}
+    options: dict[str, Any] = {"budget": "kl=0.05", "n_bootstrap": 50}
     expected = sl.find_boundary(loaded, pairs, fitted, **options)
     found = sl.find_boundary(loaded, pairs, fitted, **options, executor=pool)
     assert_same(found.layers, expected.layers)
@@ -144,9 +146,9 @@ def test_a_comparison_in_processes_has_the_same_bytes(
 ) -> None:
     items = sl.PreferenceItems(
         (
-            sl.PreferenceItem("you felt", "warm and good", "so cold", "1"),
-            sl.PreferenceItem("the river was", "good", "cold", "2"),
-            sl.PreferenceItem("I said it was", "kind", "very bad", "3"),
+            sl.PreferenceItem("you felt", " warm and good", " so cold", "1"),
+            sl.PreferenceItem("the river was", " good", " cold", "2"),
+            sl.PreferenceItem("I said it was", " kind", " very bad", "3"),
         ),
         "feelings",
     )
@@ -175,21 +177,18 @@ def test_a_vector_in_a_worker_has_the_same_bytes(
     assert_same(found.table, sl.sweep(loaded, pairs, vector, **options).table)
 
 
-def test_threads_take_turns_and_give_the_same_bytes(swept: Swept) -> None:
+def test_threads_take_turns_and_give_the_same_bytes(swept: Swept, serial: Any) -> None:
     with ThreadPoolExecutor(3) as executor:
         found = swept(executor=executor)
-    assert_same(found.table, swept().table)
+    assert_same(found.table, serial.table)
 
 
-def test_a_task_is_a_hook_and_their_order_changes_nothing(
-    swept: Swept,
-) -> None:
+def test_a_task_is_a_hook_and_their_order_changes_nothing(swept: Swept, serial: Any) -> None:
     """Also where a worker goes back to an earlier layer."""
-    expected = swept()
-    executor = LastFirst(expected.table.hook_name.nunique())
+    executor = LastFirst(serial.table.hook_name.nunique())
     found = swept(executor=executor)
-    assert len(executor.kept) == expected.table.hook_name.nunique() > 2
-    assert_same(found.table, expected.table)
+    assert len(executor.kept) == serial.table.hook_name.nunique() > 2
+    assert_same(found.table, serial.table)
 
 
 def test_a_worker_runs_the_unsteered_blocks_once(
@@ -224,9 +223,8 @@ def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
 
 
 def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(
-    monkeypatch: pytest.MonkeyPatch, swept: Swept
+    monkeypatch: pytest.MonkeyPatch, swept: Swept, serial: Any
 ) -> None:
-    expected = swept()
     monkeypatch.setattr("steerlens.engine.plan.n_skippable", lambda model: 0)
     with pytest.warns(RuntimeWarning, match="not one list"):
         plainly = swept()
@@ -234,12 +232,13 @@ def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(
         found = swept(executor=Inline())
     assert_same(found.table, plainly.table)
     cost = found.table.attrs["forward_equivalents"]
-    assert cost > expected.table.attrs["forward_equivalents"]
+    assert cost > serial.table.attrs["forward_equivalents"]
 
 
-def test_a_workers_warnings_are_given_here(monkeypatch: pytest.MonkeyPatch, swept: Swept) -> None:
+def test_a_workers_warnings_are_given_here(
+    monkeypatch: pytest.MonkeyPatch, swept: Swept, serial: Any
+) -> None:
     """The first pass of every worker runs out of memory."""
-    expected = swept()
     real, failed = cells.start_cells, []
 
     def short(*args: Any) -> Any:
@@ -253,7 +252,7 @@ def test_a_workers_warnings_are_given_here(monkeypatch: pytest.MonkeyPatch, swep
     monkeypatch.setattr(cells, "start_cells", short)
     with pytest.warns(RuntimeWarning, match="half of it"):
         found = swept(executor=Inline())
-    assert_same(found.table, expected.table)
+    assert_same(found.table, serial.table)
 
 
 # What cannot be given to workers
@@ -381,8 +380,10 @@ def client() -> Iterator[Any]:
         yield client
 
 
-def test_the_same_bytes_also_when_a_worker_is_killed_in_mid_run(client: Any, swept: Swept) -> None:
-    expected = swept().table.to_csv()
+def test_the_same_bytes_also_when_a_worker_is_killed_in_mid_run(
+    client: Any, swept: Swept, serial: Any
+) -> None:
+    expected = serial.table.to_csv()
     executor = client.get_executor()
     assert swept(executor=executor).table.to_csv() == expected
     pids = client.run(os.getpid)

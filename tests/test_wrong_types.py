@@ -9,12 +9,17 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import jaxtyping
 import pytest
 import torch
-from jaxtyping import TypeCheckError
+from beartype import beartype
+from jaxtyping import Float, TypeCheckError
+from torch import Tensor
 
 import steerlens as sl
 from steerlens.loss import mean_by_prompt
@@ -162,3 +167,20 @@ def test_what_checks_types_in_the_tests_does_not_hide_it(call: str) -> None:
         eval(call, names)
     with pytest.raises(TypeCheckError):
         mean_by_prompt("x", "y")  # it is on, inside the package
+
+
+def test_shapes_are_checked_of_a_function_however_often_it_is_made() -> None:
+    """As inside the package, where hooks are: see `jaxtyped_once` in the other conftest.py."""
+
+    def made(is_right: bool) -> Callable[..., Any]:
+        @jaxtyping.jaxtyped(typechecker=beartype)
+        def turned(x: Float[Tensor, "a b"]) -> Float[Tensor, "b a"]:
+            return x.T if is_right else x
+
+        return turned
+
+    assert [made(True)(torch.ones(2, 3)).shape for _ in range(2)] == [(3, 2)] * 2
+    with pytest.raises(TypeCheckError):
+        made(True)(torch.ones(3))
+    with pytest.raises(TypeCheckError):
+        made(False)(torch.ones(2, 3))

@@ -81,11 +81,7 @@ ZOO: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "OPT": ("ReLU, shifted positions", transformers.OPTConfig, OPT),
     "BLOOM": ("ALiBi", transformers.BloomConfig, BLOOM),
     "Llama": ("grouped-query attention", transformers.LlamaConfig, GROUPED),
-    "Mistral": (
-        "sliding window",
-        transformers.MistralConfig,
-        GROUPED | {"sliding_window": WINDOW},
-    ),
+    "Mistral": ("sliding window", transformers.MistralConfig, GROUPED | {"sliding_window": WINDOW}),
     "Qwen2": ("biases on queries, keys, values", transformers.Qwen2Config, GROUPED),
     "Qwen3": ("norms on queries and keys", transformers.Qwen3Config, GROUPED | {"head_dim": 8}),
     "Gemma 2": (
@@ -110,11 +106,7 @@ ZOO: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "Phi-3": ("queries, keys, values in one matrix", transformers.Phi3Config, GROUPED),
     "OLMo 2": ("norms after each part", transformers.Olmo2Config, GROUPED),
     "StableLM": ("rotary on a part of each head", transformers.StableLmConfig, GROUPED),
-    "Falcon 7B": (
-        "one key head, rotary",
-        transformers.FalconConfig,
-        FALCON | {"alibi": False},
-    ),
+    "Falcon 7B": ("one key head, rotary", transformers.FalconConfig, FALCON | {"alibi": False}),
     "Falcon RW": (
         "ALiBi",
         transformers.FalconConfig,

@@ -24,8 +24,8 @@ from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.loading import inference
+from steerlens.models.tolerance import allowed_gap
 from steerlens.progress import Progress
-from steerlens.stats import allowed_gap
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from torch import Tensor
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.stats import allowed_gap, intervals
+from steerlens.models.tolerance import allowed_gap
+from steerlens.stats import intervals
 from steerlens.tables import Row
 from steerlens.validation import checked
 

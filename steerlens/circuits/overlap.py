@@ -168,7 +168,7 @@ def with_null_columns(drawn: Sequence[Drawn]) -> Iterator[tuple[Drawn, dict[str,
         if not members:
             continue
         effects = NullEffects(
-            "exact",
+            ("exact",) * len(members),
             tuple(map(str, members)),
             np.array([drawn[i].change for i in members]),
             {

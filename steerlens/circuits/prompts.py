@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
+from steerlens.models.hooked_model import HookedModel, length_switches, side_of_switches
 from steerlens.progress import Progress, silent
 from steerlens.validation import checked
 
@@ -119,7 +119,8 @@ def make_prompts(
             is one of its own.
 
     Raises:
-        InputError: There are none, or not as many groups.
+        InputError: There are none, or not as many groups; or they are of both sides of a length
+            at which the model changes its arithmetic.
 
     Examples:
         >>> from steerlens.circuits import make_prompts
@@ -132,6 +133,11 @@ def make_prompts(
     numbers = tuple(range(len(prompts)) if groups is None else groups)
     if len(numbers) != len(prompts):
         raise InputError(f"expected a group for each of {len(prompts)} prompts, got {len(numbers)}")
+    if len({side_of_switches(model, len(prompt.prompt)) for prompt in prompts}) > 1:
+        raise InputError(
+            f"the prompts are of both sides of {length_switches(model)[0]} tokens, above which "
+            "this model rotates all rows of a batch by other angles; give those of one side"
+        )
     rows = [torch.tensor(prompt.prompt) for prompt in prompts]
     tokens = pad_sequence(rows, batch_first=True, padding_value=0)
     last = torch.tensor([len(row) - 1 for row in rows])

@@ -24,6 +24,7 @@ from steerlens.circuits.interventions import capture
 from steerlens.circuits.prompts import counting, make_prompts, row_slices
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import Directions
+from steerlens.engine.positions import one_token
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
@@ -165,7 +166,9 @@ def _projected_writes(
     written, totals = [], []
     for rows in row_slices(len(prompts)):
         batch = make_prompts(model, prompts[rows])
-        fitted = torch.tensor([[prompt.index(directions.position)] for prompt in prompts[rows]])
+        fitted = torch.tensor(
+            [[prompt.index(one_token(directions.position, "writes"))] for prompt in prompts[rows]]
+        )
         from_end = torch.arange(1 - n_positions, 1).to(batch.last)
         columns = torch.cat([batch.last[:, None] + from_end, fitted.to(batch.last)], dim=1)
         values = capture(

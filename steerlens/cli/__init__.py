@@ -17,6 +17,7 @@ from steerlens.cli.comparison_commands import Compare, Reliability
 from steerlens.cli.layers_command import Layers
 from steerlens.cli.listing_commands import Datasets, Methods, Models
 from steerlens.cli.options import DEBUG
+from steerlens.cli.pairs_command import Pairs
 from steerlens.cli.printing import LINES, escaped_streams, note
 from steerlens.cli.report_command import Report
 from steerlens.cli.run_warnings import keeping_warnings
@@ -35,7 +36,7 @@ vectors = typer.Typer(
 )
 COMMANDS: tuple[type[Command], ...] = (
     *(Layers, Methods, Models, Sweep, Boundary, Geometry, Compare, Reliability, Circuits),
-    *(Report, Extract, Generate, Export, Bake, Datasets),
+    *(Report, Extract, Generate, Export, Bake, Datasets, Pairs),
 )
 for command_type in COMMANDS:
     app.command(command_type.__name__.lower())(for_typer(command_type))

@@ -11,7 +11,7 @@ from steerlens.circuits.graphs import edge_readers, edge_table
 from steerlens.circuits.prompts import choosing_half
 from steerlens.circuits.readers import check_steered
 from steerlens.cli import options as opt
-from steerlens.cli.command import Task, prepare
+from steerlens.cli.command import PairsCommand, Task, prepare
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_rows
 from steerlens.directions.differences import collect_differences
@@ -26,14 +26,12 @@ TOP_HEADS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Circuits(FolderCommand):
+class Circuits(FolderCommand, PairsCommand):
     """Which heads and MLPs write the direction, which read it, and is it the same circuit."""
 
     layer: Annotated[str | None, "Block whose output is steered. Needed."] = None
     coefficient: Annotated[float | None, "Residual units. Needed."] = None
     model: opt.Model = DEFAULT_MODEL
-    pairs: opt.Pairs = "sentiment"
-    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: Annotated[int, "Measure on the first N pairs only."] = 16
     method: opt.Method = "mean_diff"

@@ -1,5 +1,6 @@
 """What all commands share: options as parameters, what is loaded, what is recorded and noted."""
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -7,21 +8,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import pandas as pd
 import typer
 
-from steerlens.cli.options import DEBUG, pairs_of, pairs_record
+from steerlens.cli import options as opt
+from steerlens.cli.options import DEBUG, pairs_record, read_vector, template_args_of
 from steerlens.cli.printing import note, progress_of
 from steerlens.cli.run_warnings import keep_warning, warned
 from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.prompts import Straddle
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.fitting import default_position, fit
+from steerlens.directions.fitting import check_pairs, default_position, fit
 from steerlens.directions.methods import method_of
-from steerlens.errors import FileError
+from steerlens.engine.positions import Position, as_position
+from steerlens.errors import FileError, InputError
 from steerlens.files import check_out_file, check_out_folder, locked, write_out
+from steerlens.measure.interventions import in_order, position_of
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
@@ -31,6 +36,7 @@ from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import Progress
 from steerlens.runs.record import write_run
 from steerlens.runs.unfinished import Parts
+from steerlens.steering import SteeringVector
 from steerlens.tables import write_csv
 
 HOW = frozenset({"context", "out", "resume", "source", "workers", "dask", "quiet", "debug"})
@@ -77,6 +83,15 @@ class QuietCommand(Command):
         False
     )
 
+    def rendering(self) -> dict[str, Any]:
+        """What the model's tokenizer is told: nothing."""
+        return {}
+
+    def load(self, name: str) -> HookedModel:
+        """The model of that name."""
+        model: HookedModel = load_model(name, **self.rendering(), progress=not self.quiet)
+        return model
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCommand(QuietCommand):
@@ -87,10 +102,48 @@ class ModelCommand(QuietCommand):
     ] = None
     seed: Annotated[
         int,
-        typer.Option(
-            min=0, help="Seed of `random`, the bootstrap, the probes and the labels drawn."
-        ),
+        typer.Option(min=0, help="Seed of `random`, the bootstrap and the labels drawn."),
     ] = 0
+    template_args: Annotated[
+        str | None,
+        "Arguments of the chat template: enable_thinking=false, several by commas, or in JSON.",
+    ] = None
+    straddle: Annotated[
+        str, "A token on both sides of a prompt's end: error, or back (the continuation's first)."
+    ] = "error"
+
+    def rendering(self) -> dict[str, Any]:
+        """What the tokenizer is told (see `set_rendering`). Raises `InputError` on no option."""
+        if self.straddle not in get_args(Straddle):
+            names = " or ".join(get_args(Straddle))
+            raise InputError(f"--straddle is {names}, not {self.straddle!r}")
+        arguments = template_args_of(self.template_args)
+        return {"template_args": arguments, "straddle": self.straddle}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsCommand(QuietCommand):
+    """A command that reads pairs."""
+
+    pairs: opt.Pairs = "sentiment"
+    group: opt.Group = "group"
+    columns: opt.Columns = None
+    form: opt.Form = None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How the pairs are read."""
+        return {"group": self.group, "columns": self.columns, "form": self.form}
+
+    def read_pairs(self) -> tuple[ContrastivePairs, ContrastivePairs]:
+        """The pairs to fit on and those to measure on."""
+        parts = (getattr(self, "test_pairs", None), getattr(self, "max_pairs", None))
+        return opt.pairs_of(self.pairs, *parts, **self.reading)
+
+    def note_read(self, *parts: ContrastivePairs) -> None:
+        """Note what the pairs were read from: once nothing is left that could refuse them."""
+        for name, card in {pairs.name: pairs.card for pairs in parts if pairs.card}.items():
+            note(f"{name}: {card}", quiet=self.quiet)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,32 +220,48 @@ def request_of(
 
 @dataclass(frozen=True)
 class Task:
-    """What a command works on: the pairs, the loaded model and the hooks that its options name."""
+    """What a command works on: the pairs, the loaded model and the hooks that its options name.
+
+    A `vector` is measured in place of directions that are fitted.
+    """
 
     command: Any
     model: HookedModel
     fit_on: ContrastivePairs
     measure_on: ContrastivePairs
     hook_names: tuple[str, ...]
-    position: int
+    position: Position
+    vector: SteeringVector | None = None
 
     def request(self, name: str, **resolved: Any) -> dict[str, Any]:
         """As `request_of`, with the pairs, the hooks and the position."""
-        data = {
-            "fitted_on": pairs_record(self.fit_on),
+        vector, hashes = self.vector, self.fit_on.prompt_hashes
+        resolved = {"position": self.position, **resolved}
+        data: dict[str, Any] = {}
+        if vector is None:
+            data["fitted_on"] = pairs_record(self.fit_on)
+        else:
+            hashes, path = vector.origin.pair_hashes, Path(self.command.vector)
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+            resolved |= {
+                "method": vector.origin.method,
+                "vector": {"file": str(path), "sha256": sha256},
+            }
+        data |= {
             "measured_on": pairs_record(self.measure_on),
-            "n_pairs_fitted_on": self.measure_on.count_among(self.fit_on.prompt_hashes),
+            "n_pairs_fitted_on": self.measure_on.count_among(hashes),
             "hook_names": self.hook_names,
         }
-        resolved = {"position": self.position, **resolved}
         return request_of(name, self.command, self.model, data, **resolved)
 
     @contextmanager
     def progress(self) -> Iterator[Progress | None]:
-        """Note what is fitted, then show the progress of the block."""
+        """Note what is fitted or given, then show the progress of the block."""
         quiet = self.command.quiet
         pairs, method = self.fit_on, self.command.method
-        note(f"Fitting {method} on {len(pairs)} pairs of {pairs.name}", quiet=quiet)
+        self.command.note_read(pairs, self.measure_on)
+        fitting = f"Fitting {method} on {len(pairs)} pairs of {pairs.name}"
+        note(fitting if self.vector is None else f"Measuring {self.vector!r}", quiet=quiet)
         with progress_of(quiet=quiet) as progress:
             yield progress
 
@@ -217,17 +286,19 @@ class Task:
     def study(
         self,
         progress: Progress | None,
-        directions: Directions | None = None,
         *,
         parts: Parts | None = None,
         **settings: Any,
     ) -> Study:
-        """What `directions` (kept in `parts`, or fitted, unless given) are measured on."""
-        if directions is None:
-            fit = partial(self.fit, progress)
-            directions = fit() if parts is None else parts.directions(fit)
-        settings |= {"layers": self.command.layers, "checkpoint": parts, **self.settings(progress)}
-        return Study(self.model, self.measure_on, directions, **settings)
+        """What the directions (kept in `parts`, or fitted), or the vector, are measured on."""
+        settings |= {"checkpoint": parts, **self.settings(progress)}
+        if self.vector is not None:
+            return Study(self.model, self.measure_on, self.vector, **settings)
+        fit = partial(self.fit, progress)
+        directions = fit() if parts is None else parts.directions(fit)
+        return Study(
+            self.model, self.measure_on, directions, layers=self.command.layers, **settings
+        )
 
     def settings(self, progress: Progress | None) -> dict[str, Any]:
         """What every measurement is given besides its own."""
@@ -241,18 +312,29 @@ def prepare(command: Any, layers: str) -> Task:
     Raises `SteerlensError` of what cannot be done, where possible before the model is loaded.
     """
     method_of(command.method)
-    fit_on, measure_on = pairs_of(
-        command.pairs,
-        getattr(command, "test_pairs", None),
-        getattr(command, "max_pairs", None),
-        group=getattr(command, "group", "group"),
-    )
-    position = command.position
-    if position is None:
-        position = default_position(command.method, fit_on)
-    model = load_model(command.model or DEFAULT_MODEL, progress=not command.quiet)
-    hook_names = resolve_hooks(model, layers)
-    return Task(command, model, fit_on, measure_on, hook_names, position)
+    vector = None
+    if getattr(command, "vector", None) is not None:
+        vector = _vector_of(command)
+    fit_on, measure_on = command.read_pairs()
+    position: Position
+    if vector is not None:
+        position = position_of(vector, None)
+    else:
+        check_pairs(fit_on, command.method)
+        given = command.position
+        position = default_position(command.method, fit_on) if given is None else as_position(given)
+    model = command.load(command.model or DEFAULT_MODEL)
+    hook_names = resolve_hooks(model, layers) if vector is None else (" + ".join(in_order(vector)),)
+    return Task(command, model, fit_on, measure_on, hook_names, position, vector)
+
+
+def _vector_of(command: Any) -> SteeringVector:
+    given = [f"--{name}" for name in command.given("method", "layers", "position")]
+    if given:
+        raise InputError(
+            f"a --vector is measured as a whole, at its own hooks: leave out {', '.join(given)}"
+        )
+    return read_vector(Path(command.vector))
 
 
 @dataclass
@@ -270,7 +352,7 @@ class Run:
     def write(
         self,
         tables: Mapping[str, pd.DataFrame],
-        directions: Directions | Mapping[str, Directions],
+        directions: Directions | SteeringVector | Mapping[str, Directions],
         *,
         forward_equivalents: float | None = None,
         **more: Any,

@@ -1,10 +1,10 @@
 """The commands that compare: `compare` and `reliability`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, TableCommand, request_of
+from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, request_of
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import print_rows, print_summary, progress_of, say
 from steerlens.data.items import PreferenceItems
@@ -12,31 +12,29 @@ from steerlens.data.shipped import SPLITS, dataset_names
 from steerlens.directions.differences import collect_differences
 from steerlens.directions.methods import method_of
 from steerlens.engine.labels import OWN_TOKENS
+from steerlens.engine.positions import as_position
 from steerlens.errors import InputError
 from steerlens.measure.boundary import check_search
 from steerlens.measure.comparison import compare as run_compare
 from steerlens.measure.split_half import reliability as measure_reliability
 from steerlens.models.hooks import resolve_hooks
-from steerlens.models.loading import load_model
 from steerlens.models.packaged import DEFAULT_MODEL
 
 AGAINST = ["method", "layer", "difference", "difference_ci_low", "difference_ci_high", "p_family"]
-AGAINST += ["verdict"]
+AGAINST += ["interval_over", "verdict"]
 TEST_SHARE = 0.7
 """Of a file of items, the part that is held out; the layer is chosen on the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compare(FolderCommand):
+class Compare(FolderCommand, PairsCommand):
     """Methods against each other at equal damage, on held-out items, ranked among nulls."""
 
     model: opt.Model = DEFAULT_MODEL
-    pairs: opt.Pairs = "sentiment"
-    group: opt.Group = "group"
     items: Annotated[
         str | None,
-        "JSONL file of items (prompt, positive, negative), or a shipped dataset. Default: "
-        "those of the shipped pairs.",
+        "Items (prompt, positive, negative) as of --pairs: a shipped dataset or a file of any form "
+        "with answers. Default: those of --pairs.",
     ] = None
     layers: Annotated[
         str | None, "As of `sweep`. Default: at a quarter, half and three quarters of the depth."
@@ -62,12 +60,17 @@ class Compare(FolderCommand):
         for name in methods:
             method_of(name)
         check_search(budget=self.budget, search_range=4.0)
-        fit_on, _ = opt.pairs_of(self.pairs, group=self.group)
-        train_items, test_items = _items_of(self.items or self.pairs, self.seed)
+        fit_on, _ = self.read_pairs()
+        how = {"columns": opt.columns_of(self.columns), "form": self.form, "group": self.group}
+        if self.items is None:
+            train_items, test_items = _items_of(self.pairs, self.seed, **how)
+        else:
+            train_items, test_items = _items_of(self.items, self.seed)
         if self.max_items is not None:
             test_items = test_items[: max(self.max_items, 0)]
         off_target = _others(self.off_target, (self.items, self.pairs))
-        model = load_model(self.model, progress=not self.quiet)
+        model = self.load(self.model)
+        position = None if self.position is None else as_position(self.position)
         layers = self.layers or ",".join(str(model.cfg.n_layers * part // 4) for part in (1, 2, 3))
         data = {
             "fitted_on": opt.pairs_record(fit_on),
@@ -76,8 +79,9 @@ class Compare(FolderCommand):
             "off_target": {name: _items_record(items) for name, items in off_target.items()},
             "hook_names": resolve_hooks(model, layers),
         }
-        request = request_of("compare", self, model, data, methods=methods)
+        request = request_of("compare", self, model, data, methods=methods, position=position)
         with self.opened(request) as run:
+            self.note_read(fit_on)
             with progress_of(quiet=self.quiet) as progress:
                 result = run_compare(
                     model,
@@ -91,7 +95,7 @@ class Compare(FolderCommand):
                     on=self.on,
                     own_tokens=self.own_tokens,
                     n_null=self.null,
-                    position=self.position,
+                    position=position,
                     seed=self.seed,
                     batch_size=self.batch_size,
                     progress=progress,
@@ -120,19 +124,18 @@ class Compare(FolderCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reliability(ModelCommand, TableCommand):
+class Reliability(ModelCommand, TableCommand, PairsCommand):
     """How far the direction of each layer can be trusted before anything is steered."""
 
     model: opt.Model = DEFAULT_MODEL
-    pairs: opt.Pairs = "sentiment"
-    group: opt.Group = "group"
     layers: opt.Layers = "all"
     position: opt.Position = None
 
     def run(self) -> None:
         """What the command does."""
-        fit_on, _ = opt.pairs_of(self.pairs, group=self.group)
-        model = load_model(self.model, progress=not self.quiet)
+        fit_on, _ = self.read_pairs()
+        model = self.load(self.model)
+        self.note_read(fit_on)
         with progress_of(quiet=self.quiet) as progress:
             differences = collect_differences(
                 model,
@@ -152,18 +155,17 @@ class Reliability(ModelCommand, TableCommand):
             )
 
 
-def _items_of(source: str, seed: int) -> tuple[PreferenceItems, PreferenceItems]:
+def _items_of(source: str, seed: int, **how: Any) -> tuple[PreferenceItems, PreferenceItems]:
     """Training and held-out items: a shipped dataset's parts, or those of a file."""
     if source in dataset_names():
         train, test = (PreferenceItems.load(source, split=split) for split in SPLITS)
         return train, test
-    opt.check_source(source)
     try:
-        items = PreferenceItems.from_jsonl(source)
+        items = PreferenceItems.load(source, **how)
     except InputError as error:
         raise InputError(
-            f"{error}; a comparison needs items, one object a line with prompt, positive and "
-            "negative: give them with --items"
+            f"{error}; a comparison needs items, which have prompt, positive and negative: give "
+            "them with --items"
         ) from error
     return items.split(TEST_SHARE, seed)
 

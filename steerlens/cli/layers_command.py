@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, TableCommand, prepare
+from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, prepare
 from steerlens.cli.printing import print_layers
 from steerlens.models.packaged import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layers(ModelCommand, TableCommand):
+class Layers(ModelCommand, TableCommand, PairsCommand):
     """The per-layer table of the unsteered model, without a sweep."""
 
     model: opt.Model = DEFAULT_MODEL
-    pairs: opt.Pairs = "sentiment"
-    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     layers: opt.Layers = "all"

@@ -46,6 +46,11 @@ class LongCommand(ModelCommand):
     NEEDED: ClassVar[tuple[str, ...]] = ()
     """Options without a default; a record that is gone on with, or repeated, has them."""
 
+    def given(self, *names: str) -> list[str]:
+        """Those of the options that stand on the command line."""
+        sources = {name: self.context.get_parameter_source(name) for name in names}
+        return [name for name, source in sources.items() if source and source.name == GIVEN]
+
     @property
     def written(self) -> Path | None:
         """What it writes, of a run that is begun or gone on with."""
@@ -153,8 +158,7 @@ class LongCommand(ModelCommand):
                 f"the record in {str(path)!r}, of {of}, does not have the options of {name} "
                 f"({', '.join(wrong)}); it may be of another steerlens or another command"
             )
-        sources = {name: self.context.get_parameter_source(name) for name in names}
-        asked = [name for name, source in sources.items() if source and source.name == GIVEN]
+        asked = self.given(*names)
         if self.resume is None and "model" not in asked:
             check_at_hand(options["model"], f"the record {str(path)!r}")
         return replace(self, **{name: options[name] for name in names if name not in asked})

@@ -8,7 +8,7 @@ import pandas as pd
 import typer
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import QuietCommand, Task, prepare
+from steerlens.cli.command import PairsCommand, QuietCommand, Task, prepare
 from steerlens.cli.executors import executor_of
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of
@@ -41,16 +41,15 @@ class WorkersCommand(QuietCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(FolderCommand, WorkersCommand):
+class Sweep(FolderCommand, WorkersCommand, PairsCommand):
     """Measure projection against logprob degradation at every layer and coefficient."""
 
     model: opt.Model = DEFAULT_MODEL
-    pairs: opt.Pairs = "sentiment"
-    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     layers: opt.Layers = "all"
     coefficients: Annotated[str, "Residual units, e.g. --coefficients=-8,0,8"] = "-8,-4,0,4,8"
+    vector: opt.Vector = None
     method: opt.Method = "mean_diff"
     position: opt.Position = None
     labels: opt.Labels = None
@@ -61,7 +60,8 @@ class Sweep(FolderCommand, WorkersCommand):
         typer.Option(
             min=0,
             help="Prompts shown at the middle one of the layers: what the model writes at every "
-            "coefficient, and which tokens lose logprob. It illustrates, it chooses nothing.",
+            "coefficient, and which tokens lose logprob. It illustrates, it chooses nothing. None "
+            "of a vector at several hooks.",
         ),
     ] = 2
 
@@ -84,10 +84,10 @@ class Sweep(FolderCommand, WorkersCommand):
         with self.opened(request) as run:
             study, result = self._cells(task, coefficients, run.parts, executor)
             tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
-            if self.examples:
+            if self.examples and (task.vector is None or len(task.vector) == 1):
                 tables |= self._example_tables(study, coefficients)
             spent = result.table.attrs["forward_equivalents"]
-            run.write(tables, study.fitted, forward_equivalents=spent)
+            run.write(tables, study.directions, forward_equivalents=spent)
         if not self.quiet:
             print_layers(result.layers)
             print_cells(result)
@@ -97,10 +97,8 @@ class Sweep(FolderCommand, WorkersCommand):
         self, task: Task, coefficients: list[float], parts: Parts, executor: Executor | None
     ) -> tuple[Study, SweepResult]:
         with task.progress() as progress:
-            directions = parts.directions(lambda: task.fit(progress))
             study = task.study(
                 progress,
-                directions,
                 parts=parts,
                 budget=self.budget,
                 executor=executor,
@@ -120,7 +118,7 @@ class Sweep(FolderCommand, WorkersCommand):
         prompts = study.tokens.positive[: self.examples]
         note(f"Examples: {len(ids)} prompts at {hook_name}", quiet=self.quiet)
         with progress_of(quiet=self.quiet) as progress:
-            steered = (study.model, prompts, study.fitted)
+            steered = (study.model, prompts, study.directions)
             shared: dict[str, Any] = {"layer": hook_name, "ids": ids, "progress": progress}
             generations = generation_table(
                 *steered, coefficients=coefficients, max_new_tokens=NEW_TOKENS, **shared

@@ -1,6 +1,7 @@
 """The commands that make, use and carry steering vectors."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import Command, ModelCommand, QuietCommand, prepare
+from steerlens.cli.command import Command, ModelCommand, PairsCommand, QuietCommand, prepare
 from steerlens.cli.long_command import LongCommand
 from steerlens.cli.printing import note, print_rows, print_table, print_texts, progress_of, say
 from steerlens.data.prompts import Message, Prompt
@@ -20,15 +21,16 @@ from steerlens.measure.boundary import check_search
 from steerlens.measure.cosines import cosine_table
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import resolve_hooks
-from steerlens.models.loading import check_at_hand, load_model
+from steerlens.models.loading import check_at_hand
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.progress import silent
 from steerlens.runs.unfinished import clear_finished
 from steerlens.steering import SteeringVector, operator_of, parse_coefficient
 from steerlens.steering import generate as generate_text
+from steerlens.steering.cache_positions import check_positions
 from steerlens.steering.export import bake as bake_checkpoint
-from steerlens.steering.export import from_gguf, to_gguf
+from steerlens.steering.export import to_gguf
 from steerlens.steering.export.huggingface import check_is_new
 
 VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
@@ -37,18 +39,15 @@ OptionalModel = Annotated[
 ]
 UNFINISHED = ".unfinished"
 """What the name of a file ends in, as that of the folder of its parts."""
-POSITIONS = ("all", "prompt", "generated", "last")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extract(LongCommand):
+class Extract(LongCommand, PairsCommand):
     """Fit a direction and write it as a steering vector, its boundary with it."""
 
     out: Annotated[Path | None, "File to write, .safetensors."] = None
     layers: Annotated[str | None, "As of `sweep`. Needed."] = None
     model: opt.Model = DEFAULT_MODEL
-    pairs: opt.Pairs = "sentiment"
-    group: opt.Group = "group"
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     method: opt.Method = "mean_diff"
@@ -115,7 +114,7 @@ class Extract(LongCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(ModelCommand):
+class Generate(ModelCommand, PairsCommand):
     """Greedy continuations of one prompt at several coefficients, side by side."""
 
     prompt: Annotated[str, "What the user says."]
@@ -131,9 +130,12 @@ class Generate(ModelCommand):
             help="Residual units, 0.1norm (residual norms) or 80% (of the boundary), by commas.",
         ),
     ] = "-8,0,8"
-    positions: Annotated[str, "Tokens to steer: all, prompt, generated or last."] = "all"
+    positions: Annotated[
+        str,
+        "Tokens to steer: all, prompt, generated, generated[0:10], last, think or answer; several "
+        "joined by +.",
+    ] = "all"
     model: OptionalModel = None
-    pairs: opt.Pairs = "sentiment"
     method: opt.Method = "mean_diff"
     position: opt.Position = None
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40
@@ -142,11 +144,10 @@ class Generate(ModelCommand):
     def run(self) -> None:
         """What the command does."""
         strengths = opt.strengths_of(self.coefficients)
-        if self.positions not in POSITIONS:
-            raise InputError(f"--positions are {', '.join(POSITIONS)}, not {self.positions!r}")
+        check_positions(self.positions)
         if self.vector is not None:
             steered: Any
-            steered, model = _load_with_model(self.vector, self.model, quiet=self.quiet)
+            steered, model = _load_with_model(self.vector, self.model, self.load)
             if self.layer is not None:
                 steered = steered.at(*resolve_hooks(model, self.layer))
             prompt = self._tokenize(model)
@@ -199,7 +200,7 @@ class Export(QuietCommand):
 
     def run(self) -> None:
         """What the command does."""
-        vector, target = _read_vector(self.source), self.target
+        vector, target = opt.read_vector(self.source), self.target
         if target.suffix == ".gguf":
             to_gguf(vector, target)
         elif target.suffix == ".safetensors":
@@ -227,7 +228,7 @@ class Bake(QuietCommand):
         strengths = opt.strengths_of(self.coefficient)
         if len(strengths) != 1:
             raise InputError(f"expected one --coefficient, got {self.coefficient!r}")
-        vector, model = _load_with_model(self.vector, self.model, quiet=self.quiet)
+        vector, model = _load_with_model(self.vector, self.model, self.load)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # noted when the model was loaded
             bake_checkpoint(model, vector, strengths[0], self.out)
@@ -242,7 +243,7 @@ class Show(Command):
 
     def run(self) -> None:
         """What the command does."""
-        _print_vector(_read_vector(self.vector))
+        _print_vector(opt.read_vector(self.vector))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,29 +257,25 @@ class CompareVectors(Command):
         names = [path.name for path in self.vectors]
         if len(set(names)) < len(names):
             names = [str(path) for path in self.vectors]
-        vectors = dict(zip(names, map(_read_vector, self.vectors), strict=True))
+        vectors = dict(zip(names, map(opt.read_vector, self.vectors), strict=True))
         if len(vectors) < len(names):
             raise InputError("the same file is given twice")
         columns = ["vector_a", "hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
         print_rows(cosine_table(vectors), "Cosines", columns)
 
 
-def _read_vector(path: Path) -> SteeringVector:
-    return from_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
-
-
 def _load_with_model(
-    path: Path, model_name: str | None, *, quiet: bool
+    path: Path, model_name: str | None, load: Callable[[str], HookedModel]
 ) -> tuple[SteeringVector, HookedModel]:
     """A vector and the model to use it on, its own where that is at hand; where they differ is
     noted."""
-    vector = _read_vector(path)
+    vector = opt.read_vector(path)
     if model_name is None:
         model_name = vector.origin.model
         if model_name == UNKNOWN:
             raise InputError("the vector does not say which model it was made on; give --model")
         check_at_hand(model_name, f"the vector {str(path)!r}")
-    model = load_model(model_name, progress=not quiet)
+    model = load(model_name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         vector.check_model(model)

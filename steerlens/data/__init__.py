@@ -1,11 +1,15 @@
 """Contrastive pairs and preference items: read, checked, shipped."""
 
+from steerlens.data.entries import Card
+from steerlens.data.forms import FORMS
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.pairs import ContrastivePair, ContrastivePairs
-from steerlens.data.prompts import Message, Prompt, render
+from steerlens.data.prompts import Message, Prompt, render, set_rendering
 from steerlens.data.shipped import dataset_card, dataset_names, neutral_texts
 
 __all__ = [
+    "FORMS",
+    "Card",
     "ContrastivePair",
     "ContrastivePairs",
     "Message",
@@ -16,4 +20,5 @@ __all__ = [
     "dataset_names",
     "neutral_texts",
     "render",
+    "set_rendering",
 ]

@@ -1,9 +1,10 @@
 """Preference items: a prompt with two continuations, one for each side of a concept."""
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
+from steerlens.data.entries import Card, Entry, item_records
 from steerlens.data.prompts import Prompt, checked_prompt, checked_text, distinctive, texts_of
 from steerlens.data.sequence import EntrySequence
 from steerlens.validation import checked
@@ -35,14 +36,15 @@ class PreferenceItem:
 class PreferenceItems(EntrySequence[PreferenceItem]):
     """An immutable list of at least two items with distinct ids.
 
-    In a record or a line of JSONL: `prompt` (text, or a list of `{"role", "content"}` messages),
-    `positive` and `negative` (the two continuations, text), optional `group` and `id` (text or a
-    whole number). Other keys are ignored unless they look misspelt. Items of one prompt are one
-    group where none is given.
+    A record has `prompt` (text, or a list of `{"role", "content"}` messages), `positive` and
+    `negative` (the two continuations, text), optionally `group` and `id` (text or a whole number);
+    `load` takes the published forms that have answers too, and where these are letters of choices,
+    each question with its choices exchanged. Items of one prompt are one group where none is given.
 
     Args:
         items: The items, in order.
         name: What messages and tables call them.
+        card: What they were read from.
 
     Raises:
         InputError: Fewer than two items, repeated ids, or two equal continuations.
@@ -57,7 +59,10 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
 
     items: tuple[PreferenceItem, ...]
     name: str = "items"
+    card: Card | None = field(default=None, compare=False)
 
+    _split: ClassVar = "test"
+    _stem: ClassVar = "items_{}"
     _noun: ClassVar = "items"
     _repeated: ClassVar = "the prompt"
     _entry: ClassVar = PreferenceItem
@@ -69,18 +74,8 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
     _optional: ClassVar = {}
 
     @classmethod
-    def load(cls, name: str, *, split: str = "test", group: str = "group") -> "PreferenceItems":
-        """The items of a shipped dataset.
-
-        Args:
-            name: One of `dataset_names()`.
-            split: "train" or "test", which share no prompt.
-            group: As of `from_records`; the shipped items have their subject as `group`.
-
-        Raises:
-            InputError: The name or split is unknown.
-        """
-        return cls._load(name, split, f"items_{split}", group)
+    def _records_of(cls, entry: Entry) -> list[tuple[str, dict[str, Any]]]:
+        return item_records(entry)
 
     def count_sharing(self, texts: Collection[str]) -> int:
         """How many of these items have one of the texts in their prompt (see `texts_of`)."""

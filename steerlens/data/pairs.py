@@ -3,11 +3,12 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, ClassVar, Literal
 
+from steerlens.data.entries import Card, Entry, pair_record
 from steerlens.data.prompts import (
     Prompt,
     checked_prompt,
@@ -48,13 +49,16 @@ class ContrastivePair:
 class ContrastivePairs(EntrySequence[ContrastivePair]):
     """An immutable list of at least two contrastive pairs with distinct ids.
 
-    In a record or a line of JSONL: `positive` and `negative` (text, or a list of `{"role",
-    "content"}` messages), optional `continuation` (text), `group` and `id` (text or a whole
-    number). Other keys are ignored unless they look misspelt.
+    A record has `positive` and `negative` (text, or a list of `{"role", "content"}` messages),
+    optionally `prompt` (what stands before both), `continuation` (text), `group` and `id` (text or
+    a whole number); `load` takes the published forms too.
 
     Args:
         pairs: The pairs, in order.
         name: What messages and tables call them.
+        card: What they were read from.
+        unpaired: Both lists whole, where what was read had no pairs and they were taken in order.
+            The mean difference is fitted on these.
 
     Raises:
         InputError: Fewer than two pairs, repeated ids, or a pair of two equal prompts.
@@ -71,7 +75,11 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
 
     pairs: tuple[ContrastivePair, ...]
     name: str = "pairs"
+    card: Card | None = field(default=None, compare=False)
+    unpaired: tuple[tuple[Prompt, ...], tuple[Prompt, ...]] | None = None
 
+    _split: ClassVar = "train"
+    _stem: ClassVar = "{}"
     _noun: ClassVar = "pairs"
     _repeated: ClassVar = "both prompts"
     _entry: ClassVar = ContrastivePair
@@ -95,7 +103,7 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
             negative: A prompt a pair.
             continuation: A text a pair, after the positive prompt; default none.
             name: What messages and tables call them.
-            group: The group of each pair, or "auto" (see `from_records`); default none.
+            group: The group of each pair, or "auto" (see `load`); default none.
 
         Raises:
             InputError: The lengths differ, or an item cannot be a prompt.
@@ -111,37 +119,7 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
             raise InputError(f"{name}: expected lists of one length, got {lengths}")
         rows = zip(*columns.values(), strict=True)
         records = (dict(zip(columns, row, strict=True)) for row in rows)
-        return cls.from_records(records, name=name, group=key)
-
-    @classmethod
-    def from_dataset(
-        cls, dataset: Iterable[Mapping[str, Any]], *, name: str = "dataset", group: str = "group"
-    ) -> "ContrastivePairs":
-        """Pairs from a `datasets.Dataset` (or any iterable of rows) with the JSONL keys as columns.
-
-        Args:
-            dataset: An optional column may hold None.
-            name: What messages and tables call them.
-            group: The column that holds the group, or "auto", as of `from_records`.
-
-        Raises:
-            InputError: As `from_records`.
-        """
-        return cls.from_records(dataset, name=name, group=group)
-
-    @classmethod
-    def load(cls, name: str, *, split: str = "train", group: str = "group") -> "ContrastivePairs":
-        """A dataset shipped with steerlens.
-
-        Args:
-            name: One of `dataset_names()`.
-            split: "train" or "test", which share neither topic nor wording.
-            group: As of `from_records`; the shipped pairs have their persona as `group`.
-
-        Raises:
-            InputError: The name or split is unknown.
-        """
-        return cls._load(name, split, split, group)
+        return cls.load(list(records), name=name, group=key)
 
     @property
     def prompt_hashes(self) -> tuple[str, ...]:
@@ -181,6 +159,10 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
                 stacklevel=3,
             )
         return n
+
+    @classmethod
+    def _records_of(cls, entry: Entry) -> list[tuple[str, dict[str, Any]]]:
+        return [(entry.id, pair_record(entry))]
 
     @classmethod
     def _alike(cls, entry: ContrastivePair) -> tuple[Prompt, Prompt]:

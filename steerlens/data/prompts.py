@@ -1,13 +1,17 @@
 """Prompts: text or chat messages, checked, and rendered with a tokenizer's chat template."""
 
 import importlib.util
+import json
+import re
 import sys
 import threading
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 from steerlens.errors import InputError, in_one_line
 from steerlens.validation import checked
@@ -65,6 +69,82 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any: ...
 
 
+Straddle = Literal["error", "back"]
+"""What is done where a token stands on both sides of the end of a prompt: it is an error, or the
+first token of the continuation."""
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What `set_rendering` says of a tokenizer."""
+
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    straddle: Straddle = "error"
+    thinking: tuple[str, str] = ("<think>", "</think>")
+
+    def __str__(self) -> str:
+        """In JSON what is not the default, for a record."""
+        told = {k: v for k, v in asdict(self).items() if v != getattr(Rendering(), k)}
+        return json.dumps(told, sort_keys=True)
+
+
+_renderings: "weakref.WeakKeyDictionary[Any, Rendering]" = weakref.WeakKeyDictionary()
+
+
+def rendering_of(tokenizer: Any) -> Rendering:
+    """How prompts are rendered and cut with a tokenizer."""
+    is_known = isinstance(tokenizer, Hashable) and tokenizer in _renderings
+    return _renderings[tokenizer] if is_known else Rendering()
+
+
+@checked
+def set_rendering(
+    tokenizer: ChatTokenizer,
+    *,
+    template_args: Mapping[str, Any] | None = None,
+    straddle: Straddle = "error",
+    thinking: tuple[str, str] = Rendering.thinking,
+) -> None:
+    """How prompts are rendered and cut with this tokenizer from now on; `load_model` asks here.
+
+    It is a part of the model's `provenance`. What was tokenised before stays as it is.
+
+    Args:
+        tokenizer: A model's own (`model.tokenizer`).
+        template_args: What the chat template is given besides the messages, such as
+            `{"enable_thinking": False}`, a date or tools; values as in JSON. Default: nothing.
+        straddle: See `Straddle`.
+        thinking: The markers between which a thinking model thinks.
+
+    Raises:
+        InputError: The template reads no argument of that name, or the value is none of JSON.
+
+    Examples:
+        >>> sl.data.set_rendering(model.tokenizer, straddle="back")
+        >>> sl.data.set_rendering(model.tokenizer)  # as it was
+    """
+    arguments = dict(template_args or {})
+    template = json.dumps(getattr(tokenizer, "chat_template", None))
+    for name, value in arguments.items():
+        if name in _OURS or not re.search(rf"\b{re.escape(name)}\b", template):
+            raise InputError(
+                f"the chat template reads no argument {name!r}; see model.tokenizer.chat_template "
+                "for those that it has"
+            )
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"the template argument {name} has to be a value of JSON, so that it can be "
+                f"recorded, got {type(value).__name__}"
+            ) from error
+    _renderings[tokenizer] = Rendering(arguments, straddle, thinking)
+
+
+_OURS = ("messages", "add_generation_prompt", "continue_final_message", "tokenize")
+"""What `render` decides itself."""
+
+
 @checked
 def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
     """The text of a prompt: as it is, or its messages through the tokenizer's chat template.
@@ -101,6 +181,7 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
                     tokenize=False,
                     continue_final_message=bool(last),
                     add_generation_prompt=not last,
+                    **rendering_of(tokenizer).template_args,
                 )
             )
     except Exception as error:  # jinja2 and transformers raise many types here
@@ -119,6 +200,20 @@ def render(prompt: Prompt, tokenizer: ChatTokenizer) -> str:
             "prompt; write it as the template does, or give the rendered prompt as text"
         )
     return text
+
+
+def template_changes(prompt: Prompt, text: str) -> list[str]:
+    """What the template made of the turns in the rendered text, where that is not what they say."""
+    if isinstance(prompt, str):
+        return []
+    changes, at = [], 0
+    for role, content in prompt:
+        kept = next((part for part in _trimmed(content) if part and text.find(part, at) >= 0), "")
+        if kept != content:
+            made = f"makes {_ends(kept)} of" if kept else "leaves out or rewrites"
+            changes.append(f"{made} the {role} turn's {_ends(content)}")
+        at = max(at, text.find(kept, at) + len(kept))
+    return changes
 
 
 class Span(NamedTuple):
@@ -230,10 +325,19 @@ def _ends(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:28]}...{text[-28:]}")
 
 
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""The types of a message's parts that are text."""
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+"""Who speaks in chats whose messages have `from` and `value`: the names of the usual roles."""
+
+
 def checked_prompt(value: Any, *, where: str) -> Prompt:
     """Text, or a list of messages, as a prompt. Raises `InputError` on anything else."""
     if isinstance(value, str):
         return checked_text(value, where=where)
+    if isinstance(value, Mapping):
+        chats = [value[key] for key in ("conversations", "messages") if key in value]
+        value = chats[0] if chats else [value]
     if isinstance(value, Sequence) and not isinstance(value, bytes) and value:
         return tuple(
             _message(message, where=f"{where}, message {i}") for i, message in enumerate(value, 1)
@@ -247,12 +351,28 @@ def checked_prompt(value: Any, *, where: str) -> Prompt:
 def _message(value: Any, *, where: str) -> Message:
     if isinstance(value, Message):
         return value
-    if not isinstance(value, Mapping) or not {"role", "content"} <= value.keys():
+    if isinstance(value, Mapping) and {"from", "value"} <= value.keys():
+        role, content = value["from"], value["value"]
+        role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    elif isinstance(value, Mapping) and {"role", "content"} <= value.keys():
+        role, content = value["role"], _parts_as_text(value["content"])
+    else:
         raise InputError(f"{where}: expected an object with the keys role and content")
-    role, content = value["role"], value["content"]
     if not isinstance(role, str) or not isinstance(content, str):
-        raise InputError(f"{where}: role and content must be text")
+        raise InputError(
+            f"{where}: role and content must be text (content may be a list of parts of text)"
+        )
     return Message(unicode_text(role, where=where), unicode_text(content, where=where))
+
+
+def _parts_as_text(content: Any) -> Any:
+    """The text of parts of `TEXT_PARTS`; anything else as it is."""
+    parts = content if isinstance(content, list) else []
+    texts = [
+        part.get("text") if isinstance(part, Mapping) and part.get("type") in TEXT_PARTS else None
+        for part in parts
+    ]
+    return "".join(map(str, texts)) if texts and all(isinstance(t, str) for t in texts) else content
 
 
 def checked_text(value: Any, *, where: str) -> str:

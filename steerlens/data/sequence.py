@@ -1,27 +1,35 @@
 """What pairs and items share: a frozen list of entries with ids, read from records, and split."""
 
-import difflib
 import hashlib
 import json
+import os
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import numpy as np
+import pandas as pd
 
+from steerlens.data.entries import Card
+from steerlens.data.entries import Entry as DataEntry
+from steerlens.data.forms import ALONE, Made
 from steerlens.data.prompts import unicode_text
-from steerlens.data.reading import printable, read_jsonl
-from steerlens.data.shipped import SPLITS, shipped_file
+from steerlens.data.reading import read_rows
+from steerlens.data.recognition import make, make_lists
+from steerlens.data.shipped import SPLITS, dataset_names, shipped_file
 from steerlens.errors import InputError
+from steerlens.stats import UNEVEN, effective_groups
 from steerlens.validation import Whole, checked
 
 MIN_ENTRIES = 2
 FEW_GROUPS = 10
 """Below so many, intervals and p-values are rough."""
-_LONGEST_TYPO = 20
+_LISTS = (str, os.PathLike, list, pd.Series, pd.DataFrame)
+"""What may be one side of two lists without pairs."""
 
 Check = Callable[..., Any]
 """`(value, where=...) -> checked value`; raises `InputError` that begins with `where`."""
@@ -40,6 +48,14 @@ class EntrySequence(Sequence[Entry]):
     """
 
     name: str
+    card: Card | None
+    """What was read, where this is all of what was."""
+    unpaired: Any = None
+    """Both lists whole, where what was read had no pairs."""
+    _split: ClassVar[str]
+    """The part of a dataset that is taken where none is named."""
+    _stem: ClassVar[str]
+    """The file of a shipped dataset that has them, with {} for the part."""
     _repeated: ClassVar[str]
     """What an entry shares with those that are its group where none is given."""
     _noun: ClassVar[str]
@@ -51,7 +67,7 @@ class EntrySequence(Sequence[Entry]):
 
     if TYPE_CHECKING:
 
-        def __init__(self, entries: tuple[Entry, ...], name: str = ...) -> None: ...
+        def __init__(self, entries: tuple[Entry, ...], name: str = ..., **more: Any) -> None: ...
 
     @property
     def _entries(self) -> tuple[Any, ...]:
@@ -67,7 +83,10 @@ class EntrySequence(Sequence[Entry]):
         for entry in self._entries:
             self._check_sides(entry, where=f"{self.name}: {self._noun[:-1]} {entry.id!r}")
             if entry.id in seen:
-                raise InputError(f"{self.name}: id {entry.id!r} occurs twice; ids must be distinct")
+                raise InputError(
+                    f"{self.name}: id {entry.id!r} occurs twice; ids must be distinct; "
+                    "if it is of a group: --columns group=id"
+                )
             seen.add(entry.id)
 
     def __len__(self) -> int:
@@ -92,10 +111,11 @@ class EntrySequence(Sequence[Entry]):
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) of the content in order; the name is not part of it."""
-        content = [
+        content: list[Any] = [
             [entry.id, *self._content(entry), *([] if entry.group is None else [entry.group])]
             for entry in self._entries
         ]
+        content += [list(self.unpaired)] if self.unpaired is not None else []
         return hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()
 
     @property
@@ -121,9 +141,9 @@ class EntrySequence(Sequence[Entry]):
         return tuple(numbers[key] for key in keys)
 
     def warn_of_groups(self) -> None:
-        """Warn of repeated entries, of likeness that no group tells, of fewer than 10 groups."""
+        """Warn of repeats, of likeness that no group tells, of fewer or worse than 10 groups."""
         n, noun = len(self), self._noun
-        n_groups = len(set(self.groups))
+        n_groups, effective = len(set(self.groups)), effective_groups(self.groups)
         n_repeats = n - len({self._alike(entry) for entry in self._entries})
         has_groups = any(entry.group is not None for entry in self._entries)
         n_texts = len({self._auto_group(entry) for entry in self._entries})
@@ -138,13 +158,118 @@ class EntrySequence(Sequence[Entry]):
                 f"{n} {noun} without groups differ in {n_texts} texts only, so that some are "
                 'alike; intervals and nulls go by these texts with group="auto" (--group auto)'
             )
-        if n_groups < FEW_GROUPS:
+        is_uneven = effective < min(FEW_GROUPS, UNEVEN * n_groups)
+        if n_groups < FEW_GROUPS or is_uneven:
+            as_good = f", so uneven that they are as good as {effective:.1f}," if is_uneven else ""
             notes.append(
-                f"{n_groups} independent groups of {noun}; intervals and p-values from fewer than "
-                f"{FEW_GROUPS} are rough"
+                f"{n_groups} independent groups{as_good} of {noun}; intervals and p-values from "
+                f"fewer than {FEW_GROUPS} are rough"
             )
         for text in notes:
             warnings.warn(f"{self.name}: {text}", UserWarning, stacklevel=3)
+
+    @classmethod
+    def load(
+        cls: type[Self],
+        source: Any,
+        *,
+        split: str | None = None,
+        group: str = "group",
+        columns: Mapping[str, str] | None = None,
+        form: str | None = None,
+        name: str | None = None,
+    ) -> Self:
+        """Entries from whatever they are in: a shipped dataset, a file, a frame, a dataset, a list.
+
+        A file is JSONL, JSON, CSV, TSV, Parquet or text; a folder, or `OWNER/NAME`, a Hugging Face
+        dataset; a list has dicts, or tuples of two prompts. Two lists or files in a tuple, or two
+        files joined by a comma, are the two sides without pairs. `card` says what became of
+        the rows.
+
+        Args:
+            source: One of `dataset_names()`, or one of the above.
+            split: The part of a dataset that has parts. Default: `train` for pairs, `test` for
+                items; those of a shipped one share neither topic nor wording.
+            group: The column that holds the group, or "auto": pairs whose sides differ in the same
+                text are one group, and so are items of one prompt.
+            columns: What columns are for, where their names do not tell:
+                `{"positive": "chosen", "negative": "rejected"}`.
+            form: One of `FORMS`. Default: recognised by the columns.
+            name: What messages and tables call them. Default: the file, or "pairs" or "items".
+
+        Raises:
+            InputError: Says which row cannot be used and why, or which columns came.
+
+        Examples:
+            >>> films = [
+            ...     {"positive": "A good film, as", "negative": "A bad film, as", "by": "Ann"},
+            ...     {"positive": "A good meal, as", "negative": "A bad meal, as", "by": "Bob"},
+            ... ]
+            >>> sl.ContrastivePairs.load(films, group="by").groups
+            (0, 1)
+            >>> sl.ContrastivePairs.load(films, group="auto").groups
+            (0, 0)
+            >>> facts = [{"statement": "Ice is cold.", "label": 1, "topic": "ice"},
+            ...          {"statement": "Ice is warm.", "label": 0, "topic": "ice"},
+            ...          {"statement": "Fire is cold.", "label": 0, "topic": "fire"},
+            ...          {"statement": "Fire is warm.", "label": 1, "topic": "fire"}]
+            >>> print(sl.ContrastivePairs.load(facts).card)
+            4 rows of the form labelled, 4 used; paired by topic
+        """
+        if group in (*cls._required, *cls._optional, "id"):
+            raise InputError(f"{group!r} is another part of {cls._noun}, not their group")
+        split, columns, called = split or cls._split, columns or {}, name or cls._noun
+        is_shipped = isinstance(source, str) and source in dataset_names()
+        if is_shipped:
+            stem = cls._stem.format(split)
+            source, called = shipped_file(source, stem, split), name or f"{source}/{stem}"
+        if isinstance(source, str) and source.count(",") == 1 and not os.path.exists(source):
+            source, called = tuple(source.split(",")), name or source
+        sides = source if isinstance(source, tuple) and len(source) == 2 else ()
+        if sides and all(isinstance(side, _LISTS) for side in sides):
+            both = [read_rows(side, split=split, name=called) for side in sides]
+            made = make_lists(both, columns)
+        else:
+            rows = read_rows(source, split=split, name=called)
+            called = called if is_shipped or name else rows.name
+            needed = tuple(cls._required)
+            made = make(rows, form=form, columns=columns, group=group, needed=needed)
+        return cls._of_entries(made, called, group)
+
+    @classmethod
+    def _of_entries(cls: type[Self], made: Made, name: str, group: str) -> Self:
+        """The entries that were made of rows, with the card; a warning where rows are left out."""
+        left_out = Counter(made.left_out)
+        found = []
+        for entry in made.entries:
+            records = cls._records_of(entry)
+            if not records and made.form == "pairs":
+                raise InputError(
+                    f"{entry.where}: the form pairs without a prompt that both sides share; "
+                    f"expected {', '.join(cls._required)}; name the prompt: --columns prompt=COLUMN"
+                )
+            left_out["no answers after a prompt that both sides share"] += not records
+            for default_id, record in records:
+                found.append(cls._from_record(record, default_id=default_id, where=entry.where))
+        left_out = +left_out
+        if made.entries and not found:
+            raise InputError(
+                f"{name}: the form {made.form} has no answers after a prompt that both sides "
+                f"share, as {cls._noun} need; give {', '.join(cls._required)}"
+            )
+        if group == "auto":
+            found = [replace(entry, group=cls._auto_group(entry)) for entry in found]
+        card = Card(
+            *(made.form, made.n_rows, max(made.n_rows - left_out.total(), 0)),
+            n_repeated=len(found) - len({cls._content(entry) for entry in found}),
+            left_out=dict(left_out),
+            not_used=made.not_used,
+            how=made.how,
+        )
+        if {*left_out} - {ALONE}:
+            warnings.warn(f"{name}: {card}", UserWarning, stacklevel=4)
+        more = {} if made.unpaired is None else {"unpaired": made.unpaired}
+        return cls(tuple(found), name, card=card, **more)
 
     @classmethod
     def from_records(
@@ -154,74 +279,23 @@ class EntrySequence(Sequence[Entry]):
         name: str | None = None,
         group: str = "group",
     ) -> Self:
-        """Entries from dicts with the keys of the JSONL format; see the class.
-
-        Args:
-            records: One an entry; an optional key may be absent or None.
-            name: What messages and tables call them; default "pairs" or "items".
-            group: The key that holds the group, or "auto": pairs whose sides differ in the same
-                text are one group, and so are items of one prompt.
-
-        Raises:
-            InputError: Says which record (counted from 1) cannot be used, and why.
-
-        Examples:
-            >>> films = [
-            ...     {"positive": "A good film, as", "negative": "A bad film, as", "by": "Ann"},
-            ...     {"positive": "A good meal, as", "negative": "A bad meal, as", "by": "Bob"},
-            ... ]
-            >>> sl.ContrastivePairs.from_records(films, group="by").groups
-            (0, 1)
-            >>> sl.ContrastivePairs.from_records(films, group="auto").groups
-            (0, 0)
-        """
-        name = cls._noun if name is None else name
-        read = ((f"{name}: record {i}", str(i), record) for i, record in enumerate(records, 1))
-        return cls._of_records(read, name, group)
+        """`load` of records; goes with the next version."""
+        _warn_of_former("from_records")
+        return cls.load(list(records), name=name, group=group)
 
     @classmethod
-    def _of_records(
-        cls: type[Self], records: Iterable[tuple[str, str, Any]], name: str, group: str
+    def from_dataset(
+        cls: type[Self], dataset: Any, *, name: str = "dataset", group: str = "group"
     ) -> Self:
-        """Entries from records, each with where it is and its default id."""
-        if group in (*cls._required, *cls._optional, "id"):
-            raise InputError(f"{name}: {group!r} is another part of {cls._noun}, not their group")
-        entries = [
-            cls._from_record(record, group=group, default_id=default_id, where=where)
-            for where, default_id, record in records
-        ]
-        if group == "auto":
-            entries = [replace(entry, group=cls._auto_group(entry)) for entry in entries]
-        return cls(tuple(entries), name)
+        """`load` of a dataset; goes with the next version."""
+        _warn_of_former("from_dataset")
+        return cls.load(dataset, name=name, group=group)
 
     @classmethod
     def from_jsonl(cls: type[Self], path: str | Path, *, group: str = "group") -> Self:
-        """Entries from a UTF-8 JSONL file: one object a line, blank lines skipped.
-
-        Args:
-            path: The file, or a pipe; its lines have the keys that the class tells. The default
-                id is the line number.
-            group: As of `from_records`.
-
-        Raises:
-            InputError: Says which line of the file cannot be used, and why.
-
-        Examples:
-            >>> lines = [
-            ...     '{"positive": "I loved it because", "negative": "I hated it because"}',
-            ...     '{"positive": "It was good, as", "negative": "It was bad, as", "id": "good"}',
-            ... ]
-            >>> size = (folder / "mine.jsonl").write_text("\\n".join(lines))
-            >>> [pair.id for pair in sl.ContrastivePairs.from_jsonl(folder / "mine.jsonl")]
-            ['1', 'good']
-        """
-        read = ((where, str(number), record) for number, where, record in read_jsonl(Path(path)))
-        return cls._of_records(read, printable(Path(path)), group)
-
-    @classmethod
-    def _load(cls: type[Self], name: str, split: str, stem: str, group: str) -> Self:
-        entries = cls.from_jsonl(shipped_file(name, stem, split), group=group)
-        return cls(tuple(entries), f"{name}/{stem}")
+        """`load` of a file; goes with the next version."""
+        _warn_of_former("from_jsonl")
+        return cls.load(Path(path), group=group)
 
     def split(self: Self, test_fraction: float | int, seed: Whole = 0) -> tuple[Self, Self]:
         """A random (train, test) partition, the same for the same seed; order is kept in each.
@@ -286,40 +360,43 @@ class EntrySequence(Sequence[Entry]):
             raise InputError(f"{where}: positive and negative are equal; they must differ")
 
     @classmethod
-    def _from_record(cls, record: Any, *, group: str, default_id: str, where: str) -> Entry:
-        keys = f"the keys {', '.join(cls._required)}"
-        if not isinstance(record, Mapping):
-            raise InputError(f"{where}: expected an object with {keys}")
-        optional = {**cls._optional, "id": _checked_id}
-        if group != "auto":
-            optional[group] = _checked_id
-        needed = [*cls._required, *([] if group in ("auto", "group") else [group])]
-        for key in needed:
-            if key not in record:
-                raise InputError(
-                    f"{where}: missing key {key!r}; expected {keys} and optionally "
-                    f"{', '.join(optional)}; got {', '.join(sorted(map(str, record)))[:200]}"
-                )
-        checks = {**cls._required, **optional}
-        for key in record:
-            if key in checks or len(str(key)) > _LONGEST_TYPO:
-                continue
-            near = difflib.get_close_matches(str(key), checks, n=1, cutoff=0.8)
-            if near:
-                raise InputError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
+    @abstractmethod
+    def _records_of(cls, entry: DataEntry) -> list[tuple[str, dict[str, Any]]]:
+        """Default ids and records, with the keys that are checked, of what a row says."""
+
+    @classmethod
+    def _from_record(cls, record: Mapping[str, Any], *, default_id: str, where: str) -> Entry:
+        checks = {**cls._required, **cls._optional, "id": _checked_id, "group": _checked_id}
         values = {
             key: check(record[key], where=f"{where}: {key}")
             for key, check in checks.items()
-            if key in cls._required or record.get(key) is not None
+            if record.get(key) is not None
         }
-        if group in values:
-            values["group"] = values.pop(group)
         entry: Entry = cls._entry(**{"id": default_id, **values})
         cls._check_sides(entry, where=where)
         return entry
 
 
 def _checked_id(value: Any, *, where: str) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # it went through a column of floats
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise InputError(f"{where} must be text or a whole number, got {type(value).__name__}")
     return unicode_text(str(value), where=where)
+
+
+def one_of_each_in_turn(groups: Sequence[int], most: int) -> list[int]:
+    """At most so many rows, in their order: the first of each group, then the second, and so on.
+
+    Examples:
+        >>> one_of_each_in_turn([0, 0, 0, 1, 1, 2], 4)
+        [0, 1, 3, 5]
+    """
+    turns = [list(groups[:row]).count(group) for row, group in enumerate(groups)]
+    in_turn = sorted(range(len(groups)), key=lambda row: (turns[row], groups[row]))
+    return sorted(in_turn[:most])
+
+
+def _warn_of_former(name: str) -> None:
+    text = f"{name} is now load, and goes with the next version"
+    warnings.warn(text, DeprecationWarning, stacklevel=4)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.capture import collect_activations
-from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.engine.labels import OWN_TOKENS, pairs_to_read
+from steerlens.engine.positions import Position, as_position
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
 from steerlens.models.identity import weights_fingerprint
@@ -44,7 +47,7 @@ class Differences:
     readout_names: tuple[str, ...]
     positive: Float[Tensor, "all_hook pair d_model"]
     negative: Float[Tensor, "all_hook pair d_model"]
-    position: int
+    position: Position
     fingerprint: str
     weight_processing: str = UNKNOWN
     weights_fingerprint: str = UNKNOWN
@@ -98,7 +101,8 @@ def collect_differences(
     pairs: ContrastivePairs,
     *,
     layers: Layers = "all",
-    position: int = -1,
+    position: Position | Sequence[int] = -1,
+    own_tokens: Count = OWN_TOKENS,
     batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> Differences:
@@ -108,13 +112,14 @@ def collect_differences(
 
     Args:
         layers: As in `resolve_hooks`.
-        position: The token that is read, counted in each prompt, negative from its end; never
-            padding or a continuation.
+        position: The token that is read, counted in each prompt, negative from its end; or several
+            or a span by name, such as "assistant", the mean over the response (see `Position`).
+        own_tokens: The most tokens that the model writes where its own text is read (32).
         batch_size: Prompts in a pass; by default what the device can use.
         progress: Told of the prompts; nobody by default.
 
     Raises:
-        InputError: A position outside a prompt (named).
+        InputError: A position outside a prompt (named), or of which it has no token.
         HookError: An unknown hook.
         ModelError: NaN or inf at a hook (named).
 
@@ -122,27 +127,56 @@ def collect_differences(
         >>> sl.collect_differences(model, pairs, layers=[0, 2], position=-1)
         Differences(2 hooks, 8 pairs, d_model 32)
     """
-    hook_names = resolve_hooks(model, layers)
-    readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
-    tokenized = tokenize_pairs(model, pairs)
-    # Both sides at once: a GPU is not left idle between them.
-    both = collect_activations(
-        model,
-        tokenized.positive + tokenized.negative,
-        hook_names + readout_names,
-        position=position,
-        batch_size=batch_size,
-        progress=progress,
+    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    position = as_position(position)
+    tokenized = pairs_to_read(model, pairs, position, own_tokens=own_tokens)
+    sides = (tokenized.positive, tokenized.negative)
+    return _differences(model, pairs, sides, layers=layers, position=position, **settings)
+
+
+def class_differences(model: HookedModel, pairs: ContrastivePairs, **settings: Any) -> Differences:
+    """Each positive text of `pairs.unpaired` against the mean of the negative ones.
+
+    Their mean is the difference of the two means, whatever the lengths. The settings are those of
+    `collect_differences`.
+    """
+    assert pairs.unpaired is not None
+    positive, negative = (
+        [tokenize_prompt(model, text, where=f"{side} text {i}") for i, text in enumerate(texts, 1)]
+        for side, texts in zip(("positive", "negative"), pairs.unpaired, strict=True)
     )
+    return _differences(model, pairs, (positive, negative), **settings)
+
+
+def _differences(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    sides: tuple[Sequence[TokenizedPrompt], Sequence[TokenizedPrompt]],
+    *,
+    layers: Layers = "all",
+    position: Position = -1,
+    **settings: Any,
+) -> Differences:
+    """The differences of two sides: of others than the pairs, from the mean of the negative one."""
+    hook_names = resolve_hooks(model, layers)
+    names = (hook_names, missing_readouts(hook_names, int(model.cfg.n_layers)))
+    # Both sides at once: a GPU is not left idle between them.
+    prompts = (*sides[0], *sides[1])
+    both = collect_activations(model, prompts, names[0] + names[1], position=position, **settings)
     # Each a tensor of its own, which can be kept and written without the other.
     positive, negative = (
-        side.clone(memory_format=torch.contiguous_format) for side in both.chunk(2, dim=1)
+        side.clone(memory_format=torch.contiguous_format)
+        for side in both.tensor_split([len(sides[0])], dim=1)
     )
+    are_pairs = len(sides[0]) == len(sides[1]) == len(pairs)
+    if not are_pairs:
+        mean = negative.mean(dim=1, keepdim=True, dtype=torch.float64).to(negative.dtype)
+        negative = mean.expand_as(positive).contiguous()
     return Differences(
-        *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
+        *(*names, positive, negative, position, pairs.fingerprint),
         weight_processing=weight_processing(model),
         weights_fingerprint=weights_fingerprint(model),
-        groups=pairs.groups,
+        groups=pairs.groups if are_pairs else None,
         pair_hashes=pairs.prompt_hashes,
     )
 

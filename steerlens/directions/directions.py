@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.engine.positions import Position
 from steerlens.errors import InputError
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.tables import fragment, hook_label, shortened
@@ -57,7 +58,7 @@ class Directions(Frozen, Mapping[str, Tensor]):
     readout_names: tuple[str, ...]
     vectors: Float[Tensor, "all_hook d_model"]
     method: str
-    position: int
+    position: Position
     seed: Whole
     fingerprint: str
     weight_processing: str = UNKNOWN

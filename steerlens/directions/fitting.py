@@ -1,25 +1,39 @@
 """Collect what methods are fitted from, once for all of them, and fit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
+
+from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
-from steerlens.directions.differences import Differences, collect_differences
+from steerlens.data.prompts import Message
+from steerlens.directions.differences import (
+    Differences,
+    class_differences,
+    collect_differences,
+)
 from steerlens.directions.directions import Directions
 from steerlens.directions.gradient_rows import LossGradients, Weight, check_weight
 from steerlens.directions.gradients import loss_gradients
-from steerlens.directions.methods import Method, fit_directions, method_of
+from steerlens.directions.methods import Evidence, Method, fit_directions, method_of
 from steerlens.directions.training import train_directions
 from steerlens.engine.checkpoint import Checkpoint, Kept, digest
-from steerlens.engine.labels import OWN, LabelKind
+from steerlens.engine.labels import OWN, OWN_TOKENS, LabelKind
+from steerlens.engine.positions import Position, as_position
+from steerlens.errors import InputError
 from steerlens.loss import WEIGHT
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.validation import Count, Whole, checked
+
+Found = TypeVar("Found", Directions, LossGradients)
+Prompts: TypeAlias = Sequence[str | Sequence[Message | Mapping[str, Any]]]
+"""Texts, or chats."""
 
 N_SCORES = 4
 """Label sequences drawn for each positive prompt where a method needs scores."""
@@ -28,15 +42,16 @@ N_SCORES = 4
 @checked
 def fit(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: ContrastivePairs | tuple[Prompts, Prompts],
     *,
     method: str = "mean_diff",
     layers: Layers = "all",
-    position: int | None = None,
+    position: Position | Sequence[int] | None = None,
     labels: LabelKind | None = None,
     weight: Weight = WEIGHT,
     items: PreferenceItems | None = None,
     differences: Differences | None = None,
+    own_tokens: Count = OWN_TOKENS,
     seed: Whole = 0,
     batch_size: Count | None = None,
     progress: Progress | None = None,
@@ -46,23 +61,28 @@ def fit(
     `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`.
 
     Args:
+        pairs: Or two lists of prompts in a tuple, of any lengths: what has no pairs has a mean
+            difference all the same.
         method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`,
             `gradient_mean+on_pca`.
         layers: As in `resolve_hooks`.
-        position: The token of each prompt that is read; by default the last, or the last but one
-            for a method fitted from gradients where some pair has no label after it.
+        position: The tokens of each prompt that are read (see `Position`); by default the last, or
+            the last but one for a method fitted from gradients where some pair has no label after
+            it. "assistant" is the mean over the response.
         labels: Of methods fitted from gradients or trained: the tokens whose logprob the loss
             keeps, as of `Study`. Default: that of the pairs.
         weight: That of the coherence term in the gradients (`LossGradients.with_weight`).
         items: For the methods trained on continuations.
         differences: Of the pairs at the layers and the position, where they are there already;
             collected by default.
+        own_tokens: The most tokens that the model writes where its own text is read (32).
         seed: That of the controls, the scores and the training.
         batch_size: Prompts in a pass; by default what the device can use.
         progress: Told of every stage; nobody by default.
 
     Raises:
-        InputError: As the functions above; so the other errors.
+        InputError: As the functions above; so the other errors. A method but `mean_diff` where
+            there are no pairs.
 
     Examples:
         >>> sl.fit(model, pairs, method="gradient_mean", layers=[1, 2])
@@ -70,9 +90,12 @@ def fit(
     """
     check_weight(weight)
     chosen = method_of(method)
-    at = default_position(method, pairs, labels) if position is None else position
+    if not isinstance(pairs, ContrastivePairs):
+        pairs = ContrastivePairs.load(tuple(map(list, pairs)))
+    check_pairs(pairs, method)
+    at = default_position(method, pairs, labels) if position is None else as_position(position)
     shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
-    evidence: Differences | LossGradients
+    evidence: Evidence
     if chosen.source == "training":
         how: dict[str, Any] = {"items": items, "position": at, "labels": labels, "seed": seed}
         return _train(model, pairs, chosen, **how, **shared)
@@ -81,7 +104,11 @@ def fit(
         gradients = _gradients(model, pairs, [chosen], **how, **shared)
         evidence = gradients.with_weight(weight)
     else:
-        evidence = differences or collect_differences(model, pairs, position=at, **shared)
+        if differences is None and pairs.unpaired is not None:
+            differences = class_differences(model, pairs, position=at, **shared)
+        evidence = differences or collect_differences(
+            model, pairs, position=at, own_tokens=own_tokens, **shared
+        )
     return fit_directions(evidence, method=chosen.name, seed=seed)
 
 
@@ -92,63 +119,70 @@ def fit_methods(
     *,
     differences: Differences,
     layers: Layers,
-    position: int | None,
+    position: Position | None,
     items: PreferenceItems | None = None,
     seed: int,
     batch_size: int | None,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
-) -> dict[str, Directions]:
-    """Method name, as given, -> directions; from one pass for the gradients on each axis.
+) -> tuple[dict[str, Directions], dict[str, Evidence]]:
+    """Method name, as given, -> directions, and -> what they are fitted from, if not trained.
 
-    The differences are there already. Those that the checkpoint has are not fitted again. Otherwise
-    as `fit`.
+    From one pass for the gradients on each axis. The differences are there already; gradients and
+    trained directions that the checkpoint has are not made again. Otherwise as `fit`.
     """
     chosen = {name: method_of(name) for name in methods}
     shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
-    by_gradients = [method for method in chosen.values() if method.source == "gradients"]
-    gradients: dict[str | None, LossGradients] = {}
-    keys: dict[str, str] = {}
-    fitted: dict[str, Directions] = {}
-    for name in chosen if checkpoint is not None else ():
-        keys[name] = digest(
-            *("directions", provenance(model).to_dict(), pairs.fingerprint, name, position, seed),
-            *(differences.all_hook_names, differences.positive, differences.negative),
-            *(batch_size, None if items is None else items.fingerprint),
-        )
-        fitted |= _kept(checkpoint, name, keys[name])
-    left = {name: method for name, method in chosen.items() if name not in fitted}
-    for axis in dict.fromkeys(m.axis for m in left.values() if m.source == "gradients"):
-        alike = [method for method in by_gradients if method.axis == axis]
+    decided = (
+        *("directions", provenance(model).to_dict(), pairs.fingerprint, position, seed),
+        *(differences.all_hook_names, differences.positive, differences.negative),
+        *(batch_size, None if items is None else items.fingerprint),
+    )
+    by_axis: dict[str | None, LossGradients] = {}
+    for axis in dict.fromkeys(m.axis for m in chosen.values() if m.source == "gradients"):
+        alike = [m for m in chosen.values() if m.source == "gradients" and m.axis == axis]
         at = default_position(alike[0].name, pairs) if position is None else position
-        gradients[axis] = _gradients(model, pairs, alike, position=at, seed=seed, **shared)
+        by_axis[axis] = _once(
+            checkpoint,
+            (*decided, axis, any(method.needs_scores for method in alike)),
+            LossGradients,
+            partial(_gradients, model, pairs, alike, position=at, seed=seed, **shared),
+        )
     at = -1 if position is None else position
-    for name, method in left.items():
+    fitted: dict[str, Directions] = {}
+    evidence: dict[str, Evidence] = {}
+    for name, method in chosen.items():
         if method.source == "training":
             how: dict[str, Any] = {"items": items, "position": at, "seed": seed, **shared}
-            directions = _train(model, pairs, method, **how)
-        else:
-            by_gradient = method.source == "gradients"
-            evidence = gradients[method.axis] if by_gradient else differences
-            directions = fit_directions(evidence, method=method.name, seed=seed)
-        fitted[name] = directions
-        if checkpoint is not None:
-            record = {f.name: getattr(directions, f.name) for f in fields(directions)}
-            kept = Kept(tensors={"vectors": record.pop("vectors")}, record=record)
-            checkpoint.keep(keys[name], keys[name], kept)
-    return {name: fitted[name] for name in chosen}
+            train = partial(_train, model, pairs, method, **how)
+            fitted[name] = _once(checkpoint, (*decided, name), Directions, train)
+            continue
+        by_gradient = method.source == "gradients"
+        evidence[name] = by_axis[method.axis] if by_gradient else differences
+        fitted[name] = fit_directions(evidence[name], method=method.name, seed=seed)
+    return fitted, evidence
 
 
-def _kept(checkpoint: Checkpoint | None, name: str, key: str) -> dict[str, Directions]:
-    """The directions under a method's name, if they were kept."""
-    kept = None if checkpoint is None else checkpoint.load(key, key)
+def _once(
+    checkpoint: Checkpoint | None,
+    decided: Sequence[Any],
+    kind: type[Found],
+    compute: Callable[[], Found],
+) -> Found:
+    """What was kept, else what is computed, which is kept (as `engine.checkpoint.once`)."""
+    if checkpoint is None:
+        return compute()
+    key = digest(*decided)
+    kept = checkpoint.load(key, key)
     if kept is None:
-        return {}
-    found: dict[str, Any] = {**kept.record, **kept.tensors}
-    found |= {
-        field: tuple(found[field]) for field in ("hook_names", "readout_names", "pair_hashes")
-    }
-    return {name: Directions(**found)}
+        found = compute()
+        values = {f.name: getattr(found, f.name) for f in fields(found)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        record = {name: value for name, value in values.items() if name not in tensors}
+        checkpoint.keep(key, key, Kept(tensors=tensors, record=record))
+        return found
+    record = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.record.items()}
+    return kind(**{**record, **kept.tensors})
 
 
 def _gradients(
@@ -166,6 +200,16 @@ def _train(
         model, pairs, objective=method.objective, axis=method.axis, **settings
     )
     return trained.directions
+
+
+def check_pairs(pairs: ContrastivePairs, method: str) -> None:
+    """Raise `InputError` where the method needs pairs and there are two lists without any."""
+    name = method_of(method).name
+    if pairs.unpaired is not None and name != "mean_diff":
+        raise InputError(
+            f"{name} is fitted from pairs, and {pairs.name} are two lists without any; take "
+            "mean_diff, or say what belongs together: a record a pair, or a column (--group)"
+        )
 
 
 def default_position(method: str, pairs: ContrastivePairs, labels: LabelKind | None = None) -> int:

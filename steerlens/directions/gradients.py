@@ -22,6 +22,7 @@ from steerlens.engine.capture import are_finite
 from steerlens.engine.engine import Engine
 from steerlens.engine.labels import LabelKind, labelled_pairs
 from steerlens.engine.memory import check_memory
+from steerlens.engine.positions import Position, one_token
 from steerlens.engine.tokenization import TokenizedPairs
 from steerlens.errors import HookError, InputError, ModelError
 from steerlens.loss import MARGIN, WEIGHT
@@ -40,7 +41,7 @@ def loss_gradients(
     pairs: ContrastivePairs,
     *,
     layers: Layers = "all",
-    position: int = -2,
+    position: Position = -2,
     axis: Directions | str | None = None,
     loss_hook: str | None = None,
     labels: LabelKind | None = None,
@@ -108,6 +109,7 @@ def loss_gradients(
     hook_names = resolve_hooks(model, layers)
     readouts = missing_readouts(hook_names, int(model.cfg.n_layers))
     loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook)
+    position = one_token(position, "gradients")
     tokenized = labelled_pairs(model, pairs, labels, seed=seed)
     _check_position(tokenized, position)
     batches = make_pair_batches(model, tokenized, batch_size)

@@ -31,6 +31,9 @@ from steerlens.validation import Draws, Whole, checked
 
 Source = Literal["differences", "gradients", "training"]
 
+Evidence = Differences | LossGradients
+"""What a method that does not run the model is fitted from."""
+
 NORM = "norm"
 """What a name says of a loss without an axis: `optimised+on_norm`."""
 
@@ -166,9 +169,7 @@ def axis_method(name: str) -> Method:
 
 
 @checked
-def fit_directions(
-    evidence: Differences | LossGradients, *, method: str = "mean_diff", seed: Whole = 0
-) -> Directions:
+def fit_directions(evidence: Evidence, *, method: str = "mean_diff", seed: Whole = 0) -> Directions:
     """A unit direction at every hook of `evidence`, the readouts included.
 
     The arithmetic is in float64, the result has the evidence's dtype. A direction fitted from
@@ -202,9 +203,9 @@ def fit_directions(
             f"{_ADVICE[chosen.source]}, or use fit(model, pairs, method={chosen.name!r})"
         )
     if isinstance(evidence, LossGradients):
-        if chosen.axis not in (None, evidence.axis):
+        if "+on_" in method and chosen.axis != evidence.axis:
             raise InputError(
-                f"{chosen.name} is on the axis {chosen.axis}, and these gradients are on "
+                f"{method} is on {chosen.axis or 'the norm'}, and these gradients are on "
                 f"{evidence.axis or 'the norm'}; take loss_gradients(..., axis={chosen.axis!r})"
             )
         chosen = chosen.on(evidence.axis)
@@ -226,7 +227,7 @@ def fit_directions(
 
 
 def directions_of(
-    evidence: Differences | LossGradients,
+    evidence: Evidence,
     vectors: Sequence[Float[Tensor, " d_model"]],
     *,
     method: str,

@@ -22,6 +22,7 @@ from steerlens.directions.old_names import with_grouped
 from steerlens.directions.training_step import Push, Side, make_side, objective_of, push_sides
 from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.labels import LabelKind, labelled_pairs
+from steerlens.engine.positions import Position, one_token
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
@@ -83,7 +84,7 @@ def train_directions(
     objective: str = "reference",
     axis: Directions | str | None = "pca",
     items: PreferenceItems | None = None,
-    position: int = -1,
+    position: Position = -1,
     labels: LabelKind | None = None,
     schedule: Schedule = Schedule(),
     seed: Whole = 0,
@@ -138,6 +139,7 @@ def train_directions(
         >>> list(held_out.epoch), bool(held_out.projection.is_monotonic_increasing)
         ([0, 1, 2], True)
     """
+    position = one_token(position, "the states of training")
     items = _items_of(objective, items)
     differences = collect_differences(
         model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress

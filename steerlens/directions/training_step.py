@@ -135,7 +135,7 @@ def push_sides(
             start=start,
             fwd_hooks=[
                 (hook_name, adding(side.signs * vector, batch.steered_mask("all"))),
-                reading_hook(states, readout, batch.indices(position)),
+                reading_hook(states, readout, batch.reading(position)),
             ],
             last_hook=readout if labels is None else resid_post(int(model.cfg.n_layers) - 1),
         )

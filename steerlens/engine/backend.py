@@ -20,7 +20,7 @@ from steerlens.models import verification
 from steerlens.models.hooked_model import HookedModel, hugging_face_model, weight_module
 from steerlens.models.hooks import keeping, resid_post
 from steerlens.models.loading import inference
-from steerlens.stats import allowed_gap, relative_gap
+from steerlens.models.tolerance import allowed_gap, relative_gap
 
 DEVICES = {"cuda"}
 """Where it pays: on a CPU a Bridge costs what its arithmetic costs."""

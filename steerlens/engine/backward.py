@@ -28,11 +28,11 @@ from steerlens.engine.transfer import to_device, to_host
 from steerlens.engine.workload import Cost
 from steerlens.errors import InputError, ModelError
 from steerlens.loss import label_logprob
-from steerlens.models.hooked_model import HookedModel, weight_module
+from steerlens.models.hooked_model import HookedModel, side_of_switches, weight_module
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
-from steerlens.stats import allowed_gap
+from steerlens.models.tolerance import allowed_gap
 
 BACKWARD_COST = 2
 """Block-evaluations that a backward pass through a block counts for: the usual estimate."""
@@ -365,13 +365,14 @@ def _batch_rows(
     n_scores: int,
     generator: torch.Generator,
 ) -> LossRows:
-    is_joined = _is_launch_bound(model, both)
+    sides = {side_of_switches(model, batch.tokens.shape[1]) for batch in both}
+    is_joined = _is_launch_bound(model, both) and len(sides) == 1
     batches = (join(model, both),) if is_joined else both
     positive = batches[0].halves()[0] if is_joined else both[0]
     # Where labels and positions are, and what is padded, is known before a device is kept busy.
     labels = Labels.of(positive)
     places = [
-        (to_device(batch.indices(position), batch.tokens.device), not bool(batch.is_whole.all()))
+        (to_device(batch.reading(position), batch.tokens.device), not bool(batch.is_whole.all()))
         for batch in batches
     ]
     deepest = max(hook_layer(name) for name in targets.values())

@@ -1,22 +1,29 @@
 """Tokenized prompts in length-sorted, padded batches: which tokens are labels, which steered."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from steerlens.engine.positions import Position, parse_position
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPairs, TokenizedPrompt
 from steerlens.engine.transfer import to_device
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
+from steerlens.models.hooked_model import HookedModel, side_of_switches
 
 PaddingSide = Literal["left", "right"]
 
+
+Places: TypeAlias = (
+    Int[Tensor, " prompt"] | Float[Tensor, "prompt token"] | Bool[Tensor, "prompt token"]
+)
+"""Where rows are read: one column each, the weights of a mean over tokens, or the tokens of which
+the largest number of each coordinate is taken."""
 
 MAX_PADDING = 0.1
 """The largest share of a batch that may be padding."""
@@ -46,11 +53,22 @@ class Batch:
         """The attention mask for the model's forward pass; none where nothing is padded."""
         return mask_kwargs(self.attention_mask)
 
-    def indices(self, position: int) -> Int[Tensor, " prompt"]:
-        """Column of `position` in each row. Raises `InputError` outside a prompt."""
-        return torch.tensor(self._starts) + torch.tensor(
-            [prompt.index(position) for prompt in self.prompts]
-        )
+    def reading(self, position: Position) -> Places:
+        """Where each row is read: its column, or what its tokens count (see `Places`).
+
+        Raises `InputError` where a prompt has no such token.
+        """
+        reduction = parse_position(position).reduction
+        columns = [
+            [start + index for index in prompt.places(position)]
+            for start, prompt in zip(self._starts, self.prompts, strict=True)
+        ]
+        if reduction == "last":
+            return torch.tensor([column for (column,) in columns])
+        mask = torch.zeros(self.attention_mask.shape, dtype=torch.bool)
+        for row, of_row in enumerate(columns):
+            mask[row, of_row] = True
+        return mask if reduction == "max" else mask / mask.sum(dim=1, keepdim=True)
 
     def halves(self) -> tuple["Batch", ...]:
         """The first and the second half of its prompts; itself when there is one prompt."""
@@ -103,10 +121,17 @@ class Batch:
             with torch.inference_mode(mode=False):
                 mask = torch.zeros(self.attention_mask.shape, dtype=torch.bool)
                 for row, (start, prompt) in enumerate(zip(self._starts, self.prompts, strict=True)):
-                    columns = [start + index for index in _INDICES[name](prompt)]
+                    columns = [start + index for index in self._indices(name, prompt)]
                     mask[row, [column for column in columns if column >= 0]] = True
                 self._masks[name] = mask, to_device(mask, self.attention_mask.device)
         return self._masks[name]
+
+    @staticmethod
+    def _indices(name: str, prompt: TokenizedPrompt) -> Sequence[int]:
+        """Of a prompt's tokens those that a mask of that name marks."""
+        if name == "labels":
+            return prompt.label_tokens
+        return range(1, len(prompt)) if name == "predicted" else prompt.steered(name)
 
     @cached_property
     def _masks(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -118,17 +143,6 @@ class Batch:
         starts = self.attention_mask.int().argmax(dim=1).tolist()
         n_before = self.n_before or (0,) * len(starts)
         return [start - before for start, before in zip(starts, n_before, strict=True)]
-
-
-_INDICES: dict[str, Callable[[TokenizedPrompt], Sequence[int]]] = {
-    "labels": lambda p: p.label_tokens,
-    "predicted": lambda p: range(1, len(p)),
-    "all": lambda p: range(len(p)),
-    "prompt": lambda p: range(len(p.prompt)),
-    "continuation": lambda p: range(len(p.prompt), len(p)),
-    "last": lambda p: (len(p.prompt) - 1,),
-}
-"""Of a prompt's tokens those that a mask marks."""
 
 
 def mask_kwargs(attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
@@ -169,7 +183,8 @@ def make_batches(
     A batch holds at most `batch_size` prompts (`rows_per_pass` without one) and at most a tenth of
     padding. Raises `InputError` when `batch_size` is below 1.
     """
-    groups = _groups([(len(prompt),) for prompt in prompts], model, batch_size)
+    lengths = [(len(prompt),) for prompt in prompts]
+    groups = _groups(lengths, lengths, model, batch_size)
     return tuple(_batch(model, prompts, rows) for rows in groups)
 
 
@@ -184,7 +199,7 @@ def make_split_batches(
     n_before = [len(prompt.prompt) - 1 for prompt in prompts]
     lengths = [(len(p) - n, n) for p, n in zip(prompts, n_before, strict=True)]
     batches = []
-    for rows in _groups(lengths, model, batch_size):
+    for rows in _groups(lengths, [(len(p),) for p in prompts], model, batch_size):
         of, cuts = tuple(prompts[row] for row in rows), tuple(n_before[row] for row in rows)
         ids = [prompt.ids for prompt in of]
         heads = [tokens[:n] for tokens, n in zip(ids, cuts, strict=True)]
@@ -208,7 +223,7 @@ def make_pair_batches(
     sides = (pairs.positive, pairs.negative)
     lengths = [(len(pos), len(neg)) for pos, neg in zip(*sides, strict=True)]
     batches = []
-    for rows in _groups(lengths, model, batch_size):
+    for rows in _groups(lengths, lengths, model, batch_size):
         positive, negative = (_batch(model, side, rows) for side in sides)
         batches.append((positive, negative))
     return tuple(batches)
@@ -229,13 +244,20 @@ def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[i
 
 
 def _groups(
-    lengths: Sequence[tuple[int, ...]], model: HookedModel, batch_size: int | None
+    lengths: Sequence[tuple[int, ...]],
+    whole: Sequence[tuple[int, ...]],
+    model: HookedModel,
+    batch_size: int | None,
 ) -> list[tuple[int, ...]]:
-    """Rows sorted by length, in groups of which no part would be padded by more than a tenth."""
+    """Rows sorted by length, in groups of which no part would be padded by more than a tenth.
+
+    By the lengths of their `whole` prompts a group is on one side of `length_switches`.
+    """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+    sides = [tuple(side_of_switches(model, length) for length in of) for of in whole]
+    for row in sorted(range(len(lengths)), key=lambda row: (sides[row], lengths[row])):
         grown = [*groups[-1], row] if groups else [row]
         parts = list(zip(*(lengths[i] for i in grown), strict=True))
         widths = [max(part) for part in parts]
@@ -244,7 +266,7 @@ def _groups(
             for part, width in zip(parts, widths, strict=True)
         )
         is_full = len(grown) > (batch_size or rows_per_pass(model, max(widths)))
-        if not groups or is_padded or is_full:
+        if not groups or is_padded or is_full or sides[row] != sides[groups[-1][0]]:
             groups.append([row])
         else:
             groups[-1] = grown

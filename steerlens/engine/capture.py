@@ -5,12 +5,13 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from steerlens.engine.backend import for_hooks
-from steerlens.engine.batches import Batch, in_pair_order, make_batches
+from steerlens.engine.batches import Batch, Places, in_pair_order, make_batches
 from steerlens.engine.memory import is_out_of_memory, warn_of_memory
+from steerlens.engine.positions import Position
 from steerlens.engine.resume import Stop
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
@@ -30,11 +31,11 @@ def collect_activations(
     prompts: Sequence[TokenizedPrompt],
     hook_names: Sequence[str],
     *,
-    position: int = -1,
+    position: Position = -1,
     batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "hook prompt d_model"]:
-    """Activations at one position of every prompt, in the prompts' order, on the CPU.
+    """Activations at a position of every prompt, in the prompts' order, on the CPU.
 
     The model runs in length-sorted batches and stops after the last hook, so the unembedding is
     never computed and the peak memory does not grow with the number of prompts but for the result;
@@ -56,7 +57,7 @@ def collect_activations(
     pins = n_values <= PINNED
 
     def run(batch: Batch) -> Arriving:
-        found = run_to_hooks(runner, batch, hook_names, indices=batch.indices(position))
+        found = run_to_hooks(runner, batch, hook_names, places=batch.reading(position))
         return to_host(found, pins=pins)
 
     with inference(runner):
@@ -92,9 +93,9 @@ def check_finite(
 
 
 def reading_hook(
-    into: dict[str, Tensor], hook_name: str, indices: Int[Tensor, " prompt"]
+    into: dict[str, Tensor], hook_name: str, places: Places
 ) -> tuple[str, HookFunction]:
-    """A forward hook that stores `activation[row, indices[row]]` as `into[hook_name]`.
+    """A forward hook that stores what is read at the places of each row as `into[hook_name]`.
 
     The stored tensor is `Float["prompt d_model"]` in float32 at least. The hook raises
     `InputError` when the activation is not `[prompt, token, d_model]`.
@@ -102,7 +103,7 @@ def reading_hook(
 
     def read(activation: Tensor) -> Tensor:
         check_residual(activation, hook_name)
-        return at_position(activation, indices)
+        return at_position(activation, places)
 
     return keeping(into, [hook_name], read)[0]
 
@@ -117,12 +118,20 @@ def check_residual(activation: Float[Tensor, "..."], hook_name: str) -> None:
 
 
 def at_position(
-    values: Float[Tensor, "row token d_model"], indices: Int[Tensor, " row"]
+    values: Float[Tensor, "row token d_model"], places: Places
 ) -> Float[Tensor, "row d_model"]:
-    """Each row's values at its own token, in float32 at least."""
-    row = torch.arange(len(values), device=values.device)
-    chosen = values[row, indices.to(values.device)]
-    return chosen.to(torch.promote_types(chosen.dtype, torch.float32))
+    """Each row's values at its own places, in float32 at least."""
+    places, wide = places.to(values.device), torch.promote_types(values.dtype, torch.float32)
+    if places.ndim == 1:
+        row = torch.arange(len(values), device=values.device)
+        return values[row, places].to(wide)
+    if places.dtype == torch.bool:
+        masked = values.masked_fill(~places[..., None], -torch.inf)
+        # Not `amax` alone: what is not finite has to be seen.
+        return masked.amax(dim=1).to(wide)
+    # What padding holds is not looked at, be it NaN.
+    read = values.to(wide).masked_fill((places == 0)[..., None], 0)
+    return torch.einsum("rt,rtd->rd", places.to(wide), read)
 
 
 def run_to_hooks(
@@ -130,17 +139,17 @@ def run_to_hooks(
     batch: Batch,
     hook_names: Sequence[str],
     *,
-    indices: Int[Tensor, " prompt"],
+    places: Places,
     fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
 ) -> Float[Tensor, "hook prompt d_model"]:
     """Run a batch until every hook has been read once, and stop there.
 
-    `indices` are the columns to read; `fwd_hooks` (an intervention) act before the reading at the
+    `places` are what is read; `fwd_hooks` (an intervention) act before the reading at the
     same hook. Raises `HookError` when a hook does not fire.
     """
     found: dict[str, Tensor] = {}
-    indices = to_device(indices, batch.tokens.device)
-    readers = [reading_hook(found, name, indices) for name in hook_names]
+    places = to_device(places, batch.tokens.device)
+    readers = [reading_hook(found, name, places) for name in hook_names]
 
     def stop(activation: Tensor, hook: Any) -> None:  # noqa: ARG001 (TransformerLens's signature)
         if len(found) == len(hook_names):

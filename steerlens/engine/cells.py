@@ -83,8 +83,8 @@ def _finished(
         if by_label:
             kl, logprobs = (by_token(batches, values) for values in by_label)
             at_labels = list(zip(kl, logprobs, strict=True))
-    if prepared.workload.steered_positions == "continuation":
-        # What is read lies before every steered token, so it is the unsteered model's to the bit.
+    if prepared.workload.reads_unsteered:
+        # To the bit.
         unsteered = prepared.unsteered.cell(job.readout)
         readouts_pos = unsteered.positive.expand(n, -1, -1)
         readouts_neg = unsteered.negative.expand(n, -1, -1)
@@ -212,8 +212,8 @@ class _Run:
         job, batch, rows = self.job, part.batch, chosen.rows
         tokens = batch.tokens[rows]
         mask = batch.steered_mask(self.workload.steered_positions)[rows]
-        indices = to_device(
-            batch.indices(self.workload.position)[chosen.on_cpu], batch.tokens.device
+        places = to_device(
+            batch.reading(self.workload.position)[chosen.on_cpu], batch.tokens.device
         )
         add = _addition_by_row(chosen.direction, chosen.coefficients, mask)
         hooks: list[tuple[str, HookFunction]] = []
@@ -225,9 +225,9 @@ class _Run:
             start = replace(start, values=add(start.values))
         found: dict[str, Tensor] = {}
         if start is not None and job.readout == resid_post(start.block - 1):
-            found[job.readout] = at_position(start.values, indices)
+            found[job.readout] = at_position(start.values, places)
         else:
-            hooks.append(reading_hook(found, job.readout, indices))
+            hooks.append(reading_hook(found, job.readout, places))
         if start is not None and start.block == last_block + 1:
             return found[job.readout], start.values
         first_block = 0 if start is None else start.block

@@ -11,7 +11,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from steerlens.engine.workload import Cost
-from steerlens.tables import Row
 
 Tensors = Mapping[str, Shaped[Tensor, "..."]]
 UNSTEERED = "_unsteered-"
@@ -22,7 +21,7 @@ UNSTEERED = "_unsteered-"
 class Kept:
     """A finished part: rows of a table or tensors, what JSON can say, the block-evaluations."""
 
-    rows: tuple[Row, ...] = ()
+    rows: tuple[Mapping[str, Any], ...] = ()
     tensors: Tensors = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
     blocks: int = 0

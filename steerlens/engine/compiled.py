@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steerlens.stats import allowed_gap
+from steerlens.models.tolerance import allowed_gap
 
 COMPILE_FROM = 5e16
 """Floating-point operations from which it pays: it saves a fifth of two minutes on a card that does

@@ -9,7 +9,13 @@ import torch
 from steerlens.engine.batches import make_batches, mask_kwargs, padded
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel, context_length, padding_id, takes_mask
+from steerlens.models.hooked_model import (
+    HookedModel,
+    context_length,
+    padding_id,
+    side_of_switches,
+    takes_mask,
+)
 from steerlens.models.loading import inference
 
 
@@ -37,6 +43,19 @@ def continue_prompts(
             f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "
             f"of {n_ctx}; ask for fewer"
         )
+    n_sides = {
+        side_of_switches(model, length)
+        for length in (min(len(prompt.prompt) for prompt in prompts), width + max_new_tokens)
+    }
+    if len(n_sides) > 1 and any(len(prompt.prompt) < width for prompt in prompts):
+        # Each of them has to cross at its own length.
+        return [
+            row
+            for prompt in prompts
+            for row in continue_prompts(
+                model, [prompt], max_new_tokens=max_new_tokens, samples=samples
+            )
+        ]
     tokens, mask = padded(
         [prompt.prompt for prompt in prompts],
         "left",

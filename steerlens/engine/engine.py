@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from steerlens.engine.batches import Batch, make_batches
 from steerlens.engine.checkpoint import Checkpoint
+from steerlens.engine.positions import Position
 from steerlens.engine.tokenization import (
     SteeredPositions,
     TokenizedPairs,
@@ -55,7 +56,7 @@ class Engine:
         return make_batches(self.model, prompts, self.batch_size)
 
     def workload(
-        self, pairs: TokenizedPairs, *, position: int, steered_positions: SteeredPositions
+        self, pairs: TokenizedPairs, *, position: Position, steered_positions: SteeredPositions
     ) -> Workload:
         """Batches of both sides. Raises `InputError` when steering there cannot reach a label."""
         check_steered_positions(steered_positions, pairs)

@@ -1,13 +1,23 @@
 """Which tokens are labels: those whose logprob is measured, and what each token is part of."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Literal
+from typing import Any, Literal
+
+import torch
 
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Prompt, message_spans, render
 from steerlens.engine.continuations import own_texts
+from steerlens.engine.positions import (
+    STEERED,
+    Position,
+    markers_of,
+    parse_position,
+    parse_steered,
+    phases,
+)
 from steerlens.engine.tokenization import TokenizedPairs, TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
@@ -94,13 +104,98 @@ def labelled_pairs(
     pairs: ContrastivePairs,
     labels: LabelKind | None = None,
     *,
+    position: Position = -1,
+    steered_positions: str = "all",
     own_tokens: Count = OWN_TOKENS,
     seed: Whole = 0,
 ) -> TokenizedPairs:
-    """`tokenize_pairs`, the positive prompts `with_labels`; raises as these."""
-    tokenized = tokenize_pairs(model, pairs)
-    positive = with_labels(model, tokenized.positive, labels, own_tokens=own_tokens, seed=seed)
-    return TokenizedPairs(positive, tokenized.negative)
+    """`pairs_to_read`, the positive prompts `with_labels`; with what is steered. Raises as these.
+
+    And `InputError` where the labels are of another text after the prompts than what is read.
+    """
+    kind = kind_of_labels(pairs, labels, position)
+    how: dict[str, Any] = {"own_tokens": own_tokens, "seed": seed}
+    tokenized = pairs_to_read(model, pairs, position, own=kind if kind in OWN else "own", **how)
+    positive, negative = tokenized.positive, tokenized.negative
+    if _read_text(pairs, position) != "own":  # which are labels already
+        positive = with_labels(model, positive, kind, **how)
+    names = {term.name for term in parse_steered(steered_positions, STEERED)}
+    return TokenizedPairs(*(with_spans(model, side, names) for side in (positive, negative)))
+
+
+def kind_of_labels(
+    pairs: ContrastivePairs, labels: LabelKind | None, position: Position
+) -> LabelKind:
+    """The labels that are asked for, else those of what is read, else the pairs' default.
+
+    Raises `InputError` as `default_labels`, and where labels and reading are of two texts.
+    """
+    text = _read_text(pairs, position)
+    kind = labels or ("own" if text == "own" else _default_of(pairs))
+    if (text == "own") != (kind in OWN) and (text == "own" or text == "continuation"):
+        raise InputError(
+            f"at {position!r} the text {text!r} is read after each prompt, and the labels "
+            f"{kind!r} are not of that text; take the labels {text!r}, or another position"
+        )
+    return kind
+
+
+@checked
+def pairs_to_read(
+    model: HookedModel,
+    pairs: ContrastivePairs,
+    position: Position = -1,
+    *,
+    own: LabelKind = "own",
+    own_tokens: Count = OWN_TOKENS,
+    seed: Whole = 0,
+) -> TokenizedPairs:
+    """`tokenize_pairs`, with what is read at `position` on both sides (see `Span`).
+
+    The model's own text is of the kind `own`. Raises as `tokenize_pairs`, and `InputError` where
+    the context has no room for `own_tokens`.
+    """
+    span, text = parse_position(position).span, _read_text(pairs, position)
+    tokenized = tokenize_pairs(model, pairs, continues_both=text == "continuation")
+    sides = [tokenized.positive, tokenized.negative]
+    if text == "own":
+        how: dict[str, Any] = {"own_tokens": own_tokens, "seed": seed}
+        sides = [with_labels(model, side, own, **how) for side in sides]
+    return TokenizedPairs(*(with_spans(model, side, [span] if span else []) for side in sides))
+
+
+def _read_text(pairs: ContrastivePairs, position: Position) -> str | None:
+    """Of which text after both prompts something is read: "continuation", "own", or None."""
+    span = parse_position(position).span
+    if span in ("think", "answer"):
+        kind = _default_of(pairs)
+        return {"all": "own", "assistant": None}.get(kind, kind)
+    return span if span in ("continuation", "own") else None
+
+
+def _default_of(pairs: ContrastivePairs) -> LabelKind:
+    return default_labels(
+        [pair.positive for pair in pairs], [pair.continuation is not None for pair in pairs]
+    )
+
+
+def with_spans(
+    model: HookedModel, prompts: Sequence[TokenizedPrompt], names: Collection[str]
+) -> tuple[TokenizedPrompt, ...]:
+    """The prompts with the places of those of the names that a model's tokenizer has to tell."""
+    spans: list[dict[str, tuple[int, ...]]] = [{} for _ in prompts]
+    if "assistant" in names:
+        for of, parts in zip(spans, segments(model, prompts), strict=True):
+            of["assistant"] = tuple(i for i, part in enumerate(parts) if part == "assistant")
+    if not {"think", "answer"}.isdisjoint(names):
+        markers = markers_of(model.tokenizer)
+        for of, prompt in zip(spans, prompts, strict=True):
+            found = phases(torch.tensor([prompt.ids]), markers, len(prompt))
+            of |= {name: tuple(mask[0].nonzero()[:, 0].tolist()) for name, mask in found.items()}
+    return tuple(
+        replace(prompt, spans={**prompt.spans, **of})
+        for prompt, of in zip(prompts, spans, strict=True)
+    )
 
 
 def default_labels(prompts: Sequence[Prompt | None], has_continuation: Sequence[bool]) -> LabelKind:

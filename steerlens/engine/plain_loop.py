@@ -137,8 +137,8 @@ def _run_positive(
 
     def run(batch: Batch) -> tuple[Tensor, ...]:
         found: dict[str, Tensor] = {}
-        indices = to_device(batch.indices(workload.position), batch.tokens.device)
-        readers = [reading_hook(found, name, indices) for name in hook_names]
+        places = to_device(batch.reading(workload.position), batch.tokens.device)
+        readers = [reading_hook(found, name, places) for name in hook_names]
         labels = batch.label_mask()
         with hooked(model, [*steering(batch), *readers]):
             logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
@@ -175,7 +175,7 @@ def _run_negative(
             model,
             batch,
             hook_names,
-            indices=batch.indices(workload.position),
+            places=batch.reading(workload.position),
             fwd_hooks=steering(batch),
         ).cpu()
 

@@ -20,6 +20,7 @@ from steerlens.engine.compiled import COMPILE_FROM
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import is_out_of_memory
 from steerlens.engine.plain_loop import baseline_of, plain_cells
+from steerlens.engine.positions import steers_late
 from steerlens.engine.prefixes import Prepared, prepare
 from steerlens.engine.resume import n_skippable
 from steerlens.engine.tokenization import fingerprint
@@ -28,11 +29,8 @@ from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workl
 from steerlens.errors import SteerlensError
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
+from steerlens.models.tolerance import allowed_gap
 from steerlens.progress import silent
-from steerlens.stats import allowed_gap
-
-SPLIT = ("continuation", "last")
-"""Steered positions before which a prompt is unsteered, so that its keys and values can be kept."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
             f"resuming after {name} does not reproduce this model ({reason}); such cells run as "
             "whole forward passes, which is slower"
         )
-    elif one_each and not reuse_prefix and workload.steered_positions in SPLIT:
+    elif one_each and not reuse_prefix and steers_late(workload.steered_positions):
         _warn(
             "the unsteered prompt's keys and values cannot be reused on this model; every "
             "token is run, which is slower"
@@ -267,7 +265,7 @@ def _check(runner: Engine, workload: Workload, jobs: Sequence[Job]) -> tuple[boo
     readouts = tuple(dict.fromkeys(job.readout for job in jobs))
     baseline = baseline_of(replace(runner, progress=silent), few, readouts)
     checking = replace(runner.stage("checks: hooks"), batch_size=None)
-    for reuse_prefix in [True, False] if workload.steered_positions in SPLIT else [False]:
+    for reuse_prefix in [True, False] if steers_late(workload.steered_positions) else [False]:
         reasons = _reasons(checking, few, baseline, jobs, reuse_prefix=reuse_prefix)
         if not reasons:
             break

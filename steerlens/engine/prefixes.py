@@ -11,9 +11,11 @@ from steerlens.engine.batches import Batch, make_split_batches
 from steerlens.engine.capture import by_halves
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
+from steerlens.engine.positions import steers_late
 from steerlens.engine.resume import Prefix, Residual, advance, run_prefix
+from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Baseline, Workload
-from steerlens.models.hooked_model import HookedModel, takes_cache
+from steerlens.models.hooked_model import HookedModel, side_of_switches, takes_cache
 from steerlens.models.loading import inference
 
 
@@ -53,8 +55,8 @@ def prepare(
         if workload.with_kl:
             positive = tuple(_with_final(engine, part) for part in positive)
         negative: tuple[Part, ...] = ()
-        # Negative prompts have no continuation, so there is nothing to steer on them.
-        if workload.steered_positions != "continuation":
+        # Of these nothing is measured but what is read.
+        if not workload.reads_unsteered:
             negative = _parts(engine, workload, workload.negative, reuse_prefix)
     return Prepared(workload, unsteered, positive, negative)
 
@@ -65,11 +67,12 @@ def _parts(
     prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
     is_split = (
         reuse_prefix
-        and workload.steered_positions in ("continuation", "last")
+        and steers_late(workload.steered_positions)
         and takes_cache(engine.model)
+        and all(_is_on_one_side(engine.model, p) for p in prompts.values())
         and all(len(p.prompt) > 1 for p in prompts.values())
         and all(p.label_tokens[0] >= len(p.prompt) for p in prompts.values() if p.continuation)
-        and all(p.index(workload.position) == len(p.prompt) - 1 for p in prompts.values())
+        and all(min(p.places(workload.position)) >= len(p.prompt) - 1 for p in prompts.values())
     )
     if not is_split:
         return tuple(Part(batch) for batch in batches)
@@ -81,6 +84,12 @@ def _parts(
     for (head, _), _ in split:
         engine.cost.add(head.tokens, engine.n_layers)
     return tuple(Part(tail, prefix) for (_, tail), prefix in split)
+
+
+def _is_on_one_side(model: HookedModel, prompt: TokenizedPrompt) -> bool:
+    """Whether the prompt's kept keys are rotated as in the whole text."""
+    kept, whole = len(prompt.prompt) - 1, len(prompt)
+    return side_of_switches(model, kept) == side_of_switches(model, whole)
 
 
 def _with_final(engine: Engine, part: Part) -> Part:

@@ -2,13 +2,23 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
+from typing import Any, TypeAlias
 
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
-from steerlens.data.prompts import Prompt, render, unicode_text
+from steerlens.data.prompts import Prompt, render, rendering_of, template_changes, unicode_text
+from steerlens.engine.positions import (
+    AFTER,
+    STEERED,
+    Position,
+    parse_position,
+    parse_steered,
+    steers_late,
+)
 from steerlens.errors import InputError, ModelError, told
 from steerlens.models.hooked_model import HookedModel, context_length
 from steerlens.validation import checked
@@ -21,7 +31,8 @@ class TokenizedPrompt:
 
     `where` is what errors call it, `source` what it was made from, where that is known. `labels`
     are the indices of the tokens whose logprob is measured, in the prompt with its continuation; of
-    none given, those of the continuation, or every token but the first.
+    none given, those of the continuation, or every token but the first. `spans` are those of the
+    names that only a chat or a thinking model has (see `labels.with_spans`).
     """
 
     prompt: tuple[int, ...]
@@ -29,6 +40,7 @@ class TokenizedPrompt:
     where: str
     source: Prompt | None = field(default=None, compare=False, repr=False)
     labels: tuple[int, ...] = ()
+    spans: Mapping[str, tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.continuation)
@@ -54,6 +66,47 @@ class TokenizedPrompt:
                 f"{len(self.prompt)} tokens"
             )
         return position % len(self.prompt)
+
+    def span(self, name: str) -> tuple[int, ...]:
+        """The indices in `ids` of a span's tokens. Raises `InputError` where there are none."""
+        spans = {
+            name: tuple(range(len(self.prompt), len(self))) for name in ("continuation", "own")
+        }
+        found = {**spans, **self.spans}.get(name, ())
+        if not found:
+            raise InputError(f"the {self.where} has no tokens of the span {name!r}")
+        return found
+
+    def steered(self, positions: str) -> tuple[int, ...]:
+        """The indices in `ids` of the tokens that are steered, if there are any.
+
+        Raises `InputError` where a span is not known (see `labels.with_spans`).
+        """
+        n, indices = len(self.prompt), range(len(self))
+        known = {"all": indices, "prompt": indices[:n], "last": indices[n - 1 : n]}
+        found: set[int] = set()
+        for name, window in parse_steered(positions, STEERED):
+            after = indices[n:][window or slice(None)] if name in AFTER else None
+            if after is None and name not in known and name not in self.spans:
+                raise InputError(f"the tokens {name!r} of the {self.where} are not known")
+            found.update(known.get(name) or self.spans[name] if after is None else after)
+        return tuple(sorted(found))
+
+    def places(self, position: Position) -> tuple[int, ...]:
+        """The indices in `ids` of the tokens that are read. Raises `InputError` where none are."""
+        reading = parse_position(position)
+        if reading.span is not None:
+            indices = self.span(reading.span)
+        elif isinstance(reading.tokens, slice):
+            indices = tuple(range(len(self.prompt))[reading.tokens])
+        else:
+            indices = tuple(self.index(int(index)) for index in reading.tokens)
+        if not indices:
+            raise InputError(
+                f"position {told(position)} holds no token of the {self.where}, which has "
+                f"{len(self.prompt)} tokens"
+            )
+        return (max(indices),) if reading.reduction == "last" else indices
 
 
 @checked
@@ -87,19 +140,19 @@ def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
 
 def check_steered_positions(positions: str, pairs: TokenizedPairs) -> None:
     """Raise `InputError` when steering at `positions` cannot reach any label token."""
-    if positions not in get_args(SteeredPositions):
-        raise InputError(f"steered positions are {get_args(SteeredPositions)}, not {positions!r}")
-    needs_continuation = positions in ("continuation", "last")
+    needs_continuation = steers_late(positions)
     if needs_continuation and not all(prompt.continuation for prompt in pairs.positive):
         raise InputError(
             f"steering at {positions!r} can only change labels after the prompt, but some pairs "
             "have no continuation; give one for every pair, or steer all positions"
         )
-    if needs_continuation and any(p.label_tokens[-1] < len(p.prompt) for p in pairs.positive):
+    # The logprob of a token is that of the logits at the token before it.
+    firsts = [min(prompt.steered(positions), default=len(prompt)) for prompt in pairs.positive]
+    if all(at >= p.label_tokens[-1] for at, p in zip(firsts, pairs.positive, strict=True)):
         raise InputError(
-            f"steering at {positions!r} can only change labels after the prompt, and those that "
-            "were asked for are in it; take the labels 'continuation' or 'own', or steer all "
-            "positions"
+            f"steering at {positions!r} can only change labels after the first token there, and no "
+            "prompt has one; take the labels 'continuation' or 'own' with two tokens or more, or "
+            "steer all positions"
         )
 
 
@@ -113,14 +166,16 @@ def tokenize_prompt(
 ) -> TokenizedPrompt:
     """Ids of a rendered prompt; BOS as the model has it by default, never doubled.
 
-    A BOS that the chat template already wrote is not written again. The continuation is tokenised
-    on its own, so that it is the same ids after any prompt; where the tokenizer would begin it with
-    a space that it has not (as SentencePiece does), together with its prompt, and cut off. `where`
-    is what errors call it. Raises `InputError` when the prompt is empty or longer than the model's
-    context, or the continuation cannot be cut off; `ModelError` when the model has no tokenizer.
+    A BOS that the chat template already wrote is not written again. Prompt and continuation are
+    tokenised as one text, as the model would read it, and cut where the prompt ends. A token may
+    stand on both sides of that place: an error, or with `set_rendering(tokenizer, straddle="back")`
+    (`load_model(..., straddle="back")`) the cut is before it, so that it is the first of the
+    continuation. `where` is what errors call it. Raises `InputError` when the prompt is empty or
+    longer than the model's context, or the continuation cannot be cut off; `ModelError` when the
+    model has no tokenizer.
 
     Examples:
-        >>> tokenized = sl.engine.tokenize_prompt(model, "the river was", "so cold")
+        >>> tokenized = sl.engine.tokenize_prompt(model, "the river was", " so cold")
         >>> model.tokenizer.decode(tokenized.continuation)
         'so cold'
         >>> tokenized.prompt  # BOS first
@@ -130,8 +185,13 @@ def tokenize_prompt(
 
 
 @checked
-def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPairs:
+def tokenize_pairs(
+    model: HookedModel, pairs: ContrastivePairs, *, continues_both: bool = False
+) -> TokenizedPairs:
     """Ids of every pair's prompts (see `tokenize_prompt`).
+
+    The continuation follows the positive prompts alone, or with `continues_both` the negative ones
+    too.
 
     Raises `InputError` that names the pair when its prompts tokenise to the same ids, when one is
     longer than the model's context, or when the positive one has no label: a single token with
@@ -145,9 +205,22 @@ def tokenize_pairs(model: HookedModel, pairs: ContrastivePairs) -> TokenizedPair
     positive = _tokenize(
         model, [(p.positive, p.continuation, f"positive prompt of pair {p.id!r}") for p in pairs]
     )
-    negative = _tokenize(
-        model, [(p.negative, None, f"negative prompt of pair {p.id!r}") for p in pairs]
-    )
+    # Cut before the same continuation, also where nothing of it is run: both sides end alike.
+    cuts_back = continues_both or rendering_of(model.tokenizer).straddle == "back"
+    negative = [
+        prompt if continues_both else replace(prompt, continuation=())
+        for prompt in _tokenize(
+            model,
+            [
+                (
+                    p.negative,
+                    p.continuation if cuts_back else None,
+                    f"negative prompt of pair {p.id!r}",
+                )
+                for p in pairs
+            ],
+        )
+    ]
     for pair, pos, neg in zip(pairs, positive, negative, strict=True):
         if pos.prompt == neg.prompt:
             raise InputError(
@@ -171,15 +244,26 @@ def tokenize_items(
     Raises `InputError` as `tokenize_prompt`, and when both tokenise to the same ids.
     """
     named = [(item, f"prompt of item {item.id!r}") for item in items]
-    positive = tuple(_tokenize(model, [(i.prompt, i.positive, name) for i, name in named]))
-    negative = tuple(_tokenize(model, [(i.prompt, i.negative, name) for i, name in named]))
+    positive, negative = (
+        _tokenize(model, [(i.prompt, getattr(i, side), name) for i, name in named])
+        for side in ("positive", "negative")
+    )
+    # Where one side had to be cut further back, so is the other: both follow the same prompt.
+    cuts = [min(len(a.prompt), len(b.prompt)) for a, b in zip(positive, negative, strict=True)]
+    positive, negative = (
+        [
+            replace(prompt, prompt=prompt.ids[:cut], continuation=prompt.ids[cut:])
+            for prompt, cut in zip(side, cuts, strict=True)
+        ]
+        for side in (positive, negative)
+    )
     for item, one, other in zip(items, positive, negative, strict=True):
         if one.continuation == other.continuation:
             raise InputError(
                 f"the two continuations of item {item.id!r} tokenise to the same ids; remove it or "
                 "make them differ"
             )
-    return positive, negative
+    return tuple(positive), tuple(negative)
 
 
 def _tokenize(
@@ -190,33 +274,28 @@ def _tokenize(
     if tokenizer is None:
         raise ModelError("the model has no tokenizer; set one with model.set_tokenizer(...)")
     rendered = [unicode_text(render(prompt, tokenizer), where=where) for prompt, _, where in given]
-    prompts = _ids(tokenizer, rendered)
-    texts = [
-        unicode_text(text, where=f"the continuation of the {where}")
-        for _, text, where in given
-        if text is not None
+    _warn_of_changes(rendered, given)
+    wholes = [
+        text + unicode_text(after or "", where=f"the continuation of the {where}")
+        for text, (_, after, where) in zip(rendered, given, strict=True)
     ]
-    continuations = iter(_ids(tokenizer, texts))
+    texts = list(dict.fromkeys(rendered + wholes))
+    ids_of = dict(zip(texts, _ids(tokenizer, texts), strict=True))
     bos = tokenizer.bos_token_id
     has_bos = getattr(model.cfg, "default_prepend_bos", True) and bos is not None
     n_ctx, n_tokens = context_length(model), int(model.cfg.d_vocab)
     found = []
-    for text, ids, (source, continuation, where) in zip(rendered, prompts, given, strict=True):
+    for text, whole, (source, continuation, where) in zip(rendered, wholes, given, strict=True):
+        ids = ids_of[whole]
+        cut = (
+            len(ids)
+            if continuation is None
+            else _cut(model, ids_of[text], ids, (continuation, where))
+        )
+        ids, after = ids[:cut], ids[cut:]
         if not ids:
             raise InputError(f"the {where} has no tokens; give some text")
         before = [bos, *ids] if has_bos and ids[:1] != [bos] else ids
-        after = [] if continuation is None else next(continuations)
-        if continuation is not None and not after:
-            raise InputError(f"the continuation of the {where} has no tokens; give some text")
-        if continuation is not None and _is_begun_with_space(tokenizer, continuation, after):
-            [whole] = _ids(tokenizer, [text + continuation])
-            if whole[: len(ids)] != ids or len(whole) == len(ids):
-                raise InputError(
-                    f"the continuation {told(continuation)} cannot be cut off from the {where}: "
-                    "the tokenizer makes one token of the end of the one and the start of the "
-                    "other; move the space or letters between them to the other side"
-                )
-            after = whole[len(ids) :]
         last = max([*before, *after])
         if last >= n_tokens:
             raise ModelError(
@@ -233,11 +312,43 @@ def _tokenize(
     return found
 
 
-def _is_begun_with_space(tokenizer: Any, text: str, ids: list[int]) -> bool:
-    """Whether the ids of a text begin with more spaces than the text does."""
-    spelled = "".join(map(str, tokenizer.convert_ids_to_tokens(ids)))
-    there, here = (len(t) - len(t.lstrip(" \u2581\u0120")) for t in (text, spelled))
-    return here > there
+def _warn_of_changes(
+    rendered: Sequence[str], given: Sequence[tuple[Prompt, str | None, str]]
+) -> None:
+    """Warn where a chat template did not write what the turns say, with the first difference."""
+    changed = [
+        (where, changes[0])
+        for text, (prompt, _, where) in zip(rendered, given, strict=True)
+        if (changes := template_changes(prompt, text))
+    ]
+    if changed:
+        where, change = changed[0]
+        warnings.warn(
+            f"the chat template changes {len(changed)} of {len(given)} prompts: of the {where} it "
+            f"{change}; write the turns as the template does, or move a system text into the "
+            "user's turn",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _cut(model: HookedModel, prompt: list[int], whole: list[int], names: tuple[str, str]) -> int:
+    """How many of the ids of a whole text are those of its prompt."""
+    if prompt == whole:
+        raise InputError(f"the continuation of the {names[1]} has no tokens; give some text")
+    agree = (ours == theirs for ours, theirs in zip(prompt, whole, strict=False))
+    cut = sum(1 for _ in takewhile(bool, agree))
+    if cut < len(prompt) and rendering_of(model.tokenizer).straddle == "error":
+        there, here = ("".join(raw_tokens(model, ids[cut:])) for ids in (prompt, whole))
+        [straddling] = raw_tokens(model, whole[cut : cut + 1])
+        raise InputError(
+            f"the continuation {told(names[0])} cannot be cut off from the {names[1]}: of the end "
+            f"of the one and the start of the other the tokenizer makes one token, "
+            f"{told(straddling)} ({told(there[-40:])} becomes {told(here[:40])} with it); move the "
+            "space or letters between them to the other side, or take that token as the first of "
+            'the continuation with straddle="back"'
+        )
+    return min(cut, len(whole) - 1)
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -248,5 +359,7 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return ids
 
 
-SteeredPositions = Literal["all", "prompt", "continuation", "last"]
-"""Which real tokens an intervention touches; "last" is the last prompt token."""
+SteeredPositions: TypeAlias = str
+"""Which real tokens an intervention touches: "all", "prompt", "last" (of the prompt) or a span by
+name (`continuation`, `assistant`, `own`, `think`, `answer`, see `Span`); several joined by +, as in
+"last+continuation"; of a continuation perhaps a window: "continuation[0:10]"."""

@@ -30,7 +30,7 @@ from steerlens.errors import SteerlensError, WorkerError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
 from steerlens.models.loading import load_arguments, load_model
-from steerlens.stats import allowed_gap
+from steerlens.models.tolerance import allowed_gap
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.engine.batches import Batch
+from steerlens.engine.positions import Position
 from steerlens.engine.tokenization import SteeredPositions
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 
@@ -27,10 +30,22 @@ class Workload:
 
     positive: tuple[Batch, ...]
     negative: tuple[Batch, ...]
-    position: int
+    position: Position
     steered_positions: SteeredPositions
     with_kl: bool = False
     with_readouts: bool = True
+
+    @cached_property
+    def reads_unsteered(self) -> bool:
+        """Whether what is read lies before every steered token of both sides."""
+        if self.steered_positions in ("all", "prompt", "last"):
+            return False
+        prompts = chain.from_iterable(b.prompts for b in (*self.positive, *self.negative))
+        return all(
+            max(prompt.places(self.position))
+            < min(prompt.steered(self.steered_positions), default=len(prompt))
+            for prompt in prompts
+        )
 
 
 @dataclass

@@ -59,14 +59,19 @@ class BoundaryResult:
             table[f"{sign} 95%"] = [f"{a:.4g} to {b:.4g}" for a, b in zip(low, high, strict=True)]
             table[f"{sign} predicted"] = layers[f"predicted_{name}"]
         table["resid norm"] = layers.resid_norm
-        table["projection there"] = layers.projection_at_boundary
+        if layers.projection_at_boundary.notna().any():
+            table["projection there"] = layers.projection_at_boundary
         return fragment(
             [repr(self), *measured(layers.attrs)], table, note="residual units; inf is not reached"
         )
 
 
 def run_boundary(
-    study: Preparation, *, on: On = "positive", search_range: float | int = 4.0
+    study: Preparation,
+    *,
+    on: On = "positive",
+    search_range: float | int = 4.0,
+    with_projection: bool = False,
 ) -> BoundaryResult:
     """`Study.boundary`."""
     before = study.spent
@@ -91,7 +96,9 @@ def run_boundary(
         {found.push.hook_name: found for found in boundaries if found.push.sign == sign}
         for sign in (1, -1)
     )
-    projections = _projections(study, [*outward.values()], reads_positive=text.is_positive)
+    projections: Sequence[Row] = [{}] * len(outward)
+    if with_projection:
+        projections = _projections(study, [*outward.values()], reads_positive=text.is_positive)
     table = [
         {**rows[name], **_columns(up, inward.get(name)), **there, "boundary_on": settings.on}
         for (name, up), there in zip(outward.items(), projections, strict=True)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from numpy.typing import NDArray
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.engine.engine import Engine
@@ -31,15 +30,19 @@ from steerlens.measure.search import (
     Line,
     crossing_interval,
     first_crossings,
+    interpolated,
+    interval_grid,
     loss_of,
+    prompt_losses,
     search,
 )
 from steerlens.models.hooks import hook_layer
-from steerlens.progress import silent
 from steerlens.stats import percentile_interval, resampled_counts
 from steerlens.tables import Row
 
-MIN_PROBES = 8
+_FINE = 1200
+_ROUGH = 400
+"""Draws that say whether an interval reaches beyond what was measured."""
 TRUSTED = 0.4
 """A prediction is trusted when it lies within this share of the measured boundary."""
 
@@ -50,8 +53,8 @@ class Boundary:
 
     `at` is the boundary, inf beyond the searched range; `low` and `high` its interval; `prediction`
     what slope and curvature at 0 say; `reentry` a distance beyond `at` that was
-    seen to be within the budget (NaN when none was); `readings` those on all prompts, by distance;
-    `evaluations` every (distance, prompts, loss).
+    seen to be within the budget (NaN when none was); `readings` by distance; `evaluations` every
+    (distance, prompts, loss); `resampled` boundaries of resampled groups, the same for all pushes.
     """
 
     push: Push
@@ -63,10 +66,11 @@ class Boundary:
     allowance: float
     readings: Mapping[float, Reading]
     evaluations: tuple[tuple[float, int, float], ...]
+    resampled: Float[np.ndarray, " resample"]
 
     @property
     def nearest(self) -> float:
-        """The distance nearest to a finite boundary that was measured on all prompts."""
+        """The distance nearest to a finite boundary that was measured."""
         return min(self.readings, key=lambda c: abs(math.log(c / self.at)))
 
     @property
@@ -109,9 +113,9 @@ def find_boundaries(
 
     `find_boundary` without the pairs: any directions, several at one hook too. `plan` is that of
     the text as positive prompts, with the pushes' hooks checked; intervals go by the prompts'
-    `groups` (each its own by default). Its engine is told of the prompts
-    whose slopes are taken, the pushes that have settled on the probes, those measured on all
-    prompts (which moves some, to be measured again), and the intervals.
+    `groups` (each its own by default), and are NaN without an `n_bootstrap`. Two pushes along one
+    tensor that differ in sign inform each other. Its engine is told of the prompts whose slopes are
+    taken, the pushes that have settled, and the intervals.
     """
     engine, logprob = plan.engine, plan.unsteered.logprob.double().numpy()
     allowance = float(allowances(budget, logprob, np.ones((1, len(prompts))))[0])
@@ -125,27 +129,38 @@ def find_boundaries(
         steered_positions=plan.workload.steered_positions,
         seed=seed,
     )
-    probes = choose_probes(np.stack([prediction.slopes for prediction in predictions]), seed)
-    coherence = make_coherence(plan, prompts, budget=budget, probes=probes)
     lines = [
         Line(
             Curve(float(prediction.drops.mean())),
-            float(prediction.drops[list(probes)].mean()),
             allowance,
             limit,
             prediction.start(limit),
         )
         for prediction, limit in zip(predictions, limits, strict=True)
     ]
-    measured = _Measured(coherence, pushes, [{} for _ in pushes], [[] for _ in pushes])
-    settled = engine.stage("boundary on probes: pushes settled").progress
-    lines = search(lines, measured.evaluate, progress=settled)
     group = np.arange(len(prompts)) if groups is None else np.array(groups)
-    allowed = allowances(budget, logprob, np.eye(len(logprob)))
-    counts = resampled_counts(int(group.max()) + 1, n_resamples=n_bootstrap, seed=seed)[:, group]
+    measured = _Measured(
+        make_coherence(plan, prompts, budget),
+        pushes,
+        predictions,
+        opposites(pushes),
+        group,
+        seed,
+        [{} for _ in pushes],
+        [[] for _ in pushes],
+    )
+    rough = min(n_bootstrap, _ROUGH)
+    lines = search(
+        lines,
+        measured.evaluate,
+        opposite=measured.opposite,
+        far_end=(lambda k, line: measured.interval(k, line, rough)[1]) if rough else None,
+        progress=engine.stage("boundary: pushes settled").progress,
+    )
     boundaries = []
     engine.progress("intervals: pushes", 0, len(pushes))
     for k, (line, prediction) in enumerate(zip(lines, predictions, strict=True)):
+        low = high = math.nan
         if math.isnan(line.at):
             warnings.warn(
                 f"the search at {pushes[k].hook_name} (sign {pushes[k].sign:+d}) did not settle: "
@@ -153,21 +168,8 @@ def find_boundaries(
                 RuntimeWarning,
                 stacklevel=3,
             )
-        readings = measured.readings[k]
-        if math.isnan(line.at):
-            low = high = math.nan
-        elif coherence.is_of_tokens:
-            low, high = _percentiles(coherence, line, prediction.drops, readings, counts)
-        else:
-            low, high = crossing_interval(
-                line,
-                prediction.drops,
-                np.stack([readings[c].values for c, _ in line.curve.full], axis=1),
-                allowed,
-                groups=group.tolist(),
-                seed=seed,
-                n_bootstrap=n_bootstrap,
-            )
+        elif n_bootstrap:
+            low, high = measured.interval(k, line, n_bootstrap)
         boundaries.append(
             Boundary(
                 push=pushes[k],
@@ -177,12 +179,27 @@ def find_boundaries(
                 prediction=prediction,
                 reentry=line.reentry(),
                 allowance=allowance,
-                readings=readings,
+                readings=measured.readings[k],
                 evaluations=tuple(measured.evaluations[k]),
+                resampled=measured.resampled(k, line, n_bootstrap),
             )
         )
         engine.progress("intervals: pushes", len(boundaries), len(pushes))
     return boundaries
+
+
+def opposites(pushes: Sequence[Push]) -> dict[int, int]:
+    """Index of a push -> that of the one along the same direction the other way.
+
+    Only of what is added: the slope of another operator is not known, so no curve goes through 0.
+    """
+    places = {(p.hook_name, id(p.direction), p.sign): k for k, p in enumerate(pushes)}
+    found = {
+        k: places.get((p.hook_name, id(p.direction), -p.sign))
+        for k, p in enumerate(pushes)
+        if p.additions
+    }
+    return {k: other for k, other in found.items() if other is not None}
 
 
 def _check_rounding(engine: Engine, budget: Budget, allowance: float) -> None:
@@ -206,78 +223,70 @@ def _check_rounding(engine: Engine, budget: Budget, allowance: float) -> None:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a search has measured of every push: readings on all prompts, and every loss."""
+    """What a search has measured of every push: its readings, and every loss."""
 
     coherence: Coherence
     pushes: Sequence[Push]
+    predictions: Sequence[Prediction]
+    opposite: Mapping[int, int]
+    group: Int[np.ndarray, " prompt"]
+    seed: int
     readings: list[dict[float, Reading]]
     evaluations: list[list[tuple[float, int, float]]]
 
-    def evaluate(
-        self, points: Sequence[tuple[int, float]], on_all: bool
-    ) -> list[tuple[float, float]]:
-        """The loss on the probes and, with `on_all`, on all prompts at each (push, distance)."""
-        coherence, probes = self.coherence, list(self.coherence.probes)
-        engine = coherence.on_all.engine
-        tell = engine.stage("boundary on all prompts: pushes").progress if on_all else silent
-        readings = coherence.measure(
-            [(self.pushes[k], c) for k, c in points], on_all=on_all, progress=tell
-        )
+    def evaluate(self, points: Sequence[tuple[int, float]]) -> list[float]:
+        """The loss at each (push, distance)."""
+        readings = self.coherence.measure([(self.pushes[k], c) for k, c in points])
         losses = []
         for (k, c), reading in zip(points, readings, strict=True):
-            of_probes = reading.values[probes] if on_all else reading.values
-            on_few = float(mean_loss(of_probes, np.ones((1, len(probes))))[0])
-            on_every = math.nan
-            if on_all:
-                everyone = np.ones((1, len(reading.values)))
-                on_every = float(mean_loss(reading.values, everyone)[0])
-                self.readings[k][c] = reading
-            losses.append((on_few, on_every))
-            loss = on_every if on_all else on_few
-            self.evaluations[k].append((c, len(reading.values), loss))
+            n_prompts = len(reading.values)
+            losses.append(float(mean_loss(reading.values, np.ones((1, n_prompts)))[0]))
+            self.readings[k][c] = reading
+            self.evaluations[k].append((c, n_prompts, losses[-1]))
         return losses
 
+    def interval(self, k: int, line: Line, n_bootstrap: int) -> tuple[float, float]:
+        """Of a push's boundary; of a percentile over tokens that of resampled prompts."""
+        if self.coherence.is_of_tokens:
+            return percentile_interval(self.resampled(k, line, n_bootstrap))
+        return crossing_interval(
+            line,
+            self.predictions[k].drops,
+            np.stack(self._known(k, line), axis=1),
+            self._allowed,
+            groups=self.group.tolist(),
+            seed=self.seed,
+            n_bootstrap=n_bootstrap,
+        )
 
-def choose_probes(slopes: Float[np.ndarray, "push prompt"], seed: int) -> tuple[int, ...]:
-    """A quarter of the prompts, 8 at least, whose mean slopes are nearest to those of all prompts.
+    def resampled(self, k: int, line: Line, n_bootstrap: int) -> Float[np.ndarray, " resample"]:
+        """The boundaries of resampled groups of prompts, the same groups for every push."""
+        if math.isnan(line.at) or not n_bootstrap:
+            return np.full(n_bootstrap, math.nan)
+        counts = resampled_counts(
+            int(self.group.max()) + 1, n_resamples=n_bootstrap, seed=self.seed
+        )[:, self.group]
+        grid, known, drops = interval_grid(line), self._known(k, line), self.predictions[k].drops
+        if not self.coherence.is_of_tokens:
+            every = prompt_losses(line, drops, np.stack(known, axis=1), grid)
+            beyond = (every - self._allowed[:, None]).T @ counts.T / counts.sum(axis=1)
+            return first_crossings(grid, beyond.T, np.zeros(n_bootstrap))
+        # A percentile moves in steps, so that its interval may be narrower than a step of the grid.
+        coherence, grid = self.coherence, interval_grid(line, _FINE)
+        allowed = allowances(coherence.budget, coherence.logprob, counts)
+        at = np.array([c for c, _ in line.curve.known])
+        losses = np.stack([mean_loss(values, counts) for values in known])
+        bends = np.minimum(losses, UNDEFINED * allowed) / (at**2)[:, None]
+        curves = interpolated(grid, at, bends, onward=0.5).T
+        return first_crossings(grid, loss_of(0.0, curves, grid, line.curve.ahead[-1][0]), allowed)
 
-    The best of 500 random draws, slopes scaled to their spread over prompts.
-    """
-    n_prompts = slopes.shape[1]
-    size = max(MIN_PROBES, math.ceil(n_prompts / 4))
-    if size >= n_prompts:
-        return tuple(range(n_prompts))
-    spread = slopes.std(axis=1, keepdims=True)
-    scaled = np.divide(slopes, spread, out=np.zeros_like(slopes), where=spread > 0)
-    target = scaled.mean(axis=1)
-    generator = np.random.default_rng(seed)
-    draws = [np.sort(generator.permutation(n_prompts)[:size]) for _ in range(500)]
-    misses = [float(np.square(scaled[:, rows].mean(axis=1) - target).sum()) for rows in draws]
-    return tuple(int(row) for row in draws[int(np.argmin(misses))])
+    @property
+    def _allowed(self) -> Float[np.ndarray, " prompt"]:
+        """What each prompt adds to the allowance."""
+        logprob = self.coherence.logprob
+        return allowances(self.coherence.budget, logprob, np.eye(len(logprob)))
 
-
-def _percentiles(
-    coherence: Coherence,
-    line: Line,
-    drop: NDArray[np.float64],
-    readings: Mapping[float, Reading],
-    counts: NDArray[np.float64],
-) -> tuple[float, float]:
-    """Interval of a boundary that bounds a percentile of tokens: those of resampled prompts.
-
-    Between and beyond the coefficients measured on all prompts every resample's curve bends as the
-    search's own.
-    """
-    # From 0 on: a resample may cross before any of the points between which the others are.
-    grid = np.append(0.0, np.geomspace(min(line.at, line.limit) / 200, line.limit, 1200))
-    distances = np.array([c for c, _ in line.curve.full])
-    slopes = counts @ drop / counts.sum(axis=1)
-    allowed = allowances(coherence.budget, coherence.logprob, counts)
-    losses = np.stack([mean_loss(readings[c].values, counts) for c in distances], axis=1)
-    losses = np.minimum(losses, UNDEFINED * allowed[:, None])
-    bends = (losses - slopes[:, None] * distances) / distances**2
-    weights = np.stack([np.interp(grid, distances, unit) for unit in np.eye(len(distances))])
-    curves = line.curve.bend(grid) + (bends - line.curve.bend(distances)) @ weights
-    losses = loss_of(slopes[:, None], curves, grid, line.curve.probes[-1][0])
-    boundaries = first_crossings(grid, losses, allowed)
-    return percentile_interval(boundaries)
+    def _known(self, k: int, line: Line) -> list[Float[np.ndarray, "prompt *token"]]:
+        """What was read of every prompt at the coefficients that the line's curve knows."""
+        ahead, behind = self.readings[k], self.readings[self.opposite.get(k, k)]
+        return [ahead[c].values if c > 0 else behind[-c].values for c, _ in line.curve.known]

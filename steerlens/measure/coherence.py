@@ -19,8 +19,6 @@ from steerlens.errors import InputError
 from steerlens.loss import Budget, label_kl
 from steerlens.models.hooked_model import HookedModel, context_length
 from steerlens.models.loading import inference
-from steerlens.progress import Progress, silent
-from steerlens.stats import weighted_quantile
 from steerlens.steering import Add, SteeringVector, steer
 
 ROLLOUT_TOKENS = 24
@@ -66,38 +64,27 @@ class Reading:
 
 @dataclass(frozen=True)
 class Coherence:
-    """A text, ready to be measured under many pushes: on all prompts, or on `probes` alone."""
+    """A text, ready to be measured under many pushes: the positive prompts of `plan`."""
 
     prompts: tuple[TokenizedPrompt, ...]
     budget: Budget
-    logprob: Float[np.ndarray, " prompt"]
-    probes: tuple[int, ...]
-    on_all: Plan
-    on_probes: Plan
+    plan: Plan
+
+    @property
+    def logprob(self) -> Float[np.ndarray, " prompt"]:
+        """Of every prompt's labels, unsteered."""
+        return self.plan.unsteered.logprob.double().numpy()
 
     @property
     def is_of_tokens(self) -> bool:
         """Whether the budget bounds a percentile over tokens, not a mean over prompts."""
         return self.budget.kind.endswith("_p95")
 
-    def measure(
-        self,
-        pushes: Sequence[tuple[Push, float]],
-        *,
-        on_all: bool,
-        progress: Progress = silent,
-    ) -> list[Reading]:
-        """A reading for every (push, coefficient >= 0), in one run unless they are rollouts.
-
-        `progress` is told of the pushes measured.
-        """
-        readings: dict[int, Reading] = {}
-        progress("pushes", 0, len(pushes))
+    def measure(self, pushes: Sequence[tuple[Push, float]]) -> list[Reading]:
+        """A reading for every (push, coefficient >= 0), in one run unless they are rollouts."""
         if self.budget.kind == "rollout_kl_p95":
-            for i, (push, c) in enumerate(pushes):
-                readings[i] = self._rollouts(push, c, on_all=on_all)
-                progress("pushes", len(readings), len(pushes))
-            return list(readings.values())
+            return [self._rollouts(push, c) for push, c in pushes]
+        readings: dict[int, Reading] = {}
         groups: dict[tuple[str, int], list[int]] = {}
         for i, (push, _) in enumerate(pushes):
             groups.setdefault((push.hook_name, id(push.direction)), []).append(i)
@@ -109,34 +96,31 @@ class Coherence:
             jobs.append((job, members))
         # Each job starts from where the last one stood, so none may begin before it.
         jobs.sort(key=lambda item: item[0].first_block)
-        rows = np.arange(len(self.prompts)) if on_all else np.array(self.probes)
-        plan = self.on_all if on_all else self.on_probes
-        by_job = run_cells(plan, [job for job, _ in jobs])
+        logprob = self.logprob
+        by_job = run_cells(self.plan, [job for job, _ in jobs])
         for (_, members), cells in zip(jobs, by_job, strict=True):
             for i, cell in zip(members, cells, strict=True):
-                values = self.logprob[rows] - cell.logprob.double().numpy()
+                values = logprob - cell.logprob.double().numpy()
                 if cell.kl is not None:
                     by_token = cell.kl.double().numpy()
                     values = by_token if self.budget.kind == "kl_p95" else np.nanmean(by_token, 1)
                 readings[i] = Reading(values, cell.positive)
-            progress("pushes", len(readings), len(pushes))
         return [readings[i] for i in range(len(pushes))]
 
-    def _rollouts(self, push: Push, coefficient: float, *, on_all: bool) -> Reading:
-        rows = range(len(self.prompts)) if on_all else self.probes
-        plan, signed = self.on_all, push.sign * coefficient
+    def _rollouts(self, push: Push, coefficient: float) -> Reading:
+        plan, signed = self.plan, push.sign * coefficient
 
         def run() -> Tensors:
-            values = np.full((len(rows), ROLLOUT_TOKENS), np.nan)
-            for i, row in enumerate(rows):
-                divergences = _rollout_kl(plan.engine, self.prompts[row], push, coefficient)
-                values[i, : len(divergences)] = divergences
+            values = np.full((len(self.prompts), ROLLOUT_TOKENS), np.nan)
+            for row, prompt in zip(values, self.prompts, strict=True):
+                divergences = _rollout_kl(plan.engine, prompt, push, coefficient)
+                row[: len(divergences)] = divergences
             return {"values": torch.from_numpy(values)}
 
         what = push.direction if push.vector is None else push.vector.fingerprint
-        decided = (plan.digest, "rollouts", [*rows], push.hook_name, signed, what)
+        decided = (plan.digest, "rollouts", push.hook_name, signed, what)
         kept = once(plan.engine.checkpoint, decided, run, plan.engine.cost)
-        return Reading(kept["values"].numpy(), torch.zeros((len(rows), 0)))
+        return Reading(kept["values"].numpy(), torch.zeros((len(self.prompts), 0)))
 
 
 def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budget: Budget) -> None:
@@ -178,29 +162,11 @@ def allowances(
     return np.array([budget.allowance(float(baseline)) for baseline in baselines])
 
 
-def make_coherence(
-    plan: Plan, prompts: Sequence[TokenizedPrompt], *, budget: Budget, probes: Sequence[int]
-) -> Coherence:
-    """Prepare the text of `plan`, its positive prompts, as a whole and its probes alone."""
-    unsteered = plan.unsteered
-    workload = replace(plan.workload, with_kl=budget.is_divergence)
-    few = replace(
-        workload,
-        positive=plan.engine.batches([prompts[row] for row in probes]),
-        with_readouts=False,
-    )
-    rows = torch.tensor(list(probes))
-    of_few = replace(
-        unsteered, positive=unsteered.positive[:, rows], logprob=unsteered.logprob[rows]
-    )
-    return Coherence(
-        prompts=tuple(prompts),
-        budget=budget,
-        logprob=unsteered.logprob.double().numpy(),
-        probes=tuple(probes),
-        on_all=plan.on(workload, unsteered) if workload.with_kl else plan,
-        on_probes=plan.on(few, of_few),
-    )
+def make_coherence(plan: Plan, prompts: Sequence[TokenizedPrompt], budget: Budget) -> Coherence:
+    """Prepare the text of `plan`, its positive prompts, for what the budget reads of it."""
+    if budget.is_divergence:
+        plan = plan.on(replace(plan.workload, with_kl=True), plan.unsteered)
+    return Coherence(tuple(prompts), budget, plan)
 
 
 def _rollout_kl(
@@ -222,3 +188,29 @@ def _rollout_kl(
     labels[:, n_prompt:] = True
     divergences = label_kl(logits, unsteered, labels).double().cpu().numpy()
     return np.where(np.isfinite(divergences), divergences, np.inf)
+
+
+def weighted_quantile(
+    values: Float[np.ndarray, "pair token"],
+    counts: Float[np.ndarray, "resample pair"],
+    quantile: float,
+) -> Float[np.ndarray, " resample"]:
+    """The `quantile` (0 to 1) of all values that are not NaN, each pair's counted `counts` times.
+
+    The smallest value whose share of counted values at or below it reaches `quantile`.
+
+    Examples:
+        >>> values = np.array([[1.0, 2.0], [3.0, np.nan]])
+        >>> weighted_quantile(values, np.array([[1.0, 1.0], [1.0, 3.0]]), 0.5)
+        array([2., 3.])
+    """
+    is_given = ~np.isnan(values)
+    flat, owner = values[is_given], np.nonzero(is_given)[0]
+    order = flat.argsort()
+    quantiles = []
+    for part in np.array_split(counts, max(1, len(counts) * len(flat) // 2**24)):
+        cumulative = part[:, owner[order]].cumsum(axis=1)
+        reached = cumulative >= quantile * cumulative[:, -1:] - 1e-9
+        quantiles.append(flat[order][reached.argmax(axis=1)])
+    joined: NDArray[np.float64] = np.concatenate(quantiles)
+    return joined

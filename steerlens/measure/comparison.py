@@ -16,10 +16,11 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit_methods
-from steerlens.directions.methods import method_of, null_directions, null_vectors
+from steerlens.directions.methods import Evidence, method_of, null_directions, null_vectors
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
 from steerlens.engine.labels import OWN_TOKENS
+from steerlens.engine.positions import Position, as_position
 from steerlens.engine.tokenization import tokenize_items
 from steerlens.loss import Budget
 from steerlens.measure.boundary import check_search
@@ -117,7 +118,7 @@ def compare(
     neutral: Sequence[str] | None = None,
     n_null: Draws = 20,
     margin: NotNegative | None = None,
-    position: int | None = None,
+    position: Position | Sequence[int] | None = None,
     search_range: float | int = 4.0,
     n_bootstrap: Draws = 2000,
     seed: Whole = 0,
@@ -131,13 +132,14 @@ def compare(
     Every direction's coefficient (residual units, positive) is the one at which the budget is
     spent: its coherence boundary on that text. The effect is the mean change of the preference gap,
     `logprob(positive continuation) - logprob(negative one)` (nats per token), with a 95% interval
-    over groups of items and, for methods fitted from differences, of refits on resampled groups of
-    pairs (linearised, see below). Damage is measured on other texts than the budget is spent on, at
-    the coefficient and at minus it: the budget is found for the first alone, and `spent_neg` says
-    how much of it the second spends. Every token is steered. The gap is also measured at -1, -1/2,
-    0 and 1/2 times the coefficient, for slope, Spearman correlation and monotone share of every
-    item. The baseline "prompt" writes the pairs' positive system messages into the items' prompts,
-    where both are chats.
+    over groups of items and of refits on resampled groups of pairs (linearised, see below), for
+    methods fitted from differences or from gradients of the norm: others, as trained ones, are held
+    as they are, and `interval_over` is "items". Damage is measured on other texts than the budget
+    is spent on, at the coefficient and at minus it: the budget is found for the first alone, and
+    `spent_neg` says how much of it the second spends. Every token is steered. The gap is also
+    measured at -1, -1/2, 0 and 1/2 times the coefficient, for slope, Spearman correlation and
+    monotone share of every item. The baseline "prompt" writes the pairs' positive system messages
+    into the items' prompts, where both are chats.
 
     The nulls are random vectors, and mean differences with the labels of whole groups of pairs
     exchanged by coin, each at its own coefficient for the same budget. `n_null` of each kind are
@@ -145,8 +147,8 @@ def compare(
     kind to first order; at hooks where these correlate above 0.95 with those that were run (20 at
     least), they take their place, and the method's own effect is then linearised too (`null_by`).
     `p_value` is the rank p-value (`rank_p`), `p_layers` that of the maximum over the method's
-    layers of the same `null_by` (`max_rank_p`); of both kinds the larger. What a verdict means is
-    told at `measure.verdicts.verdict`.
+    layers (`max_rank_p`); of both kinds the larger. What a verdict means is told at
+    `measure.verdicts.verdict`.
 
     Args:
         methods: What to fit with (see `METHODS`).
@@ -167,7 +169,7 @@ def compare(
         n_null: Random and as many shuffled vectors at every hook that are run.
         margin: The effect (nats per token) below which it does not matter, for "equivalent to no
             effect". Default: a tenth of the standard deviation over items of the unsteered gap.
-        position: Token of the prompt that is read. Default: that of each method.
+        position: Tokens of the prompt that are read (see `Position`). Default: that of each method.
         search_range: How far to look for the boundary, as of `Study.boundary`.
         n_bootstrap: As of `Study`, and so are `seed`, `batch_size` and `progress`.
         executor: Its workers run the cells, as of `Study`; directions are fitted here.
@@ -214,10 +216,9 @@ def compare(
     # Fitting, coefficients, gradients, effects, damage and texts; then what was given beside them.
     steps = _steps(progress or silent, 5 + len(sets.all()))
     engine = Engine(model, settings.batch_size, executor, next(steps), checkpoint=checkpoint)
-    run, fitted, differences = _fitted(
-        engine, pairs, settings, sets, layers=layers, position=position
-    )
-    return _compared(run, differences, pairs, sets, texts, fitted, steps)
+    position = None if position is None else as_position(position)
+    run, fitted = _fitted(engine, pairs, settings, sets, layers=layers, position=position)
+    return _compared(run, fitted, pairs, sets, texts, steps)
 
 
 def _fitted(
@@ -227,9 +228,9 @@ def _fitted(
     sets: ItemSets,
     *,
     layers: Layers,
-    position: int | None,
-) -> tuple[Runner, dict[str, Directions], Differences]:
-    """What measures methods and nulls, the directions of every method, and the differences."""
+    position: Position | None,
+) -> tuple[Runner, "_Fitted"]:
+    """What measures methods and nulls, and the directions of every method."""
     shared: dict[str, Any] = {
         "layers": layers,
         "batch_size": engine.batch_size,
@@ -238,7 +239,7 @@ def _fitted(
     differences = collect_differences(
         engine.model, pairs, position=-1 if position is None else position, **shared
     )
-    fitted = fit_methods(
+    fitted, evidence = fit_methods(
         *(engine.model, pairs, settings.methods),
         differences=differences,
         position=position,
@@ -249,35 +250,44 @@ def _fitted(
     )
     nulls = null_directions(differences, n=settings.n_null, seed=settings.seed)
     subjects = make_subjects(differences.hook_names, fitted, nulls)
-    return Runner(engine, settings, subjects, mean_norms(differences)), fitted, differences
+    run = Runner(engine, settings, subjects, mean_norms(differences))
+    return run, _Fitted(differences, fitted, evidence)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """The directions of every method, and what they are fitted from where they are not trained."""
+
+    differences: Differences
+    directions: Mapping[str, Directions]
+    evidence: Mapping[str, Evidence]
 
 
 def _compared(
     run: Runner,
-    differences: Differences,
+    fitted: _Fitted,
     pairs: ContrastivePairs,
     sets: ItemSets,
     texts: Texts,
-    fitted: dict[str, Directions],
     steps: Iterator[Progress],
 ) -> Comparison:
     """Everything measured, as tables."""
     items, settings = sets.held_out, run.settings
-    found = _measure(run, differences, sets, texts, steps)
+    found = _measure(run, fitted.differences, sets, texts, steps)
     spread = float(np.std(found.unsteered, ddof=1))
     inference = Inference(
         settings,
         items.groups,
-        n_fitted=len(set(differences.pair_groups)),
+        fitted_groups=pairs.groups,
         margin=0.1 * spread if settings.margin is None else settings.margin,
     )
-    rows, by_item, refits = _rows(run, found, differences, sets, inference, next(steps))
+    rows, by_item, refits = _rows(run, found, fitted, sets, inference, next(steps))
     if sets.persona is not None:
         by_item[PROMPT] = _persona_effect(run, items, sets.persona, next(steps))
         rows.append(prompt_row(by_item[PROMPT], inference))
     attrs = {
         "settings": asdict(settings),
-        "positions": {name: directions.position for name, directions in fitted.items()},
+        "positions": {name: fitted_by.position for name, fitted_by in fitted.directions.items()},
         "fitted_on": pairs.fingerprint,
         "pairs": pairs.name,
         **sets.record(),
@@ -290,9 +300,9 @@ def _compared(
     effects = pd.DataFrame({"id": [item.id for item in items], **by_item})
     effects.attrs.update(attrs)
     table = to_frame(rows, COMPARISON_COLUMNS, attrs)
-    summary = summarise(table, effects, inference)
+    summary = summarise(table, effects, inference, refits)
     methods = methods_table(table, effects, inference, refits)
-    return Comparison(table, summary, methods, effects, fitted, settings)
+    return Comparison(table, summary, methods, effects, fitted.directions, settings)
 
 
 def _measure(
@@ -321,23 +331,10 @@ def _measure(
     elsewhere = [run.mean_effects(s, reached, next(steps)) for s in sets.off_target.values()]
     screen = Screen(
         linear,
-        _exact_nulls(run, effects, differences.hook_names),
+        run.of_nulls(effects, differences.hook_names),
         null_vectors(differences, n=max(N_SCREENED, settings.n_null), seed=settings.seed),
     )
     return _Measurements(reached, unsteered, effects, screen, damage, on_train, elsewhere)
-
-
-def _exact_nulls(
-    run: Runner, effects: Mapping[Subject, Measured], hook_names: Sequence[str]
-) -> dict[str, NDArray[np.float64]]:
-    """The mean effects of the nulls that were run, by kind: a row a draw, a column a hook."""
-    columns: dict[str, dict[str, list[float]]] = {}
-    for subject in run.subjects:
-        if subject.is_null:
-            mean = float(effects[subject].at_full.mean()) if subject in effects else math.nan
-            of_kind = columns.setdefault(subject.name, {name: [] for name in hook_names})
-            of_kind[subject.hook_name].append(mean)
-    return {kind: np.array([*by_hook.values()]).T for kind, by_hook in columns.items()}
 
 
 def _persona_effect(
@@ -371,7 +368,7 @@ class _Measurements:
 def _rows(
     run: Runner,
     found: _Measurements,
-    differences: Differences,
+    fitted: _Fitted,
     sets: ItemSets,
     inference: Inference,
     progress: Progress,
@@ -394,9 +391,13 @@ def _rows(
             if np.isfinite(of_hook.changes).all()
         }
         among_nulls = found.screen.columns({s.hook_name: s.direction for s in subjects}, exact)
-        of_method = found.screen.refits(differences, name, seed=run.settings.seed)
+        of_method = found.screen.refits(
+            fitted.evidence.get(name),
+            name,
+            groups=fitted.differences.pair_groups,
+            seed=run.settings.seed,
+        )
         refits |= {f"{name} @ {hook_name}": values for hook_name, values in of_method.items()}
-        spreads = {hook_name: float(v.std(ddof=1)) for hook_name, v in of_method.items()}
         for subject in subjects:
             hook_name, reached = subject.hook_name, found.reached[subject]
             row: dict[str, Any] = {
@@ -417,9 +418,7 @@ def _rows(
             if hook_name in measured:
                 damage = found.damage[subject]
                 by_item[f"{name} @ {hook_name}"] = measured[hook_name].at_full
-                row |= effect_columns(
-                    measured[hook_name], inference, spreads.get(hook_name, math.nan)
-                )
+                row |= effect_columns(measured[hook_name], inference, of_method.get(hook_name))
                 row |= among_nulls.get(hook_name, {})
                 row |= damage_columns(damage)
                 row |= {

@@ -8,6 +8,7 @@ from typing import Any
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Message
+from steerlens.data.sequence import one_of_each_in_turn
 from steerlens.directions.methods import method_of
 from steerlens.engine.labels import with_labels
 from steerlens.engine.tokenization import (
@@ -20,7 +21,6 @@ from steerlens.errors import InputError
 from steerlens.measure.equal_damage import CompareSettings
 from steerlens.measure.texts import text_prompts
 from steerlens.models.hooked_model import HookedModel
-from steerlens.stats import one_of_each_in_turn
 
 N_OWN = 32
 """Most prompts after which the model writes."""

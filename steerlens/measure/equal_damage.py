@@ -106,7 +106,7 @@ class Runner:
             [Push(job.hook_name, job.direction, 1, job.readout) for job in checks],
             [settings.search_range * self.norms[subject.hook_name] for subject in self.subjects],
             budget=budget,
-            n_bootstrap=2,  # its intervals are not looked at
+            n_bootstrap=0,  # its intervals are not looked at
             seed=settings.seed,
         )
         reached = {
@@ -164,6 +164,18 @@ class Runner:
         tell = part_of(progress, f"effects on {items.name}: cells")
         _, changes = self._changes(items, self._at_reached(reached), tell)
         return {subject: float(change[0].mean()) for subject, change in changes.items()}
+
+    def of_nulls(
+        self, effects: Mapping[Subject, Measured], hook_names: Sequence[str]
+    ) -> dict[str, Float[np.ndarray, "run hook"]]:
+        """The mean effects of the nulls that were run, by kind; NaN without a coefficient."""
+        columns: dict[str, dict[str, list[float]]] = {}
+        for subject in self.subjects:
+            if subject.is_null:
+                mean = float(effects[subject].at_full.mean()) if subject in effects else math.nan
+                of_kind = columns.setdefault(subject.name, {name: [] for name in hook_names})
+                of_kind[subject.hook_name].append(mean)
+        return {kind: np.array([*by_hook.values()]).T for kind, by_hook in columns.items()}
 
     def gap(self, items: PreferenceItems, progress: Progress) -> Float[np.ndarray, " item"]:
         """The unsteered preference gap of every item."""

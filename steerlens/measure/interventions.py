@@ -1,8 +1,8 @@
 """What is done in a row of a table: a direction added at a hook, or a whole steering vector."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.directions.directions import Directions
+from steerlens.engine.positions import Position, as_position
 from steerlens.engine.workload import Baseline, Job
 from steerlens.errors import InputError
 from steerlens.measure.coherence import Push
@@ -26,7 +27,7 @@ IN_A_BLOCK = (
 
 
 @dataclass(frozen=True, eq=False)
-class Intervention:
+class Steering:
     """What coefficient 1 does, and where the effect is read.
 
     `name` is that of the hook, of several hooks all of theirs joined by " + ". The pairs are looked
@@ -82,7 +83,7 @@ class Intervention:
         return search_range * min(resid_norm(baseline, name) / float(size) for name, size in sizes)
 
 
-def of_vector(vector: SteeringVector, readout: str) -> Intervention:
+def of_vector(vector: SteeringVector, readout: str) -> Steering:
     """A vector as what is done. One hook with addition at all tokens runs as a direction does."""
     names = in_order(vector)
     last = names[-1]
@@ -90,7 +91,7 @@ def of_vector(vector: SteeringVector, readout: str) -> Intervention:
     direction, scale = vector[last], float(vector.scale[0]) if is_direction else 1.0
     applied = None if is_direction else vector
     name = " + ".join(names)
-    return Intervention(name, last, direction, scale * direction, readout, scale, applied)
+    return Steering(name, last, direction, scale * direction, readout, scale, applied)
 
 
 def in_order(vector: SteeringVector) -> tuple[str, ...]:
@@ -136,12 +137,12 @@ def readout_of(
     return name, row if isinstance(readout, Directions) else row.float() / norm
 
 
-def position_of(directions: Directions | SteeringVector, readout: object) -> int:
+def position_of(directions: Directions | SteeringVector, readout: object) -> Position:
     """The position that differences are read at: a vector's own, else its readout's, else -1."""
     if isinstance(directions, Directions):
         return directions.position
-    if re.fullmatch(r"-?\d{1,9}", directions.origin.position):
-        return int(directions.origin.position)
+    with suppress(InputError):  # "unknown", or another tool's word
+        return as_position(directions.origin.position)
     return readout.position if isinstance(readout, Directions) else -1
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
+from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import fingerprint
 from steerlens.errors import InputError
 from steerlens.measure.boundary import Text, boundary_settings
@@ -15,22 +16,14 @@ from steerlens.measure.preparation import Preparation
 from steerlens.measure.texts import On
 from steerlens.steering import Add, SteeringVector
 from steerlens.tables import JOINT_COLUMNS, to_frame
+from steerlens.validation import Angles, checked
 
 
 def run_joint(
     study: Preparation, *, n_angles: int, on: On = "positive", search_range: float | int = 4.0
 ) -> pd.DataFrame:
     """`Study.joint_boundary`."""
-    before, vector = study.spent, study.directions
-    if (
-        not isinstance(vector, SteeringVector)
-        or len(vector) != 2
-        or not isinstance(vector.operator, Add)
-    ):
-        raise InputError(
-            "a joint boundary is that of a study of a SteeringVector that adds at two hooks, got "
-            f"{vector!r}"
-        )
+    before, vector = study.spent, check_joint(study.directions, n_angles)
     text = Text.of(study, on)
     settings = boundary_settings(study, text, search_range=search_range)
     (readout,) = study.readouts.values()
@@ -76,6 +69,24 @@ def run_joint(
         "text": fingerprint(text.prompts),
     }
     return to_frame(rows, JOINT_COLUMNS, attrs)
+
+
+@checked
+def check_joint(
+    vector: Directions | SteeringVector,
+    n_angles: Angles,  # noqa: ARG001 (a range)
+) -> SteeringVector:
+    """The vector. Raises `InputError` unless it adds at two hooks, or with too few angles."""
+    if (
+        not isinstance(vector, SteeringVector)
+        or len(vector) != 2
+        or not isinstance(vector.operator, Add)
+    ):
+        raise InputError(
+            "a joint boundary is that of a study of a SteeringVector that adds at two hooks, got "
+            f"{vector!r}"
+        )
+    return vector
 
 
 def _shares(angle: float) -> tuple[float, float]:

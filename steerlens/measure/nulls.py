@@ -4,18 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.directions.differences import Differences
-from steerlens.directions.methods import fit_directions, method_of
+from steerlens.directions.methods import Evidence, fit_directions, method_of
 from steerlens.errors import InputError
 from steerlens.measure.linearised import Linearised
-from steerlens.stats import TAIL, max_rank_p, rank_p
+from steerlens.stats import TAIL, least_max_rank_p, max_rank_p, rank_p
 from steerlens.tables import Row
 
 N_SCREENED = 999
@@ -28,13 +29,14 @@ N_REFITS = 50
 
 @dataclass(frozen=True)
 class NullEffects:
-    """What was seen at the hooks of one method and under nulls, in one kind of arithmetic.
+    """What was seen at the hooks of one method and under nulls.
 
-    `how` is "linearised" or "exact"; `seen` has one value a hook, `draws` by kind of null (random,
-    shuffled) one a draw and hook, NaN where a null does not reach the budget.
+    `how` says for each hook whether both are "linearised" or "exact"; `seen` has one value a hook,
+    `draws` by kind of null (random, shuffled) one a draw and hook, NaN where a null does not reach
+    the budget or is not run.
     """
 
-    how: str
+    how: tuple[str, ...]
     hook_names: tuple[str, ...]
     seen: Float[np.ndarray, " hook"]
     draws: Mapping[str, Float[np.ndarray, "draw hook"]]
@@ -42,21 +44,26 @@ class NullEffects:
     def columns(self) -> dict[str, Row]:
         """Hook name -> p-values and the nulls' range there; the kind that is harder decides.
 
-        NaN where no null of one kind reaches the budget.
+        `least_p` is the smallest `p_layers` that so many nulls could give. NaN where no null of one
+        kind reaches the budget.
         """
-        over_hooks = [max_rank_p(self.seen, draws) for draws in self.draws.values()]
+        over_hooks, least = (
+            np.max([ranked(self.seen, draws) for draws in self.draws.values()], axis=0)
+            for ranked in (max_rank_p, least_max_rank_p)
+        )
         rows: dict[str, Row] = {}
         for i, name in enumerate(self.hook_names):
             kinds = [draws[:, i] for draws in self.draws.values()]
             kinds = [of_kind[~np.isnan(of_kind)] for of_kind in kinds]
             ends = [np.quantile(k, [TAIL, 1 - TAIL]) if len(k) else [math.nan] * 2 for k in kinds]
             rows[name] = {
-                "null_by": self.how,
+                "null_by": self.how[i],
                 "n_null": min(map(len, kinds)),
                 "null_low": float(np.min([low for low, _ in ends])),
                 "null_high": float(np.max([high for _, high in ends])),
                 "p_value": float(np.max([rank_p(float(self.seen[i]), kind) for kind in kinds])),
-                "p_layers": float(np.max([p[i] for p in over_hooks])),
+                "p_layers": float(over_hooks[i]),
+                "least_p": float(least[i]),
             }
         return rows
 
@@ -123,65 +130,82 @@ class Screen:
         """Hook name -> how one method ranks among the nulls there (`NullEffects.columns`).
 
         Where linearised effects stand for exact ones, the method's own is linearised too. The
-        maximum over layers is over the hooks of one arithmetic.
+        maximum over layers is over all hooks that have an effect.
         """
-        columns: dict[str, Row] = {}
-        for how in ("linearised", "exact"):
-            names = tuple(n for n in exact if self.is_linear(n) == (how == "linearised"))
-            if not names:
-                continue
-            at = [self.hook_names.index(name) for name in names]
-            if how == "linearised":
-                seen = [float(self.effects(n, directions[n][None])[0]) for n in names]
-                draws = self.screened
-            else:
-                seen, draws = [exact[name] for name in names], self.exact
-            nulls = {kind: rows[:, at] for kind, rows in draws.items()}
-            columns |= NullEffects(how, names, np.array(seen), nulls).columns()
-        return columns
+        names = tuple(exact)
+        if not names:
+            return {}
+        is_linear = [self.is_linear(name) for name in names]
+        seen = [
+            float(self.effects(name, directions[name][None])[0]) if linear else exact[name]
+            for name, linear in zip(names, is_linear, strict=True)
+        ]
+        at = [self.hook_names.index(name) for name in names]
+        draws = {}
+        for kind, screened in self.screened.items():
+            run = np.full_like(screened, math.nan)
+            run[: len(self.exact[kind])] = self.exact[kind]
+            draws[kind] = np.where(is_linear, screened[:, at], run[:, at])
+        how = tuple("linearised" if linear else "exact" for linear in is_linear)
+        return NullEffects(how, names, np.array(seen), draws).columns()
 
     def refits(
-        self, differences: Differences, method: str, *, seed: int
+        self,
+        evidence: Evidence | None,
+        method: str,
+        *,
+        groups: Sequence[int],
+        seed: int,
     ) -> dict[str, Float[np.ndarray, " refit"]]:
         """Hook name -> the mean effect of every refit of a method, linearised.
 
         Each refit has as many groups of pairs, drawn with replacement, the same for every method.
         Only hooks where linearised effects may stand for exact ones, and methods that are fitted
-        from differences; none where a refit fails, or all pairs are of one group.
+        from the pairs' rows alone: not controls, not trained ones, not gradients on an axis, which
+        is itself fitted on the pairs. None where a refit fails or spends no budget, or all pairs
+        are of one group.
         """
         chosen = method_of(method)
         names = [name for name in self.hook_names if self.is_linear(name)]
-        if chosen.source != "differences" or chosen.is_control or not names:
-            return {}
-        group = np.array(differences.pair_groups)
-        members = [np.flatnonzero(group == g) for g in range(int(group.max()) + 1)]
-        if len(members) < 2:
+        number = np.array(groups)
+        members = [np.flatnonzero(number == g) for g in range(int(number.max()) + 1)]
+        is_held = chosen.is_control or chosen.axis is not None
+        if evidence is None or is_held or not names or len(members) < 2:
             return {}
         generator = np.random.default_rng(seed)
         refitted: dict[str, list[Tensor]] = {name: [] for name in names}
         for _ in range(N_REFITS):
             drawn = generator.integers(0, len(members), len(members))
-            resampled = _part_of(differences, names, [members[g] for g in drawn])
+            rows = np.concatenate([members[g] for g in drawn])
             try:
-                directions = fit_directions(resampled, method=method)
+                directions = fit_directions(_part_of(evidence, names, rows), method=method)
             except InputError:  # nothing is left of these pairs
                 return {}
             for name in names:
                 refitted[name].append(directions[name])
-        return {name: self.effects(name, torch.stack(rows)) for name, rows in refitted.items()}
+        effects = {name: self.effects(name, torch.stack(rows)) for name, rows in refitted.items()}
+        return {name: values for name, values in effects.items() if np.isfinite(values).all()}
 
 
 def _part_of(
-    differences: Differences, hook_names: Sequence[str], groups: Sequence[NDArray[np.int64]]
-) -> Differences:
-    """Some hooks, and some groups of pairs, which may be there more than once."""
-    hooks = [differences.hook_names.index(name) for name in hook_names]
-    rows = torch.from_numpy(np.concatenate(groups)).to(differences.positive.device)
-    return replace(
-        differences,
-        hook_names=tuple(hook_names),
-        readout_names=(),
-        positive=differences.positive[hooks][:, rows],
-        negative=differences.negative[hooks][:, rows],
-        groups=None,
-    )
+    evidence: Evidence, hook_names: Sequence[str], pairs: Int[np.ndarray, " row"]
+) -> Evidence:
+    """Some hooks, and the rows of some pairs, which may be there more than once."""
+    hooks = [evidence.all_hook_names.index(name) for name in hook_names]
+    rows = torch.from_numpy(pairs)
+    by_pair = ["positive", "negative"]
+    changes: dict[str, Any] = {"hook_names": tuple(hook_names), "readout_names": ()}
+    if isinstance(evidence, Differences):
+        changes["groups"] = None
+    else:
+        by_pair = ["separation_positive", "separation_negative", "coherence"]
+        n_pairs = len(evidence.logprob)
+        samples = torch.arange(evidence.scores.shape[1] // n_pairs)
+        changes |= {
+            "loss_hooks": tuple(evidence.loss_hooks[hook] for hook in hooks),
+            "weights": evidence.weights[hooks],
+            "logprob": evidence.logprob[rows],
+            "scores": evidence.scores[hooks][:, (samples[:, None] * n_pairs + rows).flatten()],
+        }
+    changes |= {name: getattr(evidence, name)[hooks][:, rows] for name in by_pair}
+    return replace(evidence, **changes)

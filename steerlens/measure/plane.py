@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.engine.backward import label_slopes
@@ -25,6 +27,7 @@ from steerlens.measure.rows import main_orthogonal
 from steerlens.measure.settings import PlaneSettings
 from steerlens.measure.texts import On
 from steerlens.models.hooks import hook_layer
+from steerlens.stats import TAIL
 from steerlens.tables import (
     CONTOUR_COLUMNS,
     GEOMETRY_COLUMNS,
@@ -39,6 +42,8 @@ from steerlens.validation import Angles, checked
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Where the loss is measured along every push, in boundaries of that angle."""
+_SHAPES = np.linspace(0, 2, 81)
+"""How far from a circle, in that of the shape seen: the log radii about their mean, times these."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +86,8 @@ class BoundaryShape:
     """`table` has one row an angle (`SHAPE_COLUMNS`) in the plane of two unit vectors.
 
     `direction` is the frozen direction (0 degrees), `orthogonal` the main direction of what is left
-    of the pairs' differences without it (90 degrees). `attrs["radius_ratio"]` is the largest
-    boundary over the smallest: 1 for a circle, inf when an angle's is beyond the searched range,
-    NaN when all are or one is undefined.
+    of the pairs' differences without it (90 degrees). Its `radius_ratio` is that of all angles: see
+    the function of that name.
     """
 
     table: pd.DataFrame
@@ -105,8 +109,11 @@ class BoundaryShape:
         return turned(self.direction, self.orthogonal, angle)
 
     def __repr__(self) -> str:
-        ratio = self.table.attrs["radius_ratio"]
-        return f"BoundaryShape({len(self.table)} angles, radius ratio {ratio:.3g})"
+        ratio, if_round = self.table[["radius_ratio", "radius_ratio_if_round"]].iloc[0]
+        return (
+            f"BoundaryShape({len(self.table)} angles, radius ratio {ratio:.3g}; "
+            f"{if_round:.3g} if round)"
+        )
 
     def _repr_html_(self) -> str:
         names = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high", "predicted_boundary"]
@@ -134,9 +141,12 @@ def run_shape(
     norms = torch.cat([cell.positive, cell.negative]).norm(dim=-1)
     limit = settings.search_range * float(norms.mean())
     angles = [360 * i / n_angles for i in range(n_angles)]
+    # Of an even number of angles the second half are the first half's opposites.
+    n_apart = n_angles // 2 if n_angles % 2 == 0 else n_angles
+    along = [turned(direction, orthogonal, a).to(dtype) for a in angles[:n_apart]]
     pushes = [
-        Push(hook_name, turned(direction, orthogonal, a).to(dtype), 1, study.readouts[hook_name])
-        for a in angles
+        Push(hook_name, along[i % n_apart], 1 if i < n_apart else -1, study.readouts[hook_name])
+        for i in range(n_angles)
     ]
     workload, unsteered = text.unsteered(study)
     plan = study.plan.on(replace(workload, with_readouts=False), unsteered)
@@ -156,10 +166,13 @@ def run_shape(
         **study.record(settings, since=before),
         "searched": limit,
         "text": fingerprint(text.prompts),
-        "radius_ratio": _ratio([boundary.at for boundary in boundaries]),
     }
+    ratio = radius_ratio(
+        np.array([boundary.at for boundary in boundaries]),
+        np.stack([boundary.resampled for boundary in boundaries], axis=1),
+    )
     rows = [
-        _shape_row(hook_name, angle, boundary)
+        {**_shape_row(hook_name, angle, boundary), **ratio}
         for angle, boundary in zip(angles, boundaries, strict=True)
     ]
     return BoundaryShape(
@@ -232,11 +245,54 @@ def _plane_settings(
     return PlaneSettings(**vars(settings), n_angles=n_angles)
 
 
-def _ratio(reach: Sequence[float]) -> float:
-    """The largest over the smallest; NaN when all are infinite or one is undefined."""
-    if math.isinf(min(reach)) or any(math.isnan(r) for r in reach):
-        return math.nan
-    return max(reach) / min(reach)
+def radius_ratio(
+    radii: Float[np.ndarray, " angle"], resampled: Float[np.ndarray, "resample angle"]
+) -> Row:
+    """The largest radius over the smallest, its interval, and what noise makes of a circle.
+
+    The largest of noisy radii is too large, and the smallest too small, so that a circle has a
+    ratio above 1 too. `radius_ratio_if_round` is the median ratio of equal radii with the noise of
+    the resamples about `radii` (in logs, correlated over angles as it is). The interval reaches
+    from the least to the largest ratio, up to the square of the one seen, of which the noise would
+    make the one seen with 95%: that takes the bias off. The least is that of a shape whose radii
+    are all at one of the ends, of which noise makes the most.
+
+    Args:
+        radii: Of every angle, residual units; inf where it is beyond the searched range.
+        resampled: The same of resampled groups, the same groups for every angle.
+
+    Returns:
+        The columns of `SHAPE_COLUMNS`; the ratio is inf where one radius is, NaN where all are or
+        one is undefined, and the others NaN where it, or a resample, is not finite.
+    """
+    if np.isnan(radii).any() or np.isinf(radii.min()):
+        return {}
+    ratio = float(radii.max() / radii.min())
+    if not np.isfinite(radii).all() or not len(resampled) or not np.isfinite(resampled).all():
+        return {"radius_ratio": ratio}
+    shape = np.log(radii)
+    noise = np.log(resampled) - shape
+    # Of the shapes with one ratio, noise makes the most of that which has no radius in between.
+    extremes = np.where(shape > (shape.max() + shape.min()) / 2, shape.max(), shape.min())
+    high = np.quantile(_ranges(extremes, noise), 1 - TAIL, axis=1) * (1 + 1e-9)
+    low = np.quantile(_ranges(shape, noise), TAIL, axis=1) * (1 - 1e-9)
+    seen = math.log(ratio)
+    return {
+        "radius_ratio": ratio,
+        "radius_ratio_ci_low": float(ratio ** np.min(_SHAPES[seen <= high], initial=math.inf)),
+        "radius_ratio_ci_high": float(ratio ** np.max(_SHAPES[low <= seen], initial=0.0)),
+        "radius_ratio_if_round": float(np.exp(np.median(np.ptp(noise, axis=1)))),
+    }
+
+
+def _ranges(
+    shape: Float[np.ndarray, " angle"], noise: Float[np.ndarray, "resample angle"]
+) -> Float[np.ndarray, "share resample"]:
+    """Log radius ratios of a shape that is so many times as far from a circle, with the noise."""
+    ranges: NDArray[np.float64] = np.stack(
+        [np.ptp(share * shape + noise, axis=1) for share in _SHAPES]
+    )
+    return ranges
 
 
 def turned(

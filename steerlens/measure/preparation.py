@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from steerlens.engine.labels import (
     OWN_TOKENS,
     LabelKind,
     default_labels,
+    kind_of_labels,
     labelled_pairs,
     with_labels,
 )
@@ -27,7 +28,7 @@ from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import MARGIN, WEIGHT, Budget
 from steerlens.measure.interventions import (
-    Intervention,
+    Steering,
     of_vector,
     position_of,
     readout_of,
@@ -43,6 +44,13 @@ from steerlens.steering import SteeringVector
 from steerlens.steering.operators import operator_record
 from steerlens.tables import Row
 from steerlens.validation import Count, Draws, NotNegative, Whole, checked
+
+
+class AskedLabels(NamedTuple):
+    """The tokens that were asked to be measured, None: the default; of own text at most so many."""
+
+    kind: LabelKind | None
+    own_tokens: int
 
 
 @checked
@@ -83,17 +91,16 @@ class Preparation:
             self.read_along = directions
         self.interventions = {of.name: of for of in interventions}
         pairs.warn_of_groups()
-        kind = labels or default_labels(
-            [pair.positive for pair in pairs], [pair.continuation is not None for pair in pairs]
-        )
+        position = position_of(directions, readout)
+        kind = kind_of_labels(pairs, labels, position)
         source = directions.origin if isinstance(directions, SteeringVector) else directions
         self._n_fitted_on = pairs.warn_of_fitted(source.pair_hashes)
         self.pairs = pairs
-        self.asked_labels = labels, own_tokens
+        self.asked_labels = AskedLabels(labels or (kind if kind in OWN else None), own_tokens)
         self.directions = directions
         self.settings = StudySettings(
             hook_names=tuple(self.interventions),
-            position=position_of(directions, readout),
+            position=position,
             steered_positions=steered_positions,
             labels=kind,
             own_tokens=own_tokens if kind in OWN else None,
@@ -154,7 +161,13 @@ class Preparation:
         """The pairs as token ids, the positive prompts with their labels."""
         labels, own_tokens = self.asked_labels
         return labelled_pairs(
-            self.model, self.pairs, labels, own_tokens=own_tokens, seed=self.settings.seed
+            self.model,
+            self.pairs,
+            labels,
+            position=self.settings.position,
+            steered_positions=self.settings.steered_positions,
+            own_tokens=own_tokens,
+            seed=self.settings.seed,
         )
 
     def labelled(
@@ -255,7 +268,7 @@ class Preparation:
 
 def _of_directions(
     model: HookedModel, directions: Directions, readout: object, layers: Layers | None
-) -> list[Intervention]:
+) -> list[Steering]:
     if readout is not None:
         raise InputError("readout= is for a SteeringVector; Directions are read along their own")
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
@@ -264,7 +277,7 @@ def _of_directions(
     check_width(directions, model)
     n_layers = int(model.cfg.n_layers)
     return [
-        Intervention(name, name, unit, unit, readout_hook(name, n_layers))
+        Steering(name, name, unit, unit, readout_hook(name, n_layers))
         for name, unit in ((name, directions[name]) for name in hook_names)
     ]
 
@@ -274,7 +287,7 @@ def _of_vector(
     vector: SteeringVector,
     readout: Mapping[str, Tensor] | None,
     layers: Layers | None,
-) -> list[Intervention]:
+) -> list[Steering]:
     if layers is not None:
         raise InputError("a vector is measured as a whole; give vector.at(...) instead of layers=")
     if vector.condition is not None and vector.condition.scope == "prompt":

@@ -2,12 +2,13 @@
 
 Pure arithmetic on numbers: nothing here knows of models. The loss D(c), which may be negative, is
 modelled as `slope * c + c^2 * bend(c)`: the slope at 0 is known exactly from a gradient, and the
-bend changes little with c, so a few evaluations of it decide where D crosses. Most evaluations are
-made on a part of the prompts (the probes); a few on all of them correct the offset.
+bend changes little with c, so a few evaluations of it decide where D crosses. Where the loss of the
+opposite push is searched too, it is the same function at c < 0: the bends of both sides say what
+the bend is at 0, as a second difference does.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,15 +20,18 @@ from steerlens.stats import intervals
 
 FIRST_STEP = 1.25
 """How far beyond the prediction the first evaluation lies: predictions tend to be too small."""
-_PROBE_STEP = 0.25
-_REFINED_STEP = 0.04
-_FULL_STEP = 0.15
-_FAR_STEP = math.log(1.6)
+_SURE, _SURE_ALONE = 0.05, 0.025
+"""How much an estimate may depend on a bend that was measured elsewhere; with one side alone."""
+_NEAREST, _FARTHEST = 1.015, 1.3
+"""How far from what was measured an estimate may lie whatever it depends on, and may at most."""
+_GUESSED = 1.05
+"""How far from it may lie what is no crossing of the curve, but between a loss and a ceiling."""
+_REACH = 1.7
+"""How far beyond what was measured an interval may end."""
 _APART = 1.04
-_MAX_PROBES = 12
-_MAX_REFINEMENTS = 4
-_MAX_FULL = 12
-_MAX_DOUBTS = 3
+_HELD = 2.0
+_MAX_ROUNDS = 12
+_MAX_FOR_ENDS = 4
 _WIDE_GAP = 1.6
 _STEEPEST = 6.0
 _GRID = 3000
@@ -35,42 +39,41 @@ _INTERVAL_GRID = 160
 UNDEFINED = 10.0
 """Times the allowance: a loss beyond that bounds the search, and is not interpolated."""
 
+Points = tuple[tuple[float, float], ...]
+
 
 @dataclass(frozen=True)
 class Curve:
-    """What is known of a loss D(c), c > 0: its slope at 0 and bends, `(D - slope * c) / c^2`.
+    """What is known of a loss D(c): its slope at 0 and bends, `(D - slope * c) / c^2`.
 
-    `probes` are bends `(c, bend)` on the probes, with the probes' own slope; `full` those on all
-    prompts, at coefficients that are among the probes' too.
+    `ahead` are bends `(c, bend)` at c > 0; `behind` those at c < 0, of the opposite push, nearest
+    to 0.
     """
 
     slope: float
-    probes: tuple[tuple[float, float], ...] = ()
-    full: tuple[tuple[float, float], ...] = ()
+    ahead: Points = ()
+    behind: Points = ()
+
+    @property
+    def known(self) -> Points:
+        """All bends, by c."""
+        return (*self.behind, *self.ahead)
 
     def bend(self, c: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
-        """The probes' bend at `c`, shifted to that of all prompts where those are known."""
-        bend = _interpolate(c, self.probes, extrapolate=True)
-        if not self.full:
-            return bend
-        at = dict(self.probes)
-        offsets = tuple((x, y - at[x]) for x, y in self.full)
-        return bend + _interpolate(c, offsets, extrapolate=False)
+        """The bend at `c >= 0`."""
+        at, bends = np.array(self.known).T
+        return interpolated(c, at, bends, onward=0.5)
 
     def loss(self, c: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
         """D(c)."""
-        return loss_of(self.slope, self.bend(c), c, self.probes[-1][0])
+        return loss_of(self.slope, self.bend(c), c, self.ahead[-1][0])
 
 
 @dataclass(frozen=True)
 class Line:
-    """One search outward from 0, up to `limit`, for the first c with D(c) > `allowance`.
-
-    `probe_slope` is the slope of the probes alone.
-    """
+    """One search outward from 0, up to `limit`, for the first c with D(c) > `allowance`."""
 
     curve: Curve
-    probe_slope: float
     allowance: float
     limit: float
     at: float
@@ -79,27 +82,25 @@ class Line:
     """The smallest coefficient seen at which D is undefined, or far beyond the allowance."""
 
     def measured(self, c: float, loss: float) -> "Line":
-        """The line with D(c) of the probes added; one far beyond the allowance as a ceiling."""
+        """The line with D(c) added; one far beyond the allowance as a ceiling."""
         if not loss <= UNDEFINED * self.allowance:
             return replace(self, ceiling=min(c, self.ceiling))
-        bend = (loss - self.probe_slope * c) / c**2
-        return replace(self, curve=replace(self.curve, probes=_with(self.curve.probes, c, bend)))
-
-    def measured_on_all(self, c: float, loss: float) -> "Line":
-        """The line with D(c) of all prompts added, when the probes' was measured there too."""
-        if not loss <= UNDEFINED * self.allowance:
-            return replace(self, ceiling=min(c, self.ceiling))
-        if c not in dict(self.curve.probes):
-            return self
         bend = (loss - self.curve.slope * c) / c**2
-        return replace(self, curve=replace(self.curve, full=_with(self.curve.full, c, bend)))
+        ahead = tuple(sorted({**dict(self.curve.ahead), c: bend}.items()))
+        return replace(self, curve=replace(self.curve, ahead=ahead))
+
+    def beside(self, opposite: "Line") -> "Line":
+        """The line with what the opposite push says of c < 0."""
+        nearest = opposite.curve.ahead[:2]
+        behind = tuple((-c, bend) for c, bend in reversed(nearest))
+        return replace(self, curve=replace(self.curve, behind=behind))
 
     def estimate(self, widest_step: float) -> "Line":
         """The line at its estimated crossing, at most `widest_step` times beyond what is known.
 
-        inf when D stays within the allowance up to the limit, and was evaluated within 15% of it.
+        inf when D stays within the allowance up to the limit, and was evaluated within 5% of it.
         """
-        known = [c for c, _ in self.curve.probes]
+        known = [c for c, _ in self.curve.ahead]
         if not known:
             return replace(self, at=self.ceiling / 4)
         low = min(known) / widest_step
@@ -109,109 +110,124 @@ class Line:
             at = high
             if high == self.ceiling:
                 at = math.sqrt(max(known) * high)
-            elif max(known) >= self.limit * math.exp(-_FULL_STEP):
+            elif max(known) >= self.limit / _GUESSED:
                 at = math.inf
         return replace(self, at=max(at, low))
 
-    def is_settled(self) -> bool:
-        """Whether the probes were measured near the estimate, and no gap there is in doubt."""
-        return self.step(self.curve.probes) <= _PROBE_STEP and self.doubtful_middle() is None
+    def wanted(self) -> float | None:
+        """Where D has to be known before the estimate can be relied on; None where it can."""
+        points = [c for c, _ in self.curve.ahead]
+        if not points or self.at == math.inf:
+            return None if points else self.at
+        first, at = points[0], self.at
+        drawn_on = float(self.curve.loss(np.array([first]))[0])
+        if (
+            len(points) == 1
+            and drawn_on < self.allowance / 3
+            and self.curve.slope * first > self.allowance
+        ):
+            # By its slope it crossed before: look half way, lest it did and came back.
+            return first / 2
+        nearest = min(points, key=lambda c: abs(math.log(c / at)))
+        far = abs(math.log(nearest / at))
+        if far > math.log(_NEAREST) and far > self._far_enough():
+            return at
+        return self._doubtful_middle(points, nearest)
 
-    def is_far_below(self) -> bool:
-        """Whether D at the first point, past the prediction, is below a third of the allowance."""
-        at = np.array([c for c, _ in self.curve.probes[:1]])
-        return bool((self.curve.loss(at) < self.allowance / 3).all()) if len(at) else False
+    def _far_enough(self) -> float:
+        """How far from what was measured the estimate may lie: `|log|` of their ratio.
 
-    def doubtful_middle(self) -> float | None:
+        Where the bend there differs by a share, the crossing moves by that times
+        `c^2 bend / (c D'(c))`: a half without a slope, less where the slope spends the allowance,
+        more where it earns some.
+        """
+        at, slope = self.at, self.curve.slope
+        [bend] = self.curve.bend(np.array([at])).tolist()
+        if slope * at + bend * at**2 < 0.99 * self.allowance:
+            return math.log(_GUESSED)
+        sure, rise = _SURE if self.curve.behind else _SURE_ALONE, slope + 2 * at * bend
+        return min(math.log(_FARTHEST), sure * rise / abs(bend * at)) if rise > 0 and bend else 0.0
+
+    def wanted_for(self, end: float) -> float | None:
+        """Where D has to be known too for an end of the interval that lies beyond; None if not."""
+        points = [c for c, _ in self.curve.ahead]
+        end = min(end, 2 * self.at, self.limit, self.ceiling)
+        if self.at == math.inf or end <= _REACH * points[-1] or len(points) >= _MAX_FOR_ENDS:
+            return None
+        return math.sqrt(max(self.at, points[-1]) * end)
+
+    def _doubtful_middle(self, points: Sequence[float], nearest: float) -> float | None:
         """A coefficient to look at, where the estimate lies in a wide gap that the curve leaps.
 
         That is, where D at the nearest point differs from the allowance by more than a sixth power
         would make it: then the interpolation across the gap is not to be relied on.
         """
-        points = [c for c, _ in self.curve.probes]
         below, above = [c for c in points if c < self.at], [c for c in points if c >= self.at]
         if not below or not above or min(above) < _WIDE_GAP * max(below):
             return None
-        nearest = np.array([min(points, key=lambda c: abs(math.log(c / self.at)))])
-        loss = float(self.curve.loss(nearest)[0])
+        loss = float(self.curve.loss(np.array([nearest]))[0])
         ratio = abs(math.log(loss / self.allowance)) if loss > 0 else math.inf
-        is_leap = ratio > 0.1 + _STEEPEST * abs(math.log(float(nearest[0]) / self.at))
+        is_leap = ratio > 0.1 + _STEEPEST * abs(math.log(nearest / self.at))
         return math.sqrt(max(below) * self.at) if is_leap else None
 
     def reentry(self) -> float:
         """The smallest measured c beyond the boundary that is within the allowance; NaN if none."""
-        beyond = np.array([c for c, _ in self.curve.probes if c > self.at * 1.001])
+        beyond = np.array([c for c, _ in self.curve.ahead if c > self.at * 1.001])
         within = beyond[self.curve.loss(beyond) <= self.allowance] if len(beyond) else beyond
         return float(within[0]) if len(within) else math.nan
 
-    def step(self, points: Sequence[tuple[float, float]]) -> float:
-        """How far the estimate is from the nearest point: `|log|` of their ratio."""
-        at = min(self.at, self.limit)
-        return min(abs(math.log(at / c)) for c, _ in points) if points else math.inf
+
+Evaluate = Callable[[Sequence[tuple[int, float]]], Sequence[float]]
+"""`evaluate([(line index, c), ...])`: D at each of them, from one batched run."""
 
 
-Evaluate = Callable[[Sequence[tuple[int, float]], bool], Sequence[tuple[float, float]]]
-"""`evaluate([(line index, c), ...], on_all)`: D on the probes and D on all prompts (NaN unless
-`on_all`) for each of them, in one batched run."""
-
-
-def search(lines: Sequence[Line], evaluate: Evaluate, *, progress: Progress = silent) -> list[Line]:
+def search(
+    lines: Sequence[Line],
+    evaluate: Evaluate,
+    *,
+    opposite: Mapping[int, int] | None = None,
+    far_end: Callable[[int, Line], float] | None = None,
+    progress: Progress = silent,
+) -> list[Line]:
     """Search all lines side by side: `Line.at` of each is its boundary.
 
-    First on the probes until the next step is small, then on all prompts, then again on the probes
-    with the offset of all prompts, and on all prompts once more where that moved far. A line that
-    does not settle in a dozen rounds ends as NaN. `progress` is told of the lines that have settled
-    on the probes; of the rest `evaluate` knows.
+    Every round evaluates, in one run, all lines whose estimate cannot be relied on yet, or whose
+    interval reaches far beyond what was measured. A line that does not settle in a dozen rounds
+    ends as NaN.
+
+    Args:
+        lines: Each at the coefficient to begin with.
+        evaluate: See `Evaluate`.
+        opposite: Index of a line -> that of the line whose c > 0 is its own c < 0.
+        far_end: The far end of a line's interval, given its index; None where nobody asks for it.
+        progress: Told of the lines that have settled.
     """
     found = list(lines)
-    everyone: Sequence[int] = range(len(found))
-
-    def tell() -> None:
-        # The last one counts when the next part begins: doubts may be left.
-        settled = sum(line.is_settled() for line in found)
-        progress("lines settled", min(settled, len(found) - 1), len(found))
-
+    opposite = opposite or {}
+    wanted: dict[int, float] = {k: min(line.at, line.limit) for k, line in enumerate(found)}
     progress("lines settled", 0, len(found))
-    _measure(found, everyone, evaluate, on_all=False, widest_step=4.0)
-    # Far below what was predicted there: look half way, lest it crossed before and came back.
-    doubted = [k for k in everyone if found[k].is_far_below()]
-    for k in doubted:
-        found[k] = replace(found[k], at=found[k].curve.probes[0][0] / 2)
-    _measure(found, doubted, evaluate, on_all=False, widest_step=4.0)
-    tell()
-    _settle_on_probes(found, everyone, evaluate, tell)
-    for _ in range(_MAX_DOUBTS):
-        doubted = [k for k in everyone if found[k].doubtful_middle() is not None]
-        for k in doubted:
-            found[k] = replace(found[k], at=found[k].doubtful_middle() or found[k].at)
-        _measure(found, doubted, evaluate, on_all=False, widest_step=2.0)
-        _settle_on_probes(found, doubted, evaluate, tell)
+    for round_number in range(_MAX_ROUNDS):
+        points = list(wanted.items())
+        for (k, c), loss in zip(points, evaluate(points), strict=True):
+            found[k] = found[k].measured(c, loss)
+        changed = wanted.keys() | {opposite[k] for k in wanted if k in opposite}
+        for k in changed:
+            line = found[k].beside(found[opposite[k]]) if k in opposite else found[k]
+            found[k] = line.estimate(2.0 if round_number else 4.0)
+        wanted = {}
+        for k in sorted(changed):
+            line = found[k]
+            next_one = line.wanted()
+            if next_one is None and far_end is not None and line.at < math.inf:
+                next_one = line.wanted_for(far_end(k, line))
+            if next_one is not None:
+                wanted[k] = min(next_one, line.limit)
+        progress("lines settled", len(found) - len(wanted), len(found))
+        if not wanted:
+            return found
     progress("lines settled", len(found), len(found))
-    active = everyone
-    for _ in range(_MAX_FULL):
-        _measure(found, active, evaluate, on_all=True, widest_step=1.5)
-        moving: Sequence[int] = active
-        for _ in range(_MAX_REFINEMENTS):
-            moving = [k for k in moving if found[k].step(found[k].curve.probes) > _REFINED_STEP]
-            # The offset between probes and all prompts holds near a measured one only.
-            moving = [k for k in moving if found[k].step(found[k].curve.full) < _FAR_STEP]
-            _measure(found, moving, evaluate, on_all=False, widest_step=1.5)
-        active = [k for k in active if found[k].step(found[k].curve.full) > _FULL_STEP]
-    for k in active:
-        found[k] = replace(found[k], at=math.nan)
-    return found
-
-
-def _settle_on_probes(
-    lines: list[Line], which: Sequence[int], evaluate: Evaluate, tell: Callable[[], None]
-) -> None:
-    active = which
-    for _ in range(_MAX_PROBES):
-        active = [k for k in active if lines[k].step(lines[k].curve.probes) > _PROBE_STEP]
-        if not active:
-            return
-        _measure(lines, active, evaluate, on_all=False, widest_step=2.0)
-        tell()
+    unsettled = {k for k in wanted if found[k].wanted() is not None}
+    return [replace(line, at=math.nan) if k in unsettled else line for k, line in enumerate(found)]
 
 
 def loss_of(
@@ -222,10 +238,10 @@ def loss_of(
 ) -> Float[np.ndarray, "*curve c"]:
     """`slope * c + c^2 * bend`, and no downturn that was not seen.
 
-    Beyond `1.5 * last`, up to which `bend` is known, a bend below 0 shrinks as 1 / c, so that the
+    Beyond `2 * last`, up to which `bend` goes on, a bend below 0 shrinks as 1 / c, so that the
     loss goes on along a line.
     """
-    beyond = np.maximum(c / (1.5 * last), 1.0)
+    beyond = np.maximum(c / (_HELD * last), 1.0)
     loss: NDArray[np.float64] = slope * c + c**2 * np.where(bend < 0, bend / beyond, bend)
     return loss
 
@@ -280,19 +296,13 @@ def crossing_interval(
     Args:
         line: The search that has ended.
         slopes: Of each prompt's loss at 0, nats per token and residual unit.
-        losses: Of each prompt, at the distances measured on all prompts; between and beyond them
-            a prompt's curve bends as the search's own.
+        losses: Of each prompt, at the coefficients of `line.curve.known`; between and beyond them
+            its bend is interpolated as the mean's, and goes on half as steeply.
         allowed: What each prompt adds to the allowance, which is their mean.
         groups: As of `interval`, and so are `seed` and `n_bootstrap`.
     """
-    distances = np.array([c for c, _ in line.curve.full])
-    nearest = min(line.at, line.limit) / 200
-    grid = np.append(0.0, np.geomspace(nearest, line.limit, _INTERVAL_GRID))
-    slopes_apart = slopes - slopes.mean()
-    bends = (losses - losses.mean(axis=0) - slopes_apart[:, None] * distances) / distances**2
-    bent = np.stack([np.interp(grid, distances, of_prompt) for of_prompt in bends])
-    apart = slopes_apart[:, None] * grid + grid**2 * bent
-    beyond = line.curve.loss(grid) + apart - allowed[:, None]
+    grid = interval_grid(line)
+    beyond = prompt_losses(line, slopes, losses, grid) - allowed[:, None]
     lower, upper = intervals(beyond.T, groups=groups, seed=seed, n_bootstrap=n_bootstrap)
     if np.isnan(lower).any():
         return math.nan, math.nan
@@ -300,43 +310,48 @@ def crossing_interval(
     return float(low), float(high)
 
 
-def _measure(
-    lines: list[Line],
-    active: Sequence[int],
-    evaluate: Evaluate,
+def interval_grid(line: Line, n_points: int = _INTERVAL_GRID) -> Float[np.ndarray, " c"]:
+    """Where intervals look at a curve: from 0 on, as one may end before all that was measured."""
+    nearest = min(line.at, line.limit) / 200
+    return np.append(0.0, np.geomspace(nearest, line.limit, n_points))
+
+
+def prompt_losses(
+    line: Line,
+    slopes: Float[np.ndarray, " prompt"],
+    losses: Float[np.ndarray, "prompt distance"],
+    c: Float[np.ndarray, " c"],
+) -> Float[np.ndarray, "prompt c"]:
+    """Each prompt's loss at `c >= 0`, its mean that of the line; see `crossing_interval`."""
+    at = np.array([x for x, _ in line.curve.known])
+    slopes_apart = slopes - slopes.mean()
+    bends = (losses - losses.mean(axis=0) - slopes_apart[:, None] * at) / at**2
+    bent = interpolated(c, at, bends.T, onward=0.25).T
+    every: NDArray[np.float64] = line.curve.loss(c) + slopes_apart[:, None] * c + c**2 * bent
+    return every
+
+
+def interpolated(
+    c: Float[np.ndarray, " c"],
+    at: Float[np.ndarray, " point"],
+    values: Float[np.ndarray, "point *curve"],
     *,
-    on_all: bool,
-    widest_step: float,
-) -> None:
-    if not active:
-        return
-    points = [(k, min(lines[k].at, lines[k].limit)) for k in active]
-    for (k, c), (of_probes, of_all) in zip(points, evaluate(points, on_all), strict=True):
-        line = lines[k].measured(c, of_probes)
-        if on_all:
-            line = line.measured_on_all(c, of_all)
-        lines[k] = line.estimate(widest_step)
+    onward: float,
+) -> Float[np.ndarray, "c *curve"]:
+    """Monotone cubic between the points (PCHIP), constant before the first.
 
+    Beyond the last point it goes on at `onward` times the slope of the last piece, up to twice as
+    far out.
+    """
+    # Points a little apart: between nearer ones rounding would decide the slope.
+    apart = [*(np.flatnonzero(np.abs(np.diff(at)) > (_APART - 1) * np.abs(at[1:]))), len(at) - 1]
+    at, values = at[apart], values[apart]
+    if len(at) == 1:
+        return np.repeat(values, len(c), axis=0)
+    from scipy.interpolate import PchipInterpolator
 
-def _with(
-    points: tuple[tuple[float, float], ...], c: float, value: float
-) -> tuple[tuple[float, float], ...]:
-    return tuple(sorted({**dict(points), c: value}.items()))
-
-
-def _interpolate(
-    c: NDArray[np.float64], points: Sequence[tuple[float, float]], *, extrapolate: bool
-) -> NDArray[np.float64]:
-    """Linear between the points; beyond them along the last piece, at most half as far again."""
-    x, y = np.array(points).T
-    inside: NDArray[np.float64] = np.interp(c, x, y)
-    if not extrapolate or len(x) == 1:
-        return inside
-    # The end pieces by points a little apart: between nearer ones rounding would decide the slope.
-    second = int(np.argmax(x >= _APART * x[0])) or len(x) - 1
-    last_but = int(np.nonzero(x <= x[-1] / _APART)[0][-1]) if x[0] <= x[-1] / _APART else 0
-    rise_below = (y[second] - y[0]) / (x[second] - x[0])
-    rise_above = (y[-1] - y[last_but]) / (x[-1] - x[last_but])
-    below = y[0] + rise_below * (np.maximum(c, x[0] / 1.5) - x[0])
-    above = y[-1] + rise_above * (np.minimum(c, 1.5 * x[-1]) - x[-1])
-    return np.where(c < x[0], below, np.where(c > x[-1], above, inside))
+    inside = PchipInterpolator(at, values)(np.clip(c, at[0], at[-1]))
+    rise = onward * (values[-1] - values[-2]) / (at[-1] - at[-2])
+    further = np.clip(c - at[-1], 0.0, (_HELD - 1) * abs(at[-1]))
+    joined: NDArray[np.float64] = inside + further.reshape(-1, *[1] * (values.ndim - 1)) * rise
+    return joined

@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
+from steerlens.data.sequence import one_of_each_in_turn
 from steerlens.engine.labels import OWN, Segments, segments, with_labels
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import run_cells
@@ -16,7 +17,7 @@ from steerlens.engine.tokenization import TokenizedPrompt, fingerprint
 from steerlens.engine.workload import CellOutput, Job
 from steerlens.measure.preparation import Preparation
 from steerlens.models.hooks import hook_layer
-from steerlens.stats import interval, one_of_each_in_turn
+from steerlens.stats import interval
 from steerlens.tables import SEGMENT_COLUMNS, Row, to_frame
 
 N_PROMPTS = 16
@@ -30,7 +31,7 @@ def run_segments(study: Preparation, layers: pd.DataFrame) -> pd.DataFrame:
     prompts = tuple(study.tokens.positive[row] for row in rows)
     after = "own" if settings.labels in OWN else "continuation"
     if not all(prompt.continuation for prompt in prompts):
-        own_tokens = study.asked_labels[1]
+        own_tokens = study.asked_labels.own_tokens
         prompts = with_labels(study.model, prompts, "own", own_tokens=own_tokens)
         after = "own"
     prompts = with_labels(study.model, prompts, "all")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from steerlens.engine.positions import Position
 from steerlens.engine.tokenization import SteeredPositions
 
 N_BOOTSTRAP = 2000
@@ -16,7 +17,7 @@ class StudySettings:
     """
 
     hook_names: tuple[str, ...]
-    position: int
+    position: Position
     steered_positions: SteeredPositions
     labels: str
     own_tokens: int | None

@@ -52,11 +52,12 @@ class Study(Preparation):
             text is measured (32); written once, when first needed.
         budget: What counts as coherent (see `Budget`). Default: 1% of the baseline logprob.
         steered_positions: Tokens that are steered: "all" real ones (the default), "prompt",
-            "continuation" or "last" (of the prompt).
+            "last" (of the prompt), "continuation", "last+continuation", or a span by name (see
+            `SteeredPositions`).
         margin: Share of the baseline logprob below which the penalty begins (0.99).
         weight: Of the penalty in the loss (10000).
         n_bootstrap: Resamples of every 95% interval (2000), over the groups of pairs or prompts.
-        seed: Of the resamples, the probes and the labels drawn (0).
+        seed: Of the resamples and the labels drawn (0).
         batch_size: Prompts a forward pass. Default: what the device can use.
         executor: Its workers run the cells: a `ProcessPoolExecutor` with the "spawn" context, a
             Dask client's `get_executor()`. Each loads the model, so it must come from `load_model`.
@@ -120,19 +121,24 @@ class Study(Preparation):
         """
         return run_sweep(self, coefficients)
 
-    def boundary(self, *, on: On = "positive", search_range: float | int = 4.0) -> BoundaryResult:
+    def boundary(
+        self,
+        *,
+        on: On = "positive",
+        search_range: float | int = 4.0,
+        with_projection: bool = False,
+    ) -> BoundaryResult:
         """The first coefficient of each sign beyond which the model exceeds the budget, by hook.
 
         The boundary is where the loss first exceeds the budget, outward from 0, in residual units,
         when `coefficient * direction` is added to the text. A later coefficient that was seen to be
         within the budget again is in `reentry_*`. One forward and two backward passes predict all
-        boundaries; the search starts there, evaluates all hooks and both signs in batched runs,
-        mostly on the quarter of the prompts whose slopes at 0 are most like those of all (the
-        probes), and in the end on all prompts within 15% of the boundary. A 95% interval reaches
-        from where the loss beyond the allowance may be 0 to where it must be above, by its own
-        interval over groups there (`crossing_interval`); an end far from all that was measured is
-        that of a curve drawn on, and may lie too far out. Of a percentile over tokens it is that of
-        resampled prompts.
+        boundaries; the search starts there and evaluates all hooks and both signs in batched runs,
+        each again until its boundary and the far end of its interval lie near what was measured. A
+        95% interval reaches from where the loss beyond the allowance may be 0 to where it must be
+        above, by its own interval over groups there (`crossing_interval`); an end beyond 1.6 times
+        what was measured is that of a curve drawn on, and may lie too far out. Of a percentile over
+        tokens it is that of resampled prompts.
         `projection_at_boundary` is the projection of the cell at `boundary_pos`, on a line through
         c = 0 and the coefficient measured nearest to the boundary.
 
@@ -140,12 +146,14 @@ class Study(Preparation):
             on: The text (see `On`). Default: the positive prompts.
             search_range: How far to look, in mean norms of the pairs' activations at the hook;
                 beyond that the boundary is inf (-inf for the negative sign).
+            with_projection: Fill `projection_at_boundary`, for which the negative prompts are run
+                too (a fifth of the cost); NaN without.
 
         Raises:
             InputError: A budget without room, a range that is none, a text of single tokens, a
                 rollout budget where not all tokens are steered or the context is too short.
         """
-        return run_boundary(self, on=on, search_range=search_range)
+        return run_boundary(self, on=on, search_range=search_range, with_projection=with_projection)
 
     def joint_boundary(
         self, *, n_angles: Angles = 16, on: On = "positive", search_range: float | int = 4.0
@@ -182,9 +190,15 @@ class Study(Preparation):
             boundary: What `boundary` of this study gave.
 
         Raises:
-            InputError: A chat template whose own text depends on the messages; no room in the
-                context for what the model writes.
+            InputError: Boundaries of another study; a chat template whose own text depends on the
+                messages; no room in the context for what the model writes.
         """
+        others = set(boundary.layers.hook_name) - set(self.interventions)
+        if others or boundary.directions is not self.directions:
+            raise InputError(
+                f"expected boundaries of this study, got those of {boundary.directions!r} at "
+                f"{', '.join(boundary.layers.hook_name)}; give what study.boundary() returned"
+            )
         return run_segments(self, boundary.layers)
 
     def predicted_boundary(self, *, on: On = "positive") -> pd.DataFrame:
@@ -216,7 +230,7 @@ class Study(Preparation):
         pairs' differences at that hook once their part along the direction is taken off. At angle a
         the text runs with `c * (cos(a) * direction + sin(a) * orthogonal)` added, c > 0, in
         residual units. Search and intervals as in `boundary`, whose `boundary_pos` is the row at 0
-        degrees and `-boundary_neg` that at 180 (estimated again, with other probes).
+        degrees and `-boundary_neg` that at 180 (estimated again, from other evaluations).
 
         Args:
             layer: One hook of the study (see `resolve_hooks`).
@@ -312,6 +326,7 @@ def find_boundary(
     *,
     on: On = "positive",
     search_range: float | int = 4.0,
+    with_projection: bool = False,
     **settings: Any,
 ) -> BoundaryResult:
     """`Study(model, pairs, directions, **settings).boundary(...)`.
@@ -326,7 +341,7 @@ def find_boundary(
         True
     """
     study = Study(model, pairs, directions, **settings)
-    return study.boundary(on=on, search_range=search_range)
+    return study.boundary(on=on, search_range=search_range, with_projection=with_projection)
 
 
 @checked

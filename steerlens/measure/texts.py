@@ -6,6 +6,7 @@ from typing import Literal
 
 from steerlens.data.reading import read_texts
 from steerlens.data.shipped import neutral_texts
+from steerlens.engine.positions import steers_late
 from steerlens.engine.tokenization import (
     SteeredPositions,
     TokenizedPairs,
@@ -55,7 +56,7 @@ def check_text_positions(
 
     And as `check_steered_positions` on the positive prompts.
     """
-    if on != "positive" and positions in ("continuation", "last"):
+    if on != "positive" and steers_late(positions):
         raise InputError(
             f"the text {text_name(on)!r} has no continuations, so steered_positions must be all or "
             f"prompt there, not {positions!r}"

@@ -1,6 +1,7 @@
 """Token by token: which tokens lose logprob under a push, and what a steered model writes."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.batches import Batch, make_batches
 from steerlens.engine.capture import by_halves
 from steerlens.engine.labels import labelled_pairs
+from steerlens.engine.positions import Position, as_position
 from steerlens.engine.tokenization import (
     SteeredPositions,
     TokenizedPairs,
@@ -62,7 +64,7 @@ SIDES = {"positive": 1, "negative": -1}
 class OneHook:
     """What is added at one hook, and where and along what its effect is read.
 
-    `position` is the token that the direction was fitted at, None where that is not known.
+    `position` is the token that the direction was fitted at, None where it is not one or not known.
     """
 
     hook_name: str
@@ -103,7 +105,9 @@ def one_hook(
     if isinstance(along, SteeringVector):
         vector: Steerable | Mapping[str, Tensor] = along.at(name)
         readout, told = name, along.origin.position
-        position = int(told) if told.removeprefix("-").isdecimal() else None
+        position: Position | None = None
+        with suppress(InputError):  # "unknown", or another tool's word
+            position = as_position(told)
     else:
         readout = readout_hook(name, int(model.cfg.n_layers))
         check_directions(along, [name, readout])
@@ -113,7 +117,8 @@ def one_hook(
         raise InputError(
             f"the direction has d_model {width}, this model {expected}; fit it on this model"
         )
-    return OneHook(name, vector, readout, along[readout], position)
+    at = position if isinstance(position, int) else None
+    return OneHook(name, vector, readout, along[readout], at)
 
 
 @checked
@@ -279,7 +284,7 @@ def _rows(
     real, labels = batch.attention_mask.cpu(), batch.labels_on_cpu()
     is_read = torch.zeros_like(real)
     if at.position is not None:
-        is_read[torch.arange(len(real)), batch.indices(at.position)] = True
+        is_read[torch.arange(len(real)), batch.reading(at.position)] = True
     unsteered = _see(model, batch, at, [])
     rows: list[list[Row]] = [[] for _ in batch.prompts]
     for amount, steps_at in acts:

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from steerlens.measure.equal_damage import CompareSettings, Measured
 from steerlens.stats import (
     TAIL,
+    effective_groups,
     flip_p,
     interval,
     percentile_interval,
+    refit_spread,
     resampled_counts,
     smallest_effect,
 )
@@ -29,28 +31,35 @@ REFERENCE = "mean_diff"
 """The method that the others are compared with, item by item."""
 CHOSEN = "chosen"
 ENDS = ("_ci_low", "_ci_high")
+Refits = Float[np.ndarray, " refit"]
+"""Mean effects of a direction that is fitted again on resampled groups of pairs."""
 
 
 @dataclass(frozen=True)
 class Inference:
     """What intervals and verdicts of a comparison need besides the effects.
 
-    `groups` are those of the held-out items, `n_fitted` the number of groups of pairs that the
-    directions are fitted on, `margin` the effect (nats per token) that is too small to matter.
+    `groups` are those of the held-out items, `fitted_groups` those of the pairs that the directions
+    are fitted on, `margin` the effect (nats per token) that is too small to matter.
     """
 
     settings: CompareSettings
     groups: tuple[int, ...]
-    n_fitted: int
+    fitted_groups: tuple[int, ...]
     margin: float
 
-    def interval(
-        self, changes: Float[np.ndarray, " item"], spread: float = 0.0
-    ) -> tuple[float, float]:
-        """The 95% interval of the mean change, with the `spread` of refitted directions in it.
+    @property
+    def n_fitted(self) -> float:
+        """As how many groups of one size those of the pairs are."""
+        return effective_groups(self.fitted_groups)
 
-        The two are independent, so their halves add as the roots of sums of squares do; the half of
-        the spread (a standard deviation) is Student's with `n_fitted - 1` degrees of freedom.
+    def interval(
+        self, changes: Float[np.ndarray, " item"], refits: Refits | None = None
+    ) -> tuple[float, float]:
+        """The 95% interval of the mean change, with what refits on resampled pairs move it by.
+
+        The two are independent, so their halves add as the roots of sums of squares do; that of the
+        refits is their standard deviation times Student's t (`refit_spread`).
         """
         from scipy.stats import t
 
@@ -58,13 +67,14 @@ class Inference:
         low, high = interval(
             changes, groups=self.groups, seed=settings.seed, n_bootstrap=settings.n_bootstrap
         )
-        if not spread > 0:
+        if refits is None:
             return low, high
-        half = float(t.ppf(1 - TAIL, self.n_fitted - 1)) * spread
+        (spread,), df = refit_spread(refits[None], self.n_fitted)
+        half = float(t.ppf(1 - TAIL, df) * spread)
         return mean - math.hypot(mean - low, half), mean + math.hypot(high - mean, half)
 
 
-def effect_columns(measured: Measured, inference: Inference, spread: float = math.nan) -> Row:
+def effect_columns(measured: Measured, inference: Inference, refits: Refits | None = None) -> Row:
     """Effect, its interval and what it could have shown, dose-response, of one method at one hook.
 
     NaN where the logprob of some item overflows at some dose.
@@ -72,10 +82,12 @@ def effect_columns(measured: Measured, inference: Inference, spread: float = mat
     if not np.isfinite(measured.changes).all():
         return {"effect": math.nan}
     effect = float(measured.at_full.mean())
-    low, high = inference.interval(measured.at_full, spread)
+    low, high = inference.interval(measured.at_full, refits)
     n_groups = len(set(inference.groups))
     smallest = smallest_effect(low, high, n_groups)
-    needed = math.ceil(n_groups * (smallest / effect) ** 2) if effect and smallest >= 0 else -1
+    over_items = smallest_effect(*inference.interval(measured.at_full), n_groups)
+    # What more items cannot make smaller is that of the pairs.
+    left = effect**2 - (smallest**2 - over_items**2)
     doses = np.append(measured.coefficients, 0.0)
     order = doses.argsort()
     curves = np.vstack([measured.changes, np.zeros_like(measured.changes[:1])])[order]
@@ -86,9 +98,9 @@ def effect_columns(measured: Measured, inference: Inference, spread: float = mat
         "effect": effect,
         "effect_ci_low": low,
         "effect_ci_high": high,
-        "interval_over": _interval_over(spread),
+        "interval_over": _interval_over(refits),
         "smallest_effect": smallest,
-        "groups_needed": float(needed) if needed >= 0 else math.nan,
+        "groups_needed": math.ceil(n_groups * over_items**2 / left) if left > 0 else math.nan,
         "slope": float(slopes.mean()),
         "anti_steerable": float((slopes < 0).mean()),
         "spearman": _mean_spearman(doses, curves),
@@ -132,7 +144,7 @@ def mean_abs(values: Sequence[float]) -> float:
 
 
 def with_verdicts(rows: Sequence[Row], inference: Inference) -> list[Row]:
-    """The rows with the chosen layer of each method, and a verdict."""
+    """The rows with the chosen layer of each method, and a verdict in place of `least_p`."""
     is_chosen = np.zeros(len(rows), dtype=bool)
     for method in dict.fromkeys(row["method"] for row in rows):
         of = np.array([i for i, row in enumerate(rows) if row["method"] == method])
@@ -140,7 +152,11 @@ def with_verdicts(rows: Sequence[Row], inference: Inference) -> list[Row]:
         if not np.isnan(on_train).all():
             is_chosen[of[int(np.nanargmax(on_train))]] = True
     return [
-        {**row, "is_chosen": bool(chosen), "verdict": verdict(row, inference)}
+        {
+            **{name: value for name, value in row.items() if name != "least_p"},
+            "is_chosen": bool(chosen),
+            "verdict": verdict(row, inference),
+        }
         for row, chosen in zip(rows, is_chosen, strict=True)
     ]
 
@@ -150,38 +166,45 @@ def verdict(row: Row, inference: Inference) -> str:
 
     "equivalent to no effect": the whole interval is within the margin. "effect", "reversed": it is
     off 0, and fewer than 1 in 20 nulls move as much at the best of their layers. "no more than a
-    null": it is off 0, and nulls move as much. "too few groups": the same, where flips of so few
-    groups of pairs could not have said otherwise. "undecided": none of these.
+    null": it is off 0, and nulls move as much. "too few groups": it is off 0, and flips of so few
+    groups of pairs could show nothing, whatever the method; or all items are of one group, so that
+    there is no interval. "too few nulls": it is off 0, and so few nulls could show nothing.
+    "undecided": none of these.
     """
     if "effect" not in row:
         return str(row["verdict"])
     effect, low, high = (float(row.get(f"effect{end}", math.nan)) for end in ("", *ENDS))
+    if len(set(inference.groups)) < 2:
+        return "too few groups"
     if math.isnan(effect) or math.isnan(low):
         return "undefined"
     if -inference.margin <= low and high <= inference.margin:
         return "equivalent to no effect"
     if low <= 0 <= high:
         return "undecided"
+    # A flip of all groups gives the same vector turned round: twice the smallest share.
+    if 2.0 ** (1 - len(set(inference.fitted_groups))) >= LEVEL:
+        return "too few groups"
     p = float(row.get("p_layers", math.nan))
     if math.isnan(p):
         return "no nulls"
     if p < LEVEL:
         return "effect" if effect > 0 else "reversed"
-    # A flip of all groups gives the same vector turned round: twice the smallest share.
-    return "too few groups" if 2.0 ** (1 - inference.n_fitted) >= LEVEL else "no more than a null"
+    return "no more than a null" if float(row.get("least_p", 0.0)) < LEVEL else "too few nulls"
 
 
 def methods_table(
     table: pd.DataFrame,
     effects: pd.DataFrame,
     inference: Inference,
-    refits: Mapping[str, Float[np.ndarray, " refit"]],
+    refits: Mapping[str, Refits],
 ) -> pd.DataFrame:
     """Every method against `REFERENCE` on the same items (`METHOD_COLUMNS`).
 
     At the layers chosen on training items where there are some, else layer by layer. The p-value of
-    the family is that of the largest statistic of all rows. Intervals are over items, and over
-    `refits` (column of `effects` -> mean effects) on the same groups of pairs where both have them.
+    the family is that of the largest statistic of all rows. Intervals and p-values are over items,
+    and over `refits` (column of `effects` -> mean effects) on the same groups of pairs where both
+    have them.
     """
     attrs = {str(name): value for name, value in table.attrs.items()}
     is_chosen = bool(table.is_chosen.any())
@@ -199,12 +222,21 @@ def methods_table(
     if not compared:
         return to_frame([], METHOD_COLUMNS, attrs)
     differences = np.stack([_by_item(effects, a) - _by_item(effects, b) for a, b in compared])
-    alone, family = flip_p(differences, groups=inference.groups, seed=inference.settings.seed)
+    refitted = [
+        refits[one] - refits[other] if {one, other} <= refits.keys() else None
+        for one, other in ((_column(row), _column(reference)) for row, reference in compared)
+    ]
+    none = np.full(max((len(r) for r in refitted if r is not None), default=0), math.nan)
+    alone, family = flip_p(
+        differences,
+        groups=inference.groups,
+        refits=np.stack([none if r is None else r for r in refitted]),
+        n_fitted=inference.n_fitted,
+        seed=inference.settings.seed,
+    )
     found: list[Row] = []
     for i, (row, reference) in enumerate(compared):
-        known = [refits[name] for name in map(_column, (row, reference)) if name in refits]
-        spread = float((known[0] - known[1]).std(ddof=1)) if len(known) == 2 else math.nan
-        low, high = inference.interval(differences[i], spread)
+        low, high = inference.interval(differences[i], refitted[i])
         found.append(
             {
                 "method": row["method"],
@@ -214,7 +246,7 @@ def methods_table(
                 "difference": float(differences[i].mean()),
                 "difference_ci_low": low,
                 "difference_ci_high": high,
-                "interval_over": _interval_over(spread),
+                "interval_over": _interval_over(refitted[i]),
                 "p_value": float(alone[i]),
                 "p_family": float(family[i]),
                 "verdict": _against(low, high, float(family[i]), inference.margin),
@@ -234,8 +266,8 @@ def _by_item(effects: pd.DataFrame, row: Any) -> NDArray[np.float64]:
     return values
 
 
-def _interval_over(spread: float) -> str:
-    return "items and pairs" if spread >= 0 else "items"
+def _interval_over(refits: Refits | None) -> str:
+    return "items" if refits is None else "items and pairs"
 
 
 def _against(low: float, high: float, p: float, margin: float) -> str:
@@ -248,10 +280,16 @@ def _against(low: float, high: float, p: float, margin: float) -> str:
     return "undecided"
 
 
-def summarise(table: pd.DataFrame, effects: pd.DataFrame, inference: Inference) -> pd.DataFrame:
+def summarise(
+    table: pd.DataFrame,
+    effects: pd.DataFrame,
+    inference: Inference,
+    refits: Mapping[str, Refits],
+) -> pd.DataFrame:
     """Every method at its chosen layer, and the prompt baseline, best first (`SUMMARY_COLUMNS`).
 
-    Ranks are resampled over groups of items, all methods on the same ones.
+    Ranks are resampled over groups of items, all methods on the same ones, each moved by one of its
+    `refits` (as of `methods_table`), if any, on the same groups of pairs.
     """
     attrs = {str(name): value for name, value in table.attrs.items()}
     settings, group = inference.settings, np.array(inference.groups)
@@ -265,6 +303,10 @@ def summarise(table: pd.DataFrame, effects: pd.DataFrame, inference: Inference) 
     )
     counts = drawn[:, group]
     means = counts @ values / counts.sum(axis=1, keepdims=True)
+    shares = np.random.default_rng((settings.seed, 1)).random(len(means))
+    for i, moved in enumerate(refits.get(_column(row)) for row in rows):
+        if moved is not None:
+            means[:, i] += (moved - moved.mean())[(shares * len(moved)).astype(int)]
     ranks = (-means).argsort(axis=1, kind="stable").argsort(axis=1) + 1
     kept = ("method", "layer", "coefficient", "effect", "effect_ci_low", "effect_ci_high")
     summary = []

@@ -59,6 +59,28 @@ def context_length(model: Any) -> int | None:
     return None if n_ctx is None else int(n_ctx)
 
 
+def length_switches(model: Any) -> tuple[int, ...]:
+    """The numbers of tokens above which the model rotates by other angles (longrope).
+
+    It goes by the longest row of a batch, so a shorter one must not be beside it.
+    """
+    config = getattr(hugging_face_model(model), "config", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    of_layers = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    lengths = {
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for part in of_layers
+        if part.get("rope_type", part.get("type")) == "longrope"
+    }
+    return tuple(sorted(int(length) for length in lengths if length is not None))
+
+
+def side_of_switches(model: Any, n_tokens: int) -> int:
+    """How many of `length_switches` a row of so many tokens is longer than."""
+    return sum(n_tokens > length for length in length_switches(model))
+
+
 def takes_cache(model: Any) -> bool:
     """Whether the model's forward pass takes Hugging Face's cache of keys and values."""
     is_named = "past_key_values" in inspect.signature(model.forward).parameters

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from steerlens.data.prompts import rendering_of
 from steerlens.models.hooked_model import checkpoint_name, hugging_face_model, weight_module
 from steerlens.models.weight_processing import UNKNOWN, check_processing, weight_processing
 
@@ -34,7 +35,8 @@ class Provenance:
     known, the revision asked for, or "main"), "none" of a file or folder. `file_hash` is the sha256
     (hex) of the weight files that steerlens read; `weight_processing` is "none", or what was done.
     `weights`, `tokenizer` and `chat_template` are fingerprints (see `weights_fingerprint` and
-    `tokenizer_fingerprints`), `architecture` is the Hugging Face model type, such as "llama".
+    `tokenizer_fingerprints`), `architecture` is the Hugging Face model type, such as "llama",
+    `rendering` what `set_rendering` was told, in JSON, where it was.
     """
 
     name: str = UNKNOWN
@@ -51,10 +53,11 @@ class Provenance:
     weights: str = UNKNOWN
     tokenizer: str = UNKNOWN
     chat_template: str = UNKNOWN
+    rendering: str = UNKNOWN
 
     def to_dict(self) -> dict[str, str]:
         """The fields as a plain dict, for run.json; fingerprints only where they were taken."""
-        optional = {"architecture", *_FINGERPRINTS}
+        optional = {"architecture", "rendering", *_FINGERPRINTS}
         return {k: v for k, v in asdict(self).items() if k not in optional or v != UNKNOWN}
 
     def differences(self, other: "Provenance") -> list[str]:
@@ -97,7 +100,7 @@ def provenance(model: Any, *, fingerprints: bool = False) -> Provenance:
     name, source, revision, file_hash = _sources.get(
         model, (str(getattr(model.cfg, "model_name", UNKNOWN)), "object", UNKNOWN, UNKNOWN)
     )
-    seen = {}
+    seen, told = {}, str(rendering_of(model.tokenizer))
     if fingerprints:
         tokenizer, chat_template = tokenizer_fingerprints(model.tokenizer)
         seen = {
@@ -117,6 +120,7 @@ def provenance(model: Any, *, fingerprints: bool = False) -> Provenance:
         transformer_lens=version("transformer-lens"),
         transformers=version("transformers"),
         torch=str(torch.__version__),
+        rendering=UNKNOWN if told == "{}" else told,
         **seen,
     )
 

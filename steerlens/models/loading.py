@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from steerlens.data.prompts import Straddle, set_rendering
 from steerlens.errors import InputError, ModelError, SteerlensError, in_one_line, told
 from steerlens.models.checkpoint import check_config_file, is_multimodal, load_checkpoint
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
@@ -47,6 +48,8 @@ def load_model(
     quantization: Quantization | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    template_args: Mapping[str, Any] | None = None,
+    straddle: Straddle = "error",
     progress: bool = True,
 ) -> Any:
     """A `TransformerBridge` of the checkpoint's own weights, without weight processing.
@@ -65,6 +68,8 @@ def load_model(
         quantization: "8bit" or "4bit" (bitsandbytes, on CUDA); default none.
         revision: Branch, tag or commit of a hub id; default its main branch.
         trust_remote_code: Run code that comes with a checkpoint.
+        template_args: Arguments of the chat template, such as `{"enable_thinking": False}`.
+        straddle: Of a token on both sides of a prompt's end (see `set_rendering`).
         progress: Show what is fetched and converted, and the bars of transformers, on stderr.
 
     Raises:
@@ -76,6 +81,7 @@ def load_model(
             `device_map` is none, names no module of the model, or would offload layers to disk or
             "meta"; bitsandbytes or CUDA is missing; and as `check_model`: TransformerLens does not
             reproduce the model.
+        InputError: The chat template reads no argument of that name (see `set_rendering`).
         MemoryLimitError: Its weights do not fit into this machine.
     """
     if not isinstance(name, (str, os.PathLike)):  # what the annotation promises, checked
@@ -105,6 +111,8 @@ def load_model(
     if folder is None:
         config = getattr(hugging_face_model(model), "config", None)
         source = (source[0], getattr(config, "_commit_hash", None) or source[1], source[2])
+    if template_args or straddle != "error":
+        set_rendering(model.tokenizer, template_args=template_args, straddle=straddle)
     record_source(model, name, *source)
     _loaded_with[model] = {
         "name": name,
@@ -114,6 +122,8 @@ def load_model(
         "quantization": quantization,
         "revision": revision,
         "trust_remote_code": trust_remote_code,
+        "template_args": None if template_args is None else dict(template_args),
+        "straddle": straddle,
     }
     return model
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import hugging_face_model
-from steerlens.stats import allowed_gap
+from steerlens.models.tolerance import allowed_gap
 
 UNKNOWN = "unknown"
 FOLDED = "folded norms"

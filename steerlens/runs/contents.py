@@ -84,6 +84,7 @@ _COLUMNS: Mapping[str, tuple[Column, ...]] = {  # until `tables` has them by fil
     "generations": tables.GENERATION_COLUMNS,
     "tokens": tables.TOKEN_COLUMNS,
     "segments": tables.SEGMENT_COLUMNS,
+    "joint": tables.JOINT_COLUMNS,
 }
 
 

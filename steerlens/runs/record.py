@@ -27,6 +27,7 @@ from steerlens.files import (
 )
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.runs.contents import PAGES, TABLES
+from steerlens.steering import SteeringVector
 from steerlens.tables import write_csv, write_parquet
 
 RECORD = "run.json"
@@ -44,6 +45,7 @@ RUN_FILES = (
     *(f"{page}.html" for page in ("components", "graph", *PAGES)),
     REPORT,
     "directions.safetensors",
+    "vector.safetensors",
     RECORD,
 )
 """Every file that some command writes into a run folder, but for those of several directions."""
@@ -158,7 +160,7 @@ def _shown(record: Mapping[str, Any], key: str) -> str:
 def write_run(
     folder: Path,
     tables: Mapping[str, pd.DataFrame],
-    directions: Directions | Mapping[str, Directions],
+    directions: Directions | SteeringVector | Mapping[str, Directions],
     request: Mapping[str, Any],
     *,
     seconds: float,
@@ -171,15 +173,24 @@ def write_run(
 
     Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
-    of several; each of `pages` as `NAME.html`; and `run.json`, with the sha256 and size of each of
-    those files, the rows and attrs of each table, the seconds and, where they are counted, the
-    forward-equivalents spent, the `warnings` given, and the `options` of the command, from which it
-    can be run again. In the record None stands for NaN, "inf" and "-inf" for themselves, as JSON
-    has neither.
+    of several, or the `vector.safetensors` that was measured; each of `pages` as `NAME.html`; and
+    `run.json`, with the sha256 and size of each of those files, the rows and attrs of each table,
+    the seconds and, where they are counted, the forward-equivalents spent, the `warnings` given,
+    and the `options` of the command, from which it can be run again. In the record None stands for
+    NaN, "inf" and "-inf" for themselves, as JSON has neither.
 
     Raises `FileError` when a file cannot be written.
     """
-    several = {"": directions} if isinstance(directions, Directions) else directions
+    by_name: Mapping[str, Callable[[Path], object]]
+    if isinstance(directions, Directions):
+        by_name = {"directions": partial(write_directions, directions)}
+    elif isinstance(directions, SteeringVector):
+        by_name = {"vector": partial(_write_vector, directions)}
+    else:
+        by_name = {
+            f"directions-{name}": partial(write_directions, fitted)
+            for name, fitted in directions.items()
+        }
     writers: dict[str, Callable[[Path], object]] = {
         **{f"{name}.csv": partial(write_csv, table) for name, table in tables.items()},
         **{
@@ -187,10 +198,7 @@ def write_run(
             for name, table in tables.items()
             if name == "sweep"
         },
-        **{
-            f"directions{name and '-'}{name}.safetensors": partial(write_directions, fitted)
-            for name, fitted in several.items()
-        },
+        **{f"{name}.safetensors": write for name, write in by_name.items()},
         **{f"{name}.html": partial(_write_text, page) for name, page in pages.items()},
     }
     try:
@@ -293,6 +301,10 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{str(path)!r} holds no directions of this run ({error})") from error
+
+
+def _write_vector(vector: SteeringVector, path: Path) -> None:
+    path.write_bytes(vector.to_bytes())
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -9,12 +9,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from steerlens.engine.positions import markers_of, parse_steered
 from steerlens.engine.workload import LARGEST_PUSH
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, hooked
 from steerlens.models.weight_processing import check_processing
-from steerlens.steering.cache_positions import Positions, Watch, check_positions, watch
+from steerlens.steering.cache_positions import (
+    NAMES,
+    Positions,
+    Watch,
+    check_positions,
+    warning_of_padding,
+    watch,
+)
 from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient, step_sizes
 from steerlens.steering.conditions import Condition, Gate
 from steerlens.steering.operators import Add, Operator
@@ -156,10 +164,10 @@ def steer(
             same ones with a KV cache and without, and with padding on either side.
 
     Raises:
-        InputError: the coefficient has no meaning for the vector, the positions are unknown, or the
-            vector was fitted on a model with other weight processing; inside the block: a mask does
-            not have the prompts' shape, a KV cache comes from before it, or the condition is read
-            too late.
+        InputError: the coefficient has no meaning for the vector, the positions are unknown, the
+            tokenizer has no markers of thinking, or the vector was fitted on a model with other
+            weight processing; inside the block: a mask does not have the prompts' shape, a KV cache
+            comes from before it, or the condition is read too late.
         HookError: a hook did not fire, or another thread has hooks on the model.
 
     Examples:
@@ -179,7 +187,9 @@ def steer(
         if acts and (not is_everywhere or (condition is not None and condition.scope == "prompt")):
             passes = stack.enter_context(watch(model))
             if not is_everywhere:
-                chosen = _at_positions(passes, positions)
+                chosen = _at_positions(model, passes, positions)
+        if acts:
+            stack.enter_context(warning_of_padding(model))
         stack.enter_context(hooked(model, _gated(acts, condition, passes, chosen)))
         yield
 
@@ -197,8 +207,11 @@ def _exactly(mask: Tensor) -> Any:
     return chosen
 
 
-def _at_positions(passes: Watch, positions: Positions) -> Any:
-    return lambda activation, hook: passes.now(activation, hook).mask(positions)
+def _at_positions(model: HookedModel, passes: Watch, positions: Positions) -> Any:
+    names = parse_steered(positions, NAMES) if isinstance(positions, str) else ()
+    thinks = any(term.name in ("think", "answer") for term in names)
+    markers = markers_of(model.tokenizer) if thinks else None
+    return lambda activation, hook: passes.now(activation, hook).mask(positions, markers)
 
 
 def _gated(

@@ -1,24 +1,31 @@
 """Which tokens of a forward pass are the prompt's, also while decoding with a KV cache."""
 
+import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import isgeneratorfunction
-from typing import Any, Literal, get_args
+from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from steerlens.engine.positions import AFTER, Markers, Term, parse_steered, phases
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel, weight_module
 
-Positions = Literal["all", "prompt", "generated", "last"] | Bool[Tensor, "prompt prompt_token"]
-"""Which tokens an intervention touches: all, the prompt's, the generated ones, the last real token
-of the prompt, or those of a mask over the prompt's tokens (padding included). A name means the same
-tokens with and without a KV cache."""
+Positions: TypeAlias = str | Bool[Tensor, "prompt prompt_token"]
+"""Which tokens an intervention touches: `all`, those of the `prompt`, the `generated` ones (or a
+window of steps, "generated[0:10]"; `continuation` and `own` are other words for them), the `last`
+real token of the prompt, a thinking model's tokens inside (`think`) and after (`answer`) its
+thinking, by its markers (see `set_rendering`); several joined by +, "last+generated"; or a mask
+over the prompt's tokens (padding included). A name means the same tokens with and without a KV
+cache."""
+
+NAMES = ("all", "prompt", "generated", "last", "continuation", "own", "think", "answer")
 
 _NOTHING = object()
 _GENERATE = ("generate", "hf_generate", "generate_stream")
@@ -29,7 +36,7 @@ class Pass:
     """One forward pass over columns `n_before` and later; the prompt has the first `n_prompt`.
 
     `real` is False at padding, over all columns up to the end of this pass. `memory` is what was
-    decided on this prompt, kept from pass to pass.
+    decided on this prompt, kept from pass to pass; its "ids" are the tokens of all these columns.
     """
 
     n_before: int
@@ -37,13 +44,14 @@ class Pass:
     real: Bool[Tensor, "prompt column"]
     memory: dict[str, Any] = field(default_factory=dict)
 
-    def mask(self, positions: Positions) -> Bool[Tensor, "prompt token"]:
-        """True at the tokens of this pass that `positions` names.
+    def mask(
+        self, positions: Positions, markers: Markers | None = None
+    ) -> Bool[Tensor, "prompt token"]:
+        """True at the tokens of this pass that `positions` names; `markers` are those of thinking.
 
-        Raises `InputError` when a mask does not have the prompt's shape.
+        Raises `InputError` when a mask does not have the prompt's shape, or thinking cannot be
+        followed.
         """
-        columns = torch.arange(self.real.shape[1])
-        in_prompt = (columns < self.n_prompt).expand_as(self.real)
         if isinstance(positions, Tensor):
             expected = (len(self.real), self.n_prompt)
             if tuple(positions.shape) != expected:
@@ -53,14 +61,31 @@ class Pass:
                 )
             chosen = torch.zeros_like(self.real)
             chosen[:, : self.n_prompt] = positions.cpu()
-        elif positions == "last":
+        else:
+            named = [self._named(term, markers) for term in parse_steered(positions, NAMES)]
+            chosen = torch.stack(named).any(dim=0)
+        return chosen[:, self.n_before :]
+
+    def _named(self, term: Term, markers: Markers | None) -> Bool[Tensor, "prompt column"]:
+        """True at the tokens of that name, from the first column on."""
+        columns = torch.arange(self.real.shape[1])
+        in_prompt = (columns < self.n_prompt).expand_as(self.real)
+        if term.name in AFTER:
+            is_chosen = torch.zeros(self.real.shape[1], dtype=torch.bool)
+            is_chosen[self.n_prompt :][term.window or slice(None)] = True
+            return is_chosen.expand_as(self.real)
+        if term.name == "last":
             last = (columns * (self.real & in_prompt)).argmax(dim=1, keepdim=True)
             # A prompt that comes in chunks has its last token in the last chunk.
-            chosen = (columns == last) & (len(columns) >= self.n_prompt)
-        else:
-            everywhere = torch.ones_like(in_prompt)
-            chosen = {"all": everywhere, "prompt": in_prompt, "generated": ~in_prompt}[positions]
-        return chosen[:, self.n_before :]
+            return (columns == last) & (len(columns) >= self.n_prompt)
+        if term.name in ("think", "answer"):
+            if markers is None or self.memory.get("ids") is None:
+                raise InputError(
+                    f"the tokens {term.name!r} are found by their ids, and this pass does not show "
+                    "those of all its tokens: run token ids, the whole prompt inside the block"
+                )
+            return phases(self.memory["ids"], markers, self.n_prompt)[term.name] & self.real
+        return in_prompt if term.name == "prompt" else torch.ones_like(in_prompt)
 
     def prompt_tokens(self) -> Bool[Tensor, "prompt token"]:
         """True at the real prompt tokens of this pass."""
@@ -76,12 +101,15 @@ class Watch:
     is_generating: bool = False
     known: dict[int, "tuple[weakref.ref[Any], int, dict[str, Any]]"] = field(default_factory=dict)
 
-    def note(self, rows: int, width: int, mask: Any, n_before: int, cache: Any) -> None:
-        """A pass over `width` new columns begins, after `n_before` that are in the KV cache.
+    def note(
+        self, shown: Shaped[Tensor, "prompt token *d"], mask: Any, n_before: int, cache: Any
+    ) -> None:
+        """A pass over the columns `shown` begins, after `n_before` that are in the KV cache.
 
         `mask` is the attention mask over all of them, if there is one. Raises `InputError` when
         a cache holds a prompt that was not run inside the block, or the mask cannot be read.
         """
+        rows, width = shown.shape[:2]
         memory: dict[str, Any] = {} if self.current is None else self.current.memory
         reference, n_prompt, kept = self.known.get(id(cache), (None, 0, {}))
         # By identity: not every cache can be hashed, and an id may be used again.
@@ -107,6 +135,7 @@ class Watch:
                     f"{tuple(mask.shape)}; steer all positions under such a mask"
                 )
             real = mask.bool().cpu()
+        memory["ids"] = _with_ids(memory.get("ids") if n_before else None, shown, n_before)
         self.current = Pass(n_before, self.n_prompt, real, memory)
         if cache is not None:
             self.remember(cache)
@@ -138,13 +167,25 @@ class Watch:
 
 
 def check_positions(positions: Positions) -> None:
-    """Raise `InputError` when positions are neither a known name nor a bool mask."""
-    names = get_args(get_args(Positions)[0])
-    is_mask = isinstance(positions, Tensor) and positions.dtype == torch.bool
-    if not is_mask and not (isinstance(positions, str) and positions in names):
+    """Raise `InputError` when positions are neither known names nor a bool mask."""
+    if isinstance(positions, str):
+        parse_steered(positions, NAMES)
+    elif not (isinstance(positions, Tensor) and positions.dtype == torch.bool):
         raise InputError(
-            f"positions are {', '.join(names)} or a mask (a bool tensor), not {positions!r}"
+            f"positions are {', '.join(NAMES)} or a mask (a bool tensor), not {positions!r}"
         )
+
+
+def _with_ids(before: Tensor | None, shown: Tensor, n_before: int) -> Tensor | None:
+    """The ids of all columns, where those in the cache are known and those shown are ids."""
+    if shown.ndim != 2 or shown.is_floating_point():
+        return None
+    ids = shown.detach().cpu()
+    if n_before == 0:
+        return ids
+    if before is None or len(before) != len(ids) or before.shape[1] < n_before:
+        return None
+    return torch.cat([before[:, :n_before], ids], dim=1)
 
 
 @contextmanager
@@ -180,12 +221,12 @@ def _noting(model: HookedModel, forward: Callable[..., Any], passes: Watch) -> C
                 "cannot see the tokens of this pass: give tokens, model.to_tokens(text), where "
                 "only some positions are steered, or steer all positions"
             )
-        rows, width = shown.shape[:2] if shown.ndim > 1 else (1, len(shown))
+        shown = shown if shown.ndim > 1 else shown[None]
         hugging_face, own = kwargs.get("past_key_values"), kwargs.get("past_kv_cache")
         n_before, mask = _cached(hugging_face, own), kwargs.get("attention_mask")
         if mask is None and n_before == 0 and shown.ndim < 3 and not shown.is_floating_point():
-            mask = _unpadded(model, shown.reshape(rows, width))
-        passes.note(rows, width, mask, n_before, own if hugging_face is None else hugging_face)
+            mask = _unpadded(model, shown)
+        passes.note(shown, mask, n_before, own if hugging_face is None else hugging_face)
         out = forward(*args, **kwargs)
         cache = getattr(out, "past_key_values", None)
         if cache is not None:
@@ -216,6 +257,58 @@ def _unpadded(
     prepends = bool(getattr(model.cfg, "default_prepend_bos", True))
     mask = get_attention_mask(model.tokenizer, tokens, prepends)
     return torch.as_tensor(mask).bool()
+
+
+@contextmanager
+def warning_of_padding(model: HookedModel) -> Iterator[None]:
+    """Warn where right-padded prompts are given to `generate` inside the block: it goes on behind
+    the padding, which is no text of any prompt."""
+    pad = getattr(model.tokenizer, "pad_token_id", None)
+    outer: list[str] = []
+
+    def checking(owner: Any, name: str) -> Callable[..., Any]:
+        method = getattr(owner, name)
+
+        def check(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if not outer and _ends_in_padding(_prompt(args, kwargs), kwargs, pad):
+                warnings.warn(
+                    f"the prompts given to {name} are padded on the right, and a model writes on "
+                    "behind the padding; pad them on the left, with their attention mask",
+                    UserWarning,
+                    stacklevel=3,
+                )
+
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            check(args, kwargs)
+            outer.append(name)  # one way to generate may call another
+            try:
+                return method(*args, **kwargs)
+            finally:
+                outer.pop()
+
+        def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            check(args, kwargs)
+            yield from method(*args, **kwargs)
+
+        return stream if isgeneratorfunction(method) else generate
+
+    with ExitStack() as stack:
+        for owner in dict.fromkeys((model, weight_module(model))):
+            for name in _GENERATE:
+                if hasattr(owner, name):
+                    stack.enter_context(_replaced(owner, name, checking(owner, name)))
+        yield
+
+
+def _ends_in_padding(prompt: Any, kwargs: Mapping[str, Any], pad: int | None) -> bool:
+    """Whether some of several prompts end in padding: by their mask, else by the padding token."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return not bool(mask[:, -1].all())
+    if not isinstance(prompt, Tensor) or prompt.ndim != 2 or pad is None:
+        return False
+    is_padding = prompt[:, -1] == pad
+    return bool(is_padding.any()) and not bool(is_padding.all())
 
 
 def _generating(model: Any, name: str, passes: Watch) -> Callable[..., Any]:
@@ -251,9 +344,14 @@ def _generating(model: Any, name: str, passes: Watch) -> Callable[..., Any]:
 
 def _width(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """How many tokens the prompts have that are given to `generate`, where they are tensors."""
-    names = ("input", "inputs", "input_ids")
-    prompt = args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
+    prompt = _prompt(args, kwargs)
     return int(prompt.shape[1]) if isinstance(prompt, Tensor) and prompt.ndim > 1 else None
+
+
+def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What is given to `generate`."""
+    names = ("input", "inputs", "input_ids")
+    return args[0] if args else next((kwargs[n] for n in names if n in kwargs), None)
 
 
 @contextmanager

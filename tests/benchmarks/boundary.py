@@ -58,7 +58,7 @@ def main() -> None:
     pairs = sl.ContrastivePairs.load("sentiment", split="test")[: args.n_pairs]
     directions = sl.fit_directions(sl.collect_differences(model, train, layers=args.layers))
     started = time.perf_counter()
-    found = sl.find_boundary(model, pairs, directions, budget=BUDGET).layers
+    found = sl.find_boundary(model, pairs, directions, budget=BUDGET, labels="all").layers
     seconds = time.perf_counter() - started
     curves = brute_force(model, pairs, directions, found.attrs["searched"])
     table = compare(found, curves)

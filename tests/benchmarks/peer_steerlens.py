@@ -128,7 +128,7 @@ class Steerlens:
         for i in range(n_pairs):
             text = tokenizer.decode(ids[37 * i : 37 * i + n_tokens - 2])
             records.append({"positive": f"Happy: {text}", "negative": f"Sad: {text}"})
-        return self._with_continuation(sl.ContrastivePairs.from_records(records))
+        return self._with_continuation(sl.ContrastivePairs.load(records))
 
 
 if __name__ == "__main__":

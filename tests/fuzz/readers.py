@@ -87,13 +87,13 @@ def kinds(folder: Path) -> dict[str, Kind]:
     made: dict[str, Kind] = {
         "pairs": Kind(
             "f.jsonl",
-            sl.ContrastivePairs.from_jsonl,
+            sl.ContrastivePairs.load,
             hostile.lines(hostile.PAIR, hostile.PAIR),
             "pairs",
         ),
         "items": Kind(
             "f.jsonl",
-            sl.PreferenceItems.from_jsonl,
+            sl.PreferenceItems.load,
             hostile.lines(hostile.ITEM, hostile.ITEM),
             "items",
         ),

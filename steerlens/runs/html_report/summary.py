@@ -95,11 +95,11 @@ def _boundary(run: Run) -> Iterator[str]:
     trusted = sum(row.prediction_trusted for row in layers)
     yield f"The prediction from gradients at 0 held at {trusted} of {len(layers)} hooks."
     if "shape" in run.tables:
-        ratio = run.tables["shape"].attrs.get("radius_ratio")
-        if isinstance(ratio, (int, float)):
+        for layer, shape in run.tables["shape"].groupby("layer"):
+            ratio, if_round = shape[["radius_ratio", "radius_ratio_if_round"]].iloc[0]
             yield (
-                f"In the plane of layer {run.tables['shape'].layer.iloc[0]}, the largest boundary "
-                f"is {short(float(ratio))} times the smallest."
+                f"In the plane of layer {layer}, the largest boundary is {short(ratio)} times the "
+                f"smallest; of a circle measured with the same noise it would be {short(if_round)}."
             )
 
 

@@ -23,7 +23,7 @@ from steerlens.models.hooked_model import (
 from steerlens.models.hooks import hook_layer, resolve_hooks
 from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
-from steerlens.stats import allowed_gap
+from steerlens.models.tolerance import allowed_gap
 from steerlens.steering import Ablate, Coefficient, SteeringVector, steer, steps
 from steerlens.steering.apply import Step
 from steerlens.steering.export.gguf_file import block_rows

@@ -1,0 +1,193 @@
+"""`steerlens pairs`: what pairs look like to a model, before a run."""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Annotated, Any
+
+import typer
+
+from steerlens.cli import options as opt
+from steerlens.cli.command import PairsCommand
+from steerlens.cli.printing import print_table, print_texts, say
+from steerlens.data.pairs import ContrastivePair, ContrastivePairs
+from steerlens.data.prompts import Prompt, render
+from steerlens.engine.labels import default_labels, with_labels
+from steerlens.engine.tokenization import TokenizedPrompt, token_texts, tokenize_prompt
+from steerlens.errors import InputError
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.loading import load_model
+
+N_SHOWN = 3
+"""Pairs that are shown of the shortest, and of the longest."""
+Sides = tuple[TokenizedPrompt, TokenizedPrompt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs(PairsCommand):
+    """What pairs look like before a run: lengths, differences, repeats, template, leakage."""
+
+    pairs: Annotated[str, typer.Argument(metavar="FILE", help="As --pairs of other commands.")]
+    test_pairs: opt.TestPairs = None
+    model: Annotated[
+        str | None, "Show tokens and what the chat template does. Default: characters and words."
+    ] = None
+
+    def run(self) -> None:
+        """What the command does."""
+        fit_on, measure_on = opt.pairs_of(self.pairs, self.test_pairs, **self.reading)
+        model = None if self.model is None else load_model(self.model, progress=not self.quiet)
+        parts = [fit_on] if measure_on is fit_on else [fit_on, measure_on]
+        for pairs in parts:
+            pairs.warn_of_groups()
+            _print_part(pairs, model)
+        for pairs in parts[1:]:
+            n_prompts = len(fit_on.shared_texts & pairs.shared_texts)
+            n_pairs = pairs.count_among(fit_on.prompt_hashes)
+            say(
+                f"Leakage: {n_pairs} of {len(pairs)} test pairs are among {fit_on.name}; the parts "
+                f"share {n_prompts} texts of prompts"
+            )
+
+
+def _print_part(pairs: ContrastivePairs, model: HookedModel | None) -> None:
+    say(f"{pairs.name}: {pairs.card}" if pairs.card else pairs.name)
+    tokens, refused = ({}, Counter()) if model is None else _tokenized(model, pairs)
+    _print_lengths(pairs, tokens)
+    facts = _facts(pairs, tokens)
+    if model is not None:
+        facts |= _template_facts(model, pairs, tokens, refused)
+    print_table("Pairs", ["what", "pairs"], list(facts.items()), left=("what", "pairs"))
+    lengths = {pair.id: _length(pair, tokens) for pair in pairs}
+    by_length = sorted((p for p in pairs if lengths[p.id]), key=lambda p: lengths[p.id])
+    shown = {"Shortest": by_length[:N_SHOWN], "Longest": by_length[N_SHOWN:][-N_SHOWN:]}
+    for name, some in shown.items():
+        for pair in some:
+            unit = "characters" if model is None else "tokens"
+            title = f"{name}: pair {pair.id!r}, {lengths[pair.id]} {unit}"
+            texts = [_shown(pair, side, model, tokens) for side in ("positive", "negative")]
+            print_texts(title, ["positive", "negative"], texts)
+
+
+def _tokenized(
+    model: HookedModel, pairs: ContrastivePairs
+) -> tuple[dict[str, Sides], Counter[str]]:
+    """Both sides of each pair as ids, by the pair's id; what refuses the others, and how many."""
+    found = {pair.id: _tokens_of(model, pair) for pair in pairs}
+    refused = Counter(told for told in found.values() if isinstance(told, str))
+    return {name: both for name, both in found.items() if not isinstance(both, str)}, refused
+
+
+def _tokens_of(model: HookedModel, pair: ContrastivePair) -> Sides | str:
+    """Both sides of a pair, or why they are refused."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the template does stands in the table
+            positive = tokenize_prompt(model, pair.positive, pair.continuation)
+            return positive, tokenize_prompt(model, pair.negative)
+    except InputError as error:
+        return str(error)
+
+
+def _print_lengths(pairs: ContrastivePairs, tokens: dict[str, Sides]) -> None:
+    """Smallest, median and largest of each side's characters, and of its tokens."""
+    columns: dict[str, Sequence[int]] = {}
+    for number, side in enumerate(("positive", "negative")):
+        columns[f"{side}, characters"] = [len(_text(getattr(pair, side))) for pair in pairs]
+        columns[f"{side}, tokens"] = [len(both[number].prompt) for both in tokens.values()]
+    columns["continuation, characters"] = [len(p.continuation) for p in pairs if p.continuation]
+    columns["continuation, tokens"] = [
+        len(both[0].continuation) for both in tokens.values() if both[0].continuation
+    ]
+    rows = [(name, *_spread(values)) for name, values in columns.items() if values]
+    print_table("Lengths", ["of", "least", "median", "most"], rows, left=("of",))
+
+
+def _spread(values: Sequence[int]) -> tuple[str, str, str]:
+    return str(min(values)), f"{median(values):g}", str(max(values))
+
+
+def _facts(pairs: ContrastivePairs, tokens: dict[str, Sides]) -> dict[str, str]:
+    """What holds of the pairs whatever the model: differences, repeats, groups, labels."""
+    sides = [[_units(pair, side, tokens) for pair in pairs] for side in ("positive", "negative")]
+    firsts, n_last = [], 0
+    for positive, negative in zip(*sides, strict=True):
+        same = [one == other for one, other in zip(positive, negative, strict=False)]
+        firsts.append((same + [False]).index(False))
+        n_last += positive[-1:] != negative[-1:]
+    unit = "token" if tokens else "word"
+    try:
+        kind = str(
+            default_labels([pair.positive for pair in pairs], [bool(p.continuation) for p in pairs])
+        )
+    except InputError as error:
+        kind = f"refused: {error}"
+    n_repeats = len(pairs) - len(set(pairs.prompt_hashes))
+    n_groups = len({pair.group for pair in pairs} - {None})
+    return {
+        "pairs": str(len(pairs)),
+        f"first {unit} that differs: least, median, most": ", ".join(_spread(firsts)),
+        f"last {unit} differs (nothing shared after the difference)": str(n_last),
+        "repeat both prompts of others": str(n_repeats),
+        "groups, named": f"{len(set(pairs.groups))}, {n_groups}",
+        "labels": kind,
+    }
+
+
+def _template_facts(
+    model: HookedModel, pairs: ContrastivePairs, tokens: dict[str, Sides], refused: Counter[str]
+) -> dict[str, str]:
+    """What the chat template and the tokenizer make of the prompts."""
+    kept = [pair for pair in pairs if pair.id in tokens]
+    chats = [p for pair in kept for p in (pair.positive, pair.negative) if not isinstance(p, str)]
+    n_ignored = sum(
+        any(m.role == "system" and m.content.strip() not in text for m in chat)
+        for chat in chats
+        for text in [render(chat, model.tokenizer)]
+    )
+    same = [id_ for id_, (pos, neg) in tokens.items() if pos.prompt == neg.prompt]
+    facts = {
+        "refused by template or tokenizer": str(refused.total()),
+        **{f"  {n} of them": reason for reason, n in refused.most_common(N_SHOWN)},
+        "chats whose system turn the template leaves out": f"{n_ignored} of {len(chats)}",
+        "both sides have the same tokens": str(len(same)),
+    }
+    try:
+        labelled = with_labels(model, [both[0] for both in tokens.values()])
+        n_labels = ", ".join(_spread([len(prompt.label_tokens) for prompt in labelled]))
+    except InputError as error:
+        n_labels = f"refused: {error}"
+    return facts | {"label tokens: least, median, most": n_labels}
+
+
+def _units(pair: ContrastivePair, side: str, tokens: dict[str, Sides]) -> Sequence[Any]:
+    """The token ids of a side, or its words."""
+    if pair.id in tokens:
+        return tokens[pair.id][side == "negative"].prompt
+    return _text(getattr(pair, side)).split()
+
+
+def _length(pair: ContrastivePair, tokens: dict[str, Sides]) -> int:
+    """Tokens of both sides, or characters; 0 of a pair that is refused."""
+    if not tokens:
+        return sum(len(_text(side)) for side in (pair.positive, pair.negative))
+    return sum(map(len, tokens.get(pair.id, ())))
+
+
+def _shown(
+    pair: ContrastivePair, side: str, model: HookedModel | None, tokens: dict[str, Sides]
+) -> str:
+    """A side as it is, or as the model sees it: its tokens between bars."""
+    if model is None:
+        return _text(getattr(pair, side))
+    prompt = tokens[pair.id][side == "negative"]
+    parts = [prompt.prompt, *([prompt.continuation] if prompt.continuation else [])]
+    return " >> ".join(f"|{'|'.join(token_texts(model, ids))}|" for ids in parts)
+
+
+def _text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message.role}: {message.content}" for message in prompt)

@@ -1,0 +1,389 @@
+"""The forms in which contrastive data are published: what makes entries of the rows of each."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+from steerlens.data.entries import OPENING, Entry, joined, turns
+from steerlens.data.prompts import Message, Prompt, checked_prompt
+from steerlens.data.reading import Row
+from steerlens.errors import InputError
+
+ALONE = "no partner in the shorter list"
+"""Why a text of two lists without pairs is not measured; it is fitted on all the same."""
+LONGEST_GAP = 4
+"""The most words in which statements of one template differ."""
+MOST_WORDS = 200_000
+"""Beyond so many in all, templates are not looked for."""
+NEARLY_ALL = 0.9
+"""The share of statements that have a partner where all are of templates."""
+ONE_OF_SEVERAL = "; of several answers the first"
+"""What a card says where one side has a list of answers."""
+SIDES = ("positive", "negative")
+TRUE = frozenset(("1", "1.0", "true", "yes", "positive", "pos"))
+FALSE = frozenset(("0", "0.0", "-1", "-1.0", "false", "no", "negative", "neg"))
+
+
+class Sheet(NamedTuple):
+    """Rows by what their columns are for (a role); `columns` has the column of each role.
+
+    A row's record has the roles that are not empty, and under "" what has no role.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    columns: Mapping[str, str]
+    is_table: bool = False
+
+
+@dataclass
+class Made:
+    """What a form makes of rows; `by` is the column that pairs, `unpaired` has both whole lists."""
+
+    entries: list[Entry] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    how: str = ""
+    by: str | None = None
+    form: str = "lists"
+    n_rows: int = 0
+    not_used: tuple[str, ...] = ()
+    unpaired: tuple[tuple[Prompt, ...], tuple[Prompt, ...]] | None = None
+
+
+class Form(NamedTuple):
+    """A form: the roles that it needs and may have, and what makes entries of its rows."""
+
+    needs: tuple[str, ...]
+    may: tuple[str, ...]
+    read: Callable[[Sheet], Made]
+    other_names: tuple[str, ...] = ()
+    of_lists: bool = False
+    """Whether it is one object whose cells are lists."""
+
+
+def _pairs(sheet: Sheet) -> Made:
+    """Both sides as they are given, and what stands before both where a prompt is given."""
+    sides = [[row for row in sheet.rows if side in row.record] for side in SIDES]
+    n_each = [len(rows) for rows in sides]
+    # Two columns of unequal length are no pairs; a gap inside one is an error of that row.
+    is_short = all(list(sheet.rows[:n]) == rows for n, rows in zip(n_each, sides, strict=True))
+    if sheet.is_table and n_each[0] != n_each[1] and is_short:
+        return in_order(sides, SIDES)
+    return Made([_entry(row, "positive", "negative") for row in sheet.rows])
+
+
+def _preferences(sheet: Sheet) -> Made:
+    """A chosen and a rejected answer to a prompt, or two whole texts or chats."""
+    made = Made()
+    rows = _whole_rows(sheet, ("chosen", "rejected"), made)
+    rows = [_with_input(row) for row in rows]
+    is_text = all(
+        isinstance(row.record[side], str)
+        and (
+            row.record[side][:1].isspace()
+            or str(row.record.get("prompt"))[-1:].isspace()
+            or str(row.record.get("prompt")).endswith(OPENING)
+        )
+        for row in rows
+        for side in ("chosen", "rejected")
+    )
+    for row in rows:
+        if row.record["chosen"] == row.record["rejected"]:
+            made.left_out["both sides are equal"] += 1
+            continue
+        entry = _entry(row, "chosen", "rejected")
+        if entry.prompt is not None and not is_text:
+            entry = entry._replace(prompt=turns(entry.prompt))
+        made.entries.append(entry)
+    if "prompt" in sheet.columns:
+        made.how = "answers follow the prompt " + (
+            "as text" if is_text else "as the assistant's turn"
+        )
+    return made
+
+
+def _with_input(row: Row) -> Row:
+    """An instruction with the text that it is about, on the next line."""
+    parts = [row.record.get(role) for role in ("prompt", "input")]
+    if not all(isinstance(part, str) and part for part in parts):
+        return row
+    return row._replace(record={**row.record, "prompt": "\n".join(parts)})
+
+
+def _questions(sheet: Sheet) -> Made:
+    """A question as the user's turn, its two answers as the assistant's."""
+    made = Made(how="questions are the user's turn, answers the assistant's")
+    are_joined = sheet.columns["not_matching"].strip().lower().endswith("answers")
+    for row in _whole_rows(sheet, ("question", "matching", "not_matching"), made):
+        sides = {}
+        for side in ("matching", "not_matching"):
+            answer = row.record[side]
+            if isinstance(answer, str) and side == "not_matching" and are_joined:
+                answer = answer.split(";")  # as one cell of a table
+            if isinstance(answer, list) and answer:
+                made.how += ONE_OF_SEVERAL if ONE_OF_SEVERAL not in made.how else ""
+                answer = answer[0]
+            if not isinstance(answer, str) or answer.startswith(("['", '["')):
+                raise InputError(
+                    f"{row.where}: {side}: expected an answer as text, or a list of these, "
+                    f"got {answer!r:.60}"
+                )
+            sides[side] = answer.strip()
+        record = {**row.record, **sides, "prompt": row.record["question"]}
+        entry = _entry(row._replace(record=record), "matching", "not_matching")
+        made.entries.append(entry._replace(prompt=turns(entry.prompt)))
+    return made
+
+
+def _labelled(sheet: Sheet) -> Made:
+    """Statements of two labels: paired by group, another column or template, or in order."""
+    made = Made()
+    sides: dict[bool, list[Row]] = {True: [], False: []}
+    others = set()
+    answer = [role for role in ("completion",) if role in sheet.columns]
+    for row in _whole_rows(sheet, ("text", *answer), made):
+        row = _answered(row, sheet.columns["text"]) if answer else row
+        label = str(row.record.get("label")).strip().lower()
+        if label in TRUE | FALSE:
+            sides[label in TRUE].append(row)
+        else:
+            others.add(label)
+            made.left_out["a label that is neither 0 nor 1"] += 1
+    if not all(sides.values()):
+        raise InputError(
+            f"{sheet.name}: the form labelled has statements of two labels, 0 and 1 (or true and "
+            f"false); got {len(sides[True])} of 1, {len(sides[False])} of 0 and "
+            f"{made.left_out.total()} others {[label[:40] for label in sorted(others)[:3]]}; name "
+            "the columns: --columns text=COLUMN,label=COLUMN, and write 0 and 1"
+        )
+    made.by = "group" if "group" in sheet.columns else _pairing_column(sides)
+    partners = _of_template(sides) if made.by is None else _by_column(sides, made.by)
+    if not partners:
+        unpaired = in_order(list(sides.values()), ("text", "text"))
+        unpaired.left_out.update(made.left_out)
+        return unpaired
+    for pos, neg in partners:
+        rest = {} if made.by is None else {"group": str(_value(pos, made.by))}
+        texts = (_prompt(pos, "text"), _prompt(neg, "text"))
+        made.entries.append(Entry(pos.where, f"{pos.id}-{neg.id}", None, *texts, rest))
+    n_alone = sum(map(len, sides.values())) - 2 * len(partners)
+    made.left_out += Counter({"no partner of the other label": n_alone})
+    made.how = f"paired by {'template' if made.by is None else sheet.columns.get('group', made.by)}"
+    return made
+
+
+def _answered(row: Row, column: str) -> Row:
+    """A labelled answer after its prompt, which may pair it."""
+    chat = joined(turns(_prompt(row, "text")), _prompt(row, "completion"))
+    others = {column: row.record["text"], **row.record[""]}
+    return row._replace(record={**row.record, "text": chat, "": others})
+
+
+def _value(row: Row, column: str) -> Any:
+    return row.record.get("group") if column == "group" else row.record[""].get(column)
+
+
+def _by_column(sides: Mapping[bool, Sequence[Row]], column: str) -> list[tuple[Row, Row]]:
+    """Statements of the two labels that have one value, the first with the first."""
+    by_value: dict[str, tuple[list[Row], list[Row]]] = {}
+    for is_true, rows in sides.items():
+        for row in rows:
+            by_value.setdefault(str(_value(row, column)), ([], []))[not is_true].append(row)
+    return [pair for both in by_value.values() for pair in zip(*both, strict=False)]
+
+
+def _pairing_column(sides: Mapping[bool, Sequence[Row]]) -> str | None:
+    """The finest further column of which every value has statements of both labels."""
+    columns = dict.fromkeys(
+        column for rows in sides.values() for row in rows for column in row.record[""]
+    )
+    n_values = {}
+    for column in columns:
+        true, false = ({str(row.record[""].get(column)) for row in rows} for rows in sides.values())
+        # A column of yes and no is another label, no topic.
+        if true == false and len(true) > 1 and not {*map(str.lower, true)} <= TRUE | FALSE:
+            n_values[column] = len(true)
+    return max(n_values, key=lambda column: n_values[column], default=None)
+
+
+def _of_template(sides: Mapping[bool, Sequence[Row]]) -> list[tuple[Row, Row]]:
+    """Statements that differ in a few words in a row, where nearly all have such a partner.
+
+    Those that share most words come first, and of these those that differ late.
+    """
+    texts = {row.where: str(row.record["text"]).split() for rows in sides.values() for row in rows}
+    if sum(map(len, texts.values())) > MOST_WORDS:
+        return []
+    places: dict[int, tuple[list[Row], list[Row]]] = {}
+    order: dict[int, tuple[int, int]] = {}
+    for is_true, rows in sides.items():
+        for row in rows:
+            words = texts[row.where]
+            for start, length in product(range(len(words)), range(1, LONGEST_GAP + 1)):
+                n_kept = len(words) - length
+                if start <= n_kept and 2 * n_kept >= len(words):
+                    gap = hash((*words[:start], None, *words[start + length :]))
+                    places.setdefault(gap, ([], []))[not is_true].append(row)
+                    order[gap] = (-n_kept, -start)
+    found: dict[str, tuple[Row, Row]] = {}
+    taken: set[str] = set()
+    for gap in sorted(order, key=lambda gap: order[gap]):
+        free = [[row for row in rows if row.where not in taken] for rows in places[gap]]
+        for pair in zip(*free, strict=False):
+            found[pair[0].where] = (pair[0], pair[1])
+            taken.update(row.where for row in pair)
+    n_least = max(map(len, sides.values())) * NEARLY_ALL
+    return [found[row.where] for row in sides[True] if row.where in found and len(found) >= n_least]
+
+
+def in_order(sides: Sequence[Sequence[Row]], roles: Sequence[str]) -> Made:
+    """Two lists without pairs: the first with the first, and so on; both are kept whole."""
+    positive, negative = (
+        tuple(_prompt(row, role) for row in rows) for rows, role in zip(sides, roles, strict=True)
+    )
+    made = Made(unpaired=(positive, negative), n_rows=len(positive) + len(negative))
+    for row, pos, neg in zip(sides[0], positive, negative, strict=False):
+        made.entries.append(Entry(row.where, row.id, None, pos, neg, {}))
+    n_alone = abs(len(positive) - len(negative))
+    made.left_out = +Counter({ALONE: n_alone})
+    n_each = f"{len(positive)} and {len(negative)}"
+    made.how = (
+        f"two lists without pairs, of {n_each}: taken in order; the mean difference is that of the "
+        "whole lists"
+    )
+    return made
+
+
+def _lists(sheet: Sheet) -> Made:
+    """One object with a list a side: pairs where they are of one length."""
+    [row] = sheet.rows
+    sides = [
+        [
+            Row(f"{row.where}: {side} {number}", str(number), {side: text})
+            for number, text in enumerate(row.record[side], start=1)
+        ]
+        for side in SIDES
+    ]
+    made = in_order(sides, SIDES)
+    return made if len(sides[0]) != len(sides[1]) else Made(made.entries)
+
+
+def _personas(sheet: Sheet) -> Made:
+    """Two personas in a template, crossed with suffixes that the assistant's turn begins with."""
+    [row] = sheet.rows
+    sides = [_texts(row, f"{side}_personas") for side in SIDES]
+    if len(sides[0]) != len(sides[1]):
+        raise InputError(
+            f"{row.where}: expected as many positive_personas as negative_personas, got "
+            f"{len(sides[0])} and {len(sides[1])}"
+        )
+    template = row.record["template"]
+    if "{persona}" not in str(template):
+        raise InputError(f"{row.where}: template: expected {{persona}} in it, got {template!r:.80}")
+    personas = list(zip(*sides, strict=True))
+    made = Made(how=f"{len(personas)} pairs of personas, which are the groups")
+    for (i, suffix), (j, both) in product(
+        enumerate(_texts(row, "suffixes"), start=1), enumerate(personas, start=1)
+    ):
+        positive, negative = (_filled(template, persona, suffix, row.where) for persona in both)
+        rest = {"group": " / ".join(both)}
+        made.entries.append(Entry(row.where, f"{i}-{j}", None, positive, negative, rest))
+    return made
+
+
+def _filled(template: Any, persona: str, suffix: str, where: str) -> Prompt:
+    def fill(text: str) -> str:
+        return text.replace("{persona}", persona).replace("{suffix}", suffix)
+
+    if isinstance(template, str) and "{suffix}" in template:
+        return fill(template)
+    chat = turns(checked_prompt(template, where=f"{where}: template"))
+    filled = tuple(Message(turn.role, fill(turn.content)) for turn in chat)
+    has_suffix = any("{suffix}" in turn.content for turn in chat)
+    return filled if has_suffix else (*filled, Message("assistant", suffix))
+
+
+def _traits(sheet: Sheet) -> Made:
+    """Instructions for and against as the system's turn, crossed with questions as the user's."""
+    [row] = sheet.rows
+    instructions = row.record["instructions"]
+    made = Made(how=f"{len(instructions)} pairs of instructions, which are the groups")
+    for (i, pair), (j, question) in product(
+        enumerate(instructions, start=1), enumerate(_texts(row, "questions"), start=1)
+    ):
+        where = f"{row.where}: instruction {i}"
+        said = pair if isinstance(pair, dict) else {}
+        sides = []
+        for names in (("pos", "positive"), ("neg", "negative")):
+            text = next((said[name] for name in names if name in said), None)
+            if not isinstance(text, str) or not text:
+                raise InputError(f"{where}: expected an object with the texts pos and neg")
+            sides.append((Message("system", text), Message("user", question)))
+        rest = {"group": f"instruction {i}"}
+        made.entries.append(Entry(where, f"{i}-{j}", None, sides[0], sides[1], rest))
+    return made
+
+
+def _whole_rows(sheet: Sheet, needed: Sequence[str], made: Made) -> list[Row]:
+    """The rows that have all that is needed; the others are counted."""
+    whole = []
+    for row in sheet.rows:
+        lacking = [role for role in needed if role not in row.record]
+        if lacking:
+            made.left_out[f"no {sheet.columns.get(lacking[0], lacking[0])}"] += 1
+        else:
+            whole.append(row)
+    return whole
+
+
+def _entry(row: Row, positive: str, negative: str) -> Entry:
+    """A row with two sides, and what a system and a prompt say before both."""
+    prompt = _prompt(row, "prompt") if "prompt" in row.record else None
+    if row.record.get("system"):
+        prompt = (Message("system", str(_prompt(row, "system"))), *turns(prompt))
+    rest = {key: row.record[key] for key in ("continuation", "group", "id") if key in row.record}
+    sides = (_prompt(row, positive), _prompt(row, negative))
+    return Entry(row.where, row.id, prompt, *sides, rest)
+
+
+def _prompt(row: Row, role: str) -> Prompt:
+    return checked_prompt(row.record.get(role), where=f"{row.where}: {role}")
+
+
+def _texts(row: Row, role: str) -> list[str]:
+    texts = row.record[role]
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise InputError(f"{row.where}: {role}: expected a list of texts that are not empty")
+    return texts
+
+
+FORMS: dict[str, Form] = {
+    "traits": Form(("instructions", "questions"), (), _traits, ("persona_vectors",), True),
+    "personas": Form(
+        ("suffixes", "positive_personas", "negative_personas", "template"),
+        *((), _personas, ("repeng", "suffixes"), True),
+    ),
+    "lists": Form(("positive", "negative"), (), _lists, ("unpaired",), True),
+    "questions": Form(
+        ("question", "matching", "not_matching"),
+        *(("system", "id", "group"), _questions, ("mwe", "caa", "model_written")),
+    ),
+    "preferences": Form(
+        ("chosen", "rejected"),
+        *(
+            ("prompt", "input", "system", "id", "group"),
+            _preferences,
+            ("dpo", "sharegpt", "chosen_rejected"),
+        ),
+    ),
+    "pairs": Form(
+        ("positive", "negative"), ("prompt", "system", "continuation", "id", "group"), _pairs
+    ),
+    "labelled": Form(
+        ("text", "label"),
+        *(("completion", "id", "group"), _labelled, ("statements", "labeled", "kto")),
+    ),
+}
+"""Name -> form, in the order in which they are tried."""
