@@ -243,3 +243,17 @@ def test_what_takes_one_token_says_so(llama: Any, many: sl.ContrastivePairs) -> 
         InputError, match="position '60::mean' holds no token of the positive prompt"
     ):
         sl.collect_differences(llama, many, position="60:")
+
+
+def test_two_lists_without_pairs_are_read_at_a_span(
+    thinking: Any, chats: sl.ContrastivePairs
+) -> None:
+    positive, negative = ([getattr(p, side) for p in chats] for side in ("positive", "negative"))
+    read = sl.collect_differences(thinking, chats, layers=[1], position="assistant")
+    fitted = sl.fit(thinking, (positive, negative[:-1]), layers=[1], position="assistant")
+    by_hand = read.positive[0].mean(0) - read.negative[0, :-1].mean(0)
+    cosine = torch.nn.functional.cosine_similarity(fitted[fitted.hook_names[0]], by_hand, dim=0)
+    assert float(cosine) == pytest.approx(1, abs=1e-6)
+    assert fitted.position == "assistant:mean"
+    with pytest.raises(InputError, match="no tokens of the span 'continuation'"):
+        sl.fit(thinking, (positive, negative[:-1]), layers=[1], position="continuation")

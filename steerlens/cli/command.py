@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
@@ -70,9 +71,9 @@ class Command:
             check = check_out_folder if self.WRITES_FOLDER else check_out_file
             check(self.written)
 
+    @abstractmethod
     def run(self) -> None:
         """Check, load, measure, write, print."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

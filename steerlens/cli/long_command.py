@@ -1,5 +1,6 @@
 """What long commands share: what is finished is kept in a folder, and gone on with."""
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -74,9 +75,9 @@ class LongCommand(ModelCommand):
         clear_finished(out)
         return True
 
+    @abstractmethod
     def measure(self) -> None:
         """Check, load, measure and write `out`, inside `opened`; print."""
-        raise NotImplementedError
 
     def run(self) -> None:
         """What the command does."""

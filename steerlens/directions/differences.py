@@ -11,8 +11,8 @@ from torch import Tensor
 
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.capture import collect_activations
-from steerlens.engine.labels import OWN_TOKENS, pairs_to_read
-from steerlens.engine.positions import Position, as_position
+from steerlens.engine.labels import OWN_TOKENS, pairs_to_read, with_spans
+from steerlens.engine.positions import Position, as_position, parse_position
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
@@ -134,18 +134,28 @@ def collect_differences(
     return _differences(model, pairs, sides, layers=layers, position=position, **settings)
 
 
-def class_differences(model: HookedModel, pairs: ContrastivePairs, **settings: Any) -> Differences:
+def class_differences(
+    model: HookedModel, pairs: ContrastivePairs, *, position: Position = -1, **settings: Any
+) -> Differences:
     """Each positive text of `pairs.unpaired` against the mean of the negative ones.
 
     Their mean is the difference of the two means, whatever the lengths. The settings are those of
     `collect_differences`.
     """
     assert pairs.unpaired is not None
+    span = parse_position(position).span
     positive, negative = (
-        [tokenize_prompt(model, text, where=f"{side} text {i}") for i, text in enumerate(texts, 1)]
+        with_spans(
+            model,
+            [
+                tokenize_prompt(model, text, where=f"{side} text {i}")
+                for i, text in enumerate(texts, 1)
+            ],
+            [span] if span else [],
+        )
         for side, texts in zip(("positive", "negative"), pairs.unpaired, strict=True)
     )
-    return _differences(model, pairs, (positive, negative), **settings)
+    return _differences(model, pairs, (positive, negative), position=position, **settings)
 
 
 def _differences(

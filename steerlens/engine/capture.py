@@ -126,9 +126,7 @@ def at_position(
         row = torch.arange(len(values), device=values.device)
         return values[row, places].to(wide)
     if places.dtype == torch.bool:
-        masked = values.masked_fill(~places[..., None], -torch.inf)
-        # Not `amax` alone: what is not finite has to be seen.
-        return masked.amax(dim=1).to(wide)
+        return values.masked_fill(~places[..., None], -torch.inf).amax(dim=1).to(wide)
     # What padding holds is not looked at, be it NaN.
     read = values.to(wide).masked_fill((places == 0)[..., None], 0)
     return torch.einsum("rt,rtd->rd", places.to(wide), read)
