@@ -769,8 +769,16 @@ def test_a_mean_difference_needs_no_pairs(model: Any, sides: tuple[list[str], li
     assert torch.allclose(fitted[hook], by_hand, atol=1e-6)
     in_order = sl.fit(model, ContrastivePairs.load(list(zip(*sides, strict=False))))
     assert not torch.allclose(in_order[hook], by_hand, atol=1e-3)
-    with pytest.raises(InputError, match=r"pca is fitted from pairs.*two lists without any"):
-        sl.fit(model, sides, method="pca")
+    whole = ContrastivePairs.load(sides)
+    for pairs in (whole, whole[:2], ContrastivePairs.load((POS + NEG, NEG + POS)).split(0.5)[1]):
+        with pytest.raises(InputError, match=r"pca is fitted from pairs.*two lists without any"):
+            sl.fit(model, pairs, method="pca")
+    for run in (sl.loss_gradients, sl.directions.train_directions):
+        with pytest.raises(InputError, match="two lists without any"):
+            run(model, whole, layers=[1])
+    items = PreferenceItems.load([("you", " are", " so"), ("it", " is", " was")] * 5)
+    with pytest.raises(InputError, match="compared are fitted from pairs"):
+        sl.compare(model, whole, items, items, layers=[1], methods=["mean_diff"])
 
 
 def test_two_lists_come_from_files_and_columns(
@@ -782,6 +790,9 @@ def test_two_lists_come_from_files_and_columns(
     ragged = pd.DataFrame({"positive": POS, "negative": [*NEG, None, None]})
     columns = put(tmp_path, "both.csv", ragged.to_csv(index=False))
     assert ContrastivePairs.load((pos, neg)).pairs == ContrastivePairs.load(f"{pos},{neg}").pairs
+    for how in ({"group": "topic"}, {"form": "pairs"}, {"columns": {"positive": "instruction"}}):
+        with pytest.raises(InputError, match="two lists without pairs have texts alone"):
+            ContrastivePairs.load((pos, neg), **how)
     one = put(tmp_path, "both.json", json.dumps({"harmful": POS, "harmless": NEG}))
     named = {"columns": "positive=harmful,negative=harmless"}
     labelled = [{"text": t, "label": i} for i, side in enumerate((NEG, POS)) for t in side]
@@ -860,6 +871,11 @@ def test_pairs_are_looked_at_before_a_run(run: Main, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="independent groups"):
         shown = run("pairs", path, "--model", folder)
     assert "1 of them" in shown.out
+    (folder / "chat_template.jinja").unlink()
+    chats = put(tmp_path, "d.jsonl", as_jsonl(rows[6:7] + [{**rows[6], "id": "b"}]))
+    with pytest.warns(UserWarning, match="repeat both prompts"):
+        refused = run("pairs", chats, "--model", folder)
+    assert (refused.code, "2 of them" in refused.out, "Shortest" in refused.out) == (0, True, False)
     with pytest.warns(UserWarning, match="independent groups"):
         plain = run("pairs", path)
     assert (plain.code, "tokens" in plain.out, "characters" in plain.out) == (0, False, True)

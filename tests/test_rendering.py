@@ -129,6 +129,15 @@ def test_template_arguments_are_passed_through_and_recorded(model_folder: Path) 
     ):
         with pytest.raises(InputError, match=message):
             sl.data.set_rendering(tokenizer, template_args=arguments)
+    prose = "{# the date #}use return_dict or date {%- if\nlang %}{{ lang }}{% endif %}"
+    multiple = build_tokenizer(chat_template=prose)
+    sl.data.set_rendering(multiple, template_args={"lang": "en"})
+    for name in ("return_dict", "date"):
+        with pytest.raises(InputError, match=f"reads no argument '{name}'"):
+            sl.data.set_rendering(multiple, template_args={name: "x"})
+    multiple.chat_template = "{% for"
+    with pytest.raises(InputError, match="chat template cannot be read"):
+        sl.data.set_rendering(multiple, template_args={"lang": "en"})
     assert sl.provenance(plain).to_dict().get("rendering") is None
     with pytest.raises(InputError, match="no argument 'enable_thinking'"):
         sl.load_model(str(model_folder), template_args={"enable_thinking": False}, progress=False)

@@ -141,6 +141,8 @@ def test_the_first_crossing_is_taken_and_a_later_reentry_is_seen() -> None:
     assert found.reentry() > found.at
     (single,), _ = run([lambda c: c**2], [line(0.0, at=3.0)])
     assert math.isnan(single.reentry())
+    near = line(0.0, at=1.0).measured(2.0, 0.9).measured(2.05, 1.5)  # what a curve smooths away
+    assert replace(near, at=1.5).reentry() == 2.0
 
 
 @settings(max_examples=60, deadline=None)

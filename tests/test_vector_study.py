@@ -300,8 +300,12 @@ def test_shares_of_a_joint_boundary(
 
 
 def test_hooks_of_one_block_come_in_the_order_of_a_pass() -> None:
-    names = [f"blocks.1.{part}" for part in ("hook_resid_pre", "hook_attn_out", "hook_resid_mid")]
-    names += ["blocks.1.hook_mlp_out", "blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"]
+    parts = (
+        "resid_pre ln1.hook_scale attn.hook_z ln1_post.hook_scale attn_out resid_mid mlp_in "
+        "ln2.hook_scale mlp.hook_out ln2_post.hook_scale mlp_out resid_post else"
+    ).split()
+    names = [f"blocks.1.{part if '.' in part else f'hook_{part}'}" for part in parts]
+    names += ["blocks.2.hook_resid_pre"]
     rows = torch.eye(len(names))
     vector = sl.SteeringVector.from_vectors(dict(zip(names[::-1], rows, strict=True)))
     assert in_order(vector) == tuple(names)

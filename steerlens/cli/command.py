@@ -24,6 +24,7 @@ from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import check_pairs, default_position, fit
 from steerlens.directions.methods import method_of
+from steerlens.engine.labels import OWN_TOKENS
 from steerlens.engine.positions import Position, as_position
 from steerlens.errors import FileError, InputError
 from steerlens.files import check_out_file, check_out_folder, locked, write_out
@@ -281,6 +282,7 @@ class Task:
             layers=self.command.layers if layers is None else layers,
             position=self.position,
             differences=differences,
+            own_tokens=getattr(self.command, "own_tokens", OWN_TOKENS),
             **self.settings(progress),
         )
 

@@ -82,11 +82,12 @@ class LongCommand(ModelCommand):
     def run(self) -> None:
         """What the command does."""
         if self.resume is not None and (self.out is not None or self.repeated is not None):
-            raise FileError("--resume goes on in its own folder: leave out --out and --from")
+            raise FileError("--resume goes on where the run was begun: leave out --out and --from")
         out = self.written
         if out is None:
             raise FileError(
-                "expected --out with a folder to write to, or --resume with one to go on"
+                "expected --out with what to write, or --resume with the folder of a run to go on "
+                "with"
             )
         command = replace(self, out=out)
         try:

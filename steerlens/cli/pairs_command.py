@@ -18,7 +18,6 @@ from steerlens.engine.labels import default_labels, with_labels
 from steerlens.engine.tokenization import TokenizedPrompt, token_texts, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.loading import load_model
 
 N_SHOWN = 3
 """Pairs that are shown of the shortest, and of the longest."""
@@ -38,7 +37,7 @@ class Pairs(PairsCommand):
     def run(self) -> None:
         """What the command does."""
         fit_on, measure_on = opt.pairs_of(self.pairs, self.test_pairs, **self.reading)
-        model = None if self.model is None else load_model(self.model, progress=not self.quiet)
+        model = None if self.model is None else self.load(self.model)
         parts = [fit_on] if measure_on is fit_on else [fit_on, measure_on]
         for pairs in parts:
             pairs.warn_of_groups()
@@ -60,7 +59,7 @@ def _print_part(pairs: ContrastivePairs, model: HookedModel | None) -> None:
     if model is not None:
         facts |= _template_facts(model, pairs, tokens, refused)
     print_table("Pairs", ["what", "pairs"], list(facts.items()), left=("what", "pairs"))
-    lengths = {pair.id: _length(pair, tokens) for pair in pairs}
+    lengths = {pair.id: _length(pair, None if model is None else tokens) for pair in pairs}
     by_length = sorted((p for p in pairs if lengths[p.id]), key=lambda p: lengths[p.id])
     shown = {"Shortest": by_length[:N_SHOWN], "Longest": by_length[N_SHOWN:][-N_SHOWN:]}
     for name, some in shown.items():
@@ -128,7 +127,7 @@ def _facts(pairs: ContrastivePairs, tokens: dict[str, Sides]) -> dict[str, str]:
     n_groups = len({pair.group for pair in pairs} - {None})
     return {
         "pairs": str(len(pairs)),
-        f"first {unit} that differs: least, median, most": ", ".join(_spread(firsts)),
+        f"{unit}s shared at the start: least, median, most": ", ".join(_spread(firsts)),
         f"last {unit} differs (nothing shared after the difference)": str(n_last),
         "repeat both prompts of others": str(n_repeats),
         "groups, named": f"{len(set(pairs.groups))}, {n_groups}",
@@ -169,9 +168,9 @@ def _units(pair: ContrastivePair, side: str, tokens: dict[str, Sides]) -> Sequen
     return _text(getattr(pair, side)).split()
 
 
-def _length(pair: ContrastivePair, tokens: dict[str, Sides]) -> int:
+def _length(pair: ContrastivePair, tokens: dict[str, Sides] | None) -> int:
     """Tokens of both sides, or characters; 0 of a pair that is refused."""
-    if not tokens:
+    if tokens is None:
         return sum(len(_text(side)) for side in (pair.positive, pair.negative))
     return sum(map(len, tokens.get(pair.id, ())))
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from steerlens.data.prompts import Message, Prompt
 
 MOST_SHOWN = 200
-"""Characters of the names of columns."""
+"""The most characters of a list of column names in a message."""
 OPENING = "\n\nAssistant:"
 """Before what the assistant says, in dialogues that are written as one text."""
 _LETTER = re.compile(r"\s*\(?([A-Z])[).]?\s*")

@@ -195,7 +195,7 @@ def _by_column(sides: Mapping[bool, Sequence[Row]], column: str) -> list[tuple[R
 
 
 def _pairing_column(sides: Mapping[bool, Sequence[Row]]) -> str | None:
-    """The finest further column of which every value has statements of both labels."""
+    """The finest further column whose values, two or more, each have statements of both labels."""
     columns = dict.fromkeys(
         column for rows in sides.values() for row in rows for column in row.record[""]
     )
@@ -209,7 +209,7 @@ def _pairing_column(sides: Mapping[bool, Sequence[Row]]) -> str | None:
 
 
 def _of_template(sides: Mapping[bool, Sequence[Row]]) -> list[tuple[Row, Row]]:
-    """Statements that differ in a few words in a row, where nearly all have such a partner.
+    """Statements that share half their words and differ in a few in a row, where nearly all do.
 
     Those that share most words come first, and of these those that differ late.
     """

@@ -39,12 +39,13 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
     A record has `prompt` (text, or a list of `{"role", "content"}` messages), `positive` and
     `negative` (the two continuations, text), optionally `group` and `id` (text or a whole number);
     `load` takes the published forms that have answers too, and where these are letters of choices,
-    each question with its choices exchanged. Items of one prompt are one group where none is given.
+    each question a second time with its choices exchanged (`ID-exchanged`, of one group). Items of
+    one prompt are one group where none is given.
 
     Args:
         items: The items, in order.
         name: What messages and tables call them.
-        card: What they were read from.
+        card: What became of the rows that they were read from; none after split or slicing.
 
     Raises:
         InputError: Fewer than two items, repeated ids, or two equal continuations.

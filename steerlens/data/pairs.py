@@ -56,9 +56,9 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
     Args:
         pairs: The pairs, in order.
         name: What messages and tables call them.
-        card: What they were read from.
-        unpaired: Both lists whole, where what was read had no pairs and they were taken in order.
-            The mean difference is fitted on these.
+        card: What became of the rows that they were read from; none after split or slicing.
+        unpaired: Both lists whole, where what was read had no pairs: the mean difference is that of
+            these. All that is measured takes the pairs, made in order.
 
     Raises:
         InputError: Fewer than two pairs, repeated ids, or a pair of two equal prompts.
@@ -138,6 +138,14 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
         return tuple(
             hashlib.sha256("\n".join(sorted(both)).encode()).hexdigest()[:16] for both in sides
         )
+
+    def check_paired(self, what: str) -> None:
+        """Raise `InputError` where there are two lists without pairs; `what` is fitted from."""
+        if self.unpaired is not None:
+            raise InputError(
+                f"{what} fitted from pairs, and {self.name} are two lists without any; take "
+                "mean_diff, or say what belongs together: a record a pair, or a column (--group)"
+            )
 
     def count_among(self, hashes: Collection[str]) -> int | None:
         """How many of these pairs have the two prompts of some others, given by `prompt_hashes`.

@@ -105,9 +105,10 @@ def set_rendering(
     straddle: Straddle = "error",
     thinking: tuple[str, str] = Rendering.thinking,
 ) -> None:
-    """How prompts are rendered and cut with this tokenizer from now on; `load_model` asks here.
+    """How prompts are rendered and cut with this tokenizer from now on.
 
-    It is a part of the model's `provenance`. What was tokenised before stays as it is.
+    `load_model` hands over its `template_args` and `straddle`. It is a part of the model's
+    `provenance`. What was tokenised before stays as it is.
 
     Args:
         tokenizer: A model's own (`model.tokenizer`).
@@ -117,16 +118,17 @@ def set_rendering(
         thinking: The markers between which a thinking model thinks.
 
     Raises:
-        InputError: The template reads no argument of that name, or the value is none of JSON.
+        InputError: The template reads no argument of that name or cannot be read, or the value is
+            none of JSON.
 
     Examples:
         >>> sl.data.set_rendering(model.tokenizer, straddle="back")
-        >>> sl.data.set_rendering(model.tokenizer)  # as it was
+        >>> sl.data.set_rendering(model.tokenizer)  # the defaults
     """
     arguments = dict(template_args or {})
-    template = json.dumps(getattr(tokenizer, "chat_template", None))
+    known = _arguments_of(getattr(tokenizer, "chat_template", None)) if arguments else frozenset()
     for name, value in arguments.items():
-        if name in _OURS or not re.search(rf"\b{re.escape(name)}\b", template):
+        if name not in known:
             raise InputError(
                 f"the chat template reads no argument {name!r}; see model.tokenizer.chat_template "
                 "for those that it has"
@@ -141,8 +143,25 @@ def set_rendering(
     _renderings[tokenizer] = Rendering(arguments, straddle, thinking)
 
 
-_OURS = ("messages", "add_generation_prompt", "continue_final_message", "tokenize")
+_OURS = frozenset(("messages", "add_generation_prompt", "continue_final_message"))
 """What `render` decides itself."""
+_GENERATION = re.compile(r"{%-?\s*(end)?generation\s*-?%}")
+"""Tags of transformers alone, which change no text."""
+
+
+def _arguments_of(template: Any) -> frozenset[str]:
+    """The names that a chat template, or any of several by name, reads and does not set."""
+    from jinja2 import Environment, TemplateError, meta
+
+    templates = template.values() if isinstance(template, Mapping) else [template or ""]
+    names: set[str] = set()
+    try:
+        for text in templates:
+            environment = Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
+            names |= meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", text)))
+    except TemplateError as error:
+        raise InputError(f"the chat template cannot be read: {in_one_line(error)}") from error
+    return frozenset(names) - _OURS
 
 
 @checked
@@ -216,7 +235,7 @@ def template_changes(prompt: Prompt, text: str) -> list[str]:
     return changes
 
 
-class Span(NamedTuple):
+class MessageSpan(NamedTuple):
     """Where in a rendered prompt the text of a message stands, and whose it is."""
 
     role: str
@@ -225,7 +244,7 @@ class Span(NamedTuple):
 
 
 @checked
-def message_spans(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[Span, ...]:
+def message_spans(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[MessageSpan, ...]:
     """Where each message stands in the text that `render` gives; none where a prompt is text.
 
     The template is rendered once more with marks in place of the messages: what stands between the
@@ -264,7 +283,7 @@ def message_spans(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[Span, ...]:
                 "be told apart; take the labels 'all' or 'own', or give continuations"
             )
         at, before = start + len(kept[0]), after
-        spans.append(Span(message.role, start, at))
+        spans.append(MessageSpan(message.role, start, at))
     return tuple(spans)
 
 
@@ -332,7 +351,10 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 def checked_prompt(value: Any, *, where: str) -> Prompt:
-    """Text, or a list of messages, as a prompt. Raises `InputError` on anything else."""
+    """Text, a message, or a list of these (or an object that has it) as a prompt.
+
+    The object has it under `conversations` or `messages`. Raises `InputError` on anything else.
+    """
     if isinstance(value, str):
         return checked_text(value, where=where)
     if isinstance(value, Mapping):
@@ -357,7 +379,9 @@ def _message(value: Any, *, where: str) -> Message:
     elif isinstance(value, Mapping) and {"role", "content"} <= value.keys():
         role, content = value["role"], _parts_as_text(value["content"])
     else:
-        raise InputError(f"{where}: expected an object with the keys role and content")
+        raise InputError(
+            f"{where}: expected an object with the keys role and content (or from and value)"
+        )
     if not isinstance(role, str) or not isinstance(content, str):
         raise InputError(
             f"{where}: role and content must be text (content may be a list of parts of text)"

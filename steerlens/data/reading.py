@@ -27,7 +27,7 @@ DELIMITERS = {".csv": ",;\t", ".tsv": "\t", ".tab": "\t"}
 _HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
 _SUFFIXES = (".json", ".jsonl", ".parquet", ".txt")
 _SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(_|$)")
-_FLOAT_ID = re.compile(r"-?\d+\.0+")
+_WHOLE_FLOAT = re.compile(r"-?\d+\.0+")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -188,7 +188,10 @@ def _of_parquet(raw: bytes, name: str) -> tuple[Row, ...]:
 
 
 def _of_table(text: str, delimiters: str, name: str) -> Iterator[Row]:
-    """Rows of a CSV or TSV file, by their first line; an empty cell is None."""
+    """Rows of a CSV or TSV file, by their first line; an empty cell is None.
+
+    A column of whole numbers that went through floats ("1.0") is read as "1".
+    """
     header = next(iter(_LINE_END.split(text)))
     cells = {d: len(next(csv.reader([header], delimiter=d), [])) for d in delimiters}
     # A comma by its name; another one where no comma is there.
@@ -214,7 +217,7 @@ def _of_table(text: str, delimiters: str, name: str) -> Iterator[Row]:
         ) from error
     columns = {str(column).strip(): list(map(_cell, frame[column])) for column in frame}
     for column, values in columns.items():
-        if any(values) and all(value is None or _FLOAT_ID.fullmatch(value) for value in values):
+        if any(values) and all(value is None or _WHOLE_FLOAT.fullmatch(value) for value in values):
             columns[column] = [value and value.partition(".")[0] for value in values]
     line = 2 + sum(len(_LINE_END.findall(column)) for column in columns)
     for number, cells_ in enumerate(zip(*columns.values(), strict=True), start=1):
@@ -288,7 +291,7 @@ def _of_dataset(name: str, split: str, *, is_folder: bool = False) -> Rows:
         no_file = "" if is_folder else "there is no such file, and "
         raise InputError(
             f"{name!r} cannot be read: {no_file}datasets says: {in_one_line(error)[:300]}; "
-            "or load it yourself and give ContrastivePairs.load the dataset"
+            "or load it yourself and give load the dataset"
         ) from error
     return read_rows(loaded, split=split, name=name)
 

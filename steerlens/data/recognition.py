@@ -50,7 +50,7 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 """What a column is for -> the plain names of such a column, the plainest first."""
 _AS_PROMPT = {"preferences": {"prompt": _PROMPTS}}
-"""Of a form, further names of a role."""
+"""Of a form, the names of a role in place of those of `ROLES`."""
 
 
 def make(
@@ -75,7 +75,8 @@ def make(
     sheet = _sheet(rows, keys, name, columns, needed)
     made = FORMS[name].read(sheet)
     used = {*sheet.columns.values(), made.by}
-    # Of lists the texts are counted, or what they are crossed to.
+    # Of lists of one length the pairs are counted, of two without pairs the texts, else what is
+    # crossed.
     made.n_rows = made.n_rows or (len(made.entries) if FORMS[name].of_lists else len(rows.rows))
     made.form, made.not_used = name, tuple(key for key in keys if key not in used)
     return made

@@ -49,7 +49,7 @@ class EntrySequence(Sequence[Entry]):
 
     name: str
     card: Card | None
-    """What was read, where this is all of what was."""
+    """What became of the rows that were read, where these are all of them."""
     unpaired: Any = None
     """Both lists whole, where what was read had no pairs."""
     _split: ClassVar[str]
@@ -101,7 +101,7 @@ class EntrySequence(Sequence[Entry]):
     def __getitem__(self: Self, index: slice) -> Self: ...
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return type(self)(self._entries[index], self.name)
+            return self._part(self._entries[index], self.name)
         return self._entries[index]
 
     def __repr__(self) -> str:
@@ -198,7 +198,8 @@ class EntrySequence(Sequence[Entry]):
             name: What messages and tables call them. Default: the file, or "pairs" or "items".
 
         Raises:
-            InputError: Says which row cannot be used and why, or which columns came.
+            InputError: Says which row cannot be used and why, or which columns came; a source that
+                cannot be read, a part or a form that is not there.
 
         Examples:
             >>> films = [
@@ -227,6 +228,11 @@ class EntrySequence(Sequence[Entry]):
             source, called = tuple(source.split(",")), name or source
         sides = source if isinstance(source, tuple) and len(source) == 2 else ()
         if sides and all(isinstance(side, _LISTS) for side in sides):
+            if form is not None or group not in ("group", "auto") or not {*columns} <= {"text"}:
+                raise InputError(
+                    f"{called}: two lists without pairs have texts alone, so leave out form and "
+                    "group; columns may name the text: --columns text=COLUMN"
+                )
             both = [read_rows(side, split=split, name=called) for side in sides]
             made = make_lists(both, columns)
         else:
@@ -333,10 +339,16 @@ class EntrySequence(Sequence[Entry]):
                 f"least {MIN_ENTRIES} {self._noun} in each part"
             )
         train, test = (
-            type(self)(part, f"{self.name}[{split}]")
+            self._part(part, f"{self.name}[{split}]")
             for part, split in zip(parts, SPLITS, strict=True)
         )
         return train, test
+
+    def _part(self: Self, entries: tuple[Any, ...], name: str) -> Self:
+        """Some of the entries; what has no pairs has none in a part either."""
+        sides = [tuple(getattr(e, side) for e in entries) for side in ("positive", "negative")]
+        more = {} if self.unpaired is None else {"unpaired": tuple(sides)}
+        return type(self)(entries, name, **more)
 
     @classmethod
     def _content(cls, entry: Any) -> tuple[Any, ...]:
@@ -392,7 +404,7 @@ def one_of_each_in_turn(groups: Sequence[int], most: int) -> list[int]:
         >>> one_of_each_in_turn([0, 0, 0, 1, 1, 2], 4)
         [0, 1, 3, 5]
     """
-    turns = [list(groups[:row]).count(group) for row, group in enumerate(groups)]
+    turns = pd.Series(groups).groupby(list(groups)).cumcount().tolist()
     in_turn = sorted(range(len(groups)), key=lambda row: (turns[row], groups[row]))
     return sorted(in_turn[:most])
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -108,7 +107,9 @@ def collect_differences(
 ) -> Differences:
     """Activations of both sides of every pair and their differences.
 
-    States at `hook_resid_post` are block outputs, at the last layer too (before the final norm).
+    States at `hook_resid_post` are block outputs, at the last layer too (before the final norm). Of
+    two lists without pairs each positive text is set against the mean of the negative ones: their
+    mean is the difference of the two means, whatever the lengths.
 
     Args:
         layers: As in `resolve_hooks`.
@@ -119,7 +120,9 @@ def collect_differences(
         progress: Told of the prompts; nobody by default.
 
     Raises:
-        InputError: A position outside a prompt (named), or of which it has no token.
+        InputError: A position that names nothing, is outside a prompt (named) or of which it has no
+            token; no room in the context for own text; markers of thinking that the tokenizer
+            cannot write.
         HookError: An unknown hook.
         ModelError: NaN or inf at a hook (named).
 
@@ -127,68 +130,53 @@ def collect_differences(
         >>> sl.collect_differences(model, pairs, layers=[0, 2], position=-1)
         Differences(2 hooks, 8 pairs, d_model 32)
     """
-    settings: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     position = as_position(position)
-    tokenized = pairs_to_read(model, pairs, position, own_tokens=own_tokens)
-    sides = (tokenized.positive, tokenized.negative)
-    return _differences(model, pairs, sides, layers=layers, position=position, **settings)
-
-
-def class_differences(
-    model: HookedModel, pairs: ContrastivePairs, *, position: Position = -1, **settings: Any
-) -> Differences:
-    """Each positive text of `pairs.unpaired` against the mean of the negative ones.
-
-    Their mean is the difference of the two means, whatever the lengths. The settings are those of
-    `collect_differences`.
-    """
-    assert pairs.unpaired is not None
-    span = parse_position(position).span
-    positive, negative = (
-        with_spans(
-            model,
-            [
-                tokenize_prompt(model, text, where=f"{side} text {i}")
-                for i, text in enumerate(texts, 1)
-            ],
-            [span] if span else [],
-        )
-        for side, texts in zip(("positive", "negative"), pairs.unpaired, strict=True)
-    )
-    return _differences(model, pairs, (positive, negative), position=position, **settings)
-
-
-def _differences(
-    model: HookedModel,
-    pairs: ContrastivePairs,
-    sides: tuple[Sequence[TokenizedPrompt], Sequence[TokenizedPrompt]],
-    *,
-    layers: Layers = "all",
-    position: Position = -1,
-    **settings: Any,
-) -> Differences:
-    """The differences of two sides: of others than the pairs, from the mean of the negative one."""
     hook_names = resolve_hooks(model, layers)
-    names = (hook_names, missing_readouts(hook_names, int(model.cfg.n_layers)))
+    readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
+    sides = _sides(model, pairs, position, own_tokens)
     # Both sides at once: a GPU is not left idle between them.
-    prompts = (*sides[0], *sides[1])
-    both = collect_activations(model, prompts, names[0] + names[1], position=position, **settings)
+    both = collect_activations(
+        model,
+        (*sides[0], *sides[1]),
+        hook_names + readout_names,
+        position=position,
+        batch_size=batch_size,
+        progress=progress,
+    )
     # Each a tensor of its own, which can be kept and written without the other.
     positive, negative = (
         side.clone(memory_format=torch.contiguous_format)
         for side in both.tensor_split([len(sides[0])], dim=1)
     )
-    are_pairs = len(sides[0]) == len(sides[1]) == len(pairs)
-    if not are_pairs:
+    groups: tuple[int, ...] | None = pairs.groups
+    if pairs.unpaired is not None:
         mean = negative.mean(dim=1, keepdim=True, dtype=torch.float64).to(negative.dtype)
-        negative = mean.expand_as(positive).contiguous()
+        negative, groups = mean.expand_as(positive).contiguous(), None
     return Differences(
-        *(*names, positive, negative, position, pairs.fingerprint),
+        *(hook_names, readout_names, positive, negative, position, pairs.fingerprint),
         weight_processing=weight_processing(model),
         weights_fingerprint=weights_fingerprint(model),
-        groups=pairs.groups if are_pairs else None,
+        groups=groups,
         pair_hashes=pairs.prompt_hashes,
     )
+
+
+def _sides(
+    model: HookedModel, pairs: ContrastivePairs, position: Position, own_tokens: int
+) -> list[Sequence[TokenizedPrompt]]:
+    """The positive and the negative prompts, of lists without pairs all that they have."""
+    if pairs.unpaired is None:
+        tokenized = pairs_to_read(model, pairs, position, own_tokens=own_tokens)
+        return [tokenized.positive, tokenized.negative]
+    span = parse_position(position).span
+    return [
+        with_spans(
+            model,
+            [tokenize_prompt(model, t, where=f"{side} text {i}") for i, t in enumerate(texts, 1)],
+            [span] if span else [],
+        )
+        for side, texts in zip(("positive", "negative"), pairs.unpaired, strict=True)
+    ]
 
 
 def missing_readouts(hook_names: Sequence[str], n_layers: int) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Message
 from steerlens.directions.differences import (
     Differences,
-    class_differences,
     collect_differences,
 )
 from steerlens.directions.directions import Directions
@@ -23,7 +22,6 @@ from steerlens.directions.training import train_directions
 from steerlens.engine.checkpoint import Checkpoint, Kept, digest
 from steerlens.engine.labels import OWN, OWN_TOKENS, LabelKind
 from steerlens.engine.positions import Position, as_position
-from steerlens.errors import InputError
 from steerlens.loss import WEIGHT
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers
@@ -68,14 +66,15 @@ def fit(
         layers: As in `resolve_hooks`.
         position: The tokens of each prompt that are read (see `Position`); by default the last, or
             the last but one for a method fitted from gradients where some pair has no label after
-            it. "assistant" is the mean over the response.
+            it. "assistant" is the mean over the response. Gradients and training take one token.
         labels: Of methods fitted from gradients or trained: the tokens whose logprob the loss
             keeps, as of `Study`. Default: that of the pairs.
         weight: That of the coherence term in the gradients (`LossGradients.with_weight`).
         items: For the methods trained on continuations.
         differences: Of the pairs at the layers and the position, where they are there already;
             collected by default.
-        own_tokens: The most tokens that the model writes where its own text is read (32).
+        own_tokens: The most tokens that the model writes where its own text is read (32); labels
+            "own" of gradients and training have 32.
         seed: That of the controls, the scores and the training.
         batch_size: Prompts in a pass; by default what the device can use.
         progress: Told of every stage; nobody by default.
@@ -104,8 +103,6 @@ def fit(
         gradients = _gradients(model, pairs, [chosen], **how, **shared)
         evidence = gradients.with_weight(weight)
     else:
-        if differences is None and pairs.unpaired is not None:
-            differences = class_differences(model, pairs, position=at, **shared)
         evidence = differences or collect_differences(
             model, pairs, position=at, own_tokens=own_tokens, **shared
         )
@@ -131,6 +128,7 @@ def fit_methods(
     From one pass for the gradients on each axis. The differences are there already; gradients and
     trained directions that the checkpoint has are not made again. Otherwise as `fit`.
     """
+    pairs.check_paired("methods that are compared are")
     chosen = {name: method_of(name) for name in methods}
     shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
     decided = (
@@ -205,11 +203,8 @@ def _train(
 def check_pairs(pairs: ContrastivePairs, method: str) -> None:
     """Raise `InputError` where the method needs pairs and there are two lists without any."""
     name = method_of(method).name
-    if pairs.unpaired is not None and name != "mean_diff":
-        raise InputError(
-            f"{name} is fitted from pairs, and {pairs.name} are two lists without any; take "
-            "mean_diff, or say what belongs together: a record a pair, or a column (--group)"
-        )
+    if name != "mean_diff":
+        pairs.check_paired(f"{name} is")
 
 
 def default_position(method: str, pairs: ContrastivePairs, labels: LabelKind | None = None) -> int:

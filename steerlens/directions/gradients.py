@@ -89,9 +89,9 @@ def loss_gradients(
         progress: Told of the pairs; nobody by default.
 
     Raises:
-        InputError: A position outside a prompt or without a label after it, hooks that are not as
-            wide as the residual stream, a margin or number that cannot be used, or an axis of
-            another model or that no method fits to differences.
+        InputError: A position of several tokens, outside a prompt or without a label after it,
+            hooks that are not as wide as the residual stream, a margin or number that cannot be
+            used, or an axis of another model or that no method fits to differences.
         HookError: An unknown hook, a loss hook that comes before a hook, or an axis that lacks a
             loss hook.
         ModelError: NaN or inf in the gradients, or a model whose label positions cannot be run
@@ -110,6 +110,7 @@ def loss_gradients(
     readouts = missing_readouts(hook_names, int(model.cfg.n_layers))
     loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook)
     position = one_token(position, "gradients")
+    pairs.check_paired("gradients are")
     tokenized = labelled_pairs(model, pairs, labels, seed=seed)
     _check_position(tokenized, position)
     batches = make_pair_batches(model, tokenized, batch_size)

@@ -125,9 +125,9 @@ def train_directions(
             has ended; nobody by default.
 
     Raises:
-        InputError: An unknown objective, missing items, fewer than 5 examples, a vector that did
-            not move, a number that cannot be used, or an axis of another model or that no method
-            fits to differences; and as `collect_differences`.
+        InputError: An unknown objective, a position of several tokens, missing items, fewer than 5
+            examples, a vector that did not move, a number that cannot be used, or an axis of
+            another model or that no method fits to differences; and as `collect_differences`.
         HookError: An unknown hook, or an axis that lacks a readout hook.
 
     Examples:
@@ -140,6 +140,7 @@ def train_directions(
         ([0, 1, 2], True)
     """
     position = one_token(position, "the states of training")
+    pairs.check_paired("a trained direction is")
     items = _items_of(objective, items)
     differences = collect_differences(
         model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress

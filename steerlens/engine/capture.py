@@ -142,7 +142,7 @@ def run_to_hooks(
 ) -> Float[Tensor, "hook prompt d_model"]:
     """Run a batch until every hook has been read once, and stop there.
 
-    `places` are what is read; `fwd_hooks` (an intervention) act before the reading at the
+    `places` are where each row is read; `fwd_hooks` (an intervention) act before the reading at the
     same hook. Raises `HookError` when a hook does not fire.
     """
     found: dict[str, Tensor] = {}

@@ -84,7 +84,7 @@ def _finished(
             kl, logprobs = (by_token(batches, values) for values in by_label)
             at_labels = list(zip(kl, logprobs, strict=True))
     if prepared.workload.reads_unsteered:
-        # To the bit.
+        # It is read before every steered token, so it is the unsteered one to the bit.
         unsteered = prepared.unsteered.cell(job.readout)
         readouts_pos = unsteered.positive.expand(n, -1, -1)
         readouts_neg = unsteered.negative.expand(n, -1, -1)

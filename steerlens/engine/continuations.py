@@ -43,11 +43,11 @@ def continue_prompts(
             f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "
             f"of {n_ctx}; ask for fewer"
         )
-    n_sides = {
+    sides = {
         side_of_switches(model, length)
         for length in (min(len(prompt.prompt) for prompt in prompts), width + max_new_tokens)
     }
-    if len(n_sides) > 1 and any(len(prompt.prompt) < width for prompt in prompts):
+    if len(sides) > 1 and any(len(prompt.prompt) < width for prompt in prompts):
         # Each of them has to cross at its own length.
         return [
             row

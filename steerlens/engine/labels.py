@@ -115,7 +115,7 @@ def labelled_pairs(
     """
     kind = kind_of_labels(pairs, labels, position)
     how: dict[str, Any] = {"own_tokens": own_tokens, "seed": seed}
-    tokenized = pairs_to_read(model, pairs, position, own=kind if kind in OWN else "own", **how)
+    tokenized = pairs_to_read(model, pairs, position, own=kind, **how)
     positive, negative = tokenized.positive, tokenized.negative
     if _read_text(pairs, position) != "own":  # which are labels already
         positive = with_labels(model, positive, kind, **how)
@@ -190,7 +190,7 @@ def with_spans(
     if not {"think", "answer"}.isdisjoint(names):
         markers = markers_of(model.tokenizer)
         for of, prompt in zip(spans, prompts, strict=True):
-            found = phases(torch.tensor([prompt.ids]), markers, len(prompt))
+            found = phases(torch.tensor([prompt.ids]), markers, len(prompt.prompt))
             of |= {name: tuple(mask[0].nonzero()[:, 0].tolist()) for name, mask in found.items()}
     return tuple(
         replace(prompt, spans={**prompt.spans, **of})

@@ -15,9 +15,10 @@ from steerlens.errors import InputError, told
 
 Position: TypeAlias = int | str
 """Where activations are read, in each prompt: the index of a token, negative from the prompt's end;
-`last`, its last token; several by commas ("-3,-1") or as a slice ("-4:", "2:-1"); or a span by name
-(see `Span`). Of several tokens the mean is taken, or with ":last" or ":max" after them the last one
-or the largest number of each coordinate: "assistant" is the mean over the assistant's tokens."""
+`last`, its last token; several by commas ("-3,-1") or as a slice ("-4:", "2:-1"); or a span by
+name (see `Span`). Of several tokens the mean is taken (":mean"), or with ":last" or ":max" after
+them the last one or the largest number of each coordinate: "assistant" is the mean over the
+assistant's tokens."""
 
 Span = Literal["continuation", "assistant", "own", "think", "answer"]
 """Tokens by name. `continuation`: the text given after a prompt, on both sides. `assistant`: what
@@ -138,7 +139,7 @@ Markers: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def markers_of(tokenizer: Any) -> Markers:
-    """Those of `set_rendering`. Raises `InputError` where they are no tokens of the tokenizer."""
+    """The ids of those of `set_rendering`. Raises `InputError` where it cannot write them."""
     names = rendering_of(tokenizer).thinking
     vocabulary = tokenizer.get_vocab()
     begins, ends = (
@@ -160,8 +161,10 @@ def phases(
 ) -> dict[str, Bool[Tensor, "row column"]]:
     """Which tokens come inside (`think`) and after (`answer`) a model's thinking.
 
-    Markers are part of neither. In the prompt what comes before its last thinking is not either: it
-    is that of earlier turns. What a token is depends on those before it alone.
+    The last token of a marker is part of neither; a marker of several tokens is known by that one
+    alone, so those before it count as what they follow. In the prompt what comes before its last
+    thinking is neither: it is that of earlier turns. After the prompt, what a token is depends on
+    those before it alone.
     """
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     completed, last = [], []

@@ -170,9 +170,9 @@ def tokenize_prompt(
     tokenised as one text, as the model would read it, and cut where the prompt ends. A token may
     stand on both sides of that place: an error, or with `set_rendering(tokenizer, straddle="back")`
     (`load_model(..., straddle="back")`) the cut is before it, so that it is the first of the
-    continuation. `where` is what errors call it. Raises `InputError` when the prompt is empty or
-    longer than the model's context, or the continuation cannot be cut off; `ModelError` when the
-    model has no tokenizer.
+    continuation. `where` is what errors call it. Raises `InputError` when the prompt or the
+    continuation has no tokens, both are longer than the model's context, or the continuation cannot
+    be cut off; `ModelError` when the model has no tokenizer, or one with ids that it has not.
 
     Examples:
         >>> tokenized = sl.engine.tokenize_prompt(model, "the river was", " so cold")
@@ -361,5 +361,6 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 SteeredPositions: TypeAlias = str
 """Which real tokens an intervention touches: "all", "prompt", "last" (of the prompt) or a span by
-name (`continuation`, `assistant`, `own`, `think`, `answer`, see `Span`); several joined by +, as in
-"last+continuation"; of a continuation perhaps a window: "continuation[0:10]"."""
+name (`continuation`, `assistant`, `own`, `think`, `answer`, see `Span`; `generated` and `own` are
+other words for `continuation`); several joined by +, as in "last+continuation"; of a continuation
+perhaps a window: "continuation[0:10]"."""

@@ -38,8 +38,6 @@ class Workload:
     @cached_property
     def reads_unsteered(self) -> bool:
         """Whether what is read lies before every steered token of both sides."""
-        if self.steered_positions in ("all", "prompt", "last"):
-            return False
         prompts = chain.from_iterable(b.prompts for b in (*self.positive, *self.negative))
         return all(
             max(prompt.places(self.position))

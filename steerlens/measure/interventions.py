@@ -20,8 +20,9 @@ from steerlens.steering import Add, SteeringVector
 from steerlens.steering.apply import steps
 
 IN_A_BLOCK = (
-    *("hook_resid_pre", "ln1", "attn", "hook_attn_out"),
-    *("hook_resid_mid", "ln2", "mlp", "hook_mlp_out", "hook_resid_post"),
+    *("hook_resid_pre", "hook_in", "hook_attn_in", "ln1.", "attn.", "ln1_post.", "hook_attn_out"),
+    *("hook_resid_mid", "hook_mlp_in", "ln2.", "mlp.", "ln2_post.", "hook_mlp_out"),
+    *("hook_resid_post", "hook_out"),
 )
 """What a forward pass comes to within a block, first to last: how names of hooks begin."""
 
@@ -95,12 +96,12 @@ def of_vector(vector: SteeringVector, readout: str) -> Steering:
 
 
 def in_order(vector: SteeringVector) -> tuple[str, ...]:
-    """Its hooks in the order in which a forward pass comes to them."""
+    """Its hooks in the order of a forward pass; in a block those of unknown place come last."""
 
     def place(name: str) -> tuple[int, int]:
         within = name.partition(f"blocks.{hook_layer(name)}.")[2]
         first = [i for i, part in enumerate(IN_A_BLOCK) if within.startswith(part)]
-        return hook_layer(name), first[0] if first else 0
+        return hook_layer(name), first[0] if first else len(IN_A_BLOCK)
 
     return tuple(sorted(vector, key=place))
 

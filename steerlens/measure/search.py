@@ -172,9 +172,13 @@ class Line:
 
     def reentry(self) -> float:
         """The smallest measured c beyond the boundary that is within the allowance; NaN if none."""
-        beyond = np.array([c for c, _ in self.curve.ahead if c > self.at * 1.001])
-        within = beyond[self.curve.loss(beyond) <= self.allowance] if len(beyond) else beyond
-        return float(within[0]) if len(within) else math.nan
+        slope, beyond = self.curve.slope, self.at * 1.001
+        within = [
+            c
+            for c, bend in self.curve.ahead
+            if c > beyond and slope * c + bend * c**2 <= self.allowance
+        ]
+        return min(within, default=math.nan)
 
 
 Evaluate = Callable[[Sequence[tuple[int, float]]], Sequence[float]]
@@ -297,7 +301,8 @@ def crossing_interval(
         line: The search that has ended.
         slopes: Of each prompt's loss at 0, nats per token and residual unit.
         losses: Of each prompt, at the coefficients of `line.curve.known`; between and beyond them
-            its bend is interpolated as the mean's, and goes on half as steeply.
+            what its bend differs by from the mean's is interpolated as that is, and goes on half
+            as steeply.
         allowed: What each prompt adds to the allowance, which is their mean.
         groups: As of `interval`, and so are `seed` and `n_bootstrap`.
     """

@@ -136,7 +136,7 @@ class Study(Preparation):
         boundaries; the search starts there and evaluates all hooks and both signs in batched runs,
         each again until its boundary and the far end of its interval lie near what was measured. A
         95% interval reaches from where the loss beyond the allowance may be 0 to where it must be
-        above, by its own interval over groups there (`crossing_interval`); an end beyond 1.6 times
+        above, by its own interval over groups there (`crossing_interval`); an end beyond 1.7 times
         what was measured is that of a curve drawn on, and may lie too far out. Of a percentile over
         tokens it is that of resampled prompts.
         `projection_at_boundary` is the projection of the cell at `boundary_pos`, on a line through
@@ -190,8 +190,9 @@ class Study(Preparation):
             boundary: What `boundary` of this study gave.
 
         Raises:
-            InputError: Boundaries of another study; a chat template whose own text depends on the
-                messages; no room in the context for what the model writes.
+            InputError: Boundaries of other directions or hooks than this study's; a chat template
+                whose own text depends on the messages; no room in the context for what the model
+                writes.
         """
         others = set(boundary.layers.hook_name) - set(self.interventions)
         if others or boundary.directions is not self.directions:

@@ -34,6 +34,7 @@ _TEXT_PART = {
 _OTHER_PARTS = re.compile(
     r"(model\.)?(vision|visual|audio|image|multi_modal|mm_|embed_vision|embed_audio)"
 )
+"""The weights of its other parts."""
 
 
 def check_config_file(folder: Path) -> None:
@@ -59,7 +60,8 @@ def check_config_file(folder: Path) -> None:
 def load_checkpoint(name: str, **options: Any) -> Any:
     """Hugging Face's model, every weight of which comes from the checkpoint.
 
-    Of a multimodal one the text part, where transformers has a causal language model for it.
+    Of a multimodal one the text part, where transformers has a causal language model for it that
+    TransformerLens knows.
 
     Args:
         name: A folder or a hub id.
@@ -71,7 +73,6 @@ def load_checkpoint(name: str, **options: Any) -> Any:
             library is not installed.
         MemoryLimitError: Its weights do not fit into this machine.
     """
-
     config = options.get("config")
     if config is None:
         config = _config(name, options)
@@ -100,7 +101,7 @@ def has_text_part(config: Any) -> bool:
     return models[type(text)].__name__ in SUPPORTED_ARCHITECTURES
 
 
-def is_multimodal(name: str, options: Mapping[str, Any]) -> bool:
+def loads_text_part(name: str, options: Mapping[str, Any]) -> bool:
     """`has_text_part` of a folder or hub id, by its config."""
     return has_text_part(_config(name, options))
 

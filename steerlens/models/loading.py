@@ -14,7 +14,7 @@ import torch
 
 from steerlens.data.prompts import Straddle, set_rendering
 from steerlens.errors import InputError, ModelError, SteerlensError, in_one_line, told
-from steerlens.models.checkpoint import check_config_file, is_multimodal, load_checkpoint
+from steerlens.models.checkpoint import check_config_file, load_checkpoint, loads_text_part
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
 from steerlens.models.identity import record_source
@@ -249,7 +249,7 @@ def _boot(name: str, *, quantization: Quantization | None, **options: Any) -> An
             return load_hooked_transformer(name, **options)
         from transformer_lens.model_bridge import TransformerBridge
 
-        if quantization is not None or is_multimodal(name, options):
+        if quantization is not None or loads_text_part(name, options):
             options = _loaded_before(name, quantization, **options)
         else:
             options["model_class"] = SimpleNamespace(from_pretrained=load_checkpoint)

@@ -128,7 +128,7 @@ def read_finished(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise FileError(
             f"{str(path)!r} is not the record of a run that can be repeated ({error}); expected "
-            f"the {RECORD} of a sweep, written by this steerlens or a newer one"
+            f"the {RECORD} of a finished run, written by this steerlens or a newer one"
         ) from error
 
 

@@ -154,7 +154,8 @@ def steer(
     """Steer inside the block; the hooks are gone after it, also after an exception.
 
     Blocks may be nested and repeated: at one hook the outer vector acts first. A thread that runs
-    the model while it is steered here gets a `HookError` itself.
+    the model while it is steered here gets a `HookError` itself. Prompts padded on the right that
+    are given to `generate` inside the block are warned of.
 
     Args:
         model: any `HookedModel`.
@@ -165,9 +166,10 @@ def steer(
 
     Raises:
         InputError: the coefficient has no meaning for the vector, the positions are unknown, the
-            tokenizer has no markers of thinking, or the vector was fitted on a model with other
-            weight processing; inside the block: a mask does not have the prompts' shape, a KV cache
-            comes from before it, or the condition is read too late.
+            tokenizer cannot write the markers of thinking, or the vector was fitted on a model with
+            other weight processing; inside the block: a mask does not have the prompts' shape, a KV
+            cache comes from before it, thinking cannot be followed as a pass shows no token ids, or
+            the condition is read too late.
         HookError: a hook did not fire, or another thread has hooks on the model.
 
     Examples:

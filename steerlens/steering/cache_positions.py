@@ -36,7 +36,8 @@ class Pass:
     """One forward pass over columns `n_before` and later; the prompt has the first `n_prompt`.
 
     `real` is False at padding, over all columns up to the end of this pass. `memory` is what was
-    decided on this prompt, kept from pass to pass; its "ids" are the tokens of all these columns.
+    decided on this prompt, kept from pass to pass; its "ids" are the tokens of all these
+    columns, or None where they are not known.
     """
 
     n_before: int
@@ -135,7 +136,7 @@ class Watch:
                     f"{tuple(mask.shape)}; steer all positions under such a mask"
                 )
             real = mask.bool().cpu()
-        memory["ids"] = _with_ids(memory.get("ids") if n_before else None, shown, n_before)
+        memory["ids"] = _with_ids(memory.get("ids"), shown, n_before)
         self.current = Pass(n_before, self.n_prompt, real, memory)
         if cache is not None:
             self.remember(cache)
@@ -261,8 +262,10 @@ def _unpadded(
 
 @contextmanager
 def warning_of_padding(model: HookedModel) -> Iterator[None]:
-    """Warn where right-padded prompts are given to `generate` inside the block: it goes on behind
-    the padding, which is no text of any prompt."""
+    """Warn where right-padded prompts are given to `generate` inside the block.
+
+    It goes on behind the padding, which is no text of any prompt.
+    """
     pad = getattr(model.tokenizer, "pad_token_id", None)
     outer: list[str] = []
 
@@ -301,7 +304,7 @@ def warning_of_padding(model: HookedModel) -> Iterator[None]:
 
 
 def _ends_in_padding(prompt: Any, kwargs: Mapping[str, Any], pad: int | None) -> bool:
-    """Whether some of several prompts end in padding: by their mask, else by the padding token."""
+    """Whether a prompt ends in padding by the mask; without one, whether some of several do."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return not bool(mask[:, -1].all())

@@ -101,8 +101,8 @@ def bake(
         `out_dir`.
 
     Raises:
-        InputError: one of these is another, the coefficient has no meaning for the vector, or the
-            check fails.
+        InputError: an argument is another than said, an architecture cannot carry the addition, the
+            coefficient has no meaning for the vector, or the check fails.
 
     Examples:
         >>> path = sl.export.bake(model, vector, 4, folder / "steered")
@@ -202,8 +202,8 @@ def _check_ablated_everywhere(model: HookedModel, hook_names: Sequence[str]) -> 
     if missing := sorted(needed - {*hook_names}) or sorted({*hook_names} - known):
         raise InputError(
             "ablated weights write nothing along the direction anywhere, so the vector has to act "
-            f"at {first}, {middle} (where there is one) and {last}; this one differs at "
-            f"{', '.join(missing[:3])}"
+            f"at blocks.0.hook_resid_pre, {middle} (where there is one) and {last}; this one "
+            f"differs at {', '.join(missing[:3])}"
         )
 
 
