@@ -776,9 +776,11 @@ def test_a_mean_difference_needs_no_pairs(model: Any, sides: tuple[list[str], li
     for run in (sl.loss_gradients, sl.directions.train_directions):
         with pytest.raises(InputError, match="two lists without any"):
             run(model, whole, layers=[1])
-    items = PreferenceItems.load([("you", " are", " so"), ("it", " is", " was")] * 5)
+    items = PreferenceItems.load(
+        [{"prompt": f"the {w} was", "positive": " warm", "negative": " cold"} for w in WORDS]
+    )
     with pytest.raises(InputError, match="compared are fitted from pairs"):
-        sl.compare(model, whole, items, items, layers=[1], methods=["mean_diff"])
+        sl.compare(model, whole, items, layers=[1], methods=["mean_diff"])
 
 
 def test_two_lists_come_from_files_and_columns(
