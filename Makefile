@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: audit demo bench docs found-circuits fuzz models-table simulate test test-llamacpp test-oldest test-tl3 lint types unit install clean
+.PHONY: audit demo bench docs found-circuits fuzz models-table simulate test test-elsewhere test-llamacpp test-oldest test-tl3 lint types unit install clean
 
 install: $(STAMP)
 
@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt tests/oracles.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
+	$(BIN)/steerlens recommend --model smollm2-135m-instruct --pairs sentiment --out runs/recommend
 	$(BIN)/steerlens sweep --model smollm2-135m-instruct --pairs sentiment --max-pairs 16 \
 		--layers all --coefficients=-20,-10,0,10,20 --method mean_diff --out runs/demo
 
@@ -28,11 +29,14 @@ bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/boundary.py --out build/bench
 	$(BIN)/python tests/benchmarks/gradients.py
 	$(BIN)/python tests/benchmarks/circuits.py
+	$(BIN)/python tests/benchmarks/generation.py
 
-# Coverage of the intervals and errors of the tests, simulated: some 3 minutes.
+# Coverage of the intervals and errors of the tests, simulated, and recommendations of labels that mean
+# nothing: some 6 minutes.
 simulate: $(STAMP)
 	mkdir -p build
 	OMP_NUM_THREADS=1 $(BIN)/python tests/simulations/inference.py > build/simulations.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/simulations/recommend.py >> build/simulations.md
 	mv build/simulations.md docs/simulations.md
 
 # What docs/found-circuits.md holds; on 2 cores hours, on a GPU minutes. FOUND is a folder of that run.
@@ -51,10 +55,18 @@ test-llamacpp: $(STAMP)
 		-r tests/llamacpp/requirements.txt
 	$(BIN)/python tests/llamacpp/compare.py --client $(LLAMACPP)/bin/python
 
+# Our vectors in lm-evaluation-harness and PEFT, in an environment of their own.
+ELSEWHERE := build/elsewhere
+test-elsewhere: $(STAMP)
+	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)
+	$(ELSEWHERE)/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -r tests/elsewhere/requirements.txt
+	$(BIN)/python tests/elsewhere/compare.py --client $(ELSEWHERE)/bin/python
+
 # The core on TransformerLens 3 (HookedTransformer), in an environment of its own, and its tables beside
 # those of TransformerLens 4.
 TL3 := build/tl3
-TL3_TESTS := activations boundary directions engine hooks loss positions processing steering sweep
+TL3_TESTS := activations boundary directions engine generation hooks loss positions processing steering sweep
 test-tl3: $(STAMP) $(TL3)/.installed
 	$(BIN)/python tests/tl3/tables.py $(TL3)/tables
 	OMP_NUM_THREADS=1 STEERLENS_BRIDGE_TABLES=$(TL3)/tables $(TL3)/bin/python -m pytest \

@@ -50,10 +50,10 @@ def _defined(module: str) -> list[str]:
 
 
 def _imported(module: str) -> dict[str, str]:
-    """Name -> the module that it is imported from by name."""
+    """Name -> the module that it is imported from by name, be it for type checkers alone."""
     return {
         alias.name: node.module
-        for node in _tree(module).body
+        for node in ast.walk(_tree(module))
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
     }

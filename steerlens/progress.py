@@ -1,7 +1,8 @@
 """What long work tells of itself, and how tqdm shows it: in a terminal, a notebook or a log.
 
-A long function tells its `Progress` before the first step of a stage and after every step. Nothing
-is shown unless the caller gives it one, as `show_progress` makes.
+A long function tells its `Progress` before the first step of a stage and after every step. Where
+the caller gives none, a terminal or a notebook shows bars, and a pipe or a file nothing;
+`show_progress` makes one that writes there too.
 """
 
 import os
@@ -41,20 +42,38 @@ def show_progress() -> Iterator[Progress]:
         ...         model, pairs, directions, layers=[2], coefficients=[0, 4], progress=progress
         ...     )
     """
-    from tqdm.auto import tqdm
+    with _place() as options:
+        bars = _Bars(options)
+        try:
+            yield bars
+        finally:
+            bars.close()
 
-    bar: Any = None
 
-    def tell(stage: str, done: int, total: int) -> None:
-        nonlocal bar
+def by_default(progress: Progress | None) -> Progress:
+    """What was given; else bars in a terminal or a notebook, and `silent` anywhere else."""
+    if progress is not None:
+        return progress
+    return silent if _is_log(sys.stderr) else _Bars(_options(sys.stderr))
+
+
+class _Bars:
+    """A `Progress` that tqdm draws, a bar for each stage."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._options = options
+        self._bar: Any = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        from tqdm.auto import tqdm
+
         if total == 0:
             return
-        label = printable(stage)
+        label, bar = printable(stage), self._bar
         # A bar that is closed is disabled.
         if bar is None or bar.disable or bar.desc != label or done < bar.n:
-            if bar is not None:
-                bar.close()
-            bar = tqdm(desc=label, total=total, initial=done, **options)
+            self.close()
+            bar = self._bar = tqdm(desc=label, total=total, initial=done, **self._options)
         bar.total = total
         if done < total:
             bar.update(done - bar.n)
@@ -62,12 +81,10 @@ def show_progress() -> Iterator[Progress]:
             bar.n = done
             bar.close()
 
-    with _place() as options:
-        try:
-            yield tell
-        finally:
-            if bar is not None:
-                bar.close()
+    def close(self) -> None:
+        """Leave the bar where it is."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def silent(stage: str, done: int, total: int) -> None:
@@ -109,22 +126,36 @@ def visible(text: str, keep: str = "") -> str:
 
 @contextmanager
 def _place() -> Iterator[dict[str, Any]]:
-    """tqdm's options for where stderr leads: a notebook's kernel, a terminal, or a log."""
+    """tqdm's options for where stderr leads; what is printed in a terminal meanwhile is kept."""
     from tqdm.contrib import DummyTqdmFile
 
     stream = sys.stderr
-    if type(stream).__module__.startswith("ipykernel"):
-        yield {"mininterval": 0.5}
-    elif not stream.isatty() or os.environ.get("TERM") == "dumb":
-        yield {"file": _Lines(stream), "bar_format": _LINE, "mininterval": 0, "miniters": 1}
-    else:
-        with ExitStack() as redirected:
+    with ExitStack() as redirected:
+        if not _is_log(stream) and not _is_notebook(stream):
             # What is printed meanwhile goes above the bar; but into a file what was meant for it.
             redirected.enter_context(redirect_stderr(DummyTqdmFile(stream)))
             if sys.stdout.isatty():
                 redirected.enter_context(redirect_stdout(DummyTqdmFile(stream)))
-            # The label is last: it is what a narrow terminal cuts off.
-            yield {"file": stream, "bar_format": "{bar:20} " + _LINE, "dynamic_ncols": True}
+        yield _options(stream)
+
+
+def _options(stream: Any) -> dict[str, Any]:
+    """tqdm's, for a notebook's kernel, a log or a terminal."""
+    if _is_notebook(stream):
+        return {"mininterval": 0.5}
+    if _is_log(stream):
+        return {"file": _Lines(stream), "bar_format": _LINE, "mininterval": 0, "miniters": 1}
+    # The label is last: it is what a narrow terminal cuts off.
+    return {"file": stream, "bar_format": "{bar:20} " + _LINE, "dynamic_ncols": True}
+
+
+def _is_notebook(stream: Any) -> bool:
+    return type(stream).__module__.startswith("ipykernel")
+
+
+def _is_log(stream: Any) -> bool:
+    is_screen = stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    return not is_screen and not _is_notebook(stream)
 
 
 class _Lines:

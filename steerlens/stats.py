@@ -1,4 +1,4 @@
-"""How far a mean over pairs or groups can be trusted, and when numbers that should be equal are."""
+"""How far a mean over pairs or groups can be trusted: intervals, ranks among nulls, sign flips."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -26,6 +26,8 @@ __all__ = [
 ]
 
 CONFIDENCE = 0.95
+N_BOOTSTRAP = 2000
+"""Resamples of an interval where nobody says how many."""
 TAIL = (1 - CONFIDENCE) / 2
 POWER = 0.8
 """The share of repeats in which the smallest effect is shown."""
@@ -42,7 +44,7 @@ def interval(
     *,
     groups: Iterable[Any] | None = None,
     seed: int = 0,
-    n_bootstrap: int = 2000,
+    n_bootstrap: int = N_BOOTSTRAP,
 ) -> tuple[float, float]:
     """The 95% interval of the mean of `values`, resampled by group: a bootstrap-t interval.
 
@@ -51,9 +53,10 @@ def interval(
     with the 97.5% and 2.5% quantiles q of t*: that keeps its coverage with few groups and skewed
     values, where percentiles of the means are too narrow. `se` is the standard error of a ratio of
     sums over groups, `sqrt(sum_g (sum_g - mean size_g)^2 / (1 - share_g)) / sum_g size_g`, share_g
-    the group's share of all values. Where more than one draw in 1000 has no spread (five groups and
-    fewer, or nearly all values alike), or the groups are so uneven that they are as good as half of
-    them, q is that of Student's t with `effective_groups - 1` degrees of freedom, 1 at least.
+    the group's share of all values; that of a draw has `(n - 1) / n`, n its groups, in place of
+    each `1 - share_g`. Where more than one draw in 1000 has no spread (five groups and fewer, or
+    nearly all values alike), or the groups are so uneven that they are as good as fewer than half
+    as many, q is that of Student's t with `effective_groups - 1` degrees of freedom, 1 at least.
 
     Args:
         values: One value a pair (prompt, item), in any unit; also the unit of the ends.
@@ -107,7 +110,7 @@ def intervals(
     *,
     groups: Iterable[Any] | None = None,
     seed: int = 0,
-    n_bootstrap: int = 2000,
+    n_bootstrap: int = N_BOOTSTRAP,
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
     """`interval` of every row, the same groups drawn for all of them."""
     return _bootstrap_t(values, np.ones_like(values), groups, seed, n_bootstrap)
@@ -119,7 +122,7 @@ def ratio_interval(
     *,
     groups: Iterable[Any] | None = None,
     seed: int = 0,
-    n_bootstrap: int = 2000,
+    n_bootstrap: int = N_BOOTSTRAP,
 ) -> tuple[float, float]:
     """`interval` of `mean(values) / mean(divisors)`: the divisors take the place of the sizes.
 
@@ -206,7 +209,7 @@ def rank_p(value: float | int, nulls: Iterable[Any]) -> float:
 
     Args:
         value: What was seen, in any unit.
-        nulls: The same of vectors that cannot know the labels; 19 of them can show 0.05.
+        nulls: The same of vectors that cannot know the labels; it takes 20 to show p below 0.05.
 
     Returns:
         Between `1 / (1 + nulls)` and 1; NaN where value or a null is NaN, or there is no null.
@@ -309,19 +312,21 @@ def flip_p(
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
     """Sign-flip p-values of every row's mean being 0, alone and over the family of all rows.
 
-    The statistic is `|sum_g s_g| / sqrt(sum_g s_g^2)` of the groups' sums s_g; each draw flips the
-    signs of whole groups by coin, the same for all rows, and the family's p-value compares with the
-    largest of all rows. It takes the differences of a group to be as likely of either sign where
-    there is no effect. NaN for a row that is not finite or all zero.
+    The statistic is `|sum_g s_g| / sqrt(sum_g s_g^2)` of the groups' sums s_g over the number of
+    values; each draw flips the signs of whole groups by coin, the same for all rows, and the
+    family's p-value compares with the largest of all rows. It takes the differences of a group to
+    be as likely of either sign where there is no effect. NaN for a row that is not finite or all
+    zero.
 
     Args:
         values: One row a comparison, in any unit.
         groups: The group of each value; None takes every value for a group of its own.
         refits: The mean of every row when what was fitted is fitted again on resampled groups, the
-            same for all rows; NaN for a row without, None for all. With them a draw is what an
-            interval holds: flips of the groups' sums about the mean, and the refits' deviations
-            with normal weights, each over the root of a chi-square over its degrees of freedom
-            (those of `refit_spread`).
+            same for all rows; NaN for a row without, None for all. With them the root is of
+            `n / (n - 1) sum_g (s_g - mean share_g)^2` plus the square of `refit_spread`, and a draw
+            is what an interval holds: flips of the groups' sums about the mean, and the refits'
+            deviations with normal weights, each over the root of a chi-square over its degrees of
+            freedom (n - 1, and those of `refit_spread`).
         n_fitted: Groups that were resampled for the refits (`effective_groups`).
         seed: Of the draws.
         n_flips: Number of draws.
@@ -395,11 +400,11 @@ def smallest_effect(low: float, high: float, n_groups: int) -> float:
 
 
 def resampled_counts(
-    n_pairs: int, *, n_resamples: int, seed: int
-) -> Float[np.ndarray, "resample pair"]:
-    """How often each pair is drawn in each bootstrap resample; the same seed, the same draws."""
+    n_groups: int, *, n_resamples: int, seed: int
+) -> Float[np.ndarray, "resample group"]:
+    """How often each group is drawn in each bootstrap resample; the same seed, the same draws."""
     drawn = np.random.default_rng(seed).multinomial(
-        n_pairs, np.full(n_pairs, 1 / n_pairs), size=n_resamples
+        n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples
     )
     return drawn.astype(np.float64)
 

@@ -61,7 +61,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def table(folder: Path, name: str = "sweep.csv") -> pd.DataFrame:
-    return pd.read_csv(folder / name, float_precision="round_trip")
+    return pd.read_csv(folder / name, float_precision="round_trip", dtype={"asked": str})
 
 
 def record(folder: Path) -> dict[str, Any]:

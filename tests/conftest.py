@@ -319,15 +319,19 @@ def loaded_once(loaded: Any, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 
     def load_once(name: str | Path, **options: Any) -> Any:
         is_plain = str(name) == str(model_folder) and not options.get("template_args")
+        is_plain &= options.get("dtype") == torch.float32
+        is_plain &= (options.get("device"), options.get("revision")) == (None, None)
         return loaded if is_plain else load(name, **options)
 
-    monkeypatch.setattr("steerlens.cli.command.load_model", load_once)
+    monkeypatch.setattr("steerlens.load_model", load_once)
 
 
 @pytest.fixture
 def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of the neutral texts that ship."""
     monkeypatch.setattr("steerlens.measure.texts.neutral_texts", lambda: commands.NEUTRAL)
+    # Of each half; words of a small tokenizer.
+    monkeypatch.setattr("steerlens.measure.choosing.open_questions", lambda _: commands.OPENINGS)
 
 
 @pytest.fixture(scope="session")

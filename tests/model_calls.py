@@ -46,6 +46,8 @@ def made(folder: Path) -> SimpleNamespace:
     )
     # What is found out once a model is not part of a call's forward passes.
     sl.sweep(model, pairs, directions, coefficients=[1], **SMALL)
+    texts = [sl.engine.tokenize_prompt(model, text) for text in NEUTRAL[:2]]
+    steering.generate_texts(model, texts, vector, [1.0], max_new_tokens=2)
     return SimpleNamespace(
         model=model,
         pairs=pairs,
@@ -81,6 +83,14 @@ def under(context: Any, model: Any) -> None:
 
 # Name -> a call of it. Every public function and method with a parameter `model` has one.
 CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
+    "behaviour": lambda g: sl.behaviour(
+        *(g.model, g.vector, NEUTRAL[:2]),
+        coefficients=[2.0],
+        samples=2,
+        max_new_tokens=3,
+        pairs=g.pairs,
+        n_bootstrap=20,
+    ),
     "bake": lambda g: sl.export.bake(g.model, g.vector, 2.0, new_folder(g)),
     "check_model": lambda g: check_again(g.model),
     "collect_activations": lambda g: sl.engine.collect_activations(g.model, [g.prompt], [HOOK]),
@@ -103,11 +113,22 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "generation_table": lambda g: sl.measure.generation_table(
         g.model, ["the river", "I said so"], g.vector, coefficients=[0, 2.0], max_new_tokens=3
     ),
+    "recommend": lambda g: sl.recommend(
+        g.model,
+        sl.ContrastivePairs.load(
+            [
+                (f"{p.positive} {w}", f"{p.negative} {w}")
+                for p in g.pairs
+                for w in ("a", "so", "it", "I")
+            ]
+        ),
+        prompts=NEUTRAL[:4],
+        layers=[1],
+    ),
     "loss_geometry": lambda g: sl.loss_geometry(
         g.model, g.pairs, g.directions, layers=[1], n_angles=4, **SMALL
     ),
     "loss_gradients": lambda g: sl.loss_gradients(g.model, g.pairs, layers=[1], n_scores=2),
-    "provenance": lambda g: sl.provenance(g.model),
     "resolve_hooks": lambda g: sl.resolve_hooks(g.model, "all"),
     "steer": lambda g: under(sl.steer(g.model, g.vector, 2.0), g.model),
     "sweep": lambda g: sl.sweep(
@@ -121,6 +142,9 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
     ),
     "train_directions": lambda g: sl.directions.train_directions(
         g.model, g.pairs, layers=[1], max_epochs=2, examples_per_step=2
+    ),
+    "SteeringVector.from_tensor": lambda g: sl.SteeringVector.from_tensor(
+        torch.ones(g.model.cfg.d_model), layer=1, model=g.model
     ),
     "SteeringVector.from_directions": lambda g: sl.SteeringVector.from_directions(
         g.model, g.directions, layers=[1]
@@ -164,6 +188,12 @@ CALLS: dict[str, Callable[[SimpleNamespace], Any]] = {
         g.model, g.prompts, g.directions, g.steered
     ),
     "decoded": lambda g: steering.decoded(g.model, [4, 5, 6]),
+    "generate_texts": lambda g: steering.generate_texts(
+        g.model, [g.prompt], g.vector, [0, 2.0], max_new_tokens=3, samples=2, seed=0
+    ),
+    "readings": lambda g: sl.measure.readings(g.model, g.vector, NEUTRAL),
+    "to_peft": lambda g: sl.export.to_peft(g.model, g.vector, 2.0, new_folder(g)),
+    "vocabulary": lambda g: sl.vocabulary(g.model, g.vector, n_tokens=2, n_random=2),
     "generate_tokens": lambda g: steering.generate_tokens(
         g.model, [g.prompt], g.vector, 2.0, max_new_tokens=3
     ),
@@ -194,6 +224,9 @@ BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
         g.model, 2
     ),
     "bake": lambda g: sl.export.bake(g.model, g.vector, 0, g.folder / "never"),
+    "SteeringVector.from_tensor": lambda g: sl.SteeringVector.from_tensor(
+        torch.ones(7), layer=1, model=g.model
+    ),
     "check_steered": lambda g: circuits.check_steered(g.model, HOOK, 0),
     "make_contrast": lambda g: circuits.make_contrast(
         g.model, g.pairs, circuits.Answers(torch.tensor([[9999]]), torch.tensor([[5]]))
@@ -202,7 +235,6 @@ BAD: dict[str, Callable[[SimpleNamespace], Any]] = {
 }
 # Nothing that they are given can fail in them.
 CANNOT_FAIL = (
-    "provenance",
     "decoded",
     "edge_readers",
     "edge_table",

@@ -71,6 +71,7 @@ def sweep_table(n_layers: int = N_LAYERS) -> pd.DataFrame:
                 {
                     **hook(layer),
                     "coefficient": c,
+                    "asked": f"{c:g}",
                     "readout_hook": resid_post(readout),
                     "n_pairs": 8,
                     "n_groups": 8,
@@ -332,6 +333,34 @@ def boundary_tables() -> dict[str, pd.DataFrame]:
     return {"boundary": table("boundary", curves), "layers": layers_table()}
 
 
+def recommend_tables() -> dict[str, pd.DataFrame]:
+    """An answer of both signs at the middle one of three layers."""
+    said = [f"layer 15 moves what is held out {HOSTILE}"]
+    told = {"positive": {"steer": True, "sentences": said}}
+    told["negative"] = {"steer": False, "sentences": ["no more than a null"]}
+    attrs = {**ATTRS, "told": told, "n_pairs": [80, 40, 40]}
+    signs = [{**hook(15), "sign": sign, "verdict": "steer"} for sign in told]
+    layers = [{**hook(i), "is_chosen": i == 15} for i in (5, 15, 25)]
+    return {
+        "recommendation": table("recommendation", signs, attrs),
+        "candidates": table("candidates", layers, attrs),
+        "generations": generations_table(),
+    }
+
+
+def behave_tables() -> dict[str, pd.DataFrame]:
+    """What is written at three layers and coefficients, by two scorers, and with a persona."""
+    place = {"subject": "positive prompt", "hook_name": "", "layer": -1, "strength": "0"}
+    personas = [{**place, "coefficient": 0.0, "scorer": name} for name in ("concept", "logprob")]
+    steered = [
+        {**hook(i), "subject": "steered", "strength": f"{c:g}", "coefficient": c, "scorer": name}
+        for i in (5, 15, 25)
+        for c in (-8.0, 0.0, 8.0)
+        for name in ("concept", "logprob")
+    ]
+    return {"behaviour": table("behaviour", [*personas, *steered]), "tokens": tokens_table()}
+
+
 def circuits_pages(token: str = " is") -> dict[str, str]:
     """Pages with views, of two heads and of six layers, and two without."""
     words, heads = ["<s>", "The", token], ["L3H5", "L4H1"]
@@ -358,6 +387,10 @@ def write_run_of(
     elif command == "compare":
         chosen_on = items | {"name": "sentiment/train", "n_items": 40}
         more = {"measured_on": items, "chosen_on": chosen_on, "on": "own", "budget": "kl=0.1"}
+    elif command == "recommend":
+        more = {"budget": "kl=0.1"}
+    elif command == "behave":
+        more = {"samples": 4}
     elif command == "circuits":
         more = {"coefficient": 20.0, "pages": circuits_pages()}
     return write(folder, command, tables or CONTENTS[command](), **{**more, **options})
@@ -369,6 +402,8 @@ CONTENTS: dict[str, Callable[[], dict[str, pd.DataFrame]]] = {
     "compare": compare_tables,
     "circuits": circuits_tables,
     "geometry": geometry_tables,
+    "recommend": recommend_tables,
+    "behave": behave_tables,
 }
 """Every command -> the tables of a run of it; those of `circuits` without its comparison."""
 

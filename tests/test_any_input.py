@@ -30,7 +30,14 @@ from steerlens import circuits, steering
 
 N_EXAMPLES = 4
 # What they do when it is not refused takes a second; most is seen by their relatives.
-HEAVY = ("boundary_shape", "compare", "compare_circuits", "find_boundary", "loss_geometry")
+HEAVY = (
+    "behaviour",
+    "boundary_shape",
+    "compare",
+    "compare_circuits",
+    "find_boundary",
+    "loss_geometry",
+)
 TEXTS = st.one_of(
     st.text(max_size=20),
     st.from_regex(r"[-:,*\[\]0-9.a-z=;% ]{1,12}", fullmatch=True),
@@ -172,6 +179,10 @@ def own(name: str, base: dict[str, Any]) -> dict[str, Any]:
         "token_damage": {"prompts": ["the river was warm", "I felt so"], "ids": None},
         "generation_table": {"prompts": ["the river was warm", "I felt so"], "ids": None},
         "collect_activations": {"prompts": [base["prompt"]]},
+        "generate_texts": {"prompts": [base["prompt"]]},
+        "behaviour": {"prompts": ["the river was warm", "I felt so"], "positions": "all"}
+        | {"scorers": ["length"], "groups": None},
+        "readings": {"prompts": ["the river was warm", "I felt so"], "ids": None},
         "generate_tokens": {"prompts": [base["prompt"]]},
         "make_prompts": {"prompts": [base["prompt"]]},
         "tokenize_prompt": {"prompt": "the day", "where": "here"},
@@ -205,12 +216,15 @@ ELSEWHERE = {
     "ordering_penalty": "tensors; test_loss.py",
     "provenance": "takes a model alone",
     "reliability": "needs more pairs; test_cosines.py",
+    "recommend": "needs more pairs; test_recommend.py",
     "report": "runs alone",
     "run_edges": "a graph and tensors; test_graphs.py",
     "run_nodes": "a graph and tensors; test_graphs.py",
     "show_progress": "takes nothing",
     "steps": "as steer",
     "to_gguf": "test_safe_files.py",
+    "to_lm_eval": "test_export.py",
+    "to_peft": "writes an adapter; test_export.py",
     "to_repeng": "a vector alone",
     "to_steering_vectors": "a vector alone",
     "total_variation_barrier": "tensors; test_loss.py",
@@ -387,7 +401,7 @@ def test_what_an_annotation_excludes_is_refused_without_its_being_checked_by_the
     happened: dict[str, str] = json.loads(done.stdout)
     wrong = {call: end for call, end in happened.items() if not end.startswith("SteerlensError: ")}
     assert wrong == {}
-    for call in ("sweep(model=None)", "sweep(pairs=a list of texts)", "sweep(batch_size=1.5)"):
+    for call in ("sweep(model=None)", "sweep(directions=None)", "sweep(batch_size=1.5)"):
         assert call in happened
 
 

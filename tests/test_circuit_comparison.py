@@ -248,7 +248,7 @@ def test_nulls_are_at_the_vectors_divergence(
 
     wanted = mean_kl(pushed)
     differences = sl.collect_differences(tiny, pairs, layers=[0])
-    expected = sl.null_directions(differences, n=2, seed=0)
+    expected = sl.directions.null_directions(differences, n=2, seed=0)
     (name,) = steering.hook_names
     for kind, some in nulls.items():
         for null, directions in zip(some, expected[kind], strict=True):

@@ -94,18 +94,19 @@ def test_without_the_comparison(circuits: Main, tmp_path: Path) -> None:
         (["--layer", "99"], ["layer 99"]),
         (["--layer", "1,2"], ["names 2 hooks"]),
         (["--layer", "3"], ["the last one"]),
-        (["--coefficient", "0"], ["coefficient 0"]),
+        (["--coefficient", "0"], ["expected one --coefficient, not 0"]),
         (["--method", "none"], ["none"]),
         (["--ig-steps", "0"], ["--ig-steps"]),
         (["--null", "1"], ["--null"]),
         (["--max-pairs", "3"], ["4 groups or more; got 3"]),
+        (["--position", "-4:"], ["writes are read at one token", "-4:"]),
     ],
 )
 def test_circuits_refuses(
     options: list[str], words: list[str], circuits: Main, tmp_path: Path
 ) -> None:
     assert_error(circuits("--quiet", "--out", tmp_path, *options), *words)
-    assert not list(tmp_path.glob("*.csv"))
+    assert not content(tmp_path)
 
 
 # Pages

@@ -21,6 +21,7 @@ from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import ModelError
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.steering import generate
+from steerlens.tables import VOCABULARY_COLUMNS, read_csv
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 HOOK = "blocks.1.hook_resid_post"
@@ -153,7 +154,7 @@ def test_generate_uses_the_chat_template_unless_raw(
         seen.append(given)
         return tokenize_prompt(model, given)
 
-    monkeypatch.setattr("steerlens.cli.vector_commands.tokenize_prompt", tokenize)
+    monkeypatch.setattr("steerlens.engine.tokenize_prompt", tokenize)
     assert steered(*options).code == 0
     assert seen == [prompt]
 
@@ -187,14 +188,14 @@ def test_generate_with_a_vector(run: Main, file: Path, loaded: Any) -> None:
     prompt = tokenize_prompt(loaded, "you are")
     assert row == [generate(loaded, prompt, vector, c, max_new_tokens=3) for c in header]
     assert len(set(row)) > 1
-    last = run(*ask, "--coefficient", "90", "--positions", "last").out
+    last = run(*ask, "--coefficients", "90", "--positions", "last").out
     assert generate(loaded, prompt, vector, 90, max_new_tokens=3, positions="last") in last
 
 
 def test_generate_with_a_vector_refuses(run: Main, file: Path) -> None:
     ask = ("generate", "--quiet", "--vector", file, "--prompt", "you are")
-    assert_error(run(*ask, "--layer", "2"), "no hook", "blocks.2")
-    assert_error(run(*ask, "--coefficient", "80 %%"), "80 %%")
+    assert_error(run(*ask, "--layer", "2"), "there is no direction", "blocks.2")
+    assert_error(run(*ask, "--coefficients", "80 %%"), "80 %%")
     assert_error(run(*ask, "--positions", "first"), "first")
     assert_error(run(*ask[:3], file.with_name("none.safetensors"), *ask[4:]), "No such file")
 
@@ -209,7 +210,7 @@ def test_a_model_that_a_file_names_is_not_fetched_unasked(
         asked.append(name)
         raise ModelError("loaded")
 
-    monkeypatch.setattr("steerlens.cli.command.load_model", load)
+    monkeypatch.setattr("steerlens.load_model", load)
     monkeypatch.chdir(tmp_path)
     vector, foreign = sl.SteeringVector.load(file), tmp_path / "foreign.safetensors"
     commands = (
@@ -245,6 +246,22 @@ def test_export_and_back(run: Main, file: Path, tmp_path: Path) -> None:
     assert_error(run("export", tmp_path / "none.gguf", back), "none.gguf")
 
 
+def test_export_at_a_coefficient(run: Main, file: Path, tmp_path: Path) -> None:
+    harness, adapter = tmp_path / "v.pt", tmp_path / "adapter"
+    assert run("export", file, harness, "--to", "lm-eval", "--coefficient", "4").code == 0
+    assert torch.load(harness, weights_only=True)["layers.1"]["steering_coefficient"] == 4
+    assert run("export", file, adapter, "--to", "peft", "--coefficient=-4").code == 0
+    assert (adapter / "adapter_config.json").is_file()
+    for options, words in (
+        (["--to", "lm-eval"], "coefficient"),
+        (["--to", "vim", "--coefficient", "4"], "lm-eval or peft"),
+        (["--coefficient", "4"], "--to lm-eval and --to peft"),
+        (["--to", "peft", "--coefficient", "4,5"], "one --coefficient"),
+    ):
+        assert_error(run("export", file, tmp_path / "w.pt", *options), words)
+    assert_error(run("export", file, adapter, "--to", "peft", "--coefficient=4"), "not empty")
+
+
 def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "baked"
     outcome = run("bake", file, "--coefficient", "50%", "--out", out)
@@ -267,7 +284,7 @@ def test_bake_writes_a_checkpoint(run: Main, file: Path, tmp_path: Path) -> None
 
 def test_vectors_show(run: Main, file: Path) -> None:
     outcome = run("vectors", "show", file)
-    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.code == 0
     for word in ("mean_diff", HOOK, "nats=0.1, on positive text", "chat_template", "versions"):
         assert word in outcome.out
     norm = sl.SteeringVector.load(file).calibration.resid_norm[0]
@@ -299,7 +316,8 @@ SHOWN = r"a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
 SPEAK = """
 import logging, os, sys, warnings
 from tqdm import tqdm
-from steerlens.cli import listing_commands, main
+import steerlens as sl
+from steerlens.cli import main
 
 def speak():
     warnings.warn(f"{ESC}1")
@@ -309,7 +327,7 @@ def speak():
     list(tqdm([0], desc=f"{ESC}5"))
     raise RuntimeError(f"{ESC}6")
 
-listing_commands.cache_folder = speak
+sl.models.packaged.cache_folder = speak
 for arguments in CALLS:  # a child each, so that the imports are paid for once
     child = os.fork()
     if child == 0:
@@ -364,7 +382,7 @@ def test_what_libraries_write_is_not_obeyed(tmp_path: Path) -> None:
 
 def test_generated_text_keeps_its_lines(steered: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "steerlens.cli.vector_commands.generate_text",
+        "steerlens.generate",
         lambda *args, **options: f"{ESC}\nnext\u200d",
     )
     outcome = steered("--raw", "--quiet", "--prompt", f"you {ESC}", "--coefficients=0")
@@ -404,3 +422,55 @@ def test_how_prompts_are_read_and_rendered(
     ):
         assert_error(run(*say, *few, *wrong), message)
     assert_error(run(*words, "--position", "first", "--out", out), "expected a position such as")
+
+
+# read
+
+
+def test_read_says_tokens_texts_and_neighbours(
+    run: Main, file: Path, loaded: Any, tmp_path: Path
+) -> None:
+    vector = sl.SteeringVector.load(file)
+    for name, other in (("near", 2 * vector), ("far", other_than(vector))):
+        other.save(tmp_path / f"{name}.safetensors")
+    (tmp_path / "texts.txt").write_text("you are cheerful\nthe river was so cold\n")
+    out, page = tmp_path / "v.csv", tmp_path / "v.html"
+    outcome = run(
+        *("read", file, "--texts", tmp_path / "texts.txt", "--tokens", "2", "--out", out),
+        *("--page", page, "--beside", tmp_path / "far.safetensors"),
+        *("--beside", tmp_path / "near.safetensors"),
+    )
+    assert outcome.code == 0
+    table = read_csv(out, VOCABULARY_COLUMNS)
+    assert table.token_id.tolist() == (
+        sl.measure.vocabulary(loaded, vector, n_tokens=2).token_id.tolist()
+    )
+    for word in (*table.raw_token, "the river was so cold", "random"):
+        assert word in outcome.out
+    assert outcome.out.index("near.safetensors") < outcome.out.index("far.safetensors")
+    assert "What the direction says" in page.read_text()
+
+
+def other_than(vector: sl.SteeringVector) -> sl.SteeringVector:
+    """One at a right angle to it."""
+    row = torch.zeros(vector.d_model)
+    row[0], row[1] = -vector[HOOK][1], vector[HOOK][0]
+    return sl.SteeringVector.from_vectors({HOOK: row})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--page", "v.txt"], ["--page", ".html"]),
+        (["--texts", "missing.txt"], ["missing.txt"]),
+        (["--jacobian", "missing/lens.pt"], ["JacobianLens"]),
+        (["--beside", "missing.safetensors"], ["missing.safetensors"]),
+    ],
+)
+def test_read_refuses(
+    options: list[str], words: list[str], run: Main, file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "v.csv"
+    assert_error(run("read", file, "--quiet", "--out", out, *options), *words)
+    assert not out.exists()
+    assert_error(run("read", file, "--beside", file), "given twice")

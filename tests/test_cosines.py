@@ -23,6 +23,9 @@ def test_cosines_by_hand() -> None:
         ["a", 3, "b", 0],
     ]
     assert table.cosine.tolist() == pytest.approx([0.0, 0.6, 0.8])
+    listed = sl.cosine_table([a, b])
+    assert listed.cosine.tolist() == table.cosine.tolist()
+    assert listed.vector_b.tolist() == ["1", "2", "2"]
     assert table.random_sd.tolist() == pytest.approx([2**-0.5] * 3)
 
 

@@ -21,6 +21,8 @@ from steerlens.data import (
     dataset_card,
     dataset_names,
     neutral_texts,
+    open_questions,
+    read_prompts,
 )
 from steerlens.errors import InputError
 
@@ -123,6 +125,8 @@ BAD_LINES: dict[str, tuple[Any, Any, str]] = {
     "a number": ({"positive": 3}, {"positive": "3"}, "positive: expected text or a list of"),
     "equal prompts": ({"positive": "you are rude"}, {}, "are equal"),
     "empty after": ({"continuation": ""}, {"continuation": " "}, "continuation: expected text"),
+    "half a token": ({"position": 1.5}, {"position": 1.0}, "position must be a whole number"),
+    "no token": ({"position": True}, {"position": "-2"}, "position must be a whole number"),
     "list after": ({"continuation": ["c"]}, {"continuation": "c"}, "continuation: expected text"),
     "message without content": (
         {"positive": [{"role": "user"}]},
@@ -287,6 +291,7 @@ def test_repr_tells_name_size_and_content() -> None:
         lambda pair: replace(pair, positive="other"),
         lambda pair: replace(pair, negative="other"),
         lambda pair: replace(pair, continuation="other"),
+        lambda pair: replace(pair, position=0),
         lambda pair: replace(pair, id="other"),
         lambda pair: replace(pair, positive=pair.negative, negative=pair.positive),
         lambda pair: replace(pair, positive=(Message("user", pair.positive),)),
@@ -389,6 +394,49 @@ def test_neutral_texts_are_200_distinct_lines() -> None:
     assert len(lines) == len(set(lines)) == 200
     assert all(line == line.strip() and line for line in lines)
     assert "200 distinct lines" in dataset_card("neutral")
+
+
+def test_open_questions_are_two_halves_without_a_question_of_the_pairs() -> None:
+    halves = [open_questions("choice"), open_questions("confirmation")]
+    lines = [line for half in halves for line in half]
+    assert [len(half) for half in halves] == [30, 30]
+    assert len(set(lines)) == 60
+    assert all(line == line.strip() and line.endswith("?") for line in lines)
+    asked = {
+        pair.positive[1].content  # type: ignore[union-attr]
+        for name in dataset_names()
+        for split in ("train", "test")
+        for pair in ContrastivePairs.load(name, split=split)
+    }
+    assert "What was the staff briefing like?" in asked
+    assert asked.isdisjoint(lines)
+    assert "30 distinct questions" in dataset_card("questions")
+    with pytest.raises(InputError, match="'choice' or 'confirmation'"):
+        open_questions("test")  # type: ignore[arg-type]
+
+
+def test_prompts_are_read_from_lines_and_rows(tmp_path: Path) -> None:
+    lines, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_text("the river\n\n how was it ? \n")
+    chat = [{"role": "user", "content": "how was it ?"}]
+    records = [{"messages": chat, "group": 3}, {"prompt": "the river"}, {"prompt": chat}]
+    rows.write_text("\n".join(map(json.dumps, records)))
+    asked = (Message("user", "how was it ?"),)
+    assert read_prompts(lines) == (("the river", None), (" how was it ? ", None))
+    assert read_prompts(rows) == ((asked, "3"), ("the river", None), (asked, None))
+    for record, told in [
+        ({"text": "the"}, r"wrong.jsonl:1: expected messages or a prompt.*'text'"),
+        ({"prompt": "the", "messages": chat}, "expected messages or a prompt"),
+        ({"prompt": ""}, "expected text that is not empty"),
+        ({"prompt": "the", "group": [1]}, "a group is text or a whole number"),
+    ]:
+        wrong = tmp_path / "wrong.jsonl"
+        wrong.write_text(json.dumps(record))
+        with pytest.raises(InputError, match=told):
+            read_prompts(wrong)
+    wrong.write_text("")
+    with pytest.raises(InputError, match="holds no prompt"):
+        read_prompts(wrong)
 
 
 @pytest.mark.parametrize("name", ["sentimnt", "neutral", "", "../data/honesty"])

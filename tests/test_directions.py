@@ -35,6 +35,28 @@ def planted(n_pairs: int, strength: float, *, seed: int = 0, d_model: int = 64) 
     return direction, strength * direction + noise
 
 
+def test_a_direction_by_layer(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    hooks = ("blocks.1.hook_resid_post", "blocks.3.hook_mlp_out", "blocks.3.hook_resid_post")
+    fitted = sl.fit(llama, pairs, layers=hooks)
+    vector = sl.SteeringVector.from_directions(llama, fitted)
+    for one in (fitted, vector):
+        assert torch.equal(one[1], one[hooks[0]])
+        assert 1 in one
+        assert 0 not in one
+        with pytest.raises(KeyError):
+            one[0]
+        assert one.at(3).hook_names == hooks[1:]
+        assert one.at(hooks[2], 1).hook_names == (hooks[2], hooks[0])
+        for missing in ((0,), (), ("blocks.2.hook_resid_post", 1)):
+            with pytest.raises(InputError, match=r"there is no direction .*hook_mlp_out"):
+                one.at(*missing)
+    with pytest.raises(InputError, match=r"layer 3 has 2 directions: name one of .*hook_mlp_out"):
+        fitted[3]
+    part = fitted.at(3)
+    assert set(part.readout_names) == {*fitted.hook_names, *fitted.readout_names} - {*part}
+    assert all(torch.equal(part[name], fitted[name]) for name in (*part, *part.readout_names))
+
+
 def test_centring_subtracts_the_planted_direction() -> None:
     direction, values = planted(80, 4.0)
     centred = float(
@@ -168,7 +190,7 @@ def test_nothing_changes_directions_or_vectors_through_their_tensors() -> None:
 def test_equality_and_hash_of_public_values_raise_nothing() -> None:
     """A dataclass that holds tensors or tables must not compare them field by field."""
     rooms = (sl, sl.circuits, sl.steering, sl.measure, sl.directions, sl.runs)
-    named = [vars(room).get(name) for room in rooms for name in room.__all__]
+    named = [getattr(room, name) for room in rooms for name in room.__all__]
     kinds = {kind for kind in named if is_dataclass(kind) and isinstance(kind, type)}
     holding = [
         kind

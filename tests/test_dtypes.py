@@ -200,5 +200,5 @@ def test_quantized_weights_show_in_the_provenance(
     config = asked["quantization_config"]
     assert (config.load_in_8bit, config.load_in_4bit) == (bits == "8bit", bits == "4bit")
     assert (asked["name"], asked["device_map"]) == (str(folder), {"": "cpu"})
-    assert sl.provenance(model).dtype == f"bfloat16 ({bits})"
-    assert sl.provenance(bridge(build_llama())).dtype == "float32"
+    assert sl.models.provenance(model).dtype == f"bfloat16 ({bits})"
+    assert sl.models.provenance(bridge(build_llama())).dtype == "float32"

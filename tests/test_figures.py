@@ -13,6 +13,7 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 import pytest
+from run_folders import write_sweep
 from test_plots import (
     HOSTILE,
     comparison,
@@ -27,6 +28,7 @@ from test_plots import (
     sweep,
 )
 
+import steerlens as sl
 from steerlens import plots
 from steerlens.errors import FileError, InputError
 
@@ -115,6 +117,63 @@ def test_frames_and_files(points: pd.DataFrame, tmp_path: Path) -> None:
         figure.to_bytes("html")
     with pytest.raises(FileError, match="cannot write"):
         figure.save(tmp_path / "none" / "a.png")
+
+
+def test_figures_of_a_paper_have_its_width(
+    figures: dict[str, plots.Figure], tmp_path: Path
+) -> None:
+    for figure in figures.values():
+        figure.save(tmp_path / "a.svg", width="column")
+        drawn = ET.parse(tmp_path / "a.svg").getroot()
+        assert drawn.attrib["width"].endswith("pt")
+        assert float(drawn.attrib["width"][:-2]) == pytest.approx(238, abs=2), figure
+        assert figure.title not in list(drawn.itertext())
+    figure.save(tmp_path / "a.png", width="page", dpi=100)
+    (pixels,) = struct.unpack(">I", (tmp_path / "a.png").read_bytes()[16:20])
+    assert pixels / 100 == pytest.approx(490 / 72, abs=0.03)
+    with pytest.raises(InputError, match="column or page"):
+        figure.save(tmp_path / "a.pdf", width="wide")
+    with pytest.raises(InputError, match="fits its window"):
+        figure.save(tmp_path / "a.html", width="page")
+
+
+def test_layers_of_a_figure(sweep: pd.DataFrame, points: pd.DataFrame) -> None:
+    other = "blocks.1.hook_mlp_out"
+    for draw in (plots.tradeoff, plots.heat_maps, plots.dose_response):
+        figure = draw(sweep).layers([other])
+        assert set(rows(figure, "cells").layer) == {other}
+        (picked,) = (p for p in figure.spec["params"] if p["name"] == "picked")
+        assert picked["value"] == [{"layer": other}]
+        assert picked["bind"]["options"] == [None, other]
+        assert figure.to_bytes("svg", width="page")
+    (maps, *_) = plots.heat_maps(sweep).layers([0]).spec["concat"]
+    assert maps["layer"][0]["encoding"]["y"]["scale"]["domain"] == ["0"]
+    with pytest.raises(InputError, match="no layer 7; it has 0, blocks"):
+        plots.tradeoff(sweep).layers([7])
+    started = plots.differences(points).starting_at(other)
+    assert started.frames == ("0", other)
+    assert [p["value"] for p in started.spec["params"] if p["name"] == "frame"] == [other]
+
+
+def test_the_figures_of_a_run_are_saved_at_once(tmp_path: Path) -> None:
+    run = write_sweep(tmp_path / "run")
+    saved = sl.runs.save_figures(run, tmp_path / "all", kind="svg")
+    assert [path.stem for path in saved] == [
+        *("projection-against-degradation", "every-cell", "dose-and-response"),
+        *("layer-by-layer-unsteered", "differences-of-the-pairs"),
+    ]
+    assert all(path.stat().st_size > 1000 for path in saved)
+    # Layer 12 is pushed furthest, so it is what a slider starts at.
+    assert (
+        "12"
+        in sl.runs.html_report.figures.figures_of(sl.read_run(run))[4].spec["params"][-1]["value"]
+    )
+    few = sl.runs.save_figures(run, tmp_path / "few", kind="svg", layers=[5, 15])
+    assert [path.stem for path in few[-2:]] == [
+        f"differences-of-the-pairs-{layer}" for layer in (5, 15)
+    ]
+    with pytest.raises(InputError, match=r"no figure of .* has the layers 99"):
+        sl.runs.save_figures(run, tmp_path / "none", layers=[99])
 
 
 def test_a_notebook_gets_a_chart_and_a_picture(sweep: pd.DataFrame) -> None:

@@ -455,6 +455,38 @@ CASES: dict[str, tuple[str, Any, Any, int, Any, int]] = {
         [{"Question": w, "Best Answer": "Yes.", "Incorrect Answers": "No.; Never."} for w in WORDS],
         *((chat("soup", "Yes."), chat("soup", "No."), None), 6, (chat("soup"), "Yes.", "No."), 6),
     ),
+    **{
+        f"choices {how}": (
+            "choices",
+            [{"question": f"{w}?", **answers} for w in WORDS],
+            (chat("soup?", "Yes."), chat("soup?", "No."), None),
+            *(6, (chat("soup?"), "Yes.", "No."), 6),
+        )
+        for how, answers in {
+            "and labels": {
+                "mc1_targets": {"choices": ["No.", "Yes.", "Never."], "labels": [0, 1, 0]},
+                "mc2_targets": {"choices": ["Sure.", "Yes.", "No."], "labels": [1, 1, 0]},
+            },
+            "with labels": {"mc1_targets": {"Yes.": 1, "No.": 0, "Never.": 0}},
+            "by number": {"choices": ["No.", "Yes.", "Never."], "answer": 1},
+            "by letter": {"options": ["No.", "Yes."], "answer": "B"},
+            "by name": {
+                "choices": {"text": ["No.", "Yes."], "label": ["1", "2"]},
+                "answerKey": "2",
+            },
+        }.items()
+    },
+    **{
+        f"labelled few{how}": (
+            "choices",
+            {"data": data, "labels": [[False, True], [True, False], [True, False]]},
+            *(("a truth", "a lie", None), 3, None, 0),
+        )
+        for how, data in {
+            "": [["a lie", "a truth"], ["b", "c"], ["d", "e"]],
+            " in a row": ["a lie", "a truth", "b", "c", "d", "e"],
+        }.items()
+    },
     "instruction and input": (
         "preferences",
         [{"instruction": "Sum up:", "input": w, "chosen": "Yes", "rejected": "No"} for w in WORDS],
@@ -698,8 +730,20 @@ def test_rows_that_are_left_out_are_counted() -> None:
         ),
         ([CASES["traits"][1]] * 2, None, "the form traits is one object of lists, got 2 rows"),
         (
-            {"data": [["a", "b"], ["c", "d"]], "labels": [[True, False], [False, True]]},
-            *(None, "columns data, labels are of no known form"),
+            [{"question": "a", "choices": ["a", "b"], "label": [1]}] * 2,
+            *(None, r"record 1: expected choices as a list and a label for each"),
+        ),
+        (
+            [{"text": w, "label": ("harmful", "harmless")[i % 2]} for i, w in enumerate(WORDS)],
+            *(None, "of two other labels name the positive one: --columns label=label=harmful"),
+        ),
+        (
+            [{"review": w, "stars": ("one", "five")[i % 2]} for i, w in enumerate(WORDS)],
+            *(None, "a column of labels 0 and 1: --columns text=review,label=stars"),
+        ),
+        (
+            [{"safe reply": w, "unsafe reply": "a", "idx": w} for w in WORDS],
+            *(None, "name the two sides: --columns positive=safe reply,negative=unsafe reply"),
         ),
         ([{**row, "id": 1} for row in ROWS], None, "id '1' occurs twice.*--columns group=id"),
         ({**CASES["personas"][1], "template": "Be glad."}, None, "expected {persona} in it"),
@@ -718,6 +762,46 @@ def test_errors_say_what_was_seen_and_which_flag_reads_it(
     """`CASES` are the control."""
     with pytest.raises(InputError, match=told):
         ContrastivePairs.load(content, form=form)
+
+
+@pytest.mark.parametrize(
+    ("labels", "named", "positive"),
+    [
+        (("True", "False"), "", "True"),
+        ((1, -1), "", "1"),
+        (("pos", "neg"), "", "pos"),
+        (("Positive", "Negative"), "", "Positive"),
+        (("incorrect", "correct"), "", "correct"),
+        (("dishonest", "honest"), "", "honest"),
+        (("toxic", "non-toxic"), "", "toxic"),
+        (("safe", "unsafe"), "unsafe", "unsafe"),
+        (("harmful", "harmless"), "harmless", "harmless"),
+        ((2, 5), "2", "2"),
+        (("yes", "no"), "no", "no"),
+    ],
+)
+def test_which_of_two_labels_is_positive(labels: Any, named: str, positive: str) -> None:
+    rows = [{"text": f"{w} {label}", "kind": label} for w in WORDS for label in labels]
+    columns = {"label": f"kind={named}" if named else "kind"}
+    made = ContrastivePairs.load(rows, columns=columns)
+    assert len(made) == 6
+    assert all(pair.positive.split()[1] == positive for pair in made)
+    assert all(pair.negative.split()[1] != positive for pair in made)
+    rows.append({"text": "a third", "kind": "other"})
+    if named:
+        with pytest.raises(InputError, match="of two labels"):
+            ContrastivePairs.load(rows, columns=columns)
+
+
+def test_speakers_have_their_usual_roles_under_either_key() -> None:
+    rows = [
+        {
+            side: [{"role": "human", "content": w}, {"role": "gpt", "content": side}]
+            for side in ("chosen", "rejected")
+        }
+        for w in WORDS
+    ]
+    assert ContrastivePairs.load(rows)[0].positive == chat("soup", "chosen")
 
 
 def test_a_repeated_id_may_be_the_group() -> None:
@@ -773,6 +857,15 @@ def test_a_mean_difference_needs_no_pairs(model: Any, sides: tuple[list[str], li
     for pairs in (whole, whole[:2], ContrastivePairs.load((POS + NEG, NEG + POS)).split(0.5)[1]):
         with pytest.raises(InputError, match=r"pca is fitted from pairs.*two lists without any"):
             sl.fit(model, pairs, method="pca")
+    for method in ("probe", "shuffled"):
+        with pytest.raises(InputError, match=f"{method} is fitted from pairs.*of two lists"):
+            sl.fit_directions(sl.collect_differences(model, whole), method=method)
+    with pytest.raises(InputError, match="reliability is fitted from pairs"):
+        sl.reliability(sl.collect_differences(model, ContrastivePairs.load((POS * 2, NEG * 3))))
+    with pytest.warns(UserWarning, match="two lists without pairs, taken in order: separation"):
+        study = sl.Study(model, whole, fitted, layers=[1], n_bootstrap=2)
+    with pytest.raises(InputError, match="second axis is fitted from pairs"):
+        study.boundary_shape(1)
     for run in (sl.loss_gradients, sl.directions.train_directions):
         with pytest.raises(InputError, match="two lists without any"):
             run(model, whole, layers=[1])

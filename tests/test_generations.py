@@ -47,6 +47,20 @@ def test_a_vector_writes_too(llama: Any, directions: sl.Directions) -> None:
     assert found.text.to_list() == plain.text.to_list()
 
 
+def test_text_is_a_prompt(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    directions = sl.fit(llama, [("a good day", "a bad day"), ("it is warm", "it is cold")])
+    calls: list[tuple[str, int, int]] = []
+    text = sl.generate(
+        *(llama, "the river was", directions.at(2), 8),
+        max_new_tokens=6,
+        progress=lambda *call: calls.append(call),
+    )
+    prompt = tokenize_prompt(llama, "the river was")
+    assert text == sl.generate(llama, prompt, directions.at(2), 8, max_new_tokens=6)
+    assert text != sl.generate(llama, "the river was", directions.at(2), 0, max_new_tokens=6)
+    assert calls == [("tokens", done, 6) for done in range(7)]
+
+
 def test_a_chat_goes_on_after_its_header(llama: Any, directions: sl.Directions) -> None:
     """The opening of the assistant, where there is one, is the prompt's and not written again."""
     asked = (Message("user", "how are you"),)

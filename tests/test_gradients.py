@@ -11,10 +11,10 @@ from conftest import bridge, build_llama
 import steerlens as sl
 from steerlens.directions.gradient_rows import LossGradients, gradient_terms
 from steerlens.directions.gradients import loss_gradients
-from steerlens.engine.backward import Slopes, label_slopes
 from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import plain_cells
+from steerlens.engine.slopes import Slopes, label_slopes
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt, tokenize_pairs
 from steerlens.engine.workload import CellOutput, Cost, Job, Workload
 from steerlens.errors import HookError, InputError, ModelError
@@ -32,7 +32,7 @@ def states(
 ) -> tuple[torch.Tensor, float]:
     """The state at `read` and the labels' logprob when `step` is added at `hook`, by bare hooks."""
     (batch,) = make_batches(model, [prompt], 1)
-    index = int(batch.reading(position)[0])
+    index = int(batch.places(position)[0])
     found: dict[str, torch.Tensor] = {}
 
     def add(activation: torch.Tensor, hook: Any) -> torch.Tensor:

@@ -57,6 +57,12 @@ def blocks(*layers: int, name: str = "hook_resid_post") -> tuple[str, ...]:
         ("blocks.?.attn.hook_z", blocks(0, 1, 2, 3, 4, name="attn.hook_z")),
         ("hook_mlp_out", blocks(0, 1, 2, 3, 4, name="hook_mlp_out")),
         ("attn.hook_z", blocks(0, 1, 2, 3, 4, name="attn.hook_z")),
+        ("blocks.2.attn.hook_z[3]", blocks(2, name="attn.hook_z[3]")),
+        ("attn.hook_z[-4]", blocks(0, 1, 2, 3, 4, name="attn.hook_z[0]")),
+        (
+            ["blocks.[13].attn.hook_z[*]", "blocks.1.attn.hook_z[2]"],
+            tuple(f"blocks.{layer}.attn.hook_z[{head}]" for layer in (1, 3) for head in range(4)),
+        ),
         # The name after the block, so not `attn.hook_out`, `mlp.hook_out` and so on.
         pytest.param("hook_out", blocks(0, 1, 2, 3, 4, name="hook_out"), marks=needs_bridge),
     ],
@@ -124,6 +130,11 @@ def test_a_slice_and_its_text_mean_what_they_mean_in_python(
         ("hook_embed", "hook_resid_pre", "'hook_embed' is not inside a block"),
         ("blocks.9.hook_mlp_out", "blocks.4.hook_mlp_out", "matches 'blocks.9.hook_mlp_out'"),
         ("blocks.[78].*", "blocks.[34].hook_resid_post", "matches 'blocks.[78].*'"),
+        ("attn.hook_z[4]", "attn.hook_z[3]", "no head '4' for 'attn.hook_z[4]'"),
+        ("attn.hook_z[-5]", "attn.hook_z[-4]", "the heads hook_z[0] to hook_z[3] in a block"),
+        ("attn.hook_z[x]", "attn.hook_z[*]", "hook_z[*] is all of them"),
+        ("blocks.9.attn.hook_z[0]", "blocks.4.attn.hook_z[0]", "matches 'blocks.9.attn.hook_z'"),
+        ("attn.hook_q[1]", "attn.hook_q", "a head is written attn.hook_z[3]"),
     ],
 )
 def test_what_names_no_hook_is_refused(llama: Any, layers: Any, repaired: Any, reason: str) -> None:

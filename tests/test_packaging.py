@@ -49,9 +49,16 @@ def test_the_readmes_example_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
     shown = capsys.readouterr().out
     assert "degradation_nats" in shown
-    assert shown.count("How was your day? It was") == 2
+    table, texts = shown.splitlines()[:6], shown.splitlines()[6:]
+    assert [line.split()[1] for line in table[1:]] == ["15"] * 5
+    # What the page says it prints: its table's first and last column, and both texts.
+    (printed,) = re.findall(r"```text\n( +layer.*?)```", page, re.DOTALL)
+    said = printed.splitlines()
+    assert [line.split()[-1] for line in table] == [line.split()[-1] for line in said[:6]]
+    assert texts == said[6:]
     assert "vega" in (tmp_path / "tradeoff.html").read_text(encoding="utf-8")

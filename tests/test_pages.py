@@ -99,7 +99,7 @@ def test_tokens_are_marked(tokens: pd.DataFrame) -> None:
         assert words in seen.text
     # 2, -0.5 and 0.25 nats over the three labels.
     assert "Prompt a, positive, coefficient +4" in seen.text
-    assert "+0.583 nats per token" in seen.text
+    assert "0.583 nats per token lost" in seen.text
 
 
 def test_the_negative_side_is_pushed_the_other_way(tokens: pd.DataFrame) -> None:

@@ -14,6 +14,7 @@ from test_resume import HOOKS, NAME, REQUEST, TENSORS, kept_part, part, tree
 from steerlens.engine.checkpoint import digest
 from steerlens.errors import FileError
 from steerlens.runs import unfinished
+from steerlens.runs.part_files import read_rows, read_tensors
 from steerlens.runs.unfinished import open_parts
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("loaded_once")
 @pytest.mark.parametrize(
     ("file", "name", "read", "step"),
     [
-        ("0000.parquet", HOOKS[0], unfinished._read_rows, 211),
-        (f"{NAME}.safetensors", NAME, unfinished._read_tensors, 3),
+        ("0000.parquet", HOOKS[0], read_rows, 211),
+        (f"{NAME}.safetensors", NAME, read_tensors, 3),
     ],
 )
 def test_no_changed_byte_of_a_part_changes_a_number(

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from run_folders import compare_tables, table
+from run_folders import behave_tables, compare_tables, sweep_table, table
 
 from steerlens import plots
 from steerlens.measure.plane import SHARES, LossGeometry
@@ -30,6 +30,7 @@ def sweep() -> pd.DataFrame:
                 "hook_name": hook,
                 "layer": layer,
                 "coefficient": c,
+                "asked": f"{c:g}",
                 "projection": 10 + (layer + 1) * c,
                 "projection_ci_low": 9 + (layer + 1) * c,
                 "projection_ci_high": 11 + (layer + 1) * c,
@@ -172,6 +173,8 @@ def figures(
         "components": plots.components(*parts),
         "circuit_graph": plots.circuit_graph(edges),
         "training": plots.training(history),
+        "behaviour": plots.behaviour(behave_tables()["behaviour"]),
+        "behaviour_by_coefficient": plots.behaviour_by_coefficient(behave_tables()["behaviour"]),
     }
 
 
@@ -187,7 +190,8 @@ def rows(figure: plots.Figure, name: str, frame: str | None = None) -> pd.DataFr
 
 
 def test_every_figure_is_there(figures: dict[str, plots.Figure]) -> None:
-    pages = {"Page", "attention_page", "projection_page", "token_page", "token_table_html"}
+    pages = {"Page", "attention_page", "projection_page", "reading_page", "token_page"}
+    pages |= {"token_table_html"}
     assert set(figures) | {"Figure"} | pages == set(plots.__all__)
 
 
@@ -223,6 +227,23 @@ def test_marks_tell_what_is_beyond_the_budget_and_what_is_undecided(sweep: pd.Da
     assert len(set(drawn.values())) == 2
 
 
+def test_few_of_many_layers_stand_out(sweep: pd.DataFrame) -> None:
+    """The furthest cell within the budget is at layer 12, quartiles of 30 layers are 7, 14, 22."""
+    cells = sweep_table()
+    many = rows(plots.tradeoff(cells), "cells")
+    assert sorted({*many.number[many.stands_out]}) == [7, 12, 14, 22]
+    far = cells.assign(coherent=cells.coherent.mask(cells.layer == 12, "no"))
+    chosen = rows(plots.dose_response(far), "cells")
+    assert sorted({*chosen.number[chosen.stands_out]}) == [7, 11, 14, 22]
+    assert rows(plots.tradeoff(sweep), "cells").stands_out.all()  # two layers
+    for figure in (plots.tradeoff, plots.heat_maps, plots.dose_response):
+        (picked,) = (p for p in figure(cells).spec["params"] if p["name"] == "picked")
+        assert picked["bind"]["options"] == [None, *map(str, range(30))]
+        assert "value" not in picked
+        (picked,) = (p for p in figure(cells[:7]).spec["params"] if p["name"] == "picked")
+        assert picked["value"] == [{"layer": "0"}]
+
+
 def test_undefined_cells_are_left_out_not_drawn_at_0(sweep: pd.DataFrame) -> None:
     sweep.loc[sweep.coefficient == 4, ["projection", "degradation_nats", "loss"]] = math.nan
     assert sorted(set(rows(plots.tradeoff(sweep), "cells").coefficient)) == [-2, 0, 2]
@@ -240,13 +261,19 @@ def test_heat_maps_by_hand(sweep: pd.DataFrame) -> None:
     assert maps[0]["x"]["scale"]["domain"] == ["-2", "0", "2", "4"]
     assert maps[0]["y"]["scale"] == {"domain": ["0", "blocks.1.hook_mlp_out"], "reverse": True}
     cells = rows(figure, "cells")
-    assert list(cells.coefficient) == ["-2", "0", "2", "4"] * 2
+    assert list(cells.asked) == ["-2", "0", "2", "4"] * 2
     assert list(cells.projection) == [8, 10, 12, 14, 6, 10, 14, 18]
     assert list(cells.loss) == [2, 0, -2, -4] * 2
     assert list(cells.coherent) == ["yes", "yes", "undecided", "no"] * 2
     # 95% of the sizes: 0.04 twice, 0 and 0.16 in each row, so the reach is that of the largest.
     assert maps[1]["color"]["scale"]["domain"] == pytest.approx([-0.16, 0.16])
-    assert maps[0]["color"]["scale"]["domain"] == [6, 18]
+    # Of the unsteered 10: colours are centred on it, and the largest change is one of 8 in 8.
+    assert list(cells.projection_change) == [-2, 0, 2, 4, -4, 0, 4, 8]
+    assert maps[0]["color"]["field"] == "projection_change"
+    assert maps[0]["color"]["scale"]["domain"] == pytest.approx([-6.6, 6.6])
+    without = plots.heat_maps(sweep[sweep.coefficient != 0]).spec["concat"][0]["layer"][0]
+    assert without["encoding"]["color"]["field"] == "projection"
+    assert without["encoding"]["color"]["scale"]["domain"] == [6, 18]
 
 
 def test_dose_and_response_carry_their_intervals(sweep: pd.DataFrame) -> None:

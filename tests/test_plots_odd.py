@@ -14,6 +14,7 @@ from test_plots import boundaries, rows
 from steerlens import plots
 from steerlens.errors import InputError
 from steerlens.measure.plane import LossGeometry
+from steerlens.measure.rows import as_asked
 from steerlens.plots.plane import ARROW
 
 
@@ -115,7 +116,7 @@ def test_a_component_has_one_row() -> None:
 def test_a_cell_has_one_row() -> None:
     table = sweep_table(2)
     twice = pd.concat([table, table[table.coefficient == 10]])
-    with pytest.raises(InputError, match=r"blocks\.0\.hook_resid_post, coefficient 10"):
+    with pytest.raises(InputError, match=r"blocks\.0\.hook_resid_post, asked 10"):
         plots.heat_maps(twice)
     assert plots.heat_maps(table)
 
@@ -123,10 +124,10 @@ def test_a_cell_has_one_row() -> None:
 def test_coefficients_that_are_nearly_the_same_keep_their_columns() -> None:
     table = sweep_table(2)
     table = table[table.coefficient.isin([-40.0, 40.0])]
-    near = table.assign(coefficient=np.where(table.coefficient < 0, 1.0000001, 1.0000002))
-    figure = plots.heat_maps(near)
-    assert set(rows(figure, "cells").coefficient) == {"1.0000001", "1.0000002"}
-    assert set(rows(plots.heat_maps(table), "cells").coefficient) == {"-40", "40"}
+    near = table.coefficient.map({-40.0: 1.0000001, 40.0: 1.0000002})
+    figure = plots.heat_maps(table.assign(coefficient=near, asked=near.map(as_asked)))
+    assert set(rows(figure, "cells").asked) == {"1.0000001", "1.0000002"}
+    assert as_asked(-40.0) == "-40"
 
 
 # Arrows

@@ -71,7 +71,7 @@ def test_what_was_done_is_told(
                 weight.mul_(torch.linspace(0.5, 1.5, len(weight)))
     model = built(hf_model, **processing)
     assert weight_processing(model) == told
-    assert sl.provenance(model).weight_processing == told
+    assert sl.models.provenance(model).weight_processing == told
 
 
 def test_centred_by_hand() -> None:

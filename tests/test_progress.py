@@ -234,6 +234,21 @@ def test_a_terminal_shows_a_bar_that_stays_when_the_stage_is_over() -> None:
     assert re.fullmatch(rf"\u2588{{20}} 5/5 {TIMES} slopes: \[bold\]prompts\\x1b\[2J", slopes)
 
 
+BY_ITSELF = (
+    "from steerlens.progress import by_default\nprogress, FAIL = by_default(None), False"
+    + (WORK.replace("with sl.show_progress() as progress:", "if True:"))
+)
+
+
+def test_bars_are_there_by_themselves_in_a_terminal_alone() -> None:
+    cells, *_, after = screen(in_pty(BY_ITSELF))
+    assert re.fullmatch(rf"{DONE}{TIMES} cells", cells)
+    assert after == "after"
+    piped = run_script(BY_ITSELF, env={})
+    assert (piped.stdout, piped.stderr) == ("said in between\nafter\n", "")
+    assert sl.progress.by_default(silent) is silent
+
+
 def test_an_exception_leaves_the_bar_where_it_stopped() -> None:
     shown = screen(in_pty("FAIL = True" + WORK))
     assert re.fullmatch(rf"\u2588{{8}} +2/5 {TIMES} slopes: \[bold\]prompts\\x1b\[2J", shown[2])
@@ -268,7 +283,8 @@ def test_a_command_in_a_terminal(model_folder: Path, pairs_file: Path, quiet: bo
     shown = screen(written)
     assert any(re.fullmatch(rf"\u2588+ 8/8 {TIMES} activations: prompts", line) for line in shown)
     assert any(line.startswith("Fitting mean_diff on 4 pairs") for line in shown)
-    assert shown[-1].startswith("baseline logprob")
+    assert any(line.startswith("baseline logprob") for line in shown)
+    assert shown[-1].startswith("next: steerlens boundary")
 
 
 # A notebook

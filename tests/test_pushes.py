@@ -10,12 +10,12 @@ from conftest import Bounded
 
 import steerlens as sl
 from steerlens.directions.directions import Directions
-from steerlens.engine.backward import label_slopes
 from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
+from steerlens.engine.slopes import label_slopes
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.loss import Budget
-from steerlens.measure.coherence import allowances, mean_loss
+from steerlens.measure.coherence import allowances, bounded_loss
 from steerlens.measure.prediction import first_roots
 from steerlens.tables import LAYER_COLUMNS
 
@@ -96,7 +96,7 @@ def test_a_small_budget_is_reached_where_it_was_predicted(bounded: Bounded) -> N
 
 def test_losses_by_hand() -> None:
     counts = np.array([[1.0, 1.0], [2.0, 0.0]])
-    assert mean_loss(np.array([0.2, 0.6]), counts).tolist() == pytest.approx([0.4, 0.2])
+    assert bounded_loss(np.array([0.2, 0.6]), counts).tolist() == pytest.approx([0.4, 0.2])
     logprob = np.array([-1.0, -3.0])
     assert allowances(Budget("nats", 0.1), logprob, counts).tolist() == pytest.approx([0.1, 0.1])
     # -2 / 0.99 lies 0.0202 below -2; -1 / 0.99 lies 0.0101 below -1.
@@ -104,7 +104,7 @@ def test_losses_by_hand() -> None:
     assert relative.tolist() == pytest.approx([2 / 99, 1 / 99])
     tokens = np.array([[*range(1, 11)], [*range(11, 19), math.nan, math.nan]], dtype=float)
     # Of 18 values the 95th percentile is the 18th (0.95 * 18 = 17.1), of the first ten the 10th.
-    assert mean_loss(tokens, counts).tolist() == [18.0, 10.0]
-    assert mean_loss(np.array([0.2, math.nan]), counts).tolist() == [math.inf, math.inf]
+    assert bounded_loss(tokens, counts).tolist() == [18.0, 10.0]
+    assert bounded_loss(np.array([0.2, math.nan]), counts).tolist() == [math.inf, math.inf]
     tokens[0, 0] = math.inf
-    assert mean_loss(tokens, counts).tolist() == [math.inf, math.inf]
+    assert bounded_loss(tokens, counts).tolist() == [math.inf, math.inf]

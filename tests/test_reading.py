@@ -1,8 +1,12 @@
 """Where activations are read: tokens by index, slice or name, and what is made of several."""
 
+import json
 import warnings
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from conftest import WORDS, bridge, build_llama, build_tokenizer, padding
@@ -67,6 +71,7 @@ def chats() -> sl.ContrastivePairs:
         ("1:-1", "1:-1:mean"),
         ("assistant", "assistant:mean"),
         ("own:last", "own:last"),
+        ("pair", "pair"),
     ],
 )
 def test_a_position_is_kept_in_one_form(given: Any, kept: Any) -> None:
@@ -74,7 +79,9 @@ def test_a_position_is_kept_in_one_form(given: Any, kept: Any) -> None:
     assert as_position(as_position(given)) == kept  # as a record has it
 
 
-@pytest.mark.parametrize("given", ["", ":", "first", "assistant:sum", "1:2:3", "-1,", [], "1.5"])
+@pytest.mark.parametrize(
+    "given", ["", ":", "first", "assistant:sum", "1:2:3", "-1,", [], "1.5", "pair:max"]
+)
 def test_what_is_no_position(given: Any) -> None:
     with pytest.raises(InputError, match="expected a position such as"):
         as_position(given)
@@ -257,3 +264,64 @@ def test_two_lists_without_pairs_are_read_at_a_span(
     assert fitted.position == "assistant:mean"
     with pytest.raises(InputError, match="no tokens of the span 'continuation'"):
         sl.fit(thinking, (positive, negative[:-1]), layers=[1], position="continuation")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.usefixtures("much_padding")
+def test_each_pair_is_read_at_its_own_position(
+    tiny: Any, pairs: sl.ContrastivePairs, side: str, tmp_path: Path
+) -> None:
+    positions = [-1, -2, 3, 0, -3, 5, -1, 2]
+    records = [
+        {"positive": p.positive, "negative": p.negative, "position": at}
+        for p, at in zip(pairs, positions, strict=True)
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    loaded = sl.ContrastivePairs.load(path)
+    table = pd.DataFrame(records)
+    table.to_csv(tmp_path / "pairs.csv", index=False)
+    assert sl.ContrastivePairs.load(tmp_path / "pairs.csv").pairs == loaded.pairs
+    kept = [p for part in loaded.split(0.25) for p in part]
+    assert {p.id: p.position for p in kept} == {str(i): p for i, p in enumerate(positions, 1)}
+    # Index 0 is the beginning of every text, at which nothing differs.
+    part = loaded[:3]
+    tokenized = sl.engine.tokenize_pairs(tiny, part)
+    differences = []
+    for i, at in enumerate(positions[:3]):
+        up, down = (
+            by_hand(tiny, prompts[i].ids, HOOKS[1], [at], "last")
+            for prompts in (tokenized.positive, tokenized.negative)
+        )
+        differences.append(up - down)
+    expected = torch.stack(differences).mean(dim=0)
+    with padding(tiny, side):
+        found = sl.collect_differences(tiny, part, layers=HOOKS[1], position="pair")
+        torch.testing.assert_close(found[HOOKS[1]].mean(dim=0), expected, rtol=1e-4, atol=1e-5)
+        at_end = sl.collect_differences(tiny, part, layers=HOOKS[1])
+        assert not torch.allclose(at_end[HOOKS[1]].mean(dim=0), expected)
+        directions = sl.fit(tiny, part, layers=[2], position="pair")
+        swept = sl.sweep(tiny, part, directions, coefficients=[0], n_bootstrap=2)
+    assert (directions.position, found.position) == ("pair", "pair")
+    assert swept.table.projection[0] == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+def test_pairs_without_a_position_of_their_own_are_counted(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    some = [replace(p, position=-1 if i < 5 else None) for i, p in enumerate(pairs)]
+    with pytest.raises(InputError, match="3 of 8 pairs have none, the first '6'"):
+        sl.fit(llama, sl.ContrastivePairs(tuple(some)), position="pair")
+    all_ = sl.ContrastivePairs(tuple(replace(p, position=-1) for p in pairs))
+    directions = sl.fit(llama, all_, layers=[2], position="pair")
+    assert torch.equal(directions.vectors, sl.fit(llama, pairs, layers=[2]).vectors)
+    with pytest.raises(InputError, match="8 of 8 pairs have none"):
+        sl.sweep(llama, pairs, directions, coefficients=[1])
+    lists = ([p.positive for p in pairs], [p.negative for p in pairs])
+    with pytest.raises(InputError, match="8 of 8 pairs have none"):
+        sl.fit(llama, lists, position="pair")
+    far = sl.ContrastivePairs((*all_[:7].pairs, replace(all_[7], position=40)))
+    with pytest.raises(InputError, match="position 40 is outside the positive prompt of pair '8'"):
+        sl.fit(llama, far, position="pair")
+    with pytest.raises(InputError, match="gradients are read at one token"):
+        sl.loss_gradients(llama, all_, position="pair")

@@ -40,12 +40,12 @@ def train() -> sl.ContrastivePairs:
 
 
 @pytest.fixture(scope="module")
-def differences(real_model: Any, train: sl.ContrastivePairs) -> sl.Differences:
+def differences(real_model: Any, train: sl.ContrastivePairs) -> sl.directions.Differences:
     return sl.collect_differences(real_model, train[:64])
 
 
 @pytest.fixture(scope="module")
-def directions(differences: sl.Differences) -> sl.Directions:
+def directions(differences: sl.directions.Differences) -> sl.Directions:
     return sl.fit_directions(differences)
 
 
@@ -139,7 +139,7 @@ def _assert_equal_layers(ours: torch.Tensor, theirs: dict[int, torch.Tensor]) ->
 
 
 def test_held_out_pairs_separate_far_above_a_random_direction(
-    real_model: Any, differences: sl.Differences, directions: sl.Directions
+    real_model: Any, differences: sl.directions.Differences, directions: sl.Directions
 ) -> None:
     test = sl.ContrastivePairs.load("sentiment", split="test")[:64]
     held_out = sl.collect_differences(real_model, test, layers="12:24")

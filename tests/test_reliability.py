@@ -19,7 +19,7 @@ def test_reliability_of_a_planted_direction() -> None:
     planted = torch.nn.functional.normalize(torch.randn(32, generator=generator), dim=0)
     base, noise = torch.randn((2, 2, 60, 32), generator=generator)
     strength = torch.tensor([4.0, 0.0])[:, None, None]
-    given = sl.Differences(
+    given = sl.directions.Differences(
         (resid_post(0), resid_post(1)), (), base + strength * planted + noise, base, -1, "f"
     )
     table = reliability(given, n_splits=20)

@@ -17,6 +17,7 @@ from steerlens.data import (
     render,
 )
 from steerlens.errors import InputError
+from steerlens.models import loading
 
 # Closes every turn, as most chat models do: an open turn must not get this end mark.
 CLOSING_TEMPLATE = (
@@ -112,7 +113,9 @@ THINKING_TEMPLATE = CLOSING_TEMPLATE.replace(
 )
 
 
-def test_template_arguments_are_passed_through_and_recorded(model_folder: Path) -> None:
+def test_template_arguments_are_passed_through_and_recorded(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = sl.load_model(str(model_folder), device="cpu", progress=False)
     folder_template = plain.tokenizer.chat_template
     tokenizer = build_tokenizer(chat_template=THINKING_TEMPLATE)
@@ -138,15 +141,20 @@ def test_template_arguments_are_passed_through_and_recorded(model_folder: Path) 
     multiple.chat_template = "{% for"
     with pytest.raises(InputError, match="chat template cannot be read"):
         sl.data.set_rendering(multiple, template_args={"lang": "en"})
-    assert sl.provenance(plain).to_dict().get("rendering") is None
-    with pytest.raises(InputError, match="no argument 'enable_thinking'"):
-        sl.load_model(str(model_folder), template_args={"enable_thinking": False}, progress=False)
+    assert sl.models.provenance(plain).to_dict().get("rendering") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "_boot", lambda *_, **__: pytest.fail("the weights are loaded"))
+        refused = {"enable_thinking": False}
+        with pytest.raises(InputError, match="no argument 'enable_thinking'"):
+            sl.load_model(str(model_folder), template_args=refused, progress=False)
+        with pytest.raises(pytest.fail.Exception, match="the weights are loaded"):
+            sl.load_model(str(model_folder), template_args={"bos_token": ""}, progress=False)
     assert "bos_token" in folder_template
     loaded = sl.load_model(
         str(model_folder), device="cpu", template_args={"bos_token": "</s>"}, progress=False
     )
     assert sl.engine.tokenize_prompt(loaded, (USER,)).ids[:2] == (1, 2)
-    assert sl.provenance(loaded).rendering == '{"template_args": {"bos_token": "</s>"}}'
+    assert sl.models.provenance(loaded).rendering == '{"template_args": {"bos_token": "</s>"}}'
 
 
 def test_an_empty_last_turn_is_the_templates_generation_prompt() -> None:

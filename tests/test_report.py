@@ -304,7 +304,7 @@ def test_the_record_of_another_command_is_refused(command: str, tmp_path: Path) 
         ("compare", {"on": None}, "'on' in its request"),
         ("compare", {"measured_on": None}, "'measured_on' in its request"),
         ("compare", {"chosen_on": {"name": "a"}}, "name and n_items in its 'chosen_on'"),
-        ("circuits", {"coefficient": "far"}, "'coefficient' in its request"),
+        ("circuits", {"coefficient": [1]}, "'coefficient' in its request"),
     ],
 )
 def test_a_request_that_lacks_something_is_refused(

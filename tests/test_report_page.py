@@ -4,6 +4,7 @@ import html
 import json
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from run_folders import (
     layers_table,
     points_table,
     sweep_table,
+    sweep_tables,
     table,
     tokens_table,
     write,
@@ -32,7 +34,7 @@ from run_folders import (
 
 import steerlens as sl
 from steerlens.runs.contents import COMMANDS, TABLES
-from steerlens.runs.html_report.listings import MAX_ROWS, listing
+from steerlens.runs.html_report.listings import MAX_COLUMNS, MAX_ROWS, listing, with_intervals
 from steerlens.runs.html_report.summary import summarise
 
 
@@ -63,7 +65,7 @@ def test_a_page_of_every_command(command: str, tmp_path: Path) -> None:
         assert f"{name}.csv" in outline.text
     assert outline.all("table")
     figures = re.findall(r'class="vega-data" data-for="([^"]*)"', page)
-    assert figures
+    assert figures or command == "recommend"
     ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
     assert len(ids) == len({*ids})
     assert {*figures} <= {*ids}
@@ -80,9 +82,9 @@ def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
     assert len(page.encode()) < 5_000_000
     assert page.count('id="packed-vega"') == 1
     headings = [attrs.get("id") for attrs in outline.all("h2")]
-    assert headings == [f"run{n}-title" for n in range(1, 6)]
+    assert headings == [f"run{n}-title" for n in range(1, 1 + len(COMMANDS))]
     links = [attrs["href"] for attrs in outline.all("a")]
-    assert links == ["#run1", *(f"#run{n}" for n in range(1, 6))]
+    assert links == ["#run1", *(f"#run{n}" for n in range(1, 1 + len(COMMANDS)))]
     ids = [attrs["id"] for _, attrs in outline.elements if "id" in attrs]
     assert len(ids) == len({*ids})
     levels = [int(tag[1]) for tag in outline.tags if re.fullmatch(r"h[1-6]", tag)]
@@ -196,7 +198,7 @@ def test_the_summary_of_a_geometry(tmp_path: Path) -> None:
 def shown(name: str, rows: pd.DataFrame) -> tuple[str, list[list[str]]]:
     """The text of a table's notes, and its cells."""
     made = listing(name, rows, TABLES[name], "x")
-    lines = re.findall(r"<tr>(.*?)</tr>", made)
+    lines = re.findall(r"<tr[^>]*>(.*?)</tr>", made)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in lines]
     note = re.findall(r'<p class="note">(.*?)</p>', made)[0]
     return html.unescape(re.sub("<[^>]*>", "", note)), [
@@ -209,7 +211,8 @@ def test_what_is_undefined_is_empty_and_what_is_infinite_is_beyond() -> None:
     layers.loc[3, "boundary_pos"] = math.nan
     note, (head, *rows) = shown("layers", layers)
     column = next(i for i, name in enumerate(head) if name.startswith("boundary pos"))
-    assert [row[column] for row in rows[:4]] == ["5", "6", "beyond 56", ""]
+    whole = ["5 (4 to 6)", "6 (5 to 7)", "beyond 56 (6 to beyond 56)", ""]
+    assert [row[column] for row in rows[:4]] == whole
     assert "An empty cell is undefined." in note
     assert "An empty cell" not in shown("points", points_table())[0]
     # A negative infinity has its sign, an unknown range no number.
@@ -218,10 +221,74 @@ def test_what_is_undefined_is_empty_and_what_is_infinite_is_beyond() -> None:
     _, (head, *rows) = shown("layers", layers)
     at = {name: i for i, name in enumerate(head)}
     names = [next(n for n in at if n.startswith(f"boundary {sign}")) for sign in ("pos", "neg")]
-    assert [rows[2][at[name]] for name in names] == [
+    assert [rows[2][at[name]].split(" (")[0] for name in names] == [
         "beyond the searched range",
         "beyond −the searched range",  # noqa: RUF001
     ]
+
+
+def test_the_main_columns_are_shown_and_no_interval_stands_alone() -> None:
+    made = listing("comparison", compare_tables()["comparison"], TABLES["comparison"], "x")
+    heads = re.findall(r'<th [^>]*data-names="([^"]*)"( hidden)?', made)
+    at_first = [names.split()[0] for names, hidden in heads if not hidden]
+    assert at_first[:3] == ["method", "layer", "effect"]
+    assert len(at_first) <= MAX_COLUMNS < len(heads)
+    assert ("effect effect_ci_low effect_ci_high", "") in heads
+    # Where a table names none, they are its first ones.
+    nameless = replace(TABLES["comparison"], main=())
+    made = listing("comparison", compare_tables()["comparison"], nameless, "x")
+    assert made.count('scope="col"') - len(re.findall("<th [^>]*hidden", made)) == MAX_COLUMNS
+    for content in TABLES.values():
+        assert set(content.main) <= {column.name for column in content.columns}
+        ends = {end for column in with_intervals(content.columns) for end in column.ends}
+        assert (
+            ends == {c.name for c in content.columns if c.name.endswith(("_low", "_high"))} - LONE
+        )
+
+
+LONE = {
+    f"{name}_{end}"
+    for name in ("null", "iou_null", "rank_null", "area_ci")
+    for end in ("low", "high")
+}
+"""Ends of ranges of nulls, which are of no other column, and of one by another name."""
+INTERNAL = (
+    r"(?i)(head|layer) [-\u2212]1\b|\bnan\b|\binf(inity|inite)?\b|\de[-\u2212](9|[1-9]\d)|null none"
+    r"|[-\u2212][\d.]+ nats per token lost"
+)
+
+
+def test_nothing_internal_reaches_a_reader(tmp_path: Path) -> None:
+    """Neither where a run is as usual, nor where numbers are undefined, infinite or all but 0."""
+    told = ["head -1", "layer \u22121", "nan", "inf to inf", "1.05e-15", "null none"]
+    for text in [*told, "-0.021 nats per token lost"]:
+        assert re.search(INTERNAL, text), text
+    for command in COMMANDS:
+        folder = WRITERS[command](tmp_path / command, null=None)
+        outline = Outline(page_of(folder))
+        assert not re.search(INTERNAL, outline.text)
+        for name, rows in sl.read_run(folder).tables.items():
+            content = TABLES[name]
+            spoilt = pd.concat([rows] * 4, ignore_index=True)
+            for at, value in enumerate((math.nan, math.inf, 1.05e-15)):
+                for column in spoilt.select_dtypes("float"):
+                    spoilt.loc[at, column] = value
+            spoilt.attrs = rows.attrs
+            for column in {"layer", "head"} & {*spoilt.columns}:
+                spoilt[column] = -1
+            text = Outline(listing(name, spoilt, content, "x")).text
+            text = text[: text.index("What the columns mean")]
+            assert not re.search(INTERNAL, text), name
+
+
+def test_a_gain_is_not_a_negative_loss(tmp_path: Path) -> None:
+    gained = tokens_table().assign(damage_nats=-0.021)
+    text = Outline(
+        page_of(write(tmp_path / "run", "sweep", sweep_tables() | {"tokens": gained}))
+    ).text
+    assert "0.021 nats per token gained" in text
+    assert "nats per token lost" not in text
+    assert "nats per token lost" in Outline(page_of(write_sweep(tmp_path / "lost"))).text
 
 
 def test_columns_that_say_nothing_are_told_in_a_line() -> None:

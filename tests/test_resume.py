@@ -17,7 +17,6 @@ from commands import N_LAYERS, OPENINGS, Main, assert_error, content, finish, re
 from conftest import build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens.cli import command
 from steerlens.engine.checkpoint import Kept
 from steerlens.errors import FileError
 from steerlens.runs import record as runs
@@ -133,7 +132,7 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
     fits: list[str] = []
     measured: list[float] = []
     keep, module = Parts.keep, sys.modules["steerlens.measure.sweeps"]
-    measure, fit = module.measure, command.fit
+    measure, fit = module.measure, sl.fit
     finished_cells = module.finished_cells
     yielded: list[int] = []
 
@@ -150,9 +149,9 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
         patch.setattr(
             module, "measure", lambda cell, *rest: (measured.append(0), measure(cell, *rest))[1]
         )
-        patch.setattr(command, "fit", lambda *args, **options: fits.append("fit"))
+        patch.setattr(sl, "fit", lambda *args, **options: fits.append("fit"))
         assert run("sweep", "--resume", interrupted, "--quiet").code == 0
-    assert command.fit is fit
+    assert sl.fit is fit
     assert kept == HOOKS[2:]
     assert len(measured) == 2 * 3  # hooks left, coefficients
     assert yielded == [2] * 2  # hooks left
@@ -189,7 +188,7 @@ def test_a_full_disk_in_a_long_command(
     assert run(*command, f"{tmp_path}/whole{ending}").code == 0
     whole, folder = content(tmp_path / "whole"), tmp_path / "run"
     unfinished_in = Path(f"{folder}{ending}.unfinished") if ending else folder
-    write, written = unfinished._write_tensors, []
+    write, written = unfinished.write_tensors, []
 
     def fail(tensors: Any, attrs: Any, path: Path) -> None:
         written.append(path)
@@ -199,7 +198,7 @@ def test_a_full_disk_in_a_long_command(
         write(tensors, attrs, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(unfinished, "_write_tensors", fail)
+        patch.setattr(unfinished, "write_tensors", fail)
         outcome = run(*command, f"{folder}{ending}")
     assert_error(outcome, "cannot write", "No space left", f"{name} --resume {unfinished_in}")
     assert_error(run(*command, f"{folder}{ending}"), "unfinished run", f"--resume {unfinished_in}")
@@ -325,6 +324,7 @@ ROW = {
     "layer": 0,
     "readout_hook": HOOKS[2],
     "coefficient": 0.1,
+    "asked": "0.1",
     "n_pairs": 3,
     "n_groups": 3,
     "coherent": "yes",
@@ -408,7 +408,7 @@ def test_a_run_is_repeated_from_its_record(
     # Another's record does not choose what is fetched.
     old["options"]["model"] = "some/one"
     source.write_text(json.dumps(sealed(old)), encoding="utf-8")
-    monkeypatch.setattr("steerlens.cli.command.load_model", lambda name, **options: 1 / 0)
+    monkeypatch.setattr("steerlens.load_model", lambda name, **options: 1 / 0)
     again = ("sweep", "--from", first, "--out", tmp_path / "d")
     assert_error(run(*again), "the record", "--model some/one")
     assert_error(run(*again, "--model", "some/one"), "ZeroDivisionError")

@@ -8,8 +8,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from commands import HELD_OUT, OPENINGS, write_pairs
 
 import steerlens as sl
+from steerlens import plots
 from steerlens.errors import InputError
 
 SETTINGS: dict[str, Any] = {"layers": [1, 3], "n_bootstrap": 2}
@@ -163,3 +165,81 @@ def test_labels_of_two_kinds_are_refused_where_they_would_be_averaged(
             measure(with_continuations(n))
         with pytest.raises(InputError, match="3 of the kind 'continuation', 5 of the kind 'all'"):
             measure(with_continuations(3))
+
+
+MOODS = [(f"you are kind {text}", f"you are rude {text}") for text in (*OPENINGS, *HELD_OUT)]
+FORMS: dict[str, Callable[[Path], Any]] = {
+    "tuples": lambda _: MOODS,
+    "dicts": lambda _: [{"positive": good, "negative": bad} for good, bad in MOODS],
+    "a frame": lambda _: pd.DataFrame(MOODS, columns=["positive", "negative"]),
+    "a file": lambda folder: write_pairs(folder / "moods.jsonl", [*OPENINGS, *HELD_OUT]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pairs_may_be_given_as_they_are(form: str, llama: Any, tmp_path: Path) -> None:
+    """What `ContrastivePairs.load` reads, wherever pairs are asked for."""
+    given = FORMS[form](tmp_path)
+    read = sl.ContrastivePairs.load(given)
+    fitted = sl.fit(llama, given, layers=[1])
+    assert fitted.fingerprint == read.fingerprint == sl.ContrastivePairs.load(given).fingerprint
+    assert sl.collect_differences(llama, given, layers=[1]).fingerprint == read.fingerprint
+    assert sl.Study(llama, given, fitted).pairs.fingerprint == read.fingerprint
+    table = sl.sweep(llama, given, fitted, coefficients=[0], n_bootstrap=2).table
+    assert table.attrs["measured_on"] == read.fingerprint
+    for wrong in (3, None, ["a good day", "a bad day"], {}, "no such file", llama):
+        with pytest.raises(InputError, match=r"pairs|no such file"):
+            sl.Study(llama, wrong, fitted)
+
+
+def test_a_name_is_fitted_on_one_part_and_measured_on_the_other(llama: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        study = sl.Study(llama, "formality", sl.fit(llama, MOODS, layers=[1]))
+    assert study.pairs.name == "formality/test"
+
+
+def test_results_draw_themselves(
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    study = sl.Study(llama, many, directions, **SETTINGS)
+    swept, found = study.sweep([-1, 0, 1]), study.boundary()
+    for figure, of_tables in (
+        (swept.plot(), plots.tradeoff(swept.table)),
+        (plots.tradeoff(swept, found), plots.tradeoff(swept.table, found.layers)),
+        (found.plot(), plots.boundary(found.layers)),
+        (plots.layer_profile(study), plots.layer_profile(study.layers)),
+        (plots.differences(swept), plots.differences(swept.points)),
+    ):
+        assert figure.to_html() == of_tables.to_html()
+
+
+def test_coefficients_in_norms_and_boundaries(
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    """They are what they are shares of, hook by hook, and then as any other coefficient."""
+    study = sl.Study(llama, many, directions, **SETTINGS)
+    found = study.boundary().layers.set_index("hook_name")
+    table = study.sweep(["0.1 norm", "-50%", 0, "0%", "2"]).table
+    assert table.asked.tolist() == ["0.1 norm", "-50%", "0", "2"] * 2
+    for name, cells in table.groupby("hook_name", sort=False):
+        expected = [0.1 * found.resid_norm[name], 0.5 * found.boundary_neg[name], 0.0, 2.0]
+        assert cells.coefficient.tolist() == pytest.approx(expected)
+        plain = study.sweep(cells.coefficient.tolist()).table
+        of_hook = plain[plain.hook_name == name].drop(columns="asked")
+        pd.testing.assert_frame_equal(
+            of_hook.reset_index(drop=True), cells.drop(columns="asked").reset_index(drop=True)
+        )
+
+
+def test_coefficients_that_are_shares_of_nothing(
+    llama: Any, many: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
+    both = sl.SteeringVector.from_directions(llama, directions, layers=[1, 2])
+    study = sl.Study(llama, many, both, n_bootstrap=2)
+    with pytest.raises(InputError, match=r"norms are those of one hook .*'80%'"):
+        study.sweep(["0.1 norm"])
+    assert study.sweep(["50%"]).table.coefficient.notna().all()
+    far = sl.Study(llama, many, directions, budget="nats=50", **SETTINGS)
+    with pytest.raises(InputError, match=r"cannot push .* by '80%': the search found no boundary"):
+        far.sweep(["80%"])

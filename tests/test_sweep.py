@@ -90,7 +90,7 @@ def test_coefficient_0_is_the_unsteered_model_bit_for_bit(
             (batch,) = make_batches(llama, prompts, 16)
             with torch.no_grad():
                 logits, cache = llama.run_with_cache(batch.tokens, **batch.forward_kwargs)
-            last = cache[row["readout_hook"]][torch.arange(8), batch.reading(-1)]
+            last = cache[row["readout_hook"]][torch.arange(8), batch.places(-1)]
             order = torch.tensor(batch.rows).argsort()
             sides.append(last[order].double())
             if prompts is tokenized.positive:

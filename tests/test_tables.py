@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Copied from the design, so that a renamed or moved column shows here.
 SWEEP_NAMES = (
-    "hook_name layer coefficient readout_hook n_pairs n_groups projection projection_ci_low "
+    "hook_name layer coefficient asked readout_hook n_pairs n_groups projection projection_ci_low "
     "projection_ci_high projection_shift separation logprob_nats baseline_logprob_nats "
     "degradation_nats degradation_ci_low degradation_ci_high coherence_penalty loss coherent"
 ).split()
@@ -36,7 +36,7 @@ LAYER_NAMES = (
     "predicted_boundary_pos predicted_boundary_neg projection_at_boundary"
 ).split()
 WHOLE_NUMBERS = {"layer", "n_pairs", "n_groups"}
-TEXTS = {"hook_name", "readout_hook", "coherent"}
+TEXTS = {"hook_name", "readout_hook", "coherent", "asked"}
 ATTRS = {"settings": {"coefficients": [-2.0, 0.1], "seed": 3}, "method": "pca", "name": "é"}
 
 
@@ -45,6 +45,7 @@ def full_row(seed: int) -> dict[str, Any]:
     generator = np.random.default_rng(seed)
     row: dict[str, Any] = {name: float(generator.normal() / 3) for name in SWEEP_NAMES}
     row |= {"hook_name": f"blocks.{seed}.hook_resid_post", "readout_hook": "blocks.9.x"}
+    row |= {"asked": "-0.1 norm"}
     return row | {"layer": seed, "n_pairs": 8, "n_groups": 4, "coherent": "undecided"}
 
 
@@ -149,7 +150,9 @@ def test_parquet_keeps_values_types_and_attrs(frame: pd.DataFrame, tmp_path: Pat
 def test_csv_keeps_every_digit(frame: pd.DataFrame, tmp_path: Path) -> None:
     write_csv(frame, tmp_path / "sweep.csv")
     read = pd.read_csv(tmp_path / "sweep.csv", float_precision="round_trip")
-    pd.testing.assert_frame_equal(read, frame, check_exact=True)
+    # What is asked for is text that a spreadsheet would take for a formula.
+    written = frame.assign(asked="'" + frame.asked)
+    pd.testing.assert_frame_equal(read, written, check_exact=True)
 
 
 def test_csv_is_the_same_bytes_each_time(frame: pd.DataFrame, tmp_path: Path) -> None:

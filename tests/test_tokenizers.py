@@ -251,7 +251,7 @@ def test_a_token_on_both_sides_of_the_cut(
         with pytest.raises(InputError, match=message):
             tokenize(model, given)
     sl.data.set_rendering(model.tokenizer, straddle="back")
-    assert sl.provenance(model).rendering == '{"straddle": "back"}'
+    assert sl.models.provenance(model).rendering == '{"straddle": "back"}'
     sides = sl.engine.tokenize_items(model, items)
     whole = model.tokenizer(prompt + continuation, add_special_tokens=False)["input_ids"]
     names = model.tokenizer.convert_ids_to_tokens

@@ -265,7 +265,7 @@ def test_split_batches_are_the_whole_prompts_in_two(
         mask = torch.cat([head.attention_mask, tail.attention_mask], dim=1)
         for prompt, ids, real in zip(head.prompts, joined, mask, strict=True):
             assert tuple(ids[real].tolist()) == prompt.prompt + prompt.continuation
-        columns = tail.reading(-1)
+        columns = tail.places(-1)
         assert columns.tolist() == [0] * len(tail.rows)
         for i, prompt in enumerate(tail.prompts):
             n_after = len(prompt.continuation)
@@ -290,12 +290,12 @@ def test_a_position_hits_the_same_token_whatever_the_padding(
         (batch,) = make_batches(gpt2, prompts, len(prompts))
     shortest = min(n_prompt for n_prompt, _ in lengths)
     position = data.draw(st.integers(-shortest, shortest - 1))
-    columns = batch.reading(position)
+    columns = batch.places(position)
     hit = batch.tokens[torch.arange(len(columns)), columns]
     assert hit.tolist() == [prompt.prompt[position] for prompt in batch.prompts]
     for outside in (-shortest - 1, shortest):
         with pytest.raises(InputError, match=f"position {outside} is outside the prompt"):
-            batch.reading(outside)
+            batch.places(outside)
 
 
 @pytest.mark.parametrize(("position", "index"), [(0, 0), (2, 2), (-1, 2), (-3, 0)])
@@ -320,9 +320,9 @@ def test_a_position_outside_a_prompt_is_named(llama: Any, side: str) -> None:
             match=f"position {position} is outside the positive prompt of pair 'short', which has "
             "2 tokens",
         ):
-            batch.reading(position)
+            batch.places(position)
     for position, words in ((1, ["the", "kind"]), (-2, ["was", "<s>"])):
-        hit = batch.tokens[torch.arange(2), batch.reading(position)].tolist()
+        hit = batch.tokens[torch.arange(2), batch.places(position)].tolist()
         assert llama.tokenizer.convert_ids_to_tokens(hit) == words
 
 

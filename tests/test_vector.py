@@ -248,6 +248,20 @@ def rows(vector: sl.SteeringVector) -> list[float]:
     return [round(value, 5) for value in vector.rows[0].tolist()]
 
 
+@pytest.mark.parametrize("layer", [2, -3, "blocks.2.hook_resid_post"])
+def test_a_vector_of_one_tensor(llama: Any, layer: Any) -> None:
+    row = torch.full((32,), 2.0)
+    vector = sl.SteeringVector.from_tensor(row, layer=layer, model=llama)
+    assert vector.hook_names == ("blocks.2.hook_resid_post",)
+    assert torch.allclose(vector.rows, row)
+    assert vector.origin == Origin.of_model(llama)
+    assert sl.SteeringVector.from_tensor(row, layer=2).hook_names == vector.hook_names
+    with pytest.raises(InputError, match=r"the tensor has 31 numbers, this model d_model 32"):
+        sl.SteeringVector.from_tensor(row[1:], layer=layer, model=llama)
+    with pytest.raises(HookError, match="layer 99"):
+        sl.SteeringVector.from_tensor(row, layer=99, model=llama)
+
+
 def test_algebra_by_hand() -> None:
     a, b = made(A), made(B)
     assert rows(a + b) == [3.0, 6.0]
@@ -333,7 +347,7 @@ def test_a_part_of_a_vector(vector: sl.SteeringVector) -> None:
     assert vector.at(HOOKS[1], 1).hook_names == (HOOKS[1], HOOKS[0])
     assert torch.equal(vector.at(2)[HOOKS[1]], vector[HOOKS[1]])
     assert float(vector.at(2).calibration.resid_norm) == float(vector.calibration.resid_norm[1])
-    with pytest.raises(InputError, match="no hook 7; it has"):
+    with pytest.raises(InputError, match="there is no direction 7; there are"):
         vector.at(7)
     with pytest.raises(KeyError):
         vector["blocks.7.hook_resid_post"]

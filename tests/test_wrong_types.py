@@ -22,7 +22,7 @@ from jaxtyping import Float, TypeCheckError
 from torch import Tensor
 
 import steerlens as sl
-from steerlens.loss import mean_by_prompt
+from steerlens.loss.labels import mean_by_prompt
 
 HERE = Path(__file__).parent
 
@@ -30,9 +30,10 @@ CALLS = {
     "figures": {
         "plots.tradeoff(None)": "InputError: expected the table of a sweep, a DataFrame",
         "plots.heat_maps({})": "InputError: .* such as result.table, got dict",
-        "plots.tradeoff(result)": "InputError: .* got SweepResult",
-        "plots.tradeoff(table, result)": "InputError: expected the per-layer table, a DataFrame",
-        "plots.layer_profile(result)": "InputError: .* got SweepResult",
+        "plots.tradeoff(result)": "no error",
+        "plots.tradeoff(table, result)": "no error",
+        "plots.tradeoff(table, 3)": "InputError: expected the per-layer table, a DataFrame",
+        "plots.layer_profile(run)": "InputError: .* got Run",
         "plots.boundary(None)": "InputError: .* got NoneType",
         "plots.comparison([])": "InputError: .* got list",
         "plots.differences('points')": "InputError: .* got str",

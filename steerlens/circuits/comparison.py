@@ -272,10 +272,7 @@ def _scored(
     with_edges: bool,
     count: Callable[[int], None],
 ) -> _Scored:
-    """A model with the means of `chosen_on` and the scores of `contrast` against them.
-
-    By pair, but for `chosen_on` itself.
-    """
+    """A model with the means of `chosen_on`, and `contrast`'s scores against them, by pair."""
 
     def compute() -> Tensors:
         graph = make_graph(chosen_on, steered)

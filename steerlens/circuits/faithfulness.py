@@ -128,10 +128,7 @@ def _curve(
     *,
     seed: int,
 ) -> dict[str, Any]:
-    """Columns of one circuit in one model, with 95% intervals over the groups of pairs.
-
-    `own` is what that model's own circuits keep there, on the same pairs.
-    """
+    """Columns of one circuit in one model; `own` is what that model's own circuits keep there."""
     from scipy.integrate import trapezoid
 
     groups = bench.graph.contrast.prompts.groups[: len(bench.whole)]

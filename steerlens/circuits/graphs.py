@@ -141,6 +141,7 @@ def make_contrast(model: HookedModel, pairs: ContrastivePairs, answers: Answers)
         >>> make_contrast(model, pairs, contrast_answers(model, pairs, n_tokens=3)).n_pairs
         8
     """
+    pairs.check_paired("the contrast of a circuit is")
     tokenized = tokenize_pairs(model, pairs)
     both = [*tokenized.positive, *tokenized.negative]
     prompts = make_prompts(model, both, groups=2 * pairs.groups)

@@ -13,12 +13,12 @@ from steerlens.engine.plan import make_plan
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.engine.workload import Job, Workload
 from steerlens.errors import InputError
-from steerlens.loss import Budget
+from steerlens.measure.boundary import check_search
 from steerlens.measure.boundary_search import find_boundaries
-from steerlens.measure.coherence import Push, make_coherence
+from steerlens.measure.coherence import Push, measured_text
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import readout_hook
-from steerlens.progress import Progress, silent, under
+from steerlens.progress import Progress, by_default, under
 from steerlens.steering import Add, SteeringVector
 from steerlens.validation import Draws, Whole, checked
 
@@ -83,14 +83,14 @@ def null_interventions(
         for kind, some in null_directions(differences, n=n, seed=seed).items()
         for directions in some
     ]
-    engine = Engine(model, progress=under(progress or silent, "nulls"), checkpoint=checkpoint)
+    engine = Engine(model, progress=under(by_default(progress), "nulls"), checkpoint=checkpoint)
     readout = readout_hook(hook_name, engine.n_layers)
     prompts = tokenize_pairs(model, pairs).positive
     workload = Workload(engine.batches(prompts), (), -1, "all", with_readouts=False)
     own = Push(hook_name, steps[0].direction, 1 if steps[0].amount > 0 else -1, readout)
     check = Job(hook_name, own.direction, (own.sign * size,), readout)
     plan = make_plan(engine, workload, run_baseline(engine, workload, (readout,)), [check])
-    text = make_coherence(plan, prompts, Budget.parse("kl=1"))
+    text = measured_text(plan, prompts, check_search(budget="kl=1"))
     wanted = float(text.measure([(own, size)])[0].values.mean())
     if not 0 < wanted < math.inf:
         raise InputError(f"the vector's KL divergence is {wanted:.3g}; expected one above 0")
@@ -99,7 +99,7 @@ def null_interventions(
         prompts,
         [Push(hook_name, direction, 1, readout) for _, direction in drawn],
         [FARTHEST * size] * len(drawn),
-        budget=Budget("kl", wanted),
+        budget=check_search(budget=f"kl={wanted!r}"),
         n_bootstrap=0,  # its intervals are not looked at
         seed=seed,
     )

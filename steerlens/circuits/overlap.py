@@ -190,11 +190,7 @@ def _half_width(
     groups: Sequence[int],
     seed: int,
 ) -> Float[np.ndarray, " number"]:
-    """Half of the 95% interval: Student's t times the spread over resampled groups.
-
-    An overlap is no mean, so it has no bootstrap-t interval of its own; `n / (n - 1)` makes up for
-    what few groups drawn with replacement spread too little.
-    """
+    """Half of the 95% interval: Student's t times the spread over resampled groups."""
     from scipy.stats import t
 
     names, number = np.unique(groups, return_inverse=True)
@@ -214,11 +210,7 @@ def _over_halves(
     n_splits: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, " number"], Float[np.ndarray, " number"]]:
-    """Mean overlap of circuits from random halves of the groups: across two models, and within one.
-
-    Both compare circuits that share no pair and have as many, so that they differ by the model
-    alone.
-    """
+    """Mean overlap of circuits from random halves of the groups: across two models, within one."""
     across, within = [], []
     for split in range(n_splits):
         is_first = first_half(groups, seed + split)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel, length_switches, side_of_switches
-from steerlens.progress import Progress, silent
+from steerlens.progress import Progress, by_default
 from steerlens.validation import checked
 
 ROWS = 16
@@ -58,7 +58,7 @@ def half_record(groups: Sequence[int], is_in: Bool[Tensor, " row"]) -> dict[str,
 
 def counting(progress: Progress | None, stage: str, total: int) -> Callable[[int], None]:
     """Tell `progress` of a stage that begins; what is returned is told of every further step."""
-    done, tell = 0, progress or silent
+    done, tell = 0, by_default(progress)
 
     def count(n_steps: int) -> None:
         nonlocal done

@@ -31,6 +31,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
+from steerlens.stats import N_BOOTSTRAP
 from steerlens.steering import Coefficient, SteeringVector
 from steerlens.tables import READER_COLUMNS, Row, to_frame
 from steerlens.validation import Count, Draws, Whole, checked
@@ -66,7 +67,7 @@ def find_readers(
     ig_steps: Count = 1,
     n_claimed: Whole = 10,
     n_draws: Whole = 20,
-    n_bootstrap: Draws = 2000,
+    n_bootstrap: Draws = N_BOOTSTRAP,
     seed: Whole = 0,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,

@@ -31,6 +31,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, resid_post, resolve_hooks
 from steerlens.models.identity import check_fitted_on, provenance
 from steerlens.progress import Progress
+from steerlens.stats import N_BOOTSTRAP
 from steerlens.tables import WRITER_COLUMNS, WRITER_POSITION_COLUMNS, to_frame
 from steerlens.validation import Count, Draws, Whole, checked
 
@@ -58,7 +59,7 @@ def find_writers(
     *,
     layer: Layers,
     n_positions: Count = 8,
-    n_bootstrap: Draws = 2000,
+    n_bootstrap: Draws = N_BOOTSTRAP,
     seed: Whole = 0,
     progress: Progress | None = None,
 ) -> Writers:
@@ -83,7 +84,8 @@ def find_writers(
     Raises:
         InputError: The components do not add up to the projection within 1e-3 of the sum of their
             sizes (blocks that norm or scale what they add; in 16-bit dtypes 4 epsilon), the hook is
-            no block output or has no direction, or a count is too small; and as `tokenize_pairs`.
+            no block output or has no direction, the direction was fitted on several tokens, or a
+            count is too small; and as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import find_writers
@@ -95,6 +97,7 @@ def find_writers(
     """
     drawing = {"seed": seed, "n_bootstrap": n_bootstrap}
     check_additive(model)
+    position = one_token(directions.position, "writes")
     name = _block_output(model, layer)
     if name not in directions:
         raise InputError(f"there is no direction at {name}; fit one there")
@@ -105,7 +108,7 @@ def find_writers(
     n_read = min(n_positions, shortest)
     count = counting(progress, "writers: prompts", 2 * len(pairs))
     (written, whole_positive), (subtracted, whole_negative) = (
-        _projected_writes(model, side, name, directions, n_read, count)
+        _projected_writes(model, side, name, directions[name], position, n_read, count)
         for side in (tokenized.positive, tokenized.negative)
     )
     written = written - subtracted
@@ -151,24 +154,20 @@ def _projected_writes(
     model: HookedModel,
     prompts: Sequence[TokenizedPrompt],
     hook_name: str,
-    directions: Directions,
+    direction: Float[Tensor, " d_model"],
+    position: int,
     n_positions: int,
     count: Callable[[int], None],
 ) -> tuple[Float[Tensor, "component pair offset"], Float[Tensor, " pair"]]:
-    """Writes at the last `n_positions` tokens, then where the direction was fitted; the sum there.
-
-    `count` is told of the prompts.
-    """
+    """Writes at the last `n_positions` tokens, then at `position`; the sum there."""
     n_layers = hook_layer(hook_name) + 1
     names = [*writer_hooks(model, n_layers=n_layers), hook_name]
-    unit = directions[hook_name].to(model.cfg.device).float()
+    unit = direction.to(model.cfg.device).float()
     against = cotangents(model, unit[None], n_layers=n_layers)
     written, totals = [], []
     for rows in row_slices(len(prompts)):
         batch = make_prompts(model, prompts[rows])
-        fitted = torch.tensor(
-            [[prompt.index(one_token(directions.position, "writes"))] for prompt in prompts[rows]]
-        )
+        fitted = torch.tensor([[prompt.index(position)] for prompt in prompts[rows]])
         from_end = torch.arange(1 - n_positions, 1).to(batch.last)
         columns = torch.cat([batch.last[:, None] + from_end, fitted.to(batch.last)], dim=1)
         values = capture(

@@ -6,43 +6,66 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+import steerlens as sl
+from steerlens.cli.behave_command import Behave
 from steerlens.cli.boundary_commands import Boundary, Geometry
 from steerlens.cli.circuits_command import Circuits
-from steerlens.cli.command import Command, for_typer
+from steerlens.cli.command import Command, examples_of, for_typer
 from steerlens.cli.comparison_commands import Compare, Reliability
 from steerlens.cli.layers_command import Layers
 from steerlens.cli.listing_commands import Datasets, Methods, Models
 from steerlens.cli.options import DEBUG
 from steerlens.cli.pairs_command import Pairs
-from steerlens.cli.printing import LINES, escaped_streams, note
+from steerlens.cli.printing import LINES, escaped_streams, note, say
+from steerlens.cli.read_command import Read
+from steerlens.cli.recommend_command import Recommend
 from steerlens.cli.report_command import Report
 from steerlens.cli.run_warnings import keeping_warnings
 from steerlens.cli.sweep_command import Sweep
 from steerlens.cli.vector_commands import Bake, CompareVectors, Export, Extract, Generate, Show
 from steerlens.errors import SteerlensError
 
+SHARED: dict[str, Any] = {
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 app = typer.Typer(
-    rich_markup_mode=None,
+    **SHARED,
     pretty_exceptions_enable=False,
-    add_completion=False,
-    help="Where a model separates two concepts, along which direction, and how far it goes.",
 )
 vectors = typer.Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Look into steering vectors, compare them."
+    **SHARED, no_args_is_help=True, help="Look into steering vectors, compare them."
 )
 COMMANDS: tuple[type[Command], ...] = (
-    *(Layers, Methods, Models, Sweep, Boundary, Geometry, Compare, Reliability, Circuits),
-    *(Report, Extract, Generate, Export, Bake, Datasets, Pairs),
+    *(Recommend, Layers, Methods, Models, Sweep, Boundary, Geometry, Compare, Reliability),
+    *(Circuits, Behave, Report, Extract, Read, Generate, Export, Bake, Datasets, Pairs),
 )
 for command_type in COMMANDS:
-    app.command(command_type.__name__.lower())(for_typer(command_type))
-vectors.command("show")(for_typer(Show))
-vectors.command("compare")(for_typer(CompareVectors))
+    name = command_type.__name__.lower()
+    app.command(name, epilog=examples_of(command_type))(for_typer(command_type))
+vectors.command("show", epilog=examples_of(Show))(for_typer(Show))
+vectors.command("compare", epilog=examples_of(CompareVectors))(for_typer(CompareVectors))
 app.add_typer(vectors, name="vectors")
+
+
+def _show_version(is_asked: bool | None) -> None:
+    if is_asked:
+        say(f"steerlens {sl.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def shared(
+    _version: Annotated[
+        bool | None,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = None,
+) -> None:
+    """Where a model separates two concepts, along which direction, and how far it goes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,9 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             code = app(args=words, standalone_mode=False, prog_name="steerlens")
     except Exception as error:
         if DEBUG in words:
-            note(traceback.format_exc(), soft_wrap=True, keep=LINES)
+            note(traceback.format_exc(), keep=LINES)
         else:
-            note(f"steerlens: {_one_line(error)}", soft_wrap=True)
+            note(f"steerlens: {_one_line(error)}")
         sys.exit(2)
     finally:
         _drop_unwritten(sys.stdout)

@@ -6,21 +6,17 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand, prepare
+from steerlens.cli.command import PairsCommand
 from steerlens.cli.long_command import FolderCommand
+from steerlens.cli.options import DEFAULT_MODEL, OWN_TOKENS
 from steerlens.cli.printing import print_boundary, print_rows, say
-from steerlens.data.reading import read_texts
-from steerlens.engine.labels import OWN_TOKENS
-from steerlens.measure.boundary import check_search
-from steerlens.measure.joint import check_joint
-from steerlens.measure.plane import check_plane
-from steerlens.models.packaged import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
 class Boundary(FolderCommand, PairsCommand):
-    """The first coefficient of each sign beyond which the budget is exceeded, at every layer."""
+    """How far each layer can be pushed before the budget is spent."""
 
     model: opt.Model = DEFAULT_MODEL
     test_pairs: opt.TestPairs = None
@@ -36,21 +32,31 @@ class Boundary(FolderCommand, PairsCommand):
         "relative=0.01"
     )
     search_range: Annotated[float, "How far to look, in mean residual norms of a layer."] = 4.0
-    shape: Annotated[
+    angles: Annotated[
         int | None,
-        "Boundaries at so many angles in a plane: of one layer, or of the two hooks of a vector.",
+        typer.Option(
+            "--angles",
+            "--shape",
+            help="Boundaries at so many angles in a plane too: of one layer, or of the two hooks "
+            "of a vector.",
+        ),
     ] = None
+
+    EXAMPLES = (
+        "boundary --pairs sentiment --max-pairs 16 --out runs/boundary",
+        "boundary --layers 15 --budget kl=0.1 --on neutral --out runs/kl",
+    )
 
     def measure(self) -> None:
         """What the command does."""
         text, labels = opt.text_of(self.on), opt.labels_of(self)
-        check_search(budget=self.budget, search_range=self.search_range)
-        task = prepare(self, self.layers)
-        if self.shape is not None and task.vector is not None:
-            check_joint(task.vector, self.shape)
-        elif self.shape is not None:
-            check_plane(task.hook_names, self.shape)
-        texts = list(read_texts(text)) if isinstance(text, Path) else None
+        sl.measure.boundary.check_search(budget=self.budget, search_range=self.search_range)
+        task = self.prepare(self.layers)
+        if self.angles is not None and task.vector is not None:
+            sl.measure.joint.check_joint(task.vector, self.angles)
+        elif self.angles is not None:
+            sl.measure.plane.check_plane(task.hook_names, self.angles)
+        texts = list(sl.data.reading.read_texts(text)) if isinstance(text, Path) else None
         with self.opened(task.request("boundary", texts=texts)) as run:
             with task.progress() as progress:
                 study = task.study(progress, parts=run.parts, budget=self.budget, **labels)
@@ -59,10 +65,10 @@ class Boundary(FolderCommand, PairsCommand):
                 tables = {"boundary": result.curves, "layers": result.layers}
                 if self.on == "positive":
                     tables["segments"] = study.segments(result)
-                if self.shape is not None and task.vector is not None:
-                    tables["joint"] = study.joint_boundary(n_angles=self.shape, **search)
-                elif self.shape is not None:
-                    plane = study.boundary_shape(self.layers, n_angles=self.shape, **search)
+                if self.angles is not None and task.vector is not None:
+                    tables["joint"] = study.joint_boundary(n_angles=self.angles, **search)
+                elif self.angles is not None:
+                    plane = study.boundary_shape(self.layers, n_angles=self.angles, **search)
                     tables["shape"] = plane.table
             spent = sum(
                 t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
@@ -75,7 +81,7 @@ class Boundary(FolderCommand, PairsCommand):
             columns = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
             columns += ["coefficient_a", "coefficient_b"]
             print_rows(tables["joint"], "Joint boundary of the two hooks", columns)
-        elif self.shape is not None:
+        elif self.angles is not None:
             ratio, if_round = plane.table[["radius_ratio", "radius_ratio_if_round"]].iloc[0]
             say(
                 f"in the plane: largest boundary over smallest {ratio:.2f}; {if_round:.2f} if round"
@@ -86,9 +92,9 @@ class Boundary(FolderCommand, PairsCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry(FolderCommand, PairsCommand):
-    """The loss, its gradients and the boundary in the plane of the direction, at some layers."""
+    """Loss, gradients and boundary in the plane of the direction."""
 
-    layers: Annotated[str | None, "As of `sweep`; minutes for each. Needed."] = None
+    layers: Annotated[str | None, f"As of `sweep`; minutes for each. {opt.NEEDED}"] = None
     model: opt.Model = DEFAULT_MODEL
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
@@ -100,12 +106,16 @@ class Geometry(FolderCommand, PairsCommand):
     budget: Annotated[str, "As of `boundary`."] = "relative=0.01"
 
     NEEDED: ClassVar[tuple[str, ...]] = ("layers",)
+    EXAMPLES = (
+        "geometry --layers 15 --max-pairs 16 --out runs/geometry",
+        "geometry --layers 5,10,15 --angles 24 --labels own --out runs/own",
+    )
 
     def measure(self) -> None:
         """What the command does."""
         labels = opt.labels_of(self)
-        check_search(budget=self.budget, search_range=4.0)
-        task = prepare(self, str(self.layers))
+        sl.measure.boundary.check_search(budget=self.budget)
+        task = self.prepare(str(self.layers))
         with self.opened(task.request("geometry")) as run:
             with task.progress() as progress:
                 study = task.study(progress, parts=run.parts, budget=self.budget, **labels)

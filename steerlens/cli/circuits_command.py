@@ -6,31 +6,25 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from steerlens import circuits, plots
-from steerlens.circuits.graphs import edge_readers, edge_table
-from steerlens.circuits.prompts import choosing_half
-from steerlens.circuits.readers import check_steered
+import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand, Task, prepare
+from steerlens.cli.command import PairsCommand
 from steerlens.cli.long_command import FolderCommand
+from steerlens.cli.options import DEFAULT_MODEL
 from steerlens.cli.printing import note, print_rows
-from steerlens.directions.differences import collect_differences
-from steerlens.directions.directions import Directions
-from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
-from steerlens.models.hooks import resolve_hooks
-from steerlens.models.packaged import DEFAULT_MODEL
-from steerlens.steering import SteeringVector
 
 TOP_HEADS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Circuits(FolderCommand, PairsCommand):
-    """Which heads and MLPs write the direction, which read it, and is it the same circuit."""
+    """Which heads and MLPs write the direction, and which read it."""
 
-    layer: Annotated[str | None, "Block whose output is steered. Needed."] = None
-    coefficient: Annotated[float | None, "Residual units. Needed."] = None
+    layer: Annotated[str | None, f"Block whose output is steered. {opt.NEEDED}"] = None
+    coefficient: Annotated[
+        str | None, f"Residual units (8), norms (0.1norm) or 80% of the boundary. {opt.NEEDED}"
+    ] = None
     model: opt.Model = DEFAULT_MODEL
     test_pairs: opt.TestPairs = None
     max_pairs: Annotated[int, "Measure on the first N pairs only."] = 16
@@ -48,47 +42,56 @@ class Circuits(FolderCommand, PairsCommand):
     )
 
     NEEDED: ClassVar[tuple[str, ...]] = ("layer", "coefficient")
+    EXAMPLES = (
+        "circuits --layer 12 --coefficient 20 --out runs/circuits",
+        "circuits --layer 9 --coefficient 80% --no-compare --out runs/who",
+    )
 
     def measure(self) -> None:
         """What the command does."""
+        circuits, plots = sl.circuits, sl.plots
         assert self.layer is not None
         assert self.coefficient is not None
-        task = prepare(self, self.layer)
+        asked = opt.strength_of(self.coefficient)
+        checked_coefficients = sl.measure.rows.checked_coefficients
+        task = self.prepare(self.layer)
         model, measure_on = task.model, task.measure_on
         if len(task.hook_names) != 1:
             raise InputError(f"--layer {self.layer!r} names {len(task.hook_names)} hooks; give one")
-        check_steered(model, task.hook_names[0], self.coefficient)
-        choosing_half(measure_on.groups, self.seed)
+        circuits.check_steered(model, task.hook_names[0], 1.0)
+        sl.engine.positions.one_token(task.position, "writes")
+        circuits.prompts.choosing_half(measure_on.groups, self.seed)
         if self.compare:
-            edge_readers(model)
-        with self.opened(task.request("circuits")) as run:
+            circuits.edge_readers(model)
+        with self.opened(
+            task.request("circuits", coefficient=checked_coefficients([asked])[0])
+        ) as run:
             with task.progress() as progress:
                 shared: dict[str, Any] = {"seed": self.seed, "progress": progress}
                 kept: dict[str, Any] = {**shared, "checkpoint": run.parts}
                 directions = run.parts.directions(
-                    partial(task.fit, progress, layers="all"), resolve_hooks(model, "all")
+                    partial(task.fit, progress, layers="all"), sl.resolve_hooks(model, "all")
                 )
-                vector = SteeringVector.from_directions(
-                    model, directions, layers=self.layer, dataset=task.fit_on.name
-                )
-                pushed = circuits.Intervention(vector, self.coefficient)
+                vector = task.vector_at(progress, directions, self.layer, [asked])
+                coefficient = sl.steering.steps(vector, asked)[0].amount
+                pushed = circuits.Intervention(vector, coefficient)
                 answers = circuits.contrast_answers(model, task.fit_on)
                 prompts = circuits.make_prompts(
                     model,
-                    list(tokenize_pairs(model, measure_on).positive),
+                    list(sl.engine.tokenize_pairs(model, measure_on).positive),
                     groups=measure_on.groups,
                 )
                 writers = circuits.find_writers(
                     model, measure_on, directions, layer=self.layer, **shared
                 )
                 readers = circuits.find_readers(
-                    *(model, prompts, answers, vector, self.coefficient),
+                    *(model, prompts, answers, vector, coefficient),
                     top=self.top,
                     ig_steps=self.ig_steps,
                     **kept,
                 )
                 if self.compare:
-                    differences = collect_differences(
+                    differences = sl.collect_differences(
                         *(model, task.fit_on),
                         layers=task.hook_names,
                         position=task.position,
@@ -113,7 +116,7 @@ class Circuits(FolderCommand, PairsCommand):
             pages |= _token_pages(task, prompts, directions, pushed, readers.table)
             if self.compare:
                 tables |= {"circuits": comparison.table, "faithfulness": comparison.faithfulness}
-                tables["edges"] = edge_table(model, comparison.scores)
+                tables["edges"] = circuits.edge_table(model, comparison.scores)
                 pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
             run.write(tables, directions, pages=pages)
         if self.quiet:
@@ -137,9 +140,10 @@ class Circuits(FolderCommand, PairsCommand):
 
 
 def _token_pages(
-    task: Task, prompts: Any, directions: Directions, pushed: circuits.Intervention, readers: Any
+    task: Any, prompts: Any, directions: Any, pushed: Any, readers: Any
 ) -> dict[str, str]:
     """The attention of the heads that read the most, and every token along the directions."""
+    circuits, plots = sl.circuits, sl.plots
     places = readers[readers.component == "head"][["layer", "head"]].to_numpy().tolist()
     heads = [circuits.Component(*place) for place in places[:TOP_HEADS]]
     seen = circuits.attention_patterns(task.model, prompts, pushed, heads)

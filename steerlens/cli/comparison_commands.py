@@ -3,22 +3,13 @@
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, request_of
+from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, quoted
 from steerlens.cli.long_command import FolderCommand
+from steerlens.cli.options import DEFAULT_MODEL, OWN_TOKENS
 from steerlens.cli.printing import print_rows, print_summary, progress_of, say
-from steerlens.data.items import PreferenceItems
-from steerlens.data.shipped import SPLITS, dataset_names
-from steerlens.directions.differences import collect_differences
-from steerlens.directions.methods import method_of
-from steerlens.engine.labels import OWN_TOKENS
-from steerlens.engine.positions import as_position
 from steerlens.errors import InputError
-from steerlens.measure.boundary import check_search
-from steerlens.measure.comparison import compare as run_compare
-from steerlens.measure.split_half import reliability as measure_reliability
-from steerlens.models.hooks import resolve_hooks
-from steerlens.models.packaged import DEFAULT_MODEL
 
 AGAINST = ["method", "layer", "difference", "difference_ci_low", "difference_ci_high", "p_family"]
 AGAINST += ["interval_over", "verdict"]
@@ -28,13 +19,14 @@ TEST_SHARE = 0.7
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(FolderCommand, PairsCommand):
-    """Methods against each other at equal damage, on held-out items, ranked among nulls."""
+    """Methods at equal damage, on held-out items, among nulls."""
 
     model: opt.Model = DEFAULT_MODEL
     items: Annotated[
         str | None,
-        "Items (prompt, positive, negative) as of --pairs: a shipped dataset or a file of any form "
-        "with answers. Default: those of --pairs.",
+        "Items (prompt, positive, negative): a shipped dataset or a file of any form with answers, "
+        "known by its columns; --columns, --form and --group are of --pairs alone. Default: those "
+        "of --pairs.",
     ] = None
     layers: Annotated[
         str | None, "As of `sweep`. Default: at a quarter, half and three quarters of the depth."
@@ -54,12 +46,20 @@ class Compare(FolderCommand, PairsCommand):
     off_target: Annotated[str, "Other shipped datasets, joined by commas; all, none."] = "all"
     position: opt.Position = None
 
+    EXAMPLES = (
+        "compare --pairs sentiment --layers 5,15,25 --out runs/compare",
+        "compare --methods mean_diff,pca --max-items 32 --out runs/two",
+    )
+
     def measure(self) -> None:
         """What the command does."""
+        from steerlens.cli.task import request_of
+
+        as_position = sl.engine.positions.as_position
         methods = [name.strip() for name in self.methods.split(",") if name.strip()]
         for name in methods:
-            method_of(name)
-        check_search(budget=self.budget, search_range=4.0)
+            sl.directions.methods.method_of(name)
+        sl.measure.boundary.check_search(budget=self.budget)
         fit_on, _ = self.read_pairs()
         how = {"columns": opt.columns_of(self.columns), "form": self.form, "group": self.group}
         if self.items is None:
@@ -77,13 +77,13 @@ class Compare(FolderCommand, PairsCommand):
             "chosen_on": _items_record(train_items),
             "measured_on": _items_record(test_items),
             "off_target": {name: _items_record(items) for name, items in off_target.items()},
-            "hook_names": resolve_hooks(model, layers),
+            "hook_names": sl.resolve_hooks(model, layers),
         }
         request = request_of("compare", self, model, data, methods=methods, position=position)
         with self.opened(request) as run:
             self.note_read(fit_on)
             with progress_of(quiet=self.quiet) as progress:
-                result = run_compare(
+                result = sl.compare(
                     model,
                     fit_on,
                     test_items,
@@ -125,11 +125,21 @@ class Compare(FolderCommand, PairsCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability(ModelCommand, TableCommand, PairsCommand):
-    """How far the direction of each layer can be trusted before anything is steered."""
+    """How far each direction can be trusted, before steering."""
 
     model: opt.Model = DEFAULT_MODEL
     layers: opt.Layers = "all"
     position: opt.Position = None
+
+    EXAMPLES = (
+        "reliability --pairs sentiment --layers 5,15,25",
+        "reliability --pairs mine.csv --out reliability.csv",
+    )
+
+    @property
+    def next(self) -> str:
+        """The layers that can be trusted, pushed."""
+        return f"steerlens sweep --pairs {quoted(self.pairs)} --out runs/sweep"
 
     def run(self) -> None:
         """What the command does."""
@@ -137,7 +147,7 @@ class Reliability(ModelCommand, TableCommand, PairsCommand):
         model = self.load(self.model)
         self.note_read(fit_on)
         with progress_of(quiet=self.quiet) as progress:
-            differences = collect_differences(
+            differences = sl.collect_differences(
                 model,
                 fit_on,
                 layers=self.layers,
@@ -145,7 +155,7 @@ class Reliability(ModelCommand, TableCommand, PairsCommand):
                 batch_size=self.batch_size,
                 progress=progress,
             )
-        table = measure_reliability(differences, seed=self.seed)
+        table = sl.reliability(differences, seed=self.seed)
         self.write(table)
         if not self.quiet:
             print_rows(
@@ -155,13 +165,13 @@ class Reliability(ModelCommand, TableCommand, PairsCommand):
             )
 
 
-def _items_of(source: str, seed: int, **how: Any) -> tuple[PreferenceItems, PreferenceItems]:
+def _items_of(source: str, seed: int, **how: Any) -> tuple[Any, Any]:
     """Training and held-out items: a shipped dataset's parts, or those of a file."""
-    if source in dataset_names():
-        train, test = (PreferenceItems.load(source, split=split) for split in SPLITS)
+    if source in sl.data.dataset_names():
+        train, test = (sl.PreferenceItems.load(source, split=split) for split in ("train", "test"))
         return train, test
     try:
-        items = PreferenceItems.load(source, **how)
+        items = sl.PreferenceItems.load(source, **how)
     except InputError as error:
         raise InputError(
             f"{error}; a comparison needs items, which have prompt, positive and negative: give "
@@ -170,14 +180,14 @@ def _items_of(source: str, seed: int, **how: Any) -> tuple[PreferenceItems, Pref
     return items.split(TEST_SHARE, seed)
 
 
-def _others(names: str, measured: tuple[str | None, str]) -> dict[str, PreferenceItems]:
+def _others(names: str, measured: tuple[str | None, str]) -> dict[str, Any]:
     if names == "none":
         return {}
-    chosen = dataset_names() if names == "all" else [n.strip() for n in names.split(",")]
+    chosen = sl.data.dataset_names() if names == "all" else [n.strip() for n in names.split(",")]
     return {
-        name: PreferenceItems.load(name, split="test") for name in chosen if name not in measured
+        name: sl.PreferenceItems.load(name, split="test") for name in chosen if name not in measured
     }
 
 
-def _items_record(items: PreferenceItems) -> dict[str, object]:
+def _items_record(items: Any) -> dict[str, object]:
     return {"name": items.name, "n_items": len(items), "fingerprint": items.fingerprint}

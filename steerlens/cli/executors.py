@@ -8,9 +8,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
-from steerlens.engine.workers import end_with
 from steerlens.errors import WorkerError
 
 
@@ -56,6 +53,10 @@ def _processes(n: int) -> Iterator[Executor]:
 
 def _start(n_threads: int, parent: int) -> None:
     """In a worker: its share of the cores; an interrupt is its parent's to answer."""
+    import torch
+
+    from steerlens.engine.workers import end_with
+
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(n_threads)

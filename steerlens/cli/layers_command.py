@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, prepare
+from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, quoted
+from steerlens.cli.options import DEFAULT_MODEL
 from steerlens.cli.printing import print_layers
-from steerlens.models.packaged import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,19 @@ class Layers(ModelCommand, TableCommand, PairsCommand):
     method: opt.Method = "mean_diff"
     position: opt.Position = None
 
+    EXAMPLES = (
+        "layers --pairs sentiment --max-pairs 16",
+        "layers --pairs mine.csv --layers 10:20:2 --out layers.csv",
+    )
+
+    @property
+    def next(self) -> str:
+        """What costs more and says more."""
+        return f"steerlens boundary --pairs {quoted(self.pairs)} --out runs/boundary"
+
     def run(self) -> None:
         """What the command does."""
-        task = prepare(self, self.layers)
+        task = self.prepare(self.layers)
         with task.progress() as progress:
             table = task.study(progress).layers
         self.write(table)

@@ -9,19 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
-from steerlens.cli.command import ModelCommand, Run, recorded_options
+import steerlens as sl
+from steerlens.cli.command import ModelCommand, recorded_options
 from steerlens.cli.printing import note
 from steerlens.cli.run_warnings import warn, warned
 from steerlens.errors import FileError, InputError
-from steerlens.models.loading import check_at_hand
-from steerlens.runs.record import RECORD, differences, versions
-from steerlens.runs.unfinished import (
-    Started,
-    clear_finished,
-    open_parts,
-    read_finished,
-    read_started,
-)
 
 if TYPE_CHECKING:
     _Context = typer.Context
@@ -30,8 +22,16 @@ else:
     _Context = typer.Context.__base__
 
 INTERRUPTED = 130
+RECORD = "run.json"
 GIVEN = "COMMANDLINE"
 """What typer calls the source of an option that was given."""
+
+
+def _unfinished_runs() -> Any:
+    """The module that knows them, imported when it is needed."""
+    from steerlens.runs import unfinished
+
+    return unfinished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ class LongCommand(ModelCommand):
         return out
 
     @staticmethod
-    def is_finished(out: Path) -> bool:
-        """Whether that is written; what a kill left beside it is removed."""
+    def clear_if_finished(out: Path) -> bool:
+        """Remove what a kill left beside what is written; False where that is not."""
         if not (out / RECORD).exists():
             return False
-        clear_finished(out)
+        _unfinished_runs().clear_finished(out)
         return True
 
     @abstractmethod
@@ -97,7 +97,7 @@ class LongCommand(ModelCommand):
                     return
                 command = command._as_recorded(started.request, started.options, out)
             elif self.repeated is not None:
-                recorded = read_finished(self.repeated)
+                recorded = _unfinished_runs().read_finished(self.repeated)
                 command = command._as_recorded(
                     recorded["request"], recorded["options"], self.repeated
                 )
@@ -110,8 +110,12 @@ class LongCommand(ModelCommand):
             raise typer.Exit(INTERRUPTED) from None
 
     @contextmanager
-    def opened(self, request: Mapping[str, Any]) -> Iterator[Run]:
+    def opened(self, request: Mapping[str, Any]) -> Iterator[Any]:
         """The run of `request` in `out`, for this process alone (see `open_parts`)."""
+        from steerlens.cli.task import Run
+        from steerlens.runs.record import differences, versions
+        from steerlens.runs.unfinished import open_parts, read_finished
+
         assert self.out is not None
         if self.repeated is not None:
             recorded = read_finished(self.repeated)
@@ -125,13 +129,13 @@ class LongCommand(ModelCommand):
         with open_parts(folder, request, options=options, resume=resumes, warned=warned) as parts:
             yield Run(self.out, request, parts, options)
 
-    def _unfinished(self, out: Path) -> Started | None:
+    def _unfinished(self, out: Path) -> Any:
         """What is to be gone on with; None when the run is finished."""
         folder = self.parts_folder(out)
-        started = read_started(folder)
+        started = _unfinished_runs().read_started(folder)
         if started is not None:
             text = f"Going on in {folder}: {started.finished} are finished"
-        elif self.is_finished(out):
+        elif self.clear_if_finished(out):
             text = f"{out} is finished: nothing to do"
         else:
             raise FileError(f"{str(folder)!r} holds no unfinished run; start one with --out")
@@ -141,11 +145,7 @@ class LongCommand(ModelCommand):
     def _as_recorded(
         self, request: Mapping[str, Any], options: Mapping[str, Any], path: Path
     ) -> "LongCommand":
-        """This command with the options of a record, but for those given on the command line.
-
-        Raises `FileError` unless the record's are those of this command, and `InputError` where
-        only the record of another run says to fetch a model.
-        """
+        """This command with the options of a record, but for those given on the command line."""
         kinds, names = get_type_hints(type(self)), recorded_options(self)
         name = type(self).__name__.lower()
         wrong = sorted({*names} ^ {*options}) or [
@@ -162,26 +162,26 @@ class LongCommand(ModelCommand):
             )
         asked = self.given(*names)
         if self.resume is None and "model" not in asked:
-            check_at_hand(options["model"], f"the record {str(path)!r}")
+            sl.models.loading.check_at_hand(options["model"], f"the record {str(path)!r}")
         return replace(self, **{name: options[name] for name in names if name not in asked})
 
     def _note_interrupt(self, out: Path) -> None:
         folder = self.parts_folder(out)
-        started = read_started(folder)
+        started = _unfinished_runs().read_started(folder)
         if started is not None:
             text = f"with {started.finished} finished; `{started.resume} {folder}` goes on"
         elif (out / RECORD).exists():
             text = f"(the tables in {out} are whole)"
         else:
             text = "before anything was finished"
-        note(f"steerlens: interrupted {text}", soft_wrap=True)
+        note(f"steerlens: interrupted {text}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FolderCommand(LongCommand):
     """A long command that writes a run folder, in which what is finished is kept."""
 
-    out: Annotated[Path | None, "Folder for the tables and the record."] = None
+    out: Annotated[Path | None, "Folder for the tables and the record. Needed, or --resume."] = None
     source: Annotated[
         Path | None,
         typer.Option(

@@ -7,20 +7,19 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from steerlens.data.forms import FORMS
-from steerlens.data.pairs import ContrastivePairs
-from steerlens.data.reading import read_texts
-from steerlens.data.shipped import dataset_names
-from steerlens.engine.labels import LabelKind
+import steerlens as sl
 from steerlens.errors import InputError
-from steerlens.measure.rows import checked_coefficients
-from steerlens.measure.texts import On
-from steerlens.steering import SteeringVector, parse_coefficient
-from steerlens.steering.export import from_gguf
 
 DEBUG = "--debug"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+NEEDED = "Needed, unless an earlier run is gone on with or repeated."
+DEFAULT_MODEL = "smollm2-135m-instruct"
+OWN_TOKENS = 32
+"""As in the rooms, which a help page does not import."""
 
-OutFolder = Annotated[Path, "Folder for the tables and the record."]
+Device = Annotated[str | None, "cpu, cuda, cuda:1 or mps. Default: the best one there is."]
+Dtype = Annotated[str, "Of the weights: float32, bfloat16, float16 or float64."]
+Revision = Annotated[str | None, "Branch, tag or commit of a hub id. Default: its main branch."]
 Model = Annotated[str, "Packaged model, local folder, GGUF file or hub id."]
 Pairs = Annotated[
     str,
@@ -31,7 +30,9 @@ Columns = Annotated[
     str | None, "What columns are for, e.g. positive=chosen,negative=rejected,group=persona."
 ]
 Form = Annotated[
-    str | None, f"How a file is to be read: {', '.join(FORMS)}. Default: by its columns."
+    str | None,
+    "How a file is to be read: traits, personas, lists, questions, choices, preferences, pairs or "
+    "labelled. Default: by its columns.",
 ]
 Group = Annotated[
     str,
@@ -42,13 +43,22 @@ TestPairs = Annotated[
     str | None, "Pairs to measure on. Default: a shipped dataset's test part; a file's own pairs."
 ]
 MaxPairs = Annotated[int | None, "Measure on the first N pairs only."]
+MaxTrainPairs = Annotated[int | None, "Fit on the first N pairs only."]
 Layers = Annotated[str, "all, 0,5,10, 10:20:2, or globs over hook names."]
+Coefficients = Annotated[
+    str,
+    typer.Option(
+        "--coefficients",
+        help="Joined by commas: residual units (8), residual norms (0.1norm), or shares of the "
+        "coherence boundary (80%), which is measured first where it is not known.",
+    ),
+]
 Method = Annotated[str, "How to fit the direction: `steerlens methods` lists them."]
 Position = Annotated[
     str | None,
-    "Tokens to read: -1, a slice -4:, or last, continuation, assistant, own, think, answer; of "
-    "several the mean, or the :last or :max. Default -1; -2 for methods fitted from gradients "
-    "where pairs have no continuation.",
+    "Tokens to read: -1, several as -3,-1 or -4:, or last, pair (each pair's own), continuation, "
+    "assistant, own, think, answer; of several the mean, or the :last or :max. Default -1; -2 for "
+    "methods fitted from gradients where pairs have no continuation.",
 ]
 
 Vector = Annotated[
@@ -59,8 +69,9 @@ Vector = Annotated[
 
 Labels = Annotated[
     str | None,
-    "Tokens whose logprob counts: continuation, assistant, own, own_sampled or all. Default: "
-    "continuation where pairs have one, else assistant of a chat, else all.",
+    "Tokens whose logprob counts: continuation, assistant, own, own_sampled or all. Default: own "
+    "where that is read, else continuation where pairs have one, else assistant of a chat, else "
+    "all.",
 ]
 OwnTokens = Annotated[
     int, typer.Option(min=1, help="Most tokens of a text that the model itself writes.")
@@ -72,8 +83,11 @@ def labels_of(command: Any) -> dict[str, Any]:
 
     Raises `InputError` on no kind of labels.
     """
-    if command.labels is not None and command.labels not in get_args(LabelKind):
-        raise InputError(f"labels are {', '.join(get_args(LabelKind))}, not {command.labels!r}")
+    from steerlens.engine.labels import LabelKind
+
+    kinds = get_args(LabelKind)
+    if command.labels is not None and command.labels not in kinds:
+        raise InputError(f"labels are {', '.join(kinds)}, not {command.labels!r}")
     return {"labels": command.labels, "own_tokens": command.own_tokens}
 
 
@@ -103,9 +117,28 @@ def _json_or_text(value: str) -> Any:
         return value
 
 
-def read_vector(path: Path) -> SteeringVector:
+def device_of(name: str | None) -> str | None:
+    """The device, if it names one. Raises `InputError` where PyTorch knows none of that name."""
+    import torch
+
+    try:
+        return None if name is None else str(torch.device(name))
+    except RuntimeError as error:
+        raise InputError(f"--device is cpu, cuda, cuda:1 or mps, not {name!r}") from error
+
+
+def dtype_of(name: str) -> Any:
+    """The dtype of PyTorch. Raises `InputError` on another name."""
+    import torch
+
+    if name not in DTYPES:
+        raise InputError(f"--dtype is {', '.join(DTYPES)}, not {name!r}")
+    return getattr(torch, name)
+
+
+def read_vector(path: Path) -> Any:
     """The vector of a .safetensors or .gguf file."""
-    return from_gguf(path) if path.suffix == ".gguf" else SteeringVector.load(path)
+    return sl.export.from_gguf(path) if path.suffix == ".gguf" else sl.SteeringVector.load(path)
 
 
 def strengths_of(text: str) -> list[str]:
@@ -115,19 +148,18 @@ def strengths_of(text: str) -> list[str]:
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
-        parse_coefficient(part)
+        sl.steering.parse_coefficient(part)
     if not parts:
         raise InputError("expected coefficients joined by commas, got none")
     return parts
 
 
-def numbers_of(text: str) -> list[float]:
-    """Coefficients joined by commas. Raises `InputError` on anything else."""
-    try:
-        numbers = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise InputError(f"expected numbers joined by commas, got {text!r}") from error
-    return list(checked_coefficients(numbers))
+def strength_of(text: str | None) -> str:
+    """One coefficient with its unit, not 0. Raises `InputError` on anything else."""
+    strengths = strengths_of(text or "")
+    if len(strengths) != 1 or sl.steering.parse_coefficient(strengths[0]).number == 0:
+        raise InputError(f"expected one --coefficient, not 0, got {text!r}")
+    return strengths[0]
 
 
 def columns_of(text: str | None) -> dict[str, str]:
@@ -142,42 +174,45 @@ def pairs_of(
     pairs: str,
     test_pairs: str | None = None,
     max_pairs: int | None = None,
+    max_train_pairs: int | None = None,
     *,
     group: str = "group",
     columns: str | None = None,
     form: str | None = None,
-) -> tuple[ContrastivePairs, ContrastivePairs]:
+) -> tuple[Any, Any]:
     """The pairs to fit on and the pairs to measure on."""
     how: dict[str, Any] = {"group": group, "columns": columns_of(columns), "form": form}
     fit_on = _read_pairs(pairs, "train", how)
     if test_pairs is not None:
         measure_on = _read_pairs(test_pairs, "test", how)
-    elif pairs in dataset_names():
+    elif pairs in sl.data.dataset_names():
         measure_on = _read_pairs(pairs, "test", how)
     else:
         measure_on = fit_on
-    if max_pairs is not None:
-        measure_on = replace(measure_on[: max(max_pairs, 0)], card=measure_on.card)
-    return fit_on, measure_on
+    return _first(fit_on, max_train_pairs), _first(measure_on, max_pairs)
 
 
-def _read_pairs(source: str, split: str, how: dict[str, Any]) -> ContrastivePairs:
-    if source in dataset_names():
-        return ContrastivePairs.load(source, split=split, group=how["group"])
-    return ContrastivePairs.load(source, split=split, **how)
+def _first(pairs: Any, n: int | None) -> Any:
+    return pairs if n is None else replace(pairs[: max(n, 0)], card=pairs.card)
 
 
-def text_of(on: str) -> On:
+def _read_pairs(source: str, split: str, how: dict[str, Any]) -> Any:
+    if source in sl.data.dataset_names():
+        return sl.ContrastivePairs.load(source, split=split, group=how["group"])
+    return sl.ContrastivePairs.load(source, split=split, **how)
+
+
+def text_of(on: str) -> Any:
     """What `--on` names. Raises `InputError` when it is a file that holds no text."""
     if on == "positive" or on == "negative" or on == "neutral":
         return on
     if not Path(on).exists():
         raise InputError(f"--on {on!r} is neither positive, negative, neutral nor a file")
-    read_texts(Path(on))
+    sl.data.reading.read_texts(Path(on))
     return Path(on)
 
 
-def pairs_record(pairs: ContrastivePairs) -> dict[str, Any]:
+def pairs_record(pairs: Any) -> dict[str, Any]:
     """What a run's record says of its pairs."""
     return {
         "name": pairs.name,

@@ -9,24 +9,21 @@ from typing import Annotated, Any
 
 import typer
 
+import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand
+from steerlens.cli.command import PairsCommand, quoted
 from steerlens.cli.printing import print_table, print_texts, say
-from steerlens.data.pairs import ContrastivePair, ContrastivePairs
-from steerlens.data.prompts import Prompt, render
-from steerlens.engine.labels import default_labels, with_labels
-from steerlens.engine.tokenization import TokenizedPrompt, token_texts, tokenize_prompt
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
 
 N_SHOWN = 3
 """Pairs that are shown of the shortest, and of the longest."""
-Sides = tuple[TokenizedPrompt, TokenizedPrompt]
+Sides = tuple[Any, Any]
+"""A pair as `TokenizedPrompt`s."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs(PairsCommand):
-    """What pairs look like before a run: lengths, differences, repeats, template, leakage."""
+    """What pairs look like: lengths, repeats, template, leakage."""
 
     pairs: Annotated[str, typer.Argument(metavar="FILE", help="As --pairs of other commands.")]
     test_pairs: opt.TestPairs = None
@@ -34,9 +31,19 @@ class Pairs(PairsCommand):
         str | None, "Show tokens and what the chat template does. Default: characters and words."
     ] = None
 
+    EXAMPLES = (
+        "pairs mine.csv --columns positive=chosen,negative=rejected",
+        "pairs sentiment --model smollm2-135m-instruct",
+    )
+
+    @property
+    def next(self) -> str:
+        """What they are for."""
+        return f"steerlens sweep --pairs {quoted(self.pairs)} --out runs/sweep"
+
     def run(self) -> None:
         """What the command does."""
-        fit_on, measure_on = opt.pairs_of(self.pairs, self.test_pairs, **self.reading)
+        fit_on, measure_on = self.read_pairs()
         model = None if self.model is None else self.load(self.model)
         parts = [fit_on] if measure_on is fit_on else [fit_on, measure_on]
         for pairs in parts:
@@ -51,7 +58,7 @@ class Pairs(PairsCommand):
             )
 
 
-def _print_part(pairs: ContrastivePairs, model: HookedModel | None) -> None:
+def _print_part(pairs: Any, model: Any) -> None:
     say(f"{pairs.name}: {pairs.card}" if pairs.card else pairs.name)
     tokens, refused = ({}, Counter()) if model is None else _tokenized(model, pairs)
     _print_lengths(pairs, tokens)
@@ -70,27 +77,25 @@ def _print_part(pairs: ContrastivePairs, model: HookedModel | None) -> None:
             print_texts(title, ["positive", "negative"], texts)
 
 
-def _tokenized(
-    model: HookedModel, pairs: ContrastivePairs
-) -> tuple[dict[str, Sides], Counter[str]]:
+def _tokenized(model: Any, pairs: Any) -> tuple[dict[str, Sides], Counter[str]]:
     """Both sides of each pair as ids, by the pair's id; what refuses the others, and how many."""
     found = {pair.id: _tokens_of(model, pair) for pair in pairs}
     refused = Counter(told for told in found.values() if isinstance(told, str))
     return {name: both for name, both in found.items() if not isinstance(both, str)}, refused
 
 
-def _tokens_of(model: HookedModel, pair: ContrastivePair) -> Sides | str:
+def _tokens_of(model: Any, pair: Any) -> Sides | str:
     """Both sides of a pair, or why they are refused."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what the template does stands in the table
-            positive = tokenize_prompt(model, pair.positive, pair.continuation)
-            return positive, tokenize_prompt(model, pair.negative)
+            positive = sl.engine.tokenize_prompt(model, pair.positive, pair.continuation)
+            return positive, sl.engine.tokenize_prompt(model, pair.negative)
     except InputError as error:
         return str(error)
 
 
-def _print_lengths(pairs: ContrastivePairs, tokens: dict[str, Sides]) -> None:
+def _print_lengths(pairs: Any, tokens: dict[str, Sides]) -> None:
     """Smallest, median and largest of each side's characters, and of its tokens."""
     columns: dict[str, Sequence[int]] = {}
     for number, side in enumerate(("positive", "negative")):
@@ -108,7 +113,7 @@ def _spread(values: Sequence[int]) -> tuple[str, str, str]:
     return str(min(values)), f"{median(values):g}", str(max(values))
 
 
-def _facts(pairs: ContrastivePairs, tokens: dict[str, Sides]) -> dict[str, str]:
+def _facts(pairs: Any, tokens: dict[str, Sides]) -> dict[str, str]:
     """What holds of the pairs whatever the model: differences, repeats, groups, labels."""
     sides = [[_units(pair, side, tokens) for pair in pairs] for side in ("positive", "negative")]
     firsts, n_last = [], 0
@@ -116,6 +121,8 @@ def _facts(pairs: ContrastivePairs, tokens: dict[str, Sides]) -> dict[str, str]:
         same = [one == other for one, other in zip(positive, negative, strict=False)]
         firsts.append((same + [False]).index(False))
         n_last += positive[-1:] != negative[-1:]
+    from steerlens.engine.labels import default_labels
+
     unit = "token" if tokens else "word"
     try:
         kind = str(
@@ -136,15 +143,17 @@ def _facts(pairs: ContrastivePairs, tokens: dict[str, Sides]) -> dict[str, str]:
 
 
 def _template_facts(
-    model: HookedModel, pairs: ContrastivePairs, tokens: dict[str, Sides], refused: Counter[str]
+    model: Any, pairs: Any, tokens: dict[str, Sides], refused: Counter[str]
 ) -> dict[str, str]:
     """What the chat template and the tokenizer make of the prompts."""
+    from steerlens.engine.labels import with_labels
+
     kept = [pair for pair in pairs if pair.id in tokens]
     chats = [p for pair in kept for p in (pair.positive, pair.negative) if not isinstance(p, str)]
     n_ignored = sum(
         any(m.role == "system" and m.content.strip() not in text for m in chat)
         for chat in chats
-        for text in [render(chat, model.tokenizer)]
+        for text in [sl.data.render(chat, model.tokenizer)]
     )
     same = [id_ for id_, (pos, neg) in tokens.items() if pos.prompt == neg.prompt]
     facts = {
@@ -161,32 +170,33 @@ def _template_facts(
     return facts | {"label tokens: least, median, most": n_labels}
 
 
-def _units(pair: ContrastivePair, side: str, tokens: dict[str, Sides]) -> Sequence[Any]:
+def _units(pair: Any, side: str, tokens: dict[str, Sides]) -> Sequence[Any]:
     """The token ids of a side, or its words."""
     if pair.id in tokens:
-        return tokens[pair.id][side == "negative"].prompt
+        ids: Sequence[int] = tokens[pair.id][side == "negative"].prompt
+        return ids
     return _text(getattr(pair, side)).split()
 
 
-def _length(pair: ContrastivePair, tokens: dict[str, Sides] | None) -> int:
+def _length(pair: Any, tokens: dict[str, Sides] | None) -> int:
     """Tokens of both sides, or characters; 0 of a pair that is refused."""
     if tokens is None:
         return sum(len(_text(side)) for side in (pair.positive, pair.negative))
     return sum(map(len, tokens.get(pair.id, ())))
 
 
-def _shown(
-    pair: ContrastivePair, side: str, model: HookedModel | None, tokens: dict[str, Sides]
-) -> str:
+def _shown(pair: Any, side: str, model: Any, tokens: dict[str, Sides]) -> str:
     """A side as it is, or as the model sees it: its tokens between bars."""
     if model is None:
         return _text(getattr(pair, side))
     prompt = tokens[pair.id][side == "negative"]
     parts = [prompt.prompt, *([prompt.continuation] if prompt.continuation else [])]
-    return " >> ".join(f"|{'|'.join(token_texts(model, ids))}|" for ids in parts)
+    return " >> ".join(
+        f"|{'|'.join(sl.engine.tokenization.token_texts(model, ids))}|" for ids in parts
+    )
 
 
-def _text(prompt: Prompt) -> str:
+def _text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message.role}: {message.content}" for message in prompt)

@@ -4,8 +4,10 @@ Nothing that a terminal would obey leaves here: texts are made `visible` before 
 and what libraries write is made so by `escaped_streams`.
 """
 
+import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -13,16 +15,21 @@ from contextlib import (
     redirect_stderr,
     redirect_stdout,
 )
+from dataclasses import dataclass
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from steerlens.measure.sweeps import SweepResult
-from steerlens.progress import Progress, show_progress, visible
-from steerlens.tables import hook_label
+import steerlens as sl
+from steerlens.progress import Progress, show_progress, silent, visible
 
+BEYOND = "beyond"
+"""What stands for an infinite boundary."""
+ROUNDING = 1e-9
+"""Numbers nearer to 0 are what rounding leaves of it."""
 SIGPIPE = 128 + 13
 """The exit code of a program whose reader went away, as a shell says it."""
 _COHERENT = {"yes": " ", "no": "!", "undecided": "?"}
@@ -34,9 +41,7 @@ class _Console(Console):
         raise SystemExit(SIGPIPE)
 
 
-_is_terminal = sys.stdout is not None and sys.stdout.isatty()  # None: closed by who started us
-# Without a terminal there is no width to fit: wide enough that nothing is cut off.
-_output = _Console(highlight=False, width=None if _is_terminal else 160)
+_output = _Console(highlight=False)
 _notes = _Console(stderr=True, highlight=False)
 LINES = "\n\t"
 """What text of several lines is made of besides."""
@@ -74,20 +79,31 @@ def escaped_streams() -> Iterator[None]:
         yield
 
 
-def progress_of(*, quiet: bool) -> AbstractContextManager[Progress | None]:
-    """`show_progress`; or nothing to tell, when `quiet`. Print no notes inside the block."""
-    return nullcontext() if quiet else show_progress()
+def progress_of(*, quiet: bool) -> AbstractContextManager[Progress]:
+    """`show_progress`; or `silent`, when `quiet`. Print no notes inside the block."""
+    return nullcontext(silent) if quiet else show_progress()
 
 
-def note(text: str, *, quiet: bool = False, soft_wrap: bool = False, keep: str = "") -> None:
+def note(text: str, *, quiet: bool = False, keep: str = "") -> None:
     """Print a line on stderr, unless `quiet`."""
     if not quiet:
-        _notes.print(Text(visible(text, keep)), soft_wrap=soft_wrap)
+        _print(_notes, visible(text, keep))
 
 
 def say(text: str) -> None:
     """Print a line on stdout."""
-    _output.print(Text(visible(text)))
+    _print(_output, visible(text))
+
+
+def _print(console: Console, text: str) -> None:
+    """A terminal would break a long line inside a word; a pipe or a file gets it whole."""
+    if console.is_terminal:
+        width = max(console.width, 1)
+        text = "\n".join(
+            textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+            for line in text.split("\n")
+        )
+    console.print(Text(text), soft_wrap=True)
 
 
 def print_table(
@@ -96,18 +112,56 @@ def print_table(
     rows: Iterable[Sequence[str]],
     *,
     left: Collection[str] = ("hook",),
-    no_wrap: bool = False,
 ) -> None:
-    """Rows of texts under the names of their columns; numbers to the right."""
-    shown = Table(title=title and Text(visible(title)))
-    for name in names:
-        if name in left:
-            shown.add_column(Text(visible(name)))
-        else:
-            shown.add_column(Text(visible(name)), justify="right", no_wrap=no_wrap)
-    for row in rows:
-        shown.add_row(*(Text(visible(cell)) for cell in row))
-    _output.print(shown)
+    """Rows of texts under the names of their columns; numbers to the right.
+
+    Columns that find no room beside the others follow in a table of their own, after the first one
+    again, so that no heading or number is cut.
+    """
+    cells = [[visible(cell) for cell in row] for row in rows]
+    columns = [_Column(visible(name), [row[i] for row in cells]) for i, name in enumerate(names)]
+    parts = [columns[:1]]
+    for column in columns[1:]:
+        if len(parts[-1]) > 1 and _room_beside([*parts[-1], column]) < 0:
+            parts.append(columns[:1])
+        parts[-1] = [*parts[-1], column]
+    for part in parts:
+        shown = Table(title=title and Text(visible(title)))
+        room = max(_room_beside(part), 0)
+        for column in part:
+            more = min(room, column.widest - column.least)
+            room -= more
+            justify: Any = "left" if column.name in left else "right"
+            shown.add_column(Text(column.name), justify=justify, width=column.least + more)
+        for number in range(len(cells)):
+            shown.add_row(*(Text(column.cells[number]) for column in part))
+        _output.print(shown)
+        title = None
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A heading and what stands under it."""
+
+    name: str
+    cells: list[str]
+
+    @property
+    def widest(self) -> int:
+        """With every text on a line."""
+        return max(cell_len(text) for text in (self.name, *self.cells))
+
+    @property
+    def least(self) -> int:
+        """With texts broken between words, and numbers and intervals whole."""
+        words = [word for text in (self.name, *self.cells) for word in text.split()]
+        whole = [cell for cell in self.cells if not cell[:1].isalpha() and len(cell) < 30]
+        return max(cell_len(text) for text in ("-", *words, *whole))
+
+
+def _room_beside(columns: Sequence[_Column]) -> int:
+    """What these columns leave of the console's width, with a line and spaces round each."""
+    return _output.width - 1 - sum(column.least + 3 for column in columns)
 
 
 def print_texts(title: str, names: Sequence[str], texts: Sequence[str]) -> None:
@@ -116,19 +170,45 @@ def print_texts(title: str, names: Sequence[str], texts: Sequence[str]) -> None:
     for name in names:
         shown.add_column(Text(visible(name)), ratio=1)
     shown.add_row(*(Text(visible(text, PROSE)) for text in texts))
-    _output.print(shown)
+    # Without a terminal there is no width to fit: a long line of tokens stays in one piece.
+    _output.print(shown, width=None if _output.is_terminal else 160)
 
 
 def short(value: Any) -> str:
-    """A number to four digits; anything else as it is."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A number to four digits, anything else as it is; what is undefined as a dash."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, float):
+        return "-" if value is None or value in ("none", -1) else str(value)
+    if math.isnan(value):
+        return "-"
+    if math.isinf(value):
+        return BEYOND
+    return "0" if abs(value) < ROUNDING else f"{value:.4g}"
+
+
+def between(low: float, high: float, form: Callable[[float], str] = short) -> str:
+    """An interval; a dash where it is undefined."""
+    ends = [form(end) if math.isfinite(end) else short(end) for end in (low, high)]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def print_rows(table: Any, title: str, columns: list[str]) -> None:
     """Some columns of a table, a row a line."""
     names = [name.replace("_", " ") for name in columns]
     rows = [[short(row[name]) for name in columns] for row in table.to_dict("records")]
-    print_table(title, names, rows, left=())
+    print_table(title, names, rows, left=("method", "verdict", "component", "test", "level"))
+    _tell_of_beyond(rows)
+
+
+def _tell_of_beyond(rows: Iterable[Sequence[str]]) -> None:
+    if any(BEYOND in cell for row in rows for cell in row):
+        say(f"{BEYOND}: not reached within the range that was searched")
+
+
+def signed(value: float) -> str:
+    """A change to three decimals, with its sign; a dash where it is undefined."""
+    return f"{value:+.3f}" if math.isfinite(value) else short(value)
 
 
 def print_summary(table: Any) -> None:
@@ -138,9 +218,9 @@ def print_summary(table: Any) -> None:
             f"{row['rank']} ({row['rank_low']}-{row['rank_high']})",
             row["method"],
             str(row["layer"]) if row["layer"] >= 0 else "",
-            f"{row['coefficient']:.4g}" if row["layer"] >= 0 else "",
-            f"{row['effect']:+.3f}",
-            f"{row['effect_ci_low']:+.3f} to {row['effect_ci_high']:+.3f}",
+            short(row["coefficient"]) if row["layer"] >= 0 else "",
+            signed(row["effect"]),
+            between(row["effect_ci_low"], row["effect_ci_high"], signed),
             row["verdict"],
         ]
         for row in table.to_dict("records")
@@ -153,13 +233,30 @@ def print_summary(table: Any) -> None:
     )
 
 
+def print_behaviour(table: Any) -> None:
+    """Every scorer's mean, with its interval, by hook and coefficient."""
+    names = list(dict.fromkeys(table.scorer))
+    keys = ["subject", "hook_name", "strength"]
+    rows = []
+    for (subject, hook_name, strength), cell in table.groupby(keys, sort=False):
+        by_name = cell.set_index("scorer")
+        steered = [sl.tables.hook_label(hook_name), strength] if hook_name else [subject, ""]
+        rows.append([*steered, *(_with_ends(by_name.loc[name]) for name in names)])
+    print_table("What is written: mean (95% interval)", ["hook", "coefficient", *names], rows)
+
+
+def _with_ends(row: Any) -> str:
+    ends = "" if math.isnan(row.ci_low) else f" ({between(row.ci_low, row.ci_high)})"
+    return f"{short(float(row['mean']))}{ends}"
+
+
 def print_layers(table: Any) -> None:
     """The per-layer table without what is the same on every row, or undefined."""
     columns = ["separation", "projection", "projection_std", "agreement", "explained_variance"]
     columns += ["resid_norm"]
     names = ["hook", *(name.replace("_", " ") for name in columns)]
     rows = [
-        [hook_label(row["hook_name"]), *(short(row[name]) for name in columns)]
+        [sl.tables.hook_label(row["hook_name"]), *(short(row[name]) for name in columns)]
         for row in table.to_dict("records")
     ]
     print_table("Per layer, unsteered", names, rows)
@@ -170,36 +267,44 @@ def print_boundary(table: Any) -> None:
     """Boundaries with their intervals, what was predicted, and the projection there."""
     settings = table.attrs["settings"]
     title = f"Coherence boundary on {settings['on']} text, {settings['budget']}"
-    names = ["hook", "negative", "95%", "predicted", "positive", "95%", "predicted", "resid norm"]
+    names = ["hook", "sign", "boundary", "95% interval", "predicted", "resid norm"]
+    names += ["projection there"]
     rows = []
     for row in table.to_dict("records"):
-        cells = [hook_label(row["hook_name"])]
         for sign in ("neg", "pos"):
             name = f"boundary_{sign}"
             has_reentry = row[f"reentry_{sign}"] == row[f"reentry_{sign}"]  # not NaN
-            cells += [
-                f"{row[name]:.4g}{'*' if has_reentry else ''}",
-                f"{row[f'{name}_ci_low']:.4g} to {row[f'{name}_ci_high']:.4g}",
-                f"{row[f'predicted_{name}']:.4g}",
-            ]
-        rows.append([*cells, f"{row['resid_norm']:.4g}", f"{row['projection_at_boundary']:.4g}"])
-    print_table(title, [*names, "projection there"], rows)
+            rows.append(
+                [
+                    sl.tables.hook_label(row["hook_name"]),
+                    {"neg": "c < 0", "pos": "c > 0"}[sign],
+                    short(row[name]) + ("*" if has_reentry else ""),
+                    between(row[f"{name}_ci_low"], row[f"{name}_ci_high"]),
+                    short(row[f"predicted_{name}"]),
+                    short(row["resid_norm"]),
+                    short(row["projection_at_boundary"]) if sign == "pos" else "",
+                ]
+            )
+    print_table(title, names, rows, left=("hook", "sign"))
+    _tell_of_beyond(rows)
     if table[["reentry_pos", "reentry_neg"]].notna().any(axis=None):
         say("* within the budget again further out: see reentry_pos and reentry_neg")
 
 
-def print_cells(result: SweepResult) -> None:
+def print_cells(result: Any) -> None:
     """Projection and degradation of every cell: a row a hook, a column a coefficient."""
     rows = []
     for hook_name, cells in result.table.groupby("hook_name", sort=False):
         texts = [
-            f"{row['projection']:.1f} ({row['degradation_nats']:+.3f}){_COHERENT[row['coherent']]}"
+            "-"
+            if math.isnan(row["projection"])
+            else f"{row['projection']:.1f} ({signed(row['degradation_nats'])})"
+            + _COHERENT[row["coherent"]]
             for row in cells.to_dict("records")
         ]
-        rows.append([hook_label(str(hook_name)), *texts])
+        rows.append([sl.tables.hook_label(str(hook_name)), *texts])
     print_table(
         "Projection (degradation, nats per token; ! beyond the budget, ? undecided)",
-        ["hook", *(f"c = {coefficient:g}" for coefficient in result.settings.coefficients)],
+        ["hook", *(f"c = {asked}" for asked in result.table.asked.unique())],
         rows,
-        no_wrap=True,
     )

@@ -6,17 +6,17 @@ from typing import Annotated
 
 import typer
 
-from steerlens.cli.command import QuietCommand
+import steerlens as sl
+from steerlens.cli.command import QuietCommand, quoted
 from steerlens.cli.printing import note
 from steerlens.files import write_out
-from steerlens.runs.html_report.page import report as make_report
-from steerlens.runs.reading import read_run
-from steerlens.runs.record import REPORT
+
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report(QuietCommand):
-    """One HTML file of one run or several: summary, figures, texts and tables; no network."""
+    """One HTML file of one run or several; it needs no network."""
 
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN_DIR", help="--out folders of other commands.")
@@ -25,6 +25,16 @@ class Report(QuietCommand):
         None
     )
 
+    EXAMPLES = (
+        "report runs/sweep",
+        "report runs/sweep runs/boundary --out report.html",
+    )
+
+    @property
+    def next(self) -> str:
+        """A look at it."""
+        return f"python -m webbrowser {quoted(self.written)}"
+
     @property
     def written(self) -> Path:
         """The page."""
@@ -32,8 +42,8 @@ class Report(QuietCommand):
 
     def run(self) -> None:
         """What the command does."""
-        runs = [read_run(folder) for folder in self.runs]
+        runs = [sl.read_run(folder) for folder in self.runs]
         out = self.written
-        page = make_report(runs).encode()
+        page = sl.report(runs).encode()
         write_out(out, lambda path: path.write_bytes(page))
         note(f"written to {out} ({len(page) / 1e6:.1f} MB)", quiet=self.quiet)

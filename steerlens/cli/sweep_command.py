@@ -4,22 +4,16 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import pandas as pd
 import typer
 
+import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand, QuietCommand, Task, prepare
+from steerlens.cli.command import PairsCommand, QuietCommand
 from steerlens.cli.executors import executor_of
 from steerlens.cli.long_command import FolderCommand
+from steerlens.cli.options import DEFAULT_MODEL, OWN_TOKENS
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of
 from steerlens.cli.run_warnings import warn
-from steerlens.engine.labels import OWN_TOKENS
-from steerlens.loss import Budget
-from steerlens.measure.study import Study
-from steerlens.measure.sweeps import SweepResult
-from steerlens.measure.tokens import generation_table, token_damage
-from steerlens.models.packaged import DEFAULT_MODEL
-from steerlens.runs.unfinished import Parts
 
 NEW_TOKENS = 40
 """What the model writes after a prompt that is shown."""
@@ -42,13 +36,13 @@ class WorkersCommand(QuietCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(FolderCommand, WorkersCommand, PairsCommand):
-    """Measure projection against logprob degradation at every layer and coefficient."""
+    """Projection against lost logprob, every layer and coefficient."""
 
     model: opt.Model = DEFAULT_MODEL
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
     layers: opt.Layers = "all"
-    coefficients: Annotated[str, "Residual units, e.g. --coefficients=-8,0,8"] = "-8,-4,0,4,8"
+    coefficients: opt.Coefficients = "-0.1norm,-0.05norm,0,0.05norm,0.1norm"
     vector: opt.Vector = None
     method: opt.Method = "mean_diff"
     position: opt.Position = None
@@ -65,17 +59,22 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
         ),
     ] = 2
 
+    EXAMPLES = (
+        "sweep --pairs sentiment --max-pairs 16 --out runs/sweep",
+        "sweep --layers 10:20:2 --coefficients=-8,0,8 --out runs/some",
+    )
+
     def measure(self) -> None:
         """What the command does."""
-        coefficients = opt.numbers_of(self.coefficients)
-        Budget.parse(self.budget)
+        coefficients = sl.measure.rows.checked_coefficients(opt.strengths_of(self.coefficients))
+        sl.measure.rows.check_logprob_budget(self.budget)
         opt.labels_of(self)
         # Workers that cannot be had are told of before a model is loaded.
         with executor_of(workers=self.workers, dask=self.dask) as executor:
             self._run(coefficients, executor)
 
-    def _run(self, coefficients: list[float], executor: Executor | None) -> None:
-        task = prepare(self, self.layers)
+    def _run(self, coefficients: Any, executor: Executor | None) -> None:
+        task = self.prepare(self.layers)
         request = task.request(
             "sweep",
             coefficients=coefficients,
@@ -85,7 +84,7 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
             study, result = self._cells(task, coefficients, run.parts, executor)
             tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
             if self.examples and (task.vector is None or len(task.vector) == 1):
-                tables |= self._example_tables(study, coefficients)
+                tables |= self._example_tables(study, result.table)
             spent = result.table.attrs["forward_equivalents"]
             run.write(tables, study.directions, forward_equivalents=spent)
         if not self.quiet:
@@ -94,8 +93,8 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
             run.note(f"{len(result.table)} cells")
 
     def _cells(
-        self, task: Task, coefficients: list[float], parts: Parts, executor: Executor | None
-    ) -> tuple[Study, SweepResult]:
+        self, task: Any, coefficients: Any, parts: Any, executor: Executor | None
+    ) -> tuple[Any, Any]:
         with task.progress() as progress:
             study = task.study(
                 progress,
@@ -107,24 +106,23 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
             result = study.sweep(coefficients)
         return study, result
 
-    def _example_tables(self, study: Study, coefficients: list[float]) -> dict[str, pd.DataFrame]:
-        """Of the first positive prompts, steered at the middle hook: what illustrates the run.
-
-        `generations` at every coefficient, `tokens` at the smallest and the largest. Notes, kept in
-        the record, say which texts are short because the context is full.
-        """
+    def _example_tables(self, study: Any, cells: Any) -> dict[str, Any]:
+        """`generations` at every coefficient, `tokens` at both ends, of the first prompts."""
         hook_name = study.hook_names[len(study.hook_names) // 2]
+        coefficients = cells.coefficient[cells.hook_name == hook_name].drop_duplicates().tolist()
         ids = [pair.id for pair in study.pairs][: self.examples]
         prompts = study.tokens.positive[: self.examples]
         note(f"Examples: {len(ids)} prompts at {hook_name}", quiet=self.quiet)
         with progress_of(quiet=self.quiet) as progress:
             steered = (study.model, prompts, study.directions)
             shared: dict[str, Any] = {"layer": hook_name, "ids": ids, "progress": progress}
-            generations = generation_table(
+            generations = sl.measure.generation_table(
                 *steered, coefficients=coefficients, max_new_tokens=NEW_TOKENS, **shared
             )
             ends = [min(coefficients), max(coefficients)]
-            tokens = token_damage(*steered, coefficients=ends, batch_size=self.batch_size, **shared)
+            tokens = sl.token_damage(
+                *steered, coefficients=ends, batch_size=self.batch_size, **shared
+            )
         short = generations[generations.end == "context"]
         for prompt, n_tokens in short.groupby("prompt", sort=False).n_tokens.max().items():
             text = f"{n_tokens} of {NEW_TOKENS} new tokens fit the model's context"

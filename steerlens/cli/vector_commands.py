@@ -1,7 +1,7 @@
 """The commands that make, use and carry steering vectors."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,29 +9,28 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
+import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import Command, ModelCommand, PairsCommand, QuietCommand, prepare
+from steerlens.cli.command import (
+    Command,
+    LoadCommand,
+    ModelCommand,
+    PairsCommand,
+    quoted,
+)
 from steerlens.cli.long_command import LongCommand
-from steerlens.cli.printing import note, print_rows, print_table, print_texts, progress_of, say
-from steerlens.data.prompts import Message, Prompt
-from steerlens.data.reading import read_texts
-from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
+from steerlens.cli.options import DEFAULT_MODEL
+from steerlens.cli.printing import (
+    note,
+    print_rows,
+    print_table,
+    print_texts,
+    progress_of,
+    say,
+    short,
+)
 from steerlens.errors import InputError
-from steerlens.measure.boundary import check_search
-from steerlens.measure.cosines import cosine_table
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import resolve_hooks
-from steerlens.models.loading import check_at_hand
-from steerlens.models.packaged import DEFAULT_MODEL
-from steerlens.models.weight_processing import UNKNOWN
-from steerlens.progress import silent
-from steerlens.runs.unfinished import clear_finished
-from steerlens.steering import SteeringVector, operator_of, parse_coefficient
-from steerlens.steering import generate as generate_text
-from steerlens.steering.cache_positions import check_positions
-from steerlens.steering.export import bake as bake_checkpoint
-from steerlens.steering.export import to_gguf
-from steerlens.steering.export.huggingface import check_is_new
+from steerlens.progress import under
 
 VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
 OptionalModel = Annotated[
@@ -43,10 +42,10 @@ UNFINISHED = ".unfinished"
 
 @dataclass(frozen=True, kw_only=True)
 class Extract(LongCommand, PairsCommand):
-    """Fit a direction and write it as a steering vector, its boundary with it."""
+    """Fit a steering vector and write it, its boundary with it."""
 
-    out: Annotated[Path | None, "File to write, .safetensors."] = None
-    layers: Annotated[str | None, "As of `sweep`. Needed."] = None
+    out: Annotated[Path | None, "File to write, .safetensors. Needed, or --resume."] = None
+    layers: Annotated[str | None, f"As of `sweep`. {opt.NEEDED}"] = None
     model: opt.Model = DEFAULT_MODEL
     test_pairs: opt.TestPairs = None
     max_pairs: opt.MaxPairs = None
@@ -61,6 +60,15 @@ class Extract(LongCommand, PairsCommand):
     budget: Annotated[str, "Of the boundary, as in `steerlens boundary`."] = "relative=0.01"
 
     NEEDED: ClassVar[tuple[str, ...]] = ("layers",)
+    EXAMPLES = (
+        "extract --pairs sentiment --layers 15 --out cheerful.safetensors",
+        "extract --layers 9,12 --no-boundary --out two.safetensors",
+    )
+
+    @property
+    def next(self) -> str:
+        """What the vector does."""
+        return generate_with(self.written)
 
     @property
     def written(self) -> Path | None:
@@ -75,10 +83,12 @@ class Extract(LongCommand, PairsCommand):
         return out.with_name(out.name + UNFINISHED)
 
     @staticmethod
-    def is_finished(out: Path) -> bool:
-        """Whether the file is there; what a kill left beside it is removed."""
+    def clear_if_finished(out: Path) -> bool:
+        """Remove what a kill left beside the file; False where that is not there."""
         folder = Extract.parts_folder(out)
         if out.is_file() and folder.is_dir():
+            from steerlens.runs.unfinished import clear_finished
+
             clear_finished(folder)
             with suppress(OSError):  # where a user's file lies in it
                 folder.rmdir()
@@ -87,18 +97,18 @@ class Extract(LongCommand, PairsCommand):
     def measure(self) -> None:
         """Fit, measure the boundary, write the vector."""
         assert self.out is not None
-        operator = operator_of(self.operator, value=self.value)
+        operator = sl.steering.operator_of(self.operator, value=self.value)
         text = opt.text_of(self.on)
-        check_search(budget=self.budget, search_range=4.0)
+        sl.measure.boundary.check_search(budget=self.budget)
         if self.out.suffix != ".safetensors":
             raise InputError(f"--out {str(self.out)!r}: expected a name that ends in .safetensors")
-        task = prepare(self, str(self.layers))
-        texts = list(read_texts(text)) if isinstance(text, Path) else None
+        task = self.prepare(str(self.layers))
+        texts = list(sl.data.reading.read_texts(text)) if isinstance(text, Path) else None
         with self.opened(task.request("extract", texts=texts)) as run:
             with task.progress() as progress:
                 study = task.study(progress, parts=run.parts, budget=self.budget)
                 table = study.boundary(on=text).layers if self.boundary else study.layers
-            vector = SteeringVector.from_directions(
+            vector = sl.SteeringVector.from_directions(
                 task.model,
                 study.fitted,
                 layers=str(self.layers),
@@ -107,7 +117,7 @@ class Extract(LongCommand, PairsCommand):
                 dataset=task.fit_on.name,
             )
             vector.save(self.out)
-        self.is_finished(self.out)
+        self.clear_if_finished(self.out)
         if not self.quiet:
             _print_vector(vector)
             note(f"written to {self.out}")
@@ -115,21 +125,14 @@ class Extract(LongCommand, PairsCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(ModelCommand, PairsCommand):
-    """Greedy continuations of one prompt at several coefficients, side by side."""
+    """What the model writes at several coefficients, side by side."""
 
     prompt: Annotated[str, "What the user says."]
     vector: Annotated[Path | None, "A .safetensors or .gguf vector."] = None
     layer: Annotated[str | None, "Layer or hook name: of the vector, or to fit a direction at."] = (
         None
     )
-    coefficients: Annotated[
-        str,
-        typer.Option(
-            "--coefficients",
-            "--coefficient",
-            help="Residual units, 0.1norm (residual norms) or 80% (of the boundary), by commas.",
-        ),
-    ] = "-8,0,8"
+    coefficients: opt.Coefficients = "-8,0,8"
     positions: Annotated[
         str,
         "Tokens to steer: all, prompt, generated, generated[0:10], last, think or answer; several "
@@ -141,97 +144,153 @@ class Generate(ModelCommand, PairsCommand):
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 40
     raw: Annotated[bool, typer.Option("--raw", help="No chat template round the prompt.")] = False
 
+    EXAMPLES = (
+        'generate --prompt "Hello" --layer 15 --coefficients=-30,0,30',
+        'generate --prompt "Hi" --vector v.safetensors --coefficients=0,80%',
+    )
+
+    @property
+    def next(self) -> str:
+        """The vector as a file, or in a checkpoint."""
+        if self.vector is None:
+            how = f"--pairs {quoted(self.pairs)} --layers {quoted(self.layer)}"
+            return f"steerlens extract {how} --out vector.safetensors"
+        return f"steerlens bake {quoted(self.vector)} --coefficient=8 --out steered-model"
+
     def run(self) -> None:
         """What the command does."""
         strengths = opt.strengths_of(self.coefficients)
-        check_positions(self.positions)
+        sl.steering.cache_positions.check_positions(self.positions)
         if self.vector is not None:
             steered: Any
-            steered, model = _load_with_model(self.vector, self.model, self.load)
+            steered, model = load_with_model(self.vector, self.model, self.load)
             if self.layer is not None:
-                steered = steered.at(*resolve_hooks(model, self.layer))
+                steered = steered.at(*sl.resolve_hooks(model, self.layer))
             prompt = self._tokenize(model)
         elif self.layer is None:
             raise InputError("give --vector FILE, or --layer to fit a direction there")
-        elif any(parse_coefficient(strength).unit != "residual" for strength in strengths):
-            raise InputError(
-                "norms and shares of the boundary are those of a --vector (see "
-                "`steerlens extract`); give --coefficients in residual units"
-            )
         else:
-            model, prompt, steered = self._fit_at(self.layer)
+            model, prompt, steered = self._fit_at(self.layer, strengths)
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "positions": self.positions,
         }
         texts: list[str] = []
         with progress_of(quiet=self.quiet) as progress:
-            tell = progress or silent
-            tell("continuations", 0, len(strengths))
             for strength in strengths:
-                texts.append(generate_text(model, prompt, steered, strength, **options))
-                tell("continuations", len(texts), len(strengths))
+                heading = f"continuation {len(texts) + 1} of {len(strengths)}"
+                options["progress"] = under(progress, heading)
+                texts.append(sl.generate(model, prompt, steered, strength, **options))
         print_texts(self.prompt, strengths, texts)
 
-    def _tokenize(self, model: HookedModel) -> TokenizedPrompt:
-        chat: Prompt = self.prompt if self.raw else (Message("user", self.prompt),)
-        return tokenize_prompt(model, chat)
+    def _tokenize(self, model: Any) -> Any:
+        chat = self.prompt if self.raw else (sl.Message("user", self.prompt),)
+        return sl.engine.tokenize_prompt(model, chat)
 
-    def _fit_at(self, layer: str) -> tuple[HookedModel, TokenizedPrompt, dict[str, Any]]:
-        """The model, the prompt, and a direction fitted at each hook of `layer`."""
-        task = prepare(self, layer)
+    def _fit_at(self, layer: str, strengths: list[str]) -> tuple[Any, Any, Any]:
+        """The model, the prompt, and a vector fitted at each hook of `layer`."""
+        task = self.prepare(layer)
         prompt = self._tokenize(task.model)
         with task.progress() as progress:
             directions = task.fit(progress, layers=layer)
-        return task.model, prompt, {name: directions[name] for name in task.hook_names}
+            return task.model, prompt, task.vector_at(progress, directions, layer, strengths)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Export(QuietCommand):
-    """Between steerlens's safetensors and llama.cpp's control vectors (.gguf), both ways."""
+class Export(LoadCommand):
+    """A vector for llama.cpp (and back), lm-eval-harness or PEFT."""
 
     source: VectorFile
-    target: Annotated[Path, typer.Argument(help="File to write: .gguf or .safetensors.")]
+    target: Annotated[
+        Path,
+        typer.Argument(help="To write: .gguf, .safetensors, .pt (lm-eval), a new folder (peft)."),
+    ]
+    to: Annotated[
+        str | None, "lm-eval or peft; they take --coefficient. Default: by the target's name."
+    ] = None
+    coefficient: Annotated[str | None, "Residual units, 0.1norm, or 80% of the boundary."] = None
+    model: OptionalModel = None
+
+    EXAMPLES = (
+        "export cheerful.safetensors cheerful.gguf",
+        "export control.gguf control.safetensors",
+    )
+
+    @property
+    def next(self) -> str:
+        """What was written, where it can be read back."""
+        is_vector = self.target.suffix in (".gguf", ".safetensors")
+        return f"steerlens vectors show {quoted(self.target if is_vector else self.source)}"
 
     @property
     def written(self) -> Path:
         """Its target."""
         return self.target
 
+    def check_written(self) -> None:
+        """See that a folder is new or empty."""
+        if self.to == "peft":
+            sl.export.huggingface.check_is_new(self.target)
+        else:
+            super().check_written()
+
     def run(self) -> None:
         """What the command does."""
         vector, target = opt.read_vector(self.source), self.target
-        if target.suffix == ".gguf":
-            to_gguf(vector, target)
+        if self.to is not None:
+            self._export_at(vector, self.to)
+        elif self.coefficient is not None or self.model is not None:
+            raise InputError("--coefficient and --model are of --to lm-eval and --to peft")
+        elif target.suffix == ".gguf":
+            sl.export.to_gguf(vector, target)
         elif target.suffix == ".safetensors":
             vector.save(target)
         else:
             raise InputError(f"expected a target .gguf or .safetensors, got {target.name!r}")
         note(f"{vector!r} written to {target}", quiet=self.quiet)
 
+    def _export_at(self, vector: Any, to: str) -> None:
+        """Write it at the coefficient that was given."""
+        if to not in ("lm-eval", "peft"):
+            raise InputError(f"--to is lm-eval or peft, not {to!r}")
+        strength = opt.strength_of(self.coefficient)
+        if to == "lm-eval":
+            sl.export.to_lm_eval(vector, self.target, strength)
+        else:
+            vector, model = load_with_model(self.source, self.model, self.load)
+            sl.export.to_peft(model, vector, strength, self.target)
+
 
 @dataclass(frozen=True, kw_only=True)
-class Bake(QuietCommand):
-    """Write a Hugging Face checkpoint that is steered by itself, for plain transformers."""
+class Bake(LoadCommand):
+    """A Hugging Face checkpoint that is steered by itself."""
 
     vector: VectorFile
     out: Annotated[Path, "Folder for the checkpoint, new or empty."]
     coefficient: Annotated[str, "Residual units, 0.1norm, or 80% of the boundary."]
     model: OptionalModel = None
 
+    EXAMPLES = (
+        "bake cheerful.safetensors --coefficient 80% --out cheerful-smollm2",
+        "bake cheerful.safetensors --coefficient=-30 --out gloomy-smollm2",
+    )
+
+    @property
+    def next(self) -> str:
+        """A look at what it carries."""
+        return f"steerlens layers --model {quoted(self.out)}"
+
     def check_written(self) -> None:
         """See that the folder is new or empty."""
-        check_is_new(self.out)
+        sl.export.huggingface.check_is_new(self.out)
 
     def run(self) -> None:
         """What the command does."""
-        strengths = opt.strengths_of(self.coefficient)
-        if len(strengths) != 1:
-            raise InputError(f"expected one --coefficient, got {self.coefficient!r}")
-        vector, model = _load_with_model(self.vector, self.model, self.load)
+        strength = opt.strength_of(self.coefficient)
+        vector, model = load_with_model(self.vector, self.model, self.load)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # noted when the model was loaded
-            bake_checkpoint(model, vector, strengths[0], self.out)
+            sl.export.bake(model, vector, strength, self.out)
         note(f"{vector!r} at {self.coefficient} written to {self.out}", quiet=self.quiet)
 
 
@@ -240,6 +299,13 @@ class Show(Command):
     """What a vector's file says: where it acts, how strongly, and where it comes from."""
 
     vector: VectorFile
+
+    EXAMPLES = ("vectors show cheerful.safetensors", "vectors show control.gguf")
+
+    @property
+    def next(self) -> str:
+        """What it does."""
+        return generate_with(self.vector)
 
     def run(self) -> None:
         """What the command does."""
@@ -252,29 +318,42 @@ class CompareVectors(Command):
 
     vectors: Annotated[list[Path], typer.Argument(help="Two or more vectors, or one of layers.")]
 
+    EXAMPLES = (
+        "vectors compare cheerful.safetensors honest.safetensors",
+        "vectors compare every-layer.safetensors",
+    )
+
+    @property
+    def next(self) -> str:
+        """What the first of them says."""
+        return f"steerlens vectors show {quoted(self.vectors[0])}"
+
     def run(self) -> None:
         """What the command does."""
-        names = [path.name for path in self.vectors]
-        if len(set(names)) < len(names):
-            names = [str(path) for path in self.vectors]
-        vectors = dict(zip(names, map(opt.read_vector, self.vectors), strict=True))
-        if len(vectors) < len(names):
-            raise InputError("the same file is given twice")
         columns = ["vector_a", "hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
-        print_rows(cosine_table(vectors), "Cosines", columns)
+        print_rows(sl.cosine_table(named_vectors(self.vectors)), "Cosines", columns)
 
 
-def _load_with_model(
-    path: Path, model_name: str | None, load: Callable[[str], HookedModel]
-) -> tuple[SteeringVector, HookedModel]:
-    """A vector and the model to use it on, its own where that is at hand; where they differ is
-    noted."""
+def named_vectors(paths: Sequence[Path]) -> dict[str, Any]:
+    """The vectors of some files, by the files' names. Raises `InputError` on a file twice."""
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise InputError("the same file is given twice")
+    return dict(zip(names, map(opt.read_vector, paths), strict=True))
+
+
+def load_with_model(
+    path: Path, model_name: str | None, load: Callable[[str], Any]
+) -> tuple[Any, Any]:
+    """A vector and the model to use it on, its own where that is at hand; notes what differs."""
     vector = opt.read_vector(path)
     if model_name is None:
         model_name = vector.origin.model
-        if model_name == UNKNOWN:
+        if model_name == sl.models.weight_processing.UNKNOWN:
             raise InputError("the vector does not say which model it was made on; give --model")
-        check_at_hand(model_name, f"the vector {str(path)!r}")
+        sl.models.loading.check_at_hand(model_name, f"the vector {str(path)!r}")
     model = load(model_name)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -284,7 +363,12 @@ def _load_with_model(
     return vector, model
 
 
-def _print_vector(vector: SteeringVector) -> None:
+def generate_with(vector: Path | None) -> str:
+    """The command that shows what a vector makes the model write."""
+    return f'steerlens generate --vector {quoted(vector)} --prompt "How was your day?"'
+
+
+def _print_vector(vector: Any) -> None:
     say(repr(vector))
     for name, value in vector.describe().items():
         say(f"  {name}: {value}")
@@ -292,7 +376,6 @@ def _print_vector(vector: SteeringVector) -> None:
     columns = (vector.scale, measured.resid_norm, measured.boundary_neg, measured.boundary_pos)
     numbers = [column.tolist() for column in columns]
     rows = [
-        [name, *(f"{number:.4g}" for number in row)]
-        for name, *row in zip(vector.hook_names, *numbers, strict=True)
+        [name, *map(short, row)] for name, *row in zip(vector.hook_names, *numbers, strict=True)
     ]
     print_table(None, ["hook", "scale", "resid norm", "boundary -", "boundary +"], rows)

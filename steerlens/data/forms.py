@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from steerlens.data.entries import OPENING, Entry, joined, turns
+from steerlens.data.labels import FALSE, TRUE, right_and_wrong, spelled, two_labels
 from steerlens.data.prompts import Message, Prompt, checked_prompt
 from steerlens.data.reading import Row
 from steerlens.errors import InputError
@@ -22,20 +23,20 @@ NEARLY_ALL = 0.9
 ONE_OF_SEVERAL = "; of several answers the first"
 """What a card says where one side has a list of answers."""
 SIDES = ("positive", "negative")
-TRUE = frozenset(("1", "1.0", "true", "yes", "positive", "pos"))
-FALSE = frozenset(("0", "0.0", "-1", "-1.0", "false", "no", "negative", "neg"))
 
 
 class Sheet(NamedTuple):
     """Rows by what their columns are for (a role); `columns` has the column of each role.
 
-    A row's record has the roles that are not empty, and under "" what has no role.
+    A row's record has the roles that are not empty, and under "" what has no role. `positive` is
+    the label that was named as the positive one.
     """
 
     name: str
     rows: tuple[Row, ...]
     columns: Mapping[str, str]
     is_table: bool = False
+    positive: str = ""
 
 
 @dataclass
@@ -137,32 +138,63 @@ def _questions(sheet: Sheet) -> Made:
     return made
 
 
+def _choices(sheet: Sheet) -> Made:
+    """Choices of which some are right: the first that is, the first that is not."""
+    made, rows = Made(), []
+    for row in _whole_rows(sheet, ("choices",), made):
+        answer = row.record.get("label")
+        both = right_and_wrong(row.record["choices"], answer, where=row.where)
+        if all(both):
+            sides = dict(zip(("matching", "not_matching"), both, strict=True))
+            rows.append(row._replace(record={**row.record, **sides}))
+        else:
+            made.left_out["no right or no wrong choice"] += 1
+    if "question" in sheet.columns:
+        columns = {**sheet.columns, "not_matching": "choices"}
+        asked = _questions(sheet._replace(rows=tuple(rows), columns=columns))
+        asked.left_out += made.left_out
+        return asked
+    for row in rows:
+        firsts = {role: row.record[role][0] for role in ("matching", "not_matching")}
+        record = {**row.record, **firsts}
+        made.entries.append(_entry(row._replace(record=record), "matching", "not_matching"))
+    made.how = "the first right choice and the first wrong one"
+    return made
+
+
 def _labelled(sheet: Sheet) -> Made:
     """Statements of two labels: paired by group, another column or template, or in order."""
     made = Made()
+    labels = {spelled(row.record["label"]) for row in sheet.rows if "label" in row.record}
+    of_sides = two_labels(labels, sheet.positive)
+    positive, negative = of_sides or (TRUE, FALSE)
     sides: dict[bool, list[Row]] = {True: [], False: []}
     others = set()
     answer = [role for role in ("completion",) if role in sheet.columns]
     for row in _whole_rows(sheet, ("text", *answer), made):
         row = _answered(row, sheet.columns["text"]) if answer else row
-        label = str(row.record.get("label")).strip().lower()
-        if label in TRUE | FALSE:
-            sides[label in TRUE].append(row)
+        label = spelled(row.record.get("label"))
+        if label in positive or label in negative:
+            sides[label in positive].append(row)
         else:
             others.add(label)
             made.left_out["a label that is neither 0 nor 1"] += 1
-    if not all(sides.values()):
+    if not all(sides.values()) or (sheet.positive and of_sides is None):
+        column = sheet.columns["label"]
         raise InputError(
             f"{sheet.name}: the form labelled has statements of two labels, 0 and 1 (or true and "
             f"false); got {len(sides[True])} of 1, {len(sides[False])} of 0 and "
             f"{made.left_out.total()} others {[label[:40] for label in sorted(others)[:3]]}; name "
-            "the columns: --columns text=COLUMN,label=COLUMN, and write 0 and 1"
+            "the columns: --columns text=COLUMN,label=COLUMN; of two other labels name the "
+            f"positive one: --columns label={column}={min(others, default='VALUE'):.40}"
         )
     made.by = "group" if "group" in sheet.columns else _pairing_column(sides)
+    told_label = "" if positive is TRUE else f"; the label {min(positive)} is positive"
     partners = _of_template(sides) if made.by is None else _by_column(sides, made.by)
     if not partners:
         unpaired = in_order(list(sides.values()), ("text", "text"))
         unpaired.left_out.update(made.left_out)
+        unpaired.how += told_label
         return unpaired
     for pos, neg in partners:
         rest = {} if made.by is None else {"group": str(_value(pos, made.by))}
@@ -170,7 +202,8 @@ def _labelled(sheet: Sheet) -> Made:
         made.entries.append(Entry(pos.where, f"{pos.id}-{neg.id}", None, *texts, rest))
     n_alone = sum(map(len, sides.values())) - 2 * len(partners)
     made.left_out += Counter({"no partner of the other label": n_alone})
-    made.how = f"paired by {'template' if made.by is None else sheet.columns.get('group', made.by)}"
+    by = "template" if made.by is None else sheet.columns.get("group", made.by)
+    made.how = f"paired by {by}{told_label}"
     return made
 
 
@@ -209,10 +242,7 @@ def _pairing_column(sides: Mapping[bool, Sequence[Row]]) -> str | None:
 
 
 def _of_template(sides: Mapping[bool, Sequence[Row]]) -> list[tuple[Row, Row]]:
-    """Statements that share half their words and differ in a few in a row, where nearly all do.
-
-    Those that share most words come first, and of these those that differ late.
-    """
+    """Statements that share half their words and differ in a few in a row, where nearly all do."""
     texts = {row.where: str(row.record["text"]).split() for rows in sides.values() for row in rows}
     if sum(map(len, texts.values())) > MOST_WORDS:
         return []
@@ -343,7 +373,8 @@ def _entry(row: Row, positive: str, negative: str) -> Entry:
     prompt = _prompt(row, "prompt") if "prompt" in row.record else None
     if row.record.get("system"):
         prompt = (Message("system", str(_prompt(row, "system"))), *turns(prompt))
-    rest = {key: row.record[key] for key in ("continuation", "group", "id") if key in row.record}
+    others = ("continuation", "position", "group", "id")
+    rest = {key: row.record[key] for key in others if key in row.record}
     sides = (_prompt(row, positive), _prompt(row, negative))
     return Entry(row.where, row.id, prompt, *sides, rest)
 
@@ -379,7 +410,12 @@ FORMS: dict[str, Form] = {
         ),
     ),
     "pairs": Form(
-        ("positive", "negative"), ("prompt", "system", "continuation", "id", "group"), _pairs
+        ("positive", "negative"),
+        *(("prompt", "system", "continuation", "position", "id", "group"), _pairs),
+    ),
+    "choices": Form(
+        ("choices",),
+        *(("label", "question", "system", "id", "group"), _choices, ("repe", "truthfulqa", "mc")),
     ),
     "labelled": Form(
         ("text", "label"),

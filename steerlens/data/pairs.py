@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from steerlens.data.entries import Card, Entry, pair_record
 from steerlens.data.prompts import (
@@ -17,8 +18,17 @@ from steerlens.data.prompts import (
     texts_of,
 )
 from steerlens.data.sequence import EntrySequence
-from steerlens.errors import InputError
+from steerlens.data.shipped import dataset_names
+from steerlens.errors import InputError, told
 from steerlens.validation import checked
+
+
+def checked_index(value: Any, *, where: str) -> int:
+    """A whole number, as a file may write it."""
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d{1,9}", text):
+        raise InputError(f"{where} must be a whole number (a token's index), got {told(value)}")
+    return int(text)
 
 
 @checked
@@ -29,7 +39,8 @@ class ContrastivePair:
     A prompt is text, or a tuple of chat messages that the model's tokenizer renders. `continuation`
     is text that follows the positive prompt; where it is given, its tokens are the labels whose
     log-probability is measured. `group` names what pairs share that makes them alike beyond the
-    concept, a persona wording or a template: pairs of one group are not independent.
+    concept, a persona wording or a template: pairs of one group are not independent. `position` is
+    the token of each prompt that is read where positions are asked for as "pair" (see `Position`).
 
     Examples:
         >>> pair = sl.ContrastivePair("You are kind.", "You are rude.", continuation="Hello!")
@@ -42,6 +53,7 @@ class ContrastivePair:
     continuation: str | None = None
     id: str = ""
     group: str | None = None
+    position: int | None = None
 
 
 @checked
@@ -50,8 +62,9 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
     """An immutable list of at least two contrastive pairs with distinct ids.
 
     A record has `positive` and `negative` (text, or a list of `{"role", "content"}` messages),
-    optionally `prompt` (what stands before both), `continuation` (text), `group` and `id` (text or
-    a whole number); `load` takes the published forms too.
+    optionally `prompt` (what stands before both), `continuation` (text), `position` (a whole
+    number: the token of each prompt that `position="pair"` reads, negative from its end), `group`
+    and `id` (text or a whole number); `load` takes the published forms too.
 
     Args:
         pairs: The pairs, in order.
@@ -84,7 +97,7 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
     _repeated: ClassVar = "both prompts"
     _entry: ClassVar = ContrastivePair
     _required: ClassVar = {"positive": checked_prompt, "negative": checked_prompt}
-    _optional: ClassVar = {"continuation": checked_text}
+    _optional: ClassVar = {"continuation": checked_text, "position": checked_index}
 
     @classmethod
     def from_lists(
@@ -139,6 +152,16 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
             hashlib.sha256("\n".join(sorted(both)).encode()).hexdigest()[:16] for both in sides
         )
 
+    def check_positions(self) -> None:
+        """Raise `InputError` where some pair has no position of its own."""
+        without = [pair.id for pair in self if pair.position is None]
+        if without:
+            raise InputError(
+                f"{self.name}: the position 'pair' is each pair's own, and {len(without)} of "
+                f"{len(self)} pairs have none, the first {without[0]!r}; give every record a "
+                "whole number as position, or one position for all"
+            )
+
     def check_paired(self, what: str) -> None:
         """Raise `InputError` where there are two lists without pairs; `what` is fitted from."""
         if self.unpaired is not None:
@@ -173,6 +196,11 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
         return [(entry.id, pair_record(entry))]
 
     @classmethod
+    def _content(cls, entry: ContrastivePair) -> tuple[Any, ...]:
+        position = () if entry.position is None else (entry.position,)
+        return (entry.positive, entry.negative, entry.continuation, *position)
+
+    @classmethod
     def _alike(cls, entry: ContrastivePair) -> tuple[Prompt, Prompt]:
         return entry.positive, entry.negative
 
@@ -193,9 +221,20 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
         return _parts(entry)[0]
 
 
+AnyPairs: TypeAlias = ContrastivePairs | Any
+"""Pairs, or whatever `ContrastivePairs.load` reads: tuples, dicts, a frame, a file, a name."""
+
+
+def as_pairs(source: AnyPairs, *, split: str = "train") -> ContrastivePairs:
+    """The pairs, read if they are not there yet; of a shipped dataset that part."""
+    if isinstance(source, ContrastivePairs):
+        return source
+    is_shipped = isinstance(source, str) and source in dataset_names()
+    return ContrastivePairs.load(source, split=split if is_shipped else None)
+
+
 def _parts(pair: ContrastivePair) -> tuple[str, str, str]:
-    """What the two sides do not share, whole messages or the words of a text, and both ends that
-    they do."""
+    """What the two sides do not share, of messages or words, and both ends that they do."""
     positive, negative = pair.positive, pair.negative
     if isinstance(positive, str) or isinstance(negative, str):
         sides = [str(positive).split(), str(negative).split()]

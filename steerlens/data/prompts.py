@@ -289,10 +289,7 @@ def message_spans(prompt: Prompt, tokenizer: ChatTokenizer) -> tuple[MessageSpan
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Raise inside the block where a template runs too long, or takes too much memory at once.
-
-    Templates come with checkpoints: jinja2's sandbox keeps them from everything but these two.
-    """
+    """Raise where a template runs too long or takes too much memory, which no sandbox keeps."""
     n_steps = 0
 
     def count(frame: Any, event: str, _: Any) -> Any:
@@ -346,8 +343,8 @@ def _ends(text: str) -> str:
 
 TEXT_PARTS = ("text", "input_text", "output_text")
 """The types of a message's parts that are text."""
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
-"""Who speaks in chats whose messages have `from` and `value`: the names of the usual roles."""
+USUAL_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+"""Other names of who speaks, as ShareGPT's, and the usual ones."""
 
 
 def checked_prompt(value: Any, *, where: str) -> Prompt:
@@ -375,13 +372,13 @@ def _message(value: Any, *, where: str) -> Message:
         return value
     if isinstance(value, Mapping) and {"from", "value"} <= value.keys():
         role, content = value["from"], value["value"]
-        role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     elif isinstance(value, Mapping) and {"role", "content"} <= value.keys():
         role, content = value["role"], _parts_as_text(value["content"])
     else:
         raise InputError(
             f"{where}: expected an object with the keys role and content (or from and value)"
         )
+    role = USUAL_ROLES.get(role, role) if isinstance(role, str) else role
     if not isinstance(role, str) or not isinstance(content, str):
         raise InputError(
             f"{where}: role and content must be text (content may be a list of parts of text)"

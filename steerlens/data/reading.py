@@ -188,10 +188,7 @@ def _of_parquet(raw: bytes, name: str) -> tuple[Row, ...]:
 
 
 def _of_table(text: str, delimiters: str, name: str) -> Iterator[Row]:
-    """Rows of a CSV or TSV file, by their first line; an empty cell is None.
-
-    A column of whole numbers that went through floats ("1.0") is read as "1".
-    """
+    """Rows of a CSV or TSV file; an empty cell is None, "1.0" in a column of such is "1"."""
     header = next(iter(_LINE_END.split(text)))
     cells = {d: len(next(csv.reader([header], delimiter=d), [])) for d in delimiters}
     # A comma by its name; another one where no comma is there.

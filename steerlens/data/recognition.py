@@ -1,11 +1,13 @@
 """Which form rows have, by their columns; what an unknown one looks like, and the flag for it."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from steerlens.data.entries import in_short
-from steerlens.data.forms import FALSE, FORMS, TRUE, Form, Made, Sheet, in_order
+from steerlens.data.forms import FORMS, Form, Made, Sheet, in_order
+from steerlens.data.labels import negated, spelled
 from steerlens.data.prompts import Message
 from steerlens.data.reading import Row, Rows, plain
 from steerlens.errors import InputError
@@ -26,6 +28,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "input": ("input",),
     "system": ("system", "system_prompt"),
     "continuation": ("continuation",),
+    "position": ("position",),
     "group": ("group",),
     "id": ("id",),
     "chosen": (*_sided("chosen"), "preferred_output"),
@@ -40,6 +43,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     ),
     "text": ("statement", "text", "sentence", "claim", *_PROMPTS, "messages", "content", "goal"),
     "label": ("label", "labels"),
+    "choices": ("mc1_targets", "choices", "mc2_targets", "options"),
     "completion": ("completion", "response", "answer", "output"),
     "suffixes": ("suffixes", "suffix_list"),
     "positive_personas": ("positive_personas",),
@@ -49,7 +53,10 @@ ROLES: dict[str, tuple[str, ...]] = {
     "questions": ("questions",),
 }
 """What a column is for -> the plain names of such a column, the plainest first."""
-_AS_PROMPT = {"preferences": {"prompt": _PROMPTS}}
+_OF_FORM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "preferences": {"prompt": _PROMPTS},
+    "choices": {"label": ("label", "labels", "answer", "answerkey", "answer_idx")},
+}
 """Of a form, the names of a role in place of those of `ROLES`."""
 
 
@@ -71,8 +78,11 @@ def make(
         columns = {**columns, "group": group}
     rows = _unwrapped(rows)
     keys = _keys(rows)
+    column, _, positive = columns.get("label", "").partition("=")
+    if positive and columns["label"] not in keys:
+        columns = {**columns, "label": column}
     name = _recognised(rows, keys, columns) if form is None else _form_of(form)
-    sheet = _sheet(rows, keys, name, columns, needed)
+    sheet = _sheet(rows, keys, name, columns, needed)._replace(positive=positive)
     made = FORMS[name].read(sheet)
     used = {*sheet.columns.values(), made.by}
     # Of lists of one length the pairs are counted, of two without pairs the texts, else what is
@@ -145,7 +155,15 @@ def _of_one_object(rows: Rows) -> Rows:
     records = [row.record for row in rows.rows]
     if len(records) != 1 or not isinstance(records[0], dict) or not records[0]:
         return rows
-    [record], cells = records, list(records[0].values())
+    record = records[0]
+    if _is_of_lists(record):
+        # RepE's lists, in which the texts of one pair may also follow each other.
+        texts, labels = iter(record["data"]), record["labels"]
+        if len(record["data"]) != len(labels):
+            texts = iter([[next(texts) for _ in of] for of in labels])
+        rows_of = zip(texts, labels, strict=True)
+        record = {"data": [{"choices": of, "labels": by} for of, by in rows_of]}
+    cells = list(record.values())
     if None not in (_column(role, record, {}) for role in FORMS["traits"].needs):
         return rows
     if _is_of_columns(record):
@@ -170,6 +188,15 @@ def _of_one_object(rows: Rows) -> Rows:
     return Rows(rows.name, tuple(found))
 
 
+def _is_of_lists(record: Mapping[str, Any]) -> bool:
+    """Whether an object has texts as `data`, and as `labels` a list of labels for each few."""
+    data, labels = record.get("data"), record.get("labels")
+    if not isinstance(data, list) or not isinstance(labels, list) or not labels:
+        return False
+    are_nested = all(isinstance(of, list) for of in labels)
+    return are_nested and len(data) in (len(labels), sum(map(len, labels)))
+
+
 def _is_of_columns(record: Mapping[str, Any]) -> bool:
     """Whether an object has the columns of a table, of a form of rows, as lists."""
     cells = list(record.values())
@@ -177,7 +204,9 @@ def _is_of_columns(record: Mapping[str, Any]) -> bool:
     has_form = any(
         all(_column(role, record, {}) for role in form.needs)
         for name, form in FORMS.items()
-        if not form.of_lists and (name != "pairs" or len(record) > len(form.needs))
+        if not form.of_lists
+        and name != "choices"
+        and (name != "pairs" or len(record) > len(form.needs))
     )
     return are_lists and has_form and len({*map(len, cells)}) == 1
 
@@ -211,7 +240,7 @@ def _candidates(role: str, keys: Iterable[str], form: str = "") -> dict[str, str
     """Of the plain names of a role, those that are there, with their columns."""
     plainly = {str(key).strip().lower().replace(" ", "_").replace("-", "_"): key for key in keys}
     plainly |= {key: key for key in keys}
-    names = _AS_PROMPT.get(form, {}).get(role, ROLES[role])
+    names = _OF_FORM.get(form, {}).get(role, ROLES[role])
     return {name: plainly[name] for name in names if name in plainly}
 
 
@@ -225,12 +254,19 @@ def _recognised(rows: Rows, keys: list[str], columns: Mapping[str, str]) -> str:
                 if role != "template"
             )
             is_crossed = form.of_lists and name != "lists" and len(rows.rows) > 1
+            if name == "choices" and not _have_choices(rows, str(found[0])):
+                continue
             if is_list == form.of_lists or is_crossed:
                 return name
     has_side = any(_column(side, keys, columns) in keys for side in ("positive", "negative"))
     if has_side or not rows.rows or (rows.rows and not keys and not _are_texts(rows)):
         return "pairs"  # whose rows say what they lack
     raise InputError(f"{rows.name}: {_seen(rows, keys)}")
+
+
+def _have_choices(rows: Rows, column: str) -> bool:
+    cells = [row.record.get(column) for row in rows.rows]
+    return all(isinstance(cell, dict | list) and not _is_chat(cell) for cell in cells)
 
 
 def _are_texts(rows: Rows) -> bool:
@@ -245,20 +281,24 @@ def _seen(rows: Rows, keys: Sequence[str]) -> str:
         for close in [difflib.get_close_matches(role, keys, n=1, cutoff=0.7)]
         if close
     }
+    sides = None if near else negated(keys)
+    if sides is not None:
+        near = dict(zip(("positive", "negative"), sides, strict=True))
+    of_two = [column for column in keys if _has_two(rows, column)]
     has_text = _column("text", keys, {}) is not None
-    is_two = len(keys) == 2 and not has_text and _column("label", keys, {}) is None
+    is_two = len(keys) == 2 and not has_text and not of_two and _column("label", keys, {}) is None
     two = dict(zip(("positive", "negative"), keys, strict=False)) if is_two else {}
     named = near or two or {"positive": "COLUMN", "negative": "COLUMN"}
     flag = ",".join(f"{role}={column:.80}" for role, column in named.items())
     one_side = ""
-    if not keys or (has_text and not near):
-        labels = {k: {str(row.record.get(k)).lower() for row in rows.rows} for k in keys}
-        label = next(
-            (k for k in keys if len(labels[k]) > 1 and labels[k] <= TRUE | FALSE), "COLUMN"
-        )
+    if not keys or ((has_text or of_two) and not near):
+        label, text = next(iter(of_two), "COLUMN"), ""
+        if keys and not has_text:
+            others = [column for column in keys if column not in of_two]
+            text = f"text={others[0] if len(others) == 1 else 'COLUMN':.80},"
         one_side = (
             "; it looks like texts of one side: give both as POSITIVE_FILE,NEGATIVE_FILE, or a "
-            f"column of labels 0 and 1: --columns label={label:.80}"
+            f"column of labels 0 and 1: --columns {text}label={label:.80}"
         )
     if not keys:
         one_side += (
@@ -269,6 +309,12 @@ def _seen(rows: Rows, keys: Sequence[str]) -> str:
         f"{len(rows.rows)} rows with {columns} are of no known form ({', '.join(FORMS)})"
         f"{one_side}; name the two sides: --columns {flag}"
     )
+
+
+def _has_two(rows: Rows, column: str) -> bool:
+    """Whether a column has two values, each in more rows than one."""
+    counts = Counter(spelled(row.record.get(column)) for row in rows.rows)
+    return len(counts) == 2 and min(counts.values()) > 1
 
 
 def _sheet(

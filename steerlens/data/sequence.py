@@ -158,6 +158,12 @@ class EntrySequence(Sequence[Entry]):
                 f"{n} {noun} without groups differ in {n_texts} texts only, so that some are "
                 'alike; intervals and nulls go by these texts with group="auto" (--group auto)'
             )
+        if self.unpaired is not None:
+            notes.append(
+                "two lists without pairs, taken in order: separation, agreement, explained "
+                "variance and the intervals of projections depend on that order; mean projections, "
+                "logprobs and boundaries do not, but leave out texts without a partner"
+            )
         is_uneven = effective < min(FEW_GROUPS, UNEVEN * n_groups)
         if n_groups < FEW_GROUPS or is_uneven:
             as_good = f", so uneven that they are as good as {effective:.1f}," if is_uneven else ""

@@ -30,13 +30,14 @@ def dataset_card(name: str) -> str:
     """How a shipped dataset was made and what it is not good for (Markdown).
 
     Args:
-        name: One of `dataset_names()`, or "neutral" for the neutral texts.
+        name: One of `dataset_names()`, "neutral" for the neutral texts, "questions" for the open
+            questions.
 
     Raises:
         InputError: Nothing of that name is shipped.
     """
     path = shipped_folder() / name / "card.md"
-    if name not in (*dataset_names(), "neutral") or not path.is_file():
+    if name not in (*dataset_names(), "neutral", "questions") or not path.is_file():
         raise _not_shipped(name)
     return path.read_text(encoding="utf-8")
 

@@ -1,20 +1,28 @@
 """Differences of activations: positive minus negative, at every hook, pair by pair."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.pairs import AnyPairs, ContrastivePairs, as_pairs
 from steerlens.engine.capture import collect_activations
 from steerlens.engine.labels import OWN_TOKENS, pairs_to_read, with_spans
 from steerlens.engine.positions import Position, as_position, parse_position
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
+from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, readout_hook, resolve_hooks
+from steerlens.models.hooks import (
+    Layers,
+    check_one_width,
+    is_head,
+    readout_hook,
+    resolve_hooks,
+    width_name,
+)
 from steerlens.models.identity import weights_fingerprint
 from steerlens.models.weight_processing import UNKNOWN, weight_processing
 from steerlens.progress import Progress
@@ -28,10 +36,11 @@ class Differences:
     """Activations of the positive and the negative prompts at some hooks and one position.
 
     `positive` and `negative` hold `hook_names` first, then `readout_names`: further hooks at which
-    a sweep over `hook_names` reads its effect, carried along so that one pass is enough. In
-    residual units; float32, or float64 where the model is. `fingerprint`, `groups` and
-    `pair_hashes` are those of the pairs, `weight_processing` and `weights_fingerprint` those of
-    the model.
+    a sweep over `hook_names` reads its effect, carried along so that one pass is enough; not those
+    of heads, whose rows are of d_head. In residual units; float32, or float64 where the model is.
+    `fingerprint`, `groups` and `pair_hashes` are those of the pairs, `weight_processing` and
+    `weights_fingerprint` those of the model; `unpaired` says that they are of two lists without
+    pairs, and the negative side the mean of its list in every row.
 
     Examples:
         >>> differences
@@ -52,6 +61,15 @@ class Differences:
     weights_fingerprint: str = UNKNOWN
     groups: tuple[int, ...] | None = None
     pair_hashes: tuple[str, ...] = ()
+    unpaired: bool = False
+
+    def check_paired(self, what: str) -> None:
+        """Raise `InputError` where they are of two lists without pairs, which `what` takes."""
+        if self.unpaired:
+            raise InputError(
+                f"{what} fitted from pairs, and these differences are of two lists without any, "
+                "each positive text against the mean of the negative ones; take mean_diff, or pairs"
+            )
 
     @property
     def pair_groups(self) -> tuple[int, ...]:
@@ -76,9 +94,22 @@ class Differences:
         index = self.all_hook_names.index(hook_name)
         return self.positive[index] - self.negative[index]
 
+    def part(self, hook_names: Sequence[str], pairs: Int[Tensor, " row"]) -> "Differences":
+        """Some hooks, and the rows of some pairs, which may be there more than once."""
+        hooks = [self.all_hook_names.index(name) for name in hook_names]
+        return replace(
+            self,
+            hook_names=tuple(hook_names),
+            readout_names=(),
+            positive=self.positive[hooks][:, pairs],
+            negative=self.negative[hooks][:, pairs],
+            groups=None,
+        )
+
     def __repr__(self) -> str:
-        _, n_pairs, d_model = self.positive.shape
-        return f"Differences({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
+        _, n_pairs, width = self.positive.shape
+        name = width_name(self.hook_names)
+        return f"Differences({len(self.hook_names)} hooks, {n_pairs} pairs, {name} {width})"
 
     def _repr_html_(self) -> str:
         n_hooks = len(self.hook_names)
@@ -97,7 +128,7 @@ class Differences:
 @checked
 def collect_differences(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: AnyPairs,
     *,
     layers: Layers = "all",
     position: Position | Sequence[int] = -1,
@@ -114,16 +145,17 @@ def collect_differences(
     Args:
         layers: As in `resolve_hooks`.
         position: The token that is read, counted in each prompt, negative from its end; or several
-            or a span by name, such as "assistant", the mean over the response (see `Position`).
+            or a span by name, such as "assistant", the mean over the response; or "pair", where
+            each pair has a position of its own (see `Position`).
         own_tokens: The most tokens that the model writes where its own text is read (32).
         batch_size: Prompts in a pass; by default what the device can use.
-        progress: Told of the prompts; nobody by default.
+        progress: Told of the prompts. Default: a bar in a terminal or a notebook.
 
     Raises:
         InputError: A position that names nothing, is outside a prompt (named) or of which it has no
             token; no room in the context for own text; markers of thinking that the tokenizer
             cannot write.
-        HookError: An unknown hook.
+        HookError: An unknown hook; heads beside other hooks.
         ModelError: NaN or inf at a hook (named).
 
     Examples:
@@ -133,6 +165,7 @@ def collect_differences(
     position = as_position(position)
     hook_names = resolve_hooks(model, layers)
     readout_names = missing_readouts(hook_names, int(model.cfg.n_layers))
+    pairs = as_pairs(pairs)
     sides = _sides(model, pairs, position, own_tokens)
     # Both sides at once: a GPU is not left idle between them.
     both = collect_activations(
@@ -158,6 +191,7 @@ def collect_differences(
         weights_fingerprint=weights_fingerprint(model),
         groups=groups,
         pair_hashes=pairs.prompt_hashes,
+        unpaired=pairs.unpaired is not None,
     )
 
 
@@ -169,6 +203,8 @@ def _sides(
         tokenized = pairs_to_read(model, pairs, position, own_tokens=own_tokens)
         return [tokenized.positive, tokenized.negative]
     span = parse_position(position).span
+    if span == "pair":
+        pairs.check_positions()
     return [
         with_spans(
             model,
@@ -180,6 +216,12 @@ def _sides(
 
 
 def missing_readouts(hook_names: Sequence[str], n_layers: int) -> tuple[str, ...]:
-    """The readout hooks of `hook_names` that are not among them, in layer order."""
+    """The readout hooks of `hook_names` that are not among them, in layer order; none of heads.
+
+    Raises `HookError` where heads and other hooks, which have another width, are mixed.
+    """
+    check_one_width(hook_names)
+    if any(map(is_head, hook_names)):
+        return ()
     readouts = dict.fromkeys(readout_hook(name, n_layers) for name in hook_names)
     return tuple(name for name in readouts if name not in hook_names)

@@ -1,7 +1,7 @@
 """Frozen unit directions, one a hook: what every later step is given."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.engine.positions import Position
-from steerlens.errors import InputError
+from steerlens.errors import InputError, told
+from steerlens.models.hooks import check_one_width, hook_layer, width_name
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.tables import fragment, hook_label, shortened
 from steerlens.validation import Whole, checked
@@ -38,20 +39,26 @@ class Directions(Frozen, Mapping[str, Tensor]):
     """Hook name -> unit direction, fitted on the unsteered model and then frozen.
 
     Iterating gives `hook_names`, the hooks that were asked for; the readouts carried along for a
-    sweep (`readout_names`) are found by `directions[name]` too, but are not steered. `vectors`
-    holds both, in that order; what is taken is a copy, so that nothing changes them. The sign is
+    sweep (`readout_names`) are found by `directions[name]` too, but are not steered. Where one hook
+    alone is of a layer, `directions[15]` is its direction; `at` keeps some of the hooks. `vectors`
+    holds both, in that order; of heads (`blocks.5.attn.hook_z[3]`, rows of d_head) it holds them
+    alone, and `readout_vectors` the readouts, which are as wide as the residual stream.
+    What is taken is a copy, so that nothing changes them. The sign is
     fixed by the method, most often so that positive prompts project higher on average.
     `fingerprint` is that of the pairs it was fitted on, `pair_hashes` their `prompt_hashes` (none
     where that is not known). A model with another `weight_processing`
     may not use them; one with another `weights_fingerprint` may, with a warning. Raises
-    `InputError` when a vector does not have norm 1.
+    `InputError` when a vector does not have norm 1, `HookError` where heads and other hooks are
+    mixed.
 
     Examples:
         >>> directions
         Directions(mean_diff, 5 hooks, d_model 32, position -1)
-        >>> unit = directions["blocks.2.hook_resid_post"]
+        >>> unit = directions["blocks.2.hook_resid_post"]  # or directions[2]
         >>> float(unit.norm())
         1.00
+        >>> directions.at(1, 2).hook_names
+        ('blocks.1.hook_resid_post', 'blocks.2.hook_resid_post')
     """
 
     hook_names: tuple[str, ...]
@@ -64,31 +71,44 @@ class Directions(Frozen, Mapping[str, Tensor]):
     weight_processing: str = UNKNOWN
     weights_fingerprint: str = UNKNOWN
     pair_hashes: tuple[str, ...] = ()
+    readout_vectors: Float[Tensor, "readout d_readout"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        norms = self.vectors.norm(dim=-1)
-        for name, norm in zip((*self.hook_names, *self.readout_names), norms.tolist(), strict=True):
+        check_one_width(self._names if self.readout_vectors is None else self.hook_names)
+        norms = [norm for rows in self._blocks for norm in rows.norm(dim=-1).tolist()]
+        for name, norm in zip(self._names, norms, strict=True):
             if not abs(norm - 1) < UNIT_TOLERANCE:
                 raise InputError(f"the direction at {name} has norm {norm:.6g}; expected 1")
 
-    def __getitem__(self, hook_name: str) -> Float[Tensor, " d_model"]:
-        if hook_name not in self._names:
-            raise KeyError(hook_name)
-        return self.vectors[self._names.index(hook_name)]
+    def __getitem__(self, hook: str | int) -> Float[Tensor, " d_model"]:
+        rows = rows_at(self._names, hook)
+        if not rows:
+            raise KeyError(hook)
+        if len(rows) > 1:
+            names = ", ".join(self._names[row] for row in rows)
+            raise InputError(f"layer {hook} has {len(rows)} directions: name one of {names}")
+        all_rows: list[Tensor] = [row for block in self._blocks for row in block]
+        return all_rows[rows[0]]
 
     def __eq__(self, other: object) -> bool:
         """Whether the other are directions of the same values, fitted in the same way."""
         if not isinstance(other, Directions):
             return NotImplemented
-        mine, theirs = ({**vars(one), "vectors": None} for one in (self, other))
-        return mine == theirs and torch.equal(self.vectors, other.vectors)
+        rows = {"vectors": None, "readout_vectors": None}
+        mine, theirs = ({**vars(one), **rows} for one in (self, other))
+        blocks = self._blocks, other._blocks
+        return (
+            mine == theirs
+            and len(blocks[0]) == len(blocks[1])
+            and all(torch.equal(ours, of) for ours, of in zip(*blocks, strict=True))
+        )
 
     def __hash__(self) -> int:
         return hash((self._names, self.method, self.seed, self.fingerprint))
 
-    def __contains__(self, hook_name: object) -> bool:
-        return hook_name in self._names
+    def __contains__(self, hook: object) -> bool:
+        return bool(rows_at(self._names, hook))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.hook_names)
@@ -99,7 +119,7 @@ class Directions(Frozen, Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return (
             f"Directions({shortened(self.method)}, {len(self.hook_names)} hooks, "
-            f"d_model {self.vectors.shape[-1]}, position {self.position})"
+            f"{width_name(self.hook_names)} {self.vectors.shape[-1]}, position {self.position})"
         )
 
     def _repr_html_(self) -> str:
@@ -108,6 +128,53 @@ class Directions(Frozen, Mapping[str, Tensor]):
         about = [repr(self), f"seed {self.seed}", f"pairs {self.fingerprint[:12]}"]
         return fragment(about, table, n_labels=2)
 
+    def at(self, *hooks: str | int) -> "Directions":
+        """The part at some hooks, by name or by layer; the others of its width become readouts.
+
+        Raises `InputError` where there is none.
+        """
+        kept = some_rows(self.hook_names, hooks)
+        names = tuple(self._names[row] for row in kept)
+        if self.readout_vectors is not None:
+            return replace(self, hook_names=names, vectors=self.vectors[kept])
+        others = [row for row in range(len(self._names)) if row not in kept]
+        return replace(
+            self,
+            hook_names=names,
+            readout_names=tuple(self._names[row] for row in others),
+            vectors=self.vectors[[*kept, *others]],
+        )
+
     @property
     def _names(self) -> tuple[str, ...]:
         return self.hook_names + self.readout_names
+
+    @property
+    def _blocks(self) -> list[Tensor]:
+        """The rows of `_names`, those of one width together."""
+        return [self.vectors, *([] if self.readout_vectors is None else [self.readout_vectors])]
+
+    def read_along(self, readouts: "Directions", hook_names: Iterable[str]) -> "Directions":
+        """Directions at heads, with those of wider hooks at which their effect is read."""
+        names = tuple(dict.fromkeys(hook_names))
+        rows = torch.stack([readouts[name] for name in names])
+        return replace(self, readout_names=names, readout_vectors=rows)
+
+
+def rows_at(hook_names: Sequence[str], hook: object) -> list[int]:
+    """The rows of a hook, by its name, or of all hooks of a layer, by its number."""
+    is_layer = isinstance(hook, int) and not isinstance(hook, bool)
+    return [
+        row
+        for row, name in enumerate(hook_names)
+        if name == hook or (is_layer and hook_layer(name) == hook)
+    ]
+
+
+def some_rows(hook_names: Sequence[str], hooks: Sequence[str | int]) -> list[int]:
+    """The rows of some hooks, each once. Raises `InputError` where one is not there, or none."""
+    missing = [hook for hook in hooks if not rows_at(hook_names, hook)]
+    if missing or not hooks:
+        wanted = ", ".join(map(told, missing)) or "asked for: give a hook name or a layer"
+        raise InputError(f"there is no direction {wanted}; there are {', '.join(hook_names)}")
+    return list(dict.fromkeys(row for hook in hooks for row in rows_at(hook_names, hook)))

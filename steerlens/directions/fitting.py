@@ -1,15 +1,14 @@
 """Collect what methods are fitted from, once for all of them, and fit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
-from steerlens.data.pairs import ContrastivePairs
-from steerlens.data.prompts import Message
+from steerlens.data.pairs import AnyPairs, ContrastivePairs, as_pairs
 from steerlens.directions.differences import (
     Differences,
     collect_differences,
@@ -19,19 +18,17 @@ from steerlens.directions.gradient_rows import LossGradients, Weight, check_weig
 from steerlens.directions.gradients import loss_gradients
 from steerlens.directions.methods import Evidence, Method, fit_directions, method_of
 from steerlens.directions.training import train_directions
-from steerlens.engine.checkpoint import Checkpoint, Kept, digest
+from steerlens.engine.checkpoint import Checkpoint, Kept, once_kept
 from steerlens.engine.labels import OWN, OWN_TOKENS, LabelKind
 from steerlens.engine.positions import Position, as_position
 from steerlens.loss import WEIGHT
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers
+from steerlens.models.hooks import Layers, is_head, readout_hook
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.validation import Count, Whole, checked
 
 Found = TypeVar("Found", Directions, LossGradients)
-Prompts: TypeAlias = Sequence[str | Sequence[Message | Mapping[str, Any]]]
-"""Texts, or chats."""
 
 N_SCORES = 4
 """Label sequences drawn for each positive prompt where a method needs scores."""
@@ -40,7 +37,7 @@ N_SCORES = 4
 @checked
 def fit(
     model: HookedModel,
-    pairs: ContrastivePairs | tuple[Prompts, Prompts],
+    pairs: AnyPairs,
     *,
     method: str = "mean_diff",
     layers: Layers = "all",
@@ -56,11 +53,12 @@ def fit(
 ) -> Directions:
     """A unit direction at every hook, by any method: collects what it is fitted from, or trains.
 
-    `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`.
+    `collect_differences` or `loss_gradients`, then `fit_directions`; or `train_directions`. The
+    readout hooks of heads have another width and are fitted by a pass of their own.
 
     Args:
-        pairs: Or two lists of prompts in a tuple, of any lengths: what has no pairs has a mean
-            difference all the same.
+        pairs: Or what `ContrastivePairs.load` reads: tuples of two prompts, a file, a name. Two
+            lists of prompts in a tuple, of any lengths, have a mean difference without pairs.
         method: One of `METHODS`, with its options after plus signs: `gradient_svd+pooled`,
             `gradient_mean+on_pca`.
         layers: As in `resolve_hooks`.
@@ -77,7 +75,7 @@ def fit(
             "own" of gradients and training have 32.
         seed: That of the controls, the scores and the training.
         batch_size: Prompts in a pass; by default what the device can use.
-        progress: Told of every stage; nobody by default.
+        progress: Told of every stage. Default: bars in a terminal or a notebook.
 
     Raises:
         InputError: As the functions above; so the other errors. A method but `mean_diff` where
@@ -86,11 +84,13 @@ def fit(
     Examples:
         >>> sl.fit(model, pairs, method="gradient_mean", layers=[1, 2])
         Directions(gradient_mean, 2 hooks, d_model 32, position -2)
+        >>> moods = [("I felt so warm", "I felt so cold"), ("a good day", "a bad day")]
+        >>> sl.fit(model, moods)[2].shape
+        torch.Size([32])
     """
     check_weight(weight)
     chosen = method_of(method)
-    if not isinstance(pairs, ContrastivePairs):
-        pairs = ContrastivePairs.load(tuple(map(list, pairs)))
+    pairs = as_pairs(pairs)
     check_pairs(pairs, method)
     at = default_position(method, pairs, labels) if position is None else as_position(position)
     shared: dict[str, Any] = {"layers": layers, "batch_size": batch_size, "progress": progress}
@@ -106,7 +106,14 @@ def fit(
         evidence = differences or collect_differences(
             model, pairs, position=at, own_tokens=own_tokens, **shared
         )
-    return fit_directions(evidence, method=chosen.name, seed=seed)
+    fitted = fit_directions(evidence, method=chosen.name, seed=seed)
+    if not is_head(fitted.hook_names[0]):
+        return fitted
+    n_layers = int(model.cfg.n_layers)
+    shared["layers"] = [readout_hook(name, n_layers) for name in fitted.hook_names]
+    how = {"labels": labels, "weight": weight, "own_tokens": own_tokens, "seed": seed}
+    readouts = fit(model, pairs, method=method, position=at, **how, **shared)
+    return fitted.read_along(readouts, shared["layers"])
 
 
 def fit_methods(
@@ -167,19 +174,18 @@ def _once(
     kind: type[Found],
     compute: Callable[[], Found],
 ) -> Found:
-    """What was kept, else what is computed, which is kept (as `engine.checkpoint.once`)."""
-    if checkpoint is None:
-        return compute()
-    key = digest(*decided)
-    kept = checkpoint.load(key, key)
-    if kept is None:
+    """The directions or gradients that were kept, else those computed, which are kept."""
+
+    def compute_kept() -> Kept:
         found = compute()
         values = {f.name: getattr(found, f.name) for f in fields(found)}
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-        record = {name: value for name, value in values.items() if name not in tensors}
-        checkpoint.keep(key, key, Kept(tensors=tensors, record=record))
-        return found
-    record = {k: tuple(v) if isinstance(v, list) else v for k, v in kept.record.items()}
+        return Kept(tensors=tensors, record={k: v for k, v in values.items() if k not in tensors})
+
+    kept = once_kept(checkpoint, decided, compute_kept)
+    record: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in kept.record.items()
+    }
     return kind(**{**record, **kept.tensors})
 
 

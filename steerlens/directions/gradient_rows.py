@@ -1,17 +1,18 @@
 """Gradients of the loss at every hook, pair by pair: both terms apart, and how they balance."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.errors import InputError, told
-from steerlens.models.hooks import hook_layer
+from steerlens.models.hooks import hook_layer, width_name
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.tables import GRADIENT_COLUMNS, Row, fragment, hook_label, shortened, to_frame
 from steerlens.validation import checked
@@ -76,8 +77,9 @@ class LossGradients:
         return self.separation_negative
 
     def __repr__(self) -> str:
-        _, n_pairs, d_model = self.coherence.shape
-        return f"LossGradients({len(self.hook_names)} hooks, {n_pairs} pairs, d_model {d_model})"
+        _, n_pairs, width = self.coherence.shape
+        name = width_name(self.hook_names)
+        return f"LossGradients({len(self.hook_names)} hooks, {n_pairs} pairs, {name} {width})"
 
     def _repr_html_(self) -> str:
         terms = gradient_terms(self)
@@ -89,6 +91,23 @@ class LossGradients:
         about = [repr(self), f"position {self.position}", f"margin {self.margin:g}"]
         about.append("norm" if self.axis is None else f"axis {shortened(self.axis)}")
         return fragment([*about, f"pairs {self.fingerprint[:12]}"], table, n_labels=2)
+
+    def part(self, hook_names: Sequence[str], pairs: Int[Tensor, " row"]) -> "LossGradients":
+        """Some hooks, and the rows of some pairs, which may be there more than once."""
+        hooks, n_pairs = [self.all_hook_names.index(n) for n in hook_names], len(self.logprob)
+        drawn = torch.arange(self.scores.shape[1] // n_pairs)[:, None] * n_pairs + pairs
+        return replace(
+            self,
+            hook_names=tuple(hook_names),
+            readout_names=(),
+            loss_hooks=tuple(self.loss_hooks[hook] for hook in hooks),
+            separation_positive=self.separation_positive[hooks][:, pairs],
+            separation_negative=self.separation_negative[hooks][:, pairs],
+            coherence=self.coherence[hooks][:, pairs],
+            weights=self.weights[hooks],
+            logprob=self.logprob[pairs],
+            scores=self.scores[hooks][:, drawn.flatten()],
+        )
 
     def with_weight(self, weight: Weight) -> "LossGradients":
         """The same gradients with another weight of the coherence term.

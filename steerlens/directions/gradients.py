@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.pairs import AnyPairs, as_pairs
 from steerlens.directions.axes import frozen_axis
 from steerlens.directions.differences import collect_differences, missing_readouts
 from steerlens.directions.directions import Directions
@@ -30,7 +30,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, readout_hook, resid_post, resolve_hooks
 from steerlens.models.identity import weights_fingerprint
 from steerlens.models.weight_processing import weight_processing
-from steerlens.progress import Progress, silent
+from steerlens.progress import Progress, by_default
 from steerlens.validation import Count, Whole, checked
 
 
@@ -38,7 +38,7 @@ from steerlens.validation import Count, Whole, checked
 @checked
 def loss_gradients(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: AnyPairs,
     *,
     layers: Layers = "all",
     position: Position = -2,
@@ -86,7 +86,7 @@ def loss_gradients(
         n_scores: Label sequences drawn for each positive prompt (see `LossGradients.scores`).
         seed: That of the scores, of labels that are drawn, and of an axis that is drawn.
         batch_size: Pairs in a pass; by default what the device can use.
-        progress: Told of the pairs; nobody by default.
+        progress: Told of the pairs. Default: a bar in a terminal or a notebook.
 
     Raises:
         InputError: A position of several tokens, outside a prompt or without a label after it,
@@ -110,6 +110,7 @@ def loss_gradients(
     readouts = missing_readouts(hook_names, int(model.cfg.n_layers))
     loss_hooks = _loss_hooks(model, hook_names, readouts, loss_hook)
     position = one_token(position, "gradients")
+    pairs = as_pairs(pairs)
     pairs.check_paired("gradients are")
     tokenized = labelled_pairs(model, pairs, labels, seed=seed)
     _check_position(tokenized, position)
@@ -124,7 +125,7 @@ def loss_gradients(
             collect_differences, model, pairs, layers=loss_hooks, position=position, **shared
         )
         frozen = frozen_axis(model, axis, loss_hooks, unsteered=unsteered, seed=seed)
-    engine = Engine(model, progress=progress or silent)
+    engine = Engine(model, progress=by_default(progress))
     rows = loss_rows(
         engine.stage("gradients: pairs"),
         batches,

@@ -202,6 +202,8 @@ def fit_directions(evidence: Evidence, *, method: str = "mean_diff", seed: Whole
             f"{chosen.name} is fitted from {chosen.source}, and this is {source}; "
             f"{_ADVICE[chosen.source]}, or use fit(model, pairs, method={chosen.name!r})"
         )
+    if isinstance(evidence, Differences) and chosen.name not in ("mean_diff", "random"):
+        evidence.check_paired(f"{chosen.name} is")
     if isinstance(evidence, LossGradients):
         if "+on_" in method and chosen.axis != evidence.axis:
             raise InputError(
@@ -270,7 +272,7 @@ def null_directions(
         InputError: Fewer than two, or a shuffle in which the differences cancel.
 
     Examples:
-        >>> nulls = sl.null_directions(differences, n=3, seed=0)
+        >>> nulls = sl.directions.null_directions(differences, n=3, seed=0)
         >>> {kind: len(drawn) for kind, drawn in nulls.items()}
         {'random': 3, 'shuffled': 3}
     """
@@ -291,8 +293,11 @@ def null_vectors(
     values = differences.values.double().cpu()
     seeds = range(1000 * (seed + 1), 1000 * (seed + 1) + n)
     flips = torch.stack([coin_flips(differences.pair_groups, s) for s in seeds])
+    d_model, wide = values.shape[-1], torch.float64
     drawn = [
-        torch.stack([_gaussian(values.shape[-1], _generator(s, name)) for s in seeds])
+        torch.stack(
+            [torch.randn(d_model, generator=_generator(s, name), dtype=wide) for s in seeds]
+        )
         for name in differences.hook_names
     ]
     vectors = {
@@ -300,10 +305,6 @@ def null_vectors(
         "shuffled": einsum(flips, values, "draw pair, hook pair d -> draw hook d"),
     }
     return {kind: torch.nn.functional.normalize(rows, dim=-1) for kind, rows in vectors.items()}
-
-
-def _gaussian(d_model: int, generator: torch.Generator) -> Float[Tensor, " d_model"]:
-    return torch.randn(d_model, generator=generator, dtype=torch.float64)
 
 
 _ADVICE = {

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
-from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.pairs import AnyPairs, ContrastivePairs, as_pairs
 from steerlens.directions.axes import frozen_axis
-from steerlens.directions.differences import collect_differences
+from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.methods import METHODS, directions_of
 from steerlens.directions.old_names import with_grouped
@@ -26,8 +26,8 @@ from steerlens.engine.positions import Position, one_token
 from steerlens.engine.tokenization import TokenizedPairs, tokenize_items
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hook_layer, readout_hook
-from steerlens.progress import Progress, part_of, silent
+from steerlens.models.hooks import Layers, hook_layer, is_head, readout_hook
+from steerlens.progress import Progress, by_default, part_of
 from steerlens.tables import TRAINING_COLUMNS, Row, to_frame
 from steerlens.validation import Count, Positive, Whole, checked
 
@@ -78,7 +78,7 @@ class Trained:
 @checked
 def train_directions(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: AnyPairs,
     *,
     layers: Layers,
     objective: str = "reference",
@@ -140,6 +140,7 @@ def train_directions(
         ([0, 1, 2], True)
     """
     position = one_token(position, "the states of training")
+    pairs = as_pairs(pairs)
     pairs.check_paired("a trained direction is")
     items = _items_of(objective, items)
     differences = collect_differences(
@@ -147,15 +148,23 @@ def train_directions(
     )
     hook_names = differences.hook_names
     readouts = [readout_hook(name, int(model.cfg.n_layers)) for name in hook_names]
+    at_heads = is_head(hook_names[0])
+
+    def unsteered() -> Differences:
+        if not at_heads:
+            return differences
+        where: dict[str, Any] = {"layers": readouts, "position": position}
+        return collect_differences(model, pairs, batch_size=batch_size, **where)
+
     frozen = frozen_axis(
-        model, "pca" if axis is None else axis, readouts, unsteered=lambda: differences, seed=seed
+        model, "pca" if axis is None else axis, readouts, unsteered=unsteered, seed=seed
     )
     method = METHODS[METHOD_OF[objective]].on(None if axis is None else frozen.method).name
     size = schedule.examples_per_step
     train, held_out = _split(model, pairs, items, labels=labels, size=size, seed=seed)
     vectors, norms = [], {}
     histories: list[Row] = []
-    n_epochs, tell = schedule.max_epochs * len(hook_names), progress or silent
+    n_epochs, tell = schedule.max_epochs * len(hook_names), by_default(progress)
     for index, (hook_name, readout) in enumerate(zip(hook_names, readouts, strict=True)):
         both = torch.cat([differences.positive[index], differences.negative[index]])
         step = partial(
@@ -189,6 +198,8 @@ def train_directions(
         histories += [{**at, **row} for row in history]
     vectors += [frozen[name].cpu() for name in differences.readout_names]
     directions = directions_of(differences, vectors, method=method, seed=seed)
+    if at_heads:
+        directions = directions.read_along(frozen, readouts)
     attrs = {"method": method, "axis": frozen.method, "position": position, "seed": seed}
     attrs |= {"fitted_on": differences.fingerprint, "settings": asdict(schedule)}
     return Trained(directions, norms, to_frame(histories, TRAINING_COLUMNS, attrs))
@@ -208,7 +219,7 @@ def _train(
     examples: Sequence[tuple[Side, Side]],
     held_out: Sequence[tuple[Side, Side]],
     *,
-    axis: Float[Tensor, " d_model"] | None,
+    axis: Float[Tensor, " d_readout"] | None,
     vector: Float[Tensor, " d_model"],
     unit: float,
     schedule: Schedule,

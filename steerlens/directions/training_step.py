@@ -12,12 +12,8 @@ from steerlens.engine.backward import adding, differentiable
 from steerlens.engine.batches import Batch
 from steerlens.engine.capture import reading_hook
 from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
-from steerlens.loss import (
-    contrastive_steering_loss,
-    mean_by_prompt,
-    preference_loss,
-    promotion_loss,
-)
+from steerlens.loss import contrastive_steering_loss, preference_loss, promotion_loss
+from steerlens.loss.labels import mean_by_prompt
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.loading import inference
@@ -135,7 +131,7 @@ def push_sides(
             start=start,
             fwd_hooks=[
                 (hook_name, adding(side.signs * vector, batch.steered_mask("all"))),
-                reading_hook(states, readout, batch.reading(position)),
+                reading_hook(states, readout, batch.places(position)),
             ],
             last_hook=readout if labels is None else resid_post(int(model.cfg.n_layers) - 1),
         )

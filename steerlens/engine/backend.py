@@ -23,7 +23,7 @@ from steerlens.models.loading import inference
 from steerlens.models.tolerance import allowed_gap, relative_gap
 
 DEVICES = {"cuda"}
-"""Where it pays: on a CPU a Bridge costs what its arithmetic costs."""
+"""Where it pays for whole texts: on a CPU a Bridge costs what its arithmetic costs."""
 
 _known: "weakref.WeakKeyDictionary[Any, BareModel | None]" = weakref.WeakKeyDictionary()
 
@@ -60,9 +60,12 @@ class BareModel(torch.nn.Module):
         return_type: str | None = "logits",  # noqa: ARG002 (as a Bridge takes it)
         attention_mask: Int[Tensor, "row all_token"] | None = None,
         past_key_values: Any = None,
-    ) -> Float[Tensor, "row token vocab"]:
-        """The logits. Positions are counted from each row's first token that is not masked."""
-        kwargs: dict[str, Any] = {"use_cache": past_key_values is not None}
+        **options: Any,
+    ) -> Float[Tensor, "row last_token vocab"]:
+        """The logits. Positions are counted from each row's first token that is not masked.
+
+        `options` are Hugging Face's own."""
+        kwargs: dict[str, Any] = {"use_cache": past_key_values is not None, **options}
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         if attention_mask is not None:
@@ -146,15 +149,17 @@ def no_prefix() -> Any:
     return DynamicCache()
 
 
-def for_hooks(model: HookedModel, hook_names: Sequence[str]) -> HookedModel:
+def for_hooks(
+    model: HookedModel, hook_names: Sequence[str], *, on_cpu: bool = False
+) -> HookedModel:
     """What to run where only `hook_names` are hooked: the `BareModel`, or `model` itself.
 
-    The bare one where all of them are block outputs and the model is a Bridge on one CUDA device,
-    is what its checkpoint says, and has no hooks of others. It is built once a model and compared
-    with the Bridge: at every block's output, on two rows of tokens, one of them padded. Where they
-    differ by more than rounding, it is not used, with a warning.
+    The bare one where all of them are block outputs and the model is a Bridge on one CUDA device
+    (with `on_cpu` on a CPU too), is what its checkpoint says, and has no hooks of others. It is
+    built once a model and compared with the Bridge: at every block's output, on two rows of tokens,
+    one of them padded. Where they differ by more than rounding, it is not used, with a warning.
     """
-    if not _is_eligible(model):
+    if not _is_eligible(model, on_cpu=on_cpu):
         return model
     if not _shares_weights(_known.get(model), model):
         # Built before the weights were replaced, or never.
@@ -166,9 +171,11 @@ def for_hooks(model: HookedModel, hook_names: Sequence[str]) -> HookedModel:
     return bare
 
 
-def _is_eligible(model: Any) -> bool:
+def _is_eligible(model: Any, *, on_cpu: bool) -> bool:
     device = getattr(model.cfg, "device", None)
-    if isinstance(model, BareModel) or device is None or torch.device(device).type not in DEVICES:
+    if isinstance(model, BareModel) or device is None:
+        return False
+    if torch.device(device).type not in DEVICES and not on_cpu:
         return False
     return verification.is_untouched(model)
 
@@ -197,7 +204,7 @@ def _checked_bare(model: Any) -> BareModel | None:
         return bare
     warnings.warn(
         f"Hugging Face's own blocks do not stand in for the Bridge's ({reason}); passes run "
-        "through the Bridge, which is slower on a GPU",
+        "through the Bridge, which is slower",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -2,8 +2,8 @@
 
 `run_from` runs a batch with the residual stream held, or a step added to it; `Labels.read` gives
 the labels' log-probabilities, which can be differentiated though their logits are not kept. On the
-two stand `label_gradients` (by vectors added at hooks, at 0), `loss_rows` (gradients at every hook,
-pair by pair) and `directions.training`.
+two stand `loss_rows` (gradients at every hook, pair by pair), `slopes.label_gradients` (by vectors
+added at hooks, at 0) and `directions.training`.
 """
 
 import math
@@ -20,17 +20,14 @@ from torch import Tensor
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import Batch, in_pair_order, join
 from steerlens.engine.capture import at_position, by_halves, check_residual, reading_hook
-from steerlens.engine.checkpoint import Tensors, once
 from steerlens.engine.engine import Engine
 from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
-from steerlens.engine.tokenization import SteeredPositions, fingerprint
 from steerlens.engine.transfer import to_device, to_host
 from steerlens.engine.workload import Cost
 from steerlens.errors import InputError, ModelError
 from steerlens.loss import label_logprob
 from steerlens.models.hooked_model import HookedModel, side_of_switches, weight_module
-from steerlens.models.hooks import HookFunction, hook_layer, resid_post
-from steerlens.models.identity import provenance
+from steerlens.models.hooks import HookFunction, hook_layer, hook_width, resid_post
 from steerlens.models.loading import inference
 from steerlens.models.tolerance import allowed_gap
 
@@ -54,13 +51,13 @@ class Graph:
     """
 
     output: Float[Tensor, "row token d_model"]
-    states: dict[str, Float[Tensor, "row d_model"]]
-    held: dict[str, Float[Tensor, "row token d_model"]]
+    states: dict[str, Float[Tensor, "row _"]]
+    held: dict[str, Float[Tensor, "row token _"]]
     indices: Int[Tensor, " row"]
 
     def rows_of(
         self, names: Sequence[str], values: Float[Tensor, "..."], cotangent: Float[Tensor, "..."]
-    ) -> Float[Tensor, "hook row d_model"]:
+    ) -> Float[Tensor, "hook row width"]:
         """The gradient of `(values * cotangent).sum()` at the hooks held, at the indices."""
         held = [self.held[name] for name in names]
         grads = torch.autograd.grad(
@@ -85,10 +82,10 @@ def _run_graph(
         is_padded=is_padded,
     )
     widths = {name: activation.shape[-1] for name, activation in held.items()}
-    if not {output.shape[-1]}.issuperset(widths.values()):
+    if any(width != hook_width(model, name) for name, width in widths.items()):
         raise InputError(
             f"the hooks' activations have the widths {widths}; gradients are taken where it is "
-            "that of the residual stream"
+            "that of the residual stream, and at heads (attn.hook_z[3])"
         )
     return Graph(output, states, held, indices)
 
@@ -173,11 +170,11 @@ def check_label_rows(model: HookedModel, batch: Batch, *, cost: Cost) -> None:
         _checked.add(model)
 
 
-def _over_batches(
+def over_batches(
     engine: Engine,
     groups: Sequence[tuple[Batch, ...]],
     hook_names: Sequence[str],
-    run: Callable[..., tuple[Tensor, ...]],
+    run: Callable[..., tuple[Float[Tensor, "..."], ...]],
     *,
     seed: int,
 ) -> list[Float[Tensor, "..."]]:
@@ -192,119 +189,6 @@ def _over_batches(
     columns = zip(*(values for _, values in results), strict=True)
     # Pairs are the last dimension, or the last but one where there are three or more.
     return [in_pair_order(batches, c, dim=-1 if c[0].ndim < 3 else -2) for c in columns]
-
-
-# Slopes: steps at all hooks at once
-
-
-class LabelGradients(NamedTuple):
-    """Gradients by a vector added at a hook, at 0, of the labels' logprob and of sampled labels'.
-
-    `logprob` is that of the mean logprob of a prompt's labels (nats per token and residual unit);
-    `scores` that of the logprob of labels sampled from the model, over the root of their number.
-    """
-
-    logprob: Float[Tensor, "hook prompt d_model"]
-    scores: Float[Tensor, "hook prompt d_model"]
-
-
-class Slopes(NamedTuple):
-    """The first two derivatives, at coefficient 0, along directions at hooks.
-
-    `logprob` is d(mean logprob of the labels)/dc, nats per token and residual unit; `curvature` is
-    d2(mean KL(unsteered || steered) per label token)/dc2, nats per token and residual unit squared,
-    estimated from one sampled sequence of labels a prompt: right on average over many prompts, and
-    rough for each of them.
-    """
-
-    logprob: Float[Tensor, "direction prompt"]
-    curvature: Float[Tensor, "direction prompt"]
-
-
-def label_slopes(
-    engine: Engine,
-    batches: Sequence[Batch],
-    along: Sequence[Sequence[tuple[str, Float[Tensor, " d_model"]]]],
-    *,
-    steered_positions: SteeredPositions,
-    seed: int,
-) -> Slopes:
-    """`Slopes` of the batches' prompts, in their order, along each push.
-
-    A push is what it adds: (hook name, direction), of one hook or of several at once.
-
-    The products of `label_gradients` with the directions. The curvature is the Fisher information
-    of the model's own next-token distributions: with labels y sampled from the model at the T label
-    positions and s = d(sum_t log p(y_t))/dc, E[s^2] / T is the second derivative of the mean KL per
-    token, as the s of different positions are uncorrelated (the contexts stay those of the prompt).
-    """
-    hook_names = tuple(dict.fromkeys(name for added in along for name, _ in added))
-    found = label_gradients(
-        engine, batches, hook_names, steered_positions=steered_positions, seed=seed
-    )
-
-    def summed(rows: Tensor, added: Sequence[tuple[str, Tensor]]) -> Tensor:
-        parts = [rows[hook_names.index(name)] @ unit.to(rows).cpu() for name, unit in added]
-        return torch.stack(parts).sum(dim=0)
-
-    return Slopes(
-        torch.stack([summed(found.logprob, added) for added in along]),
-        torch.stack([summed(found.scores, added).square() for added in along]),
-    )
-
-
-def label_gradients(
-    engine: Engine,
-    batches: Sequence[Batch],
-    hook_names: Sequence[str],
-    *,
-    steered_positions: SteeredPositions,
-    seed: int,
-    with_scores: bool = True,
-) -> LabelGradients:
-    """`LabelGradients` of the batches' prompts, in their order, at every hook.
-
-    A vector is added at every hook, the same at all steered tokens of a prompt, and the derivative
-    taken at 0, so the hooks do not influence each other. Without scores these are NaN. The engine's
-    cost is added to: a forward pass and two backward passes (one without scores), each counted as
-    two forward passes, and a check of one prompt. Raises `ModelError` as `check_label_rows`.
-    """
-
-    def run(model: HookedModel, generator: torch.Generator, batch: Batch) -> LabelGradients:
-        mask, labels = batch.steered_mask(steered_positions), Labels.of(batch)
-        with differentiable(model):
-            wide = torch.promote_types(model.cfg.dtype, torch.float32)
-            shape = (len(hook_names), len(batch.prompts), int(model.cfg.d_model))
-            steps = torch.zeros(shape, dtype=wide, device=mask.device).requires_grad_()
-            hooks = [
-                (name, adding(step[:, None], mask))
-                for name, step in zip(hook_names, steps, strict=True)
-            ]
-            last = resid_post(engine.n_layers - 1)
-            final = run_from(
-                model, batch.tokens, batch.attention_mask, fwd_hooks=hooks, last_hook=last
-            )
-            read = labels.read(model, final, n_samples=int(with_scores), generator=generator)
-            shares = labels.shares.to(read.logprob)
-            (slope,) = torch.autograd.grad(read.logprob, steps, shares, retain_graph=with_scores)
-            score = torch.full_like(slope, math.nan)
-            if with_scores:
-                (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
-        return LabelGradients(slope.cpu(), score.cpu() / labels.n_labels.sqrt()[:, None])
-
-    def compute() -> Tensors:
-        groups = [(batch,) for batch in batches]
-        stage = engine.stage("slopes: prompts")
-        gradients = _over_batches(stage, groups, hook_names, run, seed=seed)
-        n_backward = 1 + with_scores
-        for batch in batches:
-            engine.cost.add(batch.tokens, engine.n_layers * (1 + n_backward * BACKWARD_COST))
-        return LabelGradients(*gradients)._asdict()
-
-    prompts = [[fingerprint(batch.prompts), batch.rows] for batch in batches]
-    how = (steered_positions, seed, with_scores)
-    decided = ("slopes", provenance(engine.model).to_dict(), prompts, how, hook_names)
-    return LabelGradients(**once(engine.checkpoint, decided, compute, engine.cost))
 
 
 # Rows of the loss: the residual stream held at every hook
@@ -337,7 +221,7 @@ def loss_rows(
     the same blocks, and a check of one prompt. Raises `ModelError` as `check_label_rows`,
     `InputError` where a hook is not as wide as the residual stream.
     """
-    rows = _over_batches(
+    rows = over_batches(
         engine,
         batches,
         (*targets, *targets.values()),
@@ -372,7 +256,7 @@ def _batch_rows(
     # Where labels and positions are, and what is padded, is known before a device is kept busy.
     labels = Labels.of(positive)
     places = [
-        (to_device(batch.reading(position), batch.tokens.device), not bool(batch.is_whole.all()))
+        (to_device(batch.places(position), batch.tokens.device), not bool(batch.is_whole.all()))
         for batch in batches
     ]
     deepest = max(hook_layer(name) for name in targets.values())

@@ -53,7 +53,7 @@ class Batch:
         """The attention mask for the model's forward pass; none where nothing is padded."""
         return mask_kwargs(self.attention_mask)
 
-    def reading(self, position: Position) -> Places:
+    def places(self, position: Position) -> Places:
         """Where each row is read: its column, or what its tokens count (see `Places`).
 
         Raises `InputError` where a prompt has no such token.
@@ -184,7 +184,7 @@ def make_batches(
     padding. Raises `InputError` when `batch_size` is below 1.
     """
     lengths = [(len(prompt),) for prompt in prompts]
-    groups = _groups(lengths, lengths, model, batch_size)
+    groups = _groups(lengths, model, batch_size)
     return tuple(_batch(model, prompts, rows) for rows in groups)
 
 
@@ -199,7 +199,8 @@ def make_split_batches(
     n_before = [len(prompt.prompt) - 1 for prompt in prompts]
     lengths = [(len(p) - n, n) for p, n in zip(prompts, n_before, strict=True)]
     batches = []
-    for rows in _groups(lengths, [(len(p),) for p in prompts], model, batch_size):
+    whole = [(len(p),) for p in prompts]
+    for rows in _groups(lengths, model, batch_size, whole):
         of, cuts = tuple(prompts[row] for row in rows), tuple(n_before[row] for row in rows)
         ids = [prompt.ids for prompt in of]
         heads = [tokens[:n] for tokens, n in zip(ids, cuts, strict=True)]
@@ -223,7 +224,7 @@ def make_pair_batches(
     sides = (pairs.positive, pairs.negative)
     lengths = [(len(pos), len(neg)) for pos, neg in zip(*sides, strict=True)]
     batches = []
-    for rows in _groups(lengths, lengths, model, batch_size):
+    for rows in _groups(lengths, model, batch_size):
         positive, negative = (_batch(model, side, rows) for side in sides)
         batches.append((positive, negative))
     return tuple(batches)
@@ -245,18 +246,15 @@ def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[i
 
 def _groups(
     lengths: Sequence[tuple[int, ...]],
-    whole: Sequence[tuple[int, ...]],
     model: HookedModel,
     batch_size: int | None,
+    whole: Sequence[tuple[int, ...]] | None = None,
 ) -> list[tuple[int, ...]]:
-    """Rows sorted by length, in groups of which no part would be padded by more than a tenth.
-
-    By the lengths of their `whole` prompts a group is on one side of `length_switches`.
-    """
+    """Rows by length, no part padded by over a tenth, `whole` on one side of switches."""
     if batch_size is not None and batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     groups: list[list[int]] = []
-    sides = [tuple(side_of_switches(model, length) for length in of) for of in whole]
+    sides = [tuple(side_of_switches(model, length) for length in of) for of in whole or lengths]
     for row in sorted(range(len(lengths)), key=lambda row: (sides[row], lengths[row])):
         grown = [*groups[-1], row] if groups else [row]
         parts = list(zip(*(lengths[i] for i in grown), strict=True))

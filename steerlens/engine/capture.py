@@ -1,6 +1,6 @@
 """Run pairs through a model, keep only the asked-for positions, and take differences."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -17,9 +17,16 @@ from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
 from steerlens.errors import InputError, ModelError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, hooked, keeping
+from steerlens.models.hooks import (
+    HookFunction,
+    check_one_width,
+    hook_width,
+    hooked,
+    is_head,
+    keeping,
+)
 from steerlens.models.loading import inference
-from steerlens.progress import Progress, part_of, silent
+from steerlens.progress import Progress, by_default, part_of, silent
 from steerlens.validation import Count, checked
 
 T = TypeVar("T")
@@ -40,7 +47,8 @@ def collect_activations(
     The model runs in length-sorted batches and stops after the last hook, so the unembedding is
     never computed and the peak memory does not grow with the number of prompts but for the result;
     out of memory halves a batch.
-    Raises `InputError` without prompts or hooks, and as `collect_differences`.
+    Raises `InputError` without prompts or hooks, `HookError` where heads and other hooks are
+    mixed, and as `collect_differences`.
 
     Examples:
         >>> prompts = sl.engine.tokenize_pairs(model, pairs).positive
@@ -52,17 +60,20 @@ def collect_activations(
             f"expected prompts and hook names, got {len(prompts)} and {len(hook_names)}"
         )
 
+    check_one_width(hook_names)
     runner = for_hooks(model, hook_names)
-    n_values = len(prompts) * len(hook_names) * int(model.cfg.d_model)
+    n_values = len(prompts) * len(hook_names) * hook_width(model, hook_names[0])
     pins = n_values <= PINNED
 
     def run(batch: Batch) -> Arriving:
-        found = run_to_hooks(runner, batch, hook_names, places=batch.reading(position))
+        found = run_to_hooks(runner, batch, hook_names, places=batch.places(position))
         return to_host(found, pins=pins)
 
     with inference(runner):
         batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
-        done = by_halves(batches, run, progress=part_of(progress or silent, "activations: prompts"))
+        done = by_halves(
+            batches, run, progress=part_of(by_default(progress), "activations: prompts")
+        )
     activations = in_pair_order(
         [batch for (batch,), _ in done], [values.arrived() for _, values in done]
     )
@@ -111,9 +122,12 @@ def reading_hook(
 def check_residual(activation: Float[Tensor, "..."], hook_name: str) -> None:
     """Raise `InputError` unless the hook's activation is `[prompt, token, d_model]`."""
     if activation.ndim != 3:
+        advice = "choose a hook on the residual stream or its writers"
+        if hook_name.endswith("hook_z"):
+            advice = f"name one head, such as {hook_name}[0], or all of them: {hook_name}[*]"
         raise InputError(
             f"hook {hook_name} holds a tensor of shape {tuple(activation.shape)}; expected "
-            "[prompt, token, d_model], so choose a hook on the residual stream or its writers"
+            f"[prompt, token, d_model], so {advice}"
         )
 
 
@@ -143,7 +157,8 @@ def run_to_hooks(
     """Run a batch until every hook has been read once, and stop there.
 
     `places` are where each row is read; `fwd_hooks` (an intervention) act before the reading at the
-    same hook. Raises `HookError` when a hook does not fire.
+    same hook. Rows of a head are zero from d_head on where other hooks are wider. Raises
+    `HookError` when a hook does not fire.
     """
     found: dict[str, Tensor] = {}
     places = to_device(places, batch.tokens.device)
@@ -156,12 +171,24 @@ def run_to_hooks(
     stopping = [(name, stop) for name in hook_names]
     with hooked(model, [*fwd_hooks, *readers, *stopping]), suppress(Stop):
         model(batch.tokens, return_type=None, **batch.forward_kwargs)
-    shapes = {tuple(found[name].shape) for name in hook_names}
+    return stacked(found, hook_names)
+
+
+def stacked(
+    found: Mapping[str, Float[Tensor, "prompt _"]], hook_names: Sequence[str]
+) -> Float[Tensor, "hook prompt width"]:
+    """What was read at some hooks, one upon another; of heads with zeros to the common width.
+
+    Raises `InputError` where other hooks differ in width.
+    """
+    shapes = {tuple(found[name].shape) for name in hook_names if not is_head(name)}
     if len(shapes) > 1:
         raise InputError(
             f"the hooks have activations of different shapes {sorted(shapes)}; run them apart"
         )
-    return torch.stack([found[name].to(found[hook_names[0]].device) for name in hook_names])
+    rows, width = [found[name] for name in hook_names], max(found[n].shape[1] for n in hook_names)
+    pad = torch.nn.functional.pad
+    return torch.stack([pad(row, (0, width - row.shape[1])).to(rows[0].device) for row in rows])
 
 
 def by_halves(

@@ -22,7 +22,7 @@ from steerlens.engine.prefixes import Part, Prepared, advance_part
 from steerlens.engine.resume import Residual, labels_kl, labels_logprob, run_from
 from steerlens.engine.transfer import Arriving, to_device, to_host
 from steerlens.engine.workload import LARGEST_PUSH, CellOutput, Cost, Finished, Job, Workload
-from steerlens.loss import mean_by_prompt
+from steerlens.loss.labels import mean_by_prompt
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
 from steerlens.models.loading import inference
 
@@ -73,7 +73,7 @@ def _finished(
 ) -> list[CellOutput]:
     """The cells of a job from the outputs of its parts."""
     n = len(job.coefficients)
-    nothing = torch.zeros((n, 0, len(job.direction)))
+    nothing = torch.zeros((n, 0, prepared.unsteered.cell(job.readout).positive.shape[-1]))
     readouts_pos, logprob, readouts_neg = nothing, torch.zeros((n, 0)), nothing
     at_labels: Sequence[Sequence[Tensor | None]] = [(None, None)] * n
     if up:
@@ -207,14 +207,12 @@ class _Run:
 
     def _pass(
         self, part: Part, start: Residual | None, chosen: "_Rows", last_block: int
-    ) -> tuple[Float[Tensor, "row d_model"], Float[Tensor, "row token d_model"]]:
+    ) -> tuple[Float[Tensor, "row d_readout"], Float[Tensor, "row token d_model"]]:
         """Some rows steered: what the readout holds, and the residual after `last_block`."""
         job, batch, rows = self.job, part.batch, chosen.rows
         tokens = batch.tokens[rows]
         mask = batch.steered_mask(self.workload.steered_positions)[rows]
-        places = to_device(
-            batch.reading(self.workload.position)[chosen.on_cpu], batch.tokens.device
-        )
+        places = to_device(batch.places(self.workload.position)[chosen.on_cpu], batch.tokens.device)
         add = _addition_by_row(chosen.direction, chosen.coefficients, mask)
         hooks: list[tuple[str, HookFunction]] = []
         if start is not None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -63,9 +63,19 @@ def once(
     compute: Callable[[], Tensors],
     cost: Cost | None = None,
 ) -> Tensors:
-    """The tensors that were kept, else those of `compute`, which are kept.
+    """The tensors that were kept, else those of `compute`, which are kept (see `once_kept`)."""
+    return once_kept(checkpoint, decided, lambda: Kept(tensors=compute()), cost).tensors
 
-    `decided` is all that decides them (see `digest`). `cost` grows by what they took, whenever that
+
+def once_kept(
+    checkpoint: Checkpoint | None,
+    decided: Sequence[Any],
+    compute: Callable[[], Kept],
+    cost: Cost | None = None,
+) -> Kept:
+    """What was kept, else what `compute` gives, which is kept.
+
+    `decided` is all that decides it (see `digest`). `cost` grows by what it took, whenever that
     was.
     """
     if checkpoint is None:
@@ -74,11 +84,11 @@ def once(
     kept = checkpoint.load(key, key)
     if kept is not None:
         cost.blocks += kept.blocks
-        return kept.tensors
+        return kept
     before = cost.blocks
-    tensors = compute()
-    checkpoint.keep(key, key, Kept(tensors=tensors, blocks=cost.blocks - before))
-    return tensors
+    made = replace(compute(), blocks=cost.blocks - before)
+    checkpoint.keep(key, key, made)
+    return made
 
 
 def check_unsteered(

@@ -29,20 +29,11 @@ def continue_prompts(
     """The ids that the model adds to each prompt (not to its continuation), run together.
 
     Shorter prompts are padded on the left. Rows that have ended go on: see `until_end`. Greedy, or
-    drawn from the model's distribution with torch's own generators. Raises `InputError` where there
-    are no prompts, no tokens are asked for, or the context has no room for them.
+    drawn from the model's distribution with torch's own generators. Raises `InputError` as
+    `check_room`.
     """
-    if not prompts or max_new_tokens < 1:
-        raise InputError(
-            f"expected prompts and 1 or more new tokens, got {len(prompts)} and {max_new_tokens}"
-        )
+    check_room(model, prompts, max_new_tokens)
     width = max(len(prompt.prompt) for prompt in prompts)
-    n_ctx = context_length(model)
-    if n_ctx is not None and width + max_new_tokens > n_ctx:
-        raise InputError(
-            f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "
-            f"of {n_ctx}; ask for fewer"
-        )
     sides = {
         side_of_switches(model, length)
         for length in (min(len(prompt.prompt) for prompt in prompts), width + max_new_tokens)
@@ -65,7 +56,8 @@ def continue_prompts(
     # A HookedTransformer takes no mask: it reads padding off the tokens, on the tokenizer's side.
     has_mask = takes_mask(model)
     is_read = not has_mask and not bool(mask.all())
-    with inference(model), _left_padding(model.tokenizer) if is_read else nullcontext():
+    left = _left_padding(model.tokenizer) if is_read else nullcontext()
+    with inference(model), left:
         generated = model.generate(
             tokens,
             max_new_tokens=max_new_tokens,
@@ -76,6 +68,21 @@ def continue_prompts(
         )
     rows: list[list[int]] = generated[:, width:].tolist()
     return rows
+
+
+def check_room(model: HookedModel, prompts: Sequence[TokenizedPrompt], max_new_tokens: int) -> None:
+    """Raise `InputError` where there is nothing to write, or no room for it in the context."""
+    if not prompts or max_new_tokens < 1:
+        raise InputError(
+            f"expected prompts and 1 or more new tokens, got {len(prompts)} and {max_new_tokens}"
+        )
+    width = max(len(prompt.prompt) for prompt in prompts)
+    n_ctx = context_length(model)
+    if n_ctx is not None and width + max_new_tokens > n_ctx:
+        raise InputError(
+            f"{max_new_tokens} new tokens after a prompt of {width} do not fit the model's context "
+            f"of {n_ctx}; ask for fewer"
+        )
 
 
 def own_texts(
@@ -102,14 +109,17 @@ def own_texts(
     return [texts[row] for row in range(len(alone))]
 
 
-def until_end(ids: Sequence[int], model: HookedModel, *, with_end: bool = False) -> tuple[int, ...]:
-    """The ids before the first token that ends a text, or up to it.
-
-    That is the tokenizer's, or one of those at which the model's own config ends a text.
-    """
+def end_tokens(model: HookedModel) -> frozenset[int]:
+    """The tokens that end a text: the tokenizer's, and those that the model's own config names."""
     stops = getattr(model.cfg, "eos_token_id", None)
-    ends = {getattr(model.tokenizer, "eos_token_id", None)}
-    ends |= set(stops) if isinstance(stops, (list, tuple)) else {stops}
+    ends = stops if isinstance(stops, (list, tuple)) else [stops]
+    of_tokenizer = getattr(model.tokenizer, "eos_token_id", None)
+    return frozenset(int(token) for token in (of_tokenizer, *ends) if token is not None)
+
+
+def until_end(ids: Sequence[int], model: HookedModel, *, with_end: bool = False) -> tuple[int, ...]:
+    """The ids before the first of `end_tokens`, or up to it."""
+    ends = end_tokens(model)
     first = next((place for place, token in enumerate(ids) if token in ends), None)
     return tuple(ids if first is None else ids[: first + with_end])
 

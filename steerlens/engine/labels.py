@@ -161,7 +161,24 @@ def pairs_to_read(
     if text == "own":
         how: dict[str, Any] = {"own_tokens": own_tokens, "seed": seed}
         sides = [with_labels(model, side, own, **how) for side in sides]
+    if span == "pair":
+        pairs.check_positions()
+        sides = [_at_positions(side, pairs) for side in sides]
     return TokenizedPairs(*(with_spans(model, side, [span] if span else []) for side in sides))
+
+
+def _at_positions(
+    prompts: Sequence[TokenizedPrompt], pairs: ContrastivePairs
+) -> tuple[TokenizedPrompt, ...]:
+    """The prompts with the place of each pair's own position."""
+    places = [
+        (prompt.index(int(pair.position or 0)),)
+        for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
+    return tuple(
+        replace(prompt, spans={**prompt.spans, "pair": place})
+        for prompt, place in zip(prompts, places, strict=True)
+    )
 
 
 def _read_text(pairs: ContrastivePairs, position: Position) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steerlens.engine.backend import for_hooks
 from steerlens.engine.batches import Batch, in_pair_order
-from steerlens.engine.capture import by_halves, check_finite, reading_hook, run_to_hooks
+from steerlens.engine.capture import by_halves, check_finite, reading_hook, run_to_hooks, stacked
 from steerlens.engine.checkpoint import check_unsteered
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import check_memory
@@ -22,7 +22,7 @@ from steerlens.engine.workload import LARGEST_PUSH, Baseline, CellOutput, Job, W
 from steerlens.errors import ModelError
 from steerlens.loss import label_kl, label_logprob, label_logprobs
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, hook_layer, hooked
+from steerlens.models.hooks import HookFunction, hook_layer, hook_width, hooked, is_head
 from steerlens.models.loading import inference
 from steerlens.progress import Progress, part_of, silent
 
@@ -66,7 +66,8 @@ def baseline_of(engine: Engine, workload: Workload, hook_names: Sequence[str]) -
     check_finite(positive, hook_names)
     check_finite(negative, hook_names)
     _check_labels(workload.positive, logprob)
-    return Baseline(tuple(hook_names), positive, negative, logprob)
+    widths = tuple(hook_width(model, name) if is_head(name) else None for name in hook_names)
+    return Baseline(tuple(hook_names), positive, negative, logprob, widths)
 
 
 def plain_cells(engine: Engine, workload: Workload, job: Job) -> list[CellOutput]:
@@ -132,18 +133,17 @@ def _run_positive(
 ]:
     """Readouts, logprobs, and, of a workload with KL, divergence and logprob at every label."""
     if not workload.positive:
-        nothing = torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
-        return nothing, torch.zeros(0), []
+        return _nothing(model, hook_names), torch.zeros(0), []
 
     def run(batch: Batch) -> tuple[Tensor, ...]:
         found: dict[str, Tensor] = {}
-        places = to_device(batch.reading(workload.position), batch.tokens.device)
+        places = to_device(batch.places(workload.position), batch.tokens.device)
         readers = [reading_hook(found, name, places) for name in hook_names]
         labels = batch.label_mask()
         with hooked(model, [*steering(batch), *readers]):
             logits = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
         logprob = label_logprob(logits, batch.tokens, labels)
-        means = torch.stack([found[n].cpu() for n in hook_names]), logprob.cpu()
+        means = stacked(found, hook_names).cpu(), logprob.cpu()
         if not workload.with_kl:
             return means
         unsteered = model(batch.tokens, return_type="logits", **batch.forward_kwargs)
@@ -168,19 +168,24 @@ def _run_negative(
     progress: Progress = silent,
 ) -> Float[Tensor, "hook pair d_model"]:
     if not workload.negative:
-        return torch.zeros((len(hook_names), 0, int(model.cfg.d_model)))
+        return _nothing(model, hook_names)
 
     def run(batch: Batch) -> Tensor:
         return run_to_hooks(
             model,
             batch,
             hook_names,
-            places=batch.reading(workload.position),
+            places=batch.places(workload.position),
             fwd_hooks=steering(batch),
         ).cpu()
 
     done = by_halves([(batch,) for batch in workload.negative], run, progress=progress)
     return in_pair_order([batch for (batch,), _ in done], [values for _, values in done])
+
+
+def _nothing(model: HookedModel, hook_names: Sequence[str]) -> Float[Tensor, "hook 0 width"]:
+    """The activations of no pairs, stacked as those of some are."""
+    return torch.zeros((len(hook_names), 0, max(hook_width(model, name) for name in hook_names)))
 
 
 def _unsteered(batch: Batch) -> list[tuple[str, HookFunction]]:  # noqa: ARG001

@@ -18,7 +18,7 @@ Position: TypeAlias = int | str
 `last`, its last token; several by commas ("-3,-1") or as a slice ("-4:", "2:-1"); or a span by
 name (see `Span`). Of several tokens the mean is taken (":mean"), or with ":last" or ":max" after
 them the last one or the largest number of each coordinate: "assistant" is the mean over the
-assistant's tokens."""
+assistant's tokens. "pair" is one token that each pair names itself, its `position`."""
 
 Span = Literal["continuation", "assistant", "own", "think", "answer"]
 """Tokens by name. `continuation`: the text given after a prompt, on both sides. `assistant`: what
@@ -33,11 +33,11 @@ Reduction = Literal["mean", "last", "max"]
 class Reading:
     """A parsed position: a span, or tokens of the prompt; and what is made of several."""
 
-    tokens: Span | slice | tuple[int, ...]
+    tokens: Span | Literal["pair"] | slice | tuple[int, ...]
     reduction: Reduction
 
     @property
-    def span(self) -> Span | None:
+    def span(self) -> Span | Literal["pair"] | None:
         """The span that is named, if one is."""
         return self.tokens if isinstance(self.tokens, str) else None
 
@@ -53,6 +53,8 @@ def parse_position(position: Position) -> Reading:
     reduction: Reduction = ending if is_reduced else "mean"  # type: ignore[assignment]
     if text == "last":
         return Reading((-1,), "last")
+    if position == "pair":
+        return Reading("pair", "last")
     if text in get_args(Span):
         return Reading(text, reduction)  # type: ignore[arg-type]
     if re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?", text) and text != ":":
@@ -60,7 +62,7 @@ def parse_position(position: Position) -> Reading:
     if re.fullmatch(r"-?\d{1,9}(,-?\d{1,9})*", text):
         return Reading(tuple(map(int, text.split(","))), reduction)
     raise InputError(
-        f"expected a position such as -1, '-4:', '-3,-1' or one of last, "
+        f"expected a position such as -1, '-4:', '-3,-1', pair or one of last, "
         f"{', '.join(get_args(Span))}, with :last, :mean or :max after it if need be, got "
         f"{told(position)}"
     )
@@ -76,6 +78,8 @@ def as_position(given: Position | Sequence[int]) -> Position:
     reading = parse_position(given)
     if isinstance(reading.tokens, tuple) and len(reading.tokens) == 1:
         return reading.tokens[0]
+    if reading.tokens == "pair":
+        return "pair"
     if isinstance(reading.tokens, slice):
         ends = (reading.tokens.start, reading.tokens.stop)
         text = ":".join("" if end is None else str(end) for end in ends)

@@ -19,7 +19,7 @@ from steerlens.engine.backend import BareModel, no_prefix
 from steerlens.engine.batches import Batch, before_labels, mask_kwargs
 from steerlens.engine.memory import LOGITS_PER_PASS
 from steerlens.engine.transfer import to_device
-from steerlens.loss import divergence
+from steerlens.loss.labels import divergence
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooks import HookFunction, hook_layer, hooked, keeping, resid_post
 

@@ -130,9 +130,16 @@ def raw_tokens(model: HookedModel, ids: Sequence[int]) -> list[str]:
 
 
 def fingerprint(prompts: Sequence[TokenizedPrompt]) -> str:
-    """sha256 (hex) of the prompts' token ids, where each continuation begins, and the labels."""
+    """sha256 (hex) of the prompts' token ids, where each continuation begins, labels and places.
+
+    The places are those of each pair's own position.
+    """
     ids = [
-        [prompt.prompt, prompt.continuation, *([prompt.labels] if prompt.labels else [])]
+        [
+            *(prompt.prompt, prompt.continuation),
+            *([prompt.labels] if prompt.labels else []),
+            *([["pair", *prompt.spans["pair"]]] if "pair" in prompt.spans else []),
+        ]
         for prompt in prompts
     ]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()

@@ -306,10 +306,7 @@ def _standing_of(task: Task, engine: Engine) -> _Standing:
 
 
 def _check_same_model(engine: Engine, workload: Workload, unsteered: Baseline) -> None:
-    """Raise `WorkerError` unless the first batch's labels have the logprobs that came with it.
-
-    A model that was changed after it was loaded, by hooks or in its weights, shows here.
-    """
+    """Raise `WorkerError` unless the first batch's labels have the logprobs that came with it."""
     batches = workload.positive[:1]
     if not batches:
         return
@@ -343,12 +340,13 @@ def _batch_on(batch: Batch, device: torch.device) -> Batch:
 def _at(unsteered: Baseline, readouts: Sequence[str]) -> Baseline:
     """The baseline at some readouts, so that no more is sent than is read."""
     names = tuple(dict.fromkeys(readouts))
-    rows = torch.tensor([unsteered.hook_names.index(name) for name in names])
+    rows = [unsteered.hook_names.index(name) for name in names]
     return replace(
         unsteered,
         hook_names=names,
         positive=unsteered.positive[rows],
         negative=unsteered.negative[rows],
+        widths=tuple(unsteered.widths[row] for row in rows) if unsteered.widths else (),
     )
 
 

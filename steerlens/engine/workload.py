@@ -78,17 +78,23 @@ class CellOutput:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The unsteered model on the same pairs: what every cell is compared with."""
+    """The unsteered model on the same pairs: what every cell is compared with.
+
+    Heads beside wider hooks are filled up with zeros: `widths` are those of heads, None elsewhere.
+    """
 
     hook_names: tuple[str, ...]
     positive: Float[Tensor, "hook pair d_model"]
     negative: Float[Tensor, "hook negative_pair d_model"]
     logprob: Float[Tensor, " pair"]
+    widths: tuple[int | None, ...] = ()
 
     def cell(self, readout: str) -> CellOutput:
         """The cell at coefficient 0, read at `readout`."""
         index = self.hook_names.index(readout)
-        return CellOutput(0.0, self.positive[index], self.negative[index], self.logprob)
+        width = self.widths[index] if self.widths else None
+        positive, negative = (side[index, :, :width] for side in (self.positive, self.negative))
+        return CellOutput(0.0, positive, negative, self.logprob)
 
 
 @runtime_checkable

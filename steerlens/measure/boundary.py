@@ -3,22 +3,30 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
 from steerlens.directions.directions import Directions
 from steerlens.engine.plain_loop import run_baseline
-from steerlens.engine.plan import run_cells
+from steerlens.engine.plan import Plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, fingerprint
 from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.boundary_search import Boundary, find_boundaries
-from steerlens.measure.coherence import check_rollouts
+from steerlens.measure.coherence import Push, check_rollouts
 from steerlens.measure.prediction import Prediction, predict
 from steerlens.measure.preparation import Preparation
-from steerlens.measure.settings import BoundarySettings
+from steerlens.measure.settings import (
+    SEARCH_RANGE,
+    BoundarySettings,
+    StudySettings,
+    TextSettings,
+)
 from steerlens.measure.texts import On, check_text_positions, text_name, text_prompts
+from steerlens.plots.figure import Figure
+from steerlens.plots.layers import boundary as draw_boundary
 from steerlens.steering import SteeringVector
 from steerlens.tables import (
     BOUNDARY_COLUMNS,
@@ -49,6 +57,10 @@ class BoundaryResult:
     def __repr__(self) -> str:
         return f"BoundaryResult({len(self.layers)} hooks, {shortened(self.settings.budget)})"
 
+    def plot(self) -> Figure:
+        """`plots.boundary` of it."""
+        return draw_boundary(self)
+
     def _repr_html_(self) -> str:
         layers = self.layers.reset_index(drop=True)
         table = pd.DataFrame({"layer": [hook_label(name) for name in layers.hook_name]})
@@ -69,29 +81,21 @@ class BoundaryResult:
 def run_boundary(
     study: Preparation,
     *,
-    on: On = "positive",
-    search_range: float | int = 4.0,
-    with_projection: bool = False,
+    on: On,
+    search_range: float | int,
+    with_projection: bool,
 ) -> BoundaryResult:
     """`Study.boundary`."""
     before = study.spent
     study.check_readouts()
     text = Text.of(study, on)
-    settings = boundary_settings(study, text, search_range=search_range)
+    settings = boundary_settings(study, text, search_range)
     interventions = study.interventions.values()
     pushes = [of.push(sign) for of in interventions for sign in of.signs]
     searched = {of.name: of.limit(study.baseline, settings.search_range) for of in interventions}
     rows = study.layer_rows
-    boundaries = find_boundaries(
-        study.plan.on(*text.unsteered(study)),
-        text.prompts,
-        pushes,
-        [searched[push.hook_name] for push in pushes],
-        budget=study.budget,
-        n_bootstrap=settings.n_bootstrap,
-        seed=settings.seed,
-        groups=text.groups,
-    )
+    limits = [searched[push.hook_name] for push in pushes]
+    boundaries = text.search(study, study.plan.on(*text.unsteered(study)), pushes, limits)
     outward, inward = (
         {found.push.hook_name: found for found in boundaries if found.push.sign == sign}
         for sign in (1, -1)
@@ -103,11 +107,7 @@ def run_boundary(
         {**rows[name], **_columns(up, inward.get(name)), **there, "boundary_on": settings.on}
         for (name, up), there in zip(outward.items(), projections, strict=True)
     ]
-    attrs = {
-        **study.record(settings, since=before),
-        "searched": searched,
-        "text": fingerprint(text.prompts),
-    }
+    attrs = text.record(study, settings, since=before) | {"searched": searched}
     curves = [row for boundary in boundaries for row in boundary.rows()]
     return BoundaryResult(
         layers=to_frame(table, LAYER_COLUMNS, attrs),
@@ -117,11 +117,11 @@ def run_boundary(
     )
 
 
-def run_prediction(study: Preparation, *, on: On = "positive") -> pd.DataFrame:
+def run_prediction(study: Preparation, *, on: On) -> pd.DataFrame:
     """`Study.predicted_boundary`."""
     before = study.spent
     text = Text.of(study, on)
-    settings = boundary_settings(study, text, search_range=1.0)
+    settings = text_settings(study, text)
     _, unsteered = text.unsteered(study)
     pushes = [of.push(sign) for of in study.interventions.values() for sign in (1, -1)]
     if not all(push.additions for push in pushes):
@@ -144,7 +144,7 @@ def run_prediction(study: Preparation, *, on: On = "positive") -> pd.DataFrame:
             study.hook_names, predictions[::2], predictions[1::2], strict=True
         )
     ]
-    attrs = {**study.record(settings, since=before), "text": fingerprint(text.prompts)}
+    attrs = text.record(study, settings, since=before)
     return to_frame(table, LAYER_COLUMNS, attrs)
 
 
@@ -184,23 +184,45 @@ class Text:
         workload = replace(study.workload, positive=batches, negative=(), position=-1)
         return workload, run_baseline(study.engine, workload, study.baseline.hook_names)
 
+    def search(
+        self, study: Preparation, plan: Plan, pushes: Sequence[Push], limits: Sequence[float]
+    ) -> list[Boundary]:
+        """The boundary along every push, up to its limit, as the study's settings say."""
+        return find_boundaries(
+            plan,
+            self.prompts,
+            pushes,
+            limits,
+            budget=study.budget,
+            n_bootstrap=study.settings.n_bootstrap,
+            seed=study.settings.seed,
+            groups=self.groups,
+        )
+
+    def record(self, study: Preparation, settings: StudySettings, *, since: int) -> dict[str, Any]:
+        """`Preparation.record` with the text."""
+        return {**study.record(settings, since=since), "text": fingerprint(self.prompts)}
+
 
 def boundary_settings(
-    study: Preparation, text: Text, *, search_range: float | int
+    study: Preparation, text: Text, search_range: float | int
 ) -> BoundarySettings:
     """The settings. Raises `InputError` where one of them has no meaning."""
     check_search(budget=study.settings.budget, search_range=search_range)
-    settings = BoundarySettings(
-        **(vars(study.settings) | {"labels": text.labels}),
-        on=text_name(text.on),
-        search_range=float(search_range),
-    )
+    return BoundarySettings(**vars(text_settings(study, text)), search_range=float(search_range))
+
+
+def text_settings(study: Preparation, text: Text) -> TextSettings:
+    """The settings without a range. Raises `InputError` where one of them has no meaning."""
+    check_search(budget=study.settings.budget)
+    labels = {"labels": text.labels, "on": text_name(text.on)}
+    settings = TextSettings(**(vars(study.settings) | labels))
     if study.budget.kind == "rollout_kl_p95" and settings.steered_positions != "all":
         raise InputError("rollouts are steered at all positions, so steered_positions must be all")
     return settings
 
 
-def check_search(*, budget: str, search_range: float | int) -> Budget:
+def check_search(*, budget: str, search_range: float | int = SEARCH_RANGE) -> Budget:
     """The budget. Raises `InputError` when it leaves no room, or the range is none to search in."""
     parsed = Budget.parse(budget)
     if parsed.value == 0:
@@ -246,10 +268,7 @@ def _predicted_columns(up: Prediction, down: Prediction) -> Row:
 def _projections(
     study: Preparation, outward: Sequence[Boundary], *, reads_positive: bool
 ) -> list[Row]:
-    """`projection_at_boundary` of every hook; NaN where the boundary is beyond the range.
-
-    Where the search read the positive prompts, they are not run again.
-    """
+    """`projection_at_boundary` of every hook; NaN where the boundary is beyond the range."""
     plan, baseline = study.plan, study.baseline
     reached = {b.push.hook_name: b for b in outward if math.isfinite(b.at)}
     jobs = [study.interventions[name].job((b.nearest,)) for name, b in reached.items()]

@@ -2,8 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,12 +18,12 @@ from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.coherence import (
-    Coherence,
+    MeasuredText,
     Push,
     Reading,
     allowances,
-    make_coherence,
-    mean_loss,
+    bounded_loss,
+    measured_text,
 )
 from steerlens.measure.prediction import Prediction, predict
 from steerlens.measure.search import (
@@ -40,6 +42,7 @@ from steerlens.models.hooks import hook_layer
 from steerlens.stats import percentile_interval, resampled_counts
 from steerlens.tables import Row
 
+Line_ = TypeVar("Line_")
 _FINE = 1200
 _ROUGH = 400
 """Draws that say whether an interval reaches beyond what was measured."""
@@ -52,9 +55,9 @@ class Boundary:
     """The boundary along one push; distances from 0, without the push's sign.
 
     `at` is the boundary, inf beyond the searched range; `low` and `high` its interval; `prediction`
-    what slope and curvature at 0 say; `reentry` a distance beyond `at` that was
-    seen to be within the budget (NaN when none was); `readings` by distance; `evaluations` every
-    (distance, prompts, loss); `resampled` boundaries of resampled groups, the same for all pushes.
+    what slope and curvature at 0 say; `reentry` a distance beyond `at` that was seen to be within
+    the budget (NaN when none was); `readings` by distance; `resampled` gives the boundaries of
+    resampled groups, the same for all pushes.
     """
 
     push: Push
@@ -65,8 +68,7 @@ class Boundary:
     reentry: float
     allowance: float
     readings: Mapping[float, Reading]
-    evaluations: tuple[tuple[float, int, float], ...]
-    resampled: Float[np.ndarray, " resample"]
+    resampled: Callable[[], Float[np.ndarray, " resample"]]
 
     @property
     def nearest(self) -> float:
@@ -90,11 +92,11 @@ class Boundary:
                 "hook_name": self.push.hook_name,
                 "layer": hook_layer(self.push.hook_name),
                 "coefficient": self.push.sign * distance,
-                "n_prompts": n_prompts,
-                "loss_nats": loss,
+                "n_prompts": len(reading.values),
+                "loss_nats": reading.loss,
                 "allowance_nats": self.allowance,
             }
-            for distance, n_prompts, loss in sorted(self.evaluations)
+            for distance, reading in sorted(self.readings.items())
         ]
 
 
@@ -140,14 +142,13 @@ def find_boundaries(
     ]
     group = np.arange(len(prompts)) if groups is None else np.array(groups)
     measured = _Measured(
-        make_coherence(plan, prompts, budget),
+        measured_text(plan, prompts, budget),
         pushes,
         predictions,
         opposites(pushes),
         group,
         seed,
         [{} for _ in pushes],
-        [[] for _ in pushes],
     )
     rough = min(n_bootstrap, _ROUGH)
     lines = search(
@@ -180,12 +181,22 @@ def find_boundaries(
                 reentry=line.reentry(),
                 allowance=allowance,
                 readings=measured.readings[k],
-                evaluations=tuple(measured.evaluations[k]),
-                resampled=measured.resampled(k, line, n_bootstrap),
+                resampled=partial(measured.resampled, k, line, n_bootstrap),
             )
         )
         engine.progress("intervals: pushes", len(boundaries), len(pushes))
     return boundaries
+
+
+def all_round(n_angles: int, line: Callable[[float], Line_]) -> list[tuple[float, Line_, int]]:
+    """Angles spread over the circle (degrees), what `line` makes of each, and the push's sign.
+
+    What lies opposite is the same line with the other sign: the two are searched together.
+    """
+    angles = [360 * i / n_angles for i in range(n_angles)]
+    n_lines = n_angles if n_angles % 2 else n_angles // 2
+    lines = [line(angle) for angle in angles[:n_lines]]
+    return [(angle, lines[i % n_lines], 1 if i < n_lines else -1) for i, angle in enumerate(angles)]
 
 
 def opposites(pushes: Sequence[Push]) -> dict[int, int]:
@@ -223,31 +234,26 @@ def _check_rounding(engine: Engine, budget: Budget, allowance: float) -> None:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What a search has measured of every push: its readings, and every loss."""
+    """What a search has measured of every push."""
 
-    coherence: Coherence
+    text: MeasuredText
     pushes: Sequence[Push]
     predictions: Sequence[Prediction]
     opposite: Mapping[int, int]
     group: Int[np.ndarray, " prompt"]
     seed: int
     readings: list[dict[float, Reading]]
-    evaluations: list[list[tuple[float, int, float]]]
 
     def evaluate(self, points: Sequence[tuple[int, float]]) -> list[float]:
         """The loss at each (push, distance)."""
-        readings = self.coherence.measure([(self.pushes[k], c) for k, c in points])
-        losses = []
+        readings = self.text.measure([(self.pushes[k], c) for k, c in points])
         for (k, c), reading in zip(points, readings, strict=True):
-            n_prompts = len(reading.values)
-            losses.append(float(mean_loss(reading.values, np.ones((1, n_prompts)))[0]))
             self.readings[k][c] = reading
-            self.evaluations[k].append((c, n_prompts, losses[-1]))
-        return losses
+        return [reading.loss for reading in readings]
 
     def interval(self, k: int, line: Line, n_bootstrap: int) -> tuple[float, float]:
         """Of a push's boundary; of a percentile over tokens that of resampled prompts."""
-        if self.coherence.is_of_tokens:
+        if self.text.is_of_tokens:
             return percentile_interval(self.resampled(k, line, n_bootstrap))
         return crossing_interval(
             line,
@@ -267,15 +273,15 @@ class _Measured:
             int(self.group.max()) + 1, n_resamples=n_bootstrap, seed=self.seed
         )[:, self.group]
         grid, known, drops = interval_grid(line), self._known(k, line), self.predictions[k].drops
-        if not self.coherence.is_of_tokens:
+        if not self.text.is_of_tokens:
             every = prompt_losses(line, drops, np.stack(known, axis=1), grid)
             beyond = (every - self._allowed[:, None]).T @ counts.T / counts.sum(axis=1)
             return first_crossings(grid, beyond.T, np.zeros(n_bootstrap))
         # A percentile moves in steps, so that its interval may be narrower than a step of the grid.
-        coherence, grid = self.coherence, interval_grid(line, _FINE)
-        allowed = allowances(coherence.budget, coherence.logprob, counts)
+        grid = interval_grid(line, _FINE)
+        allowed = allowances(self.text.budget, self.text.logprob, counts)
         at = np.array([c for c, _ in line.curve.known])
-        losses = np.stack([mean_loss(values, counts) for values in known])
+        losses = np.stack([bounded_loss(values, counts) for values in known])
         bends = np.minimum(losses, UNDEFINED * allowed) / (at**2)[:, None]
         curves = interpolated(grid, at, bends, onward=0.5).T
         return first_crossings(grid, loss_of(0.0, curves, grid, line.curve.ahead[-1][0]), allowed)
@@ -283,8 +289,8 @@ class _Measured:
     @property
     def _allowed(self) -> Float[np.ndarray, " prompt"]:
         """What each prompt adds to the allowance."""
-        logprob = self.coherence.logprob
-        return allowances(self.coherence.budget, logprob, np.eye(len(logprob)))
+        logprob = self.text.logprob
+        return allowances(self.text.budget, logprob, np.eye(len(logprob)))
 
     def _known(self, k: int, line: Line) -> list[Float[np.ndarray, "prompt *token"]]:
         """What was read of every prompt at the coefficients that the line's curve knows."""

@@ -61,9 +61,14 @@ class Reading:
     values: Float[np.ndarray, "prompt *token"]
     readout: Float[Tensor, "prompt d_model"]
 
+    @property
+    def loss(self) -> float:
+        """The loss that the budget bounds."""
+        return float(bounded_loss(self.values, np.ones((1, len(self.values))))[0])
+
 
 @dataclass(frozen=True)
-class Coherence:
+class MeasuredText:
     """A text, ready to be measured under many pushes: the positive prompts of `plan`."""
 
     prompts: tuple[TokenizedPrompt, ...]
@@ -134,7 +139,7 @@ def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budge
         )
 
 
-def mean_loss(
+def bounded_loss(
     values: Float[np.ndarray, "prompt *token"], counts: Float[np.ndarray, "resample prompt"]
 ) -> Float[np.ndarray, " resample"]:
     """The loss that a budget bounds, each prompt counted `counts` times; inf if undefined.
@@ -162,11 +167,11 @@ def allowances(
     return np.array([budget.allowance(float(baseline)) for baseline in baselines])
 
 
-def make_coherence(plan: Plan, prompts: Sequence[TokenizedPrompt], budget: Budget) -> Coherence:
+def measured_text(plan: Plan, prompts: Sequence[TokenizedPrompt], budget: Budget) -> MeasuredText:
     """Prepare the text of `plan`, its positive prompts, for what the budget reads of it."""
     if budget.is_divergence:
         plan = plan.on(replace(plan.workload, with_kl=True), plan.unsteered)
-    return Coherence(tuple(prompts), budget, plan)
+    return MeasuredText(tuple(prompts), budget, plan)
 
 
 def _rollout_kl(

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from steerlens.data.items import PreferenceItems
-from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.pairs import AnyPairs, ContrastivePairs, as_pairs
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.fitting import fit_methods
@@ -43,6 +43,7 @@ from steerlens.measure.equal_damage import (
 )
 from steerlens.measure.linearised import linearise
 from steerlens.measure.nulls import N_SCREENED, Screen
+from steerlens.measure.settings import SEARCH_RANGE
 from steerlens.measure.verdicts import (
     PROMPT,
     Inference,
@@ -56,7 +57,10 @@ from steerlens.measure.verdicts import (
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer
 from steerlens.models.identity import provenance
-from steerlens.progress import Progress, part_of, silent, under
+from steerlens.plots.figure import Figure
+from steerlens.plots.methods import comparison as draw_comparison
+from steerlens.progress import Progress, by_default, part_of, under
+from steerlens.stats import N_BOOTSTRAP
 from steerlens.tables import COMPARISON_COLUMNS, Row, fragment, measured, shortened, to_frame
 from steerlens.validation import Count, Draws, NotNegative, Whole, checked
 
@@ -89,6 +93,10 @@ class Comparison:
             f"{len(self.effects)} items, {shortened(self.settings.budget)})"
         )
 
+    def plot(self) -> Figure:
+        """`plots.comparison` of it."""
+        return draw_comparison(self)
+
     def _repr_html_(self) -> str:
         rows = self.table if self.summary.empty else self.summary
         names = ["coefficient", "effect", "effect_ci_low", "effect_ci_high"]
@@ -105,7 +113,7 @@ class Comparison:
 @checked
 def compare(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: AnyPairs,
     items: PreferenceItems,
     *,
     methods: str | Sequence[str],
@@ -119,8 +127,8 @@ def compare(
     n_null: Draws = 20,
     margin: NotNegative | None = None,
     position: Position | Sequence[int] | None = None,
-    search_range: float | int = 4.0,
-    n_bootstrap: Draws = 2000,
+    search_range: float | int = SEARCH_RANGE,
+    n_bootstrap: Draws = N_BOOTSTRAP,
     seed: Whole = 0,
     batch_size: Count | None = None,
     executor: Executor | None = None,
@@ -151,6 +159,7 @@ def compare(
     `measure.verdicts.verdict`.
 
     Args:
+        pairs: Or what `ContrastivePairs.load` reads.
         methods: What to fit with (see `METHODS`).
         layers: Where (see `resolve_hooks`).
         train_items: The layer is chosen by the effect on these, never on `items`. Methods trained
@@ -169,7 +178,7 @@ def compare(
         n_null: Random and as many shuffled vectors at every hook that are run.
         margin: The effect (nats per token) below which it does not matter, for "equivalent to no
             effect". Default: a tenth of the standard deviation over items of the unsteered gap.
-        position: Tokens of the prompt that are read (see `Position`). Default: that of each method.
+        position: Tokens that are read (see `Position`). Default: that of each method.
         search_range: How far to look for the boundary, as of `Study.boundary`.
         n_bootstrap: As of `Study`, and so are `seed`, `batch_size` and `progress`.
         executor: Its workers run the cells, as of `Study`; directions are fitted here.
@@ -195,6 +204,7 @@ def compare(
         >>> comparison.table[["method", "layer"]].to_dict("list")
         {'method': ['mean_diff', 'pca'], 'layer': [1, 1]}
     """
+    pairs = as_pairs(pairs)
     settings = CompareSettings(
         methods=tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)),
         budget=str(check_search(budget=budget, search_range=search_range)),
@@ -214,7 +224,8 @@ def compare(
     pairs.warn_of_groups()
     items.warn_of_groups()
     # Fitting, coefficients, gradients, effects, damage and texts; then what was given beside them.
-    steps = _steps(progress or silent, 5 + len(sets.all()))
+    n_steps, tell = 5 + len(sets.all()), by_default(progress)
+    steps = (under(tell, f"step {i} of {n_steps}") for i in range(1, n_steps + 1))
     engine = Engine(model, settings.batch_size, executor, next(steps), checkpoint=checkpoint)
     position = None if position is None else as_position(position)
     run, fitted = _fitted(engine, pairs, settings, sets, layers=layers, position=position)
@@ -345,11 +356,6 @@ def _persona_effect(
     first, second = (part_of(progress, stage, before=at, total=2 * n) for at in (0, n))
     effect: NDArray[np.float64] = run.gap(persona, first) - run.gap(items, second)
     return effect
-
-
-def _steps(progress: Progress, n: int) -> Iterator[Progress]:
-    """The `Progress` of every step, one after the other."""
-    return (under(progress, f"step {i} of {n}") for i in range(1, n + 1))
 
 
 @dataclass(frozen=True)

@@ -97,11 +97,7 @@ def split_texts(
 
 
 def _own_prompts(model: HookedModel, pairs: ContrastivePairs, sets: ItemSets) -> Prompts:
-    """Different prompts, one of each group in turn up to `N_OWN`, the groups one after the other.
-
-    Those of the training items, or the positive ones of the pairs; none of a held-out item. Cut in
-    the middle, at most one group is on both sides.
-    """
+    """Different prompts, up to `N_OWN`, group after group, so that halves share one at most."""
     if sets.train is None:
         groups, prompts = pairs.groups, tokenize_pairs(model, pairs).positive
     else:

@@ -1,6 +1,6 @@
 """Cosines between vectors: across layers, methods and datasets."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 import pandas as pd
@@ -15,21 +15,27 @@ from steerlens.validation import checked
 
 
 @checked
-def cosine_table(vectors: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
+def cosine_table(
+    vectors: Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
+) -> pd.DataFrame:
     """Cosine of every two directions of some named vectors, one row a pair (`COSINE_COLUMNS`).
 
-    `vectors` is name -> steering vector or directions; of each, all hooks take part, so one vector
-    is compared across its layers too. `random_sd` is the standard deviation of the cosine of two
-    random directions, `1 / sqrt(d_model)`; directions in a real residual stream are not that
-    random, so a cosine beyond it is not yet a shared concept. Raises `InputError` when there are
-    fewer than two directions, their lengths differ, or one is zero or not finite, and
-    `InputError` when they were fitted on models with different weight processing.
+    `vectors` is name -> steering vector or directions, or a list of them, called "1", "2" and so
+    on; of each, all hooks take part, so one vector is compared across its layers too. `random_sd`
+    is the standard deviation of the cosine of two random directions, `1 / sqrt(d_model)`;
+    directions in a real residual stream are not that random, so a cosine beyond it is not yet a
+    shared concept. Raises `InputError` when there are fewer than two directions, their lengths
+    differ, one is zero or not finite, or they were fitted on models with other weight processing.
 
     Examples:
-        >>> table = sl.measure.cosine_table({"a": vector, "minus a": -1 * vector})
+        >>> table = sl.cosine_table({"a": vector, "minus a": -1 * vector})
         >>> table.cosine.tolist()
         [-1.0]
+        >>> sl.cosine_table([vector, -1 * vector]).vector_b.tolist()
+        ['2']
     """
+    if not isinstance(vectors, Mapping):
+        vectors = {str(number): vector for number, vector in enumerate(vectors, 1)}
     check_one(vectors)
     entries = [
         (name, hook, vector[hook].detach().double().clone())

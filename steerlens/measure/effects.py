@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from steerlens.engine.tokenization import TokenizedPrompt, fingerprint, tokenize
 from steerlens.engine.workload import CellOutput, Job, Workload
 from steerlens.loss import Budget
 from steerlens.measure.coherence import P95
-from steerlens.models.hooked_model import context_length
+from steerlens.models.hooked_model import HookedModel, context_length
 from steerlens.models.hooks import resid_post
 from steerlens.models.identity import provenance
 from steerlens.progress import silent
@@ -29,6 +30,8 @@ from steerlens.tables import Row
 
 NEW_TOKENS = 40
 """Length of the greedy continuations that `distinct_3` looks at."""
+Sides: TypeAlias = tuple[Sequence[TokenizedPrompt], Sequence[TokenizedPrompt]]
+"""Prompts with the positive continuations, and the same with the negative ones."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Damage:
 
 
 def preference_gaps(
-    engine: Engine, items: PreferenceItems, jobs: Sequence[Job]
+    engine: Engine, items: PreferenceItems | Sides, jobs: Sequence[Job]
 ) -> tuple[Float[np.ndarray, " item"], list[Float[np.ndarray, "coefficient item"]]]:
     """Preference gaps, unsteered and for every job at its coefficients, item by item.
 
@@ -63,16 +66,20 @@ def preference_gaps(
     own tokens after the same prompt (nats per token), both steered alike at every
     token. The engine is told of the cells.
     """
-    positive, negative = tokenize_items(engine.model, items)
-    baseline, cells = _cells(engine, _workload(engine, (*positive, *negative)), jobs)
+    baseline, cells = _cells(engine, _workload(engine, both_sides(engine.model, items)), jobs)
     return _gap(baseline), [np.stack([_gap(cell.logprob) for cell in of_job]) for of_job in cells]
 
 
-def unsteered_gaps(engine: Engine, items: PreferenceItems) -> Float[np.ndarray, " item"]:
+def both_sides(model: HookedModel, items: PreferenceItems | Sides) -> tuple[TokenizedPrompt, ...]:
+    """Every prompt with its positive continuation, then with the negative ones."""
+    sides = tokenize_items(model, items) if isinstance(items, PreferenceItems) else items
+    return (*sides[0], *sides[1])
+
+
+def unsteered_gaps(engine: Engine, items: PreferenceItems | Sides) -> Float[np.ndarray, " item"]:
     """The preference gaps of the model as it is. The engine is told of the prompts."""
-    positive, negative = tokenize_items(engine.model, items)
     last = resid_post(engine.n_layers - 1)
-    workload = _workload(engine, (*positive, *negative))
+    workload = _workload(engine, both_sides(engine.model, items))
     return _gap(run_baseline(engine, workload, (last,)).logprob)
 
 

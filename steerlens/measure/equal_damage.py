@@ -18,7 +18,7 @@ from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
 from steerlens.engine.workload import Job, Workload
-from steerlens.measure.boundary import check_search
+from steerlens.loss import Budget
 from steerlens.measure.boundary_search import find_boundaries
 from steerlens.measure.coherence import Push, check_rollouts
 from steerlens.measure.effects import Damage, damages, preference_gaps, unsteered_gaps
@@ -94,7 +94,7 @@ class Runner:
         Searched up to `search_range` times the hook's mean residual norm; inf where it lies beyond.
         """
         engine, settings = replace(self.engine, progress=progress), self.settings
-        budget = check_search(budget=settings.budget, search_range=settings.search_range)
+        budget = Budget.parse(settings.budget)
         check_rollouts(engine.model, prompts, budget)
         checks = [self._job(subject, (1.0,)) for subject in self.subjects]
         workload = Workload(engine.batches(prompts), (), -1, "all", with_readouts=False)
@@ -120,7 +120,7 @@ class Runner:
     ) -> tuple[Float[np.ndarray, " item"], dict[Subject, Measured]]:
         """The unsteered gaps, and what changes them: every method at all doses, every null once.
 
-        None without a coefficient.
+        Subjects without a coefficient are left out.
         """
         jobs = {
             subject: self._job(

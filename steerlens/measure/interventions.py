@@ -15,7 +15,8 @@ from steerlens.engine.positions import Position, as_position
 from steerlens.engine.workload import Baseline, Job
 from steerlens.errors import InputError
 from steerlens.measure.coherence import Push
-from steerlens.models.hooks import hook_layer, readout_hook
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.hooks import hook_layer, hook_width, readout_hook
 from steerlens.steering import Add, SteeringVector
 from steerlens.steering.apply import steps
 
@@ -28,7 +29,7 @@ IN_A_BLOCK = (
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
+class UnitIntervention:
     """What coefficient 1 does, and where the effect is read.
 
     `name` is that of the hook, of several hooks all of theirs joined by " + ". The pairs are looked
@@ -54,6 +55,19 @@ class Steering:
     def push(self, sign: int = 1) -> Push:
         """It as what a boundary is searched along."""
         return Push(self.name, self.step, sign, self.readout, self.vector)
+
+    def resid_norm(self, baseline: Baseline) -> float:
+        """The coefficient that moves its hook by the mean residual norm there.
+
+        Raises `InputError` of a vector that is not one addition.
+        """
+        if self.vector is not None:
+            raise InputError(
+                f"norms are those of one hook that is added to, and {self.name} is a vector of "
+                "several hooks, a condition or another operator; give numbers, or shares of its "
+                "boundary such as '80%'"
+            )
+        return resid_norm(baseline, self.hook_name) / self.scale
 
     @property
     def hook_names(self) -> tuple[str, ...]:
@@ -84,15 +98,20 @@ class Steering:
         return search_range * min(resid_norm(baseline, name) / float(size) for name, size in sizes)
 
 
-def of_vector(vector: SteeringVector, readout: str) -> Steering:
+def of_vector(vector: SteeringVector, readout: str) -> UnitIntervention:
     """A vector as what is done. One hook with addition at all tokens runs as a direction does."""
-    names = in_order(vector)
-    last = names[-1]
+    last = in_order(vector)[-1]
     is_direction = len(vector) == 1 and isinstance(vector.operator, Add) and not vector.condition
     direction, scale = vector[last], float(vector.scale[0]) if is_direction else 1.0
     applied = None if is_direction else vector
-    name = " + ".join(names)
-    return Steering(name, last, direction, scale * direction, readout, scale, applied)
+    return UnitIntervention(
+        joined_hooks(vector), last, direction, scale * direction, readout, scale, applied
+    )
+
+
+def joined_hooks(vector: SteeringVector) -> str:
+    """What its rows of a table say in place of one hook's name."""
+    return " + ".join(in_order(vector))
 
 
 def in_order(vector: SteeringVector) -> tuple[str, ...]:
@@ -107,7 +126,7 @@ def in_order(vector: SteeringVector) -> tuple[str, ...]:
 
 
 def readout_of(
-    vector: SteeringVector, readout: Mapping[str, Tensor] | None, n_layers: int
+    model: HookedModel, vector: SteeringVector, readout: Mapping[str, Tensor] | None
 ) -> tuple[str, Float[Tensor, " d_model"]]:
     """The hook at which a vector's effect is read, and the unit direction there.
 
@@ -117,7 +136,7 @@ def readout_of(
     last = in_order(vector)[-1]
     if readout is None:
         return last, vector[last]
-    usual = readout_hook(last, n_layers)
+    usual = readout_hook(last, int(model.cfg.n_layers))
     name = usual if usual in readout or len(readout) != 1 else next(iter(readout))
     if name not in readout:
         raise InputError(
@@ -127,11 +146,11 @@ def readout_of(
     layer = hook_layer(name)
     if layer < hook_layer(last) or (layer == hook_layer(last) and name not in (last, usual)):
         raise InputError(f"the readout {name} does not come after {last}, the vector's last hook")
-    row = readout[name].detach().cpu()
+    row, width = readout[name].detach().cpu(), hook_width(model, name)
     norm = float(row.norm())
-    if row.shape != (vector.d_model,) or not (math.isfinite(norm) and norm > 0):
+    if row.shape != (width,) or not (math.isfinite(norm) and norm > 0):
         raise InputError(
-            f"expected a readout of {vector.d_model} finite numbers, not all 0, got shape "
+            f"expected a readout of {width} finite numbers, not all 0, got shape "
             f"{tuple(row.shape)} and norm {norm:.4g}"
         )
     # Directions are unit vectors, whose bits a division would change.

@@ -7,10 +7,9 @@ import pandas as pd
 import torch
 
 from steerlens.directions.directions import Directions
-from steerlens.engine.tokenization import fingerprint
 from steerlens.errors import InputError
 from steerlens.measure.boundary import Text, boundary_settings
-from steerlens.measure.boundary_search import find_boundaries
+from steerlens.measure.boundary_search import all_round
 from steerlens.measure.interventions import in_order, of_vector
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.texts import On
@@ -20,33 +19,21 @@ from steerlens.validation import Angles, checked
 
 
 def run_joint(
-    study: Preparation, *, n_angles: int, on: On = "positive", search_range: float | int = 4.0
+    study: Preparation, *, n_angles: int, on: On, search_range: float | int
 ) -> pd.DataFrame:
     """`Study.joint_boundary`."""
     before, vector = study.spent, check_joint(study.directions, n_angles)
     text = Text.of(study, on)
-    settings = boundary_settings(study, text, search_range=search_range)
+    settings = boundary_settings(study, text, search_range)
     (readout,) = study.readouts.values()
-    angles = [360 * i / n_angles for i in range(n_angles)]
-    # What lies opposite is the same push with the other sign: the two are searched together.
-    n_lines = n_angles if n_angles % 2 else n_angles // 2
-    lines = [of_vector(_turned(vector, angle), readout) for angle in angles[:n_lines]]
-    interventions = [lines[i % n_lines] for i in range(n_angles)]
-    limits = [of.limit(study.baseline, settings.search_range) for of in interventions]
+    turns = all_round(n_angles, lambda angle: of_vector(_turned(vector, angle), readout))
+    limits = [of.limit(study.baseline, settings.search_range) for _, of, _ in turns]
     workload, unsteered = text.unsteered(study)
-    boundaries = find_boundaries(
-        study.plan.on(replace(workload, with_readouts=False), unsteered),
-        text.prompts,
-        [of.push(1 if i < n_lines else -1) for i, of in enumerate(interventions)],
-        limits,
-        budget=study.budget,
-        n_bootstrap=settings.n_bootstrap,
-        seed=settings.seed,
-        groups=text.groups,
-    )
+    plan = study.plan.on(replace(workload, with_readouts=False), unsteered)
+    boundaries = text.search(study, plan, [of.push(sign) for _, of, sign in turns], limits)
     first, second = in_order(vector)
     rows = []
-    for angle, found in zip(angles, boundaries, strict=True):
+    for (angle, _, _), found in zip(turns, boundaries, strict=True):
         shares = _shares(angle)
         rows.append(
             {
@@ -63,11 +50,7 @@ def run_joint(
                 "predicted_boundary": found.prediction.boundary,
             }
         )
-    attrs = {
-        **study.record(settings, since=before),
-        "searched": limits,
-        "text": fingerprint(text.prompts),
-    }
+    attrs = text.record(study, settings, since=before) | {"searched": limits}
     return to_frame(rows, JOINT_COLUMNS, attrs)
 
 

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
-from steerlens.engine.backward import LabelGradients, label_gradients
 from steerlens.engine.engine import Engine
-from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items
+from steerlens.engine.slopes import LabelGradients, label_gradients
+from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.loss import Budget
+from steerlens.measure.effects import Sides, both_sides
 from steerlens.measure.prediction import bend_of, first_roots, gradient_batches
 
 
@@ -39,21 +40,28 @@ class Linearised:
         `c (v . gradient)`, with `slope c + bend c^2` of the loss at its allowance; NaN where no
         coefficient spends the budget.
         """
-        at = self.hook_names.index(hook_name)
         units = vectors.double().cpu()
+        gaps = self.gaps[self.hook_names.index(hook_name)].double()
+        along: NDArray[np.float64] = (units @ gaps.T).numpy()
+        return self.coefficients(hook_name, units)[:, None] * along
+
+    def coefficients(
+        self, hook_name: str, vectors: Float[Tensor, "vector d_model"]
+    ) -> Float[np.ndarray, " vector"]:
+        """The one predicted to spend the budget along each unit vector; NaN where none does."""
+        at, units = self.hook_names.index(hook_name), vectors.double().cpu()
         logprob, scores = self.text.logprob[at].double(), self.text.scores[at].double()
         bends = bend_of(self.budget, (units @ scores.T).square().mean(dim=1).numpy())
         slopes = np.zeros(len(units))
         if not self.budget.is_divergence:
             slopes = -(units @ logprob.mean(dim=0)).numpy()
         reached = first_roots(bends, slopes, self.allowance)
-        along: NDArray[np.float64] = (units @ self.gaps[at].double().T).numpy()
-        return np.where(np.isfinite(reached), reached, np.nan)[:, None] * along
+        return np.where(np.isfinite(reached), reached, np.nan)
 
 
 def linearise(
     engine: Engine,
-    items: PreferenceItems,
+    items: PreferenceItems | Sides,
     text: Sequence[TokenizedPrompt],
     hook_names: Sequence[str],
     *,
@@ -65,10 +73,18 @@ def linearise(
 
     `allowance` is what the budget allows on the text, nats per token.
     """
-    positive, negative = tokenize_items(engine.model, items)
-    shared: dict[str, Any] = {"steered_positions": "all", "seed": seed}
-    batches = gradient_batches(engine, (*positive, *negative))
-    of_items = label_gradients(engine, batches, hook_names, with_scores=False, **shared)
-    of_text = label_gradients(engine, gradient_batches(engine, text), hook_names, **shared)
-    up, down = of_items.logprob.chunk(2, dim=1)
-    return Linearised(tuple(hook_names), up - down, of_text, budget, allowance)
+    of_text = label_gradients(
+        *(engine, gradient_batches(engine, text), hook_names), steered_positions="all", seed=seed
+    )
+    gaps = gap_gradients(engine, items, hook_names, seed=seed)
+    return Linearised(tuple(hook_names), gaps, of_text, budget, allowance)
+
+
+def gap_gradients(
+    engine: Engine, items: PreferenceItems | Sides, hook_names: Sequence[str], *, seed: int
+) -> Float[Tensor, "hook item d_model"]:
+    """The gradients at 0 of the items' preference gaps, every token steered."""
+    batches = gradient_batches(engine, both_sides(engine.model, items))
+    how: dict[str, Any] = {"steered_positions": "all", "seed": seed, "with_scores": False}
+    up, down = label_gradients(engine, batches, hook_names, **how).logprob.chunk(2, dim=1)
+    return up - down

@@ -2,17 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerlens.directions.differences import Differences
 from steerlens.directions.methods import Evidence, fit_directions, method_of
 from steerlens.errors import InputError
 from steerlens.measure.linearised import Linearised
@@ -162,8 +160,8 @@ class Screen:
         Each refit has as many groups of pairs, drawn with replacement, the same for every method.
         Only hooks where linearised effects may stand for exact ones, and methods that are fitted
         from the pairs' rows alone: not controls, not trained ones, not gradients on an axis, which
-        is itself fitted on the pairs. None where a refit fails or spends no budget, or all pairs
-        are of one group.
+        is itself fitted on the pairs. Empty where a refit fails or all pairs are of one group, and
+        without the hooks at which a refit spends no budget.
         """
         chosen = method_of(method)
         names = [name for name in self.hook_names if self.is_linear(name)]
@@ -176,36 +174,12 @@ class Screen:
         refitted: dict[str, list[Tensor]] = {name: [] for name in names}
         for _ in range(N_REFITS):
             drawn = generator.integers(0, len(members), len(members))
-            rows = np.concatenate([members[g] for g in drawn])
+            rows = torch.from_numpy(np.concatenate([members[g] for g in drawn]))
             try:
-                directions = fit_directions(_part_of(evidence, names, rows), method=method)
+                directions = fit_directions(evidence.part(names, rows), method=method)
             except InputError:  # nothing is left of these pairs
                 return {}
             for name in names:
                 refitted[name].append(directions[name])
         effects = {name: self.effects(name, torch.stack(rows)) for name, rows in refitted.items()}
         return {name: values for name, values in effects.items() if np.isfinite(values).all()}
-
-
-def _part_of(
-    evidence: Evidence, hook_names: Sequence[str], pairs: Int[np.ndarray, " row"]
-) -> Evidence:
-    """Some hooks, and the rows of some pairs, which may be there more than once."""
-    hooks = [evidence.all_hook_names.index(name) for name in hook_names]
-    rows = torch.from_numpy(pairs)
-    by_pair = ["positive", "negative"]
-    changes: dict[str, Any] = {"hook_names": tuple(hook_names), "readout_names": ()}
-    if isinstance(evidence, Differences):
-        changes["groups"] = None
-    else:
-        by_pair = ["separation_positive", "separation_negative", "coherence"]
-        n_pairs = len(evidence.logprob)
-        samples = torch.arange(evidence.scores.shape[1] // n_pairs)
-        changes |= {
-            "loss_hooks": tuple(evidence.loss_hooks[hook] for hook in hooks),
-            "weights": evidence.weights[hooks],
-            "logprob": evidence.logprob[rows],
-            "scores": evidence.scores[hooks][:, (samples[:, None] * n_pairs + rows).flatten()],
-        }
-    changes |= {name: getattr(evidence, name)[hooks][:, rows] for name in by_pair}
-    return replace(evidence, **changes)

@@ -12,14 +12,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steerlens.engine.backward import label_slopes
 from steerlens.engine.plan import run_cells
-from steerlens.engine.tokenization import fingerprint
+from steerlens.engine.slopes import label_slopes
 from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.loss import coherence_penalty
 from steerlens.measure.boundary import Text, boundary_settings
-from steerlens.measure.boundary_search import Boundary, find_boundaries
+from steerlens.measure.boundary_search import Boundary, all_round
 from steerlens.measure.coherence import Push
 from steerlens.measure.prediction import gradient_batches
 from steerlens.measure.preparation import Preparation
@@ -27,6 +26,8 @@ from steerlens.measure.rows import main_orthogonal
 from steerlens.measure.settings import PlaneSettings
 from steerlens.measure.texts import On
 from steerlens.models.hooks import hook_layer
+from steerlens.plots.figure import Figure
+from steerlens.plots.plane import loss_geometry as draw_geometry
 from steerlens.stats import TAIL
 from steerlens.tables import (
     CONTOUR_COLUMNS,
@@ -64,6 +65,10 @@ class LossGeometry:
         n_hooks = self.points.hook_name.nunique()
         return f"LossGeometry({n_hooks} hooks, {len(self.contours)} pushes)"
 
+    def plot(self) -> Figure:
+        """`plots.loss_geometry` of it."""
+        return draw_geometry(self)
+
     def _repr_html_(self) -> str:
         rows = []
         for hook_name, points in self.points.groupby("hook_name", sort=False):
@@ -86,8 +91,8 @@ class BoundaryShape:
     """`table` has one row an angle (`SHAPE_COLUMNS`) in the plane of two unit vectors.
 
     `direction` is the frozen direction (0 degrees), `orthogonal` the main direction of what is left
-    of the pairs' differences without it (90 degrees). Its `radius_ratio` is that of all angles: see
-    the function of that name.
+    of the pairs' differences without it (90 degrees). The `radius_ratio` columns are of all angles
+    together, the same in every row (see the function of that name).
     """
 
     table: pd.DataFrame
@@ -127,11 +132,12 @@ def run_shape(
     hook_name: str,
     *,
     n_angles: int,
-    on: On = "positive",
-    search_range: float | int = 4.0,
+    on: On,
+    search_range: float | int,
     heading: str = "",
 ) -> BoundaryShape:
     """`Study.boundary_shape` at one hook; progress goes under the `heading`."""
+    study.pairs.check_paired("the plane's second axis is")
     before = study.spent
     fitted, text = study.fitted, Text.of(study, on)
     settings = _plane_settings(study, text, n_angles=n_angles, search_range=search_range)
@@ -140,40 +146,21 @@ def run_shape(
     orthogonal = main_orthogonal((cell.positive - cell.negative).double(), direction)
     norms = torch.cat([cell.positive, cell.negative]).norm(dim=-1)
     limit = settings.search_range * float(norms.mean())
-    angles = [360 * i / n_angles for i in range(n_angles)]
-    # Of an even number of angles the second half are the first half's opposites.
-    n_apart = n_angles // 2 if n_angles % 2 == 0 else n_angles
-    along = [turned(direction, orthogonal, a).to(dtype) for a in angles[:n_apart]]
-    pushes = [
-        Push(hook_name, along[i % n_apart], 1 if i < n_apart else -1, study.readouts[hook_name])
-        for i in range(n_angles)
-    ]
+    turns = all_round(n_angles, lambda angle: turned(direction, orthogonal, angle).to(dtype))
+    pushes = [Push(hook_name, along, sign, study.readouts[hook_name]) for _, along, sign in turns]
     workload, unsteered = text.unsteered(study)
     plan = study.plan.on(replace(workload, with_readouts=False), unsteered)
     if heading:
         plan = replace(plan, engine=plan.engine.under(heading))
-    boundaries = find_boundaries(
-        plan,
-        text.prompts,
-        pushes,
-        [limit] * n_angles,
-        budget=study.budget,
-        n_bootstrap=settings.n_bootstrap,
-        seed=settings.seed,
-        groups=text.groups,
-    )
-    attrs = {
-        **study.record(settings, since=before),
-        "searched": limit,
-        "text": fingerprint(text.prompts),
-    }
+    boundaries = text.search(study, plan, pushes, [limit] * n_angles)
+    attrs = text.record(study, settings, since=before) | {"searched": limit}
     ratio = radius_ratio(
         np.array([boundary.at for boundary in boundaries]),
-        np.stack([boundary.resampled for boundary in boundaries], axis=1),
+        np.stack([boundary.resampled() for boundary in boundaries], axis=1),
     )
     rows = [
         {**_shape_row(hook_name, angle, boundary), **ratio}
-        for angle, boundary in zip(angles, boundaries, strict=True)
+        for (angle, _, _), boundary in zip(turns, boundaries, strict=True)
     ]
     return BoundaryShape(
         to_frame(rows, SHAPE_COLUMNS, attrs), direction.to(dtype), orthogonal.to(dtype)
@@ -197,6 +184,7 @@ def run_plane(
             study,
             name,
             n_angles=n_angles,
+            on="positive",
             search_range=search_range,
             heading=f"layer {i} of {len(hook_names)}",
         )
@@ -241,7 +229,7 @@ def check_plane(hook_names: Sequence[str], n_angles: Angles) -> None:  # noqa: A
 def _plane_settings(
     study: Preparation, text: Text, *, n_angles: int, search_range: float | int
 ) -> PlaneSettings:
-    settings = boundary_settings(study, text, search_range=search_range)
+    settings = boundary_settings(study, text, search_range)
     return PlaneSettings(**vars(settings), n_angles=n_angles)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from steerlens.engine.backward import label_slopes
 from steerlens.engine.batches import Batch, make_batches, rows_per_pass
 from steerlens.engine.engine import Engine
+from steerlens.engine.slopes import label_slopes
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt
 from steerlens.errors import ModelError
 from steerlens.loss import Budget
@@ -22,12 +22,11 @@ from steerlens.measure.search import FIRST_STEP
 class Prediction:
     """What gradients at 0 say of one push, outward.
 
-    `slopes` are those of each prompt's logprob, `drops` those of its loss (0 for a divergence,
-    which is flat at 0); `boundary` is that of second order, `first_order` that of the slope alone
-    (NaN for a divergence).
+    `drops` are the slopes of each prompt's loss (0 for a divergence, which is flat at 0);
+    `boundary` is that of second order, `first_order` that of the slope alone (NaN for a
+    divergence).
     """
 
-    slopes: Float[np.ndarray, " prompt"]
     drops: Float[np.ndarray, " prompt"]
     boundary: float
     first_order: float
@@ -35,7 +34,7 @@ class Prediction:
     @classmethod
     def of_nothing(cls, n_prompts: int) -> "Prediction":
         """Of a push that does not add, which has no gradient: NaN, and slopes taken to be 0."""
-        return cls(np.zeros(n_prompts), np.zeros(n_prompts), math.nan, math.nan)
+        return cls(np.zeros(n_prompts), math.nan, math.nan)
 
     def start(self, limit: float) -> float:
         """Where a search up to `limit` looks first; not far out where nothing is predicted."""
@@ -78,14 +77,15 @@ def predict(
                 f"the gradients at {push.hook_name} are not finite; load the model in float32 or "
                 "bfloat16"
             )
-        slopes = push.sign * logprob.double().numpy()
-        drops = np.zeros_like(slopes) if budget.is_divergence else -slopes
+        drops = -push.sign * logprob.double().numpy()
+        if budget.is_divergence:
+            drops = np.zeros(len(drops))
         bend = bend_of(budget, np.array([float(curvature.double().mean())]))
         slope = np.array([drops.mean()])
         (boundary,) = first_roots(bend, slope, allowance).tolist()
         (first_order,) = first_roots(np.zeros(1), slope, allowance).tolist()
         first_order = math.nan if budget.is_divergence else first_order
-        predictions.append(Prediction(slopes, drops, boundary, first_order))
+        predictions.append(Prediction(drops, boundary, first_order))
     return predictions
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.pairs import AnyPairs, as_pairs
 from steerlens.directions.directions import Directions
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
@@ -28,18 +28,26 @@ from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import MARGIN, WEIGHT, Budget
 from steerlens.measure.interventions import (
-    Steering,
+    UnitIntervention,
     of_vector,
     position_of,
     readout_of,
     resid_norm,
 )
 from steerlens.measure.rows import layer_row
-from steerlens.measure.settings import N_BOOTSTRAP, StudySettings
+from steerlens.measure.settings import StudySettings
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hook_layer, readout_hook, resolve_hooks
+from steerlens.models.hooks import (
+    Layers,
+    hook_layer,
+    hook_width,
+    readout_hook,
+    resolve_hooks,
+    width_name,
+)
 from steerlens.models.identity import check_fitted_on, provenance
-from steerlens.progress import Progress, silent
+from steerlens.progress import Progress, by_default
+from steerlens.stats import N_BOOTSTRAP
 from steerlens.steering import SteeringVector
 from steerlens.steering.operators import operator_record
 from steerlens.tables import Row
@@ -47,7 +55,10 @@ from steerlens.validation import Count, Draws, NotNegative, Whole, checked
 
 
 class AskedLabels(NamedTuple):
-    """The tokens that were asked to be measured, None: the default; of own text at most so many."""
+    """The labels of every text: those asked for, or the own text that is read; None: its default.
+
+    `own_tokens` are the most tokens of own text.
+    """
 
     kind: LabelKind | None
     own_tokens: int
@@ -63,7 +74,7 @@ class Preparation:
     def __init__(
         self,
         model: HookedModel,
-        pairs: ContrastivePairs,
+        pairs: AnyPairs,
         directions: Directions | SteeringVector,
         *,
         readout: Mapping[str, Tensor] | None = None,
@@ -83,13 +94,12 @@ class Preparation:
     ) -> None:
         if isinstance(directions, SteeringVector):
             interventions = _of_vector(model, directions, readout, layers)
-            self.read_along: Mapping[str, Tensor] = dict(
-                [readout_of(directions, readout, int(model.cfg.n_layers))]
-            )
+            self.read_along: Mapping[str, Tensor] = dict([readout_of(model, directions, readout)])
         else:
             interventions = _of_directions(model, directions, readout, layers)
             self.read_along = directions
         self.interventions = {of.name: of for of in interventions}
+        pairs = as_pairs(pairs, split="test")
         pairs.warn_of_groups()
         position = position_of(directions, readout)
         kind = kind_of_labels(pairs, labels, position)
@@ -115,7 +125,7 @@ class Preparation:
             model,
             self.settings.batch_size,
             executor,
-            progress or silent,
+            by_default(progress),
             checkpoint=checkpoint,
         )
 
@@ -268,16 +278,16 @@ class Preparation:
 
 def _of_directions(
     model: HookedModel, directions: Directions, readout: object, layers: Layers | None
-) -> list[Steering]:
+) -> list[UnitIntervention]:
     if readout is not None:
         raise InputError("readout= is for a SteeringVector; Directions are read along their own")
     hook_names = resolve_hooks(model, directions.hook_names if layers is None else layers)
     check_directions(directions, hook_names)
     check_fitted_on(model, directions)
-    check_width(directions, model)
+    check_width(model, directions, hook_names[0])
     n_layers = int(model.cfg.n_layers)
     return [
-        Steering(name, name, unit, unit, readout_hook(name, n_layers))
+        UnitIntervention(name, name, unit, unit, readout_hook(name, n_layers))
         for name, unit in ((name, directions[name]) for name in hook_names)
     ]
 
@@ -287,7 +297,7 @@ def _of_vector(
     vector: SteeringVector,
     readout: Mapping[str, Tensor] | None,
     layers: Layers | None,
-) -> list[Steering]:
+) -> list[UnitIntervention]:
     if layers is not None:
         raise InputError("a vector is measured as a whole; give vector.at(...) instead of layers=")
     if vector.condition is not None and vector.condition.scope == "prompt":
@@ -296,7 +306,7 @@ def _of_vector(
             "ends; measure the vector with a condition on each token, or without one"
         )
     vector.check_model(model)
-    return [of_vector(vector, readout_of(vector, readout, int(model.cfg.n_layers))[0])]
+    return [of_vector(vector, readout_of(model, vector, readout)[0])]
 
 
 def check_directions(directions: Mapping[str, Tensor], hook_names: Iterable[str]) -> None:
@@ -305,14 +315,15 @@ def check_directions(directions: Mapping[str, Tensor], hook_names: Iterable[str]
     if missing:
         raise InputError(
             f"no direction was fitted at {', '.join(missing)}; pass the same layers to "
-            "collect_differences, which adds the readout hooks by itself"
+            "collect_differences, which adds the readout hooks by itself (of heads: to fit)"
         )
 
 
-def check_width(directions: Directions, model: HookedModel) -> None:
-    """Raise `InputError` when the directions are another width than the residual stream."""
-    width, expected = directions.vectors.shape[-1], int(model.cfg.d_model)
+def check_width(model: HookedModel, along: Mapping[str, Tensor], hook_name: str) -> None:
+    """Raise `InputError` when the direction at a hook has another width than the model there."""
+    width, expected = len(along[hook_name]), hook_width(model, hook_name)
     if width != expected:
         raise InputError(
-            f"the directions have d_model {width}, this model {expected}; fit them on this model"
+            f"the direction has {width_name([hook_name])} {width}, this model {expected}; fit it "
+            "on this model"
         )

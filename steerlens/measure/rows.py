@@ -19,6 +19,7 @@ from steerlens.loss import (
 from steerlens.measure.settings import StudySettings
 from steerlens.models.hooks import hook_layer
 from steerlens.stats import intervals, ratio_interval
+from steerlens.steering.coefficients import Coefficient, parse_coefficient
 from steerlens.tables import Row
 from steerlens.validation import checked
 
@@ -201,27 +202,43 @@ def main_orthogonal(
     return unit
 
 
-def logprob_budget(budget: Budget) -> Budget:
-    """The budget of a sweep. Raises `InputError` for one of a KL divergence."""
+def check_logprob_budget(text: str) -> None:
+    """Raise `InputError` for what is no budget of a sweep: one of a KL divergence, too."""
+    budget = Budget.parse(text)
     if budget.is_divergence:
         raise InputError(
             f"a sweep measures logprob, so its budget is relative= or nats=, not {budget.kind}=; "
             "find_boundary takes the others"
         )
-    return budget
 
 
 @checked
-def checked_coefficients(coefficients: Sequence[float | int]) -> tuple[float, ...]:
-    """The coefficients as distinct floats, in order.
+def checked_coefficients(coefficients: Sequence[Coefficient]) -> tuple[float | str, ...]:
+    """The coefficients, distinct and in order: those in residual units as floats.
 
-    Raises `InputError` when there is none.
+    Raises `InputError` when there is none, or one cannot be read.
     """
-    # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
-    distinct = tuple(dict.fromkeys(float(c) + 0.0 for c in coefficients))
+    distinct = tuple(dict.fromkeys(map(_as_read, coefficients)))
     if not distinct:
         raise InputError("expected at least one coefficient, got none")
     return distinct
+
+
+def _as_read(coefficient: Coefficient) -> float | str:
+    parsed = parse_coefficient(coefficient)
+    if parsed.unit == "residual" or parsed.number == 0:
+        # Adding 0.0 turns -0.0 into 0.0, so that the unsteered cell is recognised and listed once.
+        return parsed.number + 0.0
+    is_share = parsed.unit == "boundary"
+    return f"{100 * parsed.number:.12g}%" if is_share else f"{parsed.number:.12g} norm"
+
+
+def as_asked(coefficient: float | str) -> str:
+    """It as text: a number with six digits, or with all of them where six do not tell it."""
+    if isinstance(coefficient, str):
+        return coefficient
+    short = f"{coefficient:g}"
+    return short if float(short) == coefficient else repr(coefficient)
 
 
 def _intervals(

@@ -5,8 +5,13 @@ from dataclasses import dataclass
 from steerlens.engine.positions import Position
 from steerlens.engine.tokenization import SteeredPositions
 
-N_BOOTSTRAP = 2000
-"""Resamples of an interval where nobody says how many."""
+SEARCH_RANGE = 4.0
+"""How far a boundary is looked for where nobody says, in mean residual norms."""
+
+
+COEFFICIENTS = ("-0.1 norm", "-0.05 norm", 0, "0.05 norm", "0.1 norm")
+"""Of a sweep where nobody says which: up to a tenth of each hook's residual norm, which is about
+as far as predictions last at most hooks of the models that we measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +36,22 @@ class StudySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings(StudySettings):
-    """Of a sweep also the coefficients, in residual units."""
+    """Of a sweep also the coefficients: in residual units, or as text in norms or boundaries."""
 
-    coefficients: tuple[float, ...]
+    coefficients: tuple[float | str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoundarySettings(StudySettings):
-    """Of a boundary also the text, and how far to look, in mean residual norms of the hook."""
+class TextSettings(StudySettings):
+    """Of a predicted boundary also the text."""
 
     on: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoundarySettings(TextSettings):
+    """Of a measured boundary also how far to look, in mean residual norms of the hook."""
+
     search_range: float
 
 

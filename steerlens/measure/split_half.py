@@ -23,13 +23,14 @@ def reliability(differences: Differences, *, n_splits: Draws = 50, seed: Whole =
     `(mean_pos - mean_neg) / sqrt((var_pos + var_neg) / 2)`; and the cosine with the direction of
     all pairs of that of a quarter and of half of the groups. A cosine near 0 between halves means
     that there is no one direction to find at that hook. Raises `InputError` for fewer than 8 pairs
-    in 2 groups, or fewer than 2 splits.
+    in 2 groups, fewer than 2 splits, or two lists without pairs.
 
     Examples:
-        >>> table = sl.reliability(differences, n_splits=4)
+        >>> table = sl.measure.reliability(differences, n_splits=4)
         >>> bool((table.split_half_cosine <= 1).all())
         True
     """
+    differences.check_paired("reliability is")
     n_pairs = differences.positive.shape[1]
     groups = np.array(differences.pair_groups)
     n_groups = int(groups.max()) + 1

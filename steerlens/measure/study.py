@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from steerlens.data.pairs import ContrastivePairs
+from steerlens.data.pairs import AnyPairs
 from steerlens.directions.directions import Directions
 from steerlens.errors import InputError
 from steerlens.measure.boundary import BoundaryResult, run_boundary, run_prediction
@@ -14,11 +14,12 @@ from steerlens.measure.joint import run_joint
 from steerlens.measure.plane import BoundaryShape, LossGeometry, check_plane, run_plane, run_shape
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.segments import run_segments
+from steerlens.measure.settings import COEFFICIENTS, SEARCH_RANGE
 from steerlens.measure.sweeps import SweepResult, run_sweep
 from steerlens.measure.texts import On
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
-from steerlens.steering import SteeringVector
+from steerlens.steering import Coefficient, SteeringVector
 from steerlens.tables import LAYER_COLUMNS, to_frame
 from steerlens.validation import Angles, checked
 
@@ -33,21 +34,24 @@ class Study(Preparation):
 
     Args:
         model: What is measured, as `load_model` gives it.
-        pairs: Contrastive pairs.
-        directions: Unit vectors by hook, frozen; also for the readout hooks. Or a `SteeringVector`,
-            applied as `steer` applies it: all its hooks at once, so that tables have one row for
-            them (their names joined by " + ", the layer of the first), and a coefficient is that of
-            the vector. Without an opposite (`Ablate`, `Clamp`) both sides of a pair get the same
-            coefficient, and there is no negative boundary.
+        pairs: Contrastive pairs, or what `ContrastivePairs.load` reads: tuples of two prompts, a
+            frame, a file, the name of a shipped dataset (its test part).
+        directions: Unit vectors by hook, frozen; also for the readout hooks, which `fit` adds to
+            those of heads (`blocks.5.attn.hook_z[3]`). Or a `SteeringVector`, applied as `steer`
+            applies it: all its hooks at once, so that tables have one row for them (their names
+            joined by " + ", the layer of the first), and a coefficient is that of the vector.
+            Without an opposite (`Ablate`, `Clamp`) both sides of a pair get the same coefficient,
+            and there is no negative boundary.
         readout: Of a vector, where its effect is read: hook name -> direction, such as
             `Directions`, at the usual readout hook of its last hook, or at the one hook that is
             given. Default: its last hook, along the vector itself.
         layers: Where to measure (see `resolve_hooks`). Default: the hooks of the directions. Not of
             a vector, of which `vector.at(...)` is a part.
         labels: The tokens whose logprob is measured: "continuation", "assistant", "own",
-            "own_sampled" or "all" (see `LabelKind`). Default: the positive prompts' continuations
-            where there are any, else what the assistant says in a chat, else every token but the
-            first. A prompt counts with the mean over its labels, a text with that over its prompts.
+            "own_sampled" or "all" (see `LabelKind`). Default: "own" where the directions are read
+            in the model's own text, else the positive prompts' continuations where there are any,
+            else what the assistant says in a chat, else every token but the first. A prompt counts
+            with the mean over its labels, a text with that over its prompts.
         own_tokens: The most tokens that the unsteered model writes after each prompt where its own
             text is measured (32); written once, when first needed.
         budget: What counts as coherent (see `Budget`). Default: 1% of the baseline logprob.
@@ -62,13 +66,15 @@ class Study(Preparation):
         executor: Its workers run the cells: a `ProcessPoolExecutor` with the "spawn" context, a
             Dask client's `get_executor()`. Each loads the model, so it must come from `load_model`.
             Tables are the same to the bit. Default: cells run here.
-        progress: Told of the steps (see `show_progress`). Default: nobody.
+        progress: Told of the steps (see `show_progress`). Default: bars in a terminal or a
+            notebook.
         checkpoint: Given what is finished, so that a measurement that was stopped goes on with it:
             of a sweep each hook, of the others each hook at each step. Default: nothing is kept.
 
     Raises:
         InputError: A hook has no direction, the directions are another model's (width, weight
-            processing), the pairs would have labels of two kinds, or a setting has no meaning.
+            processing), the pairs would have labels of two kinds, the labels are of another text
+            after the prompts than the one that is read, or a setting has no meaning.
         HookError: `layers` names no hook of the model.
 
     Examples:
@@ -94,7 +100,7 @@ class Study(Preparation):
         rows = list(self.layer_rows.values())
         return to_frame(rows, LAYER_COLUMNS, self.record(self.settings, since=before))
 
-    def sweep(self, coefficients: Sequence[float | int]) -> SweepResult:
+    def sweep(self, coefficients: Sequence[Coefficient] = COEFFICIENTS) -> SweepResult:
         """Measure projection against logprob degradation at every hook and coefficient.
 
         In a cell at hook L with coefficient c the positive prompts run with `+c * direction` and
@@ -106,7 +112,9 @@ class Study(Preparation):
         numbers overflow is a row of NaN, not coherent ("no"), with a warning.
 
         Args:
-            coefficients: What multiplies the unit directions, in residual units.
+            coefficients: What multiplies the directions. Numbers are residual units; "0.1 norm"
+                is so much of each hook's mean residual norm; "80%" of its coherence boundary, which
+                is then measured first. Default: up to a tenth of the norm (`COEFFICIENTS`).
 
         Returns:
             One row a cell, one a hook, one a pair and hook; 95% intervals over the pairs' groups. A
@@ -125,7 +133,7 @@ class Study(Preparation):
         self,
         *,
         on: On = "positive",
-        search_range: float | int = 4.0,
+        search_range: float | int = SEARCH_RANGE,
         with_projection: bool = False,
     ) -> BoundaryResult:
         """The first coefficient of each sign beyond which the model exceeds the budget, by hook.
@@ -156,7 +164,11 @@ class Study(Preparation):
         return run_boundary(self, on=on, search_range=search_range, with_projection=with_projection)
 
     def joint_boundary(
-        self, *, n_angles: Angles = 16, on: On = "positive", search_range: float | int = 4.0
+        self,
+        *,
+        n_angles: Angles = 16,
+        on: On = "positive",
+        search_range: float | int = SEARCH_RANGE,
     ) -> pd.DataFrame:
         """The boundary of a vector at two hooks, as a curve (`JOINT_COLUMNS`), one row an angle.
 
@@ -223,7 +235,7 @@ class Study(Preparation):
         *,
         n_angles: Angles = 16,
         on: On = "positive",
-        search_range: float | int = 4.0,
+        search_range: float | int = SEARCH_RANGE,
     ) -> BoundaryShape:
         """The boundary at one hook, along directions spread evenly over a plane.
 
@@ -252,7 +264,7 @@ class Study(Preparation):
         layers: Layers | None = None,
         *,
         n_angles: Angles = 16,
-        search_range: float | int = 4.0,
+        search_range: float | int = SEARCH_RANGE,
     ) -> LossGeometry:
         """Measure the loss in the plane of each hook's direction and the main orthogonal one.
 
@@ -279,7 +291,7 @@ class Study(Preparation):
             search_range: As of `boundary`.
 
         Raises:
-            InputError: As `boundary_shape`; a weight below 0; not all tokens are steered.
+            InputError: As `boundary_shape`; not all tokens are steered.
         """
         hook_names = self.hook_names if layers is None else self._some_hooks(layers)
         return run_plane(self, hook_names, n_angles=n_angles, search_range=search_range)
@@ -297,13 +309,13 @@ class Study(Preparation):
 @checked
 def sweep(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: AnyPairs,
     directions: Directions | SteeringVector,
     *,
-    coefficients: Sequence[float | int],
+    coefficients: Sequence[Coefficient] = COEFFICIENTS,
     **settings: Any,
 ) -> SweepResult:
-    """`Study(model, pairs, directions, **settings).sweep(coefficients, ...)`.
+    """`Study(model, pairs, directions, **settings).sweep(coefficients)`.
 
     What each is, and what is raised, is told at `Study` and `Study.sweep`.
 
@@ -311,6 +323,8 @@ def sweep(
         >>> result = sl.sweep(model, pairs, directions, layers=[2], coefficients=[-4, 0, 4])
         >>> result
         SweepResult(1 hooks x 3 coefficients, mean_diff)
+        >>> sl.sweep(model, pairs, directions.at(2)).table.asked.tolist()
+        ['-0.1 norm', '-0.05 norm', '0', '0.05 norm', '0.1 norm']
         >>> projection = result.table.projection  # at the readout itself each side moves by c
         >>> (projection - projection[1]).tolist()
         [-8.00, 0.00, 8.00]
@@ -322,11 +336,11 @@ def sweep(
 @checked
 def find_boundary(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: AnyPairs,
     directions: Directions | SteeringVector,
     *,
     on: On = "positive",
-    search_range: float | int = 4.0,
+    search_range: float | int = SEARCH_RANGE,
     with_projection: bool = False,
     **settings: Any,
 ) -> BoundaryResult:
@@ -348,12 +362,12 @@ def find_boundary(
 @checked
 def loss_geometry(
     model: HookedModel,
-    pairs: ContrastivePairs,
+    pairs: AnyPairs,
     directions: Directions,
     *,
     layers: Layers,
     n_angles: Angles = 16,
-    search_range: float | int = 4.0,
+    search_range: float | int = SEARCH_RANGE,
     **settings: Any,
 ) -> LossGeometry:
     """`Study(model, pairs, directions, layers=layers, **settings).plane(...)`.

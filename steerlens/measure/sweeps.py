@@ -1,5 +1,6 @@
 """The grid of cells: every hook at every coefficient, as tables."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -9,12 +10,22 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.checkpoint import Kept, digest
 from steerlens.engine.plan import finished_cells
 from steerlens.engine.workload import Finished, Job
+from steerlens.errors import InputError
+from steerlens.measure.boundary import run_boundary
 from steerlens.measure.preparation import Preparation
-from steerlens.measure.rows import checked_coefficients, logprob_budget, measure, point_rows
-from steerlens.measure.settings import SweepSettings
+from steerlens.measure.rows import (
+    as_asked,
+    check_logprob_budget,
+    checked_coefficients,
+    measure,
+    point_rows,
+)
+from steerlens.measure.settings import SEARCH_RANGE, SweepSettings
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
-from steerlens.steering import SteeringVector
+from steerlens.plots.figure import Figure
+from steerlens.plots.sweeps import tradeoff
+from steerlens.steering import Coefficient, SteeringVector, parse_coefficient
 from steerlens.tables import (
     LAYER_COLUMNS,
     POINT_COLUMNS,
@@ -49,13 +60,17 @@ class SweepResult:
             f"{len(self.settings.coefficients)} coefficients, {method})"
         )
 
+    def plot(self) -> Figure:
+        """`plots.tradeoff` of it."""
+        return tradeoff(self)
+
     def _repr_html_(self) -> str:
         rows = []
         for hook_name, cells in self.table.groupby("hook_name", sort=False):
             row = {"layer": hook_label(str(hook_name))}
             for cell in cells.itertuples():
                 mark = {"no": " !", "undecided": " ?"}.get(str(cell.coherent), "")
-                row[f"c = {cell.coefficient:g}"] = (
+                row[f"c = {cell.asked}"] = (
                     f"{cell.projection:.4g} ({cell.degradation_nats:+.3f}){mark}"
                 )
             rows.append(row)
@@ -63,16 +78,19 @@ class SweepResult:
         return fragment([repr(self), *measured(self.table.attrs)], pd.DataFrame(rows), note=note)
 
 
-def run_sweep(study: Preparation, coefficients: Sequence[float | int]) -> SweepResult:
+def run_sweep(study: Preparation, coefficients: Sequence[Coefficient]) -> SweepResult:
     """`Study.sweep`."""
     before = study.spent
-    logprob_budget(study.budget)
+    check_logprob_budget(study.settings.budget)
     study.check_readouts()
     settings = SweepSettings(
         **vars(study.settings), coefficients=checked_coefficients(coefficients)
     )
-    pushes = tuple(c for c in settings.coefficients if c != 0)
-    jobs = [of.job(pushes) for of in study.interventions.values()]
+    amounts = _amounts(study, settings.coefficients)
+    jobs = [
+        of.job(tuple(dict.fromkeys(c for c in amounts[name] if c != 0)))
+        for name, of in study.interventions.items()
+    ]
     baseline, checkpoint, known = study.baseline, study.engine.checkpoint, {}
     if checkpoint is not None:
         of = _fingerprint(study, settings)
@@ -80,7 +98,7 @@ def run_sweep(study: Preparation, coefficients: Sequence[float | int]) -> SweepR
         known = {name: hook for name, hook in kept.items() if hook is not None}
         study.engine.cost.blocks += sum(hook.blocks for hook in known.values())
     rows: dict[str, Sequence[Row]] = {name: hook.rows for name, hook in known.items()}
-    for name, hook in _finished_hooks(study, settings, jobs, known):
+    for name, hook in _finished_hooks(study, settings, amounts, jobs, known):
         rows[name] = hook.rows
         if checkpoint is not None:
             checkpoint.keep(name, of, hook)
@@ -101,8 +119,49 @@ def run_sweep(study: Preparation, coefficients: Sequence[float | int]) -> SweepR
     )
 
 
+_SIGNS = {-1: "boundary_neg", 1: "boundary_pos"}
+
+
+def _amounts(
+    study: Preparation, coefficients: Sequence[float | str]
+) -> dict[str, tuple[float, ...]]:
+    """What multiplies each hook's direction. Raises `InputError` where that is not known."""
+    parsed = [parse_coefficient(c) for c in coefficients]
+    measures = {name: dict.fromkeys((-1, 1), 1.0) for name in study.hook_names}
+    found = dict.fromkeys(("residual", "norm", "boundary"), measures)
+    if any(p.unit == "norm" for p in parsed):
+        found["norm"] = {
+            name: dict.fromkeys((-1, 1), of.resid_norm(study.baseline))
+            for name, of in study.interventions.items()
+        }
+    if any(p.unit == "boundary" for p in parsed):
+        rows = run_boundary(
+            study, on="positive", search_range=SEARCH_RANGE, with_projection=False
+        ).layers.set_index("hook_name")
+        found["boundary"] = {
+            name: {sign: float(rows[column].abs()[name]) for sign, column in _SIGNS.items()}
+            for name in study.hook_names
+        }
+    amounts = {
+        name: tuple(p.number * found[p.unit][name][1 if p.number > 0 else -1] for p in parsed)
+        for name in study.hook_names
+    }
+    for name, sizes in amounts.items():
+        for asked, size in zip(coefficients, sizes, strict=True):
+            if not math.isfinite(size):
+                raise InputError(
+                    f"cannot push {name} by {asked!r}: the search found no boundary of that sign "
+                    "there; give a coefficient in residual units or norms, or leave the layer out"
+                )
+    return amounts
+
+
 def _finished_hooks(
-    study: Preparation, settings: SweepSettings, jobs: Sequence[Job], known: Mapping[str, Kept]
+    study: Preparation,
+    settings: SweepSettings,
+    amounts: Mapping[str, Sequence[float]],
+    jobs: Sequence[Job],
+    known: Mapping[str, Kept],
 ) -> Iterator[tuple[str, Kept]]:
     """The hooks that are not known, each when its cells are finished."""
     plan = (
@@ -119,7 +178,7 @@ def _finished_hooks(
         passed = {job for job in jobs if job.hook_name in known}
         finished = ((f.job.hook_name, f) for f in finished_cells(plan, jobs, known=passed))
     for name, done in finished:
-        hook = _finished_hook(study, settings, name, done)
+        hook = _finished_hook(study, settings, amounts[name], name, done)
         for _ in hook.rows:
             n_done += 1
             tell("cells", n_done, n_cells)
@@ -127,7 +186,11 @@ def _finished_hooks(
 
 
 def _finished_hook(
-    study: Preparation, settings: SweepSettings, hook_name: str, finished: Finished | None
+    study: Preparation,
+    settings: SweepSettings,
+    amounts: Sequence[float],
+    hook_name: str,
+    finished: Finished | None,
 ) -> Kept:
     """The rows of a hook's cells, and what the cells took; nothing is run for c = 0 alone."""
     readout = study.readouts[hook_name]
@@ -135,8 +198,15 @@ def _finished_hook(
     cells = {cell.coefficient: cell for cell in (finished.cells if finished else ())}
     where = {"hook_name": hook_name, "layer": hook_layer(hook_name), "readout_hook": readout}
     rows = tuple(
-        {**where, **measure(cell, unsteered, direction, settings, study.pairs.groups)}
-        for cell in (unsteered if c == 0 else cells[c] for c in settings.coefficients)
+        {
+            **where,
+            "asked": as_asked(asked),
+            **measure(
+                unsteered if c == 0 else cells[c],
+                *(unsteered, direction, settings, study.pairs.groups),
+            ),
+        }
+        for asked, c in zip(settings.coefficients, amounts, strict=True)
     )
     return Kept(rows=rows, blocks=finished.blocks if finished else 0)
 

@@ -29,7 +29,7 @@ from steerlens.engine.tokenization import (
 )
 from steerlens.errors import InputError
 from steerlens.loss import label_kl, label_logprobs
-from steerlens.measure.preparation import check_directions
+from steerlens.measure.preparation import check_directions, check_width
 from steerlens.models.hooked_model import HookedModel, context_length
 from steerlens.models.hooks import (
     HookFunction,
@@ -42,7 +42,7 @@ from steerlens.models.hooks import (
 )
 from steerlens.models.identity import check_fitted_on, provenance
 from steerlens.models.loading import inference
-from steerlens.progress import Progress, part_of, silent
+from steerlens.progress import Progress, by_default, part_of
 from steerlens.steering import (
     Coefficient,
     Steerable,
@@ -92,10 +92,12 @@ def one_hook(
     """The part of directions or a vector at the one hook that `layer` names (all by default).
 
     Directions are read at `readout_hook`, along its own direction, as in a sweep. A vector has no
-    direction there, so it is read at its own hook, behind the addition. Raises `InputError` when
-    there is more than one hook, `InputError` when one has no direction or another width than
-    the model, `InputError` for a vector without that hook, and when it was
-    fitted on a model with other weight processing.
+    direction there, so it is read at its own hook, behind the addition.
+
+    Raises:
+        InputError: More than one hook, or one without a direction or of another width than the
+            model; what is given was fitted on a model with other weight processing.
+        HookError: As `resolve_hooks`.
     """
     names = along.hook_names if layer is None else resolve_hooks(model, layer)
     if len(names) != 1:
@@ -112,11 +114,7 @@ def one_hook(
         readout = readout_hook(name, int(model.cfg.n_layers))
         check_directions(along, [name, readout])
         vector, position = {name: along[name]}, along.position
-    width, expected = len(along[readout]), int(model.cfg.d_model)
-    if width != expected:
-        raise InputError(
-            f"the direction has d_model {width}, this model {expected}; fit it on this model"
-        )
+    check_width(model, along, readout)
     at = position if isinstance(position, int) else None
     return OneHook(name, vector, readout, along[readout], at)
 
@@ -141,15 +139,28 @@ def token_damage(
     Pairs have their default labels; for others give `study.tokens.positive`. It and the KL
     divergence are NaN at the first token, which nothing predicts, and where the steered model
     overflows. Projections are `h . direction`, in residual units, at the readout hook and along its
-    frozen direction (see `one_hook`): of the pairs, positive minus negative at the token that is
-    read, their mean is a sweep's `projection`.
+    frozen direction (see `readout_hook`), a vector's at its own hook: of the pairs, positive minus
+    negative at the token that is read, their mean is a sweep's `projection`.
 
-    `prompts` are pairs, whose positive prompts run with `+coefficient` and negative ones with
-    `-coefficient`, or any prompts, which run with `+coefficient`; `ids` name these (numbers from 1
-    by default). The direction is added at one hook, `layer`, on the tokens of `steered_positions`.
-    Raises as `one_hook`, `tokenize_prompt` and `steer`; `InputError` when there are no prompts or
-    coefficients; `InputError` on steered positions that reach no label, and when the
-    fitted position lies outside a prompt; and `InputError` for a vector with a condition.
+    Args:
+        model: The model.
+        prompts: Pairs, whose positive prompts run with `+coefficient` and negative ones with
+            `-coefficient`; or any prompts, which run with `+coefficient`.
+        along: What is added: directions, or a vector without a condition.
+        layer: The one hook at which it is (see `resolve_hooks`). Default: the only one.
+        coefficients: As `steer` takes them.
+        steered_positions: As of `Study`.
+        ids: Names of the prompts. Default: those of the pairs, or numbers from 1.
+        batch_size: Prompts a forward pass. Default: what the device can use.
+        progress: Told of the prompts. Default: nobody.
+
+    Raises:
+        InputError: More than one hook, or one without a direction; no prompts or coefficients, or a
+            coefficient without a meaning; names that are not one a prompt; prompts without tokens;
+            steered positions that reach no label; a prompt without the token that is read; another
+            width or weight processing than the model's; a condition.
+        HookError: `layer` names no hook of the model.
+        ModelError: The model has no tokenizer that goes with it.
 
     Examples:
         >>> table = sl.token_damage(model, ["the river was"], vector, coefficients=[4])
@@ -175,7 +186,7 @@ def token_damage(
     rows: dict[tuple[str, int], list[Row]] = {}
     for i, (side, of_side) in enumerate(sides.items()):
         before, total = i * len(names), len(sides) * len(names)
-        tell = part_of(progress or silent, "tokens: prompts", before=before, total=total)
+        tell = part_of(by_default(progress), "tokens: prompts", before=before, total=total)
         acts = [(amount, at.steps(c, SIDES[side])) for c, amount in strengths.items()]
 
         def run(batch: Batch, acts: Any = acts) -> list[list[Row]]:
@@ -284,7 +295,7 @@ def _rows(
     real, labels = batch.attention_mask.cpu(), batch.labels_on_cpu()
     is_read = torch.zeros_like(real)
     if at.position is not None:
-        is_read[torch.arange(len(real)), batch.reading(at.position)] = True
+        is_read[torch.arange(len(real)), batch.places(at.position)] = True
     unsteered = _see(model, batch, at, [])
     rows: list[list[Row]] = [[] for _ in batch.prompts]
     for amount, steps_at in acts:
@@ -345,8 +356,7 @@ def generation_table(
     header, or after what its last assistant message opens with; a continuation of the prompt's own
     is left out. Where the context has no room for `max_new_tokens` the text is shorter (`end` is
     "context"), and where the steered model overflows there is none ("overflow"). `ids` name the
-    prompts (numbers from 1 by default). Raises as `one_hook` and `tokenize_prompt`, `InputError`
-    without prompts or coefficients, and as `generate`.
+    prompts (numbers from 1 by default). Raises as `token_damage` and `generate`.
 
     Examples:
         >>> table = sl.measure.generation_table(
@@ -359,7 +369,7 @@ def generation_table(
     strengths = strengths_at(at, coefficients)
     names, tokenized = named_prompts(model, prompts, ids)
     rows: list[Row] = []
-    tell, total = progress or silent, len(names) * len(strengths)
+    tell, total = by_default(progress), len(names) * len(strengths)
     tell("continuations", 0, total)
     for name, prompt in zip(names, tokenized, strict=True):
         for coefficient, amount in strengths.items():

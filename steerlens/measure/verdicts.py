@@ -24,7 +24,7 @@ from steerlens.stats import (
 from steerlens.tables import METHOD_COLUMNS, SUMMARY_COLUMNS, Row, to_frame
 
 LEVEL = 0.05
-"""A claim's largest p-value."""
+"""A claim's p-value is below it."""
 PROMPT = "prompt"
 """The method's name of the baseline: the positive persona written into the prompt."""
 REFERENCE = "mean_diff"
@@ -168,8 +168,10 @@ def verdict(row: Row, inference: Inference) -> str:
     off 0, and fewer than 1 in 20 nulls move as much at the best of their layers. "no more than a
     null": it is off 0, and nulls move as much. "too few groups": it is off 0, and flips of so few
     groups of pairs could show nothing, whatever the method; or all items are of one group, so that
-    there is no interval. "too few nulls": it is off 0, and so few nulls could show nothing.
-    "undecided": none of these.
+    there is no interval. "too few nulls": it is off 0, and so few nulls could show nothing. "no
+    nulls": it is off 0, and of one kind no null reaches the budget. "undefined": the logprob of an
+    item overflows. "undecided": none of these. A row without an effect has its verdict already:
+    "budget not reached", "search failed"; and so has the "baseline".
     """
     if "effect" not in row:
         return str(row["verdict"])

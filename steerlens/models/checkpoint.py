@@ -75,7 +75,7 @@ def load_checkpoint(name: str, **options: Any) -> Any:
     """
     config = options.get("config")
     if config is None:
-        config = _config(name, options)
+        config = read_config(name, options)
     _check_kind(config)
     auto = _auto_class(config)
     if has_text_part(config):
@@ -101,12 +101,8 @@ def has_text_part(config: Any) -> bool:
     return models[type(text)].__name__ in SUPPORTED_ARCHITECTURES
 
 
-def loads_text_part(name: str, options: Mapping[str, Any]) -> bool:
-    """`has_text_part` of a folder or hub id, by its config."""
-    return has_text_part(_config(name, options))
-
-
-def _config(name: str, options: Mapping[str, Any]) -> Any:
+def read_config(name: str, options: Mapping[str, Any]) -> Any:
+    """The config of a folder or hub id, by those of the options that it takes."""
     import transformers
 
     of_config = {key: options[key] for key in _OF_CONFIG if key in options}

@@ -87,6 +87,29 @@ def takes_cache(model: Any) -> bool:
     return is_named and hugging_face_model(model) is not None
 
 
+def key_value_cache(model: Any) -> Any:
+    """An empty cache of Hugging Face's, of which every part holds a row's keys and values alone.
+
+    None where the model takes none, or keeps something else of what it has read.
+    """
+    adapter = getattr(model, "adapter", None)
+    if not takes_cache(model) or not getattr(adapter, "supports_kv_cache", True):
+        return None
+    from transformers import DynamicCache
+
+    empty = DynamicCache(config=hugging_face_model(model).config)
+    kinds = {type(layer).__name__ for layer in empty.layers}
+    return empty if kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer"} else None
+
+
+def last_logits_only(model: Any) -> dict[str, int]:
+    """The keyword of a forward pass for the logits of the last token; none where there is none."""
+    wrapped = hugging_face_model(model)
+    if wrapped is None or "logits_to_keep" not in inspect.signature(wrapped.forward).parameters:
+        return {}
+    return {"logits_to_keep": 1}
+
+
 def takes_mask(model: Any) -> bool:
     """Whether `generate` takes an attention mask, rather than reading padding off the tokens."""
     return hugging_face_model(model) is not None

@@ -71,10 +71,7 @@ class Provenance:
         ]
 
     def _is_other_layout(self, other: "Provenance") -> bool:
-        """Whether the fingerprints of the same weights would differ.
-
-        The files' hashes decide where both are known.
-        """
+        """Whether the same weights would differ; by the files' hashes where both are known."""
         is_marked = self.weights.startswith(LAYOUT), other.weights.startswith(LAYOUT)
         same_file = self.file_hash == other.file_hash and self.dtype == other.dtype
         is_known = UNKNOWN not in (self.file_hash, other.file_hash)
@@ -94,7 +91,7 @@ def provenance(model: Any, *, fingerprints: bool = False) -> Provenance:
         fingerprints: also read the weights, the tokenizer and its template (see `Provenance`).
 
     Examples:
-        >>> sl.provenance(model).model_class
+        >>> sl.models.provenance(model).model_class
         'TransformerBridge'
     """
     name, source, revision, file_hash = _sources.get(

@@ -14,7 +14,12 @@ import torch
 
 from steerlens.data.prompts import Straddle, set_rendering
 from steerlens.errors import InputError, ModelError, SteerlensError, in_one_line, told
-from steerlens.models.checkpoint import check_config_file, load_checkpoint, loads_text_part
+from steerlens.models.checkpoint import (
+    check_config_file,
+    has_text_part,
+    load_checkpoint,
+    read_config,
+)
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
 from steerlens.models.identity import record_source
@@ -95,14 +100,18 @@ def load_model(
         )
     folder, source = _find(name, revision, progress=progress)
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
+    rendering: dict[str, Any] = {"template_args": template_args, "straddle": straddle}
+    of_hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    is_rendered = bool(template_args) or straddle != "error"
     with quiet_bars(quiet=not progress):
+        if is_rendered:
+            _check_rendering(str(folder or name), rendering, of_hub)
         model = _boot(
             str(folder or name),
             quantization=quantization,
             device=device,
             dtype=dtype,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
+            **of_hub,
             **options,
         )
         check_placed(model, device_map)
@@ -111,8 +120,8 @@ def load_model(
     if folder is None:
         config = getattr(hugging_face_model(model), "config", None)
         source = (source[0], getattr(config, "_commit_hash", None) or source[1], source[2])
-    if template_args or straddle != "error":
-        set_rendering(model.tokenizer, template_args=template_args, straddle=straddle)
+    if is_rendered:
+        set_rendering(model.tokenizer, **rendering)
     record_source(model, name, *source)
     _loaded_with[model] = {
         "name": name,
@@ -243,14 +252,26 @@ def _check_quantization(quantization: str | None) -> None:
         )
 
 
+def _check_rendering(name: str, rendering: dict[str, Any], of_hub: dict[str, Any]) -> None:
+    """`set_rendering` of the tokenizer alone, before weights are loaded; nothing without one."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **of_hub)
+    except Exception:  # which the load says better
+        return
+    set_rendering(tokenizer, **rendering)
+
+
 def _boot(name: str, *, quantization: Quantization | None, **options: Any) -> Any:
     try:
         if is_version_3():
             return load_hooked_transformer(name, **options)
         from transformer_lens.model_bridge import TransformerBridge
 
-        if quantization is not None or loads_text_part(name, options):
-            options = _loaded_before(name, quantization, **options)
+        config = read_config(name, options)
+        if quantization is not None or has_text_part(config):
+            options = _loaded_before(name, quantization, config, **options)
         else:
             options["model_class"] = SimpleNamespace(from_pretrained=load_checkpoint)
         return TransformerBridge.boot_transformers(  # type: ignore[attr-defined, unused-ignore]
@@ -274,6 +295,7 @@ def _has_tokenizer(folder: Path) -> bool:
 def _loaded_before(
     name: str,
     quantization: Quantization | None,
+    config: Any,
     *,
     device: Any = None,
     device_map: Any = None,
@@ -294,6 +316,7 @@ def _loaded_before(
         name,
         device_map={"": device or get_device()} if device_map is None else device_map,
         attn_implementation="eager",
+        config=config,
         **settings,
         **shared,
     )

@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from steerlens.errors import ModelError, SteerlensError, in_one_line
 from steerlens.files import write_whole_folder
-from steerlens.models.checkpoint import load_checkpoint
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 CACHE_VARIABLE = "STEERLENS_CACHE"
@@ -186,7 +183,10 @@ def _convert_gguf(gguf: Path, folder: Path, *, name: str, progress: bool) -> Non
 
 def _dequantised(gguf: Path) -> tuple[Any, Any]:
     """The model of a GGUF file, with plain weights that can be saved, and its tokenizer."""
+    import torch
     import transformers
+
+    from steerlens.models.checkpoint import load_checkpoint
 
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):

@@ -223,10 +223,7 @@ def _rounding(
     mask: Bool[Tensor, "row token"],
     expected: list[Float[Tensor, "_ vocab"]],
 ) -> float:
-    """`logits_gap` when every innermost module's output is rounded once more.
-
-    0 in float32 and float64, where it does not matter.
-    """
+    """`logits_gap` when every innermost module's output is rounded again; 0 from float32 on."""
     if torch.finfo(expected[0].dtype).eps < TOLERANCE / ROUNDINGS:
         return 0.0
     generator = torch.Generator().manual_seed(0)

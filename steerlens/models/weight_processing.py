@@ -32,7 +32,7 @@ def weight_processing(model: Any) -> str:
     if hugging_face_model(model) is not None:
         if not getattr(model, "_weights_processed", getattr(model, "compatibility_mode", False)):
             return "none"
-        is_folded = all(map(_is_constant, _norm_weights(model)))
+        is_folded = all(bool((w == w.flatten()[0]).all()) for w in _norm_weights(model))
     elif hasattr(model, "load_and_process_state_dict"):
         is_folded = str(model.cfg.normalization_type).endswith("Pre")
     else:
@@ -104,15 +104,8 @@ def _norm_weights(model: Any) -> Iterator[Tensor]:
                 yield weight
 
 
-def _is_constant(weight: Tensor) -> bool:
-    return bool((weight == weight.reshape(-1)[0]).all())
-
-
 def _is_centred(weight: Float[Tensor, "... d_model"]) -> bool:
-    """Whether the means of the rows are 0, beside those of random rows of the same size.
-
-    `sqrt(d_model * mean_r(mean_r^2) / mean(w^2))` is about 1 for random rows.
-    """
+    """Whether the means of the rows are 0, beside those of random rows of the same size."""
     tolerance = allowed_gap(weight.dtype, roundings=2)
     values = weight.detach().float()
     means = values.mean(dim=-1).square().mean() * values.shape[-1]

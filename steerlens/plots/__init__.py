@@ -1,5 +1,6 @@
 """Tables to figures and pages: for notebooks, HTML files, PNG, SVG and PDF."""
 
+from steerlens.plots.behaviours import behaviour, behaviour_by_coefficient
 from steerlens.plots.circuits import circuit_graph, components
 from steerlens.plots.figure import Figure
 from steerlens.plots.history import training
@@ -9,6 +10,7 @@ from steerlens.plots.pages import (
     Page,
     attention_page,
     projection_page,
+    reading_page,
     token_page,
     token_table_html,
 )
@@ -19,6 +21,8 @@ __all__ = [
     "Figure",
     "Page",
     "attention_page",
+    "behaviour",
+    "behaviour_by_coefficient",
     "boundary",
     "circuit_graph",
     "comparison",
@@ -29,6 +33,7 @@ __all__ = [
     "layer_profile",
     "loss_geometry",
     "projection_page",
+    "reading_page",
     "token_page",
     "token_table_html",
     "tradeoff",

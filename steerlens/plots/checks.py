@@ -1,7 +1,7 @@
 """What every figure asks of its tables, and how their rows are told apart."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -12,9 +12,19 @@ from steerlens.tables import hook_label
 
 TEXTS = (
     *("hook_name", "readout_hook", "pair", "prompt", "side", "part", "token", "raw_token"),
-    *("method", "verdict", "coherent", "component", "model", "writer", "reader"),
+    *("method", "verdict", "coherent", "asked", "component", "model", "writer", "reader"),
+    *("subject", "strength", "scorer", "lens"),
 )
 """Columns of text; the others of a figure's tables are numbers."""
+
+
+Tabular: TypeAlias = pd.DataFrame | Any
+"""A table, or a result that has it, such as a `SweepResult`."""
+
+
+def table_of(given: Tabular, name: str) -> pd.DataFrame:
+    """The table of that name of a result, such as `layers`; a table as it is."""
+    return given if isinstance(given, pd.DataFrame) else getattr(given, name, given)  # type: ignore[return-value]
 
 
 def check_columns(

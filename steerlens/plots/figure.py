@@ -15,6 +15,7 @@ import pandas as pd
 
 from steerlens.errors import FileError, InputError
 from steerlens.files import write_whole
+from steerlens.plots.paper import DPI, on_paper, with_layers
 from steerlens.plots.scripts import VEGA, WITHOUT_SCRIPTS, page
 from steerlens.plots.style import CONFIG, Spec
 
@@ -66,24 +67,44 @@ class Figure:
 
     def at(self, label: str | int) -> "Figure":
         """The figure with the frame of that label alone. Raises `InputError` on another label."""
-        label = str(label)
-        if label not in self.frames:
-            labels = ", ".join(self.frames) or "none"
-            raise InputError(f"the figure has no frame {label!r}; it has {labels}")
+        started = self.starting_at(label)
         datasets = {
-            name: [row for row in rows if row.get("frame", label) == label]
+            name: [row for row in rows if row.get("frame", str(label)) == str(label)]
             for name, rows in self.spec["datasets"].items()
         }
         params = [
-            {"name": "frame", "value": label} if param["name"] == "frame" else param
+            {key: of for key, of in param.items() if param["name"] != "frame" or key != "bind"}
+            for param in started.spec["params"]
+        ]
+        spec = {**self.spec, "params": params, "datasets": datasets}
+        return replace(self, spec=spec, frames=(str(label),))
+
+    def starting_at(self, label: str | int) -> "Figure":
+        """The figure whose slider starts at that frame. Raises `InputError` on another label."""
+        if str(label) not in self.frames:
+            labels = ", ".join(self.frames) or "none"
+            raise InputError(f"the figure has no frame {str(label)!r}; it has {labels}")
+        params = [
+            {**param, "value": str(label)} if param["name"] == "frame" else param
             for param in self.spec["params"]
         ]
-        return replace(
-            self, spec={**self.spec, "params": params, "datasets": datasets}, frames=(label,)
-        )
+        return replace(self, spec={**self.spec, "params": params})
 
-    def to_bytes(self, kind: str) -> bytes:
-        """As the bytes of a PNG, SVG or PDF file: the first frame, without a browser.
+    def layers(self, labels: Sequence[str | int]) -> "Figure":
+        """The figure with these layers alone, all of which stand out; of one, with intervals.
+
+        Args:
+            labels: Layers, or the names of other hooks, as the figure shows them.
+
+        Raises:
+            InputError: The figure has no such layer.
+        """
+        return replace(self, spec=with_layers(self.spec, [str(label) for label in labels]))
+
+    def to_bytes(self, kind: str, *, width: str | None = None, dpi: int = DPI) -> bytes:
+        """As the bytes of a PNG, SVG or PDF file: the frame shown first, without a browser.
+
+        `width` and `dpi` are as in `save`.
 
         The same figure gives the same PNG and SVG; a PDF has its parts in another order each time.
         Raises `InputError` on a `kind` other than "png", "svg" and "pdf".
@@ -93,26 +114,50 @@ class Figure:
         import vl_convert
 
         spec = _still(self.spec)
+        scale, ppi = SCALE, None
+        if width is not None:
+            spec, scale, ppi = on_paper(spec, width), 1.0, dpi
         if kind == "png":
-            return bytes(vl_convert.vegalite_to_png(spec, scale=SCALE))
+            return bytes(vl_convert.vegalite_to_png(spec, scale=scale, ppi=ppi))
         if kind == "pdf":
             return bytes(vl_convert.vegalite_to_pdf(spec))
-        return _numbered(vl_convert.vegalite_to_svg(spec)).encode()
+        svg = _numbered(vl_convert.vegalite_to_svg(spec))
+        # An SVG's own unit is a pixel, 96 an inch; what was laid out for paper is in points.
+        paper = (
+            svg
+            if width is None
+            else re.sub(r'\b(width|height)="([\d.]+)"', r'\1="\2pt"', svg, count=2)
+        )
+        return paper.encode()
 
     def to_html(self) -> str:
         """As one HTML page, interactive, that asks no network for anything (about 0.5 MB)."""
         caption = f"<p>{html.escape(self.caption)}</p>"
         return page(self.title, f"{caption}\n{figure_element(self, 'figure')}", [VEGA])
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, width: str | None = None, dpi: int = DPI) -> None:
         """Write a .png, .svg, .pdf (the first frame; see `at`) or .html file, by the name's end.
 
-        Raises `InputError` on another ending and `FileError` where it cannot be written.
+        Args:
+            path: The file.
+            width: "column" (3.3 inches) or "page" (6.8 inches) of a paper: panels, type and lines
+                for that width, without the title, which belongs to the caption; by default as on
+                a screen. Not for .html.
+            dpi: Dots per inch of a PNG of a `width`.
+
+        Raises:
+            InputError: Another ending or width.
+            FileError: It cannot be written.
         """
         path = Path(path)
         if path.suffix not in SUFFIXES:
             raise InputError(f"expected a name that ends in {', '.join(SUFFIXES)}, got {path.name}")
-        made = self.to_html().encode() if path.suffix == ".html" else self.to_bytes(path.suffix[1:])
+        if width is not None and path.suffix == ".html":
+            raise InputError(f"a page fits its window: give no width, got {width!r}")
+        if path.suffix == ".html":
+            made = self.to_html().encode()
+        else:
+            made = self.to_bytes(path.suffix[1:], width=width, dpi=dpi)
         try:
             write_whole(path, lambda part: part.write_bytes(made))
         except OSError as error:

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from steerlens.plots.checks import by_kind, check_columns
+from steerlens.plots.checks import Tabular, by_kind, check_columns, table_of
 from steerlens.plots.figure import Figure, make_figure
 from steerlens.plots.style import (
     BLUE,
@@ -39,16 +39,18 @@ _PROFILE = (
 )
 
 
-def layer_profile(layers: pd.DataFrame) -> Figure:
+def layer_profile(layers: Tabular) -> Figure:
     """Separation, agreement, explained variance and residual norm of every layer, with intervals.
 
-    Takes the per-layer table; one frame a kind of hook. Areas are 95% intervals over groups of
-    pairs. Raises `InputError` when the table is not a per-layer table.
+    Takes the per-layer table, or a result or study that has it; one frame a kind of hook. Areas
+    are 95% intervals over groups of pairs. Raises `InputError` when the table is not a per-layer
+    table.
 
     Examples:
-        >>> sl.plots.layer_profile(sl.Study(model, pairs, directions).layers)
+        >>> sl.plots.layer_profile(sl.Study(model, pairs, directions))
         Figure('Layer by layer, unsteered', 4 panels)
     """
+    layers = table_of(layers, "layers")
     intervals = [f"{name}_ci_{end}" for name, *_ in _PROFILE for end in _ENDS]
     names = ["hook_name", "layer", *(name for name, *_ in _PROFILE), *intervals]
     check_columns(layers, names, "the per-layer table")
@@ -80,20 +82,21 @@ def layer_profile(layers: pd.DataFrame) -> Figure:
     )
 
 
-def boundary(layers: pd.DataFrame) -> Figure:
+def boundary(layers: Tabular) -> Figure:
     """The coherence boundary of both signs over layers, measured and predicted.
 
-    Takes the per-layer table of `find_boundary` or `predict_boundary`; one frame a kind of hook. On
-    the left in residual units, on the right as a share of the layer's mean residual norm. Areas are
-    95% intervals; a boundary beyond the searched range is a triangle at the edge of the
-    panel, a tenth beyond the largest that was found. Raises `InputError` when the table is not a
-    per-layer table.
+    Takes what `find_boundary` gave, or the per-layer table of that or `predict_boundary`; one frame
+    a kind of hook. On the left in residual units, on the right as a share of the layer's mean
+    residual norm. Areas are 95% intervals; a boundary beyond the searched range is a triangle at
+    the edge of the panel, a tenth beyond the largest that was found. Raises `InputError` when the
+    table is not a per-layer table.
 
     Examples:
         >>> study = sl.Study(model, pairs, directions, budget="kl=0.1")
         >>> sl.plots.boundary(study.predicted_boundary())
         Figure('Coherence boundary', 2 panels)
     """
+    layers = table_of(layers, "layers")
     signs = ("pos", "neg")
     names = [f"{part}boundary_{sign}" for part in ("", "predicted_") for sign in signs]
     names += [f"boundary_{sign}_ci_{end}" for sign in signs for end in ("low", "high")]

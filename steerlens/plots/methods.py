@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from steerlens.errors import InputError
-from steerlens.plots.checks import by_hook, check_columns
+from steerlens.plots.checks import Tabular, by_hook, check_columns, table_of
 from steerlens.plots.figure import Figure, make_figure
 from steerlens.plots.style import (
     BLUE,
@@ -29,13 +29,13 @@ _DRAWN = (
 _COLOURS = {"effect or reversed": ORANGE, "not shown": BLUE}
 
 
-def comparison(table: pd.DataFrame) -> Figure:
+def comparison(table: Tabular) -> Figure:
     """The effect of every method at equal damage with its interval, and the range of nulls.
 
-    Takes the table of `compare`. One frame shows each method at its layer chosen on training items
-    (where there were some), the others one hook each. Filled points are those whose verdict is an
-    effect, or an effect the other way (reversed). Raises `InputError` when the table is not a
-    comparison, or an effect is infinite.
+    Takes what `compare` gave, or its table. One frame shows each method at its layer chosen on
+    training items (where there were some), the others one hook each. Filled points are those whose
+    verdict is an effect, or an effect the other way (reversed). Raises `InputError` when the table
+    is not a comparison, or an effect is infinite.
 
     Examples:
         >>> found = sl.compare(
@@ -48,9 +48,10 @@ def comparison(table: pd.DataFrame) -> Figure:
         ...     n_null=2,
         ...     n_bootstrap=50,
         ... )
-        >>> sl.plots.comparison(found.table)
+        >>> sl.plots.comparison(found)  # or found.plot()
         Figure('Methods at equal damage', 1 panels)
     """
+    table = table_of(table, "table")
     effects = ["effect", "effect_ci_low", "effect_ci_high"]
     needed = ["hook_name", "is_chosen", *_DRAWN]
     check_columns(table, needed, "the table of a comparison", finite=["layer", "is_chosen"])

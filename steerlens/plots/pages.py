@@ -17,7 +17,7 @@ from steerlens.errors import FileError, InputError
 from steerlens.files import write_whole
 from steerlens.plots.checks import check_columns
 from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
-from steerlens.tables import TOKEN_COLUMNS
+from steerlens.tables import READING_COLUMNS, TOKEN_COLUMNS, VOCABULARY_COLUMNS, hook_label
 
 LOST, GAINED = "#d55e00", "#0072b2"
 HIGH, LOW = "#7b3294", "#1b7837"
@@ -209,6 +209,74 @@ def projection_page(
     return _page("Projection on the direction, token by token", body)
 
 
+def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page:
+    """What directions say: the tokens they promote and suppress, the texts they read, by token.
+
+    Args:
+        words: Of `sl.measure.vocabulary`.
+        texts: Of `sl.measure.readings`, drawn as `projection_page` draws one text.
+
+    Raises:
+        InputError: Columns are missing or there is no row.
+
+    Examples:
+        >>> words = sl.measure.vocabulary(model, vector, n_tokens=3, n_random=19)
+        >>> texts = sl.measure.readings(model, vector, ["the river", "I was cold"])
+        >>> sl.plots.reading_page(words, texts).title
+        'What the direction says'
+    """
+    check_columns(words, [column.name for column in VOCABULARY_COLUMNS], "a table of vocabulary")
+    n_random = words.attrs.get("settings", {}).get("n_random", "some")
+    body = [
+        _VIEWS_STYLE,
+        f"<p>Logits that a direction alone adds, beside the mean of the first token of {n_random} "
+        "random directions; p is the rank of the first token among those, and over all hooks. A "
+        "direction may steer and promote nothing.</p>",
+        "<table><tr><th>hook<th>lens<th>side<th>tokens (logits)<th>random<th>p<th>p, hooks</tr>",
+    ]
+    for group in _groups_of(words, ["hook_name", "lens", "side"]):
+        first = group[0]
+        told = ", ".join(f"{_shown(row)!r} {row['logit']:+.2f}" for row in group)
+        cells = [hook_label(first["hook_name"]), first["lens"], first["side"], told]
+        cells += [f"{first['random_logit']:+.2f}"]
+        cells += [f"{first[name]:.3g}" for name in ("p_value", "p_layers")]
+        body.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
+    body.append("</table>")
+    if texts is not None:
+        body += _read_texts(texts)
+    return _page("What the direction says", body)
+
+
+def _read_texts(texts: pd.DataFrame) -> list[str]:
+    """Each text of a table of readings, its tokens by their projection."""
+    check_columns(texts, [column.name for column in READING_COLUMNS], "a table of readings")
+    later = texts[texts.position > 0].groupby("hook_name")
+    reach = {hook: _reach(rows.projection.to_numpy()) for hook, rows in later}
+    body = [
+        "<p>Texts by their mean projection (residual units; purple above 0, green below, full "
+        "shade at the hook's largest, the first token not counted). A token shows its value under "
+        "the pointer.</p>"
+    ]
+    for number, group in enumerate(_groups_of(texts, ["hook_name", "side", "rank"])):
+        first = group[0]
+        full = reach[first["hook_name"]]
+        heading = (
+            f"{hook_label(first['hook_name'])}, {first['side']} {first['rank']}: prompt "
+            f"{first['prompt']}, mean {first['mean_projection']:+.3g}, full shade {full:.3g}"
+        )
+        values = [row["projection"] for row in group]
+        props = _coloured([_shown(row) for row in group], values, full, (HIGH, LOW))
+        body.append(f"<p>{html.escape(heading)}</p>")
+        body.append(circuitsvis_element(f"reading-{number}", "ColoredTokens", props, title=heading))
+    return body
+
+
+def _groups_of(table: pd.DataFrame, keys: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each group, in the order in which groups are met."""
+    for _, group in table.groupby(keys, sort=False, dropna=False):
+        yield [{**row} for _, row in group.iterrows()]
+
+
 def _arrays(what: str, given: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """Each of the given, by name, as an array of that shape; or an `InputError`."""
     if not isinstance(given, Mapping) or not given:
@@ -241,11 +309,7 @@ def circuitsvis_element(name: str, view: str, props: Mapping[str, Any], *, title
 
 
 def _inert(value: Any) -> Any:
-    """`value` for circuitsvis, which sets tokens as HTML: no tag and no entity begins in a text.
-
-    A word joiner, which nothing shows, goes behind each `<` and `&` that has none. Numbers that
-    are not finite become null.
-    """
+    """For circuitsvis, which sets tokens as HTML: a word joiner behind `<` and `&`, NaN as null."""
     if isinstance(value, dict):
         return {name: _inert(of) for name, of in value.items()}
     if isinstance(value, list):
@@ -286,14 +350,15 @@ def _check(tokens: pd.DataFrame) -> None:
 def _groups(tokens: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Each text at each coefficient: a heading in words, and its rows."""
     keys = ["prompt", "side", "hook_name", "coefficient"]
-    for _, group in tokens.groupby(keys, sort=False, dropna=False):
-        rows: list[dict[str, Any]] = [{**row} for _, row in group.iterrows()]
+    for rows in _groups_of(tokens, keys):
         first = rows[0]
         added = float(first["coefficient"]) * (-1 if first["side"] == "negative" else 1)
-        damage = group.damage_nats[group.is_label.astype(bool)].mean()
+        damage = pd.Series([row["damage_nats"] for row in rows if row["is_label"]]).mean()
+        verb = "gained" if damage < 0 else "lost"
+        told = f"{abs(damage):.3f} nats per token {verb}" if math.isfinite(damage) else "undefined"
         yield (
             f"Prompt {first['prompt']}, {first['side']}, coefficient {added:+g} at "
-            f"{first['hook_name']}: {damage:+.3f} nats per token lost",
+            f"{first['hook_name']}: {told}",
             rows,
         )
 

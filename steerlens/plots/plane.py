@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 
 from steerlens.errors import InputError
-from steerlens.measure.plane import LossGeometry
-from steerlens.plots.checks import by_hook, check_columns, check_distinct
+from steerlens.plots.checks import Tabular, by_hook, check_columns, check_distinct, table_of
 from steerlens.plots.figure import Figure, make_figure
 from steerlens.plots.isolines import loss_bands
 from steerlens.plots.style import (
@@ -49,20 +48,21 @@ AXES = {
 }
 
 
-def differences(points: pd.DataFrame) -> Figure:
+def differences(points: Tabular) -> Figure:
     """The pairs' differences on the frozen direction and the main axis orthogonal to it.
 
-    Takes the table of points of a sweep or of a geometry; one frame a layer. A pair to the right of
-    0 differs the way the direction says. Raises `InputError` on another table.
+    Takes the points of a sweep or of a geometry, or what has them; one frame a layer. A pair to the
+    right of 0 differs the way the direction says. Raises `InputError` on another table.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[0])
-        >>> figure = sl.plots.differences(result.points)
+        >>> figure = sl.plots.differences(result)
         >>> figure
         Figure('Differences of the pairs', 1 panels, 2 frames)
         >>> figure.at("2")
         Figure('Differences of the pairs', 1 panels)
     """
+    points = table_of(points, "points")
     names = ["hook_name", "layer", "pair", "along", "across", "separation"]
     check_columns(points, names, "the table of points")
     places, windows = [], []
@@ -89,10 +89,10 @@ def differences(points: pd.DataFrame) -> Figure:
     return make_figure("Differences of the pairs", caption, tables, [drawn], slider="layer")
 
 
-def loss_geometry(geometry: LossGeometry) -> Figure:
+def loss_geometry(geometry: Any) -> Figure:
     """The loss in the plane of the frozen direction and the main orthogonal one, layer by layer.
 
-    Takes the tables of `steerlens.loss_geometry`. On the left the contours of the loss over where
+    Takes what `steerlens.loss_geometry` gave. On the left the contours of the loss over where
     the mean difference is pushed to, and the measured boundary; on the right the pairs from near
     by, with an arrow for each term of the loss: which way it pushes the pair. Between the measured
     pushes the square root of the penalty is interpolated (shape-preserving, `scipy`'s pchip).
@@ -106,10 +106,9 @@ def loss_geometry(geometry: LossGeometry) -> Figure:
         >>> sl.plots.loss_geometry(geometry)
         Figure('Loss geometry', 2 panels)
     """
-    candidate: Any = geometry  # what the annotation promises is what is checked here
-    if not isinstance(candidate, LossGeometry):
+    if not all(hasattr(geometry, name) for name in ("points", "contours", "shape")):
         raise InputError(
-            f"expected the LossGeometry of steerlens.loss_geometry, got {type(candidate).__name__}"
+            f"expected the LossGeometry of steerlens.loss_geometry, got {type(geometry).__name__}"
         )
     points, contours, shape = geometry.points, geometry.contours, geometry.shape
     plane = ["hook_name", "layer", *PLANE]

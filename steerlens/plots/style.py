@@ -1,6 +1,5 @@
 """How figures look, and the pieces of Vega-Lite that several of them are made of."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -19,8 +18,6 @@ NATS = "nats per token"
 
 CROSS, BAR = "M-1,-1L1,1M-1,1L1,-1", "M-1,-0.2H1V0.2H-1Z"
 SOLID, DASHED, DOTTED = [1, 0], [6, 4], [2, 3]
-MOST_ENTRIES = 20
-"""Entries of a legend's column."""
 
 CONFIG: Spec = {
     "background": "white",
@@ -73,9 +70,10 @@ def choose(test: str, value: Any, other: Any) -> Spec:
     return {"condition": {"test": test, "value": value}, "value": other}
 
 
-def layer(data: str, mark: Spec, encoding: Spec, *, where: str = "") -> Spec:
-    """A mark for every row of a table, by its name, that passes a test."""
-    kept = [{"filter": where}] if where else []
+def layer(data: str, mark: Spec, encoding: Spec, *, where: str | Sequence[str] = ()) -> Spec:
+    """A mark for every row of a table, by its name, that passes a test, or several."""
+    tests = [where] if isinstance(where, str) else where
+    kept = [{"filter": test} for test in tests if test]
     return {"data": {"name": data}, "transform": kept, "mark": mark, "encoding": encoding}
 
 
@@ -110,22 +108,30 @@ def zero_line(axis: str, dash: Sequence[int] = DOTTED) -> Spec:
     return {"data": {"values": [{}]}, "mark": mark, "encoding": {axis: {"datum": 0}}}
 
 
-def layer_colour(labels: Sequence[str], choice: str) -> tuple[Spec, Spec]:
-    """The colour of each label in the column `layer`, and the choice of some by the legend.
+PICKED = "datum.layer === picked_layer"
+SHOWN = f"isValid(picked_layer) ? {PICKED} : datum.stands_out"
+"""Tests of a row: its layer is the picked one; it is, or none is and the layer stands out."""
 
-    Colours are even in lightness, in the layers' order; `choice` is the name of the parameter.
+
+def layer_choice(labels: Sequence[str]) -> Spec:
+    """The choice of one layer in a whole figure, by a click on what has one or from a list.
+
+    The signal `picked_layer` is its label; at first it is null, or the only layer there is.
     """
+    select = {"type": "point", "fields": ["layer"], "on": "click", "clear": False}
+    names = {"options": [None, *labels], "labels": ["all", *labels], "name": "layer "}
+    value = {"value": [{"layer": labels[0]}]} if len(labels) == 1 else {}
+    return {"name": "picked", "select": select, "bind": {"input": "select", **names}, **value}
+
+
+def layer_colour(cells: pd.DataFrame) -> Spec:
+    """Layers as a bar of colours, even in lightness, that names those that stand out."""
+    ends = [int(cells.number.min()), int(cells.number.max())]
     # The map's last tenth is too pale for a line on white.
-    scale = {"domain": list(labels), "scheme": {"name": "viridis", "extent": [0, 0.9]}}
-    legend = {"title": "layer", "columns": math.ceil(len(labels) / MOST_ENTRIES)}
-    select = {"type": "point", "fields": ["layer"]}
-    chosen = {"name": choice, "select": select, "bind": "legend"}
-    return text("layer", scale=scale, legend=legend), chosen
-
-
-def chosen_opacity(choice: str, opacity: float) -> Spec:
-    """Rows that were not chosen by the legend are nearly clear."""
-    return {"condition": {"param": choice, "value": opacity}, "value": opacity / 10}
+    scale = {"scheme": {"name": "viridis", "extent": [0, 0.9]}, "domain": ends}
+    named = sorted({int(layer) for layer in cells.number[cells.stands_out]})
+    bar = {"title": "layer", "type": "gradient", "values": named, "format": "d"}
+    return number("number", scale=scale, legend=bar if ends[0] < ends[1] else None)
 
 
 def heat_map(

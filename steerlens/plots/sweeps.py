@@ -1,24 +1,28 @@
 """What a sweep measured: projection against damage, layer by coefficient, dose and response."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from steerlens.models.weight_processing import check_same, processing_of
-from steerlens.plots.checks import by_hook, check_columns, check_distinct
+from steerlens.plots.checks import Tabular, by_hook, check_columns, check_distinct, table_of
 from steerlens.plots.figure import Figure, make_figure
 from steerlens.plots.style import (
     CROSS,
     GREY,
     NATS,
     ORANGE,
+    PALE,
+    PICKED,
     RESIDUAL,
+    SHOWN,
     Spec,
-    chosen_opacity,
+    choose,
     heat_map,
     layer,
+    layer_choice,
     layer_colour,
     number,
     panel,
@@ -26,52 +30,94 @@ from steerlens.plots.style import (
     tooltip,
     zero_line,
 )
+from steerlens.tables import hook_label
 
+MOST_STANDING_OUT = 5
 PROJECTION = f"projection at the readout ({RESIDUAL})"
 COEFFICIENT = f"coefficient ({RESIDUAL})"
 
 
+_HALO, _DARK = {"stroke": "white", "strokeWidth": 3.8}, {"stroke": "#1d1f21", "strokeWidth": 1.5}
+_COLUMNS = [
+    *("hook_name", "layer", "coefficient", "projection", "degradation_nats", "coherent"),
+    *("projection_shift", "readout_hook"),
+]
+_DRAWN = ["layer", "number", "stands_out", *_COLUMNS[2:6]]
+_STANDOUT = (
+    "The layers that the legend names stand out: those pushed furthest within the budget, "
+    "and the quartiles of the depth. A click picks a layer."
+)
+_MARKS: dict[str, Spec] = {
+    "no": {"type": "point", "shape": CROSS, "size": 26},
+    "undecided": {"type": "point", "size": 22},
+}
 _SHAPES: dict[str, Spec] = {"no": {}, "undecided": {"shape": "square"}, "yes": {"filled": True}}
 """How a cell is drawn that is beyond the budget, undecided, or within it."""
 
 
 def _labelled(sweep: pd.DataFrame) -> pd.DataFrame:
-    """The cells by layer and coefficient, with the layer's label in the column `layer`."""
-    tables = [rows.assign(layer=label) for label, rows in by_hook(sweep).items()]
+    """The cells by layer and coefficient, with the layer's label in the column `layer`.
+
+    `number` is the layer as a number, `stands_out` whether its curve is coloured at first.
+    """
+    named = standing_out(sweep)
+    tables = [
+        rows.assign(layer=label, number=rows.layer, stands_out=label in named)
+        for label, rows in by_hook(sweep).items()
+    ]
     return pd.concat([rows.sort_values("coefficient") for rows in tables], ignore_index=True)
 
 
-def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
+def furthest_cell(cells: pd.DataFrame) -> Any:
+    """The coherent cell of a sweep with the largest projection shift; None without one.
+
+    At a readout the shift is the coefficient itself, so its cells are left out.
+    """
+    is_before = (cells.hook_name != cells.readout_hook) & (cells.coefficient != 0)
+    sizes = cells.projection_shift.abs().where(is_before & (cells.coherent == "yes"))
+    return None if sizes.isna().all() else cells.iloc[int(np.nanargmax(sizes))]
+
+
+def standing_out(sweep: pd.DataFrame) -> list[str]:
+    """Labels of up to five layers: with the furthest cell of each sign, quartiles of the depth."""
+    labels = list(by_hook(sweep))
+    if len(labels) <= MOST_STANDING_OUT:
+        return labels
+    quartiles = [labels[round(share * (len(labels) - 1))] for share in (0.25, 0.5, 0.75)]
+    signs = (sweep[sweep.coefficient > 0], sweep[sweep.coefficient < 0])
+    cells = map(furthest_cell, signs)
+    return [*{*quartiles, *(hook_label(str(cell.hook_name)) for cell in cells if cell is not None)}]
+
+
+def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
     """Projection against degradation, one curve a layer from the lowest coefficient to the highest.
 
-    Takes the table of a sweep; with the per-layer table of `find_boundary` the boundary of each
-    sign is marked where the straight line between the cells on either side of it crosses it.
-    Undefined cells are left out. Raises `InputError` when the table is not that of a sweep,
-    `InputError` when the two are of models with different weight processing.
+    Takes what `sweep` gave, or its table; with what `find_boundary` gave the boundary of each sign
+    is marked where the straight line between the cells on either side of it crosses it.
+    Undefined cells are left out. Raises `InputError` when the table is not that of a sweep, or
+    the two are of models with different weight processing.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
-        >>> sl.plots.tradeoff(result.table)
+        >>> sl.plots.tradeoff(result)  # or result.plot()
         Figure('Projection against degradation', 1 panels)
     """
-    columns = ["hook_name", "layer", "coefficient", "projection", "degradation_nats", "coherent"]
-    check_columns(sweep, columns, "the table of a sweep")
+    sweep = table_of(sweep, "table")
+    check_columns(sweep, _COLUMNS, "the table of a sweep")
     cells = _labelled(sweep)
-    cells = cells.loc[cells.projection.notna() & cells.degradation_nats.notna(), columns[1:]]
-    colour, chosen = layer_colour(list(by_hook(sweep)), "layers_tradeoff")
+    cells = cells.loc[cells.projection.notna() & cells.degradation_nats.notna(), _DRAWN]
     axes = {
         "x": number("degradation_nats", f"degradation ({NATS}; right is worse)"),
         "y": number("projection", PROJECTION, scale={"zero": False}),
-        "color": colour,
-        "opacity": chosen_opacity("layers_tradeoff", 1.0),
         "tooltip": tooltip("layer", "coefficient", numbers=["projection", "degradation_nats"]),
     }
+    coloured = axes | {"color": layer_colour(cells)}
     point = {"type": "point", "size": 40}
     drawn = [
         zero_line("x"),
-        layer("cells", {"type": "line"}, axes | {"order": number("coefficient")}),
+        *_curves(axes | {"order": number("coefficient")}, cells),
         *(
-            layer("cells", point | shape, axes, where=f"datum.coherent == '{word}'")
+            layer("cells", point | shape, coloured, where=[f"datum.coherent == '{word}'", SHOWN])
             for word, shape in _SHAPES.items()
             if (cells.coherent == word).any()
         ),
@@ -81,9 +127,10 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
         "Each curve is one layer, from the lowest coefficient to the highest: mean projection of "
         "the pairs' differences at the readout hook (residual units) against the loss of logprob "
         "of the positive prompts' labels (nats per token). Open circles are beyond the budget, "
-        "open squares undecided: the interval of their degradation reaches across it."
+        "open squares undecided: the interval of their degradation reaches across it. " + _STANDOUT
     )
     if layers is not None:
+        layers = table_of(layers, "layers")
         needed = ["hook_name", "layer", "boundary_pos", "boundary_neg"]
         check_columns(layers, needed, "the per-layer table")
         check_same(
@@ -95,10 +142,21 @@ def tradeoff(sweep: pd.DataFrame, layers: pd.DataFrame | None = None) -> Figure:
         tables["boundaries"] = boundary_places(sweep, layers)
         mark = {"type": "point", "shape": "diamond", "filled": True, "size": 110, "color": ORANGE}
         shown = {"tooltip": tooltip("layer", numbers=["boundary"])}
-        drawn.insert(-1, layer("boundaries", mark, {"x": axes["x"], "y": axes["y"], **shown}))
+        places = {"x": axes["x"], "y": axes["y"], **shown}
+        drawn.insert(-1, layer("boundaries", mark, places, where=SHOWN))
         caption += " Diamonds: the measured coherence boundary of each sign."
-    panels = [panel(drawn, size=(640, 420), zoom="zoom_tradeoff", params=[chosen])]
+    choice = layer_choice(list(by_hook(sweep)))
+    panels = [panel(drawn, size=(640, 420), zoom="zoom_tradeoff", params=[choice])]
     return make_figure("Projection against degradation", caption, tables, panels)
+
+
+def _curves(axes: Spec, cells: pd.DataFrame) -> list[Spec]:
+    """A grey curve of every layer, and over it a coloured one of those that are shown."""
+    line = axes | {"detail": {"field": "layer"}}
+    grey = {"type": "line", "color": PALE, "strokeWidth": 1, "point": {"color": PALE, "size": 8}}
+    bold = {"type": "line", "strokeWidth": 2.4}
+    colour = {"color": layer_colour(cells)}
+    return [layer("cells", grey, line), layer("cells", bold, line | colour, where=SHOWN)]
 
 
 def boundary_places(sweep: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
@@ -111,57 +169,72 @@ def boundary_places(sweep: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
             if curve.coefficient.min() <= boundary <= curve.coefficient.max():
                 names = ("degradation_nats", "projection")
                 at = {name: np.interp(boundary, curve.coefficient, curve[name]) for name in names}
-                places.append({"layer": label, "boundary": boundary, **at})
-    return pd.DataFrame(places, columns=["layer", "boundary", "degradation_nats", "projection"])
+                stands_out = bool(curve.stands_out.any())
+                at |= {"layer": label, "boundary": boundary, "stands_out": stands_out}
+                places.append(at)
+    columns = ["layer", "boundary", "degradation_nats", "projection", "stands_out"]
+    return pd.DataFrame(places, columns=columns)
 
 
-def heat_maps(sweep: pd.DataFrame) -> Figure:
+def heat_maps(sweep: Tabular) -> Figure:
     """Layer by coefficient: projection, degradation and loss of every cell.
 
-    Takes the table of a sweep. Crosses are cells beyond the budget, circles
-    undecided ones. Colours of degradation and loss
-    stop at the 95th percentile of their size, so that a few broken cells do not bleach all others.
+    Takes what `sweep` gave, or its table. Projections are coloured by their change from the
+    unsteered model's (without a cell at 0, as they are). Crosses are cells beyond the budget,
+    circles undecided ones. Colours stop at the 95th percentile of the size, so that a few broken
+    cells bleach no others.
     Raises `InputError` when the table is not that of a sweep, or has two rows of one cell.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
-        >>> sl.plots.heat_maps(result.table)
+        >>> sl.plots.heat_maps(result)
         Figure('Every cell', 3 panels)
     """
+    sweep = table_of(sweep, "table")
+    check_columns(sweep, [*_COLUMNS, "asked", "loss"], "the table of a sweep")
+    check_distinct(sweep, ["hook_name", "asked"], "give the table of one sweep")
+    cells, labels = _labelled(sweep)[[*_DRAWN, "asked", "loss"]], list(by_hook(sweep))
+    cells["asked"] = cells.asked.astype(str)  # plain pandas reads numbers from a file
+    unsteered = cells[cells.coefficient == 0].set_index("layer").projection
+    cells["projection_change"] = cells.projection - cells.layer.map(unsteered)
+    has_unsteered = not unsteered.empty
     shown = (
-        ("projection", "Projection", RESIDUAL),
+        ("projection_change", "Projection: change from unsteered", RESIDUAL)
+        if has_unsteered
+        else ("projection", "Projection", RESIDUAL),
         ("degradation_nats", "Degradation", NATS),
         ("loss", "Loss", "reference form"),
     )
-    columns = ["hook_name", "layer", "coefficient", "coherent", *(name for name, *_ in shown)]
-    check_columns(sweep, columns, "the table of a sweep")
-    check_distinct(sweep, ["hook_name", "coefficient"], "give the table of one sweep")
-    cells, labels = _labelled(sweep)[columns[1:]], list(by_hook(sweep))
-    names = coefficient_labels(sorted(set(cells.coefficient)))
-    cells["coefficient"] = cells.coefficient.map(names)
-    axes = {"x": text("coefficient"), "y": text("layer")}
-    cross = {"type": "point", "shape": CROSS, "stroke": GREY, "size": 16, "strokeWidth": 1.4}
-    dot = {"type": "point", "stroke": GREY, "size": 12, "strokeWidth": 1.4}
-    panels = []
+    names = list(dict.fromkeys(cells.asked))
+    axes = {"x": text("asked"), "y": text("layer")}
+    marks = [
+        layer("cells", mark | ink, axes, where=f"datum.coherent == '{word}'")
+        for word, mark in _MARKS.items()
+        for ink in (_HALO, _DARK)
+    ]
+    panels: list[Spec] = []
     for name, title, unit in shown:
         colours = heat_map(
             "cells",
             cells[name],
             unit,
-            x=("coefficient", list(names.values()), COEFFICIENT),
+            x=("asked", names, COEFFICIENT),
             y=("layer", labels, "layer"),
             reach=_reach(cells[name].to_numpy(dtype=float), name),
-            is_diverging=name == "degradation_nats",
+            is_diverging=name in ("degradation_nats", "projection_change"),
         )
-        crosses = layer("cells", cross, axes, where="datum.coherent == 'no'")
-        dots = layer("cells", dot, axes, where="datum.coherent == 'undecided'")
-        size = (280, max(240, 12 * len(labels)))
-        panels.append(panel([colours, crosses, dots], title=title, size=size))
+        if name == "projection_change":
+            colours["encoding"]["tooltip"].append(number("projection", format=".4~g"))
+        colours["encoding"]["opacity"] = choose(f"!isValid(picked_layer) || {PICKED}", 1, 0.25)
+        size = (240, max(240, 12 * len(labels)))
+        choice = [] if panels else [layer_choice(labels)]
+        panels.append(panel([colours, *marks], title=title, size=size, params=choice))
     caption = (
-        "Every cell of the sweep: mean projection at the readout hook (residual units), loss of "
-        "logprob (nats per token; positive is worse) and the loss in its reference form. A cross "
-        "marks a cell beyond the budget, a circle an undecided one; colours stop at the 95th "
-        "percentile of degradation and loss. Undefined cells are empty."
+        "Every cell of the sweep: mean projection at the readout hook (residual units), as its "
+        "change from the unsteered model's where coefficient 0 was measured, loss of logprob (nats "
+        "per token; positive is worse) and the loss in its reference form. A cross marks a cell "
+        "beyond the budget, a circle an undecided one; colours stop at the 95th percentile of the "
+        "sizes. Undefined cells are empty. A click picks a layer."
     )
     return make_figure("Every cell", caption, {"cells": cells}, panels, columns=3)
 
@@ -172,57 +245,50 @@ def _reach(values: Float[np.ndarray, "cell"], name: str) -> tuple[float, float] 
     if name == "projection" or not known.size:
         return None
     cut = float(np.quantile(np.abs(known), 0.95)) or float(np.abs(known).max())
-    return (-cut, cut) if name == "degradation_nats" else (min(float(known.min()), cut), cut)
+    return (min(float(known.min()), cut), cut) if name == "loss" else (-cut, cut)
 
 
-def coefficient_labels(coefficients: Sequence[float]) -> dict[float, str]:
-    """Each coefficient as text: six digits, or all of them where six tell some not apart."""
-    short = {c: f"{c:g}" for c in coefficients}
-    return short if len(set(short.values())) == len(short) else {c: repr(c) for c in coefficients}
-
-
-def dose_response(sweep: pd.DataFrame) -> Figure:
+def dose_response(sweep: Tabular) -> Figure:
     """Projection and degradation against the coefficient, with intervals, one curve a layer.
 
-    Takes the table of a sweep. Intervals are its 95% intervals over groups of pairs. Raises
-    `InputError` when the table is not that of a sweep.
+    Takes what `sweep` gave, or its table. Intervals are its 95% intervals over groups of pairs.
+    Raises `InputError` when the table is not that of a sweep.
 
     Examples:
         >>> result = sl.sweep(model, pairs, directions, layers=[1, 2], coefficients=[-4, 0, 4])
-        >>> sl.plots.dose_response(result.table)
+        >>> sl.plots.dose_response(result)
         Figure('Dose and response', 2 panels)
     """
+    sweep = table_of(sweep, "table")
     parts = (
         ("projection", "projection", PROJECTION),
         ("degradation_nats", "degradation", f"degradation ({NATS})"),
     )
     intervals = [f"{name}_ci_{end}" for _, name, _ in parts for end in ("low", "high")]
-    columns = ["hook_name", "layer", "coefficient", *(name for name, *_ in parts), *intervals]
-    check_columns(sweep, columns, "the table of a sweep")
-    panels = []
+    check_columns(sweep, [*_COLUMNS, *intervals], "the table of a sweep")
+    cells = _labelled(sweep)[[*_DRAWN, *intervals]]
+    panels: list[Spec] = []
     for column, name, title in parts:
-        choice, ends = f"layers_{name}", [f"{name}_ci_low", f"{name}_ci_high"]
-        colour, chosen = layer_colour(list(by_hook(sweep)), choice)
+        ends = [f"{name}_ci_low", f"{name}_ci_high"]
         x = number("coefficient", COEFFICIENT, scale={"nice": False, "padding": 8})
         y: Spec = {"title": title, "scale": {"zero": False}}
-        area = {"y": number(ends[0], **y), "y2": {"field": ends[1]}}
-        shown = {"tooltip": tooltip("layer", "coefficient", numbers=[column, *ends])}
-        line = {"y": number(column, **y), "opacity": chosen_opacity(choice, 1.0), **shown}
-        axes = {"x": x, "color": colour}
-        curves = [
-            zero_line("x"),
-            layer(
-                "cells",
-                {"type": "area"},
-                axes | area | {"fillOpacity": chosen_opacity(choice, 0.18)},
-            ),
-            layer("cells", {"type": "line", "point": {"size": 14}}, axes | line),
-        ]
-        panels.append(panel(curves, size=(420, 320), zoom=f"zoom_{name}", params=[chosen]))
+        area = {"x": x, "y": number("low", **y), "y2": {"field": "high"}, "detail": text("layer")}
+        shown = tooltip("layer", "coefficient", numbers=[column, *ends])
+        axes = {"x": x, "y": number(column, **y), "tooltip": shown}
+        band = {"type": "area", "fillOpacity": 0.25, "color": GREY}
+        # Without width where no layer is picked: without rows Vega would warn of it.
+        picked = layer("cells", band, area)
+        for end, field in zip(("low", "high"), ends, strict=True):
+            width = f"{PICKED} ? datum['{field}'] : datum['{column}']"
+            picked["transform"].append({"calculate": width, "as": end})
+        drawn = [zero_line("x"), picked, *_curves(axes, cells)]
+        choice = [] if panels else [layer_choice(list(by_hook(sweep)))]
+        panels.append(panel(drawn, size=(420, 320), zoom=f"zoom_{name}", params=choice))
     caption = (
         "Mean projection at the readout hook (residual units) and loss of logprob (nats per token) "
-        "at every coefficient, one curve a layer; areas are 95% intervals over groups of "
-        "pairs."
+        "at every coefficient, one curve a layer; the area of a picked layer is its 95% interval "
+        "over groups of pairs. " + _STANDOUT
     )
-    tables = {"cells": _labelled(sweep)[columns[1:]]}
-    return make_figure("Dose and response", caption, tables, panels, columns=2, is_one_legend=True)
+    return make_figure(
+        "Dose and response", caption, {"cells": cells}, panels, columns=2, is_one_legend=True
+    )

@@ -27,8 +27,10 @@ NEEDED: Mapping[str, Needed] = MappingProxyType(
         "compare": Needed(
             ("comparison", "summary"), {"budget": str, "on": str, "measured_on": dict}
         ),
-        "circuits": Needed(("writers", "readers", "claims"), {"coefficient": (int, float)}),
+        "circuits": Needed(("writers", "readers", "claims"), {"coefficient": (int, float, str)}),
         "geometry": Needed(("shape",), {}),
+        "behave": Needed(("behaviour",), {"samples": int}),
+        "recommend": Needed(("recommendation", "candidates"), {"budget": str}),
     }
 )
 COMMANDS = tuple(NEEDED)
@@ -40,7 +42,8 @@ class TableContent:
     """A table of some command: its title, what a row is, and its columns.
 
     `by` is the column whose largest values, in size, a report shows of a long table; `rest` is what
-    further columns are, where their names depend on the run.
+    further columns are, where their names depend on the run; `main` are the columns that a report
+    shows at first, the first of them all where it names none.
     """
 
     title: str
@@ -48,6 +51,7 @@ class TableContent:
     columns: tuple[Column, ...]
     by: str = ""
     rest: Column | None = None
+    main: tuple[str, ...] = ()
 
     def columns_of(self, names: Sequence[str]) -> tuple[Column, ...]:
         """The columns of a file whose first line is `names`."""
@@ -61,9 +65,9 @@ class TableContent:
         )
 
 
-_EFFECTS = (Column("id", "str", "", "the item"),)
 _AN_EFFECT = Column("", "float64", "nats per token", "change of the gap by this method and hook")
 _COLUMNS: Mapping[str, tuple[Column, ...]] = {  # until `tables` has them by file name
+    "effects": (Column("id", "str", "", "the item"),),
     "summary": tables.SUMMARY_COLUMNS,
     "comparison": tables.COMPARISON_COLUMNS,
     "methods": tables.METHOD_COLUMNS,
@@ -85,17 +89,20 @@ _COLUMNS: Mapping[str, tuple[Column, ...]] = {  # until `tables` has them by fil
     "tokens": tables.TOKEN_COLUMNS,
     "segments": tables.SEGMENT_COLUMNS,
     "joint": tables.JOINT_COLUMNS,
+    "behaviour": tables.BEHAVIOUR_COLUMNS,
+    "recommendation": tables.RECOMMENDATION_COLUMNS,
+    "candidates": tables.CANDIDATE_COLUMNS,
 }
 
 
 def _read_tables() -> dict[str, TableContent]:
     text = files("steerlens.runs").joinpath("tables.csv").read_text(encoding="utf-8")
-    return {
-        name: TableContent(title, row, _EFFECTS, by, rest=_AN_EFFECT)
-        if name == "effects"
-        else TableContent(title, row, _COLUMNS[name], by)
-        for name, title, row, by in list(csv.reader(text.splitlines()))[1:]
-    }
+    contents = {}
+    for line in csv.DictReader(text.splitlines(), restval=""):
+        name, rest = line["name"], _AN_EFFECT if line["name"] == "effects" else None
+        columns, main = _COLUMNS[name], tuple(line["main"].split())
+        contents[name] = TableContent(line["title"], line["row"], columns, line["by"], rest, main)
+    return contents
 
 
 TABLES: Mapping[str, TableContent] = MappingProxyType(_read_tables())

@@ -25,6 +25,7 @@ from steerlens.files import (
     write_json,
     write_whole,
 )
+from steerlens.models.hooks import is_head
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.runs.contents import PAGES, TABLES
 from steerlens.steering import SteeringVector
@@ -42,8 +43,10 @@ FORMAT = 2
 RUN_FILES = (
     *(f"{name}.csv" for name in TABLES),
     "sweep.parquet",
+    "generations.jsonl",
     *(f"{page}.html" for page in ("components", "graph", *PAGES)),
     REPORT,
+    "recommendation.json",
     "directions.safetensors",
     "vector.safetensors",
     RECORD,
@@ -166,6 +169,8 @@ def write_run(
     seconds: float,
     forward_equivalents: float | None = None,
     pages: Mapping[str, str] = MappingProxyType({}),
+    lines: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+    answers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     warnings: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> None:
@@ -173,11 +178,12 @@ def write_run(
 
     Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
     (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
-    of several, or the `vector.safetensors` that was measured; each of `pages` as `NAME.html`; and
-    `run.json`, with the sha256 and size of each of those files, the rows and attrs of each table,
-    the seconds and, where they are counted, the forward-equivalents spent, the `warnings` given,
-    and the `options` of the command, from which it can be run again. In the record None stands for
-    NaN, "inf" and "-inf" for themselves, as JSON has neither.
+    of several, or the `vector.safetensors` that was measured; each of `pages` as `NAME.html`, of
+    `lines` as `NAME.jsonl`, of `answers` as `NAME.json`; and `run.json`, with the sha256 and size
+    of each of those files, the rows and attrs of each table, the seconds and, where they are
+    counted, the forward-equivalents spent, the `warnings` given, and the `options` of the command,
+    from which it can be run again. In the record None stands for NaN, "inf" and "-inf" for
+    themselves, as JSON has neither.
 
     Raises `FileError` when a file cannot be written.
     """
@@ -185,7 +191,8 @@ def write_run(
     if isinstance(directions, Directions):
         by_name = {"directions": partial(write_directions, directions)}
     elif isinstance(directions, SteeringVector):
-        by_name = {"vector": partial(_write_vector, directions)}
+        content = directions.to_bytes()
+        by_name = {"vector": lambda path: path.write_bytes(content)}
     else:
         by_name = {
             f"directions-{name}": partial(write_directions, fitted)
@@ -199,7 +206,15 @@ def write_run(
             if name == "sweep"
         },
         **{f"{name}.safetensors": write for name, write in by_name.items()},
-        **{f"{name}.html": partial(_write_text, page) for name, page in pages.items()},
+        **{
+            f"{name}.html": partial(Path.write_text, data=page, encoding="utf-8")
+            for name, page in pages.items()
+        },
+        **{
+            f"{name}.jsonl": partial(Path.write_text, data=_jsonl(rows), encoding="utf-8")
+            for name, rows in lines.items()
+        },
+        **{f"{name}.json": partial(write_json, answer) for name, answer in answers.items()},
     }
     try:
         files = {name: _write_summed(folder / name, write) for name, write in writers.items()}
@@ -286,11 +301,14 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
             names = (*hook_names, *fitted["readout_hooks"])
             if set(names) != set(file.keys()):
                 raise ValueError("it has other hooks")
-            vectors = torch.stack([file.get_tensor(name) for name in names])
+            rows = [file.get_tensor(name) for name in names]
+        # The readouts of heads have another width.
+        n_alike = len(hook_names) if is_head(names[0]) else len(rows)
         return Directions(
             hook_names=tuple(hook_names),
             readout_names=tuple(fitted["readout_hooks"]),
-            vectors=vectors,
+            vectors=torch.stack(rows[:n_alike]),
+            readout_vectors=torch.stack(rows[n_alike:]) if rows[n_alike:] else None,
             method=fitted["method"],
             position=fitted["position"],
             seed=fitted["seed"],
@@ -303,9 +321,5 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
         raise FileError(f"{str(path)!r} holds no directions of this run ({error})") from error
 
 
-def _write_vector(vector: SteeringVector, path: Path) -> None:
-    path.write_bytes(vector.to_bytes())
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(without_nan(dict(row)), ensure_ascii=False) + "\n" for row in rows)

@@ -5,10 +5,7 @@ In `parts/` of the run folder: `_request.json`, what was asked for, with which t
 for everything that is finished, each written whole and once.
 """
 
-import hashlib
-import json
 import os
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,10 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from steerlens.directions.directions import Directions
-from steerlens.engine.checkpoint import UNSTEERED, Kept, Tensors, digest
+from steerlens.engine.checkpoint import Kept
 from steerlens.errors import FileError, SteerlensError
 from steerlens.files import (
     PROBE,
@@ -31,6 +26,18 @@ from steerlens.files import (
     temporary_name,
     write_json,
     write_whole,
+)
+from steerlens.runs.part_files import (
+    DIRECTIONS,
+    TENSORS,
+    checksum,
+    is_file,
+    is_own,
+    others_in,
+    part_file,
+    read_rows,
+    read_tensors,
+    write_tensors,
 )
 from steerlens.runs.record import (
     PARTS,
@@ -48,12 +55,6 @@ from steerlens.runs.record import (
     write_directions,
 )
 from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
-
-DIRECTIONS = "_directions.safetensors"
-_TENSORS = re.compile(rf"(?:{UNSTEERED})?[0-9a-f]{{64}}\.safetensors")
-_PART = re.compile(
-    rf"{re.escape(STARTED)}|{re.escape(DIRECTIONS)}|[0-9]{{4,}}\.parquet|{_TENSORS.pattern}"
-)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def read_started(folder: Path) -> Started | None:
             f"{str(path)!r} is not the record of an unfinished run ({error}); choose another --out "
             "or move it away"
         ) from error
-    has_part = tuple(name for i, name in enumerate(names) if _part(folder, i).exists())
-    n_parts = sum(_TENSORS.fullmatch(path.name) is not None for path in inside.iterdir())
+    has_part = tuple(name for i, name in enumerate(names) if part_file(folder, i).exists())
+    n_parts = sum(TENSORS.fullmatch(path.name) is not None for path in inside.iterdir())
     return Started(record["request"], record["options"], record["versions"], has_part, n_parts)
 
 
@@ -172,7 +173,7 @@ class Parts:
         path = self._path(name)
         if not path.exists():
             return None
-        read = _read_rows if path.suffix == ".parquet" else _read_tensors
+        read = read_rows if path.suffix == ".parquet" else read_tensors
         found = read(path, name)
         if found is None:
             message = f"{str(path)!r} is damaged; what it held is run again"
@@ -207,15 +208,15 @@ class Parts:
         path = self._path(name)
         if path.suffix == ".parquet":
             frame = to_frame(kept.rows, SWEEP_COLUMNS, attrs)
-            frame.attrs["sha256"] = _checksum(frame)
+            frame.attrs["sha256"] = checksum(frame)
             self._write(path, partial(write_parquet, frame))
         else:
-            self._write(path, partial(_write_tensors, kept.tensors, attrs))
+            self._write(path, partial(write_tensors, kept.tensors, attrs))
 
     def _path(self, name: str) -> Path:
         """A table where the name is that of a hook."""
         if name in self._hook_names:
-            return _part(self._folder, self._hook_names.index(name))
+            return part_file(self._folder, self._hook_names.index(name))
         return self._folder / PARTS / f"{name}.safetensors"
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
@@ -294,7 +295,7 @@ def _clear(folder: Path) -> None:
         if left and left["name"] == PARTS:
             _remove_folder(path)
         # A report is written by another command, which may be at it.
-        elif left and _is_left(left["name"]) and _is_file(path):
+        elif left and _is_left(left["name"]) and is_file(path):
             with suppress(OSError):
                 path.unlink()
 
@@ -307,57 +308,19 @@ def _remove_parts(folder: Path) -> None:
     """Remove the parts, if they are of a run; what else lies among them stays."""
     inside = folder / PARTS
     with suppress(OSError):
-        if _is_own(inside / STARTED) and not _others(inside):
+        if is_own(inside / STARTED) and not others_in(inside):
             gone = temporary_name(inside)  # so that a kill leaves no half of them under their name
             inside = inside.rename(gone)
-    if _is_own(inside / STARTED):
+    if is_own(inside / STARTED):
         _remove_folder(inside)
 
 
 def _remove_folder(folder: Path) -> None:
     with suppress(OSError):
         if not folder.is_symlink():
-            for path in [path for path in folder.iterdir() if _is_own(path)]:
+            for path in [path for path in folder.iterdir() if is_own(path)]:
                 path.unlink()
             folder.rmdir()
-
-
-def _others(inside: Path) -> list[str]:
-    """What in a folder of parts is not of this program; the folder itself where it is a link."""
-    if inside.is_symlink() or not inside.is_dir():
-        return [inside.name]
-    return sorted(path.name for path in inside.iterdir() if not _is_own(path))
-
-
-def _is_own(path: Path) -> bool:
-    """Whether a file among the parts is this program's: by its name and by what is in it."""
-    left = TEMPORARY.fullmatch(path.name)
-    name = left["name"] if left else path.name
-    if path.parent.is_symlink() or not _is_file(path) or not _PART.fullmatch(name):
-        return False
-    if left:  # it may be cut off anywhere
-        return True
-    if name == STARTED:
-        with suppress(ValueError):
-            return bool(read_record(path))
-        return False
-    if name == DIRECTIONS:
-        return _has_directions(path)
-    return (_read_tensors if _TENSORS.fullmatch(name) else _read_rows)(path) is not None
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
-
-
-def _has_directions(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "steerlens" in (file.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
 
 
 def _has_parts(inside: Path) -> bool:
@@ -369,10 +332,7 @@ def _has_work(inside: Path) -> bool:
 
 
 def _is_worth_keeping(folder: Path, error: BaseException) -> bool:
-    """Whether there is something to go on with: no request that failed before its first part.
-
-    Or tables, which without a record are known by the request of the parts alone.
-    """
+    """Whether there is something to go on with, or tables that only the request makes known."""
     inside = folder / PARTS
     if _has_parts(inside) or isinstance(error, FileError):
         return True
@@ -393,7 +353,7 @@ def _check_new(folder: Path, request: Mapping[str, Any]) -> None:
     is_begun = started is not None and not differences(started.request, request)
     check_run_folder(folder, request, is_begun=is_begun)
     if os.path.lexists(inside):
-        others = _others(inside) if (inside / STARTED).exists() else [PARTS]
+        others = others_in(inside) if (inside / STARTED).exists() else [PARTS]
         if others:
             raise FileError(
                 f"{str(folder)!r} holds {', '.join(others)}, not of a run, where the parts of this "
@@ -431,53 +391,3 @@ def _check_same(folder: Path, request: Mapping[str, Any]) -> None:
             f"the unfinished run in {str(folder)!r} was begun with other {', '.join(changed)}; go "
             "on as it was begun, or start again in another --out"
         )
-
-
-def _part(folder: Path, index: int) -> Path:
-    return folder / PARTS / f"{index:04d}.parquet"
-
-
-def _read_rows(path: Path, hook_name: str = "") -> tuple[Kept, dict[str, Any]] | None:
-    """A part that is a table (at that hook), and its attrs; None if it is not what was written."""
-    try:
-        frame = pd.read_parquet(path, engine="pyarrow")
-        written = frame.attrs.pop("sha256")
-        is_whole = written == _checksum(frame) and hook_name in ("", frame.attrs["hook_name"])
-    # Whatever pyarrow makes of damaged bytes: its errors share no base class.
-    except Exception:
-        return None
-    rows: Any = frame.to_dict("records")
-    attrs: Any = frame.attrs
-    return (Kept(rows=tuple(rows), blocks=attrs["blocks"]), attrs) if is_whole else None
-
-
-def _read_tensors(path: Path, name: str = "") -> tuple[Kept, dict[str, Any]] | None:
-    """A part that is tensors, and its attrs; None when they are not what was written."""
-    from safetensors.torch import load
-
-    try:
-        content = path.read_bytes()
-        size = int.from_bytes(content[:8], "little")
-        said = json.loads(content[8 : 8 + size])["__metadata__"]
-        attrs, tensors = json.loads(said["attrs"]), load(content)
-        is_whole = said["sha256"] == digest(attrs, sorted(tensors.items()))
-        kept = Kept(tensors=tensors, record=attrs["record"], blocks=attrs["blocks"])
-    # Whatever safetensors makes of damaged bytes.
-    except Exception:
-        return None
-    return (kept, attrs) if is_whole and name in ("", attrs["hook_name"]) else None
-
-
-def _write_tensors(tensors: Tensors, attrs: Mapping[str, Any], path: Path) -> None:
-    from safetensors.torch import save
-
-    # Views of one tensor are written each for itself.
-    apart = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    plain = json.loads(json.dumps(attrs))
-    metadata = {"attrs": json.dumps(plain), "sha256": digest(plain, sorted(apart.items()))}
-    path.write_bytes(save(apart, metadata))
-
-
-def _checksum(frame: pd.DataFrame) -> str:
-    text = frame.to_csv(index=False) + json.dumps(frame.attrs, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,13 @@ from steerlens.steering.apply import Steerable, steer, steps
 from steerlens.steering.cache_positions import Positions
 from steerlens.steering.coefficients import Calibration, Coefficient, parse_coefficient
 from steerlens.steering.conditions import Condition, condition_accuracy, fit_condition
-from steerlens.steering.generation import decoded, generate, generate_tokens
+from steerlens.steering.generation import (
+    Generated,
+    decoded,
+    generate,
+    generate_texts,
+    generate_tokens,
+)
 from steerlens.steering.operators import (
     OPERATORS,
     Ablate,
@@ -25,6 +31,7 @@ __all__ = [
     "Clamp",
     "Coefficient",
     "Condition",
+    "Generated",
     "Operator",
     "Origin",
     "Positions",
@@ -35,6 +42,7 @@ __all__ = [
     "decoded",
     "fit_condition",
     "generate",
+    "generate_texts",
     "generate_tokens",
     "operator_of",
     "parse_coefficient",

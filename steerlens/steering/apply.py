@@ -13,10 +13,10 @@ from steerlens.engine.positions import markers_of, parse_steered
 from steerlens.engine.workload import LARGEST_PUSH
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.hooks import HookFunction, at_head, hooked
 from steerlens.models.weight_processing import check_processing
 from steerlens.steering.cache_positions import (
-    NAMES,
+    POSITION_NAMES,
     Positions,
     Watch,
     check_positions,
@@ -139,7 +139,8 @@ def step_hooks(
             "a condition on the prompt must know which tokens are the prompt's: use `with "
             "steer(model, vector, coefficient):`"
         )
-    return _gated(acts, condition, None, None if mask is None else _exactly(mask))
+    hooks = _gated(acts, condition, None, None if mask is None else _exactly(mask))
+    return [at_head(*hook) for hook in hooks]
 
 
 @checked
@@ -210,7 +211,7 @@ def _exactly(mask: Tensor) -> Any:
 
 
 def _at_positions(model: HookedModel, passes: Watch, positions: Positions) -> Any:
-    names = parse_steered(positions, NAMES) if isinstance(positions, str) else ()
+    names = parse_steered(positions, POSITION_NAMES) if isinstance(positions, str) else ()
     thinks = any(term.name in ("think", "answer") for term in names)
     markers = markers_of(model.tokenizer) if thinks else None
     return lambda activation, hook: passes.now(activation, hook).mask(positions, markers)

@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from inspect import isgeneratorfunction
 from typing import Any, TypeAlias
 
@@ -25,7 +25,7 @@ thinking, by its markers (see `set_rendering`); several joined by +, "last+gener
 over the prompt's tokens (padding included). A name means the same tokens with and without a KV
 cache."""
 
-NAMES = ("all", "prompt", "generated", "last", "continuation", "own", "think", "answer")
+POSITION_NAMES = ("all", "prompt", "generated", "last", "continuation", "own", "think", "answer")
 
 _NOTHING = object()
 _GENERATE = ("generate", "hf_generate", "generate_stream")
@@ -63,7 +63,9 @@ class Pass:
             chosen = torch.zeros_like(self.real)
             chosen[:, : self.n_prompt] = positions.cpu()
         else:
-            named = [self._named(term, markers) for term in parse_steered(positions, NAMES)]
+            named = [
+                self._named(term, markers) for term in parse_steered(positions, POSITION_NAMES)
+            ]
             chosen = torch.stack(named).any(dim=0)
         return chosen[:, self.n_before :]
 
@@ -170,10 +172,11 @@ class Watch:
 def check_positions(positions: Positions) -> None:
     """Raise `InputError` when positions are neither known names nor a bool mask."""
     if isinstance(positions, str):
-        parse_steered(positions, NAMES)
+        parse_steered(positions, POSITION_NAMES)
     elif not (isinstance(positions, Tensor) and positions.dtype == torch.bool):
         raise InputError(
-            f"positions are {', '.join(NAMES)} or a mask (a bool tensor), not {positions!r}"
+            f"positions are {', '.join(POSITION_NAMES)} or a mask (a bool tensor), not "
+            f"{positions!r}"
         )
 
 
@@ -200,13 +203,23 @@ def watch(model: HookedModel) -> Iterator[Watch]:
     """
     passes = Watch()
     inner: Any = weight_module(model)  # the Hugging Face model inside a Bridge
+    noting = _noting(model, inner.forward, passes)
+    with _all_generate(model, partial(_generating, passes)), replaced(inner, "forward", noting):
+        yield passes
+
+
+@contextmanager
+def _all_generate(
+    model: HookedModel, wrapped: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Every way to generate of the model, and of the one inside it, `wrapped` inside the block."""
     with ExitStack() as stack:
-        for owner in dict.fromkeys((model, inner)):
+        for owner in dict.fromkeys((model, weight_module(model))):
             for name in _GENERATE:
                 if hasattr(owner, name):
-                    stack.enter_context(_replaced(owner, name, _generating(owner, name, passes)))
-        stack.enter_context(_replaced(inner, "forward", _noting(model, inner.forward, passes)))
-        yield passes
+                    method = wrapped(getattr(owner, name))
+                    stack.enter_context(replaced(owner, name, method))
+        yield
 
 
 def _noting(model: HookedModel, forward: Callable[..., Any], passes: Watch) -> Callable[..., Any]:
@@ -267,15 +280,13 @@ def warning_of_padding(model: HookedModel) -> Iterator[None]:
     It goes on behind the padding, which is no text of any prompt.
     """
     pad = getattr(model.tokenizer, "pad_token_id", None)
-    outer: list[str] = []
+    outer: list[Callable[..., Any]] = []
 
-    def checking(owner: Any, name: str) -> Callable[..., Any]:
-        method = getattr(owner, name)
-
+    def checking(method: Callable[..., Any]) -> Callable[..., Any]:
         def check(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if not outer and _ends_in_padding(_prompt(args, kwargs), kwargs, pad):
                 warnings.warn(
-                    f"the prompts given to {name} are padded on the right, and a model writes on "
+                    "the prompts given to generate are padded on the right, and a model writes on "
                     "behind the padding; pad them on the left, with their attention mask",
                     UserWarning,
                     stacklevel=3,
@@ -283,7 +294,7 @@ def warning_of_padding(model: HookedModel) -> Iterator[None]:
 
         def generate(*args: Any, **kwargs: Any) -> Any:
             check(args, kwargs)
-            outer.append(name)  # one way to generate may call another
+            outer.append(method)  # one way to generate may call another
             try:
                 return method(*args, **kwargs)
             finally:
@@ -295,11 +306,7 @@ def warning_of_padding(model: HookedModel) -> Iterator[None]:
 
         return stream if isgeneratorfunction(method) else generate
 
-    with ExitStack() as stack:
-        for owner in dict.fromkeys((model, weight_module(model))):
-            for name in _GENERATE:
-                if hasattr(owner, name):
-                    stack.enter_context(_replaced(owner, name, checking(owner, name)))
+    with _all_generate(model, checking):
         yield
 
 
@@ -314,9 +321,8 @@ def _ends_in_padding(prompt: Any, kwargs: Mapping[str, Any], pad: int | None) ->
     return bool(is_padding.any()) and not bool(is_padding.all())
 
 
-def _generating(model: Any, name: str, passes: Watch) -> Callable[..., Any]:
-    """The model's way to generate of that name; inside it the first pass is the prompt."""
-    method = getattr(model, name)
+def _generating(passes: Watch, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A way to generate, inside which the first pass is the prompt."""
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if passes.is_generating:  # one way to generate that calls another
@@ -358,12 +364,8 @@ def _prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def _replaced(model: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of this one model, in front of its class's, inside the block.
-
-    Blocks may end in another order than they began: one that ended is passed through until all
-    behind it have.
-    """
+def replaced(model: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of this one model inside the block; blocks may end in any order."""
     value.steerlens_before = vars(model).get(name, _NOTHING)
     object.__setattr__(model, name, value)
     try:

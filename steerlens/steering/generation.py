@@ -1,49 +1,92 @@
-"""Greedy continuations under steering, one prompt or a batch."""
+"""Texts written under steering: one prompt, or prompts x coefficients x samples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 
+import numpy as np
 from torch import Tensor
 
-from steerlens.engine.continuations import continue_prompts, until_end
-from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.data.prompts import Prompt
+from steerlens.engine.batches import rows_per_pass
+from steerlens.engine.continuations import check_room, continue_prompts, end_tokens, until_end
+from steerlens.engine.memory import in_slices
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
+from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.steering.apply import Steerable, steer
-from steerlens.steering.cache_positions import Positions
+from steerlens.models.loading import inference
+from steerlens.models.weight_processing import check_processing
+from steerlens.progress import Progress, by_default, silent
+from steerlens.steering.apply import Steerable, steer, steps
+from steerlens.steering.cache_positions import Positions, check_positions
 from steerlens.steering.coefficients import Coefficient
-from steerlens.validation import Whole, checked
+from steerlens.steering.decoding import (
+    Job,
+    Row,
+    batches_of,
+    can_decode,
+    decode,
+    drawing,
+    is_on_one_side,
+    is_proved,
+    rows_at_once,
+)
+from steerlens.validation import Count, Whole, checked
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was written after a prompt (its place in the list) under a coefficient.
+
+    `seed` is that of the row's own generator, None where it is greedy. `ids` ends before the token
+    that ends a text; `ended` says whether one came.
+    """
+
+    prompt: int
+    coefficient: Coefficient
+    sample: int
+    seed: int | None
+    ids: tuple[int, ...]
+    ended: bool
 
 
 @checked
 def generate(
     model: HookedModel,
-    prompt: TokenizedPrompt,
+    prompt: Prompt | TokenizedPrompt,
     vector: Steerable | Mapping[str, Tensor],
     coefficient: Coefficient,
     *,
-    max_new_tokens: Whole,
+    max_new_tokens: Whole = 40,
     positions: Positions = "all",
+    progress: Progress | None = None,
 ) -> str:
     """The greedy continuation of `prompt` under `steer`, as text without special tokens.
 
     Args:
         model: any `HookedModel`.
-        prompt: as from `tokenize_prompt`.
+        prompt: text, chat messages, or as from `tokenize_prompt`.
         vector: a `SteeringVector`, or plain directions by hook name, to be added.
         coefficient: how strongly, as in `Coefficient`; 0 is the model as it is.
         max_new_tokens: where it ends, unless the end-of-text token comes first.
         positions: which tokens are steered (see `Positions`), by default all.
+        progress: told of the tokens; by default a bar in a terminal or a notebook.
 
     Raises:
         InputError, HookError: as `generate_tokens`.
 
     Examples:
-        >>> prompt = sl.engine.tokenize_prompt(model, "the river was")
-        >>> text = sl.generate(model, prompt, vector, 4, max_new_tokens=5)
+        >>> text = sl.generate(model, "the river was", vector, 4, max_new_tokens=5)
         >>> len(text.split()) <= 5
         True
     """
+    if not isinstance(prompt, TokenizedPrompt):
+        prompt = tokenize_prompt(model, prompt)
     (generated,) = generate_tokens(
-        model, [prompt], vector, coefficient, max_new_tokens=max_new_tokens, positions=positions
+        *(model, [prompt], vector, coefficient),
+        max_new_tokens=max_new_tokens,
+        positions=positions,
+        progress=by_default(progress),
     )
     return decoded(model, generated)
 
@@ -63,6 +106,7 @@ def generate_tokens(
     *,
     max_new_tokens: Whole,
     positions: Positions = "all",
+    progress: Progress = silent,
 ) -> list[tuple[int, ...]]:
     """The token ids that `generate` adds to each of some prompts, run together.
 
@@ -70,12 +114,179 @@ def generate_tokens(
 
     Args:
         prompts: as from `tokenize_prompt`; the others as in `generate`.
+        progress: told of the tokens; by default nobody.
 
     Raises:
         InputError: there are no prompts, no tokens are asked for, the longest prompt with them
             would not fit the model's context; and as `steer`.
         HookError: as `steer`.
     """
-    with steer(model, vector, coefficient, positions=positions):
-        rows = continue_prompts(model, prompts, max_new_tokens=max_new_tokens)
-    return [until_end(row, model) for row in rows]
+    texts = generate_texts(
+        *(model, prompts, vector, [coefficient]),
+        max_new_tokens=max_new_tokens,
+        positions=positions,
+        batch_size=max(1, len(prompts)),
+        progress=progress,
+    )
+    return [text.ids for text in texts]
+
+
+@checked
+def generate_texts(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    vector: Steerable | Mapping[str, Tensor],
+    coefficients: Sequence[Coefficient],
+    *,
+    max_new_tokens: Whole,
+    samples: Count = 1,
+    seed: Whole | None = None,
+    positions: Positions = "all",
+    batch_size: Count | None = None,
+    progress: Progress | None = None,
+) -> list[Generated]:
+    """What the model writes after each prompt, steered by each coefficient.
+
+    Args:
+        model: any `HookedModel`.
+        prompts: as from `tokenize_prompt`; what is continued is the prompt, not a continuation.
+        vector: a `SteeringVector`, or plain directions by hook name, to be added.
+        coefficients: how strongly, each as in `Coefficient`; 0 is the model as it is.
+        max_new_tokens: where a text ends, unless an end-of-text token comes first.
+        samples: texts of each prompt and coefficient; more than 1 need a `seed`.
+        seed: draws from the model's own distribution. A row's generator is seeded from it, the
+            prompt's place and the sample, so that all coefficients share their random numbers and
+            neither other rows nor the batch size matter. None, the default, is greedy.
+        positions: which tokens are steered (see `Positions`), by default all.
+        batch_size: rows that run together; by default as many as keep the model's device busy.
+        progress: told of the tokens, after every pass; by default nobody.
+
+    Returns:
+        One `Generated` a text: by prompt, then by coefficient, then by sample.
+
+    Raises:
+        InputError: there are no prompts, coefficients or tokens asked for, several samples have no
+            seed, the longest prompt with the new tokens would not fit the model's context; and as
+            `steer`.
+        HookError: as `steer`.
+
+    All rows run together, with one cache of keys and values, where the model is a Bridge without
+    hooks of others. One coefficient after another runs under `steer`, to the same texts, where that
+    is not so: on a `HookedTransformer`; where the vector has a condition, or thinking decides what
+    is steered; where a model keeps more than keys and values of what it has read (Mamba, linear
+    attention), or rotates short and long texts differently and these are both.
+    """
+    check_room(model, prompts, max_new_tokens)
+    if not coefficients:
+        raise InputError("expected coefficients, got none; [0] is the model as it is")
+    if samples > 1 and seed is None:
+        raise InputError(
+            f"{samples} samples without a seed would be the same greedy text; give a seed"
+        )
+    check_positions(positions)
+    check_processing(model, vector)
+    width = max(len(prompt.prompt) for prompt in prompts)
+    expected = (len(prompts), width)
+    if isinstance(positions, Tensor) and tuple(positions.shape) != expected:
+        raise InputError(
+            f"the mask has shape {tuple(positions.shape)}, but the prompts are {expected} "
+            "(prompts, tokens), padded on the left"
+        )
+    pushes = [steps(vector, coefficient) for coefficient in coefficients]
+    job = Job([prompt.prompt for prompt in prompts], pushes, positions, max_new_tokens)
+    places = list(product(range(len(prompts)), range(len(coefficients)), range(samples)))
+    rows = [
+        Row(prompt, push, None if seed is None else row_seed(seed, prompt, sample))
+        for prompt, push, sample in places
+    ]
+    tell, total, done = progress or silent, len(rows) * max_new_tokens, 0
+
+    def told(n_tokens: int) -> None:
+        nonlocal done
+        before, done = done, min(done + n_tokens, total - 1)
+        if done > before:
+            tell("tokens", done, total)
+
+    tell("tokens", 0, total)
+    written: Mapping[int, Sequence[int]] = {}
+    if not (getattr(vector, "condition", None) and any(pushes)) and can_decode(model, job):
+        written = _together(model, job, rows, batch_size, told)
+    if not written:
+        written = _apart(model, prompts, vector, coefficients, job, rows, batch_size, told)
+    tell("tokens", total, total)
+    ends = end_tokens(model)
+    return [
+        Generated(
+            prompt=prompt,
+            coefficient=coefficients[push],
+            sample=sample,
+            seed=row.seed,
+            ids=tuple(token for token in written[i] if token not in ends),
+            ended=written[i][-1] in ends,
+        )
+        for i, ((prompt, push, sample), row) in enumerate(zip(places, rows, strict=True))
+    ]
+
+
+def _together(
+    model: HookedModel, job: Job, rows: Sequence[Row], size: int | None, told: Callable[[int], None]
+) -> dict[int, list[int]]:
+    """The ids of every row, by its place; none where they would not be the model's own."""
+    written: dict[int, list[int]] = {}
+    for places in batches_of(job, rows, size or rows_at_once(model, job)):
+        batch = [rows[place] for place in places]
+
+        def run(part: slice, batch: Sequence[Row] = batch) -> list[list[int]]:
+            return decode(model, job, batch[part], told)
+
+        texts = [ids for part in in_slices(len(batch), len(batch), run) for ids in part]
+        if not is_proved(model, job, batch, texts):
+            return {}
+        written.update(zip(places, texts, strict=True))
+    return written
+
+
+def _apart(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    vector: Steerable | Mapping[str, Tensor],
+    coefficients: Sequence[Coefficient],
+    job: Job,
+    rows: Sequence[Row],
+    size: int | None,
+    told: Callable[[int], None],
+) -> dict[int, tuple[int, ...]]:
+    """The same by `steer` and the model's own `generate`, one coefficient after another."""
+    lengths = [len(prompt.prompt) for prompt in prompts]
+    size = size or rows_per_pass(model, max(lengths) + job.max_new_tokens)
+    if not is_on_one_side(model, job):  # each has to cross at its own length
+        size = 1
+    written: dict[int, tuple[int, ...]] = {}
+    for push, coefficient in enumerate(coefficients):
+        of_push = [place for place, row in enumerate(rows) if row.push == push]
+        for first in range(0, len(of_push), size):
+            places = of_push[first : first + size]
+            batch = [rows[place] for place in places]
+            positions = job.positions
+            if isinstance(positions, Tensor):
+                width = max(lengths[row.prompt] for row in batch)
+                positions = positions[[row.prompt for row in batch], -width:]
+            with (
+                inference(model),  # which may look at the model: before anything is changed
+                steer(model, vector, coefficient, positions=positions),
+                drawing(model, [row.seed for row in batch]),
+            ):
+                texts = continue_prompts(
+                    model,
+                    [prompts[row.prompt] for row in batch],
+                    max_new_tokens=job.max_new_tokens,
+                )
+            told(len(places) * job.max_new_tokens)
+            ended = (until_end(ids, model, with_end=True) for ids in texts)
+            written.update(zip(places, ended, strict=True))
+    return written
+
+
+def row_seed(seed: int, prompt: int, sample: int) -> int:
+    """The seed of a row's own generator: the same for all coefficients."""
+    return int(np.random.SeedSequence((seed, prompt, sample)).generate_state(1)[0])

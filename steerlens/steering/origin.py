@@ -88,6 +88,17 @@ class Origin:
         """The fields as a plain dict."""
         return asdict(self)
 
+    def combined(self, other: "Origin", how: str) -> "Origin":
+        """That of what is made of both: `how` has a place for each where they differ."""
+
+        def both(field: str) -> str:
+            values = getattr(self, field), getattr(other, field)
+            return values[0] if values[0] == values[1] else how.format(*values)
+
+        hashes = tuple(dict.fromkeys(self.pair_hashes + other.pair_hashes))
+        fields = {f: both(f) for f in ("method", "dataset", "pairs", "position", "seed")}
+        return replace(self, pair_hashes=hashes, **fields)
+
     def differences(self, other: "Origin") -> list[str]:
         """What tells the models of two origins apart, in words; what is not known differs not."""
         return self.provenance.differences(other.provenance)

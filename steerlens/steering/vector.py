@@ -1,8 +1,6 @@
 """The steering vector: directions with operator, scale, calibration and origin."""
 
 import hashlib
-import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,19 +11,25 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.directions.directions import UNIT_TOLERANCE, Directions, Frozen
-from steerlens.errors import HookError, InputError, told
+from steerlens.directions.directions import Directions, Frozen, rows_at, some_rows
+from steerlens.errors import InputError, told
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, Layers, hook_layer, resolve_hooks
-from steerlens.models.identity import provenance
-from steerlens.models.weight_processing import UNKNOWN, check_processing, check_same, processing_of
+from steerlens.models.hooks import (
+    HookFunction,
+    Layers,
+    check_one_width,
+    resid_post,
+    resolve_hooks,
+    width_name,
+)
+from steerlens.models.weight_processing import UNKNOWN, check_same, processing_of
+from steerlens.steering import vector_checks, vector_file
 from steerlens.steering.apply import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
 from steerlens.steering.operators import Add, Operator, is_finite
 from steerlens.steering.origin import Origin
-from steerlens.steering.vector_file import decode, encode, fields_of, record_of, write_named
-from steerlens.tables import MAX_LINE, fragment, hook_label, shortened
+from steerlens.tables import MAX_LINE, shortened
 from steerlens.validation import checked
 
 
@@ -72,36 +76,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = {len(self.hook_names), len(self.directions), len(self.scale)}
-        if (
-            len(sizes) > 1
-            or not self.hook_names
-            or len(set(self.hook_names)) < len(self.hook_names)
-        ):
-            raise InputError(
-                f"expected one direction and scale for each of some different hooks, got "
-                f"{len(self.hook_names)} names, {len(self.directions)} directions and "
-                f"{len(self.scale)} scales"
-            )
-        for name, norm in zip(self.hook_names, self.directions.norm(dim=-1).tolist(), strict=True):
-            if not abs(norm - 1) < UNIT_TOLERANCE:
-                raise InputError(f"the direction at {name} has norm {norm:.6g}; expected 1")
-            try:
-                hook_layer(name)
-            except HookError as error:
-                raise InputError(f"a vector acts inside blocks: {error}") from error
-        if not bool((self.scale.isfinite() & (self.scale > 0)).all()):
-            raise InputError(f"scales must be finite and above 0, got {self.scale.tolist()}")
-        if {len(self.hook_names)} != self.calibration.lengths:
-            raise InputError(
-                f"expected a calibration of {len(self.hook_names)} hooks, got one of "
-                f"{sorted(self.calibration.lengths)}"
-            )
-        if self.condition is not None and len(self.condition.direction) != self.d_model:
-            raise InputError(
-                f"the condition's direction has {len(self.condition.direction)} numbers, the "
-                f"vector's {self.d_model}"
-            )
+        vector_checks.check_parts(self)
 
     @classmethod
     def from_directions(
@@ -143,6 +118,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
         missing = [name for name in names if name not in directions]
         if missing:
             raise InputError(f"there is no direction at {', '.join(missing)}; fit one there")
+        check_one_width(names)
         origin = Origin.of(model, directions, dataset=dataset)
         if layer_table is not None:
             check_same(
@@ -171,8 +147,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
             vectors: hook name -> one row of numbers; its norm becomes the scale.
             origin: where they come from, by default unknown.
 
-        Raises:
-            InputError: a vector is zero, not finite, or not one row of numbers.
+        Raises `InputError` of a vector that is zero, not finite, or not one row of numbers.
 
         Examples:
             >>> rows = {"blocks.2.hook_resid_post": torch.tensor([3.0, 4.0])}
@@ -188,6 +163,40 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
         return cls._from_rows(tuple(vectors), torch.stack(rows), origin or Origin(), unknown)
 
     @classmethod
+    def from_tensor(
+        cls,
+        tensor: Float[Tensor, " d_model"],
+        *,
+        layer: int | str,
+        model: HookedModel | None = None,
+    ) -> "SteeringVector":
+        """A steering vector of one tensor, its norm the scale.
+
+        Args:
+            tensor: one row of numbers.
+            layer: the block after which it acts, or the name of a hook.
+            model: the model it is for, which the vector then records, and to which a layer below 0
+                and the width belong. Default: not known.
+
+        Raises:
+            InputError: as `from_vectors`; a tensor of another width than the model's.
+            HookError: the model has no such hook.
+
+        Examples:
+            >>> sl.SteeringVector.from_tensor(directions[2], layer=2, model=model)
+            SteeringVector(add, unknown on unknown, blocks.2.hook_resid_post, d_model 32)
+        """
+        name = resid_post(layer) if isinstance(layer, int) else layer
+        if model is None:
+            return cls.from_vectors({name: tensor})
+        (name,) = resolve_hooks(model, [layer] if isinstance(layer, int) else layer)
+        if len(tensor) != model.cfg.d_model:
+            raise InputError(
+                f"the tensor has {len(tensor)} numbers, this model d_model {model.cfg.d_model}"
+            )
+        return cls.from_vectors({name: tensor}, origin=Origin.of_model(model))
+
+    @classmethod
     def _from_rows(
         cls,
         hook_names: tuple[str, ...],
@@ -196,21 +205,14 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
         calibration: Calibration,
         condition: Condition | None = None,
     ) -> "SteeringVector":
-        scale = rows.double().norm(dim=-1)
-        for name, size in zip(hook_names, scale.tolist(), strict=True):
-            if not (math.isfinite(size) and size > 0):
-                raise InputError(
-                    f"the vector at {name} has norm {size:.6g}, so it has no direction"
-                )
-        unit = (rows.double() / scale[:, None]).float()
-        return cls(hook_names, unit, scale.float(), calibration, condition=condition, origin=origin)
+        unit, scale = vector_checks.unit_rows(hook_names, rows)
+        return cls(hook_names, unit, scale, calibration, condition=condition, origin=origin)
 
-    # A mapping of the directions
-
-    def __getitem__(self, hook_name: str) -> Float[Tensor, " d_model"]:
-        if hook_name not in self.hook_names:
-            raise KeyError(hook_name)
-        return self.directions[self.hook_names.index(hook_name)]
+    def __getitem__(self, hook: str | int) -> Float[Tensor, " d_model"]:
+        rows = rows_at(self.hook_names, hook)
+        if len(rows) != 1:
+            raise KeyError(hook)
+        return self.directions[rows[0]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.hook_names)
@@ -228,23 +230,13 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
     def __repr__(self) -> str:
         hooks = self.hook_names[0] if len(self) == 1 else f"{len(self)} hooks"
         condition = "" if self.condition is None else f", {self.condition!r}"
+        width = width_name(self.hook_names)
         origin = f"{shortened(self.origin.method)} on {shortened(self.origin.dataset)}"
-        line = f"{self.operator.name}, {origin}, {hooks}, d_model {self.d_model}{condition}"
+        line = f"{self.operator.name}, {origin}, {hooks}, {width} {self.d_model}{condition}"
         return shortened(f"SteeringVector({line})", MAX_LINE)
 
     def _repr_html_(self) -> str:
-        known = self.calibration
-        columns = {
-            "layer": [hook_label(name) for name in self.hook_names],
-            "scale": self.scale.tolist(),
-            "resid norm": known.resid_norm.tolist(),
-            "boundary -": known.boundary_neg.tolist(),
-            "boundary +": known.boundary_pos.tolist(),
-        }
-        about = [repr(self), f"model {shortened(self.origin.model)}"]
-        about += [f"boundary of {shortened(known.budget)} on {shortened(known.text)} text"]
-        about += ["all hooks pushed at once"] if known.is_joint else []
-        return fragment(about, pd.DataFrame(columns), note="residual units")
+        return vector_file.shown(self)
 
     @property
     def weight_processing(self) -> str:
@@ -253,7 +245,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
 
     @property
     def d_model(self) -> int:
-        """The length of each direction."""
+        """The length of each direction; at heads that is d_head."""
         return int(self.directions.shape[1])
 
     @property
@@ -264,8 +256,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
     @property
     def fingerprint(self) -> str:
         """The sha256 of all that decides what it does: not of calibration and origin."""
-        unknown = Calibration.unknown(len(self))
-        bare = replace(self, calibration=unknown, origin=Origin())
+        bare = replace(self, calibration=Calibration.unknown(len(self)), origin=Origin())
         return hashlib.sha256(bare.to_bytes()).hexdigest()
 
     @property
@@ -286,29 +277,15 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
             layer_table: `layers` of `Study(model, pairs, vector).boundary()`. Several hooks were
                 pushed at once, and "80%" moves each by 80% of what it was pushed by then.
 
-        Raises:
-            InputError: the table is another vector's, or the vector does not add.
+        Raises `InputError` where the table is another vector's, or the vector does not add.
         """
-        self._check_add("a share of the boundary", self)
+        vector_checks.check_added("a share of the boundary", self)
         measured = Calibration.of_vector(self.fingerprint, self.scale, layer_table)
         return replace(self, calibration=measured)
 
     def at(self, *hooks: str | int) -> "SteeringVector":
         """The part at some hooks, given by name or by block. Raises `InputError` on others."""
-        kept: list[int] = []
-        for hook in hooks:
-            rows = [
-                row
-                for row, name in enumerate(self.hook_names)
-                if hook == name or (isinstance(hook, int) and hook_layer(name) == hook)
-            ]
-            if not rows:
-                raise InputError(
-                    f"the vector has no hook {told(hook)}; it has {', '.join(self.hook_names)}"
-                )
-            kept += [row for row in rows if row not in kept]
-        if not kept:
-            raise InputError("give at least one hook name or block")
+        kept = some_rows(self.hook_names, hooks)
         return replace(
             self,
             hook_names=tuple(self.hook_names[row] for row in kept),
@@ -316,8 +293,6 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
             scale=self.scale[kept],
             calibration=self.calibration.take(kept),
         )
-
-    # Applying
 
     def fwd_hooks(
         self, coefficient: Coefficient, *, mask: Bool[Tensor, "prompt token"] | None = None
@@ -340,8 +315,6 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
         """
         return step_hooks(steps(self, coefficient), self.condition, mask=mask)
 
-    # Combining
-
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
         """The sum at every hook, its boundary unknown.
 
@@ -358,7 +331,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
             raise InputError(
                 f"a vector is scaled by a finite number that is not 0, not {told(factor)}"
             )
-        self._check_add("scaling", self)
+        vector_checks.check_added("scaling", self)
         sign = 1 if factor > 0 else -1
         return replace(
             self,
@@ -401,94 +374,42 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
     def _combined(
         self, other: "SteeringVector", combine: Callable[[Tensor, Tensor], Tensor], how: str
     ) -> "SteeringVector":
-        self._check_match(other)
-        mine, theirs = self.origin, other.origin
-
-        def both(field: str) -> str:
-            values = getattr(mine, field), getattr(theirs, field)
-            return values[0] if values[0] == values[1] else how.format(*values)
-
-        hashes = tuple(dict.fromkeys(mine.pair_hashes + theirs.pair_hashes))
-        fields = {f: both(f) for f in ("method", "dataset", "pairs", "position", "seed")}
+        vector_checks.check_alike(self, other)
         return self._from_rows(
             self.hook_names,
             combine(self.rows, other.rows),
-            replace(mine, pair_hashes=hashes, **fields),
+            self.origin.combined(other.origin, how),
             self.calibration.without_boundary(),
             self.condition,
         )
 
-    def _check_match(self, other: "SteeringVector") -> None:
-        if self.hook_names != other.hook_names:
-            mine, theirs = set(self.hook_names), set(other.hook_names)
-            if mine == theirs:
-                raise InputError("the vectors have the same hooks in another order: use .at(...)")
-            raise InputError(
-                "the vectors have other hooks: only the first has "
-                f"{', '.join(sorted(mine - theirs)) or 'none'}, only the second "
-                f"{', '.join(sorted(theirs - mine)) or 'none'}; take the same part of both with "
-                ".at(...), in the same order"
-            )
-        self._check_add("combining", other)
-        if self.d_model != other.d_model:
-            raise InputError(f"the vectors have d_model {self.d_model} and {other.d_model}")
-        check_same(
-            "the first vector was fitted on a model",
-            self.weight_processing,
-            "that of the second",
-            other.weight_processing,
-        )
-        differences = self.origin.differences(other.origin)
-        if differences:
-            raise InputError(f"the vectors are of different models: other {'; '.join(differences)}")
-        if self.condition != other.condition:
-            raise InputError(
-                f"the vectors have other conditions: {self.condition} and {other.condition}"
-            )
-
-    def _check_add(self, doing: str, other: "SteeringVector") -> None:
-        names = {self.operator.name, other.operator.name}
-        if names != {Add.name}:
-            raise InputError(
-                f"{doing} is for vectors that are added, not for {', '.join(sorted(names))}"
-            )
-
-    # Files
-
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the metadata inside.
 
-        Raises:
-            InputError: the name does not end in .safetensors, or cannot be written.
+        Raises `InputError` where the name does not end in .safetensors, or cannot be written.
         """
-        write_named(path, ".safetensors", lambda whole: whole.write_bytes(self.to_bytes()))
+        vector_file.write_named(
+            path, ".safetensors", lambda whole: whole.write_bytes(self.to_bytes())
+        )
 
     def to_bytes(self) -> bytes:
         """The content of the file that `save` writes."""
-        tensors, record = self.to_record()
-        return encode(tensors, record)
+        return vector_file.encode(*self.to_record())
 
     def to_record(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors by name, and everything else as plain values."""
-        return record_of(self)
+        return vector_file.record_of(self)
 
     @classmethod
     def from_record(
         cls, tensors: Mapping[str, Tensor], record: Mapping[str, Any]
     ) -> "SteeringVector":
-        """The inverse of `to_record`.
-
-        Raises:
-            InputError: what does not fit.
-        """
+        """The inverse of `to_record`. Raises `InputError` of what does not fit."""
         try:
-            return cls(**fields_of(tensors, record))
+            return cls(**vector_file.fields_of(tensors, record))
         except InputError:
             raise
-        except (
-            *(KeyError, TypeError, ValueError, RuntimeError, AttributeError),
-            OverflowError,
-        ) as error:
+        except Exception as error:  # a record may hold anything in any place
             raise InputError(
                 f"the record of the steering vector does not fit: {type(error).__name__}: {error}"
             ) from error
@@ -501,12 +422,11 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
             path: of the file.
             model: see that the vector fits it (`check_model`); by default that is not checked.
 
-        Raises:
-            InputError: the file cannot be read whole, was changed, or is a pickle.
+        Raises `InputError` where the file cannot be read whole, was changed, or is a pickle.
         """
         path = Path(path)
         try:
-            vector = cls.from_record(*decode(path))
+            vector = cls.from_record(*vector_file.decode(path))
         except InputError as error:
             raise InputError(f"cannot load {str(path)!r}: {error}") from error
         if model is not None:
@@ -516,41 +436,14 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
     def check_model(self, model: HookedModel) -> None:
         """See that the vector fits `model`; warns when weights, tokenizer or template are others.
 
-        Raises:
-            InputError: d_model differs, a hook does not exist there, or the model's weights were
-                processed in another way.
+        Raises `InputError` where d_model differs, a hook does not exist there, or the model's
+        weights were processed in another way.
         """
-        if int(model.cfg.d_model) != self.d_model:
-            raise InputError(
-                f"the vector has d_model {self.d_model}, the model {model.cfg.d_model}; it was "
-                f"made on {self.origin.model!r}"
-            )
-        missing = [name for name in self.touched if name not in model.hook_dict]
-        if missing:
-            raise InputError(
-                f"the model has no hook {', '.join(missing)} (it has {model.cfg.n_layers} layers); "
-                f"the vector was made on {self.origin.model!r}"
-            )
-        check_processing(model, self)
-        here = provenance(model, fingerprints=True)
-        for difference in self.origin.provenance.differences(here):
-            warnings.warn(
-                f"the vector was made elsewhere: other {difference}; its effect may be another",
-                UserWarning,
-                stacklevel=2,
-            )
+        vector_checks.check_fits(self, model)
 
     def describe(self) -> dict[str, str]:
         """Operator, condition, what the boundary was measured with, and the known origin.
 
         Without the pairs' hashes.
         """
-        hidden = (UNKNOWN, self.origin.pair_hashes)
-        origin = {n: v for n, v in self.origin.to_dict().items() if v not in hidden}
-        together = ", all hooks pushed at once" if self.calibration.is_joint else ""
-        return {
-            "operator": str(self.operator),
-            "condition": str(self.condition),
-            "boundary": f"{self.calibration.budget}, on {self.calibration.text} text{together}",
-            **origin,
-        }
+        return vector_file.described(self)

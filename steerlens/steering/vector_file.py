@@ -1,4 +1,4 @@
-"""The file of a steering vector: safetensors, with everything else as JSON in its metadata."""
+"""What a steering vector is outside a program: bytes of a file, words, a table of a notebook."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -19,10 +20,12 @@ from steerlens.files import (
     without_nan,
     write_whole,
 )
+from steerlens.models.weight_processing import UNKNOWN
 from steerlens.steering.coefficients import Calibration
 from steerlens.steering.conditions import Condition
 from steerlens.steering.operators import operator_of, operator_record
 from steerlens.steering.origin import Origin
+from steerlens.tables import fragment, hook_label, shortened
 
 FORMAT = "steerlens steering vector"
 FORMAT_VERSION = 1
@@ -180,3 +183,32 @@ def checksum(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def described(vector: Any) -> dict[str, str]:
+    """`SteeringVector.describe`."""
+    origin, known = vector.origin, vector.calibration
+    hidden = (UNKNOWN, origin.pair_hashes)
+    together = ", all hooks pushed at once" if known.is_joint else ""
+    return {
+        "operator": str(vector.operator),
+        "condition": str(vector.condition),
+        "boundary": f"{known.budget}, on {known.text} text{together}",
+        **{name: text for name, text in origin.to_dict().items() if text not in hidden},
+    }
+
+
+def shown(vector: Any) -> str:
+    """A vector as a notebook shows it."""
+    origin, known = vector.origin, vector.calibration
+    columns = {
+        "layer": [hook_label(name) for name in vector.hook_names],
+        "scale": vector.scale.tolist(),
+        "resid norm": known.resid_norm.tolist(),
+        "boundary -": known.boundary_neg.tolist(),
+        "boundary +": known.boundary_pos.tolist(),
+    }
+    about = [repr(vector), f"model {shortened(origin.model)}"]
+    about += [f"boundary of {shortened(known.budget)} on {shortened(known.text)} text"]
+    about += ["all hooks pushed at once"] if known.is_joint else []
+    return fragment(about, pd.DataFrame(columns), note="residual units")

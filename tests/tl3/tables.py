@@ -78,7 +78,9 @@ def main(folder: Path) -> None:
     for name, table in measure(model).items():
         write_csv(table, folder / f"{name}.csv")
     (folder / "tokens.txt").write_text(token_ids(model), encoding="utf-8")
-    (folder / "model_class.txt").write_text(sl.provenance(model).model_class, encoding="utf-8")
+    (folder / "model_class.txt").write_text(
+        sl.models.provenance(model).model_class, encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

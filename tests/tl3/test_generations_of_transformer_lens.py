@@ -47,7 +47,7 @@ def test_a_folder_becomes_a_hooked_transformer(tmp_path: Path, build: Any, name:
     assert (logits(model) - logits(build(seed=1))).abs().max() > 0.1
     ids = model.tokenizer("the river walk", add_special_tokens=False)["input_ids"]
     assert ids == [4, 6, 7] or len(ids) == 3
-    told = sl.provenance(model)
+    told = sl.models.provenance(model)
     assert (told.model_class, told.weight_processing) == ("HookedTransformer", "none")
     assert (told.source, told.name) == ("folder", str(folder))
     assert "unknown" not in told.to_dict().values()
@@ -113,7 +113,7 @@ def test_names_that_are_no_folder_go_to_transformer_lens(monkeypatch: pytest.Mon
     assert calls == [(("gpt2-small",), {**options, "hf_model": hf_model})]
     sl.load_model("solu-1l", device="cpu", progress=False)  # in a format of its own
     assert calls[1:] == [(("solu-1l",), options)]
-    assert (sl.provenance(model).source, sl.provenance(model).revision) == ("hub", "main")
+    assert (sl.models.provenance(model).source, sl.provenance(model).revision) == ("hub", "main")
 
 
 # Tables

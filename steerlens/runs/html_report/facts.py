@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from steerlens.errors import HookError
+from steerlens.files import without_nan
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.html_report.numbers import short
@@ -26,6 +27,7 @@ def facts(run: Run) -> Html:
         ("cost", _cost(run)),
         ("finished", str(run.record["finished"]).replace("T", " ").replace("+00:00", " UTC")),
         ("machine", _pairs(run.record["machine"].items())),
+        ("files", joined(*(element("code", name) for name in run.record["files"]), by=", ")),
         ("versions", _pairs(run.record["versions"].items())),
     ]
     listed = (joined(element("dt", name), element("dd", value)) for name, value in rows)
@@ -96,7 +98,11 @@ def _cost(run: Run) -> str:
 
 
 def _pairs(items: Iterable[tuple[str, Any]]) -> Html:
-    pairs = (joined(f"{name.replace('_', ' ')} ", element("code", _text(v))) for name, v in items)
+    pairs = (
+        joined(f"{name.replace('_', ' ')} ", element("code", _text(v)))
+        for name, v in items
+        if v is not None
+    )
     return joined(*pairs, by="; ")
 
 
@@ -110,7 +116,7 @@ def _attrs(run: Run) -> Html:
     """The attrs of the tables, one record for tables that share it."""
     records: dict[str, list[str]] = {}
     for name, table in run.tables.items():
-        text = json.dumps(table.attrs, indent=1, ensure_ascii=False)
+        text = json.dumps(without_nan(table.attrs), indent=1, ensure_ascii=False)
         records.setdefault(text, []).append(f"{name}.csv")
     shown = [
         joined(element("p", f"{', '.join(names)}:"), element("pre", text))

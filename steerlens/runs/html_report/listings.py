@@ -1,7 +1,8 @@
 """Tables and texts as HTML: units and meanings in the head, texts side by side."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -9,9 +10,11 @@ import pandas as pd
 from steerlens.models.hooks import resid_post
 from steerlens.runs.contents import TableContent
 from steerlens.runs.html_report.markup import Html, element, joined
-from steerlens.runs.html_report.numbers import MINUS, decimals_for, fixed, short, signed
-from steerlens.tables import Column
+from steerlens.runs.html_report.numbers import MINUS, decimals_for, fixed, in_words, short, signed
+from steerlens.tables import Column, hook_label
 
+MAX_COLUMNS = 8
+"""Columns that are shown at first where a table names none."""
 MAX_ROWS = 600
 """Rows of a table that are shown; of a longer one, the largest by `TableContent.by`."""
 _NUMBERS = ("float64", "int64")
@@ -29,14 +32,55 @@ _ENDS = {
 }
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A column of the page: a value, and the columns of its interval's ends where it has one."""
+
+    value: Column
+    ends: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The value's."""
+        return self.value.name
+
+    @property
+    def names(self) -> list[str]:
+        """Of all that a cell holds."""
+        return [self.name, *self.ends]
+
+    @property
+    def class_(self) -> str | None:
+        """Numbers stand to the right."""
+        return "n" if self.value.dtype in _NUMBERS else None
+
+
+def with_intervals(columns: Sequence[Column]) -> list[Shown]:
+    """The columns, those of an interval's ends joined to that of the value which they are of."""
+    named = {column.name: column for column in columns}
+    ends: dict[str, tuple[str, ...]] = {}
+    for at, column in enumerate(columns):
+        name = column.name
+        kinds = (f"{name.removesuffix('_nats')}_ci", f"{name}_ci", name)
+        if name == "ci_low":  # of the nearest column before it that has its unit
+            of = next((c.name for c in columns[at - 1 :: -1] if c.unit == column.unit), None)
+            ends |= {of: ("ci_low", "ci_high")} if of else {}
+        for kind in kinds:
+            if {f"{kind}_low", f"{kind}_high"} <= named.keys():
+                ends[name] = (f"{kind}_low", f"{kind}_high")
+    joined_ends = {end for pair in ends.values() for end in pair}
+    return [Shown(c, ends.get(c.name, ())) for c in columns if c.name not in joined_ends]
+
+
 def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -> Html:
     """One table with its title, what is the same in every row, notes, and the columns' meanings.
 
-    `name` is its file's, `ident` begins the ids of its elements.
+    `name` is its file's, `ident` begins the ids of its elements. The columns that are not the main
+    ones are hidden until they are asked for.
     """
     rows = _largest(table, content)
     columns = content.columns_of([str(n) for n in table.columns])
-    empty, same, shown = _split(rows, columns)
+    empty, same, shown = _split(rows, with_intervals(columns))
     notes = [_about(name, table, rows, content)]
     if len(rows) > 1 and _are_block_outputs(rows):
         shown = [column for column in shown if column.name != "hook_name"]
@@ -48,14 +92,25 @@ def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -
     if empty:
         names = joined(*(element("code", column.name) for column in empty), by=", ")
         notes.append(joined("Without a value in this run: ", names, "."))
-    body, has_gaps = _body(rows, shown)
+    main = _main(shown, content)
+    body, has_gaps = _body(rows, shown, main)
+    if any(column.ends for column in shown):
+        notes.append(joined("In parentheses: from the lower to the upper end of the interval."))
     if has_gaps:
         notes.append(joined("An empty cell is undefined."))
-    head = element("thead", element("tr", *(_heading(column) for column in shown)))
+    headings = (_heading(column, is_hidden=column.name not in main) for column in shown)
+    head = element("thead", element("tr", *headings))
     title = f"{ident}-title"
     grid = element(
         "div",
-        element("table", head, element("tbody", body), class_="sortable", aria_labelledby=title),
+        element(
+            "table",
+            head,
+            element("tbody", body),
+            class_="sortable",
+            data_file=name,
+            aria_labelledby=title,
+        ),
         class_="scroll",
         tabindex=0,
         role="region",
@@ -70,6 +125,12 @@ def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -
         class_="table",
         id=ident,
     )
+
+
+def _main(shown: Sequence[Shown], content: TableContent) -> set[str]:
+    """Names of the columns that are shown at first."""
+    names = [column.name for column in shown]
+    return {name for name in names if name in content.main} or {*names[:MAX_COLUMNS]}
 
 
 def _are_block_outputs(rows: pd.DataFrame) -> bool:
@@ -98,61 +159,96 @@ def _about(name: str, table: pd.DataFrame, rows: pd.DataFrame, content: TableCon
 
 
 def _split(
-    rows: pd.DataFrame, columns: tuple[Column, ...]
-) -> tuple[list[Column], list[Column], list[Column]]:
+    rows: pd.DataFrame, columns: Sequence[Shown]
+) -> tuple[list[Shown], list[Shown], list[Shown]]:
     """The columns without a value, those with one value in every row, and the others."""
     empty, same, shown = [], [], []
     for column in columns:
-        values = rows[column.name]
-        if column.dtype == "float64" and values.isna().all():
+        values = rows[column.names]
+        if column.value.dtype == "float64" and values.isna().all(axis=None):
             empty.append(column)
-        elif len(rows) > 1 and values.nunique(dropna=False) == 1:
+        elif len(rows) > 1 and len(values.drop_duplicates()) == 1:
             same.append(column)
         else:
             shown.append(column)
     return empty, same, shown
 
 
-def _the_same(column: Column, rows: pd.DataFrame) -> Html:
+def _the_same(column: Shown, rows: pd.DataFrame) -> Html:
     first = rows.head(1)
     records: list[Any] = first.to_dict("records")
-    decimals = decimals_for(first[column.name]) if column.dtype == "float64" else 0
-    text, _ = _cell(column, records[0][column.name], decimals, _searched(rows.attrs, records[0]))
-    unit = f" {column.unit}" if column.unit and column.dtype in _NUMBERS else ""
-    return joined(element("code", column.name), " ", text, unit)
+    decimals = _decimals(first, column)
+    text, _ = _cell(column, records[0], decimals, _searched(rows.attrs, records[0]))
+    has_unit = column.value.unit and column.class_
+    unit = f" {column.value.unit}" if has_unit else ""
+    return joined(element("code", column.name), " ", text or "undefined", unit)
 
 
-def _heading(column: Column) -> Html:
-    name = element("abbr", column.name.replace("_", " "), title=column.meaning)
-    unit = [element("small", column.unit, class_="unit")] if column.unit else []
-    class_ = "n" if column.dtype in _NUMBERS else None
-    return element("th", name, *unit, scope="col", class_=class_)
+def _heading(column: Shown, *, is_hidden: bool) -> Html:
+    name = element("abbr", column.name.replace("_", " "), title=in_words(column.value.meaning))
+    unit = [element("small", column.value.unit, class_="unit")] if column.value.unit else []
+    return element(
+        "th",
+        name,
+        *unit,
+        scope="col",
+        class_=column.class_,
+        data_names=" ".join(column.names),
+        hidden=is_hidden,
+    )
 
 
-def _body(rows: pd.DataFrame, columns: list[Column]) -> tuple[Html, bool]:
-    decimals = {c.name: decimals_for(rows[c.name]) for c in columns if c.dtype == "float64"}
+def _decimals(rows: pd.DataFrame, column: Shown) -> int:
+    return decimals_for(rows[column.name]) if column.value.dtype == "float64" else 0
+
+
+def _body(rows: pd.DataFrame, columns: Sequence[Shown], main: set[str]) -> tuple[Html, bool]:
+    decimals = {column.name: _decimals(rows, column) for column in columns}
     lines, has_gaps = [], False
     records: list[Any] = rows.to_dict("records")
     for row in records:
         cells = []
         searched = _searched(rows.attrs, row)
         for column in columns:
-            text, key = _cell(column, row[column.name], decimals.get(column.name, 0), searched)
+            text, key = _cell(column, row, decimals[column.name], searched)
             has_gaps = has_gaps or text == ""
-            class_ = "n" if column.dtype in _NUMBERS else None
-            cells.append(element("td", text, class_=class_, data_v=key))
-        lines.append(element("tr", *cells))
+            ends = " ".join(f"{row[end]:.9g}" for end in column.ends) or None
+            cells.append(
+                element(
+                    "td",
+                    text,
+                    class_=column.class_,
+                    data_v=key,
+                    data_ends=ends,
+                    hidden=column.name not in main,
+                )
+            )
+        layer = hook_label(str(row["hook_name"])) if "hook_name" in row else None
+        lines.append(element("tr", *cells, data_layer=layer))
     return joined(*lines), has_gaps
 
 
 def _cell(
+    column: Shown, row: Mapping[Any, Any], decimals: int, searched: float | None
+) -> tuple[str, str | None]:
+    """A cell's text, its interval in parentheses, and what it is sorted by if that is a number."""
+    value, key = _value(column.value, row[column.name], decimals, searched)
+    ends = [_value(column.value, row[end], decimals, searched)[0] for end in column.ends]
+    if not value or not any(ends) or {*ends} == {value}:
+        return value, key
+    low, high = (end or "undefined" for end in ends)
+    return f"{value} ({low} to {high})", key
+
+
+def _value(
     column: Column, value: Any, decimals: int, searched: float | None
 ) -> tuple[str, str | None]:
-    """A cell's text, and what it is sorted by where that is not the text."""
     if column.dtype == "bool":
         return ("yes" if value else "no"), None
     if column.dtype == "int64":
-        return signed(str(value)), str(value)
+        # What is of no layer or head, as the embedding, has -1 there.
+        is_none = value < 0 and column.name.rpartition("_")[2] in ("layer", "head")
+        return ("", None) if is_none else (signed(str(value)), str(value))
     if column.dtype != "float64":
         return str(value), None
     if math.isnan(value):
@@ -183,7 +279,7 @@ def _meanings(columns: tuple[Column, ...]) -> Html:
     for column in columns:
         unit = [element("span", f" ({column.unit})", class_="unit")] if column.unit else []
         parts.append(element("dt", element("code", column.name), *unit))
-        parts.append(element("dd", column.meaning))
+        parts.append(element("dd", in_words(column.meaning)))
     return element("details", element("summary", "What the columns mean"), element("dl", *parts))
 
 

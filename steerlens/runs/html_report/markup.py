@@ -19,7 +19,8 @@ def element(name: str, *content: str, **attributes: str | int | bool | None) -> 
     attribute without a value; False and None leave it out.
     """
     written = "".join(
-        f" {key.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{_quoted(value)}"')
+        f" {key.rstrip('_').replace('_', '-')}"
+        + ("" if value is True else f'="{html.escape(str(value))}"')
         for key, value in attributes.items()
         if value is not None and value is not False
     )
@@ -31,7 +32,3 @@ def element(name: str, *content: str, **attributes: str | int | bool | None) -> 
 def joined(*content: str, by: str = "") -> Html:
     """Pieces of content one after another, plain text escaped; `by` between them."""
     return Html(by.join(c if isinstance(c, Html) else html.escape(c) for c in content))
-
-
-def _quoted(value: str | int) -> str:
-    return html.escape(str(value))

@@ -34,4 +34,83 @@ function sortable(table) {
     });
   });
 }
-document.querySelectorAll("table.sortable").forEach(sortable);
+// Which columns are shown, and a file of them.
+function choosable(table) {
+  const heads = [...table.tHead.rows[0].cells], rows = () => [...table.tBodies[0].rows];
+  const tools = document.createElement("details"), summary = document.createElement("summary");
+  const say = () => {
+    const n = heads.filter((head) => !head.hidden).length;
+    summary.textContent = `Columns (${n} of ${heads.length}) and files`;
+  };
+  tools.className = "tools";
+  tools.append(summary);
+  heads.forEach((head, column) => {
+    const label = document.createElement("label"), box = document.createElement("input");
+    Object.assign(box, {type: "checkbox", checked: !head.hidden});
+    box.addEventListener("change", () => {
+      for (const cell of [head, ...rows().map((row) => row.cells[column])]) cell.hidden = !box.checked;
+      say();
+    });
+    label.append(box, head.querySelector("abbr").textContent);
+    tools.append(label);
+  });
+  for (const [kind, written] of [["CSV", csv], ["LaTeX", latex]]) {
+    const button = document.createElement("button");
+    Object.assign(button, {type: "button", textContent: kind});
+    button.addEventListener("click", () => {
+      const shown = heads.flatMap((head, column) => head.hidden ? [] : [column]);
+      const link = document.createElement("a");
+      link.href = URL.createObjectURL(new Blob([written(heads, rows(), shown)]));
+      link.download = table.dataset.file + (kind === "CSV" ? ".csv" : ".tex");
+      link.click();
+    });
+    tools.append(button);
+  }
+  const note = document.createElement("small");
+  note.textContent = "Of the columns and rows as they are shown. The run folder has all of "
+    + `${table.dataset.file}.csv; Parquet, where there is one, lies there too.`;
+  tools.append(note);
+  say();
+  table.parentElement.before(tools);
+}
+function csv(heads, rows, shown) {
+  const quoted = (text) => /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  // What a spreadsheet takes for a formula stands behind an apostrophe, as in the run's own files.
+  const safe = (text) => quoted(/^'*[\t\r\n]*[-=+@\uff1d\uff0b\uff0d\uff20]/.test(text) ? `'${text}` : text);
+  const number = (text) => text === "nan" ? "" : (text ?? "").replace("Infinity", "inf");
+  const line = (row) => shown.flatMap((column) => {
+    const {v, ends} = row.cells[column].dataset, isNumber = heads[column].classList.contains("n");
+    const first = isNumber ? number(v) : safe(row.cells[column].textContent);
+    const {length} = heads[column].dataset.names.split(" ");
+    return length === 1 ? [first] : [first, ...ends.split(" ").map(number)];
+  }).join(",");
+  const names = shown.flatMap((column) => heads[column].dataset.names.split(" "));
+  return [names.join(","), ...rows.map(line), ""].join("\n");
+}
+function latex(heads, rows, shown) {
+  const signs = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}",
+    "\u2212": "$-$", "\u221e": "$\\infty$"};
+  const escaped = (text) => text.replace(/[\\~^\u2212\u221e&%$#_{}]/g, (sign) => signs[sign] ?? `\\${sign}`);
+  const line = (cells) => cells.map(escaped).join(" & ") + " \\\\";
+  const columns = shown.map((column) => heads[column].classList.contains("n") ? "r" : "l").join("");
+  const titles = shown.map((column) => heads[column].querySelector("abbr").textContent);
+  const body = rows.map((row) => line(shown.map((column) => row.cells[column].textContent)));
+  return [`\\begin{tabular}{${columns}}`, "\\toprule", line(titles), "\\midrule", ...body,
+    "\\bottomrule", "\\end{tabular}", ""].join("\n");
+}
+// A click on a row picks its layer in the figures of the run, and what is picked there shows here.
+function pickable(table) {
+  const run = table.closest("[data-run]"), rows = [...table.tBodies[0].rows];
+  table.addEventListener("click", ({target}) => {
+    const layer = target.closest("tbody tr")?.dataset.layer;
+    if (layer) run.dispatchEvent(new CustomEvent("pick-layer", {detail: layer}));
+  });
+  run.addEventListener("pick-layer", ({detail: layer}) => {
+    for (const row of rows) row.classList.toggle("picked", row.dataset.layer === layer);
+  });
+}
+for (const table of document.querySelectorAll("table.sortable")) {
+  sortable(table);
+  choosable(table);
+  pickable(table);
+}

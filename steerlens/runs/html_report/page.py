@@ -8,6 +8,7 @@ from steerlens.errors import FileError
 from steerlens.plots import token_table_html
 from steerlens.plots.scripts import FIGURE_STYLE
 from steerlens.runs.contents import TABLES
+from steerlens.runs.html_report.answer import answer
 from steerlens.runs.html_report.facts import facts
 from steerlens.runs.html_report.figures import figures, scripts_and_policy, views
 from steerlens.runs.html_report.listings import generations, listing
@@ -58,6 +59,8 @@ def report(runs: Sequence[Run]) -> str:
         Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         element("title", f"{TITLE}: {', '.join(run.name for run in runs)}"),
         Html(f"<style>{FIGURE_STYLE}{_resource('page.css')}</style>"),
+        # Nobody could ask for the other columns.
+        Html("<noscript><style>th, td { display: table-cell !important }</style></noscript>"),
         by="\n",
     )
     entries = (element("li", element("a", _name(run), href=f"#{name}")) for name, run in named)
@@ -89,7 +92,9 @@ def _name(run: Run) -> str:
 def _section(run: Run, ident: str) -> Html:
     parts = [_part(ident, title, content) for title, content in _contents(run, ident) if content]
     heading = element("h2", _name(run), id=f"{ident}-title")
-    return element("section", heading, *parts, id=ident, aria_labelledby=f"{ident}-title")
+    return element(
+        "section", heading, *parts, id=ident, data_run=True, aria_labelledby=f"{ident}-title"
+    )
 
 
 def _part(ident: str, title: str, content: Html) -> Html:
@@ -108,6 +113,7 @@ def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
         if name in tables
     ]
     return [
+        ("Answer", answer(run)),
         ("Summary", element("ul", *sentences, class_="summary") if sentences else Html("")),
         ("Warnings", joined(*map(_warning, run.record["warnings"]))),
         ("What was run", facts(run)),

@@ -6,7 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from steerlens.runs.html_report.numbers import change, short
+from steerlens.plots.sweeps import furthest_cell
+from steerlens.runs.html_report.numbers import change, short, span
 from steerlens.runs.reading import Run
 from steerlens.tables import hook_label
 
@@ -51,16 +52,14 @@ def _sweep(run: Run) -> Iterator[str]:
     undefined = sum(math.isnan(cell.logprob_nats) for cell in cells)
     if undefined:
         yield f"{undefined} cells are undefined: the model overflowed there."
-    # At a readout the shift is the coefficient itself: it says what was added.
-    downstream = [c for c in within if c.hook_name != c.readout_hook and c.coefficient != 0]
-    if not downstream:
+    row = furthest_cell(run.tables["sweep"])
+    if row is None:
         return
-    row = max(downstream, key=lambda cell: abs(cell.projection_shift))
     yield (
         f"Among those before the readout hook, the projection moves most at layer {row.layer} with "
         f"coefficient {short(row.coefficient)}: by {change(row.projection_shift)} residual units, "
         f"at a degradation of {change(row.degradation_nats)} nats per token "
-        f"(95% interval {change(row.degradation_ci_low)} to {change(row.degradation_ci_high)})."
+        f"(95% interval {span(row.degradation_ci_low, row.degradation_ci_high)})."
     )
     yield (
         "That is the largest of many cells on these pairs, so it is likely smaller on others; "
@@ -127,10 +126,10 @@ def _compare(run: Run) -> Iterator[str]:
         band = f"; 95% of random and of shuffled vectors lie between {ends}"
     yield (
         f"The largest effect is that of {best.method} at layer {best.layer}: "
-        f"{change(best.effect)} nats per token (95% interval {change(best.effect_ci_low)} to "
-        f"{change(best.effect_ci_high)}{band}). Its verdict: {best.verdict}. Its rank is "
-        f"{best.rank} of {len(summary)}, with a 95% interval of {best.rank_low} to "
-        f"{best.rank_high}."
+        f"{change(best.effect)} nats per token (95% interval "
+        f"{span(best.effect_ci_low, best.effect_ci_high)}{band}). Its verdict: "
+        f"{best.verdict}. Its rank is {best.rank} of {len(summary)}, with a 95% "
+        f"interval of {best.rank_low} to {best.rank_high}."
     )
     n_effects = sum(row.verdict == "effect" for row in methods)
     yield f'The verdict is "effect" for {n_effects} of {len(methods)} methods.'
@@ -148,7 +147,7 @@ def _circuits(run: Run) -> Iterator[str]:
     before, behind = (readers.attrs.get(f"metric_{how}") for how in ("unsteered", "steered"))
     if isinstance(before, (int, float)) and isinstance(behind, (int, float)):
         yield (
-            f"At coefficient {short(float(run.request['coefficient']))} the vector moves the "
+            f"At coefficient {run.request['coefficient']} the vector moves the "
             f"answer logit difference from {short(before)} to {short(behind)}."
         )
     if len(writers):
@@ -197,8 +196,55 @@ def _geometry(run: Run) -> Iterator[str]:
         yield f"In the plane of the direction, {', '.join(parts)}."
 
 
+def _recommend(run: Run) -> Iterator[str]:
+    rows = _rows(run.tables["recommendation"])
+    n_pairs = run.tables["candidates"].attrs.get("n_pairs")
+    if not rows or not isinstance(n_pairs, list):
+        return
+    fitted, chosen, confirmed = n_pairs
+    yield (
+        f"Fitted on {fitted} pairs; the layer and the coefficients are chosen on {chosen} others "
+        f"and confirmed on {confirmed} more, and so are items: no group is in two parts."
+    )
+    row = rows[0]
+    yield (
+        f"Among {len(run.tables['candidates'])} layers, layer {row.layer} has the largest weighted "
+        f"effect. Its boundary ({run.request['budget']} on the model's own text) is at "
+        f"{' and '.join(change(of_sign.boundary) for of_sign in rows)} residual units."
+    )
+    yield (
+        f"p ranks the labels among {row.n_null} flips of whole groups, each at its own best layer "
+        f"({row.null_by})."
+    )
+
+
 def _rows(table: pd.DataFrame) -> list[Any]:
     return list(table.itertuples())
+
+
+def _behave(run: Run) -> Iterator[str]:
+    rows = _rows(run.tables["behaviour"])
+    steered = [row for row in rows if row.subject == "steered" and row.coefficient != 0]
+    if not steered:
+        return
+    n_prompts = max(row.n_prompts for row in rows)
+    yield (
+        f"Written after {n_prompts} prompts, {run.request['samples']} texts each at every "
+        "coefficient; shifts are against the unsteered texts of the same prompts."
+    )
+    names = list(dict.fromkeys(row.scorer for row in rows))
+    asked = "concept" if "concept" in names else names[0]
+    for hook_name in dict.fromkeys(row.hook_name for row in steered):
+        here = [row for row in steered if (row.hook_name, row.scorer) == (hook_name, asked)]
+        for row in (here[0], here[-1])[: len(here)]:
+            at = (row.hook_name, row.strength)
+            costs = [r for r in steered if (r.hook_name, r.strength, r.scorer) == (*at, "logprob")]
+            cost = f", their logprob by {change(costs[0].shift)} nats per token" if costs else ""
+            yield (
+                f"At layer {hook_label(hook_name)} with coefficient {row.strength} the {asked} of "
+                f"the texts moves by {change(row.shift)} (95% interval "
+                f"{change(row.shift_ci_low)} to {change(row.shift_ci_high)}){cost}."
+            )
 
 
 _SUMMARIES: Mapping[str, Callable[[Run], Iterator[str]]] = {
@@ -207,4 +253,6 @@ _SUMMARIES: Mapping[str, Callable[[Run], Iterator[str]]] = {
     "compare": _compare,
     "circuits": _circuits,
     "geometry": _geometry,
+    "behave": _behave,
+    "recommend": _recommend,
 }

@@ -1,5 +1,6 @@
-"""Steering vectors in other tools: GGUF control vectors, baked checkpoints, other packages."""
+"""Steering vectors in other tools: GGUF, baked checkpoints, adapters, other packages."""
 
+from steerlens.steering.export.adapters import to_lm_eval, to_peft
 from steerlens.steering.export.gguf_file import from_gguf, to_gguf
 from steerlens.steering.export.huggingface import CARRIERS, bake
 from steerlens.steering.export.other_tools import (
@@ -16,6 +17,8 @@ __all__ = [
     "from_repeng",
     "from_steering_vectors",
     "to_gguf",
+    "to_lm_eval",
+    "to_peft",
     "to_repeng",
     "to_steering_vectors",
 ]

@@ -130,8 +130,7 @@ def from_gguf(path: str | Path) -> SteeringVector:
 
 
 def _rows(tensors: Mapping[str, Any]) -> dict[int, Tensor]:
-    """Rows by block, sorted. Raises `InputError` where a name is no direction.N, or names a block
-    again."""
+    """Rows by block, sorted. Raises `InputError` where a name is no direction.N, or a repeat."""
     rows: dict[int, Tensor] = {}
     for name, row in tensors.items():
         match = _NAME.fullmatch(name)

@@ -48,17 +48,17 @@ class Carrier:
     as_llama: bool = False
 
 
-_LLAMA = "model.layers.{}.mlp.down_proj.bias"
+LLAMA = "model.layers.{}.mlp.down_proj.bias"
 CARRIERS = {
-    "llama": Carrier(_LLAMA, {"mlp_bias": True}),
+    "llama": Carrier(LLAMA, {"mlp_bias": True}),
     "gpt2": Carrier("transformer.h.{}.mlp.c_proj.bias", {}),
     "gpt_neox": Carrier("gpt_neox.layers.{}.mlp.dense_4h_to_h.bias", {}),
     "gptj": Carrier("transformer.h.{}.mlp.fc_out.bias", {}),
     "opt": Carrier("model.decoder.layers.{}.fc2.bias", {}),
     "phi": Carrier("model.layers.{}.mlp.fc2.bias", {}),
-    "qwen2": Carrier(_LLAMA, {"mlp_bias": True, "attention_bias": True}, as_llama=True),
-    "mistral": Carrier(_LLAMA, {"mlp_bias": True}, as_llama=True),
-    "phi3": Carrier(_LLAMA, {"mlp_bias": True}, as_llama=True),
+    "qwen2": Carrier(LLAMA, {"mlp_bias": True, "attention_bias": True}, as_llama=True),
+    "mistral": Carrier(LLAMA, {"mlp_bias": True}, as_llama=True),
+    "phi3": Carrier(LLAMA, {"mlp_bias": True}, as_llama=True),
 }
 """Hugging Face model type -> its carrier: the bias of the MLP's last matrix, which is added to the
 residual stream as it is."""
@@ -115,12 +115,12 @@ def bake(
     if not ablates:
         block_rows(vector, "a bias")
     vector.check_model(model)
-    _check_weights(model)
+    check_weights(model)
     acts = steps(vector, coefficient)
     if not acts:
         raise InputError("coefficient 0 changes nothing to bake; give another one")
     plain, changes = (_ablated if ablates else _added)(model, acts)
-    _check_logits(model, vector, coefficient, plain)
+    check_logits(model, vector, coefficient, plain)
     record = {
         **changes,
         "coefficient": str(coefficient),
@@ -154,7 +154,7 @@ def check_is_new(folder: Path) -> None:
 def _added(model: HookedModel, acts: Sequence[Step]) -> tuple[Any, dict[str, Any]]:
     """The model with what is added in its biases, and what the record says of it."""
     carrier = _carrier(hugging_face_model(model).config)
-    plain = _plain_model(model, carrier.switches, as_llama=carrier.as_llama)
+    plain = plain_model(model, carrier.switches, as_llama=carrier.as_llama)
     weights, added = dict(plain.named_parameters()), {}
     for act in acts:
         bias = carrier.bias.format(hook_layer(act.hook_name))
@@ -174,7 +174,7 @@ def _ablated(model: HookedModel, acts: Sequence[Step]) -> tuple[Any, dict[str, A
     if acts[0].amount != 1 or not bool((cosines.abs() > 1 - 1e-6).all()):
         raise InputError("weights can carry one direction, ablated whole: coefficient 1")
     _check_ablated_everywhere(model, [act.hook_name for act in acts])
-    plain, written = _plain_model(model, {"tie_word_embeddings": False}), []
+    plain, written = plain_model(model, {"tie_word_embeddings": False}), []
     with torch.no_grad():
         for name, part in plain.named_modules():
             if not _WRITERS.search(name):
@@ -207,7 +207,7 @@ def _check_ablated_everywhere(model: HookedModel, hook_names: Sequence[str]) -> 
         )
 
 
-def _check_weights(model: HookedModel) -> None:
+def check_weights(model: HookedModel) -> None:
     """Raise `InputError` unless the model has a checkpoint's own weights, and a tokenizer."""
     wrapped = hugging_face_model(model)
     if wrapped is None or provenance(model).weight_processing != "none":
@@ -281,9 +281,7 @@ def _split(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
     return found
 
 
-def _plain_model(
-    model: HookedModel, switches: Mapping[str, bool], *, as_llama: bool = False
-) -> Any:
+def plain_model(model: HookedModel, switches: Mapping[str, bool], *, as_llama: bool = False) -> Any:
     """A Hugging Face model of its own with the same weights, its new biases zero."""
     import transformers
 
@@ -312,9 +310,14 @@ def _plain_model(
     return plain
 
 
-def _check_logits(
-    model: HookedModel, vector: SteeringVector, coefficient: Coefficient, plain: Any
+def check_logits(
+    model: HookedModel,
+    vector: SteeringVector,
+    coefficient: Coefficient,
+    plain: Any,
+    what: str = "baked checkpoint",
 ) -> None:
+    """Raise `InputError` unless `plain` gives the logits of the hooked model."""
     tokens = _probe(model)
     with inference(model):
         with steer(model, vector, coefficient):
@@ -324,9 +327,9 @@ def _check_logits(
     tolerance = allowed_gap(model.cfg.dtype, least=TOLERANCE)
     if not largest <= tolerance:
         raise InputError(
-            f"the baked checkpoint's logits differ from the hooked model's by {largest:.2g} of the "
+            f"the {what}'s logits differ from the hooked model's by {largest:.2g} of the "
             f"largest (expected at most {tolerance:.2g}): this model cannot carry the vector in "
-            "its weights, or they were changed after loading"
+            "that way, or its weights were changed after loading"
         )
 
 

@@ -1,43 +1,17 @@
-"""The contrastive steering loss, its terms, and the log-probability of label tokens."""
+"""The contrastive steering loss and its terms, and other losses that vectors are trained by."""
 
-import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast, get_args
+from typing import NamedTuple
 
 import torch
-from einops import reduce
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.errors import InputError, told
+from steerlens.errors import InputError
+from steerlens.loss.labels import predictions
 from steerlens.validation import NotNegative, checked
-
-__all__ = [
-    "MARGIN",
-    "WEIGHT",
-    "Budget",
-    "SteeringLoss",
-    "coherence_hinge",
-    "coherence_penalty",
-    "contrastive_steering_loss",
-    "contrastive_steering_loss_noref",
-    "label_kl",
-    "label_logprob",
-    "label_logprobs",
-    "ordering_penalty",
-    "preference_loss",
-    "promotion_loss",
-    "total_variation_barrier",
-]
-
-Divergence = Literal["kl", "kl_p95", "rollout_kl_p95"]
-DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
-BudgetKind = Literal["relative", "nats"] | Divergence
 
 MARGIN = 0.99
 WEIGHT = 1e4
-LARGEST_BUDGET = 1e6
-"""Nats per token: no model loses more."""
 
 
 class SteeringLoss(NamedTuple):
@@ -276,8 +250,8 @@ def total_variation_barrier(
     """
     if not 0 < limit <= 1:
         raise InputError(f"limit must be above 0 and at most 1, got {limit}")
-    steered = _predictions(logits, label_mask).softmax(-1)
-    reference = _predictions(unsteered.detach(), label_mask).softmax(-1)
+    steered = predictions(logits, label_mask).softmax(-1)
+    reference = predictions(unsteered.detach(), label_mask).softmax(-1)
     distance = (steered - reference).abs().sum(-1) / 2
     return -weight * torch.log(torch.relu(1 - distance / limit)).mean()
 
@@ -350,162 +324,3 @@ def preference_loss(
     logsigmoid = torch.nn.functional.logsigmoid
     both = logsigmoid(beta * (gap_up - gap_none)) + logsigmoid(beta * (gap_none - gap_down))
     return -both.mean()
-
-
-@checked
-def label_logprob(
-    logits: Float[Tensor, "prompt token vocab"],
-    tokens: Int[Tensor, "prompt token"],
-    label_mask: Bool[Tensor, "prompt token"],
-) -> Float[Tensor, " prompt"]:
-    """Mean log-probability of each prompt's label tokens.
-
-    Args:
-        logits: Of the model at every token.
-        tokens: The prompts' token ids.
-        label_mask: True at the tokens that count as labels; the label at token t is predicted by
-            the logits at t - 1, so one at the first token cannot be and must not be marked.
-
-    Returns:
-        Nats per token, NaN for a prompt without labels. The log-softmax is taken in float32 at
-        least.
-
-    Examples:
-        >>> logits = torch.tensor([[[0.25, 0.75], [0.5, 0.5], [0.5, 0.5]]]).log()
-        >>> tokens = torch.tensor([[0, 1, 0]])
-        >>> is_label = torch.tensor([[False, True, True]])
-        >>> sl.loss.label_logprob(logits, tokens, is_label)  # (log 0.75 + log 0.5) / 2
-        tensor([-0.490])
-    """
-    return mean_by_prompt(label_logprobs(logits, tokens, label_mask), label_mask[:, 1:])
-
-
-@checked
-def label_logprobs(
-    logits: Float[Tensor, "prompt token vocab"],
-    tokens: Int[Tensor, "prompt token"],
-    label_mask: Bool[Tensor, "prompt token"],
-) -> Float[Tensor, " label"]:
-    """Log-probability of each label token, in nats, prompt after prompt (see `label_logprob`)."""
-    labels = tokens.to(logits.device)[:, 1:][label_mask[:, 1:].to(logits.device)]
-    return -torch.nn.functional.cross_entropy(
-        _predictions(logits, label_mask), labels, reduction="none"
-    )
-
-
-@checked
-def label_kl(
-    logits: Float[Tensor, "prompt token vocab"],
-    unsteered: Float[Tensor, "prompt token vocab"],
-    label_mask: Bool[Tensor, "prompt token"],
-) -> Float[Tensor, " label"]:
-    """KL(unsteered || steered), in nats, of the distributions that predict each label token.
-
-    `logits` are the steered model's. Labels as in `label_logprob`, prompt after prompt; log-softmax
-    and sum in float32 at least.
-    """
-    steered = _predictions(logits, label_mask).log_softmax(-1)
-    reference = _predictions(unsteered.to(logits.device), label_mask).log_softmax(-1)
-    return divergence(steered, reference)
-
-
-def _predictions(
-    logits: Float[Tensor, "prompt token vocab"], label_mask: Bool[Tensor, "prompt token"]
-) -> Float[Tensor, "label vocab"]:
-    """The logits that predict each label token, prompt after prompt, in float32 at least."""
-    predictions = logits[:, :-1][label_mask[:, 1:].to(logits.device)]
-    return predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-
-
-def divergence(
-    steered: Float[Tensor, "label vocab"], unsteered: Float[Tensor, "label vocab"]
-) -> Float[Tensor, " label"]:
-    """`sum_v q(v) (log q(v) - log p(v))`, nats, from log-probabilities of unsteered q, steered p.
-
-    A token that q rules out adds nothing; one that p alone rules out makes it inf.
-    """
-    terms = torch.nn.functional.kl_div(steered, unsteered, reduction="none", log_target=True)
-    return terms.masked_fill(unsteered == -math.inf, 0.0).sum(-1)
-
-
-def mean_by_prompt(
-    values: Float[Tensor, " label"], is_label: Bool[Tensor, "prompt token"]
-) -> Float[Tensor, " prompt"]:
-    """Each prompt's mean of `values`, which lie where `is_label` is True, row by row.
-
-    NaN for a prompt without labels.
-    """
-    is_label = is_label.to(values.device)
-    spread = values.new_zeros(is_label.shape).masked_scatter(is_label, values)
-    total = reduce(spread, "prompt token -> prompt", "sum")
-    return total / reduce(is_label, "prompt token -> prompt", "sum")
-
-
-@checked
-@dataclass(frozen=True)
-class Budget:
-    """How much a steered model may lose and still count as coherent.
-
-    Of the labels' mean logprob: `relative` 0.01: logprob >= baseline / 0.99, that is at most about
-    1% further below zero; `nats` 0.05: logprob >= baseline - 0.05 nats per token. Of the next-token
-    distribution, KL(unsteered || steered) in nats per token: `kl` its mean over a prompt's labels
-    and then over prompts, `kl_p95` its 95th percentile over the labels of all prompts,
-    `rollout_kl_p95` that percentile over the tokens of the steered model's own greedy
-    continuations.
-
-    Examples:
-        >>> budget = Budget.parse("relative=0.01")
-        >>> budget.min_logprob(-2.97), budget.allowance(-2.97)
-        (-3.00, 0.030)
-        >>> Budget.parse("kl=0.1").allowance(-2.97)
-        0.1
-    """
-
-    kind: BudgetKind
-    value: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Budget":
-        """A budget from "relative=0.01" or "kl=0.1". Raises `InputError` on anything else."""
-        if not isinstance(text, str):
-            raise InputError(f"expected a budget like relative=0.01 as text, got {text!r}")
-        kind, _, number = text.partition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            value = math.nan
-        is_within = {"relative": 0 <= value < 1, "nats": 0 <= value <= LARGEST_BUDGET}
-        is_within |= dict.fromkeys(DIVERGENCES, 0 < value <= LARGEST_BUDGET)
-        if not is_within.get(kind, False):
-            raise InputError(
-                "expected a budget like relative=0.01 (from 0 up to 1), nats=0.05 (0 or more), "
-                f"kl=0.1, kl_p95=1 or rollout_kl_p95=1 (above 0), at most {LARGEST_BUDGET:g} nats, "
-                f"got {told(text)}"
-            )
-        return cls(cast(BudgetKind, kind), value)
-
-    def __str__(self) -> str:
-        return f"{self.kind}={self.value!r}"
-
-    @property
-    def is_divergence(self) -> bool:
-        """Whether it bounds a KL divergence, not a logprob."""
-        return self.kind in DIVERGENCES
-
-    def min_logprob(self, baseline: float) -> float:
-        """The lowest logprob (nats per token) that still counts as coherent.
-
-        Raises `InputError` for a budget of a KL divergence, which has none.
-        """
-        if self.is_divergence:
-            raise InputError(
-                f"the budget {self} bounds a KL divergence, and a logprob was asked for; use "
-                "relative= or nats="
-            )
-        if self.kind == "relative":
-            return baseline / (1 - self.value)
-        return baseline - self.value
-
-    def allowance(self, baseline: float) -> float:
-        """The largest loss within the budget, nats per token: of degradation, or of KL."""
-        return self.value if self.is_divergence else baseline - self.min_logprob(baseline)

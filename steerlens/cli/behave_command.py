@@ -1,0 +1,207 @@
+"""`steerlens behave`: what a vector makes the model write, scored."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import typer
+
+import steerlens as sl
+from steerlens.cli import options as opt
+from steerlens.cli.command import ModelCommand
+from steerlens.cli.long_command import FolderCommand
+from steerlens.cli.options import columns_of, pairs_record
+from steerlens.cli.printing import note, print_behaviour, progress_of
+from steerlens.cli.vector_commands import OptionalModel, load_with_model
+from steerlens.errors import InputError
+
+OPEN = "open"
+"""What `--prompts` is without a file: the shipped questions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Behave(FolderCommand, ModelCommand):
+    """What the steered model writes, scored, by coefficient."""
+
+    vector: Annotated[str | None, f"A .safetensors or .gguf vector. {opt.NEEDED}"] = None
+    coefficients: opt.Coefficients = "-80%,80%"
+    prompts: Annotated[
+        str, "File: a prompt a line, or JSONL with chats. Default: open, 60 shipped questions."
+    ] = OPEN
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Lines of text are what a user of the chat says.")
+    ] = False
+    layers: Annotated[
+        str | None, "Hooks of the vector that are measured each by itself. Default: all at once."
+    ] = None
+    samples: Annotated[int, typer.Option(min=1, help="Texts a prompt and coefficient.")] = 4
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 40
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The likeliest token each time, one text a prompt.")
+    ] = False
+    scorers: Annotated[
+        str | None, "By commas (see the page on behaviour). Default: of coherence, and concept."
+    ] = None
+    descriptions: Annotated[
+        str | None, "Of a text with the concept and of its opposite, A|B, for scorers that ask."
+    ] = None
+    pairs: Annotated[
+        str | None, "Of the concept, for its scorers. Default: those of the vector, if shipped."
+    ] = None
+    group: opt.Group = "group"
+    columns: opt.Columns = None
+    form: opt.Form = None
+    positions: Annotated[str, "As of `generate`."] = "all"
+    nulls: Annotated[int, typer.Option(min=0, help="Random vectors to write with, too.")] = 0
+    examples: Annotated[
+        int, typer.Option(min=0, help="Prompts whose steered texts are shown token by token.")
+    ] = 2
+    personas: Annotated[
+        str | None, "Two texts to put before the prompts, POSITIVE|NEGATIVE: what asking gives."
+    ] = None
+    model: OptionalModel = None
+
+    NEEDED: ClassVar[tuple[str, ...]] = ("vector",)
+    EXAMPLES = (
+        "behave --vector cheerful.safetensors --out runs/behave",
+        "behave --vector v.safetensors --coefficients=-8,8 --out runs/eight",
+    )
+
+    def measure(self) -> None:
+        """What the command does."""
+        from steerlens.cli.task import request_of
+
+        strengths = opt.strengths_of(self.coefficients)
+        personas = _two("personas", self.personas)
+        descriptions = _two("descriptions", self.descriptions)
+        sl.steering.cache_positions.check_positions(self.positions)
+        path = Path(str(self.vector))
+        vector = opt.read_vector(path)
+        prompts, groups = self._prompts()
+        pairs = self._pairs(vector)
+        names = self._scorers(pairs)
+        sl.measure.scorers.check_scorers(names, pairs, descriptions)
+        vector, model = load_with_model(path, self.model, self.load)
+        if self.prompts == OPEN and getattr(model.tokenizer, "chat_template", None):
+            prompts = [_as_chat(prompt) for prompt in prompts]
+        hook_names: tuple[str, ...] = (" + ".join(sl.measure.interventions.in_order(vector)),)
+        if self.layers is not None:
+            hook_names = sl.resolve_hooks(model, self.layers)
+        data: dict[str, Any] = {
+            "vector": {
+                "file": str(path),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            },
+            "hook_names": hook_names,
+            "pairs": None if pairs is None else pairs_record(pairs),
+            "prompts": [str(prompt) for prompt in prompts],
+        }
+        request = request_of("behave", self, model, data, scorers=names)
+        with self.opened(request) as run:
+            with progress_of(quiet=self.quiet) as progress:
+                result = sl.behaviour(
+                    model,
+                    vector,
+                    prompts,
+                    coefficients=strengths,
+                    scorers=sl.measure.scorers.scorers_of(
+                        names, model, pairs, descriptions=descriptions
+                    ),
+                    pairs=pairs,
+                    layers=self.layers,
+                    samples=1 if self.greedy else self.samples,
+                    max_new_tokens=self.max_new_tokens,
+                    positions=self.positions,
+                    groups=groups,
+                    n_null=self.nulls,
+                    personas=personas,
+                    seed=None if self.greedy else self.seed,
+                    batch_size=self.batch_size,
+                    progress=progress,
+                    checkpoint=run.parts,
+                )
+                tables = {"behaviour": result.table}
+                if self.examples and (len(vector) == 1 or self.layers is not None):
+                    tables["tokens"] = self._tokens(model, vector, hook_names[0], prompts, result)
+            run.write(tables, vector, lines={"generations": list(result.records())})
+        if not self.quiet:
+            print_behaviour(result.table)
+            run.note(f"{len(result.generations)} texts")
+
+    def _tokens(
+        self,
+        model: Any,
+        vector: Any,
+        hook_name: str,
+        prompts: list[Any],
+        result: Any,
+    ) -> Any:
+        """What the tokens of the first steered texts gained or lost by the vector at that hook."""
+        import pandas as pd
+
+        rows = result.generations.to_dict("records")
+        shown = [
+            row
+            for row in rows
+            if (row["subject"], row["hook_name"], row["sample"]) == ("steered", hook_name, 0)
+            and row["prompt"] < self.examples
+            and row["ids"]
+        ]
+        tables = []
+        for row in shown:
+            prompt = sl.engine.tokenize_prompt(model, prompts[row["prompt"]])
+            tables.append(
+                sl.token_damage(
+                    model,
+                    [replace(prompt, continuation=tuple(row["ids"]))],
+                    vector,
+                    layer=hook_name,
+                    coefficients=[row["strength"]],
+                    ids=[f"{row['prompt'] + 1}, written at {row['strength']}"],
+                )
+            )
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+    def _prompts(self) -> tuple[list[Any], list[str] | None]:
+        """What is written after, and the groups."""
+        if self.prompts == OPEN:
+            return [
+                *sl.data.open_questions("choice"),
+                *sl.data.open_questions("confirmation"),
+            ], None
+        read = sl.data.read_prompts(Path(self.prompts))
+        groups = [of.group or f"prompt {i}" for i, of in enumerate(read, 1)]
+        return [_as_chat(of.prompt) if self.chat else of.prompt for of in read], groups
+
+    def _pairs(self, vector: Any) -> Any:
+        if self.pairs is not None:
+            how: dict[str, Any] = {"columns": columns_of(self.columns), "form": self.form}
+            return sl.ContrastivePairs.load(self.pairs, group=self.group, **how)
+        if vector.origin.dataset in sl.data.dataset_names():
+            return sl.ContrastivePairs.load(vector.origin.dataset, split="test")
+        return None
+
+    def _scorers(self, pairs: Any) -> tuple[str, ...]:
+        from steerlens.measure.behaviours import COHERENCE, CONCEPT
+
+        if self.scorers is not None:
+            return tuple(name.strip() for name in self.scorers.split(","))
+        if pairs is None:
+            note("no --pairs: the concept is not scored, coherence alone", quiet=self.quiet)
+            return COHERENCE
+        return (*COHERENCE, CONCEPT)
+
+
+def _two(option: str, text: str | None) -> tuple[str, str] | None:
+    """The texts of both ends of the concept. Raises `InputError` where they are not two."""
+    if text is None:
+        return None
+    positive, _, negative = text.partition("|")
+    if not (positive.strip() and negative.strip()):
+        raise InputError(f"expected --{option} POSITIVE|NEGATIVE, got {text!r}")
+    return positive.strip(), negative.strip()
+
+
+def _as_chat(prompt: Any) -> Any:
+    return (sl.Message("user", prompt),) if isinstance(prompt, str) else prompt

@@ -1,0 +1,114 @@
+"""`steerlens read`: what a vector says, in tokens and on texts, and what it is near to."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import steerlens as sl
+from steerlens.cli.command import LoadCommand, TableCommand
+from steerlens.cli.printing import note, print_rows, print_table, progress_of, short
+from steerlens.cli.vector_commands import (
+    OptionalModel,
+    VectorFile,
+    generate_with,
+    load_with_model,
+    named_vectors,
+)
+from steerlens.errors import InputError
+from steerlens.files import write_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read(TableCommand, LoadCommand):
+    """What a vector says: tokens that it promotes, texts it reads.
+
+    Beside each first token stands that of random directions: a vector may steer and say nothing.
+    """
+
+    vector: VectorFile
+    model: OptionalModel = None
+    jacobian: Annotated[
+        str | None, "A Jacobian lens too: a file of TransformerLens, or a name that it knows."
+    ] = None
+    texts: Annotated[Path | None, "File of texts to read, one a line."] = None
+    beside: Annotated[
+        list[Path] | None, typer.Option(help="Vectors to compare with, nearest first; repeatable.")
+    ] = None
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each side.")] = 8
+    page: Annotated[Path | None, "HTML page to write, texts token by token."] = None
+
+    EXAMPLES = (
+        "read cheerful.safetensors",
+        "read cheerful.safetensors --texts texts.txt --page said.html",
+    )
+
+    @property
+    def next(self) -> str:
+        """What it makes the model write."""
+        return generate_with(self.vector)
+
+    def run(self) -> None:
+        """What the command does."""
+        if self.page is not None and self.page.suffix != ".html":
+            raise InputError(f"--page {str(self.page)!r}: expected a name that ends in .html")
+        texts = None if self.texts is None else sl.data.reading.read_texts(self.texts)
+        others = named_vectors([self.vector, *(self.beside or [])])
+        vector, model = load_with_model(self.vector, self.model, self.load)
+        words = sl.measure.lenses.vocabulary(
+            model, vector, jacobian=self.jacobian, n_tokens=self.tokens
+        )
+        read = None
+        if texts is not None:
+            with progress_of(quiet=self.quiet) as progress:
+                read = sl.measure.lenses.readings(model, vector, texts, progress=progress)
+        _print_words(words)
+        if read is not None:
+            _print_readings(read, texts)
+        if self.beside:
+            _print_nearest(sl.cosine_table(others), next(iter(others)))
+        self.write(words)
+        if self.page is not None:
+            from steerlens.plots.pages import reading_page
+
+            page = reading_page(words, read)
+            write_out(self.page, partial(Path.write_text, data=page.html, encoding="utf-8"))
+            note(f"written to {self.page}", quiet=self.quiet)
+
+
+def _print_words(words: Any) -> None:
+    n_random = words.attrs["settings"]["n_random"]
+    rows = []
+    for (hook, lens, side), of_side in words.groupby(["hook_name", "lens", "side"], sort=False):
+        first = of_side.iloc[0]
+        tokens = " ".join(of_side.raw_token)
+        numbers = [first.logit, first.random_logit, first.p_value, first.p_layers]
+        labels = [sl.tables.hook_label(str(hook)), str(lens), str(side), tokens]
+        rows.append([*labels, *map(short, map(float, numbers))])
+    print_table(
+        f"Tokens that the direction alone promotes, its first one against {n_random} random ones",
+        ["hook", "lens", "side", "tokens", "logit", "random", "p", "p, all hooks"],
+        rows,
+        left=("hook", "lens", "side", "tokens"),
+    )
+
+
+def _print_readings(read: Any, texts: Any) -> None:
+    firsts = read.groupby(["hook_name", "side", "rank"], sort=False).first().reset_index()
+    rows = [
+        [sl.tables.hook_label(row["hook_name"]), row["side"], short(row["mean_projection"])]
+        + [texts[int(row["prompt"]) - 1]]
+        for row in firsts.to_dict("records")
+    ]
+    names = ["hook", "side", "mean projection", "text"]
+    print_table("Texts on which it reads highest and lowest", names, rows, left=("side", "text"))
+
+
+def _print_nearest(table: Any, name: str) -> None:
+    """Cosines of a vector with others, the largest first of either sign."""
+    beside = table[(table.vector_a == name) & (table.vector_b != name)]
+    order = beside.cosine.abs().sort_values(ascending=False, kind="stable").index
+    columns = ["hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
+    print_rows(beside.loc[order], f"Nearest to {name}", columns)

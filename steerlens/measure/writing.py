@@ -1,0 +1,232 @@
+"""Texts that a model writes, steered or not, and their scores: kept once they are there."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlens.engine.checkpoint import Checkpoint, Tensors, once
+from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.errors import InputError
+from steerlens.measure.scorers import Scorer, Written
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.hooks import hook_layer
+from steerlens.progress import Progress
+from steerlens.steering import (
+    Coefficient,
+    Generated,
+    SteeringVector,
+    decoded,
+    generate_texts,
+    parse_coefficient,
+    steps,
+)
+from steerlens.steering.cache_positions import Positions
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What writes: a vector at some strengths, or the model as it is; `kind` names it."""
+
+    kind: str
+    hook_name: str = ""
+    vector: SteeringVector | Mapping[str, Tensor] = field(default_factory=dict)
+    strengths: tuple[Coefficient, ...] = (0,)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The columns that name it."""
+        layer = hook_layer(self.hook_name.split(" + ")[0]) if self.hook_name else -1
+        return {"subject": self.kind, "hook_name": self.hook_name, "layer": layer}
+
+    @property
+    def decided(self) -> list[Any]:
+        """What `digest` needs of it."""
+        vector: Any = getattr(self.vector, "fingerprint", None)
+        if vector is None:
+            vector = [[name, row] for name, row in self.vector.items()]
+        return [vector, [str(strength) for strength in self.strengths]]
+
+    def coefficient(self, strength: Coefficient) -> float:
+        """What multiplies the vector; NaN where a norm or share is another one at each hook."""
+        parsed = parse_coefficient(strength)
+        if parsed.unit == "residual" or parsed.number == 0:
+            return parsed.number
+        acts = steps(self.vector, strength)
+        assert isinstance(self.vector, SteeringVector)
+        return acts[0].amount / float(self.vector.scale[0]) if len(acts) == 1 else math.nan
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """What one subject wrote at one strength, prompt by prompt, and each scorer's numbers."""
+
+    subject: Subject
+    strength: Coefficient
+    texts: tuple[Written, ...]
+    generated: tuple[Generated, ...]
+    scores: Mapping[str, Float[np.ndarray, "prompt sample"]]
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The columns that name it."""
+        coefficient = self.subject.coefficient(self.strength)
+        return {
+            **self.subject.place,
+            "strength": str(self.strength),
+            "coefficient": coefficient,
+        }
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Its texts, a row each, with their scores by the scorers' names."""
+        flat = {name: scores.reshape(-1).tolist() for name, scores in self.scores.items()}
+        return [
+            {
+                "prompt": made.prompt,
+                "prompt_text": text.prompt,
+                **self.place,
+                "sample": made.sample,
+                "seed": made.seed,
+                "text": text.text,
+                "ids": list(text.ids),
+                "ended": made.ended,
+                **{name: scores[i] for name, scores in flat.items()},
+            }
+            for i, (made, text) in enumerate(zip(self.generated, self.texts, strict=True))
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A model that writes after some prompts, and those who score it; `seed` None is greedy."""
+
+    model: HookedModel
+    prompts: tuple[TokenizedPrompt, ...]
+    scorers: Mapping[str, Scorer]
+    samples: int
+    seed: int | None
+    max_new_tokens: int
+    positions: Positions
+    batch_size: int | None
+    checkpoint: Checkpoint | None
+
+    def cells(
+        self,
+        subject: Subject,
+        progress: Progress,
+        *,
+        asked: Sequence[TokenizedPrompt] | None = None,
+    ) -> list[Cell]:
+        """What it writes at each strength, scored as if after the plain prompts.
+
+        `asked` are what it is written after, if not these. Raises `InputError` where a scorer does
+        not give a number a text.
+        """
+        rows = self._generated(subject, self.prompts if asked is None else asked, progress)
+        texts = tuple(self._written(row) for row in rows)
+        shape = (len(self.prompts), len(subject.strengths), self.samples)
+        scores = {
+            name: self._scored(name, scorer, texts).reshape(shape)
+            for name, scorer in self.scorers.items()
+        }
+        order = np.arange(len(rows)).reshape(shape)
+        return [
+            Cell(
+                subject,
+                strength,
+                tuple(texts[k] for k in order[:, i].reshape(-1)),
+                tuple(rows[k] for k in order[:, i].reshape(-1)),
+                {name: of[:, i] for name, of in scores.items()},
+            )
+            for i, strength in enumerate(subject.strengths)
+        ]
+
+    def _generated(
+        self, subject: Subject, asked: Sequence[TokenizedPrompt], progress: Progress
+    ) -> list[Generated]:
+        made: list[Generated] = []
+
+        def compute() -> Tensors:
+            made.extend(
+                generate_texts(
+                    self.model,
+                    asked,
+                    subject.vector,
+                    subject.strengths,
+                    max_new_tokens=self.max_new_tokens,
+                    samples=self.samples,
+                    seed=self.seed,
+                    positions=self.positions,
+                    batch_size=self.batch_size,
+                    progress=progress,
+                )
+            )
+            ids = torch.full((len(made), self.max_new_tokens), -1)
+            for row, text in zip(ids, made, strict=True):
+                row[: len(text.ids)] = torch.tensor(text.ids, dtype=ids.dtype)
+            seeds = [-1 if text.seed is None else text.seed for text in made]
+            return {
+                "ids": ids,
+                "ended": torch.tensor([text.ended for text in made]),
+                "seeds": torch.tensor(seeds),
+            }
+
+        settings = [self.samples, self.seed, self.max_new_tokens, self.positions]
+        prompts = [list(prompt.prompt) for prompt in asked]
+        kept = once(self.checkpoint, ["texts", prompts, settings, subject.decided], compute)
+        return made or self._as_kept(subject, kept)
+
+    def _as_kept(self, subject: Subject, kept: Tensors) -> list[Generated]:
+        places = [
+            (prompt, strength, sample)
+            for prompt in range(len(self.prompts))
+            for strength in subject.strengths
+            for sample in range(self.samples)
+        ]
+        return [
+            Generated(
+                *place,
+                seed=None if self.seed is None else int(kept["seeds"][i]),
+                ids=tuple(kept["ids"][i][kept["ids"][i] >= 0].tolist()),
+                ended=bool(kept["ended"][i]),
+            )
+            for i, place in enumerate(places)
+        ]
+
+    def _written(self, made: Generated) -> Written:
+        prompt = self.prompts[made.prompt].prompt
+        return Written(
+            prompt=str(self.model.tokenizer.decode(list(prompt))),
+            text=decoded(self.model, made.ids),
+            prompt_ids=tuple(prompt),
+            ids=made.ids,
+            ended=made.ended,
+        )
+
+    def _scored(
+        self, name: str, scorer: Scorer, texts: Sequence[Written]
+    ) -> Float[np.ndarray, " text"]:
+        def compute() -> Tensors:
+            numbers = list(scorer(texts))
+            if len(numbers) != len(texts):
+                raise InputError(
+                    f"the scorer {name} gave {len(numbers)} numbers for {len(texts)} texts; "
+                    "expected one each"
+                )
+            try:
+                return {"scores": torch.tensor([float(n) for n in numbers], dtype=torch.float64)}
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"the scorer {name} gave what is no number ({error}); NaN stands for a text "
+                    "that has no score"
+                ) from error
+
+        what = [[list(text.prompt_ids), list(text.ids)] for text in texts]
+        kept = once(self.checkpoint, ["scores", name, what], compute)
+        numbers: np.ndarray[Any, Any] = kept["scores"].numpy()
+        return numbers

@@ -1,0 +1,458 @@
+"""Scorers of generated text: each formula by hand, what is undefined, what must not matter."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import bridge, build_llama, build_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import steerlens as sl
+from steerlens.engine.tokenization import tokenize_prompt
+from steerlens.errors import HookError, InputError, ModelError
+from steerlens.measure.scorers import (
+    SCORERS,
+    Choice,
+    Classifier,
+    Concept,
+    Description,
+    Distinct,
+    Endpoint,
+    Logprob,
+    Probe,
+    Repeated,
+    Scorer,
+    Words,
+    Written,
+    ended,
+    length,
+    scorer_name,
+    scorers_of,
+    script,
+)
+
+
+def said(text: str, ids: Sequence[int] = (), prompt: str = "the", *, end: bool = True) -> Written:
+    """A text of the tokens, whatever its words."""
+    return Written(prompt, text, (1, 4), tuple(ids), ended=end)
+
+
+def wrote(model: Any, prompt: str, text: str) -> Written:
+    """A text with the model's own tokens."""
+    tokenized = tokenize_prompt(model, prompt, f" {text}")
+    return Written(prompt, text, tokenized.prompt, tokenized.continuation, ended=True)
+
+
+def by_hand(model: Any, before: Sequence[int], after: Sequence[int]) -> float:
+    """Mean log-probability of the ids after others, by one call of the model."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*before, *after]]), return_type="logits")
+    logprobs = logits[0].double().log_softmax(-1)
+    at = range(len(before) - 1, len(before) + len(after) - 1)
+    return sum(float(logprobs[i, token]) for i, token in zip(at, after, strict=True)) / len(after)
+
+
+@pytest.fixture(scope="module")
+def texts(llama: Any) -> list[Written]:
+    words = ["warm and good", "so cold", "very bad soup and rain", "rain"]
+    return [wrote(llama, "the river was", text) for text in words]
+
+
+# Without a model
+
+
+@pytest.mark.parametrize(
+    ("scorer", "text", "value"),
+    [
+        (length, said("a b c", (5, 6, 7)), 3),
+        (length, said(""), 0),
+        (ended, said("a"), 1),
+        (ended, said("a", end=False), 0),
+        (Distinct(1), said("", (5, 6, 5, 5)), 2 / 4),
+        (Distinct(2), said("", (5, 6, 5, 6, 7)), 3 / 4),
+        (Distinct(2), said("", (5,)), math.nan),
+        (Repeated(2), said("", (5, 6, 7, 5, 6)), 4 / 5),
+        (Repeated(4), said("", (5, 6, 7, 5, 6)), 0),
+        (Repeated(4), said("", (5, 6) * 4), 1),
+        (Repeated(4), said("", (5, 6, 7)), math.nan),
+        (Words(("Warm", "kind")), said("So WARM, so kind; kindly."), 2 / 5),
+        (Words(("don't",)), said("I don't. Don't!"), 2 / 3),
+        (Words(("straße",)), said("STRASSE"), 1),
+        (Words(("warm",)), said("... 。"), math.nan),
+        (script, said("cold день", prompt="the river"), 4 / 8),
+        (script, said("\uff43old", prompt="the river"), 1),
+        (script, said("今日は、カレー", prompt="天気は"), 1),
+        (script, said("cold", prompt="天気は"), 0),
+        (script, said("1, 2", prompt="the"), math.nan),
+        (script, said("cold", prompt="1 + 1 ="), math.nan),
+    ],
+)
+def test_what_is_counted(scorer: Scorer, text: Written, value: float) -> None:
+    assert list(scorer([text])) == pytest.approx([value], nan_ok=True)
+
+
+def test_words_are_read_and_checked(tmp_path: Path) -> None:
+    path = tmp_path / "glad.txt"
+    path.write_text("glad\n\n merry \n")
+    words = Words.read(path)
+    assert scorer_name(words) == "words_glad"
+    assert words([said("merry and glad")]) == [2 / 3]
+    for wrong in ((), ("of course",), ("glad!",)):
+        with pytest.raises(InputError, match="one word a line"):
+            Words(wrong)
+
+
+def test_a_name_is_the_scorer_s_own_or_the_function_s() -> None:
+    def loud(texts: Sequence[Written]) -> list[float]:
+        return [float(text.text.isupper()) for text in texts]
+
+    assert [scorer_name(s) for s in (loud, Distinct(3), Repeated(), script)] == [
+        *("loud", "distinct_3", "repeated_4", "script")
+    ]
+    assert isinstance(loud, Scorer)
+    assert not isinstance("loud", Scorer)
+
+
+IDS = st.lists(st.integers(4, 9), max_size=12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(ids=IDS, n=st.integers(1, 4))
+def test_shares_are_shares_and_a_relabelling_changes_nothing(ids: list[int], n: int) -> None:
+    for scorer in (Distinct(n), Repeated(n)):
+        [value], [other] = (scorer([said("", of)]) for of in (ids, [100 - i for i in ids]))
+        assert (len(ids) < n) == math.isnan(value)
+        assert math.isnan(value) or 0 <= value == other <= 1
+        [doubled] = scorer([said("", ids + ids)])
+        assert len(ids) < n or (doubled == 1 if scorer == Repeated(n) else doubled <= value)
+
+
+# The unsteered model's likelihood
+
+
+def test_logprob_by_hand(llama: Any, texts: list[Written]) -> None:
+    expected = [by_hand(llama, text.prompt_ids, text.ids) for text in texts]
+    assert Logprob(llama)(texts) == pytest.approx(expected, abs=1e-5)
+    # And it is of the text alone, not of its prompt.
+    assert Logprob(llama)(texts) != pytest.approx(
+        [by_hand(llama, t.prompt_ids[:1], (*t.prompt_ids[1:], *t.ids)) for t in texts], abs=1e-2
+    )
+
+
+def test_concept_by_hand(llama: Any, pairs: sl.ContrastivePairs, texts: list[Written]) -> None:
+    sides = [
+        [tokenize_prompt(llama, prompt).prompt for prompt in (pair.positive, pair.negative)]
+        for pair in pairs[:3]
+    ]
+    expected = [
+        sum(by_hand(llama, pos, t.ids) - by_hand(llama, neg, t.ids) for pos, neg in sides) / 3
+        for t in texts
+    ]
+    assert Concept(llama, pairs, n_pairs=3)(texts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_concept_is_antisymmetric(
+    llama: Any, pairs: sl.ContrastivePairs, texts: list[Written]
+) -> None:
+    swapped = sl.ContrastivePairs.from_lists(
+        [pair.negative for pair in pairs], [pair.positive for pair in pairs]
+    )
+    values, negated = (Concept(llama, of)(texts) for of in (pairs, swapped))
+    assert negated == [-value for value in values]
+    assert 0 not in values
+
+
+def test_concept_tells_the_sides_words_apart_where_the_model_does() -> None:
+    """A model that was taught to go on as its persona does."""
+    ways = {"cheerful": "warm and good", "gloomy": "cold and bad"}
+    openings = ["the river was", "the soup was", "you said", "the day"]
+    model, tokenizer = build_llama(n_layers=2), build_tokenizer()
+    taught = [f"<s> you are {mood} {o} {ways[mood]}" for mood in ways for o in openings]
+    ids = tokenizer(taught, add_special_tokens=False, padding=True, return_tensors="pt")
+    labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(**ids, labels=labels).loss.backward()
+        optimizer.step()
+    planted = bridge(model.eval(), tokenizer)
+    pairs = sl.ContrastivePairs.from_lists(
+        *([f"you are {mood} {o}" for o in openings[:2]] for mood in ways)
+    )
+    texts = [wrote(planted, openings[2], words) for words in ways.values()]
+    warm, cold = Concept(planted, pairs)(texts)
+    assert warm > 0.5
+    assert cold < -0.5
+
+
+def chats(answers: Sequence[str], group: str | None = None) -> sl.ContrastivePairs:
+    """Chats of two personas, whose assistant has begun to answer."""
+    sides = [
+        [
+            [
+                {"role": "system", "content": f"you are {mood}"},
+                {"role": "user", "content": f"how was the day {i}"},
+                {"role": "assistant", "content": answer},
+            ]
+            for i, answer in enumerate(answers)
+        ]
+        for mood in ("cheerful", "gloomy")
+    ]
+    groups = [group or str(i // 2) for i in range(len(answers))]
+    return sl.ContrastivePairs.from_lists(*sides, group=groups)
+
+
+def test_the_text_takes_the_place_of_the_assistant_s_last_turn(
+    llama: Any, texts: list[Written]
+) -> None:
+    one, other = (Concept(llama, chats([word] * 4))(texts) for word in ("rain", "bread"))
+    assert one == other
+    pair = chats(["rain"] * 4)[0]
+    ids = [tokenize_prompt(llama, side[:-1]).prompt for side in (pair.positive, pair.negative)]
+    gap = by_hand(llama, ids[0], texts[0].ids) - by_hand(llama, ids[1], texts[0].ids)
+    [value] = Concept(llama, chats(["rain"] * 4), n_pairs=1)(texts[:1])
+    assert value == pytest.approx(gap, abs=1e-5)
+
+
+def test_pairs_are_chosen_evenly_over_groups(llama: Any) -> None:
+    of_two = Concept(llama, chats(["rain"] * 6), n_pairs=3)
+    named = [prompt.where for prompt in of_two._sides[0]]
+    assert named == [f"positive prompt of pair '{i}'" for i in (1, 3, 5)]
+
+
+def test_pairs_that_differ_in_the_last_turn_alone_are_refused(llama: Any) -> None:
+    question = {"role": "user", "content": "how was the day"}
+    sides = [
+        [[question, {"role": "assistant", "content": f"{word} {i}"}] for i in range(2)]
+        for word in ("good", "bad")
+    ]
+    with pytest.raises(InputError, match="what the assistant says last"):
+        Concept(llama, sl.ContrastivePairs.from_lists(*sides))
+
+
+def test_a_text_that_the_context_has_no_room_for_is_refused(
+    llama: Any, pairs: sl.ContrastivePairs
+) -> None:
+    long = said("", [4] * 62)
+    assert math.isfinite(Logprob(llama)([long])[0])
+    with pytest.raises(InputError, match=r"pair '\d' has .* tokens .* context is 64"):
+        Concept(llama, pairs)([long])
+
+
+def test_description_by_hand(llama: Any, texts: list[Written]) -> None:
+    asked = "Here is a text.\n\nso cold\n\nDescribe its tone in a few words."
+    prompt = tokenize_prompt(llama, (sl.Message("user", asked),)).prompt
+    answers = [
+        tokenize_prompt(llama, "the", f" {words}").continuation for words in ("kind", "very rude")
+    ]
+    gap = by_hand(llama, prompt, answers[0]) - by_hand(llama, prompt, answers[1])
+    values = Description(llama, "kind", "very rude")(texts)
+    assert values[1] == pytest.approx(gap, abs=1e-5)
+    assert Description(llama, "very rude", "kind")(texts) == pytest.approx([-v for v in values])
+
+
+@pytest.mark.parametrize("letters", [False, True])
+def test_choice_by_hand(llama: Any, texts: list[Written], letters: bool) -> None:
+    gaps = []
+    for first, second in (("kind", "rude"), ("rude", "kind")):
+        end = f"\nA. {first}\nB. {second}\nAnswer A or B."
+        end = end if letters else f" Answer {first} or {second}."
+        asked = f"Here is a text.\n\nso cold\n\nwhat was it ?{end}"
+        prompt = tokenize_prompt(llama, (sl.Message("user", asked),)).prompt
+        logits = llama(torch.tensor([prompt]), return_type="logits")[0, -1].detach()
+        kind = {"kind": "A", "rude": "B"}[first] if letters else "kind"
+        rude = {"kind": "B", "rude": "A"}[first] if letters else "rude"
+        ids = llama.tokenizer.convert_tokens_to_ids([kind, rude])
+        gaps.append(float(logits[ids[0]] - logits[ids[1]]))
+    scorer = Choice(llama, "what was it ?", ("kind", "rude"), letters=letters)
+    assert scorer(texts)[1] == pytest.approx(sum(gaps) / 2, abs=1e-4)
+    assert gaps[0] != pytest.approx(gaps[1], abs=1e-3)
+    # Options exchanged: the same two questions, and the other sign.
+    swapped = replace(scorer, options=("rude", "kind"))(texts)
+    assert swapped == pytest.approx([-value for value in scorer(texts)], abs=1e-5)
+
+
+def test_answers_that_are_the_same_to_the_model_are_refused(
+    llama: Any, texts: list[Written]
+) -> None:
+    """The tokenizer knows neither word."""
+    for scorer in (Choice(llama, "was it ?"), Description(llama, "yes", "no")):
+        with pytest.raises(InputError, match=r"\('yes', 'no'\) tokenise to the same ids"):
+            scorer(texts)
+
+
+def model_scorers(model: Any, pairs: sl.ContrastivePairs) -> list[Scorer]:
+    return [
+        Logprob(model),
+        Concept(model, pairs, n_pairs=2),
+        Description(model, "kind", "rude"),
+        Choice(model, "how was it ?", ("good", "bad")),
+    ]
+
+
+def test_an_empty_text_is_undefined(
+    llama: Any, pairs: sl.ContrastivePairs, texts: list[Written]
+) -> None:
+    nothing = said("")
+    for scorer in [*model_scorers(llama, pairs), Distinct(), Repeated(2), script, Words(("a",))]:
+        first, middle, last = scorer([texts[0], nothing, texts[2]])
+        assert math.isnan(middle), scorer_name(scorer)
+        assert [first, last] == pytest.approx(list(scorer([texts[0], texts[2]])), abs=1e-5)
+        assert math.isfinite(first), scorer_name(scorer)
+        assert math.isnan(*scorer([nothing]))
+
+
+def test_order_and_batches_do_not_matter(
+    llama: Any, pairs: sl.ContrastivePairs, texts: list[Written]
+) -> None:
+    scorers = model_scorers(llama, pairs)
+    values = [list(scorer(texts)) for scorer in scorers]
+    for of in values:
+        assert max(of) - min(of) > 1e-3  # so that another order would show
+
+    @settings(max_examples=5, deadline=None, database=None)
+    @given(order=st.permutations(range(4)), batch_size=st.sampled_from([None, 1, 3]))
+    def check(order: list[int], batch_size: int | None) -> None:
+        for scorer, expected in zip(scorers, values, strict=True):
+            again = replace(scorer, batch_size=batch_size)([texts[i] for i in order])  # type: ignore[type-var]
+            assert again == pytest.approx([expected[i] for i in order], abs=1e-5)
+
+    check()
+
+
+# A probe and a classifier
+
+
+@pytest.mark.parametrize("method", ["mean_diff", "probe"])
+def test_probe_by_hand(
+    llama: Any, many: sl.ContrastivePairs, texts: list[Written], method: Any
+) -> None:
+    hook, position = "blocks.3.hook_resid_post", "-3:"
+    differences = sl.collect_differences(llama, many, layers=[3], position=position)
+    axis = sl.fit_directions(differences, method=method)[hook].double()
+    up, down = ((side[0].double() @ axis).mean() for side in sides_of(differences))
+
+    def at(text: Written) -> float:
+        found: list[torch.Tensor] = []
+        with torch.no_grad(), llama.hooks(fwd_hooks=[(hook, lambda x, hook: found.append(x))]):
+            llama(torch.tensor([[*text.prompt_ids, *text.ids]]))
+        read = found[0][0, len(text.prompt_ids) :].double().mean(0) @ axis
+        return float((2 * read - up - down) / (up - down))
+
+    probe = Probe(llama, many, 3, method, position)
+    values = probe([*texts, said("")])
+    assert values[:-1] == pytest.approx([at(text) for text in texts], rel=1e-3)
+    assert math.isnan(values[-1])
+    assert probe(texts[::-1]) == pytest.approx(values[-2::-1], rel=1e-3)
+
+
+def sides_of(differences: sl.Differences) -> tuple[torch.Tensor, torch.Tensor]:
+    return differences.positive, differences.negative
+
+
+def test_a_probe_is_1_and_minus_1_at_the_means_of_the_sides(
+    llama: Any, continued: sl.ContrastivePairs
+) -> None:
+    probe = Probe(llama, continued, 2, position="continuation")
+    for side, value in (("positive", 1), ("negative", -1)):
+        written = [wrote(llama, getattr(p, side), str(p.continuation).strip()) for p in continued]
+        assert sum(probe(written)) / len(written) == pytest.approx(value, abs=1e-3)
+
+
+def test_a_probe_is_fitted_on_what_the_model_writes(
+    llama: Any, continued: sl.ContrastivePairs
+) -> None:
+    few = continued[:2]
+    own = sl.collect_differences(llama, few, layers=[2], position="own")
+    axis = sl.fit_directions(own, method="probe")["blocks.2.hook_resid_post"]
+    assert torch.equal(Probe(llama, few, 2)._fitted[0], axis)
+    assert not torch.equal(Probe(llama, few, 2, position="continuation")._fitted[0], axis)
+    with pytest.raises(HookError, match="9"):
+        Probe(llama, continued, 9)
+
+
+def labelled(texts: list[str], **options: Any) -> list[Any]:
+    assert options == {"top_k": None, "truncation": True}
+    return [[{"label": "X", "score": len(t) / 10}, {"label": "Y", "score": 0.5}] for t in texts]
+
+
+def test_a_classifier_gives_the_score_of_a_label() -> None:
+    values = Classifier(labelled, "X")([said("abc"), said(" "), said("a")])
+    assert values == pytest.approx([0.3, math.nan, 0.1], nan_ok=True)
+    assert Classifier(labelled, "Y")([said("abc")]) == [0.5]
+    with pytest.raises(InputError, match="no label 'Z'; it has X, Y"):
+        Classifier(labelled, "Z")([said("abc")])
+    for wrong in ([{"label": "X", "score": 1}], ["X"], [[{"name": "X"}]]):
+        with pytest.raises(InputError, match="text-classification pipeline"):
+            Classifier(lambda texts, of=wrong, **_: of, "X")([said("abc")])
+
+
+def test_a_classifier_of_a_folder_is_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        vocab_size=160, intermediate_size=8, id2label={0: "COLD", 1: "WARM"}, **sizes
+    )
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    cold, warm = (
+        Classifier.load(str(tmp_path), label)([said("the soup"), said("rain")])
+        for label in ("COLD", "WARM")
+    )
+    assert [a + b for a, b in zip(cold, warm, strict=True)] == pytest.approx([1, 1])
+    assert warm[0] != warm[1]
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Classifier.load(str(tmp_path / "gone"), "WARM")
+
+
+# By name
+
+
+def test_scorers_by_name(llama: Any, pairs: sl.ContrastivePairs, tmp_path: Path) -> None:
+    words = tmp_path / "glad.txt"
+    words.write_text("glad")
+    names = "logprob concept distinct_2 repeated_4 length ended script probe description choice"
+    scorers = scorers_of(
+        [*names.split(), f"words={words}", "judge"],
+        llama,
+        pairs[:2],
+        descriptions=("kind", "rude"),
+        endpoint=Endpoint("http://127.0.0.1:9", "none"),
+    )
+    assert [scorer_name(scorer) for scorer in scorers] == [*names.split(), "words_glad", "judge"]
+    by_name = {scorer_name(scorer): scorer for scorer in scorers}
+    assert (by_name["probe"].layer, by_name["judge"].concept) == (3, "kind")  # type: ignore[attr-defined]
+    assert by_name["choice"].letters  # type: ignore[attr-defined]
+    [asked] = scorers_of(["choice"], llama, pairs, question="was it kind ?")
+    assert asked.options == ("yes", "no")  # type: ignore[attr-defined]
+    # Every name that is listed is known.
+    listed = {re.split("[_=]", name)[0] for name in SCORERS}
+    assert listed == {re.split("_", scorer_name(s))[0] for s in scorers} | {"classifier"}
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["logprobs"], "no scorer 'logprobs'; there are logprob, concept"),
+        (["distinct_0"], "no scorer"),
+        (["words="], "no scorer"),
+        (["classifier=name"], "no scorer"),
+        (["words=/nowhere.txt"], "/nowhere.txt"),
+        (["length", "length"], "two scorers are called 'length'"),
+        (["description"], "needs descriptions"),
+        (["choice"], "needs a question"),
+        (["judge"], "needs descriptions"),
+    ],
+)
+def test_names_that_cannot_be_had(
+    llama: Any, pairs: sl.ContrastivePairs, names: list[str], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        scorers_of(names, llama, pairs)
