@@ -264,10 +264,13 @@ def test_the_command_writes_tables_and_texts(
     vector.save(file)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
-    command = ["behave", "--vector", str(file), "--model", str(model_folder), "--quiet"]
+    command = ["behave", "--vector", str(file), "--model", str(model_folder)]
     command += ["--prompts", str(prompts), "--samples", "2", "--max-new-tokens", "4"]
     command += ["--coefficients=-4,0,4", "--scorers", "length,distinct_2", "--nulls", "1"]
-    assert run(*command, "--out", str(out)).code == 0
+    told = run(*command, "--out", str(out))
+    assert told.code == 0, told.err
+    assert "length" in told.out
+    assert "30 texts in" in told.err
     table = sl.read_run(out).tables["behaviour"]
     assert table.coefficient.tolist() == [0.0] * 2 + [-4.0] * 2 + [4.0] * 2
     lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]

@@ -122,8 +122,10 @@ class Behave(FolderCommand, ModelCommand):
                     checkpoint=run.parts,
                 )
                 tables = {"behaviour": result.table}
-                if self.examples and (len(vector) == 1 or self.layers is not None):
-                    tables["tokens"] = self._tokens(model, vector, hook_names[0], prompts, result)
+                is_at_one = len(vector) == 1 or self.layers is not None
+                # Which tokens a condition steers is decided as it runs.
+                if is_at_one and vector.condition is None:
+                    tables |= self._tokens(model, vector, hook_names[0], prompts, result)
             run.write(tables, vector, lines={"generations": list(result.records())})
         if not self.quiet:
             print_behaviour(result.table)
@@ -136,8 +138,11 @@ class Behave(FolderCommand, ModelCommand):
         hook_name: str,
         prompts: list[Any],
         result: Any,
-    ) -> Any:
-        """What the tokens of the first steered texts gained or lost by the vector at that hook."""
+    ) -> dict[str, Any]:
+        """What the tokens of the first steered texts gained or lost by the vector at that hook.
+
+        Nothing where none was written.
+        """
         import pandas as pd
 
         rows = result.generations.to_dict("records")
@@ -161,7 +166,7 @@ class Behave(FolderCommand, ModelCommand):
                     ids=[f"{row['prompt'] + 1}, written at {row['strength']}"],
                 )
             )
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        return {"tokens": pd.concat(tables, ignore_index=True)} if tables else {}
 
     def _prompts(self) -> tuple[list[Any], list[str] | None]:
         """What is written after, and the groups."""

@@ -232,7 +232,5 @@ class Run:
 
     def note(self, count: str) -> None:
         """Say how many of what were written, where, and what it took."""
-        note(
-            f"{count} in {self.seconds:.0f} s ({self.spent:.0f} forward-equivalents); "
-            f"written to {self.out}"
-        )
+        spent = "" if self.spent is None else f" ({self.spent:.0f} forward-equivalents)"
+        note(f"{count} in {self.seconds:.0f} s{spent}; written to {self.out}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from steerlens.errors import InputError
 from steerlens.measure.scorers import Scorer, Written
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer
+from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.steering import (
     Coefficient,
@@ -27,6 +29,7 @@ from steerlens.steering import (
     steps,
 )
 from steerlens.steering.cache_positions import Positions
+from steerlens.steering.generation import row_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,53 +152,41 @@ class Writer:
     def _generated(
         self, subject: Subject, asked: Sequence[TokenizedPrompt], progress: Progress
     ) -> list[Generated]:
-        made: list[Generated] = []
-
         def compute() -> Tensors:
-            made.extend(
-                generate_texts(
-                    self.model,
-                    asked,
-                    subject.vector,
-                    subject.strengths,
-                    max_new_tokens=self.max_new_tokens,
-                    samples=self.samples,
-                    seed=self.seed,
-                    positions=self.positions,
-                    batch_size=self.batch_size,
-                    progress=progress,
-                )
+            made = generate_texts(
+                self.model,
+                asked,
+                subject.vector,
+                subject.strengths,
+                max_new_tokens=self.max_new_tokens,
+                samples=self.samples,
+                seed=self.seed,
+                positions=self.positions,
+                batch_size=self.batch_size,
+                progress=progress,
             )
             ids = torch.full((len(made), self.max_new_tokens), -1)
             for row, text in zip(ids, made, strict=True):
                 row[: len(text.ids)] = torch.tensor(text.ids, dtype=ids.dtype)
-            seeds = [-1 if text.seed is None else text.seed for text in made]
-            return {
-                "ids": ids,
-                "ended": torch.tensor([text.ended for text in made]),
-                "seeds": torch.tensor(seeds),
-            }
+            return {"ids": ids, "ended": torch.tensor([text.ended for text in made])}
 
         settings = [self.samples, self.seed, self.max_new_tokens, self.positions]
         prompts = [list(prompt.prompt) for prompt in asked]
-        kept = once(self.checkpoint, ["texts", prompts, settings, subject.decided], compute)
-        return made or self._as_kept(subject, kept)
-
-    def _as_kept(self, subject: Subject, kept: Tensors) -> list[Generated]:
-        places = [
-            (prompt, strength, sample)
-            for prompt in range(len(self.prompts))
-            for strength in subject.strengths
-            for sample in range(self.samples)
-        ]
+        decided = ["texts", provenance(self.model).to_dict(), prompts, settings, subject.decided]
+        kept = once(self.checkpoint, decided, compute)
+        places = product(range(len(asked)), subject.strengths, range(self.samples))
         return [
             Generated(
-                *place,
-                seed=None if self.seed is None else int(kept["seeds"][i]),
-                ids=tuple(kept["ids"][i][kept["ids"][i] >= 0].tolist()),
-                ended=bool(kept["ended"][i]),
+                prompt=prompt,
+                coefficient=strength,
+                sample=sample,
+                seed=None if self.seed is None else row_seed(self.seed, prompt, sample),
+                ids=tuple(ids[ids >= 0].tolist()),
+                ended=bool(ended),
             )
-            for i, place in enumerate(places)
+            for (prompt, strength, sample), ids, ended in zip(
+                places, kept["ids"], kept["ended"], strict=True
+            )
         ]
 
     def _written(self, made: Generated) -> Written:
