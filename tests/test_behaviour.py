@@ -27,6 +27,11 @@ def warm(texts: Sequence[Written]) -> list[float]:
     return [float(sum(i % 2 == 0 for i in text.ids)) for text in texts]
 
 
+def text(texts: Sequence[Written]) -> list[float]:
+    """Called as a column of every text is."""
+    return [0.0] * len(texts)
+
+
 @pytest.fixture(scope="module")
 def vector(llama: Any, directions: sl.Directions) -> sl.SteeringVector:
     return sl.SteeringVector.from_directions(llama, directions, layers=[2])
@@ -67,7 +72,7 @@ def test_every_number_of_a_row_is_that_of_its_texts(result: Any) -> None:
     assert [row.shift_ci_low, row.shift_ci_high] == pytest.approx(interval(means - unsteered))
     scores = texts_of(result, subject="steered", coefficient=8.0)
     above = [
-        0.5 + 0.5 * np.sign(score - unsteered[prompt])
+        0.5 + 0.5 * np.sign(score - unsteered[prompt - 1])
         for prompt, score in zip(scores.prompt, scores.warm, strict=True)
     ]
     assert row.share_above == pytest.approx(np.mean(above))
@@ -99,7 +104,7 @@ def test_the_texts_are_those_that_steer_and_generate_give(llama: Any, vector: An
         for i, prompt in enumerate(PROMPTS):
             tokenized = sl.engine.tokenize_prompt(llama, prompt)
             expected = sl.generate(llama, tokenized, vector, strength, max_new_tokens=5)
-            rows = texts_of(found, subject="steered", strength=str(strength), prompt=i)
+            rows = texts_of(found, subject="steered", strength=str(strength), prompt=i + 1)
             assert rows.text.tolist() == [expected]
     unsteered = texts_of(found, subject="unsteered").text.tolist()
     assert unsteered != texts_of(found, strength="6").text.tolist()
@@ -199,6 +204,7 @@ def test_a_text_without_a_score_is_left_out(llama: Any, vector: Any) -> None:
         ({"scorers": [lambda texts: [1.0]]}, "1 numbers for 6 texts"),
         ({"scorers": [lambda texts: ["high"] * len(texts)]}, "no number"),
         ({"layers": [1]}, "no direction at blocks.1"),
+        ({"scorers": [text]}, "'text' is a column"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
@@ -241,6 +247,43 @@ def test_what_was_kept_is_not_written_again(
     assert again.generations.equals(first.generations)
     with pytest.raises(AssertionError, match="written again"):
         sl.behaviour(llama, vector, PROMPTS, checkpoint=memory, **(shared | {"seed": 1}))
+    scored = {"coefficients": [4], "scorers": ["concept"], **SHORT, "checkpoint": memory}
+    by_pairs = [
+        sl.behaviour(llama, vector, PROMPTS, pairs=pairs, **scored).table["mean"].tolist()
+        for pairs in (_pairs(), _pairs()[:2])
+    ]
+    assert by_pairs[0] != by_pairs[1]
+
+
+def test_a_share_is_of_the_boundary_that_the_vector_has_now(llama: Any, vector: Any) -> None:
+    memory, shared = Memory(), {"coefficients": ["50%"], "scorers": ["length"], **SHORT}
+    texts = []
+    for boundary in (4.0, 40.0):
+        known = replace(vector.calibration, boundary_pos=torch.tensor([boundary]))
+        at = replace(vector, calibration=known)
+        found = sl.behaviour(llama, at, PROMPTS, checkpoint=memory, **shared)
+        texts.append(texts_of(found, subject="steered").text.tolist())
+    assert texts[0] != texts[1]
+
+
+def test_a_persona_goes_into_the_system_message_that_is_there(llama: Any) -> None:
+    chat = (sl.Message("system", "be kind"), sl.Message("user", "how are you"))
+    found = sl.behaviour(
+        *(llama, {HOOK: torch.ones(32)}, [chat]),
+        coefficients=[0],
+        scorers=[lambda texts: [0.0] * len(texts)],
+        personas=("you are good", "you are bad"),
+        **SHORT,
+    )
+    whole = (sl.Message("system", "you are good\n\nbe kind"), chat[1])
+    alone = sl.behaviour(
+        *(llama, {HOOK: torch.ones(32)}, [whole]),
+        coefficients=[0],
+        scorers=["length"],
+        **SHORT,
+    )
+    asked = texts_of(found, subject="positive prompt").text.tolist()
+    assert asked == texts_of(alone, subject="unsteered").text.tolist()
 
 
 def test_figures_hold_the_tables_numbers(result: Any) -> None:

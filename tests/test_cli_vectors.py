@@ -255,7 +255,8 @@ def test_export_at_a_coefficient(run: Main, file: Path, tmp_path: Path) -> None:
     for options, words in (
         (["--to", "lm-eval"], "coefficient"),
         (["--to", "vim", "--coefficient", "4"], "lm-eval or peft"),
-        (["--coefficient", "4"], "--to lm-eval and --to peft"),
+        (["--coefficient", "4"], "--to lm-eval and peft"),
+        (["--to", "lm-eval", "--coefficient", "4", "--model", "x"], "lm-eval loads its own"),
         (["--to", "peft", "--coefficient", "4,5"], "one --coefficient"),
     ):
         assert_error(run("export", file, tmp_path / "w.pt", *options), words)
@@ -382,7 +383,7 @@ def test_what_libraries_write_is_not_obeyed(tmp_path: Path) -> None:
 
 def test_generated_text_keeps_its_lines(steered: Main, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "steerlens.generate",
+        "steerlens.steering.decoded",
         lambda *args, **options: f"{ESC}\nnext\u200d",
     )
     outcome = steered("--raw", "--quiet", "--prompt", f"you {ESC}", "--coefficients=0")

@@ -604,11 +604,14 @@ def test_what_no_adapter_can_carry(kind: str, words: str | None, tmp_path: Path)
 def test_what_harness_and_adapter_refuse(
     change: dict[str, Any], coefficient: float, words: str, llama: Any, tmp_path: Path
 ) -> None:
-    vector = replace(sl.SteeringVector.from_vectors(ROWS), **change)
+    origin = sl.steering.Origin.of_model(llama)
+    vector = replace(sl.SteeringVector.from_vectors(ROWS, origin=origin), **change)
     with pytest.raises(InputError, match=words):
         sl.export.to_lm_eval(vector, tmp_path / "v.pt", coefficient)
     with pytest.raises(InputError, match=words):
         sl.export.to_peft(llama, vector, coefficient, tmp_path / "adapter")
+    with pytest.raises(InputError, match="which architecture"):
+        sl.export.to_lm_eval(sl.SteeringVector.from_vectors(ROWS), tmp_path / "v.pt", 4)
     other = sl.SteeringVector.from_vectors({"blocks.1.hook_mlp_out": ROW})
     with pytest.raises(InputError, match="block outputs"):
         sl.export.to_lm_eval(replace(other, operator=sl.Clamp(1.0)), tmp_path / "v.pt", 1)

@@ -11,10 +11,11 @@ import steerlens as sl
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand
 from steerlens.cli.long_command import FolderCommand
-from steerlens.cli.options import columns_of, pairs_record
+from steerlens.cli.options import pairs_record
 from steerlens.cli.printing import note, print_behaviour, progress_of
 from steerlens.cli.vector_commands import OptionalModel, load_with_model
 from steerlens.errors import InputError
+from steerlens.progress import silent
 
 OPEN = "open"
 """What `--prompts` is without a file: the shipped questions."""
@@ -30,7 +31,7 @@ class Behave(FolderCommand, ModelCommand):
         str, "File: a prompt a line, or JSONL with chats. Default: open, 60 shipped questions."
     ] = OPEN
     chat: Annotated[
-        bool, typer.Option("--chat", help="Lines of text are what a user of the chat says.")
+        bool, typer.Option("--chat", help="Lines of --prompts are what a user of the chat says.")
     ] = False
     layers: Annotated[
         str | None, "Hooks of the vector that are measured each by itself. Default: all at once."
@@ -85,19 +86,20 @@ class Behave(FolderCommand, ModelCommand):
         vector, model = load_with_model(path, self.model, self.load)
         if self.prompts == OPEN and getattr(model.tokenizer, "chat_template", None):
             prompts = [_as_chat(prompt) for prompt in prompts]
-        hook_names: tuple[str, ...] = (" + ".join(sl.measure.interventions.in_order(vector)),)
+        hook_names: tuple[str, ...] = (sl.measure.interventions.joined_hooks(vector),)
         if self.layers is not None:
             hook_names = sl.resolve_hooks(model, self.layers)
         data: dict[str, Any] = {
-            "vector": {
-                "file": str(path),
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            },
             "hook_names": hook_names,
             "pairs": None if pairs is None else pairs_record(pairs),
-            "prompts": [str(prompt) for prompt in prompts],
         }
-        request = request_of("behave", self, model, data, scorers=names)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        resolved: dict[str, Any] = {
+            "vector": {"file": str(path), "sha256": sha256},
+            "prompts": [str(prompt) for prompt in prompts],
+            "scorers": names,
+        }
+        request = request_of("behave", self, model, data, **resolved)
         with self.opened(request) as run:
             with progress_of(quiet=self.quiet) as progress:
                 result = sl.behaviour(
@@ -106,7 +108,9 @@ class Behave(FolderCommand, ModelCommand):
                     prompts,
                     coefficients=strengths,
                     scorers=sl.measure.scorers.scorers_of(
-                        names, model, pairs, descriptions=descriptions
+                        *(names, model, pairs),
+                        descriptions=descriptions,
+                        batch_size=self.batch_size,
                     ),
                     pairs=pairs,
                     layers=self.layers,
@@ -123,8 +127,10 @@ class Behave(FolderCommand, ModelCommand):
                 )
                 tables = {"behaviour": result.table}
                 is_at_one = len(vector) == 1 or self.layers is not None
-                # Which tokens a condition steers is decided as it runs.
-                if is_at_one and vector.condition is None:
+                # Which tokens a condition, or thinking, steers is decided as the model runs.
+                spans = ("think", "answer")
+                is_known = not any(name in self.positions for name in spans)
+                if is_at_one and is_known and vector.condition is None:
                     tables |= self._tokens(model, vector, hook_names[0], prompts, result)
             run.write(tables, vector, lines={"generations": list(result.records())})
         if not self.quiet:
@@ -145,17 +151,21 @@ class Behave(FolderCommand, ModelCommand):
         """
         import pandas as pd
 
+        # What is generated is the continuation of a text that is looked at.
+        positions = self.positions.replace("generated", "continuation").replace(
+            "own", "continuation"
+        )
         rows = result.generations.to_dict("records")
         shown = [
             row
             for row in rows
             if (row["subject"], row["hook_name"], row["sample"]) == ("steered", hook_name, 0)
-            and row["prompt"] < self.examples
+            and row["prompt"] <= self.examples
             and row["ids"]
         ]
         tables = []
         for row in shown:
-            prompt = sl.engine.tokenize_prompt(model, prompts[row["prompt"]])
+            prompt = sl.engine.tokenize_prompt(model, prompts[row["prompt"] - 1])
             tables.append(
                 sl.token_damage(
                     model,
@@ -163,7 +173,9 @@ class Behave(FolderCommand, ModelCommand):
                     vector,
                     layer=hook_name,
                     coefficients=[row["strength"]],
-                    ids=[f"{row['prompt'] + 1}, written at {row['strength']}"],
+                    steered_positions=positions,
+                    ids=[f"{row['prompt']}, written at {row['strength']}"],
+                    progress=silent,
                 )
             )
         return {"tokens": pd.concat(tables, ignore_index=True)} if tables else {}
@@ -180,12 +192,13 @@ class Behave(FolderCommand, ModelCommand):
         return [_as_chat(of.prompt) if self.chat else of.prompt for of in read], groups
 
     def _pairs(self, vector: Any) -> Any:
-        if self.pairs is not None:
-            how: dict[str, Any] = {"columns": columns_of(self.columns), "form": self.form}
-            return sl.ContrastivePairs.load(self.pairs, group=self.group, **how)
-        if vector.origin.dataset in sl.data.dataset_names():
-            return sl.ContrastivePairs.load(vector.origin.dataset, split="test")
-        return None
+        source = self.pairs
+        if source is None and vector.origin.dataset in sl.data.dataset_names():
+            source = vector.origin.dataset
+        if source is None:
+            return None
+        how: dict[str, Any] = {"group": self.group, "columns": self.columns, "form": self.form}
+        return opt.pairs_of(source, **how)[1]  # of a shipped dataset the part that is measured on
 
     def _scorers(self, pairs: Any) -> tuple[str, ...]:
         from steerlens.measure.behaviours import COHERENCE, CONCEPT

@@ -50,7 +50,7 @@ Coefficients = Annotated[
     typer.Option(
         "--coefficients",
         help="Joined by commas: residual units (8), residual norms (0.1norm), or shares of the "
-        "coherence boundary (80%), which is measured first where it is not known.",
+        "coherence boundary (80%), as a --vector has them, else measured first.",
     ),
 ]
 Method = Annotated[str, "How to fit the direction: `steerlens methods` lists them."]

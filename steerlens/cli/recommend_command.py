@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand
+from steerlens.cli.command import PairsCommand, quoted
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.options import DEFAULT_MODEL
 from steerlens.cli.printing import note, print_rows, print_texts, progress_of, say
@@ -37,14 +37,20 @@ class Recommend(FolderCommand, PairsCommand):
         "recommend --pairs mine.csv --layers 8:20 --out runs/mine",
     )
 
+    @property
+    def next(self) -> str:
+        """What the vector makes the model write; without one the report."""
+        vector = Path(str(self.written)) / "vector.safetensors"
+        if not vector.exists():
+            return super().next
+        return f"steerlens behave --vector {quoted(vector)} --out {quoted(self.written)}-behave"
+
     def measure(self) -> None:
         """What the command does."""
         from steerlens.cli.task import request_of
 
         assert self.out is not None
-        budget = sl.measure.boundary.check_search(
-            budget=self.budget, search_range=sl.measure.recommendation.SEARCH_RANGE
-        )
+        budget = sl.measure.boundary.check_search(budget=self.budget)
         pairs, _ = self.read_pairs()
         items = self._read_items()
         model = self.load(self.model)
@@ -103,7 +109,7 @@ class Recommend(FolderCommand, PairsCommand):
         say("Next:")
         for command in self._next(found):
             say(f"  {shlex.join(command)}")
-        note(f"report: {self.out / REPORT}" if self.out else "")
+        note(f"report: {Path(str(self.out)) / REPORT}")
 
     def _next(self, found: Any) -> list[list[str]]:
         """What can be run now."""

@@ -30,7 +30,6 @@ from steerlens.cli.printing import (
     short,
 )
 from steerlens.errors import InputError
-from steerlens.progress import under
 
 VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
 OptionalModel = Annotated[
@@ -171,16 +170,14 @@ class Generate(ModelCommand, PairsCommand):
             raise InputError("give --vector FILE, or --layer to fit a direction there")
         else:
             model, prompt, steered = self._fit_at(self.layer, strengths)
-        options: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens,
-            "positions": self.positions,
-        }
-        texts: list[str] = []
         with progress_of(quiet=self.quiet) as progress:
-            for strength in strengths:
-                heading = f"continuation {len(texts) + 1} of {len(strengths)}"
-                options["progress"] = under(progress, heading)
-                texts.append(sl.generate(model, prompt, steered, strength, **options))
+            written = sl.steering.generate_texts(
+                *(model, [prompt], steered, strengths),
+                max_new_tokens=self.max_new_tokens,
+                positions=self.positions,
+                progress=progress,
+            )
+        texts = [sl.steering.decoded(model, text.ids) for text in written]
         print_texts(self.prompt, strengths, texts)
 
     def _tokenize(self, model: Any) -> Any:
@@ -206,7 +203,7 @@ class Export(LoadCommand):
         typer.Argument(help="To write: .gguf, .safetensors, .pt (lm-eval), a new folder (peft)."),
     ]
     to: Annotated[
-        str | None, "lm-eval or peft; they take --coefficient. Default: by the target's name."
+        str | None, "lm-eval or peft, with --coefficient. Default: .gguf or .safetensors."
     ] = None
     coefficient: Annotated[str | None, "Residual units, 0.1norm, or 80% of the boundary."] = None
     model: OptionalModel = None
@@ -240,7 +237,7 @@ class Export(LoadCommand):
         if self.to is not None:
             self._export_at(vector, self.to)
         elif self.coefficient is not None or self.model is not None:
-            raise InputError("--coefficient and --model are of --to lm-eval and --to peft")
+            raise InputError("--coefficient is of --to lm-eval and peft, --model of --to peft")
         elif target.suffix == ".gguf":
             sl.export.to_gguf(vector, target)
         elif target.suffix == ".safetensors":
@@ -254,6 +251,8 @@ class Export(LoadCommand):
         if to not in ("lm-eval", "peft"):
             raise InputError(f"--to is lm-eval or peft, not {to!r}")
         strength = opt.strength_of(self.coefficient)
+        if to == "lm-eval" and self.model is not None:
+            raise InputError("--model is of --to peft: lm-eval loads its own")
         if to == "lm-eval":
             sl.export.to_lm_eval(vector, self.target, strength)
         else:

@@ -82,14 +82,8 @@ class Directions(Frozen, Mapping[str, Tensor]):
                 raise InputError(f"the direction at {name} has norm {norm:.6g}; expected 1")
 
     def __getitem__(self, hook: str | int) -> Float[Tensor, " d_model"]:
-        rows = rows_at(self._names, hook)
-        if not rows:
-            raise KeyError(hook)
-        if len(rows) > 1:
-            names = ", ".join(self._names[row] for row in rows)
-            raise InputError(f"layer {hook} has {len(rows)} directions: name one of {names}")
-        all_rows: list[Tensor] = [row for block in self._blocks for row in block]
-        return all_rows[rows[0]]
+        rows: list[Tensor] = [row for block in self._blocks for row in block]
+        return rows[row_at(self._names, hook)]
 
     def __eq__(self, other: object) -> bool:
         """Whether the other are directions of the same values, fitted in the same way."""
@@ -169,6 +163,20 @@ def rows_at(hook_names: Sequence[str], hook: object) -> list[int]:
         for row, name in enumerate(hook_names)
         if name == hook or (is_layer and hook_layer(name) == hook)
     ]
+
+
+def row_at(hook_names: Sequence[str], hook: str | int) -> int:
+    """The row of a hook, or of the only one of a layer. Raises `KeyError` where there is none.
+
+    Raises `InputError` where a layer has several.
+    """
+    rows = rows_at(hook_names, hook)
+    if not rows:
+        raise KeyError(hook)
+    if len(rows) > 1:
+        names = ", ".join(hook_names[row] for row in rows)
+        raise InputError(f"layer {hook} has {len(rows)} directions: name one of {names}")
+    return rows[0]
 
 
 def some_rows(hook_names: Sequence[str], hooks: Sequence[str | int]) -> list[int]:

@@ -122,7 +122,7 @@ def train_directions(
         batch_size: Prompts in a pass that collects the differences; by default what the device can
             use.
         progress: Told of `schedule.max_epochs` for every hook, those that it was spared too once it
-            has ended; nobody by default.
+            has ended. Default: bars in a terminal or a notebook.
 
     Raises:
         InputError: An unknown objective, a position of several tokens, missing items, fewer than 5

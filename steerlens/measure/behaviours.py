@@ -17,10 +17,10 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
-from steerlens.measure.interventions import in_order
+from steerlens.measure.interventions import joined_hooks
 from steerlens.measure.scorers import Scorer, scorer_name, scorers_of
 from steerlens.measure.study import Study
-from steerlens.measure.writing import Cell, Subject, Writer
+from steerlens.measure.writing import TEXT_COLUMNS, Cell, Subject, Writer
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
 from steerlens.models.identity import check_fitted_on, provenance
@@ -35,8 +35,6 @@ COHERENCE = ("logprob", "distinct_2", "repeated_4", "ended")
 """Scorers that need nothing but the model."""
 CONCEPT = "concept"
 PERSONAS = ("positive prompt", "negative prompt")
-N_TEXT_COLUMNS = 12
-"""Columns of a text before those of the scorers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +42,8 @@ class BehaviourResult:
     """What was written, and its scores.
 
     `table` has a row a hook, coefficient and scorer (`BEHAVIOUR_COLUMNS`); `generations` a row a
-    text, after which prompt (its number, and as the model saw it), by what, and each scorer's
-    number in a column of its name.
+    text, after which prompt (its number from 1, and as the model saw it), by what, and each
+    scorer's number in a column of its name.
     """
 
     table: pd.DataFrame
@@ -57,10 +55,9 @@ class BehaviourResult:
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every text as a line of `generations.jsonl` has it."""
-        names = list(self.generations.columns[N_TEXT_COLUMNS:])
         for row in self.generations.to_dict("records"):
             line = {str(name): value for name, value in row.items()}
-            scores = {name: line.pop(name) for name in names}
+            scores = {name: line.pop(name) for name in self.table.attrs["scorers"]}
             number, prompt = line.pop("prompt"), line.pop("prompt_text")
             yield {"prompt": prompt, "prompt_number": number, **line, "scores": scores}
 
@@ -89,9 +86,9 @@ def behaviour(
 ) -> BehaviourResult:
     """Measure what the steered model writes: every scorer's mean at every coefficient.
 
-    After each prompt `samples` texts are drawn at each coefficient and at 0, all with the same
-    random numbers. Means are over prompts of the means over their texts, shifts against the texts
-    of the same prompt at 0, intervals over the groups of prompts.
+    After each prompt `samples` texts are drawn at each coefficient and at 0; a sample has the same
+    random numbers at all of them. Means are over prompts of the means over their texts, shifts
+    against the texts of the same prompt at 0, intervals over the groups of prompts.
 
     Args:
         model: Any `HookedModel`, or a `Study`, whose directions, pairs and batch size are then the
@@ -100,8 +97,10 @@ def behaviour(
             directions by hook name; None for those of the study.
         prompts: What the model goes on after, texts or chats.
         coefficients: How strongly, as in `Coefficient`; 0 is always among them.
-        scorers: Names (see `scorers_of`), or functions of `Written` texts that give a number each.
-            Default: logprob, distinct_2, repeated_4 and ended, and with pairs `concept`.
+        scorers: Names that need model and pairs alone (see `scorers_of`, which makes the others),
+            or functions of `Written` texts that give a number each. What is kept at a checkpoint
+            are the numbers of those with a list `decided` of what decides them. Default: logprob,
+            distinct_2, repeated_4 and ended, and with pairs `concept`.
         pairs: What the scorers of the concept ask with; the vector may be fitted on others.
         layers: Hooks of the vector or the directions that are measured each by itself (see
             `resolve_hooks`). Default: a vector as a whole, directions hook by hook.
@@ -117,12 +116,13 @@ def behaviour(
         n_bootstrap: Resamples of every 95% interval.
         seed: Of samples, nulls and resamples; None is greedy, with one sample.
         batch_size: Texts written at once. Default: what the device can use.
-        progress: Told of the steps (see `show_progress`).
+        progress: Told of the steps. Default: bars in a terminal or a notebook.
         checkpoint: Given what each hook wrote and its scores, so that it can go on with them.
 
     Raises:
         InputError: No prompts, groups that are not as many, nulls of what does not add, greedy with
             several samples, no vector without a study; and as `generate_texts` and `scorers_of`.
+        HookError: `layers` names no hook of the model.
 
     Examples:
         >>> result = sl.behaviour(
@@ -154,7 +154,7 @@ def behaviour(
     writer = Writer(
         model=model,
         prompts=_tokenized(model, prompts),
-        scorers=_by_name(default if scorers is None else scorers, model, pairs),
+        scorers=_by_name(default if scorers is None else scorers, model, pairs, batch_size),
         samples=samples,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -262,15 +262,21 @@ def _mean(values: Float[np.ndarray, "..."]) -> float:
 
 
 def _by_name(
-    asked: Sequence[Any], model: HookedModel, pairs: ContrastivePairs | None
+    asked: Sequence[Any],
+    model: HookedModel,
+    pairs: ContrastivePairs | None,
+    batch_size: int | None,
 ) -> dict[str, Scorer]:
     """The scorers by what tables call them. Raises `InputError` where two are called the same."""
-    found = [
-        scorer
-        for one in asked
-        for scorer in (scorers_of([one], model, pairs) if isinstance(one, str) else [one])
-    ]
+    found: list[Scorer] = []
+    for one in asked:
+        if isinstance(one, str):
+            found += scorers_of([one], model, pairs, batch_size=batch_size)
+        else:
+            found.append(one)
     named = {scorer_name(scorer): scorer for scorer in found}
+    if taken := sorted({*named} & {*TEXT_COLUMNS}):
+        raise InputError(f"{taken[0]!r} is a column of every text: give the scorer another name")
     if not found or len(named) < len(found):
         names = ", ".join(map(scorer_name, found))
         raise InputError(f"expected scorers, each with a name of its own, got {names or 'none'}")
@@ -301,7 +307,7 @@ def _subjects(
         raise InputError(f"there is no direction at {', '.join(missing)}")
     parts: dict[str, SteeringVector | Mapping[str, Tensor]]
     if isinstance(vector, SteeringVector):
-        parts = {" + ".join(in_order(vector)): vector}
+        parts = {joined_hooks(vector): vector}
         if layers is not None:
             parts = {name: vector.at(name) for name in names}
     elif isinstance(vector, Directions) or layers is not None:
@@ -344,7 +350,9 @@ def _tokenized(model: HookedModel, prompts: Sequence[Prompt]) -> tuple[Tokenized
 
 
 def _with_persona(prompt: Prompt, persona: str) -> Prompt:
-    """The prompt with a persona in front of it, a system message of a chat."""
+    """The prompt with a persona in front of it; of a chat in its system message."""
     if isinstance(prompt, str):
         return f"{persona}\n\n{prompt}"
+    if prompt[0].role == "system":
+        return (Message("system", f"{persona}\n\n{prompt[0].content}"), *prompt[1:])
     return (Message("system", persona), *prompt)

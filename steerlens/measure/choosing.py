@@ -1,6 +1,5 @@
 """The parts of a recommendation: who fits, who chooses, who confirms; and the choice itself."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,7 +28,7 @@ from steerlens.measure.linearised import Linearised, linearise
 from steerlens.measure.outcomes import Preference
 from steerlens.measure.sign_results import SIGNS
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import readout_hook
+from steerlens.models.hooks import readout_hook, resid_post
 from steerlens.stats import interval
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -97,9 +96,8 @@ class OwnText:
 
     @cached_property
     def _unsteered(self) -> tuple[Workload, Baseline]:
-        last = self.engine.n_layers - 1
         workload = Workload(self.engine.batches(self.prompts), (), -1, "all", with_readouts=False)
-        hook_names = tuple(f"blocks.{layer}.hook_resid_post" for layer in range(last + 1))
+        hook_names = tuple(map(resid_post, range(self.engine.n_layers)))
         return workload, run_baseline(self.engine, workload, hook_names)
 
     @property
@@ -134,19 +132,13 @@ def choose_coefficients(
     engine: Engine, choosing: Preference, job: Job, boundaries: Mapping[str, float]
 ) -> dict[str, float]:
     """Of each sign the coefficient, among `SHARES` of its boundary, with the largest effect."""
-    signed = [
-        SIGNS[sign] * share * boundaries[sign]
-        for sign in SIGNS
-        for share in SHARES
-        if math.isfinite(boundaries[sign])
-    ]
+    signed = [SIGNS[sign] * share * boundaries[sign] for sign in SIGNS for share in SHARES]
     _, (changes,) = choosing.changes(engine, [replace(job, coefficients=tuple(signed))])
     effects = dict(zip(signed, changes.mean(axis=1).tolist(), strict=True))
     return {
         sign: max(
             (c for c in signed if c * direction > 0),
             key=lambda c, d=direction: d * effects[c],  # type: ignore[misc]
-            default=math.nan,
         )
         for sign, direction in SIGNS.items()
     }

@@ -139,12 +139,16 @@ def rank_among_flips(
 
     up, correlation = exact(1), math.nan
     if linear is not None and checked is not None:
-        seen = flips.linearised(checked)[: len(up)]
-        if up.std() > 0 and seen.std() > 0:
-            correlation = float(np.corrcoef(up, seen)[0, 1])
+        # Without the labels as they are, which are no flip and lie far from all others.
+        run, seen = up[1:], flips.linearised(checked)[1 : len(up)]
+        if run.std() > 0 and seen.std() > 0:
+            correlation = float(np.corrcoef(run, seen)[0, 1])
         if correlation > MIN_CORRELATION:
             every = flips.linearised(linear)
             p = rank_p(float(every[0]), every[1:])
             return RankedAmongFlips(p, p, "linearised", N_FLIPS, correlation)
-    positive, negative = (rank_p(float(of[0]), of[1:]) for of in (up, exact(-1)))
+    # A flip under which nothing is written may have done any harm: it counts as at least as far.
+    positive, negative = (
+        rank_p(float(of[0]), np.nan_to_num(of[1:], nan=np.inf)) for of in (up, exact(-1))
+    )
     return RankedAmongFlips(positive, negative, "exact", N_EXACT, correlation)

@@ -22,7 +22,7 @@ from steerlens.models.hooks import hook_layer, hooked, keeping, resid_post
 from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
 from steerlens.models.weight_processing import check_processing
-from steerlens.progress import Progress, part_of, silent
+from steerlens.progress import Progress, by_default, part_of
 from steerlens.stats import max_rank_p, rank_p
 from steerlens.tables import READING_COLUMNS, VOCABULARY_COLUMNS, Row, to_frame
 from steerlens.validation import Count, Draws, Whole, checked
@@ -260,7 +260,7 @@ def readings(
         return {hook: values.float().cpu() @ units[hook] for hook, values in found.items()}
 
     read: dict[str, dict[int, Tensor]] = {hook: {} for hook in units}
-    tell = part_of(progress or silent, "readings: prompts")
+    tell = part_of(by_default(progress), "readings: prompts")
     with inference(model):
         batches = [(batch,) for batch in make_batches(model, tokenized, batch_size)]
         for (batch,), found in by_halves(batches, run, progress=tell):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.sequence import one_of_each_in_turn
 from steerlens.engine.checkpoint import Tensors, once
-from steerlens.engine.continuations import own_texts
+from steerlens.engine.continuations import own_texts, until_end
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
     TokenizedPrompt,
@@ -26,6 +27,7 @@ from steerlens.errors import InputError
 from steerlens.measure.effects import Sides, preference_gaps
 from steerlens.measure.scorers import Concept, Written
 from steerlens.models.identity import provenance
+from steerlens.progress import silent
 from steerlens.steering.generation import decoded, generate_texts
 
 N_ITEMS = 32
@@ -63,9 +65,13 @@ class Preference:
         Raises `InputError` where it writes the same after both.
         """
         rows = one_of_each_in_turn(pairs.groups, N_ITEMS // 2)
+        written: dict[str, Any] = {"n_tokens": n_tokens, "seed": None}
         tokenized = tokenize_pairs(engine.model, pairs)
         sides = [[side[row] for row in rows] for side in (tokenized.positive, tokenized.negative)]
-        up, down = (own_texts(engine.model, s, n_tokens=n_tokens, seed=None) for s in sides)
+        up, down = (
+            [until_end(text, engine.model) for text in own_texts(engine.model, s, **written)]
+            for s in sides
+        )
         kept = [i for i in range(len(rows)) if up[i] and down[i] and up[i] != down[i]]
         if len(kept) < 2:
             raise InputError(
@@ -155,6 +161,7 @@ class Behaviour:
                 [coefficient],
                 max_new_tokens=self.n_tokens,
                 batch_size=engine.batch_size,
+                progress=silent,
             )
             written = [
                 Written(

@@ -14,6 +14,7 @@ from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Prompt
 from steerlens.data.sequence import one_of_each_in_turn
+from steerlens.data.shipped import dataset_names
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.methods import fit_directions
@@ -40,6 +41,7 @@ from steerlens.measure.equal_damage import mean_norms
 from steerlens.measure.label_flips import LabelFlips, RankedAmongFlips, rank_among_flips
 from steerlens.measure.linearised import gap_gradients
 from steerlens.measure.outcomes import Behaviour, Preference
+from steerlens.measure.settings import SEARCH_RANGE
 from steerlens.measure.sign_results import SIGNS, SignResult, effect_of, verdict_of
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, resolve_hooks
@@ -58,11 +60,8 @@ from steerlens.tables import (
 )
 from steerlens.validation import Count, Whole, checked
 
-SEARCH_RANGE = 4.0
-"""How far the boundary is looked for, in mean residual norms."""
 BEYOND = 1.5
 """Boundaries at which a text shows what too much does."""
-SEARCH_RANGE = 4.0
 N_CHECKED = 16
 """Held-out items on which linearised effects are compared with exact ones."""
 N_SHOWN = 2
@@ -158,32 +157,36 @@ def recommend(
         items: PreferenceItems, or what their `load` takes; half of the groups choose, half confirm.
             The effect is then that on the preference gap. Default: what the model writes decides,
             by how much likelier it is after the pairs' positive prompts than after their negative
-            ones (nats per token, the unsteered model); directions of flipped labels are run.
+            ones (nats per token, the unsteered model); directions of flipped labels are run. Of a
+            shipped dataset given by name its own items.
         group: As of `ContrastivePairs.load`, where it is called.
         layers: Where to look (see `resolve_hooks`).
         budget: The damage that is allowed (see `Budget`), but for rollouts.
         prompts: At least 4, after which the model writes: the first half to choose, the second
-            to confirm. Default: 10 of the shipped open questions each.
+            to confirm, the first 10 of each. Default: 10 of the shipped open questions each.
         seed: Of the parts, flips and resamples (0).
         batch_size: Prompts a forward pass. Default: what the device can use.
-        progress: Told of the steps. Default: nobody.
+        progress: Told of the steps. Default: bars in a terminal or a notebook.
         checkpoint: As of `Study`.
 
     Raises:
         InputError: Two lists without pairs, a rollout budget, fewer than 4 prompts; without items,
             pairs that do not change what the model writes. Too few groups are a reason, no error.
+        HookError: `layers` names no hook of the model.
 
     Examples:
         >>> recommended = sl.measure.recommend(model, pairs)
         >>> recommended.steer, recommended.reasons[0][:50]
         (False, 'too few groups of pairs: 8, and 16 are needed (8 t')
     """
+    if items is None and isinstance(pairs, str) and pairs in dataset_names():
+        items = pairs
     if not isinstance(pairs, ContrastivePairs):
         pairs = ContrastivePairs.load(pairs, group=group)
     if items is not None and not isinstance(items, PreferenceItems):
         items = PreferenceItems.load(items)
     pairs.check_paired("a recommendation is")
-    allowed = check_search(budget=budget, search_range=SEARCH_RANGE)
+    allowed = check_search(budget=budget)
     if allowed.kind.startswith("rollout"):
         raise InputError(f"the budget {allowed} cannot be predicted; take kl=0.1 or another")
     settings = Settings(str(allowed), "own", seed, OWN_TOKENS)
@@ -240,6 +243,9 @@ def _recommended(
         "unit": confirming.unit,
     }
     candidates = _candidates(flips, differences, about)
+    if not candidates.weighted_effect.max() > 0:
+        reason = "no layer has an effect on what chooses, to first order, within the budget"
+        return _refused((reason,), about, candidates)
     if any(map(math.isnan, boundaries.values())):
         reason = f"the search for the boundary at layer {hook_layer(name)} did not settle"
         return _refused((f"{reason}; try another budget or seed",), about, candidates)
@@ -335,19 +341,19 @@ def _candidates(
     """What the choice of a layer saw (`CANDIDATE_COLUMNS`)."""
     norms = mean_norms(differences)
     rows = []
-    for name in flips.hook_names:
+    weighted = flips.weighted(flips.choosing)[:, 0].tolist()
+    for name, weighted_effect in zip(flips.hook_names, weighted, strict=True):
         units, agreement = flips.at(name)
-        unit, weight = units[:1], float(agreement[0])
-        effect = float(np.nan_to_num(flips.choosing.effects(name, unit).mean()))
+        unit = units[:1]
         rows.append(
             {
                 "hook_name": name,
                 "layer": hook_layer(name),
                 "resid_norm": norms[name],
                 "predicted_boundary": float(flips.choosing.coefficients(name, unit)[0]),
-                "predicted_effect": effect,
-                "agreement": weight,
-                "weighted_effect": weight * effect,
+                "predicted_effect": float(flips.choosing.effects(name, unit).mean()),
+                "agreement": float(agreement[0]),
+                "weighted_effect": weighted_effect,
                 "is_chosen": name == flips.hook_name,
             }
         )
@@ -403,7 +409,7 @@ def _shown(found: SignResult) -> tuple[float, ...]:
 
 
 def _forward_equivalents(engine: Engine, confirming: Preference | Behaviour) -> float:
-    """What was run, in forward passes of what confirms."""
+    """What was run but for fitting and writing, in forward passes of what confirms."""
     prompts = (
         confirming.prompts
         if isinstance(confirming, Behaviour)

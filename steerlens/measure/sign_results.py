@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from steerlens.measure.verdicts import LEVEL
 from steerlens.stats import interval, smallest_effect
 from steerlens.tables import Row
 
@@ -20,8 +21,6 @@ IN_JSON = {
     **{"n_groups": "n_groups", "cost_nats": "degradation_nats", "cost_kl_nats": "kl_nats"},
 }
 """What `recommendation.json` says of a sign -> the field."""
-LEVEL = 0.05
-"""The largest p-value of what is steered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +76,8 @@ class SignResult:
 
     def _within(self, budget: str) -> str:
         toward, least = abs(self.effect), self.needed_effect
+        if math.isnan(self.effect_ci_low):
+            return ""  # too few groups, which is another reason
         if self._is_shown and toward >= least:
             return ""
         if not self._is_shown and self._far_end >= least:
@@ -105,15 +106,17 @@ class SignResult:
             return f"the effect goes the other way: {said}"
         if self._far_end < self.needed_effect:
             return ""  # what the boundary allows is too small, whatever the groups
-        more = math.ceil(self.groups_needed - self.n_groups)
+        more = max(1, math.ceil(self.groups_needed - self.n_groups))
         return (
             f"too few groups of {unit}: the effect is {said}; {more} more to confirm on would show "
             "one of this size"
         )
 
     def _more_than_a_null(self, unit: str) -> str:
-        if self.p_value <= LEVEL:
+        if self.p_value < LEVEL:
             return ""
+        if math.isnan(self.p_value):
+            return f"nothing to rank: nothing known of the held-out {unit} at this coefficient"
         return (
             f"no more than a null: directions fitted with the labels of groups flipped do as much "
             f"to held-out {unit} (p {self.p_value:.2g} among {self.n_null}, {self.null_by})"

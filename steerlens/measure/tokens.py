@@ -152,7 +152,7 @@ def token_damage(
         steered_positions: As of `Study`.
         ids: Names of the prompts. Default: those of the pairs, or numbers from 1.
         batch_size: Prompts a forward pass. Default: what the device can use.
-        progress: Told of the prompts. Default: nobody.
+        progress: Told of the prompts. Default: bars in a terminal or a notebook.
 
     Raises:
         InputError: More than one hook, or one without a direction; no prompts or coefficients, or a

@@ -53,7 +53,12 @@ class Subject:
         vector: Any = getattr(self.vector, "fingerprint", None)
         if vector is None:
             vector = [[name, row] for name, row in self.vector.items()]
-        return [vector, [str(strength) for strength in self.strengths]]
+        # A share is of a boundary, which is no part of a vector's fingerprint.
+        amounts = [
+            [[step.hook_name, step.amount] for step in steps(self.vector, strength)]
+            for strength in self.strengths
+        ]
+        return [vector, amounts]
 
     def coefficient(self, strength: Coefficient) -> float:
         """What multiplies the vector; NaN where a norm or share is another one at each hook."""
@@ -63,6 +68,13 @@ class Subject:
         acts = steps(self.vector, strength)
         assert isinstance(self.vector, SteeringVector)
         return acts[0].amount / float(self.vector.scale[0]) if len(acts) == 1 else math.nan
+
+
+TEXT_COLUMNS = (
+    *("prompt", "prompt_text", "subject", "hook_name", "layer", "strength", "coefficient"),
+    *("sample", "seed", "text", "ids", "end"),
+)
+"""Columns of a text besides the scorers'."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +102,14 @@ class Cell:
         flat = {name: scores.reshape(-1).tolist() for name, scores in self.scores.items()}
         return [
             {
-                "prompt": made.prompt,
+                "prompt": made.prompt + 1,
                 "prompt_text": text.prompt,
                 **self.place,
                 "sample": made.sample,
                 "seed": made.seed,
                 "text": text.text,
                 "ids": list(text.ids),
-                "ended": made.ended,
+                "end": "stop" if made.ended else "length",
                 **{name: scores[i] for name, scores in flat.items()},
             }
             for i, (made, text) in enumerate(zip(self.generated, self.texts, strict=True))
@@ -152,6 +164,9 @@ class Writer:
     def _generated(
         self, subject: Subject, asked: Sequence[TokenizedPrompt], progress: Progress
     ) -> list[Generated]:
+        # A mask is of the plain prompts; without a vector nothing is steered.
+        positions: Positions = self.positions if subject.hook_name else "all"
+
         def compute() -> Tensors:
             made = generate_texts(
                 self.model,
@@ -161,7 +176,7 @@ class Writer:
                 max_new_tokens=self.max_new_tokens,
                 samples=self.samples,
                 seed=self.seed,
-                positions=self.positions,
+                positions=positions,
                 batch_size=self.batch_size,
                 progress=progress,
             )
@@ -170,7 +185,7 @@ class Writer:
                 row[: len(text.ids)] = torch.tensor(text.ids, dtype=ids.dtype)
             return {"ids": ids, "ended": torch.tensor([text.ended for text in made])}
 
-        settings = [self.samples, self.seed, self.max_new_tokens, self.positions]
+        settings = [self.samples, self.seed, self.max_new_tokens, positions]
         prompts = [list(prompt.prompt) for prompt in asked]
         decided = ["texts", provenance(self.model).to_dict(), prompts, settings, subject.decided]
         kept = once(self.checkpoint, decided, compute)
@@ -217,7 +232,12 @@ class Writer:
                     "that has no score"
                 ) from error
 
-        what = [[list(text.prompt_ids), list(text.ids)] for text in texts]
-        kept = once(self.checkpoint, ["scores", name, what], compute)
+        decided = getattr(scorer, "decided", None)
+        if decided is None:  # what decides its numbers is not known, so they are not kept
+            kept = compute()
+        else:
+            what = [[list(text.prompt_ids), list(text.ids), text.ended] for text in texts]
+            model = provenance(self.model).to_dict()
+            kept = once(self.checkpoint, ["scores", name, model, list(decided), what], compute)
         numbers: np.ndarray[Any, Any] = kept["scores"].numpy()
         return numbers

@@ -42,7 +42,8 @@ ROWS = {"cpu": 128, "cuda": 1024}
 LEAVING = 8
 """Rows that have ended leave when they are one in so many: the cache is then copied."""
 
-_proved: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
+_proved: "weakref.WeakKeyDictionary[Any, dict[Any, bool]]" = weakref.WeakKeyDictionary()
+"""Of a model, the kinds of batch that were looked at (see `is_proved`)."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def can_decode(model: HookedModel, job: Job) -> bool:
         and verification.is_untouched(model)
         and not {"think", "answer"} & set(job.names)
         and is_on_one_side(model, job)
-        and _proved.get(model, True)
+        and all(_proved.get(model, {}).values())
     )
 
 
@@ -158,8 +159,7 @@ def decode(
 ) -> list[list[int]]:
     """The ids of each row, up to and with the token that ends it, in one batch.
 
-    `told` is called with the tokens that were added after every pass. Where it is done for the
-    first time with a model, two rows are compared with a pass over the whole text of each alone.
+    `told` is called with the tokens that were added after every pass.
     """
     names = dict.fromkeys(step.hook_name for push in job.pushes for step in push)
     runner = for_hooks(model, tuple(names), on_cpu=True)
@@ -175,17 +175,26 @@ def is_proved(
 ) -> bool:
     """Whether two rows are what the model writes when it runs each alone, without a cache.
 
-    Looked at once a model: the row of the shortest prompt, which has most padding, under the last
+    Looked at once a model and kind of batch (padded or not, of one coefficient or several, where
+    and how it is steered): the row of the shortest prompt, which has most padding, under the last
     coefficient, and the last row. Warns where it is not so; up to rounding, each token must be the
     most likely one (with a seed, after the row's noise).
     """
-    if model not in _proved:
+    steps = [step for row in rows for step in job.pushes[row.push]]
+    kind = (
+        len({len(job.prompts[row.prompt]) for row in rows}) > 1,
+        len({row.push for row in rows}) > 1,
+        job.names,
+        frozenset((step.hook_name, step.operator.name) for step in steps),
+    )
+    known = _proved.setdefault(model, {})
+    if kind not in known:
         key = lambda i: (-len(job.prompts[rows[i].prompt]), rows[i].push)  # noqa: E731
         places = {max(range(len(rows)), key=key), len(rows) - 1}
         allowed = allowed_gap(model.cfg.dtype, least=1e-3)
         gaps = [_gap(model, job, rows[place], written[place]) for place in places]
-        _proved[model] = all(gap <= allowed for gap in gaps)
-        if not _proved[model]:
+        known[kind] = all(gap <= allowed for gap in gaps)
+        if not known[kind]:
             warnings.warn(
                 "texts written together are not those that the model writes one by one (a logit "
                 f"is off by {max(gaps):.2g} of their size); they are written one coefficient at a "
@@ -193,7 +202,7 @@ def is_proved(
                 RuntimeWarning,
                 stacklevel=3,
             )
-    return _proved[model]
+    return known[kind]
 
 
 def _gap(model: HookedModel, job: Job, row: Row, ids: Sequence[int]) -> float:
@@ -210,6 +219,8 @@ def _gap(model: HookedModel, job: Job, row: Row, ids: Sequence[int]) -> float:
     mask[:, n:] = torch.tensor([job.is_steered(step) for step in range(len(ids) - 1)]).bool()
     with inference(model), hooked(model, step_hooks(job.pushes[row.push], mask=mask)):
         logits = model(tokens, return_type="logits")[0, n - 1 :].float()
+    if not bool(logits.isfinite().all()):
+        return 0.0  # the coefficient is too large for the model, however it is run
     size = (logits - logits.mean(dim=-1, keepdim=True)).square().mean().sqrt()
     noise = Noise([row.seed])
     scores = torch.cat([noise.onto(part, [row.seed]) for part in logits.split(1)])

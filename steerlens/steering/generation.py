@@ -159,7 +159,7 @@ def generate_texts(
             neither other rows nor the batch size matter. None, the default, is greedy.
         positions: which tokens are steered (see `Positions`), by default all.
         batch_size: rows that run together; by default as many as keep the model's device busy.
-        progress: told of the tokens, after every pass; by default nobody.
+        progress: told of the tokens, after every pass. Default: bars in a terminal or a notebook.
 
     Returns:
         One `Generated` a text: by prompt, then by coefficient, then by sample.
@@ -199,7 +199,7 @@ def generate_texts(
         Row(prompt, push, None if seed is None else row_seed(seed, prompt, sample))
         for prompt, push, sample in places
     ]
-    tell, total, done = progress or silent, len(rows) * max_new_tokens, 0
+    tell, total, done = by_default(progress), len(rows) * max_new_tokens, 0
 
     def told(n_tokens: int) -> None:
         nonlocal done

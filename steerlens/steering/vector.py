@@ -11,13 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.directions.directions import Directions, Frozen, rows_at, some_rows
+from steerlens.directions.directions import Directions, Frozen, row_at, rows_at, some_rows
 from steerlens.errors import InputError, told
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import (
     HookFunction,
     Layers,
     check_one_width,
+    hook_width,
     resid_post,
     resolve_hooks,
     width_name,
@@ -179,7 +180,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
                 and the width belong. Default: not known.
 
         Raises:
-            InputError: as `from_vectors`; a tensor of another width than the model's.
+            InputError: as `from_vectors`; a tensor of another width than the hook's, several hooks.
             HookError: the model has no such hook.
 
         Examples:
@@ -189,12 +190,15 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
         name = resid_post(layer) if isinstance(layer, int) else layer
         if model is None:
             return cls.from_vectors({name: tensor})
-        (name,) = resolve_hooks(model, [layer] if isinstance(layer, int) else layer)
-        if len(tensor) != model.cfg.d_model:
+        names = resolve_hooks(model, [layer] if isinstance(layer, int) else layer)
+        if len(names) != 1:
+            raise InputError(f"expected one hook, got {len(names)}; name one with layer=")
+        width = hook_width(model, names[0])
+        if len(tensor) != width:
             raise InputError(
-                f"the tensor has {len(tensor)} numbers, this model d_model {model.cfg.d_model}"
+                f"the tensor has {len(tensor)} numbers, this model {width_name(names)} {width}"
             )
-        return cls.from_vectors({name: tensor}, origin=Origin.of_model(model))
+        return cls.from_vectors({names[0]: tensor}, origin=Origin.of_model(model))
 
     @classmethod
     def _from_rows(
@@ -209,10 +213,10 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
         return cls(hook_names, unit, scale, calibration, condition=condition, origin=origin)
 
     def __getitem__(self, hook: str | int) -> Float[Tensor, " d_model"]:
-        rows = rows_at(self.hook_names, hook)
-        if len(rows) != 1:
-            raise KeyError(hook)
-        return self.directions[rows[0]]
+        return self.directions[row_at(self.hook_names, hook)]
+
+    def __contains__(self, hook: object) -> bool:
+        return bool(rows_at(self.hook_names, hook))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.hook_names)

@@ -72,6 +72,7 @@ class Logprob:
     model: HookedModel
     batch_size: Count | None = None
     name: ClassVar[str] = "logprob"
+    decided: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, texts: Sequence[Written]) -> list[float]:
         prompts = [text.tokenized() for text in texts]
@@ -112,6 +113,11 @@ class Concept:
     n_pairs: Count = N_PAIRS
     batch_size: Count | None = None
     name: ClassVar[str] = "concept"
+
+    @property
+    def decided(self) -> tuple[str | int, ...]:
+        """What decides its numbers besides texts and model."""
+        return self.pairs.fingerprint, self.n_pairs
 
     def __post_init__(self) -> None:
         _ = self._sides  # what cannot be used is refused now
@@ -180,6 +186,11 @@ class Description:
     batch_size: Count | None = None
     name: ClassVar[str] = "description"
 
+    @property
+    def decided(self) -> tuple[str, str]:
+        """What decides its numbers besides texts and model."""
+        return self.positive, self.negative
+
     def __call__(self, texts: Sequence[Written]) -> list[float]:
         answers = (self.positive, self.negative)
         asked = [("Describe its tone in a few words.", answers)]
@@ -221,6 +232,11 @@ class Choice:
     letters: bool = False
     name: str = "choice"
     batch_size: Count | None = None
+
+    @property
+    def decided(self) -> tuple[str | bool, ...]:
+        """What decides its numbers besides texts and model."""
+        return self.question, *self.options, self.letters
 
     def __call__(self, texts: Sequence[Written]) -> list[float]:
         questions = [self._asked(order) for order in ((0, 1), (1, 0))]

@@ -42,7 +42,8 @@ class Written:
 class Scorer(Protocol):
     """Texts with their prompts in, a number each out; NaN where it is undefined.
 
-    Any function will do. Its name in tables is its `name`, else its `__name__`.
+    Any function will do. Its name in tables is its `name`, else its `__name__`. With a list
+    `decided`, of all that decides its numbers besides texts and model, they can be kept.
     """
 
     def __call__(self, texts: Sequence[Written], /) -> Sequence[float]: ...

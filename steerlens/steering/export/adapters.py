@@ -13,6 +13,7 @@ from steerlens.files import write_json, write_whole_folder
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.identity import provenance
+from steerlens.models.weight_processing import UNKNOWN
 from steerlens.steering import Clamp, Coefficient, SteeringVector, steps
 from steerlens.steering.export.gguf_file import block_rows
 from steerlens.steering.export.huggingface import (
@@ -50,8 +51,8 @@ def to_lm_eval(vector: SteeringVector, path: str | Path, coefficient: Coefficien
         coefficient: as in `Coefficient`, not 0; the harness takes it from the file.
 
     Raises:
-        InputError: the vector is another one, the coefficient has no meaning for it, or the file
-            cannot be written.
+        InputError: the vector is another one or of an unknown architecture, the coefficient has no
+            meaning for it, or the file cannot be written.
 
     Examples:
         >>> sl.export.to_lm_eval(vector, folder / "cheerful.pt", 4)
@@ -67,7 +68,13 @@ def to_lm_eval(vector: SteeringVector, path: str | Path, coefficient: Coefficien
     acts = steps(vector, coefficient)
     if not acts:
         raise InputError("coefficient 0 changes nothing; run the harness without a vector")
-    blocks = _BLOCKS.get(vector.origin.architecture, "layers")
+    architecture = vector.origin.architecture
+    if architecture == UNKNOWN:
+        raise InputError(
+            "the vector does not say of which architecture it is, so what its blocks are called is "
+            "not known; make it with model= (from_tensor), or from directions"
+        )
+    blocks = _BLOCKS.get(architecture, "layers")
     hooks: dict[str, Any] = {}
     for act in acts:
         if isinstance(operator, Clamp) and act.amount != 1:
