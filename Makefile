@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: audit demo bench docs found-circuits fuzz models-table simulate test test-elsewhere test-llamacpp test-oldest test-tl3 lint types unit install clean
+.PHONY: audit bench card clean demo dist docs found-circuits fuzz install lint models-table simulate test \
+	test-elsewhere test-llamacpp test-oldest test-pythons test-tl3 types unit
 
 install: $(STAMP)
 
@@ -19,6 +20,10 @@ demo: $(STAMP)
 	$(BIN)/steerlens recommend --model smollm2-135m-instruct --pairs sentiment --out runs/recommend
 	$(BIN)/steerlens sweep --model smollm2-135m-instruct --pairs sentiment --max-pairs 16 \
 		--layers all --coefficients=-20,-10,0,10,20 --method mean_diff --out runs/demo
+
+# README's picture of an answer, as the report of that run shows it; with Chromium.
+card: $(STAMP)
+	$(BIN)/python docs/draw_card.py runs/recommend
 
 # Other tools on the same cells, and the boundary against brute force: more than an hour on 2 cores.
 # Tools that clash with ours get environments of their own under build/bench.
@@ -55,13 +60,18 @@ test-llamacpp: $(STAMP)
 		-r tests/llamacpp/requirements.txt
 	$(BIN)/python tests/llamacpp/compare.py --client $(LLAMACPP)/bin/python
 
-# Our vectors in lm-evaluation-harness and PEFT, in an environment of their own.
+# Our vectors in lm-evaluation-harness, PEFT and Inspect, in an environment of their own, and in repeng
+# and steering-vectors, which ask for an older transformers, in another.
 ELSEWHERE := build/elsewhere
 test-elsewhere: $(STAMP)
 	test -x $(ELSEWHERE)/bin/python || $(PYTHON) -m venv $(ELSEWHERE)
 	$(ELSEWHERE)/bin/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt -r tests/elsewhere/requirements.txt
-	$(BIN)/python tests/elsewhere/compare.py --client $(ELSEWHERE)/bin/python
+		-c constraints.txt -e . -r tests/elsewhere/requirements.txt
+	test -x $(ELSEWHERE)-older/bin/python || $(PYTHON) -m venv $(ELSEWHERE)-older
+	$(ELSEWHERE)-older/bin/python -m pip install --quiet --disable-pip-version-check \
+		-r tests/elsewhere/older.txt
+	$(BIN)/python tests/elsewhere/compare.py --client $(ELSEWHERE)/bin/python \
+		--older $(ELSEWHERE)-older/bin/python
 
 # The core on TransformerLens 3 (HookedTransformer), in an environment of its own, and its tables beside
 # those of TransformerLens 4.
@@ -81,17 +91,34 @@ $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 # The core on the oldest versions that pyproject.toml allows, in an environment of its own. Shapes are
 # not checked: the plugin of that jaxtyping does not start after tests/conftest.py.
 OLDEST := build/oldest
-OLDEST_TESTS := activations boundary cli data directions engine figures hooks hostile loss plots positions report \
+CORE_TESTS := activations boundary cli data directions engine figures hooks hostile loss plots positions report \
 	steering stats sweep tables
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -o addopts="--strict-markers -ra" -m "not real" \
-		$(OLDEST_TESTS:%=tests/test_%.py)
+		$(CORE_TESTS:%=tests/test_%.py)
 
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 		-c tests/oldest.txt -e . beartype hypothesis pytest
 	touch $(OLDEST)/.installed
+
+# The core on the other Pythons that are allowed, of those that are here (on the path, or of pyenv), each in an
+# environment of its own, after all files were compiled with it.
+PYTHONS ?= 3.10 3.12 3.13
+test-pythons: $(PYTHONS:%=test-on-%)
+
+test-on-%:
+	@python=$$(for found in python$* $$(pyenv root 2>/dev/null)/versions/$*.*/bin/python; do \
+		$$found -c "" 2>/dev/null && echo $$found && break; done); \
+	if [ -z "$$python" ]; then echo "Python $* is not here: nothing was run on it"; exit 0; fi; \
+	set -ex; \
+	$$python -W error -m compileall -q -f conftest.py docs steerlens tests; \
+	test -x build/python$*/bin/python || $$python -m venv build/python$*; \
+	build/python$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt -e . beartype hypothesis pytest; \
+	OMP_NUM_THREADS=1 build/python$*/bin/python -m pytest -o addopts="--strict-markers -ra" -m "not real" \
+		$(CORE_TESTS:%=tests/test_%.py)
 
 # Known vulnerabilities of the versions in constraints.txt, as PyPI knows them.
 AUDIT := build/audit
@@ -133,6 +160,20 @@ unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --nbmake --nbmake-timeout=900 tutorials
 	$(BIN)/python -m pytest --doctest-modules steerlens
 
+# The sdist and the wheel made from it, into dist, and that wheel at work in an environment that holds
+# nothing else, away from the repository.
+DIST := build/dist
+dist: $(STAMP)
+	rm -rf dist $(DIST)
+	$(PYTHON) -m venv $(DIST)/tools
+	$(DIST)/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	$(DIST)/tools/bin/python -m build --outdir dist
+	$(DIST)/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv $(DIST)/empty
+	$(DIST)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	STEERLENS_INSTALLED=$(CURDIR)/$(DIST)/empty/bin/steerlens \
+		$(BIN)/python -m pytest tests/test_packaging.py -m "not real"
+
 # What works on which architecture, found by running it, into docs/models.md.
 models-table: $(STAMP)
 	$(BIN)/python tests/models_table.py
@@ -142,4 +183,4 @@ docs: $(STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,9 @@ from _pytest.doctest import DoctestItem
 
 ROOT = Path(__file__).resolve().parent
 
+# What serves Inspect imports it, and it is not installed for the tests.
+collect_ignore = ["steerlens/steering/export/inspect_provider.py"]
+
 # A checker of types takes milliseconds to make, and jaxtyping makes one whenever a function inside
 # a function is defined: a hook, for instance. Here those of the same code share one.
 jaxtyped = jaxtyping.jaxtyped

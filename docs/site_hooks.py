@@ -1,10 +1,12 @@
-"""What mkdocs builds besides docs/: a page a room, the notebooks, changelog and contributing.
+"""What mkdocs builds besides docs/: a page a room, notebooks, README, changelog and contributing.
 
 A room of the package gets a page when it has public names: a row in design.md's table of rooms is
 all that a new one needs.
 """
 
 import ast
+import base64
+import html
 import importlib
 import inspect
 import json
@@ -140,28 +142,65 @@ def _names(room: str) -> list[str]:
 
 
 def notebooks() -> list[Path]:
-    """The tutorials, in the order of their names."""
-    return sorted((ROOT / "tutorials").glob("*.ipynb"))
+    """The tutorials, in the order in which their index lists them."""
+    index = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
+    return [ROOT / "tutorials" / name for name in re.findall(r"^\| \[(\S+)\]", index, re.MULTILINE)]
 
 
-def notebook_page(path: Path) -> str:
-    """A notebook's text and code as Markdown; its outputs are left to the notebook."""
-    parts = []
+@cache
+def notebook_pages(path: Path) -> dict[str, str | bytes]:
+    """File name -> content of a notebook's page and its pictures.
+
+    The page has text, code and what the code showed when the notebook was run, in its order; code
+    and outputs have the numbers of its cells, pictures are counted.
+    """
+    parts: list[str] = []
+    pictures: dict[str, str | bytes] = {}
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"]).strip("\n")
         if cell["cell_type"] == "markdown":
             parts.append(source)
-        elif cell["cell_type"] == "code" and source:
-            parts.append(f"```python\n{source}\n```")
-    text = "\n\n".join(parts)
-    note = f"*To run it: `tutorials/{path.name}` in the repository.*"
-    title, _, rest = text.partition("\n")
-    return f"{title}\n\n{note}\n{rest}\n"
+            continue
+        number = cell["execution_count"]
+        parts.append(f'```python title="In [{number}]"\n{source}\n```')
+        for output in cell["outputs"]:
+            encoded = output.get("data", {}).get("image/png")
+            shown = shown_output(output)
+            if encoded:
+                n = len(pictures) + 1
+                pictures[f"{path.stem}-{n}.png"] = base64.b64decode("".join(encoded))
+                shown = (
+                    f'<figure><img src="{path.stem}-{n}.png" alt="{shown}">'
+                    f"<figcaption>Figure {n}: {shown}</figcaption></figure>"
+                )
+            parts.append(f'<div class="output" data-cell="Out [{number}]">{shown}</div>')
+    title, _, rest = "\n\n".join(parts).partition("\n")
+    note = f"*Run it yourself: `tutorials/{path.name}` in the repository.*"
+    return {f"{path.stem}.md": f"{title}\n\n{note}\n{rest}\n", **pictures}
+
+
+def shown_output(output: dict[str, Any]) -> str:
+    """An output as HTML: a table or text; of a picture its title."""
+    data = output.get("data", {"text/plain": output.get("text", "")})
+    plain = "".join(data["text/plain"])
+    if "image/png" in data:
+        return html.escape(re.sub(r"^Figure\('(.*?)'.*", r"\1", plain))
+    if "text/html" in data:
+        # pandas's own style is for every table of the page.
+        return re.sub(r"<style scoped>.*?</style>", "", "".join(data["text/html"]), flags=re.DOTALL)
+    return f"<pre>{html.escape(plain)}</pre>"
 
 
 def title_of(path: Path) -> str:
     """A notebook's heading."""
-    return notebook_page(path).partition("\n")[0].lstrip("# ")
+    return str(notebook_pages(path)[f"{path.stem}.md"]).partition("\n")[0].lstrip("# ")
+
+
+def start_page() -> str:
+    """README, its links as seen from docs/."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    text = text.replace("](tutorials/README.md)", "](tutorials/index.md)")
+    return text.replace("](CONTRIBUTING.md)", "](contributing.md)")
 
 
 def options_of(command: str) -> str:
@@ -198,22 +237,23 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made here."""
-    made = {f"reference/{room}.md": page_of(room) for room in pages()}
-    made |= {f"tutorials/{path.stem}.md": notebook_page(path) for path in notebooks()}
+    made: dict[str, str | bytes] = {f"reference/{room}.md": page_of(room) for room in pages()}
+    for path in notebooks():
+        made |= {f"tutorials/{name}": content for name, content in notebook_pages(path).items()}
     for name in ("CHANGELOG", "CONTRIBUTING"):
         made[f"{name.lower()}.md"] = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+    made["index.md"] = start_page()
+    index = (ROOT / "tutorials" / "README.md").read_text(encoding="utf-8")
+    made["tutorials/index.md"] = index.replace(".ipynb)", ".md)")
     for where, content in made.items():
         files.append(File.generated(config, where, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:  # noqa: ARG001
-    """Fill in the lists of rooms and of notebooks, and the options of commands."""
+    """Fill in the list of rooms and the options of commands."""
     markdown = re.sub(r"<!-- options ([\w ]+) -->", lambda m: options_of(m[1]), markdown)
-    tutorials = "\n".join(f"- [{title_of(p)}]({p.stem}.md)" for p in notebooks())
-    return markdown.replace("<!-- rooms -->", index_of_rooms()).replace(
-        "<!-- notebooks -->", tutorials
-    )
+    return markdown.replace("<!-- rooms -->", index_of_rooms())
 
 
 @cache
@@ -236,9 +276,9 @@ def linked() -> dict[str, tuple[str, str]]:
     return {name: target for name, target in found.items() if name not in single | plain}
 
 
-def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:  # noqa: ARG001
+def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:  # noqa: ARG001
     """Link what is named in code type to where it is told, outside of headings, code and links."""
-    parts = re.split(r"(<(?:a|pre|h[1-6])\b.*?</(?:a|pre|h[1-6])>)", html, flags=re.DOTALL)
+    parts = re.split(r"(<(?:a|pre|h[1-6])\b.*?</(?:a|pre|h[1-6])>)", content, flags=re.DOTALL)
 
     def link(match: re.Match[str]) -> str:
         target = linked().get(match[1])

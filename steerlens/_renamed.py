@@ -1,4 +1,4 @@
-"""Names of version 0.1.0 that moved: they work until the next version, with a warning."""
+"""Names of version 0.1.0 that moved: they work until 0.3, with a warning."""
 
 import importlib
 import sys
@@ -162,9 +162,7 @@ class RenamedModules(MetaPathFinder, Loader):
 
 
 def _warn(before: str, now: str) -> None:
-    warnings.warn(
-        f"{before} is now {now}, and goes with the next version", DeprecationWarning, stacklevel=3
-    )
+    warnings.warn(f"{before} is now {now}, and goes with 0.3", DeprecationWarning, stacklevel=3)
 
 
 sys.meta_path.append(RenamedModules())

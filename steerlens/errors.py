@@ -75,6 +75,6 @@ _FORMER = {
 def __getattr__(name: str) -> Any:
     if name not in _FORMER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    text = f"{__name__}.{name} is now {_FORMER[name].__name__}, and goes with the next version"
+    text = f"{__name__}.{name} is now {_FORMER[name].__name__}, and goes with 0.3"
     warnings.warn(text, DeprecationWarning, stacklevel=2)
     return _FORMER[name]

@@ -20,6 +20,42 @@ DRAWN = """[...document.querySelectorAll(".figure")].every((figure) =>
   figure.classList.contains("view") ? figure.firstElementChild?.tagName !== "P"
     : figure.querySelector("svg.marks"))"""
 """JavaScript: every chart of Vega and every view of circuitsvis on a page is there."""
+BOXES = """
+const seen = (element) => element.checkVisibility() && element.getClientRects().length > 0;
+const box = (element) => element.getBoundingClientRect();
+const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2;
+const told = [];
+const compare = (elements, name) => {
+  const boxes = elements.map((element) => [element, box(element)]);
+  boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
+    if (meet(a, b)) told.push([name, one, other].map((e) => e.textContent ?? e).join(" | "));
+  }));
+};
+for (const chart of document.querySelectorAll("svg.marks")) {
+  const name = chart.closest("figure")?.querySelector("h4").textContent ?? "chart";
+  const place = box(chart), texts = [...chart.querySelectorAll(
+    ".role-axis-title text, .role-axis-label text, .role-title text, .role-legend-title text, "
+    + ".role-legend-label text")].filter((text) => text.textContent
+    && getComputedStyle(text).opacity !== "0" && text.getAttribute("opacity") !== "0");
+  compare(texts, name);
+  for (const text of texts) {
+    const at = box(text);
+    if (at.left < place.left - 2 || at.right > place.right + 2)
+      told.push(`${name} leaves: ${text.textContent}`);
+  }
+}
+for (const parent of document.querySelectorAll("main section, figure"))
+  compare([...parent.children].filter(seen), parent.id || parent.tagName);
+if (document.documentElement.scrollWidth > innerWidth) told.push("the page is too wide");
+for (const grid of document.querySelectorAll(".scroll"))
+  if (innerWidth >= 1400 && grid.scrollWidth > grid.clientWidth)
+    told.push(`wide: ${grid.closest("section").id} by ${grid.scrollWidth - grid.clientWidth}`);
+for (const place of document.querySelectorAll(".scroll-x"))
+  if (place.scrollWidth > place.clientWidth) told.push(`scrolls: ${place.ariaLabel}`);
+return told"""
+"""What overlaps, leaves its place or has to be scrolled sideways: figures in any window, tables
+in a wide one."""
 INSTALL = "apt-get install -y --no-install-recommends chromium chromium-driver"
 LOCAL = ("file:", "data:", "blob:", "about:", "chrome:", "devtools:")
 

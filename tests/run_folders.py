@@ -13,7 +13,7 @@ import pandas as pd
 
 from steerlens.models.hooks import resid_post
 from steerlens.plots import attention_page, projection_page
-from steerlens.runs.contents import TABLES
+from steerlens.runs.contents import TABLES, text_name
 from steerlens.runs.record import sealed, write_run
 from steerlens.tables import Column, to_frame
 
@@ -178,7 +178,7 @@ def compare_tables(names: Sequence[str] = ("mean_diff", "pca")) -> dict[str, pd.
                 "verdict": "effect" if rank == 1 else "no effect shown",
             }
             rows.append(row)
-        kept = {key: rows[-2][key] for key in ("method", "layer", "coefficient", "verdict")}
+        kept = {k: rows[-2][k] for k in ("method", *hook(0), "coefficient", "verdict")}
         kept |= interval("effect", 0.8 / rank - 0.1, 0.2)
         summary.append({**kept, "rank": rank, "rank_low": 1, "rank_high": len(names)})
     effects = pd.DataFrame({"id": ["i1", "i2"], f"{names[0]} @ {resid_post(10)}": [0.5, 0.25]})
@@ -276,6 +276,7 @@ def write(
     *,
     warnings: Sequence[str] = (),
     pages: Mapping[str, str] | None = None,
+    written: Sequence[Row] = (),
     **request: Any,
 ) -> Path:
     """A run folder as the command writes it, but for the directions."""
@@ -299,6 +300,7 @@ def write(
         seconds=12.5,
         forward_equivalents=99.5,
         pages=pages or {},
+        lines={"generations": written} if written else {},
         warnings=warnings,
     )
     return folder
@@ -358,7 +360,30 @@ def behave_tables() -> dict[str, pd.DataFrame]:
         for c in (-8.0, 0.0, 8.0)
         for name in ("concept", "logprob")
     ]
-    return {"behaviour": table("behaviour", [*personas, *steered]), "tokens": tokens_table()}
+    read = tokens_table()[:5].assign(**hook(15), logprob_nats=[-0.5, -0.1, -4.0, -0.5, -0.1])
+    at = [read.assign(prompt=text_name(1, 0, f"{c:g}"), coefficient=c) for c in (0.0, 8.0)]
+    tokens = table("tokens", pd.concat(at).to_dict("records"))  # type: ignore[arg-type]
+    return {"behaviour": table("behaviour", [*personas, *steered]), "tokens": tokens}
+
+
+def behave_texts(text: str = "The weather is fine.") -> list[Row]:
+    """Two samples after two prompts: unsteered, steered at a layer, with a persona, by a null."""
+    writers = [(subject, "", 0.0) for subject in ("unsteered", "positive prompt")]
+    steered = (("null 1", 8.0), ("steered", 8.0), ("steered", -8.0))
+    writers += [(subject, resid_post(15), c) for subject, c in steered]
+    return [
+        {
+            **{"prompt": f"<|user|>{text}", "prompt_number": number, "sample": sample},
+            **{"subject": subject, "hook_name": hook_name},
+            **{"strength": f"{c:g}", "coefficient": c},
+            "text": f"{subject} {c:g}, {number}.{sample}: {text}",
+            "end": "length",
+            "scores": {"concept": 0.25, "logprob": None},
+        }
+        for number in (1, 2)
+        for subject, hook_name, c in writers
+        for sample in (0, 1)
+    ]
 
 
 def circuits_pages(token: str = " is") -> dict[str, str]:
@@ -390,7 +415,8 @@ def write_run_of(
     elif command == "recommend":
         more = {"budget": "kl=0.1"}
     elif command == "behave":
-        more = {"samples": 4}
+        prompts = ["How are you?", [{"role": "user", "content": "And now?"}]]
+        more = {"samples": 2, "prompts": prompts, "written": behave_texts()}
     elif command == "circuits":
         more = {"coefficient": 20.0, "pages": circuits_pages()}
     return write(folder, command, tables or CONTENTS[command](), **{**more, **options})

@@ -15,6 +15,7 @@ from commands import Main, assert_error
 import steerlens as sl
 from steerlens.errors import InputError
 from steerlens.measure.scorers import Written
+from steerlens.runs.contents import text_name
 from steerlens.stats import interval
 
 PROMPTS = ["the river was", "it is", "you are so"]
@@ -296,6 +297,10 @@ def test_figures_hold_the_tables_numbers(result: Any) -> None:
     assert len(figure.spec["datasets"]["personas"]) == 2
     doses = sl.plots.behaviour_by_coefficient(result.table)
     assert {cell["scorer"] for cell in doses.spec["datasets"]["cells"]} == {"warm", "length"}
+    # Without nulls there is no band: a scale without a number would warn.
+    alone = sl.plots.behaviour_by_coefficient(result.table.assign(null_low=math.nan))
+    layers = [len(of.spec["concat"][0]["layer"]) for of in (doses, alone)]
+    assert layers == [4, 3]
     with pytest.raises(InputError, match="no scorer logprob, concept"):
         sl.plots.behaviour(result.table)
 
@@ -321,12 +326,26 @@ def test_the_command_writes_tables_and_texts(
     keys = {"prompt", "layer", "coefficient", "sample", "seed", "text", "scores"}
     assert keys <= set(lines[0])
     assert set(lines[0]["scores"]) == {"length", "distinct_2"}
+    # The tokens of the first prompts' texts, a null's left out; the report shades them in place.
+    named = {
+        text_name(line["prompt_number"], line["sample"], line["strength"])
+        for line in lines
+        if line["ids"] and line["prompt_number"] < 3 and not line["subject"].startswith("null")
+    }
+    assert set(sl.read_run(out).tables["tokens"].prompt) == named
+    assert [*sl.read_run(out).texts] == lines
     page = tmp_path / "report.html"
     assert run("report", str(out), "--out", str(page)).code == 0
     assert "What is written" in page.read_text()
+    assert '<i style="--by:' in page.read_text()
     greedy = run(*command, "--greedy", "--out", str(tmp_path / "greedy"))
     assert greedy.code == 0
     assert_error(run(*command, "--personas", "kind", "--out", str(tmp_path / "x")), "POSITIVE")
+    # Before a model is loaded: there is none.
+    gone = ("behave", "--vector", str(file), "--model", str(tmp_path / "gone"))
+    assert_error(run(*gone, "--out", str(tmp_path / "x")), "boundary is not known")
+    told = run(*gone, "--coefficients", "4", "--out", str(tmp_path / "x"))
+    assert "no model at" in told.err
 
 
 @pytest.mark.real

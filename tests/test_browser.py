@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import DRAWN, Browser, find_chromium
+from browser import BOXES, DRAWN, Browser, find_chromium
 from run_folders import HOSTILE, WRITERS, write_compare
 from selenium.webdriver.common.keys import Keys
 
@@ -13,8 +13,6 @@ import steerlens as sl
 from steerlens.cli import main
 from steerlens.runs.contents import COMMANDS
 from steerlens.runs.html_report.figures import FIGURES
-
-WIDTHS = (400, 1200)
 
 
 def assert_quiet(browser: Browser) -> None:
@@ -86,7 +84,7 @@ def test_the_page_of_a_figure_opens_without_a_word(
         page = tmp_path / f"{number}.html"
         figure.save(page)
         opened(browser, page, width=400)
-        assert browser.run("return document.documentElement.scrollWidth") <= 400
+        assert browser.run(BOXES) == []
         assert_quiet(browser)
 
 
@@ -128,78 +126,45 @@ def test_a_report_of_circuits_has_their_views(browser: Browser, circuits: Path) 
 # The report
 
 
-@pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize("width", WIDTHS)
-def test_the_report_opens_without_a_word(
-    dark: bool, width: int, browser: Browser, report: Path
+@pytest.mark.parametrize("width", [400, 900, 1400])
+def test_the_report_opens_without_a_word_and_nothing_overlaps(
+    width: int, browser: Browser, report: Path
 ) -> None:
-    opened(browser, report, dark=dark, width=width)
+    for dark in (False, True):
+        opened(browser, report, dark=dark, width=width)
+        assert browser.run(BOXES) == []
+        assert browser.run("return performance.getEntriesByType('resource').length") == 0
+        assert_quiet(browser)
     for kind, least in (("vega", 8), ("circuitsvis", 12)):
         n_given = browser.run(f"return document.querySelectorAll('.{kind}-data').length")
         assert n_given > least
     assert browser.run("return document.querySelectorAll('.view svg, .view canvas').length") > 1
-    assert browser.run("return performance.getEntriesByType('resource').length") == 0
-    assert_quiet(browser)
-    # Nothing but tables, figures and grids of texts is wider than the window.
-    assert browser.run("return document.documentElement.scrollWidth") <= width
-    if width == 400:
-        wide = (
-            "return Math.max(...[...document.querySelectorAll(given[0])].map(e => e.scrollWidth))"
-        )
-        for selector in (".scroll", ".texts"):
-            assert browser.run(wide.replace("given[0]", f"'{selector}'")) > width
-
-
-BOXES = """
-const seen = (element) => element.checkVisibility() && element.getClientRects().length > 0;
-const box = (element) => element.getBoundingClientRect();
-const meet = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
-  && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2;
-const told = [];
-const compare = (elements, name) => {
-  const boxes = elements.map((element) => [element, box(element)]);
-  boxes.forEach(([one, a], i) => boxes.slice(i + 1).forEach(([other, b]) => {
-    if (meet(a, b)) told.push([name, one, other].map((e) => e.textContent ?? e).join(" | "));
-  }));
-};
-for (const chart of document.querySelectorAll("svg.marks")) {
-  const name = chart.closest("figure")?.querySelector("h4").textContent ?? "chart";
-  const place = box(chart), texts = [...chart.querySelectorAll(
-    ".role-axis-title text, .role-axis-label text, .role-title text, .role-legend-title text, "
-    + ".role-legend-label text")].filter((text) => text.textContent
-    && getComputedStyle(text).opacity !== "0" && text.getAttribute("opacity") !== "0");
-  compare(texts, name);
-  for (const text of texts) {
-    const at = box(text);
-    if (at.left < place.left - 2 || at.right > place.right + 2)
-      told.push(`${name} leaves: ${text.textContent}`);
-  }
-}
-for (const parent of document.querySelectorAll("main section, figure"))
-  compare([...parent.children].filter(seen), parent.id || parent.tagName);
-if (document.documentElement.scrollWidth > innerWidth) told.push("the page is too wide");
-for (const grid of document.querySelectorAll(".scroll"))
-  if (innerWidth >= 1400 && grid.scrollWidth > grid.clientWidth)
-    told.push(`wide: ${grid.closest("section").id} by ${grid.scrollWidth - grid.clientWidth}`);
-for (const place of document.querySelectorAll("figure [aria-label='Every cell'].scroll-x"))
-  if (place.scrollWidth > place.clientWidth) told.push(`scrolls: ${place.ariaLabel}`);
-return told"""
-"""What overlaps, leaves its place or, in a wide window, has to be scrolled sideways.
-
-In a narrow one all panels of a heat map are to be seen; other figures are scrolled in place."""
-
-
-@pytest.mark.parametrize("width", [400, 900, 1400])
-def test_nothing_overlaps_or_leaves_the_page(width: int, browser: Browser, report: Path) -> None:
-    opened(browser, report, width=width)
-    emulate = browser.driver.execute_cdp_cmd
-    for scheme in ("light", "dark"):
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        emulate("Emulation.setEmulatedMedia", {"media": "", "features": features})
-        assert browser.run(BOXES) == []
-    # The check sees what lies on something else.
+    for selector in (".scroll", ".texts") if width == 400 else ():
+        elements = f"[...document.querySelectorAll('{selector}')]"
+        assert browser.run(f"return Math.max(...{elements}.map(e => e.scrollWidth))") > width
+    # The check sees what lies on something else, and what is too wide.
     browser.run("document.querySelector('figure figcaption').style.marginTop = '-5rem'")
     assert len(browser.run(BOXES)) == 1
+    browser.run("document.querySelector('svg.marks').style.minWidth = '3000px'")
+    assert [told for told in browser.run(BOXES) if told.startswith("scrolls: ")]
+
+
+def test_samples_are_chosen(browser: Browser, report: Path) -> None:
+    """One at a time of every prompt and coefficient; all of them without scripts."""
+    opened(browser, report)
+    shown = (
+        "return [...document.querySelectorAll('#run6 [data-sample]')]"
+        ".filter(e => e.checkVisibility({contentVisibilityAuto: true})).map(e => e.dataset.sample)"
+    )
+    browser.run("for (const e of document.querySelectorAll('#run6 details')) e.open = true")
+    assert browser.run(shown) == ["1"] * 8
+    choose = "const list = document.querySelector('#run6 .sample select'); list.value = given[0];"
+    choose += "list.dispatchEvent(new Event('change'))"
+    browser.run(choose.replace("given[0]", "'2'"))
+    assert browser.run(shown) == ["2"] * 8
+    browser.run(choose.replace("given[0]", "'all'"))
+    assert browser.run(shown) == ["1", "2"] * 8
+    assert_quiet(browser)
 
 
 def test_a_layer_is_picked_everywhere_and_columns_are_chosen(
@@ -266,55 +231,42 @@ def page_ground(browser: Browser) -> list[float]:
     return [float(x) for x in re.findall(r"[\d.]+", colour)[:3]]
 
 
-def test_dark_and_light(browser: Browser, report: Path) -> None:
-    assert min(page_ground(opened(browser, report, dark=False))) > 240
-    ground, darkest, _ = lightness(browser)
-    assert ground > 240
-    assert darkest < 60
-    assert max(page_ground(opened(browser, report, dark=True))) < 40
-    ground, _, lightest = lightness(browser)
-    assert ground < 40
-    assert lightest > 200
+def show(browser: Browser, scheme: str, media: str = "") -> None:
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    emulated = {"media": media, "features": features}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", emulated)
 
 
-def test_curves_follow_the_scheme_and_the_printer(browser: Browser, report: Path) -> None:
+def test_pages_and_curves_follow_the_scheme_and_the_printer(browser: Browser, report: Path) -> None:
     """A dark curve is lighter on a dark page, and itself again on a light one and on paper."""
     opened(browser, report, dark=False, width=1200)
+    assert min(page_ground(browser)) > 240
     light = lightness(browser)
-    emulate = browser.driver.execute_cdp_cmd
-
-    def show(scheme: str, media: str = "") -> None:
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        emulate("Emulation.setEmulatedMedia", {"media": media, "features": features})
-
-    show("dark")
-    ground, darkest, _ = lightness(browser)
+    assert light[0] > 240
+    assert light[1] < 60
+    tallest = (
+        "return Math.max(...[...document.querySelectorAll('.scroll')].map(e => e.clientHeight))"
+    )
+    assert browser.run(tallest) < 2000
+    show(browser, "dark")
+    assert max(page_ground(browser)) < 40
+    ground, darkest, lightest = lightness(browser)
     assert darkest >= ground - 8  # no curve is darker than the page
-    show("dark", media="print")
+    assert ground < 40
+    assert lightest > 200
+    show(browser, "dark", media="print")
+    assert min(page_ground(browser)) > 240
     assert lightness(browser) == light
+    assert browser.run(tallest) > 2000  # on paper all rows are there
     # What is wider than the paper is drawn smaller.
     wide = "return [...document.querySelectorAll('svg.marks')].map(e => e.clientWidth)"
-    emulate("Emulation.setDeviceMetricsOverride", PAPER)
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PAPER)
     assert max(browser.run(wide)) <= PAPER["width"]
-    show("light")
+    show(browser, "light")
     assert max(browser.run(wide)) > PAPER["width"]
 
 
 PAPER = {"width": 680, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-
-
-def test_a_dark_page_prints_light_and_whole(browser: Browser, report: Path) -> None:
-    opened(browser, report, dark=True, media="print")
-    assert min(page_ground(browser)) > 240
-    ground, darkest, _ = lightness(browser)
-    assert ground > 240
-    assert darkest < 60
-    height = (
-        "return Math.max(...[...document.querySelectorAll('.scroll')].map(e => e.clientHeight))"
-    )
-    printed = browser.run(height)
-    opened(browser, report)
-    assert printed > 2000 > browser.run(height)
 
 
 CELLS = (
@@ -332,22 +284,18 @@ def layers_head(browser: Browser, column: int) -> Any:
     return browser.driver.execute_script(script)
 
 
-def test_a_table_sorts_on_a_click(browser: Browser, report: Path) -> None:
+def test_a_table_sorts_by_clicks_and_keys_and_keeps_one_order(
+    browser: Browser, report: Path
+) -> None:
     """The column of the separation, 1 to 30: down, up, and back to the order of the file."""
     opened(browser, report)
-    assert layers_head(browser, 1)[1] == "none"
     before = browser.run(CELLS)
-    states = []
-    for _ in range(3):
-        layers_head(browser, 1)[0].click()
-        states.append((layers_head(browser, 1)[1], browser.run(CELLS)))
-    assert states == [("descending", before[::-1]), ("ascending", before), ("none", before)]
     assert [float(text) for text in before] == [1.0 + layer for layer in range(30)]
-
-
-def test_a_table_sorts_by_keyboard_and_keeps_one_order(browser: Browser, report: Path) -> None:
-    opened(browser, report)
-    before = browser.run(CELLS)
+    orders = {"none": before, "descending": before[::-1], "ascending": before}
+    assert layers_head(browser, 1)[1] == "none"
+    for state in ("descending", "ascending", "none"):
+        layers_head(browser, 1)[0].click()
+        assert (layers_head(browser, 1)[1], browser.run(CELLS)) == (state, orders[state])
     layers_head(browser, 0)[0].click()
     layers_head(browser, 1)[0].send_keys(Keys.ENTER)
     assert browser.run(CELLS) == before[::-1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from commands import (
     HELD_OUT,
     N_LAYERS,
@@ -224,13 +225,24 @@ def test_pairs_to_fit_and_to_measure_on(
     assert (table(tmp_path / "mood").n_pairs == len(HELD_OUT)).all()
 
 
-def test_quiet_prints_nothing(sweep: Main, layers: Main, tmp_path: Path) -> None:
-    for i, command in enumerate((sweep, layers)):
-        out = tmp_path / f"{i}.csv"
-        loud = command("--layers", "1", "--out", out)
-        assert (loud.code, loud.out != "", loud.err != "") == (0, True, True)
-        quiet = command("--layers", "1", "--quiet", "--out", out)
-        assert (quiet.code, quiet.out, quiet.err) == (0, "", "")
+def test_quiet_prints_nothing(
+    sweep: Main, layers: Main, run: Main, model_folder: Path, tmp_path: Path
+) -> None:
+    vector = tmp_path / "v.safetensors"
+    sl.SteeringVector.from_tensor(torch.ones(32), layer=1).save(vector)
+    for i, (command, *words) in enumerate(
+        (
+            (sweep, "--layers", "1", "--out", tmp_path / "0.csv"),
+            (layers, "--layers", "1", "--out", tmp_path / "1.csv"),
+            (run, "pairs", "sentiment"),
+            (run, "read", vector, "--model", model_folder),
+            (run, "generate", "--vector", vector, "--model", model_folder, "--prompt", "you"),
+        )
+    ):
+        loud = command(*words)
+        assert (loud.code, loud.out != "", loud.err != "") == (0, True, True), (i, loud.err)
+        quiet = command(*words, "--quiet")
+        assert (quiet.code, quiet.out, quiet.err) == (0, "", ""), i
 
 
 # Errors

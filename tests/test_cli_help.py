@@ -143,7 +143,6 @@ def test_where_a_model_is_loaded_how_can_be_said(name: str, shown: dict[str, str
 
 
 def test_what_the_help_says_is_what_the_rooms_have() -> None:
-    assert options.DEFAULT_MODEL == DEFAULT_MODEL
     assert options.OWN_TOKENS == OWN_TOKENS
     assert (RECORD, REPORT) == (runs.RECORD, runs.REPORT)
     assert set(sl.data.FORMS) <= set(re.findall(r"\w+", get_args(options.Form)[1]))
@@ -181,6 +180,59 @@ def test_how_a_model_is_loaded_is_recorded(
     norm = table(tmp_path / "run", "layers.csv").resid_norm[0]
     assert cells.coefficient.iloc[1] == pytest.approx(0.1 * norm)
     assert outcome.err.splitlines()[-1] == f"next: steerlens report {tmp_path / 'run'}"
+
+
+DATA = {"pairs": "m y.csv", "columns": "positive=a", "form": "pairs", "group": "auto"}
+LOADING = {"device": "cpu", "dtype": "bfloat16", "revision": "v1"}
+READ = "--pairs 'm y.csv' --group auto --columns positive=a --form pairs"
+LOADED = "--device cpu --dtype bfloat16 --revision v1"
+SAY = "generate --prompt 'How was your day?'"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("pairs", DATA | LOADING, f"sweep --out runs/sweep {READ} {LOADED}"),
+        ("pairs", {"pairs": "a", "model": "m"}, "sweep --model m --out runs/sweep --pairs a"),
+        (
+            "layers",
+            DATA | {"layers": "1:3", "seed": 3, "position": "-2", "out": Path("a.csv")},
+            f"boundary --layers 1:3 --position=-2 --out runs/boundary --seed 3 {READ}",
+        ),
+        (
+            "reliability",
+            {"straddle": "back"},
+            "sweep --out runs/sweep --straddle back --pairs senti",
+        ),
+        (
+            "generate",
+            DATA | {"prompt": "x", "layer": "3", "method": "pca"},
+            f"extract --out vector.safetensors --layers 3 --method pca {READ}",
+        ),
+        (
+            "generate",
+            LOADING | {"prompt": "x", "vector": Path("v"), "coefficients": "0,-80%,0"},
+            f"bake v --out steered-model --coefficient=-80% {LOADED}",
+        ),
+        (
+            "bake",
+            LOADING | {"vector": Path("v"), "out": Path("o"), "coefficient": "8"},
+            "layers --model o --device cpu --dtype bfloat16",
+        ),
+        (
+            "read",
+            LOADING | {"vector": Path("v"), "model": "m"},
+            f"{SAY} --vector v --model m {LOADED}",
+        ),
+        ("vectors show", {"vector": Path("v")}, f"{SAY} --vector v"),
+    ],
+)
+def test_the_next_command_asks_for_what_was_asked(
+    name: str, given: dict[str, Any], expected: str
+) -> None:
+    shown = NAMES[name](**given).next
+    assert shown.startswith(f"steerlens {expected}")
+    check_command(shlex.split(shown)[1:])
 
 
 # What is printed
@@ -227,6 +279,20 @@ def test_nothing_is_broken_within_a_word(
     # Nothing internal is shown in the place of a number.
     for word in ("nan", "inf", "1e-15", "-1 "):
         assert word not in shown
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_texts_stand_beside_each_other_while_there_is_room(
+    n: int, console: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    console(80)
+    texts = ["a considerable characterisation of what was asked for"] * n
+    printing.print_texts("How was your day?", [f"c = {i}" for i in range(n)], texts)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    beside = {sum(f"c = {i} " in line for i in range(n)) for line in lines} - {0}
+    assert beside == ({2} if n == 2 else {1})
+    assert sum(line.count("characterisation") for line in lines) == n  # no word is broken
 
 
 def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:

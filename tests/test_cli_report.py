@@ -10,6 +10,7 @@ import pytest
 from commands import HELD_OUT, OPENINGS, Main, assert_error, content, record, table, write_pairs
 from run_folders import write_boundary, write_sweep
 
+from steerlens.cli.printing import quiet
 from steerlens.cli.run_warnings import keeping_warnings, warn, warned
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -116,8 +117,9 @@ def test_warnings_are_kept_and_shown(
     with keeping_warnings():
         warnings.simplefilter("always")
         warnings.warn("first", RuntimeWarning, stacklevel=1)
-        warn("second", quiet=True)
-        warn("third", quiet=False)
+        with quiet(True):
+            warn("second")
+        warn("third")
         warnings.warn("first", RuntimeWarning, stacklevel=1)
         assert warned() == ("first", "second", "third")
     assert warned() == ()
@@ -129,7 +131,7 @@ def test_warnings_are_kept_and_shown(
 def test_every_run_has_its_own_warnings() -> None:
     def fail() -> None:
         with keeping_warnings():
-            warn("first", quiet=True)
+            warn("first")
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -137,7 +139,7 @@ def test_every_run_has_its_own_warnings() -> None:
     with keeping_warnings():
         assert warned() == ()
         with keeping_warnings():
-            warn("inner", quiet=True)
+            warn("inner")
         assert warned() == ()
 
 

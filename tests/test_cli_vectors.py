@@ -252,10 +252,17 @@ def test_export_at_a_coefficient(run: Main, file: Path, tmp_path: Path) -> None:
     assert torch.load(harness, weights_only=True)["layers.1"]["steering_coefficient"] == 4
     assert run("export", file, adapter, "--to", "peft", "--coefficient=-4").code == 0
     assert (adapter / "adapter_config.json").is_file()
+    spec, fields = tmp_path / "v.json", tmp_path / "s.pt"
+    assert run("export", file, spec, "--to", "easysteer", "--coefficient", "4").code == 0
+    assert json.loads(spec.read_text())["vectors"][0]["layers"] == [1]
+    assert run("export", file, fields, "--to", "steering-vectors").code == 0
+    assert list(torch.load(fields, weights_only=True)["layer_activations"]) == [1]
     for options, words in (
         (["--to", "lm-eval"], "coefficient"),
-        (["--to", "vim", "--coefficient", "4"], "lm-eval or peft"),
-        (["--coefficient", "4"], "--to lm-eval and peft"),
+        (["--to", "vllm", "--coefficient", "4"], "EasySteer's alone"),
+        (["--to", "repeng"], "read the .gguf"),
+        (["--to", "steering-vectors", "--coefficient", "4"], "as multiplier"),
+        (["--coefficient", "4"], "--to easysteer, lm-eval and peft"),
         (["--to", "lm-eval", "--coefficient", "4", "--model", "x"], "lm-eval loads its own"),
         (["--to", "peft", "--coefficient", "4,5"], "one --coefficient"),
     ):
@@ -386,7 +393,7 @@ def test_generated_text_keeps_its_lines(steered: Main, monkeypatch: pytest.Monke
         "steerlens.steering.decoded",
         lambda *args, **options: f"{ESC}\nnext\u200d",
     )
-    outcome = steered("--raw", "--quiet", "--prompt", f"you {ESC}", "--coefficients=0")
+    outcome = steered("--raw", "--prompt", f"you {ESC}", "--coefficients=0")
     assert_visible(outcome, SHOWN, keep="\n\u200d")
     assert ["next\u200d"] in cells(outcome.out)
 

@@ -232,13 +232,8 @@ def test_directions_show_their_hooks(llama: Any, pairs: sl.ContrastivePairs) -> 
 
 def comparison(method: str, *, chosen: bool) -> Comparison:
     row = {"method": method, "layer": 1, "verdict": "effect", "effect": 0.5}
-    row["layer_choice"] = "none"
-    counts: dict[str, Any] = {
-        "hook_name": resid_post(1),
-        "n_items": 2,
-        "n_null": 4,
-        "is_chosen": chosen,
-    }
+    row |= {"layer_choice": "none", "hook_name": resid_post(1)}
+    counts: dict[str, Any] = {"n_items": 2, "n_null": 4, "is_chosen": chosen}
     counts |= {"n_groups": 2, "null_by": "exact", "interval_over": "items", "p_layers": 0.01}
     table = to_frame([{**row, **counts}], COMPARISON_COLUMNS, {"pairs": "p"})
     rank = {"rank": 1, "rank_low": 1, "rank_high": 1}

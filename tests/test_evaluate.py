@@ -1,4 +1,4 @@
-"""The comparison: its numbers by bare hooks, its nulls, its intervals, its verdicts."""
+"""The comparison: its numbers by bare hooks, its table, what it refuses."""
 
 import math
 import warnings
@@ -7,17 +7,15 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import comparing
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-from conftest import sampled
+from comparing import HOOK, WORDS, assumed, gap, make_items
 
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.prompts import Message
-from steerlens.directions.gradient_rows import LossGradients
-from steerlens.directions.methods import null_directions, null_vectors
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
     TokenizedPrompt,
@@ -27,50 +25,18 @@ from steerlens.engine.tokenization import (
 )
 from steerlens.engine.workload import Job
 from steerlens.errors import InputError
-from steerlens.loss import Budget, label_logprob
+from steerlens.loss import Budget
 from steerlens.measure.comparison import Comparison, compare
 from steerlens.measure.comparison_inputs import ItemSets, split_texts
 from steerlens.measure.effects import Damage, damages, distinct_3, mean_distinct_3, preference_gaps
-from steerlens.measure.equal_damage import CompareSettings, Measured
-from steerlens.measure.linearised import Linearised, linearise
-from steerlens.measure.nulls import NullEffects, Screen
-from steerlens.measure.verdicts import (
-    Inference,
-    effect_columns,
-    methods_table,
-    verdict,
-    with_verdicts,
-)
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
 from steerlens.tables import (
     COMPARISON_COLUMNS,
     SUMMARY_COLUMNS,
-    to_frame,
 )
 
-HOOK = resid_post(1)
-WORDS = "walk sun rain soup bread night day kind rude it".split()
-
-
-def make_items(start: str, n: int = 10) -> PreferenceItems:
-    return PreferenceItems(
-        tuple(
-            PreferenceItem(f"{start} {word}", " warm and good", " so cold", word)
-            for word in WORDS[:n]
-        ),
-        start,
-    )
-
-
-@pytest.fixture(scope="module")
-def items() -> PreferenceItems:
-    return make_items("the river was")
-
-
-@pytest.fixture(scope="module")
-def neutral(llama: Any) -> list[str]:
-    return [sampled(llama, "the river", 9, seed=100 + i) for i in range(16)]
+items, neutral = comparing.items, comparing.neutral
 
 
 @pytest.fixture(scope="module")
@@ -104,27 +70,6 @@ def small(
         return compare(llama, pairs, items, **usual | {"n_bootstrap": 10} | options)
 
     return run
-
-
-UNSTEERED = torch.zeros(32)
-
-
-def logprob(
-    model: Any, prompt: Any, text: str, vector: torch.Tensor = UNSTEERED, c: float = 0.0
-) -> float:
-    tokenized = tokenize_prompt(model, prompt, text)
-    ids = torch.tensor([tokenized.prompt + tokenized.continuation])
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[:, len(tokenized.prompt) :] = True
-    with inference(model), sl.steer(model, {HOOK: vector}, c):
-        return float(label_logprob(model(ids, return_type="logits"), ids, mask)[0])
-
-
-def gap(model: Any, prompt: Any, *steered: Any) -> float:
-    """By how much the positive continuation of `make_items` is likelier, by bare hooks."""
-    texts = (" warm and good", " so cold")
-    up, down = (logprob(model, prompt, text, *steered) for text in texts)
-    return up - down
 
 
 def test_gaps_are_those_of_bare_hooks(
@@ -383,300 +328,6 @@ def test_items_that_share_a_prompt_with_pairs_are_told(
         assert table.layer_choice.tolist() == [choice]
 
 
-# Arithmetic
-
-
-def assumed(n_items: int, *, n_fitted: int = 40, margin: float = 0.1) -> Inference:
-    settings = CompareSettings(("mean_diff",), "kl=0.1", "own", 32, 20, None, 4.0, 200, 0, None)
-    return Inference(settings, tuple(range(n_items)), tuple(range(n_fitted)), margin)
-
-
-UNIT_SPREAD = np.tile([-1.0, 1.0], 25) * math.sqrt(49 / 50 * 39 / 40)
-"""Fifty refits on 40 groups that vary with a standard deviation of 1."""
-
-
-def test_the_dose_response_by_hand() -> None:
-    """Changes 2c for the first item, -c for the second, and up but not at every step."""
-    doses = np.array([-1.0, -0.5, 0.5, 1.0])
-    changes = np.stack([2 * doses, -doses, np.array([-1.0, -2.0, 1.0, 3.0])], axis=1)
-    row = effect_columns(Measured(doses, changes), assumed(3))
-    assert row["effect"] == pytest.approx((2 - 1 + 3) / 3)
-    # sum of dose^2 = 2.5, of dose * change = 5, -2.5 and 1 + 1 + 0.5 + 3.
-    assert row["slope"] == pytest.approx((2 - 1 + 5.5 / 2.5) / 3)
-    assert row["anti_steerable"] == pytest.approx(1 / 3)
-    assert row["monotone"] == pytest.approx(1 / 3)
-    assert row["spearman"] == pytest.approx((1 - 1 + 0.9) / 3)
-    # An item that nothing moves has no correlation, and the others keep theirs.
-    still = np.append(changes, np.zeros((4, 1)), axis=1)
-    row = effect_columns(Measured(doses, still), assumed(4))
-    assert row["spearman"] == pytest.approx((1 - 1 + 0.9) / 3)
-
-
-def test_the_interval_holds_the_extraction() -> None:
-    """The halves add as the roots of sums of squares do; t(0.975, 21.72) is 2.0754."""
-    values = np.array([1.0, 2.0, 4.0, 5.0, 3.0, 3.0, 2.0, 4.0, 1.0, 5.0])
-    measured = Measured(np.array([1.0]), values[None])
-    alone, wide = (
-        effect_columns(measured, assumed(10), refits) for refits in (None, 2 * UNIT_SPREAD)
-    )
-    assert (alone["interval_over"], wide["interval_over"]) == ("items", "items and pairs")
-    for end, sign in (("low", -1), ("high", 1)):
-        half = abs(alone[f"effect_ci_{end}"] - 3)
-        expected = 3 + sign * math.hypot(half, 2.0754 * 2)
-        assert wide[f"effect_ci_{end}"] == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.5, 5.0])
-@pytest.mark.parametrize(("share", "expected"), [(1.001, 10), (0.2501, 40), (-0.01, math.nan)])
-def test_the_groups_of_items_needed_are_those_given_the_pairs(
-    spread: float, share: float, expected: float
-) -> None:
-    """`share` of the squared smallest effect of the items is left beyond that of the pairs."""
-    values = np.array([-2.0, -1.0, 1.0, 2.0, 0.0, 0.0, -1.0, 1.0, -2.0, 2.0])
-    refits = spread * UNIT_SPREAD
-
-    def columns(values: np.ndarray, *refits: np.ndarray) -> dict[str, Any]:
-        return dict(effect_columns(Measured(np.array([1.0]), values[None]), assumed(10), *refits))
-
-    of_items, of_both = (columns(values, *r)["smallest_effect"] for r in ((), (refits,)))
-    effect = math.sqrt(max(0.0, of_both**2 - of_items**2 + share * of_items**2))
-    needed = columns(values + effect, refits)["groups_needed"]
-    assert needed == pytest.approx(expected, nan_ok=True)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "p", "n_fitted", "expected"),
-    [
-        (0.2, 1.0, 0.01, 40, "effect"),
-        (-1.0, -0.2, 0.01, 40, "reversed"),
-        (0.2, 1.0, 0.2, 40, "no more than a null"),
-        (0.2, 1.0, 0.2, 5, "too few groups"),
-        (0.2, 1.0, 0.01, 5, "too few groups"),
-        (0.2, 1.0, math.nan, 40, "no nulls"),
-        (-0.2, 1.0, 0.01, 40, "undecided"),
-        (-0.05, 0.09, 0.5, 40, "equivalent to no effect"),
-        (0.02, 0.09, 0.01, 40, "equivalent to no effect"),
-        (math.nan, math.nan, 0.01, 40, "undefined"),
-    ],
-)
-def test_verdicts(low: float, high: float, p: float, n_fitted: int, expected: str) -> None:
-    row = {"effect": (low + high) / 2, "effect_ci_low": low, "effect_ci_high": high, "p_layers": p}
-    assert verdict(row, assumed(20, n_fitted=n_fitted)) == expected
-    one_group = replace(assumed(20), groups=(0,) * 20)
-    assert verdict(row, one_group) == "too few groups"
-    few = {"no more than a null": "too few nulls"}.get(expected, expected)
-    assert verdict({**row, "least_p": 0.05}, assumed(20, n_fitted=n_fitted)) == few
-
-
-def test_a_layer_is_chosen_by_the_training_items_alone() -> None:
-    given = [("a", 0.1), ("a", 0.5), ("a", 0.2), ("b", math.nan), ("c", 0.3)]
-    rows = [
-        {"method": name, "effect": 1.0, "effect_ci_low": 0.5, "effect_ci_high": 1.5}
-        | {"train_effect": train, "verdict": ""}
-        for name, train in given
-    ]
-    found = with_verdicts(rows, assumed(20))
-    assert [row["is_chosen"] for row in found] == [False, True, False, False, True]
-
-
-def test_methods_are_compared_on_the_same_items() -> None:
-    """Ten items: better by 1 on all, by 0.01 on all, and by noise about 0."""
-    noise = np.array([1.0, -1.0] * 5)
-    reference = np.linspace(0, 5, 10)
-    by_method = {"mean_diff": reference, "far": reference + 1 + 0.1 * noise, "near": reference}
-    by_method |= {"same": reference + 0.01, "unsure": reference + noise}
-    rows = [
-        {"method": name, "hook_name": HOOK, "layer": 1, "n_items": 10, "n_groups": 10}
-        | {"n_null": 0, "null_by": "none", "interval_over": "items", "effect": 1.0}
-        | {"is_chosen": False, "layer_choice": "none", "verdict": "effect"}
-        for name in by_method
-    ]
-    table = to_frame(rows, COMPARISON_COLUMNS, {})
-    effects = pd.DataFrame({f"{name} @ {HOOK}": values for name, values in by_method.items()})
-    found = methods_table(table, effects, assumed(10), {}).set_index("method")
-    assert found.verdict.to_dict() == {
-        "far": "better",
-        "near": "equivalent",
-        "same": "equivalent",
-        "unsure": "undecided",
-    }
-    assert found.difference.tolist() == pytest.approx([1, 0, 0.01, 0])
-    assert (found.p_family >= found.p_value)[["far", "same"]].all()
-    # 2 of 1024 flips are as far; drawn 1999 times.
-    assert found.p_value["far"] < 0.01
-    # Without the reference there is nothing to compare with.
-    assert methods_table(table[1:], effects, assumed(10), {}).empty
-    # Refits of both on the same pairs widen an interval by how their difference varies.
-    draws = np.random.default_rng(0).normal(size=50)
-    refits = {f"mean_diff @ {HOOK}": draws, f"near @ {HOOK}": draws}
-    for name in ("unsure", "far"):
-        refits[f"{name} @ {HOOK}"] = draws + 2 * UNIT_SPREAD
-    nested = methods_table(table, effects, assumed(10), refits).set_index("method")
-    over = {"far": "items and pairs", "near": "items and pairs", "same": "items"}
-    assert nested.interval_over.to_dict() == over | {"unsure": "items and pairs"}
-    assert found.interval_over.eq("items").all()
-    ends = ["difference_ci_low", "difference_ci_high"]
-    alike = ["near", "same"]
-    pd.testing.assert_frame_equal(nested[ends].loc[alike], found[ends].loc[alike])
-    for end in ends:
-        half = math.hypot(found[end]["unsure"], 2.0754 * 2)
-        assert abs(nested[end]["unsure"]) == pytest.approx(half, abs=1e-3)
-    # The p-value has in it what the interval has: 1 is half a standard deviation of the refits.
-    assert nested.p_value["far"] == pytest.approx(0.62, abs=0.05)
-    assert nested.verdict["far"] == "undecided"
-
-
-# Nulls
-
-
-@pytest.fixture(scope="module")
-def linear(
-    double: Any, many: sl.ContrastivePairs, items: PreferenceItems, neutral: list[str]
-) -> Linearised:
-    texts = [tokenize_prompt(double, text) for text in neutral]
-    return linearise(
-        Engine(double), items, texts, [HOOK], budget=Budget.parse("kl=1e-8"), allowance=1e-8, seed=0
-    )
-
-
-def test_linearised_effects_are_those_of_small_pushes(
-    double: Any, many: sl.ContrastivePairs, items: PreferenceItems, linear: Linearised
-) -> None:
-    """By bare hooks, at the coefficient that the curvature predicts for a divergence of 1e-8."""
-    differences = sl.collect_differences(double, many, layers=[1])
-    vectors = null_vectors(differences, n=2, seed=0)["shuffled"][:, 0]
-    found = linear.effects(HOOK, vectors)
-    curvature = (vectors @ linear.text.scores[0].double().T).square().mean(dim=1)
-    for vector, effects, bend in zip(vectors, found, curvature.tolist(), strict=True):
-        c = math.sqrt(2e-8 / bend)
-        exact = [gap(double, item.prompt, vector, c) - gap(double, item.prompt) for item in items]
-        assert effects.tolist() == pytest.approx(exact, rel=1e-2, abs=1e-7)
-        assert np.abs(effects).max() > 1e-5
-
-
-def test_the_first_null_vectors_are_the_null_directions(
-    llama: Any, many: sl.ContrastivePairs
-) -> None:
-    differences = sl.collect_differences(llama, many, layers=[1])
-    drawn, vectors = (make(differences, n=3, seed=5) for make in (null_directions, null_vectors))
-    for kind, some in drawn.items():
-        for one, row in zip(some, vectors[kind][:, 0], strict=True):
-            torch.testing.assert_close(one[HOOK].double(), row, atol=1e-6, rtol=1e-5)
-
-
-def screen(linear: Linearised, many: sl.ContrastivePairs, model: Any, noise: float) -> Screen:
-    """Nulls whose exact effects are the linearised ones and some noise."""
-    differences = sl.collect_differences(model, many, layers=[1])
-    vectors = null_vectors(differences, n=40, seed=0)
-    generator = np.random.default_rng(0)
-    exact = {}
-    for kind, rows in vectors.items():
-        effects = linear.effects(HOOK, rows[:20, 0]).mean(axis=1, keepdims=True)
-        exact[kind] = effects + noise * effects.std() * generator.standard_normal((20, 1))
-    return Screen(linear, exact, vectors)
-
-
-def test_linearised_nulls_are_used_where_they_are_right_only(
-    double: Any, many: sl.ContrastivePairs, linear: Linearised
-) -> None:
-    direction = sl.fit(double, many, layers=[1])
-    for noise, how, n_null in ((0.0, "linearised", 40), (1.0, "exact", 20)):
-        found = screen(linear, many, double, noise).columns({HOOK: direction[HOOK]}, {HOOK: 1.0})
-        assert (found[HOOK]["null_by"], found[HOOK]["n_null"]) == (how, n_null)
-    # 1 nat is beyond all twenty nulls of each kind.
-    assert found[HOOK]["p_value"] == found[HOOK]["p_layers"] == pytest.approx(1 / 21)
-
-
-def test_the_spread_of_refits_is_that_of_resampled_groups(
-    double: Any, many: sl.ContrastivePairs, linear: Linearised
-) -> None:
-    given, differences = (
-        screen(linear, many, double, 0.0),
-        sl.collect_differences(double, many, layers=[1]),
-    )
-    of_each = {"groups": differences.pair_groups, "seed": 0}
-    spread = given.refits(differences, "mean_diff", **of_each)[HOOK].std(ddof=1)
-    assert spread > 0
-    # On pairs that are nearly alike PCA is the mean; the groups drawn are the same for both.
-    mean = (differences.positive - differences.negative).mean(dim=1, keepdim=True)
-    alike = replace(differences, positive=differences.positive + 50 * mean)
-    of_mean, of_pca, other = (
-        given.refits(alike, method, groups=alike.pair_groups, seed=seed)[HOOK]
-        for method, seed in (("mean_diff", 0), ("pca", 0), ("pca", 1))
-    )
-    assert np.corrcoef(of_mean, of_pca)[0, 1] > 0.9 > np.corrcoef(of_mean, other)[0, 1]
-    # One group has nothing to resample, and pairs that come in fours have fewer.
-    alone, fours = ((0,) * len(many), tuple(i // 4 for i in range(len(many))))
-    assert given.refits(differences, "mean_diff", groups=alone, seed=0) == {}
-    in_fours = given.refits(differences, "mean_diff", groups=fours, seed=0)[HOOK].std(ddof=1)
-    assert in_fours != pytest.approx(spread, rel=0.01)
-    for method, evidence in (("random", differences), ("optimised", None)):
-        assert given.refits(evidence, method, **of_each) == {}
-    assert screen(linear, many, double, 1.0).refits(differences, "mean_diff", **of_each) == {}
-
-
-@pytest.mark.parametrize(
-    "method", ["gradient_mean", "gradient_fisher+pooled", "fisher_pullback", "gradient_mean+on_pca"]
-)
-def test_gradients_are_refitted_without_a_pass(
-    double: Any, many: sl.ContrastivePairs, linear: Linearised, method: str
-) -> None:
-    """Their rows are those of the pairs that were drawn; an axis is itself fitted on the pairs."""
-    given = screen(linear, many, double, 0.0)
-    n, scores = len(many), 2 * (method == "fisher_pullback")
-    axis = "pca" if method.endswith("pca") else None
-
-    def gradients(pairs: sl.ContrastivePairs) -> LossGradients:
-        return sl.loss_gradients(double, pairs, layers=[1], axis=axis, n_scores=scores)
-
-    groups = tuple(i // 2 for i in range(n))
-    evidence = gradients(many)
-    found = given.refits(evidence, method, groups=groups, seed=0)
-    if axis:
-        assert found == {}
-        return
-    drawn = np.random.default_rng(0).integers(0, n // 2, n // 2).tolist()
-    rows = [i for g in drawn for i in (2 * g, 2 * g + 1)]
-    again = gradients(
-        sl.ContrastivePairs(tuple(replace(many[r], id=str(i)) for i, r in enumerate(rows)))
-    )
-    if scores:  # drawn once a pair, sample by sample
-        both = [evidence.scores[:, sample * n :][:, rows] for sample in range(scores)]
-        again = replace(again, scores=torch.cat(both, dim=1))
-    expected = given.effects(HOOK, sl.fit_directions(again, method=method)[HOOK][None])[0]
-    assert found[HOOK][0] == pytest.approx(expected, rel=1e-6)
-    assert found[HOOK].std() > 1e-3 * abs(expected)
-
-
-def test_nulls_that_are_run_and_linearised_ones_are_one_family() -> None:
-    """999 at the first hook, 19 of them at the second: no null there can be below 1 in 20."""
-    first, few = np.linspace(-1, 1, 999), np.full(999, math.nan)
-    few[:19] = np.linspace(-1, 1, 19)
-    draws = {"a": np.stack([first, few], axis=1)}
-
-    def columns(*seen: float) -> list[dict[str, Any]]:
-        hows, names = ("linearised", "exact"), (HOOK, resid_post(2))
-        return [*NullEffects(hows, names, np.array(seen), draws).columns().values()]
-
-    far = columns(2.0, 2.0)
-    assert [row["null_by"] for row in far] == ["linearised", "exact"]
-    assert [row["n_null"] for row in far] == [999, 19]
-    assert [row["p_value"] for row in far] == pytest.approx([1 / 1000, 1 / 20])
-    assert [row["p_layers"] for row in far] == pytest.approx([1 / 1000, 1 / 20 + 50 / 1000])
-    assert [row["least_p"] for row in far] == [row["p_layers"] for row in far]
-    near = columns(0.9, 0.0)[0]
-    assert near["p_layers"] == pytest.approx(near["p_value"] + 2 / 20)
-    assert near["least_p"] == pytest.approx(1 / 1000)
-
-
-def test_the_harder_kind_of_null_decides() -> None:
-    near, far = np.linspace(-1, 1, 41)[:, None], np.linspace(-3, 3, 41)[:, None]
-    row = NullEffects(("exact",), (HOOK,), np.array([2.0]), {"a": near, "b": far}).columns()[HOOK]
-    # Beyond 2 there are 14 of the 41.
-    assert row["p_value"] == row["p_layers"] == pytest.approx(15 / 42)
-    assert (row["null_low"], row["null_high"]) == pytest.approx((-2.85, 2.85))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -709,13 +360,6 @@ def test_items_that_tokenise_alike_are_refused(llama: Any) -> None:
         tokenize_items(llama, alike)
 
 
-def test_overflow_is_undefined_and_not_no_effect() -> None:
-    changes = np.array([[1.0, 2.0], [math.nan, 1.0]])
-    row = effect_columns(Measured(np.array([-1.0, 1.0]), changes), assumed(2))
-    assert list(row) == ["effect"]
-    assert verdict(row, assumed(2)) == "undefined"
-
-
 def test_continuations_stay_within_the_context(gpt2: Any) -> None:
     """60 of 64 tokens are the prompt's: four are left, then two, which are no trigram."""
     vector = {resid_post(1): torch.zeros(32)}
@@ -723,13 +367,3 @@ def test_continuations_stay_within_the_context(gpt2: Any) -> None:
         prompt = tokenize_prompt(gpt2, "the " * n_words + "sun")
         found = mean_distinct_3(Engine(gpt2), [prompt], vector, 1.0)
         assert math.isfinite(found) == expected
-
-
-def test_a_kind_without_nulls_leaves_the_rank_unknown() -> None:
-    """`test_the_harder_kind_of_null_decides` is the control."""
-    known, unknown = np.linspace(-1, 1, 21)[:, None], np.full((21, 1), math.nan)
-    for draws in ({"a": known, "b": unknown}, {"a": unknown, "b": known}):
-        row = NullEffects(("exact",), (HOOK,), np.array([2.0]), draws).columns()[HOOK]
-        assert row["n_null"] == 0
-        for name in ("p_value", "p_layers", "null_low", "null_high"):
-            assert math.isnan(row[name]), name

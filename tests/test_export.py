@@ -1,6 +1,8 @@
 """Vectors in other tools: an export is right when the target's logits are ours."""
 
+import base64
 import copy
+import hashlib
 import json
 import math
 import stat
@@ -314,11 +316,55 @@ def test_repeng_gives_our_logits(llama: Any, vector: sl.SteeringVector, repeng: 
     assert float((there() - off).abs().max()) > 0.01
 
 
+# Each tool takes its tokens from the model's own tokenizer, which puts BOS in front here.
+PAIRS = [
+    ("you are cheerful the river was", "you are very gloomy the river was"),
+    ("the good day is", "the bad day is"),
+    ("the river was good", "the river was bad"),
+]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("pca_diff", "pca_centred"), ("pca_center", "pca")])
+def test_a_direction_of_repeng_is_ours_by_another_name(
+    theirs: str, ours: str, llama: Any, repeng: Any
+) -> None:
+    entries = [repeng.DatasetEntry(*pair) for pair in PAIRS]
+    tokenizer = llama.tokenizer
+    trained = repeng.ControlVector.train(
+        build_llama(), tokenizer, entries, method=theirs, hidden_layers=[1, 2]
+    )
+    fitted = {name: sl.fit(llama, PAIRS, layers=[1, 2], method=name) for name in (ours, "lda")}
+    for block in (1, 2):
+        row = torch.tensor(trained.directions[block])
+        # Up to the sign, which goes by most pairs there, by their mean here.
+        assert abs(float(row @ fitted[ours][block])) == pytest.approx(1, abs=1e-4)
+        assert abs(float(row @ fitted["lda"][block])) < 0.99
+
+
 # steering-vectors
 
 
+@pytest.mark.parametrize(
+    ("aggregator", "method"),
+    [("mean_aggregator", "mean_diff"), ("pca_aggregator", "pca")],
+)
+def test_a_vector_of_steering_vectors_is_ours_by_another_name(
+    aggregator: str, method: str, llama: Any
+) -> None:
+    trained = steering_vectors.train_steering_vector(
+        *(build_llama(), llama.tokenizer, PAIRS),
+        layers=[1, 2],
+        aggregator=getattr(steering_vectors, aggregator)(),
+    )
+    fitted = {name: sl.fit(llama, PAIRS, layers=[1, 2], method=name) for name in (method, "lda")}
+    for block, row in trained.layer_activations.items():
+        unit = torch.nn.functional.normalize(row, dim=0)
+        assert float(unit @ fitted[method][block]) == pytest.approx(1, abs=1e-4)
+        assert abs(float(unit @ fitted["lda"][block])) < 0.99
+
+
 @pytest.mark.parametrize("hook", ["hook_resid_post", "hook_mlp_out", "hook_attn_out"])
-def test_steering_vectors_gives_our_logits(llama: Any, hook: str) -> None:
+def test_steering_vectors_gives_our_logits(llama: Any, hook: str, tmp_path: Path) -> None:
     named = {name.replace("hook_resid_post", hook): row for name, row in ROWS.items()}
     vector = sl.SteeringVector.from_vectors(named)
     theirs = sl.export.to_steering_vectors(vector)
@@ -332,7 +378,9 @@ def test_steering_vectors_gives_our_logits(llama: Any, hook: str) -> None:
     with theirs.apply(hugging_face, layer_config=layers, multiplier=1.5):
         there = logits(hugging_face)
     torch.testing.assert_close(there, steered(llama, vector, 1.5), rtol=1e-4, atol=1e-4)
-    again = sl.export.from_steering_vectors(theirs)
+    sl.export.save_steering_vectors(vector, tmp_path / "v.pt")
+    fields = torch.load(tmp_path / "v.pt", weights_only=True)
+    again = sl.export.from_steering_vectors(steering_vectors.SteeringVector(**fields))
     assert again.hook_names == vector.hook_names
     torch.testing.assert_close(again.rows, vector.rows)
 
@@ -536,6 +584,56 @@ def test_the_harness_adds_and_clamps_as_here(build: Any, operator: Any, tmp_path
     theirs = by_the_harness(build(), tmp_path / "v.pt")
     assert (theirs - steered(model, vector, coefficient)).abs().max() < 1e-4
     assert (theirs - logits(model)).abs().max() > 0.1
+
+
+def by_easysteer(model: Any, path: Path) -> torch.Tensor:
+    """Its logits by the rules of EasySteer's vLLM (`vllm.steer_vectors`, commit 6267ca0)."""
+    (spec,) = json.loads(path.read_text())["vectors"]
+    payload, layers = spec["data"], model.base_model.layers
+    assert spec["apply"] == {"prompt": "all", "generation": "all"}
+    assert (payload["version"], payload["kind"], payload["extra"]) == (1, "direction", {})
+    digest, handles = hashlib.sha256(b"direction:1"), []
+    for name in sorted(payload["tensors"]):
+        tensor = payload["tensors"][name]
+        content = base64.b64decode(tensor["data"])
+        digest.update(f"{name}{tuple(tensor['shape'])}".encode() + content)
+        row = spec["scale"] * torch.tensor(np.frombuffer(content, np.float32))
+        assert list(row.shape) == tensor["shape"]
+
+        def act(_module: Any, _inputs: Any, output: Any, row: torch.Tensor = row) -> Any:
+            hidden = output[0] if isinstance(output, tuple) else output
+            along = (hidden @ row / (row @ row + 1e-8))[..., None] * row
+            hidden = hidden + row if spec["algorithm"] == "direct" else hidden - along
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        number = int(name.removeprefix("layer."))
+        assert number in spec["layers"]
+        handles.append(layers[number].register_forward_hook(act))
+    assert payload["sha256"] == digest.hexdigest()
+    found = logits(model)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("operator", "coefficient"), [(sl.Add(), 4), (sl.Add(), "50%"), (sl.Ablate(), 1)], ids=str
+)
+def test_easysteer_adds_and_erases_as_here(
+    operator: Any, coefficient: Any, llama: Any, tmp_path: Path
+) -> None:
+    rows = {f"blocks.{block}.hook_resid_post": ROW.roll(block) for block in (2, 0)}
+    known = Calibration(*torch.tensor([[50.0, 60], [-4, -5], [8, 16]]), "kl=0.1", "neutral")
+    vector = replace(sl.SteeringVector.from_vectors(rows), operator=operator, calibration=known)
+    sl.export.to_easysteer(vector, tmp_path / "v.json", coefficient)
+    theirs = by_easysteer(build_llama(), tmp_path / "v.json")
+    assert (theirs - steered(llama, vector, coefficient)).abs().max() < 1e-4
+    assert (theirs - logits(llama)).abs().max() > 0.1
+    refused = (({"operator": sl.Rotate()}, 30), ({"operator": sl.Ablate()}, 0.5), ({}, 0))
+    for change, strength in refused:
+        with pytest.raises(InputError, match=r"carry rotate|ablates whole|coefficient 0"):
+            sl.export.to_easysteer(replace(vector, **change), tmp_path / "w.json", strength)
+    assert not (tmp_path / "w.json").exists()
 
 
 @pytest.mark.parametrize("kind", ZOO)

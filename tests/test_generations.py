@@ -123,7 +123,7 @@ def test_a_text_may_end_by_itself(llama: Any, directions: sl.Directions) -> None
 
 def test_what_is_refused(llama: Any, directions: sl.Directions) -> None:
     assert len(write(llama, PROMPTS, directions)) == 6
-    with pytest.raises(InputError, match="got 1 and 0"):
+    with pytest.raises(InputError, match="got 2 and 0"):
         write(llama, PROMPTS, directions, max_new_tokens=0)
     with pytest.raises(InputError, match="expected one hook, got 5"):
         write(llama, PROMPTS, directions, layer=None)

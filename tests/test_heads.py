@@ -210,3 +210,46 @@ def test_a_hook_point_that_does_not_hold_the_heads_is_refused() -> None:
     vector, reason = random_vector(model, NAME), r"shape \(2, 5, 8, 4\).*of 4 heads"
     with pytest.raises(HookError, match=reason), sl.steer(model, vector, 1):
         model(TOKENS)
+
+
+def test_heads_of_one_layer_are_compared_and_told_apart(
+    llama: Any, many: sl.ContrastivePairs
+) -> None:
+    """The effect by bare hooks; the chosen head by its name, as both are of one layer."""
+    items, train = (
+        sl.PreferenceItems.load(
+            [{"prompt": f"{start} {w}", "positive": " good", "negative": " cold"} for w in words]
+        )
+        for start, words in (("the", ("sun", "rain", "bread")), ("a", ("walk", "soup", "day")))
+    )
+    layers = [NAME, f"{POINT}[0]"]
+    found = sl.compare(
+        *(llama, many, items),
+        **{"methods": ["mean_diff", "random"], "layers": layers, "train_items": train},
+        **{"on": "positive", "n_null": 2, "n_bootstrap": 10, "off_target": {}},
+    )
+    assert sorted(found.table.hook_name.unique()) == sorted(layers)
+    chosen = found.table[found.table.is_chosen].set_index("method").hook_name
+    assert found.summary.set_index("method").hook_name.to_dict() == chosen.to_dict()
+    assert found.methods.hook_name.item() == chosen["random"]
+    assert found.methods.reference_hook_name.item() == chosen["mean_diff"]
+
+    def gap(item: sl.data.PreferenceItem, vector: Any, c: float) -> float:
+        logprobs = []
+        for text in (item.positive, item.negative):
+            tokens = sl.engine.tokenize_prompt(llama, item.prompt, text)
+            with torch.no_grad(), sl.steer(llama, vector, c):
+                row = llama(torch.tensor([tokens.ids]))[0].log_softmax(-1)
+            n = len(tokens.prompt)
+            logprobs.append(
+                sum(float(row[n + i - 1, t]) for i, t in enumerate(tokens.continuation))
+                / len(tokens.continuation)
+            )
+        return logprobs[0] - logprobs[1]
+
+    for row in found.table[found.table.method == "mean_diff"].itertuples():
+        vector = {row.hook_name: found.directions["mean_diff"][row.hook_name]}
+        changes = [gap(i, vector, row.coefficient) - gap(i, vector, 0.0) for i in items]
+        assert row.effect == pytest.approx(float(np.mean(changes)), abs=1e-4)
+    with pytest.raises(HookError, match="directions of two widths are not held together"):
+        sl.compare(llama, many, items, methods=["mean_diff"], layers=[NAME, 2])

@@ -116,14 +116,9 @@ def geometry(points: pd.DataFrame) -> LossGeometry:
 
 @pytest.fixture
 def parts() -> tuple[pd.DataFrame, pd.DataFrame]:
-    rows = [
-        {"component": "embed", "layer": -1, "head": -1},
-        {"component": "head", "layer": 0, "head": 0},
-        {"component": "head", "layer": 0, "head": 1},
-        {"component": "mlp", "layer": 0, "head": -1},
-        {"component": "head", "layer": 2, "head": 1},
-    ]
-    numbered = [row | {"contribution": float(i), "effect": -float(i)} for i, row in enumerate(rows)]
+    places = [("embed", -1, -1), ("head", 0, 0), ("head", 0, 1), ("mlp", 0, -1), ("head", 2, 1)]
+    keys = ("component", "layer", "head", "contribution", "effect")
+    numbered = [dict(zip(keys, (*of, i, -i), strict=True)) for i, of in enumerate(places)]
     return (
         table("writers", [{k: v for k, v in r.items() if k != "effect"} for r in numbered]),
         table("readers", [{k: v for k, v in r.items() if k != "contribution"} for r in numbered]),
@@ -151,28 +146,21 @@ def history() -> pd.DataFrame:
 
 
 @pytest.fixture
-def figures(
-    sweep: pd.DataFrame,
-    layers: pd.DataFrame,
-    comparison: pd.DataFrame,
-    points: pd.DataFrame,
-    geometry: LossGeometry,
-    parts: tuple[pd.DataFrame, pd.DataFrame],
-    edges: pd.DataFrame,
-    history: pd.DataFrame,
-) -> dict[str, plots.Figure]:
+def figures(request: pytest.FixtureRequest) -> dict[str, plots.Figure]:
+    given = request.getfixturevalue
+    sweep, layers = given("sweep"), given("layers")
     return {
         "tradeoff": plots.tradeoff(sweep, layers),
         "heat_maps": plots.heat_maps(sweep),
         "dose_response": plots.dose_response(sweep),
         "layer_profile": plots.layer_profile(layers),
         "boundary": plots.boundary(layers),
-        "comparison": plots.comparison(comparison),
-        "differences": plots.differences(points),
-        "loss_geometry": plots.loss_geometry(geometry),
-        "components": plots.components(*parts),
-        "circuit_graph": plots.circuit_graph(edges),
-        "training": plots.training(history),
+        "comparison": plots.comparison(given("comparison")),
+        "differences": plots.differences(given("points")),
+        "loss_geometry": plots.loss_geometry(given("geometry")),
+        "components": plots.components(*given("parts")),
+        "circuit_graph": plots.circuit_graph(given("edges")),
+        "training": plots.training(given("history")),
         "behaviour": plots.behaviour(behave_tables()["behaviour"]),
         "behaviour_by_coefficient": plots.behaviour_by_coefficient(behave_tables()["behaviour"]),
     }
@@ -216,9 +204,8 @@ def test_marks_tell_what_is_beyond_the_budget_and_what_is_undecided(sweep: pd.Da
         layer["transform"][0]["filter"]: layer["mark"] for layer in layers if layer.get("transform")
     }
     marks = {value: points[f"datum.coherent == '{value}'"] for value in ("yes", "undecided", "no")}
-    assert {value: mark.get("filled", False) for value, mark in marks.items()} == {
-        **{"yes": True, "undecided": False, "no": False}
-    }
+    filled = {value: mark.get("filled", False) for value, mark in marks.items()}
+    assert filled == {"yes": True, "undecided": False, "no": False}
     assert marks["undecided"]["shape"] == "square"
     assert "shape" not in marks["no"]
     heat = plots.heat_maps(sweep).spec["concat"][0]["layer"][1:]
@@ -349,7 +336,10 @@ def test_the_loss_geometry_by_hand(geometry: LossGeometry) -> None:
     assert list(arrows.turn) == pytest.approx([36.87] * 3 + [45] * 3)
 
 
-def test_isolines_lie_where_the_loss_has_their_value(geometry: LossGeometry) -> None:
+def test_isolines_lie_at_their_loss_and_areas_fill_what_was_measured(
+    geometry: LossGeometry,
+) -> None:
+    """Holes too: the areas add up to the disc of pushes up to one and a half boundaries."""
     bands = rows(plots.loss_geometry(geometry), "bands")
     lines = bands[bands.kind == "isoline"]
     assert len(lines) > 10
@@ -358,11 +348,6 @@ def test_isolines_lie_where_the_loss_has_their_value(geometry: LossGeometry) -> 
         push = np.hypot(along - 2, across - 1) / 2
         # Penalty (c / 2)^2 minus the projection; a straight line crosses a cell of the grid.
         assert (push / 2) ** 2 - along == pytest.approx(line.loss, abs=0.03)
-
-
-def test_areas_between_isolines_fill_what_was_measured(geometry: LossGeometry) -> None:
-    """Holes too: the areas add up to the disc of pushes up to one and a half boundaries."""
-    bands = rows(plots.loss_geometry(geometry), "bands")
     sizes = []
     for area in bands[bands.kind == "area"].itertuples():
         x, y = np.array(area.along), np.array(area.across)

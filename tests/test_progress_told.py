@@ -150,7 +150,7 @@ def test_what_is_shown_of_prompts(
     options: dict[str, Any] = {"layer": 1, "coefficients": [-2, 0, 2]}
     texts = ["the river was", "I said"]
     found = run(sl.measure.generation_table, llama, texts, directions, max_new_tokens=3, **options)
-    assert found == [("continuations", 6)]
+    assert found == [("continuations: tokens", 18)]
     assert run(sl.token_damage, llama, texts, directions, **options) == [("tokens: prompts", 2)]
     assert run(sl.token_damage, llama, pairs, directions, **options) == [("tokens: prompts", 16)]
 

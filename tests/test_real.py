@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -177,6 +178,20 @@ def test_the_boundary_is_where_a_sweep_loses_the_budget(
         ).table
         allowance = -table.baseline_logprob_nats * (1 / 0.99 - 1)
         assert (table.degradation_nats <= allowance).tolist() == [True, False, True, False]
+
+
+def test_a_dense_curve_misses_cells_by_less_than_a_hundredth(
+    real_model: Any, directions: sl.Directions
+) -> None:
+    pairs = sl.ContrastivePairs.load("sentiment", split="test")[:2]
+    study = sl.Study(real_model, pairs, directions, layers=[15], n_bootstrap=50)
+    dense = study.sweep([-40, 0, 40], dense=64).table
+    between = dense[~dense.exact].iloc[[0, 7, 20, -15, -3]].set_index("coefficient")
+    cells = study.sweep(between.index.tolist()).table.set_index("coefficient")
+    for name in ("projection", "degradation_nats"):
+        gap = (between[name] - cells[name]).abs().max()
+        assert gap < 0.01 * np.ptp(dense[name]), name
+    assert (dense.exact & (dense.coefficient != 0)).sum() <= 16
 
 
 @pytest.mark.parametrize("positions", ["continuation", "last"])

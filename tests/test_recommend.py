@@ -256,7 +256,7 @@ def test_the_command_writes_and_says_what_next(
     run: Main, words: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    outcome = run(*words, "--out", whole)
+    outcome = run(*words, "--device", "cpu", "--form", "pairs", "--out", whole)
     assert outcome.code == 0, outcome.err
     names = {"recommendation.csv", "candidates.csv", "generations.csv", "recommendation.json"}
     names |= {"vector.safetensors", "report.html", "run.json"}
@@ -268,16 +268,25 @@ def test_the_command_writes_and_says_what_next(
     positive = said["signs"]["positive"]
     assert float(vector.calibration.boundary_pos) == pytest.approx(positive["boundary"])
     assert table(whole, "recommendation.csv").verdict.tolist() == ["steer", "steer"]
-    for command in ("generate --vector", "boundary --model", "report"):
-        assert f"  steerlens {command}" in outcome.out
+    lines = [line.split() for line in outcome.out.splitlines() if line.startswith("  steerlens")]
+    assert [line[1] for line in lines] == ["generate", "boundary", "report"]
+    assert all({"--device", "cpu"} <= {*line} for line in lines[:2])
+    assert {"--form", "--pairs", str(words[4])} <= {*lines[1]}
+    assert "--form" not in lines[0]
+    behave = outcome.err.splitlines()[-1]
+    assert behave.startswith("next: steerlens behave --vector")
+    assert {"--form", "--pairs", "--device"} <= {*behave.split()}
     page = (whole / "report.html").read_text()
-    assert "positive: steer" in page
+    assert "Positive coefficient: steer" in page
     # Stopped after all but the last step, and gone on with: the same bytes.
     with monkeypatch.context() as patch:
         patch.setattr(recommendation, "separation", _interrupt)
-        assert run(*words, "--out", stopped).code == 130
+        again = (*words, "--device", "cpu", "--form", "pairs", "--out", stopped)
+        assert run(*again).code == 130
     assert not (stopped / "run.json").exists()
-    assert run("recommend", "--resume", stopped).code == 0
+    resumed = run("recommend", "--resume", stopped)
+    assert resumed.code == 0
+    assert resumed.err.splitlines()[-1] == behave.replace(str(whole), str(stopped))
     made, again = content(whole), content(stopped)
     assert made.keys() == again.keys()
     dated = {"run.json", "report.html"}

@@ -16,7 +16,7 @@ from run_folders import (
     CONTENTS,
     HOSTILE,
     WRITERS,
-    geometry_tables,
+    behave_texts,
     points_table,
     seal,
     sweep_table,
@@ -31,7 +31,6 @@ from steerlens.runs.contents import COMMANDS, TABLES
 from steerlens.runs.html_report.figures import FIGURES
 from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.html_report.numbers import change, decimals_for, fixed, short
-from steerlens.runs.html_report.summary import summarise
 from steerlens.runs.record import check_run_folder, sealed
 from steerlens.tables import read_csv
 
@@ -313,6 +312,13 @@ def test_a_request_that_lacks_something_is_refused(
     assert words in refused(WRITERS[command](tmp_path / "run", **changes))
 
 
+@pytest.mark.parametrize("changes", [{"sample": "1"}, {"strength": "much"}, {"scores": None}])
+def test_texts_of_another_kind_are_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    texts = [text | changes for text in behave_texts()]
+    assert "no texts of behave" in refused(WRITERS["behave"](tmp_path / "run", written=texts))
+    assert len(sl.read_run(WRITERS["behave"](tmp_path / "good")).texts) == len(texts)
+
+
 def test_no_folder_and_no_run(tmp_path: Path) -> None:
     assert "no such folder" in refused(tmp_path / "none")
     with pytest.raises(FileError, match="one run or more"):
@@ -368,14 +374,3 @@ def test_numbers_in_tables_and_in_running_text() -> None:
         *("0.123", "12.3", "1234", "undefined", "−infinite")  # noqa: RUF001
     ]
     assert [change(v) for v in (0.5, -0.5, 0.0)] == ["+0.5", "−0.5", "0"]  # noqa: RUF001
-
-
-def test_hooks_of_one_layer_have_a_sentence_each(tmp_path: Path) -> None:
-    tables = geometry_tables()
-    shape = tables["shape"]
-    other = shape.assign(hook_name="blocks.10.hook_mlp_out", boundary=math.inf)
-    tables["shape"] = pd.concat([shape, other], ignore_index=True)
-    tables["shape"].attrs.update(shape.attrs)
-    said = summarise(sl.read_run(write(tmp_path / "run", "geometry", tables)))[-2:]
-    assert "at layer 10 the boundary is found at 8 of 8 angles" in said[0]
-    assert "at layer blocks.10.hook_mlp_out the boundary is found at 0 of 8 angles" in said[1]

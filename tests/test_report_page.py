@@ -16,6 +16,8 @@ from run_folders import (
     HOSTILE,
     MODEL,
     WRITERS,
+    behave_tables,
+    behave_texts,
     circuits_pages,
     compare_tables,
     generations_table,
@@ -35,15 +37,10 @@ from run_folders import (
 import steerlens as sl
 from steerlens.runs.contents import COMMANDS, TABLES
 from steerlens.runs.html_report.listings import MAX_COLUMNS, MAX_ROWS, listing, with_intervals
-from steerlens.runs.html_report.summary import summarise
 
 
 def page_of(*folders: Path) -> str:
     return sl.report([sl.read_run(folder) for folder in folders])
-
-
-def sentences(folder: Path) -> list[str]:
-    return summarise(sl.read_run(folder))
 
 
 # Every command
@@ -94,77 +91,6 @@ def test_several_runs_have_a_section_each(tmp_path: Path) -> None:
     assert [tag for tag in outline.tags if tag in landmarks] == [*landmarks]
 
 
-# Summaries, by hand
-
-
-def test_the_summary_of_a_sweep(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "run")
-    said = sentences(folder)
-    assert said[0] == (
-        "Measured on 8 pairs of sentiment/test; the directions are fitted on others, 120 "
-        "pairs of sentiment/train."
-    )
-    assert said[1] == "Unsteered, the labels' mean logprob is −2.5 nats per token."  # noqa: RUF001
-    assert said[2] == (
-        "Of 210 cells 150 are within the budget (relative=0.01); of 0 the interval of the "
-        "degradation reaches across it, so they are undecided."
-    )
-    # gain 3 at layer 12, times c = -20; the readouts, with a gain of 5, do not count.
-    assert "most at layer 12 with coefficient −20: by −60 residual units" in said[3]  # noqa: RUF001
-    assert "degradation of +0.008 nats per token (95% interval +0.003 to +0.013)" in said[3]
-    assert "no layer was chosen on one set and tested on another" in said[4]
-
-
-def test_what_a_sweep_may_not_claim(tmp_path: Path) -> None:
-    """In-sample numbers and overflow are called so; readouts alone show no layer."""
-    cells = sweep_table()
-    readouts = cells[cells.hook_name == cells.readout_hook].reset_index(drop=True)
-    cells.loc[3, "logprob_nats"] = math.nan
-    cells.loc[cells.coefficient == 20, "coherent"] = "undecided"
-    said = sentences(write(tmp_path / "run", "sweep", {"sweep": cells}, n_pairs_fitted_on=3))
-    assert "the directions are fitted on 3 of these too" in said[0]
-    assert "in sample" in said[0]
-    assert "Of 210 cells 120 are within the budget" in said[2]
-    assert "of 30 the interval of the degradation reaches across it" in said[2]
-    assert said[3] == "1 cells are undefined: the model overflowed there."
-    said = sentences(write(tmp_path / "readouts", "sweep", {"sweep": readouts}))
-    assert len(said) == 3
-    assert not any("moves most" in sentence or "in sample" in sentence for sentence in said)
-
-
-def test_the_summary_of_a_boundary(tmp_path: Path) -> None:
-    said = sentences(WRITERS["boundary"](tmp_path / "run"))
-    assert "relative=0.01 on positive text" in said[1]
-    assert said[2] == (
-        "The boundary for c > 0 is found at 29 of 30 hooks, beyond the searched range at 1."
-    )
-    # (5 + L) / (10 + 2 L) is a half everywhere; (6 + L) / (10 + 2 L) falls from 0.6 to 35 / 68.
-    assert said[5].endswith("smallest at layer 29 (0.515) and largest at layer 0 (0.6).")
-    assert said[-1] == "The prediction from gradients at 0 held at 20 of 30 hooks."
-
-
-def test_the_summary_of_a_comparison(tmp_path: Path) -> None:
-    said = sentences(write_compare(tmp_path / "run"))
-    assert said[0].startswith("Every method may do the same damage (kl=0.1 on own text)")
-    assert "100 items of sentiment/test" in said[0]
-    assert "chosen on 40 other items (sentiment/train)" in said[1]
-    assert "largest effect is that of mean_diff at layer 10: +0.7 nats per token" in said[2]
-    assert "95% interval +0.5 to +0.9" in said[2]
-    assert "between −0.1 and +0.1" in said[2]  # noqa: RUF001
-    assert "Its rank is 1 of 2, with a 95% interval of 1 to 2." in said[2]
-    assert said[3] == 'The verdict is "effect" for 1 of 2 methods.'
-
-
-def test_the_summary_of_circuits(tmp_path: Path) -> None:
-    said = " ".join(sentences(WRITERS["circuits"](tmp_path / "run")))
-    assert "from −0.5 to 2.25" in said  # noqa: RUF001
-    assert "largest writer of the direction is L3H5, with 0.15 of the projection" in said
-    assert "mlp13: −1.75 logits by the estimate, −1.74 by exact" in said  # noqa: RUF001
-    assert "attention values 0.12 (0.1 to 0.13)." in said
-    assert "random components" not in said
-    assert "nothing" not in said
-
-
 @pytest.mark.parametrize(
     ("names", "told"),
     [
@@ -181,15 +107,6 @@ def test_hooks_in_a_line(names: list[str], told: str, tmp_path: Path) -> None:
     few = {"sweep": sweep_table(1)}
     text = Outline(page_of(write(tmp_path / "run", "sweep", few, hook_names=names))).text
     assert f"hooks{told}fitted on" in text
-
-
-def test_the_summary_of_a_geometry(tmp_path: Path) -> None:
-    """5 + 5 |cos|: 10 along the direction, 5 across it."""
-    said = sentences(WRITERS["geometry"](tmp_path / "run"))
-    assert said[1] == (
-        "In the plane of the direction, at layer 10 the boundary is found at 8 of 8 angles, from 5 "
-        "to 10 residual units away."
-    )
 
 
 # Tables
@@ -234,6 +151,8 @@ def test_the_main_columns_are_shown_and_no_interval_stands_alone() -> None:
     assert at_first[:3] == ["method", "layer", "effect"]
     assert len(at_first) <= MAX_COLUMNS < len(heads)
     assert ("effect effect_ci_low effect_ci_high", "") in heads
+    effects = compare_tables()["effects"]
+    assert ">mean_diff, layer 10</abbr>" in listing("effects", effects, TABLES["effects"], "x")
     # Where a table names none, they are its first ones.
     nameless = replace(TABLES["comparison"], main=())
     made = listing("comparison", compare_tables()["comparison"], nameless, "x")
@@ -294,8 +213,8 @@ def test_a_gain_is_not_a_negative_loss(tmp_path: Path) -> None:
 def test_columns_that_say_nothing_are_told_in_a_line() -> None:
     note, (head, *rows) = shown("sweep", sweep_table().assign(loss=math.nan))
     assert "210 rows, from sweep.csv" in note
-    assert "n_pairs 8 pairs" in note
-    assert "baseline_logprob_nats −2.5" in note  # noqa: RUF001
+    assert "n pairs 8;" in note
+    assert "baseline logprob nats −2.5" in note  # noqa: RUF001
     assert "Without a value in this run: loss." in note
     assert "block outputs, blocks.N.hook_resid_post" in note
     assert head[:2] == ["layer", "coefficientresidual units"]
@@ -319,20 +238,17 @@ def test_of_a_long_table_the_largest_rows_are_shown() -> None:
     assert [row[0] for row in rows] == [str(i) for i in range(5, MAX_ROWS + 5)]
 
 
-def test_an_empty_table_has_no_grid() -> None:
-    made = listing("points", table("points", []), TABLES["points"], "x")
-    assert "0 rows" in made
-    assert "<table" not in made
-    assert "<table" in listing("points", points_table(), TABLES["points"], "x")
-
-
-def test_columns_have_unit_and_meaning() -> None:
+def test_columns_have_unit_and_meaning_and_an_empty_table_no_grid() -> None:
     made = listing("points", points_table(), TABLES["points"], "x")
     outline = Outline(made)
     column = next(c for c in TABLES["points"].columns if c.name == "along")
     assert {"title": column.meaning} in outline.all("abbr")
     assert "along (residual units)" in outline.text
     assert column.meaning in outline.text
+    assert "<table" in made
+    empty = listing("points", table("points", []), TABLES["points"], "x")
+    assert "0 rows" in empty
+    assert "<table" not in empty
 
 
 # Hostile text
@@ -382,8 +298,11 @@ def assert_harmless(page: str) -> None:
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
-    folder = hostile_run(tmp_path / "<b>run")
-    page = page_of(folder)
+    tables = behave_tables()
+    tables["tokens"]["token"] = HOSTILE
+    asked: Any = {"written": behave_texts(HOSTILE), "prompts": [HOSTILE]}
+    folders = [hostile_run(tmp_path / "<b>run"), tmp_path / "behave"]
+    page = page_of(folders[0], WRITERS["behave"](folders[1], tables=tables, **asked))
     assert_harmless(page)
     text = Outline(page).text
     assert "sweep: <b>run" in text
@@ -440,6 +359,28 @@ def test_texts_are_side_by_side_and_say_whether_they_are_coherent(tmp_path: Path
         tables = {"sweep": cells, "generations": generations_table()}
         page = page_of(write(tmp_path / coherent, "sweep", tables))
         assert f"c = 20{words}" in Outline(page).text
+
+
+def test_samples_stand_side_by_side_under_their_prompt(tmp_path: Path) -> None:
+    """By coefficient, personas last, nulls nowhere; shaded where the tokens are known."""
+    page = page_of(WRITERS["behave"](tmp_path / "run"))
+    part = page[page.index('class="samples"') : page.index("What the columns mean")]
+    text = Outline(part).text
+    titles = ["1. How are you?", "Steered at layer 15", "c = −8", "c = 0, unsteered"]  # noqa: RUF001
+    titles += ["c = 8", "positive prompt, unsteered", "1 more prompt:", "2. And now?"]
+    places = [text.index(title) for title in titles]
+    assert places == sorted(places)
+    assert "null 1" not in text
+    assert text.count("concept +0.25, cut at the asked-for length") == 16
+    # Of the first sample at 8 the third token has -4 nats, half of full shade; others are likely.
+    shades = re.findall(r'<i style="--by:(\d+)"[^>]*>([^<]*)</i>', part)
+    assert shades == [("35", " fine")] * 2
+    assert "steered 8, 1.0" not in text
+    assert "unsteered 0, 1.0" not in text
+    assert "positive prompt 0, 1.0: The weather is fine." in text
+    assert "steered 8, 1.1: The weather is fine." in text
+    assert "Token damage" not in page
+    assert "Token damage" in page_of(WRITERS["behave"](tmp_path / "none", written=()))
 
 
 def test_figures_are_left_out_where_their_table_is_empty(tmp_path: Path) -> None:

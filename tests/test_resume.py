@@ -328,6 +328,7 @@ ROW = {
     "n_pairs": 3,
     "n_groups": 3,
     "coherent": "yes",
+    "exact": True,
     "projection": 1 / 3,
 }
 

@@ -68,7 +68,9 @@ package = Path(steerlens.__file__).parent
 paths = [path.relative_to(package.parent).with_suffix("") for path in package.rglob("*.py")]
 names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
 commands = [name for name in names if name.startswith("steerlens.cli")]
-for name in {*names} - {*commands} - {"steerlens.__main__"}:
+# Inspect, which is not installed here, asks for the module that serves it.
+served = "steerlens.steering.export.inspect_provider"
+for name in {*names} - {*commands} - {"steerlens.__main__", served}:
     importlib.import_module(name)
 assert state() == before, "changed"
 for name in commands:  # a process of its own: what it imports to print draws random numbers

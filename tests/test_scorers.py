@@ -10,12 +10,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import bridge, build_llama, build_tokenizer
+from conftest import bridge, build_llama, build_tokenizer, needs_bridge
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import bridged
 
 import steerlens as sl
-from steerlens.engine.tokenization import tokenize_prompt
+from steerlens.engine import logprobs
+from steerlens.engine.engine import Engine
+from steerlens.engine.logprobs import continuation_logprobs
+from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import HookError, InputError, ModelError
 from steerlens.measure.scorers import (
     SCORERS,
@@ -33,6 +38,7 @@ from steerlens.measure.scorers import (
     Written,
     ended,
     length,
+    likelihood,
     scorer_name,
     scorers_of,
     script,
@@ -146,16 +152,90 @@ def test_logprob_by_hand(llama: Any, texts: list[Written]) -> None:
     )
 
 
-def test_concept_by_hand(llama: Any, pairs: sl.ContrastivePairs, texts: list[Written]) -> None:
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many texts each call by whole passes had."""
+    calls: list[int] = []
+
+    def counted(engine: Engine, workload: Any, hook_names: Any) -> Any:
+        calls.append(sum(len(batch.rows) for batch in workload.positive))
+        return run_baseline(engine, workload, hook_names)
+
+    monkeypatch.setattr(logprobs, "run_baseline", counted)
+    return calls
+
+
+def after_each(model: Any) -> list[TokenizedPrompt]:
+    """Four texts, of which two are the same, after each of three prompts of other lengths."""
+    prompts = ["the river was", "you are kind and the sun is warm today", "I said"]
+    ends = ["warm and good", "so cold", "so cold", "very bad soup and rain and bread"]
+    return [tokenize_prompt(model, prompt, f" {end}") for end in ends for prompt in prompts]
+
+
+@needs_bridge
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama", "BLOOM", "OPT", "Mistral", "Gemma 3", "LFM2"])
+def test_a_prompt_is_run_once_for_all_texts_after_it(
+    kind: str, whole: list[int], much_padding: None
+) -> None:
+    model = bridged(kind)
+    asked, engine = after_each(model), Engine(model)
+    expected = [by_hand(model, prompt.prompt, prompt.continuation) for prompt in asked]
+    assert continuation_logprobs(engine, asked).tolist() == pytest.approx(expected, abs=1e-5)
+    if kind == "LFM2":  # which keeps more than keys and values
+        assert whole == [9]
+        return
+    assert whole == [2]
+    # Three prompts but for their last tokens; these and all but the last of nine texts; two rows to
+    # look at: the shortest and the longest.
+    shortest, longest = (of(len(prompt.prompt) for prompt in asked) for of in (min, max))
+    n_tokens = 3 * (longest - 1) + 9 * 7 + (shortest + 2) + (longest + 7)
+    assert engine.cost.blocks == 3 * n_tokens
+    again = continuation_logprobs(Engine(model, 2), asked[::-1])
+    assert again.tolist() == pytest.approx(expected[::-1], abs=1e-5)
+
+
+@needs_bridge
+def test_texts_that_are_otherwise_likely_after_kept_keys_are_run_whole(
+    whole: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bridge(build_llama(seed=4))
+    right = logprobs.labels_logprob
+    monkeypatch.setattr(logprobs, "labels_logprob", lambda *given: right(*given) - 0.1)
+    asked = after_each(model)
+    expected = [by_hand(model, prompt.prompt, prompt.continuation) for prompt in asked]
+    with pytest.warns(RuntimeWarning, match=r"by 0\.1 nats per token.*run anew"):
+        found = continuation_logprobs(Engine(model), asked)
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert continuation_logprobs(Engine(model), asked).tolist() == found.tolist()
+    assert whole[-2:] == [9, 9]
+
+
+def gaps_by_hand(model: Any, pairs: sl.ContrastivePairs, text: Written) -> list[float]:
+    """How much likelier a text is after each pair's positive prompt than after its negative one."""
     sides = [
-        [tokenize_prompt(llama, prompt).prompt for prompt in (pair.positive, pair.negative)]
-        for pair in pairs[:3]
+        [tokenize_prompt(model, prompt).prompt for prompt in (pair.positive, pair.negative)]
+        for pair in pairs
     ]
-    expected = [
-        sum(by_hand(llama, pos, t.ids) - by_hand(llama, neg, t.ids) for pos, neg in sides) / 3
-        for t in texts
-    ]
-    assert Concept(llama, pairs, n_pairs=3)(texts) == pytest.approx(expected, abs=1e-5)
+    return [by_hand(model, pos, text.ids) - by_hand(model, neg, text.ids) for pos, neg in sides]
+
+
+def test_concept_by_hand(llama: Any, pairs: sl.ContrastivePairs, texts: list[Written]) -> None:
+    expected = [sum(gaps_by_hand(llama, pairs, text)) / 8 for text in texts]
+    assert Concept(llama, pairs, n_pairs=8)(texts) == pytest.approx(expected, abs=1e-5)
+    assert Concept(llama, pairs, n_pairs=9)(texts) == pytest.approx(expected, abs=1e-5)
+
+
+def test_prompts_take_turns_at_the_pairs(llama: Any, pairs: sl.ContrastivePairs) -> None:
+    prompts = ["the river was", "rain", "you felt", "I said so", "a warm day"]
+    texts = [wrote(llama, prompt, text) for prompt in prompts for text in ("so cold", "good")]
+    values, firsts = Concept(llama, pairs, n_pairs=3)(texts), []
+    for text, value in zip(texts, values, strict=True):
+        gaps = gaps_by_hand(llama, pairs, text)
+        means = [sum(gaps[(first + i) % 8] for i in range(3)) / 3 for first in range(8)]
+        (first,) = [i for i in range(8) if means[i] == pytest.approx(value, abs=1e-5)]
+        firsts.append(first)
+    assert firsts[::2] == firsts[1::2]
+    assert len(set(firsts)) > 2
 
 
 def test_concept_is_antisymmetric(
@@ -210,10 +290,11 @@ def chats(answers: Sequence[str], group: str | None = None) -> sl.ContrastivePai
 
 
 def test_the_text_takes_the_place_of_the_assistant_s_last_turn(
-    llama: Any, texts: list[Written]
+    llama: Any, texts: list[Written], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = (Concept(llama, chats([word] * 4))(texts) for word in ("rain", "bread"))
     assert one == other
+    monkeypatch.setattr(likelihood, "N_TURNS", 1)
     pair = chats(["rain"] * 4)[0]
     ids = [tokenize_prompt(llama, side[:-1]).prompt for side in (pair.positive, pair.negative)]
     gap = by_hand(llama, ids[0], texts[0].ids) - by_hand(llama, ids[1], texts[0].ids)
@@ -221,7 +302,8 @@ def test_the_text_takes_the_place_of_the_assistant_s_last_turn(
     assert value == pytest.approx(gap, abs=1e-5)
 
 
-def test_pairs_are_chosen_evenly_over_groups(llama: Any) -> None:
+def test_pairs_are_chosen_evenly_over_groups(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood, "N_TURNS", 1)
     of_two = Concept(llama, chats(["rain"] * 6), n_pairs=3)
     named = [prompt.where for prompt in of_two._sides[0]]
     assert named == [f"positive prompt of pair '{i}'" for i in (1, 3, 5)]

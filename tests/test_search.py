@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from steerlens.measure.search import (
     Curve,
     Line,
+    Place,
     crossing,
     crossing_interval,
     first_crossings,
@@ -65,12 +66,15 @@ def test_steep_and_dipping_losses_are_bracketed(start: float) -> None:
 
 
 def test_the_opposite_push_says_how_a_loss_bends_near_0() -> None:
-    """0.3 c + 0.2 c^2 + 0.05 c^3 both ways: one evaluation 11% beyond the crossing is enough."""
+    """0.3 c + 0.2 c^2 + 0.05 c^3 both ways: one evaluation 7% beyond the crossing is enough.
+
+    Not where the bends of both sides, 0.28 and 0.2 - 0.05 c, are seen to differ by all.
+    """
 
     def loss(c: float) -> float:
         return 0.3 * c + 0.2 * c**2 + 0.05 * c**3
 
-    lines = [line(0.3, at=1.6), line(-0.3, at=4.0)]
+    lines = [line(0.3, at=1.55), line(-0.3, at=1.3)]
     (up, down), asked = run([loss, lambda c: loss(-c)], lines, opposite={0: 1, 1: 0})
     assert loss(up.at) == pytest.approx(1, rel=0.01)
     assert up.curve.behind == tuple((-c, bend) for c, bend in reversed(down.curve.ahead[:2]))
@@ -78,6 +82,9 @@ def test_the_opposite_push_says_how_a_loss_bends_near_0() -> None:
     # Control: alone the same start does not do.
     _, alone = run([loss], lines[:1])
     assert len(alone) > 1
+    lines = [lines[0], line(-0.3, at=4.0)]
+    _, asked = run([loss, lambda c: loss(-c)], lines, opposite={0: 1, 1: 0})
+    assert [k for k, _ in asked].count(0) > 1
 
 
 @pytest.mark.parametrize(("slope", "n_evaluations"), [(0.6, 1), (-0.3, 2)])
@@ -90,7 +97,7 @@ def test_an_estimate_is_relied_on_where_it_does_not_hang_on_the_bend(
         return slope * c + 0.3 * c**2
 
     crossing = (math.sqrt(slope**2 + 1.2) - slope) / 0.6
-    lines = [line(slope, at=1.12 * crossing), line(-slope, at=2 * crossing)]
+    lines = [line(slope, at=1.5 * crossing), line(-slope, at=2 * crossing)]
     (found, _), asked = run([loss, lambda c: loss(-c)], lines, opposite={0: 1, 1: 0})
     assert found.at == pytest.approx(crossing, rel=1e-3)
     assert [k for k, _ in asked].count(0) == n_evaluations
@@ -98,12 +105,36 @@ def test_an_estimate_is_relied_on_where_it_does_not_hang_on_the_bend(
 
 def test_a_far_end_is_looked_at() -> None:
     """c^2 = 1 at 1, settled by the first evaluation; an interval that ends at 1.9 needs another."""
-    options: dict[str, Any] = {"far_end": lambda k, found: 1.9 * found.at}
+    options: dict[str, Any] = {"ends": lambda k, found: [Place(1.9 * found.at, moves=1)]}
     (found,), asked = run([lambda c: c**2], [line(0.0, at=1.0)], **options)
     assert found.at == pytest.approx(1, rel=1e-3)
-    assert [c for _, c in asked] == [1.0, pytest.approx(math.sqrt(1.9), rel=1e-3)]
-    options = {"far_end": lambda k, found: 1.2 * found.at}
+    assert [c for _, c in asked] == [1.0, pytest.approx(1.8, rel=1e-3)]
+    options = {"ends": lambda k, found: [Place(1.2 * found.at, moves=1), Place(math.nan)]}
     assert len(run([lambda c: c**2], [line(0.0, at=1.0)], **options)[1]) == 1
+    # A near end at 0, as of a few groups, is looked for no nearer to 0 than a quarter.
+    options = {"ends": lambda k, found: [Place(0.0, moves=1)]}
+    assert min(run([lambda c: c**2], [line(0.0, at=1.0)], **options)[1])[1] == pytest.approx(
+        0.25, rel=1e-3
+    )
+
+
+def test_one_evaluation_settles_a_crossing_and_an_end() -> None:
+    """Begun at 0.6: c^2 + 0.3 c^3 = 1 at 0.889, and an interval that ends at 1.3 times that."""
+
+    def loss(c: float) -> float:
+        return c**2 + 0.3 * c**3
+
+    def evaluations(ends: Any) -> list[float]:
+        sides = [loss, lambda c: loss(-c)], [line(0.0, at=0.6), line(0.0, at=1.2)]
+        (found, _), asked = run(*sides, opposite={0: 1, 1: 0}, ends=ends)
+        assert found.at == pytest.approx(0.889, rel=0.01)
+        return [c for k, c in asked if k == 0]
+
+    first, second = evaluations(lambda k, of: [] if k else [Place(1.3 * of.at, moves=1.2)])
+    assert first == 0.6
+    assert 1.04 < second / 0.889 < 1.3
+    # Control: without the end, where the crossing is thought to be.
+    assert evaluations(None) == [0.6, pytest.approx(0.903, rel=0.01)]
 
 
 def test_beyond_the_limit_is_infinite_and_the_limit_was_evaluated() -> None:
@@ -214,16 +245,15 @@ def test_the_interval_of_a_crossing_is_where_the_loss_beyond_the_allowance_has_0
     def beyond(c: float) -> tuple[float, float]:
         return interval(slopes * c + bends * c**2 - allowed, **drawing)
 
-    low, high = crossing_interval(found, slopes, losses, allowed, **drawing)
+    def ends(of: Line, **options: Any) -> list[float]:
+        return [end.c for end in crossing_interval(of, slopes, losses, allowed, **options)]
+
+    low, high = ends(found, **drawing)
     assert 0 < low < crossing(found.curve.loss, 1.0, 50.0) < high < 50
     assert beyond(low)[1] == pytest.approx(0, abs=2e-3)
     assert beyond(high)[0] == pytest.approx(0, abs=2e-3)
     # Control: half way inwards both ends are on one side, and no end where the range ends before.
     assert beyond(low / 2)[1] < -0.1
     short = replace(found, limit=(low + high) / 2)
-    assert crossing_interval(short, slopes, losses, allowed, **drawing) == (
-        pytest.approx(low, rel=1e-3),
-        math.inf,
-    )
-    alone = crossing_interval(found, slopes, losses, allowed, **drawing | {"groups": (0,) * 8})
-    assert all(map(math.isnan, alone))
+    assert ends(short, **drawing) == [pytest.approx(low, rel=1e-3), math.inf]
+    assert all(map(math.isnan, ends(found, **drawing | {"groups": (0,) * 8})))

@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SWEEP_NAMES = (
     "hook_name layer coefficient asked readout_hook n_pairs n_groups projection projection_ci_low "
     "projection_ci_high projection_shift separation logprob_nats baseline_logprob_nats "
-    "degradation_nats degradation_ci_low degradation_ci_high coherence_penalty loss coherent"
+    "degradation_nats degradation_ci_low degradation_ci_high coherence_penalty loss coherent "
+    "exact left_out_error"
 ).split()
 LAYER_NAMES = (
     "hook_name layer separation projection projection_std agreement explained_variance "
@@ -45,7 +46,7 @@ def full_row(seed: int) -> dict[str, Any]:
     generator = np.random.default_rng(seed)
     row: dict[str, Any] = {name: float(generator.normal() / 3) for name in SWEEP_NAMES}
     row |= {"hook_name": f"blocks.{seed}.hook_resid_post", "readout_hook": "blocks.9.x"}
-    row |= {"asked": "-0.1 norm"}
+    row |= {"asked": "-0.1 norm", "exact": False}
     return row | {"layer": seed, "n_pairs": 8, "n_groups": 4, "coherent": "undecided"}
 
 
@@ -93,6 +94,7 @@ def test_a_frame_has_the_declared_types_and_order(frame: pd.DataFrame) -> None:
         is_type = {
             name in TEXTS: pd.api.types.is_string_dtype,
             name in WHOLE_NUMBERS: pd.api.types.is_int64_dtype,
+            name == "exact": pd.api.types.is_bool_dtype,
         }.get(True, lambda dtype: dtype == np.float64)
         assert is_type(frame[name].dtype), (name, frame[name].dtype)
 

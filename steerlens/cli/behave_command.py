@@ -56,7 +56,7 @@ class Behave(FolderCommand, ModelCommand):
     positions: Annotated[str, "As of `generate`."] = "all"
     nulls: Annotated[int, typer.Option(min=0, help="Random vectors to write with, too.")] = 0
     examples: Annotated[
-        int, typer.Option(min=0, help="Prompts whose steered texts are shown token by token.")
+        int, typer.Option(min=0, help="Prompts whose texts are shown token by token.")
     ] = 2
     personas: Annotated[
         str | None, "Two texts to put before the prompts, POSITIVE|NEGATIVE: what asking gives."
@@ -79,6 +79,9 @@ class Behave(FolderCommand, ModelCommand):
         sl.steering.cache_positions.check_positions(self.positions)
         path = Path(str(self.vector))
         vector = opt.read_vector(path)
+        if self.layers is None or len(vector) == 1:  # else one of its hooks may have a boundary
+            for strength in strengths:
+                sl.steering.steps(vector, strength)
         prompts, groups = self._prompts()
         pairs = self._pairs(vector)
         names = self._scorers(pairs)
@@ -96,12 +99,15 @@ class Behave(FolderCommand, ModelCommand):
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         resolved: dict[str, Any] = {
             "vector": {"file": str(path), "sha256": sha256},
-            "prompts": [str(prompt) for prompt in prompts],
+            "prompts": [
+                prompt if isinstance(prompt, str) else [turn._asdict() for turn in prompt]
+                for prompt in prompts
+            ],
             "scorers": names,
         }
         request = request_of("behave", self, model, data, **resolved)
         with self.opened(request) as run:
-            with progress_of(quiet=self.quiet) as progress:
+            with progress_of() as progress:
                 result = sl.behaviour(
                     model,
                     vector,
@@ -126,55 +132,49 @@ class Behave(FolderCommand, ModelCommand):
                     checkpoint=run.parts,
                 )
                 tables = {"behaviour": result.table}
-                is_at_one = len(vector) == 1 or self.layers is not None
                 # Which tokens a condition, or thinking, steers is decided as the model runs.
-                spans = ("think", "answer")
-                is_known = not any(name in self.positions for name in spans)
+                is_known = not any(name in self.positions for name in ("think", "answer"))
+                is_at_one = len(vector) == 1 or self.layers is not None
                 if is_at_one and is_known and vector.condition is None:
-                    tables |= self._tokens(model, vector, hook_names[0], prompts, result)
+                    tables |= self._tokens(model, vector, prompts, result)
             run.write(tables, vector, lines={"generations": list(result.records())})
-        if not self.quiet:
-            print_behaviour(result.table)
-            run.note(f"{len(result.generations)} texts")
+        print_behaviour(result.table)
+        run.note(f"{len(result.generations)} texts")
 
-    def _tokens(
-        self,
-        model: Any,
-        vector: Any,
-        hook_name: str,
-        prompts: list[Any],
-        result: Any,
-    ) -> dict[str, Any]:
-        """What the tokens of the first steered texts gained or lost by the vector at that hook.
-
-        Nothing where none was written.
-        """
+    def _tokens(self, model: Any, vector: Any, prompts: list[Any], result: Any) -> dict[str, Any]:
+        """The tokens of the first prompts' texts, steered and unsteered; nothing where none is."""
         import pandas as pd
+
+        from steerlens.runs.contents import text_name
 
         # What is generated is the continuation of a text that is looked at.
         positions = self.positions.replace("generated", "continuation").replace(
             "own", "continuation"
         )
-        rows = result.generations.to_dict("records")
-        shown = [
-            row
-            for row in rows
-            if (row["subject"], row["hook_name"], row["sample"]) == ("steered", hook_name, 0)
-            and row["prompt"] <= self.examples
-            and row["ids"]
-        ]
+        texts = result.generations
+        is_shown = texts.subject.isin(["steered", "unsteered"]) & texts.ids.map(bool)
+        steered_at = texts.hook_name[texts.subject == "steered"]
         tables = []
-        for row in shown:
-            prompt = sl.engine.tokenize_prompt(model, prompts[row["prompt"] - 1])
+        for (hook_name, strength), rows in texts[
+            is_shown & (texts.prompt <= self.examples)
+        ].groupby(["hook_name", "strength"], sort=False):
+            followed = [
+                replace(
+                    sl.engine.tokenize_prompt(model, prompts[row.prompt - 1]),
+                    continuation=tuple(row.ids),
+                )
+                for row in rows.itertuples()
+            ]
             tables.append(
                 sl.token_damage(
                     model,
-                    [replace(prompt, continuation=tuple(row["ids"]))],
+                    followed,
                     vector,
-                    layer=hook_name,
-                    coefficients=[row["strength"]],
+                    layer=hook_name or next(iter([*steered_at, *vector])),
+                    coefficients=[strength],
                     steered_positions=positions,
-                    ids=[f"{row['prompt']}, written at {row['strength']}"],
+                    ids=[text_name(row.prompt, row.sample, strength) for row in rows.itertuples()],
+                    batch_size=self.batch_size,
                     progress=silent,
                 )
             )
@@ -206,7 +206,7 @@ class Behave(FolderCommand, ModelCommand):
         if self.scorers is not None:
             return tuple(name.strip() for name in self.scorers.split(","))
         if pairs is None:
-            note("no --pairs: the concept is not scored, coherence alone", quiet=self.quiet)
+            note("no --pairs: the concept is not scored, coherence alone")
             return COHERENCE
         return (*COHERENCE, CONCEPT)
 

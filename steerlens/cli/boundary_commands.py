@@ -10,8 +10,9 @@ import steerlens as sl
 from steerlens.cli import options as opt
 from steerlens.cli.command import PairsCommand
 from steerlens.cli.long_command import FolderCommand
-from steerlens.cli.options import DEFAULT_MODEL, OWN_TOKENS
+from steerlens.cli.options import OWN_TOKENS
 from steerlens.cli.printing import print_boundary, print_rows, say
+from steerlens.models.packaged import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +75,6 @@ class Boundary(FolderCommand, PairsCommand):
                 t.attrs["forward_equivalents"] for name, t in tables.items() if name != "boundary"
             )
             run.write(tables, study.directions, forward_equivalents=spent)
-        if self.quiet:
-            return
         print_boundary(result.layers)
         if "joint" in tables:
             columns = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
@@ -127,8 +126,6 @@ class Geometry(FolderCommand, PairsCommand):
             }
             spent = result.points.attrs["forward_equivalents"]
             run.write(tables, study.fitted, forward_equivalents=spent)
-        if self.quiet:
-            return
         columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
         print_rows(result.shape, "Boundary in the plane", columns)
         run.note(f"{len(result.contours)} pushes")

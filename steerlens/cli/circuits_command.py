@@ -10,9 +10,9 @@ import steerlens as sl
 from steerlens.cli import options as opt
 from steerlens.cli.command import PairsCommand
 from steerlens.cli.long_command import FolderCommand
-from steerlens.cli.options import DEFAULT_MODEL
 from steerlens.cli.printing import note, print_rows
 from steerlens.errors import InputError
+from steerlens.models.packaged import DEFAULT_MODEL
 
 TOP_HEADS = 6
 
@@ -119,8 +119,6 @@ class Circuits(FolderCommand, PairsCommand):
                 tables["edges"] = circuits.edge_table(model, comparison.scores)
                 pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
             run.write(tables, directions, pages=pages)
-        if self.quiet:
-            return
         interval = ["ci_low", "ci_high"]
         _print_components(writers.table, readers.table, readers.claims)
         if self.compare:

@@ -15,7 +15,7 @@ import typer
 import steerlens as sl
 from steerlens.cli import options as opt
 from steerlens.cli.options import DEBUG, template_args_of
-from steerlens.cli.printing import note
+from steerlens.cli.printing import note, quiet
 from steerlens.errors import InputError
 from steerlens.files import check_out_file, check_out_folder, locked, write_out
 
@@ -53,8 +53,34 @@ class Command:
             check(self.written)
 
     @abstractmethod
-    def run(self) -> None:
-        """Check, load, measure, write, print."""
+    def run(self) -> "Command | None":
+        """Check, load, measure, write, print; the command that ran, where it is another one."""
+
+    def onward(self, to: "type[Command]", **options: Any) -> str:
+        """Another command, with `options` and those that were given to this one and are its too.
+
+        Budgets are not: what one command allows is not what another does.
+        """
+        hints, usual = get_type_hints(to, include_extras=True), recorded_defaults(type(self))
+        shared = {
+            name: getattr(self, name)
+            for name in usual
+            if name != "budget" and getattr(self, name) != usual[name]
+        } | options
+        words = ["steerlens", to.__name__.lower()]
+        for name in option_names(to):
+            value = shared.get(name)
+            option = f"--{name.replace('_', '-')}"
+            if value is None:
+                continue
+            if is_argument(hints[name]):
+                words.insert(2, quoted(str(value)))
+            elif isinstance(value, bool):
+                words.append(option if value else f"--no-{option[2:]}")
+            else:
+                joint = "=" if str(value).startswith("-") else " "
+                words.append(f"{option}{joint}{quoted(str(value))}")
+        return " ".join(words)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +171,7 @@ class PairsCommand(LoadCommand):
     def note_read(self, *parts: Any) -> None:
         """Note what the pairs were read from: once nothing is left that could refuse them."""
         for name, card in {pairs.name: pairs.card for pairs in parts if pairs.card}.items():
-            note(f"{name}: {card}", quiet=self.quiet)
+            note(f"{name}: {card}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +184,7 @@ class TableCommand(QuietCommand):
         """Write the table as the CSV file that was asked for, if one was."""
         if self.out is not None:
             write_out(self.out, partial(sl.tables.write_csv, table))
-            note(f"written to {self.out}", quiet=self.quiet)
+            note(f"written to {self.out}")
 
 
 def for_typer(command: type[Command]) -> Callable[..., None]:
@@ -172,8 +198,8 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
             if asked.written is not None:
                 held.enter_context(locked(asked.written, is_folder=command.WRITES_FOLDER))
             asked.check_written()
-            asked.run()
-            note(f"next: {asked.next}", quiet=getattr(asked, "quiet", False))
+            held.enter_context(quiet(getattr(asked, "quiet", False)))
+            note(f"next: {(asked.run() or asked).next}")
 
     run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -212,6 +238,18 @@ def _with_option(hint: Any) -> Any:
     if get_origin(hint) is Annotated and isinstance(hint.__metadata__[0], str):
         return Annotated[hint.__origin__, typer.Option(help=hint.__metadata__[0])]
     return hint
+
+
+def is_argument(hint: Any) -> bool:
+    """Whether typer takes it without a name."""
+    return any(
+        isinstance(of, typer.models.ArgumentInfo) for of in getattr(hint, "__metadata__", ())
+    )
+
+
+def recorded_defaults(command: type[Command]) -> dict[str, Any]:
+    """The defaults of the options that decide what comes out; `MISSING` where there is none."""
+    return {option.name: option.default for option in fields(command) if option.name not in HOW}
 
 
 def recorded_options(command: Command) -> dict[str, Any]:

@@ -5,13 +5,22 @@ from typing import Annotated, Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, quoted
+from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand
 from steerlens.cli.long_command import FolderCommand
-from steerlens.cli.options import DEFAULT_MODEL, OWN_TOKENS
+from steerlens.cli.options import OWN_TOKENS
 from steerlens.cli.printing import print_rows, print_summary, progress_of, say
+from steerlens.cli.sweep_command import Sweep
 from steerlens.errors import InputError
+from steerlens.models.packaged import DEFAULT_MODEL
 
-AGAINST = ["method", "layer", "difference", "difference_ci_low", "difference_ci_high", "p_family"]
+AGAINST = [
+    "method",
+    "hook_name",
+    "difference",
+    "difference_ci_low",
+    "difference_ci_high",
+    "p_family",
+]
 AGAINST += ["interval_over", "verdict"]
 TEST_SHARE = 0.7
 """Of a file of items, the part that is held out; the layer is chosen on the rest."""
@@ -82,7 +91,7 @@ class Compare(FolderCommand, PairsCommand):
         request = request_of("compare", self, model, data, methods=methods, position=position)
         with self.opened(request) as run:
             self.note_read(fit_on)
-            with progress_of(quiet=self.quiet) as progress:
+            with progress_of() as progress:
                 result = sl.compare(
                     model,
                     fit_on,
@@ -109,9 +118,15 @@ class Compare(FolderCommand, PairsCommand):
             }
             spent = result.table.attrs["forward_equivalents"]
             run.write(tables, result.directions, forward_equivalents=spent)
-        if self.quiet:
-            return
-        columns = ["method", "layer", "coefficient", "effect", "null_low", "null_high", "p_layers"]
+        columns = [
+            "method",
+            "hook_name",
+            "coefficient",
+            "effect",
+            "null_low",
+            "null_high",
+            "p_layers",
+        ]
         columns += ["anti_steerable", "own_kl_nats", "own_degradation_nats", "spent_neg"]
         columns += ["off_target", "verdict"]
         print_rows(result.table, "Every method and layer", columns)
@@ -139,14 +154,14 @@ class Reliability(ModelCommand, TableCommand, PairsCommand):
     @property
     def next(self) -> str:
         """The layers that can be trusted, pushed."""
-        return f"steerlens sweep --pairs {quoted(self.pairs)} --out runs/sweep"
+        return self.onward(Sweep, pairs=self.pairs, out="runs/sweep")
 
     def run(self) -> None:
         """What the command does."""
         fit_on, _ = self.read_pairs()
         model = self.load(self.model)
         self.note_read(fit_on)
-        with progress_of(quiet=self.quiet) as progress:
+        with progress_of() as progress:
             differences = sl.collect_differences(
                 model,
                 fit_on,
@@ -157,12 +172,11 @@ class Reliability(ModelCommand, TableCommand, PairsCommand):
             )
         table = sl.reliability(differences, seed=self.seed)
         self.write(table)
-        if not self.quiet:
-            print_rows(
-                table,
-                f"Reliability of the mean difference, {table.n_pairs.iloc[0]} pairs",
-                [name for name in table.columns if name not in ("hook_name", "n_pairs")],
-            )
+        print_rows(
+            table,
+            f"Reliability of the mean difference, {table.n_pairs.iloc[0]} pairs",
+            [name for name in table.columns if name not in ("hook_name", "n_pairs")],
+        )
 
 
 def _items_of(source: str, seed: int, **how: Any) -> tuple[Any, Any]:

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from steerlens.cli import options as opt
-from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand, quoted
-from steerlens.cli.options import DEFAULT_MODEL
+from steerlens.cli.boundary_commands import Boundary
+from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand
 from steerlens.cli.printing import print_layers
+from steerlens.models.packaged import DEFAULT_MODEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Layers(ModelCommand, TableCommand, PairsCommand):
     @property
     def next(self) -> str:
         """What costs more and says more."""
-        return f"steerlens boundary --pairs {quoted(self.pairs)} --out runs/boundary"
+        return self.onward(Boundary, pairs=self.pairs, out="runs/boundary")
 
     def run(self) -> None:
         """What the command does."""
@@ -35,5 +36,4 @@ class Layers(ModelCommand, TableCommand, PairsCommand):
         with task.progress() as progress:
             table = task.study(progress).layers
         self.write(table)
-        if not self.quiet:
-            print_layers(table)
+        print_layers(table)

@@ -7,8 +7,8 @@ import typer
 
 import steerlens as sl
 from steerlens.cli.command import Command
-from steerlens.cli.options import DEFAULT_MODEL
 from steerlens.cli.printing import say
+from steerlens.models.packaged import DEFAULT_MODEL
 
 SPLITS = ("train", "test")
 

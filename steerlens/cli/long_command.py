@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 import typer
 
 import steerlens as sl
-from steerlens.cli.command import ModelCommand, recorded_options
-from steerlens.cli.printing import note
+from steerlens.cli.command import Command, ModelCommand, recorded_options
+from steerlens.cli.printing import note, quiet
 from steerlens.cli.run_warnings import warn, warned
 from steerlens.errors import FileError, InputError
 
@@ -79,8 +79,8 @@ class LongCommand(ModelCommand):
     def measure(self) -> None:
         """Check, load, measure and write `out`, inside `opened`; print."""
 
-    def run(self) -> None:
-        """What the command does."""
+    def run(self) -> Command:
+        """What the command does, with the options of a record where there is one."""
         if self.resume is not None and (self.out is not None or self.repeated is not None):
             raise FileError("--resume goes on where the run was begun: leave out --out and --from")
         out = self.written
@@ -94,7 +94,7 @@ class LongCommand(ModelCommand):
             if self.resume is not None:
                 started = self._unfinished(out)
                 if started is None:
-                    return
+                    return self
                 command = command._as_recorded(started.request, started.options, out)
             elif self.repeated is not None:
                 recorded = _unfinished_runs().read_finished(self.repeated)
@@ -105,6 +105,7 @@ class LongCommand(ModelCommand):
             if missing:
                 raise InputError(f"expected {', '.join(f'--{name}' for name in missing)}")
             command.measure()
+            return command
         except KeyboardInterrupt:
             self._note_interrupt(out)
             raise typer.Exit(INTERRUPTED) from None
@@ -123,7 +124,7 @@ class LongCommand(ModelCommand):
                 *differences(recorded["request"], request),
                 *(f"version of {text}" for text in differences(recorded["versions"], versions())),
             ]:
-                warn(f"note: not as recorded: {text}", quiet=self.quiet)
+                warn(f"note: not as recorded: {text}")
         options, resumes = recorded_options(self), self.resume is not None
         folder = self.parts_folder(self.out)
         with open_parts(folder, request, options=options, resume=resumes, warned=warned) as parts:
@@ -139,7 +140,7 @@ class LongCommand(ModelCommand):
             text = f"{out} is finished: nothing to do"
         else:
             raise FileError(f"{str(folder)!r} holds no unfinished run; start one with --out")
-        note(text, quiet=self.quiet)
+        note(text)
         return started
 
     def _as_recorded(
@@ -174,7 +175,8 @@ class LongCommand(ModelCommand):
             text = f"(the tables in {out} are whole)"
         else:
             text = "before anything was finished"
-        note(f"steerlens: interrupted {text}")
+        with quiet(False):
+            note(f"steerlens: interrupted {text}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,8 @@ from steerlens.errors import InputError
 DEBUG = "--debug"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 NEEDED = "Needed, unless an earlier run is gone on with or repeated."
-DEFAULT_MODEL = "smollm2-135m-instruct"
 OWN_TOKENS = 32
-"""As in the rooms, which a help page does not import."""
+"""As in `engine.labels`, which imports PyTorch; a help page does not."""
 
 Device = Annotated[str | None, "cpu, cuda, cuda:1 or mps. Default: the best one there is."]
 Dtype = Annotated[str, "Of the weights: float32, bfloat16, float16 or float64."]

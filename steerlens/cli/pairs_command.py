@@ -11,8 +11,9 @@ import typer
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand, quoted
+from steerlens.cli.command import PairsCommand
 from steerlens.cli.printing import print_table, print_texts, say
+from steerlens.cli.sweep_command import Sweep
 from steerlens.errors import InputError
 
 N_SHOWN = 3
@@ -39,7 +40,7 @@ class Pairs(PairsCommand):
     @property
     def next(self) -> str:
         """What they are for."""
-        return f"steerlens sweep --pairs {quoted(self.pairs)} --out runs/sweep"
+        return self.onward(Sweep, out="runs/sweep")
 
     def run(self) -> None:
         """What the command does."""

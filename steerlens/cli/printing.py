@@ -15,6 +15,7 @@ from contextlib import (
     redirect_stderr,
     redirect_stdout,
 )
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,32 @@ BEYOND = "beyond"
 """What stands for an infinite boundary."""
 ROUNDING = 1e-9
 """Numbers nearer to 0 are what rounding leaves of it."""
+LEAST_WIDTH = 24
+"""Characters that a text needs to stand beside others."""
 SIGPIPE = 128 + 13
 """The exit code of a program whose reader went away, as a shell says it."""
 _COHERENT = {"yes": " ", "no": "!", "undecided": "?"}
 
 
+_is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
+
+
+@contextmanager
+def quiet(is_quiet: bool) -> Iterator[None]:
+    """Inside the block nothing is printed, where `is_quiet`; what is raised is told outside."""
+    before = _is_quiet.set(is_quiet)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(before)
+
+
 class _Console(Console):
+    def print(self, *shown: Any, **options: Any) -> None:
+        """As rich does, unless `quiet`."""
+        if not _is_quiet.get():
+            super().print(*shown, **options)
+
     def on_broken_pipe(self) -> None:
         """End as other tools do; rich would say 1, as after an error."""
         raise SystemExit(SIGPIPE)
@@ -79,15 +100,14 @@ def escaped_streams() -> Iterator[None]:
         yield
 
 
-def progress_of(*, quiet: bool) -> AbstractContextManager[Progress]:
+def progress_of() -> AbstractContextManager[Progress]:
     """`show_progress`; or `silent`, when `quiet`. Print no notes inside the block."""
-    return nullcontext(silent) if quiet else show_progress()
+    return nullcontext(silent) if _is_quiet.get() else show_progress()
 
 
-def note(text: str, *, quiet: bool = False, keep: str = "") -> None:
-    """Print a line on stderr, unless `quiet`."""
-    if not quiet:
-        _print(_notes, visible(text, keep))
+def note(text: str, *, keep: str = "") -> None:
+    """Print a line on stderr."""
+    _print(_notes, visible(text, keep))
 
 
 def say(text: str) -> None:
@@ -165,13 +185,21 @@ def _room_beside(columns: Sequence[_Column]) -> int:
 
 
 def print_texts(title: str, names: Sequence[str], texts: Sequence[str]) -> None:
-    """Texts of several lines side by side, each under its name."""
-    shown = Table(title=Text(visible(title, PROSE)), show_lines=True)
-    for name in names:
-        shown.add_column(Text(visible(name)), ratio=1)
-    shown.add_row(*(Text(visible(text, PROSE)) for text in texts))
+    """Texts of several lines side by side under their names; where that is too narrow, in rows."""
     # Without a terminal there is no width to fit: a long line of tokens stays in one piece.
-    _output.print(shown, width=None if _output.is_terminal else 160)
+    width = _output.width if _output.is_terminal else 160
+    shown = Table(title=Text(visible(title, PROSE)), show_lines=True)
+    headings = [Text(visible(name)) for name in names]
+    cells = [Text(visible(text, PROSE)) for text in texts]
+    if width // len(names) < LEAST_WIDTH:
+        shown.show_header = False
+        for row in zip(headings, cells, strict=True):
+            shown.add_row(*row)
+    else:
+        for heading in headings:
+            shown.add_column(heading, ratio=1)
+        shown.add_row(*cells)
+    _output.print(shown, width=width)
 
 
 def short(value: Any) -> str:
@@ -195,9 +223,14 @@ def between(low: float, high: float, form: Callable[[float], str] = short) -> st
 
 def print_rows(table: Any, title: str, columns: list[str]) -> None:
     """Some columns of a table, a row a line."""
-    names = [name.replace("_", " ") for name in columns]
-    rows = [[short(row[name]) for name in columns] for row in table.to_dict("records")]
-    print_table(title, names, rows, left=("method", "verdict", "component", "test", "level"))
+    names = ["hook" if name == "hook_name" else name.replace("_", " ") for name in columns]
+    shown: dict[str, Any] = {"hook_name": sl.tables.hook_label}
+    rows = [
+        [shown.get(name, short)(row[name]) for name in columns] for row in table.to_dict("records")
+    ]
+    print_table(
+        title, names, rows, left=("hook", "method", "verdict", "component", "test", "level")
+    )
     _tell_of_beyond(rows)
 
 
@@ -217,7 +250,7 @@ def print_summary(table: Any) -> None:
         [
             f"{row['rank']} ({row['rank_low']}-{row['rank_high']})",
             row["method"],
-            str(row["layer"]) if row["layer"] >= 0 else "",
+            sl.tables.hook_label(row["hook_name"]) if row["layer"] >= 0 else "",
             short(row["coefficient"]) if row["layer"] >= 0 else "",
             signed(row["effect"]),
             between(row["effect_ci_low"], row["effect_ci_high"], signed),
@@ -227,9 +260,9 @@ def print_summary(table: Any) -> None:
     ]
     print_table(
         "Effect at equal damage, at the layer chosen on training items",
-        ["rank", "method", "layer", "coefficient", "effect", "95% interval", "verdict"],
+        ["rank", "method", "hook", "coefficient", "effect", "95% interval", "verdict"],
         rows,
-        left=("method", "verdict"),
+        left=("method", "hook", "verdict"),
     )
 
 
@@ -292,9 +325,10 @@ def print_boundary(table: Any) -> None:
 
 
 def print_cells(result: Any) -> None:
-    """Projection and degradation of every cell: a row a hook, a column a coefficient."""
-    rows = []
-    for hook_name, cells in result.table.groupby("hook_name", sort=False):
+    """Projection and degradation, a row a hook, a column a coefficient; no interpolated ones."""
+    is_run = result.table.groupby("asked").exact.transform("all")
+    table, rows = result.table[is_run], []
+    for hook_name, cells in table.groupby("hook_name", sort=False):
         texts = [
             "-"
             if math.isnan(row["projection"])
@@ -305,6 +339,6 @@ def print_cells(result: Any) -> None:
         rows.append([sl.tables.hook_label(str(hook_name)), *texts])
     print_table(
         "Projection (degradation, nats per token; ! beyond the budget, ? undecided)",
-        ["hook", *(f"c = {asked}" for asked in result.table.asked.unique())],
+        ["hook", *(f"c = {asked}" for asked in table.asked.unique())],
         rows,
     )

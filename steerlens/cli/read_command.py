@@ -11,9 +11,10 @@ import steerlens as sl
 from steerlens.cli.command import LoadCommand, TableCommand
 from steerlens.cli.printing import note, print_rows, print_table, progress_of, short
 from steerlens.cli.vector_commands import (
+    PROMPT,
+    Generate,
     OptionalModel,
     VectorFile,
-    generate_with,
     load_with_model,
     named_vectors,
 )
@@ -48,7 +49,7 @@ class Read(TableCommand, LoadCommand):
     @property
     def next(self) -> str:
         """What it makes the model write."""
-        return generate_with(self.vector)
+        return self.onward(Generate, prompt=PROMPT)
 
     def run(self) -> None:
         """What the command does."""
@@ -62,7 +63,7 @@ class Read(TableCommand, LoadCommand):
         )
         read = None
         if texts is not None:
-            with progress_of(quiet=self.quiet) as progress:
+            with progress_of() as progress:
                 read = sl.measure.lenses.readings(model, vector, texts, progress=progress)
         _print_words(words)
         if read is not None:
@@ -75,7 +76,7 @@ class Read(TableCommand, LoadCommand):
 
             page = reading_page(words, read)
             write_out(self.page, partial(Path.write_text, data=page.html, encoding="utf-8"))
-            note(f"written to {self.page}", quiet=self.quiet)
+            note(f"written to {self.page}")
 
 
 def _print_words(words: Any) -> None:

@@ -1,18 +1,21 @@
 """`steerlens recommend`: which layer and coefficient, or not to steer."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
+from steerlens.cli.behave_command import Behave
+from steerlens.cli.boundary_commands import Boundary
 from steerlens.cli.command import PairsCommand, quoted
+from steerlens.cli.comparison_commands import Reliability
 from steerlens.cli.long_command import FolderCommand
-from steerlens.cli.options import DEFAULT_MODEL
 from steerlens.cli.printing import note, print_rows, print_texts, progress_of, say
 from steerlens.cli.report_command import REPORT
+from steerlens.cli.vector_commands import OF_VECTOR, PROMPT, Generate
 from steerlens.files import write_out
+from steerlens.models.packaged import DEFAULT_MODEL
 
 COLUMNS = ["layer", "resid_norm", "predicted_boundary", "predicted_effect", "agreement"]
 COLUMNS += ["weighted_effect", "is_chosen"]
@@ -43,7 +46,7 @@ class Recommend(FolderCommand, PairsCommand):
         vector = Path(str(self.written)) / "vector.safetensors"
         if not vector.exists():
             return super().next
-        return f"steerlens behave --vector {quoted(vector)} --out {quoted(self.written)}-behave"
+        return self.onward(Behave, vector=vector, layers=None, out=f"{self.written}-behave")
 
     def measure(self) -> None:
         """What the command does."""
@@ -62,7 +65,7 @@ class Recommend(FolderCommand, PairsCommand):
         }
         with self.opened(request_of("recommend", self, model, data, budget=str(budget))) as run:
             self.note_read(pairs)
-            with progress_of(quiet=self.quiet) as progress:
+            with progress_of() as progress:
                 found = sl.recommend(
                     model,
                     pairs,
@@ -86,9 +89,8 @@ class Recommend(FolderCommand, PairsCommand):
             )
         page = sl.report([sl.read_run(self.out)]).encode()
         write_out(self.out / REPORT, lambda path: path.write_bytes(page))
-        if not self.quiet:
-            self._print(found)
-            run.note(f"{len(found.candidates)} layers")
+        self._print(found)
+        run.note(f"{len(found.candidates)} layers")
 
     def _read_items(self) -> Any:
         source = self.items
@@ -108,26 +110,21 @@ class Recommend(FolderCommand, PairsCommand):
         say("")
         say("Next:")
         for command in self._next(found):
-            say(f"  {shlex.join(command)}")
+            say(f"  {command}")
         note(f"report: {Path(str(self.out)) / REPORT}")
 
-    def _next(self, found: Any) -> list[list[str]]:
+    def _next(self, found: Any) -> list[str]:
         """What can be run now."""
-        out, given = Path(str(self.out)), ["--model", self.model, "--pairs", self.pairs]
-        given += ["--group", self.group] if self.group != "group" else []
-        commands = []
-        coefficients = [f"{sign.coefficient:.4g}" for sign in found.signs.values() if sign]
+        data, commands = {"model": self.model, "pairs": self.pairs}, []
         if found.vector is not None:
-            vector, prompt = str(out / "vector.safetensors"), ["--prompt", "How was your day?"]
-            strengths = ",".join(["0", *coefficients])
-            commands.append(
-                ["generate", "--vector", vector, f"--coefficients={strengths}", *prompt]
-            )
+            pushes = [f"{sign.coefficient:.4g}" for sign in found.signs.values() if sign]
+            shown = {"vector": Path(str(self.out)) / "vector.safetensors", "prompt": PROMPT}
+            strengths = ",".join(["0", *pushes])
+            commands.append(self.onward(Generate, **OF_VECTOR, **shown, coefficients=strengths))
         layers = [str(layer) for layer in found.candidates.layer[found.candidates.is_chosen]]
         if layers:
-            more = ["--layers", layers[0], "--out", f"{out}-boundary"]
-            commands.append(["boundary", *given, *more])
+            at = {"layers": layers[0], "out": f"{self.out}-boundary"}
+            commands.append(self.onward(Boundary, **data, **at))
         else:
-            commands.append(["reliability", *given])
-        commands.append(["report", str(out)])
-        return [["steerlens", *command] for command in commands]
+            commands.append(self.onward(Reliability, **data))
+        return [*commands, f"steerlens report {quoted(self.out)}"]

@@ -46,4 +46,4 @@ class Report(QuietCommand):
         out = self.written
         page = sl.report(runs).encode()
         write_out(out, lambda path: path.write_bytes(page))
-        note(f"written to {out} ({len(page) / 1e6:.1f} MB)", quiet=self.quiet)
+        note(f"written to {out} ({len(page) / 1e6:.1f} MB)")

@@ -35,10 +35,10 @@ def warned() -> tuple[str, ...]:
     return _warned.get()
 
 
-def warn(text: str, *, quiet: bool) -> None:
-    """Print a note on stderr unless `quiet`, and keep it for the record."""
+def warn(text: str) -> None:
+    """Print a note on stderr, and keep it for the record."""
     keep_warning(text)
-    note(text, quiet=quiet)
+    note(text)
 
 
 def keep_warning(text: str) -> None:

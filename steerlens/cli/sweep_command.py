@@ -11,9 +11,10 @@ from steerlens.cli import options as opt
 from steerlens.cli.command import PairsCommand, QuietCommand
 from steerlens.cli.executors import executor_of
 from steerlens.cli.long_command import FolderCommand
-from steerlens.cli.options import DEFAULT_MODEL, OWN_TOKENS
+from steerlens.cli.options import OWN_TOKENS
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of
 from steerlens.cli.run_warnings import warn
+from steerlens.models.packaged import DEFAULT_MODEL
 
 NEW_TOKENS = 40
 """What the model writes after a prompt that is shown."""
@@ -43,6 +44,14 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
     max_pairs: opt.MaxPairs = None
     layers: opt.Layers = "all"
     coefficients: opt.Coefficients = "-0.1norm,-0.05norm,0,0.05norm,0.1norm"
+    dense: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Also so many coefficients, evenly spaced over the range: 8 to 16 cells a layer "
+            "are run (more if more are given), the others interpolated.",
+        ),
+    ] = None
     vector: opt.Vector = None
     method: opt.Method = "mean_diff"
     position: opt.Position = None
@@ -67,6 +76,8 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
     def measure(self) -> None:
         """What the command does."""
         coefficients = sl.measure.rows.checked_coefficients(opt.strengths_of(self.coefficients))
+        if self.dense is not None:
+            sl.measure.dense.with_dense(coefficients, self.dense)
         sl.measure.rows.check_logprob_budget(self.budget)
         opt.labels_of(self)
         # Workers that cannot be had are told of before a model is loaded.
@@ -84,13 +95,12 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
             study, result = self._cells(task, coefficients, run.parts, executor)
             tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
             if self.examples and (task.vector is None or len(task.vector) == 1):
-                tables |= self._example_tables(study, result.table)
+                tables |= self._example_tables(study, result.table, coefficients)
             spent = result.table.attrs["forward_equivalents"]
             run.write(tables, study.directions, forward_equivalents=spent)
-        if not self.quiet:
-            print_layers(result.layers)
-            print_cells(result)
-            run.note(f"{len(result.table)} cells")
+        print_layers(result.layers)
+        print_cells(result)
+        run.note(f"{len(result.table)} cells")
 
     def _cells(
         self, task: Any, coefficients: Any, parts: Any, executor: Executor | None
@@ -103,17 +113,19 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
                 executor=executor,
                 **opt.labels_of(self),
             )
-            result = study.sweep(coefficients)
+            result = study.sweep(coefficients, dense=self.dense)
         return study, result
 
-    def _example_tables(self, study: Any, cells: Any) -> dict[str, Any]:
-        """`generations` at every coefficient, `tokens` at both ends, of the first prompts."""
+    def _example_tables(self, study: Any, cells: Any, asked: Any) -> dict[str, Any]:
+        """`generations` at every coefficient asked for, `tokens` at both ends, of some prompts."""
         hook_name = study.hook_names[len(study.hook_names) // 2]
-        coefficients = cells.coefficient[cells.hook_name == hook_name].drop_duplicates().tolist()
+        is_shown = cells.asked.isin([sl.measure.rows.as_asked(c) for c in asked])
+        coefficients = cells[is_shown & (cells.hook_name == hook_name)].coefficient
+        coefficients = coefficients.drop_duplicates().tolist()
         ids = [pair.id for pair in study.pairs][: self.examples]
         prompts = study.tokens.positive[: self.examples]
-        note(f"Examples: {len(ids)} prompts at {hook_name}", quiet=self.quiet)
-        with progress_of(quiet=self.quiet) as progress:
+        note(f"Examples: {len(ids)} prompts at {hook_name}")
+        with progress_of() as progress:
             steered = (study.model, prompts, study.directions)
             shared: dict[str, Any] = {"layer": hook_name, "ids": ids, "progress": progress}
             generations = sl.measure.generation_table(
@@ -126,5 +138,5 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
         short = generations[generations.end == "context"]
         for prompt, n_tokens in short.groupby("prompt", sort=False).n_tokens.max().items():
             text = f"{n_tokens} of {NEW_TOKENS} new tokens fit the model's context"
-            warn(f"note: {text} after prompt {prompt!r}", quiet=self.quiet)
+            warn(f"note: {text} after prompt {prompt!r}")
         return {"generations": generations, "tokens": tokens}

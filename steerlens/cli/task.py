@@ -13,7 +13,7 @@ import pandas as pd
 
 import steerlens as sl
 from steerlens.cli.command import Command, recorded_options
-from steerlens.cli.options import DEFAULT_MODEL, pairs_record, read_vector
+from steerlens.cli.options import pairs_record, read_vector
 from steerlens.cli.printing import note, progress_of
 from steerlens.cli.run_warnings import keep_warning, warned
 from steerlens.data.pairs import ContrastivePairs
@@ -28,6 +28,7 @@ from steerlens.measure.interventions import joined_hooks, position_of
 from steerlens.measure.study import Study
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
+from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.progress import Progress
 from steerlens.runs.record import write_run
 from steerlens.runs.unfinished import Parts
@@ -91,12 +92,11 @@ class Task:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """Note what is fitted or given, then show the progress of the block."""
-        quiet = self.command.quiet
         pairs, method = self.fit_on, self.command.method
         self.command.note_read(pairs, self.measure_on)
         fitting = f"Fitting {method} on {len(pairs)} pairs of {pairs.name}"
-        note(fitting if self.vector is None else f"Measuring {self.vector!r}", quiet=quiet)
-        with progress_of(quiet=quiet) as progress:
+        note(fitting if self.vector is None else f"Measuring {self.vector!r}")
+        with progress_of() as progress:
             yield progress
 
     def fit(

@@ -18,8 +18,8 @@ from steerlens.cli.command import (
     PairsCommand,
     quoted,
 )
+from steerlens.cli.layers_command import Layers
 from steerlens.cli.long_command import LongCommand
-from steerlens.cli.options import DEFAULT_MODEL
 from steerlens.cli.printing import (
     note,
     print_rows,
@@ -30,11 +30,18 @@ from steerlens.cli.printing import (
     short,
 )
 from steerlens.errors import InputError
+from steerlens.models.packaged import DEFAULT_MODEL
 
 VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
 OptionalModel = Annotated[
     str | None, "As elsewhere. Default: the vector's own if it is here, or the packaged one."
 ]
+PROMPT = "How was your day?"
+"""After which a vector is shown to write."""
+OF_VECTOR: dict[str, Any] = dict.fromkeys(
+    ("pairs", "group", "columns", "form", "max_train_pairs", "method", "position")
+)
+"""Options that a vector makes needless: it was fitted with them."""
 UNFINISHED = ".unfinished"
 """What the name of a file ends in, as that of the folder of its parts."""
 
@@ -67,7 +74,7 @@ class Extract(LongCommand, PairsCommand):
     @property
     def next(self) -> str:
         """What the vector does."""
-        return generate_with(self.written)
+        return self.onward(Generate, vector=self.written, prompt=PROMPT, **OF_VECTOR)
 
     @property
     def written(self) -> Path | None:
@@ -117,9 +124,8 @@ class Extract(LongCommand, PairsCommand):
             )
             vector.save(self.out)
         self.clear_if_finished(self.out)
-        if not self.quiet:
-            _print_vector(vector)
-            note(f"written to {self.out}")
+        _print_vector(vector)
+        note(f"written to {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +158,11 @@ class Generate(ModelCommand, PairsCommand):
     def next(self) -> str:
         """The vector as a file, or in a checkpoint."""
         if self.vector is None:
-            how = f"--pairs {quoted(self.pairs)} --layers {quoted(self.layer)}"
-            return f"steerlens extract {how} --out vector.safetensors"
-        return f"steerlens bake {quoted(self.vector)} --coefficient=8 --out steered-model"
+            made = {"layers": self.layer, "out": "vector.safetensors"}
+            return self.onward(Extract, pairs=self.pairs, **made)
+        strengths = opt.strengths_of(self.coefficients)
+        pushes = [s for s in strengths if sl.steering.parse_coefficient(s).number]
+        return self.onward(Bake, coefficient=pushes[-1] if pushes else "8", out="steered-model")
 
     def run(self) -> None:
         """What the command does."""
@@ -170,7 +178,7 @@ class Generate(ModelCommand, PairsCommand):
             raise InputError("give --vector FILE, or --layer to fit a direction there")
         else:
             model, prompt, steered = self._fit_at(self.layer, strengths)
-        with progress_of(quiet=self.quiet) as progress:
+        with progress_of() as progress:
             written = sl.steering.generate_texts(
                 *(model, [prompt], steered, strengths),
                 max_new_tokens=self.max_new_tokens,
@@ -195,15 +203,20 @@ class Generate(ModelCommand, PairsCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Export(LoadCommand):
-    """A vector for llama.cpp (and back), lm-eval-harness or PEFT."""
+    """A vector for llama.cpp (and back), EasySteer, PEFT and more."""
 
     source: VectorFile
     target: Annotated[
         Path,
-        typer.Argument(help="To write: .gguf, .safetensors, .pt (lm-eval), a new folder (peft)."),
+        typer.Argument(
+            help="To write: .gguf, .safetensors, .pt (lm-eval, steering-vectors), .json "
+            "(easysteer), a new folder (peft)."
+        ),
     ]
     to: Annotated[
-        str | None, "lm-eval or peft, with --coefficient. Default: .gguf or .safetensors."
+        str | None,
+        "easysteer, lm-eval or peft, with --coefficient; or steering-vectors. Default: what "
+        "repeng and llama.cpp read (.gguf), or .safetensors.",
     ] = None
     coefficient: Annotated[str | None, "Residual units, 0.1norm, or 80% of the boundary."] = None
     model: OptionalModel = None
@@ -235,29 +248,42 @@ class Export(LoadCommand):
         """What the command does."""
         vector, target = opt.read_vector(self.source), self.target
         if self.to is not None:
-            self._export_at(vector, self.to)
+            self._export_to(vector, self.to)
         elif self.coefficient is not None or self.model is not None:
-            raise InputError("--coefficient is of --to lm-eval and peft, --model of --to peft")
+            raise InputError(
+                "--coefficient is of --to easysteer, lm-eval and peft, --model of --to peft"
+            )
         elif target.suffix == ".gguf":
             sl.export.to_gguf(vector, target)
         elif target.suffix == ".safetensors":
             vector.save(target)
         else:
             raise InputError(f"expected a target .gguf or .safetensors, got {target.name!r}")
-        note(f"{vector!r} written to {target}", quiet=self.quiet)
+        note(f"{vector!r} written to {target}")
 
-    def _export_at(self, vector: Any, to: str) -> None:
-        """Write it at the coefficient that was given."""
-        if to not in ("lm-eval", "peft"):
-            raise InputError(f"--to is lm-eval or peft, not {to!r}")
+    def _export_to(self, vector: Any, to: str) -> None:
+        """Write it for a tool, where that takes one at the coefficient that was given."""
+        if to not in ("easysteer", "lm-eval", "peft", "steering-vectors"):
+            raise InputError(
+                f"--to is easysteer, lm-eval, peft or steering-vectors, not {to!r}; repeng and "
+                "llama.cpp read the .gguf that is written without it, and vLLM takes vectors as "
+                "EasySteer's alone, or what `steerlens bake` writes"
+            )
+        if to != "peft" and self.model is not None:
+            raise InputError(f"--model is of --to peft: {to} loads its own")
+        if to == "steering-vectors":
+            if self.coefficient is not None:
+                raise InputError("--to steering-vectors takes its coefficient there, as multiplier")
+            sl.export.save_steering_vectors(vector, self.target)
+            return
         strength = opt.strength_of(self.coefficient)
-        if to == "lm-eval" and self.model is not None:
-            raise InputError("--model is of --to peft: lm-eval loads its own")
-        if to == "lm-eval":
-            sl.export.to_lm_eval(vector, self.target, strength)
-        else:
+        if to == "peft":
             vector, model = load_with_model(self.source, self.model, self.load)
             sl.export.to_peft(model, vector, strength, self.target)
+        elif to == "lm-eval":
+            sl.export.to_lm_eval(vector, self.target, strength)
+        else:
+            sl.export.to_easysteer(vector, self.target, strength)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,7 +303,7 @@ class Bake(LoadCommand):
     @property
     def next(self) -> str:
         """A look at what it carries."""
-        return f"steerlens layers --model {quoted(self.out)}"
+        return self.onward(Layers, model=self.out, revision=None)
 
     def check_written(self) -> None:
         """See that the folder is new or empty."""
@@ -290,7 +316,7 @@ class Bake(LoadCommand):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # noted when the model was loaded
             sl.export.bake(model, vector, strength, self.out)
-        note(f"{vector!r} at {self.coefficient} written to {self.out}", quiet=self.quiet)
+        note(f"{vector!r} at {self.coefficient} written to {self.out}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,7 +330,7 @@ class Show(Command):
     @property
     def next(self) -> str:
         """What it does."""
-        return generate_with(self.vector)
+        return self.onward(Generate, prompt=PROMPT)
 
     def run(self) -> None:
         """What the command does."""
@@ -360,11 +386,6 @@ def load_with_model(
     for warning in caught:
         note(f"note: {warning.message}")
     return vector, model
-
-
-def generate_with(vector: Path | None) -> str:
-    """The command that shows what a vector makes the model write."""
-    return f'steerlens generate --vector {quoted(vector)} --prompt "How was your day?"'
 
 
 def _print_vector(vector: Any) -> None:

@@ -125,9 +125,10 @@ def _answers(entry: Entry) -> tuple[Prompt, str, str] | None:
     elif isinstance(sides[0], str) and isinstance(sides[1], str):
         alike = takewhile(lambda both: both[0] == both[1], zip(*sides, strict=False))
         at = sides[0][: len(list(alike))].rfind(OPENING)
-        if at >= 0:
-            at += len(OPENING)
-            return sides[0][:at], sides[0][at:], sides[1][at:]
+        at += len(OPENING)
+        answers = (sides[0][at:], sides[1][at:])
+        if at >= len(OPENING) and not any(OPENING in answer for answer in answers):
+            return sides[0][:at], *answers
     return None
 
 

@@ -2,15 +2,16 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
+from steerlens.data.choices import choices_of, right_and_wrong
 from steerlens.data.entries import OPENING, Entry, joined, turns
-from steerlens.data.labels import FALSE, TRUE, right_and_wrong, spelled, two_labels
+from steerlens.data.labels import FALSE, TRUE, spelled, two_labels
 from steerlens.data.prompts import Message, Prompt, checked_prompt
 from steerlens.data.reading import Row
-from steerlens.errors import InputError
+from steerlens.errors import InputError, told
 
 ALONE = "no partner in the shorter list"
 """Why a text of two lists without pairs is not measured; it is fitted on all the same."""
@@ -79,7 +80,7 @@ def _preferences(sheet: Sheet) -> Made:
     """A chosen and a rejected answer to a prompt, or two whole texts or chats."""
     made = Made()
     rows = _whole_rows(sheet, ("chosen", "rejected"), made)
-    rows = [_with_input(row) for row in rows]
+    rows = [_on_lines(row, ("prompt", "input"), "prompt") for row in rows]
     is_text = all(
         isinstance(row.record[side], str)
         and (
@@ -105,23 +106,23 @@ def _preferences(sheet: Sheet) -> Made:
     return made
 
 
-def _with_input(row: Row) -> Row:
-    """An instruction with the text that it is about, on the next line."""
-    parts = [row.record.get(role) for role in ("prompt", "input")]
-    if not all(isinstance(part, str) and part for part in parts):
+def _on_lines(row: Row, parts: tuple[str, str], role: str) -> Row:
+    """A row in which that role is two parts on lines of their own, where both are text."""
+    texts = [row.record.get(part) for part in parts]
+    if not all(isinstance(text, str) and text for text in texts):
         return row
-    return row._replace(record={**row.record, "prompt": "\n".join(parts)})
+    return row._replace(record={**row.record, role: "\n".join(texts)})
 
 
 def _questions(sheet: Sheet) -> Made:
     """A question as the user's turn, its two answers as the assistant's."""
     made = Made(how="questions are the user's turn, answers the assistant's")
-    are_joined = sheet.columns["not_matching"].strip().lower().endswith("answers")
     for row in _whole_rows(sheet, ("question", "matching", "not_matching"), made):
         sides = {}
         for side in ("matching", "not_matching"):
             answer = row.record[side]
-            if isinstance(answer, str) and side == "not_matching" and are_joined:
+            are_joined = sheet.columns[side].strip().lower().endswith("answers")
+            if isinstance(answer, str) and are_joined:
                 answer = answer.split(";")  # as one cell of a table
             if isinstance(answer, list) and answer:
                 made.how += ONE_OF_SEVERAL if ONE_OF_SEVERAL not in made.how else ""
@@ -132,6 +133,7 @@ def _questions(sheet: Sheet) -> Made:
                     f"got {answer!r:.60}"
                 )
             sides[side] = answer.strip()
+        row = _on_lines(row, ("context", "question"), "question")
         record = {**row.record, **sides, "prompt": row.record["question"]}
         entry = _entry(row._replace(record=record), "matching", "not_matching")
         made.entries.append(entry._replace(prompt=turns(entry.prompt)))
@@ -140,26 +142,35 @@ def _questions(sheet: Sheet) -> Made:
 
 def _choices(sheet: Sheet) -> Made:
     """Choices of which some are right: the first that is, the first that is not."""
-    made, rows = Made(), []
-    for row in _whole_rows(sheet, ("choices",), made):
-        answer = row.record.get("label")
-        both = right_and_wrong(row.record["choices"], answer, where=row.where)
-        if all(both):
-            sides = dict(zip(("matching", "not_matching"), both, strict=True))
-            rows.append(row._replace(record={**row.record, **sides}))
+    made = Made(how="the first right choice and the first wrong one")
+    rows = _whole_rows(sheet, ("choices",), made)
+    answers = [row.record.get("label") for row in rows]
+    choices = [
+        choices_of(row.record["choices"], answer, where=row.where)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    both, how = right_and_wrong(choices, answers)
+    if rows and not any(map(all, both)):
+        raise InputError(
+            f"{sheet.name}: the form choices needs a label for each choice, or the name, number or "
+            f"text of the right one, got {told(answers[0])}; name it: --columns label=COLUMN"
+        )
+    named = []
+    for row, (right, wrong) in zip(rows, both, strict=True):
+        if right and wrong:
+            sides = {"matching": right, "not_matching": wrong}
+            named.append(row._replace(record={**row.record, **sides}))
         else:
             made.left_out["no right or no wrong choice"] += 1
     if "question" in sheet.columns:
-        columns = {**sheet.columns, "not_matching": "choices"}
-        asked = _questions(sheet._replace(rows=tuple(rows), columns=columns))
-        asked.left_out += made.left_out
-        return asked
-    for row in rows:
+        columns = {**sheet.columns, "matching": "choices", "not_matching": "choices"}
+        asked = _questions(sheet._replace(rows=tuple(named), columns=columns))
+        return replace(asked, left_out=asked.left_out + made.left_out, how=asked.how + how)
+    for row in named:
         firsts = {role: row.record[role][0] for role in ("matching", "not_matching")}
         record = {**row.record, **firsts}
         made.entries.append(_entry(row._replace(record=record), "matching", "not_matching"))
-    made.how = "the first right choice and the first wrong one"
-    return made
+    return replace(made, how=made.how + how)
 
 
 def _labelled(sheet: Sheet) -> Made:
@@ -399,7 +410,7 @@ FORMS: dict[str, Form] = {
     "lists": Form(("positive", "negative"), (), _lists, ("unpaired",), True),
     "questions": Form(
         ("question", "matching", "not_matching"),
-        *(("system", "id", "group"), _questions, ("mwe", "caa", "model_written")),
+        *(("context", "system", "id", "group"), _questions, ("mwe", "caa", "model_written")),
     ),
     "preferences": Form(
         ("chosen", "rejected"),
@@ -415,7 +426,11 @@ FORMS: dict[str, Form] = {
     ),
     "choices": Form(
         ("choices",),
-        *(("label", "question", "system", "id", "group"), _choices, ("repe", "truthfulqa", "mc")),
+        *(
+            ("label", "context", "question", "system", "id", "group"),
+            _choices,
+            ("repe", "truthfulqa", "mc"),
+        ),
     ),
     "labelled": Form(
         ("text", "label"),

@@ -1,10 +1,7 @@
-"""Labels as people write them: which of two is the positive one, which choices they name."""
+"""Labels as people write them: which of two is the positive one."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
-
-from steerlens.errors import InputError, told
+from collections.abc import Collection, Iterable
 
 TRUE = frozenset(
     ("1", "1.0", "true", "t", "yes", "y", "positive", "pos", "good", "correct", "right")
@@ -31,10 +28,11 @@ def negated(labels: Iterable[str]) -> tuple[str, str] | None:
         (('honest', 'dishonest'), ('toxic', 'non-toxic'))
     """
     known = {spelled(label): label for label in labels}
+    affirmed = {re.sub(r"^pro[-_ ]", "", label): label for label in known} | {k: k for k in known}
     for label in known:
         match = _NOT.fullmatch(label)
-        if match is not None and match[1] in known:
-            return known[match[1]], known[label]
+        if match is not None and match[1] in affirmed:
+            return known[affirmed[match[1]]], known[label]
     return None
 
 
@@ -54,37 +52,3 @@ def two_labels(
         return TRUE, FALSE
     of_two = negated(labels) if len(labels) == 2 else None
     return None if of_two is None else ({of_two[0]}, {of_two[1]})
-
-
-def right_and_wrong(choices: Any, answer: Any, *, where: str) -> tuple[list[Any], list[Any]]:
-    """The choices that are right and those that are not, by how a row says so.
-
-    A label for each, beside them or in one object with them (`choices` and `labels`, `text` and
-    `label`, or choice -> label); or the number (from 0) or letter of the right one. Raises
-    `InputError` of anything else.
-    """
-    names: Sequence[Any] = ()
-    if isinstance(choices, Mapping):
-        if {"choices", "labels"} <= choices.keys():
-            choices, answer = choices["choices"], choices["labels"]
-        elif {"text", "label"} <= choices.keys():
-            choices, names = choices["text"], choices["label"]
-        else:
-            # A table has every choice in every row, empty where it is not one.
-            labels = {text: label for text, label in choices.items() if label is not None}
-            choices, answer = list(labels), list(labels.values())
-    if isinstance(choices, list) and not isinstance(answer, list):
-        letters = names or [chr(ord("A") + i) for i in range(len(choices))]
-        is_number = not names and re.fullmatch(r"\d+", str(answer))
-        places = range(len(choices)) if is_number else letters
-        answer = [spelled(place) == spelled(answer) for place in places]
-    if not isinstance(choices, list) or len(choices) != len(answer):
-        raise InputError(
-            f"{where}: expected choices as a list and a label for each, or the number or letter of "
-            f"the right one, got {told(choices)} and {told(answer)}"
-        )
-    is_right = [spelled(label) in TRUE for label in answer]
-    return (
-        [choice for choice, right in zip(choices, is_right, strict=True) if right],
-        [choice for choice, right in zip(choices, is_right, strict=True) if not right],
-    )

@@ -52,8 +52,9 @@ def read_rows(source: Any, *, split: str, name: str) -> Rows:
     """The rows of a file, a folder or the name of a Hugging Face dataset, a frame, or a list.
 
     Args:
-        source: A path, `OWNER/NAME` or `OWNER/NAME:SPLIT` of the Hub, a frame of pandas or polars,
-            a table of pyarrow, a `datasets.Dataset`, or an iterable of records.
+        source: A path, `OWNER/NAME` or `OWNER/NAME:SPLIT` of the Hub, a frame of pandas or polars
+            (a lazy one is collected), a table of pyarrow, a `datasets.Dataset`, or an iterable of
+            records.
         split: That of a dataset which has several.
         name: What errors call a source that has no name.
 
@@ -62,9 +63,11 @@ def read_rows(source: Any, *, split: str, name: str) -> Rows:
     """
     if isinstance(source, str | os.PathLike):
         return _of_split(_of_path(source, split), split)
-    if isinstance(source, Mapping) and source and all(map(_is_table, source.values())):
+    if isinstance(source, Mapping) and source and all(map(is_table, source.values())):
         source = source[_split_of(list(source), split, name)]
-    is_table = _is_table(source)
+    if hasattr(source, "collect_schema") and hasattr(source, "collect"):  # polars, lazy
+        source = source.collect()
+    has_columns = is_table(source)
     records: Iterable[Any]
     if hasattr(source, "to_dicts"):  # polars
         records = source.to_dicts()
@@ -81,7 +84,7 @@ def read_rows(source: Any, *, split: str, name: str) -> Rows:
             f"{name}: expected a file, a frame, a dataset or a list of records, got {told(source)} "
             f"({type(source).__name__})"
         )
-    return _of_split(Rows(name, _numbered(f"{name}: record {{}}", records), is_table), split)
+    return _of_split(Rows(name, _numbered(f"{name}: record {{}}", records), has_columns), split)
 
 
 def _of_split(rows: Rows, split: str) -> Rows:
@@ -98,7 +101,8 @@ def _of_split(rows: Rows, split: str) -> Rows:
     return Rows(rows.name, _numbered(f"{rows.name}: {name} {{}}", part))
 
 
-def _is_table(source: Any) -> bool:
+def is_table(source: Any) -> bool:
+    """Whether it is a frame, a table or a dataset."""
     return any(hasattr(source, of) for of in ("to_dicts", "to_pylist", "features")) or isinstance(
         source, pd.DataFrame
     )
@@ -152,7 +156,12 @@ def _of_path(source: str | os.PathLike[str], split: str) -> Rows:
         return Rows(name, tuple(_of_table(_decoded(raw, name), DELIMITERS[suffix], name)), True)
     if suffix == ".txt":
         return Rows(name, _numbered(f"{name}: text {{}}", _lines(_decoded(raw, name))))
-    return Rows(name, _of_json(raw, name, is_whole=suffix == ".json"))
+    try:
+        return Rows(name, _of_json(raw, name, is_whole=suffix == ".json"))
+    except InputError as error:
+        if suffix in _SUFFIXES:
+            raise
+        raise InputError(f"{error}; texts, one a line, are in a file named .txt") from error
 
 
 def _unpacked(raw: bytes, name: str) -> bytes:

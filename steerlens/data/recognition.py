@@ -2,62 +2,18 @@
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from steerlens.data.choices import columns_of_choices
+from steerlens.data.column_names import ALIKE, ROLES, candidates, column_of
 from steerlens.data.entries import in_short
 from steerlens.data.forms import FORMS, Form, Made, Sheet, in_order
-from steerlens.data.labels import negated, spelled
+from steerlens.data.labels import negated, spelled, two_labels
 from steerlens.data.prompts import Message
 from steerlens.data.reading import Row, Rows, plain
 from steerlens.errors import InputError
-
-_NOUNS = ("prompt", "text", "sentence", "statement", "example", "response", "answer", "completion")
-_PROMPTS = ("prompt", "question", "instruction", "input", "query", "conversations")
-
-
-def _sided(*sides: str) -> tuple[str, ...]:
-    orders = ("{0}_{1}", "{1}_{0}")
-    return *sides, *(order.format(s, noun) for s in sides for noun in _NOUNS for order in orders)
-
-
-ROLES: dict[str, tuple[str, ...]] = {
-    "positive": _sided("positive", "pos", "good"),
-    "negative": _sided("negative", "neg", "bad"),
-    "prompt": ("prompt",),
-    "input": ("input",),
-    "system": ("system", "system_prompt"),
-    "continuation": ("continuation",),
-    "position": ("position",),
-    "group": ("group",),
-    "id": ("id",),
-    "chosen": (*_sided("chosen"), "preferred_output"),
-    "rejected": (*_sided("rejected"), "non_preferred_output"),
-    "question": ("question", "prompt"),
-    "matching": (
-        *("answer_matching_behavior", "answer_matching_behaviour", "matching", "best_answer"),
-    ),
-    "not_matching": (
-        *("answer_not_matching_behavior", "answer_not_matching_behaviour", "not_matching"),
-        *("best_incorrect_answer", "incorrect_answers"),
-    ),
-    "text": ("statement", "text", "sentence", "claim", *_PROMPTS, "messages", "content", "goal"),
-    "label": ("label", "labels"),
-    "choices": ("mc1_targets", "choices", "mc2_targets", "options"),
-    "completion": ("completion", "response", "answer", "output"),
-    "suffixes": ("suffixes", "suffix_list"),
-    "positive_personas": ("positive_personas",),
-    "negative_personas": ("negative_personas",),
-    "template": ("template",),
-    "instructions": ("instruction", "instructions"),
-    "questions": ("questions",),
-}
-"""What a column is for -> the plain names of such a column, the plainest first."""
-_OF_FORM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "preferences": {"prompt": _PROMPTS},
-    "choices": {"label": ("label", "labels", "answer", "answerkey", "answer_idx")},
-}
-"""Of a form, the names of a role in place of those of `ROLES`."""
 
 
 def make(
@@ -78,10 +34,24 @@ def make(
         columns = {**columns, "group": group}
     rows = _unwrapped(rows)
     keys = _keys(rows)
+    are_texts = form is None and not keys and _are_texts(rows)
+    for row in rows.rows:
+        if not isinstance(row.record, dict) and not are_texts:
+            raise InputError(
+                f"{row.where}: expected an object with the keys {', '.join(needed)}, got "
+                f"{row.record!r:.60}"
+            )
     column, _, positive = columns.get("label", "").partition("=")
     if positive and columns["label"] not in keys:
         columns = {**columns, "label": column}
     name = _recognised(rows, keys, columns) if form is None else _form_of(form)
+    gathered = _gathered(rows, keys, columns)
+    takes_choices = name in (None, "labelled") if form is None else name == "choices"
+    if gathered is not None and takes_choices:
+        name, rows, columns = "choices", gathered, {**columns, "choices": "choices"}
+        keys = _keys(rows)
+    if name is None:
+        raise InputError(f"{rows.name}: {_seen(rows, keys)}")
     sheet = _sheet(rows, keys, name, columns, needed)._replace(positive=positive)
     made = FORMS[name].read(sheet)
     used = {*sheet.columns.values(), made.by}
@@ -98,7 +68,7 @@ def make_lists(sides: Sequence[Rows], columns: Mapping[str, str]) -> Made:
     for rows in map(_unwrapped, sides):
         _check_roles(rows.name, columns)
         keys = _keys(rows)
-        column = _column("text", keys, columns)
+        column = column_of("text", keys, columns)
         if keys and column not in keys:
             raise InputError(
                 f"{rows.name}: no column of texts among {in_short(keys)}; name it: "
@@ -164,7 +134,7 @@ def _of_one_object(rows: Rows) -> Rows:
         rows_of = zip(texts, labels, strict=True)
         record = {"data": [{"choices": of, "labels": by} for of, by in rows_of]}
     cells = list(record.values())
-    if None not in (_column(role, record, {}) for role in FORMS["traits"].needs):
+    if None not in (column_of(role, record, {}) for role in FORMS["traits"].needs):
         return rows
     if _is_of_columns(record):
         by_row = zip(*cells, strict=True)
@@ -175,8 +145,11 @@ def _of_one_object(rows: Rows) -> Rows:
         if isinstance(cell, list) and cell and (isinstance(cell[0], dict) or _is_pair(cell[0]))
     ]
     tables = [table for table in tables if not _is_chat(table)]
+    # As the hub's viewer sends them: a list of columns, and rows with their number.
+    numbered = [table for table in tables if all(map(_is_numbered, table))]
+    tables = [[row["row"] for row in table] for table in numbered] or tables
     if all(isinstance(cell, dict) and cell and cell.keys() == cells[0].keys() for cell in cells):
-        by_id = any(_candidates(role, cells[0]) for role in ROLES)
+        by_id = any(candidates(role, cells[0]) for role in ROLES)
         by_column = [{key: record[key][index] for key in record} for index in cells[0]]
         tables = [cells if by_id else by_column]
     # A list beside it that has as many may say what its rows are.
@@ -186,6 +159,10 @@ def _of_one_object(rows: Rows) -> Rows:
     where = f"{rows.rows[0].where}: record"
     found = [Row(f"{where} {i}", str(i), plain(r)) for i, r in enumerate(tables[0], start=1)]
     return Rows(rows.name, tuple(found))
+
+
+def _is_numbered(row: Any) -> bool:
+    return isinstance(row, dict) and "row_idx" in row and isinstance(row.get("row"), dict)
 
 
 def _is_of_lists(record: Mapping[str, Any]) -> bool:
@@ -202,7 +179,7 @@ def _is_of_columns(record: Mapping[str, Any]) -> bool:
     cells = list(record.values())
     are_lists = all(isinstance(cell, list) and not _is_chat(cell) for cell in cells)
     has_form = any(
-        all(_column(role, record, {}) for role in form.needs)
+        all(column_of(role, record, {}) for role in form.needs)
         for name, form in FORMS.items()
         if not form.of_lists
         and name != "choices"
@@ -229,24 +206,28 @@ def _is_chat(cell: Any) -> bool:
     )
 
 
-def _column(
-    role: str, keys: Iterable[str], columns: Mapping[str, str], form: str = ""
-) -> str | None:
-    """The column for a role: as named, or the first of its plain names that is there."""
-    return columns.get(role) or next(iter(_candidates(role, keys, form).values()), None)
+def _gathered(rows: Rows, keys: Sequence[str], columns: Mapping[str, str]) -> Rows | None:
+    """Rows with choices that have a column each in one cell, where a column has the right one."""
+    each, form = columns_of_choices(keys), FORMS["choices"]
+    label = column_of("label", keys, columns, "choices")
+    is_named = bool({*columns} - {*form.may} or {*columns.values()} & {*each.values()})
+    if not each or label not in keys or label in each.values() or is_named or "choices" in keys:
+        return None
+    cells = [row.record.get(column) for row in rows.rows for column in each.values()]
+    if any(isinstance(cell, int | float) for cell in cells):
+        return None
+    found = []
+    for row in rows.rows:
+        choices = {name: row.record.get(column) for name, column in each.items()}
+        others = {key: cell for key, cell in row.record.items() if key not in each.values()}
+        found.append(row._replace(record={**others, "choices": choices}))
+    return replace(rows, rows=tuple(found))
 
 
-def _candidates(role: str, keys: Iterable[str], form: str = "") -> dict[str, str]:
-    """Of the plain names of a role, those that are there, with their columns."""
-    plainly = {str(key).strip().lower().replace(" ", "_").replace("-", "_"): key for key in keys}
-    plainly |= {key: key for key in keys}
-    names = _OF_FORM.get(form, {}).get(role, ROLES[role])
-    return {name: plainly[name] for name in names if name in plainly}
-
-
-def _recognised(rows: Rows, keys: list[str], columns: Mapping[str, str]) -> str:
+def _recognised(rows: Rows, keys: list[str], columns: Mapping[str, str]) -> str | None:
+    """The first form that fits; none where there is none."""
     for name, form in FORMS.items():
-        found = [_column(role, keys, columns) for role in form.needs]
+        found = [column_of(role, keys, columns) for role in form.needs]
         if {*columns} <= {*form.needs, *form.may} and {*found} <= {*keys}:
             is_list = len(rows.rows) == 1 and all(
                 isinstance(cell := rows.rows[0].record.get(column), list) and not _is_chat(cell)
@@ -258,10 +239,10 @@ def _recognised(rows: Rows, keys: list[str], columns: Mapping[str, str]) -> str:
                 continue
             if is_list == form.of_lists or is_crossed:
                 return name
-    has_side = any(_column(side, keys, columns) in keys for side in ("positive", "negative"))
-    if has_side or not rows.rows or (rows.rows and not keys and not _are_texts(rows)):
+    has_side = any(column_of(side, keys, columns) in keys for side in ("positive", "negative"))
+    if has_side or not rows.rows or (not keys and not _are_texts(rows)):
         return "pairs"  # whose rows say what they lack
-    raise InputError(f"{rows.name}: {_seen(rows, keys)}")
+    return None
 
 
 def _have_choices(rows: Rows, column: str) -> bool:
@@ -273,8 +254,9 @@ def _are_texts(rows: Rows) -> bool:
     return all(isinstance(row.record, str) or _is_chat(row.record) for row in rows.rows)
 
 
-def _seen(rows: Rows, keys: Sequence[str]) -> str:
+def _seen(rows: Rows, all_keys: Sequence[str]) -> str:
     """What an unknown form looks like, and which flags would read it."""
+    keys = [key for key in all_keys if any(_is_said(row.record.get(key)) for row in rows.rows)]
     near = {
         role: close[0]
         for role in ("positive", "negative")
@@ -284,37 +266,57 @@ def _seen(rows: Rows, keys: Sequence[str]) -> str:
     sides = None if near else negated(keys)
     if sides is not None:
         near = dict(zip(("positive", "negative"), sides, strict=True))
-    of_two = [column for column in keys if _has_two(rows, column)]
-    has_text = _column("text", keys, {}) is not None
-    is_two = len(keys) == 2 and not has_text and not of_two and _column("label", keys, {}) is None
+    labels = {column: _two_of(rows, column) for column in all_keys}
+    of_two = [column for column, values in labels.items() if values]
+    of_two.sort(key=lambda c: (two_labels(labels[c]) is None, "label" not in c.lower(), c in keys))
+    has_text = column_of("text", keys, {}) is not None
+    is_two = len(keys) == 2 and not has_text and not of_two and column_of("label", keys, {}) is None
     two = dict(zip(("positive", "negative"), keys, strict=False)) if is_two else {}
     named = near or two or {"positive": "COLUMN", "negative": "COLUMN"}
     flag = ",".join(f"{role}={column:.80}" for role, column in named.items())
-    one_side = ""
-    if not keys or ((has_text or of_two) and not near):
+    hint = ""
+    if columns_of_choices(keys) and not near:
+        hint = "; it looks like choices: name what tells the right one: --columns label=COLUMN"
+    elif not all_keys or ((has_text or of_two) and not near):
         label, text = next(iter(of_two), "COLUMN"), ""
         if keys and not has_text:
-            others = [column for column in keys if column not in of_two]
+            others = [c for c in keys if c not in of_two and c not in ROLES["id"]]
             text = f"text={others[0] if len(others) == 1 else 'COLUMN':.80},"
-        one_side = (
+        hint = (
             "; it looks like texts of one side: give both as POSITIVE_FILE,NEGATIVE_FILE, or a "
             f"column of labels 0 and 1: --columns {text}label={label:.80}"
         )
-    if not keys:
-        one_side += (
+    lists = _lists_in(rows.rows[0].record) if len(rows.rows) == 1 else []
+    if len(lists) > 1 and not near:
+        hint = f"; one object with {in_short(lists)}: keep the list that is meant, as JSON"
+    if not all_keys:
+        hint += (
             f"; suffixes that two personas share: an object of {', '.join(FORMS['personas'].needs)}"
         )
-    columns = f"the columns {in_short(keys)}" if keys else "no columns"
+    columns = f"the columns {in_short(all_keys)}" if all_keys else "no columns"
     return (
         f"{len(rows.rows)} rows with {columns} are of no known form ({', '.join(FORMS)})"
-        f"{one_side}; name the two sides: --columns {flag}"
+        f"{hint}; name the two sides: --columns {flag}"
     )
 
 
-def _has_two(rows: Rows, column: str) -> bool:
-    """Whether a column has two values, each in more rows than one."""
+def _lists_in(record: Any, path: str = "") -> list[str]:
+    """The lists of objects in an object, with their lengths."""
+    if isinstance(record, dict):
+        return [name for key in record for name in _lists_in(record[key], f"{path}.{key}")]
+    is_table = isinstance(record, list) and record and isinstance(record[0], dict)
+    return [f"{path[1:]} ({len(record)})"] if is_table else []
+
+
+def _is_said(cell: Any) -> bool:
+    """Whether a cell may hold a prompt: text that is no number, messages, or a list of texts."""
+    return isinstance(cell, list) or (isinstance(cell, str) and not cell.isdigit())
+
+
+def _two_of(rows: Rows, column: str) -> set[str]:
+    """The values of a column that has two, each in more rows than one; else none."""
     counts = Counter(spelled(row.record.get(column)) for row in rows.rows)
-    return len(counts) == 2 and min(counts.values()) > 1
+    return {*counts} if len(counts) == 2 and min(counts.values()) > 1 else set()
 
 
 def _sheet(
@@ -322,11 +324,11 @@ def _sheet(
 ) -> Sheet:
     """The rows by role. Of pairs each has to have what is needed; other forms count what lacks."""
     form = FORMS[name]
-    if name == "pairs" and _column("prompt", keys, columns) in keys:
+    if name == "pairs" and column_of("prompt", keys, columns) in keys:
         form = form._replace(needs=tuple(needed))
-    found = {role: _column(role, keys, columns, name) for role in (*form.needs, *form.may)}
+    found = {role: column_of(role, keys, columns, name) for role in (*form.needs, *form.may)}
     at = {role: column for role, column in found.items() if column is not None}
-    prompts = _candidates("prompt", keys, "preferences").values()
+    prompts = candidates("prompt", keys, "preferences").values()
     # A role by its name alone, where another has that column or it goes with no other column.
     has_no_use = {
         "id": at.get("id") in columns.values(),
@@ -335,8 +337,8 @@ def _sheet(
     }
     at = {role: c for role, c in at.items() if role in columns or not has_no_use.get(role)}
     for role in (role for role in at if role not in columns):
-        able = _candidates(role, {*keys} - {at.get("input")} - {*columns.values()}, name)
-        if len(able) > 1 and ROLES[role][0] not in able:
+        able = candidates(role, {*keys} - {at.get("input")} - {*columns.values()}, name)
+        if len(able) > 1 and ROLES[role][0] not in able and (name, role) not in ALIKE:
             raise InputError(
                 f"{rows.name}: the form {name}: {' and '.join(able.values())} may both be "
                 f"{role}; name one: --columns {role}=COLUMN"
@@ -345,6 +347,13 @@ def _sheet(
     for role, column in columns.items():
         if keys and column not in keys and not (is_strict and role in (*form.needs, "group")):
             raise InputError(f"{rows.name}: no column {column!r}; there are {in_short(keys)}")
+    beside = [key for key in keys if key not in at.values()]
+    asked = candidates("text", beside).values() if name == "choices" else ()
+    if "question" not in at and asked:
+        raise InputError(
+            f"{rows.name}: the form choices: name what is asked: --columns "
+            f"question={next(iter(asked)):.80}"
+        )
     missing = [role for role in form.needs if role not in at]
     if missing and rows.rows and not is_strict:
         flag = ",".join(f"{role}=COLUMN" for role in missing)
@@ -355,9 +364,6 @@ def _sheet(
     strict_on = [*form.needs, *(["group"] if "group" in columns else [])] if is_strict else []
     by_role = []
     for row in rows.rows:
-        if not isinstance(row.record, dict):
-            keys_needed = ", ".join(form.needs)
-            raise InputError(f"{row.where}: expected an object with the keys {keys_needed}")
         for role in strict_on:
             if at.get(role, role) not in row.record:
                 raise InputError(f"{row.where}: {_lacks(at.get(role, role), row, form, at)}")

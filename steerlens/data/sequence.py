@@ -18,7 +18,7 @@ from steerlens.data.entries import Card
 from steerlens.data.entries import Entry as DataEntry
 from steerlens.data.forms import ALONE, Made
 from steerlens.data.prompts import unicode_text
-from steerlens.data.reading import read_rows
+from steerlens.data.reading import is_table, read_rows
 from steerlens.data.recognition import make, make_lists
 from steerlens.data.shipped import SPLITS, dataset_names, shipped_file
 from steerlens.errors import InputError
@@ -28,8 +28,6 @@ from steerlens.validation import Whole, checked
 MIN_ENTRIES = 2
 FEW_GROUPS = 10
 """Below so many, intervals and p-values are rough."""
-_LISTS = (str, os.PathLike, list, pd.Series, pd.DataFrame)
-"""What may be one side of two lists without pairs."""
 
 Check = Callable[..., Any]
 """`(value, where=...) -> checked value`; raises `InputError` that begins with `where`."""
@@ -233,7 +231,7 @@ class EntrySequence(Sequence[Entry]):
         if isinstance(source, str) and source.count(",") == 1 and not os.path.exists(source):
             source, called = tuple(source.split(",")), name or source
         sides = source if isinstance(source, tuple) and len(source) == 2 else ()
-        if sides and all(isinstance(side, _LISTS) for side in sides):
+        if sides and all(map(_is_list, sides)):
             if form is not None or group not in ("group", "auto") or not {*columns} <= {"text"}:
                 raise InputError(
                     f"{called}: two lists without pairs have texts alone, so leave out form and "
@@ -291,7 +289,7 @@ class EntrySequence(Sequence[Entry]):
         name: str | None = None,
         group: str = "group",
     ) -> Self:
-        """`load` of records; goes with the next version."""
+        """`load` of records; goes with 0.3."""
         _warn_of_former("from_records")
         return cls.load(list(records), name=name, group=group)
 
@@ -299,13 +297,13 @@ class EntrySequence(Sequence[Entry]):
     def from_dataset(
         cls: type[Self], dataset: Any, *, name: str = "dataset", group: str = "group"
     ) -> Self:
-        """`load` of a dataset; goes with the next version."""
+        """`load` of a dataset; goes with 0.3."""
         _warn_of_former("from_dataset")
         return cls.load(dataset, name=name, group=group)
 
     @classmethod
     def from_jsonl(cls: type[Self], path: str | Path, *, group: str = "group") -> Self:
-        """`load` of a file; goes with the next version."""
+        """`load` of a file; goes with 0.3."""
         _warn_of_former("from_jsonl")
         return cls.load(Path(path), group=group)
 
@@ -395,6 +393,12 @@ class EntrySequence(Sequence[Entry]):
         return entry
 
 
+def _is_list(source: Any) -> bool:
+    """Whether it may be one side of two lists without pairs."""
+    is_column = hasattr(source, "to_list") or is_table(source)
+    return is_column or isinstance(source, str | os.PathLike | list)
+
+
 def _checked_id(value: Any, *, where: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # it went through a column of floats
@@ -416,5 +420,5 @@ def one_of_each_in_turn(groups: Sequence[int], most: int) -> list[int]:
 
 
 def _warn_of_former(name: str) -> None:
-    text = f"{name} is now load, and goes with the next version"
+    text = f"{name} is now load, and goes with 0.3"
     warnings.warn(text, DeprecationWarning, stacklevel=4)

@@ -12,8 +12,8 @@ from steerlens.errors import InputError
 from steerlens.models.hooked_model import (
     HookedModel,
     context_length,
+    is_on_one_side,
     padding_id,
-    side_of_switches,
     takes_mask,
 )
 from steerlens.models.loading import inference
@@ -24,7 +24,7 @@ def continue_prompts(
     prompts: Sequence[TokenizedPrompt],
     *,
     max_new_tokens: int,
-    samples: bool = False,
+    do_sample: bool = False,
 ) -> list[list[int]]:
     """The ids that the model adds to each prompt (not to its continuation), run together.
 
@@ -34,17 +34,14 @@ def continue_prompts(
     """
     check_room(model, prompts, max_new_tokens)
     width = max(len(prompt.prompt) for prompt in prompts)
-    sides = {
-        side_of_switches(model, length)
-        for length in (min(len(prompt.prompt) for prompt in prompts), width + max_new_tokens)
-    }
-    if len(sides) > 1 and any(len(prompt.prompt) < width for prompt in prompts):
+    lengths = {len(prompt.prompt) for prompt in prompts}
+    if len(lengths) > 1 and not is_on_one_side(model, min(lengths), width + max_new_tokens):
         # Each of them has to cross at its own length.
         return [
             row
             for prompt in prompts
             for row in continue_prompts(
-                model, [prompt], max_new_tokens=max_new_tokens, samples=samples
+                model, [prompt], max_new_tokens=max_new_tokens, do_sample=do_sample
             )
         ]
     tokens, mask = padded(
@@ -61,7 +58,7 @@ def continue_prompts(
         generated = model.generate(
             tokens,
             max_new_tokens=max_new_tokens,
-            do_sample=samples,
+            do_sample=do_sample,
             return_type="tokens",
             verbose=False,
             **(mask_kwargs(mask) if has_mask else {}),
@@ -100,7 +97,7 @@ def own_texts(
             if seed is not None:
                 torch.manual_seed(seed)
             rows = continue_prompts(
-                model, batch.prompts, max_new_tokens=n_tokens, samples=seed is not None
+                model, batch.prompts, max_new_tokens=n_tokens, do_sample=seed is not None
             )
         texts |= {
             row: until_end(ids, model, with_end=True)

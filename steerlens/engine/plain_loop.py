@@ -65,7 +65,7 @@ def baseline_of(engine: Engine, workload: Workload, hook_names: Sequence[str]) -
         negative = _run_negative(model, workload, hook_names, _unsteered, of_negative)
     check_finite(positive, hook_names)
     check_finite(negative, hook_names)
-    _check_labels(workload.positive, logprob)
+    check_labels(workload.positive, logprob)
     widths = tuple(hook_width(model, name) if is_head(name) else None for name in hook_names)
     return Baseline(tuple(hook_names), positive, negative, logprob, widths)
 
@@ -111,7 +111,8 @@ def by_token(
     return in_pair_order(batches, spread)
 
 
-def _check_labels(batches: Sequence[Batch], logprob: Float[Tensor, " pair"]) -> None:
+def check_labels(batches: Sequence[Batch], logprob: Float[Tensor, " pair"]) -> None:
+    """Raise `ModelError` that names a prompt whose labels have no finite logprob."""
     undefined = (~logprob.isfinite()).nonzero().flatten().tolist()
     if undefined:
         prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}

@@ -12,10 +12,9 @@ from steerlens.engine.capture import by_halves
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
 from steerlens.engine.positions import steers_late
-from steerlens.engine.resume import Prefix, Residual, advance, run_prefix
-from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.engine.resume import Prefix, Residual, advance, distinct_rows, run_prefix
 from steerlens.engine.workload import Baseline, Workload
-from steerlens.models.hooked_model import HookedModel, side_of_switches, takes_cache
+from steerlens.models.hooked_model import HookedModel, is_on_one_side, takes_cache
 from steerlens.models.loading import inference
 
 
@@ -69,7 +68,8 @@ def _parts(
         reuse_prefix
         and steers_late(workload.steered_positions)
         and takes_cache(engine.model)
-        and all(_is_on_one_side(engine.model, p) for p in prompts.values())
+        # Kept keys are rotated as in the whole text.
+        and all(is_on_one_side(engine.model, len(p.prompt) - 1, len(p)) for p in prompts.values())
         and all(len(p.prompt) > 1 for p in prompts.values())
         and all(p.label_tokens[0] >= len(p.prompt) for p in prompts.values() if p.continuation)
         and all(min(p.places(workload.position)) >= len(p.prompt) - 1 for p in prompts.values())
@@ -82,14 +82,8 @@ def _parts(
         lambda head, tail: run_prefix(engine.model, head),  # noqa: ARG005
     )
     for (head, _), _ in split:
-        engine.cost.add(head.tokens, engine.n_layers)
+        engine.cost.add(head.tokens[distinct_rows(head)[0]], engine.n_layers)
     return tuple(Part(tail, prefix) for (_, tail), prefix in split)
-
-
-def _is_on_one_side(model: HookedModel, prompt: TokenizedPrompt) -> bool:
-    """Whether the prompt's kept keys are rotated as in the whole text."""
-    kept, whole = len(prompt.prompt) - 1, len(prompt)
-    return side_of_switches(model, kept) == side_of_switches(model, whole)
 
 
 def _with_final(engine: Engine, part: Part) -> Part:

@@ -56,21 +56,29 @@ class Prefix:
 
 
 def run_prefix(model: Any, batch: Batch) -> Prefix:
-    """Run the unsteered tokens of `batch` and keep their keys and values.
+    """Run the unsteered tokens of `batch`, those of one prompt once; keep their keys and values.
 
     The model has to take `past_key_values` (see `takes_cache`).
     """
     from transformers import DynamicCache
 
+    first, which = distinct_rows(batch)
+    mask = batch.attention_mask[first]
     cache = DynamicCache(config=hugging_face_model(model).config)
     run_from(
-        model,
-        batch.tokens,
-        batch.attention_mask,
-        prefix=Prefix(cache, batch.attention_mask[:, :0]),
+        *(model, batch.tokens[first], mask),
+        prefix=Prefix(cache, mask[:, :0]),
         last_hook=resid_post(int(model.cfg.n_layers) - 1),
     )
-    return Prefix(cache, batch.attention_mask)
+    prefix = Prefix(cache, mask)
+    return prefix if len(first) == len(which) else prefix.at(torch.tensor(which), 0)
+
+
+def distinct_rows(batch: Batch) -> tuple[list[int], list[int]]:
+    """The first row of each prompt of a batch, and for every row which of these has its prompt."""
+    prompts = [prompt.prompt for prompt in batch.prompts]
+    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    return [prompts.index(prompt) for prompt in places], [places[prompt] for prompt in prompts]
 
 
 def run_from(

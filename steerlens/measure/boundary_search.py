@@ -30,6 +30,7 @@ from steerlens.measure.search import (
     UNDEFINED,
     Curve,
     Line,
+    Place,
     crossing_interval,
     first_crossings,
     interpolated,
@@ -45,7 +46,7 @@ from steerlens.tables import Row
 Line_ = TypeVar("Line_")
 _FINE = 1200
 _ROUGH = 400
-"""Draws that say whether an interval reaches beyond what was measured."""
+"""Draws that say where an interval ends while the search goes on."""
 TRUSTED = 0.4
 """A prediction is trusted when it lies within this share of the measured boundary."""
 
@@ -155,7 +156,7 @@ def find_boundaries(
         lines,
         measured.evaluate,
         opposite=measured.opposite,
-        far_end=(lambda k, line: measured.interval(k, line, rough)[1]) if rough else None,
+        ends=(lambda k, line: measured.interval(k, line, rough)) if rough else None,
         progress=engine.stage("boundary: pushes settled").progress,
     )
     boundaries = []
@@ -170,7 +171,7 @@ def find_boundaries(
                 stacklevel=3,
             )
         elif n_bootstrap:
-            low, high = measured.interval(k, line, n_bootstrap)
+            low, high = (end.c for end in measured.interval(k, line, n_bootstrap))
         boundaries.append(
             Boundary(
                 push=pushes[k],
@@ -251,10 +252,11 @@ class _Measured:
             self.readings[k][c] = reading
         return [reading.loss for reading in readings]
 
-    def interval(self, k: int, line: Line, n_bootstrap: int) -> tuple[float, float]:
+    def interval(self, k: int, line: Line, n_bootstrap: int) -> tuple[Place, Place]:
         """Of a push's boundary; of a percentile over tokens that of resampled prompts."""
         if self.text.is_of_tokens:
-            return percentile_interval(self.resampled(k, line, n_bootstrap))
+            low, high = percentile_interval(self.resampled(k, line, n_bootstrap))
+            return Place(low), Place(high)
         return crossing_interval(
             line,
             self.predictions[k].drops,

@@ -43,15 +43,17 @@ GROUPS = {
 Prompts = list[TokenizedPrompt]
 
 
-def few_groups(entries: EntrySequence[Any], noun: str) -> list[str]:
+def has_few_groups(entries: EntrySequence[Any], noun: str) -> bool:
+    """Whether there are fewer groups than the parts need."""
+    return len(set(entries.groups)) < sum(GROUPS[noun].values())
+
+
+def few_groups(entries: EntrySequence[Any], noun: str) -> str:
     """What to say where there are fewer groups than the parts need."""
     n, needed = len(set(entries.groups)), GROUPS[noun]
     least = sum(needed.values())
-    if n >= least:
-        return []
     parts = ", ".join(f"{k} {what}" for what, k in needed.items())
-    text = f"too few groups of {noun}: {n}, and {least} are needed ({parts})"
-    return [f"{text}: give {least - n} more"]
+    return f"too few groups of {noun}: {n}, and {least} are needed ({parts}): give {least - n} more"
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,8 @@ def vocabulary(
 ) -> pd.DataFrame:
     """The tokens that each direction promotes and suppresses most (`VOCABULARY_COLUMNS`).
 
+    A logit lens, or a Jacobian one, on directions.
+
     By TransformerLens's `logit_readout`, the model's final norm and unembedding, of the direction
     alone: half of what it gives for d less what it gives for -d, so that biases cancel, and less
     its mean over the vocabulary, which no prediction depends on. By a Jacobian lens the direction

@@ -5,35 +5,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.sequence import one_of_each_in_turn
-from steerlens.engine.checkpoint import Tensors, once
 from steerlens.engine.continuations import own_texts, until_end
 from steerlens.engine.engine import Engine
-from steerlens.engine.tokenization import (
-    TokenizedPrompt,
-    fingerprint,
-    tokenize_items,
-    tokenize_pairs,
-)
+from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
 from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.measure.effects import Sides, preference_gaps
-from steerlens.measure.scorers import Concept, Written
-from steerlens.models.identity import provenance
+from steerlens.measure.scorers import Concept
+from steerlens.measure.writing import Subject, Writer
 from steerlens.progress import silent
-from steerlens.steering.generation import decoded, generate_texts
 
 N_ITEMS = 32
 """Most items of a part, one of each group in turn."""
-N_SCORED_PAIRS = 2
-"""Pairs after whose prompts a text is scored."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +114,7 @@ class Behaviour:
         n_tokens: int,
     ) -> "Behaviour":
         """What is written after the prompts, scored by the pairs."""
-        scorer = Concept(engine.model, pairs, N_SCORED_PAIRS, engine.batch_size)
+        scorer = Concept(engine.model, pairs, batch_size=engine.batch_size)
         return cls(prompts, scorer, n_tokens)
 
     @property
@@ -137,47 +126,28 @@ class Behaviour:
         self, engine: Engine, jobs: Sequence[Job]
     ) -> tuple[Float[np.ndarray, " unit"], list[Float[np.ndarray, "coefficient unit"]]]:
         """The scores of greedy texts unsteered, and the change of each by every job."""
-        unsteered = self._scores(engine, jobs[0].hook_name, jobs[0].direction, 0.0)
-        cells = [(job, coefficient) for job in jobs for coefficient in job.coefficients]
-        rows: list[NDArray[np.float64]] = []
-        engine.progress("texts", 0, len(cells))
-        for job, coefficient in cells:
-            scores = self._scores(engine, job.hook_name, job.direction, coefficient)
-            rows.append(scores - unsteered)
-            engine.progress("texts", len(rows), len(cells))
-        ends = np.cumsum([len(job.coefficients) for job in jobs])[:-1]
-        return unsteered, np.split(np.stack(rows), ends)
+        writer = Writer(
+            model=engine.model,
+            prompts=tuple(self.prompts),
+            scorers={self.scorer.name: self.scorer},
+            samples=1,
+            seed=None,
+            max_new_tokens=self.n_tokens,
+            positions="all",
+            batch_size=engine.batch_size,
+            checkpoint=engine.checkpoint,
+        )
 
-    def _scores(
-        self, engine: Engine, hook_name: str, direction: Tensor, coefficient: float
-    ) -> NDArray[np.float64]:
-        model = engine.model
+        def scores(subject: Subject) -> Float[np.ndarray, "strength unit"]:
+            cells = writer.cells(subject, silent)
+            return np.stack([cell.scores[self.scorer.name][:, 0] for cell in cells])
 
-        def measure() -> Tensors:
-            texts = generate_texts(
-                model,
-                self.prompts,
-                {hook_name: direction},
-                [coefficient],
-                max_new_tokens=self.n_tokens,
-                batch_size=engine.batch_size,
-                progress=silent,
-            )
-            written = [
-                Written(
-                    prompt.where,
-                    decoded(model, text.ids),
-                    tuple(prompt.prompt),
-                    text.ids,
-                    text.ended,
-                )
-                for prompt, text in zip(self.prompts, texts, strict=True)
-            ]
-            return {"scores": torch.tensor(self.scorer(written), dtype=torch.float64)}
-
-        decided = ("behaviour", provenance(model).to_dict(), fingerprint(self.prompts))
-        of_scorer = (self.scorer.pairs.fingerprint, self.scorer.n_pairs, self.n_tokens)
-        at = () if coefficient == 0 else (hook_name, direction)
-        kept = once(engine.checkpoint, (*decided, *of_scorer, *at, coefficient), measure)
-        scores: NDArray[np.float64] = kept["scores"].numpy()
-        return scores
+        [unsteered] = scores(Subject("unsteered"))
+        changes: list[NDArray[np.float64]] = []
+        engine.progress("texts", 0, len(jobs))
+        for job in jobs:
+            vector = {job.hook_name: job.direction}
+            steered = scores(Subject("steered", job.hook_name, vector, job.coefficients))
+            changes.append(steered - unsteered)
+            engine.progress("texts", len(changes), len(jobs))
+        return unsteered, changes

@@ -32,6 +32,7 @@ from steerlens.measure.choosing import (
     Prompts,
     choose_coefficients,
     few_groups,
+    has_few_groups,
     open_prompts,
     separation,
     steered,
@@ -190,14 +191,15 @@ def recommend(
     if allowed.kind.startswith("rollout"):
         raise InputError(f"the budget {allowed} cannot be predicted; take kl=0.1 or another")
     settings = Settings(str(allowed), "own", seed, OWN_TOKENS)
-    short = [few_groups(pairs, "pairs"), *([] if items is None else [few_groups(items, "items")])]
+    data = {"pairs": pairs} | ({} if items is None else {"items": items})
+    reasons = tuple(few_groups(of, noun) for noun, of in data.items() if has_few_groups(of, noun))
     about = {
         "settings": asdict(settings),
         "pairs": pairs.name,
         "items": None if items is None else items.name,
         "model": provenance(model).to_dict(),
     }
-    if reasons := tuple(chain(*short)):
+    if reasons:
         return _refused(reasons, about)
     engine = Engine(model, batch_size, progress=by_default(progress), checkpoint=checkpoint)
     parts = Parts.of(pairs, items, seed)

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from steerlens.engine.workload import Baseline, CellOutput
 from steerlens.errors import InputError
-from steerlens.loss import (
-    Budget,
-    contrastive_steering_loss,
-    contrastive_steering_loss_noref,
-)
+from steerlens.loss import Budget, coherence_penalty, contrastive_steering_loss_noref
 from steerlens.measure.settings import StudySettings
 from steerlens.models.hooks import hook_layer
 from steerlens.stats import intervals, ratio_interval
@@ -24,58 +20,62 @@ from steerlens.tables import Row
 from steerlens.validation import checked
 
 
+def by_pair(
+    cell: CellOutput, unsteered: CellOutput, direction: Float[Tensor, " d_model"]
+) -> Float[Tensor, "4 pair"]:
+    """What a cell's numbers are made of: projection, its shift, separation, logprob; float64.
+
+    `direction` is the readout hook's unit direction.
+    """
+    unit = direction.double().cpu()
+    positive, difference = cell.positive.double(), cell.positive.double() - cell.negative.double()
+    shift = (positive - unsteered.positive.double()) @ unit
+    norm = difference.norm(dim=-1)
+    return torch.stack([difference @ unit, shift, norm, cell.logprob.double()])
+
+
 def measure(
-    cell: CellOutput,
-    unsteered: CellOutput,
-    direction: Float[Tensor, " d_model"],
+    coefficient: float,
+    values: Float[Tensor, "4 pair"],
+    baseline: Float[Tensor, " pair"],
     settings: StudySettings,
     groups: Sequence[int],
 ) -> Row:
-    """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own).
+    """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own), from those `by_pair`.
 
-    `direction` is the readout hook's unit direction, `groups` the pairs' groups, by which intervals
-    go. Means and the loss are over pairs, in float64.
+    `baseline` is the unsteered logprob, `groups` the pairs' groups, by which intervals go. Means
+    and the loss are over pairs, in float64.
     """
-    unit = direction.double().cpu()
-    positive, negative = cell.positive.double(), cell.negative.double()
-    logprob, baseline = cell.logprob.double(), unsteered.logprob.double()
+    baseline = baseline.double()
     mean_baseline = float(baseline.mean())
     row: dict[str, Any] = {
-        "coefficient": cell.coefficient,
-        "n_pairs": len(logprob),
+        "coefficient": coefficient,
+        "n_pairs": len(baseline),
         "n_groups": len(set(groups)),
         "baseline_logprob_nats": mean_baseline,
         "coherent": "no",
     }
-    if not all(bool(part.isfinite().all()) for part in (positive, negative, logprob)):
+    if not bool(values.isfinite().all()):
         warnings.warn(
-            f"NaN or inf at coefficient {cell.coefficient:g}: the cell is left undefined",
+            f"NaN or inf at coefficient {coefficient:g}: the cell is left undefined",
             RuntimeWarning,
             stacklevel=2,
         )
         return row
-    projection = (positive - negative) @ unit
+    projection, shift, separation, logprob = values
     degradation = baseline - logprob
-    loss = contrastive_steering_loss(
-        positive,
-        negative,
-        logprob,
-        unit,
-        baseline,
-        margin=settings.margin,
-        weight=settings.weight,
-    )
+    penalty = coherence_penalty(logprob, baseline, margin=settings.margin, weight=settings.weight)
     ends = _intervals({"projection": projection, "degradation": degradation}, settings, groups)
     allowance = Budget.parse(settings.budget).allowance(mean_baseline)
     return row | {
         **ends,
         "projection": float(projection.mean()),
-        "projection_shift": float(((positive - unsteered.positive.double()) @ unit).mean()),
-        "separation": float((positive - negative).norm(dim=-1).mean()),
+        "projection_shift": float(shift.mean()),
+        "separation": float(separation.mean()),
         "logprob_nats": float(logprob.mean()),
         "degradation_nats": float(degradation.mean()),
-        "coherence_penalty": float(loss.coherence_penalty),
-        "loss": float(loss.loss),
+        "coherence_penalty": float(penalty),
+        "loss": float(penalty - projection.mean()),
         "coherent": is_within(
             ends["degradation_ci_low"], ends["degradation_ci_high"], allowance=allowance
         ),

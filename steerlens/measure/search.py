@@ -10,6 +10,7 @@ the bend is at 0, as a second difference does.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -18,16 +19,22 @@ from numpy.typing import NDArray
 from steerlens.progress import Progress, silent
 from steerlens.stats import intervals
 
-FIRST_STEP = 1.25
+FIRST_STEP = 1.2
 """How far beyond the prediction the first evaluation lies: predictions tend to be too small."""
-_SURE, _SURE_ALONE = 0.05, 0.025
-"""How much an estimate may depend on a bend that was measured elsewhere; with one side alone."""
-_NEAREST, _FARTHEST = 1.015, 1.3
-"""How far from what was measured an estimate may lie whatever it depends on, and may at most."""
+_SURE, _SURE_BEYOND, _SURE_ALONE = 0.018, 0.014, 0.006
+"""How much doubt a crossing may be in: between what was measured, beyond it, with one side alone.
+It is off by 0.4 times as much (as a log) in the median, nine in ten by less than 1.2 times."""
+_SURE_NEAR, _SURE_FAR = 0.2, 0.12
+"""How much doubt the ends of an interval may be in, which are known less well than they matter."""
+_CHANGE, _LEAST_CHANGE = 0.25, 0.15
+"""By which share bends are taken to change where one alone is known, and at least."""
+_NEAREST, _FARTHEST = 1.015, 1.8
+"""How far from what was measured a crossing may lie whatever its doubt, and may at most."""
 _GUESSED = 1.05
 """How far from it may lie what is no crossing of the curve, but between a loss and a ceiling."""
-_REACH = 1.7
-"""How far beyond what was measured an interval may end."""
+_REACH, _NEAR_0 = 1.8, 4.0
+"""How far beyond what was measured an interval's end is looked for at a time, and how far before
+the crossing: nearer to 0 rounding would decide a bend."""
 _APART = 1.04
 _HELD = 2.0
 _MAX_ROUNDS = 12
@@ -35,11 +42,23 @@ _MAX_FOR_ENDS = 4
 _WIDE_GAP = 1.6
 _STEEPEST = 6.0
 _GRID = 3000
+_CHOICES = 25
+_FLAT = 1e6
 _INTERVAL_GRID = 160
 UNDEFINED = 10.0
 """Times the allowance: a loss beyond that bounds the search, and is not interpolated."""
 
 Points = tuple[tuple[float, float], ...]
+
+
+class Place(NamedTuple):
+    """Where a curve crosses: the coefficient, and how far it moves with the bend there.
+
+    `moves` is in logs of `c` for each e-fold of the bend, 0.5 without a slope.
+    """
+
+    c: float
+    moves: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -82,8 +101,8 @@ class Line:
     """The smallest coefficient seen at which D is undefined, or far beyond the allowance."""
 
     def measured(self, c: float, loss: float) -> "Line":
-        """The line with D(c) added; one far beyond the allowance as a ceiling."""
-        if not loss <= UNDEFINED * self.allowance:
+        """The line with D(c) added; one far beyond allowance and slope as a ceiling."""
+        if not loss <= UNDEFINED * (self.allowance + abs(self.curve.slope) * c):
             return replace(self, ceiling=min(c, self.ceiling))
         bend = (loss - self.curve.slope * c) / c**2
         ahead = tuple(sorted({**dict(self.curve.ahead), c: bend}.items()))
@@ -114,8 +133,8 @@ class Line:
                 at = math.inf
         return replace(self, at=max(at, low))
 
-    def wanted(self) -> float | None:
-        """Where D has to be known before the estimate can be relied on; None where it can."""
+    def wanted(self, ends: Sequence[Place] = ()) -> float | None:
+        """Where D has to be known before crossing and ends are certain; None where they are."""
         points = [c for c, _ in self.curve.ahead]
         if not points or self.at == math.inf:
             return None if points else self.at
@@ -129,32 +148,71 @@ class Line:
             # By its slope it crossed before: look half way, lest it did and came back.
             return first / 2
         nearest = min(points, key=lambda c: abs(math.log(c / at)))
-        far = abs(math.log(nearest / at))
-        if far > math.log(_NEAREST) and far > self._far_enough():
-            return at
+        if self._is_guess():
+            if abs(math.log(nearest / at)) > math.log(_GUESSED):
+                return at
+        elif (best := self._best(points, ends)) is not None:
+            return best
         return self._doubtful_middle(points, nearest)
 
-    def _far_enough(self) -> float:
-        """How far from what was measured the estimate may lie: `|log|` of their ratio.
+    def _is_guess(self) -> bool:
+        """Whether the estimate is no crossing of the curve."""
+        return float(self.curve.loss(np.array([self.at]))[0]) < 0.99 * self.allowance
 
-        Where the bend there differs by a share, the crossing moves by that times
-        `c^2 bend / (c D'(c))`: a half without a slope, less where the slope spends the allowance,
-        more where it earns some.
+    def _best(self, points: Sequence[float], ends: Sequence[Place]) -> float | None:
+        """Where a loss settles most of the places in doubt, crossing and ends; None without doubt.
+
+        The doubt of a place: how far it lies from what was measured, as a log, times how much bends
+        were seen to change, times how far it moves with them.
         """
-        at, slope = self.at, self.curve.slope
-        [bend] = self.curve.bend(np.array([at])).tolist()
-        if slope * at + bend * at**2 < 0.99 * self.allowance:
-            return math.log(_GUESSED)
-        sure, rise = _SURE if self.curve.behind else _SURE_ALONE, slope + 2 * at * bend
-        return min(math.log(_FARTHEST), sure * rise / abs(bend * at)) if rise > 0 and bend else 0.0
-
-    def wanted_for(self, end: float) -> float | None:
-        """Where D has to be known too for an end of the interval that lies beyond; None if not."""
-        points = [c for c, _ in self.curve.ahead]
-        end = min(end, 2 * self.at, self.limit, self.ceiling)
-        if self.at == math.inf or end <= _REACH * points[-1] or len(points) >= _MAX_FOR_ENDS:
+        sure = _SURE if self.at <= points[-1] else _SURE_BEYOND
+        sure = sure if self.curve.behind else _SURE_ALONE
+        change = self._change()
+        bent = max(change, self._change_inward())
+        sought = [(self.at, max(bent * self._moves() / sure, 1 / math.log(_FARTHEST)))]
+        if len(points) < _MAX_FOR_ENDS:
+            last = max(points[-1], self.at)
+            reach = min(_REACH * last, self.limit, math.sqrt(last * self.ceiling))
+            sought += [
+                (
+                    min(max(c, self.at / _NEAR_0), reach),
+                    change * moves / (_SURE_NEAR if c < self.at else _SURE_FAR),
+                )
+                for c, moves in ends
+                if not math.isnan(c)
+            ]
+        places, weights = np.array(sought).T
+        at, known = np.log(places), np.log(points)
+        choices = np.append(at, np.linspace(at.min(), at.max(), _CHOICES))
+        far = np.abs(at - known[:, None]).min(axis=0)
+        if not (weights * far)[far > math.log(_NEAREST)].max(initial=0.0) > 1:
             return None
-        return math.sqrt(max(self.at, points[-1]) * end)
+        left = weights * np.minimum(far, np.abs(at - choices[:, None]))
+        order = np.lexsort([(left**2).sum(axis=1), (left > 1).sum(axis=1)])
+        return float(np.exp(choices[order[0]]))
+
+    def _change(self) -> float:
+        """The share of the largest bend by which neighbours differ at most, one behind included."""
+        bends = np.array([bend for _, bend in (*self.curve.behind[-1:], *self.curve.ahead)])
+        if len(bends) == 1:
+            return _CHANGE
+        steps, largest = float(np.abs(np.diff(bends)).max()), float(np.abs(bends).max())
+        return max(steps / largest, _LEAST_CHANGE) if largest else _LEAST_CHANGE
+
+    def _change_inward(self) -> float:
+        """What the two innermost points change by for an e-fold of c, if the estimate is nearer."""
+        if len(self.curve.ahead) < 2 or self.at >= self.curve.ahead[0][0]:
+            return 0.0
+        (c, bend), (further, other) = self.curve.ahead[:2]
+        largest = max(abs(bend), abs(other))
+        is_apart = further > _APART * c and largest > 0
+        return abs(bend - other) / largest / math.log(further / c) if is_apart else 0.0
+
+    def _moves(self) -> float:
+        """Of the estimate: where the bend differs by a share, by `c^2 bend / (c D'(c))` of that."""
+        [bend] = self.curve.bend(np.array([self.at])).tolist()
+        rise = self.curve.slope + 2 * self.at * bend
+        return abs(bend * self.at) / rise if rise > 0 else _FLAT
 
     def _doubtful_middle(self, points: Sequence[float], nearest: float) -> float | None:
         """A coefficient to look at, where the estimate lies in a wide gap that the curve leaps.
@@ -190,7 +248,7 @@ def search(
     evaluate: Evaluate,
     *,
     opposite: Mapping[int, int] | None = None,
-    far_end: Callable[[int, Line], float] | None = None,
+    ends: Callable[[int, Line], Sequence[Place]] | None = None,
     progress: Progress = silent,
 ) -> list[Line]:
     """Search all lines side by side: `Line.at` of each is its boundary.
@@ -203,7 +261,7 @@ def search(
         lines: Each at the coefficient to begin with.
         evaluate: See `Evaluate`.
         opposite: Index of a line -> that of the line whose c > 0 is its own c < 0.
-        far_end: The far end of a line's interval, given its index; None where nobody asks for it.
+        ends: The ends of a line's interval, given its index; None where nobody asks for them.
         progress: Told of the lines that have settled.
     """
     found = list(lines)
@@ -222,8 +280,8 @@ def search(
         for k in sorted(changed):
             line = found[k]
             next_one = line.wanted()
-            if next_one is None and far_end is not None and line.at < math.inf:
-                next_one = line.wanted_for(far_end(k, line))
+            if ends is not None and line.curve.ahead and line.at < math.inf:
+                next_one = line.wanted(ends(k, line))
             if next_one is not None:
                 wanted[k] = min(next_one, line.limit)
         progress("lines settled", len(found) - len(wanted), len(found))
@@ -291,7 +349,7 @@ def crossing_interval(
     groups: Sequence[int],
     seed: int,
     n_bootstrap: int,
-) -> tuple[float, float]:
+) -> tuple[Place, Place]:
     """Between which distances the mean loss of other prompts may cross its allowance, with 95%.
 
     At every distance the loss beyond the allowance has an `interval` over prompts, by group; low
@@ -307,12 +365,21 @@ def crossing_interval(
         groups: As of `interval`, and so are `seed` and `n_bootstrap`.
     """
     grid = interval_grid(line)
-    beyond = prompt_losses(line, slopes, losses, grid) - allowed[:, None]
+    every = prompt_losses(line, slopes, losses, grid)
+    beyond = every - allowed[:, None]
     lower, upper = intervals(beyond.T, groups=groups, seed=seed, n_bootstrap=n_bootstrap)
     if np.isnan(lower).any():
-        return math.nan, math.nan
-    low, high = first_crossings(grid, np.stack([upper, lower]), np.zeros(2))
-    return float(low), float(high)
+        return Place(math.nan), Place(math.nan)
+    ends = np.stack([upper, lower])
+    mean = beyond.mean(axis=0)
+    bent = np.abs(every.mean(axis=0) - line.curve.slope * grid) + np.abs(ends - mean)
+    rises = np.gradient(ends[:, 1:], np.log(grid[1:]), axis=1)
+    places = []
+    for c, of, rise in zip(first_crossings(grid, ends, np.zeros(2)), bent, rises, strict=True):
+        i = int(np.searchsorted(grid, c).clip(1, len(grid) - 1))
+        places.append(Place(float(c), of[i] / rise[i - 1] if rise[i - 1] > 0 else 1.0))
+    low, high = places
+    return low, high
 
 
 def interval_grid(line: Line, n_points: int = _INTERVAL_GRID) -> Float[np.ndarray, " c"]:
@@ -349,7 +416,10 @@ def interpolated(
     far out.
     """
     # Points a little apart: between nearer ones rounding would decide the slope.
-    apart = [*(np.flatnonzero(np.abs(np.diff(at)) > (_APART - 1) * np.abs(at[1:]))), len(at) - 1]
+    apart = [len(at) - 1]
+    for i in reversed(range(len(at) - 1)):
+        if abs(at[apart[0]] - at[i]) > (_APART - 1) * abs(at[apart[0]]):
+            apart.insert(0, i)
     at, values = at[apart], values[apart]
     if len(at) == 1:
         return np.repeat(values, len(c), axis=0)

@@ -36,9 +36,13 @@ class StudySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepSettings(StudySettings):
-    """Of a sweep also the coefficients: in residual units, or as text in norms or boundaries."""
+    """Of a sweep also the coefficients: in residual units, or as text in norms or boundaries.
+
+    `dense` is how many evenly spaced ones were asked for, of which most are interpolated.
+    """
 
     coefficients: tuple[float | str, ...]
+    dense: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

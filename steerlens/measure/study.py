@@ -21,7 +21,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
 from steerlens.steering import Coefficient, SteeringVector
 from steerlens.tables import LAYER_COLUMNS, to_frame
-from steerlens.validation import Angles, checked
+from steerlens.validation import Angles, Count, checked
 
 
 @checked
@@ -100,7 +100,9 @@ class Study(Preparation):
         rows = list(self.layer_rows.values())
         return to_frame(rows, LAYER_COLUMNS, self.record(self.settings, since=before))
 
-    def sweep(self, coefficients: Sequence[Coefficient] = COEFFICIENTS) -> SweepResult:
+    def sweep(
+        self, coefficients: Sequence[Coefficient] = COEFFICIENTS, *, dense: Count | None = None
+    ) -> SweepResult:
         """Measure projection against logprob degradation at every hook and coefficient.
 
         In a cell at hook L with coefficient c the positive prompts run with `+c * direction` and
@@ -115,6 +117,11 @@ class Study(Preparation):
             coefficients: What multiplies the directions. Numbers are residual units; "0.1 norm"
                 is so much of each hook's mean residual norm; "80%" of its coherence boundary, which
                 is then measured first. Default: up to a tenth of the norm (`COEFFICIENTS`).
+            dense: Also so many coefficients, evenly spaced from the lowest to the highest. Those of
+                `coefficients` and some 8 evenly spaced ones a hook are run, more, up to 16, where
+                these do not do; between them a cubic spline, pair by pair. Each but the two ends is
+                left out in turn (`left_out_error`); beyond 1% of the curve's range a warning says
+                so. Default: none.
 
         Returns:
             One row a cell, one a hook, one a pair and hook; 95% intervals over the pairs' groups. A
@@ -123,11 +130,12 @@ class Study(Preparation):
 
         Raises:
             InputError: Coefficients that are not finite, a budget of a divergence, a readout
-                without a direction, prompts that cannot be used.
+                without a direction, prompts that cannot be used; `dense` without two coefficients
+                in one unit.
             ModelError: The unsteered model is not finite on the pairs.
             WorkerError: A worker failed, after what the others finished was kept.
         """
-        return run_sweep(self, coefficients)
+        return run_sweep(self, coefficients, dense)
 
     def boundary(
         self,
@@ -142,10 +150,11 @@ class Study(Preparation):
         when `coefficient * direction` is added to the text. A later coefficient that was seen to be
         within the budget again is in `reentry_*`. One forward and two backward passes predict all
         boundaries; the search starts there and evaluates all hooks and both signs in batched runs,
-        each again until its boundary and the far end of its interval lie near what was measured. A
-        95% interval reaches from where the loss beyond the allowance may be 0 to where it must be
-        above, by its own interval over groups there (`crossing_interval`); an end beyond 1.7 times
-        what was measured is that of a curve drawn on, and may lie too far out. Of a percentile over
+        each again until its boundary and the ends of its interval lie near enough to what was
+        measured, by how much the loss was seen to bend. A 95% interval reaches from where the loss
+        beyond the allowance may be 0 to where it must be above, by its own interval over groups
+        there (`crossing_interval`). Once a push has been evaluated four times no more are spent on
+        its ends, and one beyond what was measured is that of a curve drawn on. Of a percentile over
         tokens it is that of resampled prompts.
         `projection_at_boundary` is the projection of the cell at `boundary_pos`, on a line through
         c = 0 and the coefficient measured nearest to the boundary.
@@ -313,9 +322,10 @@ def sweep(
     directions: Directions | SteeringVector,
     *,
     coefficients: Sequence[Coefficient] = COEFFICIENTS,
+    dense: Count | None = None,
     **settings: Any,
 ) -> SweepResult:
-    """`Study(model, pairs, directions, **settings).sweep(coefficients)`.
+    """`Study(model, pairs, directions, **settings).sweep(coefficients, dense=dense)`.
 
     What each is, and what is raised, is told at `Study` and `Study.sweep`.
 
@@ -330,7 +340,7 @@ def sweep(
         [-8.00, 0.00, 8.00]
     """
     study = Study(model, pairs, directions, **settings)
-    return study.sweep(coefficients)
+    return study.sweep(coefficients, dense=dense)
 
 
 @checked

@@ -1,20 +1,31 @@
 """The grid of cells: every hook at every coefficient, as tables."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import pandas as pd
+from jaxtyping import Float
+from torch import Tensor
 
 from steerlens.directions.directions import Directions
 from steerlens.engine.checkpoint import Kept, digest
 from steerlens.engine.plan import finished_cells
-from steerlens.engine.workload import Finished, Job
+from steerlens.engine.workload import Finished
 from steerlens.errors import InputError
 from steerlens.measure.boundary import run_boundary
+from steerlens.measure.dense import (
+    curve,
+    first_cells,
+    left_out_errors,
+    more_cells,
+    warn_of_errors,
+    with_dense,
+)
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.rows import (
     as_asked,
+    by_pair,
     check_logprob_budget,
     checked_coefficients,
     measure,
@@ -78,19 +89,17 @@ class SweepResult:
         return fragment([repr(self), *measured(self.table.attrs)], pd.DataFrame(rows), note=note)
 
 
-def run_sweep(study: Preparation, coefficients: Sequence[Coefficient]) -> SweepResult:
+def run_sweep(
+    study: Preparation, coefficients: Sequence[Coefficient], dense: int | None = None
+) -> SweepResult:
     """`Study.sweep`."""
     before = study.spent
     check_logprob_budget(study.settings.budget)
     study.check_readouts()
-    settings = SweepSettings(
-        **vars(study.settings), coefficients=checked_coefficients(coefficients)
-    )
-    amounts = _amounts(study, settings.coefficients)
-    jobs = [
-        of.job(tuple(dict.fromkeys(c for c in amounts[name] if c != 0)))
-        for name, of in study.interventions.items()
-    ]
+    asked = checked_coefficients(coefficients)
+    every = asked if dense is None else with_dense(asked, dense)
+    settings = SweepSettings(**vars(study.settings), coefficients=every, dense=dense)
+    amounts = _amounts(study, every)
     baseline, checkpoint, known = study.baseline, study.engine.checkpoint, {}
     if checkpoint is not None:
         of = _fingerprint(study, settings)
@@ -98,10 +107,21 @@ def run_sweep(study: Preparation, coefficients: Sequence[Coefficient]) -> SweepR
         known = {name: hook for name, hook in kept.items() if hook is not None}
         study.engine.cost.blocks += sum(hook.blocks for hook in known.values())
     rows: dict[str, Sequence[Row]] = {name: hook.rows for name, hook in known.items()}
-    for name, hook in _finished_hooks(study, settings, amounts, jobs, known):
+    first = {
+        name: {*of} if dense is None else first_cells(of, [of[every.index(c)] for c in asked])
+        for name, of in amounts.items()
+    }
+    for name, hook in _finished_hooks(study, settings, amounts, first, known):
         rows[name] = hook.rows
         if checkpoint is not None:
             checkpoint.keep(name, of, hook)
+    if dense is not None:
+        errors = {
+            name: max([0.0, *(e for e in (row["left_out_error"] for row in of) if e >= 0)])
+            for name, of in rows.items()
+            if not all(row["exact"] for row in of)
+        }
+        warn_of_errors(errors)
     attrs = study.record(settings, since=before)
     ids = [pair.id for pair in study.pairs]
     points = [
@@ -160,55 +180,85 @@ def _finished_hooks(
     study: Preparation,
     settings: SweepSettings,
     amounts: Mapping[str, Sequence[float]],
-    jobs: Sequence[Job],
+    first: Mapping[str, Collection[float]],
     known: Mapping[str, Kept],
 ) -> Iterator[tuple[str, Kept]]:
-    """The hooks that are not known, each when its cells are finished."""
+    """The hooks that are not known, each when its cells are finished.
+
+    Those whose `first` cells do not make a dense curve are gone through once more.
+    """
     plan = (
-        study.plan if any(job.coefficients for job in jobs) else None
+        study.plan if any(c for of in first.values() for c in of) else None
     )  # before the first cell is told of
     n_of_hook = len(settings.coefficients)
     n_done, n_cells = n_of_hook * len(known), n_of_hook * len(study.hook_names)
     tell = study.engine.progress
     tell("cells", n_done, n_cells)
-    finished: Iterator[tuple[str, Finished | None]]
-    if plan is None:
-        finished = ((name, None) for name in study.hook_names if name not in known)
-    else:
-        passed = {job for job in jobs if job.hook_name in known}
-        finished = ((f.job.hook_name, f) for f in finished_cells(plan, jobs, known=passed))
-    for name, done in finished:
-        hook = _finished_hook(study, settings, amounts[name], name, done)
-        for _ in hook.rows:
-            n_done += 1
-            tell("cells", n_done, n_cells)
-        yield name, hook
+    values: dict[str, dict[float, Tensor]] = {}
+    blocks = dict.fromkeys(study.hook_names, 0)
+    again: dict[str, Collection[float]] = {}
+    # What was known is passed again where it was run again, so that the rest costs the same.
+    passed = {name: {1.0} for name, hook in known.items() if _was_run_again(hook, first[name])}
+    for cells in (first, again):
+        jobs = [
+            of.job(tuple(c for c in dict.fromkeys(amounts[name]) if c != 0 and c in cells[name]))
+            for name, of in study.interventions.items()
+            if name in cells
+        ]
+        finished: Iterator[tuple[str, Finished | None]]
+        if plan is None:
+            finished = ((name, None) for name in cells if name not in known)
+        else:
+            of_known = {job for job in jobs if job.hook_name in known}
+            finished = ((f.job.hook_name, f) for f in finished_cells(plan, jobs, known=of_known))
+        for name, done in finished:
+            readout = study.readouts[name]
+            unsteered, direction = study.baseline.cell(readout), study.read_along[readout]
+            of_hook = values.setdefault(name, {0.0: by_pair(unsteered, unsteered, direction)})
+            for cell in done.cells if done else ():
+                of_hook[cell.coefficient] = by_pair(cell, unsteered, direction)
+            blocks[name] += done.blocks if done else 0
+            if cells is first and settings.dense is not None:
+                more = more_cells(amounts[name], of_hook)
+                if more:
+                    again[name] = more
+                    continue
+            rows = _rows(study, settings, amounts[name], name, values.pop(name))
+            for _ in rows:
+                n_done += 1
+                tell("cells", n_done, n_cells)
+            yield name, Kept(rows=rows, blocks=blocks[name])
+        again |= passed
 
 
-def _finished_hook(
+def _was_run_again(hook: Kept, first: Collection[float]) -> bool:
+    run = {row["coefficient"] for row in hook.rows if row["exact"]}
+    return len(run - {0.0}) > len({*first} - {0.0})
+
+
+def _rows(
     study: Preparation,
     settings: SweepSettings,
     amounts: Sequence[float],
     hook_name: str,
-    finished: Finished | None,
-) -> Kept:
-    """The rows of a hook's cells, and what the cells took; nothing is run for c = 0 alone."""
-    readout = study.readouts[hook_name]
-    unsteered, direction = study.baseline.cell(readout), study.read_along[readout]
-    cells = {cell.coefficient: cell for cell in (finished.cells if finished else ())}
-    where = {"hook_name": hook_name, "layer": hook_layer(hook_name), "readout_hook": readout}
-    rows = tuple(
+    values: Mapping[float, Float[Tensor, "4 pair"]],
+) -> tuple[Row, ...]:
+    """The rows of a hook's cells, from those that were run."""
+    head = {"hook_name": hook_name, "layer": hook_layer(hook_name)}
+    head["readout_hook"] = study.readouts[hook_name]
+    of = (study.baseline.logprob, settings, study.pairs.groups)
+    errors = {} if settings.dense is None else left_out_errors(values)
+    at = None if settings.dense is None else curve(values)
+    return tuple(
         {
-            **where,
+            **head,
             "asked": as_asked(asked),
-            **measure(
-                unsteered if c == 0 else cells[c],
-                *(unsteered, direction, settings, study.pairs.groups),
-            ),
+            "exact": c in values,
+            "left_out_error": errors.get(c, math.nan),
+            **measure(c, at(c) if at and c not in values else values[c], *of),
         }
         for asked, c in zip(settings.coefficients, amounts, strict=True)
     )
-    return Kept(rows=rows, blocks=finished.blocks if finished else 0)
 
 
 def _fingerprint(study: Preparation, settings: SweepSettings) -> str:

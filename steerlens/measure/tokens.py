@@ -45,10 +45,11 @@ from steerlens.models.loading import inference
 from steerlens.progress import Progress, by_default, part_of
 from steerlens.steering import (
     Coefficient,
+    Generated,
     Steerable,
     SteeringVector,
     decoded,
-    generate_tokens,
+    generate_texts,
     steer,
     steps,
 )
@@ -368,21 +369,39 @@ def generation_table(
     at = one_hook(model, along, layer)
     strengths = strengths_at(at, coefficients)
     names, tokenized = named_prompts(model, prompts, ids)
-    rows: list[Row] = []
-    tell, total = by_default(progress), len(names) * len(strengths)
-    tell("continuations", 0, total)
-    for name, prompt in zip(names, tokenized, strict=True):
-        for coefficient, amount in strengths.items():
-            rows.append(
-                {
-                    "prompt": name,
-                    "hook_name": at.hook_name,
-                    "layer": hook_layer(at.hook_name),
-                    "coefficient": amount,
-                    **_continued(model, prompt, at, coefficient, max_new_tokens),
-                }
-            )
-            tell("continuations", len(rows), total)
+    n_ctx, groups = context_length(model), dict[int, list[int]]()
+    for i, prompt in enumerate(tokenized):
+        room = max_new_tokens if n_ctx is None else min(max_new_tokens, n_ctx - len(prompt.prompt))
+        groups.setdefault(room, []).append(i)
+    texts: dict[int, list[Row]] = {}
+    tell, done = by_default(progress), 0
+    total = len(strengths) * sum(len(places) * max(0, room) for room, places in groups.items())
+    for room, places in groups.items():
+        if room < 1 <= max_new_tokens:
+            nothing = {"text": "", "n_tokens": 0, "end": "context"}
+            texts |= {i: [nothing] * len(strengths) for i in places}
+            continue
+        written = generate_texts(
+            *(model, [tokenized[i] for i in places], at.vector, [*strengths]),
+            max_new_tokens=room,
+            progress=part_of(tell, "continuations: tokens", before=done, total=total),
+        )
+        done += len(written) * room
+        is_full = room < max_new_tokens
+        for text in written:
+            of_prompt = texts.setdefault(places[text.prompt], [])
+            of_prompt.append(_ended(model, tokenized[places[text.prompt]], at, text, room, is_full))
+    rows = [
+        {
+            "prompt": name,
+            "hook_name": at.hook_name,
+            "layer": hook_layer(at.hook_name),
+            "coefficient": amount,
+            **text,
+        }
+        for i, name in enumerate(names)
+        for amount, text in zip(strengths.values(), texts[i], strict=True)
+    ]
     attrs = {
         "settings": {"max_new_tokens": max_new_tokens},
         "text": fingerprint(tokenized),
@@ -391,24 +410,19 @@ def generation_table(
     return to_frame(rows, GENERATION_COLUMNS, attrs)
 
 
-def _continued(
+def _ended(
     model: HookedModel,
     prompt: TokenizedPrompt,
     at: OneHook,
-    coefficient: Coefficient,
-    max_new_tokens: int,
+    text: Generated,
+    room: int,
+    is_full: bool,
 ) -> Row:
-    """Text, length and end of one continuation."""
-    n_ctx = context_length(model)
-    room = max_new_tokens if n_ctx is None else min(max_new_tokens, n_ctx - len(prompt.prompt))
-    if room < 1 <= max_new_tokens:
-        return {"text": "", "n_tokens": 0, "end": "context"}
-    (ids,) = generate_tokens(model, [prompt], at.vector, coefficient, max_new_tokens=room)
-    if not _is_finite(model, [*prompt.prompt, *ids], at, coefficient):
+    """Text, length and end of one continuation; `is_full` where the context had no more room."""
+    if not _is_finite(model, [*prompt.prompt, *text.ids], at, text.coefficient):
         return {"text": "", "n_tokens": 0, "end": "overflow"}
-    is_full = room < max_new_tokens
-    end = "stop" if len(ids) < room else "context" if is_full else "length"
-    return {"text": decoded(model, ids), "n_tokens": len(ids), "end": end}
+    end = "stop" if len(text.ids) < room else "context" if is_full else "length"
+    return {"text": decoded(model, text.ids), "n_tokens": len(text.ids), "end": end}
 
 
 def _is_finite(

@@ -242,8 +242,10 @@ def methods_table(
         found.append(
             {
                 "method": row["method"],
+                "hook_name": row["hook_name"],
                 "layer": row["layer"],
                 "reference": reference["method"],
+                "reference_hook_name": reference["hook_name"],
                 "reference_layer": reference["layer"],
                 "difference": float(differences[i].mean()),
                 "difference_ci_low": low,
@@ -310,13 +312,13 @@ def summarise(
         if moved is not None:
             means[:, i] += (moved - moved.mean())[(shares * len(moved)).astype(int)]
     ranks = (-means).argsort(axis=1, kind="stable").argsort(axis=1) + 1
-    kept = ("method", "layer", "coefficient", "effect", "effect_ci_low", "effect_ci_high")
+    kept = [c.name for c in SUMMARY_COLUMNS if not c.name.startswith("rank")]
     summary = []
     for i, row in enumerate(rows):
         low, high = percentile_interval(ranks[:, i].astype(np.float64))
         summary.append(
             {
-                **{name: row[name] for name in (*kept, "layer_choice", "verdict")},
+                **{name: row[name] for name in kept},
                 "rank": i + 1,
                 "rank_low": int(low),
                 "rank_high": int(high),

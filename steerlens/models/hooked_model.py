@@ -81,6 +81,11 @@ def side_of_switches(model: Any, n_tokens: int) -> int:
     return sum(n_tokens > length for length in length_switches(model))
 
 
+def is_on_one_side(model: Any, *lengths: int) -> bool:
+    """Whether the model rotates texts of these lengths by the same angles."""
+    return len({side_of_switches(model, length) for length in lengths}) == 1
+
+
 def takes_cache(model: Any) -> bool:
     """Whether the model's forward pass takes Hugging Face's cache of keys and values."""
     is_named = "past_key_values" in inspect.signature(model.forward).parameters

@@ -101,7 +101,8 @@ def at_head(
         if len(shape) != 4 or head >= shape[2] or shape[2] != (n_heads or shape[2]):
             raise HookError(
                 f"{point} holds a tensor of shape {shape}; expected [prompt, token, head, d_head] "
-                f"of {n_heads or 'at least ' + str(head + 1)} heads"
+                f"of {n_heads or 'at least ' + str(head + 1)} heads, so single heads of this model "
+                "cannot be told apart there; take block outputs or attention outputs"
             )
         changed = function(activation[:, :, head], hook=hook)
         if changed is None:

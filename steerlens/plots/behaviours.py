@@ -129,9 +129,10 @@ def behaviour_by_coefficient(table: pd.DataFrame) -> Figure:
             "tooltip": tooltip("layer", "strength", numbers=list(_MEASURES)),
         }
         grey = {"type": "area", "color": GREY, "fillOpacity": 0.18}
+        has_nulls = steered.null_low[steered.scorer == scorer].notna().any()
         curves = [
             zero_line("x"),
-            layer("cells", grey, {"x": axes["x"], **null}, where=where),
+            *([layer("cells", grey, {"x": axes["x"], **null}, where=where)] if has_nulls else []),
             layer("cells", {"type": "area", "fillOpacity": 0.18}, axes | area, where=where),
             layer("cells", {"type": "line", "point": {"size": 14}}, axes | line, where=where),
         ]

@@ -56,8 +56,8 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
         colours = heat_map(name, cells[value], unit, x=x, y=y, is_diverging=True)
         panels.append(panel([colours], title=title, size=(360, max(220, 16 * len(layers)))))
     caption = (
-        "Left: what each head and MLP wrote of the pairs' difference, projected on the direction "
-        "(residual units). Right: the estimated change of the answer logit difference by each "
+        "First: what each head and MLP wrote of the pairs' difference, projected on the direction "
+        "(residual units). Second: the estimated change of the answer logit difference by each "
         "component's change under the steering (logits)."
     )
     return make_figure("Heads and MLPs", caption, tables, panels, columns=2)

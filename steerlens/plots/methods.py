@@ -84,7 +84,8 @@ def comparison(table: Tabular) -> Figure:
     caption = (
         "Mean change of logprob(positive continuation) - logprob(negative one) on held-out items "
         "(nats per token), every method at the coefficient that spends the same budget; bars are "
-        "95% intervals over groups of items (and refits on groups of pairs: interval_over). Grey: "
+        "95% intervals over groups of items (and over refits on groups of pairs, where the table "
+        "says so). Grey: "
         "where 95% of random and of shuffled vectors at the same budget lie. Filled points are "
         "effects, or effects the other way, by the rank among the nulls at the best layer (p below "
         "0.05)."

@@ -100,7 +100,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
         f"full shade {damage:.3g}). A token shows its value under the pointer.</p>"
     )
     for number, (heading, rows) in enumerate(_groups(tokens)):
-        words = [_shown(row) for row in rows]
+        words = [shown_token(row) for row in rows]
         body += [f"<h2>{html.escape(heading)}</h2>", _text(rows, damage)]
         for name, what in (
             ("projection", "Projection, unsteered"),
@@ -236,7 +236,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
     ]
     for group in _groups_of(words, ["hook_name", "lens", "side"]):
         first = group[0]
-        told = ", ".join(f"{_shown(row)!r} {row['logit']:+.2f}" for row in group)
+        told = ", ".join(f"{shown_token(row)!r} {row['logit']:+.2f}" for row in group)
         cells = [hook_label(first["hook_name"]), first["lens"], first["side"], told]
         cells += [f"{first['random_logit']:+.2f}"]
         cells += [f"{first[name]:.3g}" for name in ("p_value", "p_layers")]
@@ -265,7 +265,7 @@ def _read_texts(texts: pd.DataFrame) -> list[str]:
             f"{first['prompt']}, mean {first['mean_projection']:+.3g}, full shade {full:.3g}"
         )
         values = [row["projection"] for row in group]
-        props = _coloured([_shown(row) for row in group], values, full, (HIGH, LOW))
+        props = _coloured([shown_token(row) for row in group], values, full, (HIGH, LOW))
         body.append(f"<p>{html.escape(heading)}</p>")
         body.append(circuitsvis_element(f"reading-{number}", "ColoredTokens", props, title=heading))
     return body
@@ -390,7 +390,7 @@ def _span(row: Mapping[str, Any], reach: float) -> str:
     # At most 70%: text has to be read on it, in light and in dark.
     by = 0.0 if math.isnan(damage) else 70 * min(abs(damage) / reach, 1)
     shade = f' style="--by:{by:.0f}"' if damage and not math.isnan(damage) else ""
-    word = html.escape(_shown(row))
+    word = html.escape(shown_token(row))
     if abs(damage) >= NUMBERED * reach:
         word = f"<ruby>{word}<rt>{damage:+.2g}</rt></ruby>"
     told = (
@@ -399,7 +399,7 @@ def _span(row: Mapping[str, Any], reach: float) -> str:
     return f'<span class="{names}"{shade} title="{html.escape(told)}">{word}</span>'
 
 
-def _shown(row: Mapping[str, Any]) -> str:
+def shown_token(row: Mapping[str, Any]) -> str:
     """A token's text; as the vocabulary spells it where the text shows nothing of it."""
     text = str(row["token"])
     seen = "".join(text.split())

@@ -148,10 +148,10 @@ def loss_geometry(geometry: Any) -> Figure:
             parts.setdefault(name, []).append(table.assign(frame=label))
     tables = {name: pd.concat(of_layers) for name, of_layers in parts.items()}
     caption = (
-        "Left: where the mean difference of the pairs (diamond) is pushed to in the plane of the "
+        "First: where the mean difference of the pairs (diamond) is pushed to in the plane of the "
         "frozen direction and the main orthogonal one, the loss there (minus the projection plus "
         "the coherence penalty), and the coherence boundary as measured, with its 95% interval "
-        "(dotted). Right: the pairs from near by; arrows are minus the gradient of each term, "
+        "(dotted). Second: the pairs from near by; arrows are minus the gradient of each term, "
         "lengths to scale within a term only: separation pushes outward, coherence to where the "
         "labels' logprob rises. Axes in residual units."
     )

@@ -35,14 +35,16 @@ from steerlens.tables import hook_label
 MOST_STANDING_OUT = 5
 PROJECTION = f"projection at the readout ({RESIDUAL})"
 COEFFICIENT = f"coefficient ({RESIDUAL})"
+RUN = "datum.exact"
+"""Of the cells of a sweep those that were run, not interpolated."""
 
 
 _HALO, _DARK = {"stroke": "white", "strokeWidth": 3.8}, {"stroke": "#1d1f21", "strokeWidth": 1.5}
 _COLUMNS = [
     *("hook_name", "layer", "coefficient", "projection", "degradation_nats", "coherent"),
-    *("projection_shift", "readout_hook"),
+    *("exact", "projection_shift", "readout_hook"),
 ]
-_DRAWN = ["layer", "number", "stands_out", *_COLUMNS[2:6]]
+_DRAWN = ["layer", "number", "stands_out", *_COLUMNS[2:7]]
 _STANDOUT = (
     "The layers that the legend names stand out: those pushed furthest within the budget, "
     "and the quartiles of the depth. A click picks a layer."
@@ -117,7 +119,12 @@ def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
         zero_line("x"),
         *_curves(axes | {"order": number("coefficient")}, cells),
         *(
-            layer("cells", point | shape, coloured, where=[f"datum.coherent == '{word}'", SHOWN])
+            layer(
+                "cells",
+                point | shape,
+                coloured,
+                where=[f"datum.coherent == '{word}'", RUN, SHOWN],
+            )
             for word, shape in _SHAPES.items()
             if (cells.coherent == word).any()
         ),
@@ -127,7 +134,8 @@ def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
         "Each curve is one layer, from the lowest coefficient to the highest: mean projection of "
         "the pairs' differences at the readout hook (residual units) against the loss of logprob "
         "of the positive prompts' labels (nats per token). Open circles are beyond the budget, "
-        "open squares undecided: the interval of their degradation reaches across it. " + _STANDOUT
+        "open squares undecided: the interval of their degradation reaches across it. Points are "
+        "cells that were run; of a dense sweep the curve between them is interpolated. " + _STANDOUT
     )
     if layers is not None:
         layers = table_of(layers, "layers")
@@ -153,10 +161,15 @@ def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
 def _curves(axes: Spec, cells: pd.DataFrame) -> list[Spec]:
     """A grey curve of every layer, and over it a coloured one of those that are shown."""
     line = axes | {"detail": {"field": "layer"}}
-    grey = {"type": "line", "color": PALE, "strokeWidth": 1, "point": {"color": PALE, "size": 8}}
+    grey = {"type": "line", "color": PALE, "strokeWidth": 1}
+    point = {"type": "point", "filled": True, "color": PALE, "size": 8}
     bold = {"type": "line", "strokeWidth": 2.4}
     colour = {"color": layer_colour(cells)}
-    return [layer("cells", grey, line), layer("cells", bold, line | colour, where=SHOWN)]
+    return [
+        layer("cells", grey, line),
+        layer("cells", point, axes, where=RUN),
+        layer("cells", bold, line | colour, where=SHOWN),
+    ]
 
 
 def boundary_places(sweep: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:

@@ -34,13 +34,19 @@ async function draw(element, spec) {
   let over = await excess();
   while (over > 0 && spec.columns > 1) { spec.columns -= 1; over = await excess(); }
   if (over > 0) {
-    spec.config.legend.orient = "bottom";
+    const layout = {bottom: {direction: "vertical"}};
+    Object.assign(spec.config.legend, {orient: "bottom", columns: 1, labelLimit: 200, layout});
     spec.config.axis.labelLimit = 100;
     over = await excess();
   }
-  if (over > 0) {
-    for (const panel of panels) panel.width = Math.max(150, panel.width - over);
-    await excess();
+  // What stands beside the panels hangs on their ticks, so on their width.
+  for (let turn = 0; over > 0 && turn < 3; turn += 1) {
+    for (const panel of panels) {
+      const isSquare = panel.width === panel.height;
+      panel.width = Math.max(120, panel.width - over);
+      if (isSquare) panel.height = panel.width;  // both axes have one unit
+    }
+    over = await excess();
   }
   return drawn.view;
 }

@@ -29,12 +29,17 @@ NEEDED: Mapping[str, Needed] = MappingProxyType(
         ),
         "circuits": Needed(("writers", "readers", "claims"), {"coefficient": (int, float, str)}),
         "geometry": Needed(("shape",), {}),
-        "behave": Needed(("behaviour",), {"samples": int}),
+        "behave": Needed(("behaviour",), {"samples": int, "prompts": list}),
         "recommend": Needed(("recommendation", "candidates"), {"budget": str}),
     }
 )
 COMMANDS = tuple(NEEDED)
 """The commands that write a run folder."""
+
+
+def text_name(prompt: int, sample: int, strength: str) -> str:
+    """What the table of tokens calls a text of `behave`: prompts from 1, samples from 0."""
+    return f"{prompt}, text {sample + 1} at {strength}"
 
 
 @dataclass(frozen=True)

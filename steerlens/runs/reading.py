@@ -1,6 +1,7 @@
 """A run folder read back: its record, its tables, the views on its pages."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from steerlens.errors import FileError
+from steerlens.errors import FileError, InputError
 from steerlens.files import read_whole, strict_json
 from steerlens.runs.contents import COMMANDS, NEEDED, PAGES, TABLES, Kind
 from steerlens.runs.record import FORMAT, PARTS, RECORD, SEAL, is_sealed
 from steerlens.runs.unfinished import read_started
+from steerlens.steering import parse_coefficient
 from steerlens.tables import read_csv
 
 MAX_NUMBER = 1e18
@@ -27,6 +29,13 @@ _KINDS: Mapping[str, Kind] = {
     "machine": dict,
     "tables": dict,
     "files": dict,
+}
+LINES = "generations.jsonl"
+_LINE: Mapping[str, Kind] = {
+    **dict.fromkeys(("prompt", "subject", "hook_name", "strength", "text", "end"), str),
+    **dict.fromkeys(("prompt_number", "sample"), int),
+    "coefficient": (int, float, type(None)),
+    "scores": dict,
 }
 _PAGES = tuple(f"{page}.html" for page in PAGES)
 # What circuitsvis draws from stands in scripts, as JSON in which no `<` does.
@@ -47,13 +56,14 @@ class Run:
     """What a command wrote into a folder: `record` is its run.json, `tables` by file name.
 
     Each table has the attrs it was written with; `views` are those on its pages of attention and
-    tokens.
+    tokens, `texts` the lines of `generations.jsonl`.
     """
 
     name: str
     record: Mapping[str, Any]
     tables: Mapping[str, pd.DataFrame]
     views: tuple[View, ...] = ()
+    texts: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
         return f"Run({self.name!r}, {self.command}, {', '.join(self.tables)})"
@@ -98,15 +108,18 @@ def read_run(folder: str | Path) -> Run:
     record = _read_record(folder)
     again = _again(folder, record)
     views: list[View] = []
+    texts: list[Mapping[str, Any]] = []
     for name, sums in record["files"].items():
         content = _read(folder / name, sums, again)
         if name in _PAGES:
             views += _views(folder / name, content, again)
+        elif name == LINES:
+            texts = _texts(folder / name, content, again)
     tables = {
         name: _read_table(folder / f"{name}.csv", entry, again)
         for name, entry in record["tables"].items()
     }
-    return Run(folder.resolve().name, record, tables, tuple(views))
+    return Run(folder.resolve().name, record, tables, tuple(views), tuple(texts))
 
 
 # The record
@@ -288,3 +301,17 @@ def _views(path: Path, content: bytes, again: str) -> list[View]:
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{str(path)!r} is not a page of steerlens ({error}); {again}") from error
     return views
+
+
+def _texts(path: Path, content: bytes, again: str) -> list[Mapping[str, Any]]:
+    """The lines of a file of texts. Raises `FileError` on what is none of `behave`."""
+    try:
+        lines = [strict_json(line) for line in content.decode().split("\n") if line]
+        for line in lines:
+            if not all(_is(line[name], kind) for name, kind in _LINE.items()):
+                raise ValueError(f"expected {', '.join(_LINE)}")
+            parse_coefficient(line["strength"])
+            json.dumps(line, ensure_ascii=False).encode()  # a lone surrogate is no text
+    except (InputError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{str(path)!r} has no texts of behave ({error}); {again}") from error
+    return lines

@@ -25,9 +25,9 @@ from steerlens.engine.positions import AFTER, parse_steered
 from steerlens.models import verification
 from steerlens.models.hooked_model import (
     HookedModel,
+    is_on_one_side,
     key_value_cache,
     last_logits_only,
-    side_of_switches,
     weight_module,
 )
 from steerlens.models.hooks import HookFunction, hooked
@@ -72,6 +72,12 @@ class Job:
         return tuple(term.name for term in parse_steered(self.positions, POSITION_NAMES))
 
     @property
+    def ends(self) -> tuple[int, int]:
+        """Tokens of the shortest prompt, and of the longest text."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        return min(lengths), max(lengths) + self.max_new_tokens
+
+    @property
     def in_prompt(self) -> bool:
         """Whether tokens before the prompt's last one may be steered."""
         return any(name in ("all", "prompt", "mask") for name in self.names)
@@ -113,16 +119,9 @@ def can_decode(model: HookedModel, job: Job) -> bool:
         key_value_cache(model) is not None
         and verification.is_untouched(model)
         and not {"think", "answer"} & set(job.names)
-        and is_on_one_side(model, job)
+        and is_on_one_side(model, *job.ends)
         and all(_proved.get(model, {}).values())
     )
-
-
-def is_on_one_side(model: HookedModel, job: Job) -> bool:
-    """Whether the model rotates by the same angles from the shortest prompt to the longest text."""
-    lengths = sorted(len(prompt) for prompt in job.prompts)
-    ends = (lengths[0], lengths[-1] + job.max_new_tokens)
-    return len({side_of_switches(model, length) for length in ends}) == 1
 
 
 def batches_of(job: Job, rows: Sequence[Row], size: int) -> Iterator[list[int]]:

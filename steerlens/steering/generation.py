@@ -13,7 +13,7 @@ from steerlens.engine.continuations import check_room, continue_prompts, end_tok
 from steerlens.engine.memory import in_slices
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
+from steerlens.models.hooked_model import HookedModel, is_on_one_side
 from steerlens.models.loading import inference
 from steerlens.models.weight_processing import check_processing
 from steerlens.progress import Progress, by_default, silent
@@ -27,7 +27,6 @@ from steerlens.steering.decoding import (
     can_decode,
     decode,
     drawing,
-    is_on_one_side,
     is_proved,
     rows_at_once,
 )
@@ -259,7 +258,7 @@ def _apart(
     """The same by `steer` and the model's own `generate`, one coefficient after another."""
     lengths = [len(prompt.prompt) for prompt in prompts]
     size = size or rows_per_pass(model, max(lengths) + job.max_new_tokens)
-    if not is_on_one_side(model, job):  # each has to cross at its own length
+    if not is_on_one_side(model, *job.ends):  # each has to cross at its own length
         size = 1
     written: dict[int, tuple[int, ...]] = {}
     for push, coefficient in enumerate(coefficients):

@@ -28,6 +28,7 @@ from steerlens.steering import vector_checks, vector_file
 from steerlens.steering.apply import step_hooks, steps
 from steerlens.steering.coefficients import Calibration, Coefficient
 from steerlens.steering.conditions import Condition
+from steerlens.steering.hub import OnTheHub
 from steerlens.steering.operators import Add, Operator, is_finite
 from steerlens.steering.origin import Origin
 from steerlens.tables import MAX_LINE, shortened
@@ -36,7 +37,7 @@ from steerlens.validation import checked
 
 @checked
 @dataclass(frozen=True, eq=False)
-class SteeringVector(Frozen, Mapping[str, Tensor]):
+class SteeringVector(Frozen, OnTheHub, Mapping[str, Tensor]):
     """Hook name -> unit direction, with what is done along it, how far, and where it comes from.
 
     A coefficient is a separate argument everywhere; 0 is the identity with every operator.
@@ -354,15 +355,7 @@ class SteeringVector(Frozen, Mapping[str, Tensor]):
 
         Raises `InputError` when nothing is left, and when a sum would.
         """
-
-        def left(mine: Tensor, theirs: Tensor) -> Tensor:
-            unit = theirs / theirs.norm(dim=-1, keepdim=True)
-            rest = mine - (mine * unit).sum(dim=-1, keepdim=True) * unit
-            # Of parallel vectors only rounding errors are left: not a direction.
-            is_noise = rest.norm(dim=-1) <= 1e-6 * mine.norm(dim=-1)
-            return torch.where(is_noise[:, None], 0.0, rest)
-
-        return self._combined(other, left, "({} without {})")
+        return self._combined(other, vector_checks.rest_of, "({} without {})")
 
     def interpolate(self, other: "SteeringVector", share: float | int) -> "SteeringVector":
         """`(1 - share) * self + share * other`, on `scale * direction`.

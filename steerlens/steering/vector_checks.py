@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -71,6 +72,16 @@ def unit_rows(
         if not (math.isfinite(norm) and norm > 0):
             raise InputError(f"the vector at {name} has norm {norm:.6g}, so it has no direction")
     return (rows.double() / norms[:, None]).float(), norms.float()
+
+
+def rest_of(
+    rows: Float[Tensor, "hook d_model"], others: Float[Tensor, "hook d_model"]
+) -> Float[Tensor, "hook d_model"]:
+    """The rows without their components along the others; 0 where only rounding errors are left."""
+    units = others / others.norm(dim=-1, keepdim=True)
+    rest = rows - (rows * units).sum(dim=-1, keepdim=True) * units
+    is_noise = rest.norm(dim=-1) <= 1e-6 * rows.norm(dim=-1)
+    return torch.where(is_noise[:, None], 0.0, rest)
 
 
 def check_alike(vector: Any, other: Any) -> None:

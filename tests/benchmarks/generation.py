@@ -6,6 +6,7 @@
 of repeng's) documentation: a coefficient and a prompt at a time, Hugging Face's `generate` under
 the tool. Its cells all cost the same, so four are timed and scaled. "unsteered" is Hugging Face's
 own `generate` of as many rows in one batch, padded on the left. Rounds are interleaved; medians.
+Some 5 minutes on two quiet cores.
 """
 
 import argparse
@@ -78,9 +79,12 @@ def main() -> None:
         ),
         "steering-vectors, a loop": (steering_vectors, scale),
     }
-    generate_texts(
-        model, prompts[:1], {hook: unit}, [1.0], max_new_tokens=2
-    )  # the first of a model
+    for positions in ("all", "generated"):  # the first of a model and kind of batch, looked at
+        generate_texts(
+            *(model, prompts[:2], {hook: unit}, COEFFICIENTS[3:5]),
+            max_new_tokens=2,
+            positions=positions,
+        )
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     with torch.no_grad():
         for _ in range(args.rounds):

@@ -92,17 +92,16 @@ def of_boundary(generator: np.random.Generator, n: int, n_groups: int, share: fl
         start = Line(Curve(float(slopes.mean())), allowance, 100.0, 10.0)
         (line,) = search([start], lambda points, f=losses: [float(f(c).mean()) for _, c in points])
         at = np.array([c for c, _ in line.curve.known])
-        ends.append(
-            crossing_interval(
-                line,
-                slopes,
-                np.stack([losses(c) for c in at], axis=1),
-                np.full(len(slopes), allowance),
-                groups=numbers(n_groups),
-                seed=1,
-                n_bootstrap=2000,
-            )
+        found = crossing_interval(
+            line,
+            slopes,
+            np.stack([losses(c) for c in at], axis=1),
+            np.full(len(slopes), allowance),
+            groups=numbers(n_groups),
+            seed=1,
+            n_bootstrap=2000,
         )
+        ends.append([end.c for end in found])
     return coverage(float(truth), *np.array(ends).T)
 
 

@@ -12,17 +12,15 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Message, Prompt
 from steerlens.data.sequence import one_of_each_in_turn
 from steerlens.engine.engine import Engine
-from steerlens.engine.plain_loop import run_baseline
+from steerlens.engine.logprobs import continuation_logprobs
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
-from steerlens.engine.workload import Workload
 from steerlens.errors import InputError
 from steerlens.measure.scorers.written import Written
 from steerlens.models.hooked_model import HookedModel, context_length
-from steerlens.models.hooks import resid_post
 from steerlens.validation import Count, checked
 
-N_PAIRS = 8
-"""Pairs after whose prompts `Concept` puts a text."""
+N_PAIRS, N_TURNS = 2, 16
+"""Pairs after whose prompts `Concept` puts a text, and at most how many take turns."""
 
 
 def mean_logprobs(
@@ -44,9 +42,7 @@ def mean_logprobs(
             f"the {longest.where} has {len(longest)} tokens with the text after it, but the "
             f"model's context is {n_ctx}; score shorter texts"
         )
-    engine = Engine(model, batch_size)
-    workload = Workload(engine.batches(asked), (), position=-1, steered_positions="all")
-    values[rows] = run_baseline(engine, workload, (resid_post(0),)).logprob.double().numpy()
+    values[rows] = continuation_logprobs(Engine(model, batch_size), asked).double().numpy()
     return values
 
 
@@ -90,10 +86,16 @@ class Concept:
     what the pairs' prompts do not bring about in the model; it is asked of the very model that was
     steered. NaN where a text is empty.
 
+    All texts after one prompt are asked with the same pairs, most other prompts with others, so
+    that a mean over prompts is about one over pairs too, and its interval holds what pairs differ
+    by. A text alone is better scored with more pairs.
+
     Args:
         model: Unsteered; call it outside `steer`.
         pairs: Better others than those the direction was fitted on.
-        n_pairs: How many of them, one of each group in turn (8).
+        n_pairs: How many of the pairs a text is asked with (2): neighbours among 16, or `n_pairs`
+            if that is more, one of each group in turn. The sum of the prompt's token ids says
+            which.
         batch_size: Prompts in a pass; by default what the device can use.
 
     Raises:
@@ -117,7 +119,7 @@ class Concept:
     @property
     def decided(self) -> tuple[str | int, ...]:
         """What decides its numbers besides texts and model."""
-        return self.pairs.fingerprint, self.n_pairs
+        return self.pairs.fingerprint, self.n_pairs, N_TURNS
 
     def __post_init__(self) -> None:
         _ = self._sides  # what cannot be used is refused now
@@ -133,7 +135,8 @@ class Concept:
                 "assistant says last, so a text cannot be put in its place; take pairs that "
                 "differ in what is said before"
             )
-        chosen = one_of_each_in_turn([self.pairs.groups[row] for row in rows], self.n_pairs)
+        groups = [self.pairs.groups[row] for row in rows]
+        chosen = one_of_each_in_turn(groups, max(self.n_pairs, N_TURNS))
         return [
             [
                 tokenize_prompt(self.model, prompt, where=f"{side} prompt of pair {pair.id!r}")
@@ -143,15 +146,17 @@ class Concept:
         ]
 
     def __call__(self, texts: Sequence[Written]) -> list[float]:
-        positive, negative = (self._logprobs(side, texts) for side in self._sides)
-        return [float(value) for value in (positive - negative).mean(axis=0)]
-
-    def _logprobs(
-        self, side: Sequence[TokenizedPrompt], texts: Sequence[Written]
-    ) -> Float[np.ndarray, "pair text"]:
-        followed = [replace(prompt, continuation=text.ids) for prompt in side for text in texts]
+        n_turns = len(self._sides[0])
+        n_pairs = min(self.n_pairs, n_turns)
+        followed = [
+            replace(side[(sum(text.prompt_ids) + i) % n_turns], continuation=text.ids)
+            for side in self._sides
+            for text in texts
+            for i in range(n_pairs)
+        ]
         values = mean_logprobs(self.model, followed, self.batch_size)
-        return values.reshape(len(side), len(texts))
+        positive, negative = values.reshape(2, len(texts), n_pairs)
+        return [float(value) for value in (positive - negative).mean(axis=1)]
 
 
 @checked

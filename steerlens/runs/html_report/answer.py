@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from steerlens.runs.html_report.markup import Html, element, joined
+from steerlens.runs.html_report.numbers import minus
 from steerlens.runs.reading import Run
 
 
@@ -14,6 +15,8 @@ def answer(run: Run) -> Html:
     cards = []
     for sign, of_sign in told.items():
         verdict = "steer" if of_sign["steer"] else "do not steer"
-        sentences = (element("p", text) for text in of_sign["sentences"])
-        cards.append(element("div", element("h4", f"{sign}: {verdict}"), *sentences, class_="sign"))
+        heading = element("h4", f"{sign.capitalize()} coefficient: {verdict}")
+        told_of = (text.removeprefix(f"{sign}: ") for text in of_sign["sentences"])
+        sentences = (element("p", minus(text[:1].upper() + text[1:])) for text in told_of)
+        cards.append(element("div", heading, *sentences, class_="sign"))
     return element("div", joined(*cards), class_="answer")

@@ -8,11 +8,14 @@ from steerlens.errors import HookError
 from steerlens.files import without_nan
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.runs.html_report.markup import Html, element, joined
-from steerlens.runs.html_report.numbers import short
+from steerlens.runs.html_report.numbers import short, signed
 from steerlens.runs.reading import Run
 
-_DATA = ("fitted_on", "chosen_on", "measured_on", "off_target", "n_pairs_fitted_on")
-_ELSEWHERE = ("command", "model", "hook_names", "texts", *_DATA)
+_DATA = (
+    *("pairs", "items", "fitted_on", "chosen_on", "measured_on", "off_target"),
+    "n_pairs_fitted_on",
+)
+_ELSEWHERE = ("command", "model", "hook_names", "texts", "prompts", *_DATA)
 
 
 def facts(run: Run) -> Html:
@@ -107,9 +110,22 @@ def _pairs(items: Iterable[tuple[str, Any]]) -> Html:
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "none"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A setting in words: lists by commas, objects by name and value."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return "yes" if value else "no"
+        case float():
+            return short(value)
+        case int():
+            return signed(str(value))
+        case Mapping():
+            named = ((str(name).replace("_", " "), _text(of)) for name, of in value.items())
+            return ", ".join(f"{name} {_short(of)}" for name, of in named)
+        case [*_]:
+            return ", ".join(map(_text, value))
+    return str(value)
 
 
 def _attrs(run: Run) -> Html:

@@ -1,4 +1,4 @@
-"""Tables and texts as HTML: units and meanings in the head, texts side by side."""
+"""Tables as HTML: units and meanings in the head, value and interval in one cell."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import pandas as pd
 from steerlens.models.hooks import resid_post
 from steerlens.runs.contents import TableContent
 from steerlens.runs.html_report.markup import Html, element, joined
-from steerlens.runs.html_report.numbers import MINUS, decimals_for, fixed, in_words, short, signed
+from steerlens.runs.html_report.numbers import MINUS, decimals_for, fixed, in_words, signed
 from steerlens.tables import Column, hook_label
 
 MAX_COLUMNS = 8
@@ -18,18 +18,6 @@ MAX_COLUMNS = 8
 MAX_ROWS = 600
 """Rows of a table that are shown; of a longer one, the largest by `TableContent.by`."""
 _NUMBERS = ("float64", "int64")
-_BUDGET = {
-    None: "",
-    "yes": "within budget; ",
-    "no": "beyond the budget; ",
-    "undecided": "within budget or not: undecided; ",
-}
-_ENDS = {
-    "stop": "ended by itself",
-    "length": "cut at the asked-for length",
-    "context": "cut: the context is full",
-    "overflow": "no text: the model overflowed",
-}
 
 
 @dataclass(frozen=True)
@@ -90,7 +78,7 @@ def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -
         values = joined(*(_the_same(column, rows) for column in same), by="; ")
         notes.append(joined("The same in every row: ", values, "."))
     if empty:
-        names = joined(*(element("code", column.name) for column in empty), by=", ")
+        names = joined(*map(_named, empty), by=", ")
         notes.append(joined("Without a value in this run: ", names, "."))
     main = _main(shown, content)
     body, has_gaps = _body(rows, shown, main)
@@ -136,7 +124,9 @@ def _main(shown: Sequence[Shown], content: TableContent) -> set[str]:
 def _are_block_outputs(rows: pd.DataFrame) -> bool:
     if not {"hook_name", "layer"} <= {*rows.columns}:
         return False
-    return bool((rows["hook_name"] == rows["layer"].map(resid_post)).all())
+    # Of what is steered nowhere both are empty.
+    names = rows["layer"].map(lambda layer: "" if layer < 0 else resid_post(layer))
+    return bool((rows["hook_name"] == names).all())
 
 
 def _largest(table: pd.DataFrame, content: TableContent) -> pd.DataFrame:
@@ -179,17 +169,24 @@ def _the_same(column: Shown, rows: pd.DataFrame) -> Html:
     records: list[Any] = first.to_dict("records")
     decimals = _decimals(first, column)
     text, _ = _cell(column, records[0], decimals, _searched(rows.attrs, records[0]))
-    has_unit = column.value.unit and column.class_
+    # A number of pairs needs no "pairs" behind it.
+    has_unit = column.class_ and column.value.unit and column.value.unit not in column.name
     unit = f" {column.value.unit}" if has_unit else ""
-    return joined(element("code", column.name), " ", text or "undefined", unit)
+    return joined(_named(column), " ", text or "undefined", unit)
+
+
+def _named(column: Shown) -> Html:
+    """A column's name in words, with what it means under the pointer."""
+    method, is_at, hook_name = column.name.partition(" @ ")
+    words = f"{method}, layer {hook_label(hook_name)}" if is_at else method.replace("_", " ")
+    return element("abbr", words, title=in_words(column.value.meaning))
 
 
 def _heading(column: Shown, *, is_hidden: bool) -> Html:
-    name = element("abbr", column.name.replace("_", " "), title=in_words(column.value.meaning))
     unit = [element("small", column.value.unit, class_="unit")] if column.value.unit else []
     return element(
         "th",
-        name,
+        _named(column),
         *unit,
         scope="col",
         class_=column.class_,
@@ -199,7 +196,8 @@ def _heading(column: Shown, *, is_hidden: bool) -> Html:
 
 
 def _decimals(rows: pd.DataFrame, column: Shown) -> int:
-    return decimals_for(rows[column.name]) if column.value.dtype == "float64" else 0
+    is_float = column.value.dtype == "float64"
+    return decimals_for(rows[column.names].to_numpy(dtype=float).ravel()) if is_float else 0
 
 
 def _body(rows: pd.DataFrame, columns: Sequence[Shown], main: set[str]) -> tuple[Html, bool]:
@@ -281,41 +279,3 @@ def _meanings(columns: tuple[Column, ...]) -> Html:
         parts.append(element("dt", element("code", column.name), *unit))
         parts.append(element("dd", in_words(column.meaning)))
     return element("details", element("summary", "What the columns mean"), element("dl", *parts))
-
-
-def generations(table: pd.DataFrame, cells: pd.DataFrame | None) -> Html:
-    """A grid of texts: a row a prompt and hook, a column a coefficient.
-
-    With the `cells` of a sweep each column says whether its cell is within the budget.
-    """
-    coherent: dict[tuple[Any, Any], str] = {}
-    if cells is not None:
-        coherent = {(c.hook_name, c.coefficient): str(c.coherent) for c in cells.itertuples()}
-    rows = []
-    groups: Any = table.groupby(["prompt", "hook_name"], sort=False)
-    for (prompt, hook_name), group in groups:
-        columns = [
-            _text(row, coherent.get((hook_name, row.coefficient)))
-            for row in group.sort_values("coefficient", kind="stable").itertuples()
-        ]
-        title = f"Prompt {prompt}, steered at layer {group.layer.iloc[0]}"
-        grid = element("div", *columns, class_="texts", tabindex=0, role="group", aria_label=title)
-        rows.append(element("div", element("h4", title), grid, class_="prompt"))
-    note = element(
-        "p",
-        "Greedy continuations at several coefficients (c, residual units); c = 0 is the unsteered "
-        "model. One greedy text per cell shows how it reads, not how often.",
-        class_="note",
-    )
-    return joined(note, *rows)
-
-
-def _text(row: Any, coherent: str | None) -> Html:
-    budget = _BUDGET[coherent]
-    unsteered = ", unsteered" if row.coefficient == 0 else ""
-    return element(
-        "div",
-        element("h5", f"c = {short(row.coefficient)}{unsteered}"),
-        element("p", f"{budget}{_ENDS.get(row.end, row.end)}", class_="note"),
-        element("p", row.text, class_="said", dir="auto"),
-    )

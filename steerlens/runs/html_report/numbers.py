@@ -60,6 +60,11 @@ def in_words(meaning: str) -> str:
     return re.sub(r"\bNaN\b", "undefined", re.sub(r"-?\binf\b", "unbounded", meaning))
 
 
+def minus(text: str) -> str:
+    """Running text with a true minus before its numbers."""
+    return re.sub(r"(?<![\w.])-(?=[\d.])", MINUS, text)
+
+
 def signed(text: str) -> str:
     """The text of a number with a true minus; zero has no sign."""
     if text.startswith("-") and not any(digit in text for digit in "123456789"):

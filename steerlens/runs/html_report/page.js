@@ -109,6 +109,23 @@ function pickable(table) {
     for (const row of rows) row.classList.toggle("picked", row.dataset.layer === layer);
   });
 }
+// One sample of every prompt and coefficient at a time.
+function sampled(place) {
+  const texts = [...place.querySelectorAll("[data-sample]")];
+  const names = [...new Set(texts.map((text) => text.dataset.sample))];
+  if (names.length < 2) return;
+  const label = document.createElement("label"), list = document.createElement("select");
+  for (const name of [...names, "all"]) list.append(new Option(name));
+  const show = () => {
+    for (const text of texts) text.hidden = ![text.dataset.sample, "all"].includes(list.value);
+  };
+  list.addEventListener("change", show);
+  label.className = "sample";
+  label.append(`Sample (of ${names.length}) `, list);
+  place.querySelector(".note").after(label);
+  show();
+}
+document.querySelectorAll(".samples").forEach(sampled);
 for (const table of document.querySelectorAll("table.sortable")) {
   sortable(table);
   choosable(table);

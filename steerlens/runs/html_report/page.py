@@ -11,9 +11,10 @@ from steerlens.runs.contents import TABLES
 from steerlens.runs.html_report.answer import answer
 from steerlens.runs.html_report.facts import facts
 from steerlens.runs.html_report.figures import figures, scripts_and_policy, views
-from steerlens.runs.html_report.listings import generations, listing
+from steerlens.runs.html_report.listings import listing
 from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.html_report.summary import summarise
+from steerlens.runs.html_report.texts import generations, written
 from steerlens.runs.reading import Run
 
 TITLE = "steerlens report"
@@ -107,6 +108,9 @@ def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
     tables = run.tables
     sentences = [element("li", sentence) for sentence in summarise(run)]
     texts, damage = tables.get("generations"), tables.get("tokens")
+    said = Html("") if texts is None else generations(texts, tables.get("sweep"))
+    if run.texts:  # whose tokens are shaded where they stand
+        said, damage = written(run.texts, damage, run.request.get("prompts", ())), None
     listed = [
         listing(name, tables[name], content, f"{ident}-table-{name}")
         for name, content in TABLES.items()
@@ -119,7 +123,7 @@ def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
         ("What was run", facts(run)),
         ("Figures", figures(run, ident)),
         ("Views", views(run, ident)),
-        ("Generations", Html("") if texts is None else generations(texts, tables.get("sweep"))),
+        ("Generations", said),
         ("Token damage", Html("") if damage is None else Html(token_table_html(damage))),
         ("Tables", joined(*listed)),
     ]

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from steerlens.plots.sweeps import furthest_cell
-from steerlens.runs.html_report.numbers import change, short, span
+from steerlens.runs.html_report.numbers import change, short, signed, span
 from steerlens.runs.reading import Run
 from steerlens.tables import hook_label
 
@@ -102,6 +102,12 @@ def _boundary(run: Run) -> Iterator[str]:
             )
 
 
+def _place(hook_name: str) -> str:
+    """A layer by its number, another hook by its name."""
+    label = hook_label(hook_name)
+    return f"layer {label}" if label.isdigit() else label
+
+
 def _compare(run: Run) -> Iterator[str]:
     summary = _rows(run.tables["summary"])
     methods = [row for row in summary if row.layer >= 0]
@@ -119,13 +125,13 @@ def _compare(run: Run) -> Iterator[str]:
         return
     best = methods[0]
     rows = _rows(run.tables["comparison"])
-    row = next(r for r in rows if (r.method, r.layer) == (best.method, best.layer))
+    row = next(r for r in rows if (r.method, r.hook_name) == (best.method, best.hook_name))
     band = ""
     if math.isfinite(row.null_low) and math.isfinite(row.null_high):
         ends = f"{change(row.null_low)} and {change(row.null_high)}"
         band = f"; 95% of random and of shuffled vectors lie between {ends}"
     yield (
-        f"The largest effect is that of {best.method} at layer {best.layer}: "
+        f"The largest effect is that of {best.method} at {_place(best.hook_name)}: "
         f"{change(best.effect)} nats per token (95% interval "
         f"{span(best.effect_ci_low, best.effect_ci_high)}{band}). Its verdict: "
         f"{best.verdict}. Its rank is {best.rank} of {len(summary)}, with a 95% "
@@ -146,8 +152,10 @@ def _circuits(run: Run) -> Iterator[str]:
     writers, readers, claims = (run.tables[name] for name in ("writers", "readers", "claims"))
     before, behind = (readers.attrs.get(f"metric_{how}") for how in ("unsteered", "steered"))
     if isinstance(before, (int, float)) and isinstance(behind, (int, float)):
+        asked = run.request["coefficient"]
+        coefficient = signed(asked) if isinstance(asked, str) else short(asked)
         yield (
-            f"At coefficient {run.request['coefficient']} the vector moves the "
+            f"At coefficient {coefficient} the vector moves the "
             f"answer logit difference from {short(before)} to {short(behind)}."
         )
     if len(writers):
@@ -227,10 +235,11 @@ def _behave(run: Run) -> Iterator[str]:
     steered = [row for row in rows if row.subject == "steered" and row.coefficient != 0]
     if not steered:
         return
-    n_prompts = max(row.n_prompts for row in rows)
+    n_prompts, n_texts = max(row.n_prompts for row in rows), run.request["samples"]
     yield (
-        f"Written after {n_prompts} prompts, {run.request['samples']} texts each at every "
-        "coefficient; shifts are against the unsteered texts of the same prompts."
+        f"Written after {n_prompts} prompt{'s' * (n_prompts != 1)}, {n_texts} "
+        f"text{'s' * (n_texts != 1)} each at every coefficient; shifts are against the unsteered "
+        "texts of the same prompts."
     )
     names = list(dict.fromkeys(row.scorer for row in rows))
     asked = "concept" if "concept" in names else names[0]
@@ -238,11 +247,16 @@ def _behave(run: Run) -> Iterator[str]:
         here = [row for row in steered if (row.hook_name, row.scorer) == (hook_name, asked)]
         for row in (here[0], here[-1])[: len(here)]:
             at = (row.hook_name, row.strength)
-            costs = [r for r in steered if (r.hook_name, r.strength, r.scorer) == (*at, "logprob")]
+            told = asked == "logprob"  # that is the cost itself
+            costs = (
+                []
+                if told
+                else [r for r in steered if (r.hook_name, r.strength, r.scorer) == (*at, "logprob")]
+            )
             cost = f", their logprob by {change(costs[0].shift)} nats per token" if costs else ""
             yield (
-                f"At layer {hook_label(hook_name)} with coefficient {row.strength} the {asked} of "
-                f"the texts moves by {change(row.shift)} (95% interval "
+                f"At layer {hook_label(hook_name)} with coefficient {signed(row.strength)} the "
+                f"{asked} of the texts moves by {change(row.shift)} (95% interval "
                 f"{change(row.shift_ci_low)} to {change(row.shift_ci_high)}){cost}."
             )
 

@@ -1,7 +1,10 @@
-"""Vectors as files that other tools load beside a checkpoint: lm-evaluation-harness, PEFT."""
+"""Vectors as files that other tools load beside a checkpoint: lm-eval-harness, vLLM, PEFT."""
 
-from collections.abc import Iterator, Mapping
+import base64
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ from torch import Tensor
 from steerlens.errors import InputError
 from steerlens.files import write_json, write_whole_folder
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
-from steerlens.models.hooks import hook_layer, resid_post
+from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
 from steerlens.models.weight_processing import UNKNOWN
-from steerlens.steering import Clamp, Coefficient, SteeringVector, steps
+from steerlens.steering import Ablate, Add, Clamp, Coefficient, SteeringVector, steps
+from steerlens.steering.apply import Step
 from steerlens.steering.export.gguf_file import block_rows
 from steerlens.steering.export.huggingface import (
     CARRIERS,
@@ -57,17 +61,8 @@ def to_lm_eval(vector: SteeringVector, path: str | Path, coefficient: Coefficien
     Examples:
         >>> sl.export.to_lm_eval(vector, folder / "cheerful.pt", 4)
     """
-    target = "lm-evaluation-harness"
     operator = vector.operator
-    if isinstance(operator, Clamp) and vector.condition is None:
-        for name in vector.hook_names:
-            if name != resid_post(hook_layer(name)):
-                raise InputError(f"{target} acts at block outputs, not at {name}")
-    else:
-        block_rows(vector, target)
-    acts = steps(vector, coefficient)
-    if not acts:
-        raise InputError("coefficient 0 changes nothing; run the harness without a vector")
+    acts = _block_acts(vector, coefficient, "lm-evaluation-harness", Clamp)
     architecture = vector.origin.architecture
     if architecture == UNKNOWN:
         raise InputError(
@@ -77,8 +72,6 @@ def to_lm_eval(vector: SteeringVector, path: str | Path, coefficient: Coefficien
     blocks = _BLOCKS.get(architecture, "layers")
     hooks: dict[str, Any] = {}
     for act in acts:
-        if isinstance(operator, Clamp) and act.amount != 1:
-            raise InputError(f"{target} clamps whole: coefficient 1, not {act.amount:g}")
         amount = operator.value if isinstance(operator, Clamp) else act.amount
         hooks[f"{blocks}.{hook_layer(act.hook_name)}"] = {
             "steering_vector": act.direction.float().cpu().clone(),
@@ -88,6 +81,81 @@ def to_lm_eval(vector: SteeringVector, path: str | Path, coefficient: Coefficien
             "head_index": None,
         }
     write_named(path, ".pt", lambda part: torch.save(hooks, part))
+
+
+@checked
+def to_easysteer(vector: SteeringVector, path: str | Path, coefficient: Coefficient) -> None:
+    """Write a steering spec of EasySteer's vLLM, with the vector inside it.
+
+    The file is what `vllm serve --steering-config` takes and, read as JSON, what a request has as
+    `steering`. A layer there is a block here, from 0. `Add` becomes the algorithm direct, with
+    `scale * direction` times the coefficient as its vector, so that scale 1 there is the
+    coefficient; `Ablate` with coefficient 1 becomes erase. All tokens are steered.
+
+    Args:
+        vector: acts at block outputs, by `Add` or `Ablate`, without a condition.
+        path: ends in .json.
+        coefficient: as in `Coefficient`, not 0.
+
+    Raises:
+        InputError: the vector is another one, the coefficient has no meaning for it, or the file
+            cannot be written.
+
+    Examples:
+        >>> sl.export.to_easysteer(vector, folder / "cheerful.json", 4)
+    """
+    acts = _block_acts(vector, coefficient, "EasySteer", Ablate)
+    erases = isinstance(vector.operator, Ablate)
+    rows = {
+        f"layer.{hook_layer(act.hook_name)}": (
+            act.direction.double() * (1 if erases else act.amount)
+        )
+        .float()
+        .cpu()
+        .numpy()
+        for act in acts
+    }
+    digest = hashlib.sha256(b"direction:1")
+    for name, row in sorted(rows.items()):
+        digest.update(name.encode() + str(row.shape).encode() + row.tobytes())
+    payload = {
+        "version": 1,
+        "kind": "direction",
+        "tensors": {
+            name: {"shape": list(row.shape), "data": base64.b64encode(row.tobytes()).decode()}
+            for name, row in rows.items()
+        },
+        "extra": {},
+        "sha256": digest.hexdigest(),
+    }
+    spec = {
+        "data": payload,
+        "algorithm": "erase" if erases else "direct",
+        "scale": 1.0,
+        "layers": [hook_layer(act.hook_name) for act in acts],
+        "apply": {"prompt": "all", "generation": "all"},
+        "name": f"steerlens {vector.fingerprint[:12]} at {coefficient}",
+    }
+    write_named(path, ".json", lambda part: write_json({"vectors": [spec]}, part))
+
+
+def _block_acts(
+    vector: SteeringVector, coefficient: Coefficient, target: str, whole: type[Clamp | Ablate]
+) -> Sequence[Step]:
+    """What is done at block outputs, where the target can: by `Add`, or by `whole` at strength 1.
+
+    Raises `InputError` where it cannot, and where nothing is done.
+    """
+    is_whole = isinstance(vector.operator, whole) and vector.condition is None
+    block_rows(replace(vector, operator=Add()) if is_whole else vector, target)
+    acts = steps(vector, coefficient)
+    if not acts:
+        raise InputError(f"coefficient 0 changes nothing; run {target} without a vector")
+    for act in acts:
+        if is_whole and act.amount != 1:
+            name = vector.operator.name
+            raise InputError(f"{target} {name}s whole: coefficient 1, not {act.amount:g}")
+    return acts
 
 
 @checked
@@ -170,6 +238,7 @@ def to_peft(
     }
     record = {
         "what": "a bias of a LoRA is added to block outputs (blocks.N.hook_resid_post, N from 0)",
+        "added": {act.hook_name: {"residual_units": act.amount} for act in acts},
         "coefficient": str(coefficient),
         "vector": vector.describe(),
         "model": provenance(model).to_dict(),

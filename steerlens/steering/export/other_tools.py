@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +12,7 @@ from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.steering import Add, Origin, SteeringVector
 from steerlens.steering.export.gguf_file import block_rows
+from steerlens.steering.vector_file import write_named
 from steerlens.validation import checked
 
 _LAYER_TYPES = {
@@ -50,7 +52,32 @@ def to_steering_vectors(vector: SteeringVector) -> Any:
         InputError: the vector is not added everywhere, has hooks of several or other kinds, or the
             package is not installed.
     """
-    Theirs = _installed("steering_vectors", "SteeringVector")
+    return _installed("steering_vectors", "SteeringVector")(**_fields(vector))
+
+
+@checked
+def save_steering_vectors(vector: SteeringVector, path: str | Path) -> None:
+    """Write the fields of a `steering_vectors.SteeringVector`, which has no file of its own.
+
+    `SteeringVector(**fields)` makes it there, of what `torch.load` gives: tensors and plain values.
+    Multiplier c there is coefficient c here.
+
+    Args:
+        vector: as in `to_steering_vectors`; the package need not be installed.
+        path: ends in .pt.
+
+    Raises:
+        InputError: as `to_steering_vectors`, or the file cannot be written.
+
+    Examples:
+        >>> sl.export.save_steering_vectors(vector, folder / "cheerful.pt")
+    """
+    fields = _fields(vector)
+    write_named(path, ".pt", lambda part: torch.save(fields, part))
+
+
+def _fields(vector: SteeringVector) -> dict[str, Any]:
+    """Those of a `steering_vectors.SteeringVector`. Raises `InputError` where it has none."""
     if not isinstance(vector.operator, Add) or vector.condition is not None:
         raise InputError("steering-vectors holds what is added: not an operator, not a condition")
     kinds = {name.partition(f"blocks.{hook_layer(name)}.")[2] for name in vector.hook_names}
@@ -60,8 +87,8 @@ def to_steering_vectors(vector: SteeringVector) -> Any:
             f"steering-vectors knows one of {', '.join(ours[0] for ours in _LAYER_TYPES.values())} "
             f"for all layers of a vector; this one has {', '.join(sorted(kinds))}"
         )
-    rows = dict(zip(map(hook_layer, vector.hook_names), vector.rows, strict=True))
-    return Theirs(layer_activations=rows, layer_type=layer_types[0])
+    rows = {hook_layer(n): r.clone() for n, r in zip(vector.hook_names, vector.rows, strict=True)}
+    return {"layer_activations": rows, "layer_type": layer_types[0]}
 
 
 @checked
