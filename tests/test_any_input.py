@@ -195,7 +195,7 @@ def own(name: str, base: dict[str, Any]) -> dict[str, Any]:
 # Not here: why.
 ELSEWHERE = {
     "attribute": "a graph alone",
-    "bake": "writes a checkpoint; test_export.py",
+    "bake": "writes a checkpoint; test_baked.py",
     "check_model": "takes a model alone",
     "contrastive_steering_loss": "tensors; test_loss.py",
     "contrastive_steering_loss_noref": "tensors; test_loss.py",
@@ -224,10 +224,10 @@ ELSEWHERE = {
     "save_steering_vectors": "test_export.py",
     "show_progress": "takes nothing",
     "steps": "as steer",
-    "to_easysteer": "test_export.py",
+    "to_easysteer": "test_harnesses.py",
     "to_gguf": "test_safe_files.py",
-    "to_lm_eval": "test_export.py",
-    "to_peft": "writes an adapter; test_export.py",
+    "to_lm_eval": "test_harnesses.py",
+    "to_peft": "writes an adapter; test_harnesses.py",
     "to_repeng": "a vector alone",
     "to_steering_vectors": "a vector alone",
     "total_variation_barrier": "tensors; test_loss.py",
