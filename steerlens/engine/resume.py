@@ -76,9 +76,11 @@ def run_prefix(model: Any, batch: Batch) -> Prefix:
 
 def distinct_rows(batch: Batch) -> tuple[list[int], list[int]]:
     """The first row of each prompt of a batch, and for every row which of these has its prompt."""
-    prompts = [prompt.prompt for prompt in batch.prompts]
-    places = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    return [prompts.index(prompt) for prompt in places], [places[prompt] for prompt in prompts]
+    first: dict[tuple[int, ...], int] = {}
+    for row, prompt in enumerate(batch.prompts):
+        first.setdefault(prompt.prompt, row)
+    places = {prompt: place for place, prompt in enumerate(first)}
+    return [*first.values()], [places[prompt.prompt] for prompt in batch.prompts]
 
 
 def run_from(

@@ -253,8 +253,8 @@ def search(
 ) -> list[Line]:
     """Search all lines side by side: `Line.at` of each is its boundary.
 
-    Every round evaluates, in one run, all lines whose estimate cannot be relied on yet, or whose
-    interval reaches far beyond what was measured. A line that does not settle in a dozen rounds
+    Every round evaluates, in one run, all lines of which the crossing, or an end of the interval,
+    is still in doubt. A line that does not settle in a dozen rounds
     ends as NaN.
 
     Args:
@@ -279,9 +279,8 @@ def search(
         wanted = {}
         for k in sorted(changed):
             line = found[k]
-            next_one = line.wanted()
-            if ends is not None and line.curve.ahead and line.at < math.inf:
-                next_one = line.wanted(ends(k, line))
+            is_looked_for = bool(line.curve.ahead) and line.at < math.inf
+            next_one = line.wanted(ends(k, line) if ends is not None and is_looked_for else ())
             if next_one is not None:
                 wanted[k] = min(next_one, line.limit)
         progress("lines settled", len(found) - len(wanted), len(found))

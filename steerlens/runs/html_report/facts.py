@@ -1,6 +1,7 @@
 """What was run: model, data, settings, versions, machine and cost, as lists of facts."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,8 @@ def _data(data: Any) -> str:
 
 def _short(text: str) -> str:
     """A hash by its first digits; the whole of it is in what the tables carry."""
-    return text if len(text) < 20 or " " in text else f"{text[:12]}\N{HORIZONTAL ELLIPSIS}"
+    is_hash = re.fullmatch(r"[0-9a-f]{20,}", text)
+    return f"{text[:12]}\N{HORIZONTAL ELLIPSIS}" if is_hash else text
 
 
 def _cost(run: Run) -> str:

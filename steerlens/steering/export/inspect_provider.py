@@ -29,6 +29,7 @@ from steerlens.data.prompts import Message, Prompt
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.loading import load_model
+from steerlens.progress import silent
 from steerlens.steering import Coefficient, Generated, Positions, SteeringVector
 from steerlens.steering.export.gguf_file import from_gguf
 from steerlens.steering.generation import decoded, generate_texts
@@ -199,7 +200,7 @@ class SteeredModel(ModelAPI):  # type: ignore[misc]
             texts = generate_texts(
                 *(self.model, prompts, self.vector),
                 positions=self.positions,
-                progress=lambda *_: None,
+                progress=silent,
                 **options,
             )
         except Exception as error:
