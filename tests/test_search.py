@@ -17,6 +17,7 @@ from steerlens.measure.search import (
     crossing,
     crossing_interval,
     first_crossings,
+    interpolated,
     search,
 )
 from steerlens.stats import interval
@@ -135,6 +136,25 @@ def test_one_evaluation_settles_a_crossing_and_an_end() -> None:
     assert 1.04 < second / 0.889 < 1.3
     # Control: without the end, where the crossing is thought to be.
     assert evaluations(None) == [0.6, pytest.approx(0.903, rel=0.01)]
+
+
+@pytest.mark.parametrize(("second", "is_certain"), [(0.0112, True), (0.0088, False)])
+def test_a_crossing_before_two_points_that_differ_is_looked_at(
+    second: float, is_certain: bool
+) -> None:
+    curve = Curve(0.0, ((3.35, 0.0112), (4.63, second)), ((-4.63, 0.0094),))
+    found = Line(curve, 0.1, 100.0, 3.0).estimate(2.0)
+    assert found.at < 3.35
+    assert (found.wanted() is None) == is_certain
+
+
+def test_near_points_are_thinned_one_by_one() -> None:
+    """Only the last of a row of near points would leave the bend at c < 0 to say how it goes on."""
+    at = np.array([-1.0, 100, 102, 104, 106, 108])
+    bends = np.array([-5, 1, 0.98, 0.96, 0.94, 0.92])
+    between, onward = interpolated(np.array([101.0, 112.0]), at, bends, onward=0.5).tolist()
+    assert between == pytest.approx(0.99, abs=0.05)
+    assert onward == pytest.approx(0.90)
 
 
 def test_beyond_the_limit_is_infinite_and_the_limit_was_evaluated() -> None:
