@@ -91,7 +91,7 @@ $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 # The core on the oldest versions that pyproject.toml allows, in an environment of its own. Shapes are
 # not checked: the plugin of that jaxtyping does not start after tests/conftest.py.
 OLDEST := build/oldest
-CORE_TESTS := activations boundary cli data directions engine figures hooks hostile loss plots positions report \
+CORE_TESTS := activations boundary choices cli data directions engine figures hooks hostile loss plots positions report \
 	steering stats sweep tables
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -o addopts="--strict-markers -ra" -m "not real" \

@@ -8,48 +8,25 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-NAMES = {
-    "BoundaryResult": "measure",
-    "BoundaryShape": "measure",
-    "Comparison": "measure",
-    "Differences": "directions",
-    "LossGeometry": "measure",
-    "LossGradients": "directions",
-    "Run": "runs",
-    "SteeringLoss": "loss",
-    "SweepResult": "measure",
-    "Trained": "directions",
-    "bake": "steering.export",
-    "boundary_shape": "Study.boundary_shape",
-    "coherence_hinge": "loss",
-    "collect_activations": "engine",
-    "condition_accuracy": "steering",
-    "contrastive_steering_loss": "loss",
-    "contrastive_steering_loss_noref": "loss",
-    "dataset_names": "data",
-    "fit_condition": "steering",
-    "from_gguf": "steering.export",
-    "from_repeng": "steering.export",
-    "from_steering_vectors": "steering.export",
-    "generation_table": "measure",
-    "gradient_terms": "directions",
-    "label_logprob": "loss",
-    "measure_layers": "Study.layers",
-    "neutral_texts": "data",
-    "null_directions": "directions",
-    "ordering_penalty": "loss",
-    "predict_boundary": "Study.predicted_boundary",
-    "provenance": "models",
-    "readout_hook": "models",
-    "reliability": "measure",
-    "to_gguf": "steering.export",
-    "to_repeng": "steering.export",
-    "to_steering_vectors": "steering.export",
-    "tokenize_pairs": "engine",
-    "tokenize_prompt": "engine",
-    "total_variation_barrier": "loss",
-    "train_directions": "directions",
+_NAMES = {
+    "measure": """BoundaryResult BoundaryShape Comparison LossGeometry SweepResult
+        generation_table reliability""",
+    "directions": """Differences LossGradients Trained gradient_terms null_directions
+        train_directions""",
+    "runs": "Run",
+    "loss": """SteeringLoss coherence_hinge contrastive_steering_loss
+        contrastive_steering_loss_noref label_logprob ordering_penalty total_variation_barrier""",
+    "steering.export": """bake from_gguf from_repeng from_steering_vectors to_gguf to_repeng
+        to_steering_vectors""",
+    "Study.boundary_shape": "boundary_shape",
+    "engine": "collect_activations tokenize_pairs tokenize_prompt",
+    "steering": "condition_accuracy fit_condition",
+    "data": "dataset_names neutral_texts",
+    "Study.layers": "measure_layers",
+    "Study.predicted_boundary": "predict_boundary",
+    "models": "provenance readout_hook",
 }
+NAMES = {name: room for room, names in _NAMES.items() for name in names.split()}
 """Once at the top of the package -> the room that has it now, or what of a study it is."""
 
 MODULES = {

@@ -24,12 +24,9 @@ MAX_DEPTH = 64
 
 
 def read_whole(path: Path, error: type[SteerlensError], *, pipes: bool = False) -> bytes:
-    """The bytes of a file.
+    """The bytes of a regular file of at most `MAX_BYTES`, else an `error` that names it.
 
-    Args:
-        path: A regular file of at most `MAX_BYTES`.
-        error: What is raised, naming the file, when it is not, or cannot be read.
-        pipes: Take a pipe or device too, as /dev/stdin is; one that never ends is refused.
+    With `pipes` a pipe or device too, as /dev/stdin is; one that never ends is refused.
     """
     try:
         is_file = path.is_file()
@@ -55,11 +52,7 @@ def read_whole(path: Path, error: type[SteerlensError], *, pipes: bool = False) 
 
 
 def strict_json(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises `ValueError` when it is not JSON, a key occurs twice in an object, a number is too long,
-    or arrays and objects are nested deeper than `MAX_DEPTH`.
-    """
+    """The value of a JSON text; a `ValueError` on repeated keys and deep nesting too."""
     try:
         value = json.loads(text, object_pairs_hook=_without_repeats)
     except RecursionError as error:
@@ -121,10 +114,7 @@ def _pickle_error(path: Path) -> InputError:
 
 
 def check_out_folder(folder: Path) -> None:
-    """Make `folder` and see that files may be written there, before any work.
-
-    Raises `FileError` when not, and where it is a link.
-    """
+    """Make `folder`; `FileError` where files may not be written there, and where it is a link."""
     try:
         if folder.is_symlink():
             raise FileError(
@@ -144,10 +134,7 @@ def cannot_write(folder: Path, error: OSError) -> FileError:
 
 
 def check_out_file(path: Path) -> None:
-    """Make the folder of `path` and see that a file may be written there, before any work.
-
-    Raises `FileError` when it may not, or when `path` is a folder, a link or a device.
-    """
+    """As `check_out_folder`, of a file to be written, which may be no folder, link or device."""
     try:
         _refuse_other_kinds(path)
     except OSError as error:
@@ -185,8 +172,7 @@ def _refuse_other_kinds(path: Path) -> None:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path` and rename it: it is whole or absent.
 
-    It has the permissions of any new file, however `write` made it, and is on the disk when this
-    returns: a power cut takes nothing of it. Raises `OSError` where it cannot be written, and where
+    It is on the disk when this returns. Raises `OSError` where it cannot be written, and where
     `path` is a folder, a link or a device.
     """
     _refuse_other_kinds(path)
@@ -202,6 +188,14 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     _to_disk(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_whole`, of bytes. Raises `FileError` where they cannot be written."""
+    try:
+        write_whole(path, lambda part: part.write_bytes(content))
+    except OSError as error:
+        raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
 def write_out(path: Path, write: Callable[[Path], object]) -> None:
     """As `write_whole`, of what `--out` names. Raises `FileError` where it cannot be written."""
     try:
@@ -211,10 +205,7 @@ def write_out(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_whole_folder(folder: Path, fill: Callable[[Path], object]) -> None:
-    """As `write_whole`, of a folder that is new or empty and of all files that `fill` puts there.
-
-    Raises `OSError` where it cannot be written or is not empty.
-    """
+    """As `write_whole`, of a folder that is new or empty and the files that `fill` puts there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
     temporary.mkdir()
@@ -264,13 +255,9 @@ _held: ContextVar[frozenset[Path]] = ContextVar("_held", default=frozenset())
 def locked(path: Path, *, is_folder: bool) -> Iterator[None]:
     """Keep other runs from writing to a file or folder inside the block.
 
-    The lock is on an empty file: `.steerlens.lock` in the folder, or `.NAME.steerlens.lock` beside
-    the file. The system drops it with the process that holds it, so a killed one blocks nobody. A
-    block inside another of the same path holds the outer one's. Folders that are made for the lock
-    and are empty afterwards are removed again.
-
-    Raises:
-        FileError: another run holds it, or no lock can be had there.
+    The lock is on an empty file in the folder or beside the file, and the system drops it with the
+    process that holds it. A block inside another of the same path holds the outer one's. Raises
+    `FileError` when another run holds it, or no lock can be had there.
     """
     target = path.absolute() if path.is_symlink() else path.resolve()
     if target in _held.get():
@@ -362,10 +349,7 @@ def write_json(record: Mapping[str, Any], path: Path) -> None:
 
 
 def number(value: Any) -> float:
-    """A number of a record, where None stands for NaN and "inf" and "-inf" for themselves.
-
-    Raises `TypeError` on anything else.
-    """
+    """A number of a record, as `without_nan` writes it. Raises `TypeError` on anything else."""
     if value is None:
         return math.nan
     if value in ("inf", "-inf"):

@@ -94,10 +94,7 @@ def silent(stage: str, done: int, total: int) -> None:
 def part_of(
     progress: Progress, stage: str, *, before: int = 0, total: int | None = None
 ) -> Progress:
-    """A `Progress` for work that is a stage of that name, or a part of it.
-
-    The steps of a part come after `before` others and count among `total`.
-    """
+    """A `Progress` for a stage, or a part of it, whose steps follow `before` others of `total`."""
     return lambda _, done, of_part: progress(
         stage, before + done, of_part if total is None else total
     )
@@ -114,11 +111,7 @@ def printable(text: str) -> str:
 
 
 def visible(text: str, keep: str = "") -> str:
-    """The text with an escape such as \\x1b for what a terminal would obey or not show.
-
-    That is what `str.isprintable` says is none: control characters (of C1 too, and line ends),
-    those that turn the direction of text, invisible ones and half surrogate pairs; but for `keep`.
-    """
+    """The text; what a terminal would obey or not show is escaped (\\x1b), but for `keep`."""
     return "".join(
         c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
     )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,9 @@ def interval(
     the group's share of all values; that of a draw has `(n - 1) / n`, n its groups, in place of
     each `1 - share_g`. Where more than one draw in 1000 has no spread (five groups and fewer, or
     nearly all values alike), or the groups are so uneven that they are as good as fewer than half
-    as many, q is that of Student's t with `effective_groups - 1` degrees of freedom, 1 at least.
+    as many (`effective_groups`), q is that of Student's t with the degrees of freedom that se has
+    where values are independent, `1 / (sum_g share_g^2 + (sum_g u_g)^2 - sum_g u_g^2)` with
+    `u_g = share_g^2 / (1 - share_g)`: n - 1 where groups have one size.
 
     Args:
         values: One value a pair (prompt, item), in any unit; also the unit of the ends.
@@ -181,10 +184,11 @@ def _ends(
         errors = np.sqrt(n / (n - 1) * spread.clip(min=0)) / np.abs(totals)
         has_spread = errors > 1e-6 * error
         studentised = np.where(has_spread, shift / errors, np.inf * np.sign(shift))
+        squares, u = (shares**2).sum(axis=1), shares**2 / (1 - shares)
+        freedom = 1 / (squares + u.sum(axis=1) ** 2 - (u**2).sum(axis=1))
     drawn = np.quantile(np.nan_to_num(studentised), [TAIL, 1 - TAIL], axis=0)
-    effective = 1 / (shares**2).sum(axis=1)
-    is_rough = ((~has_spread).mean(axis=0) > DEGENERATE) | (effective < UNEVEN * n)
-    students = t.ppf(np.array([[TAIL], [1 - TAIL]]), (effective - 1).clip(min=1.0))
+    is_rough = ((~has_spread).mean(axis=0) > DEGENERATE) | (UNEVEN * n * squares > 1)
+    students = t.ppf(np.array([[TAIL], [1 - TAIL]]), freedom)
     lower, upper = np.where(is_rough, students, drawn)
     return ratio - upper * error, ratio - lower * error
 
@@ -399,14 +403,20 @@ def smallest_effect(low: float, high: float, n_groups: int) -> float:
     return (high - low) / 2 * (reach + float(t.ppf(POWER, n_groups - 1))) / reach
 
 
+@lru_cache(maxsize=2)
 def resampled_counts(
     n_groups: int, *, n_resamples: int, seed: int
 ) -> Float[np.ndarray, "resample group"]:
-    """How often each group is drawn in each bootstrap resample; the same seed, the same draws."""
+    """How often each group is drawn in each bootstrap resample; the same seed, the same draws.
+
+    Kept, since a table's rows ask for the same ones, and so read-only.
+    """
     drawn = np.random.default_rng(seed).multinomial(
         n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples
     )
-    return drawn.astype(np.float64)
+    counts = drawn.astype(np.float64)
+    counts.flags.writeable = False
+    return counts
 
 
 def percentile_interval(estimates: Float[np.ndarray, " resample"]) -> tuple[float, float]:

@@ -149,11 +149,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 
 def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
-    """Read a table that `write_csv` wrote, with the types of `columns`; no text becomes NaN.
-
-    A plain `pandas.read_csv` reads a token such as "NA" or "null", and an empty text, as NaN, and
-    leaves the apostrophe in front of what looks like a formula.
-    """
+    """Read a table that `write_csv` wrote, with the types of `columns`; no text becomes NaN."""
     numbers = {column.name: [""] for column in columns if column.dtype == "float64"}
     frame = pd.read_csv(
         path,

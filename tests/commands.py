@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ OPENINGS = ["the river was", "how was the day today", "I said", "the soup is so 
 HELD_OUT = ["what a night by the river", "tomorrow the sun is", "you felt"]
 NEUTRAL = tuple(f"the {word} was so" for word in "walk sun rain soup bread night".split())
 Main = Callable[..., "Outcome"]
+
+
+ESC = "a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
+SHOWN = r"a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
+"""What a terminal would obey, and how it is shown."""
 
 
 class Outcome:
@@ -78,3 +84,11 @@ def assert_error(outcome: Outcome, *words: str) -> None:
     assert "Traceback" not in outcome.err
     for word in words:
         assert word in outcome.err
+
+
+def assert_visible(outcome: Outcome, *texts: str, keep: str = "\n") -> None:
+    """The texts are there, in one line whatever their width, and nothing that is not printable."""
+    printed = outcome.out + outcome.err
+    for text in texts:
+        assert text in re.sub(r"\s", "", printed)
+    assert not [c for c in printed if not c.isprintable() and c not in keep]

@@ -115,9 +115,9 @@ def check_csv(content: bytes, found: sl.runs.Run) -> None:
 def check_table(content: bytes, found: sl.runs.Run) -> None:
     """Of a file that its record fits: the declared columns and types, whatever the cells."""
     frame = found.tables["writers"]
-    assert {name: str(dtype) for name, dtype in frame.dtypes.items()} == {
-        column.name: column.dtype for column in TABLES["writers"].columns
-    }
+    # Texts are objects in pandas 2.
+    found_types = {name: str(t).replace("object", "str") for name, t in frame.dtypes.items()}
+    assert found_types == {column.name: column.dtype for column in TABLES["writers"].columns}
 
 
 def check_page(content: bytes, found: sl.runs.Run) -> None:

@@ -1,5 +1,6 @@
 """Hugging Face's own blocks in place of the Bridge's: the same numbers, and found out where not."""
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -336,3 +337,51 @@ def test_memory_that_is_out_is_not_taken_for_a_fault(monkeypatch: pytest.MonkeyP
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
         runner(tokens)
     runner(tokens)  # with gradients, which are not compiled
+
+
+def gap(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """How far logits are from the exact ones, relative to these."""
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_are_fused_where_that_gives_the_same(dtype: torch.dtype) -> None:
+    """Of a Llama all five blocks' two and the last; in Gemma's the weight is one more, so none."""
+    torch.manual_seed(1)
+    plain = build_llama().to(dtype).requires_grad_(False)
+    norms = [m for m in plain.modules() if type(m).__name__ == "LlamaRMSNorm"]
+    for norm in norms:
+        norm.weight.copy_(1 + 0.1 * torch.randn_like(norm.weight))
+    ids = torch.arange(12).reshape(2, 6)
+    exact = copy.deepcopy(plain).double()(ids).logits
+    before = gap(plain(ids).logits, exact)
+    assert bare.fuse_norms(plain) == len(norms) == 11
+    assert gap(plain(ids).logits, exact) < 1.2 * before < 0.1  # the rounding, which is no larger
+    norms[0].weight.mul_(3)  # of the weight as it is then
+    assert gap(plain(ids).logits, exact) > 0.2
+
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    class HalvedRMSNorm(type(norms[0])):  # type: ignore[misc]  # what such a class might do
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) / 2
+
+    class OuterRMSNorm(type(norms[0])):  # type: ignore[misc]  # eps beside the root, not in it
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            root = hidden_states.float().square().mean(dim=-1, keepdim=True).sqrt()
+            scaled = hidden_states / (root + self.variance_epsilon)
+            return self.weight * scaled.to(hidden_states.dtype)
+
+    class GatedRMSNorm(type(norms[0])):  # type: ignore[misc]  # as Qwen3-Next has it
+        def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * gate.sigmoid()
+
+    class FreelyGatedRMSNorm(type(norms[0])):  # type: ignore[misc]  # as Mamba 2 has it
+        def forward(
+            self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return super().forward(hidden_states) * (1 if gate is None else gate.sigmoid())
+
+    kinds = (GemmaRMSNorm, HalvedRMSNorm, OuterRMSNorm, GatedRMSNorm, FreelyGatedRMSNorm)
+    others = torch.nn.ModuleList([*(kind(8) for kind in kinds), torch.nn.LayerNorm(8)])
+    assert bare.fuse_norms(others.to(dtype)) == 0

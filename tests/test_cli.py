@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from commands import (
 
 import steerlens as sl
 from steerlens.data import shipped
-from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.runs.record import RUN_FILES
 from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, write_csv
 
@@ -420,49 +417,3 @@ def test_layers_refuses_a_folder_and_keeps_an_old_file_after_an_error(
     assert layers("--quiet", "--out", out).code == 0
     assert list(content(tmp_path)) == ["layers.csv"]
     assert out.read_text(encoding="utf-8").startswith("hook_name,")
-
-
-# models, datasets, help
-
-
-def test_models_and_datasets_are_listed(run: Main) -> None:
-    models, datasets = run("models"), run("datasets")
-    assert (models.code, datasets.code) == (0, 0)
-    printed = " ".join(models.out.split())
-    assert DEFAULT_MODEL in printed
-    assert PACKAGED_MODELS[DEFAULT_MODEL].requirement in printed
-    assert str(cache_folder()) in models.out.replace("\n", "")
-    lines = datasets.out.splitlines()
-    for name in sl.data.dataset_names():
-        sizes = [len(sl.ContrastivePairs.load(name, split=split)) for split in ("train", "test")]
-        assert f"{name}: {sizes[0]} train, {sizes[1]} test pairs" in lines
-    assert any(line.startswith(f"neutral: {len(sl.data.neutral_texts())} ") for line in lines)
-    assert "questions: 30 choice, 30 confirmation open questions" in lines
-
-
-@pytest.mark.parametrize("name", ["sentiment", "neutral", "questions"])
-def test_datasets_shows_a_card(name: str, run: Main) -> None:
-    outcome = run("datasets", name)
-    assert outcome.code == 0
-    card = (shipped.shipped_folder() / name / "card.md").read_text(encoding="utf-8")
-    assert outcome.out.split() == card.split()
-
-
-def test_every_command_is_in_the_help_and_has_one(run: Main) -> None:
-    shown = run()
-    printed = (shown.out + shown.err).splitlines()
-    commands = "sweep boundary geometry compare reliability layers circuits report extract generate"
-    for command in f"{commands} export bake vectors models methods datasets".split():
-        assert sum(line.strip().startswith(f"{command} ") for line in printed) == 1
-        outcome = run(command, *(["show"] if command == "vectors" else []), "--help")
-        assert (outcome.code, outcome.err) == (0, "")
-        assert command in outcome.out
-        assert "--debug" in outcome.out
-
-
-def test_python_m_steerlens() -> None:
-    """That it may succeed is shown by test_where_nobody_reads_stdout_nothing_is_lost."""
-    command = [sys.executable, "-m", "steerlens", "no-such-command"]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.splitlines() == ["steerlens: No such command 'no-such-command'."]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -12,19 +13,20 @@ from typing import Any, get_args
 import pandas as pd
 import pytest
 import torch
-from commands import Main, environment, record, table
+from commands import ESC, SHOWN, Main, Outcome, assert_visible, environment, record, table
 from typer.main import get_command
 
 import steerlens as sl
 from steerlens.cli import COMMANDS, app, options, printing
 from steerlens.cli.command import Command, LoadCommand
+from steerlens.cli.listing_commands import REPORT
 from steerlens.cli.long_command import RECORD
-from steerlens.cli.report_command import REPORT
 from steerlens.cli.vector_commands import CompareVectors, Show
+from steerlens.data import shipped
 from steerlens.engine.labels import OWN_TOKENS
 from steerlens.measure.rows import checked_coefficients
 from steerlens.measure.settings import COEFFICIENTS
-from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.models.packaged import DEFAULT_MODEL, PACKAGED_MODELS, cache_folder
 from steerlens.runs import record as runs
 
 NAMES = {
@@ -43,7 +45,7 @@ def told(*words):
     return out.getvalue()
 
 found = {name: told(*name.split(), option) for option in ("--help", "-h") for name in NAMES}
-found |= {"": told("-h"), "version": told("--version"), "listed": told("models")}
+found |= {"": told("-h"), "bare": told(), "version": told("--version"), "listed": told("models")}
 os.environ |= {"_STEERLENS_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
 os.environ["COMP_WORDS"] = "steerlens sw"
 found["completed"] = told("sw")
@@ -80,13 +82,15 @@ def test_the_first_page_has_every_command_on_a_line_of_its_own(shown: dict[str, 
     assert shown["version"] == f"steerlens {sl.__version__}\n"
     assert DEFAULT_MODEL in shown["listed"]
     assert shown["completed"].split() == ["sweep"]
+    assert shown["bare"] == shown[""]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_help_fits_and_has_examples_that_parse(name: str, shown: dict[str, str]) -> None:
     lines = shown[name].splitlines()
     assert max(map(len, lines)) <= 80
-    assert any(line.startswith("  -h, --help") for line in lines)
+    for option in ("-h, --help", "--debug"):
+        assert any(line.split("  ")[1].startswith(option) for line in lines if line[:2] == "  ")
     examples = [shlex.split(line) for line in lines if line.startswith("    steerlens ")]
     assert len(examples) == 2
     for words in examples:
@@ -314,3 +318,84 @@ def test_a_pipe_gets_whole_lines(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_intervals_in_words(low: float, high: float, expected: str) -> None:
     assert printing.between(low, high) == expected
+
+
+# What a terminal would obey
+
+SPEAK = """
+import logging, os, sys, warnings
+from tqdm import tqdm
+import steerlens as sl
+from steerlens.cli import main
+
+def speak():
+    warnings.warn(f"{ESC}1")
+    logging.getLogger("a library").warning("%s2", ESC)
+    print(f"{ESC}3")
+    sys.stderr.writelines([f"{ESC}4\\n"])
+    list(tqdm([0], desc=f"{ESC}5"))
+    raise RuntimeError(f"{ESC}6")
+
+sl.models.packaged.cache_folder = speak
+for arguments in CALLS:  # a child each, so that the imports are paid for once
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.dup2(os.open("-".join([*arguments, str(stream)]), os.O_CREAT | os.O_WRONLY), stream)
+        main(arguments) if arguments else speak()
+    os.waitpid(child, 0)
+"""
+"""Every way in which a library may write to the terminal, inside a command or by itself."""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_what_libraries_write_is_not_obeyed(tmp_path: Path) -> None:
+    calls, moved = [["models"], ["models", "--debug"], []], SHOWN.replace(r"\r", "")
+    env = environment() | {"PYTHONUTF8": "1"}
+    code = f"ESC, CALLS = {ESC!r}, {calls}\n{SPEAK}"
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=tmp_path)
+    for arguments in calls:
+        paths = [tmp_path / "-".join([*arguments, stream]) for stream in "12"]
+        outcome = Outcome(2, *(path.read_bytes().decode() for path in paths))
+        if not arguments:
+            assert all((outcome.out + outcome.err).count(f"{ESC}{i}") for i in range(1, 7))
+            continue
+        assert ("Traceback" in outcome.err) is ("--debug" in arguments)
+        # Streams keep carriage returns, by which bars move; an error has one line.
+        whole = (1, 6) if "--debug" in arguments else (1,)
+        texts = [f"{SHOWN}{i}" if i in whole else f"{moved}{i}" for i in range(1, 7)]
+        assert_visible(outcome, *texts, keep="\n\r")
+
+
+# models, datasets
+
+
+def test_models_and_datasets_are_listed(run: Main) -> None:
+    models, datasets = run("models"), run("datasets")
+    assert (models.code, datasets.code) == (0, 0)
+    printed = " ".join(models.out.split())
+    assert DEFAULT_MODEL in printed
+    assert PACKAGED_MODELS[DEFAULT_MODEL].requirement in printed
+    assert str(cache_folder()) in models.out.replace("\n", "")
+    lines = datasets.out.splitlines()
+    for name in sl.data.dataset_names():
+        sizes = [len(sl.ContrastivePairs.load(name, split=split)) for split in ("train", "test")]
+        assert f"{name}: {sizes[0]} train, {sizes[1]} test pairs" in lines
+    assert any(line.startswith(f"neutral: {len(sl.data.neutral_texts())} ") for line in lines)
+    assert "questions: 30 choice, 30 confirmation open questions" in lines
+
+
+@pytest.mark.parametrize("name", ["sentiment", "neutral", "questions"])
+def test_datasets_shows_a_card(name: str, run: Main) -> None:
+    outcome = run("datasets", name)
+    assert outcome.code == 0
+    card = (shipped.shipped_folder() / name / "card.md").read_text(encoding="utf-8")
+    assert outcome.out.split() == card.split()
+
+
+def test_python_m_steerlens() -> None:
+    """That it may succeed is shown by test_where_nobody_reads_stdout_nothing_is_lost."""
+    command = [sys.executable, "-m", "steerlens", "no-such-command"]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.splitlines() == ["steerlens: No such command 'no-such-command'."]

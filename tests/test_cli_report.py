@@ -10,8 +10,7 @@ import pytest
 from commands import HELD_OUT, OPENINGS, Main, assert_error, content, record, table, write_pairs
 from run_folders import write_boundary, write_sweep
 
-from steerlens.cli.printing import quiet
-from steerlens.cli.run_warnings import keeping_warnings, warn, warned
+from steerlens.cli.printing import keeping_warnings, quiet, warn, warned
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 

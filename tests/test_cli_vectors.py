@@ -1,11 +1,7 @@
 """`steerlens extract`, `generate`, `export`, `bake` and `vectors`."""
 
 import json
-import os
-import re
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from commands import Main, Outcome, assert_error, content, environment, finish
+from commands import ESC, SHOWN, Main, assert_error, assert_visible, content, finish
 
 import steerlens as sl
 from steerlens.data.prompts import Message
@@ -317,43 +313,6 @@ def test_vectors_compare(run: Main, extract: Main, file: Path, tmp_path: Path) -
 
 # What a terminal would obey
 
-ESC = "a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
-SHOWN = r"a\x1b]0;b\x07\x9b2Jc\u202e\u2066[bold]d[red]\rä次"
-
-
-SPEAK = """
-import logging, os, sys, warnings
-from tqdm import tqdm
-import steerlens as sl
-from steerlens.cli import main
-
-def speak():
-    warnings.warn(f"{ESC}1")
-    logging.getLogger("a library").warning("%s2", ESC)
-    print(f"{ESC}3")
-    sys.stderr.writelines([f"{ESC}4\\n"])
-    list(tqdm([0], desc=f"{ESC}5"))
-    raise RuntimeError(f"{ESC}6")
-
-sl.models.packaged.cache_folder = speak
-for arguments in CALLS:  # a child each, so that the imports are paid for once
-    child = os.fork()
-    if child == 0:
-        for stream in (1, 2):
-            os.dup2(os.open("-".join([*arguments, str(stream)]), os.O_CREAT | os.O_WRONLY), stream)
-        main(arguments) if arguments else speak()
-    os.waitpid(child, 0)
-"""
-"""Every way in which a library may write to the terminal, inside a command or by itself."""
-
-
-def assert_visible(outcome: Outcome, *texts: str, keep: str = "\n") -> None:
-    """The texts are there, in one line whatever their width, and nothing that is not printable."""
-    printed = outcome.out + outcome.err
-    for text in texts:
-        assert text in re.sub(r"\s", "", printed)
-    assert not [c for c in printed if not c.isprintable() and c not in keep]
-
 
 def test_texts_of_others_are_shown_and_not_obeyed(run: Main, file: Path, tmp_path: Path) -> None:
     vector = sl.SteeringVector.load(file)
@@ -367,25 +326,6 @@ def test_texts_of_others_are_shown_and_not_obeyed(run: Main, file: Path, tmp_pat
     assert_visible(run("export", other, tmp_path / f"{ESC}.gguf"), f"{SHOWN}.gguf")
     option = "--" + ESC.replace("\r", "")
     assert_visible(run("vectors", "show", option), SHOWN.replace(r"\r", ""))
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_what_libraries_write_is_not_obeyed(tmp_path: Path) -> None:
-    calls, moved = [["models"], ["models", "--debug"], []], SHOWN.replace(r"\r", "")
-    env = environment() | {"PYTHONUTF8": "1"}
-    code = f"ESC, CALLS = {ESC!r}, {calls}\n{SPEAK}"
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=tmp_path)
-    for arguments in calls:
-        paths = [tmp_path / "-".join([*arguments, stream]) for stream in "12"]
-        outcome = Outcome(2, *(path.read_bytes().decode() for path in paths))
-        if not arguments:
-            assert all((outcome.out + outcome.err).count(f"{ESC}{i}") for i in range(1, 7))
-            continue
-        assert ("Traceback" in outcome.err) is ("--debug" in arguments)
-        # Streams keep carriage returns, by which bars move; an error has one line.
-        whole = (1, 6) if "--debug" in arguments else (1,)
-        texts = [f"{SHOWN}{i}" if i in whole else f"{moved}{i}" for i in range(1, 7)]
-        assert_visible(outcome, *texts, keep="\n\r")
 
 
 def test_generated_text_keeps_its_lines(steered: Main, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,17 +348,9 @@ def test_how_prompts_are_read_and_rendered(
         done = run(*words, "--no-boundary", f"--position={position}", "--out", out)
         assert done.code == 0, done
         assert sl.SteeringVector.load(out).origin.position == kept
-    say = (
-        "generate",
-        "--vector",
-        out,
-        "--model",
-        model_folder,
-        "--prompt",
-        "you",
-        "--coefficients=2",
-    )
-    few = ("--max-new-tokens", "3", "--positions", "last+generated[0:2]", "--quiet")
+    say = ("generate", "--vector", out, "--model", model_folder, "--prompt", "you")
+    few = ("--coefficients=2", "--max-new-tokens", "3", "--quiet")
+    few += ("--positions", "last+generated[0:2]")
     assert run(*say, *few).code == 0
     told = run(*say, *few, "--template-args", "bos_token=</s>")
     assert told.code == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import Main, assert_error, content
 
-from steerlens.cli.executors import executor_of
+from steerlens.cli.sweep_command import executor_of
 from steerlens.errors import WorkerError
 
 

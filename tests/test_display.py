@@ -230,9 +230,9 @@ def test_directions_show_their_hooks(llama: Any, pairs: sl.ContrastivePairs) -> 
     assert "position -1" in page.text
 
 
-def comparison(method: str, *, chosen: bool) -> Comparison:
+def comparison(method: str, *, chosen: bool, hook_name: str = resid_post(1)) -> Comparison:
     row = {"method": method, "layer": 1, "verdict": "effect", "effect": 0.5}
-    row |= {"layer_choice": "none", "hook_name": resid_post(1)}
+    row |= {"layer_choice": "none", "hook_name": hook_name}
     counts: dict[str, Any] = {"n_items": 2, "n_null": 4, "is_chosen": chosen}
     counts |= {"n_groups": 2, "null_by": "exact", "interval_over": "items", "p_layers": 0.01}
     table = to_frame([{**row, **counts}], COMPARISON_COLUMNS, {"pairs": "p"})
@@ -250,6 +250,10 @@ def test_a_comparison_shows_the_summary_or_every_row() -> None:
     assert dict(zip(*page.rows, strict=True))["rank"] == "1"
     page = shown(comparison("pca", chosen=False))
     assert dict(zip(*page.rows, strict=True))["p layers"] == "0.01"
+    head = "blocks.1.attn.hook_z[2]"
+    for chosen in (True, False):
+        page = shown(comparison("pca", chosen=chosen, hook_name=head))
+        assert [row[1] for row in page.rows] == ["hook", head]
 
 
 # Hostile text

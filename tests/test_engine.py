@@ -295,6 +295,28 @@ def test_every_hook_is_checked_and_huge_coefficients_hide_nothing(
     assert_same(found[:3], by_plain_loop(model, workload, wrong)[:3])
 
 
+def test_a_hook_between_others_that_cannot_be_resumed_after_is_found_out(
+    pairs: sl.ContrastivePairs,
+) -> None:
+    """Block 2 adds what block 1 computed in the same pass: only after block 1 is it missing."""
+    model = bridge(build_llama())
+    kept: dict[str, torch.Tensor] = {}
+    model.embed.register_forward_hook(lambda m, a, out: kept.clear())
+    model.blocks[1].mlp.register_forward_hook(lambda m, a, out: kept.update(out=out))
+    model.blocks[2].mlp.register_forward_hook(lambda m, a, out: out + kept.get("out", 0.0))
+    workload = make(model, pairs)
+    jobs = make_jobs(model, [resid_post(layer) for layer in (0, 1, 3)])
+    with pytest.warns(RuntimeWarning, match=r"resuming after blocks\.1") as warned:
+        found = planned(model, workload, jobs, rows=16)
+    assert len(warned) == 1
+    for job, of_job in zip(jobs, found, strict=True):
+        assert_same(of_job, by_plain_loop(model, workload, job))
+    # Control: the other hooks alone give no warning.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        planned(model, workload, make_jobs(model, [resid_post(i) for i in (0, 3, 4)]), rows=16)
+
+
 def test_a_users_hook_on_the_end_of_the_model_is_found_out(
     llama: Any, pairs: sl.ContrastivePairs
 ) -> None:

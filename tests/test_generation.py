@@ -13,6 +13,7 @@ from scipy.stats import chi2
 from zoo import bridged
 
 import steerlens as sl
+from steerlens.engine.backend import for_hooks
 from steerlens.engine.continuations import continue_prompts, until_end
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import HookError, InputError
@@ -135,6 +136,41 @@ def test_all_that_a_vector_does(llama: Any, vector: Any, coefficients: Any) -> N
     expected = alone(llama, prompts, vector, coefficients=coefficients)
     assert [text.ids for text in texts] == expected
     assert len(set(expected)) > 6
+
+
+@needs_bridge
+def test_blocks_up_to_the_steered_one_run_once_a_prompt(llama: Any) -> None:
+    prompts = [tokenize_prompt(llama, text) for text in TEXTS]
+    given = (llama, prompts, DIRECTION, COEFFICIENTS)
+    generate_texts(*given, max_new_tokens=1)  # the first is looked at
+    runner = for_hooks(llama, [HOOK], on_cpu=True)
+    rows: dict[int, list[int]] = {1: [], 2: []}
+    handles = [
+        runner.blocks[i].self_attn.register_forward_hook(
+            lambda module, args, out, i=i: rows[i].append(len(out[0]))
+        )
+        for i in rows
+    ]
+    try:
+        generate_texts(*given, max_new_tokens=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert rows == {1: [len(prompts)], 2: [len(prompts) * len(COEFFICIENTS)]}
+
+
+@needs_bridge
+def test_a_bridge_without_a_bare_model_is_steered_in_the_prompt(
+    llama: Any, apart: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As it runs where it is spread over devices.
+    ran: list[Any] = []
+    monkeypatch.setattr(decoding, "for_hooks", lambda model, *_, **__: ran.append(model) or model)
+    prompts = [tokenize_prompt(llama, text) for text in TEXTS]
+    texts = generate_texts(llama, prompts, DIRECTION, COEFFICIENTS, max_new_tokens=6)
+    assert ran == [llama]
+    assert [text.ids for text in texts] == alone(llama, prompts, DIRECTION)
+    assert not apart[: -len(texts)]  # of `generate_texts`; `alone` ran the others
 
 
 @needs_bridge

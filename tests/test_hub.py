@@ -28,6 +28,7 @@ class Hub:
 
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refuses: bool = False
+    tokens: set[str] = field(default_factory=set)
 
     def card(self, repo: str) -> str:
         return self.files[repo]["README.md"].decode()
@@ -51,6 +52,7 @@ class Answers(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def do_POST(self) -> None:
+        self.hub.tokens.add(self.headers["Authorization"])
         body = self.rfile.read(int(self.headers["Content-Length"]))
         url = f"http://{self.headers['Host']}"
         if self.hub.refuses:
@@ -122,10 +124,11 @@ def test_a_vector_goes_to_the_hub_and_comes_back(
     effects = pd.DataFrame({"method": ["pca"], "effect": [1.234567], "effect_ci_low": [0.5]})
     address = vector.push_to_hub("me/cheerful", effects=effects)
     assert address.endswith(f"/me/cheerful/commit/{COMMIT}")
+    assert hub.tokens == {"Bearer hf_test"}
     assert set(hub.files["me/cheerful"]) == {"vector.safetensors", "README.md"}
     assert sl.SteeringVector.from_hub("me/cheerful", model=llama) == vector
     card = hub.card("me/cheerful")
-    assert card.startswith('---\nlibrary_name: "steerlens"\n')
+    assert card.startswith("---\nlibrary_name: steerlens\n")
     told = "kl=0.1 neutral 8.25 -4 1.235 effect_ci_low Add() from_hub('me/cheerful'".split()
     for text in (*told, HOOK, vector.origin.model, vector.origin.weights):
         assert text in card, text
@@ -164,7 +167,7 @@ def test_a_card_says_what_is_not_known_and_obeys_no_text(hub: Hub) -> None:
     card = hub.card("me/plain")
     assert "what a coefficient costs is not known" in card
     assert "## Effect\n\nNot recorded." in card
-    assert 'base_model: "owner/model"' in card
+    assert "base_model: owner/model" in card
     assert "<script" not in card
     assert not re.search(r"^# head", card, flags=re.MULTILINE)
     assert "[a](b)" not in card
@@ -190,7 +193,7 @@ def test_a_checkpoint_goes_with_a_card(
     for name, path in expected.items():
         assert sent[name] == path.read_bytes()
     card = hub.card("me/steered")
-    for told in (f'library_name: "{library}"', "Coefficient 4", "kl=0.1", HOOK):
+    for told in (f"library_name: {library}", "Coefficient 4", "kl=0.1", HOOK):
         assert told in card, told
 
 

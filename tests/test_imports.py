@@ -9,6 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeAlias
 
@@ -125,6 +127,27 @@ def test_the_order_check_sees_every_way_to_import(source: str, found: list[str])
     assert out_of_order("models.hooks", source) == found
 
 
+def importing(source: str, known: Iterable[str]) -> set[str]:
+    """Those of some modules that the source imports, anywhere in it."""
+    froms = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom))
+    names = {
+        name
+        for node in froms
+        for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+    return {module for module in known if f"steerlens.{module}" in names}
+
+
+def test_no_modules_import_each_other() -> None:
+    """Not even inside a function, where Python allows it."""
+    graph = {module: importing(sources()[module], MODULES) for module in MODULES}
+    assert "cli.task" in graph["cli.command"]
+    assert [*TopologicalSorter(graph).static_order()]
+    late = importing("def f():\n    from steerlens.cli.command import Command", MODULES)
+    with pytest.raises(CycleError, match="in a cycle"):
+        TopologicalSorter({**graph, "cli.task": late}).prepare()
+
+
 # Names and annotations
 
 
@@ -221,10 +244,15 @@ def without_docstring(source: str) -> list[str]:
 
 @pytest.mark.parametrize("module", sources())
 def test_public_names_have_docstrings(module: str) -> None:
-    source = sources()[module]
+    """Of their own; a method of a command, that of the method it overrides at least."""
+    source, untold = sources()[module], []
     if module != "__main__":
         assert ast.get_docstring(ast.parse(source))
-    assert without_docstring(source) == []
+        untold = without_docstring(source)
+    if module.startswith("cli."):
+        here = importlib.import_module(f"steerlens.{module}")
+        untold = [name for name in untold if not inspect.getdoc(attrgetter(name)(here))]
+    assert untold == []
 
 
 def test_the_docstring_check_can_fail() -> None:

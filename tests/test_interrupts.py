@@ -232,7 +232,7 @@ def test_the_second_of_two_is_refused_while_the_first_lives(tmp_path: Path) -> N
     with open_parts(tmp_path, REQUEST, options={}):
         started = read_started(tmp_path)
         assert started is not None
-        assert started.hook_names == tuple(HOOKS)
+        assert started.request["hook_names"] == HOOKS
     assert read_started(tmp_path) is None
     assert list(tmp_path.iterdir()) == []
 
@@ -263,15 +263,15 @@ def test_a_run_beside_another_in_one_folder_loses_nothing(
 ) -> None:
     """The second begins while the first measures; it knows nothing of the first's lock."""
     out = tmp_path / "run"
-    options = ["--model", str(model_folder), "--pairs", str(pairs_file), "--layers", "1", "--quiet"]
+    options = ["--model", str(model_folder), "--pairs", str(pairs_file), "--layers", "1"]
     study, said = sl.Study, []
 
     def study_beside(*args: Any, **settings: Any) -> Any:
-        said.append(Context().run(run, "boundary", *options, "--out", out))
+        said.append(Context().run(run, "boundary", *options, "--quiet", "--out", out))
         return study(*args, **settings)
 
     monkeypatch.setattr(sl, "Study", study_beside)
-    assert run("boundary", *options, "--out", out).code == 0
+    assert run("boundary", *options, "--quiet", "--out", out).code == 0
     assert len(said) == 1
     assert_error(said[0], f"another run is writing to '{out}'")
     assert sl.read_run(out).command == "boundary"
@@ -319,7 +319,7 @@ def test_where_nobody_reads_stdout_nothing_is_lost(
 # A command's pool; its first tasks end when a worker is up.
 POOL = """
 import time
-from steerlens.cli.executors import executor_of
+from steerlens.cli.sweep_command import executor_of
 if __name__ == "__main__":
     with executor_of(workers=2, dask=None) as pool:
         assert list(pool.map(time.sleep, (1, 1))) == [None, None]

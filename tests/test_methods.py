@@ -11,13 +11,12 @@ import torch
 import steerlens as sl
 from steerlens.directions import contrast_methods as contrast
 from steerlens.directions import gradient_methods as gradient
-from steerlens.directions.contrast_methods import Activations
+from steerlens.directions.contrast_methods import Activations, first_axis
 from steerlens.directions.differences import Differences
 from steerlens.directions.fitting import fit_methods
 from steerlens.directions.gradient_methods import Gradients
 from steerlens.directions.gradient_rows import LossGradients
 from steerlens.directions.gradients import loss_gradients
-from steerlens.directions.linear_algebra import first_axis
 from steerlens.directions.methods import METHODS, method_of
 from steerlens.errors import InputError
 

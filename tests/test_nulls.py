@@ -19,8 +19,8 @@ from steerlens.engine.tokenization import (
     tokenize_prompt,
 )
 from steerlens.loss import Budget
-from steerlens.measure.linearised import Linearised, linearise
-from steerlens.measure.nulls import NullEffects, Screen
+from steerlens.measure.nulls import Screen, null_columns
+from steerlens.measure.prediction import Linearised, linearise
 from steerlens.models.hooks import resid_post
 
 items, neutral = comparing.items, comparing.neutral
@@ -153,7 +153,7 @@ def test_nulls_that_are_run_and_linearised_ones_are_one_family() -> None:
 
     def columns(*seen: float) -> list[dict[str, Any]]:
         hows, names = ("linearised", "exact"), (HOOK, resid_post(2))
-        return [*NullEffects(hows, names, np.array(seen), draws).columns().values()]
+        return [*null_columns(hows, names, np.array(seen), draws).values()]
 
     far = columns(2.0, 2.0)
     assert [row["null_by"] for row in far] == ["linearised", "exact"]
@@ -168,7 +168,7 @@ def test_nulls_that_are_run_and_linearised_ones_are_one_family() -> None:
 
 def test_the_harder_kind_of_null_decides() -> None:
     near, far = np.linspace(-1, 1, 41)[:, None], np.linspace(-3, 3, 41)[:, None]
-    row = NullEffects(("exact",), (HOOK,), np.array([2.0]), {"a": near, "b": far}).columns()[HOOK]
+    row = null_columns(("exact",), (HOOK,), np.array([2.0]), {"a": near, "b": far})[HOOK]
     # Beyond 2 there are 14 of the 41.
     assert row["p_value"] == row["p_layers"] == pytest.approx(15 / 42)
     assert (row["null_low"], row["null_high"]) == pytest.approx((-2.85, 2.85))
@@ -178,7 +178,7 @@ def test_a_kind_without_nulls_leaves_the_rank_unknown() -> None:
     """`test_the_harder_kind_of_null_decides` is the control."""
     known, unknown = np.linspace(-1, 1, 21)[:, None], np.full((21, 1), math.nan)
     for draws in ({"a": known, "b": unknown}, {"a": unknown, "b": known}):
-        row = NullEffects(("exact",), (HOOK,), np.array([2.0]), draws).columns()[HOOK]
+        row = null_columns(("exact",), (HOOK,), np.array([2.0]), draws)[HOOK]
         assert row["n_null"] == 0
         for name in ("p_value", "p_layers", "null_low", "null_high"):
             assert math.isnan(row[name]), name

@@ -96,9 +96,9 @@ def test_a_comparison_has_a_frame_for_every_hook() -> None:
     figure = plots.comparison(two_kinds(compare_tables()["comparison"]))
     assert figure.frames[1:] == (
         "layer 10",
-        "layer blocks.10.hook_mlp_out",
+        "blocks.10.hook_mlp_out",
         "layer 20",
-        "layer blocks.20.hook_mlp_out",
+        "blocks.20.hook_mlp_out",
     )
     assert len(rows(figure, "methods", frame="layer 10")) == 2
 

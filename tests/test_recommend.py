@@ -1,6 +1,7 @@
 """`recommend`: a planted direction is found, labels that mean nothing are refused, and why."""
 
 import json
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from conftest import bridge, build_tokenizer
 from planted import PROMPTS, WORDS, item_records, pair_records, planted_weights
 
 import steerlens as sl
-from steerlens.measure import label_flips, recommendation
+from steerlens.measure import label_flips, outcomes, recommendation
 from steerlens.measure.choosing import Parts
 from steerlens.measure.sign_results import IN_JSON, SignResult, verdict_of
 
@@ -23,6 +24,7 @@ from steerlens.measure.sign_results import IN_JSON, SignResult, verdict_of
 def _short_texts() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recommendation, "OWN_TOKENS", 6)
+        patch.setattr(outcomes, "OWN_TOKENS", 6)
         patch.setattr(recommendation, "NEW_TOKENS", 3)
         yield
 
@@ -295,3 +297,26 @@ def test_the_command_writes_and_says_what_next(
 
 def _interrupt(*given: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_flips_of_all_layers_are_never_held_at_once(
+    planted: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, made, alive = label_flips.LabelFlips.at, list[weakref.ref[Any]](), list[int]()
+
+    def counted(flips: Any, name: str) -> Any:
+        found = at(flips, name)
+        made.append(weakref.ref(found[0]))
+        alive.append(sum(of() is not None for of in made))
+        return found
+
+    monkeypatch.setattr(label_flips.LabelFlips, "at", counted)
+    monkeypatch.setattr(recommendation, "choose_coefficients", stop_here)
+    with pytest.raises(InterruptedError):
+        sl.recommend(planted, pair_records(), items=item_records(), prompts=PROMPTS)
+    assert len(made) >= 3 * planted.cfg.n_layers > 6
+    assert max(alive) <= 2  # the one before it is let go after it is made
+
+
+def stop_here(*_: Any, **__: Any) -> Any:
+    raise InterruptedError

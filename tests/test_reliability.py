@@ -31,6 +31,8 @@ def test_reliability_of_a_planted_direction() -> None:
     assert found.pca_cosine > 0.95 > nothing.pca_cosine
     assert found.agreement > 0.4 > 0.3 > nothing.agreement
     assert reliability(given, n_splits=20).equals(table)
+    with_readout = replace(given, hook_names=(resid_post(0),), readout_names=(resid_post(1),))
+    assert reliability(with_readout, n_splits=20).equals(table[:1])
     with pytest.raises(InputError, match="at least 8 pairs"):
         reliability(replace(given, positive=given.positive[:, :5], negative=given.negative[:, :5]))
 

@@ -81,7 +81,11 @@ def test_uneven_groups_give_students_interval() -> None:
     assert effective_groups(groups) == pytest.approx(400 / 110)
     rest = np.array([values[:10].sum() - 95.0, *(values[10:] - 9.5)])
     shares = np.array([10, *[1] * 10]) / 20
-    reach = t.ppf(0.975, 400 / 110 - 1) * math.sqrt((rest**2 / (1 - shares)).sum()) / 20
+    # sums: squares of shares 0.275; u is 0.5, and 0.0025 / 0.95 ten times
+    u = 0.5 + 10 * 0.0025 / 0.95
+    df = 1 / (0.275 + u**2 - (0.25 + 10 * (0.0025 / 0.95) ** 2))
+    assert df == pytest.approx(3.312, abs=1e-3)
+    reach = t.ppf(0.975, df) * math.sqrt((rest**2 / (1 - shares)).sum()) / 20
     assert interval(values, groups=groups) == pytest.approx((9.5 - reach, 9.5 + reach))
 
 

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from run_folders import WRITERS, geometry_tables, sweep_table, write, write_sweep
+from run_folders import (
+    WRITERS,
+    circuits_tables,
+    geometry_tables,
+    sweep_table,
+    write,
+    write_sweep,
+)
 
 import steerlens as sl
 from steerlens.runs.html_report.summary import summarise
@@ -90,8 +97,18 @@ def test_the_summary_of_another_command(command: str, tmp_path: Path) -> None:
     said = " ".join(sentences(WRITERS[command](tmp_path / "run")))
     for words in SUMMARIES[command]:
         assert words in said
-    assert "random components" not in said
-    assert "nothing" not in said
+
+
+def test_what_a_circuit_leaves_is_told_where_it_is_known(tmp_path: Path) -> None:
+    """Of random components where some were drawn; never of nothing held, of which all is left."""
+    tables = circuits_tables()
+    claims = tables["claims"]
+    assert claims.remaining[claims.test == "nothing"].tolist() == [1.0]
+    (before,) = sentences(write(tmp_path / "none", "circuits", tables, coefficient=20.0))[-1:]
+    claims.loc[claims.test == "random components", ["remaining", "ci_low", "ci_high"]] = 0.9, 0.8, 1
+    (after,) = sentences(write(tmp_path / "some", "circuits", tables, coefficient=20.0))[-1:]
+    assert after == before.replace(").", "); random components 0.9 (0.8 to 1).")
+    assert "nothing" not in after
 
 
 def test_hooks_of_one_layer_have_a_sentence_each(tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
     advances: list[Any], monkeypatch: pytest.MonkeyPatch, swept: Swept
 ) -> None:
     monkeypatch.setattr(
-        "steerlens.engine.plan._reasons", lambda *args, **kwargs: {resid_post(1): "no"}
+        "steerlens.engine.plan.not_exact", lambda *args: (False, {resid_post(1): "no"})
     )
     tables, moves = {}, {}
     for name, executor in {"serial": None, "inline": Inline()}.items():
@@ -225,7 +225,7 @@ def test_a_hook_by_the_plain_loop_does_not_move_the_worker(
 def test_hooks_that_cannot_be_resumed_after_run_by_the_plain_loop(
     monkeypatch: pytest.MonkeyPatch, swept: Swept, serial: Any
 ) -> None:
-    monkeypatch.setattr("steerlens.engine.plan.n_skippable", lambda model: 0)
+    monkeypatch.setattr("steerlens.engine.exactness.n_skippable", lambda model: 0)
     with pytest.warns(RuntimeWarning, match="not one list"):
         plainly = swept()
     with pytest.warns(RuntimeWarning, match="not one list"):

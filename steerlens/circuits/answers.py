@@ -108,10 +108,8 @@ def contrast_answers(
         torch.Size([1, 3])
     """
     tokenized = tokenize_pairs(model, pairs)
-    positive, negative = (
-        _mean_logprobs(model, side) for side in (tokenized.positive, tokenized.negative)
-    )
-    difference = positive - negative
+    difference = _mean_logprobs(model, tokenized.positive)
+    difference -= _mean_logprobs(model, tokenized.negative)
     if not 1 <= n_tokens <= len(difference) // 2:
         raise InputError(
             f"n_tokens is from 1 to half the vocabulary ({len(difference) // 2}), "

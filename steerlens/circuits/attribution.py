@@ -30,11 +30,10 @@ from steerlens.progress import Progress
 
 @dataclass(frozen=True)
 class Estimates:
-    """Of the components behind a steered hook, in `components`' order, in logits, on the CPU.
+    """Of the components behind a steered hook, in their order; logits, on the CPU.
 
-    `effect` is what the metric changes by when the component's output alone is the steered one,
-    `direct` what its own write adds to the metric, and `vector_direct` what the vector's does;
-    `unsteered` and `steered` are the metric itself. See `find_readers`.
+    `effect` and `direct` are as in `find_readers`, `vector_direct` is what the vector's own write
+    adds to the metric; `unsteered` and `steered` are the metric itself.
     """
 
     effect: Float[Tensor, "component prompt"]
@@ -52,10 +51,7 @@ class Estimates:
 def estimate(
     task: Task, steered: Intervention, *, ig_steps: int = 1, progress: Progress | None = None
 ) -> Estimates:
-    """Effects of all components behind the one hook of an intervention, on every prompt.
-
-    With `ig_steps` above 1 by the gradients along the way there. `progress` is told of the prompts.
-    """
+    """Effects of all components behind an intervention's one hook; `ig_steps` as `find_readers`."""
     count = counting(progress, "estimates: prompts", len(task.prompts))
     parts: list[Estimates] = []
     for batch in task.passes():

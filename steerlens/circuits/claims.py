@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.circuits.components import Component, by_hook, head_hook
-from steerlens.circuits.interventions import Intervention, capture
-from steerlens.circuits.patching import replacing
+from steerlens.circuits.interventions import Intervention, capture, replacing
 from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task
 from steerlens.engine.checkpoint import Tensors
@@ -49,11 +48,9 @@ class Claims:
         n_draws: int,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
-        """The steered model with something held at its unsteered value (`CLAIM_COLUMNS`).
+        """Run the steered model with something held at its unsteered value (`CLAIM_COLUMNS`).
 
-        Attention patterns, values, the `named` components, chosen on other prompts, and `n_draws`
-        times as many random ones of all that lie `behind` the vector. `progress` is told of the
-        runs. See `find_readers`.
+        `named` are components that were chosen on other prompts; the random ones are of `behind`.
         """
         rows: dict[str, tuple[int, Numbers]] = {"nothing": (0, self._of_prompts(self.change))}
         if not named:
@@ -86,9 +83,7 @@ class Claims:
             metrics = []
             for batch in self.task.passes():
                 unsteered = capture(batch.model, batch.prompts.tokens, list(places))
-                holding = [
-                    replacing(name, unsteered[name], heads) for name, heads in places.items()
-                ]
+                holding = [replacing(n, unsteered[n], heads) for n, heads in places.items()]
                 metrics.append(batch.measure(self.steered, holding))
             return {"metric": torch.cat(metrics)}
 
@@ -98,12 +93,8 @@ class Claims:
     def _of_prompts(self, left: Float[Tensor, " prompt"]) -> Numbers:
         """Of one run, with its interval over prompts."""
         changes = [values.double().numpy() for values in (left, self.change)]
-        interval = ratio_interval(
-            *changes,
-            groups=self.task.prompts.groups,
-            seed=self.seed,
-            n_bootstrap=self.n_bootstrap,
-        )
+        how: dict[str, Any] = {"seed": self.seed, "n_bootstrap": self.n_bootstrap}
+        interval = ratio_interval(*changes, groups=self.task.prompts.groups, **how)
         return 1, float(left.double().mean()), *interval
 
     def _of_draws(self, changes: Float[np.ndarray, " draw"]) -> Numbers:
@@ -120,17 +111,17 @@ class Claims:
     def _table(
         self, rows: Mapping[str, tuple[int, Numbers]], draws: Sequence[float] = ()
     ) -> pd.DataFrame:
-        names = ("test", "n_components", "n_draws", "change", "ci_low", "ci_high")
+        names = ("n_draws", "change", "ci_low", "ci_high")
         n_groups, p_value = len(set(self.task.prompts.groups)), math.nan
         if draws:
             taken = [self._whole - left for left in (rows["named components"][1][1], *draws)]
             p_value = rank_p(taken[0], taken[1:])
         records = [
             {
-                **dict(zip(names, (test, n_components, *numbers), strict=True)),
+                **{"test": test, "n_components": n_components, "n_groups": n_groups},
+                **dict(zip(names, numbers, strict=True)),
                 "remaining": numbers[1] / (self._whole or math.nan),
                 "p_value": p_value if test == "named components" else math.nan,
-                "n_groups": n_groups,
             }
             for test, (n_components, numbers) in rows.items()
         ]

@@ -158,12 +158,9 @@ def compare_circuits(
     rows: list[Drawn] = []
     curve_rows: list[Drawn] = []
     for level in levels:
-        for of_table, more in zip(
-            (rows, curve_rows),
-            compared.at(level, tuple(shares), tuple(null_shares), ran),
-            strict=True,
-        ):
-            of_table.extend(more)
+        more, more_curves = compared.at(level, tuple(shares), tuple(null_shares), ran)
+        rows += more
+        curve_rows += more_curves
     scores = {name: of_model.scores for name, of_model in compared.models.items()}
     attrs = {
         "n_pairs": len(pairs),
@@ -182,14 +179,9 @@ def compare_circuits(
         "seed": seed,
         "provenance": provenance(model).to_dict(),
     }
-    table, faithfulness = (
-        to_frame(*columns, attrs)
-        for columns in (
-            (ranked_overlaps(rows), CIRCUIT_COLUMNS),
-            (ranked_faithfulness(curve_rows), FAITHFULNESS_COLUMNS),
-        )
-    )
-    return Circuits(table, faithfulness, scores)
+    table = to_frame(ranked_overlaps(rows), CIRCUIT_COLUMNS, attrs)
+    curves = to_frame(ranked_faithfulness(curve_rows), FAITHFULNESS_COLUMNS, attrs)
+    return Circuits(table, curves, scores)
 
 
 @dataclass(frozen=True, eq=False)

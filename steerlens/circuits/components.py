@@ -147,10 +147,7 @@ def cotangents(
     *,
     n_layers: int | None = None,
 ) -> dict[str, Tensor]:
-    """Hook -> what a write there is multiplied with, to give its projection on `direction`.
-
-    `direction` is one row, or one a prompt; at `hook_z` it is carried through `W_O`.
-    """
+    """Hook -> what a write there is multiplied with, to give its projection on `direction`."""
     against: dict[str, Tensor] = {}
     for name in writer_hooks(model, n_layers=n_layers):
         row = direction
@@ -164,10 +161,7 @@ def cotangents(
 def contract(
     written: Mapping[str, Tensor], against: Mapping[str, Tensor]
 ) -> Float[Tensor, "component prompt token"]:
-    """The inner product of every component's write with `against`, at each token.
-
-    In the order of `components`; `written` is in that of `writer_hooks`.
-    """
+    """The inner product of every component's write (`components` order) with `against`."""
     rows: list[Tensor] = []
     for name, activation in written.items():
         product = (activation.float() * against[name]).sum(dim=-1)
@@ -176,10 +170,7 @@ def contract(
 
 
 def check_additive(model: HookedModel) -> None:
-    """Raise `InputError` unless every block has heads, an MLP, and the hooks to read them.
-
-    Whether they add up is seen from the numbers: `check_complete`, `graphs.check_sum`.
-    """
+    """Raise `InputError` unless every block has heads, an MLP, and the hooks to read them."""
     for layer, block in enumerate(model.blocks):
         names = (head_hook(layer), mlp_hook(layer), resid_post(layer))
         missing = [name for name in names if name not in model.hook_dict]
@@ -193,10 +184,7 @@ def check_additive(model: HookedModel) -> None:
 def check_complete(
     explained: float, whole: float, scale: float, name: str, dtype: torch.dtype
 ) -> None:
-    """Raise `InputError` when the components' sum is not the whole called `name`.
-
-    To `tolerance` of `scale`.
-    """
+    """Raise `InputError` where the components' sum is not the whole, to `tolerance` of `scale`."""
     if not (math.isfinite(explained) and math.isfinite(whole)):
         raise InputError(f"{name} is not finite; try a smaller coefficient or float32")
     if not abs(explained - whole) <= tolerance(dtype) * scale:

@@ -24,10 +24,7 @@ Circuits = Mapping[str, Sequence[Bool[Tensor, " item"]]]
 
 @dataclass(frozen=True)
 class Bench:
-    """A model in which circuits are run, with what it does whole and with nothing of it.
-
-    `whole` is its behaviour pair by pair, less that of the empty circuit, `empty` (logits).
-    """
+    """A model in which circuits are run, and its behaviour (logits) beyond the empty circuit's."""
 
     graph: Graph
     level: str
@@ -74,11 +71,10 @@ def faithfulness_rows(
     seed: int,
     count: Callable[[int], None],
 ) -> list[Drawn]:
-    """Rows of `FAITHFULNESS_COLUMNS`: every model's circuits in every model.
+    """Every model's circuits in every model, without the columns of `ranked_faithfulness`.
 
-    Without the columns under nulls (`ranked_faithfulness`). `nulls` holds, by model and kind, those
-    that stand in its place; the circuits of the first model at `null_shares` are run in each of
-    them. `count` is told of the runs.
+    `nulls` holds, by model and kind, those that stand in its place; the circuits of the first model
+    at `null_shares` are run in each of them.
     """
     rows: list[Drawn] = []
     first = next(iter(circuits))

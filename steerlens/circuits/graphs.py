@@ -22,8 +22,7 @@ from steerlens.circuits.components import (
     writer_hooks,
     writes,
 )
-from steerlens.circuits.interventions import Intervention, capture
-from steerlens.circuits.patching import replacing
+from steerlens.circuits.interventions import Intervention, capture, replacing
 from steerlens.circuits.prompts import make_prompts
 from steerlens.circuits.tasks import Task
 from steerlens.data.pairs import ContrastivePairs
@@ -62,8 +61,7 @@ class Reader:
 class Contrast(Task):
     """A behaviour: prompts of both sides, positive ones first, as many of each; and answers.
 
-    Its metric is the mean over pairs of the positive prompt's answer logit difference minus the
-    negative one's (logits).
+    It is the positive prompts' mean answer logit difference minus the negative ones' (logits).
     """
 
     @property
@@ -182,9 +180,8 @@ def make_graph(contrast: Contrast, intervention: Intervention) -> Graph:
         real = batch.prompts.real.clone()
         real[:, 0] = False
         n_tokens += int(real.sum())
-        for name, activation in capture(
-            batch.model, batch.prompts.tokens, names, intervention
-        ).items():
+        found = capture(batch.model, batch.prompts.tokens, names, intervention)
+        for name, activation in found.items():
             weight = real.reshape(*real.shape, *[1] * (activation.ndim - 2))
             part = (activation.float() * weight).sum(dim=(0, 1))
             totals[name] = totals[name] + part if name in totals else part
@@ -228,22 +225,13 @@ def edge_readers(model: HookedModel) -> tuple[Reader, ...]:
 
 
 def existing_edges(model: HookedModel) -> Bool[Tensor, "writer reader"]:
-    """Whether each component (`components` order) comes before each reader (`edge_readers` order).
-
-    Raises `InputError` as `edge_readers` does.
-    """
+    """Whether each component comes before each of the `edge_readers`, whose errors it raises."""
     readers = edge_readers(model)
-    return torch.tensor(
-        [[reader.is_behind(part) for reader in readers] for part in components(model)]
-    )
+    return torch.tensor([[to.is_behind(part) for to in readers] for part in components(model)])
 
 
 def check_sum(contrast: Contrast) -> None:
-    """Raise `InputError` unless heads and MLPs, as they are read, add up to the residual stream.
-
-    On two prompts, to 1e-3 of the stream (4 epsilon in 16-bit dtypes); biases, the same everywhere,
-    are left out.
-    """
+    """Raise `InputError` unless heads and MLPs add up to the stream, biases aside, on 2 prompts."""
     model = contrast.model
     final = resid_post(int(model.cfg.n_layers) - 1)
     tokens = contrast.prompts.tokens[:2]
@@ -317,12 +305,9 @@ def run_nodes(graph: Graph, kept: Bool[Tensor, " node"]) -> Float[Tensor, " pair
     """
     parts = zip(nodes(graph.contrast.model), kept.tolist(), strict=True)
     places = by_hook(part for part, is_kept in parts if not is_kept)
-    return _run(
-        graph,
-        lambda: [
-            replacing(name, graph.means[name], heads, first=1) for name, heads in places.items()
-        ],
-    )
+    means = graph.means
+    hooks = [replacing(name, means[name], heads, first=1) for name, heads in places.items()]
+    return _run(graph, lambda: hooks)
 
 
 @checked

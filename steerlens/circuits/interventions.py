@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import hooked, keeping
+from steerlens.models.hooks import HookFunction, hooked, keeping
 from steerlens.models.loading import inference
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.apply import Step
@@ -86,12 +86,23 @@ def capture(
     read: Read = torch.clone,
     n_layers: int | None = None,
 ) -> dict[str, Tensor]:
-    """Hook -> `read` of what is there under the intervention, without gradients.
-
-    The model stops after `n_layers` blocks (it does not stop).
-    """
+    """Hook -> `read` of what is there under the intervention, in `n_layers` blocks (None: all)."""
     captured: dict[str, Tensor] = {}
     keeping_all = keeping(captured, hook_names, read)
     with inference(model), intervention.on(model), hooked(model, keeping_all):
         model(tokens, stop_at_layer=n_layers, return_type=None)
     return {name: captured[name] for name in hook_names}
+
+
+def replacing(
+    hook_name: str, value: Float[Tensor, "*shape"], heads: list[int] | None, *, first: int = 0
+) -> tuple[str, HookFunction]:
+    """A hook that puts `value` in an activation's place, or some heads', from token `first` on."""
+    where: Any = (slice(None), slice(first, None), *([] if heads is None else [heads]))
+
+    def replace_it(activation: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        changed = activation.clone()
+        changed[where] = value.to(activation).expand_as(activation)[where]
+        return changed
+
+    return hook_name, replace_it

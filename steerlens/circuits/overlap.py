@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.circuits.prompts import first_half
-from steerlens.measure.nulls import NullEffects
+from steerlens.measure.nulls import null_columns
 from steerlens.stats import TAIL, resampled_counts
 from steerlens.tables import Row
 
@@ -24,11 +24,7 @@ Scored = Float[Tensor, "item *draw"]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Circuits of one level: the largest nodes or edges by score, in sizes from small to large.
-
-    By the absolute mean score over pairs, or by the signed one, in which what works against the
-    behaviour comes last.
-    """
+    """Circuits of one level: the largest nodes or edges by score, in sizes from small to large."""
 
     level: str
     selection: str
@@ -68,10 +64,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A table's row, how much changed there, and the same under nulls, draw by draw, by kind.
-
-    Rows of one `family` are tested together.
-    """
+    """A table's row, its change, and that under nulls by kind; a `family` is tested together."""
 
     row: Row
     family: str
@@ -97,10 +90,9 @@ def overlap_rows(
     n_splits: int,
     seed: int,
 ) -> list[Drawn]:
-    """Rows of `CIRCUIT_COLUMNS` that compare two models, from the scores of every pair.
+    """Rows that compare two models, from every pair's scores, without those of `ranked_overlaps`.
 
-    Without the columns of overlaps under nulls (`ranked_overlaps`). `nulls` holds, by kind, the
-    mean scores of models that stand in the place of the second one.
+    `nulls` holds, by kind, the mean scores of models in the place of the second one.
     """
     a, b = (scores[name] for name in pair)
     own_a, own_b = a[:, is_chosen_on], b[:, is_chosen_on]
@@ -156,27 +148,23 @@ def ranked_overlaps(drawn: Sequence[Drawn]) -> list[Row]:
 
 
 def with_null_columns(drawn: Sequence[Drawn]) -> Iterator[tuple[Drawn, dict[str, float]]]:
-    """Each with its columns of `measure.nulls.NullEffects`, which here has rows for hooks.
-
-    `p_layers` is that of the maximum over all rows of a family that have nulls; without nulls
-    everything is NaN, of 0 nulls.
-    """
+    """Each with its `null_columns`, over a family's rows in place of hooks; NaN without nulls."""
     names = ("n_null", "null_low", "null_high", "p_value", "p_layers")
     columns: dict[int, dict[str, float]] = {}
     for family in dict.fromkeys(one.family for one in drawn):
         members = [i for i, one in enumerate(drawn) if one.family == family and one.nulls]
         if not members:
             continue
-        effects = NullEffects(
-            ("exact",) * len(members),
-            tuple(map(str, members)),
+        found_at = null_columns(
+            ["exact"] * len(members),
+            [*map(str, members)],
             np.array([drawn[i].change for i in members]),
             {
                 kind: np.stack([drawn[i].nulls[kind] for i in members], axis=1)
                 for kind in drawn[members[0]].nulls
             },
         )
-        for place, found in effects.columns().items():
+        for place, found in found_at.items():
             columns[int(place)] = {name: found[name] for name in names}
     without = {**dict.fromkeys(names, math.nan), "n_null": 0}
     for i, one in enumerate(drawn):

@@ -37,10 +37,7 @@ def first_half(groups: Sequence[int], seed: int) -> Bool[Tensor, " row"]:
 
 
 def choosing_half(groups: Sequence[int], seed: int) -> Bool[Tensor, " row"]:
-    """`first_half`, on which something is chosen, to be tested on the other.
-
-    Raises `InputError` below 4 groups, of which no half has an interval.
-    """
+    """`first_half`, on which something is chosen; `InputError` where no half has an interval."""
     n_groups = len(set(groups))
     if n_groups < MIN_GROUPS:
         raise InputError(
@@ -85,11 +82,6 @@ class Prompts:
         """Some of the prompts, as padded as they are."""
         groups = tuple(np.array(self.groups)[rows].tolist())
         return Prompts(self.tokens[rows], self.last[rows], groups)
-
-    @property
-    def passes(self) -> list[slice]:
-        """The rows of each pass."""
-        return row_slices(len(self))
 
     @property
     def real(self) -> Bool[Tensor, "prompt token"]:

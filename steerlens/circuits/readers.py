@@ -3,12 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.circuits.answers import Answers
@@ -16,16 +17,16 @@ from steerlens.circuits.attribution import Estimates, estimate
 from steerlens.circuits.claims import Claims
 from steerlens.circuits.components import (
     Component,
+    by_hook,
     check_additive,
     component_rows,
     components,
     mean_intervals,
 )
-from steerlens.circuits.interventions import Intervention
-from steerlens.circuits.patching import patch_components
-from steerlens.circuits.prompts import Prompts, choosing_half, half_record
+from steerlens.circuits.interventions import Intervention, capture, replacing
+from steerlens.circuits.prompts import Prompts, choosing_half, counting, half_record
 from steerlens.circuits.tasks import Task
-from steerlens.engine.checkpoint import Checkpoint
+from steerlens.engine.checkpoint import Checkpoint, Tensors
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
@@ -131,7 +132,7 @@ def find_readers(
     means = estimates.effect.mean(dim=1).abs().tolist()
     order = sorted(range(len(later)), key=lambda i: -means[i])
     ranked = [later[i] for i in order]
-    metrics = patch_components(task, steered, ranked[:top], progress=progress)
+    metrics = _patched(task, steered, ranked[:top], progress)
     exact = {part: metric - estimates.unsteered for part, metric in metrics.items()}
     rows = _rows(later, estimates, exact, groups=prompts.groups, **drawing)
     vector_direct = float(estimates.vector_direct.mean())
@@ -150,17 +151,20 @@ def find_readers(
         **drawing,
         "provenance": provenance(model).to_dict(),
     }
-    claims = _claims(
-        task,
-        steered,
-        estimates,
-        later,
-        is_choosing,
-        n_claimed,
-        n_draws=n_draws,
-        progress=progress,
-        **drawing,
+    named: list[Component] = []
+    if n_claimed:
+        sizes = estimates.effect[:, is_choosing].mean(dim=1).abs()
+        named = [later[i] for i in sizes.argsort(descending=True, stable=True)[:n_claimed].tolist()]
+    tested = task.part((~is_choosing).nonzero().flatten().tolist())
+    changes = (estimates.unsteered[~is_choosing], estimates.change[~is_choosing])
+    claims = Claims(tested, steered, *changes, n_bootstrap, seed).test(
+        named, later, n_draws=n_draws, progress=progress
     )
+    claims.attrs |= {
+        "chosen_on": half_record(prompts.groups, is_choosing),
+        "tested_on": half_record(prompts.groups, ~is_choosing),
+        "named": [str(part) for part in named],
+    }
     return Readers(to_frame([rows[i] for i in order], READER_COLUMNS, attrs), claims)
 
 
@@ -206,36 +210,28 @@ def check_steered(model: HookedModel, hook_name: str, coefficient: float | int) 
         raise InputError(f"nothing reads the output of block {last}, the last one")
 
 
-def _claims(
-    task: Task,
-    steered: Intervention,
-    estimates: Estimates,
-    later: Sequence[Component],
-    is_choosing: Bool[Tensor, " prompt"],
-    n_claimed: int,
-    *,
-    n_draws: int,
-    progress: Progress | None,
-    n_bootstrap: int,
-    seed: int,
-) -> pd.DataFrame:
-    """The largest components on one half of the prompts, tested on the other."""
-    named: list[Component] = []
-    if n_claimed:
-        sizes = estimates.effect[:, is_choosing].mean(dim=1).abs()
-        named = [later[i] for i in sizes.argsort(descending=True, stable=True)[:n_claimed].tolist()]
-    tested = task.part((~is_choosing).nonzero().flatten().tolist())
-    changes = (estimates.unsteered[~is_choosing], estimates.change[~is_choosing])
-    claims = Claims(tested, steered, *changes, n_bootstrap, seed).test(
-        named, later, n_draws=n_draws, progress=progress
-    )
-    halves = {"chosen_on": is_choosing, "tested_on": ~is_choosing}
-    groups = task.prompts.groups
-    claims.attrs.update(
-        {name: half_record(groups, is_in) for name, is_in in halves.items()},
-        named=[str(part) for part in named],
-    )
-    return claims
+def _patched(
+    task: Task, steered: Intervention, parts: Sequence[Component], progress: Progress | None
+) -> dict[Component, Float[Tensor, " prompt"]]:
+    """The unsteered model's metric with the steered output of one component at a time."""
+    if not parts:
+        return {}
+    metrics: dict[Component, list[Tensor]] = {part: [] for part in parts}
+    passes = task.passes()
+    count = counting(progress, "exact patching: passes", len(passes) * len(parts))
+    for batch in passes:
+        clean = capture(task.model, batch.prompts.tokens, list(by_hook(parts)), steered)
+        for part in parts:
+            decided = ("patch", steered.decided, str(part))
+            patched = batch.once(decided, partial(_patch, batch, clean, part))
+            metrics[part].append(patched["metric"])
+            count(1)
+    return {part: torch.cat(values) for part, values in metrics.items()}
+
+
+def _patch(batch: Task, clean: dict[str, Tensor], part: Component) -> Tensors:
+    ((name, heads),) = by_hook([part]).items()
+    return {"metric": batch.measure(fwd_hooks=[replacing(name, clean[name], heads)]).cpu()}
 
 
 def _correlations(rows: Sequence[Row]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steerlens.circuits.answers import Answers
 from steerlens.circuits.interventions import UNSTEERED, Intervention
-from steerlens.circuits.prompts import Prompts, Rows
+from steerlens.circuits.prompts import Prompts, Rows, row_slices
 from steerlens.engine.checkpoint import Checkpoint, Tensors, check_unsteered, once
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
@@ -23,11 +23,7 @@ Self = TypeVar("Self", bound="Task")
 
 @dataclass(frozen=True)
 class Traced:
-    """One run: activations and, where asked for, gradients of the metric by hook name.
-
-    `metric` is each prompt's answer logit difference. Gradients are those of its sum over the
-    prompts, so each prompt's own: rows do not touch each other.
-    """
+    """One run: activations and, where asked for, gradients of each prompt's `metric`, by hook."""
 
     activations: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor]
@@ -36,10 +32,7 @@ class Traced:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A model, prompts, and their answers. Raises `InputError` when the answers do not fit.
-
-    The `checkpoint` is given what is finished.
-    """
+    """A model, prompts, and answers that fit them; the `checkpoint` is given what is finished."""
 
     model: HookedModel
     prompts: Prompts
@@ -51,7 +44,7 @@ class Task:
 
     def passes(self: Self) -> list[Self]:
         """The same in parts that run in one pass each."""
-        return [self.part(rows) for rows in self.prompts.passes]
+        return [self.part(rows) for rows in row_slices(len(self.prompts))]
 
     def part(self: Self, rows: Rows) -> Self:
         """Some of the prompts."""
@@ -96,8 +89,7 @@ class Task:
     ) -> Traced:
         """Run all prompts in one pass, and back where gradients are asked for.
 
-        By TransformerLens's `cache_activation_and_gradient`. Raises `InputError` when
-        TransformerLens 4 is not there, or inside `torch.inference_mode()`, which has no gradients.
+        Raises `InputError` without TransformerLens 4, and inside `torch.inference_mode()`.
         """
         try:
             from transformer_lens.tools.analysis import attribution_patching

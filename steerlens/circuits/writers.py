@@ -107,16 +107,15 @@ def find_writers(
     shortest = min(len(p.prompt) for p in (*tokenized.positive, *tokenized.negative))
     n_read = min(n_positions, shortest)
     count = counting(progress, "writers: prompts", 2 * len(pairs))
-    (written, whole_positive), (subtracted, whole_negative) = (
+    (written, whole), (subtracted, whole_negative) = (
         _projected_writes(model, side, name, directions[name], position, n_read, count)
         for side in (tokenized.positive, tokenized.negative)
     )
     written = written - subtracted
     parts = components(model, n_layers=hook_layer(name) + 1)
-    total = float((whole_positive - whole_negative).mean())
-    by_pair = written[:, :, -1]
-    explained = float(by_pair.mean(dim=1).sum())
-    scale = float(by_pair.mean(dim=1).abs().sum())
+    total, by_pair = float((whole - whole_negative).mean()), written[:, :, -1]
+    means = by_pair.mean(dim=1)
+    explained, scale = float(means.sum()), float(means.abs().sum())
     check_complete(explained, total, scale, f"the projection at {name}", model.cfg.dtype)
     attrs = {
         "hook_name": name,
@@ -132,15 +131,13 @@ def find_writers(
     contribution, low, high = mean_intervals(by_pair, groups=pairs.groups, **drawing)
     share = contribution / (total or math.nan)
     rows = component_rows(parts, contribution=contribution, share=share, ci_low=low, ci_high=high)
-    by_position = written[:, :, :-1].double().mean(dim=1)
     positions = component_rows(
         [part for part in parts for _ in range(n_read)],
         position=[*range(-n_read, 0)] * len(parts),
-        contribution=by_position.flatten(),
+        contribution=written[:, :, :-1].double().mean(dim=1).flatten(),
     )
-    return Writers(
-        to_frame(rows, WRITER_COLUMNS, attrs), to_frame(positions, WRITER_POSITION_COLUMNS, attrs)
-    )
+    tables = ((rows, WRITER_COLUMNS), (positions, WRITER_POSITION_COLUMNS))
+    return Writers(*(to_frame(*table, attrs) for table in tables))
 
 
 def _block_output(model: HookedModel, layer: Layers) -> str:
@@ -170,13 +167,8 @@ def _projected_writes(
         fitted = torch.tensor([[prompt.index(position)] for prompt in prompts[rows]])
         from_end = torch.arange(1 - n_positions, 1).to(batch.last)
         columns = torch.cat([batch.last[:, None] + from_end, fitted.to(batch.last)], dim=1)
-        values = capture(
-            model,
-            batch.tokens,
-            names,
-            read=partial(_at_columns, columns),
-            n_layers=n_layers,
-        )
+        read = partial(_at_columns, columns)
+        values = capture(model, batch.tokens, names, read=read, n_layers=n_layers)
         totals.append((values.pop(hook_name)[:, -1] @ unit).cpu())
         written.append(contract(values, against).cpu())
         count(len(batch))

@@ -12,19 +12,16 @@ import typer
 
 import steerlens as sl
 from steerlens.cli.behave_command import Behave
-from steerlens.cli.boundary_commands import Boundary, Geometry
+from steerlens.cli.boundary_commands import Boundary, Geometry, Layers
 from steerlens.cli.circuits_command import Circuits
 from steerlens.cli.command import Command, examples_of, for_typer
 from steerlens.cli.comparison_commands import Compare, Reliability
-from steerlens.cli.layers_command import Layers
-from steerlens.cli.listing_commands import Datasets, Methods, Models
+from steerlens.cli.listing_commands import Datasets, Methods, Models, Report
 from steerlens.cli.options import DEBUG
 from steerlens.cli.pairs_command import Pairs
-from steerlens.cli.printing import LINES, escaped_streams, note, say
+from steerlens.cli.printing import LINES, escaped_streams, keeping_warnings, note, say
 from steerlens.cli.read_command import Read
 from steerlens.cli.recommend_command import Recommend
-from steerlens.cli.report_command import Report
-from steerlens.cli.run_warnings import keeping_warnings
 from steerlens.cli.sweep_command import Sweep
 from steerlens.cli.vector_commands import Bake, CompareVectors, Export, Extract, Generate, Show
 from steerlens.errors import SteerlensError

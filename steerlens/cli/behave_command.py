@@ -1,6 +1,6 @@
 """`steerlens behave`: what a vector makes the model write, scored."""
 
-import hashlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -11,7 +11,6 @@ import steerlens as sl
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand
 from steerlens.cli.long_command import FolderCommand
-from steerlens.cli.options import pairs_record
 from steerlens.cli.printing import note, print_behaviour, progress_of
 from steerlens.cli.vector_commands import OptionalModel, load_with_model
 from steerlens.errors import InputError
@@ -70,7 +69,6 @@ class Behave(FolderCommand, ModelCommand):
     )
 
     def measure(self) -> None:
-        """What the command does."""
         from steerlens.cli.task import request_of
 
         strengths = opt.strengths_of(self.coefficients)
@@ -78,7 +76,7 @@ class Behave(FolderCommand, ModelCommand):
         descriptions = _two("descriptions", self.descriptions)
         sl.steering.cache_positions.check_positions(self.positions)
         path = Path(str(self.vector))
-        vector = opt.read_vector(path)
+        vector = sl.export.gguf_file.read_vector(path)
         if self.layers is None or len(vector) == 1:  # else one of its hooks may have a boundary
             for strength in strengths:
                 sl.steering.steps(vector, strength)
@@ -94,11 +92,10 @@ class Behave(FolderCommand, ModelCommand):
             hook_names = sl.resolve_hooks(model, self.layers)
         data: dict[str, Any] = {
             "hook_names": hook_names,
-            "pairs": None if pairs is None else pairs_record(pairs),
+            "pairs": None if pairs is None else opt.pairs_record(pairs),
         }
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         resolved: dict[str, Any] = {
-            "vector": {"file": str(path), "sha256": sha256},
+            "vector": opt.vector_record(path),
             "prompts": [
                 prompt if isinstance(prompt, str) else [turn._asdict() for turn in prompt]
                 for prompt in prompts
@@ -148,9 +145,7 @@ class Behave(FolderCommand, ModelCommand):
         from steerlens.runs.contents import text_name
 
         # What is generated is the continuation of a text that is looked at.
-        positions = self.positions.replace("generated", "continuation").replace(
-            "own", "continuation"
-        )
+        positions = re.sub("generated|own", "continuation", self.positions)
         texts = result.generations
         is_shown = texts.subject.isin(["steered", "unsteered"]) & texts.ids.map(bool)
         steered_at = texts.hook_name[texts.subject == "steered"]
@@ -158,17 +153,12 @@ class Behave(FolderCommand, ModelCommand):
         for (hook_name, strength), rows in texts[
             is_shown & (texts.prompt <= self.examples)
         ].groupby(["hook_name", "strength"], sort=False):
-            followed = [
-                replace(
-                    sl.engine.tokenize_prompt(model, prompts[row.prompt - 1]),
-                    continuation=tuple(row.ids),
-                )
-                for row in rows.itertuples()
-            ]
+            asked = [sl.engine.tokenize_prompt(model, prompts[i - 1]) for i in rows.prompt]
+            written = zip(asked, map(tuple, rows.ids), strict=True)
             tables.append(
                 sl.token_damage(
                     model,
-                    followed,
+                    [replace(prompt, continuation=ids) for prompt, ids in written],
                     vector,
                     layer=hook_name or next(iter([*steered_at, *vector])),
                     coefficients=[strength],
@@ -183,10 +173,8 @@ class Behave(FolderCommand, ModelCommand):
     def _prompts(self) -> tuple[list[Any], list[str] | None]:
         """What is written after, and the groups."""
         if self.prompts == OPEN:
-            return [
-                *sl.data.open_questions("choice"),
-                *sl.data.open_questions("confirmation"),
-            ], None
+            read_half = sl.data.open_questions
+            return [*read_half("choice"), *read_half("confirmation")], None
         read = sl.data.read_prompts(Path(self.prompts))
         groups = [of.group or f"prompt {i}" for i, of in enumerate(read, 1)]
         return [_as_chat(of.prompt) if self.chat else of.prompt for of in read], groups

@@ -1,4 +1,4 @@
-"""The commands that measure how far a direction goes: `boundary` and `geometry`."""
+"""The commands that measure layers: `boundary` and `geometry`, and `layers` unsteered."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +8,10 @@ import typer
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand
+from steerlens.cli.command import ModelCommand, PairsCommand, TableCommand
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.options import OWN_TOKENS
-from steerlens.cli.printing import print_boundary, print_rows, say
+from steerlens.cli.printing import print_boundary, print_layers, print_rows, say
 from steerlens.models.packaged import DEFAULT_MODEL
 
 
@@ -49,12 +49,11 @@ class Boundary(FolderCommand, PairsCommand):
     )
 
     def measure(self) -> None:
-        """What the command does."""
         text, labels = opt.text_of(self.on), opt.labels_of(self)
         sl.measure.boundary.check_search(budget=self.budget, search_range=self.search_range)
         task = self.prepare(self.layers)
         if self.angles is not None and task.vector is not None:
-            sl.measure.joint.check_joint(task.vector, self.angles)
+            sl.measure.boundary.check_joint(task.vector, self.angles)
         elif self.angles is not None:
             sl.measure.plane.check_plane(task.hook_names, self.angles)
         texts = list(sl.data.reading.read_texts(text)) if isinstance(text, Path) else None
@@ -111,7 +110,6 @@ class Geometry(FolderCommand, PairsCommand):
     )
 
     def measure(self) -> None:
-        """What the command does."""
         labels = opt.labels_of(self)
         sl.measure.boundary.check_search(budget=self.budget)
         task = self.prepare(str(self.layers))
@@ -129,3 +127,31 @@ class Geometry(FolderCommand, PairsCommand):
         columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
         print_rows(result.shape, "Boundary in the plane", columns)
         run.note(f"{len(result.contours)} pushes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers(ModelCommand, TableCommand, PairsCommand):
+    """The per-layer table of the unsteered model, without a sweep."""
+
+    model: opt.Model = DEFAULT_MODEL
+    test_pairs: opt.TestPairs = None
+    max_pairs: opt.MaxPairs = None
+    layers: opt.Layers = "all"
+    method: opt.Method = "mean_diff"
+    position: opt.Position = None
+
+    EXAMPLES = (
+        "layers --pairs sentiment --max-pairs 16",
+        "layers --pairs mine.csv --layers 10:20:2 --out layers.csv",
+    )
+
+    @property
+    def next(self) -> str:
+        return self.onward(Boundary, pairs=self.pairs, out="runs/boundary")
+
+    def run(self) -> None:
+        task = self.prepare(self.layers)
+        with task.progress() as progress:
+            table = task.study(progress).layers
+        self.write(table)
+        print_layers(table)

@@ -48,12 +48,10 @@ class Circuits(FolderCommand, PairsCommand):
     )
 
     def measure(self) -> None:
-        """What the command does."""
         circuits, plots = sl.circuits, sl.plots
         assert self.layer is not None
         assert self.coefficient is not None
         asked = opt.strength_of(self.coefficient)
-        checked_coefficients = sl.measure.rows.checked_coefficients
         task = self.prepare(self.layer)
         model, measure_on = task.model, task.measure_on
         if len(task.hook_names) != 1:
@@ -63,9 +61,8 @@ class Circuits(FolderCommand, PairsCommand):
         circuits.prompts.choosing_half(measure_on.groups, self.seed)
         if self.compare:
             circuits.edge_readers(model)
-        with self.opened(
-            task.request("circuits", coefficient=checked_coefficients([asked])[0])
-        ) as run:
+        coefficient = sl.measure.rows.checked_coefficients([asked])[0]
+        with self.opened(task.request("circuits", coefficient=coefficient)) as run:
             with task.progress() as progress:
                 shared: dict[str, Any] = {"seed": self.seed, "progress": progress}
                 kept: dict[str, Any] = {**shared, "checkpoint": run.parts}
@@ -73,8 +70,8 @@ class Circuits(FolderCommand, PairsCommand):
                     partial(task.fit, progress, layers="all"), sl.resolve_hooks(model, "all")
                 )
                 vector = task.vector_at(progress, directions, self.layer, [asked])
-                coefficient = sl.steering.steps(vector, asked)[0].amount
-                pushed = circuits.Intervention(vector, coefficient)
+                amount = sl.steering.steps(vector, asked)[0].amount
+                pushed = circuits.Intervention(vector, amount)
                 answers = circuits.contrast_answers(model, task.fit_on)
                 prompts = circuits.make_prompts(
                     model,
@@ -85,7 +82,7 @@ class Circuits(FolderCommand, PairsCommand):
                     model, measure_on, directions, layer=self.layer, **shared
                 )
                 readers = circuits.find_readers(
-                    *(model, prompts, answers, vector, coefficient),
+                    *(model, prompts, answers, vector, amount),
                     top=self.top,
                     ig_steps=self.ig_steps,
                     **kept,
@@ -106,12 +103,8 @@ class Circuits(FolderCommand, PairsCommand):
                         nulls={self.method: nulls},
                         **kept,
                     )
-            tables = {
-                "writers": writers.table,
-                "positions": writers.positions,
-                "readers": readers.table,
-                "claims": readers.claims,
-            }
+            tables = {"writers": writers.table, "positions": writers.positions}
+            tables |= {"readers": readers.table, "claims": readers.claims}
             pages = {"components": plots.components(writers.table, readers.table).to_html()}
             pages |= _token_pages(task, prompts, directions, pushed, readers.table)
             if self.compare:

@@ -25,10 +25,7 @@ HOW = frozenset({"context", "out", "resume", "source", "workers", "dask", "quiet
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: its fields are the options, its docstring the help, `run` what it does.
-
-    A field is `Annotated` with its help, or with what typer takes where it needs more than that.
-    """
+    """A command: its fields are the options with their help, its docstring is the help on it."""
 
     debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")] = False
 
@@ -56,11 +53,12 @@ class Command:
     def run(self) -> "Command | None":
         """Check, load, measure, write, print; the command that ran, where it is another one."""
 
-    def onward(self, to: "type[Command]", **options: Any) -> str:
-        """Another command, with `options` and those that were given to this one and are its too.
+    def recorded_options(self) -> dict[str, Any]:
+        """The options that decide what comes out, by the names of their fields."""
+        return {n: getattr(self, n) for n in option_names(type(self)) if n not in HOW}
 
-        Budgets are not: what one command allows is not what another does.
-        """
+    def onward(self, to: "type[Command]", **options: Any) -> str:
+        """Another command, with `options` and those of this one that it has too, except budgets."""
         hints, usual = get_type_hints(to, include_extras=True), recorded_defaults(type(self))
         shared = {
             name: getattr(self, name)
@@ -250,8 +248,3 @@ def is_argument(hint: Any) -> bool:
 def recorded_defaults(command: type[Command]) -> dict[str, Any]:
     """The defaults of the options that decide what comes out; `MISSING` where there is none."""
     return {option.name: option.default for option in fields(command) if option.name not in HOW}
-
-
-def recorded_options(command: Command) -> dict[str, Any]:
-    """The options that decide what comes out, by the names of their fields."""
-    return {n: getattr(command, n) for n in option_names(type(command)) if n not in HOW}

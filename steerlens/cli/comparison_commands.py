@@ -13,15 +13,8 @@ from steerlens.cli.sweep_command import Sweep
 from steerlens.errors import InputError
 from steerlens.models.packaged import DEFAULT_MODEL
 
-AGAINST = [
-    "method",
-    "hook_name",
-    "difference",
-    "difference_ci_low",
-    "difference_ci_high",
-    "p_family",
-]
-AGAINST += ["interval_over", "verdict"]
+AGAINST = ["method", "hook_name", "difference", "difference_ci_low", "difference_ci_high"]
+AGAINST += ["p_family", "interval_over", "verdict"]
 TEST_SHARE = 0.7
 """Of a file of items, the part that is held out; the layer is chosen on the rest."""
 
@@ -61,7 +54,6 @@ class Compare(FolderCommand, PairsCommand):
     )
 
     def measure(self) -> None:
-        """What the command does."""
         from steerlens.cli.task import request_of
 
         as_position = sl.engine.positions.as_position
@@ -83,9 +75,9 @@ class Compare(FolderCommand, PairsCommand):
         layers = self.layers or ",".join(str(model.cfg.n_layers * part // 4) for part in (1, 2, 3))
         data = {
             "fitted_on": opt.pairs_record(fit_on),
-            "chosen_on": _items_record(train_items),
-            "measured_on": _items_record(test_items),
-            "off_target": {name: _items_record(items) for name, items in off_target.items()},
+            "chosen_on": opt.items_record(train_items),
+            "measured_on": opt.items_record(test_items),
+            "off_target": {name: opt.items_record(items) for name, items in off_target.items()},
             "hook_names": sl.resolve_hooks(model, layers),
         }
         request = request_of("compare", self, model, data, methods=methods, position=position)
@@ -93,9 +85,7 @@ class Compare(FolderCommand, PairsCommand):
             self.note_read(fit_on)
             with progress_of() as progress:
                 result = sl.compare(
-                    model,
-                    fit_on,
-                    test_items,
+                    *(model, fit_on, test_items),
                     methods=methods,
                     layers=layers,
                     train_items=train_items,
@@ -118,16 +108,14 @@ class Compare(FolderCommand, PairsCommand):
             }
             spent = result.table.attrs["forward_equivalents"]
             run.write(tables, result.directions, forward_equivalents=spent)
-        columns = [
-            "method",
-            "hook_name",
-            "coefficient",
-            "effect",
-            "null_low",
-            "null_high",
+        columns = ["method", "hook_name", "coefficient", "effect", "null_low", "null_high"]
+        columns += [
             "p_layers",
+            "anti_steerable",
+            "own_kl_nats",
+            "own_degradation_nats",
+            "spent_neg",
         ]
-        columns += ["anti_steerable", "own_kl_nats", "own_degradation_nats", "spent_neg"]
         columns += ["off_target", "verdict"]
         print_rows(result.table, "Every method and layer", columns)
         if (result.table.spent_neg > 2).any():
@@ -153,18 +141,15 @@ class Reliability(ModelCommand, TableCommand, PairsCommand):
 
     @property
     def next(self) -> str:
-        """The layers that can be trusted, pushed."""
         return self.onward(Sweep, pairs=self.pairs, out="runs/sweep")
 
     def run(self) -> None:
-        """What the command does."""
         fit_on, _ = self.read_pairs()
         model = self.load(self.model)
         self.note_read(fit_on)
         with progress_of() as progress:
             differences = sl.collect_differences(
-                model,
-                fit_on,
+                *(model, fit_on),
                 layers=self.layers,
                 position=-1 if self.position is None else self.position,
                 batch_size=self.batch_size,
@@ -201,7 +186,3 @@ def _others(names: str, measured: tuple[str | None, str]) -> dict[str, Any]:
     return {
         name: sl.PreferenceItems.load(name, split="test") for name in chosen if name not in measured
     }
-
-
-def _items_record(items: Any) -> dict[str, object]:
-    return {"name": items.name, "n_items": len(items), "fingerprint": items.fingerprint}

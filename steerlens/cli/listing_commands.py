@@ -1,16 +1,19 @@
-"""The commands that list what comes with steerlens: `methods`, `models` and `datasets`."""
+"""The commands that show what is there: `methods`, `models`, `datasets`, and runs by `report`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import steerlens as sl
-from steerlens.cli.command import Command
-from steerlens.cli.printing import say
+from steerlens.cli.command import Command, QuietCommand, quoted
+from steerlens.cli.printing import note, say
+from steerlens.files import write_out
 from steerlens.models.packaged import DEFAULT_MODEL
 
-SPLITS = ("train", "test")
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,25 +26,20 @@ class Datasets(Command):
 
     @property
     def next(self) -> str:
-        """A look at the pairs themselves."""
         names = sl.data.dataset_names()
         return f"steerlens pairs {self.name if self.name in names else names[-1]}"
 
     def run(self) -> None:
-        """What the command does."""
         if self.name is not None:
             for line in sl.data.dataset_card(self.name).splitlines():
                 say(line)
             return
+        load, questions = sl.ContrastivePairs.load, sl.data.open_questions
         for dataset in sl.data.dataset_names():
-            sizes = [
-                f"{len(sl.ContrastivePairs.load(dataset, split=split))} {split}" for split in SPLITS
-            ]
+            sizes = [f"{len(load(dataset, split=split))} {split}" for split in ("train", "test")]
             say(f"{dataset}: {', '.join(sizes)} pairs")
         say(f"neutral: {len(sl.data.neutral_texts())} lines of neutral text")
-        halves = [
-            f"{len(sl.data.open_questions(half))} {half}" for half in ("choice", "confirmation")
-        ]
+        halves = [f"{len(questions(half))} {half}" for half in ("choice", "confirmation")]
         say(f"questions: {', '.join(halves)} open questions")
 
 
@@ -53,11 +51,9 @@ class Methods(Command):
 
     @property
     def next(self) -> str:
-        """One of them at work."""
         return "steerlens sweep --method pca --out runs/sweep"
 
     def run(self) -> None:
-        """What the command does."""
         for name, method in sl.METHODS.items():
             say(f"{name} ({method.source}): {method.summary}")
 
@@ -70,12 +66,46 @@ class Models(Command):
 
     @property
     def next(self) -> str:
-        """The first of them at work."""
         return f"steerlens layers --model {DEFAULT_MODEL}"
 
     def run(self) -> None:
-        """What the command does."""
         for packaged in sl.models.packaged.PACKAGED_MODELS.values():
             say(f"{packaged.name}: {packaged.description} ({packaged.requirement})")
         say("--model also takes a local Hugging Face folder, a .gguf file, or a hub id.")
         say(f"Fetched and converted models are kept in {sl.models.packaged.cache_folder()}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(QuietCommand):
+    """One HTML file of one run or several; it needs no network."""
+
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN_DIR", help="--out folders of other commands.")
+    ]
+    out: Annotated[Path | None, f"HTML file to write. Default: {REPORT} in the first folder."] = (
+        None
+    )
+
+    EXAMPLES = (
+        "report runs/sweep",
+        "report runs/sweep runs/boundary --out report.html",
+    )
+
+    @property
+    def next(self) -> str:
+        return f"python -m webbrowser {quoted(self.written)}"
+
+    @property
+    def written(self) -> Path:
+        return self.runs[0] / REPORT if self.out is None else self.out
+
+    def run(self) -> None:
+        size = write_report(self.runs, self.written)
+        note(f"written to {self.written} ({size / 1e6:.1f} MB)")
+
+
+def write_report(folders: Sequence[Path], out: Path) -> int:
+    """Write the page of some runs; its size in bytes."""
+    page = sl.report([sl.read_run(folder) for folder in folders]).encode()
+    write_out(out, lambda path: path.write_bytes(page))
+    return len(page)

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 import typer
 
 import steerlens as sl
-from steerlens.cli.command import Command, ModelCommand, recorded_options
-from steerlens.cli.printing import note, quiet
-from steerlens.cli.run_warnings import warn, warned
+from steerlens.cli.command import Command, ModelCommand
+from steerlens.cli.printing import note, quiet, warn, warned
 from steerlens.errors import FileError, InputError
 
 if TYPE_CHECKING:
@@ -80,7 +79,6 @@ class LongCommand(ModelCommand):
         """Check, load, measure and write `out`, inside `opened`; print."""
 
     def run(self) -> Command:
-        """What the command does, with the options of a record where there is one."""
         if self.resume is not None and (self.out is not None or self.repeated is not None):
             raise FileError("--resume goes on where the run was begun: leave out --out and --from")
         out = self.written
@@ -114,18 +112,14 @@ class LongCommand(ModelCommand):
     def opened(self, request: Mapping[str, Any]) -> Iterator[Any]:
         """The run of `request` in `out`, for this process alone (see `open_parts`)."""
         from steerlens.cli.task import Run
-        from steerlens.runs.record import differences, versions
-        from steerlens.runs.unfinished import open_parts, read_finished
+        from steerlens.runs.unfinished import changes, open_parts, read_finished
 
         assert self.out is not None
         if self.repeated is not None:
             recorded = read_finished(self.repeated)
-            for text in [
-                *differences(recorded["request"], request),
-                *(f"version of {text}" for text in differences(recorded["versions"], versions())),
-            ]:
+            for text in changes(recorded, request):
                 warn(f"note: not as recorded: {text}")
-        options, resumes = recorded_options(self), self.resume is not None
+        options, resumes = self.recorded_options(), self.resume is not None
         folder = self.parts_folder(self.out)
         with open_parts(folder, request, options=options, resume=resumes, warned=warned) as parts:
             yield Run(self.out, request, parts, options)
@@ -147,7 +141,7 @@ class LongCommand(ModelCommand):
         self, request: Mapping[str, Any], options: Mapping[str, Any], path: Path
     ) -> "LongCommand":
         """This command with the options of a record, but for those given on the command line."""
-        kinds, names = get_type_hints(type(self)), recorded_options(self)
+        kinds, names = get_type_hints(type(self)), self.recorded_options()
         name = type(self).__name__.lower()
         wrong = sorted({*names} ^ {*options}) or [
             name

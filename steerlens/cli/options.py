@@ -1,6 +1,8 @@
 """The options that several commands share, each declared once, and what their values name."""
 
+import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -78,10 +80,7 @@ OwnTokens = Annotated[
 
 
 def labels_of(command: Any) -> dict[str, Any]:
-    """What `--labels` and `--own-tokens` say, as `Study` takes it.
-
-    Raises `InputError` on no kind of labels.
-    """
+    """`--labels` and `--own-tokens`, as `Study` takes them. Raises `InputError` on no kind."""
     from steerlens.engine.labels import LabelKind
 
     kinds = get_args(LabelKind)
@@ -91,10 +90,7 @@ def labels_of(command: Any) -> dict[str, Any]:
 
 
 def template_args_of(text: str | None) -> dict[str, Any]:
-    """What `--template-args` says: "name=value, ..." with values of JSON or text, or an object.
-
-    Raises `InputError` on anything else.
-    """
+    """What `--template-args` says: "name=value, ...", or a JSON object; else an `InputError`."""
     if text is None:
         return {}
     if text.lstrip().startswith("{"):
@@ -103,17 +99,14 @@ def template_args_of(text: str | None) -> dict[str, Any]:
         except ValueError as error:
             raise InputError(f"--template-args is no JSON: {error}") from error
         return dict(found)
-    parts = [part.partition("=") for part in text.split(",")]
-    if not all(name.strip() and is_given for name, is_given, _ in parts):
-        raise InputError(f"--template-args are name=value, joined by commas, not {text!r}")
-    return {name.strip(): _json_or_text(value.strip()) for name, _, value in parts}
-
-
-def _json_or_text(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+    found = {}
+    for name, is_given, value in (part.partition("=") for part in text.split(",")):
+        if not (name.strip() and is_given):
+            raise InputError(f"--template-args are name=value, joined by commas, not {text!r}")
+        found[name.strip()] = value.strip()
+        with suppress(ValueError):  # else it is text
+            found[name.strip()] = json.loads(value)
+    return found
 
 
 def device_of(name: str | None) -> str | None:
@@ -135,16 +128,13 @@ def dtype_of(name: str) -> Any:
     return getattr(torch, name)
 
 
-def read_vector(path: Path) -> Any:
-    """The vector of a .safetensors or .gguf file."""
-    return sl.export.from_gguf(path) if path.suffix == ".gguf" else sl.SteeringVector.load(path)
+def vector_record(path: Path) -> dict[str, str]:
+    """What a run's record says of the file of a vector."""
+    return {"file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def strengths_of(text: str) -> list[str]:
-    """Coefficients with their units, joined by commas: "-80%,0,0.1 norm".
-
-    Raises `InputError` on anything else, and when there is none.
-    """
+    """Coefficients joined by commas: "-80%,0,0.1 norm". Raises `InputError` on anything else."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         sl.steering.parse_coefficient(part)
@@ -181,13 +171,11 @@ def pairs_of(
 ) -> tuple[Any, Any]:
     """The pairs to fit on and the pairs to measure on."""
     how: dict[str, Any] = {"group": group, "columns": columns_of(columns), "form": form}
-    fit_on = _read_pairs(pairs, "train", how)
+    fit_on = measure_on = _read_pairs(pairs, "train", how)
+    if test_pairs is None and pairs in sl.data.dataset_names():
+        test_pairs = pairs
     if test_pairs is not None:
         measure_on = _read_pairs(test_pairs, "test", how)
-    elif pairs in sl.data.dataset_names():
-        measure_on = _read_pairs(pairs, "test", how)
-    else:
-        measure_on = fit_on
     return _first(fit_on, max_train_pairs), _first(measure_on, max_pairs)
 
 
@@ -197,13 +185,13 @@ def _first(pairs: Any, n: int | None) -> Any:
 
 def _read_pairs(source: str, split: str, how: dict[str, Any]) -> Any:
     if source in sl.data.dataset_names():
-        return sl.ContrastivePairs.load(source, split=split, group=how["group"])
+        how = {"group": how["group"]}
     return sl.ContrastivePairs.load(source, split=split, **how)
 
 
 def text_of(on: str) -> Any:
     """What `--on` names. Raises `InputError` when it is a file that holds no text."""
-    if on == "positive" or on == "negative" or on == "neutral":
+    if on in ("positive", "negative", "neutral"):
         return on
     if not Path(on).exists():
         raise InputError(f"--on {on!r} is neither positive, negative, neutral nor a file")
@@ -220,3 +208,8 @@ def pairs_record(pairs: Any) -> dict[str, Any]:
         "fingerprint": pairs.fingerprint,
         **({} if pairs.card is None else {"read": asdict(pairs.card)}),
     }
+
+
+def items_record(items: Any) -> dict[str, Any]:
+    """What a run's record says of its items."""
+    return {"name": items.name, "n_items": len(items), "fingerprint": items.fingerprint}

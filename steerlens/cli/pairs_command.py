@@ -39,11 +39,9 @@ class Pairs(PairsCommand):
 
     @property
     def next(self) -> str:
-        """What they are for."""
         return self.onward(Sweep, out="runs/sweep")
 
     def run(self) -> None:
-        """What the command does."""
         fit_on, measure_on = self.read_pairs()
         model = None if self.model is None else self.load(self.model)
         parts = [fit_on] if measure_on is fit_on else [fit_on, measure_on]
@@ -69,13 +67,12 @@ def _print_part(pairs: Any, model: Any) -> None:
     print_table("Pairs", ["what", "pairs"], list(facts.items()), left=("what", "pairs"))
     lengths = {pair.id: _length(pair, None if model is None else tokens) for pair in pairs}
     by_length = sorted((p for p in pairs if lengths[p.id]), key=lambda p: lengths[p.id])
-    shown = {"Shortest": by_length[:N_SHOWN], "Longest": by_length[N_SHOWN:][-N_SHOWN:]}
-    for name, some in shown.items():
-        for pair in some:
-            unit = "characters" if model is None else "tokens"
-            title = f"{name}: pair {pair.id!r}, {lengths[pair.id]} {unit}"
-            texts = [_shown(pair, side, model, tokens) for side in ("positive", "negative")]
-            print_texts(title, ["positive", "negative"], texts)
+    unit, sides = "characters" if model is None else "tokens", ("positive", "negative")
+    shown = [("Shortest", pair) for pair in by_length[:N_SHOWN]]
+    shown += [("Longest", pair) for pair in by_length[N_SHOWN:][-N_SHOWN:]]
+    for name, pair in shown:
+        title = f"{name}: pair {pair.id!r}, {lengths[pair.id]} {unit}"
+        print_texts(title, sides, [_shown(pair, side, model, tokens) for side in sides])
 
 
 def _tokenized(model: Any, pairs: Any) -> tuple[dict[str, Sides], Counter[str]]:
@@ -125,10 +122,9 @@ def _facts(pairs: Any, tokens: dict[str, Sides]) -> dict[str, str]:
     from steerlens.engine.labels import default_labels
 
     unit = "token" if tokens else "word"
+    has_continuation = [bool(pair.continuation) for pair in pairs]
     try:
-        kind = str(
-            default_labels([pair.positive for pair in pairs], [bool(p.continuation) for p in pairs])
-        )
+        kind = str(default_labels([pair.positive for pair in pairs], has_continuation))
     except InputError as error:
         kind = f"refused: {error}"
     n_repeats = len(pairs) - len(set(pairs.prompt_hashes))

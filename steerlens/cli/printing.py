@@ -1,4 +1,4 @@
-"""What the commands print: tables on stdout, progress and notes on stderr.
+"""What the commands print: tables on stdout, progress, notes and warnings on stderr.
 
 Nothing that a terminal would obey leaves here: texts are made `visible` before they are laid out,
 and what libraries write is made so by `escaped_streams`.
@@ -7,6 +7,7 @@ and what libraries write is made so by `escaped_streams`.
 import math
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import (
     AbstractContextManager,
@@ -35,25 +36,14 @@ LEAST_WIDTH = 24
 """Characters that a text needs to stand beside others."""
 SIGPIPE = 128 + 13
 """The exit code of a program whose reader went away, as a shell says it."""
-_COHERENT = {"yes": " ", "no": "!", "undecided": "?"}
-
-
+_warned: ContextVar[tuple[str, ...]] = ContextVar("warned", default=())
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
-
-
-@contextmanager
-def quiet(is_quiet: bool) -> Iterator[None]:
-    """Inside the block nothing is printed, where `is_quiet`; what is raised is told outside."""
-    before = _is_quiet.set(is_quiet)
-    try:
-        yield
-    finally:
-        _is_quiet.reset(before)
+_COHERENT = {"yes": " ", "no": "!", "undecided": "?"}
 
 
 class _Console(Console):
     def print(self, *shown: Any, **options: Any) -> None:
-        """As rich does, unless `quiet`."""
+        """As rich does, unless `quiet`: of the run of this thread, not of others."""
         if not _is_quiet.get():
             super().print(*shown, **options)
 
@@ -68,6 +58,16 @@ LINES = "\n\t"
 """What text of several lines is made of besides."""
 PROSE = LINES + "\xa0\u200c\u200d\u3000"
 """What text that people read may hold besides: spaces and joiners of many scripts."""
+
+
+@contextmanager
+def quiet(is_quiet: bool) -> Iterator[None]:
+    """Inside the block nothing is printed, where `is_quiet`; what is raised is told outside."""
+    before = _is_quiet.set(is_quiet)
+    try:
+        yield
+    finally:
+        _is_quiet.reset(before)
 
 
 class _Escaped:
@@ -115,6 +115,40 @@ def say(text: str) -> None:
     _print(_output, visible(text))
 
 
+@contextmanager
+def keeping_warnings() -> Iterator[None]:
+    """Inside the block `warned` has the warnings given so far; they are shown all the same."""
+    before = _warned.set(())
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def keep_and_show(message: Warning | str, *args: Any, **options: Any) -> None:
+            keep_warning(str(message))
+            show(visible(str(message), LINES), *args, **options)
+
+        warnings.showwarning = keep_and_show
+        try:
+            yield
+        finally:
+            _warned.reset(before)
+
+
+def warned() -> tuple[str, ...]:
+    """The texts of the warnings and of `warn`, each once, in the order in which they came."""
+    return _warned.get()
+
+
+def warn(text: str) -> None:
+    """Print a note on stderr, and keep it for the record."""
+    keep_warning(text)
+    note(text)
+
+
+def keep_warning(text: str) -> None:
+    """Keep a warning for the record that was shown already."""
+    _warned.set(tuple(dict.fromkeys((*_warned.get(), text))))
+
+
 def _print(console: Console, text: str) -> None:
     """A terminal would break a long line inside a word; a pipe or a file gets it whole."""
     if console.is_terminal:
@@ -135,8 +169,7 @@ def print_table(
 ) -> None:
     """Rows of texts under the names of their columns; numbers to the right.
 
-    Columns that find no room beside the others follow in a table of their own, after the first one
-    again, so that no heading or number is cut.
+    Columns without room beside the others follow in a table of their own, so that nothing is cut.
     """
     cells = [[visible(cell) for cell in row] for row in rows]
     columns = [_Column(visible(name), [row[i] for row in cells]) for i, name in enumerate(names)]
@@ -285,14 +318,9 @@ def _with_ends(row: Any) -> str:
 
 def print_layers(table: Any) -> None:
     """The per-layer table without what is the same on every row, or undefined."""
-    columns = ["separation", "projection", "projection_std", "agreement", "explained_variance"]
-    columns += ["resid_norm"]
-    names = ["hook", *(name.replace("_", " ") for name in columns)]
-    rows = [
-        [sl.tables.hook_label(row["hook_name"]), *(short(row[name]) for name in columns)]
-        for row in table.to_dict("records")
-    ]
-    print_table("Per layer, unsteered", names, rows)
+    columns = ["hook_name", "separation", "projection", "projection_std", "agreement"]
+    columns += ["explained_variance", "resid_norm"]
+    print_rows(table, "Per layer, unsteered", columns)
     say(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
 
 

@@ -1,7 +1,6 @@
 """`steerlens read`: what a vector says, in tokens and on texts, and what it is near to."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -48,11 +47,9 @@ class Read(TableCommand, LoadCommand):
 
     @property
     def next(self) -> str:
-        """What it makes the model write."""
         return self.onward(Generate, prompt=PROMPT)
 
     def run(self) -> None:
-        """What the command does."""
         if self.page is not None and self.page.suffix != ".html":
             raise InputError(f"--page {str(self.page)!r}: expected a name that ends in .html")
         texts = None if self.texts is None else sl.data.reading.read_texts(self.texts)
@@ -74,8 +71,8 @@ class Read(TableCommand, LoadCommand):
         if self.page is not None:
             from steerlens.plots.pages import reading_page
 
-            page = reading_page(words, read)
-            write_out(self.page, partial(Path.write_text, data=page.html, encoding="utf-8"))
+            page = reading_page(words, read).html.encode()
+            write_out(self.page, lambda path: path.write_bytes(page))
             note(f"written to {self.page}")
 
 
@@ -83,11 +80,9 @@ def _print_words(words: Any) -> None:
     n_random = words.attrs["settings"]["n_random"]
     rows = []
     for (hook, lens, side), of_side in words.groupby(["hook_name", "lens", "side"], sort=False):
-        first = of_side.iloc[0]
-        tokens = " ".join(of_side.raw_token)
-        numbers = [first.logit, first.random_logit, first.p_value, first.p_layers]
-        labels = [sl.tables.hook_label(str(hook)), str(lens), str(side), tokens]
-        rows.append([*labels, *map(short, map(float, numbers))])
+        first = of_side.iloc[0][["logit", "random_logit", "p_value", "p_layers"]]
+        labels = [sl.tables.hook_label(str(hook)), str(lens), str(side)]
+        rows.append([*labels, " ".join(of_side.raw_token), *map(short, map(float, first))])
     print_table(
         f"Tokens that the direction alone promotes, its first one against {n_random} random ones",
         ["hook", "lens", "side", "tokens", "logit", "random", "p", "p, all hooks"],

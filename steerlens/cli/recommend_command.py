@@ -10,11 +10,10 @@ from steerlens.cli.behave_command import Behave
 from steerlens.cli.boundary_commands import Boundary
 from steerlens.cli.command import PairsCommand, quoted
 from steerlens.cli.comparison_commands import Reliability
+from steerlens.cli.listing_commands import REPORT, write_report
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_rows, print_texts, progress_of, say
-from steerlens.cli.report_command import REPORT
 from steerlens.cli.vector_commands import OF_VECTOR, PROMPT, Generate
-from steerlens.files import write_out
 from steerlens.models.packaged import DEFAULT_MODEL
 
 COLUMNS = ["layer", "resid_norm", "predicted_boundary", "predicted_effect", "agreement"]
@@ -42,14 +41,12 @@ class Recommend(FolderCommand, PairsCommand):
 
     @property
     def next(self) -> str:
-        """What the vector makes the model write; without one the report."""
         vector = Path(str(self.written)) / "vector.safetensors"
         if not vector.exists():
             return super().next
         return self.onward(Behave, vector=vector, layers=None, out=f"{self.written}-behave")
 
     def measure(self) -> None:
-        """What the command does."""
         from steerlens.cli.task import request_of
 
         assert self.out is not None
@@ -59,16 +56,14 @@ class Recommend(FolderCommand, PairsCommand):
         model = self.load(self.model)
         data = {
             "pairs": opt.pairs_record(pairs),
-            "items": items
-            and {"name": items.name, "n_items": len(items), "fingerprint": items.fingerprint},
+            "items": items and opt.items_record(items),
             "hook_names": sl.resolve_hooks(model, self.layers),
         }
         with self.opened(request_of("recommend", self, model, data, budget=str(budget))) as run:
             self.note_read(pairs)
             with progress_of() as progress:
                 found = sl.recommend(
-                    model,
-                    pairs,
+                    *(model, pairs),
                     items=items,
                     layers=self.layers,
                     budget=self.budget,
@@ -87,8 +82,7 @@ class Recommend(FolderCommand, PairsCommand):
                 forward_equivalents=found.table.attrs.get("forward_equivalents", 0.0),
                 answers={"recommendation": found.to_dict()},
             )
-        page = sl.report([sl.read_run(self.out)]).encode()
-        write_out(self.out / REPORT, lambda path: path.write_bytes(page))
+        write_report([self.out], self.out / REPORT)
         self._print(found)
         run.note(f"{len(found.candidates)} layers")
 

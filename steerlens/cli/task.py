@@ -1,6 +1,5 @@
 """What a command works on and what it writes: pairs, model and hooks; the run that is recorded."""
 
-import hashlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,10 +11,8 @@ from typing import Any
 import pandas as pd
 
 import steerlens as sl
-from steerlens.cli.command import Command, recorded_options
-from steerlens.cli.options import pairs_record, read_vector
-from steerlens.cli.printing import note, progress_of
-from steerlens.cli.run_warnings import keep_warning, warned
+from steerlens.cli.options import pairs_record, vector_record
+from steerlens.cli.printing import keep_warning, note, progress_of, warned
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.differences import Differences
 from steerlens.directions.directions import Directions
@@ -42,23 +39,17 @@ DATA = frozenset(
 
 
 def request_of(
-    name: str, command: Command, model: HookedModel, data: Mapping[str, Any], **resolved: Any
+    name: str, command: Any, model: HookedModel, data: Mapping[str, Any], **resolved: Any
 ) -> dict[str, Any]:
-    """What a run's record says was asked for.
-
-    `data` is what options such as `--pairs` name, `resolved` has values that are not as given.
-    """
-    settings = {k: v for k, v in recorded_options(command).items() if k not in DATA}
+    """What a run's record says was asked for; `resolved` are values that are not as given."""
+    settings = {k: v for k, v in command.recorded_options().items() if k not in DATA}
     head = {"command": name, "model": provenance(model).to_dict(), **data}
     return head | settings | resolved
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a command works on: the pairs, the loaded model and the hooks that its options name.
-
-    A `vector` is measured in place of directions that are fitted.
-    """
+    """What the options of a command name; a `vector` is measured in place of what is fitted."""
 
     command: Any
     model: HookedModel
@@ -76,12 +67,8 @@ class Task:
         if vector is None:
             data["fitted_on"] = pairs_record(self.fit_on)
         else:
-            hashes, path = vector.origin.pair_hashes, Path(self.command.vector)
-            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            resolved |= {
-                "method": vector.origin.method,
-                "vector": {"file": str(path), "sha256": sha256},
-            }
+            hashes, record = vector.origin.pair_hashes, vector_record(Path(self.command.vector))
+            resolved |= {"method": vector.origin.method, "vector": record}
         data |= {
             "measured_on": pairs_record(self.measure_on),
             "n_pairs_fitted_on": self.measure_on.count_among(hashes),
@@ -118,22 +105,14 @@ class Task:
             **self.settings(progress),
         )
 
-    def study(
-        self,
-        progress: Progress,
-        *,
-        parts: Parts | None = None,
-        **settings: Any,
-    ) -> Study:
+    def study(self, progress: Progress, *, parts: Parts | None = None, **settings: Any) -> Study:
         """What the directions (kept in `parts`, or fitted), or the vector, are measured on."""
         settings |= {"checkpoint": parts, **self.settings(progress)}
         if self.vector is not None:
             return sl.Study(self.model, self.measure_on, self.vector, **settings)
-        fit = partial(self.fit, progress)
+        fit, layers = partial(self.fit, progress), self.command.layers
         directions = fit() if parts is None else parts.directions(fit)
-        return sl.Study(
-            self.model, self.measure_on, directions, layers=self.command.layers, **settings
-        )
+        return sl.Study(self.model, self.measure_on, directions, layers=layers, **settings)
 
     def vector_at(
         self, progress: Progress, directions: Directions, layers: str, strengths: Sequence[str]
@@ -142,8 +121,8 @@ class Task:
         units = {sl.steering.parse_coefficient(strength).unit for strength in strengths}
         table = None
         if units != {"residual"}:
-            settings = self.settings(progress)
-            study = sl.Study(self.model, self.measure_on, directions, layers=layers, **settings)
+            settings = {"layers": layers, **self.settings(progress)}
+            study = sl.Study(self.model, self.measure_on, directions, **settings)
             table = study.boundary().layers if "boundary" in units else study.layers
         return SteeringVector.from_directions(
             *(self.model, directions),
@@ -159,14 +138,15 @@ class Task:
 
 
 def prepare(command: Any, layers: str) -> Task:
-    """Read the pairs, load the model, resolve the hooks.
-
-    Raises `SteerlensError` of what cannot be done, where possible before the model is loaded.
-    """
+    """Read the pairs, load the model, resolve the hooks; what cannot be done is raised early."""
     method_of(command.method)
-    vector = None
+    vector: SteeringVector | None = None
     if getattr(command, "vector", None) is not None:
-        vector = _vector_of(command)
+        if given := [f"--{name}" for name in command.given("method", "layers", "position")]:
+            raise InputError(
+                f"a --vector is measured as a whole, at its own hooks: leave out {', '.join(given)}"
+            )
+        vector = sl.export.gguf_file.read_vector(command.vector)
     fit_on, measure_on = command.read_pairs()
     position: Position
     if vector is not None:
@@ -178,16 +158,6 @@ def prepare(command: Any, layers: str) -> Task:
     model = command.load(command.model or DEFAULT_MODEL)
     hook_names = sl.resolve_hooks(model, layers) if vector is None else (joined_hooks(vector),)
     return Task(command, model, fit_on, measure_on, hook_names, position, vector)
-
-
-def _vector_of(command: Any) -> SteeringVector:
-    given = [f"--{name}" for name in command.given("method", "layers", "position")]
-    if given:
-        raise InputError(
-            f"a --vector is measured as a whole, at its own hooks: leave out {', '.join(given)}"
-        )
-    vector: SteeringVector = read_vector(Path(command.vector))
-    return vector
 
 
 @dataclass

@@ -11,14 +11,8 @@ import typer
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import (
-    Command,
-    LoadCommand,
-    ModelCommand,
-    PairsCommand,
-    quoted,
-)
-from steerlens.cli.layers_command import Layers
+from steerlens.cli.boundary_commands import Layers
+from steerlens.cli.command import Command, LoadCommand, ModelCommand, PairsCommand, quoted
 from steerlens.cli.long_command import LongCommand
 from steerlens.cli.printing import (
     note,
@@ -73,12 +67,10 @@ class Extract(LongCommand, PairsCommand):
 
     @property
     def next(self) -> str:
-        """What the vector does."""
         return self.onward(Generate, vector=self.written, prompt=PROMPT, **OF_VECTOR)
 
     @property
     def written(self) -> Path | None:
-        """The file, of a run that is begun or gone on with."""
         if self.resume is None:
             return self.out
         return self.resume.with_name(self.resume.name.removesuffix(UNFINISHED))
@@ -101,7 +93,6 @@ class Extract(LongCommand, PairsCommand):
         return out.is_file()
 
     def measure(self) -> None:
-        """Fit, measure the boundary, write the vector."""
         assert self.out is not None
         operator = sl.steering.operator_of(self.operator, value=self.value)
         text = opt.text_of(self.on)
@@ -115,8 +106,7 @@ class Extract(LongCommand, PairsCommand):
                 study = task.study(progress, parts=run.parts, budget=self.budget)
                 table = study.boundary(on=text).layers if self.boundary else study.layers
             vector = sl.SteeringVector.from_directions(
-                task.model,
-                study.fitted,
+                *(task.model, study.fitted),
                 layers=str(self.layers),
                 operator=operator,
                 layer_table=table,
@@ -156,7 +146,6 @@ class Generate(ModelCommand, PairsCommand):
 
     @property
     def next(self) -> str:
-        """The vector as a file, or in a checkpoint."""
         if self.vector is None:
             made = {"layers": self.layer, "out": "vector.safetensors"}
             return self.onward(Extract, pairs=self.pairs, **made)
@@ -165,7 +154,6 @@ class Generate(ModelCommand, PairsCommand):
         return self.onward(Bake, coefficient=pushes[-1] if pushes else "8", out="steered-model")
 
     def run(self) -> None:
-        """What the command does."""
         strengths = opt.strengths_of(self.coefficients)
         sl.steering.cache_positions.check_positions(self.positions)
         if self.vector is not None:
@@ -178,12 +166,10 @@ class Generate(ModelCommand, PairsCommand):
             raise InputError("give --vector FILE, or --layer to fit a direction there")
         else:
             model, prompt, steered = self._fit_at(self.layer, strengths)
+        how: dict[str, Any] = {"positions": self.positions, "max_new_tokens": self.max_new_tokens}
         with progress_of() as progress:
             written = sl.steering.generate_texts(
-                *(model, [prompt], steered, strengths),
-                max_new_tokens=self.max_new_tokens,
-                positions=self.positions,
-                progress=progress,
+                *(model, [prompt], steered, strengths), progress=progress, **how
             )
         texts = [sl.steering.decoded(model, text.ids) for text in written]
         print_texts(self.prompt, strengths, texts)
@@ -228,25 +214,21 @@ class Export(LoadCommand):
 
     @property
     def next(self) -> str:
-        """What was written, where it can be read back."""
         is_vector = self.target.suffix in (".gguf", ".safetensors")
         return f"steerlens vectors show {quoted(self.target if is_vector else self.source)}"
 
     @property
     def written(self) -> Path:
-        """Its target."""
         return self.target
 
     def check_written(self) -> None:
-        """See that a folder is new or empty."""
         if self.to == "peft":
             sl.export.huggingface.check_is_new(self.target)
         else:
             super().check_written()
 
     def run(self) -> None:
-        """What the command does."""
-        vector, target = opt.read_vector(self.source), self.target
+        vector, target = sl.export.gguf_file.read_vector(self.source), self.target
         if self.to is not None:
             self._export_to(vector, self.to)
         elif self.coefficient is not None or self.model is not None:
@@ -302,15 +284,12 @@ class Bake(LoadCommand):
 
     @property
     def next(self) -> str:
-        """A look at what it carries."""
         return self.onward(Layers, model=self.out, revision=None)
 
     def check_written(self) -> None:
-        """See that the folder is new or empty."""
         sl.export.huggingface.check_is_new(self.out)
 
     def run(self) -> None:
-        """What the command does."""
         strength = opt.strength_of(self.coefficient)
         vector, model = load_with_model(self.vector, self.model, self.load)
         with warnings.catch_warnings():
@@ -329,12 +308,10 @@ class Show(Command):
 
     @property
     def next(self) -> str:
-        """What it does."""
         return self.onward(Generate, prompt=PROMPT)
 
     def run(self) -> None:
-        """What the command does."""
-        _print_vector(opt.read_vector(self.vector))
+        _print_vector(sl.export.gguf_file.read_vector(self.vector))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,11 +327,9 @@ class CompareVectors(Command):
 
     @property
     def next(self) -> str:
-        """What the first of them says."""
         return f"steerlens vectors show {quoted(self.vectors[0])}"
 
     def run(self) -> None:
-        """What the command does."""
         columns = ["vector_a", "hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
         print_rows(sl.cosine_table(named_vectors(self.vectors)), "Cosines", columns)
 
@@ -366,14 +341,14 @@ def named_vectors(paths: Sequence[Path]) -> dict[str, Any]:
         names = [str(path) for path in paths]
     if len(set(names)) < len(names):
         raise InputError("the same file is given twice")
-    return dict(zip(names, map(opt.read_vector, paths), strict=True))
+    return dict(zip(names, map(sl.export.gguf_file.read_vector, paths), strict=True))
 
 
 def load_with_model(
     path: Path, model_name: str | None, load: Callable[[str], Any]
 ) -> tuple[Any, Any]:
     """A vector and the model to use it on, its own where that is at hand; notes what differs."""
-    vector = opt.read_vector(path)
+    vector = sl.export.gguf_file.read_vector(path)
     if model_name is None:
         model_name = vector.origin.model
         if model_name == sl.models.weight_processing.UNKNOWN:
@@ -392,10 +367,8 @@ def _print_vector(vector: Any) -> None:
     say(repr(vector))
     for name, value in vector.describe().items():
         say(f"  {name}: {value}")
-    measured = vector.calibration
-    columns = (vector.scale, measured.resid_norm, measured.boundary_neg, measured.boundary_pos)
-    numbers = [column.tolist() for column in columns]
-    rows = [
-        [name, *map(short, row)] for name, *row in zip(vector.hook_names, *numbers, strict=True)
-    ]
+    known = vector.calibration
+    columns = (vector.scale, known.resid_norm, known.boundary_neg, known.boundary_pos)
+    by_hook = zip(vector.hook_names, *(column.tolist() for column in columns), strict=True)
+    rows = [[name, *map(short, row)] for name, *row in by_hook]
     print_table(None, ["hook", "scale", "resid norm", "boundary -", "boundary +"], rows)

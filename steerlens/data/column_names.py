@@ -13,8 +13,9 @@ def _sided(*sides: str) -> tuple[str, ...]:
 
 ROLES: dict[str, tuple[str, ...]] = {
     "positive": (*_sided("positive", "pos", "good"), "sent_more", "target_true"),
-    "negative": (*_sided("negative", "neg", "bad"), "sent_less", "target_false"),
+    "negative": (*_sided("negative", "neg", "bad"), "sent_less", "target_false", "target_new"),
     "prompt": ("prompt",),
+    "subject": ("subject",),
     "input": ("input",),
     "system": ("system", "system_prompt"),
     "continuation": ("continuation",),
@@ -27,11 +28,12 @@ ROLES: dict[str, tuple[str, ...]] = {
     "context": ("context", "passage", "article", "premise"),
     "matching": (
         *("answer_matching_behavior", "answer_matching_behaviour", "matching", "best_answer"),
-        "correct_answers",
+        *("correct_answers", "correct_answer"),
     ),
     "not_matching": (
         *("answer_not_matching_behavior", "answer_not_matching_behaviour", "not_matching"),
-        *("best_incorrect_answer", "incorrect_answers"),
+        *("best_incorrect_answer", "incorrect_answers", "incorrect_answer", "incorrect_answer_1"),
+        *("wrong_answer", "distractor1"),
     ),
     "text": (
         *("statement", "text", "sentence", "claim", *_PROMPTS, "messages", "content", "goal"),
@@ -40,7 +42,8 @@ ROLES: dict[str, tuple[str, ...]] = {
     "label": ("label", "labels", "sentiment"),
     "choices": (
         *("mc1_targets", "choices", "mc2_targets", "options", "endings", "references"),
-        *("sentences", "sentence", "statements", "answers"),
+        *("sentences", "sentence", "statements", "answers", "responses", "completions"),
+        *("generations", "candidates", "outputs", "summaries"),
     ),
     "completion": ("completion", "response", "answer", "output"),
     "suffixes": ("suffixes", "suffix_list"),
@@ -56,9 +59,13 @@ _OF_FORM: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "choices": {
         "label": (
             *("label", "labels", "answer_idx", "answer_index", "answerkey", "answer", "gold_index"),
-            *("gold", "correct", "cop", "winner", "choice", "correct_answer"),
+            *("gold", "correct", "cop", "winner", "choice", "correct_answer", "preference"),
+            *("preferred", "correct_option", "ranks", "ratings", "rewards", "scores", "score"),
         ),
-        "question": ("question", "prompt", "query", "instruction", "goal", "ctx", "stem"),
+        "question": (
+            *("question", "prompt", "query", "instruction", "goal", "ctx", "stem"),
+            *("question_stem", "problem", "history", "post"),
+        ),
     },
 }
 """Of a form, the names of a role in place of those of `ROLES`."""

@@ -6,24 +6,20 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, NamedTuple
 
-from steerlens.data.choices import choices_of, right_and_wrong
+from steerlens.data.choices import choices_of, ranks, right_and_wrong
 from steerlens.data.entries import OPENING, Entry, joined, turns
 from steerlens.data.labels import FALSE, TRUE, spelled, two_labels
+from steerlens.data.partners import by_column, of_template, pairing_column, value_of
 from steerlens.data.prompts import Message, Prompt, checked_prompt
 from steerlens.data.reading import Row
 from steerlens.errors import InputError, told
 
 ALONE = "no partner in the shorter list"
 """Why a text of two lists without pairs is not measured; it is fitted on all the same."""
-LONGEST_GAP = 4
-"""The most words in which statements of one template differ."""
-MOST_WORDS = 200_000
-"""Beyond so many in all, templates are not looked for."""
-NEARLY_ALL = 0.9
-"""The share of statements that have a partner where all are of templates."""
 ONE_OF_SEVERAL = "; of several answers the first"
 """What a card says where one side has a list of answers."""
 SIDES = ("positive", "negative")
+_AS_TURNS = "questions are the user's turn, answers the assistant's"
 
 
 class Sheet(NamedTuple):
@@ -73,7 +69,25 @@ def _pairs(sheet: Sheet) -> Made:
     is_short = all(list(sheet.rows[:n]) == rows for n, rows in zip(n_each, sides, strict=True))
     if sheet.is_table and n_each[0] != n_each[1] and is_short:
         return in_order(sides, SIDES)
-    return Made([_entry(row, "positive", "negative") for row in sheet.rows])
+    filled = [_of_subject(row) for row in sheet.rows]
+    # Of all rows, as some prompts have {} for other reasons.
+    are_of_subjects = all(new is not row for new, row in zip(filled, sheet.rows, strict=True))
+    rows = filled if are_of_subjects else sheet.rows
+    made = Made([_entry(row, "positive", "negative") for row in rows])
+    if rows and are_of_subjects:
+        made.how = "{} in a prompt is its subject, and answers follow after a space"
+    return made
+
+
+def _of_subject(row: Row) -> Row:
+    """A row whose prompt has a gap for its subject, filled: what follows is another word."""
+    prompt, subject = row.record.get("prompt"), row.record.get("subject")
+    if not isinstance(prompt, str) or "{}" not in prompt or not isinstance(subject, str):
+        return row
+    sides = {side: _prompt(row, side) for side in SIDES if side in row.record}
+    apart = {s: f" {t}" for s, t in sides.items() if isinstance(t, str) and not t[:1].isspace()}
+    filled = {"prompt": prompt.replace("{}", subject), **sides, **apart}
+    return row._replace(record={**row.record, **filled})
 
 
 def _preferences(sheet: Sheet) -> Made:
@@ -116,7 +130,7 @@ def _on_lines(row: Row, parts: tuple[str, str], role: str) -> Row:
 
 def _questions(sheet: Sheet) -> Made:
     """A question as the user's turn, its two answers as the assistant's."""
-    made = Made(how="questions are the user's turn, answers the assistant's")
+    made = Made(how=_AS_TURNS)
     for row in _whole_rows(sheet, ("question", "matching", "not_matching"), made):
         sides = {}
         for side in ("matching", "not_matching"):
@@ -136,20 +150,27 @@ def _questions(sheet: Sheet) -> Made:
         row = _on_lines(row, ("context", "question"), "question")
         record = {**row.record, **sides, "prompt": row.record["question"]}
         entry = _entry(row._replace(record=record), "matching", "not_matching")
-        made.entries.append(entry._replace(prompt=turns(entry.prompt)))
+        if isinstance(entry.prompt, str) and entry.prompt.rstrip().endswith(OPENING):
+            made.how = made.how.replace(_AS_TURNS, "answers follow the dialogue as text")
+        else:
+            entry = entry._replace(prompt=turns(entry.prompt))
+        made.entries.append(entry)
     return made
 
 
 def _choices(sheet: Sheet) -> Made:
-    """Choices of which some are right: the first that is, the first that is not."""
-    made = Made(how="the first right choice and the first wrong one")
+    """Choices: the first that is right and the first that is not, or the best and the worst."""
+    made = Made()
     rows = _whole_rows(sheet, ("choices",), made)
+    column = sheet.columns.get("label", "label")
     answers = [row.record.get("label") for row in rows]
+    if ranks(column) and not sheet.positive:  # one for each choice, or of the whole row
+        answers = [answer if isinstance(answer, list) else None for answer in answers]
     choices = [
-        choices_of(row.record["choices"], answer, where=row.where)
+        choices_of(row.record["choices"], answer, where=row.where, by=column)
         for row, answer in zip(rows, answers, strict=True)
     ]
-    both, how = right_and_wrong(choices, answers)
+    both, made.how = right_and_wrong(choices, answers, column=column, first=sheet.positive)
     if rows and not any(map(all, both)):
         raise InputError(
             f"{sheet.name}: the form choices needs a label for each choice, or the name, number or "
@@ -158,19 +179,17 @@ def _choices(sheet: Sheet) -> Made:
     named = []
     for row, (right, wrong) in zip(rows, both, strict=True):
         if right and wrong:
-            sides = {"matching": right, "not_matching": wrong}
+            sides = {"matching": right[0], "not_matching": wrong[0]}
             named.append(row._replace(record={**row.record, **sides}))
         else:
             made.left_out["no right or no wrong choice"] += 1
     if "question" in sheet.columns:
         columns = {**sheet.columns, "matching": "choices", "not_matching": "choices"}
         asked = _questions(sheet._replace(rows=tuple(named), columns=columns))
-        return replace(asked, left_out=asked.left_out + made.left_out, how=asked.how + how)
-    for row in named:
-        firsts = {role: row.record[role][0] for role in ("matching", "not_matching")}
-        record = {**row.record, **firsts}
-        made.entries.append(_entry(row._replace(record=record), "matching", "not_matching"))
-    return replace(made, how=made.how + how)
+        left_out = asked.left_out + made.left_out
+        return replace(asked, left_out=left_out, how=f"{asked.how}; {made.how}")
+    made.entries = [_entry(row, "matching", "not_matching") for row in named]
+    return made
 
 
 def _labelled(sheet: Sheet) -> Made:
@@ -191,7 +210,7 @@ def _labelled(sheet: Sheet) -> Made:
             others.add(label)
             made.left_out["a label that is neither 0 nor 1"] += 1
     if not all(sides.values()) or (sheet.positive and of_sides is None):
-        column = sheet.columns["label"]
+        column = sheet.columns.get("label", "label")
         raise InputError(
             f"{sheet.name}: the form labelled has statements of two labels, 0 and 1 (or true and "
             f"false); got {len(sides[True])} of 1, {len(sides[False])} of 0 and "
@@ -199,16 +218,16 @@ def _labelled(sheet: Sheet) -> Made:
             "the columns: --columns text=COLUMN,label=COLUMN; of two other labels name the "
             f"positive one: --columns label={column}={min(others, default='VALUE'):.40}"
         )
-    made.by = "group" if "group" in sheet.columns else _pairing_column(sides)
+    made.by = "group" if "group" in sheet.columns else pairing_column(sides)
     told_label = "" if positive is TRUE else f"; the label {min(positive)} is positive"
-    partners = _of_template(sides) if made.by is None else _by_column(sides, made.by)
+    partners = of_template(sides) if made.by is None else by_column(sides, made.by)
     if not partners:
         unpaired = in_order(list(sides.values()), ("text", "text"))
         unpaired.left_out.update(made.left_out)
         unpaired.how += told_label
         return unpaired
     for pos, neg in partners:
-        rest = {} if made.by is None else {"group": str(_value(pos, made.by))}
+        rest = {} if made.by is None else {"group": str(value_of(pos, made.by))}
         texts = (_prompt(pos, "text"), _prompt(neg, "text"))
         made.entries.append(Entry(pos.where, f"{pos.id}-{neg.id}", None, *texts, rest))
     n_alone = sum(map(len, sides.values())) - 2 * len(partners)
@@ -223,60 +242,6 @@ def _answered(row: Row, column: str) -> Row:
     chat = joined(turns(_prompt(row, "text")), _prompt(row, "completion"))
     others = {column: row.record["text"], **row.record[""]}
     return row._replace(record={**row.record, "text": chat, "": others})
-
-
-def _value(row: Row, column: str) -> Any:
-    return row.record.get("group") if column == "group" else row.record[""].get(column)
-
-
-def _by_column(sides: Mapping[bool, Sequence[Row]], column: str) -> list[tuple[Row, Row]]:
-    """Statements of the two labels that have one value, the first with the first."""
-    by_value: dict[str, tuple[list[Row], list[Row]]] = {}
-    for is_true, rows in sides.items():
-        for row in rows:
-            by_value.setdefault(str(_value(row, column)), ([], []))[not is_true].append(row)
-    return [pair for both in by_value.values() for pair in zip(*both, strict=False)]
-
-
-def _pairing_column(sides: Mapping[bool, Sequence[Row]]) -> str | None:
-    """The finest further column whose values, two or more, each have statements of both labels."""
-    columns = dict.fromkeys(
-        column for rows in sides.values() for row in rows for column in row.record[""]
-    )
-    n_values = {}
-    for column in columns:
-        true, false = ({str(row.record[""].get(column)) for row in rows} for rows in sides.values())
-        # A column of yes and no is another label, no topic.
-        if true == false and len(true) > 1 and not {*map(str.lower, true)} <= TRUE | FALSE:
-            n_values[column] = len(true)
-    return max(n_values, key=lambda column: n_values[column], default=None)
-
-
-def _of_template(sides: Mapping[bool, Sequence[Row]]) -> list[tuple[Row, Row]]:
-    """Statements that share half their words and differ in a few in a row, where nearly all do."""
-    texts = {row.where: str(row.record["text"]).split() for rows in sides.values() for row in rows}
-    if sum(map(len, texts.values())) > MOST_WORDS:
-        return []
-    places: dict[int, tuple[list[Row], list[Row]]] = {}
-    order: dict[int, tuple[int, int]] = {}
-    for is_true, rows in sides.items():
-        for row in rows:
-            words = texts[row.where]
-            for start, length in product(range(len(words)), range(1, LONGEST_GAP + 1)):
-                n_kept = len(words) - length
-                if start <= n_kept and 2 * n_kept >= len(words):
-                    gap = hash((*words[:start], None, *words[start + length :]))
-                    places.setdefault(gap, ([], []))[not is_true].append(row)
-                    order[gap] = (-n_kept, -start)
-    found: dict[str, tuple[Row, Row]] = {}
-    taken: set[str] = set()
-    for gap in sorted(order, key=lambda gap: order[gap]):
-        free = [[row for row in rows if row.where not in taken] for rows in places[gap]]
-        for pair in zip(*free, strict=False):
-            found[pair[0].where] = (pair[0], pair[1])
-            taken.update(row.where for row in pair)
-    n_least = max(map(len, sides.values())) * NEARLY_ALL
-    return [found[row.where] for row in sides[True] if row.where in found and len(found) >= n_least]
 
 
 def in_order(sides: Sequence[Sequence[Row]], roles: Sequence[str]) -> Made:
@@ -422,7 +387,7 @@ FORMS: dict[str, Form] = {
     ),
     "pairs": Form(
         ("positive", "negative"),
-        *(("prompt", "system", "continuation", "position", "id", "group"), _pairs),
+        *(("prompt", "subject", "system", "continuation", "position", "id", "group"), _pairs),
     ),
     "choices": Form(
         ("choices",),

@@ -347,6 +347,10 @@ USUAL_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt
 """Other names of who speaks, as ShareGPT's, and the usual ones."""
 
 
+TEXT_KEYS = ("str", "text", "full_text", "post")
+"""Where an object that is no message has its text."""
+
+
 def checked_prompt(value: Any, *, where: str) -> Prompt:
     """Text, a message, or a list of these (or an object that has it) as a prompt.
 
@@ -356,6 +360,9 @@ def checked_prompt(value: Any, *, where: str) -> Prompt:
         return checked_text(value, where=where)
     if isinstance(value, Mapping):
         chats = [value[key] for key in ("conversations", "messages") if key in value]
+        texts = [value[key] for key in TEXT_KEYS if isinstance(value.get(key), str)]
+        if texts and not chats and not {"role", "from"} & value.keys():
+            return checked_text(texts[0], where=where)
         value = chats[0] if chats else [value]
     if isinstance(value, Sequence) and not isinstance(value, bytes) and value:
         return tuple(

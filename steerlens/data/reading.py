@@ -118,14 +118,14 @@ def plain(value: Any) -> Any:
     """A record of Python's own values: None for NaN, lists for arrays, a dict for a dataclass."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
-    if isinstance(value, Mapping):
-        return {key: _cell(cell) for key, cell in value.items()}
     return _cell(value)
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [plain(item) for item in value.tolist()]
+    if isinstance(value, Mapping):
+        return {key: _cell(cell) for key, cell in value.items()}
+    if isinstance(value, np.ndarray | list):
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     is_nan = isinstance(value, float) and value != value

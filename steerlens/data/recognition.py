@@ -3,7 +3,6 @@
 import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from steerlens.data.choices import columns_of_choices
@@ -11,9 +10,18 @@ from steerlens.data.column_names import ALIKE, ROLES, candidates, column_of
 from steerlens.data.entries import in_short
 from steerlens.data.forms import FORMS, Form, Made, Sheet, in_order
 from steerlens.data.labels import negated, spelled, two_labels
-from steerlens.data.prompts import Message
-from steerlens.data.reading import Row, Rows, plain
+from steerlens.data.reading import Row, Rows
+from steerlens.data.unwrapping import (
+    gathered,
+    is_chat,
+    keys_of,
+    lifted,
+    unwrapped,
+)
 from steerlens.errors import InputError
+
+FEW_WORDS = 3
+"""From so many on, a text may be what is asked."""
 
 
 def make(
@@ -32,8 +40,8 @@ def make(
     _check_roles(rows.name, columns)
     if group not in ("group", "auto"):
         columns = {**columns, "group": group}
-    rows = _unwrapped(rows)
-    keys = _keys(rows)
+    rows = unwrapped(rows)
+    keys = keys_of(rows)
     are_texts = form is None and not keys and _are_texts(rows)
     for row in rows.rows:
         if not isinstance(row.record, dict) and not are_texts:
@@ -44,12 +52,14 @@ def make(
     column, _, positive = columns.get("label", "").partition("=")
     if positive and columns["label"] not in keys:
         columns = {**columns, "label": column}
-    name = _recognised(rows, keys, columns) if form is None else _form_of(form)
-    gathered = _gathered(rows, keys, columns)
-    takes_choices = name in (None, "labelled") if form is None else name == "choices"
-    if gathered is not None and takes_choices:
-        name, rows, columns = "choices", gathered, {**columns, "choices": "choices"}
-        keys = _keys(rows)
+    name = None if form is None else _form_of(form)
+    name, rows = _lifted_to(name, rows, keys, columns)
+    keys = keys_of(rows)
+    if name in (None, "labelled") if form is None else name == "choices":
+        of_choices = gathered(rows, keys, columns)
+        if of_choices is not None:
+            name, (rows, columns) = "choices", of_choices
+            keys = keys_of(rows)
     if name is None:
         raise InputError(f"{rows.name}: {_seen(rows, keys)}")
     sheet = _sheet(rows, keys, name, columns, needed)._replace(positive=positive)
@@ -62,12 +72,31 @@ def make(
     return made
 
 
+def _lifted_to(
+    form: str | None, rows: Rows, keys: list[str], columns: Mapping[str, str]
+) -> tuple[str | None, Rows]:
+    """The form, and the rows that have it: as they are, or with one column's objects lifted."""
+    name = form or _recognised(rows, keys, columns)
+    if not keys or (name is not None and (form is None or _has(name, keys, columns))):
+        return name, rows
+    found = []
+    for others, inside in lifted(rows, keys):
+        fitting = form or _recognised(others, inside, columns)
+        if fitting is not None and _has(fitting, inside, columns):
+            found.append((fitting, others))
+    return found[0] if len(found) == 1 else (name, rows)
+
+
+def _has(form: str, keys: Sequence[str], columns: Mapping[str, str]) -> bool:
+    return {column_of(role, keys, columns) for role in FORMS[form].needs} <= {*keys}
+
+
 def make_lists(sides: Sequence[Rows], columns: Mapping[str, str]) -> Made:
     """What two sources make, one a side: lists of texts or chats, without pairs."""
     lists = []
-    for rows in map(_unwrapped, sides):
+    for rows in map(unwrapped, sides):
         _check_roles(rows.name, columns)
-        keys = _keys(rows)
+        keys = keys_of(rows)
         column = column_of("text", keys, columns)
         if keys and column not in keys:
             raise InputError(
@@ -100,137 +129,13 @@ def _form_of(given: str) -> str:
     return names[known]
 
 
-def _keys(rows: Rows) -> list[str]:
-    return list(
-        dict.fromkeys(
-            str(k) for row in rows.rows if isinstance(row.record, dict) for k in row.record
-        )
-    )
-
-
-def _unwrapped(rows: Rows) -> Rows:
-    """Rows of two or three prompts with the names of these."""
-    rows = _of_one_object(rows)
-    records = [row.record for row in rows.rows]
-    if records and all(map(_is_pair, records)):
-        names = ("positive", "negative", "continuation")
-        named = [dict(zip(names, record, strict=False)) for record in records]
-        found = [row._replace(record=r) for row, r in zip(rows.rows, named, strict=True)]
-        return Rows(rows.name, tuple(found))
-    return rows
-
-
-def _of_one_object(rows: Rows) -> Rows:
-    """Rows that one object wraps: in a list beside others, by column or by id."""
-    records = [row.record for row in rows.rows]
-    if len(records) != 1 or not isinstance(records[0], dict) or not records[0]:
-        return rows
-    record = records[0]
-    if _is_of_lists(record):
-        # RepE's lists, in which the texts of one pair may also follow each other.
-        texts, labels = iter(record["data"]), record["labels"]
-        if len(record["data"]) != len(labels):
-            texts = iter([[next(texts) for _ in of] for of in labels])
-        rows_of = zip(texts, labels, strict=True)
-        record = {"data": [{"choices": of, "labels": by} for of, by in rows_of]}
-    cells = list(record.values())
-    if None not in (column_of(role, record, {}) for role in FORMS["traits"].needs):
-        return rows
-    if _is_of_columns(record):
-        by_row = zip(*cells, strict=True)
-        cells = [[dict(zip(record, row, strict=True)) for row in by_row]]
-    tables = [
-        cell
-        for cell in cells
-        if isinstance(cell, list) and cell and (isinstance(cell[0], dict) or _is_pair(cell[0]))
-    ]
-    tables = [table for table in tables if not _is_chat(table)]
-    # As the hub's viewer sends them: a list of columns, and rows with their number.
-    numbered = [table for table in tables if all(map(_is_numbered, table))]
-    tables = [[row["row"] for row in table] for table in numbered] or tables
-    if all(isinstance(cell, dict) and cell and cell.keys() == cells[0].keys() for cell in cells):
-        by_id = any(candidates(role, cells[0]) for role in ROLES)
-        by_column = [{key: record[key][index] for key in record} for index in cells[0]]
-        tables = [cells if by_id else by_column]
-    # A list beside it that has as many may say what its rows are.
-    lengths = [len(cell) for cell in cells if isinstance(cell, list)]
-    if len(tables) != 1 or lengths.count(len(tables[0])) > 1:
-        return rows
-    where = f"{rows.rows[0].where}: record"
-    found = [Row(f"{where} {i}", str(i), plain(r)) for i, r in enumerate(tables[0], start=1)]
-    return Rows(rows.name, tuple(found))
-
-
-def _is_numbered(row: Any) -> bool:
-    return isinstance(row, dict) and "row_idx" in row and isinstance(row.get("row"), dict)
-
-
-def _is_of_lists(record: Mapping[str, Any]) -> bool:
-    """Whether an object has texts as `data`, and as `labels` a list of labels for each few."""
-    data, labels = record.get("data"), record.get("labels")
-    if not isinstance(data, list) or not isinstance(labels, list) or not labels:
-        return False
-    are_nested = all(isinstance(of, list) for of in labels)
-    return are_nested and len(data) in (len(labels), sum(map(len, labels)))
-
-
-def _is_of_columns(record: Mapping[str, Any]) -> bool:
-    """Whether an object has the columns of a table, of a form of rows, as lists."""
-    cells = list(record.values())
-    are_lists = all(isinstance(cell, list) and not _is_chat(cell) for cell in cells)
-    has_form = any(
-        all(column_of(role, record, {}) for role in form.needs)
-        for name, form in FORMS.items()
-        if not form.of_lists
-        and name != "choices"
-        and (name != "pairs" or len(record) > len(form.needs))
-    )
-    return are_lists and has_form and len({*map(len, cells)}) == 1
-
-
-def _is_pair(record: Any) -> bool:
-    """Whether it is a list of two or three prompts, and no chat."""
-    is_list = isinstance(record, list | tuple) and not isinstance(record, Message)
-    return (
-        is_list
-        and len(record) in (2, 3)
-        and not isinstance(record[0], Message)
-        and all(isinstance(side, str | list | tuple) for side in record[:2])
-    )
-
-
-def _is_chat(cell: Any) -> bool:
-    first = cell[0] if isinstance(cell, list | tuple) and cell else None
-    return isinstance(first, Message) or (
-        isinstance(first, dict) and bool({"role", "from"} & {*first})
-    )
-
-
-def _gathered(rows: Rows, keys: Sequence[str], columns: Mapping[str, str]) -> Rows | None:
-    """Rows with choices that have a column each in one cell, where a column has the right one."""
-    each, form = columns_of_choices(keys), FORMS["choices"]
-    label = column_of("label", keys, columns, "choices")
-    is_named = bool({*columns} - {*form.may} or {*columns.values()} & {*each.values()})
-    if not each or label not in keys or label in each.values() or is_named or "choices" in keys:
-        return None
-    cells = [row.record.get(column) for row in rows.rows for column in each.values()]
-    if any(isinstance(cell, int | float) for cell in cells):
-        return None
-    found = []
-    for row in rows.rows:
-        choices = {name: row.record.get(column) for name, column in each.items()}
-        others = {key: cell for key, cell in row.record.items() if key not in each.values()}
-        found.append(row._replace(record={**others, "choices": choices}))
-    return replace(rows, rows=tuple(found))
-
-
 def _recognised(rows: Rows, keys: list[str], columns: Mapping[str, str]) -> str | None:
     """The first form that fits; none where there is none."""
     for name, form in FORMS.items():
         found = [column_of(role, keys, columns) for role in form.needs]
         if {*columns} <= {*form.needs, *form.may} and {*found} <= {*keys}:
             is_list = len(rows.rows) == 1 and all(
-                isinstance(cell := rows.rows[0].record.get(column), list) and not _is_chat(cell)
+                isinstance(cell := rows.rows[0].record.get(column), list) and not is_chat(cell)
                 for role, column in zip(form.needs, found, strict=True)
                 if role != "template"
             )
@@ -247,11 +152,11 @@ def _recognised(rows: Rows, keys: list[str], columns: Mapping[str, str]) -> str 
 
 def _have_choices(rows: Rows, column: str) -> bool:
     cells = [row.record.get(column) for row in rows.rows]
-    return all(isinstance(cell, dict | list) and not _is_chat(cell) for cell in cells)
+    return all(isinstance(cell, dict | list) and not is_chat(cell) for cell in cells)
 
 
 def _are_texts(rows: Rows) -> bool:
-    return all(isinstance(row.record, str) or _is_chat(row.record) for row in rows.rows)
+    return all(isinstance(row.record, str) or is_chat(row.record) for row in rows.rows)
 
 
 def _seen(rows: Rows, all_keys: Sequence[str]) -> str:
@@ -313,6 +218,26 @@ def _is_said(cell: Any) -> bool:
     return isinstance(cell, list) or (isinstance(cell, str) and not cell.isdigit())
 
 
+def _is_inside(rows: Rows, choices: str | None, label: str | None) -> bool:
+    """Whether the label that is named is a part of each choice."""
+    cells = [row.record.get(choices) for row in rows.rows] if choices and label else []
+    parts = [part for cell in cells for part in (cell if isinstance(cell, list) else [cell])]
+    return bool(parts) and all(isinstance(part, dict) and label in part for part in parts)
+
+
+def _are_chats(rows: Rows, column: str | None) -> bool:
+    return column is not None and all(is_chat(row.record.get(column)) for row in rows.rows)
+
+
+def _is_prose(rows: Rows, column: str) -> bool:
+    """Whether every cell of a column is, or has, text of a few words."""
+    cells = [row.record.get(column) for row in rows.rows]
+    parts = [[*cell.values()] if isinstance(cell, dict) else [cell] for cell in cells]
+    return bool(parts) and all(
+        any(isinstance(part, str) and len(part.split()) >= FEW_WORDS for part in of) for of in parts
+    )
+
+
 def _two_of(rows: Rows, column: str) -> set[str]:
     """The values of a column that has two, each in more rows than one; else none."""
     counts = Counter(spelled(row.record.get(column)) for row in rows.rows)
@@ -344,16 +269,21 @@ def _sheet(
                 f"{role}; name one: --columns {role}=COLUMN"
             )
     is_strict = name == "pairs" and not rows.is_table
+    apart = (*form.needs, "group") if is_strict else ()
+    apart = ("label",) if _is_inside(rows, at.get("choices"), columns.get("label")) else apart
     for role, column in columns.items():
-        if keys and column not in keys and not (is_strict and role in (*form.needs, "group")):
+        if keys and column not in keys and role not in apart:
             raise InputError(f"{rows.name}: no column {column!r}; there are {in_short(keys)}")
+    if name == "choices" and "question" not in at and _are_chats(rows, at.get("context")):
+        at["question"] = at.pop("context")
     beside = [key for key in keys if key not in at.values()]
-    asked = candidates("text", beside).values() if name == "choices" else ()
-    if "question" not in at and asked:
-        raise InputError(
-            f"{rows.name}: the form choices: name what is asked: --columns "
-            f"question={next(iter(asked)):.80}"
-        )
+    if name == "choices" and "question" not in at:
+        texts = [*candidates("text", beside).values(), *(k for k in beside if _is_prose(rows, k))]
+        if texts:
+            raise InputError(
+                f"{rows.name}: the form choices: name what is asked: --columns "
+                f"question={texts[0]:.80}"
+            )
     missing = [role for role in form.needs if role not in at]
     if missing and rows.rows and not is_strict:
         flag = ",".join(f"{role}=COLUMN" for role in missing)
@@ -374,6 +304,9 @@ def _sheet(
         raise InputError(
             f"{rows.name}: the form {name} is one object of lists, got {len(by_role)} rows"
         )
+    empty = [role for role in form.needs if form.of_lists and role not in by_role[0].record]
+    if empty:
+        raise InputError(f"{rows.name}: the form {name}: {at[empty[0]]} is empty; fill it")
     return Sheet(rows.name, tuple(by_role), at, rows.is_table)
 
 

@@ -278,7 +278,9 @@ class EntrySequence(Sequence[Entry]):
         )
         if {*left_out} - {ALONE}:
             warnings.warn(f"{name}: {card}", UserWarning, stacklevel=4)
-        more = {} if made.unpaired is None else {"unpaired": made.unpaired}
+        # Items are answers of one prompt, whatever order they were met in.
+        has_lists = "unpaired" in getattr(cls, "__dataclass_fields__", {})
+        more = {"unpaired": made.unpaired} if has_lists and made.unpaired is not None else {}
         return cls(tuple(found), name, card=card, **more)
 
     @classmethod

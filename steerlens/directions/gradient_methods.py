@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.directions.linear_algebra import first_axis, ridge_solve
+from steerlens.directions.contrast_methods import first_axis, ridge_solve
 from steerlens.errors import InputError
 
 Form = Literal["paired", "pooled"]

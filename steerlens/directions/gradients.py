@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from steerlens.data.pairs import AnyPairs, as_pairs
-from steerlens.directions.axes import frozen_axis
 from steerlens.directions.differences import collect_differences, missing_readouts
 from steerlens.directions.directions import Directions
 from steerlens.directions.gradient_rows import LossGradients
+from steerlens.directions.methods import frozen_axis
 from steerlens.directions.old_names import with_old_gradient_keywords
 from steerlens.engine.backend import for_hooks
 from steerlens.engine.backward import loss_rows

@@ -26,7 +26,9 @@ from steerlens.directions.directions import Directions
 from steerlens.directions.gradient_methods import Form, Gradients
 from steerlens.directions.gradient_rows import LossGradients
 from steerlens.directions.old_names import METHOD_NAMES, warn_of_old
-from steerlens.errors import InputError
+from steerlens.errors import HookError, InputError
+from steerlens.models.hooked_model import HookedModel
+from steerlens.models.identity import check_fitted_on
 from steerlens.validation import Draws, Whole, checked
 
 Source = Literal["differences", "gradients", "training"]
@@ -248,6 +250,35 @@ def directions_of(
         weights_fingerprint=evidence.weights_fingerprint,
         pair_hashes=evidence.pair_hashes,
     )
+
+
+def frozen_axis(
+    model: HookedModel,
+    axis: Directions | str,
+    hook_names: Sequence[str],
+    *,
+    unsteered: Callable[[], Differences],
+    seed: int,
+) -> Directions:
+    """The axis on which a loss measures the separation at `hook_names`: directions, or fitted ones.
+
+    Those of a name are what its method fits to the unsteered differences.
+    """
+    if isinstance(axis, str):
+        return fit_directions(unsteered(), method=axis_method(axis).name, seed=seed)
+    check_fitted_on(model, axis)
+    missing = [name for name in dict.fromkeys(hook_names) if name not in axis]
+    if missing:
+        raise HookError(
+            f"the axis has no direction at {', '.join(missing)}, where the separation is measured; "
+            "fit it there too"
+        )
+    width = axis.vectors.shape[-1]
+    if width != model.cfg.d_model:
+        raise InputError(
+            f"the axis has d_model {width} and the model {model.cfg.d_model}; fit it on this model"
+        )
+    return axis
 
 
 @checked

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import AnyPairs, ContrastivePairs, as_pairs
-from steerlens.directions.axes import frozen_axis
 from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
-from steerlens.directions.methods import METHODS, directions_of
+from steerlens.directions.methods import METHODS, directions_of, frozen_axis
 from steerlens.directions.old_names import with_grouped
 from steerlens.directions.training_step import Push, Side, make_side, objective_of, push_sides
 from steerlens.engine.batches import Batch, make_pair_batches
@@ -142,7 +141,14 @@ def train_directions(
     position = one_token(position, "the states of training")
     pairs = as_pairs(pairs)
     pairs.check_paired("a trained direction is")
-    items = _items_of(objective, items)
+    if objective not in METHOD_OF:
+        raise InputError(f"no objective {objective!r}; there are {', '.join(METHOD_OF)}")
+    if objective == "reference":
+        items = None
+    elif items is None:
+        raise InputError(
+            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
+        )
     differences = collect_differences(
         model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress
     )
@@ -262,19 +268,6 @@ def _train(
         if is_over:
             break
     return best.cpu(), rows
-
-
-def _items_of(objective: str, items: PreferenceItems | None) -> PreferenceItems | None:
-    """What the objective is trained on; None for the pairs."""
-    if objective not in METHOD_OF:
-        raise InputError(f"no objective {objective!r}; there are {', '.join(METHOD_OF)}")
-    if objective == "reference":
-        return None
-    if items is None:
-        raise InputError(
-            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
-        )
-    return items
 
 
 Batches = tuple[tuple[Batch, Batch], ...]

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,6 +196,8 @@ def _checked_bare(model: Any) -> BareModel | None:
         blocks = None if plain is None else _blocks(model, plain)
         if blocks is None:
             return None
+        if next(plain.parameters()).is_cuda:
+            fuse_norms(plain)
         bare = BareModel(model, plain, blocks)
         verification.mark_checked(bare)
         reason = _difference(model, bare)
@@ -209,6 +212,39 @@ def _checked_bare(model: Any) -> BareModel | None:
         stacklevel=3,
     )
     return None
+
+
+@torch.no_grad()
+def fuse_norms(model: torch.nn.Module) -> int:
+    """Have RMS norms run as one kernel each, where that gives the same; how many of them now do.
+
+    Hugging Face writes each as some eight kernels, which on a GPU is a tenth to a third of a pass.
+    In half precision the weight is then multiplied before the one rounding, not between two.
+    """
+    generator, n_fused = torch.Generator().manual_seed(0), 0
+    for module in model.modules():
+        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
+            continue
+        # Some take a gate too, for which they may have to be asked.
+        n_inputs = len(inspect.signature(module.forward).parameters)
+        if "RMSNorm" not in type(module).__name__ or n_inputs != 1:
+            continue
+        fused = partial(_rms_norm, module)
+        sizes = torch.tensor([1.0, 1.0, eps**0.5, eps**0.5])  # at the last two eps counts
+        probe = (sizes[:, None] * torch.randn(4, len(weight), generator=generator)).to(weight)
+        gaps = relative_gap(fused(probe), module(probe))
+        if bool((gaps <= allowed_gap(weight.dtype, least=1e-6, roundings=2)).all()):
+            module.__dict__["forward"] = fused
+            n_fused += 1
+    return n_fused
+
+
+def _rms_norm(
+    module: Any, hidden_states: Float[Tensor, "*row d_model"]
+) -> Float[Tensor, "*row d_model"]:
+    shape, eps = module.weight.shape, module.variance_epsilon
+    return torch.nn.functional.rms_norm(hidden_states, shape, module.weight, eps)
 
 
 def _blocks(model: Any, plain: Any) -> list[Any] | None:

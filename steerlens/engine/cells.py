@@ -57,7 +57,7 @@ def start_cells(
     """`fast_cells` with its cells still to be waited for: a GPU is given the next job meanwhile."""
     run = _Run(engine, prepared.workload, job)
     with inference(engine.model):
-        carried = _carry(engine, prepared, job, carried)
+        carried = carry(engine, prepared, job, carried)
         up = [run.positive(p, r) for p, r in zip(prepared.positive, carried.positive, strict=True)]
         down = [
             run.negative(p, r) for p, r in zip(prepared.negative, carried.negative, strict=True)
@@ -98,7 +98,7 @@ def _finished(
 def carry_past(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
     """The residuals for the job after `job`, whose own cells are not run; not counted."""
     with inference(engine.model):
-        return _carry(replace(engine, cost=Cost()), prepared, job, carried)
+        return carry(replace(engine, cost=Cost()), prepared, job, carried)
 
 
 def cells_in_turn(
@@ -142,8 +142,8 @@ def _as_finished(job: Job, finish: Callable[[], list[CellOutput]], blocks: int) 
     return Finished(job, finish(), blocks)
 
 
-def _carry(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
-    """The unsteered residuals entering the job's first block, from those of the job before."""
+def carry(engine: Engine, prepared: Prepared, job: Job, carried: Carried) -> Carried:
+    """The unsteered residuals entering the job's first block, from those of the job before it."""
 
     def side(
         parts: Sequence[Part], residuals: Sequence[Residual | None]

@@ -13,24 +13,18 @@ from itertools import chain
 import torch
 
 from steerlens.engine.backend import BareModel, for_hooks
-from steerlens.engine.batches import Batch
-from steerlens.engine.cells import Carried, cells_in_turn, fast_cells
+from steerlens.engine.cells import cells_in_turn
 from steerlens.engine.checkpoint import Kept, Tensors, digest
 from steerlens.engine.compiled import COMPILE_FROM
 from steerlens.engine.engine import Engine
-from steerlens.engine.memory import is_out_of_memory
-from steerlens.engine.plain_loop import baseline_of, plain_cells
+from steerlens.engine.exactness import not_exact
 from steerlens.engine.positions import steers_late
 from steerlens.engine.prefixes import Prepared, prepare
-from steerlens.engine.resume import n_skippable
 from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.workers import check_executor, gather, new_key
 from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workload
-from steerlens.errors import SteerlensError
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
-from steerlens.models.tolerance import allowed_gap
-from steerlens.progress import silent
 
 
 @dataclass(frozen=True)
@@ -84,16 +78,14 @@ class Plan:
 def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Sequence[Job]) -> Plan:
     """Prepare `workload` and check every job's hook, so that `run_cells` may resume after it.
 
-    `unsteered` is the baseline of `workload` at every readout. Every hook is checked on two prompts
-    a side, the shortest and the longest (but for vectors, which are not resumed): resumed at
-    coefficient 0 it has to give the unsteered model, and the first job at its smallest coefficient
-    what the plain loop gives. Hooks at which that differs by more than 1e-4 (of a readout's norm,
-    or nats; 8 times the rounding of a half-precision dtype) run by the plain loop, with a warning;
-    so does the reuse of a prefix, which is given up for all hooks. The check compares what runs,
-    the bare model where there is one (see `backend.for_hooks`), with its own plain loop; where it
-    cannot be resumed the Bridge is taken, with a warning. The check counts in the engine's cost,
-    and its progress is told of the hooks checked. With an executor its workers run the cells; what
-    is checked and what is shared is run here. Raises as `workers.check_executor`.
+    `unsteered` is the baseline of `workload` at every readout. Every hook is checked (see
+    `exactness.not_exact`), but for vectors, which are not resumed. Those that are not exact run by
+    the plain loop, with a warning; so does the reuse of a prefix, which is given up for all hooks.
+    What runs is checked, the bare model where there is one (see `backend.for_hooks`), against its
+    own plain loop; where it cannot be resumed the Bridge is taken, with a warning. The check counts
+    in the engine's cost, and its progress is told of the hooks checked. With an executor its
+    workers run the cells; what is checked and what is shared is run here. Raises as
+    `workers.check_executor`.
     """
     if engine.executor is not None:
         check_executor(engine.executor, engine.model)
@@ -104,7 +96,7 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
     by_hook = {job.hook_name: job for job in reversed(resumed)}
     one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in resumed)]
     runner = engine.on(for_hooks(engine.model, [name for job in jobs for name in job.touched]))
-    reuse_prefix, reasons = _check(runner, workload, one_each)
+    reuse_prefix, reasons = not_exact(runner, workload, one_each)
     if reasons and runner.model is not engine.model:
         name, reason = next(iter(reasons.items()))
         _warn(
@@ -112,7 +104,7 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
             "through the Bridge, which is slower on a GPU"
         )
         runner = engine
-        reuse_prefix, reasons = _check(runner, workload, one_each)
+        reuse_prefix, reasons = not_exact(runner, workload, one_each)
     if reasons:
         name, reason = next(iter(reasons.items()))
         _warn(
@@ -250,91 +242,3 @@ def _arithmetic(runner: BareModel, workload: Workload, jobs: Sequence[Job]) -> f
         for job in jobs
     )
     return runner.block_operations * passed
-
-
-def _check(runner: Engine, workload: Workload, jobs: Sequence[Job]) -> tuple[bool, dict[str, str]]:
-    """Whether a prefix can be reused, and hook name -> why it cannot be resumed after."""
-    if not jobs:
-        return False, {}
-    few = replace(
-        workload,
-        positive=_ends(workload.positive),
-        negative=_ends(workload.negative),
-        with_kl=False,
-    )
-    readouts = tuple(dict.fromkeys(job.readout for job in jobs))
-    baseline = baseline_of(replace(runner, progress=silent), few, readouts)
-    checking = replace(runner.stage("checks: hooks"), batch_size=None)
-    for reuse_prefix in [True, False] if steers_late(workload.steered_positions) else [False]:
-        reasons = _reasons(checking, few, baseline, jobs, reuse_prefix=reuse_prefix)
-        if not reasons:
-            break
-    return reuse_prefix, reasons
-
-
-def _reasons(
-    engine: Engine,
-    workload: Workload,
-    unsteered: Baseline,
-    jobs: Sequence[Job],
-    *,
-    reuse_prefix: bool,
-) -> dict[str, str]:
-    """Hook name -> why it cannot be resumed after; empty when all can."""
-    if n_skippable(engine.model) != engine.n_layers:
-        return {job.hook_name: "its blocks are not one list" for job in jobs}
-    # Eight times the rounding of a half-precision dtype; rounding of float32 never comes near.
-    tolerance = allowed_gap(engine.model.cfg.dtype)
-    reasons: dict[str, str] = {}
-    prepared: Prepared | None = None
-    carried: Carried | None = None
-    for i, job in enumerate(jobs):
-        engine.progress("hooks", i, len(jobs))
-        expected = [unsteered.cell(job.readout)]
-        if i == 0:
-            smallest = replace(job, coefficients=(min(job.coefficients, key=abs),))
-            expected += plain_cells(engine, workload, smallest)
-        probe = replace(job, coefficients=tuple(cell.coefficient for cell in expected))
-        try:
-            if prepared is None:
-                prepared = prepare(engine, workload, unsteered, reuse_prefix=reuse_prefix)
-            carried = carried or Carried.at_start(prepared)
-            resumed, carried = fast_cells(engine, prepared, probe, carried)
-        except SteerlensError:
-            raise
-        except Exception as error:  # whatever a model's own code raises when its blocks are skipped
-            if is_out_of_memory(error):
-                raise
-            reasons[job.hook_name] = f"{type(error).__name__}: {error}"
-            continue
-        differences = (
-            _difference(ours, theirs, tolerance)
-            for ours, theirs in zip(resumed, expected, strict=True)
-        )
-        reason = next((text for text in differences if text is not None), None)
-        if reason is not None:
-            reasons[job.hook_name] = reason
-    engine.progress("hooks", len(jobs), len(jobs))
-    return reasons
-
-
-def _difference(resumed: CellOutput, expected: CellOutput, tolerance: float) -> str | None:
-    """What differs by more than `tolerance`: of a readout's norm, or of a logprob in nats."""
-    for name in ("positive", "negative", "logprob"):
-        ours, theirs = getattr(resumed, name), getattr(expected, name)
-        scale = theirs.norm(dim=-1).clamp(min=1e-6) if theirs.ndim == 2 else torch.tensor(1.0)
-        gap = (ours - theirs).norm(dim=-1) if theirs.ndim == 2 else (ours - theirs).abs()
-        off = gap / scale
-        is_undefined = ~theirs.isfinite().all(dim=-1) if theirs.ndim == 2 else ~theirs.isfinite()
-        # Not `off > tolerance`: that is false for NaN, which is a difference where none belongs.
-        if not bool((is_undefined | (off <= tolerance)).all()):
-            return f"{name} differs by {float(off.nan_to_num(torch.inf).max()):.2g}"
-    return None
-
-
-def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """The shortest and the longest prompt of length-sorted batches, as padded as they are."""
-    if not batches:
-        return ()
-    first, last = batches[0], batches[-1]
-    return (first.ends(),) if first is last else (first.row(0), last.row(len(last.prompts) - 1))

@@ -106,7 +106,7 @@ def run_from(
         raise Stop
 
     hooks = [*fwd_hooks, *keeping(last, [last_hook]), (last_hook, stop)]
-    with _blocks_skipped(model, start), hooked(model, hooks), suppress(Stop):
+    with blocks_skipped(model, start), hooked(model, hooks), suppress(Stop):
         kwargs = _pass_kwargs(attention_mask, prefix, is_padded)
         if isinstance(model, BareModel) and start is not None and not kwargs:
             # It ends at `last_hook` too, unless it cannot be done.
@@ -155,7 +155,7 @@ def labels_logprob(
 ) -> Float[Tensor, " label"]:
     """Log-probability (nats) of each label, from the last block's output at the token before it."""
     logprobs = [
-        -torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        _log_softmax(logits).gather(1, wanted[:, None])[:, 0]
         for logits, (wanted,) in _logits(model, final, labels)
     ]
     return torch.cat(logprobs)
@@ -173,7 +173,7 @@ def labels_kl(
     divergences = []
     for logits, (rows,) in _logits(model, final, unsteered):
         ((reference, _),) = _logits(model, rows)
-        divergences.append(divergence(logits.log_softmax(-1), reference.log_softmax(-1)))
+        divergences.append(divergence(_log_softmax(logits), _log_softmax(reference)))
     return torch.cat(divergences)
 
 
@@ -235,7 +235,7 @@ class Labels:
         with torch.enable_grad():
             rows = outputs.detach().requires_grad_()
             for logits, (wanted,) in _logits(model, rows, self.ids):
-                logprobs = logits.log_softmax(-1)
+                logprobs = _log_softmax(logits)
                 ids = [wanted[:, None]]
                 if n_samples:
                     likely = logprobs.detach().exp().cpu()
@@ -255,7 +255,7 @@ class Labels:
 def _logits(
     model: HookedModel, final: Float[Tensor, "label d_model"], *beside: Shaped[Tensor, "label ..."]
 ) -> Iterator[tuple[Float[Tensor, "part vocab"], tuple[Tensor, ...]]]:
-    """Logits (float32 at least) of these rows alone, a part at a time, and the rows of `beside`."""
+    """Logits of these rows alone, a part at a time, and the rows of `beside`."""
     n_layers, n_logits = int(model.cfg.n_layers), LOGITS_PER_PASS
     if final.device.type == "cuda":
         n_logits *= TIMES_ON_CUDA
@@ -263,12 +263,16 @@ def _logits(
     kwargs = {"past_key_values": no_prefix()} if isinstance(model, BareModel) else {}
     for rows, *others in zip(*(torch.split(t, n_rows) for t in (final, *beside)), strict=True):
         ids = torch.zeros((len(rows), 1), dtype=torch.long, device=model.cfg.device)
-        with _blocks_skipped(model, Residual(n_layers, rows[:, None])):
+        with blocks_skipped(model, Residual(n_layers, rows[:, None])):
             # The ids are not looked at: every block stands aside for the rows.
             logits = model(ids, return_type="logits", **kwargs)[:, 0]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # On a model that is spread over devices, labels lie where the tokens are.
-        yield wide, tuple(other.to(wide.device) for other in others)
+        yield logits, tuple(other.to(logits.device) for other in others)
+
+
+def _log_softmax(logits: Float[Tensor, "label vocab"]) -> Float[Tensor, "label vocab"]:
+    """In float32 at least, without a copy of the logits in it."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def n_skippable(model: HookedModel) -> int:
@@ -281,7 +285,7 @@ class Stop(Exception):  # noqa: N818 (a signal, not an error)
 
 
 @contextmanager
-def _blocks_skipped(model: Any, start: Residual | None) -> Iterator[None]:
+def blocks_skipped(model: Any, start: Residual | None) -> Iterator[None]:
     """Blocks before `start.block` stand aside; the last of them gives `start.values`."""
     skipped = [] if start is None else list(model.blocks)[: start.block]
     lengths = _tuple_lengths(model) if skipped else ()

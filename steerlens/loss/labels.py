@@ -89,10 +89,7 @@ def divergence(
 def mean_by_prompt(
     values: Float[Tensor, " label"], is_label: Bool[Tensor, "prompt token"]
 ) -> Float[Tensor, " prompt"]:
-    """Each prompt's mean of `values`, which lie where `is_label` is True, row by row.
-
-    NaN for a prompt without labels.
-    """
+    """Each prompt's mean of `values`, one for each True of `is_label`, row by row; NaN of none."""
     is_label = is_label.to(values.device)
     spread = values.new_zeros(is_label.shape).masked_scatter(is_label, values)
     total = reduce(spread, "prompt token -> prompt", "sum")

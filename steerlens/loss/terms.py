@@ -1,6 +1,6 @@
 """The contrastive steering loss and its terms, and other losses that vectors are trained by."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -79,11 +79,8 @@ def contrastive_steering_loss_noref(
         >>> torch.autograd.grad(terms.loss, logp)[0].item()  # 200 * logp
         -400.0
     """
-    separation = -_separation(hs_pos - hs_neg, direction)
-    penalty = coherence_penalty(
-        logp_avg_pos_label, logp_avg_pos_label.detach(), mask=mask, margin=margin, weight=weight
-    )
-    return SteeringLoss(separation + penalty, separation, penalty)
+    logp, how = logp_avg_pos_label, {"mask": mask, "margin": margin, "weight": weight}
+    return _loss(hs_pos - hs_neg, direction, logp, logp.detach(), **how)
 
 
 @checked
@@ -141,20 +138,22 @@ def contrastive_steering_loss(
         if not 0 <= tolerance < 1:
             raise InputError(f"tolerance must be from 0 up to 1, got {tolerance}")
         margin = 1 / (1 - tolerance)
-    separation = -_separation(hs_pos - hs_neg, direction)
-    baseline = baseline_logp_avg_pos_label.detach()
-    penalty = coherence_penalty(
-        logp_avg_pos_label, baseline, mask=mask, margin=margin, weight=weight
-    )
-    return SteeringLoss(separation + penalty, separation, penalty)
+    logp, baseline = logp_avg_pos_label, baseline_logp_avg_pos_label.detach()
+    how = {"mask": mask, "margin": margin, "weight": weight}
+    return _loss(hs_pos - hs_neg, direction, logp, baseline, **how)
 
 
-def _separation(
-    differences: Float[Tensor, "pair d_model"], direction: Float[Tensor, " d_model"] | None
-) -> Float[Tensor, ""]:
-    """Mean projection on the direction, or mean norm without one; residual units."""
+def _loss(
+    differences: Float[Tensor, "pair d_model"],
+    direction: Float[Tensor, " d_model"] | None,
+    logp: Float[Tensor, " pair"],
+    baseline: Float[Tensor, " pair"],
+    **how: Any,
+) -> SteeringLoss:
+    """Minus the mean projection on the direction, or the mean norm without one; the penalty."""
     along = differences.norm(dim=-1) if direction is None else differences @ direction.detach()
-    return along.mean()
+    separation, penalty = -along.mean(), coherence_penalty(logp, baseline, **how)
+    return SteeringLoss(separation + penalty, separation, penalty)
 
 
 @checked

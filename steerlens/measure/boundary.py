@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
 
 from steerlens.directions.directions import Directions
 from steerlens.engine.plain_loop import run_baseline
@@ -14,8 +15,9 @@ from steerlens.engine.tokenization import TokenizedPrompt, fingerprint
 from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import Budget
-from steerlens.measure.boundary_search import Boundary, find_boundaries
+from steerlens.measure.boundary_search import Boundary, all_round, find_boundaries
 from steerlens.measure.coherence import Push, check_rollouts
+from steerlens.measure.interventions import in_order, of_vector
 from steerlens.measure.prediction import Prediction, predict
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.settings import (
@@ -27,9 +29,10 @@ from steerlens.measure.settings import (
 from steerlens.measure.texts import On, check_text_positions, text_name, text_prompts
 from steerlens.plots.figure import Figure
 from steerlens.plots.layers import boundary as draw_boundary
-from steerlens.steering import SteeringVector
+from steerlens.steering import Add, SteeringVector
 from steerlens.tables import (
     BOUNDARY_COLUMNS,
+    JOINT_COLUMNS,
     LAYER_COLUMNS,
     Row,
     fragment,
@@ -38,6 +41,7 @@ from steerlens.tables import (
     shortened,
     to_frame,
 )
+from steerlens.validation import Angles, checked
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +106,7 @@ def run_boundary(
     )
     projections: Sequence[Row] = [{}] * len(outward)
     if with_projection:
-        projections = _projections(study, [*outward.values()], reads_positive=text.is_positive)
+        projections = _projections(study, [*outward.values()], reads_positive=on == "positive")
     table = [
         {**rows[name], **_columns(up, inward.get(name)), **there, "boundary_on": settings.on}
         for (name, up), there in zip(outward.items(), projections, strict=True)
@@ -166,17 +170,12 @@ class Text:
             prompts, labels = study.labelled(prompts)
         check_text_positions(study.settings.steered_positions, on, prompts)
         check_rollouts(study.model, prompts, study.budget)
-        is_of_pairs = isinstance(on, str) and on in ("positive", "negative")
+        is_of_pairs = on in ("positive", "negative")
         return cls(on, prompts, labels, study.pairs.groups if is_of_pairs else None)
-
-    @property
-    def is_positive(self) -> bool:
-        """Whether it is the positive prompts."""
-        return isinstance(self.on, str) and self.on == "positive"
 
     def unsteered(self, study: Preparation) -> tuple[Workload, Baseline]:
         """The text as positive prompts of a workload, read at their last token; and unsteered."""
-        if self.is_positive:
+        if self.on == "positive":
             baseline = study.baseline
             alone = replace(baseline, negative=baseline.negative[:, :0])
             return replace(study.workload, negative=()), alone
@@ -202,6 +201,74 @@ class Text:
     def record(self, study: Preparation, settings: StudySettings, *, since: int) -> dict[str, Any]:
         """`Preparation.record` with the text."""
         return {**study.record(settings, since=since), "text": fingerprint(self.prompts)}
+
+
+def run_joint(
+    study: Preparation, *, n_angles: int, on: On, search_range: float | int
+) -> pd.DataFrame:
+    """`Study.joint_boundary`."""
+    before, vector = study.spent, check_joint(study.directions, n_angles)
+    text = Text.of(study, on)
+    settings = boundary_settings(study, text, search_range)
+    (readout,) = study.readouts.values()
+    turns = all_round(n_angles, lambda angle: of_vector(_turned(vector, angle), readout))
+    limits = [of.limit(study.baseline, settings.search_range) for _, of, _ in turns]
+    workload, unsteered = text.unsteered(study)
+    plan = study.plan.on(replace(workload, with_readouts=False), unsteered)
+    boundaries = text.search(study, plan, [of.push(sign) for _, of, sign in turns], limits)
+    first, second = in_order(vector)
+    rows = [
+        {
+            "hook_a": first,
+            "hook_b": second,
+            "angle": angle,
+            **found.row(),
+            **{
+                f"coefficient_{which}": found.at * share if share else 0.0
+                for which, share in zip("ab", _shares(angle), strict=True)
+            },
+        }
+        for (angle, _, _), found in zip(turns, boundaries, strict=True)
+    ]
+    attrs = text.record(study, settings, since=before) | {"searched": limits}
+    return to_frame(rows, JOINT_COLUMNS, attrs)
+
+
+@checked
+def check_joint(
+    vector: Directions | SteeringVector,
+    n_angles: Angles,  # noqa: ARG001 (a range)
+) -> SteeringVector:
+    """The vector. Raises `InputError` unless it adds at two hooks, or with too few angles."""
+    if (
+        not isinstance(vector, SteeringVector)
+        or len(vector) != 2
+        or not isinstance(vector.operator, Add)
+    ):
+        raise InputError(
+            "a joint boundary is that of a study of a SteeringVector that adds at two hooks, got "
+            f"{vector!r}"
+        )
+    return vector
+
+
+def _shares(angle: float) -> tuple[float, float]:
+    """Cosine and sine of an angle in degrees; exactly 0 where a hook is not pushed."""
+    radians = math.radians(angle)
+    along, across = (
+        0.0 if abs(share) < 1e-12 else share for share in (math.cos(radians), math.sin(radians))
+    )
+    return along, across
+
+
+def _turned(vector: SteeringVector, angle: float) -> SteeringVector:
+    """The vector with its first hook's part times the cosine, the other times the sine."""
+    shares = dict(zip(in_order(vector), _shares(angle), strict=True))
+    part = vector.at(*(name for name, share in shares.items() if share))
+    factors = torch.tensor([shares[name] for name in part])
+    return replace(
+        part, directions=part.directions * factors.sign()[:, None], scale=part.scale * factors.abs()
+    )
 
 
 def boundary_settings(
@@ -272,7 +339,9 @@ def _projections(
     plan, baseline = study.plan, study.baseline
     reached = {b.push.hook_name: b for b in outward if math.isfinite(b.at)}
     jobs = [study.interventions[name].job((b.nearest,)) for name, b in reached.items()]
-    is_read = reads_positive and all(b.read_at_nearest.numel() for b in reached.values())
+    # Of width 0 under a rollout budget.
+    read = {name: b.readings[b.nearest].readout for name, b in reached.items()}
+    is_read = reads_positive and all(of.numel() for of in read.values())
     if is_read:
         plan = plan.on(replace(study.workload, positive=()), baseline)
     rows: dict[str, Row] = {}
@@ -280,7 +349,7 @@ def _projections(
     tell("hooks", 0, len(jobs))
     for job, (cell,) in zip(jobs, run_cells(plan, jobs), strict=True):
         boundary = reached[job.hook_name]
-        positive = boundary.read_at_nearest if is_read else cell.positive
+        positive = read[job.hook_name] if is_read else cell.positive
         unsteered = baseline.cell(job.readout)
         unit = study.read_along[job.readout].double()
         before = float(((unsteered.positive - unsteered.negative).double() @ unit).mean())

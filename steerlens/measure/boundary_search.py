@@ -10,7 +10,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from steerlens.engine.engine import Engine
 from steerlens.engine.plan import Plan
@@ -77,14 +76,18 @@ class Boundary:
         return min(self.readings, key=lambda c: abs(math.log(c / self.at)))
 
     @property
-    def read_at_nearest(self) -> Float[Tensor, "prompt d_model"]:
-        """The readout of every prompt there; of width 0 under a rollout budget."""
-        return self.readings[self.nearest].readout
-
-    @property
     def is_trusted(self) -> bool:
         """Whether the prediction lies within 40% of the measured boundary."""
         return math.isfinite(self.at) and abs(self.prediction.boundary / self.at - 1) <= TRUSTED
+
+    def row(self) -> Row:
+        """It with its interval and prediction, as tables have them of an angle."""
+        return {
+            "boundary": self.at,
+            "boundary_ci_low": self.low,
+            "boundary_ci_high": self.high,
+            "predicted_boundary": self.prediction.boundary,
+        }
 
     def rows(self) -> list[Row]:
         """The evaluations as table rows (`BOUNDARY_COLUMNS`), outward."""

@@ -5,9 +5,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor
-
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.prompts import Message, Prompt
@@ -24,11 +21,10 @@ from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.boundary_search import find_boundaries
 from steerlens.measure.coherence import Push
-from steerlens.measure.linearised import Linearised, linearise
 from steerlens.measure.outcomes import Preference
 from steerlens.measure.sign_results import SIGNS
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import readout_hook, resid_post
+from steerlens.models.hooks import resid_post
 from steerlens.stats import interval
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -43,15 +39,12 @@ GROUPS = {
 Prompts = list[TokenizedPrompt]
 
 
-def has_few_groups(entries: EntrySequence[Any], noun: str) -> bool:
-    """Whether there are fewer groups than the parts need."""
-    return len(set(entries.groups)) < sum(GROUPS[noun].values())
-
-
 def few_groups(entries: EntrySequence[Any], noun: str) -> str:
-    """What to say where there are fewer groups than the parts need."""
+    """What to say where there are fewer groups than the parts need; else nothing."""
     n, needed = len(set(entries.groups)), GROUPS[noun]
     least = sum(needed.values())
+    if n >= least:
+        return ""
     parts = ", ".join(f"{k} {what}" for what, k in needed.items())
     return f"too few groups of {noun}: {n}, and {least} are needed ({parts}): give {least - n} more"
 
@@ -107,13 +100,6 @@ class OwnText:
         """What the budget allows, nats per token."""
         return self.budget.allowance(float(self._unsteered[1].logprob.double().mean()))
 
-    def linearised(
-        self, engine: Engine, outcome: Preference, hook_names: Sequence[str]
-    ) -> Linearised:
-        """The gradients of the outcome and of this text."""
-        how: dict[str, Any] = {"budget": self.budget, "allowance": self.allowance}
-        return linearise(engine, outcome.sides, self.prompts, hook_names, seed=self.seed, **how)
-
     def boundaries(self, engine: Engine, job: Job, limit: float) -> dict[str, float]:
         """The distance of the boundary of each sign, the limit where it lies beyond."""
         workload, unsteered = self._unsteered
@@ -161,8 +147,3 @@ def separation(
     low, high = interval(values, groups=pairs.groups, seed=seed)
     ends = {"separation_ci_low": low, "separation_ci_high": high}
     return {"separation": float(values.mean()), **ends}
-
-
-def steered(hook_name: str, direction: Float[Tensor, " d_model"], n_layers: int) -> Job:
-    """The direction at its hook, at no coefficient yet."""
-    return Job(hook_name, direction, (), readout_hook(hook_name, n_layers))

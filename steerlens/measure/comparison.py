@@ -41,14 +41,13 @@ from steerlens.measure.equal_damage import (
     make_subjects,
     mean_norms,
 )
-from steerlens.measure.linearised import linearise
 from steerlens.measure.nulls import N_SCREENED, Screen
+from steerlens.measure.prediction import linearise
 from steerlens.measure.settings import SEARCH_RANGE
 from steerlens.measure.verdicts import (
     PROMPT,
     Inference,
     effect_columns,
-    mean_abs,
     methods_table,
     prompt_row,
     summarise,
@@ -61,7 +60,15 @@ from steerlens.plots.figure import Figure
 from steerlens.plots.methods import comparison as draw_comparison
 from steerlens.progress import Progress, by_default, part_of, under
 from steerlens.stats import N_BOOTSTRAP
-from steerlens.tables import COMPARISON_COLUMNS, Row, fragment, measured, shortened, to_frame
+from steerlens.tables import (
+    COMPARISON_COLUMNS,
+    Row,
+    fragment,
+    hook_label,
+    measured,
+    shortened,
+    to_frame,
+)
 from steerlens.validation import Count, Draws, NotNegative, Whole, checked
 
 N_GENERATED = 4
@@ -101,7 +108,9 @@ class Comparison:
         rows = self.table if self.summary.empty else self.summary
         names = ["coefficient", "effect", "effect_ci_low", "effect_ci_high"]
         names += ["rank"] if "rank" in rows else ["null_low", "null_high", "p_layers"]
-        table = rows[["method", "layer", "verdict", *names]]
+        labels = [hook_label(name) for name in rows.hook_name]
+        where = "hook" if any("." in label for label in labels) else "layer"
+        table = rows.assign(**{where: labels})[["method", where, "verdict", *names]]
         return fragment(
             [repr(self), *measured(self.table.attrs)],
             table.rename(columns=lambda name: name.replace("_", " ")),
@@ -228,20 +237,20 @@ def compare(
     steps = (under(tell, f"step {i} of {n_steps}") for i in range(1, n_steps + 1))
     engine = Engine(model, settings.batch_size, executor, next(steps), checkpoint=checkpoint)
     position = None if position is None else as_position(position)
-    run, fitted = _fitted(engine, pairs, settings, sets, layers=layers, position=position)
-    return _compared(run, fitted, pairs, sets, texts, steps)
+    return _compared(engine, settings, pairs, sets, texts, steps, layers, position)
 
 
-def _fitted(
+def _compared(
     engine: Engine,
-    pairs: ContrastivePairs,
     settings: CompareSettings,
+    pairs: ContrastivePairs,
     sets: ItemSets,
-    *,
+    texts: Texts,
+    steps: Iterator[Progress],
     layers: Layers,
     position: Position | None,
-) -> tuple[Runner, "_Fitted"]:
-    """What measures methods and nulls, and the directions of every method."""
+) -> Comparison:
+    """Everything fitted and measured, as tables."""
     shared: dict[str, Any] = {
         "layers": layers,
         "batch_size": engine.batch_size,
@@ -250,7 +259,7 @@ def _fitted(
     differences = collect_differences(
         engine.model, pairs, position=-1 if position is None else position, **shared
     )
-    fitted, evidence = fit_methods(
+    directions, evidence = fit_methods(
         *(engine.model, pairs, settings.methods),
         differences=differences,
         position=position,
@@ -260,31 +269,9 @@ def _fitted(
         **shared,
     )
     nulls = null_directions(differences, n=settings.n_null, seed=settings.seed)
-    subjects = make_subjects(differences.hook_names, fitted, nulls)
+    subjects = make_subjects(differences.hook_names, directions, nulls)
     run = Runner(engine, settings, subjects, mean_norms(differences))
-    return run, _Fitted(differences, fitted, evidence)
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """The directions of every method, and what they are fitted from where they are not trained."""
-
-    differences: Differences
-    directions: Mapping[str, Directions]
-    evidence: Mapping[str, Evidence]
-
-
-def _compared(
-    run: Runner,
-    fitted: _Fitted,
-    pairs: ContrastivePairs,
-    sets: ItemSets,
-    texts: Texts,
-    steps: Iterator[Progress],
-) -> Comparison:
-    """Everything measured, as tables."""
-    items, settings = sets.held_out, run.settings
-    found = _measure(run, fitted.differences, sets, texts, steps)
+    items, found = sets.held_out, _measure(run, differences, sets, texts, steps)
     spread = float(np.std(found.unsteered, ddof=1))
     inference = Inference(
         settings,
@@ -292,13 +279,18 @@ def _compared(
         fitted_groups=pairs.groups,
         margin=0.1 * spread if settings.margin is None else settings.margin,
     )
-    rows, by_item, refits = _rows(run, found, fitted, sets, inference, next(steps))
+    rows, by_item, refits = _rows(run, found, evidence, sets, inference, next(steps))
     if sets.persona is not None:
-        by_item[PROMPT] = _persona_effect(run, items, sets.persona, next(steps))
+        progress, n, what = next(steps), 2 * len(items), "persona in the prompt: prompts"
+        told, alone = (
+            run.gap(of, part_of(progress, what, before=before, total=2 * n))
+            for of, before in ((sets.persona, 0), (items, n))
+        )
+        by_item[PROMPT] = told - alone
         rows.append(prompt_row(by_item[PROMPT], inference))
     attrs = {
         "settings": asdict(settings),
-        "positions": {name: fitted_by.position for name, fitted_by in fitted.directions.items()},
+        "positions": {name: fitted.position for name, fitted in directions.items()},
         "fitted_on": pairs.fingerprint,
         "pairs": pairs.name,
         **sets.record(),
@@ -313,7 +305,7 @@ def _compared(
     table = to_frame(rows, COMPARISON_COLUMNS, attrs)
     summary = summarise(table, effects, inference, refits)
     methods = methods_table(table, effects, inference, refits)
-    return Comparison(table, summary, methods, effects, fitted.directions, settings)
+    return Comparison(table, summary, methods, effects, directions, settings)
 
 
 def _measure(
@@ -348,16 +340,6 @@ def _measure(
     return _Measurements(reached, unsteered, effects, screen, damage, on_train, elsewhere)
 
 
-def _persona_effect(
-    run: Runner, items: PreferenceItems, persona: PreferenceItems, progress: Progress
-) -> NDArray[np.float64]:
-    """How the persona in the prompt changes every item's preference gap."""
-    n, stage = 2 * len(items), "persona in the prompt: prompts"
-    first, second = (part_of(progress, stage, before=at, total=2 * n) for at in (0, n))
-    effect: NDArray[np.float64] = run.gap(persona, first) - run.gap(items, second)
-    return effect
-
-
 @dataclass(frozen=True)
 class _Measurements:
     """What was measured of every subject; `elsewhere` on the off-target items."""
@@ -374,7 +356,7 @@ class _Measurements:
 def _rows(
     run: Runner,
     found: _Measurements,
-    fitted: _Fitted,
+    evidence: Mapping[str, Evidence],
     sets: ItemSets,
     inference: Inference,
     progress: Progress,
@@ -388,7 +370,10 @@ def _rows(
     items = sets.held_out
     prompts = of_one_length(tokenize_items(run.engine.model, items)[0], N_GENERATED)
     progress("texts: vectors", 0, len(run.methods))
+    is_shared = bool(sets.shared.get("n_choosing_items_fitted_on"))
     for name in run.settings.methods:
+        in_sample = is_shared or method_of(name).objective in ("promotion", "preference")
+        layer_choice = ("in sample" if in_sample else "held out") if found.on_train else "none"
         subjects = [subject for subject in run.methods if subject.name == name]
         measured = {s.hook_name: found.effects[s] for s in subjects if s in found.effects}
         exact = {
@@ -398,10 +383,7 @@ def _rows(
         }
         among_nulls = found.screen.columns({s.hook_name: s.direction for s in subjects}, exact)
         of_method = found.screen.refits(
-            fitted.evidence.get(name),
-            name,
-            groups=fitted.differences.pair_groups,
-            seed=run.settings.seed,
+            evidence.get(name), name, groups=inference.fitted_groups, seed=run.settings.seed
         )
         refits |= {f"{name} @ {hook_name}": values for hook_name, values in of_method.items()}
         for subject in subjects:
@@ -418,18 +400,19 @@ def _rows(
                 "interval_over": "none",
                 "train_effect": found.on_train.get(subject, math.nan),
                 "is_chosen": False,
-                "layer_choice": _layer_choice(name, sets) if found.on_train else "none",
+                "layer_choice": layer_choice,
                 "verdict": "search failed" if math.isnan(reached) else "budget not reached",
             }
             if hook_name in measured:
                 damage = found.damage[subject]
+                elsewhere = [abs(effects[subject]) for effects in found.elsewhere]
                 by_item[f"{name} @ {hook_name}"] = measured[hook_name].at_full
                 row |= effect_columns(measured[hook_name], inference, of_method.get(hook_name))
                 row |= among_nulls.get(hook_name, {})
                 row |= damage_columns(damage)
                 row |= {
                     "spent_neg": damage[of_budget][1].spent(linear.budget, linear.allowance),
-                    "off_target": mean_abs([effects[subject] for effects in found.elsewhere]),
+                    "off_target": float(np.mean(elsewhere)) if elsewhere else math.nan,
                     "distinct_3": mean_distinct_3(
                         run.engine, prompts, {hook_name: subject.direction}, reached
                     ),
@@ -437,10 +420,3 @@ def _rows(
             rows.append(row)
             progress("texts: vectors", len(rows), len(run.methods))
     return with_verdicts(rows, inference), by_item, refits
-
-
-def _layer_choice(method: str, sets: ItemSets) -> str:
-    """Whether items that choose the layer were trained on, or share a text with fitted pairs."""
-    is_trained_on = method_of(method).objective in ("promotion", "preference")
-    is_shared = sets.shared["n_choosing_items_fitted_on"] > 0
-    return "in sample" if is_trained_on or is_shared else "held out"

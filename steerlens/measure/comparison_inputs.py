@@ -90,7 +90,8 @@ def split_texts(
     own = with_labels(
         model, _own_prompts(model, pairs, sets), "own", own_tokens=settings.own_tokens
     )
-    halves = {"own": _halves(own), "neutral": _halves(texts)}
+    of_both = {"own": own, "neutral": texts}
+    halves = {name: (of[: len(of) // 2], of[len(of) // 2 :]) for name, of in of_both.items()}
     if settings.on == "positive":
         return Texts(with_labels(model, tokenized.positive), halves)
     return Texts(halves[settings.on][0], halves)
@@ -114,11 +115,6 @@ def _own_prompts(model: HookedModel, pairs: ContrastivePairs, sets: ItemSets) ->
     chosen = one_of_each_in_turn([group for group, _ in places], N_OWN)
     in_turn = sorted((places[row] for row in chosen), key=lambda place: place[0])
     return tuple(prompt for _, prompt in in_turn)
-
-
-def _halves(texts: Prompts) -> tuple[Prompts, Prompts]:
-    half = len(texts) // 2
-    return texts[:half], texts[half:]
 
 
 def check_compared(model: HookedModel, settings: CompareSettings, sets: ItemSets) -> None:

@@ -20,6 +20,8 @@ FEW, MOST = 9, 16
 """Cells that are run at a hook: evenly spaced ones, and up to how many where these do not do."""
 TOLERANCE = 0.01
 """Of a cell that is left out, as a share of the curve's range."""
+MEANS = [0, 3]
+"""The rows of `rows.by_pair` whose means are looked at: projection and logprob."""
 Numbers = Mapping[float, Float[Tensor, "4 pair"]]
 """Coefficient -> `rows.by_pair` of the cell."""
 
@@ -85,7 +87,7 @@ def left_out_errors(numbers: Numbers) -> dict[float, float]:
 
     The larger one of mean projection and mean logprob. Undefined cells have none.
     """
-    means = {c: of[[0, 3]].mean(dim=1) for c, of in numbers.items() if bool(of.isfinite().all())}
+    means = {c: of[MEANS].mean(dim=1) for c, of in numbers.items() if bool(of.isfinite().all())}
     if len(means) < 3:
         return {}
     every = torch.stack([*means.values()])

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from steerlens.directions.contrast_methods import coin_flips
 from steerlens.directions.differences import Differences
 from steerlens.engine.engine import Engine
 from steerlens.engine.workload import Job
-from steerlens.measure.linearised import Linearised
+from steerlens.measure.nulls import MIN_CORRELATION
+from steerlens.measure.prediction import Linearised
+from steerlens.measure.sign_results import SIGNS
 from steerlens.models.hooks import readout_hook
 from steerlens.stats import rank_p
 
@@ -23,8 +26,6 @@ N_FLIPS = 999
 """Flips whose effects are taken from the gradients."""
 N_EXACT = 20
 """Flips that are run: as few as can show a p-value below 0.05."""
-MIN_CORRELATION = 0.95
-"""Of exact and linearised effects of the flips that were run, where the latter are believed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +70,14 @@ class LabelFlips:
 
     def weighted(self, linear: Linearised) -> Float[np.ndarray, "hook draw"]:
         """The weighted effect of every draw on some items, linearised; 0 without a coefficient."""
-        return np.stack([self._weighted(linear, name) for name in self.hook_names])
-
-    def _weighted(self, linear: Linearised, name: str) -> Float[np.ndarray, " draw"]:
-        units, agreement = self.at(name)
-        effects: NDArray[np.float64] = linear.effects(name, units).mean(axis=1)
-        weighted: NDArray[np.float64] = np.nan_to_num(agreement * effects)
-        return weighted
+        # One hook's draws at a time: all of a large model's take gigabytes.
+        at_hooks = ((name, *self.at(name)) for name in self.hook_names)
+        return np.stack(
+            [
+                np.nan_to_num(agreement * linear.effects(name, units).mean(axis=1))
+                for name, units, agreement in at_hooks
+            ]
+        )
 
     @cached_property
     def chosen(self) -> Int[np.ndarray, " draw"]:
@@ -108,17 +110,6 @@ class LabelFlips:
         return found
 
 
-@dataclass(frozen=True)
-class RankedAmongFlips:
-    """p-values of both signs: `by` "linearised" or "exact" effects of `n` flips."""
-
-    positive: float
-    negative: float
-    by: str
-    n: int
-    correlation: float
-
-
 def rank_among_flips(
     flips: LabelFlips,
     measure: Callable[[Sequence[Job]], Sequence[Float[np.ndarray, "coefficient unit"]]],
@@ -126,8 +117,10 @@ def rank_among_flips(
     *,
     linear: Linearised | None = None,
     checked: Linearised | None = None,
-) -> RankedAmongFlips:
-    """The rank of the labels as they are among flips (`rank_p`), each at its own layer.
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Sign -> the rank of the labels as they are among flips (`rank_p`), each at its own layer.
+
+    And what the nulls were, as columns.
 
     Flips that were run decide, unless `linear` effects, on the held-out items, correlate with them
     above 0.95 on those of `checked`, which `measure` runs.
@@ -145,10 +138,11 @@ def rank_among_flips(
             correlation = float(np.corrcoef(run, seen)[0, 1])
         if correlation > MIN_CORRELATION:
             every = flips.linearised(linear)
-            p = rank_p(float(every[0]), every[1:])
-            return RankedAmongFlips(p, p, "linearised", N_FLIPS, correlation)
+            nulls = {"null_by": "linearised", "n_null": N_FLIPS, "null_correlation": correlation}
+            return dict.fromkeys(SIGNS, rank_p(float(every[0]), every[1:])), nulls
     # A flip under which nothing is written may have done any harm: it counts as at least as far.
-    positive, negative = (
-        rank_p(float(of[0]), np.nan_to_num(of[1:], nan=np.inf)) for of in (up, exact(-1))
-    )
-    return RankedAmongFlips(positive, negative, "exact", N_EXACT, correlation)
+    p_values = {
+        sign: rank_p(float(of[0]), np.nan_to_num(of[1:], nan=np.inf))
+        for sign, of in zip(SIGNS, (up, exact(-1)), strict=True)
+    }
+    return p_values, {"null_by": "exact", "n_null": N_EXACT, "null_correlation": correlation}

@@ -31,8 +31,6 @@ ROWS = 16
 """Directions whose logits are held at once."""
 SIDES = {"promoted": 1, "suppressed": -1}
 
-Transport = Callable[[Tensor], Tensor]
-
 
 @checked
 def vocabulary(
@@ -83,7 +81,7 @@ def vocabulary(
     random = torch.randn(n_random, int(model.cfg.d_model), generator=generator)
     rows: list[Row] = []
     for name in ["logit"] if lens is None else ["logit", "jacobian"]:
-        takes = [_as_it_is if name == "logit" else _transport(lens, h, model) for h in units]
+        takes = [_transport(lens if name == "jacobian" else None, h, model) for h in units]
         logits = [
             _logits(model, take(unit[None]))[0]
             for take, unit in zip(takes, units.values(), strict=True)
@@ -164,13 +162,11 @@ def _jacobian_lens(model: HookedModel, given: Any) -> Any:
         ) from error
 
 
-def _as_it_is(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
-    return rows
-
-
-def _transport(lens: Any, hook: str, model: HookedModel) -> Transport:
-    """What takes directions from a hook to the last block's output."""
+def _transport(lens: Any, hook: str, model: HookedModel) -> Callable[[Tensor], Tensor]:
+    """What takes directions from a hook to the last block's output; nothing without a lens."""
     layer, last = hook_layer(hook), int(model.cfg.n_layers) - 1
+    if lens is None:
+        return lambda rows: rows
     if hook != resid_post(layer) or (layer != last and layer not in lens.jacobians):
         known = ", ".join(map(str, [*lens.source_layers, last]))
         raise InputError(
@@ -178,7 +174,7 @@ def _transport(lens: Any, hook: str, model: HookedModel) -> Transport:
             "out with .at(...), or give no Jacobian lens"
         )
     if layer == last:
-        return _as_it_is
+        return lambda rows: rows
     return partial(lens.transport, layer=layer)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steerlens.directions.methods import Evidence, fit_directions, method_of
 from steerlens.errors import InputError
-from steerlens.measure.linearised import Linearised
+from steerlens.measure.prediction import Linearised
 from steerlens.stats import TAIL, least_max_rank_p, max_rank_p, rank_p
 from steerlens.tables import Row
 
@@ -25,45 +25,43 @@ MIN_EXACT = 20
 N_REFITS = 50
 
 
-@dataclass(frozen=True)
-class NullEffects:
-    """What was seen at the hooks of one method and under nulls.
+def null_columns(
+    how: Sequence[str],
+    hook_names: Sequence[str],
+    seen: Float[np.ndarray, " hook"],
+    draws: Mapping[str, Float[np.ndarray, "draw hook"]],
+) -> dict[str, Row]:
+    """Hook name -> p-values and the nulls' range there; the kind that is harder decides.
 
-    `how` says for each hook whether both are "linearised" or "exact"; `seen` has one value a hook,
-    `draws` by kind of null (random, shuffled) one a draw and hook, NaN where a null does not reach
-    the budget or is not run.
+    `least_p` is the smallest `p_layers` that so many nulls could give. NaN where no null of one
+    kind reaches the budget.
+
+    Args:
+        how: Whether what was seen and its nulls are "linearised" or "exact", hook by hook.
+        hook_names: Those of one method.
+        seen: What was seen there.
+        draws: The same of nulls by kind (random, shuffled), NaN where one does not reach the budget
+            or is not run.
     """
-
-    how: tuple[str, ...]
-    hook_names: tuple[str, ...]
-    seen: Float[np.ndarray, " hook"]
-    draws: Mapping[str, Float[np.ndarray, "draw hook"]]
-
-    def columns(self) -> dict[str, Row]:
-        """Hook name -> p-values and the nulls' range there; the kind that is harder decides.
-
-        `least_p` is the smallest `p_layers` that so many nulls could give. NaN where no null of one
-        kind reaches the budget.
-        """
-        over_hooks, least = (
-            np.max([ranked(self.seen, draws) for draws in self.draws.values()], axis=0)
-            for ranked in (max_rank_p, least_max_rank_p)
-        )
-        rows: dict[str, Row] = {}
-        for i, name in enumerate(self.hook_names):
-            kinds = [draws[:, i] for draws in self.draws.values()]
-            kinds = [of_kind[~np.isnan(of_kind)] for of_kind in kinds]
-            ends = [np.quantile(k, [TAIL, 1 - TAIL]) if len(k) else [math.nan] * 2 for k in kinds]
-            rows[name] = {
-                "null_by": self.how[i],
-                "n_null": min(map(len, kinds)),
-                "null_low": float(np.min([low for low, _ in ends])),
-                "null_high": float(np.max([high for _, high in ends])),
-                "p_value": float(np.max([rank_p(float(self.seen[i]), kind) for kind in kinds])),
-                "p_layers": float(over_hooks[i]),
-                "least_p": float(least[i]),
-            }
-        return rows
+    over_hooks, least = (
+        np.max([ranked(seen, of_kind) for of_kind in draws.values()], axis=0)
+        for ranked in (max_rank_p, least_max_rank_p)
+    )
+    rows: dict[str, Row] = {}
+    for i, name in enumerate(hook_names):
+        kinds = [of_kind[:, i] for of_kind in draws.values()]
+        kinds = [of_kind[~np.isnan(of_kind)] for of_kind in kinds]
+        ends = [np.quantile(k, [TAIL, 1 - TAIL]) if len(k) else [math.nan] * 2 for k in kinds]
+        rows[name] = {
+            "null_by": how[i],
+            "n_null": min(map(len, kinds)),
+            "null_low": float(np.min([low for low, _ in ends])),
+            "null_high": float(np.max([high for _, high in ends])),
+            "p_value": float(np.max([rank_p(float(seen[i]), kind) for kind in kinds])),
+            "p_layers": float(over_hooks[i]),
+            "least_p": float(least[i]),
+        }
+    return rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +123,7 @@ class Screen:
     def columns(
         self, directions: Mapping[str, Tensor], exact: Mapping[str, float]
     ) -> dict[str, Row]:
-        """Hook name -> how one method ranks among the nulls there (`NullEffects.columns`).
+        """Hook name -> how one method ranks among the nulls there (`null_columns`).
 
         Where linearised effects stand for exact ones, the method's own is linearised too. The
         maximum over layers is over all hooks that have an effect.
@@ -144,8 +142,8 @@ class Screen:
             run = np.full_like(screened, math.nan)
             run[: len(self.exact[kind])] = self.exact[kind]
             draws[kind] = np.where(is_linear, screened[:, at], run[:, at])
-        how = tuple("linearised" if linear else "exact" for linear in is_linear)
-        return NullEffects(how, names, np.array(seen), draws).columns()
+        how = ["linearised" if linear else "exact" for linear in is_linear]
+        return null_columns(how, names, np.array(seen), draws)
 
     def refits(
         self,

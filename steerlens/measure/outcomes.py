@@ -13,6 +13,7 @@ from steerlens.data.pairs import ContrastivePairs
 from steerlens.data.sequence import one_of_each_in_turn
 from steerlens.engine.continuations import own_texts, until_end
 from steerlens.engine.engine import Engine
+from steerlens.engine.labels import OWN_TOKENS
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
 from steerlens.engine.workload import Job
 from steerlens.errors import InputError
@@ -46,15 +47,13 @@ class Preference:
         engine: Engine,
         pairs: ContrastivePairs,
         prompts: Sequence[TokenizedPrompt],
-        *,
-        n_tokens: int,
     ) -> "Preference":
         """What the model writes after pairs' positive and negative prompts, after other prompts.
 
         Raises `InputError` where it writes the same after both.
         """
         rows = one_of_each_in_turn(pairs.groups, N_ITEMS // 2)
-        written: dict[str, Any] = {"n_tokens": n_tokens, "seed": None}
+        written: dict[str, Any] = {"n_tokens": OWN_TOKENS, "seed": None}
         tokenized = tokenize_pairs(engine.model, pairs)
         sides = [[side[row] for row in rows] for side in (tokenized.positive, tokenized.negative)]
         up, down = (
@@ -76,6 +75,11 @@ class Preference:
             for texts in (up, down)
         )
         return cls((positive, negative), tuple(pairs.groups[rows[i]] for i in kept), "own texts")
+
+    @property
+    def prompts(self) -> Sequence[TokenizedPrompt]:
+        """With the positive continuations, then with the negative ones."""
+        return [*self.sides[0], *self.sides[1]]
 
     def at(self, rows: Sequence[int]) -> "Preference":
         """Some of them."""
@@ -101,21 +105,7 @@ class Behaviour:
 
     prompts: Sequence[TokenizedPrompt]
     scorer: Concept
-    n_tokens: int
     unit: str = "prompts"
-
-    @classmethod
-    def of_pairs(
-        cls,
-        engine: Engine,
-        pairs: ContrastivePairs,
-        prompts: Sequence[TokenizedPrompt],
-        *,
-        n_tokens: int,
-    ) -> "Behaviour":
-        """What is written after the prompts, scored by the pairs."""
-        scorer = Concept(engine.model, pairs, batch_size=engine.batch_size)
-        return cls(prompts, scorer, n_tokens)
 
     @property
     def groups(self) -> tuple[int, ...]:
@@ -130,10 +120,7 @@ class Behaviour:
             model=engine.model,
             prompts=tuple(self.prompts),
             scorers={self.scorer.name: self.scorer},
-            samples=1,
-            seed=None,
-            max_new_tokens=self.n_tokens,
-            positions="all",
+            max_new_tokens=OWN_TOKENS,
             batch_size=engine.batch_size,
             checkpoint=engine.checkpoint,
         )

@@ -18,7 +18,7 @@ from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.loss import coherence_penalty
 from steerlens.measure.boundary import Text, boundary_settings
-from steerlens.measure.boundary_search import Boundary, all_round
+from steerlens.measure.boundary_search import all_round
 from steerlens.measure.coherence import Push
 from steerlens.measure.prediction import gradient_batches
 from steerlens.measure.preparation import Preparation
@@ -140,7 +140,8 @@ def run_shape(
     study.pairs.check_paired("the plane's second axis is")
     before = study.spent
     fitted, text = study.fitted, Text.of(study, on)
-    settings = _plane_settings(study, text, n_angles=n_angles, search_range=search_range)
+    within = vars(boundary_settings(study, text, search_range))
+    settings = PlaneSettings(**within, n_angles=n_angles)
     cell = study.baseline.cell(hook_name)
     dtype, direction = fitted[hook_name].dtype, fitted[hook_name].double()
     orthogonal = main_orthogonal((cell.positive - cell.negative).double(), direction)
@@ -158,10 +159,12 @@ def run_shape(
         np.array([boundary.at for boundary in boundaries]),
         np.stack([boundary.resampled() for boundary in boundaries], axis=1),
     )
-    rows = [
-        {**_shape_row(hook_name, angle, boundary), **ratio}
-        for (angle, _, _), boundary in zip(turns, boundaries, strict=True)
-    ]
+    at_hook, rows = {"hook_name": hook_name, "layer": hook_layer(hook_name)}, []
+    for (angle, _, _), boundary in zip(turns, boundaries, strict=True):
+        reach = boundary.at if math.isfinite(boundary.at) else math.nan
+        turn = math.radians(angle)
+        place = {"angle": angle, "x": reach * math.cos(turn), "y": reach * math.sin(turn)}
+        rows.append({**at_hook, **place, **boundary.row(), **ratio})
     return BoundaryShape(
         to_frame(rows, SHAPE_COLUMNS, attrs), direction.to(dtype), orthogonal.to(dtype)
     )
@@ -173,7 +176,8 @@ def run_plane(
     """`Study.plane`."""
     before = study.spent
     text = Text.of(study, "positive")
-    settings = _plane_settings(study, text, n_angles=n_angles, search_range=search_range)
+    within = vars(boundary_settings(study, text, search_range))
+    settings = PlaneSettings(**within, n_angles=n_angles)
     if settings.steered_positions != "all":
         raise InputError(
             "in the plane every token is pushed, so steered_positions must be all, not "
@@ -224,13 +228,6 @@ def check_plane(hook_names: Sequence[str], n_angles: Angles) -> None:  # noqa: A
     """Raise `InputError` when there is not one hook, or too few angles for a shape."""
     if len(hook_names) != 1:
         raise InputError(f"a shape is that of one hook, not of {len(hook_names)}; name one layer")
-
-
-def _plane_settings(
-    study: Preparation, text: Text, *, n_angles: int, search_range: float | int
-) -> PlaneSettings:
-    settings = boundary_settings(study, text, search_range)
-    return PlaneSettings(**vars(settings), n_angles=n_angles)
 
 
 def radius_ratio(
@@ -293,21 +290,6 @@ def turned(
     turn = math.radians(angle)
     vector: Tensor = math.cos(turn) * direction.double() + math.sin(turn) * orthogonal.double()
     return vector.to(direction.dtype)
-
-
-def _shape_row(hook_name: str, angle: float, boundary: Boundary) -> Row:
-    reach = boundary.at if math.isfinite(boundary.at) else math.nan
-    return {
-        "hook_name": hook_name,
-        "layer": hook_layer(hook_name),
-        "angle": angle,
-        "boundary": boundary.at,
-        "boundary_ci_low": boundary.low,
-        "boundary_ci_high": boundary.high,
-        "x": reach * math.cos(math.radians(angle)),
-        "y": reach * math.sin(math.radians(angle)),
-        "predicted_boundary": boundary.prediction.boundary,
-    }
 
 
 def _pushed_logprobs(
@@ -376,8 +358,7 @@ def _contour_rows(
     settings: PlaneSettings,
 ) -> list[Row]:
     mean = [float(values.mean()) for values in _in_plane(differences, plane)]
-    unsteered = baseline.double()
-    rows: list[Row] = []
+    unsteered, rows = baseline.double(), list[Row]()
     for angle, boundary, cells in zip(plane.table.angle, plane.table.boundary, along, strict=True):
         turn = math.radians(angle)
         for coefficient, logprob in [(0.0, baseline), *cells]:

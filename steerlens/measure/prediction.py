@@ -1,20 +1,24 @@
-"""The boundary that gradients at coefficient 0 predict, before anything is steered."""
+"""What gradients at coefficient 0 predict of any vector at a hook: its boundary, its effects."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
+from steerlens.data.items import PreferenceItems
 from steerlens.engine.batches import Batch, make_batches, rows_per_pass
 from steerlens.engine.engine import Engine
-from steerlens.engine.slopes import label_slopes
+from steerlens.engine.slopes import LabelGradients, label_gradients, label_slopes
 from steerlens.engine.tokenization import SteeredPositions, TokenizedPrompt
 from steerlens.errors import ModelError
 from steerlens.loss import Budget
 from steerlens.measure.coherence import Push
+from steerlens.measure.effects import Sides, both_sides
 from steerlens.measure.search import FIRST_STEP
 
 
@@ -30,11 +34,6 @@ class Prediction:
     drops: Float[np.ndarray, " prompt"]
     boundary: float
     first_order: float
-
-    @classmethod
-    def of_nothing(cls, n_prompts: int) -> "Prediction":
-        """Of a push that does not add, which has no gradient: NaN, and slopes taken to be 0."""
-        return cls(np.zeros(n_prompts), math.nan, math.nan)
 
     def start(self, limit: float) -> float:
         """Where a search up to `limit` looks first; not far out where nothing is predicted."""
@@ -59,7 +58,8 @@ def predict(
     """
     along = {_key(push): push.additions for push in pushes if push.additions}
     if not along:
-        return [Prediction.of_nothing(len(prompts))] * len(pushes)
+        # What does not add has no gradient; its slopes are taken to be 0.
+        return [Prediction(np.zeros(len(prompts)), math.nan, math.nan)] * len(pushes)
     derivatives = label_slopes(
         engine,
         gradient_batches(engine, prompts),
@@ -124,3 +124,75 @@ def first_roots(
         straight = np.where(slopes > 0, allowance / slopes, np.inf)
     roots: NDArray[np.float64] = np.where(bends == 0, straight, curved)
     return roots
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """Gradients of the items' preference gaps, and of the loss that the budget bounds, at hooks.
+
+    `gaps` are in nats per token and residual unit, item by item; `text` those of the text that the
+    budget is spent on, `allowance` what it allows there (nats per token).
+    """
+
+    hook_names: tuple[str, ...]
+    gaps: Float[Tensor, "hook item d_model"]
+    text: LabelGradients
+    budget: Budget
+    allowance: float
+
+    def effects(
+        self, hook_name: str, vectors: Float[Tensor, "vector d_model"]
+    ) -> Float[np.ndarray, "vector item"]:
+        """The change of every item's gap by unit vectors, each at the coefficient predicted for it.
+
+        `c (v . gradient)`, with `slope c + bend c^2` of the loss at its allowance; NaN where no
+        coefficient spends the budget.
+        """
+        units = vectors.double().cpu()
+        gaps = self.gaps[self.hook_names.index(hook_name)].double()
+        along: NDArray[np.float64] = (units @ gaps.T).numpy()
+        return self.coefficients(hook_name, units)[:, None] * along
+
+    def coefficients(
+        self, hook_name: str, vectors: Float[Tensor, "vector d_model"]
+    ) -> Float[np.ndarray, " vector"]:
+        """The one predicted to spend the budget along each unit vector; NaN where none does."""
+        at, units = self.hook_names.index(hook_name), vectors.double().cpu()
+        logprob, scores = self.text.logprob[at].double(), self.text.scores[at].double()
+        bends = bend_of(self.budget, (units @ scores.T).square().mean(dim=1).numpy())
+        slopes = np.zeros(len(units))
+        if not self.budget.is_divergence:
+            slopes = -(units @ logprob.mean(dim=0)).numpy()
+        reached = first_roots(bends, slopes, self.allowance)
+        return np.where(np.isfinite(reached), reached, np.nan)
+
+
+def linearise(
+    engine: Engine,
+    items: PreferenceItems | Sides,
+    text: Sequence[TokenizedPrompt],
+    hook_names: Sequence[str],
+    *,
+    budget: Budget,
+    allowance: float,
+    seed: int,
+) -> Linearised:
+    """The gradients at 0 of the items' gaps and of the text's loss, every token steered.
+
+    `allowance` is what the budget allows on the text, nats per token.
+    """
+    of_text = label_gradients(
+        *(engine, gradient_batches(engine, text), hook_names), steered_positions="all", seed=seed
+    )
+    gaps = gap_gradients(engine, items, hook_names, seed=seed)
+    return Linearised(tuple(hook_names), gaps, of_text, budget, allowance)
+
+
+def gap_gradients(
+    engine: Engine, items: PreferenceItems | Sides, hook_names: Sequence[str], *, seed: int
+) -> Float[Tensor, "hook item d_model"]:
+    """The gradients at 0 of the items' preference gaps, every token steered."""
+    batches = gradient_batches(engine, both_sides(engine.model, items))
+    how: dict[str, Any] = {"steered_positions": "all", "seed": seed, "with_scores": False}
+    up, down = label_gradients(engine, batches, hook_names, **how).logprob.chunk(2, dim=1)
+    return up - down

@@ -16,7 +16,6 @@ from steerlens.data.prompts import Prompt
 from steerlens.data.sequence import one_of_each_in_turn
 from steerlens.data.shipped import dataset_names
 from steerlens.directions.differences import Differences, collect_differences
-from steerlens.directions.directions import Directions
 from steerlens.directions.methods import fit_directions
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.engine import Engine
@@ -32,20 +31,19 @@ from steerlens.measure.choosing import (
     Prompts,
     choose_coefficients,
     few_groups,
-    has_few_groups,
     open_prompts,
     separation,
-    steered,
 )
 from steerlens.measure.effects import damages
 from steerlens.measure.equal_damage import mean_norms
-from steerlens.measure.label_flips import LabelFlips, RankedAmongFlips, rank_among_flips
-from steerlens.measure.linearised import gap_gradients
+from steerlens.measure.label_flips import LabelFlips, rank_among_flips
 from steerlens.measure.outcomes import Behaviour, Preference
+from steerlens.measure.prediction import gap_gradients, linearise
+from steerlens.measure.scorers import Concept
 from steerlens.measure.settings import SEARCH_RANGE
 from steerlens.measure.sign_results import SIGNS, SignResult, effect_of, verdict_of
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hook_layer, resolve_hooks
+from steerlens.models.hooks import Layers, hook_layer, readout_hook, resolve_hooks
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress, by_default, silent
 from steerlens.steering import SteeringVector
@@ -69,16 +67,6 @@ N_SHOWN = 2
 NEW_TOKENS = 40
 MARGIN = 0.1
 """Of the standard deviation of what is steered, unsteered: a smaller effect does not matter."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the numbers besides model, pairs and items; `on` is the text of the budget."""
-
-    budget: str
-    on: str
-    seed: int
-    own_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,11 +178,10 @@ def recommend(
     allowed = check_search(budget=budget)
     if allowed.kind.startswith("rollout"):
         raise InputError(f"the budget {allowed} cannot be predicted; take kl=0.1 or another")
-    settings = Settings(str(allowed), "own", seed, OWN_TOKENS)
     data = {"pairs": pairs} | ({} if items is None else {"items": items})
-    reasons = tuple(few_groups(of, noun) for noun, of in data.items() if has_few_groups(of, noun))
+    reasons = tuple(filter(None, (few_groups(of, noun) for noun, of in data.items())))
     about = {
-        "settings": asdict(settings),
+        "settings": {"budget": str(allowed), "on": "own", "seed": seed, "own_tokens": OWN_TOKENS},
         "pairs": pairs.name,
         "items": None if items is None else items.name,
         "model": provenance(model).to_dict(),
@@ -202,9 +189,9 @@ def recommend(
     if reasons:
         return _refused(reasons, about)
     engine = Engine(model, batch_size, progress=by_default(progress), checkpoint=checkpoint)
-    parts = Parts.of(pairs, items, seed)
+    parts, written = Parts.of(pairs, items, seed), open_prompts(model, prompts)
     hook_names = resolve_hooks(model, layers)
-    return _recommended(engine, parts, open_prompts(model, prompts), hook_names, settings, about)
+    return _recommended(engine, parts, written, hook_names, allowed, seed, about)
 
 
 def _recommended(
@@ -212,12 +199,12 @@ def _recommended(
     parts: Parts,
     prompts: tuple[Prompts, Prompts],
     hook_names: Sequence[str],
-    settings: "Settings",
+    budget: Budget,
+    seed: int,
     about: Mapping[str, Any],
 ) -> Recommendation:
     """Fit, choose, confirm; nothing but the last is done with what confirms."""
     steps = (engine.under(f"step {i} of 8") for i in range(1, 9))
-    seed = settings.seed
     differences = collect_differences(
         *(engine.model, parts.fit),
         layers=list(hook_names),
@@ -229,10 +216,16 @@ def _recommended(
     own, own_confirming = (
         with_labels(engine.model, some, "own", own_tokens=OWN_TOKENS) for some in prompts
     )
-    text = OwnText(replace(engine, progress=silent), own, Budget.parse(settings.budget), seed)
-    flips = LabelFlips(differences, text.linearised(next(steps), choosing, hook_names), seed)
+    text = OwnText(replace(engine, progress=silent), own, budget, seed)
+    linear = linearise(
+        *(next(steps), choosing.sides, own, hook_names),
+        budget=budget,
+        allowance=text.allowance,
+        seed=seed,
+    )
+    flips = LabelFlips(differences, linear, seed)
     name = flips.hook_name
-    job = steered(name, directions[name], engine.n_layers)
+    job = Job(name, directions[name], (), readout_hook(name, engine.n_layers))
     norm = mean_norms(differences)[name]
     boundaries = text.boundaries(next(steps), job, SEARCH_RANGE * norm)
     about = {
@@ -256,7 +249,7 @@ def _recommended(
     step = next(steps)
     unsteered, (changes,) = confirming.changes(step, [job])
     (costs,) = damages(step, own_confirming, [job])
-    ranked = _ranked(next(steps), flips, confirming, seed)
+    p_values, ranked = _ranked(next(steps), flips, confirming, seed)
     separated: dict[str, Any] = separation(next(steps), parts.confirm, directions, name, seed)
     results = {
         sign: SignResult(
@@ -269,29 +262,31 @@ def _recommended(
             share_of_norm=abs(coefficients[sign]) / norm,
             **effect_of(changes[i], confirming.groups, seed),
             needed_effect=MARGIN * float(np.nanstd(unsteered, ddof=1)),
-            p_value=getattr(ranked, sign),
-            null_by=ranked.by,
-            n_null=ranked.n,
-            null_correlation=ranked.correlation,
+            p_value=p_values[sign],
+            **ranked,
             **separated,
             degradation_nats=costs[i].degradation,
             kl_nats=costs[i].kl,
         )
         for i, (sign, direction) in enumerate(SIGNS.items())
     }
-    vector = _vector(engine.model, directions, name, norm, boundaries, settings, parts.fit.name)
-    refused = {
-        sign: found.reasons(confirming.unit, settings.budget) for sign, found in results.items()
-    }
-    rows = [found.row(verdict_of(refused[sign])) for sign, found in results.items()]
-    coefficients_shown = sorted({0.0, *chain(*map(_shown, results.values()))})
-    texts = _texts(next(steps), prompts[1][:N_SHOWN], job, coefficients_shown)
-    about |= {"forward_equivalents": _forward_equivalents(engine, confirming)}
+    vector = SteeringVector.from_directions(
+        engine.model, directions, layers=[name], dataset=parts.fit.name
+    )
+    positive, negative = (torch.tensor([results[sign].boundary]) for sign in SIGNS)
+    known = Calibration(torch.tensor([norm]), negative, positive, str(budget), "own text")
+    refused = {sign: found.reasons(confirming.unit, str(budget)) for sign, found in results.items()}
+    rows = [{**asdict(of), "verdict": verdict_of(refused[sign])} for sign, of in results.items()]
+    shown = [(of.coefficient / 2, of.coefficient, BEYOND * of.boundary) for of in results.values()]
+    texts = _texts(next(steps), prompts[1][:N_SHOWN], job, sorted({0.0, *chain(*shown)}))
+    # What was run but for fitting and writing, in forward passes of what confirms.
+    one = engine.n_layers * sum(map(len, confirming.prompts))
+    about |= {"forward_equivalents": round(engine.cost.blocks / one, 3)}
     told = {sign: told_of(refused[sign], results[sign].sentence(confirming.unit)) for sign in SIGNS}
     return Recommendation(
         signs={sign: None if refused[sign] else found for sign, found in results.items()},
         reasons=tuple(chain(*refused.values())),
-        vector=None if all(refused.values()) else vector,
+        vector=None if all(refused.values()) else replace(vector, calibration=known),
         table=to_frame(rows, RECOMMENDATION_COLUMNS, {**about, "told": told}),
         candidates=candidates,
         texts=to_frame(texts, GENERATION_COLUMNS, about),
@@ -311,16 +306,14 @@ def _outcomes(
     if parts.items is not None:
         choose, confirm = parts.items
         return Preference.of_items(engine, choose), Preference.of_items(engine, confirm)
-    written = {"n_tokens": OWN_TOKENS}
-    return (
-        Preference.of_own(engine, parts.choose, prompts[0], **written),
-        Behaviour.of_pairs(engine, parts.confirm, prompts[1], **written),
-    )
+    choosing = Preference.of_own(engine, parts.choose, prompts[0])
+    scorer = Concept(engine.model, parts.confirm, batch_size=engine.batch_size)
+    return choosing, Behaviour(prompts[1], scorer)
 
 
 def _ranked(
     engine: Engine, flips: LabelFlips, confirming: Preference | Behaviour, seed: int
-) -> RankedAmongFlips:
+) -> tuple[dict[str, float], dict[str, Any]]:
     """p-values: of items to first order where that is right, else of flips that are run."""
     if isinstance(confirming, Behaviour):
         return rank_among_flips(flips, lambda jobs: confirming.changes(engine, jobs)[1], engine)
@@ -341,43 +334,24 @@ def _candidates(
     flips: LabelFlips, differences: Differences, about: Mapping[str, Any]
 ) -> pd.DataFrame:
     """What the choice of a layer saw (`CANDIDATE_COLUMNS`)."""
-    norms = mean_norms(differences)
-    rows = []
-    weighted = flips.weighted(flips.choosing)[:, 0].tolist()
-    for name, weighted_effect in zip(flips.hook_names, weighted, strict=True):
-        units, agreement = flips.at(name)
-        unit = units[:1]
-        rows.append(
-            {
-                "hook_name": name,
-                "layer": hook_layer(name),
-                "resid_norm": norms[name],
-                "predicted_boundary": float(flips.choosing.coefficients(name, unit)[0]),
-                "predicted_effect": float(flips.choosing.effects(name, unit).mean()),
-                "agreement": float(agreement[0]),
-                "weighted_effect": weighted_effect,
-                "is_chosen": name == flips.hook_name,
-            }
+    norms, linear = mean_norms(differences), flips.choosing
+    at_hooks = ((name, *flips.at(name)) for name in flips.hook_names)  # one after another
+    rows = [
+        {
+            "hook_name": name,
+            "layer": hook_layer(name),
+            "resid_norm": norms[name],
+            "predicted_boundary": float(linear.coefficients(name, units[:1])[0]),
+            "predicted_effect": float(linear.effects(name, units[:1]).mean()),
+            "agreement": float(agreement[0]),
+            "weighted_effect": weighted_effect,
+            "is_chosen": name == flips.hook_name,
+        }
+        for (name, units, agreement), weighted_effect in zip(
+            at_hooks, flips.weighted(linear)[:, 0].tolist(), strict=True
         )
+    ]
     return to_frame(rows, CANDIDATE_COLUMNS, about)
-
-
-def _vector(
-    model: HookedModel,
-    directions: Directions,
-    hook_name: str,
-    norm: float,
-    boundaries: Mapping[str, float],
-    settings: "Settings",
-    dataset: str,
-) -> SteeringVector:
-    """The direction with its boundaries."""
-    vector = SteeringVector.from_directions(model, directions, layers=[hook_name], dataset=dataset)
-    positive, negative = (torch.tensor([boundaries[sign]]) for sign in SIGNS)
-    known = Calibration(
-        torch.tensor([norm]), -negative, positive, settings.budget, f"{settings.on} text"
-    )
-    return replace(vector, calibration=known)
 
 
 def _texts(engine: Engine, prompts: Prompts, job: Job, coefficients: Sequence[float]) -> list[Row]:
@@ -403,21 +377,6 @@ def _texts(engine: Engine, prompts: Prompts, job: Job, coefficients: Sequence[fl
         }
         for text in texts
     ]
-
-
-def _shown(found: SignResult) -> tuple[float, ...]:
-    """Half the coefficient, itself, and what is too much."""
-    return found.coefficient / 2, found.coefficient, BEYOND * found.boundary
-
-
-def _forward_equivalents(engine: Engine, confirming: Preference | Behaviour) -> float:
-    """What was run but for fitting and writing, in forward passes of what confirms."""
-    prompts = (
-        confirming.prompts
-        if isinstance(confirming, Behaviour)
-        else [*confirming.sides[0], *confirming.sides[1]]
-    )
-    return round(engine.cost.blocks / (engine.n_layers * sum(map(len, prompts))), 3)
 
 
 def _refused(

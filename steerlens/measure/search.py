@@ -148,16 +148,13 @@ class Line:
             # By its slope it crossed before: look half way, lest it did and came back.
             return first / 2
         nearest = min(points, key=lambda c: abs(math.log(c / at)))
-        if self._is_guess():
+        if float(self.curve.loss(np.array([at]))[0]) < 0.99 * self.allowance:
+            # The estimate is no crossing of the curve.
             if abs(math.log(nearest / at)) > math.log(_GUESSED):
                 return at
         elif (best := self._best(points, ends)) is not None:
             return best
         return self._doubtful_middle(points, nearest)
-
-    def _is_guess(self) -> bool:
-        """Whether the estimate is no crossing of the curve."""
-        return float(self.curve.loss(np.array([self.at]))[0]) < 0.99 * self.allowance
 
     def _best(self, points: Sequence[float], ends: Sequence[Place]) -> float | None:
         """Where a loss settles most of the places in doubt, crossing and ends; None without doubt.

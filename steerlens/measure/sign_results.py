@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from jaxtyping import Float
 
 from steerlens.measure.verdicts import LEVEL
 from steerlens.stats import interval, smallest_effect
-from steerlens.tables import Row
 
 SIGNS = {"positive": 1, "negative": -1}
 IN_JSON = {
@@ -102,7 +101,8 @@ class SignResult:
             return ""
         if self.n_groups < 2 or math.isnan(self.effect_ci_low):
             return f"too few groups of {unit}: {self.n_groups} confirm, so there is no interval"
-        if self._toward <= 0 or not self.effect_ci_low <= 0 <= self.effect_ci_high:
+        is_toward = SIGNS[self.sign] * self.effect > 0
+        if not (is_toward and self.effect_ci_low <= 0 <= self.effect_ci_high):
             return f"the effect goes the other way: {said}"
         if self._far_end < self.needed_effect:
             return ""  # what the boundary allows is too small, whatever the groups
@@ -123,11 +123,6 @@ class SignResult:
         )
 
     @property
-    def _toward(self) -> float:
-        """The effect in the direction of the sign."""
-        return SIGNS[self.sign] * self.effect
-
-    @property
     def _far_end(self) -> float:
         """The end of the interval that is farthest in the direction of the sign."""
         return max(SIGNS[self.sign] * end for end in (self.effect_ci_low, self.effect_ci_high))
@@ -146,10 +141,6 @@ class SignResult:
             f"{self.effect_ci_low:+.3g} to {self.effect_ci_high:+.3g}, p {self.p_value:.2g}); it "
             f"costs {self.degradation_nats:.3g} nats per token of the model's own text"
         )
-
-    def row(self, verdict: str) -> Row:
-        """It as a row of the table."""
-        return {**asdict(self), "verdict": verdict}
 
     def to_dict(self) -> dict[str, Any]:
         """What `recommendation.json` says of it; None for what is not finite."""

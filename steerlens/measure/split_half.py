@@ -40,19 +40,18 @@ def reliability(differences: Differences, *, n_splits: Draws = 50, seed: Whole =
         )
     generator = np.random.default_rng(seed)
     ranks = [generator.permutation(n_groups)[groups] / n_groups for _ in range(n_splits)]
-    rows: list[Row] = []
-    for i, name in enumerate(differences.hook_names):
-        sides = (differences.positive[i], differences.negative[i])
-        positive, negative = (side.double().cpu().numpy() for side in sides)
-        rows.append(
-            {
-                "hook_name": name,
-                "layer": hook_layer(name),
-                "n_pairs": n_pairs,
-                "n_groups": n_groups,
-                **_at_hook(positive, negative, ranks),
-            }
-        )
+    # One hook of two sides at a time in float64; both may hold hooks after these, for readouts.
+    at_hooks = zip(differences.hook_names, differences.positive, differences.negative, strict=False)
+    rows: list[Row] = [
+        {
+            "hook_name": name,
+            "layer": hook_layer(name),
+            "n_pairs": n_pairs,
+            "n_groups": n_groups,
+            **_at_hook(up.double().cpu().numpy(), down.double().cpu().numpy(), ranks),
+        }
+        for name, up, down in at_hooks
+    ]
     attrs = {
         "n_splits": n_splits,
         "seed": seed,

@@ -9,8 +9,7 @@ import pandas as pd
 from steerlens.data.pairs import AnyPairs
 from steerlens.directions.directions import Directions
 from steerlens.errors import InputError
-from steerlens.measure.boundary import BoundaryResult, run_boundary, run_prediction
-from steerlens.measure.joint import run_joint
+from steerlens.measure.boundary import BoundaryResult, run_boundary, run_joint, run_prediction
 from steerlens.measure.plane import BoundaryShape, LossGeometry, check_plane, run_plane, run_shape
 from steerlens.measure.preparation import Preparation
 from steerlens.measure.segments import run_segments

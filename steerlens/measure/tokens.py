@@ -181,7 +181,12 @@ def token_damage(
     if isinstance(prompts, ContrastivePairs):
         hashes = (along.origin if isinstance(along, SteeringVector) else along).pair_hashes
         fitted_on["n_pairs_fitted_on"] = prompts.warn_of_fitted(hashes)
-    names, sides = _sides(model, prompts, ids)
+        tokenized = labelled_pairs(model, prompts)
+        names, _ = named_prompts(model, tokenized.positive, ids or [pair.id for pair in prompts])
+        sides = {"positive": tokenized.positive, "negative": tokenized.negative}
+    else:
+        names, alone = named_prompts(model, prompts, ids)
+        sides = {"positive": tuple(alone)}
     first = next(iter(sides.values()))
     check_steered_positions(steered_positions, TokenizedPairs(tuple(first), ()))
     rows: dict[tuple[str, int], list[Row]] = {}
@@ -249,20 +254,6 @@ def named_prompts(
         for name, prompt in zip(names, prompts, strict=True)
     ]
     return names, tokenized
-
-
-def _sides(
-    model: HookedModel,
-    prompts: ContrastivePairs | Sequence[Prompt | TokenizedPrompt],
-    ids: Sequence[str] | None,
-) -> tuple[list[str], dict[str, list[TokenizedPrompt]]]:
-    """The prompts' names, and the tokens of each side."""
-    if isinstance(prompts, ContrastivePairs):
-        tokenized = labelled_pairs(model, prompts)
-        names, _ = named_prompts(model, tokenized.positive, ids or [pair.id for pair in prompts])
-        return names, {"positive": [*tokenized.positive], "negative": [*tokenized.negative]}
-    names, alone = named_prompts(model, prompts, ids)
-    return names, {"positive": alone}
 
 
 def _see(
@@ -419,18 +410,11 @@ def _ended(
     is_full: bool,
 ) -> Row:
     """Text, length and end of one continuation; `is_full` where the context had no more room."""
-    if not _is_finite(model, [*prompt.prompt, *text.ids], at, text.coefficient):
+    tokens = torch.tensor([[*prompt.prompt, *text.ids]], device=model.cfg.device)
+    with inference(model), steer(model, at.vector, text.coefficient):
+        logits = model(tokens, return_type="logits")
+    # The largest, and so NaN and inf: a model may rule single tokens out with -inf.
+    if not logits.amax(dim=-1).isfinite().all():
         return {"text": "", "n_tokens": 0, "end": "overflow"}
     end = "stop" if len(text.ids) < room else "context" if is_full else "length"
     return {"text": decoded(model, text.ids), "n_tokens": len(text.ids), "end": end}
-
-
-def _is_finite(
-    model: HookedModel, ids: Sequence[int], at: OneHook, coefficient: Coefficient
-) -> bool:
-    """Whether the steered model still has a prediction after every token of a text."""
-    tokens = torch.tensor([list(ids)], device=model.cfg.device)
-    with inference(model), steer(model, at.vector, coefficient):
-        logits = model(tokens, return_type="logits")
-    # The largest, and so NaN and inf: a model may rule single tokens out with -inf.
-    return bool(logits.amax(dim=-1).isfinite().all())

@@ -138,11 +138,6 @@ def _mean_spearman(doses: NDArray[np.float64], curves: NDArray[np.float64]) -> f
     return float(np.mean(found)) if found else math.nan
 
 
-def mean_abs(values: Sequence[float]) -> float:
-    """The mean of the absolute values; NaN of none."""
-    return float(np.mean(np.abs(values))) if values else math.nan
-
-
 def with_verdicts(rows: Sequence[Row], inference: Inference) -> list[Row]:
     """The rows with the chosen layer of each method, and a verdict in place of `least_p`."""
     is_chosen = np.zeros(len(rows), dtype=bool)
@@ -212,13 +207,12 @@ def methods_table(
     is_chosen = bool(table.is_chosen.any())
     measured = table[table.is_chosen] if is_chosen else table[table.layer >= 0]
     rows = measured[measured.effect.notna()].to_dict("records")
-    references = {
-        CHOSEN if is_chosen else row["hook_name"]: row for row in rows if row["method"] == REFERENCE
-    }
-    places = [(row, CHOSEN if is_chosen else row["hook_name"]) for row in rows]
+    places = [CHOSEN if is_chosen else row["hook_name"] for row in rows]
+    placed = list(zip(rows, places, strict=True))
+    references = {place: row for row, place in placed if row["method"] == REFERENCE}
     compared = [
         (row, references[place])
-        for row, place in places
+        for row, place in placed
         if place in references and row["method"] != REFERENCE
     ]
     if not compared:
@@ -316,12 +310,6 @@ def summarise(
     summary = []
     for i, row in enumerate(rows):
         low, high = percentile_interval(ranks[:, i].astype(np.float64))
-        summary.append(
-            {
-                **{name: row[name] for name in kept},
-                "rank": i + 1,
-                "rank_low": int(low),
-                "rank_high": int(high),
-            }
-        )
+        ranked = {"rank": i + 1, "rank_low": int(low), "rank_high": int(high)}
+        summary.append({**{name: row[name] for name in kept}, **ranked})
     return to_frame(summary, SUMMARY_COLUMNS, attrs)

@@ -123,12 +123,12 @@ class Writer:
     model: HookedModel
     prompts: tuple[TokenizedPrompt, ...]
     scorers: Mapping[str, Scorer]
-    samples: int
-    seed: int | None
     max_new_tokens: int
-    positions: Positions
-    batch_size: int | None
-    checkpoint: Checkpoint | None
+    samples: int = 1
+    seed: int | None = None
+    positions: Positions = "all"
+    batch_size: int | None = None
+    checkpoint: Checkpoint | None = None
 
     def cells(
         self,

@@ -20,9 +20,10 @@ from steerlens.models.checkpoint import (
     load_checkpoint,
     read_config,
 )
-from steerlens.models.hooked_model import HookedModel, hugging_face_model
+from steerlens.models.hooked_model import HookedModel, hugging_face_model, weight_module
 from steerlens.models.hooked_transformer import is_version_3, load_hooked_transformer
 from steerlens.models.identity import record_source
+from steerlens.models.linear import use_one_dnn
 from steerlens.models.packaged import (
     DEFAULT_MODEL,
     PACKAGED_MODELS,
@@ -115,6 +116,7 @@ def load_model(
             **options,
         )
         check_placed(model, device_map)
+        use_one_dnn(weight_module(model))
         with inference(model):  # which checks it
             pass
     if folder is None:

@@ -21,6 +21,7 @@ from steerlens.models.hooked_model import (
     hugging_face_model,
     named_weights,
 )
+from steerlens.models.linear import OneDnnLinear, use_one_dnn
 
 TOLERANCE = 1e-3
 """The largest difference, root mean square over that of the centred logits. Rounding in float32
@@ -149,7 +150,10 @@ def own_model(model: Any) -> Any:
     """
     if not is_untouched(model) or _is_spread(model.original_model):
         return None
-    return _plain_model(model.original_model)
+    plain = _plain_model(model.original_model)
+    if any(isinstance(part, OneDnnLinear) for part in model.original_model.modules()):
+        use_one_dnn(plain)
+    return plain
 
 
 def _is_spread(wrapped: Any) -> bool:

@@ -5,20 +5,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from steerlens.errors import InputError
+from steerlens.plots import style as vl
 from steerlens.plots.checks import by_hook, check_columns
 from steerlens.plots.figure import Figure, make_figure
-from steerlens.plots.style import (
-    GREY,
-    ORANGE,
-    PALE,
-    Spec,
-    layer,
-    number,
-    panel,
-    text,
-    tooltip,
-    zero_line,
-)
 from steerlens.tables import BEHAVIOUR_COLUMNS
 
 _MEASURES = ("mean", "ci_low", "ci_high", "null_low", "null_high")
@@ -56,36 +45,25 @@ def behaviour(table: pd.DataFrame, *, x: str = "logprob", y: str = "concept") ->
     }
     colour = _layer_colour(list(by_hook(table[table.subject == "steered"])))
     across = {
-        "x": number("x", x, scale={"zero": False}),
-        "y": number("y", y, scale={"zero": False}),
-        "tooltip": tooltip("subject", "layer", "strength", numbers=["x", "y"]),
+        "x": vl.number("x", x, scale={"zero": False}),
+        "y": vl.number("y", y, scale={"zero": False}),
+        "tooltip": vl.tooltip("subject", "layer", "strength", numbers=["x", "y"]),
     }
-    coloured = {"color": colour}
-    band = {
-        "x": number("x_null_low"),
-        "x2": {"field": "x_null_high"},
-        "y": number("y_null_low"),
-        "y2": {"field": "y_null_high"},
-    }
-    bars = [
-        layer("curves", {"type": "rule"}, {**across, **coloured, **ends})
-        for ends in (
-            {"x": number("x_ci_low"), "x2": {"field": "x_ci_high"}},
-            {"y": number("y_ci_low"), "y2": {"field": "y_ci_high"}},
-        )
-    ]
+    coloured = across | {"color": colour}
+    band = vl.span("x", "x_null_low", "x_null_high") | vl.span("y", "y_null_low", "y_null_high")
     has_band = "isValid(datum.x_null_low) && isValid(datum.y_null_low)"
     drawn = [
-        layer("curves", {"type": "rect", "color": PALE, "opacity": 0.5}, band, where=has_band),
-        *bars,
-        layer("curves", {"type": "line"}, {**across, **coloured, "order": number("coefficient")}),
-        layer("curves", {"type": "point", "filled": True, "size": 40}, {**across, **coloured}),
-        layer(
-            "personas",
-            {"type": "point", "shape": "diamond", "filled": True, "size": 110, "color": ORANGE},
-            across,
+        vl.layer("curves", "rect", band, where=has_band, color=vl.PALE, opacity=0.5),
+        *(
+            vl.layer("curves", "rule", coloured | vl.span(at, f"{at}_ci_low", f"{at}_ci_high"))
+            for at in ("x", "y")
         ),
-        layer("unsteered", {"type": "point", "filled": True, "size": 90, "color": "black"}, across),
+        vl.layer("curves", "line", coloured | {"order": vl.number("coefficient")}),
+        vl.layer("curves", "point", coloured, filled=True, size=40),
+        vl.layer(
+            "personas", "point", across, shape="diamond", filled=True, size=110, color=vl.ORANGE
+        ),
+        vl.layer("unsteered", "point", across, filled=True, size=90, color="black"),
     ]
     caption = (
         f"Mean {y} of the texts against their mean {x}, one curve a layer from the lowest "
@@ -93,7 +71,7 @@ def behaviour(table: pd.DataFrame, *, x: str = "logprob", y: str = "concept") ->
         "unsteered. Grey: random directions added as far, lowest to highest. Diamonds: "
         "unsteered, with a persona in front of the prompts."
     )
-    shape = panel(drawn, size=(640, 420), zoom="zoom_written")
+    shape = vl.panel(drawn, size=(640, 420), zoom="zoom_written")
     return make_figure("What is written", caption, tables, [shape])
 
 
@@ -111,33 +89,36 @@ def behaviour_by_coefficient(table: pd.DataFrame) -> Figure:
         >>> sl.plots.behaviour_by_coefficient(result.table)
         Figure('What is written, by coefficient', 2 panels)
     """
-    _check(table)
+    check_columns(table, BEHAVIOUR_COLUMNS, "the table of behaviour")
     steered = table[(table.subject == "steered") & table.coefficient.notna()]
     if steered.empty:
         raise InputError("nothing in this table is steered by one coefficient; there is no curve")
     cells = pd.concat([rows.assign(layer=label) for label, rows in by_hook(steered).items()])
     colour = _layer_colour(list(by_hook(steered)))
-    panels: list[Spec] = []
+    panels: list[vl.Spec] = []
     for scorer in dict.fromkeys(steered.scorer):
-        axes: Spec = {"x": number("coefficient", "coefficient (residual units)"), "color": colour}
-        y: Spec = {"title": scorer, "scale": {"zero": False}}
-        where = f"datum.scorer == {scorer!r}"
-        null = {"y": number("null_low", **y), "y2": {"field": "null_high"}}
-        area = {"y": number("ci_low", **y), "y2": {"field": "ci_high"}}
-        line = {
-            "y": number("mean", **y),
-            "tooltip": tooltip("layer", "strength", numbers=list(_MEASURES)),
+        axes: vl.Spec = {
+            "x": vl.number("coefficient", "coefficient (residual units)"),
+            "color": colour,
         }
-        grey = {"type": "area", "color": GREY, "fillOpacity": 0.18}
-        has_nulls = steered.null_low[steered.scorer == scorer].notna().any()
+        y: vl.Spec = {"title": scorer, "scale": {"zero": False}}
+        where = f"datum.scorer == {scorer!r}"
+        null = {"x": axes["x"], **vl.span("y", "null_low", "null_high", **y)}
+        area = axes | vl.span("y", "ci_low", "ci_high", **y)
+        line = {
+            "y": vl.number("mean", **y),
+            "tooltip": vl.tooltip("layer", "strength", numbers=list(_MEASURES)),
+        }
         curves = [
-            zero_line("x"),
-            *([layer("cells", grey, {"x": axes["x"], **null}, where=where)] if has_nulls else []),
-            layer("cells", {"type": "area", "fillOpacity": 0.18}, axes | area, where=where),
-            layer("cells", {"type": "line", "point": {"size": 14}}, axes | line, where=where),
+            vl.zero_line("x"),
+            vl.layer("cells", "area", null, where=where, color=vl.GREY, fillOpacity=0.18),
+            vl.layer("cells", "area", area, where=where, fillOpacity=0.18),
+            vl.layer("cells", "line", axes | line, where=where, point={"size": 14}),
         ]
+        if steered.null_low[steered.scorer == scorer].isna().all():
+            del curves[1]
         zoom = f"zoom_score{len(panels)}"
-        panels.append(panel(curves, title=scorer, size=(300, 220), zoom=zoom))
+        panels.append(vl.panel(curves, title=scorer, size=(300, 220), zoom=zoom))
     caption = (
         "Mean score of the texts at every coefficient, one curve a layer; areas are 95% intervals "
         "over groups of prompts, grey ones reach over random directions added as far."
@@ -147,18 +128,14 @@ def behaviour_by_coefficient(table: pd.DataFrame) -> Figure:
     return make_figure(title, caption, tables, panels, columns=2, is_one_legend=True)
 
 
-def _layer_colour(labels: Sequence[str]) -> Spec:
+def _layer_colour(labels: Sequence[str]) -> vl.Spec:
     scale = {"domain": list(labels), "scheme": {"name": "viridis", "extent": [0, 0.9]}}
-    return text("layer", scale=scale, legend={"title": "layer"})
-
-
-def _check(table: pd.DataFrame) -> None:
-    check_columns(table, [column.name for column in BEHAVIOUR_COLUMNS], "the table of behaviour")
+    return vl.text("layer", scale=scale, legend={"title": "layer"})
 
 
 def _side_by_side(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """A row a cell, with the numbers of two scorers."""
-    _check(table)
+    check_columns(table, BEHAVIOUR_COLUMNS, "the table of behaviour")
     missing = [name for name in (x, y) if name not in set(table.scorer)]
     if missing:
         raise InputError(

@@ -8,7 +8,7 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from steerlens.errors import InputError
-from steerlens.tables import hook_label
+from steerlens.tables import Column, hook_label
 
 TEXTS = (
     *("hook_name", "readout_hook", "pair", "prompt", "side", "part", "token", "raw_token"),
@@ -28,16 +28,13 @@ def table_of(given: Tabular, name: str) -> pd.DataFrame:
 
 
 def check_columns(
-    table: pd.DataFrame, names: Sequence[str], kind: str, *, finite: Sequence[str] = ()
+    table: pd.DataFrame, needed: Sequence[str | Column], kind: str, *, finite: Sequence[str] = ()
 ) -> None:
     """Raise `InputError` when a table lacks columns or rows, or has text where numbers belong.
 
-    Args:
-        table: What a figure is drawn from.
-        names: The columns that it needs.
-        kind: Which table it should be, in words.
-        finite: Columns that may hold neither NaN nor inf.
+    `kind` is which table it should be, in words; `finite` may hold neither NaN nor inf.
     """
+    names = [name if isinstance(name, str) else name.name for name in needed]
     candidate: Any = table  # what the annotation promises is what is checked here
     if not isinstance(candidate, pd.DataFrame):
         raise InputError(

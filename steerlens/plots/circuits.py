@@ -4,26 +4,12 @@ import numpy as np
 import pandas as pd
 
 from steerlens.errors import InputError
+from steerlens.plots import style as vl
 from steerlens.plots.checks import check_columns, check_distinct
 from steerlens.plots.figure import Figure, make_figure
-from steerlens.plots.style import (
-    BLUE,
-    DASHED,
-    GREY,
-    ORANGE,
-    SOLID,
-    choose,
-    heat_map,
-    layer,
-    named,
-    number,
-    panel,
-    text,
-    tooltip,
-)
 
 _NAMES = ("model", "writer", "reader")
-_SIGNS = {"supports": ORANGE, "works against": BLUE}
+_SIGNS = {"supports": vl.ORANGE, "works against": vl.BLUE}
 
 
 def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
@@ -53,8 +39,8 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
         heads = [f"H{head}" for head in range(int(table["head"].max()) + 1)]
         layers = sorted(set(cells.layer), key=int)
         x, y = ("head", [*heads, "MLP"], "head"), ("layer", layers, "layer")
-        colours = heat_map(name, cells[value], unit, x=x, y=y, is_diverging=True)
-        panels.append(panel([colours], title=title, size=(360, max(220, 16 * len(layers)))))
+        colours = vl.heat_map(name, cells[value], unit, x=x, y=y, is_diverging=True)
+        panels.append(vl.panel([colours], title=title, size=(360, max(220, 16 * len(layers)))))
     caption = (
         "First: what each head and MLP wrote of the pairs' difference, projected on the direction "
         "(residual units). Second: the estimated change of the answer logit difference by each "
@@ -102,24 +88,24 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
     check_columns(edges, names, "the table of edges", finite=numbered)
     lines, places = graph_rows(edges)
     axes = {
-        "x": number("x", axis=None, scale={"padding": 40}),
-        "y": number("y", "layer", scale={"zero": False, "padding": 20}),
+        "x": vl.number("x", axis=None, scale={"padding": 40}),
+        "y": vl.number("y", "layer", scale={"zero": False, "padding": 20}),
     }
     edge = {
         "x2": {"field": "to_x"},
         "y2": {"field": "to_y"},
-        "color": named("sign", _SIGNS, symbolType="stroke"),
-        "strokeWidth": number("width", scale=None),
-        "strokeDash": choose("datum.score > 0", SOLID, DASHED),
-        "tooltip": tooltip("writer", "reader", numbers=["score"]),
+        "color": vl.named("sign", _SIGNS, symbolType="stroke"),
+        "strokeWidth": vl.number("width", scale=None),
+        "strokeDash": vl.choose("datum.score > 0", vl.SOLID, vl.DASHED),
+        "tooltip": vl.tooltip("writer", "reader", numbers=["score"]),
     }
-    point = {"type": "point", "filled": True, "color": GREY, "size": 60}
+    point: vl.Spec = {"filled": True, "color": vl.GREY, "size": 60}
     layers = [
-        layer("edges", {"type": "rule"}, axes | edge),
-        layer("places", {"type": "text", "dy": -10}, axes | {"text": text("name")}),
-        layer("places", point, axes | {"tooltip": text("name")}),
+        vl.layer("edges", "rule", axes | edge),
+        vl.layer("places", "text", axes | {"text": vl.text("name")}, dy=-10),
+        vl.layer("places", "point", axes | {"tooltip": vl.text("name")}, **point),
     ]
-    drawn = panel(layers, size=(740, 600), zoom="zoom_edges")
+    drawn = vl.panel(layers, size=(740, 600), zoom="zoom_edges")
     caption = (
         "The largest edges by attribution (logits), from the component that writes (named by layer "
         "and head) to what reads it: a layer's attention or MLP as a whole, or the logits. Orange "

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from steerlens.errors import FileError, InputError
-from steerlens.files import write_whole
+from steerlens.errors import InputError
+from steerlens.files import write_bytes
 from steerlens.plots.paper import DPI, on_paper, with_layers
 from steerlens.plots.scripts import VEGA, WITHOUT_SCRIPTS, page
 from steerlens.plots.style import CONFIG, Spec
@@ -102,9 +102,7 @@ class Figure:
         return replace(self, spec=with_layers(self.spec, [str(label) for label in labels]))
 
     def to_bytes(self, kind: str, *, width: str | None = None, dpi: int = DPI) -> bytes:
-        """As the bytes of a PNG, SVG or PDF file: the frame shown first, without a browser.
-
-        `width` and `dpi` are as in `save`.
+        """As the bytes of a PNG, SVG or PDF file, as in `save`: the frame shown first.
 
         The same figure gives the same PNG and SVG; a PDF has its parts in another order each time.
         Raises `InputError` on a `kind` other than "png", "svg" and "pdf".
@@ -122,13 +120,9 @@ class Figure:
         if kind == "pdf":
             return bytes(vl_convert.vegalite_to_pdf(spec))
         svg = _numbered(vl_convert.vegalite_to_svg(spec))
-        # An SVG's own unit is a pixel, 96 an inch; what was laid out for paper is in points.
-        paper = (
-            svg
-            if width is None
-            else re.sub(r'\b(width|height)="([\d.]+)"', r'\1="\2pt"', svg, count=2)
-        )
-        return paper.encode()
+        if width is not None:  # an SVG's own unit is a pixel; this was laid out in points
+            svg = re.sub(r'\b(width|height)="([\d.]+)"', r'\1="\2pt"', svg, count=2)
+        return svg.encode()
 
     def to_html(self) -> str:
         """As one HTML page, interactive, that asks no network for anything (about 0.5 MB)."""
@@ -158,10 +152,7 @@ class Figure:
             made = self.to_html().encode()
         else:
             made = self.to_bytes(path.suffix[1:], width=width, dpi=dpi)
-        try:
-            write_whole(path, lambda part: part.write_bytes(made))
-        except OSError as error:
-            raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        write_bytes(path, made)
 
     def _repr_mimebundle_(self, **_: Any) -> Mapping[str, Any]:
         return {
@@ -183,16 +174,11 @@ def make_figure(
 ) -> Figure:
     """A figure of panels, side by side up to so many `columns`.
 
-    `tables` are what is drawn, by name. Where they have a column `frame`, the rows of one of its
-    values are shown at a time, at first of the first; `slider` says what the values are. With one
-    legend, colours mean the same in all panels.
+    Of `tables` with a column `frame` the rows of one of its values are shown at a time, which the
+    `slider` names. With one legend, colours mean the same in all panels.
     """
-    framed = {name for name, table in tables.items() if "frame" in table}
-    frames = tuple(
-        dict.fromkeys(
-            str(label) for name in tables if name in framed for label in tables[name].frame
-        )
-    )
+    framed = {name: table.frame for name, table in tables.items() if "frame" in table}
+    frames = tuple(dict.fromkeys(str(label) for labels in framed.values() for label in labels))
     for layer in (layer for panel in panels for layer in panel["layer"]):
         if layer["data"].get("name") in framed:
             layer["transform"].insert(0, {"filter": "datum.frame === frame"})
@@ -221,10 +207,8 @@ def make_figure(
 
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as JSON has them: undefined is null, numbers have the five figures that are seen."""
-    return [
-        {str(name): _short(value) for name, value in row.items()}
-        for row in table.to_dict("records")
-    ]
+    rows = table.to_dict("records")
+    return [{str(name): _short(value) for name, value in row.items()} for row in rows]
 
 
 def _short(value: Any) -> Any:
@@ -236,10 +220,7 @@ def _short(value: Any) -> Any:
 
 
 def figure_element(figure: Figure, name: str) -> str:
-    """An HTML element with the figure, drawn once the page's script of Vega is there.
-
-    `name` is the element's id, and must be one. Text in the figure ends no script.
-    """
+    """An HTML element of that id, drawn once Vega's script is there. Its text ends no script."""
     # The page has the title.
     spec = {key: value for key, value in figure.spec.items() if key != "title"}
     data = json.dumps(spec, allow_nan=False).replace("<", "\\u003c")

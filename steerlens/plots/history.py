@@ -4,27 +4,15 @@ from itertools import cycle
 
 import pandas as pd
 
+from steerlens.plots import style as vl
 from steerlens.plots.checks import by_hook, check_columns
 from steerlens.plots.figure import Figure, make_figure
-from steerlens.plots.style import (
-    BLUE,
-    GREEN,
-    GREY,
-    NATS,
-    ORANGE,
-    RESIDUAL,
-    layer,
-    named,
-    number,
-    panel,
-    tooltip,
-)
 
 _SHOWN = (
-    ("separation", "Separation: the norm", RESIDUAL),
-    ("projection", "Projection on the axis", RESIDUAL),
+    ("separation", "Separation: the norm", vl.RESIDUAL),
+    ("projection", "Projection on the axis", vl.RESIDUAL),
     ("angle_deg", "Angle to the axis", "degrees"),
-    ("degradation_nats", "Degradation", NATS),
+    ("degradation_nats", "Degradation", vl.NATS),
 )
 
 
@@ -44,22 +32,23 @@ def training(history: pd.DataFrame) -> Figure:
     columns = ["method", "part", "step", *(name for name, *_ in _SHOWN)]
     check_columns(history, ["hook_name", *columns], "the history of train_directions")
     rows = pd.concat(of_hook.assign(frame=label) for label, of_hook in by_hook(history).items())
-    colours = named("method", dict(zip(rows.method.unique(), cycle((BLUE, ORANGE, GREEN, GREY)))))
+    colours = vl.named(
+        "method", dict(zip(rows.method.unique(), cycle((vl.BLUE, vl.ORANGE, vl.GREEN, vl.GREY))))
+    )
     panels = []
     for name, title, unit in _SHOWN:
         axes = {
-            "x": number("step", "step", axis={"tickMinStep": 1, "format": "d"}),
-            "y": number(name, unit, scale={"zero": False}),
+            "x": vl.number("step", "step", axis={"tickMinStep": 1, "format": "d"}),
+            "y": vl.number(name, unit, scale={"zero": False}),
             "color": colours,
-            "tooltip": tooltip("method", "part", numbers=["step", name]),
+            "tooltip": vl.tooltip("method", "part", numbers=["step", name]),
         }
-        dots = {"type": "point", "filled": True, "size": 14, "opacity": 0.4}
-        line = {"type": "line", "point": {"size": 20}}
+        dots = {"filled": True, "size": 14, "opacity": 0.4}
         marks = [
-            layer("steps", dots, axes, where="datum.part === 'train'"),
-            layer("steps", line, axes, where="datum.part === 'held_out'"),
+            vl.layer("steps", "point", axes, where="datum.part === 'train'", **dots),
+            vl.layer("steps", "line", axes, where="datum.part === 'held_out'", point={"size": 20}),
         ]
-        panels.append(panel(marks, title=title, size=(380, 220), zoom=f"zoom_{name}"))
+        panels.append(vl.panel(marks, title=title, size=(380, 220), zoom=f"zoom_{name}"))
     caption = (
         "Under +v on the positive and -v on the negative prompts, at the readout hook: mean length "
         "of the pairs' differences, their mean projection on the frozen axis (residual units), "

@@ -14,16 +14,10 @@ N_LEVELS = 16
 
 
 def loss_bands(pushes: pd.DataFrame, mean: tuple[float, float]) -> pd.DataFrame:
-    """Areas between isolines of the loss over where the mean difference is pushed to.
+    """Areas between isolines of the loss over where the mean difference, at `mean`, is pushed to.
 
-    Args:
-        pushes: The contours of one hook of a loss geometry.
-        mean: Where the mean difference lies unsteered, along and across (residual units).
-
-    Returns:
-        A row a ring: `loss` at its lower edge, `area` that tells rings apart, `along` and `across`
-        with the corners of an area in `kind` "area", and of the line round it in "isoline". What
-        was not measured is left out.
+    A row a ring: `loss` at its lower edge, `area` that tells rings apart, `along` and `across` the
+    corners of an area in `kind` "area", and of the line round it in "isoline".
     """
     import contourpy
 

@@ -3,26 +3,11 @@
 import numpy as np
 import pandas as pd
 
+from steerlens.plots import style as vl
 from steerlens.plots.checks import Tabular, by_kind, check_columns, table_of
 from steerlens.plots.figure import Figure, make_figure
-from steerlens.plots.style import (
-    BLUE,
-    DASHED,
-    GREY,
-    ORANGE,
-    RESIDUAL,
-    SOLID,
-    Spec,
-    choose,
-    layer,
-    named,
-    number,
-    panel,
-    tooltip,
-    zero_line,
-)
 
-_LAYER = number(
+_LAYER = vl.number(
     "layer",
     "layer",
     axis={"tickMinStep": 1, "format": "d"},
@@ -32,10 +17,10 @@ _LAYER = number(
 _SIGNS = {"outward, c > 0": "pos", "inward, c < 0": "neg"}
 _ENDS = ("low", "high")
 _PROFILE = (
-    ("separation", "Separation", RESIDUAL),
+    ("separation", "Separation", vl.RESIDUAL),
     ("agreement", "Agreement with the direction", "mean cosine"),
     ("explained_variance", "Explained variance", "share"),
-    ("resid_norm", "Residual norm", RESIDUAL),
+    ("resid_norm", "Residual norm", vl.RESIDUAL),
 )
 
 
@@ -62,20 +47,14 @@ def layer_profile(layers: Tabular) -> Figure:
     rows = pd.concat(of_kind.assign(frame=kind) for kind, of_kind in by_kind(layers).items())
     panels = []
     for name, title, unit in _PROFILE:
-        y: Spec = {"title": unit, "scale": {"zero": False}}
-        ends = {"y": number(f"{name}_ci_low", **y), "y2": {"field": f"{name}_ci_high"}}
-        value = {"y": number(name, **y), "tooltip": tooltip(numbers=["layer", name])}
+        y: vl.Spec = {"title": unit, "scale": {"zero": False}}
+        ends = vl.span("y", f"{name}_ci_low", f"{name}_ci_high", **y)
+        value = {"y": vl.number(name, **y), "tooltip": vl.tooltip(numbers=["layer", name])}
         curves = [
-            layer(
-                "layers", {"type": "area", "color": BLUE, "fillOpacity": 0.18}, {"x": _LAYER} | ends
-            ),
-            layer(
-                "layers",
-                {"type": "line", "color": BLUE, "point": {"size": 20}},
-                {"x": _LAYER} | value,
-            ),
+            vl.layer("layers", "area", {"x": _LAYER} | ends, color=vl.BLUE, fillOpacity=0.18),
+            vl.layer("layers", "line", {"x": _LAYER} | value, color=vl.BLUE, point={"size": 20}),
         ]
-        panels.append(panel(curves, title=title, size=(380, 200), zoom=f"zoom_{name}"))
+        panels.append(vl.panel(curves, title=title, size=(380, 200), zoom=f"zoom_{name}"))
     tables = {"layers": rows[["frame", *names[1:]]]}
     return make_figure(
         "Layer by layer, unsteered", caption, tables, panels, columns=2, slider="hook:"
@@ -99,12 +78,12 @@ def boundary(layers: Tabular) -> Figure:
     layers = table_of(layers, "layers")
     signs = ("pos", "neg")
     names = [f"{part}boundary_{sign}" for part in ("", "predicted_") for sign in signs]
-    names += [f"boundary_{sign}_ci_{end}" for sign in signs for end in ("low", "high")]
+    names += [f"boundary_{sign}_ci_{end}" for sign in signs for end in _ENDS]
     needed = ["hook_name", "layer", "resid_norm", *names]
     check_columns(layers, needed, "the per-layer table of find_boundary")
     panels, tables = [], {}
     for name, unit, scale in (
-        ("units", RESIDUAL, np.ones(len(layers))),
+        ("units", vl.RESIDUAL, np.ones(len(layers))),
         ("shares", "mean residual norms", layers.resid_norm),
     ):
         shares = layers.assign(**layers[names].div(scale, axis=0))
@@ -135,9 +114,8 @@ def boundary(layers: Tabular) -> Figure:
 def boundary_rows(layers: pd.DataFrame, frame: str) -> pd.DataFrame:
     """A row for each layer, sign and way to know the boundary (measured, predicted).
 
-    The panel's edge lies a tenth beyond the largest boundary, or beyond the largest prediction
-    where none was found: predictions beyond it are left out, intervals end there, and `beyond` is
-    where a boundary beyond the searched range is drawn.
+    The panel's edge is a tenth beyond the largest boundary, or prediction where none was found:
+    predictions beyond it are left out, intervals end there; `beyond` is where a triangle stands.
     """
     edge = _edge(layers)
     rows = []
@@ -165,44 +143,37 @@ def boundary_rows(layers: pd.DataFrame, frame: str) -> pd.DataFrame:
 
 def _edge(layers: pd.DataFrame) -> float:
     for kind in ("", "predicted_"):
-        values = layers[[f"{kind}boundary_{sign}" for sign in _SIGNS.values()]].to_numpy(
-            dtype=float
-        )
-        sizes = np.abs(values[np.isfinite(values)])
-        if sizes.size:
-            return 1.1 * float(sizes.max())
+        names = [f"{kind}boundary_{sign}" for sign in _SIGNS.values()]
+        sizes = np.abs(layers[names].to_numpy(dtype=float))
+        if np.isfinite(sizes).any():
+            return 1.1 * float(sizes[np.isfinite(sizes)].max())
     return 1.1
 
 
-def _boundary_panel(data: str, unit: str) -> Spec:
+def _boundary_panel(data: str, unit: str) -> vl.Spec:
     axes = {
         "x": _LAYER,
-        "y": number("boundary", f"boundary ({unit})"),
-        "color": named("sign", dict(zip(_SIGNS, (ORANGE, BLUE), strict=True))),
+        "y": vl.number("boundary", f"boundary ({unit})"),
+        "color": vl.named("sign", dict(zip(_SIGNS, (vl.ORANGE, vl.BLUE), strict=True))),
     }
-    dash = named("kind", {"measured": SOLID, "predicted": DASHED})
-    shown = tooltip("sign", numbers=["layer", "boundary", "low", "high"])
+    dash = vl.named("kind", {"measured": vl.SOLID, "predicted": vl.DASHED})
+    shown = {"tooltip": vl.tooltip("sign", numbers=["layer", "boundary", "low", "high"])}
     is_measured = "datum.kind === 'measured'"
     triangles = {
         "x": _LAYER,
-        "y": number("beyond"),
-        "shape": choose("datum.beyond > 0", "triangle-up", "triangle-down"),
-        "tooltip": tooltip("sign", numbers=["layer"]),
+        "y": vl.number("beyond"),
+        "shape": vl.choose("datum.beyond > 0", "triangle-up", "triangle-down"),
+        "tooltip": vl.tooltip("sign", numbers=["layer"]),
     }
-    ends = {"y": number("low", axes["y"]["title"]), "y2": {"field": "high"}}
-    point = {"type": "point", "filled": True}
-    return panel(
+    ends = vl.span("y", "low", "high", axes["y"]["title"])
+    known = "isValid(datum.beyond)"
+    return vl.panel(
         [
-            zero_line("y", dash=SOLID),
-            layer(data, {"type": "area", "fillOpacity": 0.18}, axes | ends, where=is_measured),
-            layer(data, {"type": "line"}, axes | {"strokeDash": dash}),
-            layer(
-                data,
-                {**point, "size": 60, "color": GREY},
-                triangles,
-                where="isValid(datum.beyond)",
-            ),
-            layer(data, {**point, "size": 25}, axes | {"tooltip": shown}, where=is_measured),
+            vl.zero_line("y", dash=vl.SOLID),
+            vl.layer(data, "area", axes | ends, where=is_measured, fillOpacity=0.18),
+            vl.layer(data, "line", axes | {"strokeDash": dash}),
+            vl.layer(data, "point", triangles, where=known, filled=True, size=60, color=vl.GREY),
+            vl.layer(data, "point", axes | shown, where=is_measured, filled=True, size=25),
         ],
         size=(420, 320),
         zoom=f"zoom_{data}",

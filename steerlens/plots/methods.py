@@ -4,21 +4,9 @@ import numpy as np
 import pandas as pd
 
 from steerlens.errors import InputError
+from steerlens.plots import style as vl
 from steerlens.plots.checks import Tabular, by_hook, check_columns, table_of
 from steerlens.plots.figure import Figure, make_figure
-from steerlens.plots.style import (
-    BLUE,
-    NATS,
-    ORANGE,
-    PALE,
-    choose,
-    layer,
-    named,
-    number,
-    panel,
-    text,
-    tooltip,
-)
 
 _CHOSEN = "chosen on training items"
 _BAND = "95% of nulls"
@@ -26,7 +14,7 @@ _DRAWN = (
     *("method", "layer", "coefficient", "effect", "effect_ci_low", "effect_ci_high"),
     *("null_low", "null_high", "verdict"),
 )
-_COLOURS = {"effect or reversed": ORANGE, "not shown": BLUE}
+_COLOURS = {"effect or reversed": vl.ORANGE, "not shown": vl.BLUE}
 
 
 def comparison(table: Tabular) -> Figure:
@@ -38,15 +26,10 @@ def comparison(table: Tabular) -> Figure:
     is not a comparison, or an effect is infinite.
 
     Examples:
+        >>> neutral = ["the river was so cold", "it was warm", "I felt the rain", "what a night"]
         >>> found = sl.compare(
-        ...     model,
-        ...     pairs,
-        ...     items,
-        ...     methods=["mean_diff", "pca"],
-        ...     layers=[1],
-        ...     neutral=["the river was so cold", "it was warm", "I felt the rain", "what a night"],
-        ...     n_null=2,
-        ...     n_bootstrap=50,
+        ...     model, pairs, items, methods=["mean_diff", "pca"], layers=[1], neutral=neutral,
+        ...     n_null=2, n_bootstrap=50,
         ... )
         >>> sl.plots.comparison(found)  # or found.plot()
         Figure('Methods at equal damage', 1 panels)
@@ -60,27 +43,24 @@ def comparison(table: Tabular) -> Figure:
     # The largest effect on top; a method without an effect has its row too, at the bottom.
     order = {"field": "place", "op": "min", "order": "descending"}
     axes = {
-        "y": text("method", title=None, sort=order),
-        "color": named("shown", {**_COLOURS, _BAND: PALE}),
+        "y": vl.text("method", title=None, sort=order),
+        "color": vl.named("shown", {**_COLOURS, _BAND: vl.PALE}),
     }
-    title = f"effect ({NATS})"
+    title = f"effect ({vl.NATS})"
     band, interval = (
-        {"x": number(f"{name}_low", title), "x2": {"field": f"{name}_high"}}
-        for name in ("null", "effect_ci")
+        vl.span("x", f"{name}_low", f"{name}_high", title) for name in ("null", "effect_ci")
     )
     effect = {
-        "x": number("effect", title),
-        "fill": choose(f"datum.shown === '{next(iter(_COLOURS))}'", ORANGE, "white"),
-        "tooltip": tooltip("method", "layer", "verdict", numbers=["coefficient", *effects]),
+        "x": vl.number("effect", title),
+        "fill": vl.choose(f"datum.shown === '{next(iter(_COLOURS))}'", vl.ORANGE, "white"),
+        "tooltip": vl.tooltip("method", "layer", "verdict", numbers=["coefficient", *effects]),
     }
     layers = [
-        layer(
-            "methods", {"type": "rule", "strokeWidth": 7, "color": PALE}, {"y": axes["y"]} | band
-        ),
-        layer("methods", {"type": "rule", "strokeWidth": 1.2}, axes | interval),
-        layer("methods", {"type": "point", "size": 70, "strokeWidth": 1.6}, axes | effect),
+        vl.layer("methods", "rule", {"y": axes["y"]} | band, strokeWidth=7, color=vl.PALE),
+        vl.layer("methods", "rule", axes | interval, strokeWidth=1.2),
+        vl.layer("methods", "point", axes | effect, size=70, strokeWidth=1.6),
     ]
-    drawn = panel(layers, size=(560, 26 * table.method.nunique()))
+    drawn = vl.panel(layers, size=(560, 26 * table.method.nunique()))
     caption = (
         "Mean change of logprob(positive continuation) - logprob(negative one) on held-out items "
         "(nats per token), every method at the coefficient that spends the same budget; bars are "
@@ -95,15 +75,15 @@ def comparison(table: Tabular) -> Figure:
 
 
 def comparison_rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The table's rows by frame: the chosen layers first, then every hook, with the baseline.
-
-    `place` counts a frame's rows from the smallest effect up, `shown` says whether there is one.
-    """
+    """Rows by frame, chosen layers first, with the baseline; `place` 0 is the smallest effect."""
     baseline = table[table.layer < 0]
     chosen = table[table.is_chosen.astype(bool)]
     steered = table[table.layer >= 0].sort_values("layer", kind="stable")
     frames = {_CHOSEN: chosen} if not chosen.empty else {}
-    frames |= {f"layer {label}": rows for label, rows in by_hook(steered).items()}
+    frames |= {
+        f"layer {label}" if label.isdigit() else label: rows
+        for label, rows in by_hook(steered).items()
+    }
     framed = []
     for label, rows in (frames or {"baseline": baseline[:0]}).items():
         ordered = pd.concat([rows, baseline]).sort_values("effect", na_position="first")

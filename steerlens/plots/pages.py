@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from steerlens.errors import FileError, InputError
-from steerlens.files import write_whole
+from steerlens.errors import InputError
+from steerlens.files import write_bytes
 from steerlens.plots.checks import check_columns
 from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
 from steerlens.tables import READING_COLUMNS, TOKEN_COLUMNS, VOCABULARY_COLUMNS, hook_label
@@ -39,10 +39,8 @@ _TOKENS_STYLE = f"""<style>
 .steerlens-tokens rt {{ font-size: .65em }}
 </style>"""
 # circuitsvis draws for white paper.
-_VIEWS_STYLE = (
-    "<style>.view { background: #fff; color: #111; color-scheme: light; padding: .4em }\n"
-)
-_VIEWS_STYLE += "details { margin: .4em 0 } summary { cursor: pointer }</style>"
+_VIEWS_STYLE = """<style>.view { background: #fff; color: #111; color-scheme: light; padding: .4em }
+details { margin: .4em 0 } summary { cursor: pointer }</style>"""
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,7 @@ class Page:
         path = Path(path)
         if path.suffix != ".html":
             raise InputError(f"expected a name that ends in .html, got {path.name!r}")
-        try:
-            write_whole(path, lambda part: part.write_bytes(self.html.encode()))
-        except OSError as error:
-            raise FileError(f"cannot write {str(path)!r}: {error.strerror}") from error
+        write_bytes(path, self.html.encode())
 
     def _repr_html_(self) -> str:
         """A frame that holds the page, and cannot reach the notebook around it."""
@@ -89,7 +84,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
         >>> page = sl.plots.token_page(table)
         >>> page.save(folder / "tokens.html")
     """
-    _check(tokens)
+    check_columns(tokens, TOKEN_COLUMNS, "the table of token_damage")
     later = tokens[tokens.position > 0]
     reach = _reach(later[["projection", "steered_projection"]].to_numpy())
     damage = _reach(tokens.damage_nats.to_numpy())
@@ -102,17 +97,14 @@ def token_page(tokens: pd.DataFrame) -> Page:
     for number, (heading, rows) in enumerate(_groups(tokens)):
         words = [shown_token(row) for row in rows]
         body += [f"<h2>{html.escape(heading)}</h2>", _text(rows, damage)]
-        for name, what in (
-            ("projection", "Projection, unsteered"),
-            ("steered_projection", "Projection, steered"),
-            ("damage_nats", "Damage"),
+        for name, what, full, colours in (
+            ("projection", "Projection, unsteered (residual units)", reach, (HIGH, LOW)),
+            ("steered_projection", "Projection, steered (residual units)", reach, (HIGH, LOW)),
+            ("damage_nats", "Damage (nats)", damage, (LOST, GAINED)),
         ):
-            values = [row[name] for row in rows]
-            is_damage = name == "damage_nats"
-            colours = (LOST, GAINED) if is_damage else (HIGH, LOW)
-            props = _coloured(words, values, damage if is_damage else reach, colours)
-            body.append(f"<p>{what} ({'nats' if is_damage else 'residual units'})</p>")
-            body.append(circuitsvis_element(f"{name}-{number}", "ColoredTokens", props))
+            props = _coloured(words, [row[name] for row in rows], full, colours)
+            body += [f"<p>{what}</p>"]
+            body += [circuitsvis_element(f"{name}-{number}", "ColoredTokens", props)]
     return _page("Tokens: read, steered, damaged", body)
 
 
@@ -128,7 +120,7 @@ def token_table_html(tokens: pd.DataFrame) -> str:
         >>> "river" in sl.plots.token_table_html(table)
         True
     """
-    _check(tokens)
+    check_columns(tokens, TOKEN_COLUMNS, "the table of token_damage")
     damage = _reach(tokens.damage_nats.to_numpy())
     parts = [_TOKENS_STYLE, _legend(tokens)]
     for heading, rows in _groups(tokens):
@@ -201,10 +193,9 @@ def projection_page(
         )
         for number, (name, values) in enumerate(drawn.items()):
             props = _coloured(words, values[row].tolist(), reach, (HIGH, LOW))
-            body.append(f"<p>{html.escape(name)}</p>")
-            title = f"{layer}, {name}"
-            ident = f"layer-{row}-{number}"
-            body.append(circuitsvis_element(ident, "ColoredTokens", props, title=title))
+            given = (f"layer-{row}-{number}", "ColoredTokens", props)
+            shown = circuitsvis_element(*given, title=f"{layer}, {name}")
+            body += [f"<p>{html.escape(name)}</p>", shown]
         body.append("</details>")
     return _page("Projection on the direction, token by token", body)
 
@@ -225,7 +216,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
         >>> sl.plots.reading_page(words, texts).title
         'What the direction says'
     """
-    check_columns(words, [column.name for column in VOCABULARY_COLUMNS], "a table of vocabulary")
+    check_columns(words, VOCABULARY_COLUMNS, "a table of vocabulary")
     n_random = words.attrs.get("settings", {}).get("n_random", "some")
     body = [
         _VIEWS_STYLE,
@@ -238,8 +229,8 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
         first = group[0]
         told = ", ".join(f"{shown_token(row)!r} {row['logit']:+.2f}" for row in group)
         cells = [hook_label(first["hook_name"]), first["lens"], first["side"], told]
-        cells += [f"{first['random_logit']:+.2f}"]
-        cells += [f"{first[name]:.3g}" for name in ("p_value", "p_layers")]
+        cells += [f"{first['random_logit']:+.2f}", f"{first['p_value']:.3g}"]
+        cells += [f"{first['p_layers']:.3g}"]
         body.append("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells) + "</tr>")
     body.append("</table>")
     if texts is not None:
@@ -249,7 +240,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
 
 def _read_texts(texts: pd.DataFrame) -> list[str]:
     """Each text of a table of readings, its tokens by their projection."""
-    check_columns(texts, [column.name for column in READING_COLUMNS], "a table of readings")
+    check_columns(texts, READING_COLUMNS, "a table of readings")
     later = texts[texts.position > 0].groupby("hook_name")
     reach = {hook: _reach(rows.projection.to_numpy()) for hook, rows in later}
     body = [
@@ -292,11 +283,10 @@ def _arrays(what: str, given: Any, shape: tuple[int, ...]) -> dict[str, Any]:
 
 
 def circuitsvis_element(name: str, view: str, props: Mapping[str, Any], *, title: str = "") -> str:
-    """An element that circuitsvis draws once the page's script of it is there.
+    """An element with the id `name` that circuitsvis draws once the page's script of it is there.
 
-    `name` is the element's id, and must be one; `view` a component of circuitsvis with its `props`;
-    the `title` is kept beside them, for a report. NaN and inf are left blank. Text stays text, in
-    the page and in what circuitsvis makes of it.
+    `view` is a component of circuitsvis; the `title` is kept beside its `props`, for a report. NaN
+    and inf are left blank. Text stays text, in the page and in what circuitsvis makes of it.
     """
     # JSON inside a script: no text may end the element or begin another.
     given = {"view": view, "title": title, "props": _inert(dict(props))}
@@ -327,24 +317,14 @@ def _coloured(
     words: Sequence[str], values: Sequence[float], reach: float, colours: tuple[str, str]
 ) -> dict[str, Any]:
     """Props of `ColoredTokens`: colours of values above and below 0, full at `reach`."""
-    return {
-        "tokens": list(words),
-        "values": list(values),
-        "maxValue": reach,
-        "minValue": -reach,
-        "positiveColor": colours[0],
-        "negativeColor": colours[1],
-    }
+    props = {"tokens": list(words), "values": list(values), "maxValue": reach, "minValue": -reach}
+    return props | {"positiveColor": colours[0], "negativeColor": colours[1]}
 
 
 def _reach(values: Float[np.ndarray, "..."]) -> float:
     """The largest absolute value that is finite; 1 where there is none but 0."""
     finite = np.abs(values[np.isfinite(values)])
     return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
-
-
-def _check(tokens: pd.DataFrame) -> None:
-    check_columns(tokens, [column.name for column in TOKEN_COLUMNS], "the table of token_damage")
 
 
 def _groups(tokens: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:
@@ -356,11 +336,8 @@ def _groups(tokens: pd.DataFrame) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         damage = pd.Series([row["damage_nats"] for row in rows if row["is_label"]]).mean()
         verb = "gained" if damage < 0 else "lost"
         told = f"{abs(damage):.3f} nats per token {verb}" if math.isfinite(damage) else "undefined"
-        yield (
-            f"Prompt {first['prompt']}, {first['side']}, coefficient {added:+g} at "
-            f"{first['hook_name']}: {told}",
-            rows,
-        )
+        where = f"{first['side']}, coefficient {added:+g} at {first['hook_name']}"
+        yield f"Prompt {first['prompt']}, {where}: {told}", rows
 
 
 def _legend(tokens: pd.DataFrame) -> str:

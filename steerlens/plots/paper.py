@@ -32,10 +32,7 @@ _THINNER = {"size": 0.4, "strokeWidth": 0.6}
 
 
 def on_paper(spec: Spec, width: str) -> Spec:
-    """The chart at the width of a paper's "column" or "page", in points, without its title.
-
-    Raises `InputError` on another width.
-    """
+    """The chart at the width of a paper, in points, without its title. Raises `InputError`."""
     if width not in WIDTHS:
         raise InputError(f"expected the width {' or '.join(WIDTHS)}, got {width!r}")
     panels = spec.get("concat", [spec])
@@ -90,10 +87,7 @@ def layers_of(spec: Spec) -> dict[str, None]:
 
 
 def with_layers(spec: Spec, labels: Sequence[str]) -> Spec:
-    """The chart with the rows of these layers alone, all of which stand out.
-
-    Raises `InputError` where it has no such layer.
-    """
+    """The chart with these layers alone, which all stand out; `InputError` without one of them."""
     tables: dict[str, list[dict[str, Any]]] = spec["datasets"]
     known = layers_of(spec)
     if missing := [label for label in labels if label not in known]:

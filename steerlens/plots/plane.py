@@ -7,25 +7,10 @@ import numpy as np
 import pandas as pd
 
 from steerlens.errors import InputError
+from steerlens.plots import style as vl
 from steerlens.plots.checks import Tabular, by_hook, check_columns, check_distinct, table_of
 from steerlens.plots.figure import Figure, make_figure
 from steerlens.plots.isolines import loss_bands
-from steerlens.plots.style import (
-    BAR,
-    BLUE,
-    DOTTED,
-    GREEN,
-    GREY,
-    ORANGE,
-    RESIDUAL,
-    Spec,
-    choose,
-    layer,
-    named,
-    number,
-    panel,
-    tooltip,
-)
 
 ARROW = 0.16
 """Length of a kind's longest arrow, as a share of the panel."""
@@ -36,10 +21,9 @@ PLANE = ["along", "across"]
 ENDS = ["boundary_ci_low", "boundary_ci_high"]
 
 SIZE = (440, 440)
-POINT = {"type": "point", "filled": True}
 AXES = {
-    channel: number(
-        field, f"{title} ({RESIDUAL})", scale={"zero": False, "nice": False, "padding": 0}
+    channel: vl.number(
+        field, f"{title} ({vl.RESIDUAL})", scale={"zero": False, "nice": False, "padding": 0}
     )
     for channel, field, title in (
         ("x", "along", "along the frozen direction"),
@@ -72,10 +56,10 @@ def differences(points: Tabular) -> Figure:
         places += [kept, _mean_row(label, kept, "mean")]
         windows.append(_corners(label, *_middle(kept)))
     window = pd.concat(windows)
-    drawn = panel(
+    drawn = vl.panel(
         [
             *_window("window"),
-            layer("places", {"type": "point", "filled": True}, _pairs("mean", size=50)),
+            vl.layer("places", "point", _pairs("mean", size=50), filled=True),
         ],
         size=SIZE,
         zoom="zoom_pairs",
@@ -176,29 +160,22 @@ def _check_pushes(contours: pd.DataFrame) -> None:
 
 
 def boundary_rings(shape: pd.DataFrame, mean: tuple[float, float]) -> pd.DataFrame:
-    """Where the mean difference lies when it is pushed by the boundary at every angle, and back.
-
-    A row a place, with `line` "boundary", "boundary_ci_low" or "boundary_ci_high"; a boundary that
-    is not known leaves a gap.
-    """
+    """Where the mean difference lies when pushed by each `line`: the boundary and both its ends."""
     turn = np.radians(shape.angle.to_numpy(dtype=float))
     rings = []
-    for line in ("boundary", "boundary_ci_low", "boundary_ci_high"):
+    for line in ("boundary", *ENDS):
         push = shape[line].to_numpy(dtype=float)
         push = np.where(np.isfinite(push), push, math.nan)
         along, across = mean[0] + 2 * push * np.cos(turn), mean[1] + 2 * push * np.sin(turn)
-        ring = shape[["angle", "boundary", "boundary_ci_low", "boundary_ci_high"]].assign(
-            line=line, along=along, across=across
-        )
+        ring = shape[["angle", "boundary", *ENDS]].assign(line=line, along=along, across=across)
         rings.append(pd.concat([ring, ring[:1]]).assign(step=range(len(ring) + len(ring[:1]))))
     return pd.concat(rings)
 
 
 def pair_arrows(points: pd.DataFrame) -> pd.DataFrame:
-    """An arrow for each pair and term: from `along`, `across` to `to_along`, `to_across`.
+    """An arrow for each pair and term; `turn` is clockwise from up, in degrees.
 
     The longest arrow of a term takes the share `ARROW` of the panel; undefined ones are left out.
-    `turn` is clockwise from up, in degrees.
     """
     _, half = _middle(points)
     arrows: list[pd.DataFrame] = []
@@ -244,77 +221,72 @@ def _corners(frame: str, middle: tuple[float, float], reach: float) -> pd.DataFr
     return ends.assign(frame=frame)
 
 
-def _window(data: str) -> list[Spec]:
+def _window(data: str) -> list[vl.Spec]:
     """What gives both axes the reach of a window, and a line at 0 of each where it is in sight."""
-    rule = {"type": "rule", "color": GREY, "strokeDash": DOTTED}
+    rule: vl.Spec = {"color": vl.GREY, "strokeDash": vl.DOTTED}
     return [
-        layer(data, {"type": "point", "opacity": 0}, AXES),
-        layer(data, rule, {"x": number("zero_along")}),
-        layer(data, rule, {"y": number("zero_across")}),
+        vl.layer(data, "point", AXES, opacity=0),
+        vl.layer(data, "rule", {"x": vl.number("zero_along")}, **rule),
+        vl.layer(data, "rule", {"y": vl.number("zero_across")}, **rule),
     ]
 
 
-def _pairs(mean: str, *, size: int, **further: str) -> Spec:
+def _pairs(mean: str, *further: str, size: int) -> vl.Spec:
     """The pairs as circles, their mean as a diamond."""
+    symbols = {"a pair": "circle", mean: "diamond", **dict.fromkeys(further, vl.BAR)}
     return {
         **AXES,
-        "color": named(
-            "what", {"a pair": BLUE, mean: ORANGE, **dict.fromkeys(further.values(), ORANGE)}
-        ),
-        "shape": named(
-            "what", {"a pair": "circle", mean: "diamond", **dict.fromkeys(further.values(), BAR)}
-        ),
-        "size": choose("datum.what === 'a pair'", size, 130),
-        "tooltip": tooltip("pair", numbers=PLANE),
+        "color": vl.named("what", dict.fromkeys(symbols, vl.ORANGE) | {"a pair": vl.BLUE}),
+        "shape": vl.named("what", symbols),
+        "size": vl.choose("datum.what === 'a pair'", size, 130),
+        "tooltip": vl.tooltip("pair", numbers=PLANE),
     }
 
 
-def _far() -> Spec:
+def _far() -> vl.Spec:
     """The loss, the boundary with its interval, and the pairs."""
     path = AXES | {"detail": {"field": "area"}}
-    loss = {"fill": number("loss", scale={"scheme": "cividis"}), "stroke": {"value": None}}
-    area = {"type": "line", "filled": True, "opacity": 0.75, "order": None}
-    isoline = {"type": "line", "stroke": "white", "strokeWidth": 0.6, "opacity": 0.6, "order": None}
-    loop = AXES | {"order": number("step"), "detail": {"field": "line"}}
-    bounds = {"tooltip": tooltip(numbers=["angle", "boundary", *ENDS])}
-    line, is_boundary = {"type": "line", "color": ORANGE}, "datum.line === 'boundary'"
+    loss = {"fill": vl.number("loss", scale={"scheme": "cividis"}), "stroke": {"value": None}}
+    area = {"filled": True, "opacity": 0.75, "order": None}
+    isoline = {"stroke": "white", "strokeWidth": 0.6, "opacity": 0.6, "order": None}
+    loop = AXES | {"order": vl.number("step"), "detail": {"field": "line"}}
+    bounds = {"tooltip": vl.tooltip(numbers=["angle", "boundary", *ENDS])}
+    measured: dict[str, Any] = {"where": "datum.line === 'boundary'", "color": vl.ORANGE}
+    interval = measured | {"where": "!(datum.line === 'boundary')", "strokeDash": vl.DOTTED}
+    pairs = _pairs("mean difference", "coherence boundary", size=18)
     drawn = [
-        layer("bands", area, path | loss, where="datum.kind === 'area'"),
-        layer("bands", isoline, path, where="datum.kind === 'isoline'"),
+        vl.layer("bands", "line", path | loss, where="datum.kind === 'area'", **area),
+        vl.layer("bands", "line", path, where="datum.kind === 'isoline'", **isoline),
         _window("far")[0],
-        layer(
-            "rings",
-            line | {"strokeDash": DOTTED, "strokeWidth": 1},
-            loop,
-            where=f"!({is_boundary})",
-        ),
-        layer("rings", line | {"strokeWidth": 2.4}, loop, where=is_boundary),
-        layer("rings", POINT | {"color": ORANGE, "size": 20}, AXES | bounds, where=is_boundary),
-        layer("pairs", POINT, _pairs("mean difference", size=18, boundary="coherence boundary")),
+        vl.layer("rings", "line", loop, strokeWidth=1, **interval),
+        vl.layer("rings", "line", loop, strokeWidth=2.4, **measured),
+        vl.layer("rings", "point", AXES | bounds, filled=True, size=20, **measured),
+        vl.layer("pairs", "point", pairs, filled=True),
     ]
     for of_bands in drawn[:2]:
         of_bands["transform"].append({"flatten": PLANE})
-    return panel(drawn, title="The loss, and the boundary", size=SIZE, zoom="zoom_far")
+    return vl.panel(drawn, title="The loss, and the boundary", size=SIZE, zoom="zoom_far")
 
 
-def _near() -> Spec:
+def _near() -> vl.Spec:
     """The pairs from near by, with an arrow for each term."""
-    colours = dict(zip(TERMS.values(), (BLUE, GREEN), strict=True))
+    colours = dict(zip(TERMS.values(), (vl.BLUE, vl.GREEN), strict=True))
     arrow = {
-        "color": named("term", colours, symbolType="stroke"),
-        "tooltip": tooltip("pair", "term", numbers=["slope_along", "slope_across"]),
+        "color": vl.named("term", colours, symbolType="stroke"),
+        "tooltip": vl.tooltip("pair", "term", numbers=["slope_along", "slope_across"]),
     }
     ends = {"x2": {"field": "to_along"}, "y2": {"field": "to_across"}}
     tip = {
-        "x": number("to_along"),
-        "y": number("to_across"),
-        "angle": number("turn", scale=None),
+        "x": vl.number("to_along"),
+        "y": vl.number("to_across"),
+        "angle": vl.number("turn", scale=None),
     }
-    pair = AXES | {"tooltip": tooltip("pair", numbers=PLANE)}
+    pair = AXES | {"tooltip": vl.tooltip("pair", numbers=PLANE)}
+    dot: dict[str, Any] = {"where": "datum.what === 'a pair'", "color": vl.GREY, "size": 25}
     drawn = [
         *_window("near"),
-        layer("arrows", {"type": "rule", "strokeWidth": 1.4}, AXES | arrow | ends),
-        layer("arrows", POINT | {"shape": "triangle-up", "size": 40}, arrow | tip),
-        layer("pairs", POINT | {"color": GREY, "size": 25}, pair, where="datum.what === 'a pair'"),
+        vl.layer("arrows", "rule", AXES | arrow | ends, strokeWidth=1.4),
+        vl.layer("arrows", "point", arrow | tip, filled=True, shape="triangle-up", size=40),
+        vl.layer("pairs", "point", pair, filled=True, **dot),
     ]
-    return panel(drawn, title="Both terms, pair by pair", size=SIZE, zoom="zoom_near")
+    return vl.panel(drawn, title="Both terms, pair by pair", size=SIZE, zoom="zoom_near")

@@ -70,11 +70,19 @@ def choose(test: str, value: Any, other: Any) -> Spec:
     return {"condition": {"test": test, "value": value}, "value": other}
 
 
-def layer(data: str, mark: Spec, encoding: Spec, *, where: str | Sequence[str] = ()) -> Spec:
-    """A mark for every row of a table, by its name, that passes a test, or several."""
+def span(axis: str, low: str, high: str, title: str | None = None, **options: Any) -> Spec:
+    """From one column to another along an axis, as Vega-Lite encodes it."""
+    return {axis: number(low, title, **options), f"{axis}2": {"field": high}}
+
+
+def layer(
+    data: str, mark: str, encoding: Spec, *, where: str | Sequence[str] = (), **look: Any
+) -> Spec:
+    """A mark with a `look` for every row of the table `data` that passes the tests `where`."""
     tests = [where] if isinstance(where, str) else where
     kept = [{"filter": test} for test in tests if test]
-    return {"data": {"name": data}, "transform": kept, "mark": mark, "encoding": encoding}
+    drawn = {"type": mark, **look}
+    return {"data": {"name": data}, "transform": kept, "mark": drawn, "encoding": encoding}
 
 
 def panel(
@@ -87,8 +95,8 @@ def panel(
 ) -> Spec:
     """Layers on one pair of axes, of a width and height in pixels.
 
-    `zoom` names the parameter by which it is moved (drag) and zoomed (wheel with the Alt key, since
-    a wheel alone scrolls the page); without a name it is not.
+    `zoom` names the parameter by which it is moved and zoomed (a wheel with the Alt key, since one
+    alone scrolls the page); without a name it is not.
     """
     select = {"type": "interval", "zoom": "wheel![event.altKey]"}
     moved = [{"name": zoom, "select": select, "bind": "scales"}] if zoom else []
@@ -114,10 +122,7 @@ SHOWN = f"isValid(picked_layer) ? {PICKED} : datum.stands_out"
 
 
 def layer_choice(labels: Sequence[str]) -> Spec:
-    """The choice of one layer in a whole figure, by a click on what has one or from a list.
-
-    The signal `picked_layer` is its label; at first it is null, or the only layer there is.
-    """
+    """The choice of one layer in a whole figure, by a click or from a list: `picked_layer`."""
     select = {"type": "point", "fields": ["layer"], "on": "click", "clear": False}
     names = {"options": [None, *labels], "labels": ["all", *labels], "name": "layer "}
     value = {"value": [{"layer": labels[0]}]} if len(labels) == 1 else {}
@@ -144,17 +149,10 @@ def heat_map(
     reach: tuple[float, float] | None = None,
     is_diverging: bool = False,
 ) -> Spec:
-    """A colour for every cell of a table; undefined cells are empty.
+    """A colour for every cell of the table `data`; undefined cells are empty.
 
-    Args:
-        data: The table's name.
-        values: Its column of what is shown, by that name.
-        unit: The values' unit.
-        x: Column, labels in order and title of the axis.
-        y: The same, from the lowest row up.
-        reach: The values at the ends of the colours, which those beyond share; as far as the
-            values reach by default.
-        is_diverging: A scale centred on 0.
+    `x` and `y` are the column, labels in order and title of an axis; `reach` the values at the ends
+    of the colours, by default as far as they reach; a diverging scale is centred on 0.
     """
     known = values[np.isfinite(values.astype(float))].astype(float)
     if reach is None:
@@ -170,4 +168,4 @@ def heat_map(
         "color": number(value, unit, scale={**colours, "domain": list(reach), "clamp": True}),
         "tooltip": tooltip(row, column, numbers=[value]),
     }
-    return layer(data, {"type": "rect"}, encoding, where=f"isValid(datum['{value}'])")
+    return layer(data, "rect", encoding, where=f"isValid(datum['{value}'])")

@@ -7,34 +7,14 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerlens.models.weight_processing import check_same, processing_of
+from steerlens.plots import style as vl
 from steerlens.plots.checks import Tabular, by_hook, check_columns, check_distinct, table_of
 from steerlens.plots.figure import Figure, make_figure
-from steerlens.plots.style import (
-    CROSS,
-    GREY,
-    NATS,
-    ORANGE,
-    PALE,
-    PICKED,
-    RESIDUAL,
-    SHOWN,
-    Spec,
-    choose,
-    heat_map,
-    layer,
-    layer_choice,
-    layer_colour,
-    number,
-    panel,
-    text,
-    tooltip,
-    zero_line,
-)
 from steerlens.tables import hook_label
 
 MOST_STANDING_OUT = 5
-PROJECTION = f"projection at the readout ({RESIDUAL})"
-COEFFICIENT = f"coefficient ({RESIDUAL})"
+PROJECTION = f"projection at the readout ({vl.RESIDUAL})"
+COEFFICIENT = f"coefficient ({vl.RESIDUAL})"
 RUN = "datum.exact"
 """Of the cells of a sweep those that were run, not interpolated."""
 
@@ -49,19 +29,20 @@ _STANDOUT = (
     "The layers that the legend names stand out: those pushed furthest within the budget, "
     "and the quartiles of the depth. A click picks a layer."
 )
-_MARKS: dict[str, Spec] = {
-    "no": {"type": "point", "shape": CROSS, "size": 26},
-    "undecided": {"type": "point", "size": 22},
+_MARKS: dict[str, vl.Spec] = {
+    "no": {"shape": vl.CROSS, "size": 26},
+    "undecided": {"size": 22},
 }
-_SHAPES: dict[str, Spec] = {"no": {}, "undecided": {"shape": "square"}, "yes": {"filled": True}}
+_SHAPES: dict[str, vl.Spec] = {"no": {}, "undecided": {"shape": "square"}, "yes": {"filled": True}}
 """How a cell is drawn that is beyond the budget, undecided, or within it."""
 
 
-def _labelled(sweep: pd.DataFrame) -> pd.DataFrame:
-    """The cells by layer and coefficient, with the layer's label in the column `layer`.
+def _is(word: str) -> str:
+    return f"datum.coherent == '{word}'"
 
-    `number` is the layer as a number, `stands_out` whether its curve is coloured at first.
-    """
+
+def _labelled(sweep: pd.DataFrame) -> pd.DataFrame:
+    """The cells by layer and coefficient; `stands_out`: whether the curve is coloured at first."""
     named = standing_out(sweep)
     tables = [
         rows.assign(layer=label, number=rows.layer, stands_out=label in named)
@@ -71,10 +52,7 @@ def _labelled(sweep: pd.DataFrame) -> pd.DataFrame:
 
 
 def furthest_cell(cells: pd.DataFrame) -> Any:
-    """The coherent cell of a sweep with the largest projection shift; None without one.
-
-    At a readout the shift is the coefficient itself, so its cells are left out.
-    """
+    """The coherent cell with the largest projection shift, none at a readout; None without one."""
     is_before = (cells.hook_name != cells.readout_hook) & (cells.coefficient != 0)
     sizes = cells.projection_shift.abs().where(is_before & (cells.coherent == "yes"))
     return None if sizes.isna().all() else cells.iloc[int(np.nanargmax(sizes))]
@@ -109,23 +87,17 @@ def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
     cells = _labelled(sweep)
     cells = cells.loc[cells.projection.notna() & cells.degradation_nats.notna(), _DRAWN]
     axes = {
-        "x": number("degradation_nats", f"degradation ({NATS}; right is worse)"),
-        "y": number("projection", PROJECTION, scale={"zero": False}),
-        "tooltip": tooltip("layer", "coefficient", numbers=["projection", "degradation_nats"]),
+        "x": vl.number("degradation_nats", f"degradation ({vl.NATS}; right is worse)"),
+        "y": vl.number("projection", PROJECTION, scale={"zero": False}),
+        "tooltip": vl.tooltip("layer", "coefficient", numbers=["projection", "degradation_nats"]),
     }
-    coloured = axes | {"color": layer_colour(cells)}
-    point = {"type": "point", "size": 40}
+    coloured = axes | {"color": vl.layer_colour(cells)}
     drawn = [
-        zero_line("x"),
-        *_curves(axes | {"order": number("coefficient")}, cells),
+        vl.zero_line("x"),
+        *_curves(axes | {"order": vl.number("coefficient")}, cells),
         *(
-            layer(
-                "cells",
-                point | shape,
-                coloured,
-                where=[f"datum.coherent == '{word}'", RUN, SHOWN],
-            )
-            for word, shape in _SHAPES.items()
+            vl.layer("cells", "point", coloured, where=[_is(word), RUN, vl.SHOWN], size=40, **look)
+            for word, look in _SHAPES.items()
             if (cells.coherent == word).any()
         ),
     ]
@@ -141,34 +113,26 @@ def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
         layers = table_of(layers, "layers")
         needed = ["hook_name", "layer", "boundary_pos", "boundary_neg"]
         check_columns(layers, needed, "the per-layer table")
-        check_same(
-            "the sweep is of a model",
-            processing_of(sweep.attrs),
-            "that of the per-layer table",
-            processing_of(layers.attrs),
-        )
+        both = processing_of(sweep.attrs), processing_of(layers.attrs)
+        check_same("the sweep is of a model", both[0], "that of the per-layer table", both[1])
         tables["boundaries"] = boundary_places(sweep, layers)
-        mark = {"type": "point", "shape": "diamond", "filled": True, "size": 110, "color": ORANGE}
-        shown = {"tooltip": tooltip("layer", numbers=["boundary"])}
-        places = {"x": axes["x"], "y": axes["y"], **shown}
-        drawn.insert(-1, layer("boundaries", mark, places, where=SHOWN))
+        look = {"shape": "diamond", "filled": True, "size": 110, "color": vl.ORANGE}
+        places = axes | {"tooltip": vl.tooltip("layer", numbers=["boundary"])}
+        drawn.insert(-1, vl.layer("boundaries", "point", places, where=vl.SHOWN, **look))
         caption += " Diamonds: the measured coherence boundary of each sign."
-    choice = layer_choice(list(by_hook(sweep)))
-    panels = [panel(drawn, size=(640, 420), zoom="zoom_tradeoff", params=[choice])]
+    choice = vl.layer_choice(list(by_hook(sweep)))
+    panels = [vl.panel(drawn, size=(640, 420), zoom="zoom_tradeoff", params=[choice])]
     return make_figure("Projection against degradation", caption, tables, panels)
 
 
-def _curves(axes: Spec, cells: pd.DataFrame) -> list[Spec]:
+def _curves(axes: vl.Spec, cells: pd.DataFrame) -> list[vl.Spec]:
     """A grey curve of every layer, and over it a coloured one of those that are shown."""
     line = axes | {"detail": {"field": "layer"}}
-    grey = {"type": "line", "color": PALE, "strokeWidth": 1}
-    point = {"type": "point", "filled": True, "color": PALE, "size": 8}
-    bold = {"type": "line", "strokeWidth": 2.4}
-    colour = {"color": layer_colour(cells)}
+    colour = {"color": vl.layer_colour(cells)}
     return [
-        layer("cells", grey, line),
-        layer("cells", point, axes, where=RUN),
-        layer("cells", bold, line | colour, where=SHOWN),
+        vl.layer("cells", "line", line, color=vl.PALE, strokeWidth=1),
+        vl.layer("cells", "point", axes, where=RUN, filled=True, color=vl.PALE, size=8),
+        vl.layer("cells", "line", line | colour, where=vl.SHOWN, strokeWidth=2.4),
     ]
 
 
@@ -212,22 +176,22 @@ def heat_maps(sweep: Tabular) -> Figure:
     cells["projection_change"] = cells.projection - cells.layer.map(unsteered)
     has_unsteered = not unsteered.empty
     shown = (
-        ("projection_change", "Projection: change from unsteered", RESIDUAL)
+        ("projection_change", "Projection: change from unsteered", vl.RESIDUAL)
         if has_unsteered
-        else ("projection", "Projection", RESIDUAL),
-        ("degradation_nats", "Degradation", NATS),
+        else ("projection", "Projection", vl.RESIDUAL),
+        ("degradation_nats", "Degradation", vl.NATS),
         ("loss", "Loss", "reference form"),
     )
     names = list(dict.fromkeys(cells.asked))
-    axes = {"x": text("asked"), "y": text("layer")}
+    axes = {"x": vl.text("asked"), "y": vl.text("layer")}
     marks = [
-        layer("cells", mark | ink, axes, where=f"datum.coherent == '{word}'")
-        for word, mark in _MARKS.items()
+        vl.layer("cells", "point", axes, where=_is(word), **look, **ink)
+        for word, look in _MARKS.items()
         for ink in (_HALO, _DARK)
     ]
-    panels: list[Spec] = []
+    panels: list[vl.Spec] = []
     for name, title, unit in shown:
-        colours = heat_map(
+        colours = vl.heat_map(
             "cells",
             cells[name],
             unit,
@@ -237,11 +201,13 @@ def heat_maps(sweep: Tabular) -> Figure:
             is_diverging=name in ("degradation_nats", "projection_change"),
         )
         if name == "projection_change":
-            colours["encoding"]["tooltip"].append(number("projection", format=".4~g"))
-        colours["encoding"]["opacity"] = choose(f"!isValid(picked_layer) || {PICKED}", 1, 0.25)
+            colours["encoding"]["tooltip"].append(vl.number("projection", format=".4~g"))
+        colours["encoding"]["opacity"] = vl.choose(
+            f"!isValid(picked_layer) || {vl.PICKED}", 1, 0.25
+        )
         size = (240, max(240, 12 * len(labels)))
-        choice = [] if panels else [layer_choice(labels)]
-        panels.append(panel([colours, *marks], title=title, size=size, params=choice))
+        choice = [] if panels else [vl.layer_choice(labels)]
+        panels.append(vl.panel([colours, *marks], title=title, size=size, params=choice))
     caption = (
         "Every cell of the sweep: mean projection at the readout hook (residual units), as its "
         "change from the unsteered model's where coefficient 0 was measured, loss of logprob (nats "
@@ -275,28 +241,27 @@ def dose_response(sweep: Tabular) -> Figure:
     sweep = table_of(sweep, "table")
     parts = (
         ("projection", "projection", PROJECTION),
-        ("degradation_nats", "degradation", f"degradation ({NATS})"),
+        ("degradation_nats", "degradation", f"degradation ({vl.NATS})"),
     )
     intervals = [f"{name}_ci_{end}" for _, name, _ in parts for end in ("low", "high")]
     check_columns(sweep, [*_COLUMNS, *intervals], "the table of a sweep")
     cells = _labelled(sweep)[[*_DRAWN, *intervals]]
-    panels: list[Spec] = []
+    panels: list[vl.Spec] = []
     for column, name, title in parts:
         ends = [f"{name}_ci_low", f"{name}_ci_high"]
-        x = number("coefficient", COEFFICIENT, scale={"nice": False, "padding": 8})
-        y: Spec = {"title": title, "scale": {"zero": False}}
-        area = {"x": x, "y": number("low", **y), "y2": {"field": "high"}, "detail": text("layer")}
-        shown = tooltip("layer", "coefficient", numbers=[column, *ends])
-        axes = {"x": x, "y": number(column, **y), "tooltip": shown}
-        band = {"type": "area", "fillOpacity": 0.25, "color": GREY}
+        x = vl.number("coefficient", COEFFICIENT, scale={"nice": False, "padding": 8})
+        y: vl.Spec = {"title": title, "scale": {"zero": False}}
+        area = {"x": x, **vl.span("y", "low", "high", **y), "detail": vl.text("layer")}
+        shown = vl.tooltip("layer", "coefficient", numbers=[column, *ends])
+        axes = {"x": x, "y": vl.number(column, **y), "tooltip": shown}
         # Without width where no layer is picked: without rows Vega would warn of it.
-        picked = layer("cells", band, area)
+        picked = vl.layer("cells", "area", area, fillOpacity=0.25, color=vl.GREY)
         for end, field in zip(("low", "high"), ends, strict=True):
-            width = f"{PICKED} ? datum['{field}'] : datum['{column}']"
+            width = f"{vl.PICKED} ? datum['{field}'] : datum['{column}']"
             picked["transform"].append({"calculate": width, "as": end})
-        drawn = [zero_line("x"), picked, *_curves(axes, cells)]
-        choice = [] if panels else [layer_choice(list(by_hook(sweep)))]
-        panels.append(panel(drawn, size=(420, 320), zoom=f"zoom_{name}", params=choice))
+        drawn = [vl.zero_line("x"), picked, *_curves(axes, cells)]
+        choice = [] if panels else [vl.layer_choice(list(by_hook(sweep)))]
+        panels.append(vl.panel(drawn, size=(420, 320), zoom=f"zoom_{name}", params=choice))
     caption = (
         "Mean projection at the readout hook (residual units) and loss of logprob (nats per token) "
         "at every coefficient, one curve a layer; the area of a picked layer is its 95% interval "

@@ -2,37 +2,27 @@
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from types import MappingProxyType
 
-from steerlens import tables
-from steerlens.tables import Column
+from steerlens.tables import COLUMNS, Column
 
 Kind = type | tuple[type, ...]
 
 
-@dataclass(frozen=True)
-class Needed:
-    """What the summary of a command reads: tables by file name, and keys of the request."""
-
-    tables: tuple[str, ...]
-    request: Mapping[str, Kind]
-
-
-NEEDED: Mapping[str, Needed] = MappingProxyType(
+NEEDED: Mapping[str, tuple[tuple[str, ...], Mapping[str, Kind]]] = MappingProxyType(
     {
-        "sweep": Needed(("sweep",), {"budget": str}),
-        "boundary": Needed(("layers",), {"budget": str, "on": str}),
-        "compare": Needed(
-            ("comparison", "summary"), {"budget": str, "on": str, "measured_on": dict}
-        ),
-        "circuits": Needed(("writers", "readers", "claims"), {"coefficient": (int, float, str)}),
-        "geometry": Needed(("shape",), {}),
-        "behave": Needed(("behaviour",), {"samples": int, "prompts": list}),
-        "recommend": Needed(("recommendation", "candidates"), {"budget": str}),
+        "sweep": (("sweep",), {"budget": str}),
+        "boundary": (("layers",), {"budget": str, "on": str}),
+        "compare": (("comparison", "summary"), {"budget": str, "on": str, "measured_on": dict}),
+        "circuits": (("writers", "readers", "claims"), {"coefficient": (int, float, str)}),
+        "geometry": (("shape",), {}),
+        "behave": (("behaviour",), {"samples": int, "prompts": list}),
+        "recommend": (("recommendation", "candidates"), {"budget": str}),
     }
 )
+"""What the summary of a command reads: tables by file name, and keys of the request."""
 COMMANDS = tuple(NEEDED)
 """The commands that write a run folder."""
 
@@ -46,9 +36,8 @@ def text_name(prompt: int, sample: int, strength: str) -> str:
 class TableContent:
     """A table of some command: its title, what a row is, and its columns.
 
-    `by` is the column whose largest values, in size, a report shows of a long table; `rest` is what
-    further columns are, where their names depend on the run; `main` are the columns that a report
-    shows at first, the first of them all where it names none.
+    Of a long table a report shows the rows with the largest sizes of `by`, and at first the `main`
+    columns (the first few, if there are none). `rest` is of columns whose names depend on the run.
     """
 
     title: str
@@ -63,51 +52,25 @@ class TableContent:
         if self.rest is None:
             return self.columns
         declared = {column.name for column in self.columns}
-        rest = self.rest
-        return (
-            *self.columns,
-            *(Column(n, rest.dtype, rest.unit, rest.meaning) for n in names if n not in declared),
-        )
-
-
-_AN_EFFECT = Column("", "float64", "nats per token", "change of the gap by this method and hook")
-_COLUMNS: Mapping[str, tuple[Column, ...]] = {  # until `tables` has them by file name
-    "effects": (Column("id", "str", "", "the item"),),
-    "summary": tables.SUMMARY_COLUMNS,
-    "comparison": tables.COMPARISON_COLUMNS,
-    "methods": tables.METHOD_COLUMNS,
-    "layers": tables.LAYER_COLUMNS,
-    "sweep": tables.SWEEP_COLUMNS,
-    "geometry": tables.GEOMETRY_COLUMNS,
-    "contours": tables.CONTOUR_COLUMNS,
-    "shape": tables.SHAPE_COLUMNS,
-    "boundary": tables.BOUNDARY_COLUMNS,
-    "writers": tables.WRITER_COLUMNS,
-    "readers": tables.READER_COLUMNS,
-    "claims": tables.CLAIM_COLUMNS,
-    "circuits": tables.CIRCUIT_COLUMNS,
-    "edges": tables.EDGE_COLUMNS,
-    "faithfulness": tables.FAITHFULNESS_COLUMNS,
-    "positions": tables.WRITER_POSITION_COLUMNS,
-    "points": tables.POINT_COLUMNS,
-    "generations": tables.GENERATION_COLUMNS,
-    "tokens": tables.TOKEN_COLUMNS,
-    "segments": tables.SEGMENT_COLUMNS,
-    "joint": tables.JOINT_COLUMNS,
-    "behaviour": tables.BEHAVIOUR_COLUMNS,
-    "recommendation": tables.RECOMMENDATION_COLUMNS,
-    "candidates": tables.CANDIDATE_COLUMNS,
-}
+        rest = [replace(self.rest, name=name) for name in names if name not in declared]
+        return *self.columns, *rest
 
 
 def _read_tables() -> dict[str, TableContent]:
+    effects = (Column("id", "str", "", "the item"),)
+    rest = Column("", "float64", "nats per token", "change of the gap by this method and hook")
     text = files("steerlens.runs").joinpath("tables.csv").read_text(encoding="utf-8")
-    contents = {}
-    for line in csv.DictReader(text.splitlines(), restval=""):
-        name, rest = line["name"], _AN_EFFECT if line["name"] == "effects" else None
-        columns, main = _COLUMNS[name], tuple(line["main"].split())
-        contents[name] = TableContent(line["title"], line["row"], columns, line["by"], rest, main)
-    return contents
+    return {
+        line["name"]: TableContent(
+            line["title"],
+            line["row"],
+            COLUMNS.get(line["name"], effects),
+            line["by"],
+            None if line["name"] in COLUMNS else rest,
+            tuple(line["main"].split()),
+        )
+        for line in csv.DictReader(text.splitlines(), restval="")
+    }
 
 
 TABLES: Mapping[str, TableContent] = MappingProxyType(_read_tables())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -220,12 +220,9 @@ def _fault_of_command(request: Mapping[str, Any], tables: Mapping[str, Any]) -> 
         return (
             f"it is of {command!r}, expected one of {', '.join(COMMANDS)} (is it of a newer one?)"
         )
-    missing = [f"the table {name!r}" for name in NEEDED[command].tables if name not in tables]
-    missing += [
-        f"{name!r} in its request"
-        for name, kind in NEEDED[command].request.items()
-        if not _is(request.get(name), kind)
-    ]
+    needed, kinds = NEEDED[command]
+    missing = [f"the table {name!r}" for name in needed if name not in tables]
+    missing += [f"{n!r} in its request" for n in kinds if not _is(request.get(n), kinds[n])]
     for name in ("fitted_on", "chosen_on", "measured_on"):
         size = "n_items" if command == "compare" and name != "fitted_on" else "n_pairs"
         data = request.get(name)
@@ -264,29 +261,25 @@ def _read(path: Path, sums: Mapping[str, Any], again: str) -> bytes:
 
 
 def _read_table(path: Path, entry: Mapping[str, Any], again: str) -> pd.DataFrame:
-    content = TABLES[path.stem]
     try:
         names = [str(name) for name in pd.read_csv(path, nrows=0).columns]
-        columns = content.columns_of(names)
+        columns = TABLES[path.stem].columns_of(names)
         table = read_csv(path, columns)
         if len(table) != entry["rows"]:
             raise ValueError(f"{len(table)} rows, and {RECORD} says {entry['rows']}")
     except (ValueError, OverflowError) as error:
         raise FileError(f"{str(path)!r} cannot be read as CSV ({error}); {again}") from error
-    _check_columns(path, names, [column.name for column in columns], again)
+    expected = [column.name for column in columns]
+    if names != expected:
+        missing = ", ".join(name for name in expected if name not in names)
+        unknown = ", ".join(name for name in names if name not in expected)
+        raise FileError(
+            f"{str(path)!r} is of another steerlens: its columns lack {missing or 'none'} and have "
+            f"{unknown or 'none'} besides, or are in another order than {', '.join(expected)}; "
+            f"{again}"
+        )
     table.attrs.update(entry["attrs"])
     return table
-
-
-def _check_columns(path: Path, names: Sequence[str], expected: Sequence[str], again: str) -> None:
-    if names == expected:
-        return
-    missing = ", ".join(name for name in expected if name not in names)
-    unknown = ", ".join(name for name in names if name not in expected)
-    raise FileError(
-        f"{str(path)!r} is of another steerlens: its columns lack {missing or 'none'} and have "
-        f"{unknown or 'none'} besides, or are in another order than {', '.join(expected)}; {again}"
-    )
 
 
 def _views(path: Path, content: bytes, again: str) -> list[View]:

@@ -18,13 +18,7 @@ import torch
 
 from steerlens.directions.directions import Directions
 from steerlens.errors import FileError
-from steerlens.files import (
-    check_out_folder,
-    strict_json,
-    without_nan,
-    write_json,
-    write_whole,
-)
+from steerlens.files import check_out_folder, strict_json, without_nan, write_json, write_whole
 from steerlens.models.hooks import is_head
 from steerlens.models.weight_processing import UNKNOWN
 from steerlens.runs.contents import PAGES, TABLES
@@ -52,6 +46,13 @@ RUN_FILES = (
     RECORD,
 )
 """Every file that some command writes into a run folder, but for those of several directions."""
+_FITTED = {
+    **{name: name for name in ("method", "position", "seed")},
+    "fitted_on": "fingerprint",
+    **{name: name for name in ("weight_processing", "weights_fingerprint", "pair_hashes")},
+    "readout_hooks": "readout_names",
+}
+"""What a file of directions says of how they were fitted -> the field of `Directions`."""
 
 
 def is_run_file(name: str) -> bool:
@@ -63,9 +64,7 @@ def check_run_folder(folder: Path, request: Mapping[str, Any], *, is_begun: bool
     """Make `folder` and see that a run of `request` may be written there, before any work.
 
     A run of the same request may be written again, and one that `is_begun` there. Raises
-    `FileError` when the folder cannot be written, is a link, or holds a run of another request
-    (naming what differs, with both values), files of these names that no record says are of a run,
-    or a link, a folder or a device by one of them.
+    `FileError` when it may not, naming what differs from a run that is there, with both values.
     """
     check_out_folder(folder)
     there = sorted(path for path in folder.iterdir() if is_run_file(path.name))
@@ -97,10 +96,7 @@ def check_run_folder(folder: Path, request: Mapping[str, Any], *, is_begun: bool
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record with its own sha256, by which `read_record` sees that it was changed.
-
-    That shows accidents and edits; it is no signature, which nobody else could make.
-    """
+    """A record with its own sha256, which shows accidents and edits; it is no signature."""
     plain = without_nan({name: value for name, value in record.items() if name != SEAL})
     text = json.dumps(plain, sort_keys=True)
     return {**plain, SEAL: hashlib.sha256(text.encode()).hexdigest()}
@@ -112,10 +108,7 @@ def is_sealed(record: Mapping[str, Any]) -> bool:
 
 
 def read_record(path: Path, *objects: str) -> dict[str, Any]:
-    """A record that steerlens wrote, with `request`, `versions` and more `objects`.
-
-    Raises `ValueError` where it is none, or was changed since.
-    """
+    """A record with `request`, `versions` and more `objects`; `ValueError` where it is none."""
     try:
         record = strict_json(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -176,46 +169,30 @@ def write_run(
 ) -> None:
     """Write the files of a run; each appears whole, the record last.
 
-    Each of `tables` as `NAME.csv`, a sweep as `sweep.parquet` too; `directions.safetensors`
-    (hook name -> direction, the readouts included), or one `directions-NAME.safetensors` for each
-    of several, or the `vector.safetensors` that was measured; each of `pages` as `NAME.html`, of
-    `lines` as `NAME.jsonl`, of `answers` as `NAME.json`; and `run.json`, with the sha256 and size
-    of each of those files, the rows and attrs of each table, the seconds and, where they are
-    counted, the forward-equivalents spent, the `warnings` given, and the `options` of the command,
-    from which it can be run again. In the record None stands for NaN, "inf" and "-inf" for
-    themselves, as JSON has neither.
+    Each of `tables` as `NAME.csv`, a sweep as Parquet too; directions, or the vector that was
+    measured, as safetensors; each of `pages` as `NAME.html`, of `lines` as `NAME.jsonl`, of
+    `answers` as `NAME.json`. `run.json` has the sha256 and size of each of those files and, in
+    `options`, what the command can be run again from.
 
     Raises `FileError` when a file cannot be written.
     """
-    by_name: Mapping[str, Callable[[Path], object]]
-    if isinstance(directions, Directions):
-        by_name = {"directions": partial(write_directions, directions)}
-    elif isinstance(directions, SteeringVector):
-        content = directions.to_bytes()
-        by_name = {"vector": lambda path: path.write_bytes(content)}
-    else:
-        by_name = {
-            f"directions-{name}": partial(write_directions, fitted)
-            for name, fitted in directions.items()
-        }
     writers: dict[str, Callable[[Path], object]] = {
-        **{f"{name}.csv": partial(write_csv, table) for name, table in tables.items()},
-        **{
-            f"{name}.parquet": partial(write_parquet, table)
-            for name, table in tables.items()
-            if name == "sweep"
-        },
-        **{f"{name}.safetensors": write for name, write in by_name.items()},
-        **{
-            f"{name}.html": partial(Path.write_text, data=page, encoding="utf-8")
-            for name, page in pages.items()
-        },
-        **{
-            f"{name}.jsonl": partial(Path.write_text, data=_jsonl(rows), encoding="utf-8")
-            for name, rows in lines.items()
-        },
-        **{f"{name}.json": partial(write_json, answer) for name, answer in answers.items()},
+        f"{name}.csv": partial(write_csv, table) for name, table in tables.items()
     }
+    if "sweep" in tables:
+        writers["sweep.parquet"] = partial(write_parquet, tables["sweep"])
+    if isinstance(directions, SteeringVector):
+        writers["vector.safetensors"] = partial(Path.write_bytes, data=directions.to_bytes())
+    elif isinstance(directions, Directions):
+        writers["directions.safetensors"] = partial(write_directions, directions)
+    else:
+        for name, fitted in directions.items():
+            writers[f"directions-{name}.safetensors"] = partial(write_directions, fitted)
+    texts = {f"{name}.html": page for name, page in pages.items()}
+    texts |= {f"{name}.jsonl": _jsonl(rows) for name, rows in lines.items()}
+    for name, text in texts.items():
+        writers[name] = partial(Path.write_text, data=text, encoding="utf-8")
+    writers |= {f"{name}.json": partial(write_json, answer) for name, answer in answers.items()}
     try:
         files = {name: _write_summed(folder / name, write) for name, write in writers.items()}
         record = {
@@ -271,51 +248,35 @@ def write_directions(directions: Directions, path: Path) -> None:
     """Write directions as safetensors: hook names as keys, how they were fitted as metadata."""
     from safetensors.torch import save
 
-    fitted = {
-        "method": directions.method,
-        "position": directions.position,
-        "seed": directions.seed,
-        "fitted_on": directions.fingerprint,
-        "weight_processing": directions.weight_processing,
-        "weights_fingerprint": directions.weights_fingerprint,
-        "pair_hashes": directions.pair_hashes,
-        "readout_hooks": directions.readout_names,
-    }
+    fitted = {key: getattr(directions, name) for key, name in _FITTED.items()}
     names = (*directions.hook_names, *directions.readout_names)
     tensors = {name: directions[name].contiguous() for name in names}
     # One key: safetensors writes several in an order of its own, and the bytes would change.
-    metadata = {"steerlens": json.dumps(fitted)}
-    path.write_bytes(save(tensors, metadata))
+    path.write_bytes(save(tensors, {"steerlens": json.dumps(fitted)}))
 
 
 def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
-    """Directions that `write_directions` wrote; `hook_names` are those that are not readouts.
-
-    Raises `FileError` when the file is damaged or has others.
-    """
+    """Directions of `write_directions` at these hooks and their readouts. Raises `FileError`."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            fitted = json.loads(file.metadata()["steerlens"])
-            names = (*hook_names, *fitted["readout_hooks"])
+            said = json.loads(file.metadata()["steerlens"])
+            # Older files lack some.
+            said = {"weights_fingerprint": UNKNOWN, "pair_hashes": ()} | said
+            names = (*hook_names, *said["readout_hooks"])
             if set(names) != set(file.keys()):
                 raise ValueError("it has other hooks")
             rows = [file.get_tensor(name) for name in names]
         # The readouts of heads have another width.
         n_alike = len(hook_names) if is_head(names[0]) else len(rows)
+        fitted = {name: said[key] for key, name in _FITTED.items()}
+        fitted |= {name: tuple(fitted[name]) for name in ("readout_names", "pair_hashes")}
         return Directions(
             hook_names=tuple(hook_names),
-            readout_names=tuple(fitted["readout_hooks"]),
             vectors=torch.stack(rows[:n_alike]),
             readout_vectors=torch.stack(rows[n_alike:]) if rows[n_alike:] else None,
-            method=fitted["method"],
-            position=fitted["position"],
-            seed=fitted["seed"],
-            fingerprint=fitted["fitted_on"],
-            weight_processing=fitted["weight_processing"],
-            weights_fingerprint=fitted.get("weights_fingerprint", UNKNOWN),
-            pair_hashes=tuple(fitted.get("pair_hashes", ())),
+            **fitted,
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{str(path)!r} holds no directions of this run ({error})") from error

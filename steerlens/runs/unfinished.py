@@ -59,10 +59,7 @@ from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
 
 @dataclass(frozen=True)
 class Started:
-    """What an unfinished run was asked for, and what of it has a part.
-
-    `has_part` names the hooks of a sweep that have one; `n_parts` counts those of other commands.
-    """
+    """What an unfinished run was asked for, and what it has: hooks of a sweep, or so many parts."""
 
     request: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -79,13 +76,8 @@ class Started:
     def finished(self) -> str:
         """How much is finished."""
         if self.request.get("command") == "sweep":
-            return f"{len(self.has_part)} of {len(self.hook_names)} hooks"
+            return f"{len(self.has_part)} of {len(self.request['hook_names'])} hooks"
         return f"{self.n_parts} parts"
-
-    @property
-    def hook_names(self) -> tuple[str, ...]:
-        """All hooks of the run."""
-        return tuple(self.request["hook_names"])
 
 
 def resume_command(request: Mapping[str, Any]) -> str:
@@ -94,10 +86,9 @@ def resume_command(request: Mapping[str, Any]) -> str:
 
 
 def read_started(folder: Path) -> Started | None:
-    """What the unfinished run in a folder is; None when there is none.
+    """What the unfinished run in a folder is; None when there is none, or it is finished.
 
-    A folder with a run.json is finished. Raises `FileError` when the record is damaged, and where
-    `parts` is a link.
+    Raises `FileError` when the record is damaged, and where `parts` is a link.
     """
     inside = folder / PARTS
     path = inside / STARTED
@@ -119,10 +110,7 @@ def read_started(folder: Path) -> Started | None:
 
 
 def read_finished(path: Path) -> dict[str, Any]:
-    """The record of a finished run, from its run.json or its folder: to run it again.
-
-    Raises `FileError` when it is not one, or says no options.
-    """
+    """The record of a finished run, by its run.json or folder. Raises `FileError` if it is none."""
     path = path / RECORD if path.is_dir() else path
     try:
         return read_record(path, "options")
@@ -151,10 +139,7 @@ class Parts:
     def directions(
         self, fit: Callable[[], Directions], hook_names: Sequence[str] | None = None
     ) -> Directions:
-        """The directions that were fitted before; else those of `fit`, which are kept.
-
-        They are at `hook_names`: those of the request, unless others are given.
-        """
+        """Those kept, at `hook_names` (None: the request's); else those of `fit`, then kept."""
         path = self._folder / PARTS / DIRECTIONS
         if path.exists():
             try:
@@ -166,7 +151,7 @@ class Parts:
         return directions
 
     def load(self, name: str, of: str) -> Kept | None:
-        """What is kept under a name; None where nothing is, and with a warning where it is damaged.
+        """What is kept under a name; None where nothing is, with a warning where it is damaged.
 
         Raises `FileError` when it is of another measurement than the one that `of` names.
         """
@@ -191,10 +176,7 @@ class Parts:
         return kept
 
     def keep(self, name: str, of: str, kept: Kept) -> None:
-        """Write a part; it is on the disk when this returns.
-
-        Raises `FileError` when it cannot be written.
-        """
+        """Write a part, which is then on the disk. Raises `FileError` when it cannot be written."""
         moment = time.perf_counter()
         attrs = {
             "of": of,
@@ -242,9 +224,8 @@ def open_parts(
 
     After an error, an interrupt or a kill they stay, if there are any, and `resume` goes on with
     them. `request` has the `hook_names`, `options` what the command was given, `warned` the
-    warnings so far. Raises `FileError` as `check_run_folder` does, when another run has the folder,
-    where `parts` has work to go on with or something else in it, and with `resume` when there is no
-    unfinished run, or one of another request or other versions (naming both values).
+    warnings so far. Raises `FileError` as `check_run_folder` does, where another run is at work
+    there or left parts, and with `resume` without an unfinished run of this request and versions.
 
     Examples:
         >>> from steerlens.runs.unfinished import open_parts, read_started
@@ -271,10 +252,7 @@ def open_parts(
 
 
 def clear_finished(folder: Path) -> None:
-    """Remove what a kill left beside the files of a run that is finished.
-
-    Raises `FileError` where its record is not of a run, and when another run is at work there.
-    """
+    """Remove what a kill left beside a finished run. Raises `FileError` if its record is none."""
     with locked(folder, is_folder=True):
         try:
             if (folder / RECORD).exists():
@@ -327,10 +305,6 @@ def _has_parts(inside: Path) -> bool:
     return any(inside.glob("*.parquet")) or any(inside.glob("[0-9a-f]*.safetensors"))
 
 
-def _has_work(inside: Path) -> bool:
-    return _has_parts(inside) or (inside / DIRECTIONS).exists()
-
-
 def _is_worth_keeping(folder: Path, error: BaseException) -> bool:
     """Whether there is something to go on with, or tables that only the request makes known."""
     inside = folder / PARTS
@@ -338,17 +312,17 @@ def _is_worth_keeping(folder: Path, error: BaseException) -> bool:
         return True
     if not (folder / RECORD).exists() and any(is_run_file(path.name) for path in folder.iterdir()):
         return True
-    return _has_work(inside) and not isinstance(error, SteerlensError)
+    return (inside / DIRECTIONS).exists() and not isinstance(error, SteerlensError)
 
 
 def _check_new(folder: Path, request: Mapping[str, Any]) -> None:
     """Raise `FileError` unless a run of `request` may begin in a folder."""
     inside = folder / PARTS
     started = read_started(folder)
-    if started is not None and _has_work(inside):
+    if started is not None and (_has_parts(inside) or (inside / DIRECTIONS).exists()):
         raise FileError(
-            f"{str(folder)!r} holds an unfinished run; `steerlens {started.request.get('command')} "
-            f"--resume {folder}` goes on with it; or choose another --out or delete it"
+            f"{str(folder)!r} holds an unfinished run; `{started.resume} {folder}` goes on with "
+            "it; or choose another --out or delete it"
         )
     is_begun = started is not None and not differences(started.request, request)
     check_run_folder(folder, request, is_begun=is_begun)
@@ -378,15 +352,18 @@ def _start(folder: Path, request: Mapping[str, Any], options: Mapping[str, Any])
         raise cannot_write(folder, error) from error
 
 
+def changes(earlier: Mapping[str, Any], request: Mapping[str, Any]) -> list[str]:
+    """What an earlier record says otherwise than `request` and the versions that are here."""
+    of_versions = differences(earlier["versions"], versions())
+    named = (f"version of {text}" for text in of_versions)
+    return [*differences(earlier["request"], request), *named]
+
+
 def _check_same(folder: Path, request: Mapping[str, Any]) -> None:
     started = read_started(folder)
     if started is None:
         raise FileError(f"{str(folder)!r} holds no unfinished run; start one with --out")
-    changed = [
-        *differences(started.request, request),
-        *(f"version of {text}" for text in differences(started.versions, versions())),
-    ]
-    if changed:
+    if changed := changes(vars(started), request):
         raise FileError(
             f"the unfinished run in {str(folder)!r} was begun with other {', '.join(changed)}; go "
             "on as it was begun, or start again in another --out"

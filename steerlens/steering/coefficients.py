@@ -21,6 +21,9 @@ Coefficient: TypeAlias = float | int | str
 of the mean residual norm at the hook), or "80%" (a share of the coherence boundary of its sign);
 with `Ablate` and `Clamp` a strength from 0 to 1, with `Rotate` degrees."""
 
+MEASURES = ("resid_norm", "boundary_neg", "boundary_pos")
+"""What a `Calibration` knows of every hook, as a layer table calls it."""
+
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 _TEXT = re.compile(rf"\s*({_NUMBER})\s*(%|norms?)?\s*", re.IGNORECASE)
 
@@ -56,7 +59,7 @@ class Calibration(Frozen):
     @property
     def lengths(self) -> set[int]:
         """How many hooks each measure has."""
-        return {len(measure) for measure in (self.resid_norm, self.boundary_neg, self.boundary_pos)}
+        return {len(getattr(self, name)) for name in MEASURES}
 
     @classmethod
     def unknown(cls, n_hooks: int) -> "Calibration":
@@ -84,18 +87,16 @@ class Calibration(Frozen):
             raise InputError(
                 f"the layer table has no row for {', '.join(missing)}; measure those layers too"
             )
-        measures = {
+        measures: dict[str, Any] = {
             measure: torch.tensor([float(value) for value in rows.loc[list(hook_names), measure]])
-            for measure in ("resid_norm", "boundary_neg", "boundary_pos")
+            for measure in MEASURES
         }
         settings = layer_table.attrs.get("settings", {})
         if bool(measures["boundary_pos"].isnan().all()):
             settings = {}
         _check_all_steered(settings)
         budget, text = (str(settings.get(key, UNKNOWN)) for key in ("budget", "on"))
-        return cls(
-            measures["resid_norm"], measures["boundary_neg"], measures["boundary_pos"], budget, text
-        )
+        return cls(**measures, budget=budget, text=text)
 
     @classmethod
     def of_vector(
@@ -129,12 +130,7 @@ class Calibration(Frozen):
         keep = list(rows)
         if self.is_joint and len(keep) < len(self.resid_norm):
             return self.without_boundary().take(keep)
-        return replace(
-            self,
-            resid_norm=self.resid_norm[keep],
-            boundary_neg=self.boundary_neg[keep],
-            boundary_pos=self.boundary_pos[keep],
-        )
+        return replace(self, **{name: getattr(self, name)[keep] for name in MEASURES})
 
     def flipped(self) -> "Calibration":
         """That of the opposite directions."""

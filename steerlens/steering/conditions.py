@@ -1,7 +1,7 @@
 """Steer only where a condition holds: the projection on a second direction passes a threshold."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.directions.directions import UNIT_TOLERANCE, Frozen
-from steerlens.engine.batches import Batch, in_pair_order, make_batches
-from steerlens.engine.capture import by_halves, check_finite
-from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
+from steerlens.engine.capture import collect_activations
+from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hooked, keeping, resolve_hooks
-from steerlens.models.loading import inference
+from steerlens.models.hooks import Layers, resolve_hooks
+from steerlens.progress import silent
 from steerlens.steering.cache_positions import Pass
 from steerlens.validation import Count, checked
 
@@ -227,35 +226,19 @@ def prompt_means(
     """Mean activation over each prompt's tokens, of positives and of negatives.
 
     Residual units, float32 on the CPU; continuations are not part of it. Raises as
-    `tokenize_pairs`, and `InputError` on NaN or inf.
+    `tokenize_pairs` and `collect_activations`.
     """
     tokenized = tokenize_pairs(model, pairs)
-    sides = []
-    for prompts in (tokenized.positive, tokenized.negative):
-        bare = [TokenizedPrompt(p.prompt, (), p.where) for p in prompts]
-        batches = make_batches(model, bare, batch_size)
-        with inference(model):
-            done = by_halves(
-                [(batch,) for batch in batches], lambda batch: _means(model, batch, hook_names)
-            )
-        sides.append(in_pair_order([batch for (batch,), _ in done], [part for _, part in done]))
-        check_finite(sides[-1], hook_names)
-    return sides[0], sides[1]
-
-
-def _means(
-    model: HookedModel, batch: Batch, hook_names: Sequence[str]
-) -> Float[Tensor, "hook prompt d_model"]:
-    means: dict[str, Tensor] = {}
-    tokens = batch.steered_mask("prompt")
-
-    def mean(activation: Tensor) -> Tensor:
-        mask = tokens.to(activation.device)[..., None]
-        return ((activation.float() * mask).sum(dim=1) / mask.sum(dim=1)).cpu()
-
-    with hooked(model, keeping(means, hook_names, mean)):
-        model(batch.tokens, return_type=None, **batch.forward_kwargs)
-    return torch.stack([means[name] for name in hook_names])
+    positive, negative = (
+        collect_activations(
+            *(model, [replace(prompt, continuation=()) for prompt in prompts], hook_names),
+            position="0:",
+            batch_size=batch_size,
+            progress=silent,
+        )
+        for prompts in (tokenized.positive, tokenized.negative)
+    )
+    return positive, negative
 
 
 def _fit(

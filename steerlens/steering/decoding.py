@@ -1,7 +1,8 @@
 """Many texts at once: rows of prompts and coefficients that share one cache of keys and values.
 
-The prompt is run once for all rows that have it in common: once a coefficient where its tokens are
-steered, else once. Then every row adds its token in one pass, and rows that have ended leave.
+The prompt is run once for all rows that have it in common: up to the first steered block once, from
+there once a coefficient where its tokens are steered, else once. Then every row adds its token in
+one pass, and rows that have ended leave.
 """
 
 import warnings
@@ -17,11 +18,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from steerlens.engine.backend import for_hooks
+from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import padded
 from steerlens.engine.continuations import end_tokens
 from steerlens.engine.memory import free_bytes
-from steerlens.engine.positions import AFTER, parse_steered
+from steerlens.engine.positions import parse_steered
+from steerlens.engine.resume import Prefix, Residual, blocks_skipped, run_from
 from steerlens.models import verification
 from steerlens.models.hooked_model import (
     HookedModel,
@@ -30,11 +32,11 @@ from steerlens.models.hooked_model import (
     last_logits_only,
     weight_module,
 )
-from steerlens.models.hooks import HookFunction, hooked
+from steerlens.models.hooks import HookFunction, hooked, resid_post
 from steerlens.models.loading import inference
 from steerlens.models.tolerance import allowed_gap
 from steerlens.steering.apply import Step, step_hooks
-from steerlens.steering.cache_positions import POSITION_NAMES, Positions, replaced
+from steerlens.steering.cache_positions import POSITION_NAMES, Pass, Positions, replaced
 
 ROWS = {"cpu": 128, "cuda": 1024}
 """Rows that run together at most where the caller gives no batch size, by device type."""
@@ -86,11 +88,8 @@ class Job:
         """Whether the generated token `step` is steered."""
         if isinstance(self.positions, Tensor):
             return False
-        terms = parse_steered(self.positions, POSITION_NAMES)
-        return any(
-            term.name == "all" or (term.name in AFTER and _within(step, term.window))
-            for term in terms
-        )
+        now = Pass(step + 1, 1, torch.ones((1, step + 2), dtype=torch.bool))
+        return bool(now.mask(self.positions))
 
     def prompt_mask(
         self, places: Sequence[int], width: int
@@ -98,15 +97,9 @@ class Job:
         """The steered ones of prompts padded on the left to `width`; None where all are."""
         if isinstance(self.positions, Tensor):
             return self.positions[list(places), self.positions.shape[1] - width :].cpu()
-        if "all" in self.names or "prompt" in self.names:
-            return None
-        mask = torch.zeros((len(places), width), dtype=torch.bool)
-        mask[:, -1] = "last" in self.names
-        return mask
-
-
-def _within(step: int, window: slice | None) -> bool:
-    return window is None or step in range(step + 1)[window]
+        now = Pass(0, width, torch.ones((len(places), width), dtype=torch.bool))
+        mask = now.mask(self.positions)
+        return None if bool(mask.all()) else mask
 
 
 def can_decode(model: HookedModel, job: Job) -> bool:
@@ -242,7 +235,7 @@ class Noise:
     def onto(
         self, logits: Float[Tensor, "row vocab"], seeds: Sequence[int | None]
     ) -> Float[Tensor, "row vocab"]:
-        """The logits, with the next noise of each row's seed; without one as they are."""
+        """The logits with the next noise of each row's seed added (in place, if in float32)."""
         kept = {seed: i for i, seed in enumerate(dict.fromkeys(seeds)) if seed is not None}
         if not kept:
             return logits
@@ -252,7 +245,7 @@ class Noise:
         ]
         noise = _gumbel(torch.cat(keys).to(logits.device), logits.shape[1])
         places = [kept[seed] for seed in seeds if seed is not None]
-        return logits.float() + noise[torch.tensor(places, device=logits.device)]
+        return logits.float().add_(noise[torch.tensor(places, device=logits.device)])
 
 
 def _gumbel(keys: Int[Tensor, " row"], n: int) -> Float[Tensor, "row {n}"]:
@@ -261,12 +254,19 @@ def _gumbel(keys: Int[Tensor, " row"], n: int) -> Float[Tensor, "row {n}"]:
     The bits are those of SplitMix64 from the key on; drawn one by one on the CPU, the noise of a
     large vocabulary would take longer than the model does on a GPU.
     """
-    x = keys[:, None] + torch.arange(n, device=keys.device) * (0x9E3779B97F4A7C15 - 2**64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 2**64 + 1)):
-        x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * (factor - 2**64)
-    # In float64: in float32 no token below 1e-7 would ever be drawn.
-    uniform = (((x >> 12) & (2**52 - 1)).double() + 0.5) * 2.0**-52
-    return uniform.log_().neg_().log_().neg_().float()
+    noise = torch.empty((len(keys), n), device=keys.device)
+    counts = torch.arange(n, device=keys.device) * (0x9E3779B97F4A7C15 - 2**64)
+    # On a CPU a row at a time stays in its cache.
+    size = 1 if keys.device.type == "cpu" else len(keys)
+    for part, of_part in zip(torch.split(noise, size), torch.split(keys, size), strict=True):
+        x = of_part[:, None] + counts
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 2**64 + 1)):
+            x ^= (x >> shift).bitwise_and_(2 ** (64 - shift) - 1)
+            x *= factor - 2**64
+        # In float64: in float32 no token below 1e-7 would ever be drawn.
+        uniform = (x >> 12).bitwise_and_(2**52 - 1).double().add_(0.5).mul_(2.0**-52)
+        part.copy_(uniform.log_().neg_().log_().neg_())
+    return noise
 
 
 @contextmanager
@@ -347,7 +347,7 @@ class _Batch:
                 break
             if (len(live) - len(going)) * LEAVING >= len(live):
                 mask, chosen, live = mask[going], chosen[going], [live[i] for i in going]
-                _keep(cache, going)
+                _keep(cache.layers, going)
             mask = torch.cat([mask, mask.new_ones((len(mask), 1))], dim=1)
             self._steer([rows[i].push for i in live], None, is_steered=job.is_steered(step))
             logits = _next_logits(model, chosen[:, None].to(mask.device), mask, cache)
@@ -362,29 +362,29 @@ class _Batch:
 
     def _prompts(self, model: Any) -> tuple[Tensor, Tensor, Any]:
         """Logits after every row's prompt, its mask, and the cache of all rows."""
-        job, rows, cache = self.job, self.rows, key_value_cache(model)
-        keys = [(row.push if job.in_prompt else 0, row.prompt) for row in rows]
-        distinct = list(dict.fromkeys(keys))
-        places = [prompt for _, prompt in distinct]
-        tokens, mask = padded(
-            [job.prompts[place] for place in places],
-            "left",
-            device=torch.device(model.cfg.device or "cpu"),
-        )
+        job, rows, device = self.job, self.rows, torch.device(model.cfg.device or "cpu")
+        prompts = list(dict.fromkeys(row.prompt for row in rows))
+        tokens, mask = padded([job.prompts[place] for place in prompts], "left", device=device)
         width = tokens.shape[1]
         n_shared = width - 1 if "last" in job.names and not job.in_prompt else width
-        self._steer(
-            [push for push, _ in distinct],
-            job.prompt_mask(places, width),
-            is_steered=job.in_prompt,
-        )
-        logits = None
+        keys = [(row.push if job.in_prompt else 0, row.prompt) for row in rows]
+        distinct = list(dict.fromkeys(keys))
+        at = [prompts.index(prompt) for _, prompt in distinct]
+        lower, start = self._below(model, tokens, mask, at)
+        tokens, mask, cache, logits = tokens[at], mask[at], key_value_cache(model), None
         if n_shared:
-            logits = _next_logits(model, tokens[:, :n_shared], mask[:, :n_shared], cache)
-        which = {key: place for place, key in enumerate(distinct)}
+            with blocks_skipped(model, start):
+                self._steer(
+                    [push for push, _ in distinct],
+                    job.prompt_mask([prompt for _, prompt in distinct], width),
+                    is_steered=job.in_prompt,
+                )
+                logits = _next_logits(model, tokens[:, :n_shared], mask[:, :n_shared], cache)
+            cache.layers[: len(lower)] = lower
         if keys != distinct:
+            which = {key: place for place, key in enumerate(distinct)}
             at = [which[key] for key in keys]
-            _keep(cache, at)
+            _keep(cache.layers, at)
             tokens, mask = tokens[at], mask[at]
             logits = None if logits is None else logits[at]
         if n_shared < width:
@@ -393,10 +393,35 @@ class _Batch:
         assert logits is not None
         return logits, mask, cache
 
+    def _below(
+        self,
+        model: Any,
+        tokens: Int[Tensor, "prompt token"],
+        mask: Bool[Tensor, "prompt token"],
+        at: Sequence[int],
+    ) -> tuple[Sequence[Any], Residual | None]:
+        """What is the same for all coefficients, each prompt run once: for the prompts `at`.
 
-def _keep(cache: Any, rows: Sequence[int]) -> None:
+        The cache of the blocks up to the first steered one, and its output; nothing where no prompt
+        comes twice, something inside a block is steered, or a Bridge runs: its hook is in the block
+        that stands aside, and would not steer.
+        """
+        outputs = [resid_post(i) for i in range(int(model.cfg.n_layers))]
+        names = {step.hook_name for push in self.job.pushes for step in push}
+        is_whole = len(at) == len(tokens) or not isinstance(model, BareModel)
+        if is_whole or not names or not names <= {*outputs}:
+            return (), None
+        cache, first = key_value_cache(model), min(map(outputs.index, names))
+        prefix = Prefix(cache, mask[:, :0])
+        values = run_from(model, tokens, mask, prefix=prefix, last_hook=outputs[first])
+        lower = cache.layers[: first + 1]
+        _keep(lower, at)
+        return lower, Residual(first + 1, values[at])
+
+
+def _keep(layers: Sequence[Any], rows: Sequence[int]) -> None:
     """Leave these rows in the cache, in that order; its blocks may lie on several devices."""
-    for layer in cache.layers:
+    for layer in layers:
         if layer.get_seq_length() and layer.is_initialized:
             layer.batch_select_indices(torch.tensor(rows, device=layer.keys.device))
 

@@ -1,6 +1,5 @@
 """Steering vectors and baked checkpoints on the Hugging Face hub, with a card from their record."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -234,12 +233,12 @@ def _coefficient(vector: Any) -> str:
 
 
 def _head(model: str, library: str, tag: str) -> str:
-    """The card's YAML: JSON is YAML too."""
-    fields: dict[str, Any] = {"library_name": library, "tags": ["steerlens", tag]}
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model):
-        fields["base_model"] = model
-    lines = [f"{name}: {json.dumps(value)}" for name, value in fields.items()]
-    return "\n".join(["---", *lines, "---"])
+    """The card's YAML."""
+    from huggingface_hub import ModelCardData
+
+    base = model if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model) else None
+    data = ModelCardData(library_name=library, tags=["steerlens", tag], base_model=base)
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _text(value: Any) -> str:

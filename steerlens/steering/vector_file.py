@@ -21,7 +21,7 @@ from steerlens.files import (
     write_whole,
 )
 from steerlens.models.weight_processing import UNKNOWN
-from steerlens.steering.coefficients import Calibration
+from steerlens.steering.coefficients import MEASURES, Calibration
 from steerlens.steering.conditions import Condition
 from steerlens.steering.operators import operator_of, operator_record
 from steerlens.steering.origin import Origin
@@ -47,9 +47,7 @@ def record_of(vector: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "hooks": list(vector.hook_names),
         "scale": vector.scale.tolist(),
         "operator": operator_record(vector.operator),
-        "resid_norm": known.resid_norm.tolist(),
-        "boundary_neg": known.boundary_neg.tolist(),
-        "boundary_pos": known.boundary_pos.tolist(),
+        **{name: getattr(known, name).tolist() for name in MEASURES},
         "boundary_budget": known.budget,
         "boundary_text": known.text,
         **({"boundary_is_joint": True} if known.is_joint else {}),
@@ -77,7 +75,7 @@ def fields_of(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[
         condition = Condition(condition["hook"], direction, *rest)
     numbers = {
         field: torch.tensor([number(value) for value in record[field]])
-        for field in ("scale", "resid_norm", "boundary_neg", "boundary_pos")
+        for field in ("scale", *MEASURES)
     }
     return {
         "hook_names": names,

@@ -23,6 +23,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import generation
 import gpu_extra
 import torch
 from gpu_shapes import (
@@ -52,11 +53,14 @@ BUDGETS = {
     "sweep": 180,
     "boundary": 60,
     "gradients": 75,
+    "generation": 90,
     "profile": 30,
     "peers": 40,
     "qwen": 75,
     "llama70b": 90,
     "smol": 60,
+    "whole": 300,
+    "small": 120,
     "dask": 300,
 }
 
@@ -156,7 +160,7 @@ def measure(
     runner: Any = plan.runner.model
     is_bare = isinstance(runner, BareModel)
     session.row(part, f"{name}, {size}, plan", s=planning_s, bare=is_bare, exact=len(plan.exact))
-    plain = runner if is_bare else bare.BareModel(model, *gpu_extra.own(model))
+    plain, blocks = gpu_extra.own(model)
     batch = workload.positive[0]
     sampled = [(job, c) for job in jobs for c in job.coefficients[:N_SAMPLED]]
     cells: dict[str, list[list[CellOutput]]] = {}
@@ -172,7 +176,7 @@ def measure(
 
     def loop() -> None:
         with compiled(runner, on=False):
-            logprobs[:] = hook_loop(plain.original_model, plain.blocks, batch, sampled)
+            logprobs[:] = hook_loop(plain, blocks, batch, sampled)
 
     ways: dict[str, tuple[Callable[[], None], float]] = {
         "plain loop": (loop, len(COEFFICIENTS) / N_SAMPLED),
@@ -291,11 +295,14 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "sweep": sweep("sweep", "Llama 7B", (8, 48, 5), (32, 48, 5), (64, 128, 3)),
     "boundary": gpu_extra.boundary,
     "gradients": gpu_extra.gradients,
+    "generation": generation.on_gpu,
     "profile": profile,
     "peers": gpu_extra.peers,
     "qwen": sweep("qwen", "Qwen3 0.6B", (8, 48, 5), (64, 128, 5)),
     "llama70b": sweep("llama70b", "Llama 70B, 8 blocks", (8, 48, 3), (64, 128, 3)),
     "smol": gpu_extra.smol,
+    "whole": gpu_extra.whole(("Llama 7B", 16, 48), ("Llama 7B", 128, 48)),
+    "small": gpu_extra.whole(("SmolLM2 135M", 32, 48), ("Qwen3 0.6B", 32, 48)),
     "dask": gpu_extra.dask,
 }
 

@@ -1,5 +1,6 @@
 """Parts of `gpu.py` beside the sweep: correctness, boundary, gradients, peers, profile, SmolLM2."""
 
+import cProfile
 import gc
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_shapes import hook_loop, make_jobs, make_pairs, make_workload, timed
+from gpu_shapes import Arithmetic, hook_loop, make_jobs, make_pairs, make_workload, timed
 from torch import Tensor
 
 import steerlens as sl
@@ -320,6 +321,50 @@ def dask(session: Any) -> None:
     for way, seconds in found["seconds"].items():
         session.row("dask", f"a sweep of all layers, {way}", s=statistics.median(seconds))
     session.row("dask", "two workers", times=found["times"], same_bytes=found["same_bytes"])
+
+
+def whole(*sizes: tuple[str, int, int]) -> Callable[[Any], None]:
+    """A part that runs `sl.sweep` of all layers: the first run, with what it compiles, and others.
+
+    `sizes`: a shape, pairs, tokens a prompt. Profiles of the processor go to `OUT/NAME.prof`.
+    """
+
+    def run(session: Any) -> None:
+        for name, n_pairs, n_tokens in sizes:
+            _whole(session, name, *((4, 12) if session.quick else (n_pairs, n_tokens)))
+
+    return run
+
+
+def _whole(session: Any, name: str, n_pairs: int, n_tokens: int) -> None:
+    model = session.model(name)
+    pairs = make_pairs(n_pairs, n_tokens)
+    directions = sl.fit_directions(sl.collect_differences(model, pairs))
+    coefficients = [-8.0, -4.0, -2.0, -1.0, 1.0, 2.0, 4.0, 8.0]
+    arithmetic = Arithmetic.of(model)
+    needed = arithmetic.whole_sweep(int(model.cfg.n_layers), len(coefficients), n_pairs, n_tokens)
+
+    def swept() -> None:
+        sl.sweep(model, pairs, directions, coefficients=coefficients)
+
+    session.peak_gb()
+    seconds = [timed(swept, session.device)]
+    n_more = 2 if seconds[0] < 15 else 1
+    seconds += [timed(swept, session.device) for _ in range(n_more)]
+    what, peak_gb = f"{name}, {n_pairs} x {n_tokens}", session.peak_gb()
+    for way, taken in (("first", seconds[0]), ("after it", statistics.mean(seconds[1:]))):
+        session.row(
+            "whole",
+            f"{what}, {way}",
+            s=taken,
+            needed_s=needed / session.peak,
+            of_peak=needed / taken / session.peak,
+            peak_gb=peak_gb,
+        )
+    profile = cProfile.Profile()
+    if n_more > 1:
+        profile.runcall(swept)
+        profile.dump_stats(session.out / f"{what.replace(' ', '_').replace(',', '')}.prof")
 
 
 def smol(session: Any) -> None:

@@ -19,7 +19,7 @@ from steerlens.engine.batches import Batch, make_batches
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Job, Workload
 from steerlens.loss import label_logprob
-from steerlens.models.hooks import readout_hook, resid_post
+from steerlens.models.hooks import hook_layer, readout_hook, resid_post
 
 WORDS = [f"word{i}" for i in range(200)]
 Shape = tuple[Any, dict[str, Any]]
@@ -44,6 +44,18 @@ SHAPES: dict[str, Shape] = {
             "num_attention_heads": 16,
             "num_key_value_heads": 8,
             "head_dim": 128,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "SmolLM2 135M": (
+        transformers.LlamaConfig,
+        {
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
             "tie_word_embeddings": True,
         },
     ),
@@ -185,6 +197,19 @@ class Arithmetic:
         blocks = sum(len(job.coefficients) * (n_layers - job.first_block) for job in jobs)
         n_labels = n_prompts * (n_tokens - 1) * sum(len(job.coefficients) for job in jobs)
         return tokens * self.block(n_tokens) * (blocks + carried) + n_labels * self.label
+
+    def whole_sweep(self, n_layers: int, n_cells: int, n_pairs: int, n_tokens: int) -> float:
+        """What a sweep of all block outputs needs at `n_cells` coefficients.
+
+        The positive side runs to the last block, the negative one to the readout; both once
+        unsteered.
+        """
+        blocks = 2 * (n_layers - 1)
+        for layer in range(n_layers):
+            read = hook_layer(readout_hook(resid_post(layer), n_layers))
+            blocks += n_cells * (n_layers - 1 - layer + read - layer)
+        n_labels = n_pairs * (n_tokens - 1) * n_cells * n_layers
+        return n_pairs * n_tokens * self.block(n_tokens) * blocks + n_labels * self.label
 
 
 @torch.no_grad()

@@ -64,8 +64,12 @@ FIGURES: tuple[FigureContent, ...] = (
 
 def figures(run: Run, ident: str) -> Html:
     """Every figure of a run with its title and caption; `ident` begins the ids of the elements."""
-    shown = enumerate(figures_of(run), 1)
-    return joined(*(_figure(figure, f"{ident}-figure{n}") for n, figure in shown))
+    parts = []
+    for n, figure in enumerate(figures_of(run), 1):
+        drawn = Html(figure_element(figure, f"{ident}-figure{n}"))
+        caption = element("figcaption", figure.caption)
+        parts.append(element("figure", element("h4", figure.title), drawn, caption))
+    return joined(*parts)
 
 
 def figures_of(run: Run) -> list[Figure]:
@@ -143,12 +147,6 @@ def _of_layers(figure: Figure, labels: Sequence[str]) -> list[tuple[str, Figure]
         return [(label, figure.at(label)) for label in framed]
     kept = [label for label in labels if label in layers_of(figure.spec)]
     return [("", figure.layers(kept) if kept else figure)] if kept or not labels else []
-
-
-def _figure(figure: Figure, name: str) -> Html:
-    drawn = Html(figure_element(figure, name))
-    caption = element("figcaption", figure.caption)
-    return element("figure", element("h4", figure.title), drawn, caption)
 
 
 def views(run: Run, ident: str) -> Html:

@@ -61,10 +61,9 @@ def with_intervals(columns: Sequence[Column]) -> list[Shown]:
 
 
 def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -> Html:
-    """One table with its title, what is the same in every row, notes, and the columns' meanings.
+    """One table with its title, notes and columns' meanings; at first its main columns alone.
 
-    `name` is its file's, `ident` begins the ids of its elements. The columns that are not the main
-    ones are hidden until they are asked for.
+    `name` is its file's, `ident` begins the ids of its elements.
     """
     rows = _largest(table, content)
     columns = content.columns_of([str(n) for n in table.columns])
@@ -78,9 +77,10 @@ def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -
         values = joined(*(_the_same(column, rows) for column in same), by="; ")
         notes.append(joined("The same in every row: ", values, "."))
     if empty:
-        names = joined(*map(_named, empty), by=", ")
-        notes.append(joined("Without a value in this run: ", names, "."))
-    main = _main(shown, content)
+        unknown = joined(*map(_named, empty), by=", ")
+        notes.append(joined("Without a value in this run: ", unknown, "."))
+    names = [column.name for column in shown]
+    main = {name for name in names if name in content.main} or {*names[:MAX_COLUMNS]}
     body, has_gaps = _body(rows, shown, main)
     if any(column.ends for column in shown):
         notes.append(joined("In parentheses: from the lower to the upper end of the interval."))
@@ -89,21 +89,10 @@ def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -
     headings = (_heading(column, is_hidden=column.name not in main) for column in shown)
     head = element("thead", element("tr", *headings))
     title = f"{ident}-title"
-    grid = element(
-        "div",
-        element(
-            "table",
-            head,
-            element("tbody", body),
-            class_="sortable",
-            data_file=name,
-            aria_labelledby=title,
-        ),
-        class_="scroll",
-        tabindex=0,
-        role="region",
-        aria_labelledby=title,
-    )
+    of_title: dict[str, Any] = {"aria_labelledby": title}
+    cells = (head, element("tbody", body))
+    grid = element("table", *cells, class_="sortable", data_file=name, **of_title)
+    grid = element("div", grid, class_="scroll", tabindex=0, role="region", **of_title)
     return element(
         "section",
         element("h4", content.title, id=title),
@@ -113,12 +102,6 @@ def listing(name: str, table: pd.DataFrame, content: TableContent, ident: str) -
         class_="table",
         id=ident,
     )
-
-
-def _main(shown: Sequence[Shown], content: TableContent) -> set[str]:
-    """Names of the columns that are shown at first."""
-    names = [column.name for column in shown]
-    return {name for name in names if name in content.main} or {*names[:MAX_COLUMNS]}
 
 
 def _are_block_outputs(rows: pd.DataFrame) -> bool:
@@ -184,15 +167,8 @@ def _named(column: Shown) -> Html:
 
 def _heading(column: Shown, *, is_hidden: bool) -> Html:
     unit = [element("small", column.value.unit, class_="unit")] if column.value.unit else []
-    return element(
-        "th",
-        _named(column),
-        *unit,
-        scope="col",
-        class_=column.class_,
-        data_names=" ".join(column.names),
-        hidden=is_hidden,
-    )
+    named: dict[str, Any] = {"data_names": " ".join(column.names), "hidden": is_hidden}
+    return element("th", _named(column), *unit, scope="col", class_=column.class_, **named)
 
 
 def _decimals(rows: pd.DataFrame, column: Shown) -> int:
@@ -211,16 +187,8 @@ def _body(rows: pd.DataFrame, columns: Sequence[Shown], main: set[str]) -> tuple
             text, key = _cell(column, row, decimals[column.name], searched)
             has_gaps = has_gaps or text == ""
             ends = " ".join(f"{row[end]:.9g}" for end in column.ends) or None
-            cells.append(
-                element(
-                    "td",
-                    text,
-                    class_=column.class_,
-                    data_v=key,
-                    data_ends=ends,
-                    hidden=column.name not in main,
-                )
-            )
+            at: dict[str, Any] = {"class_": column.class_, "data_v": key, "data_ends": ends}
+            cells.append(element("td", text, **at, hidden=column.name not in main))
         layer = hook_label(str(row["hook_name"])) if "hook_name" in row else None
         lines.append(element("tr", *cells, data_layer=layer))
     return joined(*lines), has_gaps

@@ -15,8 +15,8 @@ VOID = ("input", "meta", "br")
 def element(name: str, *content: str, **attributes: str | int | bool | None) -> Html:
     """An element with its content and attributes, in which plain text is escaped.
 
-    `class_` is the attribute class; an underscore within a name is a hyphen. True gives an
-    attribute without a value; False and None leave it out.
+    An underscore in a name is written as a hyphen, one at its end not at all. True is an attribute
+    without a value; False and None leave it out.
     """
     written = "".join(
         f" {key.rstrip('_').replace('_', '-')}"

@@ -1,6 +1,6 @@
 """The page: a section a run, with summary, warnings, figures, texts and tables."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -8,11 +8,11 @@ from steerlens.errors import FileError
 from steerlens.plots import token_table_html
 from steerlens.plots.scripts import FIGURE_STYLE
 from steerlens.runs.contents import TABLES
-from steerlens.runs.html_report.answer import answer
 from steerlens.runs.html_report.facts import facts
 from steerlens.runs.html_report.figures import figures, scripts_and_policy, views
 from steerlens.runs.html_report.listings import listing
 from steerlens.runs.html_report.markup import Html, element, joined
+from steerlens.runs.html_report.numbers import minus
 from steerlens.runs.html_report.summary import summarise
 from steerlens.runs.html_report.texts import generations, written
 from steerlens.runs.reading import Run
@@ -91,16 +91,15 @@ def _name(run: Run) -> str:
 
 
 def _section(run: Run, ident: str) -> Html:
-    parts = [_part(ident, title, content) for title, content in _contents(run, ident) if content]
+    parts = []
+    for title, content in _contents(run, ident):
+        name = f"{ident}-{title.lower().replace(' ', '-')}"
+        heading = element("h3", title, id=name)
+        parts += [element("section", heading, content, aria_labelledby=name)] if content else []
     heading = element("h2", _name(run), id=f"{ident}-title")
     return element(
         "section", heading, *parts, id=ident, data_run=True, aria_labelledby=f"{ident}-title"
     )
-
-
-def _part(ident: str, title: str, content: Html) -> Html:
-    name = f"{ident}-{title.lower().replace(' ', '-')}"
-    return element("section", element("h3", title, id=name), content, aria_labelledby=name)
 
 
 def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
@@ -117,7 +116,7 @@ def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
         if name in tables
     ]
     return [
-        ("Answer", answer(run)),
+        ("Answer", _answer(run)),
         ("Summary", element("ul", *sentences, class_="summary") if sentences else Html("")),
         ("Warnings", joined(*map(_warning, run.record["warnings"]))),
         ("What was run", facts(run)),
@@ -132,3 +131,18 @@ def _contents(run: Run, ident: str) -> list[tuple[str, Html]]:
 def _warning(text: str) -> Html:
     content = text.removeprefix("note: ")
     return element("p", element("b", "Warning"), ": ", content, class_="warning")
+
+
+def _answer(run: Run) -> Html:
+    """On top of a recommendation: steer or do not, sign by sign; nothing of other commands."""
+    told = run.tables["recommendation"].attrs.get("told") if run.command == "recommend" else None
+    if not isinstance(told, Mapping):
+        return Html("")
+    cards = []
+    for sign, of_sign in told.items():
+        verdict = "steer" if of_sign["steer"] else "do not steer"
+        heading = element("h4", f"{sign.capitalize()} coefficient: {verdict}")
+        told_of = (text.removeprefix(f"{sign}: ") for text in of_sign["sentences"])
+        sentences = (element("p", minus(text[:1].upper() + text[1:])) for text in told_of)
+        cards.append(element("div", heading, *sentences, class_="sign"))
+    return element("div", joined(*cards), class_="answer")

@@ -35,33 +35,23 @@ _SCORES = ("concept", "logprob")
 
 
 def generations(table: pd.DataFrame, cells: pd.DataFrame | None) -> Html:
-    """The greedy texts of `sweep` and `recommend`.
-
-    With the `cells` of a sweep each column says whether its cell is within the budget.
-    """
+    """The greedy texts of `sweep` and `recommend`; `cells` say which are within the budget."""
     coherent: dict[tuple[Any, Any], str] = {}
     if cells is not None:
         coherent = {(c.hook_name, c.coefficient): str(c.coherent) for c in cells.itertuples()}
     rows = []
     groups: Any = table.groupby(["prompt", "hook_name"], sort=False)
     for (prompt, hook_name), group in groups:
-        columns = [
-            _column(
-                f"c = {short(row.coefficient)}{', unsteered' if row.coefficient == 0 else ''}",
-                element(
-                    "p",
-                    _BUDGET[coherent.get((hook_name, row.coefficient))],
-                    _ENDS.get(row.end, row.end),
-                    class_="note",
-                ),
-                _said(row.text),
-            )
-            for row in group.sort_values("coefficient", kind="stable").itertuples()
-        ]
+        columns = []
+        for row in group.sort_values("coefficient", kind="stable").itertuples():
+            c, budget = row.coefficient, _BUDGET[coherent.get((hook_name, row.coefficient))]
+            end = element("p", budget, _ENDS.get(row.end, row.end), class_="note")
+            heading = f"c = {short(c)}{', unsteered' if c == 0 else ''}"
+            columns.append(_column(heading, end, _said(row.text)))
         title, layer = f"Prompt: {prompt}", f"Steered at layer {hook_label(str(hook_name))}"
-        heading = joined(element("h4", title), element("p", layer, class_="note"))
+        top = joined(element("h4", title), element("p", layer, class_="note"))
         grid = _grid(f"{title}: {layer}", columns)
-        rows.append(element("div", heading, grid, class_="prompt"))
+        rows.append(element("div", top, grid, class_="prompt"))
     note = (
         "Greedy continuations at several coefficients (c, residual units); c = 0 is the unsteered "
         "model. One greedy text per cell shows how it reads, not how often."
@@ -74,8 +64,7 @@ def written(
 ) -> Html:
     """The texts of `behave`: under each prompt its samples at every coefficient.
 
-    Tokens that the table of them has are shaded by how unlikely the unsteered model finds them;
-    `prompts` are those of the request. Prompts without such tokens are folded away.
+    Tokens in the table are shaded by how unlikely the unsteered model finds them.
     """
     by_prompt: dict[int, list[Mapping[str, Any]]] = {}
     for text in texts:

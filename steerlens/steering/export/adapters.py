@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from steerlens.errors import InputError
-from steerlens.files import write_json, write_whole_folder
+from steerlens.files import write_json
 from steerlens.models.hooked_model import HookedModel, hugging_face_model
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
@@ -23,11 +23,10 @@ from steerlens.steering.export.gguf_file import block_rows
 from steerlens.steering.export.huggingface import (
     CARRIERS,
     LLAMA,
-    RECORD,
-    check_is_new,
     check_logits,
-    check_weights,
+    checked_acts,
     plain_model,
+    write_steered,
 )
 from steerlens.steering.vector_file import write_named
 from steerlens.validation import checked
@@ -190,14 +189,8 @@ def to_peft(
     """
     from safetensors.torch import save_file
 
-    out_dir = Path(out_dir)
-    check_is_new(out_dir)
     block_rows(vector, "a PEFT adapter")
-    vector.check_model(model)
-    check_weights(model)
-    acts = steps(vector, coefficient)
-    if not acts:
-        raise InputError("coefficient 0 adds nothing; give another one")
+    acts = checked_acts(model, vector, coefficient, Path(out_dir))
     kind = str(hugging_face_model(model).config.model_type)
     carrier = CARRIERS[kind].bias if kind in CARRIERS else LLAMA
     added = {
@@ -236,24 +229,16 @@ def to_peft(
         "fan_in_fan_out": kind == "gpt2",
         "inference_mode": True,
     }
-    record = {
+    changes = {
         "what": "a bias of a LoRA is added to block outputs (blocks.N.hook_resid_post, N from 0)",
         "added": {act.hook_name: {"residual_units": act.amount} for act in acts},
-        "coefficient": str(coefficient),
-        "vector": vector.describe(),
-        "model": provenance(model).to_dict(),
     }
 
     def fill(folder: Path) -> None:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(config, folder / "adapter_config.json")
-        write_json(record, folder / RECORD)
 
-    try:
-        write_whole_folder(out_dir, fill)
-    except OSError as error:
-        raise InputError(f"cannot write {str(out_dir)!r}: {error}") from error
-    return out_dir
+    return write_steered(Path(out_dir), model, vector, coefficient, changes, fill)
 
 
 @contextmanager

@@ -129,6 +129,11 @@ def from_gguf(path: str | Path) -> SteeringVector:
         ) from error
 
 
+def read_vector(path: str | Path) -> SteeringVector:
+    """The vector of a .safetensors or .gguf file."""
+    return from_gguf(path) if Path(path).suffix == ".gguf" else SteeringVector.load(path)
+
+
 def _rows(tensors: Mapping[str, Any]) -> dict[int, Tensor]:
     """Rows by block, sorted. Raises `InputError` where a name is no direction.N, or a repeat."""
     rows: dict[int, Tensor] = {}

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,18 +109,42 @@ def bake(
         >>> (path / "config.json").is_file()
         True
     """
-    out_dir = Path(out_dir)
-    check_is_new(out_dir)
     ablates = isinstance(vector.operator, Ablate) and vector.condition is None
     if not ablates:
         block_rows(vector, "a bias")
+    acts = checked_acts(model, vector, coefficient, Path(out_dir))
+    plain, changes = (_ablated if ablates else _added)(model, acts)
+    check_logits(model, vector, coefficient, plain)
+
+    def fill(folder: Path) -> None:
+        plain.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+
+    return write_steered(Path(out_dir), model, vector, coefficient, changes, fill)
+
+
+def checked_acts(
+    model: HookedModel, vector: SteeringVector, coefficient: Coefficient, out_dir: Path
+) -> Sequence[Step]:
+    """What a checkpoint or adapter is to carry, where it can be made and its folder is new."""
+    check_is_new(out_dir)
     vector.check_model(model)
     check_weights(model)
     acts = steps(vector, coefficient)
     if not acts:
-        raise InputError("coefficient 0 changes nothing to bake; give another one")
-    plain, changes = (_ablated if ablates else _added)(model, acts)
-    check_logits(model, vector, coefficient, plain)
+        raise InputError("coefficient 0 changes nothing; give another one")
+    return acts
+
+
+def write_steered(
+    out_dir: Path,
+    model: HookedModel,
+    vector: SteeringVector,
+    coefficient: Coefficient,
+    changes: Mapping[str, Any],
+    fill: Callable[[Path], None],
+) -> Path:
+    """Write a folder whole: what `fill` puts there, and the record of what was changed."""
     record = {
         **changes,
         "coefficient": str(coefficient),
@@ -128,13 +152,12 @@ def bake(
         "model": provenance(model).to_dict(),
     }
 
-    def fill(folder: Path) -> None:
-        plain.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
+    def with_record(folder: Path) -> None:
+        fill(folder)
         write_json(record, folder / RECORD)
 
     try:
-        write_whole_folder(out_dir, fill)
+        write_whole_folder(out_dir, with_record)
     except (OSError, ValueError) as error:  # transformers checks the generation settings
         raise InputError(f"cannot write {str(out_dir)!r}: {error}") from error
     return out_dir

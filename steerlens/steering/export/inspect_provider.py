@@ -6,7 +6,6 @@ Inspect loads this module by its entry point; nothing of steerlens imports it.
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -30,8 +29,8 @@ from steerlens.engine.tokenization import TokenizedPrompt, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.loading import load_model
 from steerlens.progress import silent
-from steerlens.steering import Coefficient, Generated, Positions, SteeringVector
-from steerlens.steering.export.gguf_file import from_gguf
+from steerlens.steering import Coefficient, Generated, Positions
+from steerlens.steering.export.gguf_file import read_vector
 from steerlens.steering.generation import decoded, generate_texts
 
 COEFFICIENT = "coefficient"
@@ -91,8 +90,7 @@ class SteeredModel(ModelAPI):  # type: ignore[misc]
         self.model = load_model(model_name, **load)
         self.vector: Any = {}
         if vector is not None:
-            read = from_gguf if Path(vector).suffix == ".gguf" else SteeringVector.load
-            self.vector = read(vector)
+            self.vector = read_vector(vector)
             self.vector.check_model(self.model)
         self._check_vector(coefficient)
         self.coefficient, self.positions, self.raw = coefficient, positions, raw
