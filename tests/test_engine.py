@@ -295,6 +295,19 @@ def test_every_hook_is_checked_and_huge_coefficients_hide_nothing(
     assert_same(found[:3], by_plain_loop(model, workload, wrong)[:3])
 
 
+def test_hooks_are_checked_without_a_graph(pairs: sl.ContrastivePairs) -> None:
+    model = bridge(build_llama())
+    with_graph: list[bool] = []
+    model.blocks[1].mlp.register_forward_hook(
+        lambda m, a, out: with_graph.append(torch.is_grad_enabled())
+    )
+    model(torch.ones((1, 3), dtype=torch.long))
+    assert with_graph == [True]  # as a pass of one's own has
+    planned(model, make(model, pairs), make_jobs(model, [resid_post(0), resid_post(3)]), rows=16)
+    assert len(with_graph) > 1
+    assert not any(with_graph[1:])
+
+
 def test_a_hook_between_others_that_cannot_be_resumed_after_is_found_out(
     pairs: sl.ContrastivePairs,
 ) -> None:

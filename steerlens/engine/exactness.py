@@ -90,7 +90,8 @@ def _steps_agree(
     for i, job in enumerate(steps):
         engine.progress("hooks", min(i, len(jobs) - 1), len(jobs))
         try:
-            carried = carry(engine, prepared, job, carried)
+            with inference(engine.model):
+                carried = carry(engine, prepared, job, carried)
         except Exception as error:  # whatever a model's own code raises when its blocks are skipped
             if isinstance(error, SteerlensError) or is_out_of_memory(error):
                 raise

@@ -70,7 +70,7 @@ def _is_looked_through() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
