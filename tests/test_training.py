@@ -351,6 +351,24 @@ def test_the_history_is_what_a_sweep_measures(llama: Any, many: sl.ContrastivePa
     assert first.angle_deg == pytest.approx(float(cosines.acos().rad2deg().mean()), abs=0.1)
 
 
+def test_no_group_is_trained_on_and_held_out(llama: Any, many: sl.ContrastivePairs) -> None:
+    """Groups of 1, 3, 4, 5 and 7 pairs: what is held out is one of them, whole."""
+    of = np.repeat(np.arange(5), [1, 3, 4, 5, 7])
+    settings: dict[str, Any] = {"layers": [1], "schedule": Schedule(max_epochs=1), "seed": 1}
+    sizes = {}
+    for n_groups in (5, 4):
+        numbers = np.minimum(of, n_groups - 1)
+        grouped = tuple(
+            replace(pair, group=f"persona {g}") for pair, g in zip(many, numbers, strict=True)
+        )
+        trained = train_directions(llama, sl.ContrastivePairs(grouped), **settings)
+        sizes[n_groups] = set(held_out(trained).n_examples)
+    drawn = int(np.random.default_rng(1).permutation(5)[0])
+    assert sizes[5] == {[1, 3, 4, 5, 7][drawn]} != {4}
+    # Four groups have no fifth: a fifth of the pairs.
+    assert sizes[4] == {4}
+
+
 def test_training_stops_early(llama: Any, many: sl.ContrastivePairs) -> None:
     seen: list[tuple[str, int, int]] = []
     trained = train_directions(

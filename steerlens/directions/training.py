@@ -31,7 +31,7 @@ from steerlens.tables import TRAINING_COLUMNS, Row, to_frame
 from steerlens.validation import Count, Positive, Whole, checked
 
 VALIDATION = 0.2
-"""The share of the examples that decides when to stop."""
+"""The share of the groups of examples that decides when to stop."""
 MIN_EXAMPLES = 5
 
 METHOD_OF = {method.objective: method.name for method in METHODS.values() if method.objective}
@@ -101,9 +101,10 @@ def train_directions(
     `items`' continuations, the positive one promoted at +1 and suppressed at -1. `preference`:
     `preference_loss` of their gaps. All positions are steered.
 
-    Training starts at 0; a fifth of the examples is held out, and the vector with the lowest loss
-    on them is kept. The readouts keep the axis. Cost of an epoch: two forward and two backward
-    passes of all examples through the blocks from the hook on.
+    Training starts at 0; a fifth of the examples' groups is held out (of the examples, where there
+    are fewer than five groups), and the vector with the lowest loss on them is kept. The readouts
+    keep the axis. Cost of an epoch: two forward and two backward passes of all examples through
+    the blocks from the hook on.
 
     Args:
         layers: As in `resolve_hooks`.
@@ -285,25 +286,28 @@ def _split(
 ) -> tuple[Batches, Batches]:
     """Pairs, or items with either continuation, to train on and held out, in batches of `size`."""
     if items is not None:
-        tokenized = TokenizedPairs(*tokenize_items(model, items))
+        tokenized, groups = TokenizedPairs(*tokenize_items(model, items)), items.groups
     else:
-        tokenized = labelled_pairs(model, pairs, labels, seed=seed)
+        tokenized, groups = labelled_pairs(model, pairs, labels, seed=seed), pairs.groups
     n = len(tokenized.positive)
     if n < MIN_EXAMPLES:
         raise InputError(
             f"training holds a fifth of the examples out, so it takes at least {MIN_EXAMPLES}; got "
             f"{n}"
         )
-    order = np.random.default_rng(seed).permutation(n)
+    # Fewer groups have no fifth, so that their parts share groups: the loss may stop later.
+    unit = np.array(groups if len(set(groups)) >= MIN_EXAMPLES else range(n))
+    order = np.random.default_rng(seed).permutation(int(unit.max()) + 1)
+    chosen = np.isin(unit, order[: round(VALIDATION * len(order))])
     held_out, train = (
         make_pair_batches(
             model,
             TokenizedPairs(
-                tuple(tokenized.positive[i] for i in sorted(part)),
-                tuple(tokenized.negative[i] for i in sorted(part)),
+                tuple(tokenized.positive[i] for i in np.flatnonzero(part)),
+                tuple(tokenized.negative[i] for i in np.flatnonzero(part)),
             ),
             size,
         )
-        for part in np.split(order, [round(VALIDATION * n)])
+        for part in (chosen, ~chosen)
     )
     return train, held_out
