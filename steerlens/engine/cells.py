@@ -178,7 +178,7 @@ class _Run:
         prompt.
         """
         batch = part.batch
-        labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()
+        on_cpu, n_texts = batch.labels_on_cpu(), len(batch.rows) // len(batch.prompts)
         n_labels = on_cpu[:, 1:].sum(dim=1).tolist()
 
         def run(chosen: _Rows) -> tuple[Tensor, ...]:
@@ -187,7 +187,8 @@ class _Run:
             predictions = residual.flatten(0, 1)[before.to(residual.device)]
             wanted = batch.tokens[chosen.rows].flatten()[before + 1]
             logprob = labels_logprob(self.engine.model, predictions, wanted)
-            means = readout, mean_by_prompt(logprob, labels[chosen.rows])
+            labels = batch.labels_by_row(chosen.rows)[:, 1:]
+            means = readout.repeat_interleave(n_texts, dim=0), mean_by_prompt(logprob, labels)
             if part.final is None:
                 return means
             by_row = torch.split(part.final, n_labels)
