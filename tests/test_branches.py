@@ -9,14 +9,23 @@ import torch
 from conftest import bridge, build_llama, needs_bridge
 from zoo import bridged
 
+from steerlens.directions.training_step import (
+    Push,
+    Side,
+    item_sides,
+    make_side,
+    objective_of,
+    push_sides,
+)
 from steerlens.engine import exactness, resume
-from steerlens.engine.batches import make_batches
+from steerlens.engine.batches import Batch, make_batches
 from steerlens.engine.branches import branch_kwargs, with_one_prompt
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Job, Workload
 from steerlens.measure.effects import preference_gaps
 from steerlens.models.hooks import resid_post
+from steerlens.models.tolerance import relative_gap
 from steerlens.steering import steer
 
 HOOK = resid_post(1)
@@ -162,3 +171,70 @@ def test_what_sees_or_stands_wrongly_is_found_out(
     wrong, _ = measured(model)
     assert branched[-1]
     assert np.abs(wrong[0] - by_hand(model, 1.0)).max() > 1e-3
+
+
+def item_batches(model: Any) -> list[tuple[Batch, Batch]]:
+    """Both sides of the texts in the batches of two steps."""
+    positive, negative = sides()
+    return [
+        tuple(make_batches(model, of[rows], 3)[0] for of in (positive, negative))  # type: ignore[misc]
+        for rows in (slice(0, 1), slice(1, None))
+    ]
+
+
+def pushed(model: Any, each: list[tuple[Side, ...]], objective: str) -> list[Push]:
+    return [
+        push_sides(
+            *(model, of, vector(model).requires_grad_(), objective_of(objective, None)),
+            hook_name=HOOK,
+            readout=resid_post(int(model.cfg.n_layers) - 1),
+            position=-1,
+        )
+        for of in each
+    ]
+
+
+@needs_bridge
+@pytest.mark.parametrize("objective", ["promotion", "preference"])
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama", "OPT", "Qwen3", "Gemma 3", "BLOOM"])
+def test_a_step_of_training_is_that_of_whole_prompts(
+    kind: str, objective: str, much_padding: None
+) -> None:
+    model = bridged(kind)
+    batches = item_batches(model)
+    each = item_sides(model, batches, HOOK)
+    alone = [tuple(make_side(model, of, HOOK, sign=1) for of in both) for both in batches]
+    # A window of 6 tokens, and distances by the columns.
+    assert [len(of) for of in each] == [2 if kind in ("Gemma 3", "BLOOM") else 1] * 2
+    for found, expected in zip(
+        pushed(model, each, objective), pushed(model, alone, objective), strict=True
+    ):
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert relative_gap(found.gradient, expected.gradient) < 1e-4
+        for ours, theirs in (
+            (found.positive, expected.positive),
+            (found.negative, expected.negative),
+        ):
+            for name in ("readout", "logprob", "unsteered"):
+                torch.testing.assert_close(
+                    getattr(ours, name), getattr(theirs, name), atol=2e-5, rtol=1e-5
+                )
+
+
+@needs_bridge
+@pytest.mark.parametrize("kwargs", [causal, in_order])
+def test_training_is_not_on_what_sees_or_stands_wrongly(
+    kwargs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bridge(build_llama(seed=4))
+    batches = item_batches(model)
+    assert [len(of) for of in item_sides(model, batches, HOOK)] == [1, 1]
+    monkeypatch.setattr(resume, "branch_kwargs", kwargs)
+    assert [len(of) for of in item_sides(model, batches, HOOK)] == [2, 2]
+    # A prompt of each continuation's own has nothing to share.
+    monkeypatch.undo()
+    up, down = sides()
+    other = [replace(prompt, prompt=(1, *prompt.prompt[1:])) for prompt in down]
+    for negative, n_sides in ((down, 1), (other, 2)):
+        both = zip(*(make_batches(model, of, 3) for of in (up, negative)), strict=True)
+        assert {len(of) for of in item_sides(model, list(both), HOOK)} == {n_sides}

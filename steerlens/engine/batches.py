@@ -105,8 +105,10 @@ class Batch:
         """`label_mask` on the CPU, wherever the batch is."""
         return self._mask("labels")[0]
 
-    def labels_by_row(self, prompts: Int[Tensor, " prompt"]) -> Bool[Tensor, "row token"]:
-        """`label_mask` of some prompts, apart for each of their rows."""
+    def labels_by_row(
+        self, prompts: Int[Tensor, " prompt"] | slice = slice(None)
+    ) -> Bool[Tensor, "row token"]:
+        """`label_mask` of some prompts (all), apart for each of their rows."""
         return self.label_mask()[prompts]
 
     def predicted_mask(self) -> Bool[Tensor, "prompt token"]:

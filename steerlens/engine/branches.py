@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from steerlens.engine.backend import BareModel
 from steerlens.engine.batches import Batch, in_row_order, length_groups, padded
 from steerlens.engine.positions import parse_position
 from steerlens.engine.tokenization import TokenizedPrompt
@@ -26,7 +28,9 @@ class Branches(Batch):
     is 0 at padding, 1 at what both follow, 2 and 3 at the one and the other.
     """
 
-    def labels_by_row(self, prompts: Int[Tensor, " prompt"]) -> Bool[Tensor, "row token"]:
+    def labels_by_row(
+        self, prompts: Int[Tensor, " prompt"] | slice = slice(None)
+    ) -> Bool[Tensor, "row token"]:
         """The labels of the first continuation of each of the prompts, and of the other."""
         labels, mask = self.label_mask()[prompts], self.attention_mask[prompts]
         return torch.stack([labels & (mask == branch) for branch in (2, 3)], dim=1).flatten(0, 1)
@@ -51,27 +55,37 @@ def with_one_prompt(
 ) -> list[tuple[int, int]]:
     """Places, in the rows' order, of every two whose prompt a cell may run once.
 
-    None unless all prompts come in twos, each with a continuation, every token is steered, and the
-    model takes positions and attention as they are given, within its windows. None of the bare
-    model on a GPU, whose blocks are called without a mask.
+    None unless all prompts come in twos, every token is steered, and `can_branch`.
     """
-    prompts, cache = in_row_order(batches), key_value_cache(model)
+    prompts = in_row_order(batches)
     places = defaultdict[tuple[int, ...], list[int]](list)
     for place, prompt in enumerate(prompts):
         places[prompt.prompt].append(place)
     may = (
-        cache is not None
-        and workload.steered_positions == "all"
+        workload.steered_positions == "all"
         and not workload.with_kl
         and parse_position(workload.position).span is None
         and all(len(of_prompt) % 2 == 0 for of_prompt in places.values())
-        and all(p.continuation and not p.labels and len(p.prompt) > 1 for p in prompts)
-        and is_on_one_side(model, *map(len, prompts))
+        and can_branch(model, prompts)
     )
-    windows = [getattr(layer, "sliding_window", math.inf) for layer in cache.layers] if may else []
-    if not may or any(len(prompt) > min(windows, default=math.inf) for prompt in prompts):
-        return []
-    return [(of[i], of[i + 1]) for of in places.values() for i in range(0, len(of), 2)]
+    return [(of[i], of[i + 1]) for of in places.values() for i in range(0, len(of), 2) if may]
+
+
+def can_branch(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> bool:
+    """Whether the model may take positions and attention as they are given, for all prompts.
+
+    Each needs a continuation without labels of its own, within the model's windows. Not the bare
+    model on a GPU, whose blocks are called without a mask.
+    """
+    cache = None if isinstance(model, BareModel) else key_value_cache(model)
+    if cache is None or not is_on_one_side(model, *map(len, prompts)):
+        return False
+    window = min(
+        (getattr(layer, "sliding_window", math.inf) for layer in cache.layers), default=math.inf
+    )
+    return all(
+        p.continuation and not p.labels and len(p.prompt) > 1 and len(p) <= window for p in prompts
+    )
 
 
 def make_branches(
@@ -80,10 +94,16 @@ def make_branches(
     twins: Sequence[tuple[int, int]],
     batch_size: int | None,
 ) -> tuple[Branches, ...]:
-    """Length-sorted batches of the prompts that every two of `prompts` share, padded on the right.
+    """Length-sorted batches of the prompts that every two of `prompts` share, as `make_batches`."""
+    lengths = [(len(prompts[one]) + len(prompts[other].continuation),) for one, other in twins]
+    groups = length_groups(lengths, model, batch_size)
+    return tuple(join_branches(model, prompts, [twins[i] for i in of]) for of in groups)
 
-    As many rows and as little padding as of `make_batches`.
-    """
+
+def join_branches(
+    model: HookedModel, prompts: Sequence[TokenizedPrompt], twins: Sequence[tuple[int, int]]
+) -> Branches:
+    """One batch of the prompts that every two of `prompts` share, padded on the right."""
     joined, masks = [], []
     for first, second in ((prompts[one], prompts[other]) for one, other in twins):
         shared, n = first.prompt, len(first)
@@ -92,11 +112,7 @@ def make_branches(
         joined.append(TokenizedPrompt(shared, ids, first.where, labels=labels))
         sizes = torch.tensor([len(shared) - 1, n - len(shared) + 1, len(second.continuation) + 1])
         masks.append(torch.arange(1, 4).repeat_interleave(sizes))
-    batches = []
-    for chosen in length_groups([(len(prompt),) for prompt in joined], model, batch_size):
-        device = torch.device(model.cfg.device) if model.cfg.device else None
-        tokens, _ = padded([joined[i].ids for i in chosen], "right", device=device)
-        mask = pad_sequence([masks[i] for i in chosen], batch_first=True).to(tokens.device)
-        rows = tuple(row for i in chosen for row in twins[i])
-        batches.append(Branches(rows, tuple(joined[i] for i in chosen), tokens, mask))
-    return tuple(batches)
+    device = torch.device(model.cfg.device) if model.cfg.device else None
+    tokens, _ = padded([prompt.ids for prompt in joined], "right", device=device)
+    mask = pad_sequence(masks, batch_first=True).to(tokens.device)
+    return Branches(tuple(chain.from_iterable(twins)), tuple(joined), tokens, mask)
