@@ -186,14 +186,15 @@ class _Run:
             before = before_labels(on_cpu[chosen.on_cpu], batch.tokens.device)
             predictions = residual.flatten(0, 1)[before.to(residual.device)]
             wanted = batch.tokens[chosen.rows].flatten()[before + 1]
-            logprob = labels_logprob(self.engine.model, predictions, wanted)
             labels = batch.labels_by_row(chosen.rows)[:, 1:]
-            means = readout.repeat_interleave(n_texts, dim=0), mean_by_prompt(logprob, labels)
             if part.final is None:
-                return means
+                logprob = labels_logprob(self.engine.model, predictions, wanted)
+                each = readout.repeat_interleave(n_texts, dim=0)
+                return each, mean_by_prompt(logprob, labels)
             by_row = torch.split(part.final, n_labels)
             unsteered = torch.cat([by_row[row] for row in chosen.on_cpu.tolist()])
-            return *means, labels_kl(self.engine.model, predictions, unsteered), logprob
+            kl, logprob = labels_kl(self.engine.model, predictions, unsteered, wanted)
+            return readout, mean_by_prompt(logprob, labels), kl, logprob
 
         return self._in_slices(batch, run, sign=1.0)
 

@@ -168,16 +168,19 @@ def labels_kl(
     model: HookedModel,
     final: Float[Tensor, "label d_model"],
     unsteered: Float[Tensor, "label d_model"],
-) -> Float[Tensor, " label"]:
-    """KL(unsteered || steered), nats, of the next-token distributions after each residual.
+    labels: Int[Tensor, " label"],
+) -> tuple[Float[Tensor, " label"], Float[Tensor, " label"]]:
+    """KL(unsteered || steered), nats, of the next-token distributions, and `labels_logprob`.
 
-    Both arguments are outputs of the last block.
+    `final` and `unsteered` are outputs of the last block.
     """
-    divergences = []
-    for logits, (rows,) in _logits(model, final, unsteered):
+    divergences, logprobs = [], []
+    for logits, (rows, wanted) in _logits(model, final, unsteered, labels):
+        steered = _log_softmax(logits)
         ((reference, _),) = _logits(model, rows)
-        divergences.append(divergence(_log_softmax(logits), _log_softmax(reference)))
-    return torch.cat(divergences)
+        divergences.append(divergence(steered, _log_softmax(reference)))
+        logprobs.append(steered.gather(1, wanted[:, None])[:, 0])
+    return torch.cat(divergences), torch.cat(logprobs)
 
 
 class LabelOutputs(NamedTuple):
