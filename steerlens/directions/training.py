@@ -18,7 +18,14 @@ from steerlens.directions.differences import Differences, collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.methods import METHODS, directions_of, frozen_axis
 from steerlens.directions.old_names import with_grouped
-from steerlens.directions.training_step import Push, Side, make_side, objective_of, push_sides
+from steerlens.directions.training_step import (
+    Push,
+    Side,
+    item_sides,
+    make_side,
+    objective_of,
+    push_sides,
+)
 from steerlens.engine.batches import Batch, make_pair_batches
 from steerlens.engine.labels import LabelKind, labelled_pairs
 from steerlens.engine.positions import Position, one_token
@@ -214,17 +221,18 @@ def train_directions(
 
 def _sides(
     model: HookedModel, batches: Sequence[tuple[Batch, Batch]], hook_name: str, objective: str
-) -> list[tuple[Side, Side]]:
-    is_pairs = objective == "reference"  # which has the labels of the positive prompts alone
-    others: dict[str, Any] = {"sign": -1 if is_pairs else 1, "with_labels": not is_pairs}
+) -> list[tuple[Side, ...]]:
+    if objective != "reference":
+        return item_sides(model, batches, hook_name)
     side = partial(make_side, model, hook_name=hook_name)
-    return [(side(up, sign=1), side(down, **others)) for up, down in batches]
+    # Of pairs the positive prompts alone have labels.
+    return [(side(up, sign=1), side(down, sign=-1, with_labels=False)) for up, down in batches]
 
 
 def _train(
     push: Callable[..., Push],
-    examples: Sequence[tuple[Side, Side]],
-    held_out: Sequence[tuple[Side, Side]],
+    examples: Sequence[tuple[Side, ...]],
+    held_out: Sequence[tuple[Side, ...]],
     *,
     axis: Float[Tensor, " d_readout"] | None,
     vector: Float[Tensor, " d_model"],

@@ -1,7 +1,8 @@
 """A step of training: both sides of some examples pushed, the objective, and its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,13 +11,17 @@ from torch import Tensor
 
 from steerlens.engine.backward import adding, differentiable
 from steerlens.engine.batches import Batch
+from steerlens.engine.branches import can_branch, join_branches
 from steerlens.engine.capture import reading_hook
+from steerlens.engine.memory import is_out_of_memory
 from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
+from steerlens.errors import SteerlensError
 from steerlens.loss import contrastive_steering_loss, preference_loss, promotion_loss
 from steerlens.loss.labels import mean_by_prompt
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import hook_layer, resid_post
 from steerlens.models.loading import inference
+from steerlens.models.tolerance import allowed_gap
 
 SIGNS = (1.0, -1.0)
 """The coefficients a vector is trained at."""
@@ -31,6 +36,7 @@ class Side:
     The first half is at c = +1, the other at -1. `residual` enters the hook's block, each prompt
     once (None: from the tokens on). `labels` is None where they do not matter, and the side is then
     run to the readout only. `unsteered` is the labels' logprob at 0 (nats per token; NaN without).
+    Of `Branches` it is both sides at once.
     """
 
     batch: Batch
@@ -96,18 +102,53 @@ def make_side(
             labels = Labels.of(batch)
             logprob = mean_by_prompt(
                 labels_logprob(model, labels.outputs(final.values), labels.ids),
-                batch.label_mask()[:, 1:],
+                batch.labels_by_row()[:, 1:],
             )
     n = len(SIGNS)
-    pushed = Batch(batch.rows * n, batch.prompts * n, tokens.repeat(n, 1), mask.repeat(n, 1))
+    pushed = type(batch)(batch.rows * n, batch.prompts * n, tokens.repeat(n, 1), mask.repeat(n, 1))
     signs = sign * torch.tensor(SIGNS, device=tokens.device).repeat_interleave(len(batch.prompts))
     labels_twice = Labels.of(pushed) if with_labels else None
     return Side(pushed, signs[:, None, None], residual, labels_twice, logprob)
 
 
+def item_sides(
+    model: HookedModel, batches: Sequence[tuple[Batch, Batch]], hook_name: str
+) -> list[tuple[Side, ...]]:
+    """Sides of items: each prompt run once for both continuations, or each side by itself.
+
+    By itself where a model cannot (see `can_branch`), or where the batches of the shortest and of
+    the longest items have another logprob.
+    """
+    side = partial(make_side, model, hook_name=hook_name, sign=1)
+    whole = [(*up.prompts, *down.prompts) for up, down in batches]
+    twins = [[(i, i + len(of) // 2) for i in range(len(of) // 2)] for of in whole]
+    have_one = (
+        of[i].prompt == of[j].prompt for of, two in zip(whole, twins, strict=True) for i, j in two
+    )
+    if all(have_one) and can_branch(model, [prompt for of in whole for prompt in of]):
+        try:
+            joined = [
+                side(join_branches(model, of, two)) for of, two in zip(whole, twins, strict=True)
+            ]
+        except Exception as error:  # whatever a model's own code raises at such a mask
+            if isinstance(error, SteerlensError) or is_out_of_memory(error):
+                raise
+        else:
+            ends = ((joined[i], [side(of) for of in batches[i]]) for i in (0, -1))
+            if all(_have_one_logprob(model, *of) for of in ends):
+                return [(both,) for both in joined]
+    return [(side(up), side(down)) for up, down in batches]
+
+
+def _have_one_logprob(model: HookedModel, joined: Side, alone: Sequence[Side]) -> bool:
+    expected = torch.stack([side.unsteered for side in alone], dim=1).flatten()
+    gaps = (joined.unsteered - expected).abs() / expected.abs().clamp(min=1)
+    return bool((gaps <= allowed_gap(model.cfg.dtype)).all())
+
+
 def push_sides(
     model: HookedModel,
-    sides: tuple[Side, Side],
+    sides: tuple[Side, ...],
     vector: Float[Tensor, " d_model"],
     objective: Objective,
     *,
@@ -118,10 +159,11 @@ def push_sides(
 ) -> Push:
     """The objective under `+vector` and `-vector` at a hook, and its gradient there.
 
-    Readouts are at `position`. Without `with_gradient` the gradient is zero and not computed.
+    `sides` are the positive and the negative one, or both at once. Readouts are at `position`.
+    Without `with_gradient` the gradient is zero and not computed.
     """
 
-    def push(side: Side) -> Pushed:
+    def push(side: Side) -> list[Pushed]:
         batch, start, labels = side.batch, side.residual, side.labels
         if start is not None:
             start = replace(start, values=start.values.repeat(len(SIGNS), 1, 1))
@@ -135,20 +177,22 @@ def push_sides(
             ],
             last_hook=readout if labels is None else resid_post(int(model.cfg.n_layers) - 1),
         )
-        shape = len(SIGNS), len(side.unsteered)
-        state = states[readout].reshape(*shape, -1)
+        unsteered = side.unsteered.reshape(-1, len(batch.rows) // len(batch.prompts))
+        shape = len(SIGNS), *unsteered.shape
+        state = states[readout].reshape(*shape[:2], -1)
         logprob = state.detach().new_full(shape, torch.nan)
         if labels is not None:
             by_label = labels.read(model, final).logprob
-            logprob = mean_by_prompt(by_label, batch.label_mask()[:, 1:]).reshape(shape)
-        return Pushed(state, logprob, side.unsteered)
+            logprob = mean_by_prompt(by_label, batch.labels_by_row()[:, 1:]).reshape(shape)
+        each = zip(logprob.unbind(-1), unsteered.unbind(-1), strict=True)
+        return [Pushed(state, *of_side) for of_side in each]
 
     with differentiable(model, with_gradient=with_gradient):
-        pushed = [push(side) for side in sides]
-        loss, gradient = objective(*pushed), torch.zeros_like(vector)
+        up, down = (pushed for side in sides for pushed in push(side))
+        loss, gradient = objective(up, down), torch.zeros_like(vector)
         if with_gradient:
             (gradient,) = torch.autograd.grad(loss, vector, materialize_grads=True)
-    positive, negative = (Pushed(*(part.detach() for part in side)) for side in pushed)
+    positive, negative = (Pushed(*(part.detach() for part in side)) for side in (up, down))
     return Push(float(loss.detach()), gradient, positive, negative)
 
 

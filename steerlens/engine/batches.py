@@ -25,6 +25,10 @@ Places: TypeAlias = (
 """Where rows are read: one column each, the weights of a mean over tokens, or the tokens of which
 the largest number of each coordinate is taken."""
 
+Mask: TypeAlias = Bool[Tensor, "row token"] | Int[Tensor, "row token"]
+"""Which tokens are real; or of `Branches` what they are of: 0 padding, 1 prompt, from 2 on a text
+after it."""
+
 MAX_PADDING = 0.1
 """The largest share of a batch that may be padding."""
 
@@ -45,7 +49,7 @@ class Batch:
     rows: tuple[int, ...]
     prompts: tuple[TokenizedPrompt, ...]
     tokens: Int[Tensor, "prompt token"]
-    attention_mask: Bool[Tensor, "prompt token"]
+    attention_mask: Mask
     n_before: tuple[int, ...] = ()
 
     @property
@@ -101,6 +105,12 @@ class Batch:
         """`label_mask` on the CPU, wherever the batch is."""
         return self._mask("labels")[0]
 
+    def labels_by_row(
+        self, prompts: Int[Tensor, " prompt"] | slice = slice(None)
+    ) -> Bool[Tensor, "row token"]:
+        """`label_mask` of some prompts (all), apart for each of their rows."""
+        return self.label_mask()[prompts]
+
     def predicted_mask(self) -> Bool[Tensor, "prompt token"]:
         """True at the tokens that others come before: all real ones but each prompt's first."""
         return self._mask("predicted")[1]
@@ -140,7 +150,7 @@ class Batch:
     @cached_property
     def _starts(self) -> list[int]:
         """The column of each prompt's first token; below 0 when it is not in the batch."""
-        starts = self.attention_mask.int().argmax(dim=1).tolist()
+        starts = self.attention_mask.bool().int().argmax(dim=1).tolist()
         n_before = self.n_before or (0,) * len(starts)
         return [start - before for start, before in zip(starts, n_before, strict=True)]
 
@@ -175,6 +185,12 @@ def in_pair_order(
     return joined
 
 
+def in_row_order(batches: Sequence[Batch]) -> list[TokenizedPrompt]:
+    """The prompts of all batches, as they were before they were sorted by length."""
+    prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
+    return [prompts[row] for row in sorted(prompts)]
+
+
 def make_batches(
     model: HookedModel, prompts: Sequence[TokenizedPrompt], batch_size: int | None
 ) -> tuple[Batch, ...]:
@@ -184,7 +200,7 @@ def make_batches(
     padding. Raises `InputError` when `batch_size` is below 1.
     """
     lengths = [(len(prompt),) for prompt in prompts]
-    groups = _groups(lengths, model, batch_size)
+    groups = length_groups(lengths, model, batch_size)
     return tuple(_batch(model, prompts, rows) for rows in groups)
 
 
@@ -200,7 +216,7 @@ def make_split_batches(
     lengths = [(len(p) - n, n) for p, n in zip(prompts, n_before, strict=True)]
     batches = []
     whole = [(len(p),) for p in prompts]
-    for rows in _groups(lengths, model, batch_size, whole):
+    for rows in length_groups(lengths, model, batch_size, whole):
         of, cuts = tuple(prompts[row] for row in rows), tuple(n_before[row] for row in rows)
         ids = [prompt.ids for prompt in of]
         heads = [tokens[:n] for tokens, n in zip(ids, cuts, strict=True)]
@@ -224,7 +240,7 @@ def make_pair_batches(
     sides = (pairs.positive, pairs.negative)
     lengths = [(len(pos), len(neg)) for pos, neg in zip(*sides, strict=True)]
     batches = []
-    for rows in _groups(lengths, model, batch_size):
+    for rows in length_groups(lengths, model, batch_size):
         positive, negative = (_batch(model, side, rows) for side in sides)
         batches.append((positive, negative))
     return tuple(batches)
@@ -244,7 +260,7 @@ def _batch(model: HookedModel, prompts: Sequence[TokenizedPrompt], rows: tuple[i
     return Batch(rows, of, *padded(ids, side, device=_device(model)))
 
 
-def _groups(
+def length_groups(
     lengths: Sequence[tuple[int, ...]],
     model: HookedModel,
     batch_size: int | None,

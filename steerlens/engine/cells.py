@@ -178,7 +178,7 @@ class _Run:
         prompt.
         """
         batch = part.batch
-        labels, on_cpu = batch.label_mask()[:, 1:], batch.labels_on_cpu()
+        on_cpu, n_texts = batch.labels_on_cpu(), len(batch.rows) // len(batch.prompts)
         n_labels = on_cpu[:, 1:].sum(dim=1).tolist()
 
         def run(chosen: _Rows) -> tuple[Tensor, ...]:
@@ -186,13 +186,15 @@ class _Run:
             before = before_labels(on_cpu[chosen.on_cpu], batch.tokens.device)
             predictions = residual.flatten(0, 1)[before.to(residual.device)]
             wanted = batch.tokens[chosen.rows].flatten()[before + 1]
-            logprob = labels_logprob(self.engine.model, predictions, wanted)
-            means = readout, mean_by_prompt(logprob, labels[chosen.rows])
+            labels = batch.labels_by_row(chosen.rows)[:, 1:]
             if part.final is None:
-                return means
+                logprob = labels_logprob(self.engine.model, predictions, wanted)
+                each = readout.repeat_interleave(n_texts, dim=0)
+                return each, mean_by_prompt(logprob, labels)
             by_row = torch.split(part.final, n_labels)
             unsteered = torch.cat([by_row[row] for row in chosen.on_cpu.tolist()])
-            return *means, labels_kl(self.engine.model, predictions, unsteered), logprob
+            kl, logprob = labels_kl(self.engine.model, predictions, unsteered, wanted)
+            return readout, mean_by_prompt(logprob, labels), kl, logprob
 
         return self._in_slices(batch, run, sign=1.0)
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.engine.batches import Batch, in_pair_order
+from steerlens.engine.branches import with_one_prompt
 from steerlens.engine.capture import at_position, run_to_hooks
 from steerlens.engine.cells import Carried, carry, fast_cells
 from steerlens.engine.engine import Engine
@@ -27,20 +28,22 @@ from steerlens.progress import silent
 def not_exact(
     runner: Engine, workload: Workload, jobs: Sequence[Job]
 ) -> tuple[bool, dict[str, str]]:
-    """Whether a prefix can be reused, and hook name -> why it cannot be resumed after.
+    """Whether prefixes and prompts can be shared, and hook name -> why it cannot be resumed after.
 
     On two prompts a side, the shortest and the longest. Resumed at coefficient 0 a hook has to give
     the unsteered model, and the first one at its smallest coefficient what the plain loop gives, to
     1e-4 (of a readout's norm, or nats; 8 times the rounding of a half-precision dtype). Where all
     hooks are block outputs, only the first is resumed to the end, and after each of them the blocks
     up to the next, with all before them standing aside, have to give what is there in a whole pass.
-    Where they do not, and where a hook is inside a block, every hook is resumed to the end.
+    Where they do not, where a hook is inside a block, and where two continuations are in one row,
+    every hook is resumed to the end.
     """
     if not jobs:
         return False, {}
+    shares = bool(with_one_prompt(runner.model, workload, workload.positive))
     few = replace(
         workload,
-        positive=_ends(workload.positive),
+        positive=_twins_at_ends(workload.positive) if shares else _ends(workload.positive),
         negative=_ends(workload.negative),
         with_kl=False,
     )
@@ -48,8 +51,11 @@ def not_exact(
     baseline = baseline_of(replace(runner, progress=silent), few, readouts)
     checking = replace(runner.stage("checks: hooks"), batch_size=None)
     how = checking, few, baseline, sorted(jobs, key=lambda job: job.first_block)
-    for reuse_prefix in [True, False] if steers_late(workload.steered_positions) else [False]:
-        is_exact = _steps_agree(*how, reuse_prefix=reuse_prefix)
+    may_reuse = shares or steers_late(workload.steered_positions)
+    for reuse_prefix in [True, False] if may_reuse else [False]:
+        # The steps look at whole prompts, row by row.
+        is_branched = shares and reuse_prefix
+        is_exact = not is_branched and _steps_agree(*how, reuse_prefix=reuse_prefix)
         reasons = {} if is_exact else _reasons(*how, reuse_prefix=reuse_prefix)
         if not reasons:
             break
@@ -198,3 +204,14 @@ def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
         return ()
     first, last = batches[0], batches[-1]
     return (first.ends(),) if first is last else (first.row(0), last.row(len(last.prompts) - 1))
+
+
+def _twins_at_ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """All rows of the shortest and of the longest prompt, as padded as they are."""
+    ends = {batches[0].prompts[0].prompt, batches[-1].prompts[-1].prompt}
+    return tuple(
+        batch.row(i)
+        for batch in batches
+        for i, prompt in enumerate(batch.prompts)
+        if prompt.prompt in ends
+    )

@@ -1,4 +1,4 @@
-"""What the cells of one workload share, computed once: prefixes and unsteered residuals."""
+"""What the cells of one workload share: prefixes, prompts of two continuations, residuals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlens.engine.batches import Batch, make_split_batches
+from steerlens.engine.batches import Batch, in_row_order, make_split_batches
+from steerlens.engine.branches import make_branches, with_one_prompt
 from steerlens.engine.capture import by_halves
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
@@ -47,7 +48,8 @@ def prepare(
     """Run once what all cells share: keys and values before the first steered token.
 
     They are kept with `reuse_prefix` where the last prompt token or the continuation is steered,
-    and take two vectors a token, head and block.
+    and take two vectors a token, head and block. With it two continuations of one prompt are put
+    into one row where every token is steered (see `with_one_prompt`).
     """
     with inference(engine.model):
         positive = _parts(engine, workload, workload.positive, reuse_prefix)
@@ -63,20 +65,22 @@ def prepare(
 def _parts(
     engine: Engine, workload: Workload, batches: Sequence[Batch], reuse_prefix: bool
 ) -> tuple[Part, ...]:
-    prompts = {row: p for b in batches for row, p in zip(b.rows, b.prompts, strict=True)}
+    in_order = in_row_order(batches)
+    if reuse_prefix and (twins := with_one_prompt(engine.model, workload, batches)):
+        joined = make_branches(engine.model, in_order, twins, engine.batch_size)
+        return tuple(Part(batch) for batch in joined)
     is_split = (
         reuse_prefix
         and steers_late(workload.steered_positions)
         and takes_cache(engine.model)
         # Kept keys are rotated as in the whole text.
-        and all(is_on_one_side(engine.model, len(p.prompt) - 1, len(p)) for p in prompts.values())
-        and all(len(p.prompt) > 1 for p in prompts.values())
-        and all(p.label_tokens[0] >= len(p.prompt) for p in prompts.values() if p.continuation)
-        and all(min(p.places(workload.position)) >= len(p.prompt) - 1 for p in prompts.values())
+        and all(is_on_one_side(engine.model, len(p.prompt) - 1, len(p)) for p in in_order)
+        and all(len(p.prompt) > 1 for p in in_order)
+        and all(p.label_tokens[0] >= len(p.prompt) for p in in_order if p.continuation)
+        and all(min(p.places(workload.position)) >= len(p.prompt) - 1 for p in in_order)
     )
     if not is_split:
         return tuple(Part(batch) for batch in batches)
-    in_order = [prompts[row] for row in sorted(prompts)]
     split = by_halves(
         make_split_batches(engine.model, in_order, engine.batch_size),
         lambda head, tail: run_prefix(engine.model, head),  # noqa: ARG005

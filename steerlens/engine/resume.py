@@ -16,7 +16,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.engine.backend import BareModel, no_prefix
-from steerlens.engine.batches import Batch, before_labels, mask_kwargs
+from steerlens.engine.batches import Batch, Mask, before_labels, mask_kwargs
+from steerlens.engine.branches import branch_kwargs
 from steerlens.engine.memory import LOGITS_PER_PASS
 from steerlens.engine.transfer import to_device
 from steerlens.loss.labels import divergence
@@ -86,7 +87,7 @@ def distinct_rows(batch: Batch) -> tuple[list[int], list[int]]:
 def run_from(
     model: HookedModel,
     tokens: Int[Tensor, "row token"],
-    attention_mask: Bool[Tensor, "row token"],
+    attention_mask: Mask,
     *,
     start: Residual | None = None,
     prefix: Prefix | None = None,
@@ -107,7 +108,7 @@ def run_from(
 
     hooks = [*fwd_hooks, *keeping(last, [last_hook]), (last_hook, stop)]
     with blocks_skipped(model, start), hooked(model, hooks), suppress(Stop):
-        kwargs = _pass_kwargs(attention_mask, prefix, is_padded)
+        kwargs = _pass_kwargs(attention_mask, prefix, is_padded, model.cfg.dtype)
         if isinstance(model, BareModel) and start is not None and not kwargs:
             # It ends at `last_hook` too, unless it cannot be done.
             model.resume(start.values, start.block, hook_layer(last_hook))
@@ -116,8 +117,10 @@ def run_from(
 
 
 def _pass_kwargs(
-    attention_mask: Bool[Tensor, "row token"], prefix: Prefix | None, is_padded: bool | None
+    attention_mask: Mask, prefix: Prefix | None, is_padded: bool | None, dtype: torch.dtype
 ) -> dict[str, Any]:
+    if attention_mask.dtype != torch.bool:
+        return branch_kwargs(attention_mask, dtype)
     if prefix is None:
         return {} if is_padded is False else mask_kwargs(attention_mask)
     # The mask spans the prefix too; the model takes the tokens' positions from it.
@@ -128,7 +131,7 @@ def _pass_kwargs(
 def advance(
     model: HookedModel,
     tokens: Int[Tensor, "row token"],
-    attention_mask: Bool[Tensor, "row token"],
+    attention_mask: Mask,
     *,
     start: Residual | None,
     prefix: Prefix | None = None,
@@ -165,16 +168,19 @@ def labels_kl(
     model: HookedModel,
     final: Float[Tensor, "label d_model"],
     unsteered: Float[Tensor, "label d_model"],
-) -> Float[Tensor, " label"]:
-    """KL(unsteered || steered), nats, of the next-token distributions after each residual.
+    labels: Int[Tensor, " label"],
+) -> tuple[Float[Tensor, " label"], Float[Tensor, " label"]]:
+    """KL(unsteered || steered), nats, of the next-token distributions, and `labels_logprob`.
 
-    Both arguments are outputs of the last block.
+    `final` and `unsteered` are outputs of the last block.
     """
-    divergences = []
-    for logits, (rows,) in _logits(model, final, unsteered):
+    divergences, logprobs = [], []
+    for logits, (rows, wanted) in _logits(model, final, unsteered, labels):
+        steered = _log_softmax(logits)
         ((reference, _),) = _logits(model, rows)
-        divergences.append(divergence(_log_softmax(logits), _log_softmax(reference)))
-    return torch.cat(divergences)
+        divergences.append(divergence(steered, _log_softmax(reference)))
+        logprobs.append(steered.gather(1, wanted[:, None])[:, 0])
+    return torch.cat(divergences), torch.cat(logprobs)
 
 
 class LabelOutputs(NamedTuple):

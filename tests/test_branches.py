@@ -1,0 +1,240 @@
+"""Two continuations after one prompt: a cell runs it once for both, and finds what each has."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import bridge, build_llama, needs_bridge
+from zoo import bridged
+
+from steerlens.directions.training_step import (
+    Push,
+    Side,
+    item_sides,
+    make_side,
+    objective_of,
+    push_sides,
+)
+from steerlens.engine import exactness, resume
+from steerlens.engine.batches import Batch, make_batches
+from steerlens.engine.branches import branch_kwargs, with_one_prompt
+from steerlens.engine.engine import Engine
+from steerlens.engine.tokenization import TokenizedPrompt
+from steerlens.engine.workload import Job, Workload
+from steerlens.measure.effects import preference_gaps
+from steerlens.models.hooks import resid_post
+from steerlens.models.tolerance import relative_gap
+from steerlens.steering import steer
+
+HOOK = resid_post(1)
+PROMPTS = ((5, 6, 7, 8), (9, 10, 11, 12, 13, 14, 15), (16, 17, 18, 19, 20))
+ENDS = (((21, 22, 23), (24,), (25, 26)), ((27,), (28, 29, 30, 31), (32, 33)))
+"""The positive continuations, and the negative ones."""
+
+
+def sides() -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
+    positive, negative = (
+        [TokenizedPrompt(p, end, str(p)) for p, end in zip(PROMPTS, of, strict=True)] for of in ENDS
+    )
+    return positive, negative
+
+
+def vector(model: Any) -> torch.Tensor:
+    return torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(1))
+
+
+def measured(
+    model: Any, batch_size: int | None = None, coefficients: tuple[float, ...] = (1.0, -0.5)
+) -> tuple[np.ndarray, int]:
+    """The gaps at the coefficients, and the block-evaluations that they took."""
+    engine = Engine(model, batch_size)
+    job = Job(HOOK, vector(model), coefficients, resid_post(engine.n_layers - 1))
+    _, (gaps,) = preference_gaps(engine, sides(), [job])
+    return gaps, engine.cost.blocks
+
+
+def by_hand(model: Any, coefficient: float) -> list[float]:
+    """The gaps of whole prompts, each alone."""
+
+    def logprob(prompt: TokenizedPrompt) -> float:
+        with torch.no_grad(), steer(model, {HOOK: vector(model)}, coefficient):
+            logits = model(torch.tensor([prompt.ids]), return_type="logits")[0]
+        of_next = logits.log_softmax(-1)[len(prompt.prompt) - 1 : -1]
+        return float(of_next.gather(1, torch.tensor(prompt.continuation)[:, None]).mean())
+
+    return [logprob(up) - logprob(down) for up, down in zip(*sides(), strict=True)]
+
+
+def kinds_of_rows(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each pass, from now on, had two continuations in a row."""
+    seen: list[bool] = []
+    run = resume._pass_kwargs
+
+    def counted(mask: torch.Tensor, *given: Any) -> dict[str, Any]:
+        seen.append(mask.dtype != torch.bool)
+        return run(mask, *given)
+
+    monkeypatch.setattr(resume, "_pass_kwargs", counted)
+    return seen
+
+
+SHARING = ["GPT-2", "GPT-NeoX", "OPT", "Llama", "Qwen3", "Phi", "OLMo 2", "Mixtral", "Gemma 3"]
+
+
+@needs_bridge
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+@pytest.mark.parametrize("kind", SHARING)
+def test_a_prompt_run_once_gives_what_whole_passes_give(
+    kind: str, batch_size: int | None, monkeypatch: pytest.MonkeyPatch, much_padding: None
+) -> None:
+    # In a window that holds the texts, as Gemma's does.
+    model = bridged(kind, **({"sliding_window": 16} if kind == "Gemma 3" else {}))
+    branched = kinds_of_rows(monkeypatch)
+    gaps, _ = measured(model, batch_size)
+    for found, coefficient in zip(gaps, (1.0, -0.5), strict=True):
+        assert found.tolist() == pytest.approx(by_hand(model, coefficient), abs=2e-5)
+    assert branched[-1]
+
+
+@needs_bridge
+@pytest.mark.parametrize("kind", ["BLOOM", "Gemma 3", "LFM2"])
+def test_where_a_mask_is_not_all_prompts_are_run_whole(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Distances by the columns, a window of 6 tokens, a state beside keys and values.
+    model = bridged(kind)
+    branched = kinds_of_rows(monkeypatch)
+    gaps, _ = measured(model)
+    assert gaps[0].tolist() == pytest.approx(by_hand(model, 1.0), abs=2e-5)
+    assert not branched[-1]
+    assert any(branched) == (kind == "BLOOM")  # where the look at two prompts shows it
+
+
+@needs_bridge
+def test_a_cell_runs_each_prompt_once() -> None:
+    model = bridge(build_llama(n_layers=4))
+    (_, two), (_, three) = (measured(model, 1, (1.0, -0.5, 2.0)[:n]) for n in (2, 3))
+    # Two of four blocks, 16 tokens of prompts, 6 and 7 of continuations, and each prompt's last
+    # token once more; whole, 45 tokens.
+    assert three - two == 2 * (16 + 6 + 7 + 3)
+
+
+@needs_bridge
+@pytest.mark.parametrize("change", ["labels", "alone", "short"])
+def test_prompts_that_do_not_come_in_twos_are_run_whole(change: str) -> None:
+    model = bridge(build_llama())
+    first, *others = [prompt for side in sides() for prompt in side]
+    changed = {
+        "labels": [replace(first, labels=(2,)), *others],
+        "alone": others,
+        "short": [replace(first, prompt=(5,)), TokenizedPrompt((5,), (6,), ""), *others[:2]],
+    }
+    for prompts, n_pairs in (((first, *others), 3), (changed[change], 0)):
+        batches = make_batches(model, prompts, None)
+        workload = Workload(batches, (), -1, "all")
+        assert len(with_one_prompt(model, workload, batches)) == n_pairs
+        for other in (
+            replace(workload, steered_positions="prompt"),
+            replace(workload, with_kl=True),
+        ):
+            assert not with_one_prompt(model, other, batches)
+
+
+def causal(mask: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """What the second continuation must not be given: a look at the first."""
+    right, wrong = (branch_kwargs(of, dtype) for of in (mask, mask.clamp(max=1)))
+    return right | {"attention_mask": wrong["attention_mask"]}
+
+
+def in_order(mask: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    """The places of tokens in their row, not in their text."""
+    right, wrong = (branch_kwargs(of, dtype) for of in (mask, mask.clamp(max=1)))
+    return right | {"position_ids": wrong["position_ids"]}
+
+
+@needs_bridge
+@pytest.mark.parametrize("kwargs", [causal, in_order])
+def test_what_sees_or_stands_wrongly_is_found_out(
+    kwargs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bridge(build_llama(seed=4))
+    monkeypatch.setattr(resume, "branch_kwargs", kwargs)
+    branched = kinds_of_rows(monkeypatch)
+    gaps, _ = measured(model)
+    assert gaps[0].tolist() == pytest.approx(by_hand(model, 1.0), abs=2e-5)
+    assert any(branched)
+    assert not branched[-1]
+    # Without the look at two prompts the numbers would be others.
+    monkeypatch.setattr(exactness, "_difference", lambda *given: None)
+    wrong, _ = measured(model)
+    assert branched[-1]
+    assert np.abs(wrong[0] - by_hand(model, 1.0)).max() > 1e-3
+
+
+def item_batches(model: Any) -> list[tuple[Batch, Batch]]:
+    """Both sides of the texts in the batches of two steps."""
+    positive, negative = sides()
+    return [
+        tuple(make_batches(model, of[rows], 3)[0] for of in (positive, negative))  # type: ignore[misc]
+        for rows in (slice(0, 1), slice(1, None))
+    ]
+
+
+def pushed(model: Any, each: list[tuple[Side, ...]], objective: str) -> list[Push]:
+    return [
+        push_sides(
+            *(model, of, vector(model).requires_grad_(), objective_of(objective, None)),
+            hook_name=HOOK,
+            readout=resid_post(int(model.cfg.n_layers) - 1),
+            position=-1,
+        )
+        for of in each
+    ]
+
+
+@needs_bridge
+@pytest.mark.parametrize("objective", ["promotion", "preference"])
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama", "OPT", "Qwen3", "Gemma 3", "BLOOM"])
+def test_a_step_of_training_is_that_of_whole_prompts(
+    kind: str, objective: str, much_padding: None
+) -> None:
+    model = bridged(kind)
+    batches = item_batches(model)
+    each = item_sides(model, batches, HOOK)
+    alone = [tuple(make_side(model, of, HOOK, sign=1) for of in both) for both in batches]
+    # A window of 6 tokens, and distances by the columns.
+    assert [len(of) for of in each] == [2 if kind in ("Gemma 3", "BLOOM") else 1] * 2
+    for found, expected in zip(
+        pushed(model, each, objective), pushed(model, alone, objective), strict=True
+    ):
+        assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+        assert relative_gap(found.gradient, expected.gradient) < 1e-4
+        for ours, theirs in (
+            (found.positive, expected.positive),
+            (found.negative, expected.negative),
+        ):
+            for name in ("readout", "logprob", "unsteered"):
+                torch.testing.assert_close(
+                    getattr(ours, name), getattr(theirs, name), atol=2e-5, rtol=1e-5
+                )
+
+
+@needs_bridge
+@pytest.mark.parametrize("kwargs", [causal, in_order])
+def test_training_is_not_on_what_sees_or_stands_wrongly(
+    kwargs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = bridge(build_llama(seed=4))
+    batches = item_batches(model)
+    assert [len(of) for of in item_sides(model, batches, HOOK)] == [1, 1]
+    monkeypatch.setattr(resume, "branch_kwargs", kwargs)
+    assert [len(of) for of in item_sides(model, batches, HOOK)] == [2, 2]
+    # A prompt of each continuation's own has nothing to share.
+    monkeypatch.undo()
+    up, down = sides()
+    other = [replace(prompt, prompt=(1, *prompt.prompt[1:])) for prompt in down]
+    for negative, n_sides in ((down, 1), (other, 2)):
+        both = zip(*(make_batches(model, of, 3) for of in (up, negative)), strict=True)
+        assert {len(of) for of in item_sides(model, list(both), HOOK)} == {n_sides}
