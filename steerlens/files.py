@@ -9,7 +9,7 @@ import shutil
 import stat
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -344,8 +344,18 @@ def _release(lock: Path, descriptor: int) -> None:
 
 def write_json(record: Mapping[str, Any], path: Path) -> None:
     """Write a record as JSON, as `without_nan` makes it."""
+    path.write_text(json_text(record), encoding="utf-8")
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """A record as the text of a JSON file."""
     text = json.dumps(without_nan(record), indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return f"{text}\n"
+
+
+def jsonl_text(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Records as the text of a JSONL file."""
+    return "".join(json.dumps(without_nan(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 def number(value: Any) -> float:

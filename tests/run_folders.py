@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from steerlens.files import jsonl_text
 from steerlens.models.hooks import resid_post
 from steerlens.plots import attention_page, projection_page
 from steerlens.runs.contents import TABLES, text_name
@@ -299,8 +300,8 @@ def write(
         asked | request,
         seconds=12.5,
         forward_equivalents=99.5,
-        pages=pages or {},
-        lines={"generations": written} if written else {},
+        texts={f"{name}.html": page for name, page in (pages or {}).items()}
+        | ({"generations.jsonl": jsonl_text(written)} if written else {}),
         warnings=warnings,
     )
     return folder

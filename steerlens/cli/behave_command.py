@@ -14,6 +14,7 @@ from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_behaviour, progress_of
 from steerlens.cli.vector_commands import OptionalModel, load_with_model
 from steerlens.errors import InputError
+from steerlens.files import jsonl_text
 from steerlens.progress import silent
 
 OPEN = "open"
@@ -86,7 +87,7 @@ class Behave(FolderCommand, ModelCommand):
         sl.measure.scorers.check_scorers(names, pairs, descriptions)
         vector, model = load_with_model(path, self.model, self.load)
         if self.prompts == OPEN and getattr(model.tokenizer, "chat_template", None):
-            prompts = [_as_chat(prompt) for prompt in prompts]
+            prompts = [sl.data.entries.turns(prompt) for prompt in prompts]
         hook_names: tuple[str, ...] = (sl.measure.interventions.joined_hooks(vector),)
         if self.layers is not None:
             hook_names = sl.resolve_hooks(model, self.layers)
@@ -134,7 +135,7 @@ class Behave(FolderCommand, ModelCommand):
                 is_at_one = len(vector) == 1 or self.layers is not None
                 if is_at_one and is_known and vector.condition is None:
                     tables |= self._tokens(model, vector, prompts, result)
-            run.write(tables, vector, lines={"generations": list(result.records())})
+            run.write(tables, vector, texts={"generations.jsonl": jsonl_text(result.records())})
         print_behaviour(result.table)
         run.note(f"{len(result.generations)} texts")
 
@@ -177,7 +178,7 @@ class Behave(FolderCommand, ModelCommand):
             return [*read_half("choice"), *read_half("confirmation")], None
         read = sl.data.read_prompts(Path(self.prompts))
         groups = [of.group or f"prompt {i}" for i, of in enumerate(read, 1)]
-        return [_as_chat(of.prompt) if self.chat else of.prompt for of in read], groups
+        return [sl.data.entries.turns(of.prompt) if self.chat else of.prompt for of in read], groups
 
     def _pairs(self, vector: Any) -> Any:
         source = self.pairs
@@ -207,7 +208,3 @@ def _two(option: str, text: str | None) -> tuple[str, str] | None:
     if not (positive.strip() and negative.strip()):
         raise InputError(f"expected --{option} POSITIVE|NEGATIVE, got {text!r}")
     return positive.strip(), negative.strip()
-
-
-def _as_chat(prompt: Any) -> Any:
-    return (sl.Message("user", prompt),) if isinstance(prompt, str) else prompt

@@ -1,7 +1,6 @@
 """The commands that measure layers: `boundary` and `geometry`, and `layers` unsteered."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
@@ -49,14 +48,13 @@ class Boundary(FolderCommand, PairsCommand):
     )
 
     def measure(self) -> None:
-        text, labels = opt.text_of(self.on), opt.labels_of(self)
+        (text, texts), labels = opt.text_of(self.on), opt.labels_of(self)
         sl.measure.boundary.check_search(budget=self.budget, search_range=self.search_range)
         task = self.prepare(self.layers)
         if self.angles is not None and task.vector is not None:
             sl.measure.boundary.check_joint(task.vector, self.angles)
         elif self.angles is not None:
             sl.measure.plane.check_plane(task.hook_names, self.angles)
-        texts = list(sl.data.reading.read_texts(text)) if isinstance(text, Path) else None
         with self.opened(task.request("boundary", texts=texts)) as run:
             with task.progress() as progress:
                 study = task.study(progress, parts=run.parts, budget=self.budget, **labels)

@@ -105,13 +105,13 @@ class Circuits(FolderCommand, PairsCommand):
                     )
             tables = {"writers": writers.table, "positions": writers.positions}
             tables |= {"readers": readers.table, "claims": readers.claims}
-            pages = {"components": plots.components(writers.table, readers.table).to_html()}
+            pages = {"components.html": plots.components(writers.table, readers.table).to_html()}
             pages |= _token_pages(task, prompts, directions, pushed, readers.table)
             if self.compare:
                 tables |= {"circuits": comparison.table, "faithfulness": comparison.faithfulness}
                 tables["edges"] = circuits.edge_table(model, comparison.scores)
-                pages["graph"] = plots.circuit_graph(tables["edges"]).to_html()
-            run.write(tables, directions, pages=pages)
+                pages["graph.html"] = plots.circuit_graph(tables["edges"]).to_html()
+            run.write(tables, directions, texts=pages)
         interval = ["ci_low", "ci_high"]
         _print_components(writers.table, readers.table, readers.claims)
         if self.compare:
@@ -144,8 +144,8 @@ def _token_pages(
         for values in (seen, along)
     )
     return {
-        "attention": plots.attention_page(seen.tokens, seen.heads, patterns).html,
-        "tokens": plots.projection_page(along.tokens, along.layers, projections).html,
+        "attention.html": plots.attention_page(seen.tokens, seen.heads, patterns).html,
+        "tokens.html": plots.projection_page(along.tokens, along.layers, projections).html,
     }
 
 

@@ -59,11 +59,11 @@ class Command:
 
     def onward(self, to: "type[Command]", **options: Any) -> str:
         """Another command, with `options` and those of this one that it has too, except budgets."""
-        hints, usual = get_type_hints(to, include_extras=True), recorded_defaults(type(self))
+        hints = get_type_hints(to, include_extras=True)
         shared = {
-            name: getattr(self, name)
-            for name in usual
-            if name != "budget" and getattr(self, name) != usual[name]
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name not in HOW | {"budget"} and getattr(self, option.name) != option.default
         } | options
         words = ["steerlens", to.__name__.lower()]
         for name in option_names(to):
@@ -150,15 +150,11 @@ class PairsCommand(LoadCommand):
     form: opt.Form = None
     max_train_pairs: opt.MaxTrainPairs = None
 
-    @property
-    def reading(self) -> dict[str, Any]:
-        """How the pairs are read."""
-        return {"group": self.group, "columns": self.columns, "form": self.form}
-
     def read_pairs(self) -> tuple[Any, Any]:
         """The pairs to fit on and those to measure on."""
         parts = (getattr(self, "test_pairs", None), getattr(self, "max_pairs", None))
-        return opt.pairs_of(self.pairs, *parts, self.max_train_pairs, **self.reading)
+        how: dict[str, Any] = {"columns": self.columns, "form": self.form}
+        return opt.pairs_of(self.pairs, *parts, self.max_train_pairs, group=self.group, **how)
 
     def prepare(self, layers: str) -> Any:
         """As `task.prepare`, which is imported with all that it needs."""
@@ -243,8 +239,3 @@ def is_argument(hint: Any) -> bool:
     return any(
         isinstance(of, typer.models.ArgumentInfo) for of in getattr(hint, "__metadata__", ())
     )
-
-
-def recorded_defaults(command: type[Command]) -> dict[str, Any]:
-    """The defaults of the options that decide what comes out; `MISSING` where there is none."""
-    return {option.name: option.default for option in fields(command) if option.name not in HOW}

@@ -109,14 +109,8 @@ class Compare(FolderCommand, PairsCommand):
             spent = result.table.attrs["forward_equivalents"]
             run.write(tables, result.directions, forward_equivalents=spent)
         columns = ["method", "hook_name", "coefficient", "effect", "null_low", "null_high"]
-        columns += [
-            "p_layers",
-            "anti_steerable",
-            "own_kl_nats",
-            "own_degradation_nats",
-            "spent_neg",
-        ]
-        columns += ["off_target", "verdict"]
+        columns += ["p_layers", "anti_steerable", "own_kl_nats", "own_degradation_nats"]
+        columns += ["spent_neg", "off_target", "verdict"]
         print_rows(result.table, "Every method and layer", columns)
         if (result.table.spent_neg > 2).any():
             say("spent neg above 2: minus the coefficient does more than twice the budget's damage")

@@ -48,10 +48,7 @@ class Methods(Command):
     """What --method takes."""
 
     EXAMPLES = ("methods", "methods --debug")
-
-    @property
-    def next(self) -> str:
-        return "steerlens sweep --method pca --out runs/sweep"
+    next = "steerlens sweep --method pca --out runs/sweep"
 
     def run(self) -> None:
         for name, method in sl.METHODS.items():
@@ -63,10 +60,7 @@ class Models(Command):
     """What --model takes, and the models that are fetched."""
 
     EXAMPLES = ("models", "models --debug")
-
-    @property
-    def next(self) -> str:
-        return f"steerlens layers --model {DEFAULT_MODEL}"
+    next = f"steerlens layers --model {DEFAULT_MODEL}"
 
     def run(self) -> None:
         for packaged in sl.models.packaged.PACKAGED_MODELS.values():

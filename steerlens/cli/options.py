@@ -189,14 +189,13 @@ def _read_pairs(source: str, split: str, how: dict[str, Any]) -> Any:
     return sl.ContrastivePairs.load(source, split=split, **how)
 
 
-def text_of(on: str) -> Any:
-    """What `--on` names. Raises `InputError` when it is a file that holds no text."""
+def text_of(on: str) -> tuple[Any, list[str] | None]:
+    """What `--on` names, and the texts of a file. Raises `InputError` where that holds none."""
     if on in ("positive", "negative", "neutral"):
-        return on
+        return on, None
     if not Path(on).exists():
         raise InputError(f"--on {on!r} is neither positive, negative, neutral nor a file")
-    sl.data.reading.read_texts(Path(on))
-    return Path(on)
+    return Path(on), list(sl.data.reading.read_texts(Path(on)))
 
 
 def pairs_record(pairs: Any) -> dict[str, Any]:

@@ -59,15 +59,18 @@ class Pairs(PairsCommand):
 
 def _print_part(pairs: Any, model: Any) -> None:
     say(f"{pairs.name}: {pairs.card}" if pairs.card else pairs.name)
-    tokens, refused = ({}, Counter()) if model is None else _tokenized(model, pairs)
+    tokens, refused = _tokenized(model, pairs)
     _print_lengths(pairs, tokens)
     facts = _facts(pairs, tokens)
     if model is not None:
         facts |= _template_facts(model, pairs, tokens, refused)
     print_table("Pairs", ["what", "pairs"], list(facts.items()), left=("what", "pairs"))
-    lengths = {pair.id: _length(pair, None if model is None else tokens) for pair in pairs}
-    by_length = sorted((p for p in pairs if lengths[p.id]), key=lambda p: lengths[p.id])
-    unit, sides = "characters" if model is None else "tokens", ("positive", "negative")
+    unit, lengths = "tokens", {name: sum(map(len, both)) for name, both in tokens.items()}
+    if model is None:
+        unit = "characters"
+        lengths = {p.id: len(_text(p.positive)) + len(_text(p.negative)) for p in pairs}
+    by_length = sorted((p for p in pairs if p.id in lengths), key=lambda p: lengths[p.id])
+    sides = ("positive", "negative")
     shown = [("Shortest", pair) for pair in by_length[:N_SHOWN]]
     shown += [("Longest", pair) for pair in by_length[N_SHOWN:][-N_SHOWN:]]
     for name, pair in shown:
@@ -77,7 +80,7 @@ def _print_part(pairs: Any, model: Any) -> None:
 
 def _tokenized(model: Any, pairs: Any) -> tuple[dict[str, Sides], Counter[str]]:
     """Both sides of each pair as ids, by the pair's id; what refuses the others, and how many."""
-    found = {pair.id: _tokens_of(model, pair) for pair in pairs}
+    found = {pair.id: _tokens_of(model, pair) for pair in pairs if model is not None}
     refused = Counter(told for told in found.values() if isinstance(told, str))
     return {name: both for name, both in found.items() if not isinstance(both, str)}, refused
 
@@ -173,13 +176,6 @@ def _units(pair: Any, side: str, tokens: dict[str, Sides]) -> Sequence[Any]:
         ids: Sequence[int] = tokens[pair.id][side == "negative"].prompt
         return ids
     return _text(getattr(pair, side)).split()
-
-
-def _length(pair: Any, tokens: dict[str, Sides] | None) -> int:
-    """Tokens of both sides, or characters; 0 of a pair that is refused."""
-    if tokens is None:
-        return sum(len(_text(side)) for side in (pair.positive, pair.negative))
-    return sum(map(len, tokens.get(pair.id, ())))
 
 
 def _shown(pair: Any, side: str, model: Any, tokens: dict[str, Sides]) -> str:

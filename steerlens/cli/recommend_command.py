@@ -14,6 +14,7 @@ from steerlens.cli.listing_commands import REPORT, write_report
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_rows, print_texts, progress_of, say
 from steerlens.cli.vector_commands import OF_VECTOR, PROMPT, Generate
+from steerlens.files import json_text
 from steerlens.models.packaged import DEFAULT_MODEL
 
 COLUMNS = ["layer", "resid_norm", "predicted_boundary", "predicted_effect", "agreement"]
@@ -80,7 +81,7 @@ class Recommend(FolderCommand, PairsCommand):
                 },
                 found.vector or {},
                 forward_equivalents=found.table.attrs.get("forward_equivalents", 0.0),
-                answers={"recommendation": found.to_dict()},
+                texts={"recommendation.json": json_text(found.to_dict())},
             )
         write_report([self.out], self.out / REPORT)
         self._print(found)

@@ -95,12 +95,11 @@ class Extract(LongCommand, PairsCommand):
     def measure(self) -> None:
         assert self.out is not None
         operator = sl.steering.operator_of(self.operator, value=self.value)
-        text = opt.text_of(self.on)
+        text, texts = opt.text_of(self.on)
         sl.measure.boundary.check_search(budget=self.budget)
         if self.out.suffix != ".safetensors":
             raise InputError(f"--out {str(self.out)!r}: expected a name that ends in .safetensors")
         task = self.prepare(str(self.layers))
-        texts = list(sl.data.reading.read_texts(text)) if isinstance(text, Path) else None
         with self.opened(task.request("extract", texts=texts)) as run:
             with task.progress() as progress:
                 study = task.study(progress, parts=run.parts, budget=self.budget)

@@ -1,8 +1,10 @@
 """The forms in which contrastive data are published: what makes entries of the rows of each."""
 
+import csv
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -366,40 +368,15 @@ def _texts(row: Row, role: str) -> list[str]:
     return texts
 
 
-FORMS: dict[str, Form] = {
-    "traits": Form(("instructions", "questions"), (), _traits, ("persona_vectors",), True),
-    "personas": Form(
-        ("suffixes", "positive_personas", "negative_personas", "template"),
-        *((), _personas, ("repeng", "suffixes"), True),
-    ),
-    "lists": Form(("positive", "negative"), (), _lists, ("unpaired",), True),
-    "questions": Form(
-        ("question", "matching", "not_matching"),
-        *(("context", "system", "id", "group"), _questions, ("mwe", "caa", "model_written")),
-    ),
-    "preferences": Form(
-        ("chosen", "rejected"),
-        *(
-            ("prompt", "input", "system", "id", "group"),
-            _preferences,
-            ("dpo", "sharegpt", "chosen_rejected"),
-        ),
-    ),
-    "pairs": Form(
-        ("positive", "negative"),
-        *(("prompt", "subject", "system", "continuation", "position", "id", "group"), _pairs),
-    ),
-    "choices": Form(
-        ("choices",),
-        *(
-            ("label", "context", "question", "system", "id", "group"),
-            _choices,
-            ("repe", "truthfulqa", "mc"),
-        ),
-    ),
-    "labelled": Form(
-        ("text", "label"),
-        *(("completion", "id", "group"), _labelled, ("statements", "labeled", "kto")),
-    ),
-}
+def _read_forms() -> dict[str, Form]:
+    readers = (_traits, _personas, _lists, _questions, _preferences, _pairs, _choices, _labelled)
+    text = files("steerlens.data").joinpath("forms.csv").read_text(encoding="utf-8")
+    forms = {}
+    for line, read in zip(csv.DictReader(text.splitlines()), readers, strict=True):
+        needs, may, others = (tuple(line[n].split()) for n in ("needs", "may", "other_names"))
+        forms[line["form"]] = Form(needs, may, read, others, line["of_lists"] == "yes")
+    return forms
+
+
+FORMS = _read_forms()
 """Name -> form, in the order in which they are tried."""

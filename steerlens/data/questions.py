@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from steerlens.data.prompts import Prompt, checked_prompt
-from steerlens.data.reading import read_rows
+from steerlens.data.reading import read_rows, read_texts
 from steerlens.data.shipped import shipped_folder
 from steerlens.errors import InputError, told
 from steerlens.validation import checked
@@ -29,8 +29,7 @@ def open_questions(half: Literal["choice", "confirmation"]) -> tuple[str, ...]:
         >>> len(sl.data.open_questions("choice"))
         30
     """
-    text = (shipped_folder() / "questions" / f"{half}.txt").read_text(encoding="utf-8")
-    return tuple(line for line in text.splitlines() if line.strip())
+    return read_texts(shipped_folder() / "questions" / f"{half}.txt")
 
 
 @checked

@@ -118,12 +118,8 @@ def plain(value: Any) -> Any:
     """A record of Python's own values: None for NaN, lists for arrays, a dict for a dataclass."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
-    return _cell(value)
-
-
-def _cell(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _cell(cell) for key, cell in value.items()}
+        return {key: plain(cell) for key, cell in value.items()}
     if isinstance(value, np.ndarray | list):
         return [plain(item) for item in value]
     if isinstance(value, np.generic):
@@ -221,7 +217,7 @@ def _of_table(text: str, delimiters: str, name: str) -> Iterator[Row]:
             f"{name}: not a table with the columns of its first line ({in_one_line(error)}); put "
             "cells that hold the separator in quotes"
         ) from error
-    columns = {str(column).strip(): list(map(_cell, frame[column])) for column in frame}
+    columns = {str(column).strip(): list(map(plain, frame[column])) for column in frame}
     for column, values in columns.items():
         if any(values) and all(value is None or _WHOLE_FLOAT.fullmatch(value) for value in values):
             columns[column] = [value and value.partition(".")[0] for value in values]

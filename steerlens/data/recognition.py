@@ -225,10 +225,6 @@ def _is_inside(rows: Rows, choices: str | None, label: str | None) -> bool:
     return bool(parts) and all(isinstance(part, dict) and label in part for part in parts)
 
 
-def _are_chats(rows: Rows, column: str | None) -> bool:
-    return column is not None and all(is_chat(row.record.get(column)) for row in rows.rows)
-
-
 def _is_prose(rows: Rows, column: str) -> bool:
     """Whether every cell of a column is, or has, text of a few words."""
     cells = [row.record.get(column) for row in rows.rows]
@@ -274,7 +270,8 @@ def _sheet(
     for role, column in columns.items():
         if keys and column not in keys and role not in apart:
             raise InputError(f"{rows.name}: no column {column!r}; there are {in_short(keys)}")
-    if name == "choices" and "question" not in at and _are_chats(rows, at.get("context")):
+    contexts = [row.record.get(at["context"]) for row in rows.rows] if "context" in at else [None]
+    if name == "choices" and "question" not in at and all(map(is_chat, contexts)):
         at["question"] = at.pop("context")
     beside = [key for key in keys if key not in at.values()]
     if name == "choices" and "question" not in at:

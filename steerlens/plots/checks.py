@@ -22,23 +22,24 @@ Tabular: TypeAlias = pd.DataFrame | Any
 """A table, or a result that has it, such as a `SweepResult`."""
 
 
-def table_of(given: Tabular, name: str) -> pd.DataFrame:
-    """The table of that name of a result, such as `layers`; a table as it is."""
-    return given if isinstance(given, pd.DataFrame) else getattr(given, name, given)  # type: ignore[return-value]
+def checked_table(
+    given: Tabular,
+    needed: Sequence[str | Column],
+    kind: str,
+    *,
+    of: str = "",
+    finite: Sequence[str] = (),
+) -> pd.DataFrame:
+    """A table as it is, or that which a result has as `of`, such as `layers`.
 
-
-def check_columns(
-    table: pd.DataFrame, needed: Sequence[str | Column], kind: str, *, finite: Sequence[str] = ()
-) -> None:
-    """Raise `InputError` when a table lacks columns or rows, or has text where numbers belong.
-
-    `kind` is which table it should be, in words; `finite` may hold neither NaN nor inf.
+    Raises `InputError` where it lacks columns or rows, or has text where numbers belong: `kind` is
+    which table it should be, in words; `finite` may hold neither NaN nor inf.
     """
+    table = given if isinstance(given, pd.DataFrame) else getattr(given, of, given)
     names = [name if isinstance(name, str) else name.name for name in needed]
-    candidate: Any = table  # what the annotation promises is what is checked here
-    if not isinstance(candidate, pd.DataFrame):
+    if not isinstance(table, pd.DataFrame):
         raise InputError(
-            f"expected {kind}, a DataFrame such as result.table, got {type(candidate).__name__}"
+            f"expected {kind}, a DataFrame such as result.table, got {type(table).__name__}"
         )
     missing = [name for name in names if name not in table.columns]
     if missing:
@@ -51,6 +52,7 @@ def check_columns(
     for name in finite:
         if not np.isfinite(table[name].to_numpy(dtype=float)).all():
             raise InputError(f"expected {kind}; {name} holds values that are not finite")
+    return table
 
 
 def check_distinct(table: pd.DataFrame, names: Sequence[str], remedy: str) -> None:

@@ -5,7 +5,7 @@ import pandas as pd
 
 from steerlens.errors import InputError
 from steerlens.plots import style as vl
-from steerlens.plots.checks import check_columns, check_distinct
+from steerlens.plots.checks import check_distinct, checked_table
 from steerlens.plots.figure import Figure, make_figure
 
 _NAMES = ("model", "writer", "reader")
@@ -34,7 +34,7 @@ def components(writers: pd.DataFrame, readers: pd.DataFrame) -> Figure:
         ("readers", readers, "effect", "Who reads it (estimated effect)", "logits"),
     ):
         needed = ["component", "layer", "head", value]
-        check_columns(table, needed, "a table of components", finite=["layer", "head"])
+        checked_table(table, needed, "a table of components", finite=["layer", "head"])
         tables[name] = cells = component_cells(table, value)
         heads = [f"H{head}" for head in range(int(table["head"].max()) + 1)]
         layers = sorted(set(cells.layer), key=int)
@@ -85,7 +85,7 @@ def circuit_graph(edges: pd.DataFrame) -> Figure:
     """
     names = ["model", "writer", "writer_layer", "writer_head", "reader", "reader_layer", "score"]
     numbered = ["writer_layer", "writer_head", "reader_layer", "score"]
-    check_columns(edges, names, "the table of edges", finite=numbered)
+    checked_table(edges, names, "the table of edges", finite=numbered)
     lines, places = graph_rows(edges)
     axes = {
         "x": vl.number("x", axis=None, scale={"padding": 40}),

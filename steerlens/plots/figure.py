@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ import pandas as pd
 from steerlens.errors import InputError
 from steerlens.files import write_bytes
 from steerlens.plots.paper import DPI, on_paper, with_layers
-from steerlens.plots.scripts import VEGA, WITHOUT_SCRIPTS, page
+from steerlens.plots.scripts import VEGA, drawn_element, page
 from steerlens.plots.style import CONFIG, Spec
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.1.0.json"
@@ -223,12 +222,10 @@ def figure_element(figure: Figure, name: str) -> str:
     """An HTML element of that id, drawn once Vega's script is there. Its text ends no script."""
     # The page has the title.
     spec = {key: value for key, value in figure.spec.items() if key != "title"}
-    data = json.dumps(spec, allow_nan=False).replace("<", "\\u003c")
     # The figure may be wider than its place, which then scrolls, by keyboard too.
     return (
         f'<div class="scroll-x" tabindex="0" role="group" aria-label="{html.escape(figure.title)}">'
-        f'<div id="{name}" class="figure chart"><p>{WITHOUT_SCRIPTS}</p></div></div>\n'
-        f'<script type="application/json" class="vega-data" data-for="{name}">{data}</script>'
+        f"{drawn_element(VEGA, name, 'chart', spec)}</div>"
     )
 
 

@@ -5,7 +5,7 @@ from itertools import cycle
 import pandas as pd
 
 from steerlens.plots import style as vl
-from steerlens.plots.checks import by_hook, check_columns
+from steerlens.plots.checks import by_hook, checked_table
 from steerlens.plots.figure import Figure, make_figure
 
 _SHOWN = (
@@ -30,7 +30,7 @@ def training(history: pd.DataFrame) -> Figure:
         Figure('Training', 4 panels)
     """
     columns = ["method", "part", "step", *(name for name, *_ in _SHOWN)]
-    check_columns(history, ["hook_name", *columns], "the history of train_directions")
+    checked_table(history, ["hook_name", *columns], "the history of train_directions")
     rows = pd.concat(of_hook.assign(frame=label) for label, of_hook in by_hook(history).items())
     colours = vl.named(
         "method", dict(zip(rows.method.unique(), cycle((vl.BLUE, vl.ORANGE, vl.GREEN, vl.GREY))))

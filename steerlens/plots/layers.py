@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from steerlens.plots import style as vl
-from steerlens.plots.checks import Tabular, by_kind, check_columns, table_of
+from steerlens.plots.checks import Tabular, by_kind, checked_table
 from steerlens.plots.figure import Figure, make_figure
 
 _LAYER = vl.number(
@@ -35,10 +35,9 @@ def layer_profile(layers: Tabular) -> Figure:
         >>> sl.plots.layer_profile(sl.Study(model, pairs, directions))
         Figure('Layer by layer, unsteered', 4 panels)
     """
-    layers = table_of(layers, "layers")
     intervals = [f"{name}_ci_{end}" for name, *_ in _PROFILE for end in _ENDS]
     names = ["hook_name", "layer", *(name for name, *_ in _PROFILE), *intervals]
-    check_columns(layers, names, "the per-layer table")
+    layers = checked_table(layers, names, "the per-layer table", of="layers")
     caption = (
         "The unsteered model, layer by layer: mean length of the pairs' differences, their mean "
         "cosine with the frozen direction, the share of their squared length along it, and the "
@@ -75,12 +74,12 @@ def boundary(layers: Tabular) -> Figure:
         >>> sl.plots.boundary(study.predicted_boundary())
         Figure('Coherence boundary', 2 panels)
     """
-    layers = table_of(layers, "layers")
     signs = ("pos", "neg")
     names = [f"{part}boundary_{sign}" for part in ("", "predicted_") for sign in signs]
     names += [f"boundary_{sign}_ci_{end}" for sign in signs for end in _ENDS]
     needed = ["hook_name", "layer", "resid_norm", *names]
-    check_columns(layers, needed, "the per-layer table of find_boundary")
+    kind = "the per-layer table of find_boundary"
+    layers = checked_table(layers, needed, kind, of="layers")
     panels, tables = [], {}
     for name, unit, scale in (
         ("units", vl.RESIDUAL, np.ones(len(layers))),

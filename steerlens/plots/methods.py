@@ -5,7 +5,7 @@ import pandas as pd
 
 from steerlens.errors import InputError
 from steerlens.plots import style as vl
-from steerlens.plots.checks import Tabular, by_hook, check_columns, table_of
+from steerlens.plots.checks import Tabular, by_hook, checked_table
 from steerlens.plots.figure import Figure, make_figure
 
 _CHOSEN = "chosen on training items"
@@ -34,10 +34,10 @@ def comparison(table: Tabular) -> Figure:
         >>> sl.plots.comparison(found)  # or found.plot()
         Figure('Methods at equal damage', 1 panels)
     """
-    table = table_of(table, "table")
     effects = ["effect", "effect_ci_low", "effect_ci_high"]
     needed = ["hook_name", "is_chosen", *_DRAWN]
-    check_columns(table, needed, "the table of a comparison", finite=["layer", "is_chosen"])
+    finite = ["layer", "is_chosen"]
+    table = checked_table(table, needed, "the table of a comparison", of="table", finite=finite)
     if np.isinf(table[effects].to_numpy(dtype=float)).any():
         raise InputError("expected a comparison; an effect or its interval is infinite")
     # The largest effect on top; a method without an effect has its row too, at the bottom.

@@ -1,7 +1,6 @@
 """Pages of tokens and attention: HTML that opens by itself, drawn with circuitsvis."""
 
 import html
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +14,8 @@ from jaxtyping import Float
 
 from steerlens.errors import InputError
 from steerlens.files import write_bytes
-from steerlens.plots.checks import check_columns
-from steerlens.plots.scripts import CIRCUITSVIS, WITHOUT_SCRIPTS, page
+from steerlens.plots.checks import checked_table
+from steerlens.plots.scripts import CIRCUITSVIS, drawn_element, page
 from steerlens.tables import READING_COLUMNS, TOKEN_COLUMNS, VOCABULARY_COLUMNS, hook_label
 
 LOST, GAINED = "#d55e00", "#0072b2"
@@ -84,7 +83,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
         >>> page = sl.plots.token_page(table)
         >>> page.save(folder / "tokens.html")
     """
-    check_columns(tokens, TOKEN_COLUMNS, "the table of token_damage")
+    checked_table(tokens, TOKEN_COLUMNS, "the table of token_damage")
     later = tokens[tokens.position > 0]
     reach = _reach(later[["projection", "steered_projection"]].to_numpy())
     damage = _reach(tokens.damage_nats.to_numpy())
@@ -120,7 +119,7 @@ def token_table_html(tokens: pd.DataFrame) -> str:
         >>> "river" in sl.plots.token_table_html(table)
         True
     """
-    check_columns(tokens, TOKEN_COLUMNS, "the table of token_damage")
+    checked_table(tokens, TOKEN_COLUMNS, "the table of token_damage")
     damage = _reach(tokens.damage_nats.to_numpy())
     parts = [_TOKENS_STYLE, _legend(tokens)]
     for heading, rows in _groups(tokens):
@@ -216,7 +215,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
         >>> sl.plots.reading_page(words, texts).title
         'What the direction says'
     """
-    check_columns(words, VOCABULARY_COLUMNS, "a table of vocabulary")
+    checked_table(words, VOCABULARY_COLUMNS, "a table of vocabulary")
     n_random = words.attrs.get("settings", {}).get("n_random", "some")
     body = [
         _VIEWS_STYLE,
@@ -240,7 +239,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
 
 def _read_texts(texts: pd.DataFrame) -> list[str]:
     """Each text of a table of readings, its tokens by their projection."""
-    check_columns(texts, READING_COLUMNS, "a table of readings")
+    checked_table(texts, READING_COLUMNS, "a table of readings")
     later = texts[texts.position > 0].groupby("hook_name")
     reach = {hook: _reach(rows.projection.to_numpy()) for hook, rows in later}
     body = [
@@ -288,14 +287,8 @@ def circuitsvis_element(name: str, view: str, props: Mapping[str, Any], *, title
     `view` is a component of circuitsvis; the `title` is kept beside its `props`, for a report. NaN
     and inf are left blank. Text stays text, in the page and in what circuitsvis makes of it.
     """
-    # JSON inside a script: no text may end the element or begin another.
     given = {"view": view, "title": title, "props": _inert(dict(props))}
-    data = json.dumps(given, allow_nan=False)
-    return (
-        f'<div id="{name}" class="figure view"><p>{WITHOUT_SCRIPTS}</p></div>\n'
-        f'<script type="application/json" class="circuitsvis-data" data-for="{name}">'
-        f"{data.replace('<', chr(92) + 'u003c')}</script>"
-    )
+    return drawn_element(CIRCUITSVIS, name, "view", given)
 
 
 def _inert(value: Any) -> Any:

@@ -8,7 +8,7 @@ import pandas as pd
 
 from steerlens.errors import InputError
 from steerlens.plots import style as vl
-from steerlens.plots.checks import Tabular, by_hook, check_columns, check_distinct, table_of
+from steerlens.plots.checks import Tabular, by_hook, check_distinct, checked_table
 from steerlens.plots.figure import Figure, make_figure
 from steerlens.plots.isolines import loss_bands
 
@@ -18,6 +18,7 @@ HALF = 0.78
 """Half the side of a panel that shows the pairs from near by, as a share of their spread."""
 TERMS = {"separation": "separation: outward", "coherence": "coherence: to better logprob"}
 PLANE = ["along", "across"]
+PUSH = ["angle", "coefficient"]
 ENDS = ["boundary_ci_low", "boundary_ci_high"]
 
 SIZE = (440, 440)
@@ -46,9 +47,8 @@ def differences(points: Tabular) -> Figure:
         >>> figure.at("2")
         Figure('Differences of the pairs', 1 panels)
     """
-    points = table_of(points, "points")
     names = ["hook_name", "layer", "pair", "along", "across", "separation"]
-    check_columns(points, names, "the table of points")
+    points = checked_table(points, names, "the table of points", of="points")
     places, windows = [], []
     for label, rows in by_hook(points).items():
         kept = rows[["pair", *PLANE, "separation"]].assign(frame=label, what="a pair")
@@ -94,19 +94,19 @@ def loss_geometry(geometry: Any) -> Figure:
         raise InputError(
             f"expected the LossGeometry of steerlens.loss_geometry, got {type(geometry).__name__}"
         )
-    points, contours, shape = geometry.points, geometry.contours, geometry.shape
-    plane = ["hook_name", "layer", *PLANE]
     arrows = [f"{term}_{axis}" for term in TERMS for axis in PLANE]
-    check_columns(points, [*plane, "pair", *arrows], "the points of a loss geometry", finite=PLANE)
-    heights = ["angle", "coefficient", "coherence_penalty", "loss"]
-    check_columns(
-        contours, [*plane, *heights], "the contours of a loss geometry", finite=heights[:2]
-    )
-    check_columns(
-        shape,
-        ["hook_name", "layer", "angle", "boundary", *ENDS],
-        "the shape of a loss geometry",
-        finite=["angle"],
+    points, contours, shape = (
+        checked_table(
+            getattr(geometry, name),
+            ["hook_name", "layer", *columns],
+            f"the {name} of a loss geometry",
+            finite=finite,
+        )
+        for name, columns, finite in (
+            ("points", [*PLANE, "pair", *arrows], PLANE),
+            ("contours", [*PLANE, *PUSH, "coherence_penalty", "loss"], PUSH),
+            ("shape", ["angle", "boundary", *ENDS], ["angle"]),
+        )
     )
     _check_pushes(contours)
     pushes, shapes = by_hook(contours), by_hook(shape)

@@ -3,11 +3,13 @@
 import base64
 import gzip
 import html
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ def script_tags(script: Script) -> str:
     return (
         f'<script type="text/plain" id="packed-{script.name}">{_packed(script)}</script>\n'
         f'<script type="module">{_loader(script)}</script>'
+    )
+
+
+def drawn_element(script: Script, name: str, look: str, given: Any) -> str:
+    """An element of that id, drawn from what is `given` once the script is there.
+
+    No text of it may end the element or begin another.
+    """
+    data = json.dumps(given, allow_nan=False).replace("<", "\\u003c")
+    return (
+        f'<div id="{name}" class="figure {look}"><p>{WITHOUT_SCRIPTS}</p></div>\n'
+        f'<script type="application/json" class="{script.name}-data" data-for="{name}">'
+        f"{data}</script>"
     )
 
 

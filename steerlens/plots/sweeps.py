@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from steerlens.models.weight_processing import check_same, processing_of
 from steerlens.plots import style as vl
-from steerlens.plots.checks import Tabular, by_hook, check_columns, check_distinct, table_of
+from steerlens.plots.checks import Tabular, by_hook, check_distinct, checked_table
 from steerlens.plots.figure import Figure, make_figure
 from steerlens.tables import hook_label
 
@@ -39,6 +39,10 @@ _SHAPES: dict[str, vl.Spec] = {"no": {}, "undecided": {"shape": "square"}, "yes"
 
 def _is(word: str) -> str:
     return f"datum.coherent == '{word}'"
+
+
+def _sweep_table(sweep: Tabular, *further: str) -> pd.DataFrame:
+    return checked_table(sweep, [*_COLUMNS, *further], "the table of a sweep", of="table")
 
 
 def _labelled(sweep: pd.DataFrame) -> pd.DataFrame:
@@ -82,8 +86,7 @@ def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
         >>> sl.plots.tradeoff(result)  # or result.plot()
         Figure('Projection against degradation', 1 panels)
     """
-    sweep = table_of(sweep, "table")
-    check_columns(sweep, _COLUMNS, "the table of a sweep")
+    sweep = _sweep_table(sweep)
     cells = _labelled(sweep)
     cells = cells.loc[cells.projection.notna() & cells.degradation_nats.notna(), _DRAWN]
     axes = {
@@ -110,9 +113,8 @@ def tradeoff(sweep: Tabular, layers: Tabular | None = None) -> Figure:
         "cells that were run; of a dense sweep the curve between them is interpolated. " + _STANDOUT
     )
     if layers is not None:
-        layers = table_of(layers, "layers")
         needed = ["hook_name", "layer", "boundary_pos", "boundary_neg"]
-        check_columns(layers, needed, "the per-layer table")
+        layers = checked_table(layers, needed, "the per-layer table", of="layers")
         both = processing_of(sweep.attrs), processing_of(layers.attrs)
         check_same("the sweep is of a model", both[0], "that of the per-layer table", both[1])
         tables["boundaries"] = boundary_places(sweep, layers)
@@ -167,8 +169,7 @@ def heat_maps(sweep: Tabular) -> Figure:
         >>> sl.plots.heat_maps(result)
         Figure('Every cell', 3 panels)
     """
-    sweep = table_of(sweep, "table")
-    check_columns(sweep, [*_COLUMNS, "asked", "loss"], "the table of a sweep")
+    sweep = _sweep_table(sweep, "asked", "loss")
     check_distinct(sweep, ["hook_name", "asked"], "give the table of one sweep")
     cells, labels = _labelled(sweep)[[*_DRAWN, "asked", "loss"]], list(by_hook(sweep))
     cells["asked"] = cells.asked.astype(str)  # plain pandas reads numbers from a file
@@ -238,13 +239,12 @@ def dose_response(sweep: Tabular) -> Figure:
         >>> sl.plots.dose_response(result)
         Figure('Dose and response', 2 panels)
     """
-    sweep = table_of(sweep, "table")
     parts = (
         ("projection", "projection", PROJECTION),
         ("degradation_nats", "degradation", f"degradation ({vl.NATS})"),
     )
     intervals = [f"{name}_ci_{end}" for _, name, _ in parts for end in ("low", "high")]
-    check_columns(sweep, [*_COLUMNS, *intervals], "the table of a sweep")
+    sweep = _sweep_table(sweep, *intervals)
     cells = _labelled(sweep)[[*_DRAWN, *intervals]]
     panels: list[vl.Spec] = []
     for column, name, title in parts:

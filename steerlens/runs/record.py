@@ -161,18 +161,15 @@ def write_run(
     *,
     seconds: float,
     forward_equivalents: float | None = None,
-    pages: Mapping[str, str] = MappingProxyType({}),
-    lines: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
-    answers: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    texts: Mapping[str, str] = MappingProxyType({}),
     warnings: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the files of a run; each appears whole, the record last.
 
     Each of `tables` as `NAME.csv`, a sweep as Parquet too; directions, or the vector that was
-    measured, as safetensors; each of `pages` as `NAME.html`, of `lines` as `NAME.jsonl`, of
-    `answers` as `NAME.json`. `run.json` has the sha256 and size of each of those files and, in
-    `options`, what the command can be run again from.
+    measured, as safetensors; `texts` by the names of their files. `run.json` has the sha256 and
+    size of each of those files and, in `options`, what the command can be run again from.
 
     Raises `FileError` when a file cannot be written.
     """
@@ -188,11 +185,8 @@ def write_run(
     else:
         for name, fitted in directions.items():
             writers[f"directions-{name}.safetensors"] = partial(write_directions, fitted)
-    texts = {f"{name}.html": page for name, page in pages.items()}
-    texts |= {f"{name}.jsonl": _jsonl(rows) for name, rows in lines.items()}
     for name, text in texts.items():
         writers[name] = partial(Path.write_text, data=text, encoding="utf-8")
-    writers |= {f"{name}.json": partial(write_json, answer) for name, answer in answers.items()}
     try:
         files = {name: _write_summed(folder / name, write) for name, write in writers.items()}
         record = {
@@ -280,7 +274,3 @@ def read_directions(path: Path, hook_names: Sequence[str]) -> Directions:
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise FileError(f"{str(path)!r} holds no directions of this run ({error})") from error
-
-
-def _jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(without_nan(dict(row)), ensure_ascii=False) + "\n" for row in rows)

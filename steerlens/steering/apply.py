@@ -84,7 +84,12 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
     if parsed.number == 0:
         return ()
     if not isinstance(vector, Steerable):
-        return _additions(vector, coefficient)
+        if parsed.unit != "residual":
+            raise InputError(
+                f"{coefficient!r} needs a SteeringVector, which knows its norms and boundary; "
+                "plain directions take a coefficient in residual units"
+            )
+        return _additions(vector, parsed.number)
     operator = vector.operator
     if isinstance(operator, Add):
         sizes = step_sizes(coefficient, vector.hook_names, vector.scale, vector.calibration)
@@ -106,21 +111,13 @@ def steps(vector: Steerable | Mapping[str, Tensor], coefficient: Coefficient) ->
     return tuple(Step(name, operator, direction, size) for name, direction, size in rows if size)
 
 
-def _additions(directions: Mapping[str, Tensor], coefficient: Coefficient) -> tuple[Step, ...]:
-    parsed, add = parse_coefficient(coefficient), Add()
-    if parsed.unit != "residual":
-        raise InputError(
-            f"{coefficient!r} needs a SteeringVector, which knows its norms and boundary; "
-            "plain directions take a coefficient in residual units"
-        )
-    add.check(parsed.number)
-    for name in directions:
-        if directions[name].ndim != 1 or not bool(directions[name].isfinite().all()):
+def _additions(directions: Mapping[str, Tensor], amount: float) -> tuple[Step, ...]:
+    for name, row in directions.items():
+        if row.ndim != 1 or not bool(row.isfinite().all()):
             raise InputError(
-                f"expected one row of finite numbers at {name}, got shape "
-                f"{tuple(directions[name].shape)}"
+                f"expected one row of finite numbers at {name}, got shape {tuple(row.shape)}"
             )
-    return tuple(Step(name, add, directions[name], parsed.number) for name in directions)
+    return tuple(Step(name, Add(), row, amount) for name, row in directions.items())
 
 
 def step_hooks(

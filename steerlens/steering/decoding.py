@@ -86,20 +86,17 @@ class Job:
 
     def is_steered(self, step: int) -> bool:
         """Whether the generated token `step` is steered."""
-        if isinstance(self.positions, Tensor):
-            return False
-        now = Pass(step + 1, 1, torch.ones((1, step + 2), dtype=torch.bool))
-        return bool(now.mask(self.positions))
+        return bool(self.mask([0], 1, step + 1)[0, -1])
 
-    def prompt_mask(
-        self, places: Sequence[int], width: int
-    ) -> Bool[Tensor, "row prompt_token"] | None:
-        """The steered ones of prompts padded on the left to `width`; None where all are."""
-        if isinstance(self.positions, Tensor):
-            return self.positions[list(places), self.positions.shape[1] - width :].cpu()
-        now = Pass(0, width, torch.ones((len(places), width), dtype=torch.bool))
-        mask = now.mask(self.positions)
-        return None if bool(mask.all()) else mask
+    def mask(
+        self, places: Sequence[int], width: int, n_after: int = 0
+    ) -> Bool[Tensor, "row token"]:
+        """The steered ones of prompts padded on the left to `width`, and of tokens after them."""
+        positions = self.positions
+        if isinstance(positions, Tensor):
+            positions = positions[list(places), positions.shape[1] - width :]
+        real = torch.ones((len(places), width + n_after), dtype=torch.bool)
+        return Pass(0, width, real).mask(positions)
 
 
 def can_decode(model: HookedModel, job: Job) -> bool:
@@ -205,10 +202,7 @@ def _gap(model: HookedModel, job: Job, row: Row, ids: Sequence[int]) -> float:
     prompt = job.prompts[row.prompt]
     n = len(prompt)
     tokens = torch.tensor([[*prompt, *ids[:-1]]], device=model.cfg.device)
-    mask = torch.ones(tokens.shape, dtype=torch.bool)
-    in_prompt = job.prompt_mask([row.prompt], n)
-    mask[:, :n] = True if in_prompt is None else in_prompt
-    mask[:, n:] = torch.tensor([job.is_steered(step) for step in range(len(ids) - 1)]).bool()
+    mask = job.mask([row.prompt], n, len(ids) - 1)
     with inference(model), hooked(model, step_hooks(job.pushes[row.push], mask=mask)):
         logits = model(tokens, return_type="logits")[0, n - 1 :].float()
     if not bool(logits.isfinite().all()):
@@ -356,7 +350,8 @@ class _Batch:
 
     def _steer(self, pushes: Sequence[int], mask: Tensor | None, *, is_steered: bool) -> None:
         """The next pass has rows of these coefficients, steered at `mask` or everywhere."""
-        self.is_steered, self.mask = is_steered, mask
+        self.is_steered = is_steered
+        self.mask = None if mask is None or bool(mask.all()) else mask
         places = groupby(range(len(pushes)), key=lambda i: pushes[i])
         self.parts = {push: slice((at := list(some))[0], at[-1] + 1) for push, some in places}
 
@@ -376,7 +371,7 @@ class _Batch:
             with blocks_skipped(model, start):
                 self._steer(
                     [push for push, _ in distinct],
-                    job.prompt_mask([prompt for _, prompt in distinct], width),
+                    job.mask([prompt for _, prompt in distinct], width),
                     is_steered=job.in_prompt,
                 )
                 logits = _next_logits(model, tokens[:, :n_shared], mask[:, :n_shared], cache)
