@@ -38,6 +38,11 @@ TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 faster and only take memory."""
 
 
+PASSES_PER_BLOCK = 16
+"""How many passes the pairs of a block take at one coefficient, at least: with fewer, batches would
+hold more padding; with more, more states would be held at once."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Prompts padded to one length. `rows` are their places in the list they came from.
@@ -202,6 +207,28 @@ def make_batches(
     lengths = [(len(prompt),) for prompt in prompts]
     groups = length_groups(lengths, model, batch_size)
     return tuple(_batch(model, prompts, rows) for rows in groups)
+
+
+def block_rows(
+    model: HookedModel, pairs: TokenizedPairs, batch_size: int | None
+) -> tuple[tuple[int, ...], ...]:
+    """The rows of pairs in blocks of like length, each of about `PASSES_PER_BLOCK` passes.
+
+    What is left over joins the last block, so that none is small.
+    """
+    lengths = [len(p) + len(n) for p, n in zip(pairs.positive, pairs.negative, strict=True)]
+    sizes = [max(batch_size or 0, rows_per_pass(model, -(-length // 2))) for length in lengths]
+    blocks: list[list[int]] = [[]]
+    passes = 0.0
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if passes >= PASSES_PER_BLOCK:
+            blocks.append([])
+            passes = 0.0
+        blocks[-1].append(row)
+        passes += 2 / sizes[row]
+    if passes < PASSES_PER_BLOCK and len(blocks) > 1:
+        blocks[-2:] = [[*blocks[-2], *blocks[-1]]]
+    return tuple(tuple(sorted(rows)) for rows in blocks)
 
 
 def make_split_batches(

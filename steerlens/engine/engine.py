@@ -1,10 +1,10 @@
 """The one object that everything below a study is run with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
-from steerlens.engine.batches import Batch, make_batches
+from steerlens.engine.batches import Batch, block_rows, make_batches
 from steerlens.engine.checkpoint import Checkpoint
 from steerlens.engine.positions import Position
 from steerlens.engine.tokenization import (
@@ -60,8 +60,19 @@ class Engine:
     ) -> Workload:
         """Batches of both sides. Raises `InputError` when steering there cannot reach a label."""
         check_steered_positions(steered_positions, pairs)
-        positive, negative = self.batches(pairs.positive), self.batches(pairs.negative)
-        return Workload(positive, negative, position, steered_positions)
+        blocks = block_rows(self.model, pairs, self.batch_size)
+        positive, negative = (
+            tuple(batch for rows in blocks for batch in self._batches_of(side, rows))
+            for side in (pairs.positive, pairs.negative)
+        )
+        return Workload(positive, negative, position, steered_positions, blocks=blocks)
+
+    def _batches_of(
+        self, prompts: Sequence[TokenizedPrompt], rows: Sequence[int]
+    ) -> Iterator[Batch]:
+        """Batches of the prompts in some rows."""
+        for batch in self.batches([prompts[row] for row in rows]):
+            yield replace(batch, rows=tuple(rows[place] for place in batch.rows))
 
     def forward_equivalents(self, workload: Workload, *, since: int = 0) -> float:
         """What was run, in full forward passes of the workload's positive prompts.

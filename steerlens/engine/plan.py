@@ -69,6 +69,22 @@ class Plan:
             (isinstance(self.runner.model, BareModel), sorted(self.exact), self.reuse_prefix),
         )
 
+    @property
+    def blocks(self) -> tuple[Sequence[int], ...]:
+        """The rows of the workload's blocks; all of them together where blocks cost more.
+
+        That is where the prefix of every pair is kept, which would have to run again.
+        """
+        if any(part.prefix for part in self.prepared.positive):
+            return (range(len(self.unsteered.logprob)),)
+        return self.workload.blocks or (range(len(self.unsteered.logprob)),)
+
+    def of_block(self, rows: Sequence[int]) -> "Plan":
+        """The plan for one of its blocks alone."""
+        if len(rows) == len(self.unsteered.logprob):
+            return self
+        return self.on(self.workload.block(rows), self.unsteered.block(rows))
+
     def on(self, workload: Workload, unsteered: Baseline) -> "Plan":
         """The plan for another workload of the same model and hooks, not checked again."""
         prepared = prepare(self.runner, workload, unsteered, reuse_prefix=self.reuse_prefix)

@@ -1,7 +1,7 @@
 """What the engine takes and gives back: pairs in batches, cells, the baseline, the cost."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Protocol, runtime_checkable
@@ -25,7 +25,9 @@ class Workload:
 
     Either side may be without batches: it is then not run, and its activations have 0 pairs.
     `with_kl` asks for KL divergence and log-probability at every label too; without `with_readouts`
-    cells have activations of width 0, so that none are kept where nothing reads them.
+    cells have activations of width 0, so that none are kept where nothing reads them. `blocks` are
+    the pairs that share batches on both sides, one block after another: of each the states can be
+    held alone. Without them it is all one block.
     """
 
     positive: tuple[Batch, ...]
@@ -34,6 +36,20 @@ class Workload:
     steered_positions: SteeredPositions
     with_kl: bool = False
     with_readouts: bool = True
+    blocks: tuple[tuple[int, ...], ...] = ()
+
+    def block(self, rows: Sequence[int]) -> "Workload":
+        """One of its blocks alone, whose rows count from 0 in the pairs' order."""
+        places = {row: place for place, row in enumerate(rows)}
+        positive, negative = (
+            tuple(
+                replace(batch, rows=tuple(places[row] for row in batch.rows))
+                for batch in side
+                if batch.rows[0] in places
+            )
+            for side in (self.positive, self.negative)
+        )
+        return replace(self, positive=positive, negative=negative, blocks=())
 
     @cached_property
     def reads_unsteered(self) -> bool:
@@ -88,6 +104,12 @@ class Baseline:
     negative: Float[Tensor, "hook negative_pair d_model"]
     logprob: Float[Tensor, " pair"]
     widths: tuple[int | None, ...] = ()
+
+    def block(self, rows: Sequence[int]) -> "Baseline":
+        """That of some pairs, in this order."""
+        of = list(rows)
+        sides = {name: getattr(self, name)[:, of] for name in ("positive", "negative")}
+        return replace(self, **sides, logprob=self.logprob[of])
 
     def cell(self, readout: str) -> CellOutput:
         """The cell at coefficient 0, read at `readout`."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from steerlens.directions.directions import Directions
 from steerlens.engine.checkpoint import Kept, digest
-from steerlens.engine.plan import finished_cells
-from steerlens.engine.workload import Finished
+from steerlens.engine.plan import Plan, finished_cells
+from steerlens.engine.workload import Job
 from steerlens.errors import InputError
 from steerlens.measure.boundary import run_boundary
 from steerlens.measure.dense import (
@@ -190,8 +190,12 @@ def _finished_hooks(
     plan = (
         study.plan if any(c for of in first.values() for c in of) else None
     )  # before the first cell is told of
+    # Hooks are kept when they are finished, which in blocks they are in the last one only.
+    all_pairs: Sequence[int] = range(len(study.pairs))
+    in_blocks = plan is not None and study.engine.checkpoint is None
+    pairs = plan.blocks if plan is not None and in_blocks else (all_pairs,)
     n_of_hook = len(settings.coefficients)
-    n_done, n_cells = n_of_hook * len(known), n_of_hook * len(study.hook_names)
+    n_done, n_cells = (n_of_hook * len(of) * len(pairs) for of in (known, study.hook_names))
     tell = study.engine.progress
     tell("cells", n_done, n_cells)
     values: dict[str, dict[float, Tensor]] = {}
@@ -205,19 +209,23 @@ def _finished_hooks(
             for name, of in study.interventions.items()
             if name in cells
         ]
-        finished: Iterator[tuple[str, Finished | None]]
+        finished: Iterator[tuple[str, Mapping[float, Tensor] | None, int]]
         if plan is None:
-            finished = ((name, None) for name in cells if name not in known)
+            finished = ((name, {}, 0) for name in cells if name not in known)
         else:
             of_known = {job for job in jobs if job.hook_name in known}
-            finished = ((f.job.hook_name, f) for f in finished_cells(plan, jobs, known=of_known))
-        for name, done in finished:
+            finished = _in_blocks(study, plan, pairs, jobs, of_known)
+        for name, found, n_blocks in finished:
+            blocks[name] += n_blocks
+            if found is None:
+                if cells is first:
+                    n_done += n_of_hook
+                    tell("cells", n_done, n_cells)
+                continue
             readout = study.readouts[name]
             unsteered, direction = study.baseline.cell(readout), study.read_along[readout]
             of_hook = values.setdefault(name, {0.0: by_pair(unsteered, unsteered, direction)})
-            for cell in done.cells if done else ():
-                of_hook[cell.coefficient] = by_pair(cell, unsteered, direction)
-            blocks[name] += done.blocks if done else 0
+            of_hook |= found
             if cells is first and settings.dense is not None:
                 more = more_cells(amounts[name], of_hook)
                 if more:
@@ -229,6 +237,32 @@ def _finished_hooks(
                 tell("cells", n_done, n_cells)
             yield name, Kept(rows=rows, blocks=blocks[name])
         again |= passed
+
+
+def _in_blocks(
+    study: Preparation,
+    plan: Plan,
+    blocks: Sequence[Sequence[int]],
+    jobs: Sequence[Job],
+    known: Collection[Job],
+) -> Iterator[tuple[str, Mapping[float, Float[Tensor, "4 pair"]] | None, int]]:
+    """Each hook's cells, those `by_pair` of all pairs, and the block-evaluations they took.
+
+    One block of the pairs runs after another, so that of the others only results are held. The
+    cells are None until the last one.
+    """
+    values: dict[str, dict[float, Tensor]] = {}
+    for rows in blocks:
+        of_block = plan if len(blocks) == 1 else plan.of_block(rows)
+        for done in finished_cells(of_block, jobs, known=known):
+            name = done.job.hook_name
+            readout, of_hook = study.readouts[name], values.setdefault(name, {})
+            unsteered = of_block.unsteered.cell(readout)
+            for cell in done.cells:
+                found = by_pair(cell, unsteered, study.read_along[readout])
+                into = of_hook.setdefault(cell.coefficient, found.new_empty(4, len(study.pairs)))
+                into[:, list(rows)] = found
+            yield name, values.pop(name) if rows is blocks[-1] else None, done.blocks
 
 
 def _was_run_again(hook: Kept, first: Collection[float]) -> bool:
