@@ -91,8 +91,8 @@ def contrast_answers(
 ) -> Answers:
     """The tokens that the positive prompts make likelier than the negative ones, and the reverse.
 
-    Those with the largest and the smallest mean difference over the pairs of the log-probability
-    after the last prompt token.
+    For a behaviour that is not named by answer tokens of its own: those with the largest and the
+    smallest mean difference over the pairs of the log-probability after the last prompt token.
 
     Args:
         model: The model, unsteered.
