@@ -24,9 +24,8 @@ from steerlens.tables import CLAIM_COLUMNS, to_frame
 
 Places = Mapping[str, list[int] | None]
 """Hook -> the heads that are held there; None: all that is there."""
-Numbers = tuple[int, float, float, float]
-"""Runs, the change that they leave on average, and its interval: those columns of a row."""
-NO_RUN: Numbers = (0, math.nan, math.nan, math.nan)
+Numbers = dict[str, int | float]
+"""Some columns of a row: runs, the change that they leave on average, and its interval."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Claims:
 
         `named` are components that were chosen on other prompts; the random ones are of `behind`.
         """
-        rows: dict[str, tuple[int, Numbers]] = {"nothing": (0, self._of_prompts(self.change))}
+        rows = {"nothing": self._of_prompts(self.change)}
         if not named:
             return self._table(rows)
         count = counting(progress, "claims: runs", 3 + n_draws)
@@ -61,10 +60,11 @@ class Claims:
         for kind, hook in (("patterns", "hook_pattern"), ("values", "hook_v")):
             names = [f"{module}.{hook}" for module in attention]
             is_live = _is_live(self.task.part(slice(0, 1)), names[0])
-            left = self._of_prompts(self._held(dict.fromkeys(names))) if is_live else NO_RUN
-            rows[f"attention {kind}"] = 0, left
+            held = self._of_prompts(self._held(dict.fromkeys(names))) if is_live else {}
+            rows[f"attention {kind}"] = held
             count(1)
-        rows["named components"] = len(named), self._of_prompts(self._held(by_hook(named)))
+        left = self._of_prompts(self._held(by_hook(named)))
+        rows["named components"] = left | {"n_components": len(named)}
         count(1)
         generator = np.random.default_rng(self.seed)
         draws: list[float] = []
@@ -73,8 +73,11 @@ class Claims:
             draws.append(float(self._held(by_hook(drawn)).double().mean()))
             count(1)
         if draws:
-            rows["random components"] = len(named), self._of_draws(np.array(draws))
-        return self._table(rows, draws)
+            taken = [self._whole - change for change in (left["change"], *draws)]
+            rows["named components"]["p_value"] = rank_p(taken[0], taken[1:])
+            of_draws = self._of_draws(np.array(draws))
+            rows["random components"] = of_draws | {"n_components": len(named)}
+        return self._table(rows)
 
     def _held(self, places: Places) -> Float[Tensor, " prompt"]:
         """What is left of the change with some places at unsteered values."""
@@ -94,36 +97,28 @@ class Claims:
         """Of one run, with its interval over prompts."""
         changes = [values.double().numpy() for values in (left, self.change)]
         how: dict[str, Any] = {"seed": self.seed, "n_bootstrap": self.n_bootstrap}
-        interval = ratio_interval(*changes, groups=self.task.prompts.groups, **how)
-        return 1, float(left.double().mean()), *interval
+        low, high = ratio_interval(*changes, groups=self.task.prompts.groups, **how)
+        change = float(left.double().mean())
+        return {"n_draws": 1, "change": change, "ci_low": low, "ci_high": high}
 
     def _of_draws(self, changes: Float[np.ndarray, " draw"]) -> Numbers:
         """Of all random sets, with where 95% of them lie."""
-        low = high = math.nan
+        of_draws: Numbers = {"n_draws": len(changes), "change": float(changes.mean())}
         if len(changes) > 1 and self._whole:
-            low, high = np.quantile(changes / self._whole, [TAIL, 1 - TAIL])
-        return len(changes), float(changes.mean()), float(low), float(high)
+            ends = np.quantile(changes / self._whole, [TAIL, 1 - TAIL]).tolist()
+            of_draws |= dict(zip(("ci_low", "ci_high"), ends, strict=True))
+        return of_draws
 
     @property
     def _whole(self) -> float:
         return float(self.change.double().mean())
 
-    def _table(
-        self, rows: Mapping[str, tuple[int, Numbers]], draws: Sequence[float] = ()
-    ) -> pd.DataFrame:
-        names = ("n_draws", "change", "ci_low", "ci_high")
-        n_groups, p_value = len(set(self.task.prompts.groups)), math.nan
-        if draws:
-            taken = [self._whole - left for left in (rows["named components"][1][1], *draws)]
-            p_value = rank_p(taken[0], taken[1:])
+    def _table(self, rows: Mapping[str, Numbers]) -> pd.DataFrame:
+        none = {"n_components": 0, "n_draws": 0, "n_groups": len(set(self.task.prompts.groups))}
+        whole = self._whole or math.nan
         records = [
-            {
-                **{"test": test, "n_components": n_components, "n_groups": n_groups},
-                **dict(zip(names, numbers, strict=True)),
-                "remaining": numbers[1] / (self._whole or math.nan),
-                "p_value": p_value if test == "named components" else math.nan,
-            }
-            for test, (n_components, numbers) in rows.items()
+            {"test": test, **none, **row, "remaining": row.get("change", math.nan) / whole}
+            for test, row in rows.items()
         ]
         return to_frame(records, CLAIM_COLUMNS, {})
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import chain, combinations
 from typing import TypeVar
 
 import pandas as pd
@@ -40,6 +40,7 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 UNSTEERED = "unsteered"
 LEVELS = ("node", "edge")
 MEAN = "mean of "
+N = TypeVar("N")
 T = TypeVar("T")
 Nulls = Mapping[str, Mapping[str, Sequence[Intervention]]]
 
@@ -78,20 +79,10 @@ def compare_circuits(
 ) -> Circuits:
     """The circuits of the pairs' contrast in the unsteered model and under each intervention.
 
-    The behaviour is the mean difference of the answer logit difference between the two prompts of
-    a pair. In each model nodes (heads and MLPs) and edges are scored by attribution against their
-    means there; the circuit of a size has the largest scores, absolute or signed (`selection`).
-    Means and circuits are those of a random half of the groups of pairs. Two circuits are compared
-    by overlap (`iou`), by Spearman's correlation of all scores (`rank`), and by running each, on
-    the other half of the groups, in the other's model, everything else at its mean there:
-    `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`. Intervals are over groups.
-
-    Overlap alone is no evidence. `iou_across` compares circuits of two models from two halves of
-    the groups, `iou_ceiling` circuits of one model from the same halves (means over splits).
-    `iou_p` ranks `1 - iou` among that of `nulls` in the intervention's place, `iou_p_family` the
-    maximum over levels, selections and sizes; of both kinds of nulls the larger. Overlaps, those of
-    nulls too, are of attributions, which are linear; faithfulness, that of nulls too, is run
-    exactly: `p_value` ranks how much the unsteered circuit's changes in the steered model.
+    In each model nodes (heads and MLPs) and edges are scored by attribution on a random half of the
+    groups of pairs. The circuits of the largest scores are compared by overlap, by rank, and by
+    running each, on the other half, in the other's model. Overlap alone is no evidence: the table
+    has ceilings and ranks among nulls too. See docs/maths.md, "Same circuit or another".
 
     Args:
         model: The model, unsteered.
@@ -102,17 +93,16 @@ def compare_circuits(
             Default: none, and no p-values.
         shares: Sizes of circuits, as shares of all nodes or edges, between 0 and 1.
         levels: "node", "edge" or both.
-        null_shares: Those of `shares` at which node circuits are run under nulls too (edge circuits
-            are not): for every null two runs, and two a share. Default: the largest.
+        null_shares: Those of `shares` at which node circuits (not edge circuits) are run under
+            nulls too: for every null two runs, and two a share. Default: the largest.
         n_splits: Random halves of the groups of pairs; 0: no ceilings.
         seed: Of the half, the splits and the draws.
         progress: Told of the models scored and of the circuits run.
         checkpoint: As of `find_readers`.
 
     Raises:
-        InputError: An argument is not as above, the answers do not fit, heads and MLPs do not add
-            up to the model's stream, or nothing is left of the behaviour to explain; and as
-            `tokenize_pairs`.
+        InputError: An argument is not as above, the answers do not fit, the model's stream is not
+            the sum of heads and MLPs, or the behaviour is 0; and as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers
@@ -137,15 +127,12 @@ def compare_circuits(
     contrast.check_unsteered()
     chosen_on = contrast.of_pairs(is_chosen_on)
     models = {UNSTEERED: Intervention(), **interventions}
-    drawn = [vector for kinds in nulls.values() for some in kinds.values() for vector in some]
-    count = counting(progress, "circuits: models", len(models) + len(drawn))
+    n_drawn = len(_all(nulls))
+    count = counting(progress, "circuits: models", len(models) + n_drawn)
     score = partial(_scored, chosen_on, with_edges="edge" in levels, count=count)
     compared = _Compared(
         {name: score(contrast, steered) for name, steered in models.items()},
-        {
-            name: {kind: [score(chosen_on, v) for v in some] for kind, some in kinds.items()}
-            for name, kinds in nulls.items()
-        },
+        _each(nulls, partial(score, chosen_on)),
         contrast.of_pairs(~is_chosen_on),
         is_chosen_on,
         pairs.groups,
@@ -153,14 +140,10 @@ def compare_circuits(
         seed,
     )
     n_runs = len(levels) * len(models) * (2 + len(SELECTIONS) * len(models) * len(shares))
-    n_runs += ("node" in levels) * len(drawn) * (2 + len(SELECTIONS) * len(null_shares))
+    n_runs += ("node" in levels) * n_drawn * (2 + len(SELECTIONS) * len(null_shares))
     ran = counting(progress, "circuits on their own: runs", n_runs)
-    rows: list[Drawn] = []
-    curve_rows: list[Drawn] = []
-    for level in levels:
-        more, more_curves = compared.at(level, tuple(shares), tuple(null_shares), ran)
-        rows += more
-        curve_rows += more_curves
+    found = [compared.at(level, tuple(shares), tuple(null_shares), ran) for level in levels]
+    rows, curve_rows = (list(chain(*of_table)) for of_table in zip(*found, strict=True))
     scores = {name: of_model.scores for name, of_model in compared.models.items()}
     attrs = {
         "n_pairs": len(pairs),
@@ -171,10 +154,7 @@ def compare_circuits(
         "answers": answers.words(model),
         "metric": {name: of_model.metric for name, of_model in scores.items()},
         "coefficients": {name: steered.coefficient for name, steered in interventions.items()},
-        "null_coefficients": {
-            name: {kind: [v.coefficient for v in some] for kind, some in kinds.items()}
-            for name, kinds in nulls.items()
-        },
+        "null_coefficients": _each(nulls, lambda null: null.coefficient),
         "n_splits": n_splits,
         "seed": seed,
         "provenance": provenance(model).to_dict(),
@@ -214,7 +194,7 @@ class _Compared:
         """Rows of both tables at one level; `count` is told of the runs."""
         items = {name: of_model.scores.items(level) for name, of_model in self.models.items()}
         n_items = len(items[UNSTEERED])
-        null_items = self._of_nulls(lambda of: of.scores.items(level).mean(dim=1))
+        null_items = _each(self.nulls, lambda of: of.scores.items(level).mean(dim=1))
 
         def bench(of_model: _Scored) -> Bench:
             graph = replace(of_model.graph, contrast=self.tested_on)
@@ -223,7 +203,7 @@ class _Compared:
         benches = {name: bench(of_model) for name, of_model in self.models.items()}
         for of_model in benches.values():
             of_model.check()
-        null_benches = self._of_nulls(bench) if level == "node" else {}
+        null_benches = _each(self.nulls, bench) if level == "node" else {}
         rows: list[Drawn] = []
         curve_rows: list[Drawn] = []
         for selection in SELECTIONS:
@@ -249,11 +229,19 @@ class _Compared:
                 )
         return rows, curve_rows
 
-    def _of_nulls(self, make: Callable[[_Scored], T]) -> dict[str, dict[str, list[T]]]:
-        return {
-            name: {kind: [make(null) for null in some] for kind, some in kinds.items()}
-            for name, kinds in self.nulls.items()
-        }
+
+def _each(
+    nulls: Mapping[str, Mapping[str, Sequence[N]]], make: Callable[[N], T]
+) -> dict[str, dict[str, list[T]]]:
+    """What `make` gives of every null, by name and kind as they are."""
+    return {
+        name: {kind: [make(null) for null in some] for kind, some in kinds.items()}
+        for name, kinds in nulls.items()
+    }
+
+
+def _all(nulls: Nulls) -> list[Intervention]:
+    return [null for kinds in nulls.values() for some in kinds.values() for null in some]
 
 
 def _scored(
@@ -305,8 +293,7 @@ def _check(
         raise InputError(f"nulls are of interventions, none is called {sorted(not_there)}")
     if not all(some for kinds in nulls.values() for some in (kinds, *kinds.values())):
         raise InputError("nulls hold no vector of some kind; make them with null_interventions")
-    drawn = (vector for kinds in nulls.values() for some in kinds.values() for vector in some)
-    for steered in (*interventions.values(), *drawn):
+    for steered in (*interventions.values(), *_all(nulls)):
         if steered.vector is None or "edge" not in levels:
             continue
         if not isinstance(steered.vector.operator, Add) or steered.vector.condition is not None:

@@ -40,10 +40,9 @@ def null_interventions(
 ) -> dict[str, list[Intervention]]:
     """Random vectors, and mean differences of flipped labels, each at the KL of an intervention.
 
-    The directions are those of `null_directions`: a shuffled one exchanges the labels of whole
-    groups, each by its own coin. Each is added at the same hook, at the coefficient at which the
-    mean KL divergence of the next-token predictions at the labels of the positive prompts is that
-    of the intervention (found as a coherence boundary).
+    The directions of `null_directions`, each added at the same hook, at the coefficient at which
+    the mean KL divergence at the labels of the positive prompts is that of the intervention (found
+    as a coherence boundary).
 
     Args:
         model: The model, unsteered.

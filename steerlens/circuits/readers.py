@@ -75,16 +75,11 @@ def find_readers(
 ) -> Readers:
     """What carries a vector's effect on the answer logit difference, component by component.
 
-    `effect` estimates the change when this component's output alone is replaced by its steered
-    one in the unsteered model: `sum (a_steered - a_unsteered) . gradient` (attribution patching,
-    Nanda 2023), and `exact` is that replacement run. `direct` is the change of the component's own
-    write into the metric with the final norm frozen at the unsteered run, and `mediated` the rest
-    of its effect. All in logits, mean over prompts with 95% intervals over their groups.
-    `claims` says what share of the change remains in the steered model with attention patterns, or
-    values, or the largest components, or random ones held at what they are unsteered: NaN where a
-    model does not use what is put into its patterns (then `n_draws` is 0). The largest are named on
-    one random half of the groups of prompts and held on the other, where `p_value` ranks what they
-    take away among random sets of as many heads and MLPs behind the vector.
+    `effect` estimates by attribution patching what `exact` runs: this component's output alone
+    replaced by its steered one in the unsteered model. `direct` is what its own write adds, and
+    `mediated` the rest. All in logits, means over prompts with 95% intervals over their groups.
+    `claims` says what remains of the change with parts of the steered model held as unsteered.
+    Every number is in docs/maths.md, "Who reads it".
 
     Args:
         model: The model, unsteered.
@@ -93,9 +88,8 @@ def find_readers(
         vector: A vector at one block output before the last.
         coefficient: As `steer` takes it; not 0.
         top: How many components, by estimate, are patched exactly.
-        ig_steps: 1: the gradient at the unsteered run. More: its mean over so many runs at the
-            coefficients `(k - 1/2) / ig_steps` of the whole (integrated gradients, Hanna et al.
-            2024, arXiv:2403.17806, with the path along the coefficient).
+        ig_steps: 1: the gradient at the unsteered run. More: its mean over so many runs between
+            the unsteered and the steered one.
         n_claimed: How many components, by estimate, the claims hold; 0: no claims, else 4 groups of
             prompts or more are needed.
         n_draws: Random sets; 19 of them can show p = 0.05.
@@ -129,12 +123,11 @@ def find_readers(
     task.check_unsteered()
     later = [part for part in components(model) if part.layer > hook_layer(hook_name)]
     estimates = estimate(task, steered, ig_steps=ig_steps, progress=progress)
-    means = estimates.effect.mean(dim=1).abs().tolist()
-    order = sorted(range(len(later)), key=lambda i: -means[i])
+    means = estimates.effect.mean(dim=1).abs()
+    order = means.argsort(descending=True, stable=True).tolist()
     ranked = [later[i] for i in order]
     metrics = _patched(task, steered, ranked[:top], progress)
-    exact = {part: metric - estimates.unsteered for part, metric in metrics.items()}
-    rows = _rows(later, estimates, exact, groups=prompts.groups, **drawing)
+    rows = _rows(later, estimates, metrics, groups=prompts.groups, **drawing)
     vector_direct = float(estimates.vector_direct.mean())
     rest = float(estimates.change.mean()) - vector_direct
     attrs = {
@@ -151,10 +144,8 @@ def find_readers(
         **drawing,
         "provenance": provenance(model).to_dict(),
     }
-    named: list[Component] = []
-    if n_claimed:
-        sizes = estimates.effect[:, is_choosing].mean(dim=1).abs()
-        named = [later[i] for i in sizes.argsort(descending=True, stable=True)[:n_claimed].tolist()]
+    sizes = estimates.effect[:, is_choosing].mean(dim=1).abs()
+    named = [later[i] for i in sizes.argsort(descending=True, stable=True)[:n_claimed].tolist()]
     tested = task.part((~is_choosing).nonzero().flatten().tolist())
     changes = (estimates.unsteered[~is_choosing], estimates.change[~is_choosing])
     claims = Claims(tested, steered, *changes, n_bootstrap, seed).test(
@@ -248,7 +239,7 @@ def _correlations(rows: Sequence[Row]) -> dict[str, float | None]:
 def _rows(
     later: Sequence[Component],
     estimates: Estimates,
-    exact: Mapping[Component, Float[Tensor, " prompt"]],
+    patched: Mapping[Component, Float[Tensor, " prompt"]],
     **drawing: Any,
 ) -> list[Row]:
     """A row a component, in the order of `later`."""
@@ -266,7 +257,8 @@ def _rows(
     )
     names = ("exact", "exact_ci_low", "exact_ci_high")
     for i, part in enumerate(later):
-        if part in exact:
-            numbers = (float(x[0]) for x in mean_intervals(exact[part][None], **drawing))
+        if part in patched:
+            exact = patched[part] - estimates.unsteered
+            numbers = (float(x[0]) for x in mean_intervals(exact[None], **drawing))
             rows[i] = {**rows[i], **dict(zip(names, numbers, strict=True))}
     return rows

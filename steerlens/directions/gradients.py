@@ -53,31 +53,17 @@ def loss_gradients(
 ) -> LossGradients:
     """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
 
-        -||hs_pos_i - hs_neg_i||_2 + weight * relu(margin * baseline_i - logp_i)^2   without an axis
-        -(hs_pos_i - hs_neg_i) . axis + the same                                     with one
-
-    Both hidden states are at the loss hook. Downhill a longer difference is better, whichever way
-    it points, or one that points further to the positive side along the frozen axis. `axis="pca"`
-    is the usual one: the first principal axis of the unsteered model's differences.
-
-    A state influences later labels only, so the position must have a label after it in every
-    positive prompt: -1 needs continuations, -2 does not. The coherence term has the weight 10000 of
-    `contrastive_steering_loss_noref`; take another by `LossGradients.with_weight`, which needs no
-    second pass.
-
-    Cost: a forward pass of both sides; a backward pass of both from the loss hook and of the
-    positive side from the labels; one more for each score. It is counted so where a GPU runs both
-    sides in one pass, too, whose padding and zero rows take more. An axis by name takes one more
-    forward pass of both sides, which is not counted. Weights need no gradient; memory
-    grows with the batch alone, and out of memory halves it. The rows do not depend on the batch
-    size; the scores are random, and may.
+    The coherence term has the weight 10000 of `contrastive_steering_loss_noref`; take another by
+    `LossGradients.with_weight`, which needs no second pass. The formulas, what they cost, and why:
+    docs/maths.md, "Gradients of the loss".
 
     Args:
         layers: As in `resolve_hooks`.
-        position: The token of each prompt whose states are read and differentiated.
+        position: The token of each prompt whose states are read and differentiated. In every
+            positive prompt a label must come after it: -1 needs continuations, -2 does not.
         axis: What the separation is measured on: a direction at every loss hook, by any method, or
-            the name of a method that is fitted from the differences of these pairs at `position`,
-            on the unsteered model. None, the default: the norm.
+            the name of a method that is fitted from these pairs' differences at `position` on the
+            unsteered model, most often "pca". None, the default: the norm.
         loss_hook: Where the separation is that of the activations: a block's output, or "own" for
             every hook itself; by default the readout hook (see `readout_hook`).
         labels: The tokens whose logprob the coherence term keeps, as of `Study`: "own" has labels
@@ -92,10 +78,8 @@ def loss_gradients(
         InputError: A position of several tokens, outside a prompt or without a label after it,
             hooks that are not as wide as the residual stream, a margin or number that cannot be
             used, or an axis of another model or that no method fits to differences.
-        HookError: An unknown hook, a loss hook that comes before a hook, or an axis that lacks a
-            loss hook.
-        ModelError: NaN or inf in the gradients, or a model whose label positions cannot be run
-            alone.
+        HookError: An unknown hook, a loss hook before a hook, or an axis that lacks a loss hook.
+        ModelError: NaN or inf in the gradients, or label positions that cannot be run alone.
         MemoryLimitError: A pass would not fit into the device's memory.
 
     Examples:
@@ -118,30 +102,23 @@ def loss_gradients(
     sides = [positive for positive, _ in batches]
     targets = dict(zip(hook_names + readouts, loss_hooks, strict=True))
     check_memory(for_hooks(model, (*targets, *loss_hooks)), sides, with_gradients=True)
+    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    unsteered = partial(
+        collect_differences, model, pairs, layers=loss_hooks, position=position, **shared
+    )
     frozen = None
     if axis is not None:
-        shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-        unsteered = partial(
-            collect_differences, model, pairs, layers=loss_hooks, position=position, **shared
-        )
         frozen = frozen_axis(model, axis, loss_hooks, unsteered=unsteered, seed=seed)
     engine = Engine(model, progress=by_default(progress))
+    drawn = {"n_scores": n_scores, "seed": seed}
     rows = loss_rows(
-        engine.stage("gradients: pairs"),
-        batches,
-        targets,
-        axis=frozen,
-        position=position,
-        n_scores=n_scores,
-        seed=seed,
+        engine.stage("gradients: pairs"), batches, targets, axis=frozen, position=position, **drawn
     )
     n_blocks = sum(positive.tokens.numel() for positive in sides) * engine.n_layers
     # d relu(margin * b - l)^2 = -2 relu((margin - 1) * l) dl, as b is l with its gradient stopped.
     slope = -2 * torch.relu((margin - 1) * rows.logprob)
     gradients = LossGradients(
-        hook_names=hook_names,
-        readout_names=readouts,
-        loss_hooks=loss_hooks,
+        *(hook_names, readouts, loss_hooks),
         separation_positive=rows.separation_positive,
         separation_negative=rows.separation_negative,
         coherence=slope[:, None] * rows.logprob_slope,

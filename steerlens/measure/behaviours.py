@@ -1,6 +1,6 @@
 """What a steered model writes: scores of sampled text against the coefficient, with intervals."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +41,11 @@ PERSONAS = ("positive prompt", "negative prompt")
 class BehaviourResult:
     """What was written, and its scores.
 
-    `table` has a row a hook, coefficient and scorer (`BEHAVIOUR_COLUMNS`); `generations` a row a
-    text, after which prompt (its number from 1, and as the model saw it), by what, and each
-    scorer's number in a column of its name.
+    `table` has a row a hook, coefficient and scorer (`BEHAVIOUR_COLUMNS`): means over prompts of
+    the means over their texts, shifts against the texts of the same prompt at 0, intervals over the
+    groups of prompts. `generations` has a row a text, after which prompt (its number from 1, and as
+    the model saw it), by what, and each scorer's number in a column of its name. A sample has the
+    same random numbers at every coefficient.
     """
 
     table: pd.DataFrame
@@ -86,24 +88,16 @@ def behaviour(
 ) -> BehaviourResult:
     """Measure what the steered model writes: every scorer's mean at every coefficient.
 
-    After each prompt `samples` texts are drawn at each coefficient and at 0; a sample has the same
-    random numbers at all of them. Means are over prompts of the means over their texts, shifts
-    against the texts of the same prompt at 0, intervals over the groups of prompts.
-
     Args:
-        model: Any `HookedModel`, or a `Study`, whose directions, pairs and batch size are then the
-            defaults.
+        model: Or a `Study`, whose directions, pairs and batch size are then the defaults.
         vector: A `SteeringVector`, all its hooks at once; `Directions`, each hook by itself; plain
             directions by hook name; None for those of the study.
         prompts: What the model goes on after, texts or chats.
-        coefficients: How strongly, as in `Coefficient`; 0 is always among them.
-        scorers: Names that need model and pairs alone (see `scorers_of`, which makes the others),
-            or functions of `Written` texts that give a number each. What is kept at a checkpoint
-            are the numbers of those with a list `decided` of what decides them. Default: logprob,
-            distinct_2, repeated_4 and ended, and with pairs `concept`.
+        coefficients: As in `Coefficient`; 0 is always among them.
+        scorers: Each a `Scorer`, or the name of one that needs model and pairs alone (see
+            `scorers_of`). Default: logprob, distinct_2, repeated_4 and ended; `concept` with pairs.
         pairs: What the scorers of the concept ask with; the vector may be fitted on others.
-        layers: Hooks of the vector or the directions that are measured each by itself (see
-            `resolve_hooks`). Default: a vector as a whole, directions hook by hook.
+        layers: Hooks that are measured each by itself (see `resolve_hooks`). Default: as `vector`.
         samples: Texts a prompt and coefficient.
         max_new_tokens: Where a text ends, unless it comes to its end.
         positions: Tokens that are steered (see `Positions`). Default: all.
@@ -111,13 +105,10 @@ def behaviour(
         n_null: Random directions that are added as far at the same hooks: their lowest and highest
             means are the null band, and p a rank among their shifts. Default: none.
         personas: A text for each end of the concept that stands in front of the prompts (of a chat
-            as a system message), unsteered: what asking gives. Their texts are scored as if after
-            the plain prompts. Default: none.
-        n_bootstrap: Resamples of every 95% interval.
+            as a system message), unsteered; scored as if after the plain prompts. Default: none.
         seed: Of samples, nulls and resamples; None is greedy, with one sample.
-        batch_size: Texts written at once. Default: what the device can use.
-        progress: Told of the steps. Default: bars in a terminal or a notebook.
-        checkpoint: Given what each hook wrote and its scores, so that it can go on with them.
+        batch_size: Texts written at once; `n_bootstrap`, it and `progress` are as of `Study`.
+        checkpoint: Given what each hook wrote, and the scores of those that have a list `decided`.
 
     Raises:
         InputError: No prompts, groups that are not as many, nulls of what does not add, greedy with
@@ -142,12 +133,8 @@ def behaviour(
         raise InputError("expected a vector or directions: only a Study has some")
     if seed is None and samples > 1:
         raise InputError(f"greedy texts of a prompt are all the same: ask for 1, not {samples}")
-    groups = [str(i) for i in range(len(prompts))] if groups is None else list(groups)
-    if not prompts or len(groups) != len(prompts):
-        raise InputError(
-            f"expected a group for each prompt: {len(prompts)} of these, {len(groups)} groups"
-        )
-    subjects = _subjects(model, vector, layers, _strengths(coefficients))
+    grouped = _groups(prompts, groups)
+    subjects = _subjects(model, vector, layers, coefficients)
     tell_all = by_default(progress)
     nulls = [_nulls(subject, n_null, seed or 0) for subject in subjects]
     default = (*COHERENCE, CONCEPT) if pairs is not None else COHERENCE
@@ -163,38 +150,47 @@ def behaviour(
         checkpoint=checkpoint,
     )
     unsteered = writer.cells(Subject("unsteered"), part_of(tell_all, "unsteered"))[0]
-    compare = _Comparison(unsteered, tuple(groups), n_bootstrap, seed or 0)
-    table, texts = [], unsteered.lines()
-    for kind, persona in zip(PERSONAS, personas or (), strict=False):
-        asked = _tokenized(model, [_with_persona(prompt, persona) for prompt in prompts])
-        tell = part_of(tell_all, kind)
-        (cell,) = writer.cells(Subject(kind), tell, asked=asked)
-        table += compare.rows(cell)
-        texts += cell.lines()
-    for subject, of_subject in zip(subjects, nulls, strict=True):
-        tell = part_of(tell_all, subject.hook_name)
-        cells, *null_cells = [
-            writer.cells(of, tell) if of.strengths else [] for of in (subject, *of_subject)
-        ]
-        table += compare.rows(replace(unsteered, subject=subject))
-        for i, cell in enumerate(cells):
-            table += compare.rows(cell, [of_null[i] for of_null in null_cells])
-        texts += [line for of in (cells, *null_cells) for cell in of for line in cell.lines()]
+    compare = _Comparison(unsteered, grouped, n_bootstrap, seed or 0)
+    told = [_tokenized(model, [_with_persona(p, of) for p in prompts]) for of in personas or ()]
+    all_subjects = zip(subjects, nulls, strict=True)
+    table, texts = _written(writer, compare, told, all_subjects, tell_all)
+    settings = {
+        "positions": positions if isinstance(positions, str) else "a mask",
+        **{"samples": samples, "max_new_tokens": max_new_tokens, "seed": seed},
+        **{"n_bootstrap": n_bootstrap, "n_null": n_null, "personas": personas},
+    }
     attrs = {
         "model": provenance(model).to_dict(),
-        "scorers": list(writer.scorers),
-        "settings": {
-            "samples": samples,
-            "max_new_tokens": max_new_tokens,
-            "positions": positions if isinstance(positions, str) else "a mask",
-            "seed": seed,
-            "n_bootstrap": n_bootstrap,
-            "n_null": n_null,
-            "personas": personas,
-        },
+        **{"scorers": list(writer.scorers), "settings": settings},
         "pairs": None if pairs is None else pairs.name,
     }
     return BehaviourResult(to_frame(table, BEHAVIOUR_COLUMNS, attrs), pd.DataFrame(texts))
+
+
+def _written(
+    writer: Writer,
+    compare: "_Comparison",
+    told: Sequence[tuple[TokenizedPrompt, ...]],
+    subjects: Iterable[tuple[Subject, Sequence[Subject]]],
+    tell_all: Progress,
+) -> tuple[list[Row], list[Row]]:
+    """Rows and texts: of the prompts that are told a persona, then of every subject and its nulls.
+
+    As lines of the two tables; the unsteered texts come first.
+    """
+    table, texts = list[Row](), list[Row](compare.unsteered.lines())
+    for kind, asked in zip(PERSONAS, told, strict=False):
+        (cell,) = writer.cells(Subject(kind), part_of(tell_all, kind), asked=asked)
+        table += compare.rows(cell)
+        texts += cell.lines()
+    for subject, nulls in subjects:
+        tell = part_of(tell_all, subject.hook_name)
+        written = [writer.cells(of, tell) if of.strengths else [] for of in (subject, *nulls)]
+        table += compare.rows(replace(compare.unsteered, subject=subject))
+        for cell, *null_cells in zip(*written, strict=True):
+            table += compare.rows(cell, null_cells)
+        texts += [line for cells in written for cell in cells for line in cell.lines()]
+    return table, texts
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,20 +279,27 @@ def _by_name(
     return named
 
 
-def _strengths(coefficients: Sequence[Coefficient]) -> tuple[Coefficient, ...]:
-    """The coefficients but for 0, each once. Raises `InputError` where there is none at all."""
-    if not coefficients:
-        raise InputError("expected one or more coefficients, got none")
-    return tuple(c for c in dict.fromkeys(coefficients) if parse_coefficient(c).number)
+def _groups(prompts: Sequence[Prompt], groups: Sequence[str] | None) -> tuple[str, ...]:
+    """The group of each prompt, its own by default. Raises `InputError` where there is no prompt,
+    or not a group for each."""
+    named = tuple(map(str, range(len(prompts))) if groups is None else groups)
+    if not prompts or len(named) != len(prompts):
+        raise InputError(
+            f"expected a group for each prompt: {len(prompts)} of these, {len(named)} groups"
+        )
+    return named
 
 
 def _subjects(
     model: HookedModel,
     vector: SteeringVector | Directions | Mapping[str, Tensor],
     layers: Layers | None,
-    strengths: tuple[Coefficient, ...],
+    coefficients: Sequence[Coefficient],
 ) -> list[Subject]:
     """What is measured: each hook of some layers or directions, or a vector as a whole."""
+    if not coefficients:
+        raise InputError("expected one or more coefficients, got none")
+    strengths = tuple(c for c in dict.fromkeys(coefficients) if parse_coefficient(c).number)
     if isinstance(vector, (SteeringVector, Directions)):
         check_fitted_on(model, vector)
     names = tuple(vector) if layers is None else resolve_hooks(model, layers)

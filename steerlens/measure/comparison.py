@@ -146,41 +146,23 @@ def compare(
 ) -> Comparison:
     """Compare methods at equal damage: fitted on `pairs`, measured on held-out `items`.
 
-    Every direction's coefficient (residual units, positive) is the one at which the budget is
-    spent: its coherence boundary on that text. The effect is the mean change of the preference gap,
-    `logprob(positive continuation) - logprob(negative one)` (nats per token), with a 95% interval
-    over groups of items and of refits on resampled groups of pairs (linearised, see below), for
-    methods fitted from differences or from gradients of the norm: others, as trained ones, are held
-    as they are, and `interval_over` is "items". Damage is measured on other texts than the budget
-    is spent on, at the coefficient and at minus it: the budget is found for the first alone, and
-    `spent_neg` says how much of it the second spends. Every token is steered. The gap is also
-    measured at -1, -1/2, 0 and 1/2 times the coefficient, for slope, Spearman correlation and
-    monotone share of every item. The baseline "prompt" writes the pairs' positive system messages
-    into the items' prompts, where both are chats.
-
-    The nulls are random vectors, and mean differences with the labels of whole groups of pairs
-    exchanged by coin, each at its own coefficient for the same budget. `n_null` of each kind are
-    run. Gradients of the items' gaps and of the budget's loss at 0 give the effects of 999 of each
-    kind to first order; at hooks where these correlate above 0.95 with those that were run (20 at
-    least), they take their place, and the method's own effect is then linearised too (`null_by`).
-    `p_value` is the rank p-value (`rank_p`), `p_layers` that of the maximum over the method's
-    layers (`max_rank_p`); of both kinds the larger. What a verdict means is told at
-    `measure.verdicts.verdict`.
+    Every direction's coefficient (residual units, positive) is its coherence boundary on the text
+    that the budget is spent on. The effect is the mean change of the preference gap there (nats per
+    token), ranked among vectors that cannot know the labels. See docs/maths.md, "A comparison", and
+    `measure.verdicts.verdict` for what a verdict means.
 
     Args:
         pairs: Or what `ContrastivePairs.load` reads.
         methods: What to fit with (see `METHODS`).
         layers: Where (see `resolve_hooks`).
-        train_items: The layer is chosen by the effect on these, never on `items`. Methods trained
-            on continuations are trained on them too, so their `layer_choice` is "in sample".
-            And so is that of every method where some of these share a prompt or persona with
-            the pairs (`with_shared`). Default: no layer is chosen.
+        train_items: The layer is chosen by the effect on these, never on `items`; its choice is "in
+            sample" for methods trained on continuations, which are trained on these too, and for
+            all where some share a prompt or persona with the pairs. Default: no layer is chosen.
         off_target: Items of other concepts, by name. Default: none.
         budget: See `Budget`.
-        on: What the budget is spent on: "own", what the unsteered model writes after the prompts of
-            `train_items`, or else after the pairs' positive prompts (up to 32 different ones, one
-            of each group in turn, none of a held-out item; the first half of them); "neutral", the
-            first half of the neutral texts; "positive", the pairs' positive prompts. Damage is
+        on: What the budget is spent on: "own", the first half of what the unsteered model writes
+            after up to 32 prompts of `train_items`, or else the pairs' positive ones; "neutral",
+            the first half of the neutral texts; "positive", the pairs' positive prompts. Damage is
             measured on the second halves of own and neutral text.
         own_tokens: The most tokens that the model writes after each (32).
         neutral: At least 4 texts. Default: the shipped lines.

@@ -98,7 +98,10 @@ def split_texts(
 
 
 def _own_prompts(model: HookedModel, pairs: ContrastivePairs, sets: ItemSets) -> Prompts:
-    """Different prompts, up to `N_OWN`, group after group, so that halves share one at most."""
+    """Different prompts, up to `N_OWN`, one of each group in turn, none of a held-out item.
+
+    They come group after group, so that halves share one at most.
+    """
     if sets.train is None:
         groups, prompts = pairs.groups, tokenize_pairs(model, pairs).positive
     else:

@@ -44,11 +44,6 @@ class LabelFlips:
     choosing: Linearised
     seed: int
 
-    @property
-    def hook_names(self) -> tuple[str, ...]:
-        """Where a layer is chosen from."""
-        return self.choosing.hook_names
-
     def at(
         self, hook_name: str
     ) -> tuple[Float[Tensor, "draw d_model"], Float[np.ndarray, " draw"]]:
@@ -71,7 +66,7 @@ class LabelFlips:
     def weighted(self, linear: Linearised) -> Float[np.ndarray, "hook draw"]:
         """The weighted effect of every draw on some items, linearised; 0 without a coefficient."""
         # One hook's draws at a time: all of a large model's take gigabytes.
-        at_hooks = ((name, *self.at(name)) for name in self.hook_names)
+        at_hooks = ((name, *self.at(name)) for name in self.choosing.hook_names)
         return np.stack(
             [
                 np.nan_to_num(agreement * linear.effects(name, units).mean(axis=1))
@@ -81,14 +76,14 @@ class LabelFlips:
 
     @cached_property
     def chosen(self) -> Int[np.ndarray, " draw"]:
-        """The place of every draw's layer among `hook_names`."""
+        """The place of every draw's layer among those that it is chosen from."""
         places: NDArray[np.int64] = self.weighted(self.choosing).argmax(axis=0)
         return places
 
     @property
     def hook_name(self) -> str:
         """The layer of the labels as they are."""
-        return self.hook_names[int(self.chosen[0])]
+        return self.choosing.hook_names[int(self.chosen[0])]
 
     def linearised(self, linear: Linearised) -> Float[np.ndarray, " draw"]:
         """The weighted effect of every draw at its own layer, on items that did not choose it."""
@@ -100,7 +95,7 @@ class LabelFlips:
         effect with that sign."""
         found = []
         for draw in range(N_EXACT + 1):
-            name = self.hook_names[self.chosen[draw]]
+            name = self.choosing.hook_names[self.chosen[draw]]
             units, agreement = self.at(name)
             unit = units[draw]
             reached = float(self.choosing.coefficients(name, unit[None])[0] * agreement[draw])

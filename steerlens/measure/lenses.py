@@ -44,14 +44,10 @@ def vocabulary(
 ) -> pd.DataFrame:
     """The tokens that each direction promotes and suppresses most (`VOCABULARY_COLUMNS`).
 
-    A logit lens, or a Jacobian one, on directions.
-
-    By TransformerLens's `logit_readout`, the model's final norm and unembedding, of the direction
-    alone: half of what it gives for d less what it gives for -d, so that biases cancel, and less
-    its mean over the vocabulary, which no prediction depends on. By a Jacobian lens the direction
-    is first taken to the last block's output. A direction may steer and say nothing here. So the
-    largest logit is ranked among those of random directions, alone (`p_value`) and as the best of
-    all hooks (`p_layers`). Tokens beyond the tokenizer's vocabulary are left out.
+    By TransformerLens's `logit_readout` of the direction alone: half of what the model's final norm
+    and unembedding give for d less what they give for -d, so that biases cancel, less its mean over
+    the vocabulary. A Jacobian lens first takes the direction to the last block's output. A
+    direction may steer and say nothing here. Tokens beyond the tokenizer's vocabulary are left out.
 
     Args:
         model: A `TransformerBridge` of TransformerLens 4.3 or later.

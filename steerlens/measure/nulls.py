@@ -76,18 +76,12 @@ class Screen:
     exact: Mapping[str, Float[np.ndarray, "run hook"]]
     vectors: Mapping[str, Float[Tensor, "draw hook d_model"]]
 
-    @property
-    def hook_names(self) -> tuple[str, ...]:
-        """The hooks, in the order of all tables here."""
-        return self.linear.hook_names
-
     @cached_property
     def screened(self) -> Mapping[str, Float[np.ndarray, "draw hook"]]:
         """The linearised mean effects of all nulls, by kind."""
+        at_hooks = [*enumerate(self.linear.hook_names)]
         return {
-            kind: np.stack(
-                [self.effects(name, rows[:, i]) for i, name in enumerate(self.hook_names)], axis=1
-            )
+            kind: np.stack([self.effects(name, rows[:, i]) for i, name in at_hooks], axis=1)
             for kind, rows in self.vectors.items()
         }
 
@@ -105,7 +99,7 @@ class Screen:
         NaN where fewer than 20 of them reached the budget.
         """
         found = {}
-        for i, name in enumerate(self.hook_names):
+        for i, name in enumerate(self.linear.hook_names):
             exact = np.concatenate([rows[:, i] for rows in self.exact.values()])
             linear = np.concatenate(
                 [rows[: len(self.exact[kind]), i] for kind, rows in self.screened.items()]
@@ -136,7 +130,7 @@ class Screen:
             float(self.effects(name, directions[name][None])[0]) if linear else exact[name]
             for name, linear in zip(names, is_linear, strict=True)
         ]
-        at = [self.hook_names.index(name) for name in names]
+        at = [self.linear.hook_names.index(name) for name in names]
         draws = {}
         for kind, screened in self.screened.items():
             run = np.full_like(screened, math.nan)
@@ -162,7 +156,7 @@ class Screen:
         without the hooks at which a refit spends no budget.
         """
         chosen = method_of(method)
-        names = [name for name in self.hook_names if self.is_linear(name)]
+        names = [name for name in self.linear.hook_names if self.is_linear(name)]
         number = np.array(groups)
         members = [np.flatnonzero(number == g) for g in range(int(number.max()) + 1)]
         is_held = chosen.is_control or chosen.axis is not None

@@ -81,9 +81,8 @@ def predict(
         if budget.is_divergence:
             drops = np.zeros(len(drops))
         bend = bend_of(budget, np.array([float(curvature.double().mean())]))
-        slope = np.array([drops.mean()])
-        (boundary,) = first_roots(bend, slope, allowance).tolist()
-        (first_order,) = first_roots(np.zeros(1), slope, allowance).tolist()
+        bends, slopes = np.append(bend, 0.0), np.full(2, drops.mean())
+        boundary, first_order = first_roots(bends, slopes, allowance).tolist()
         first_order = math.nan if budget.is_divergence else first_order
         predictions.append(Prediction(drops, boundary, first_order))
     return predictions

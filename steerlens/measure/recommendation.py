@@ -133,13 +133,8 @@ def recommend(
 
     The groups of the pairs are parted: the mean difference of every layer is fitted on a half, the
     layer and coefficient are chosen on a quarter, and the last quarter, with held-out items,
-    confirms them. The layer is that of the largest effect, to first order, at the damage that the
-    budget allows, times how far the groups agree (`measure.label_flips`). The coefficient is the
-    one with the largest effect among 20, 40, 60 and 80% of the boundary on the model's own text. A
-    sign is to be steered where the sides are apart on held-out pairs, the 95% interval of its
-    effect over groups is off 0, fewer than 1 in 20 directions with the labels of groups flipped do
-    as much, and the effect is large enough to matter: a tenth of the standard deviation of what is
-    steered, unsteered.
+    confirms them. How each is chosen, and when a sign is to be steered:
+    docs/how-to/layer-and-coefficient.md.
 
     Args:
         pairs: ContrastivePairs, or what their `load` takes: a file, a frame, a list of tuples.
@@ -317,7 +312,7 @@ def _ranked(
     """p-values: of items to first order where that is right, else of flips that are run."""
     if isinstance(confirming, Behaviour):
         return rank_among_flips(flips, lambda jobs: confirming.changes(engine, jobs)[1], engine)
-    gaps = gap_gradients(engine, confirming.sides, flips.hook_names, seed=seed)
+    gaps = gap_gradients(engine, confirming.sides, flips.choosing.hook_names, seed=seed)
     linear = replace(flips.choosing, gaps=gaps)
     rows = one_of_each_in_turn(confirming.groups, N_CHECKED)
     some = confirming.at(rows)
@@ -335,7 +330,7 @@ def _candidates(
 ) -> pd.DataFrame:
     """What the choice of a layer saw (`CANDIDATE_COLUMNS`)."""
     norms, linear = mean_norms(differences), flips.choosing
-    at_hooks = ((name, *flips.at(name)) for name in flips.hook_names)  # one after another
+    at_hooks = ((name, *flips.at(name)) for name in flips.choosing.hook_names)  # one after another
     rows = [
         {
             "hook_name": name,

@@ -157,7 +157,11 @@ class Judge:
             InputError, WorkerError, FileError: As the class says; the cache cannot be used.
         """
         rows = [row for row, text in enumerate(texts) if text.text.strip()]
-        asked = [self._question(aspect, texts[row]) for row in rows for aspect in ASPECTS]
+        asked = [
+            PROMPTS[aspect].format(concept=self.concept, prompt=text.prompt, text=text.text)
+            for text in (texts[row] for row in rows)
+            for aspect in ASPECTS
+        ]
         needed = {text for text in asked if not self.endpoint.is_known(text, repeat)}
         left = self.endpoint.max_requests - self.endpoint.tally["n_requests"]
         if len(needed) > left:
@@ -187,10 +191,6 @@ class Judge:
         first, second = (np.array(of, dtype=float).ravel() for of in both)
         is_both = ~np.isnan(first) & ~np.isnan(second)
         return agreement_of(first[is_both], second[is_both])
-
-    def _question(self, aspect: Aspect, text: Written) -> str:
-        parts = {"concept": self.concept, "prompt": text.prompt, "text": text.text}
-        return PROMPTS[aspect].format(**parts)
 
     def _answers(self, asked: Sequence[str], repeat: int) -> list[str]:
         failed, questions = threading.Event(), list(dict.fromkeys(asked))

@@ -56,7 +56,7 @@ class Logprob:
 
     Args:
         model: Unsteered; call it outside `steer`.
-        batch_size: Texts in a pass; by default what the device can use.
+        batch_size: Prompts in a pass; by default what the device can use.
 
     Examples:
         >>> from steerlens.measure.scorers import Logprob, Written
@@ -91,12 +91,10 @@ class Concept:
     by. A text alone is better scored with more pairs.
 
     Args:
-        model: Unsteered; call it outside `steer`.
         pairs: Better others than those the direction was fitted on.
         n_pairs: How many of the pairs a text is asked with (2): neighbours among 16, or `n_pairs`
             if that is more, one of each group in turn. The sum of the prompt's token ids says
-            which.
-        batch_size: Prompts in a pass; by default what the device can use.
+            which. `model` and `batch_size` are as of `Logprob`.
 
     Raises:
         InputError: The two prompts of every pair are the same once the assistant's last turn is
@@ -170,10 +168,8 @@ class Description:
     NaN where a text is empty.
 
     Args:
-        model: Unsteered; call it outside `steer`.
         positive: What a text with the concept is, such as "cheerful and warm".
-        negative: What one with its opposite is.
-        batch_size: Prompts in a pass; by default what the device can use.
+        negative: What one with its opposite is; `model` and `batch_size` as of `Logprob`.
 
     Raises:
         InputError: As `Choice`.
@@ -199,8 +195,7 @@ class Description:
     def __call__(self, texts: Sequence[Written]) -> list[float]:
         answers = (self.positive, self.negative)
         asked = [("Describe its tone in a few words.", answers)]
-        values = _answered(self.model, asked, texts, self.batch_size)
-        return [float(value) for value in values[0]]
+        return _answered(self.model, asked, texts, self.batch_size)
 
 
 @checked
@@ -213,13 +208,11 @@ class Choice:
     cannot judge; small models hardly read what they are asked of. NaN where a text is empty.
 
     Args:
-        model: Unsteered; call it outside `steer`.
         question: About the text, such as "Is the text cheerful?".
         options: Two answers, the one for the concept first ("yes", "no").
         letters: The options are listed as A and B and answered by letter; else by themselves, which
             should be a word each.
-        name: What tables call it.
-        batch_size: Prompts in a pass; by default what the device can use.
+        name: What tables call it; `model` and `batch_size` as of `Logprob`.
 
     Raises:
         InputError: When called, where both answers have the same tokens; as `tokenize_prompt`.
@@ -245,8 +238,7 @@ class Choice:
 
     def __call__(self, texts: Sequence[Written]) -> list[float]:
         questions = [self._asked(order) for order in ((0, 1), (1, 0))]
-        values = _answered(self.model, questions, texts, self.batch_size)
-        return [float(value) for value in values.mean(axis=0)]
+        return _answered(self.model, questions, texts, self.batch_size)
 
     def _asked(self, order: tuple[int, int]) -> tuple[str, tuple[str, str]]:
         """The question with its options in an order, and the answers of the first and second."""
@@ -262,8 +254,11 @@ def _answered(
     questions: Sequence[tuple[str, tuple[str, str]]],
     texts: Sequence[Written],
     batch_size: int | None,
-) -> Float[np.ndarray, "question text"]:
-    """Logprob of the first of two answers to each question about each text, minus the second's."""
+) -> list[float]:
+    """Logprob of the first of two answers to a question about each text, minus the second's.
+
+    The mean over questions.
+    """
     rows = [row for row, text in enumerate(texts) if text.ids]
     prompts = [
         _answer_to(model, f"Here is a text.\n\n{texts[row].text.strip()}\n\n{question}", answer)
@@ -278,9 +273,10 @@ def _answered(
                 "prefer one; give others"
             )
     found = mean_logprobs(model, prompts, batch_size).reshape(len(questions), 2, len(rows))
-    values = np.full((len(questions), len(texts)), np.nan)
-    values[:, rows] = found[:, 0] - found[:, 1]
-    return values
+    values = np.full(len(texts), np.nan)
+    values[rows] = (found[:, 0] - found[:, 1]).mean(axis=0)
+    by_text: list[float] = values.tolist()
+    return by_text
 
 
 def _answer_to(model: HookedModel, question: str, answer: str) -> TokenizedPrompt:

@@ -34,9 +34,12 @@ SCORERS: Mapping[str, str] = {
 """Name -> what it measures. `N` is a whole number of 1 or more."""
 
 
+_PAIRS = "pairs that differ in the concept"
+_DESCRIPTIONS = "descriptions, of a text with the concept and of its opposite"
+_QUESTION = "a question about the text, or descriptions"
 _NEEDS = {
-    **{"concept": "pairs", "probe": "pairs"},
-    **{"description": "descriptions", "judge": "descriptions", "choice": "a question"},
+    **{"concept": _PAIRS, "probe": _PAIRS},
+    **{"description": _DESCRIPTIONS, "judge": _DESCRIPTIONS, "choice": _QUESTION},
 }
 _PLAIN: Mapping[str, Scorer] = {"length": length, "ended": ended, "script": script}
 _N_GRAM = re.compile(r"(distinct|repeated)_([1-9]\d{0,2})")
@@ -52,7 +55,7 @@ def check_scorers(
 
     Nothing is loaded; the arguments are as of `scorers_of`.
     """
-    given = {"pairs": pairs, "descriptions": descriptions, "a question": question or descriptions}
+    given = {_PAIRS: pairs, _DESCRIPTIONS: descriptions, _QUESTION: question or descriptions}
     for name in names:
         kind, _, value = name.partition("=")
         is_of_file = {"words": bool(value), "classifier": all(value.rpartition(":"))}
@@ -60,12 +63,7 @@ def check_scorers(
         if not (is_plain or is_of_file.get(kind)):
             raise InputError(f"there is no scorer {told(name)}; there are {', '.join(SCORERS)}")
         if name in _NEEDS and given[_NEEDS[name]] is None:
-            hint = {
-                "pairs": "pairs that differ in the concept",
-                "descriptions": "descriptions, of a text with the concept and of its opposite",
-                "a question": "a question about the text, or descriptions",
-            }[_NEEDS[name]]
-            raise InputError(f"the scorer {name} needs {hint}: give them, or leave it out")
+            raise InputError(f"the scorer {name} needs {_NEEDS[name]}: give them, or leave it out")
 
 
 @checked
