@@ -154,7 +154,7 @@ def _ends(
     sizes: Float[np.ndarray, "row group"],
     counts: Float[np.ndarray, "resample group"],
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
-    from scipy.stats import t
+    from scipy.special import stdtrit  # scipy.stats, whose t it is, takes long to import
 
     n, total = sums.shape[1], sizes.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -175,7 +175,7 @@ def _ends(
         freedom = 1 / (squares + u.sum(axis=1) ** 2 - (u**2).sum(axis=1))
     drawn = np.quantile(np.nan_to_num(studentised), [TAIL, 1 - TAIL], axis=0)
     is_rough = ((~has_spread).mean(axis=0) > DEGENERATE) | (UNEVEN * n * squares > 1)
-    students = t.ppf(np.array([[TAIL], [1 - TAIL]]), freedom)
+    students = stdtrit(freedom, np.array([[TAIL], [1 - TAIL]]))
     lower, upper = np.where(is_rough, students, drawn)
     return ratio - upper * error, ratio - lower * error
 
@@ -366,12 +366,12 @@ def smallest_effect(low: float, high: float, n_groups: int) -> float:
         >>> smallest_effect(-1.96, 1.96, n_groups=10**6)
         2.80
     """
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     if n_groups < 2:
         return math.nan
-    reach = float(t.ppf(1 - TAIL, n_groups - 1))
-    return (high - low) / 2 * (reach + float(t.ppf(POWER, n_groups - 1))) / reach
+    reach, power = (float(stdtrit(n_groups - 1, share)) for share in (1 - TAIL, POWER))
+    return (high - low) / 2 * (reach + power) / reach
 
 
 @lru_cache(maxsize=2)

@@ -11,7 +11,7 @@ from steerlens.data.prompts import Message
 from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
-from steerlens.steering import generate_tokens
+from steerlens.steering import generate_texts, generate_tokens
 from steerlens.tables import GENERATION_COLUMNS
 
 HOOK = resid_post(1)
@@ -107,6 +107,24 @@ def test_what_overflows_has_no_text(layer: int, llama: Any, directions: sl.Direc
     assert found.end.to_list() == ["overflow", "length", "overflow"]
     assert found.text.to_list() == ["", found.text[1], ""]
     assert found.n_tokens.to_list() == [0, 6, 0]
+
+
+def test_what_overflows_is_seen_where_texts_are_written_one_by_one(
+    llama: Any, directions: sl.Directions
+) -> None:
+    """Then the logits are not seen, and are asked for: with a hook of others on the model."""
+    prompt, strengths = tokenize_prompt(llama, PROMPTS[0]), [1e39, 20]
+    vector = {HOOK: directions[HOOK]}
+
+    def seen() -> list[bool | None]:
+        texts = generate_texts(llama, [prompt], vector, strengths, max_new_tokens=6)
+        return [text.overflowed for text in texts]
+
+    assert seen() == [True, False]
+    with llama.hooks(fwd_hooks=[(HOOK, lambda activation, hook: None)]):
+        assert seen() == [None, None]
+        found = write(llama, [prompt], directions, coefficients=strengths)
+    assert found.end.to_list() == ["overflow", "length"]
 
 
 def test_a_text_may_end_by_itself(llama: Any, directions: sl.Directions) -> None:

@@ -14,7 +14,7 @@ import steerlens as sl
 from steerlens.cli.behave_command import Behave
 from steerlens.cli.boundary_commands import Boundary, Geometry, Layers
 from steerlens.cli.circuits_command import Circuits
-from steerlens.cli.command import Command, examples_of, for_typer
+from steerlens.cli.command import Command, examples_of, for_typer, rarely_collected
 from steerlens.cli.comparison_commands import Compare, Reliability
 from steerlens.cli.listing_commands import Datasets, Methods, Models, Report
 from steerlens.cli.options import DEBUG
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in ("stdout", "stderr"):
         _open_stream(name)
     try:
-        with escaped_streams(), keeping_warnings():
+        with rarely_collected(), escaped_streams(), keeping_warnings():
             code = app(args=words, standalone_mode=False, prog_name="steerlens")
     except Exception as error:
         if DEBUG in words:

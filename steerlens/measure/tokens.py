@@ -410,11 +410,14 @@ def _ended(
     is_full: bool,
 ) -> Row:
     """Text, length and end of one continuation; `is_full` where the context had no more room."""
-    tokens = torch.tensor([[*prompt.prompt, *text.ids]], device=model.cfg.device)
-    with inference(model), steer(model, at.vector, text.coefficient):
-        logits = model(tokens, return_type="logits")
-    # The largest, and so NaN and inf: a model may rule single tokens out with -inf.
-    if not logits.amax(dim=-1).isfinite().all():
+    overflowed = text.overflowed
+    if overflowed is None:
+        tokens = torch.tensor([[*prompt.prompt, *text.ids]], device=model.cfg.device)
+        with inference(model), steer(model, at.vector, text.coefficient):
+            logits = model(tokens, return_type="logits")
+        # The largest, and so NaN and inf: a model may rule single tokens out with -inf.
+        overflowed = not bool(logits.amax(dim=-1).isfinite().all())
+    if overflowed:
         return {"text": "", "n_tokens": 0, "end": "overflow"}
     end = "stop" if len(text.ids) < room else "context" if is_full else "length"
     return {"text": decoded(model, text.ids), "n_tokens": len(text.ids), "end": end}

@@ -145,10 +145,10 @@ def rows_at_once(model: HookedModel, job: Job) -> int:
 
 def decode(
     model: HookedModel, job: Job, rows: Sequence[Row], told: Callable[[int], None]
-) -> list[list[int]]:
-    """The ids of each row, up to and with the token that ends it, in one batch.
+) -> list[tuple[list[int], bool]]:
+    """The ids of each row, up to and with the token that ends it; whether its logits overflowed.
 
-    `told` is called with the tokens that were added after every pass.
+    In one batch. `told` is called with the tokens that were added after every pass.
     """
     names = dict.fromkeys(step.hook_name for push in job.pushes for step in push)
     runner = for_hooks(model, tuple(names), on_cpu=True)
@@ -156,7 +156,7 @@ def decode(
     batch = _Batch(job, [rows[i] for i in order])
     with inference(model), hooked(runner, batch.hooks(tuple(names))):
         written = batch.run(runner, end_tokens(model), told)
-    return [ids for _, ids in sorted(zip(order, written, strict=True), key=lambda pair: pair[0])]
+    return [text for _, text in sorted(zip(order, written, strict=True), key=lambda pair: pair[0])]
 
 
 def is_proved(
@@ -321,15 +321,20 @@ class _Batch:
         mask = self.mask
         return None if mask is None else lambda activation, hook: mask[part]  # noqa: ARG005
 
-    def run(self, model: Any, ends: frozenset[int], told: Callable[[int], None]) -> list[list[int]]:
-        """What each row writes."""
+    def run(
+        self, model: Any, ends: frozenset[int], told: Callable[[int], None]
+    ) -> list[tuple[list[int], bool]]:
+        """What each row writes, and whether its logits overflowed."""
         job, rows = self.job, list(self.rows)
         written: list[list[int]] = [[] for _ in rows]
-        live = list(range(len(rows)))
+        live, overflowed = list(range(len(rows))), set[int]()
         noise = Noise([row.seed for row in rows])
         logits, mask, cache = self._prompts(model)
         left = len(rows) * job.max_new_tokens
         for step in range(job.max_new_tokens):
+            # The largest, and so NaN and inf: a model may rule single tokens out with -inf.
+            finite = logits.amax(dim=-1).isfinite().tolist()
+            overflowed |= {i for i, ok in zip(live, finite, strict=True) if not ok}
             chosen = noise.onto(logits, [rows[i].seed for i in live]).argmax(dim=-1)
             for i, token in zip(live, chosen.tolist(), strict=True):
                 if not (written[i] and written[i][-1] in ends):
@@ -346,7 +351,7 @@ class _Batch:
             self._steer([rows[i].push for i in live], None, is_steered=job.is_steered(step))
             logits = _next_logits(model, chosen[:, None].to(mask.device), mask, cache)
         told(left)
-        return written
+        return [(ids, i in overflowed) for i, ids in enumerate(written)]
 
     def _steer(self, pushes: Sequence[int], mask: Tensor | None, *, is_steered: bool) -> None:
         """The next pass has rows of these coefficients, steered at `mask` or everywhere."""

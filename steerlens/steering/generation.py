@@ -1,7 +1,7 @@
 """Texts written under steering: one prompt, or prompts x coefficients x samples."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
@@ -38,7 +38,8 @@ class Generated:
     """What was written after a prompt (its place in the list) under a coefficient.
 
     `seed` is that of the row's own generator, None where it is greedy. `ids` ends before the token
-    that ends a text; `ended` says whether one came.
+    that ends a text; `ended` says whether one came, `overflowed` whether the logits that they were
+    chosen by were not finite, None where these were not seen.
     """
 
     prompt: int
@@ -47,6 +48,7 @@ class Generated:
     seed: int | None
     ids: tuple[int, ...]
     ended: bool
+    overflowed: bool | None = field(default=None, compare=False)
 
 
 @checked
@@ -208,8 +210,9 @@ def generate_texts(
 
     tell("tokens", 0, total)
     written: Mapping[int, Sequence[int]] = {}
+    overflowed: dict[int, bool] = {}
     if not (getattr(vector, "condition", None) and any(pushes)) and can_decode(model, job):
-        written = _together(model, job, rows, batch_size, told)
+        written, overflowed = _together(model, job, rows, batch_size, told)
     if not written:
         written = _apart(model, prompts, vector, coefficients, job, rows, batch_size, told)
     tell("tokens", total, total)
@@ -222,6 +225,7 @@ def generate_texts(
             seed=row.seed,
             ids=tuple(token for token in written[i] if token not in ends),
             ended=written[i][-1] in ends,
+            overflowed=overflowed.get(i),
         )
         for i, ((prompt, push, sample), row) in enumerate(zip(places, rows, strict=True))
     ]
@@ -229,20 +233,25 @@ def generate_texts(
 
 def _together(
     model: HookedModel, job: Job, rows: Sequence[Row], size: int | None, told: Callable[[int], None]
-) -> dict[int, list[int]]:
-    """The ids of every row, by its place; none where they would not be the model's own."""
+) -> tuple[dict[int, list[int]], dict[int, bool]]:
+    """The ids of every row, by its place, and whether its logits overflowed.
+
+    None where they would not be the model's own.
+    """
     written: dict[int, list[int]] = {}
+    overflowed: dict[int, bool] = {}
     for places in batches_of(job, rows, size or rows_at_once(model, job)):
         batch = [rows[place] for place in places]
 
-        def run(part: slice, batch: Sequence[Row] = batch) -> list[list[int]]:
+        def run(part: slice, batch: Sequence[Row] = batch) -> list[tuple[list[int], bool]]:
             return decode(model, job, batch[part], told)
 
-        texts = [ids for part in in_slices(len(batch), len(batch), run) for ids in part]
-        if not is_proved(model, job, batch, texts):
-            return {}
-        written.update(zip(places, texts, strict=True))
-    return written
+        texts = [text for part in in_slices(len(batch), len(batch), run) for text in part]
+        if not is_proved(model, job, batch, [ids for ids, _ in texts]):
+            return {}, {}
+        written.update(zip(places, (ids for ids, _ in texts), strict=True))
+        overflowed.update(zip(places, (of for _, of in texts), strict=True))
+    return written, overflowed
 
 
 def _apart(
