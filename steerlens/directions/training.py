@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
 from steerlens.data.pairs import AnyPairs, ContrastivePairs, as_pairs
-from steerlens.directions.differences import Differences, collect_differences
+from steerlens.directions.differences import collect_differences
 from steerlens.directions.directions import Directions
 from steerlens.directions.methods import METHODS, directions_of, frozen_axis
 from steerlens.directions.old_names import with_grouped
@@ -99,19 +98,12 @@ def train_directions(
 ) -> Trained:
     """A vector at every hook, trained with Adam on the frozen model at c = +1 and c = -1.
 
-    `reference`: the loss against the unsteered model (`contrastive_steering_loss`, tolerance 0.01,
-    weight 10000) of the pairs, positive prompts pushed by `+c v` and negative ones by `-c v`, read
-    at the readout hook along its frozen axis; at c = -1 the difference shall go the other way.
-    Without an axis the norm counts, at c = +1 alone, as it has no other way to go; at c = -1 it is
-    the penalty that is left. A norm grows across the axis too, so such a vector may turn the
-    difference away from it: `history` shows whether it does. `promotion`: `promotion_loss` of the
-    `items`' continuations, the positive one promoted at +1 and suppressed at -1. `preference`:
-    `preference_loss` of their gaps. All positions are steered.
-
-    Training starts at 0; a fifth of the examples' groups is held out (of the examples, where there
-    are fewer than five groups), and the vector with the lowest loss on them is kept. The readouts
-    keep the axis. Cost of an epoch: two forward and two backward passes of all examples through
-    the blocks from the hook on.
+    `reference` trains by the loss against the unsteered model (`contrastive_steering_loss`), read
+    at the readout hook along its frozen axis; `promotion` and `preference` by those losses of the
+    items' continuations. All positions are steered. Training starts at 0; a fifth of the examples'
+    groups is held out (of the examples, where there are fewer than five groups), and the vector
+    with the lowest loss on them is kept. What is pushed which way, without an axis too, and what an
+    epoch costs: "Training" in the maths.
 
     Args:
         layers: As in `resolve_hooks`.
@@ -149,29 +141,24 @@ def train_directions(
     position = one_token(position, "the states of training")
     pairs = as_pairs(pairs)
     pairs.check_paired("a trained direction is")
-    if objective not in METHOD_OF:
-        raise InputError(f"no objective {objective!r}; there are {', '.join(METHOD_OF)}")
-    if objective == "reference":
-        items = None
-    elif items is None:
-        raise InputError(
-            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
-        )
+    items = _items_for(objective, items)
     differences = collect_differences(
         model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress
     )
     hook_names = differences.hook_names
     readouts = [readout_hook(name, int(model.cfg.n_layers)) for name in hook_names]
     at_heads = is_head(hook_names[0])
-
-    def unsteered() -> Differences:
-        if not at_heads:
-            return differences
-        where: dict[str, Any] = {"layers": readouts, "position": position}
-        return collect_differences(model, pairs, batch_size=batch_size, **where)
-
+    at_readouts = partial(
+        collect_differences,
+        *(model, pairs),
+        layers=readouts,
+        position=position,
+        batch_size=batch_size,
+    )
     frozen = frozen_axis(
-        model, "pca" if axis is None else axis, readouts, unsteered=unsteered, seed=seed
+        *(model, "pca" if axis is None else axis, readouts),
+        unsteered=at_readouts if at_heads else lambda: differences,
+        seed=seed,
     )
     method = METHODS[METHOD_OF[objective]].on(None if axis is None else frozen.method).name
     size = schedule.examples_per_step
@@ -217,6 +204,19 @@ def train_directions(
     attrs = {"method": method, "axis": frozen.method, "position": position, "seed": seed}
     attrs |= {"fitted_on": differences.fingerprint, "settings": asdict(schedule)}
     return Trained(directions, norms, to_frame(histories, TRAINING_COLUMNS, attrs))
+
+
+def _items_for(objective: str, items: PreferenceItems | None) -> PreferenceItems | None:
+    """The items that an objective is trained on, if any. Raises `InputError` where it lacks one."""
+    if objective not in METHOD_OF:
+        raise InputError(f"no objective {objective!r}; there are {', '.join(METHOD_OF)}")
+    if objective == "reference":
+        return None
+    if items is None:
+        raise InputError(
+            f"the {objective} objective is trained on continuations; give items (PreferenceItems)"
+        )
+    return items
 
 
 def _sides(

@@ -177,7 +177,7 @@ def inference(model: HookedModel) -> Iterator[None]:
 def _training(model: HookedModel) -> list[Any]:
     """The modules of a model that are in training mode.
 
-    Asked for before every pass: without the names that `modules()` makes, in a quarter of its time.
+    Asked for before every pass, so without the names that `modules()` makes.
     """
     # A Bridge does not list the modules of the Hugging Face model that it wraps.
     left: list[Any] = [model, hugging_face_model(model)]
