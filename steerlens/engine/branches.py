@@ -17,7 +17,12 @@ from steerlens.engine.batches import Batch, in_row_order, length_groups, padded
 from steerlens.engine.positions import parse_position
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Workload
-from steerlens.models.hooked_model import HookedModel, is_on_one_side, key_value_cache
+from steerlens.models.hooked_model import (
+    HookedModel,
+    hugging_face_model,
+    is_on_one_side,
+    key_value_cache,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ def can_branch(model: HookedModel, prompts: Sequence[TokenizedPrompt]) -> bool:
     window = min(
         (getattr(layer, "sliding_window", math.inf) for layer in cache.layers), default=math.inf
     )
+    # GPT-Neo's local attention counts the columns of a row, in which both texts stand.
+    config = getattr(hugging_face_model(model), "config", None)
+    window = min(window, (getattr(config, "window_size", None) or math.inf) / 2)
     return all(
         p.continuation and not p.labels and len(p.prompt) > 1 and len(p) <= window for p in prompts
     )

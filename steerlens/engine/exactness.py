@@ -207,11 +207,10 @@ def _ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
 
 
 def _twins_at_ends(batches: Sequence[Batch]) -> tuple[Batch, ...]:
-    """All rows of the shortest and of the longest prompt, as padded as they are."""
-    ends = {batches[0].prompts[0].prompt, batches[-1].prompts[-1].prompt}
-    return tuple(
-        batch.row(i)
-        for batch in batches
-        for i, prompt in enumerate(batch.prompts)
-        if prompt.prompt in ends
+    """Two rows of the shortest and two of the longest prompt, as padded as they are."""
+    rows = [batch.row(i) for batch in batches for i in range(len(batch.prompts))]
+    first, last = (
+        [i for i, row in enumerate(rows) if row.prompts[0].prompt == end.prompts[0].prompt]
+        for end in (rows[0], rows[-1])
     )
+    return tuple(rows[i] for i in sorted({*first[:2], *last[-2:]}))

@@ -334,7 +334,11 @@ class _Batch:
         for step in range(job.max_new_tokens):
             # The largest, and so NaN and inf: a model may rule single tokens out with -inf.
             finite = logits.amax(dim=-1).isfinite().tolist()
-            overflowed |= {i for i, ok in zip(live, finite, strict=True) if not ok}
+            overflowed |= {
+                i
+                for i, ok in zip(live, finite, strict=True)
+                if not ok and not (written[i] and written[i][-1] in ends)
+            }
             chosen = noise.onto(logits, [rows[i].seed for i in live]).argmax(dim=-1)
             for i, token in zip(live, chosen.tolist(), strict=True):
                 if not (written[i] and written[i][-1] in ends):
