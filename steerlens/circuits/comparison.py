@@ -102,8 +102,7 @@ def compare_circuits(
 
     Raises:
         InputError: An argument is not as above, the answers do not fit, the model's stream is not
-            the sum of heads and MLPs, or the behaviour is no other without all nodes or edges; and
-            as `tokenize_pairs`.
+            the sum of heads and MLPs, or all nodes or edges change nothing; as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import Intervention, compare_circuits, contrast_answers

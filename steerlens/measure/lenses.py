@@ -175,7 +175,7 @@ def _transport(lens: Any, hook: str, model: HookedModel) -> Callable[[Tensor], T
 
 
 def _logits(model: HookedModel, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row token"]:
-    """What each direction alone adds to the logits, less its mean, on which no prediction depends."""
+    """What each direction alone adds to the logits, less its mean, which does not matter."""
     # At the size at which a norm's epsilon does not count.
     sized = rows / rows.norm(dim=-1, keepdim=True) * rows.shape[-1] ** 0.5
     readout = _tools().logit_readout
