@@ -49,8 +49,17 @@ def interval(
 ) -> tuple[float, float]:
     """The 95% interval of the mean of `values`, resampled by group: a bootstrap-t interval.
 
-    Whole groups are drawn with replacement, so that what they share counts as one observation.
-    Formulas, and where Student's t takes the place of the draws: docs/maths.md, "Bootstrap".
+    Whole groups are drawn with replacement, so that what they share counts as one observation. Of
+    each draw the mean is studentised, `t* = (mean* - mean) / se*`, and the ends are `mean - q se`
+    with the 97.5% and 2.5% quantiles q of t*: that keeps its coverage with few groups and skewed
+    values, where percentiles of the means are too narrow. `se` is the standard error of a ratio of
+    sums over groups, `sqrt(sum_g (sum_g - mean size_g)^2 / (1 - share_g)) / sum_g size_g`, share_g
+    the group's share of all values; that of a draw has `(n - 1) / n`, n its groups, in place of
+    each `1 - share_g`. Where more than one draw in 1000 has no spread (five groups and fewer, or
+    nearly all values alike), or the groups are so uneven that they are as good as fewer than half
+    as many (`effective_groups`), q is that of Student's t with the degrees of freedom that se has
+    where values are independent, `1 / (sum_g share_g^2 + (sum_g u_g)^2 - sum_g u_g^2)` with
+    `u_g = share_g^2 / (1 - share_g)`: n - 1 where groups have one size.
 
     Args:
         values: One value a pair (prompt, item), in any unit; also the unit of the ends.
@@ -64,6 +73,9 @@ def interval(
     Raises:
         InputError: The values are no list of numbers, or the groups not as many.
 
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), section 12.5; Bell and
+    McCaffrey, Bias Reduction in Standard Errors for Linear Regression (2002).
+
     Examples:
         >>> interval(np.array([1.0, 3.0]))  # t(0.975, 1) = 12.71 and se = 1
         (-10.71, 14.71)
@@ -75,6 +87,7 @@ def interval(
 
 
 def _numbers(values: Iterable[Any]) -> Float[np.ndarray, " value"]:
+    """As float64."""
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -194,8 +207,9 @@ def _group_numbers(groups: Iterable[Any] | None, n: int | None = None) -> Int[np
 def rank_p(value: float | int, nulls: Iterable[Any]) -> float:
     """Two-sided rank p-value: `(1 + nulls at least as far from 0) / (1 + nulls)`.
 
-    A null that equals the value but for rounding (1e-9 of it) counts as at least as far. See
-    docs/maths.md, "Nulls and p-values".
+    Exact at any level when value and nulls could have been drawn in any order, which holds for
+    labels that an independent coin flips, the labels as they are included. A null that equals the
+    value but for rounding (1e-9 of it) counts as at least as far.
 
     Args:
         value: What was seen, in any unit.
@@ -203,6 +217,8 @@ def rank_p(value: float | int, nulls: Iterable[Any]) -> float:
 
     Returns:
         Between `1 / (1 + nulls)` and 1; NaN where value or a null is NaN, or there is no null.
+
+    Source: Phipson and Smyth, Permutation P-values Should Never Be Zero (2010).
 
     Examples:
         >>> rank_p(3.0, np.array([-1.0, 0.0, 1.0]))  # none of 3 is as far
@@ -222,8 +238,12 @@ def max_rank_p(
 ) -> Float[np.ndarray, " hook"]:
     """Rank p-values against the largest null over all hooks (Westfall and Young's maximum).
 
-    With one hook, `rank_p`. Hooks at which other draws have a value are families of their own,
-    whose p-values are added up. See docs/maths.md, "Nulls and p-values".
+    Each hook's values are divided by their root mean square over the draws and the value seen, so
+    that no hook decides by its unit; a draw counts where its largest is at least as far from 0.
+    With one hook, `rank_p`. Hooks at which other draws have a value (nulls that were run, beside
+    more of which only first-order effects are known) are families of their own, whose p-values are
+    added up: to that of a hook's own family the largest that each other family could have had and
+    that is no larger (Bonferroni; Tarone, as 20 nulls have none below 1/21).
 
     Args:
         values: What was seen at each hook.
@@ -232,6 +252,8 @@ def max_rank_p(
 
     Returns:
         p-values that hold for the best of all hooks; NaN where there is no value, or no draw.
+
+    Source: Westfall and Young, Resampling-Based Multiple Testing (1993); Tarone (1990).
 
     Examples:
         >>> max_rank_p(np.array([3.0, 1.0]), np.array([[0.0, 1.0], [1.0, -1.0], [0.0, 0.0]]))
@@ -294,14 +316,21 @@ def flip_p(
 ) -> tuple[Float[np.ndarray, " row"], Float[np.ndarray, " row"]]:
     """Sign-flip p-values of every row's mean being 0, alone and over the family of all rows.
 
-    Each draw flips the signs of whole groups by coin, the same for all rows (docs/maths.md,
-    "Methods on the same items"). NaN for a row that is not finite or all zero.
+    The statistic is `|sum_g s_g| / sqrt(sum_g s_g^2)` of the groups' sums s_g over the number of
+    values; each draw flips the signs of whole groups by coin, the same for all rows, and the
+    family's p-value compares with the largest of all rows. It takes the differences of a group to
+    be as likely of either sign where there is no effect. NaN for a row that is not finite or all
+    zero.
 
     Args:
         values: One row a comparison, in any unit.
         groups: The group of each value; None takes every value for a group of its own.
         refits: The mean of every row when what was fitted is fitted again on resampled groups, the
-            same for all rows; NaN for a row without, None for all. A draw then moves by them too.
+            same for all rows; NaN for a row without, None for all. With them the root is of
+            `n / (n - 1) sum_g (s_g - mean share_g)^2` plus the square of `refit_spread`, and a draw
+            is what an interval holds: flips of the groups' sums about the mean, and the refits'
+            deviations with normal weights, each over the root of a chi-square over its degrees of
+            freedom (n - 1, and those of `refit_spread`).
         n_fitted: Groups that were resampled for the refits (`effective_groups`).
         seed: Of the draws.
         n_flips: Number of draws.

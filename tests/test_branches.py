@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import bridge, build_llama, needs_bridge
 from zoo import bridged
 
@@ -110,6 +111,55 @@ def test_where_a_mask_is_not_all_prompts_are_run_whole(
     assert gaps[0].tolist() == pytest.approx(by_hand(model, 1.0), abs=2e-5)
     assert not branched[-1]
     assert any(branched) == (kind == "BLOOM")  # where the look at two prompts shows it
+
+
+@needs_bridge
+def test_a_window_that_counts_columns_holds_both_texts_or_they_are_run_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of GPT-Neo: joined, the second prompt and its texts are 8 tokens and 7 and more."""
+    longest = max(len(prompt) for side in sides() for prompt in side)
+    for window, is_shared in ((2 * longest, True), (2 * longest - 1, False)):
+        torch.manual_seed(0)
+        config = transformers.GPTNeoConfig(
+            vocab_size=160,
+            hidden_size=32,
+            num_layers=4,
+            num_heads=4,
+            max_position_embeddings=64,
+            window_size=window,
+            attention_types=[[["global", "local"], 2]],
+            initializer_range=0.3,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        model = bridge(transformers.GPTNeoForCausalLM(config).eval())
+        branched = kinds_of_rows(monkeypatch)
+        gaps, _ = measured(model)
+        assert gaps[0].tolist() == pytest.approx(by_hand(model, 1.0), abs=2e-5)
+        assert branched[-1] == is_shared
+
+
+@needs_bridge
+def test_the_check_looks_at_two_rows_of_a_prompt_that_all_items_share() -> None:
+    """So it costs as much for four such items as for forty."""
+    model = bridge(build_llama(n_layers=4))
+
+    def cost(n_items: int, n_coefficients: int) -> int:
+        engine = Engine(model, None)
+        ends = [TokenizedPrompt(PROMPTS[0], (20 + i, 21 + i), str(i)) for i in range(2 * n_items)]
+        coefficients = (1.0, -0.5, 2.0)[:n_coefficients]
+        job = Job(HOOK, vector(model), coefficients, resid_post(3))
+        preference_gaps(engine, (ends[:n_items], ends[n_items:]), [job])
+        return engine.cost.blocks
+
+    # What is left when the cells, which grow with the items, are taken away.
+    cells = {n: cost(n, 2) - cost(n, 1) for n in (4, 40)}
+    fixed = {n: cost(n, 1) - cells[n] for n in (4, 40)}
+    assert cells[40] == 10 * cells[4]
+    # The unsteered run grows too, two texts of 6 tokens through four blocks, and what is carried to
+    # the hook: both in a row of 9 through two.
+    assert fixed[40] - fixed[4] == 36 * (2 * 6 * 4 + 9 * 2)
 
 
 @needs_bridge

@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from conftest import bridge, build_llama, build_tokenizer
 
 import steerlens as sl
@@ -11,7 +12,7 @@ from steerlens.data.prompts import Message
 from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
-from steerlens.steering import generate_texts, generate_tokens
+from steerlens.steering import decoding, generate_texts, generate_tokens, generation
 from steerlens.tables import GENERATION_COLUMNS
 
 HOOK = resid_post(1)
@@ -125,6 +126,33 @@ def test_what_overflows_is_seen_where_texts_are_written_one_by_one(
         assert seen() == [None, None]
         found = write(llama, [prompt], directions, coefficients=strengths)
     assert found.end.to_list() == ["overflow", "length"]
+
+
+@pytest.mark.parametrize("overflows_in", [2, 3])
+def test_what_overflows_after_its_end_has_its_text(
+    overflows_in: int, llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 24 texts the first ends by its second token, and stays in the batch until more have."""
+    steps = iter(range(1, 100))
+    end = llama.tokenizer.eos_token_id
+    seen = decoding._next_logits
+
+    def next_logits(*given: Any) -> Any:
+        logits, step = seen(*given).clone(), next(steps)
+        logits[:, end] = -torch.inf
+        if step == 2:
+            logits[0, end] = 1e4
+        if step == overflows_in:
+            logits[0, 0] = torch.nan
+        return logits
+
+    monkeypatch.setattr(decoding, "_next_logits", next_logits)
+    monkeypatch.setattr(generation, "is_proved", lambda *given: True)
+    prompts = [tokenize_prompt(llama, PROMPTS[0])] * 24
+    texts = generate_texts(llama, prompts, {HOOK: torch.randn(32)}, [0.5], max_new_tokens=5)
+    assert [text.overflowed for text in texts[1:]] == [False] * 23
+    assert texts[0].overflowed == (overflows_in == 2)
+    assert texts[0].ended == (overflows_in == 3)
 
 
 def test_a_text_may_end_by_itself(llama: Any, directions: sl.Directions) -> None:

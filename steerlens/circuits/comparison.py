@@ -81,8 +81,9 @@ def compare_circuits(
 
     In each model nodes (heads and MLPs) and edges are scored by attribution on a random half of the
     groups of pairs. The circuits of the largest scores are compared by overlap, by rank, and by
-    running each, on the other half, in the other's model. Overlap alone is no evidence: the table
-    has ceilings and ranks among nulls too. See docs/maths.md, "Same circuit or another".
+    running each, on the other half, in the other's model, all else at its mean:
+    `faithfulness = (m(circuit) - m(nothing)) / (m(all) - m(nothing))`. Overlap alone is no
+    evidence: see docs/maths.md, "Same circuit or another", on ceilings and nulls.
 
     Args:
         model: The model, unsteered.

@@ -105,7 +105,11 @@ class Graph:
 @dataclass(frozen=True, eq=False)
 class Scores:
     """Attribution of every node and edge, pair by pair, in logits: positive ones support the
-    behaviour. Only edges with `is_edge` exist: a writer before its reader.
+    behaviour.
+
+    A node's score estimates by how much the metric falls when its output is replaced by its mean
+    (its first-order effect); an edge's, when that of the writer is replaced in what one reader
+    sees. Only edges with `is_edge` exist: a writer before its reader.
     """
 
     nodes: Float[Tensor, "node pair"]
@@ -248,7 +252,10 @@ def check_sum(contrast: Contrast) -> None:
 def attribute(graph: Graph, *, with_edges: bool = True) -> Scores:
     """Score every node and every edge, from one forward and one backward pass of each batch.
 
-    Formulas: docs/maths.md, "Same circuit or another". A reader is a layer's attention as a whole.
+    `node = sum (a - mean) . d metric / d a`; `edge = sum (a_writer - mean) . d metric / d input of
+    the reader` (edge attribution patching, Syed et al. 2023, arXiv:2310.10348, against the mean),
+    summed over tokens. Keys and values may be shared by heads: a reader is a layer's attention as a
+    whole.
 
     Args:
         graph: As `make_graph` makes it; its example goes on to here.

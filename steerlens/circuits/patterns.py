@@ -98,8 +98,11 @@ def token_projections(
     """One prompt's tokens on each layer's direction, unsteered and under the intervention.
 
     Args:
-        directions: Fitted on a model with the same weight processing; the rest as of
-            `attention_patterns`.
+        model: The model, unsteered.
+        prompts: As `make_prompts` makes them.
+        directions: Fitted on a model with the same weight processing.
+        intervention: What it is steered by.
+        prompt: Which of the prompts, from 0.
 
     Raises:
         InputError: The weight processing is another one, or there is no such prompt.

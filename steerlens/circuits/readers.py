@@ -75,9 +75,9 @@ def find_readers(
 ) -> Readers:
     """What carries a vector's effect on the answer logit difference, component by component.
 
-    `effect` estimates by attribution patching what `exact` runs: this component's output alone
-    replaced by its steered one in the unsteered model. `direct` is what its own write adds, and
-    `mediated` the rest. All in logits, means over prompts with 95% intervals over their groups.
+    `effect`, `sum (a_steered - a_unsteered) . gradient` (attribution patching, Nanda 2023), is what
+    `exact` runs: this component's output alone replaced by its steered one in the unsteered model.
+    `direct` is what its own write adds, `mediated` the rest. Means in logits, with 95% intervals.
     `claims` says what remains of the change with parts of the steered model held as unsteered.
     Every number is in docs/maths.md, "Who reads it".
 
@@ -89,7 +89,7 @@ def find_readers(
         coefficient: As `steer` takes it; not 0.
         top: How many components, by estimate, are patched exactly.
         ig_steps: 1: the gradient at the unsteered run. More: its mean over so many runs between
-            the unsteered and the steered one.
+            the unsteered and the steered one (integrated gradients, Hanna et al. 2024).
         n_claimed: How many components, by estimate, the claims hold; 0: no claims, else 4 groups of
             prompts or more are needed.
         n_draws: Random sets; 19 of them can show p = 0.05.

@@ -65,9 +65,11 @@ def find_writers(
 ) -> Writers:
     """What each component wrote of the pairs' difference along the frozen direction at one hook.
 
-    At the position that the direction was fitted at the projection of the difference is the sum of
-    the components' (residual units; means over pairs, with 95% intervals over their groups; see
-    docs/maths.md, "Who writes the direction").
+    The difference `h_pos - h_neg` at the output of block L, at the position the direction was
+    fitted at, is the sum of what the embedding, every head (through its `W_O`) and every MLP up to
+    L wrote there, so its projection on the direction is the sum of theirs (residual units; mean
+    over pairs, with 95% intervals over their groups). Attention and other biases are the same on
+    both sides and cancel.
 
     Args:
         model: The model, unsteered.
@@ -80,9 +82,10 @@ def find_writers(
         progress: Told of the prompts.
 
     Raises:
-        InputError: The components do not add up to the projection (blocks that norm or scale what
-            they add), the hook is no block output or has no direction, the direction was fitted on
-            several tokens, or a count is too small; and as `tokenize_pairs`.
+        InputError: The components do not add up to the projection within 1e-3 of the sum of their
+            sizes (blocks that norm or scale what they add; in 16-bit dtypes 4 epsilon), the hook is
+            no block output or has no direction, the direction was fitted on several tokens, or a
+            count is too small; and as `tokenize_pairs`.
 
     Examples:
         >>> from steerlens.circuits import find_writers

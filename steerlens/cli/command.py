@@ -32,7 +32,7 @@ USUALLY = gc.get_threshold()
 def rarely_collected() -> Iterator[None]:
     """A block in which Python seldom looks for objects that only hold each other.
 
-    Importing makes a million objects that stay: to look through them takes a fifth of its time.
+    Importing makes a million objects that stay: to look through them takes an eighth of its time.
     """
     gc.set_threshold(100_000, *USUALLY[1:])
     try:

@@ -1,7 +1,4 @@
-"""Methods that look at the activations of both sides alone: one forward pass of the pairs.
-
-Sources, costs and when each fails: docs/maths.md, "Methods".
-"""
+"""Methods that look at the activations of both sides alone: one forward pass of the pairs."""
 
 import hashlib
 from collections.abc import Sequence
@@ -33,7 +30,12 @@ class Activations:
 
 
 def mean_diff(sides: Activations) -> Float[Tensor, " d_model"]:
-    """The mean of the differences: `mean_i d_i`, to be normalised."""
+    """The mean of the differences: `mean_i d_i`, to be normalised.
+
+    Source: Turner et al. 2023 (arXiv:2308.10248) for one pair, Rimsky et al. 2023
+    (arXiv:2312.06681) for many. Cost: one sum. Fails when the differences cancel or are all zero (a
+    position at which both prompts have seen the same tokens).
+    """
     return sides.differences.mean(dim=0)
 
 
@@ -41,19 +43,28 @@ def pca(sides: Activations) -> Float[Tensor, " d_model"]:
     """The first right singular vector of the differences, uncentred: `argmax_u sum_i (d_i . u)^2`.
 
     Centring would subtract the mean difference, the very thing looked for (see `pca_centred`).
+    Source: Zou et al. 2023 (arXiv:2310.01405), who centre. Cost: one thin SVD. Fails when one
+    pair's difference is much longer than the rest: it then decides alone.
     """
     return first_axis(sides.differences)
 
 
 def pca_centred(sides: Activations) -> Float[Tensor, " d_model"]:
-    """PCA of the differences after subtracting their mean: `pca` of `d_i - mean_j d_j`."""
+    """PCA of the differences after subtracting their mean: `pca` of `d_i - mean_j d_j`.
+
+    This removes the mean difference, the thing most users look for, and keeps the direction in
+    which the pairs differ from one another. It is here because other tools do it, and for
+    comparison. Cost: one thin SVD. Fails when all differences are equal: nothing is left.
+    """
     return first_axis(sides.differences - sides.differences.mean(dim=0))
 
 
 def pca_pooled(sides: Activations) -> Float[Tensor, " d_model"]:
     """PCA of both sides' activations, centred together on their common mean.
 
-    `argmax_u sum_i ((a_i - mean a) . u)^2` over all prompts.
+    `argmax_u sum_i ((a_i - mean a) . u)^2` over all prompts. Cost: one thin SVD of twice as many
+    rows. Fails when the prompts vary more in something else (topic, length) than between the sides:
+    it finds that instead.
     """
     both = torch.cat([sides.positive, sides.negative])
     return first_axis(both - both.mean(dim=0))
@@ -63,7 +74,9 @@ def lda(sides: Activations) -> Float[Tensor, " d_model"]:
     """Linear discriminant: `Sigma_w^-1 (mean_pos - mean_neg)`, shrunk within-class covariance.
 
     `Sigma_w = (1 - s) X^T X / N + s tr(X^T X) / (N d) I`, X the activations of both sides less
-    their own side's mean, s Ledoit and Wolf's shrinkage (2004, scikit-learn).
+    their own side's mean, s Ledoit and Wolf's shrinkage (2004, scikit-learn). Cost: one solve in
+    the smaller of prompts and d_model. Better than `mean_diff` where the noise is strong along a
+    few axes. Fails when there are few pairs: the shrinkage is then near 1, and it is `mean_diff`.
     """
     from sklearn.covariance import ledoit_wolf_shrinkage
 
@@ -85,7 +98,9 @@ def probe(sides: Activations) -> Float[Tensor, " d_model"]:
     """The weights of a logistic regression that tells the two sides apart (scikit-learn, L2, C=1).
 
     `argmin_w |w|^2 / 2 + sum_j log(1 + exp(-y_j (w . x_j + b)))`, x the activations centred on
-    their mean and divided by the root mean square of their entries.
+    their mean and divided by the root mean square of their entries. Cost: seconds where pairs and
+    d_model are in the thousands. Fails as a steering direction where the classes are told apart by
+    something small: it weighs what separates, not what differs most.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -103,6 +118,7 @@ def random(sides: Activations) -> Float[Tensor, " d_model"]:
     """A uniformly random direction, the control that any claim has to beat.
 
     Drawn from the seed and the hook name, so it does not depend on which other hooks are fitted.
+    Its sign is not fixed on the differences: that would tell it which side is which. Cost: none.
     """
     return torch.randn(
         sides.positive.shape[-1], generator=sides.generator, dtype=sides.positive.dtype
@@ -112,7 +128,10 @@ def random(sides: Activations) -> Float[Tensor, " d_model"]:
 def shuffled(sides: Activations) -> Float[Tensor, " d_model"]:
     """`mean_diff` with the labels of groups of pairs exchanged by coin: `mean_i s_g(i) d_i`.
 
-    Each group's sign is an independent fair coin, drawn from the seed and the same at every hook.
+    The harder control: it lies where the pairs differ, and cannot know which side is which. Each
+    group's sign is an independent fair coin, drawn from the seed and the same at every hook, so
+    that the labels as they are could have been drawn too; its own sign is not fixed on the
+    differences. Cost: one sum.
     """
     return (sides.flips[:, None] * sides.differences).mean(dim=0)
 

@@ -141,7 +141,8 @@ class LossGradients:
 def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
     """Which term dominates where: norms and cosine of the two, one row a hook.
 
-    Norms and cosines are means over the positive rows; `balanced_weight` would make both equal.
+    Norms and cosines are means over the positive rows. The default weight of 10000 is a balance for
+    one model and one layer: `balanced_weight` says which would make the two equal here.
 
     Args:
         gradients: What `loss_gradients` gives.

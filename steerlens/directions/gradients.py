@@ -53,9 +53,10 @@ def loss_gradients(
 ) -> LossGradients:
     """The gradient of the noref loss at every hook, for each pair (see `LossGradients`).
 
-    The coherence term has the weight 10000 of `contrastive_steering_loss_noref`; take another by
-    `LossGradients.with_weight`, which needs no second pass. The formulas, what they cost, and why:
-    docs/maths.md, "Gradients of the loss".
+        -||hs_pos_i - hs_neg_i||_2 + weight * relu(margin * baseline_i - logp_i)^2   without an axis
+        -(hs_pos_i - hs_neg_i) . axis + the same                                     with one
+
+    The weight is 10000, or another `with_weight`. Cost: docs/maths.md, "Gradients of the loss".
 
     Args:
         layers: As in `resolve_hooks`.

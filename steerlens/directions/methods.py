@@ -287,8 +287,9 @@ def null_directions(
 ) -> dict[str, list[Directions]]:
     """`n` random and `n` shuffled directions at every hook: what a claim is compared with.
 
-    Their seeds are 1000 times `seed + 1`, and counted up from there, so that they are not those of
-    methods of the same name with a small seed.
+    A shuffled one exchanges the labels of whole groups, the same at every hook. Their seeds are
+    1000 times `seed + 1`, and counted up from there, so that they are not those of methods of the
+    same name with a small seed.
 
     Args:
         differences: What they are drawn for.

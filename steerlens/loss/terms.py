@@ -50,9 +50,12 @@ def contrastive_steering_loss_noref(
         baseline = stop_gradient(logp_avg_pos_label)
         coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
-    With the defaults pair i's penalty is `logp_i^2`; with `margin >= 1` its gradient vanishes (see
-    docs/maths.md, "The loss without a reference"). A hidden state influences later labels only: at
-    the last token of a prompt without continuation the coherence gradient is zero.
+    As logprobs are negative, `0.99 * baseline` lies above the baseline and the penalty is active at
+    every pair: with the defaults pair i's penalty is exactly `logp_i^2` and its derivative with
+    respect to `logp_i` is `200 * logp_i` (both before the mean over pairs), so that one backward
+    pass gives the gradient of both terms. With `margin >= 1` the gradient vanishes. A hidden state
+    influences later labels only, so read gradients at a position with a label after it: at the last
+    token of a prompt without continuation the coherence gradient is zero.
 
     Args:
         hs_pos: Hidden states of the positive prompts, residual units.
@@ -98,13 +101,17 @@ def contrastive_steering_loss(
         separation = -mean_i (hs_pos_i - hs_neg_i) . direction
         coherence_penalty = weight * mean_i relu(margin * baseline_i - logp_i)^2
 
-    With `margin=0.99` the penalty demands a logprob 1% better (closer to 0) than the baseline: it
-    is not 0 unsteered. Units, `mask` and what is returned as in `contrastive_steering_loss_noref`;
-    see docs/maths.md, "The loss against a reference".
+    What an intervention adds to the difference across the direction counts for nothing, so it
+    cannot win by rotating the difference. Of the norm, `-mean_i ||hs_pos_i - hs_neg_i||_2`, which
+    is taken where the direction is None, it can: a step r across a difference d makes it longer,
+    `sqrt(|d|^2 + r^2)`. With `margin=0.99` the penalty is zero
+    only where the steered logprob is at least 1% better (closer to 0) than the baseline: it demands
+    an improvement, so unsteered it is `(0.01 * logp_i)^2 * weight`, not 0. Units, `mask` and what
+    is returned as in `contrastive_steering_loss_noref`.
 
     Args:
         direction: The unit vector fitted on the unsteered model, pointing to the positive side; no
-            gradient flows through it. None: the norm, which a step across the difference lengthens.
+            gradient flows through it. None: the norm.
         baseline_logp_avg_pos_label: The unsteered logprob, nats per token; no gradient either.
         tolerance: From 0 up to 1, replaces the margin by `1 / (1 - tolerance)`, which permits a
             loss: with 0.01 the penalty is 0 down to `baseline / 0.99`, the default of `coherent`,
@@ -217,9 +224,10 @@ def total_variation_barrier(
     """`-weight * mean_t log(1 - TV_t / limit)`: a wall that the next-token distributions meet.
 
     `TV_t = 1/2 sum_v |p_t(v) - q_t(v)|`, from 0 to 1, between the steered model's distribution and
-    the unsteered one's where label t is predicted; the mean is over the labels of all prompts. 0
-    unsteered, where autograd gives the gradient 0 though any step raises it; inf as soon as one
-    label's distance reaches `limit`, where the gradient is NaN.
+    the unsteered one's where label t is predicted; the mean is over the labels of all prompts. At
+    least 0, and inf as soon as one label's distance reaches `limit`; 0 unsteered. There the
+    distance has a kink: autograd gives the gradient 0, though a step in any direction raises it. At
+    or beyond `limit` the gradient is NaN.
 
     Args:
         logits: The steered model's.
@@ -286,9 +294,10 @@ def promotion_loss(
 ) -> Float[Tensor, ""]:
     """`mean_i -logp_promoted_i - log(1 - exp(logp_suppressed_i))`, in nats per token.
 
-    Both are mean log-probabilities of a continuation. At least 0, so that training cannot run away.
-    After Dunefsky and Cohan 2025 (arXiv:2502.18862). Beyond a per-token probability (geometric
-    mean) of `1 - 1e-6` the suppressed one has no gradient.
+    Both are mean log-probabilities of a continuation, so `exp` gives its per-token probability
+    (geometric mean). At least 0, so that training cannot run away. In the spirit of the promotion
+    and suppression losses of Dunefsky and Cohan 2025 (arXiv:2502.18862). Beyond a probability of
+    `1 - 1e-6` the suppressed one has no gradient.
     """
     suppressed = torch.log1p(-logp_suppressed.exp().clamp(max=1 - 1e-6))
     return (-logp_promoted - suppressed).mean()

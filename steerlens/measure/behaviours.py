@@ -280,8 +280,7 @@ def _by_name(
 
 
 def _groups(prompts: Sequence[Prompt], groups: Sequence[str] | None) -> tuple[str, ...]:
-    """The group of each prompt, its own by default. Raises `InputError` where there is no prompt,
-    or not a group for each."""
+    """The group of each prompt, its own by default. Raises `InputError` unless each has one."""
     named = tuple(map(str, range(len(prompts))) if groups is None else groups)
     if not prompts or len(named) != len(prompts):
         raise InputError(

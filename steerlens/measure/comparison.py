@@ -147,9 +147,9 @@ def compare(
     """Compare methods at equal damage: fitted on `pairs`, measured on held-out `items`.
 
     Every direction's coefficient (residual units, positive) is its coherence boundary on the text
-    that the budget is spent on. The effect is the mean change of the preference gap there (nats per
-    token), ranked among vectors that cannot know the labels. See docs/maths.md, "A comparison", and
-    `measure.verdicts.verdict` for what a verdict means.
+    that the budget is spent on. The effect is the mean change of `logprob(positive continuation) -
+    logprob(negative one)` there (nats per token), ranked among vectors that cannot know the labels:
+    docs/maths.md, "A comparison". What a verdict means: `measure.verdicts.verdict`.
 
     Args:
         pairs: Or what `ContrastivePairs.load` reads.

@@ -21,10 +21,11 @@ def cosine_table(
     """Cosine of every two directions of some named vectors, one row a pair (`COSINE_COLUMNS`).
 
     `vectors` is name -> steering vector or directions, or a list of them, called "1", "2" and so
-    on; of each, all hooks take part, so one vector is compared across its layers too. Directions in
-    a real residual stream are not random, so a cosine beyond `random_sd` is not yet a shared
-    concept. Raises `InputError` when there are fewer than two directions, their lengths differ, one
-    is zero or not finite, or they were fitted on models with other weight processing.
+    on; of each, all hooks take part, so one vector is compared across its layers too. `random_sd`
+    is the standard deviation of the cosine of two random directions, `1 / sqrt(d_model)`;
+    directions in a real residual stream are not that random, so a cosine beyond it is not yet a
+    shared concept. Raises `InputError` when there are fewer than two directions, their lengths
+    differ, one is zero or not finite, or they were fitted on models with other weight processing.
 
     Examples:
         >>> table = sl.cosine_table({"a": vector, "minus a": -1 * vector})

@@ -44,10 +44,14 @@ def vocabulary(
 ) -> pd.DataFrame:
     """The tokens that each direction promotes and suppresses most (`VOCABULARY_COLUMNS`).
 
-    By TransformerLens's `logit_readout` of the direction alone: half of what the model's final norm
-    and unembedding give for d less what they give for -d, so that biases cancel, less its mean over
-    the vocabulary. A Jacobian lens first takes the direction to the last block's output. A
-    direction may steer and say nothing here. Tokens beyond the tokenizer's vocabulary are left out.
+    A logit lens, or a Jacobian one, on directions.
+
+    By TransformerLens's `logit_readout`, the model's final norm and unembedding, of the direction
+    alone: half of what it gives for d less what it gives for -d, so that biases cancel, and less
+    its mean over the vocabulary, which no prediction depends on. By a Jacobian lens the direction
+    is first taken to the last block's output. A direction may steer and say nothing here. So the
+    largest logit is ranked among those of random directions, alone (`p_value`) and as the best of
+    all hooks (`p_layers`). Tokens beyond the tokenizer's vocabulary are left out.
 
     Args:
         model: A `TransformerBridge` of TransformerLens 4.3 or later.
@@ -175,7 +179,7 @@ def _transport(lens: Any, hook: str, model: HookedModel) -> Callable[[Tensor], T
 
 
 def _logits(model: HookedModel, rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "row token"]:
-    """What each direction alone adds to the logits, less its mean, which does not matter."""
+    """What each direction alone adds to the logits, their mean over the vocabulary taken off."""
     # At the size at which a norm's epsilon does not count.
     sized = rows / rows.norm(dim=-1, keepdim=True) * rows.shape[-1] ** 0.5
     readout = _tools().logit_readout

@@ -235,7 +235,12 @@ def radius_ratio(
 ) -> Row:
     """The largest radius over the smallest, its interval, and what noise makes of a circle.
 
-    Formulas, and why: docs/maths.md, "Search, interval, shape".
+    The largest of noisy radii is too large, and the smallest too small, so that a circle has a
+    ratio above 1 too. `radius_ratio_if_round` is the median ratio of equal radii with the noise of
+    the resamples about `radii` (in logs, correlated over angles as it is). The interval reaches
+    from the least to the largest ratio, up to the square of the one seen, of which the noise would
+    make the one seen with 95%: that takes the bias off. The least is that of a shape whose radii
+    are all at one of the ends, of which noise makes the most.
 
     Args:
         radii: Of every angle, residual units; inf where it is beyond the searched range.

@@ -18,10 +18,12 @@ MIN_PAIRS = 8
 def reliability(differences: Differences, *, n_splits: Draws = 50, seed: Whole = 0) -> pd.DataFrame:
     """Reliability of the mean-difference direction, one row a hook (`RELIABILITY_COLUMNS`).
 
-    Means over `n_splits` random halves of the pairs' groups (docs/maths.md, "Reliability and
-    cosines"). A cosine near 0 between halves means that there is no one direction to find at that
-    hook. Raises `InputError` for fewer than 8 pairs in 2 groups, fewer than 2 splits, or two lists
-    without pairs.
+    Over `n_splits` random halves of the pairs' groups: the cosine between the two halves'
+    directions; d' of the projections on one half's direction of the other half's activations,
+    `(mean_pos - mean_neg) / sqrt((var_pos + var_neg) / 2)`; and the cosine with the direction of
+    all pairs of that of a quarter and of half of the groups. A cosine near 0 between halves means
+    that there is no one direction to find at that hook. Raises `InputError` for fewer than 8 pairs
+    in 2 groups, fewer than 2 splits, or two lists without pairs.
 
     Examples:
         >>> table = sl.measure.reliability(differences, n_splits=4)

@@ -191,9 +191,9 @@ def _finished_hooks(
         study.plan if any(c for of in first.values() for c in of) else None
     )  # before the first cell is told of
     # Hooks are kept when they are finished, which in blocks they are in the last one only.
-    all_pairs: Sequence[int] = range(len(study.pairs))
-    in_blocks = plan is not None and study.engine.checkpoint is None
-    pairs = plan.blocks if plan is not None and in_blocks else (all_pairs,)
+    pairs: Sequence[Sequence[int]] = (range(len(study.pairs)),)
+    if plan is not None and study.engine.checkpoint is None:
+        pairs = plan.blocks
     n_of_hook = len(settings.coefficients)
     n_done, n_cells = (n_of_hook * len(of) * len(pairs) for of in (known, study.hook_names))
     tell = study.engine.progress

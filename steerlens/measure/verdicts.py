@@ -56,8 +56,11 @@ class Inference:
     def interval(
         self, changes: Float[np.ndarray, " item"], refits: Refits | None = None
     ) -> tuple[float, float]:
-        """The 95% interval of the mean change, with what refits on resampled pairs move it by: the
-        halves of both add as roots of sums of squares do."""
+        """The 95% interval of the mean change, with what refits on resampled pairs move it by.
+
+        The two are independent, so their halves add as the roots of sums of squares do; that of the
+        refits is their standard deviation times Student's t (`refit_spread`).
+        """
         from scipy.stats import t
 
         settings, mean = self.settings, float(changes.mean())

@@ -159,7 +159,10 @@ def inference(model: HookedModel) -> Iterator[None]:
     Raises `ModelError` as `check_model`, which is called where the model was not checked before.
     """
     module: Any = model
-    training = _training(model)
+    # A Bridge does not list the modules of the Hugging Face model that it wraps.
+    wrapped = hugging_face_model(model)
+    parts = [*module.modules(), *(wrapped.modules() if wrapped is not None else ())]
+    training = [part for part in parts if part.training]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
@@ -172,26 +175,6 @@ def inference(model: HookedModel) -> Iterator[None]:
         finally:
             for part in training:
                 part.training = True
-
-
-def _training(model: HookedModel) -> list[Any]:
-    """The modules of a model that are in training mode.
-
-    Asked for before every pass, so without the names that `modules()` makes.
-    """
-    # A Bridge does not list the modules of the Hugging Face model that it wraps.
-    left: list[Any] = [model, hugging_face_model(model)]
-    seen: set[int] = set()
-    training = []
-    while left:
-        module = left.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        left.extend(module._modules.values())
-        if module.training:
-            training.append(module)
-    return training
 
 
 def check_at_hand(name: str, source: str) -> None:
