@@ -369,12 +369,19 @@ def _texts(row: Row, role: str) -> list[str]:
 
 
 def _read_forms() -> dict[str, Form]:
-    readers = (_traits, _personas, _lists, _questions, _preferences, _pairs, _choices, _labelled)
+    readers = {
+        read.__name__.removeprefix("_"): read
+        for read in (
+            *(_traits, _personas, _lists, _questions),
+            *(_preferences, _pairs, _choices, _labelled),
+        )
+    }
     text = files("steerlens.data").joinpath("forms.csv").read_text(encoding="utf-8")
     forms = {}
-    for line, read in zip(csv.DictReader(text.splitlines()), readers, strict=True):
+    for line in csv.DictReader(text.splitlines()):
         needs, may, others = (tuple(line[n].split()) for n in ("needs", "may", "other_names"))
-        forms[line["form"]] = Form(needs, may, read, others, line["of_lists"] == "yes")
+        name, of_lists = line["form"], line["of_lists"] == "yes"
+        forms[name] = Form(needs, may, readers[name], others, of_lists)
     return forms
 
 
