@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
@@ -28,54 +26,27 @@ NEW_TOKENS = 40
 class WorkersCommand(QuietCommand):
     """Who runs the cells."""
 
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Processes on this machine that share the cells; each loads the "
-            "model, and has its part of the processor's cores.",
-        ),
-    ] = None
-    dask: Annotated[str | None, "Address of a Dask scheduler whose workers share the cells."] = None
+    workers: int | None = None
+    dask: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(FolderCommand, WorkersCommand, PairsCommand):
     """Projection against lost logprob, every layer and coefficient."""
 
-    model: opt.Model = DEFAULT_MODEL
-    test_pairs: opt.TestPairs = None
-    max_pairs: opt.MaxPairs = None
-    layers: opt.Layers = "all"
-    coefficients: opt.Coefficients = "-0.1norm,-0.05norm,0,0.05norm,0.1norm"
-    dense: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Also so many coefficients, evenly spaced over the range: 8 to 16 cells a layer "
-            "are run (more if more are given), the others interpolated.",
-        ),
-    ] = None
-    vector: opt.Vector = None
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-    labels: opt.Labels = None
-    own_tokens: opt.OwnTokens = OWN_TOKENS
-    budget: Annotated[str, "What counts as coherent: relative=0.01 or nats=0.05"] = "relative=0.01"
-    examples: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Prompts shown at the middle one of the layers: what the model writes at every "
-            "coefficient, and which tokens lose logprob. It illustrates, it chooses nothing. None "
-            "of a vector at several hooks.",
-        ),
-    ] = 2
-
-    EXAMPLES = (
-        "sweep --pairs sentiment --max-pairs 16 --out runs/sweep",
-        "sweep --layers 10:20:2 --coefficients=-8,0,8 --out runs/some",
-    )
+    model: str = DEFAULT_MODEL
+    test_pairs: str | None = None
+    max_pairs: int | None = None
+    layers: str = "all"
+    coefficients: str = "-0.1norm,-0.05norm,0,0.05norm,0.1norm"
+    dense: int | None = None
+    vector: str | None = None
+    method: str = "mean_diff"
+    position: str | None = None
+    labels: str | None = None
+    own_tokens: int = OWN_TOKENS
+    budget: str = "relative=0.01"
+    examples: int = 2
 
     def measure(self) -> None:
         coefficients = sl.measure.rows.checked_coefficients(opt.strengths_of(self.coefficients))
