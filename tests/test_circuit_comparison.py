@@ -33,7 +33,7 @@ from steerlens.circuits.overlap import Sizes, overlap_rows
 from steerlens.circuits.prompts import choosing_half, first_half
 from steerlens.errors import InputError
 from steerlens.stats import ratio_interval
-from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS
+from steerlens.tables import COLUMNS
 
 # Comparisons
 
@@ -78,8 +78,8 @@ compare = partial(compare_circuits, n_splits=1)
 
 def test_columns_and_rows_of_circuits(compared: Any) -> None:
     table, curves = compared.table, compared.faithfulness
-    assert list(table.columns) == [column.name for column in CIRCUIT_COLUMNS]
-    assert list(curves.columns) == [column.name for column in FAITHFULNESS_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["circuits"]]
+    assert list(curves.columns) == [column.name for column in COLUMNS["faithfulness"]]
     kinds = [(level, by) for level in ("node", "edge") for by in ("absolute", "signed")]
     assert table[["level", "selection", "a", "b", "share"]].values.tolist() == [
         [*kind, UNSTEERED, "mean_diff", share] for kind in kinds for share in SHARES

@@ -33,7 +33,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.steering import Add
-from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, to_frame
+from steerlens.tables import to_frame
 from steerlens.validation import Whole, checked
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -47,9 +47,9 @@ Nulls = Mapping[str, Mapping[str, Sequence[Intervention]]]
 
 @dataclass(frozen=True, eq=False)
 class Circuits:
-    """`table` has a row a pair of models, level, selection and size (`CIRCUIT_COLUMNS`), of
+    """`table` has a row a pair of models, level, selection and size (columns `circuits`), of
     circuits that are chosen on one half of the pairs; `faithfulness` one a circuit, model and size
-    (`FAITHFULNESS_COLUMNS`), of these circuits run on the other half. `scores` are the attributions
+    (columns `faithfulness`), of these circuits run on the other half. `scores` are the attributions
     of each model on all pairs. `attrs["chosen_on"]` and `["tested_on"]` say which half is which.
     """
 
@@ -160,8 +160,8 @@ def compare_circuits(
         "seed": seed,
         "provenance": provenance(model).to_dict(),
     }
-    table = to_frame(ranked_overlaps(rows), CIRCUIT_COLUMNS, attrs)
-    curves = to_frame(ranked_faithfulness(curve_rows), FAITHFULNESS_COLUMNS, attrs)
+    table = to_frame(ranked_overlaps(rows), "circuits", attrs)
+    curves = to_frame(ranked_faithfulness(curve_rows), "faithfulness", attrs)
     return Circuits(table, curves, scores)
 
 

@@ -34,14 +34,14 @@ from steerlens.models.identity import provenance
 from steerlens.progress import Progress
 from steerlens.stats import N_BOOTSTRAP
 from steerlens.steering import Coefficient, SteeringVector
-from steerlens.tables import READER_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Count, Draws, Whole, checked
 
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """`table` has a row a component behind the steered hook (`READER_COLUMNS`), largest effect
-    first; `claims` the tests of what carries it (`CLAIM_COLUMNS`).
+    """`table` has a row a component behind the steered hook (columns `readers`), largest effect
+    first; `claims` the tests of what carries it (columns `claims`).
 
     `table.attrs` holds `metric_unsteered` and `metric_steered` (mean answer logit difference),
     `vector_direct` (what the vector itself adds to it through the residual stream), `norm` (what is
@@ -156,7 +156,7 @@ def find_readers(
         "tested_on": half_record(prompts.groups, ~is_choosing),
         "named": [str(part) for part in named],
     }
-    return Readers(to_frame([rows[i] for i in order], READER_COLUMNS, attrs), claims)
+    return Readers(to_frame([rows[i] for i in order], "readers", attrs), claims)
 
 
 def _steered(

@@ -16,7 +16,7 @@ from steerlens.errors import InputError
 from steerlens.files import write_bytes
 from steerlens.plots.checks import checked_table
 from steerlens.plots.scripts import CIRCUITSVIS, drawn_element, page
-from steerlens.tables import READING_COLUMNS, TOKEN_COLUMNS, VOCABULARY_COLUMNS, hook_label
+from steerlens.tables import COLUMNS, hook_label
 
 LOST, GAINED = "#d55e00", "#0072b2"
 HIGH, LOW = "#7b3294", "#1b7837"
@@ -72,7 +72,7 @@ class Page:
 
 
 def token_page(tokens: pd.DataFrame) -> Page:
-    """What `token_damage` found (`TOKEN_COLUMNS`), token by token.
+    """What `token_damage` found (columns `tokens`), token by token.
 
     For each prompt and coefficient the text as `token_table_html` marks it, then, to be hovered
     over, every token's projection unsteered and steered (residual units) and its damage (nats).
@@ -83,7 +83,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
         >>> page = sl.plots.token_page(table)
         >>> page.save(folder / "tokens.html")
     """
-    checked_table(tokens, TOKEN_COLUMNS, "the table of token_damage")
+    checked_table(tokens, COLUMNS["tokens"], "the table of token_damage")
     later = tokens[tokens.position > 0]
     reach = _reach(later[["projection", "steered_projection"]].to_numpy())
     damage = _reach(tokens.damage_nats.to_numpy())
@@ -110,7 +110,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
 def token_table_html(tokens: pd.DataFrame) -> str:
     """A few kB of HTML for a notebook or a report: each text with its tokens marked, no script.
 
-    From `TOKEN_COLUMNS`. Framed: where the direction is read; underlined: where it is added; red
+    From columns `tokens`. Framed: where the direction is read; underlined: where it is added; red
     and blue: tokens that lost and gained logprob, the largest with their loss in nats above them.
     Raises `InputError` as `token_page`.
 
@@ -119,7 +119,7 @@ def token_table_html(tokens: pd.DataFrame) -> str:
         >>> "river" in sl.plots.token_table_html(table)
         True
     """
-    checked_table(tokens, TOKEN_COLUMNS, "the table of token_damage")
+    checked_table(tokens, COLUMNS["tokens"], "the table of token_damage")
     damage = _reach(tokens.damage_nats.to_numpy())
     parts = [_TOKENS_STYLE, _legend(tokens)]
     for heading, rows in _groups(tokens):
@@ -215,7 +215,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
         >>> sl.plots.reading_page(words, texts).title
         'What the direction says'
     """
-    checked_table(words, VOCABULARY_COLUMNS, "a table of vocabulary")
+    checked_table(words, COLUMNS["vocabulary"], "a table of vocabulary")
     n_random = words.attrs.get("settings", {}).get("n_random", "some")
     body = [
         _VIEWS_STYLE,
@@ -239,7 +239,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
 
 def _read_texts(texts: pd.DataFrame) -> list[str]:
     """Each text of a table of readings, its tokens by their projection."""
-    checked_table(texts, READING_COLUMNS, "a table of readings")
+    checked_table(texts, COLUMNS["readings"], "a table of readings")
     later = texts[texts.position > 0].groupby("hook_name")
     reach = {hook: _reach(rows.projection.to_numpy()) for hook, rows in later}
     body = [
