@@ -15,31 +15,13 @@ from jaxtyping import Float
 from steerlens.errors import InputError
 from steerlens.files import write_bytes
 from steerlens.plots.checks import checked_table
-from steerlens.plots.scripts import CIRCUITSVIS, drawn_element, page
+from steerlens.plots.scripts import CIRCUITSVIS, drawn_element, page, resource
 from steerlens.tables import COLUMNS, hook_label
 
-LOST, GAINED = "#d55e00", "#0072b2"
+LOST, GAINED = "#d55e00", "#0072b2"  # as in tokens.css
 HIGH, LOW = "#7b3294", "#1b7837"
 NUMBERED = 0.25
 """Tokens are numbered from this share of the largest loss or gain on."""
-
-_TOKENS_STYLE = f"""<style>
-.steerlens-tokens p {{ margin: .9em 0 .2em }}
-.steerlens-tokens .text {{ font-family: ui-monospace, monospace; line-height: 2.4;
-  white-space: pre-wrap; overflow-wrap: anywhere }}
-.steerlens-tokens span {{ unicode-bidi: isolate; padding: .15em 0; border: 1px solid transparent;
-  background: color-mix(in srgb, var(--of, transparent) calc(var(--by, 0) * 1%), transparent) }}
-.steerlens-tokens .added {{ text-decoration: underline; text-underline-offset: .25em }}
-.steerlens-tokens .read {{ border: 2px solid; border-radius: .2em }}
-.steerlens-tokens .aside {{ font-style: italic }}
-.steerlens-tokens .lost {{ --of: {LOST} }}
-.steerlens-tokens .gained {{ --of: {GAINED} }}
-.steerlens-tokens ruby {{ white-space: pre }}
-.steerlens-tokens rt {{ font-size: .65em }}
-</style>"""
-# circuitsvis draws for white paper.
-_VIEWS_STYLE = """<style>.view { background: #fff; color: #111; color-scheme: light; padding: .4em }
-details { margin: .4em 0 } summary { cursor: pointer }</style>"""
 
 
 @dataclass(frozen=True)
@@ -87,7 +69,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
     later = tokens[tokens.position > 0]
     reach = _reach(later[["projection", "steered_projection"]].to_numpy())
     damage = _reach(tokens.damage_nats.to_numpy())
-    body = [_TOKENS_STYLE, _VIEWS_STYLE, _legend(tokens)]
+    body = [_style("tokens.css"), _legend(tokens)]
     body.append(
         f"<p>Below each text, by value: projection on the direction (residual units; purple above "
         f"0, green below, full shade {reach:.3g}, the first token not counted), and damage (nats; "
@@ -121,7 +103,7 @@ def token_table_html(tokens: pd.DataFrame) -> str:
     """
     checked_table(tokens, COLUMNS["tokens"], "the table of token_damage")
     damage = _reach(tokens.damage_nats.to_numpy())
-    parts = [_TOKENS_STYLE, _legend(tokens)]
+    parts = [_style("tokens.css"), _legend(tokens)]
     for heading, rows in _groups(tokens):
         parts += [f"<p><b>{html.escape(heading)}</b></p>", _text(rows, damage)]
     return f'<div class="steerlens-tokens">{"".join(parts)}</div>'
@@ -145,7 +127,6 @@ def attention_page(
     """
     drawn = _arrays("patterns", patterns, (len(heads), len(tokens), len(tokens)))
     body = [
-        _VIEWS_STYLE,
         "<p>Share of a token's attention (rows, from 0 to 1 at full shade) that goes to each token "
         "up to it (columns).</p>",
     ]
@@ -178,7 +159,6 @@ def projection_page(
     """
     drawn = _arrays("projections", projections, (len(layers), len(tokens)))
     body = [
-        _VIEWS_STYLE,
         "<p>Projection on the direction of each layer, residual units: purple above 0, green "
         "below, full shade at the layer's largest, the first token not counted. A token shows its "
         "value under the pointer.</p>",
@@ -218,7 +198,6 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
     checked_table(words, COLUMNS["vocabulary"], "a table of vocabulary")
     n_random = words.attrs.get("settings", {}).get("n_random", "some")
     body = [
-        _VIEWS_STYLE,
         f"<p>Logits that a direction alone adds, beside the mean of the first token of {n_random} "
         "random directions; p is the rank of the first token among those, and over all hooks. A "
         "direction may steer and promote nothing.</p>",
@@ -302,8 +281,13 @@ def _inert(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _style(name: str) -> str:
+    return f"<style>\n{resource(name)}</style>"
+
+
 def _page(title: str, body: Sequence[str]) -> Page:
-    return Page(title, page(title, "\n".join(body), [CIRCUITSVIS]))
+    styled = "\n".join([_style("circuitsvis.css"), *body])
+    return Page(title, page(title, styled, [CIRCUITSVIS]))
 
 
 def _coloured(
