@@ -11,7 +11,7 @@ from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand, QuietCommand
+from steerlens.cli.command import PairsCommand
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.options import OWN_TOKENS
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of, warn
@@ -23,15 +23,7 @@ NEW_TOKENS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkersCommand(QuietCommand):
-    """Who runs the cells."""
-
-    workers: int | None = None
-    dask: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep(FolderCommand, WorkersCommand, PairsCommand):
+class Sweep(FolderCommand, PairsCommand):
     """Projection against lost logprob, every layer and coefficient."""
 
     model: str = DEFAULT_MODEL
@@ -47,6 +39,8 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
     own_tokens: int = OWN_TOKENS
     budget: str = "relative=0.01"
     examples: int = 2
+    workers: int | None = None
+    dask: str | None = None
 
     def measure(self) -> None:
         coefficients = sl.measure.rows.checked_coefficients(opt.strengths_of(self.coefficients))
@@ -137,12 +131,13 @@ def executor_of(*, workers: int | None, dask: str | None) -> Iterator[Executor |
 
 @contextmanager
 def _processes(n: int) -> Iterator[Executor]:
-    n_threads = max(1, len(_cores()) // n)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     pool = ProcessPoolExecutor(
         n,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(n_threads, os.getpid()),
+        initargs=(max(1, n_cores // n), os.getpid()),
     )
     try:
         yield pool
@@ -164,13 +159,6 @@ def _start(n_threads: int, parent: int) -> None:
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(n_threads)
-
-
-def _cores() -> set[int]:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
 
 
 def _client(address: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from steerlens.data.prompts import rendering_of
-from steerlens.models.hooked_model import checkpoint_name, hugging_face_model, weight_module
+from steerlens.models.hooked_model import hugging_face_model, named_weights
 from steerlens.models.weight_processing import UNKNOWN, check_processing, weight_processing
 
 LAYOUT = "HookedTransformer "
@@ -130,10 +130,7 @@ def weights_fingerprint(model: Any) -> str:
     its own way, so its fingerprint is marked, and is not compared with one of a Bridge.
     """
     digest = hashlib.sha256()
-    parameters = {
-        checkpoint_name(name): weight for name, weight in weight_module(model).named_parameters()
-    }
-    for name, weight in sorted(parameters.items()):
+    for name, weight in sorted(dict(named_weights(model)).items()):
         flat = weight.detach().reshape(-1)
         rows = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
         values = flat[rows.round().long().to(flat.device)].float().cpu()
