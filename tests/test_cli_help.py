@@ -272,7 +272,7 @@ def console(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_nothing_is_broken_within_a_word(
-    width: int, console: Any, capsys: pytest.CaptureFixture[str]
+    width: int, console: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console(width)
     text = "expected a number in residual units, a multiple of the mean residual norm, or a share"
@@ -286,7 +286,9 @@ def test_nothing_is_broken_within_a_word(
         "verdict",
     ]
     rows = [(15, math.nan, 0.123456, math.inf, "no more than a null"), (-1, 1e-15, 2.0, -1.5, "-")]
-    printing.print_rows(pd.DataFrame(rows, columns=columns), "A title of several words", columns)
+    printed = {"title": "A title of several words", "columns": " ".join(columns)}
+    monkeypatch.setitem(printing.PRINTED, "odd", printed)
+    printing.print_rows(pd.DataFrame(rows, columns=columns), "odd")
     out, err = capsys.readouterr()
     assert max(map(len, (out + err).splitlines())) <= width
     assert " ".join(err.split()) == f"steerlens: {text}"
