@@ -183,12 +183,9 @@ def print_table(
         parts[-1] = [*parts[-1], column]
     for part in parts:
         shown = Table(title=title and Text(visible(title)))
-        room = max(_room_beside(part), 0)
         for column in part:
-            more = min(room, column.widest - column.least)
-            room -= more
             justify: Any = "left" if column.name in left else "right"
-            shown.add_column(Text(column.name), justify=justify, width=column.least + more)
+            shown.add_column(Text(column.name), justify=justify, min_width=column.least)
         for number in range(len(cells)):
             shown.add_row(*(Text(column.cells[number]) for column in part))
         _output.print(shown)
@@ -201,11 +198,6 @@ class _Column:
 
     name: str
     cells: list[str]
-
-    @property
-    def widest(self) -> int:
-        """With every text on a line."""
-        return max(cell_len(text) for text in (self.name, *self.cells))
 
     @property
     def least(self) -> int:

@@ -282,10 +282,11 @@ def _inert(value: Any) -> Any:
 
 
 def _style(name: str) -> str:
-    return f"<style>\n{resource(name)}</style>"
+    return f"<style>{resource(name).rstrip()}</style>"
 
 
 def _page(title: str, body: Sequence[str]) -> Page:
+    # circuitsvis draws for white paper.
     styled = "\n".join([_style("circuitsvis.css"), *body])
     return Page(title, page(title, styled, [CIRCUITSVIS]))
 

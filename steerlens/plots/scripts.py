@@ -114,5 +114,5 @@ def document(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{policy(scripts, own)}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n"
-        f"<style>{resource('figure.css')}{style}</style>{head}</head>\n"
+        f"<style>\n{resource('figure.css')}{style}</style>{head}</head>\n"
     ) + "\n".join((f"<body>{body}", *tags, "</body></html>\n"))
