@@ -1,11 +1,9 @@
 """The options of all commands, from a data file, and what their values name."""
 
-import csv
 import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +11,7 @@ import typer
 
 import steerlens as sl
 from steerlens.errors import InputError
+from steerlens.files import packaged_rows
 
 DEBUG = "--debug"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -20,19 +19,13 @@ OWN_TOKENS = 32
 """As in `engine.labels`, which imports PyTorch; a help page does not."""
 
 
-def lines_of(file: str) -> list[dict[str, str]]:
-    """The rows of a data file of this room, column -> cell."""
-    text = files("steerlens.cli").joinpath(file).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
-
-
 _OPTIONS = {
     (command, line["option"]): line
-    for line in lines_of("options.csv")
+    for line in packaged_rows("cli", "options.csv")
     for command in line["commands"].split() or [""]
 }
 """Command ("": any) and field -> what its help says and how it is given."""
-_EXAMPLES = {line.pop("command"): line for line in lines_of("examples.csv")}
+_EXAMPLES = {line.pop("command"): line for line in packaged_rows("cli", "examples.csv")}
 
 
 def kind_of(command: str, field: str) -> str:

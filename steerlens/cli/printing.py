@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 import steerlens as sl
-from steerlens.cli.options import lines_of
+from steerlens.files import packaged_rows
 from steerlens.progress import Progress, show_progress, silent, visible
 
 BEYOND = "beyond"
@@ -39,7 +39,7 @@ SIGPIPE = 128 + 13
 """The exit code of a program whose reader went away, as a shell says it."""
 _warned: ContextVar[tuple[str, ...]] = ContextVar("warned", default=())
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
-PRINTED = {line["name"]: line for line in lines_of("printed.csv")}
+PRINTED = {line["name"]: line for line in packaged_rows("cli", "printed.csv")}
 """Table -> its title, and its columns that are shown."""
 _COHERENT = {"yes": " ", "no": "!", "undecided": "?"}
 
@@ -183,9 +183,12 @@ def print_table(
         parts[-1] = [*parts[-1], column]
     for part in parts:
         shown = Table(title=title and Text(visible(title)))
+        room = max(_room_beside(part), 0)
         for column in part:
+            more = min(room, column.widest - column.least)
+            room -= more
             justify: Any = "left" if column.name in left else "right"
-            shown.add_column(Text(column.name), justify=justify, min_width=column.least)
+            shown.add_column(Text(column.name), justify=justify, width=column.least + more)
         for number in range(len(cells)):
             shown.add_row(*(Text(column.cells[number]) for column in part))
         _output.print(shown)
@@ -198,6 +201,11 @@ class _Column:
 
     name: str
     cells: list[str]
+
+    @property
+    def widest(self) -> int:
+        """With every text on a line."""
+        return max(cell_len(text) for text in (self.name, *self.cells))
 
     @property
     def least(self) -> int:

@@ -13,9 +13,9 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerlens.errors import InputError
-from steerlens.files import write_bytes
+from steerlens.files import packaged, write_bytes
 from steerlens.plots.checks import checked_table
-from steerlens.plots.scripts import CIRCUITSVIS, drawn_element, page, resource
+from steerlens.plots.scripts import CIRCUITSVIS, drawn_element, page
 from steerlens.tables import COLUMNS, hook_label
 
 LOST, GAINED = "#d55e00", "#0072b2"  # as in tokens.css
@@ -282,7 +282,7 @@ def _inert(value: Any) -> Any:
 
 
 def _style(name: str) -> str:
-    return f"<style>{resource(name).rstrip()}</style>"
+    return f"<style>{packaged('plots', name).rstrip()}</style>"
 
 
 def _page(title: str, body: Sequence[str]) -> Page:

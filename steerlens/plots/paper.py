@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from steerlens.errors import InputError
-from steerlens.plots.scripts import resource
+from steerlens.files import packaged
 from steerlens.plots.style import Spec
 
 WIDTHS = {"column": 238.0, "page": 490.0}
@@ -14,7 +14,7 @@ WIDTHS = {"column": 238.0, "page": 490.0}
 DPI = 300
 LEAST = 60.0
 """Points that a panel is wide at least."""
-_CONFIG: Spec = json.loads(resource("paper.json"))
+_CONFIG: Spec = json.loads(packaged("plots", "paper.json"))
 _THINNER = {"size": 0.4, "strokeWidth": 0.6}
 """Of a mark on paper, as a share of what it is on a screen."""
 

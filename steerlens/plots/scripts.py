@@ -11,6 +11,8 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
+from steerlens.files import packaged
+
 
 @dataclass(frozen=True)
 class Script:
@@ -40,11 +42,6 @@ WITHOUT_SCRIPTS = "A script inside this page draws this figure; scripts are off 
 """What stands in place of a figure until it is drawn."""
 
 
-def resource(name: str) -> str:
-    """A style or script that stands beside this module."""
-    return files("steerlens.plots").joinpath(name).read_text(encoding="utf-8")
-
-
 @cache
 def _packed(script: Script) -> str:
     packed = gzip.compress(script.read(), 9, mtime=0)
@@ -55,7 +52,7 @@ def _packed(script: Script) -> str:
 @cache
 def _loader(script: Script) -> str:
     """Inflates the compressed script and runs it as if it had stood in the page, then draws."""
-    loader, then = resource("loader.js"), resource(f"{script.name}.js")
+    loader, then = packaged("plots", "loader.js"), packaged("plots", f"{script.name}.js")
     return loader.replace("NAME", script.name).replace("THEN", then)
 
 
@@ -96,7 +93,7 @@ def policy(scripts: Sequence[Script], own: Sequence[str] = ()) -> str:
 def page(title: str, body: str, scripts: Sequence[Script]) -> str:
     """An HTML page around a body; its policy runs these scripts alone and fetches nothing."""
     main = f"<main><h1>{html.escape(title)}</h1>\n{body}\n</main>"
-    return document(title, main, scripts, style=resource("page.css"))
+    return document(title, main, scripts, style=packaged("plots", "page.css"))
 
 
 def document(
@@ -114,5 +111,5 @@ def document(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{policy(scripts, own)}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n"
-        f"<style>\n{resource('figure.css')}{style}</style>{head}</head>\n"
+        f"<style>\n{packaged('plots', 'figure.css')}{style}</style>{head}</head>\n"
     ) + "\n".join((f"<body>{body}", *tags, "</body></html>\n"))

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
-from steerlens.plots.scripts import resource
+from steerlens.files import packaged
 
 Spec: TypeAlias = dict[str, Any]
 """A piece of a Vega-Lite specification (https://vega.github.io/vega-lite/docs)."""
@@ -22,7 +22,7 @@ NATS = "nats per token"
 CROSS, BAR = "M-1,-1L1,1M-1,1L1,-1", "M-1,-0.2H1V0.2H-1Z"
 SOLID, DASHED, DOTTED = [1, 0], [6, 4], [2, 3]
 
-CONFIG: Spec = json.loads(resource("config.json"))
+CONFIG: Spec = json.loads(packaged("plots", "config.json"))
 """Vega-Lite's. A gap in a line stays one; the shown part of an axis goes by all that is known."""
 
 

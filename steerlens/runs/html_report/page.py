@@ -1,10 +1,10 @@
 """The page: a section a run, with summary, warnings, figures, texts and tables."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from steerlens.errors import FileError
+from steerlens.files import packaged
 from steerlens.plots import token_table_html
 from steerlens.plots.scripts import CIRCUITSVIS, VEGA, document
 from steerlens.runs.contents import TABLES
@@ -68,15 +68,11 @@ def report(runs: Sequence[Run]) -> str:
         f"{TITLE}: {', '.join(run.name for run in runs)}",
         body,
         [VEGA, CIRCUITSVIS] if any(run.views for run in runs) else [VEGA],
-        style=_resource("page.css"),
+        style=packaged("runs.html_report", "page.css"),
         # Nobody could ask for the other columns.
         head="<noscript><style>th, td { display: table-cell !important }</style></noscript>",
-        own=[_resource("page.js")],
+        own=[packaged("runs.html_report", "page.js")],
     )
-
-
-def _resource(name: str) -> str:
-    return files("steerlens.runs.html_report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _name(run: Run) -> str:
