@@ -163,8 +163,6 @@ def _steered(
     model: HookedModel, vector: SteeringVector, coefficient: Coefficient
 ) -> tuple[Intervention, str]:
     """The intervention, and the one hook that it acts at."""
-    if not isinstance(vector, SteeringVector):
-        raise InputError("expected a SteeringVector; make one with SteeringVector.from_vectors")
     steered = Intervention(vector, coefficient)
     names = [step.hook_name for step in steered.steps]
     if len(names) != 1:
