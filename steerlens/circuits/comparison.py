@@ -29,8 +29,7 @@ from steerlens.circuits.prompts import choosing_half, counting, half_record
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.checkpoint import Checkpoint, Tensors
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.identity import provenance
+from steerlens.models import HookedModel, provenance
 from steerlens.progress import Progress
 from steerlens.steering import Add
 from steerlens.tables import to_frame

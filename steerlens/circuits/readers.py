@@ -28,9 +28,7 @@ from steerlens.circuits.prompts import Prompts, choosing_half, counting, half_re
 from steerlens.circuits.tasks import Task
 from steerlens.engine.checkpoint import Checkpoint, Tensors
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.models.identity import provenance
+from steerlens.models import HookedModel, hook_layer, provenance, resid_post
 from steerlens.progress import Progress
 from steerlens.stats import N_BOOTSTRAP
 from steerlens.steering import Coefficient, SteeringVector

@@ -27,9 +27,8 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.positions import one_token
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hook_layer, resid_post, resolve_hooks
-from steerlens.models.identity import check_fitted_on, provenance
+from steerlens.models import HookedModel, Layers, hook_layer, provenance, resid_post, resolve_hooks
+from steerlens.models.identity import check_fitted_on
 from steerlens.progress import Progress
 from steerlens.stats import N_BOOTSTRAP
 from steerlens.tables import to_frame
