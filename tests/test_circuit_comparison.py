@@ -29,7 +29,7 @@ from steerlens.circuits.graphs import (
     nodes,
     run_nodes,
 )
-from steerlens.circuits.overlap import Sizes, overlap_rows
+from steerlens.circuits.overlap import Halves, Sizes, overlap_rows
 from steerlens.circuits.prompts import choosing_half, first_half
 from steerlens.errors import InputError
 from steerlens.stats import ratio_interval
@@ -211,13 +211,8 @@ def test_intervals_of_overlaps_hold_the_expected_overlap() -> None:
         noise = torch.randn(2, 60, 12, generator=generator)
         noise += torch.randn(2, 60, 6, generator=generator).repeat_interleave(2, dim=2)
         scores = {"a": truth[:, None] + noise[0], "b": apart[:, None] + noise[1]}
-        (drawn,) = overlap_rows(
-            *(sizes, scores, ("a", "b"), {}),
-            is_chosen_on=torch.ones(12, dtype=torch.bool),
-            groups=[i // 2 for i in range(12)],
-            n_splits=0,
-            seed=seed,
-        )
+        halves = Halves(torch.ones(12, dtype=torch.bool), [i // 2 for i in range(12)], 0, seed)
+        (drawn,) = overlap_rows(sizes, scores, ("a", "b"), {}, halves)
         seen.append(drawn.row["iou"])
         ends.append((drawn.row["iou_ci_low"], drawn.row["iou_ci_high"]))
     low, high = np.array(ends).T

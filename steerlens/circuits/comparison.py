@@ -8,8 +8,6 @@ from typing import TypeVar
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from steerlens.circuits.answers import Answers
 from steerlens.circuits.components import check_additive
@@ -24,7 +22,14 @@ from steerlens.circuits.graphs import (
     make_graph,
 )
 from steerlens.circuits.interventions import Intervention
-from steerlens.circuits.overlap import SELECTIONS, Drawn, Sizes, overlap_rows, ranked_overlaps
+from steerlens.circuits.overlap import (
+    SELECTIONS,
+    Drawn,
+    Halves,
+    Sizes,
+    overlap_rows,
+    ranked_overlaps,
+)
 from steerlens.circuits.prompts import choosing_half, counting, half_record
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.checkpoint import Checkpoint, Tensors
@@ -134,10 +139,7 @@ def compare_circuits(
         {name: score(contrast, steered) for name, steered in models.items()},
         _each(nulls, partial(score, chosen_on)),
         contrast.of_pairs(~is_chosen_on),
-        is_chosen_on,
-        pairs.groups,
-        n_splits,
-        seed,
+        Halves(is_chosen_on, pairs.groups, n_splits, seed),
     )
     n_runs = len(levels) * len(models) * (2 + len(SELECTIONS) * len(models) * len(shares))
     n_runs += ("node" in levels) * n_drawn * (2 + len(SELECTIONS) * len(null_shares))
@@ -179,10 +181,7 @@ class _Compared:
     models: Mapping[str, _Scored]
     nulls: Mapping[str, Mapping[str, Sequence[_Scored]]]
     tested_on: Contrast
-    is_chosen_on: Bool[Tensor, " pair"]
-    groups: tuple[int, ...]
-    n_splits: int
-    seed: int
+    halves: Halves
 
     def at(
         self,
@@ -206,27 +205,22 @@ class _Compared:
         null_benches = _each(self.nulls, bench) if level == "node" else {}
         rows: list[Drawn] = []
         curve_rows: list[Drawn] = []
+        is_chosen_on = self.halves.is_chosen_on
         for selection in SELECTIONS:
             sizes = Sizes(level, selection, shares, n_items)
             circuits = {
-                name: sizes.circuits(scores[:, self.is_chosen_on].mean(dim=1))
+                name: sizes.circuits(scores[:, is_chosen_on].mean(dim=1))
                 for name, scores in items.items()
             }
             curve_rows += faithfulness_rows(
                 *(sizes, circuits, benches, null_benches),
                 null_shares=null_shares,
-                seed=self.seed,
+                seed=self.halves.seed,
                 count=count,
             )
             for a, b in combinations(items, 2):
-                rows += overlap_rows(
-                    *(sizes, items, (a, b)),
-                    null_items.get(b, {}) if a == UNSTEERED else {},
-                    is_chosen_on=self.is_chosen_on,
-                    groups=self.groups,
-                    n_splits=self.n_splits,
-                    seed=self.seed,
-                )
+                of_null = null_items.get(b, {}) if a == UNSTEERED else {}
+                rows += overlap_rows(sizes, items, (a, b), of_null, self.halves)
         return rows, curve_rows
 
 
