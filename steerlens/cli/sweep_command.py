@@ -60,7 +60,10 @@ class Sweep(FolderCommand, PairsCommand):
             examples_at="the middle one of hook_names, whatever the numbers: an illustration",
         )
         with self.opened(request) as run:
-            study, result = self._cells(task, coefficients, run.parts, executor)
+            how: dict[str, Any] = {"budget": self.budget, **opt.labels_of(self)}
+            with task.progress() as progress:
+                study = task.study(progress, parts=run.parts, executor=executor, **how)
+                result = study.sweep(coefficients, dense=self.dense)
             tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
             if self.examples and (task.vector is None or len(task.vector) == 1):
                 tables |= self._example_tables(study, result.table, coefficients)
@@ -69,20 +72,6 @@ class Sweep(FolderCommand, PairsCommand):
         print_layers(result.layers)
         print_cells(result)
         run.note(f"{len(result.table)} cells")
-
-    def _cells(
-        self, task: Any, coefficients: Any, parts: Any, executor: Executor | None
-    ) -> tuple[Any, Any]:
-        with task.progress() as progress:
-            study = task.study(
-                progress,
-                parts=parts,
-                budget=self.budget,
-                executor=executor,
-                **opt.labels_of(self),
-            )
-            result = study.sweep(coefficients, dense=self.dense)
-        return study, result
 
     def _example_tables(self, study: Any, cells: Any, asked: Any) -> dict[str, Any]:
         """`generations` at every coefficient asked for, `tokens` at both ends, of some prompts."""
