@@ -5,7 +5,7 @@ import torch
 
 import steerlens as sl
 from steerlens.errors import InputError
-from steerlens.tables import COSINE_COLUMNS
+from steerlens.tables import COLUMNS
 
 
 def hook(layer: int) -> str:
@@ -16,7 +16,7 @@ def test_cosines_by_hand() -> None:
     a = {hook(0): torch.tensor([1.0, 0.0]), hook(3): torch.tensor([0.0, 2.0])}
     b = sl.SteeringVector.from_vectors({hook(0): torch.tensor([3.0, 4.0])})
     table = sl.measure.cosine_table({"a": a, "b": b})
-    assert list(table.columns) == [column.name for column in COSINE_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["cosines"]]
     assert table[["vector_a", "layer_a", "vector_b", "layer_b"]].values.tolist() == [
         ["a", 0, "a", 3],
         ["a", 0, "b", 0],

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.data.prompts import rendering_of
-from steerlens.models.hooked_model import checkpoint_name, hugging_face_model, weight_module
+from steerlens.models.hooked_model import hugging_face_model, named_weights
 from steerlens.models.weight_processing import UNKNOWN, check_processing, weight_processing
 
 LAYOUT = "HookedTransformer "
@@ -132,9 +132,7 @@ def weights_fingerprint(model: Any) -> str:
     its own way, so its fingerprint is marked, and is not compared with one of a Bridge.
     """
     digest = hashlib.sha256()
-    parameters = sorted(
-        (checkpoint_name(name), weight) for name, weight in weight_module(model).named_parameters()
-    )
+    parameters = sorted(dict(named_weights(model)).items())
     sizes = {(weight.numel(), weight.device) for _, weight in parameters}
     places = {(n, device): _evenly_spaced(n).to(device) for n, device in sizes}
     sampled = [
