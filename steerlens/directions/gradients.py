@@ -104,18 +104,14 @@ def loss_gradients(
     batches = make_pair_batches(model, tokenized, batch_size or pairs_per_pass(runner, tokenized))
     sides = [positive for positive, _ in batches]
     check_memory(runner, sides, with_gradients=True)
-    shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    unsteered = partial(
-        collect_differences, model, pairs, layers=loss_hooks, position=position, **shared
-    )
     frozen = None
     if axis is not None:
+        collect = partial(collect_differences, model, pairs, layers=loss_hooks, position=position)
+        unsteered = partial(collect, batch_size=batch_size, progress=progress)
         frozen = frozen_axis(model, axis, loss_hooks, unsteered=unsteered, seed=seed)
     engine = Engine(runner, progress=by_default(progress))
-    drawn = {"n_scores": n_scores, "seed": seed}
-    rows = loss_rows(
-        engine.stage("gradients: pairs"), batches, targets, axis=frozen, position=position, **drawn
-    )
+    how: dict[str, Any] = {"position": position, "n_scores": n_scores, "seed": seed}
+    rows = loss_rows(engine.stage("gradients: pairs"), batches, targets, axis=frozen, **how)
     n_blocks = sum(positive.tokens.numel() for positive in sides) * engine.n_layers
     # d relu(margin * b - l)^2 = -2 relu((margin - 1) * l) dl, as b is l with its gradient stopped.
     slope = -2 * torch.relu((margin - 1) * rows.logprob)

@@ -142,59 +142,30 @@ def train_directions(
     pairs = as_pairs(pairs)
     pairs.check_paired("a trained direction is")
     items = _items_for(objective, items)
-    differences = collect_differences(
-        model, pairs, layers=layers, position=position, batch_size=batch_size, progress=progress
-    )
+    collect = partial(collect_differences, model, pairs, position=position, batch_size=batch_size)
+    differences = collect(layers=layers, progress=progress)
     hook_names = differences.hook_names
     readouts = [readout_hook(name, int(model.cfg.n_layers)) for name in hook_names]
     at_heads = is_head(hook_names[0])
-    at_readouts = partial(
-        collect_differences,
-        *(model, pairs),
-        layers=readouts,
-        position=position,
-        batch_size=batch_size,
-    )
     frozen = frozen_axis(
         *(model, "pca" if axis is None else axis, readouts),
-        unsteered=at_readouts if at_heads else lambda: differences,
+        unsteered=partial(collect, layers=readouts) if at_heads else lambda: differences,
         seed=seed,
     )
     method = METHODS[METHOD_OF[objective]].on(None if axis is None else frozen.method).name
-    size = schedule.examples_per_step
-    train, held_out = _split(model, pairs, items, labels=labels, size=size, seed=seed)
-    vectors, norms = [], {}
-    histories: list[Row] = []
+    parts = _split(model, pairs, items, labels=labels, size=schedule.examples_per_step, seed=seed)
+    training = _Training(
+        model, objective, position, *parts, frozen, axis is not None, schedule, seed
+    )
+    vectors, norms, histories = [], {}, list[Row]()
     n_epochs, tell = schedule.max_epochs * len(hook_names), by_default(progress)
     for index, (hook_name, readout) in enumerate(zip(hook_names, readouts, strict=True)):
-        both = torch.cat([differences.positive[index], differences.negative[index]])
-        step = partial(
-            push_sides,
-            model,
-            objective=objective_of(objective, None if axis is None else frozen[readout]),
-            hook_name=hook_name,
-            readout=readout,
-            position=position,
-        )
+        states = torch.cat([differences.positive[index], differences.negative[index]])
         before = index * schedule.max_epochs
-        vector, history = _train(
-            step,
-            *(_sides(model, part, hook_name, objective) for part in (train, held_out)),
-            axis=frozen[readout] if objective == "reference" else None,
-            vector=torch.zeros(both.shape[-1], device=train[0][0].tokens.device),
-            unit=float(both.norm(dim=-1).mean()) / both.shape[-1] ** 0.5,
-            schedule=schedule,
-            seed=seed,
-            progress=part_of(tell, "training: epochs", before=before, total=n_epochs),
-        )
-        norm = float(vector.norm())
-        if not 0 < norm < math.inf:
-            raise InputError(
-                f"training at {hook_name} left a vector of norm {norm} with step_size "
-                f"{schedule.step_size:g}; take another step size or objective"
-            )
-        norms[hook_name] = norm
-        vectors.append(vector / norm)
+        told = part_of(tell, "training: epochs", before=before, total=n_epochs)
+        vector, history = training.at(hook_name, readout, states, progress=told)
+        norms[hook_name] = float(vector.norm())
+        vectors.append(vector / vector.norm())
         at = {"method": method, "hook_name": hook_name, "layer": hook_layer(hook_name)}
         histories += [{**at, **row} for row in history]
     vectors += [frozen[name].cpu() for name in differences.readout_names]
@@ -204,6 +175,64 @@ def train_directions(
     attrs = {"method": method, "axis": frozen.method, "position": position, "seed": seed}
     attrs |= {"fitted_on": differences.fingerprint, "settings": asdict(schedule)}
     return Trained(directions, norms, to_frame(histories, "training", attrs))
+
+
+Batches = tuple[tuple[Batch, Batch], ...]
+"""Positive and negative sides of as many examples; each is a step."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What training shares at all hooks. Unless it `is_along_axis`, the norm is pushed."""
+
+    model: HookedModel
+    objective: str
+    position: int
+    train: Batches
+    held_out: Batches
+    frozen: Directions
+    is_along_axis: bool
+    schedule: Schedule
+    seed: int
+
+    def at(
+        self,
+        hook_name: str,
+        readout: str,
+        states: Float[Tensor, "prompt d_model"],
+        *,
+        progress: Progress,
+    ) -> tuple[Float[Tensor, " d_model"], list[Row]]:
+        """The vector trained at a hook, whose unsteered `states` give its unit; the history."""
+        axis, d_model = self.frozen[readout], states.shape[-1]
+        step = partial(
+            push_sides,
+            self.model,
+            objective=objective_of(self.objective, axis if self.is_along_axis else None),
+            hook_name=hook_name,
+            readout=readout,
+            position=self.position,
+        )
+        vector, history = _train(
+            step,
+            *(
+                _sides(self.model, part, hook_name, self.objective)
+                for part in (self.train, self.held_out)
+            ),
+            axis=axis if self.objective == "reference" else None,
+            vector=torch.zeros(d_model, device=self.train[0][0].tokens.device),
+            unit=float(states.norm(dim=-1).mean()) / d_model**0.5,
+            schedule=self.schedule,
+            seed=self.seed,
+            progress=progress,
+        )
+        norm = float(vector.norm())
+        if not 0 < norm < math.inf:
+            raise InputError(
+                f"training at {hook_name} left a vector of norm {norm} with step_size "
+                f"{self.schedule.step_size:g}; take another step size or objective"
+            )
+        return vector, history
 
 
 def _items_for(objective: str, items: PreferenceItems | None) -> PreferenceItems | None:
@@ -277,10 +306,6 @@ def _train(
         if is_over:
             break
     return best.cpu(), rows
-
-
-Batches = tuple[tuple[Batch, Batch], ...]
-"""Positive and negative sides of as many examples; each is a step."""
 
 
 def _split(
