@@ -134,6 +134,14 @@ def other_side(model: Any, positions: str) -> str:
     return ("left", "right")[(positions in ("all", "continuation")) != (model.cfg.n_layers == 5)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_hub() -> Iterator[None]:
+    """What is not here is not asked for, again and again; a test may take this back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama() -> Any:
     return bridge(build_llama())
