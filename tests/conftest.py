@@ -315,6 +315,17 @@ def swept_folder(sweep_words: tuple[str, ...], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
+def circuits_folder(
+    model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of `steerlens circuits` on the small model, with its comparison; to be read."""
+    folder = tmp_path_factory.mktemp("circuits") / "run"
+    data = ("--model", model_folder, "--pairs", pairs_file, "--layer", "1", "--null", "2")
+    commands.finish("circuits", *data, "--coefficient", "5", "--quiet", "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def loaded(model_folder: Path) -> Any:
     """The model of `model_folder` as `load_model` gives it: what workers can load too."""
     return sl.load_model(str(model_folder), device="cpu", progress=False)

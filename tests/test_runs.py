@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from commands import content
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -60,10 +61,6 @@ def written(result: sl.measure.SweepResult, tmp_path: Path) -> Path:
     check_run_folder(folder, REQUEST)
     write(folder, result, seconds=1.23456)
     return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def refused(folder: Path, request: dict[str, Any]) -> str:
