@@ -363,7 +363,7 @@ def test_a_condition_fitted_on_data_holds_on_other_data(real_model: Any) -> None
 
 def test_trained_on_the_axis_a_vector_keeps_the_differences_nearer_to_it(real_model: Any) -> None:
     """The figure of docs/draw_training.py, cut short."""
-    pairs = sl.ContrastivePairs(tuple(sl.ContrastivePairs.load("honesty"))[::8], "honesty")
+    pairs = sl.ContrastivePairs(tuple(sl.ContrastivePairs.load("honesty"))[::10], "honesty")
     ends = {}
     for axis in ("pca", None):
         trained = sl.directions.train_directions(

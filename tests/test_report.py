@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import record as record_of
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from outline import Outline
 from run_folders import (
@@ -18,7 +18,6 @@ from run_folders import (
     HOSTILE,
     WRITERS,
     behave_texts,
-    points_table,
     seal,
     sweep_table,
     write,
@@ -56,29 +55,6 @@ def test_a_run_reads_back_as_it_was_written(command: str, tmp_path: Path) -> Non
     titles = [(view.page, view.title) for view in run.views]
     assert titles[:3] == (views if command == "circuits" else [])
     assert repr(run).startswith(f"Run('run', {command}, ")
-
-
-@settings(deadline=None, max_examples=50)
-@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20))
-@example(text="NA")
-@example(text="null")
-@example(text="")
-@example(text="nan")
-@example(text="None")
-@example(text='"')
-@example(text="a\r\nb")
-@example(text="a\rb")
-@example(text="1e5")
-@example(text="True")
-@example(text=" \u2028,")
-def test_text_is_read_as_it_was(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Commas, quotes, line ends, and what pandas takes for a missing value."""
-    folder = tmp_path_factory.mktemp("text") / "run"
-    table = points_table((0,)).assign(pair=text)
-    run = sl.read_run(write(folder, "sweep", {"sweep": SHORT, "points": table}))
-    pd.testing.assert_frame_equal(run.tables["points"], table, check_exact=True)
-    if text in ("NA", "null", "", "nan", "None"):
-        assert pd.read_csv(folder / "points.csv").pair.isna().all()
 
 
 def test_every_table_and_its_place_are_known() -> None:
