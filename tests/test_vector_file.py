@@ -130,6 +130,7 @@ def test_names_of_files(vector: sl.SteeringVector, tmp_path: Path) -> None:
         (vector.save, "v.pt", r"ends in \.safetensors"),
         (vector.save, "missing/v.safetensors", "No such file"),
         (sl.SteeringVector.load, "v.safetensors", "No such file"),
+        (sl.SteeringVector.load, "v.pt", "is a pickle"),
     ):
         with pytest.raises(InputError, match=message):
             call(tmp_path / name)
