@@ -25,7 +25,6 @@ for name in sys.argv[1:]:
     )
     sl.tables.write_csv(trained.history, folder / "training" / f"{name}.csv")
 kept = [
-    sl.tables.read_csv(path, sl.tables.TRAINING_COLUMNS)
-    for path in sorted((folder / "training").glob("*.csv"))
+    sl.tables.read_csv(path, "training") for path in sorted((folder / "training").glob("*.csv"))
 ]
 sl.plots.training(pd.concat(kept)).save(folder / "training.svg")

@@ -1,5 +1,6 @@
 """Read files that others made, whole and without double meanings; write files whole, alone."""
 
+import csv
 import errno
 import json
 import math
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,16 @@ def read_whole(path: Path, error: type[SteerlensError], *, pipes: bool = False) 
             "whether it is what its name says"
         )
     return content
+
+
+def packaged(folder: str, name: str) -> str:
+    """The text of a file that ships in a folder of the package: a table, a style, a script."""
+    return resources.files(f"steerlens.{folder}").joinpath(name).read_text(encoding="utf-8")
+
+
+def packaged_rows(folder: str, name: str) -> list[dict[str, str]]:
+    """The rows of a CSV file that ships in a folder of the package, column -> cell."""
+    return list(csv.DictReader(packaged(folder, name).splitlines(), restval=""))
 
 
 def strict_json(text: str) -> Any:

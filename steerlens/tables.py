@@ -62,51 +62,28 @@ def _read_columns() -> dict[str, tuple[Column, ...]]:
 COLUMNS: Mapping[str, tuple[Column, ...]] = MappingProxyType(_read_columns())
 """Table name (the stem of the file that a run keeps it in) -> its columns, from `columns.csv`."""
 
-SWEEP_COLUMNS = COLUMNS["sweep"]
-LAYER_COLUMNS = COLUMNS["layers"]
-BOUNDARY_COLUMNS = COLUMNS["boundary"]
-SHAPE_COLUMNS = COLUMNS["shape"]
-JOINT_COLUMNS = COLUMNS["joint"]
-POINT_COLUMNS = COLUMNS["points"]
-GEOMETRY_COLUMNS = COLUMNS["geometry"]
-CONTOUR_COLUMNS = COLUMNS["contours"]
-COMPARISON_COLUMNS = COLUMNS["comparison"]
-SUMMARY_COLUMNS = COLUMNS["summary"]
-METHOD_COLUMNS = COLUMNS["methods"]
-RELIABILITY_COLUMNS = COLUMNS["reliability"]
-COSINE_COLUMNS = COLUMNS["cosines"]
-VOCABULARY_COLUMNS = COLUMNS["vocabulary"]
-READING_COLUMNS = COLUMNS["readings"]
-GRADIENT_COLUMNS = COLUMNS["gradients"]
-TRAINING_COLUMNS = COLUMNS["training"]
-TOKEN_COLUMNS = COLUMNS["tokens"]
-SEGMENT_COLUMNS = COLUMNS["segments"]
-GENERATION_COLUMNS = COLUMNS["generations"]
-WRITER_COLUMNS = COLUMNS["writers"]
-WRITER_POSITION_COLUMNS = COLUMNS["positions"]
-READER_COLUMNS = COLUMNS["readers"]
-CLAIM_COLUMNS = COLUMNS["claims"]
-CIRCUIT_COLUMNS = COLUMNS["circuits"]
-FAITHFULNESS_COLUMNS = COLUMNS["faithfulness"]
-EDGE_COLUMNS = COLUMNS["edges"]
-BEHAVIOUR_COLUMNS = COLUMNS["behaviour"]
-RECOMMENDATION_COLUMNS = COLUMNS["recommendation"]
-CANDIDATE_COLUMNS = COLUMNS["candidates"]
+
+Columns = str | Sequence[Column]
+"""A table's columns, by its name in `columns.csv` or as they are."""
 
 
-def to_frame(
-    rows: Sequence[Row], columns: Sequence[Column], attrs: Mapping[str, Any]
-) -> pd.DataFrame:
+def columns_of(columns: Columns) -> Sequence[Column]:
+    """The columns of a name."""
+    return COLUMNS[columns] if isinstance(columns, str) else columns
+
+
+def to_frame(rows: Sequence[Row], columns: Columns, attrs: Mapping[str, Any]) -> pd.DataFrame:
     """Rows as a DataFrame with exactly `columns`, in their order and types.
 
     Args:
         rows: Column name -> value; a measure (float64) that a row does not give is NaN.
-        columns: The table's, such as `COLUMNS["sweep"]`.
+        columns: The table's, or its name, such as "sweep".
         attrs: JSON-serialisable; they become `DataFrame.attrs`.
 
     Raises:
         KeyError: A row holds a key that is not a column, or lacks one whose type has no NaN.
     """
+    columns = columns_of(columns)
     names = [column.name for column in columns]
     required = {column.name for column in columns if column.dtype != "float64"}
     for row in rows:
@@ -148,8 +125,9 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
     )
 
 
-def read_csv(path: Path, columns: Sequence[Column]) -> pd.DataFrame:
+def read_csv(path: Path, columns: Columns) -> pd.DataFrame:
     """Read a table that `write_csv` wrote, with the types of `columns`; no text becomes NaN."""
+    columns = columns_of(columns)
     numbers = {column.name: [""] for column in columns if column.dtype == "float64"}
     frame = pd.read_csv(
         path,

@@ -129,6 +129,8 @@ def _misfit(name: str, value: Any, hint: Any) -> tuple[str, Any, Any] | None:
         return here
     if not isinstance(value, (Sequence, Mapping)) or not args:
         return None  # an iterator is read once, by whom it is for
+    if args[0] is int and set(map(type, value)) == {int}:  # ids of tokens, of which there are many
+        return None if max(map(abs, value)) <= _LARGEST[int] else here
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     for label, item in items:
         misfit = _misfit(name, item, args[origin is Mapping])

@@ -18,6 +18,8 @@ from steerlens.engine import compiled
 from steerlens.engine import plan as engine
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import join
+from steerlens.engine.tokenization import tokenize_pairs
+from steerlens.models.hooked_model import hugging_face_model
 from steerlens.models.hooks import resid_post
 
 pytestmark = needs_bridge
@@ -337,6 +339,39 @@ def test_memory_that_is_out_is_not_taken_for_a_fault(monkeypatch: pytest.MonkeyP
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
         runner(tokens)
     runner(tokens)  # with gradients, which are not compiled
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_parts_on_several_devices_are_run_bare_too(texts: sl.ContrastivePairs) -> None:
+    """Here "cpu" and "cpu:0" stand for two devices; a block moves what it is given."""
+    model = bridge(build_llama())
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    layers = [f"model.layers.{i}" for i in range(len(model.blocks))]
+    device_map = dict.fromkeys(parts + layers, "cpu") | {layers[1]: "cpu:0"}
+    hugging_face_model(model).hf_device_map = device_map
+    runner = for_hooks(model, HOOKS)
+    assert isinstance(runner, BareModel)
+    moved_to = [block._hf_hook.execution_device for block in runner.blocks]
+    assert moved_to == [device_map[layer] for layer in layers]
+    runner.compile_blocks()
+    assert runner.compiled is None  # compiled ones would not move what they are given
+    expected = numbers(bridge(build_llama()), texts)
+    for name, values in numbers(model, texts).items():
+        torch.testing.assert_close(values, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_pairs_of_a_pass_with_its_graph(texts: sl.ContrastivePairs) -> None:
+    """Alike passes, of as many tokens as a GPU needs; a Bridge has no such number of its own."""
+    model = bridge(build_llama())
+    pairs = rows.TokenizedPairs(*(tokenize_pairs(model, texts).positive * 4,) * 2)  # 12 pairs
+    width = max(map(len, pairs.positive))
+    assert rows.pairs_per_pass(model, pairs) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bare, "DEVICES", {"cpu"})
+        runner = for_hooks(model, HOOKS)
+    for n_tokens, expected in ((5 * width, 4), (100 * width, 12), (1, 1)):  # 3, 1 and 12 passes
+        runner.block_operations = rows.GRAPH_OPERATIONS / n_tokens
+        assert rows.pairs_per_pass(runner, pairs) == expected
 
 
 def gap(found: torch.Tensor, exact: torch.Tensor) -> float:

@@ -27,7 +27,7 @@ from steerlens.errors import HookError, InputError
 from steerlens.loss import Budget
 from steerlens.measure import coherence
 from steerlens.measure.coherence import ROLLOUT_TOKENS, check_rollouts, weighted_quantile
-from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS
+from steerlens.tables import COLUMNS
 
 
 def assert_first_crossing(
@@ -72,8 +72,8 @@ def test_boundaries_equal_brute_force_on_a_grid(
     if budget != "nats=0.1":
         options["layers"] = [1, 3]
     found = bounded(budget=budget, **options)
-    assert list(found.layers.columns) == [column.name for column in LAYER_COLUMNS]
-    assert list(found.curves.columns) == [column.name for column in BOUNDARY_COLUMNS]
+    assert list(found.layers.columns) == [column.name for column in COLUMNS["layers"]]
+    assert list(found.curves.columns) == [column.name for column in COLUMNS["boundary"]]
     prompts = tokenize_pairs(llama, many).positive
     searched = found.layers.attrs["searched"]
     n_finite = 0

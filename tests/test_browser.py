@@ -11,7 +11,7 @@ from selenium.webdriver.common.keys import Keys
 
 import steerlens as sl
 from steerlens.runs.contents import COMMANDS
-from steerlens.runs.html_report.figures import FIGURES
+from steerlens.runs.html_report.figures import figures_of
 
 
 def assert_quiet(browser: Browser) -> None:
@@ -76,8 +76,7 @@ def test_without_a_browser_ci_fails_and_others_skip(monkeypatch: pytest.MonkeyPa
 def test_the_page_of_a_figure_opens_without_a_word(
     command: str, browser: Browser, tmp_path: Path
 ) -> None:
-    tables = sl.read_run(WRITERS[command](tmp_path / "run")).tables
-    figures = [figure for of in FIGURES if (figure := of.of(command, tables)) is not None]
+    figures = figures_of(sl.read_run(WRITERS[command](tmp_path / "run")))
     assert figures or command == "recommend"
     for number, figure in enumerate(figures):
         page = tmp_path / f"{number}.html"

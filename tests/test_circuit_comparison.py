@@ -29,11 +29,11 @@ from steerlens.circuits.graphs import (
     nodes,
     run_nodes,
 )
-from steerlens.circuits.overlap import Sizes, overlap_rows
+from steerlens.circuits.overlap import Halves, Sizes, overlap_rows
 from steerlens.circuits.prompts import choosing_half, first_half
 from steerlens.errors import InputError
 from steerlens.stats import ratio_interval
-from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS
+from steerlens.tables import COLUMNS
 
 # Comparisons
 
@@ -78,8 +78,8 @@ compare = partial(compare_circuits, n_splits=1)
 
 def test_columns_and_rows_of_circuits(compared: Any) -> None:
     table, curves = compared.table, compared.faithfulness
-    assert list(table.columns) == [column.name for column in CIRCUIT_COLUMNS]
-    assert list(curves.columns) == [column.name for column in FAITHFULNESS_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["circuits"]]
+    assert list(curves.columns) == [column.name for column in COLUMNS["faithfulness"]]
     kinds = [(level, by) for level in ("node", "edge") for by in ("absolute", "signed")]
     assert table[["level", "selection", "a", "b", "share"]].values.tolist() == [
         [*kind, UNSTEERED, "mean_diff", share] for kind in kinds for share in SHARES
@@ -211,13 +211,8 @@ def test_intervals_of_overlaps_hold_the_expected_overlap() -> None:
         noise = torch.randn(2, 60, 12, generator=generator)
         noise += torch.randn(2, 60, 6, generator=generator).repeat_interleave(2, dim=2)
         scores = {"a": truth[:, None] + noise[0], "b": apart[:, None] + noise[1]}
-        (drawn,) = overlap_rows(
-            *(sizes, scores, ("a", "b"), {}),
-            is_chosen_on=torch.ones(12, dtype=torch.bool),
-            groups=[i // 2 for i in range(12)],
-            n_splits=0,
-            seed=seed,
-        )
+        halves = Halves(torch.ones(12, dtype=torch.bool), [i // 2 for i in range(12)], 0, seed)
+        (drawn,) = overlap_rows(sizes, scores, ("a", "b"), {}, halves)
         seen.append(drawn.row["iou"])
         ends.append((drawn.row["iou_ci_low"], drawn.row["iou_ci_high"]))
     low, high = np.array(ends).T

@@ -34,7 +34,7 @@ from steerlens.circuits.tasks import Task
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
-from steerlens.tables import CLAIM_COLUMNS, READER_COLUMNS, WRITER_COLUMNS, WRITER_POSITION_COLUMNS
+from steerlens.tables import COLUMNS
 
 EVERY_WAY = torch.linspace(-1, 1, 32)
 
@@ -71,7 +71,7 @@ def test_contributions_add_up_to_the_projection(
 ) -> None:
     found = find_writers(llama, many, directions, layer=layer, n_positions=4)
     table = found.table
-    assert list(table.columns) == [column.name for column in WRITER_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["writers"]]
     assert len(table) == 1 + (layer + 1) * 5
 
     def projection(position: int) -> float:
@@ -85,7 +85,7 @@ def test_contributions_add_up_to_the_projection(
     assert table.attrs["residual"] < 1e-3
     assert (table.ci_low <= table.contribution).all()
     assert (table.ci_high >= table.contribution).all()
-    assert list(found.positions.columns) == [column.name for column in WRITER_POSITION_COLUMNS]
+    assert list(found.positions.columns) == [column.name for column in COLUMNS["positions"]]
     by_token = found.positions.groupby("position").contribution.sum()
     assert list(by_token.index) == [-4, -3, -2, -1]
     for position in (-4, -1):
@@ -223,8 +223,8 @@ def test_components_are_named_on_one_half_of_the_groups_and_held_on_the_other(
 
 def test_columns_and_order_of_readers(tiny: Any, readers: Any) -> None:
     table = readers.table
-    assert list(table.columns) == [column.name for column in READER_COLUMNS]
-    assert list(readers.claims.columns) == [column.name for column in CLAIM_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["readers"]]
+    assert list(readers.claims.columns) == [column.name for column in COLUMNS["claims"]]
     assert len(table) == 2 * 5
     assert "10 components" in repr(readers)
     assert table.effect.abs().is_monotonic_decreasing

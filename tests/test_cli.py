@@ -23,7 +23,7 @@ from commands import (
 import steerlens as sl
 from steerlens.data import shipped
 from steerlens.runs.record import RUN_FILES
-from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, write_csv
+from steerlens.tables import COLUMNS, write_csv
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -48,14 +48,14 @@ def test_a_sweep_writes_five_files(sweep: Main, tmp_path: Path) -> None:
     }
     assert set(content(out)) <= set(RUN_FILES)
     cells = table(out)
-    assert list(cells.columns) == [column.name for column in SWEEP_COLUMNS]
+    assert list(cells.columns) == [column.name for column in COLUMNS["sweep"]]
     hooks = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
     assert list(zip(cells.hook_name, cells.coefficient, strict=True)) == [
         (hook, coefficient) for hook in hooks for coefficient in (-2.0, 0.0, 2.0)
     ]
     assert (cells.n_pairs == len(OPENINGS)).all()
     per_layer = table(out, "layers.csv")
-    assert list(per_layer.columns) == [column.name for column in LAYER_COLUMNS]
+    assert list(per_layer.columns) == [column.name for column in COLUMNS["layers"]]
     assert per_layer.hook_name.to_list() == hooks
     for word in ("Per layer", "separation", "Projection", "c = -2", "baseline logprob"):
         assert word in outcome.out
@@ -388,7 +388,7 @@ def test_layers_prints_and_writes_the_table(
     # The unsteered table of a sweep, with no cell run.
     assert out.read_bytes() == (swept_folder / "layers.csv").read_bytes()
     written = table(out.parent, "layers.csv")
-    assert list(written.columns) == [column.name for column in LAYER_COLUMNS]
+    assert list(written.columns) == [column.name for column in COLUMNS["layers"]]
     assert len(written) == N_LAYERS
     assert written.boundary_pos.isna().all()
     assert written.separation.gt(0).all()

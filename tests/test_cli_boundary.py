@@ -12,7 +12,7 @@ from commands import Main, assert_error, content, finish, record, table
 
 import steerlens as sl
 import steerlens.measure.texts
-from steerlens.tables import BOUNDARY_COLUMNS, LAYER_COLUMNS, SHAPE_COLUMNS
+from steerlens.tables import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 
@@ -49,8 +49,8 @@ def test_a_run_holds_tables_directions_and_record(
         "run.json",
     }
     layers = table(tmp_path, "layers.csv")
-    assert list(layers.columns) == [column.name for column in LAYER_COLUMNS]
-    assert list(table(tmp_path, "boundary.csv").columns) == [c.name for c in BOUNDARY_COLUMNS]
+    assert list(layers.columns) == [column.name for column in COLUMNS["layers"]]
+    assert list(table(tmp_path, "boundary.csv").columns) == [c.name for c in COLUMNS["boundary"]]
     pairs = sl.ContrastivePairs.load(pairs_file)
     directions = sl.fit_directions(sl.collect_differences(loaded, pairs, layers=[1]))
     study = sl.Study(loaded, pairs, directions, layers=[1], budget="nats=0.1")
@@ -93,7 +93,7 @@ def test_on_names_the_text(boundary: Main, tmp_path: Path, monkeypatch: pytest.M
 def test_a_shape_is_written_beside_it(boundary: Main, found: Path, tmp_path: Path) -> None:
     assert boundary("--quiet", "--shape", "6", "--out", tmp_path).code == 0
     shape, layers = table(tmp_path, "shape.csv"), table(tmp_path, "layers.csv")
-    assert list(shape.columns) == [column.name for column in SHAPE_COLUMNS]
+    assert list(shape.columns) == [column.name for column in COLUMNS["shape"]]
     assert shape.angle.tolist() == [0, 60, 120, 180, 240, 300]
     assert shape.boundary[0] == pytest.approx(layers.boundary_pos[0], rel=0.03)
     assert shape.boundary[3] == pytest.approx(-layers.boundary_neg[0], rel=0.03)

@@ -20,7 +20,7 @@ from steerlens.circuits import (
 )
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.models.hooks import resid_post
-from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, READER_COLUMNS, WRITER_COLUMNS
+from steerlens.tables import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("loaded_once")
@@ -43,10 +43,10 @@ def test_a_run_holds_tables_pages_and_record(circuits_folder: Path) -> None:
         *("components.html", "attention.html", "tokens.html", "graph.html"),
     }
     for name, columns in (
-        ("writers.csv", WRITER_COLUMNS),
-        ("readers.csv", READER_COLUMNS),
-        ("circuits.csv", CIRCUIT_COLUMNS),
-        ("faithfulness.csv", FAITHFULNESS_COLUMNS),
+        ("writers.csv", COLUMNS["writers"]),
+        ("readers.csv", COLUMNS["readers"]),
+        ("circuits.csv", COLUMNS["circuits"]),
+        ("faithfulness.csv", COLUMNS["faithfulness"]),
     ):
         found = table(circuits_folder, name)
         assert list(found.columns) == [column.name for column in columns]

@@ -7,7 +7,7 @@ import pytest
 from commands import Main, assert_error, content, record, table, write_pairs
 
 from steerlens.directions.methods import METHODS
-from steerlens.tables import COMPARISON_COLUMNS, RELIABILITY_COLUMNS, SUMMARY_COLUMNS
+from steerlens.tables import COLUMNS
 
 pytestmark = pytest.mark.usefixtures("loaded_once", "few_texts")
 WORDS = "walk sun rain soup bread night day kind rude it you a".split()
@@ -48,13 +48,13 @@ def test_a_comparison_writes_its_tables(compare: Main, tmp_path: Path) -> None:
         "run.json",
     }
     found = table(tmp_path, "comparison.csv")
-    assert list(found.columns) == [column.name for column in COMPARISON_COLUMNS]
+    assert list(found.columns) == [column.name for column in COLUMNS["comparison"]]
     assert found.method.tolist() == ["mean_diff", "random"]
     # Seven tenths of twelve items are held out, the others choose the layer.
     assert found.n_items.tolist() == [8, 8]
     assert found.train_effect.notna().all()
     summary = table(tmp_path, "summary.csv")
-    assert list(summary.columns) == [column.name for column in SUMMARY_COLUMNS]
+    assert list(summary.columns) == [column.name for column in COLUMNS["summary"]]
     assert len(table(tmp_path, "effects.csv")) == 8
     request = record(tmp_path)["request"]
     assert request["methods"] == ["mean_diff", "random"]
@@ -98,7 +98,7 @@ def test_reliability_is_printed_and_written(run: Main, model_folder: Path, tmp_p
     assert outcome.code == 0
     assert {"split", "half", "cosine"} <= {*outcome.out.split()}
     found = table(tmp_path, "reliability.csv")
-    assert list(found.columns) == [column.name for column in RELIABILITY_COLUMNS]
+    assert list(found.columns) == [column.name for column in COLUMNS["reliability"]]
     assert found.layer.is_monotonic_increasing
     few = write_pairs(tmp_path / "few.jsonl", WORDS[:5])
     outcome = run("reliability", "--model", model_folder, "--pairs", few, "--quiet")

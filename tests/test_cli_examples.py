@@ -12,7 +12,7 @@ import steerlens as sl
 from steerlens.models.hooks import resid_post
 from steerlens.plots.pages import token_page
 from steerlens.runs.record import RUN_FILES
-from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, read_csv
+from steerlens.tables import read_csv
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 BOTH = {"generations.csv", "tokens.csv"}
@@ -27,8 +27,8 @@ def sweep(run: Main, model_folder: Path, pairs_file: Path) -> Main:
 
 def examples(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     return (
-        read_csv(folder / "generations.csv", GENERATION_COLUMNS),
-        read_csv(folder / "tokens.csv", TOKEN_COLUMNS),
+        read_csv(folder / "generations.csv", "generations"),
+        read_csv(folder / "tokens.csv", "tokens"),
     )
 
 

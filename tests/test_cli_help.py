@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -28,7 +28,7 @@ from typer.main import get_command
 
 import steerlens as sl
 from steerlens.cli import COMMANDS, app, options, printing
-from steerlens.cli.command import Command, LoadCommand
+from steerlens.cli.command import Command, LoadCommand, option_names
 from steerlens.cli.listing_commands import REPORT
 from steerlens.cli.long_command import RECORD
 from steerlens.cli.vector_commands import CompareVectors, Show
@@ -149,10 +149,24 @@ def test_where_a_model_is_loaded_how_can_be_said(name: str, shown: dict[str, str
 def test_what_the_help_says_is_what_the_rooms_have() -> None:
     assert options.OWN_TOKENS == OWN_TOKENS
     assert (RECORD, REPORT) == (runs.RECORD, runs.REPORT)
-    assert set(sl.data.FORMS) <= set(re.findall(r"\w+", get_args(options.Form)[1]))
+    assert set(sl.data.FORMS) <= set(
+        re.findall(r"\w+", options.declaration_of("sweep", "form").help)
+    )
     default = NAMES["sweep"].__dataclass_fields__["coefficients"].default
     asked = options.strengths_of(str(default))
     assert checked_coefficients(asked) == checked_coefficients(COEFFICIENTS)
+
+
+def test_every_option_is_declared_and_every_declaration_is_of_an_option() -> None:
+    fields = {
+        (command.__name__.lower(), name)
+        for command in NAMES.values()
+        for name in option_names(command)
+        if name != "context"
+    }
+    assert all(options.declaration_of(*field) is not None for field in fields)
+    shared = {("", name) for of, name in fields if (of, name) not in options._OPTIONS}
+    assert {*options._OPTIONS} == {field for field in fields if field in options._OPTIONS} | shared
 
 
 def test_how_a_model_is_loaded_is_recorded(
@@ -258,7 +272,7 @@ def console(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("width", [40, 80])
 def test_nothing_is_broken_within_a_word(
-    width: int, console: Any, capsys: pytest.CaptureFixture[str]
+    width: int, console: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console(width)
     text = "expected a number in residual units, a multiple of the mean residual norm, or a share"
@@ -272,7 +286,9 @@ def test_nothing_is_broken_within_a_word(
         "verdict",
     ]
     rows = [(15, math.nan, 0.123456, math.inf, "no more than a null"), (-1, 1e-15, 2.0, -1.5, "-")]
-    printing.print_rows(pd.DataFrame(rows, columns=columns), "A title of several words", columns)
+    printed = {"title": "A title of several words", "columns": " ".join(columns)}
+    monkeypatch.setitem(printing.PRINTED, "odd", printed)
+    printing.print_rows(pd.DataFrame(rows, columns=columns), "odd")
     out, err = capsys.readouterr()
     assert max(map(len, (out + err).splitlines())) <= width
     assert " ".join(err.split()) == f"steerlens: {text}"

@@ -17,7 +17,7 @@ from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import ModelError
 from steerlens.models.packaged import DEFAULT_MODEL
 from steerlens.steering import generate
-from steerlens.tables import VOCABULARY_COLUMNS, read_csv
+from steerlens.tables import read_csv
 
 pytestmark = pytest.mark.usefixtures("loaded_once")
 HOOK = "blocks.1.hook_resid_post"
@@ -381,7 +381,7 @@ def test_read_says_tokens_texts_and_neighbours(
         *("--beside", tmp_path / "near.safetensors"),
     )
     assert outcome.code == 0
-    table = read_csv(out, VOCABULARY_COLUMNS)
+    table = read_csv(out, "vocabulary")
     assert table.token_id.tolist() == (
         sl.measure.vocabulary(loaded, vector, n_tokens=2).token_id.tolist()
     )

@@ -6,14 +6,14 @@ import torch
 import steerlens as sl
 from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
-from steerlens.tables import COSINE_COLUMNS
+from steerlens.tables import COLUMNS
 
 
 def test_cosines_by_hand() -> None:
     a = {resid_post(0): torch.tensor([1.0, 0.0]), resid_post(3): torch.tensor([0.0, 2.0])}
     b = sl.SteeringVector.from_vectors({resid_post(0): torch.tensor([3.0, 4.0])})
     table = sl.measure.cosine_table({"a": a, "b": b})
-    assert list(table.columns) == [column.name for column in COSINE_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["cosines"]]
     assert table[["vector_a", "layer_a", "vector_b", "layer_b"]].values.tolist() == [
         ["a", 0, "a", 3],
         ["a", 0, "b", 0],

@@ -16,7 +16,7 @@ from steerlens.engine.tokenization import tokenize_pairs, tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import readout_hook, resid_post
 from steerlens.steering import Ablate
-from steerlens.tables import TOKEN_COLUMNS
+from steerlens.tables import COLUMNS
 
 HOOK = resid_post(1)
 NUMBERS = ["projection", "steered_projection", "logprob_nats", "steered_logprob_nats"]
@@ -112,7 +112,7 @@ def test_at_0_nothing_is_lost(table: pd.DataFrame) -> None:
 
 def test_a_row_is_a_real_token(llama: Any, pairs: sl.ContrastivePairs, table: pd.DataFrame) -> None:
     tokenized = tokenize_pairs(llama, pairs)
-    assert list(table.columns) == [column.name for column in TOKEN_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["tokens"]]
     assert table.prompt.drop_duplicates().to_list() == [pair.id for pair in pairs]
     for i, pair in enumerate(pairs):
         for side, prompts in (("positive", tokenized.positive), ("negative", tokenized.negative)):

@@ -18,12 +18,9 @@ from steerlens.models.hooks import resid_post
 from steerlens.steering.coefficients import Calibration
 from steerlens.steering.origin import Origin
 from steerlens.tables import (
-    COMPARISON_COLUMNS,
     MAX_COLUMNS,
     MAX_LINE,
     MAX_ROWS,
-    METHOD_COLUMNS,
-    SUMMARY_COLUMNS,
     fragment,
     hook_label,
     measured,
@@ -235,11 +232,11 @@ def comparison(method: str, *, chosen: bool, hook_name: str = resid_post(1)) -> 
     row |= {"layer_choice": "none", "hook_name": hook_name}
     counts: dict[str, Any] = {"n_items": 2, "n_null": 4, "is_chosen": chosen}
     counts |= {"n_groups": 2, "null_by": "exact", "interval_over": "items", "p_layers": 0.01}
-    table = to_frame([{**row, **counts}], COMPARISON_COLUMNS, {"pairs": "p"})
+    table = to_frame([{**row, **counts}], "comparison", {"pairs": "p"})
     rank = {"rank": 1, "rank_low": 1, "rank_high": 1}
-    summary = to_frame([{**row, **rank}] if chosen else [], SUMMARY_COLUMNS, {})
+    summary = to_frame([{**row, **rank}] if chosen else [], "summary", {})
     settings = CompareSettings((method,), "kl=0.1", "own", 32, 2, None, 4.0, 2, 0, None)
-    methods = to_frame([], METHOD_COLUMNS, {})
+    methods = to_frame([], "methods", {})
     return Comparison(table, summary, methods, pd.DataFrame({"id": ["a", "b"]}), {}, settings)
 
 

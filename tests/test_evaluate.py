@@ -31,10 +31,7 @@ from steerlens.measure.comparison_inputs import ItemSets, split_texts
 from steerlens.measure.effects import Damage, damages, distinct_3, mean_distinct_3, preference_gaps
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
-from steerlens.tables import (
-    COMPARISON_COLUMNS,
-    SUMMARY_COLUMNS,
-)
+from steerlens.tables import COLUMNS
 
 items, neutral = comparing.items, comparing.neutral
 
@@ -194,7 +191,7 @@ def test_distinct_3_by_hand() -> None:
 
 def test_every_method_spends_the_same_budget(compared: Comparison) -> None:
     table = compared.table
-    assert list(table.columns) == [column.name for column in COMPARISON_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["comparison"]]
     assert table.method.tolist() == ["mean_diff"] * 2 + ["gradient_mean"] * 2 + ["random"] * 2
     assert (table.coefficient > 0).all()
     # Set on one half of the texts that the model wrote, measured on the other.
@@ -224,7 +221,7 @@ def test_the_layer_is_chosen_on_the_training_items(compared: Comparison) -> None
         assert rows.is_chosen.sum() == 1
         assert rows[rows.is_chosen].train_effect.item() == rows.train_effect.max()
     summary = compared.summary
-    assert list(summary.columns) == [column.name for column in SUMMARY_COLUMNS]
+    assert list(summary.columns) == [column.name for column in COLUMNS["summary"]]
     assert summary.effect.is_monotonic_decreasing
     assert summary["rank"].tolist() == [1, 2, 3]
     assert ((summary.rank_low <= summary["rank"]) & (summary["rank"] <= summary.rank_high)).all()

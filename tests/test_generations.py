@@ -13,7 +13,7 @@ from steerlens.engine.tokenization import tokenize_prompt
 from steerlens.errors import InputError
 from steerlens.models.hooks import resid_post
 from steerlens.steering import decoding, generate_texts, generate_tokens, generation
-from steerlens.tables import GENERATION_COLUMNS
+from steerlens.tables import COLUMNS
 
 HOOK = resid_post(1)
 PROMPTS = ["the river was", "how was the day today"]
@@ -27,7 +27,7 @@ def write(model: Any, prompts: Any, along: Any, **given: Any) -> pd.DataFrame:
 def test_it_is_what_generate_gives(tiny: Any, pairs: sl.ContrastivePairs) -> None:
     fitted = sl.fit_directions(sl.collect_differences(tiny, pairs))
     found = write(tiny, PROMPTS, fitted, ids=["a", "b"])
-    assert list(found.columns) == [column.name for column in GENERATION_COLUMNS]
+    assert list(found.columns) == [column.name for column in COLUMNS["generations"]]
     assert found.prompt.to_list() == ["a"] * 3 + ["b"] * 3
     assert (found.hook_name == HOOK).all()
     assert found.coefficient.to_list() == [-20, 0, 20] * 2

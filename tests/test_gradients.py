@@ -21,7 +21,7 @@ from steerlens.errors import HookError, InputError, ModelError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
-from steerlens.tables import GRADIENT_COLUMNS
+from steerlens.tables import COLUMNS
 
 HOOKS = ("blocks.0.hook_mlp_out", resid_post(0), resid_post(1))
 SLOPE_HOOKS = (resid_post(0), "blocks.1.hook_mlp_out", resid_post(2))
@@ -178,7 +178,7 @@ def test_an_axis_that_cannot_be_used_is_refused(
 def test_the_terms_are_norms_and_cosines(double: Any, continued: sl.ContrastivePairs) -> None:
     found = loss_gradients(double, continued, position=-1).with_weight(3)
     table = gradient_terms(found)
-    assert list(table.columns) == [column.name for column in GRADIENT_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["gradients"]]
     row = table.iloc[1]
     separation, coherence = found.separation_positive[1], found.coherence[1]
     assert row.separation_norm == pytest.approx(float(separation.norm(dim=-1).mean()))

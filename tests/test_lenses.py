@@ -10,7 +10,7 @@ from outline import Outline
 
 import steerlens as sl
 from steerlens.errors import InputError, ModelError
-from steerlens.tables import READING_COLUMNS, VOCABULARY_COLUMNS
+from steerlens.tables import COLUMNS
 
 pytestmark = needs_bridge
 TEXTS = ["the river was", "I said so", "you are very cold today", "a good day"]
@@ -53,7 +53,7 @@ def of_lens(tools: Any, model: Any, row: torch.Tensor) -> list[int]:
 def test_the_tokens_are_those_of_the_logit_lens(llama: Any, tools: Any) -> None:
     row = spread(llama)
     table = sl.measure.vocabulary(llama, {hook(1): 3 * row}, n_tokens=5, n_random=19)
-    assert list(table.columns) == [column.name for column in VOCABULARY_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["vocabulary"]]
     for side, sign in (("promoted", 1), ("suppressed", -1)):
         assert said(table, side) == of_lens(tools, llama, sign * row)
     up, down = (table[table.side == side].logit.to_numpy() for side in ("promoted", "suppressed"))
@@ -163,7 +163,7 @@ def test_readings_are_projections_in_order(llama: Any, batch_size: int | None) -
     row = spread(llama)
     vectors = {hook(1): 2 * row, hook(3): row}
     table = sl.measure.readings(llama, vectors, TEXTS, n_prompts=1, batch_size=batch_size)
-    assert list(table.columns) == [column.name for column in READING_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["readings"]]
     for name in vectors:
         projections = []
         for text in TEXTS:

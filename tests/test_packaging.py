@@ -17,7 +17,7 @@ from planted import item_records, pair_records, planted_weights
 import steerlens as sl
 
 ROOT = Path(__file__).resolve().parent.parent
-SUFFIXES = {".css", ".csv", ".js"}
+SUFFIXES = {".css", ".csv", ".js", ".json"}
 # Set by `make dist`: the command where nothing but the wheel and what it asks for is installed.
 INSTALLED = os.environ.get("STEERLENS_INSTALLED")
 

@@ -26,7 +26,7 @@ from steerlens.plots.pages import (
     token_page,
     token_table_html,
 )
-from steerlens.tables import TOKEN_COLUMNS, to_frame
+from steerlens.tables import to_frame
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 JOINER = "\u2060"
@@ -69,7 +69,7 @@ def tokens() -> pd.DataFrame:
         row(3, "x", 0.25),
         row(4, "\ufffd", 0.0, is_read=True, is_label=False),
     ]
-    return to_frame(rows, TOKEN_COLUMNS, {})
+    return to_frame(rows, "tokens", {})
 
 
 def classes(seen: Outline) -> list[set[str]]:

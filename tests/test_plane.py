@@ -20,7 +20,7 @@ from steerlens.loss import contrastive_steering_loss, label_logprob
 from steerlens.measure.plane import SHARES, radius_ratio
 from steerlens.measure.rows import main_orthogonal
 from steerlens.measure.study import loss_geometry
-from steerlens.tables import CONTOUR_COLUMNS, GEOMETRY_COLUMNS, SHAPE_COLUMNS
+from steerlens.tables import COLUMNS
 
 LAYERS = [1, 4]
 OPTIONS: dict[str, Any] = {"budget": "nats=0.1", "n_bootstrap": 20}
@@ -53,9 +53,9 @@ def test_the_tables_have_their_columns_and_rows(
     geometry: sl.measure.LossGeometry, many: sl.ContrastivePairs
 ) -> None:
     for table, columns in (
-        (geometry.points, GEOMETRY_COLUMNS),
-        (geometry.contours, CONTOUR_COLUMNS),
-        (geometry.shape, SHAPE_COLUMNS),
+        (geometry.points, COLUMNS["geometry"]),
+        (geometry.contours, COLUMNS["contours"]),
+        (geometry.shape, COLUMNS["shape"]),
     ):
         assert list(table.columns) == [column.name for column in columns]
         assert sorted(set(table.layer)) == LAYERS
@@ -173,7 +173,7 @@ def test_the_shape_has_the_two_boundaries_of_the_direction(
     options: dict[str, Any] = {"budget": "nats=0.1", "n_bootstrap": 50}
     shape = study(**options).boundary_shape(2, n_angles=8)
     table = shape.table
-    assert list(table.columns) == [column.name for column in SHAPE_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["shape"]]
     assert table.angle.tolist() == [45.0 * i for i in range(8)]
     row = sl.find_boundary(llama, many, directions, layers=[2], **options).layers.iloc[0]
     assert table.boundary[0] == pytest.approx(row.boundary_pos, rel=0.03)

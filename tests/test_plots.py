@@ -13,7 +13,7 @@ from run_folders import behave_tables, compare_tables, sweep_table, table
 from steerlens import plots
 from steerlens.measure.plane import SHARES, LossGeometry
 from steerlens.plots.isolines import interpolated_penalty
-from steerlens.tables import EDGE_COLUMNS, TRAINING_COLUMNS, to_frame
+from steerlens.tables import COLUMNS, to_frame
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"]
 COEFFICIENTS = [-2.0, 0.0, 2.0, 4.0]
@@ -129,7 +129,7 @@ def parts() -> tuple[pd.DataFrame, pd.DataFrame]:
 def edges() -> pd.DataFrame:
     rows = [("embed", -1, -1, "attn0", 0, 2.0), ("L0H1", 0, 1, "mlp0", 0, -1.0)]
     rows += [("mlp0", 0, -1, "logits", 2, 0.5)]
-    names = [column.name for column in EDGE_COLUMNS]
+    names = [column.name for column in COLUMNS["edges"]]
     return table("edges", [dict(zip(names, ("unsteered", *r), strict=True)) for r in rows])
 
 
@@ -142,7 +142,7 @@ def history() -> pd.DataFrame:
         for method, ends in (("a", {"separation": 2.0}), ("b", {"separation": 3.0}))
         for part, step in (("held_out", 0), ("train", 0), ("held_out", 1))
     ]
-    return to_frame([{"epoch": 0, "n_examples": 4, **row} for row in rows], TRAINING_COLUMNS, {})
+    return to_frame([{"epoch": 0, "n_examples": 4, **row} for row in rows], "training", {})
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.loss import Budget
 from steerlens.measure.coherence import allowances, bounded_loss
 from steerlens.measure.prediction import first_roots
-from steerlens.tables import LAYER_COLUMNS
+from steerlens.tables import COLUMNS
 
 
 def first_root(bend: float, slope: float, allowance: float) -> float:
@@ -69,7 +69,7 @@ def test_predictions_alone_are_those_of_the_search(
     options: dict[str, Any] = {"budget": "nats=0.1", "layers": [1, 3], "n_bootstrap": 2}
     alone = sl.Study(llama, many, directions, **options).predicted_boundary(on=on)
     found = bounded(on=on, **options).layers
-    assert list(alone.columns) == [column.name for column in LAYER_COLUMNS]
+    assert list(alone.columns) == [column.name for column in COLUMNS["layers"]]
     predicted = [name for name in alone.columns if name.startswith("predicted_")]
     assert len(predicted) == 4
     measured = ["separation", "projection", "resid_norm", "logprob_nats", "boundary_on"]

@@ -11,7 +11,7 @@ import steerlens as sl
 from steerlens.errors import InputError
 from steerlens.measure.split_half import cosine, d_prime, reliability
 from steerlens.models.hooks import resid_post
-from steerlens.tables import RELIABILITY_COLUMNS
+from steerlens.tables import COLUMNS
 
 
 def test_reliability_of_a_planted_direction() -> None:
@@ -23,7 +23,7 @@ def test_reliability_of_a_planted_direction() -> None:
         (resid_post(0), resid_post(1)), (), base + strength * planted + noise, base, -1, "f"
     )
     table = reliability(given, n_splits=20)
-    assert list(table.columns) == [column.name for column in RELIABILITY_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["reliability"]]
     found, nothing = table.iloc[0], table.iloc[1]
     assert found.split_half_cosine > 0.9 > 0.3 > abs(nothing.split_half_cosine)
     assert found.class_separation > 1 > abs(nothing.class_separation)

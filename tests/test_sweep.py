@@ -19,7 +19,7 @@ from steerlens.engine.batches import make_batches
 from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.stats import interval
-from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS
+from steerlens.tables import COLUMNS
 
 COEFFICIENTS = (-2.0, 0.0, 0.5, 3.0)
 
@@ -264,8 +264,8 @@ def test_tables_have_the_declared_columns_and_provenance(
     pairs: sl.ContrastivePairs, swept: Swept
 ) -> None:
     result = swept(coefficients=[0, 1], seed=7)
-    assert list(result.table.columns) == [column.name for column in SWEEP_COLUMNS]
-    assert list(result.layers.columns) == [column.name for column in LAYER_COLUMNS]
+    assert list(result.table.columns) == [column.name for column in COLUMNS["sweep"]]
+    assert list(result.layers.columns) == [column.name for column in COLUMNS["layers"]]
     for frame in (result.table, result.layers):
         assert frame.attrs["settings"]["seed"] == 7
         assert frame.attrs["measured_on"] == pairs.fingerprint

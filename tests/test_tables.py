@@ -12,15 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from steerlens.tables import (
-    COLUMNS,
-    SWEEP_COLUMNS,
-    Column,
-    read_csv,
-    to_frame,
-    write_csv,
-    write_parquet,
-)
+from steerlens.tables import COLUMNS, Column, read_csv, to_frame, write_csv, write_parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +47,7 @@ def frame() -> pd.DataFrame:
     """Three rows: whole, with a value missing, with an infinite one."""
     rows = [full_row(0), full_row(1), full_row(2) | {"projection": math.inf}]
     del rows[1]["loss"]
-    return to_frame(rows, SWEEP_COLUMNS, ATTRS)
+    return to_frame(rows, "sweep", ATTRS)
 
 
 @pytest.mark.parametrize(("table", "names"), [("sweep", SWEEP_NAMES), ("layers", LAYER_NAMES)])
@@ -101,12 +93,12 @@ def test_a_frame_has_the_declared_types_and_order(frame: pd.DataFrame) -> None:
 
 def test_the_order_of_a_rows_keys_does_not_matter(frame: pd.DataFrame) -> None:
     row = full_row(0)
-    turned = to_frame([dict(reversed(row.items()))], SWEEP_COLUMNS, ATTRS)
-    pd.testing.assert_frame_equal(turned, to_frame([row], SWEEP_COLUMNS, ATTRS))
+    turned = to_frame([dict(reversed(row.items()))], "sweep", ATTRS)
+    pd.testing.assert_frame_equal(turned, to_frame([row], "sweep", ATTRS))
 
 
 def test_no_rows_give_an_empty_frame_with_all_columns() -> None:
-    empty = to_frame([], SWEEP_COLUMNS, {})
+    empty = to_frame([], "sweep", {})
     assert (list(empty.columns), len(empty)) == (SWEEP_NAMES, 0)
     assert empty.projection.dtype == np.float64
 
@@ -120,26 +112,26 @@ def test_a_missing_number_is_nan(frame: pd.DataFrame) -> None:
 def test_a_missing_value_that_cannot_be_nan_is_refused(name: str) -> None:
     """Whole numbers and texts have no NaN: a gap must not turn into 0 or a word."""
     row = full_row(0)
-    assert to_frame([row], SWEEP_COLUMNS, {})[name].item() == row[name]
+    assert to_frame([row], "sweep", {})[name].item() == row[name]
     del row[name]
     with pytest.raises((KeyError, ValueError)):
-        to_frame([row], SWEEP_COLUMNS, {})
+        to_frame([row], "sweep", {})
 
 
 def test_an_unknown_key_is_refused() -> None:
-    to_frame([full_row(0)], SWEEP_COLUMNS, {})
+    to_frame([full_row(0)], "sweep", {})
     with pytest.raises(KeyError, match="projektion"):
-        to_frame([full_row(0), full_row(1) | {"projektion": 1.0}], SWEEP_COLUMNS, {})
+        to_frame([full_row(0), full_row(1) | {"projektion": 1.0}], "sweep", {})
 
 
 def test_attrs_are_copied_and_must_be_json() -> None:
     attrs = {"settings": {"coefficients": (1.0, 2.0)}}
-    frame = to_frame([full_row(0)], SWEEP_COLUMNS, attrs)
+    frame = to_frame([full_row(0)], "sweep", attrs)
     assert frame.attrs == {"settings": {"coefficients": [1.0, 2.0]}}
     frame.attrs["settings"]["coefficients"].append(3.0)
     assert attrs == {"settings": {"coefficients": (1.0, 2.0)}}
     with pytest.raises(TypeError):
-        to_frame([full_row(0)], SWEEP_COLUMNS, {"model": object()})
+        to_frame([full_row(0)], "sweep", {"model": object()})
 
 
 def test_parquet_keeps_values_types_and_attrs(frame: pd.DataFrame, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from steerlens.errors import HookError, InputError
 from steerlens.loss import label_logprob
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
-from steerlens.tables import TRAINING_COLUMNS
+from steerlens.tables import COLUMNS
 
 HOOK = resid_post(1)
 
@@ -315,7 +315,7 @@ def test_the_history_is_what_a_sweep_measures(llama: Any, many: sl.ContrastivePa
     schedule = Schedule(max_epochs=2, examples_per_step=20)
     trained = train_directions(llama, many, layers=[1], schedule=schedule)
     history = trained.history
-    assert list(history.columns) == [column.name for column in TRAINING_COLUMNS]
+    assert list(history.columns) == [column.name for column in COLUMNS["training"]]
     steps = int((history.part == "train").sum()) // 2
     assert held_out(trained).step.tolist() == [0, steps, 2 * steps]
     assert history[history.part == "train"].step.tolist() == [*range(2 * steps)]

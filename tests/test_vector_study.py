@@ -17,7 +17,7 @@ from steerlens.errors import InputError
 from steerlens.measure.interventions import in_order
 from steerlens.models.hooks import resid_post
 from steerlens.steering import Ablate, Add, Clamp, Condition, Operator, Rotate, steps
-from steerlens.tables import JOINT_COLUMNS
+from steerlens.tables import COLUMNS
 
 HOOKS = (resid_post(1), resid_post(3))
 FAST: dict[str, Any] = {"n_bootstrap": 2}
@@ -230,7 +230,7 @@ def test_the_joint_boundary_ends_at_those_of_each_hook(
     vector = made(1, 3, scale=torch.tensor([1.0, 2.0]))
     study = sl.Study(llama, pairs, vector, budget="nats=0.1", **FAST)
     table = study.joint_boundary(n_angles=8)
-    assert list(table.columns) == [column.name for column in JOINT_COLUMNS]
+    assert list(table.columns) == [column.name for column in COLUMNS["joint"]]
     assert (table.hook_a[0], table.hook_b[0]) == HOOKS
     at = table.set_index("angle")
     for hook, (outward, inward) in zip(HOOKS, ((0, 180), (90, 270)), strict=True):

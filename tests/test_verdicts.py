@@ -16,10 +16,7 @@ from steerlens.measure.verdicts import (
     verdict,
     with_verdicts,
 )
-from steerlens.tables import (
-    COMPARISON_COLUMNS,
-    to_frame,
-)
+from steerlens.tables import to_frame
 
 
 def test_the_dose_response_by_hand() -> None:
@@ -118,7 +115,7 @@ def test_methods_are_compared_on_the_same_items() -> None:
         | {"is_chosen": False, "layer_choice": "none", "verdict": "effect"}
         for name in by_method
     ]
-    table = to_frame(rows, COMPARISON_COLUMNS, {})
+    table = to_frame(rows, "comparison", {})
     effects = pd.DataFrame({f"{name} @ {HOOK}": values for name, values in by_method.items()})
     found = methods_table(table, effects, assumed(10), {}).set_index("method")
     assert found.verdict.to_dict() == {

@@ -8,12 +8,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.circuits.prompts import Prompts, Rows, make_prompts, row_slices
-from steerlens.data.items import PreferenceItems
-from steerlens.data.pairs import ContrastivePairs
+from steerlens.data import ContrastivePairs, PreferenceItems
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_items, tokenize_pairs
 from steerlens.errors import InputError, told
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.loading import inference
+from steerlens.models import HookedModel, inference
 from steerlens.validation import Count, checked
 
 

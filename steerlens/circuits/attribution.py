@@ -21,9 +21,7 @@ from steerlens.circuits.prompts import counting
 from steerlens.circuits.tasks import Task, Traced
 from steerlens.engine.checkpoint import Tensors
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.models.loading import inference
+from steerlens.models import HookedModel, hook_layer, inference, resid_post
 from steerlens.models.tolerance import allowed_gap
 from steerlens.progress import Progress
 

@@ -20,7 +20,7 @@ from steerlens.engine.checkpoint import Tensors
 from steerlens.models.hooks import hook_layer, hooked
 from steerlens.progress import Progress
 from steerlens.stats import TAIL, rank_p, ratio_interval
-from steerlens.tables import CLAIM_COLUMNS, to_frame
+from steerlens.tables import to_frame
 
 Places = Mapping[str, list[int] | None]
 """Hook -> the heads that are held there; None: all that is there."""
@@ -47,7 +47,7 @@ class Claims:
         n_draws: int,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
-        """Run the steered model with something held at its unsteered value (`CLAIM_COLUMNS`).
+        """Run the steered model with something held at its unsteered value (columns `claims`).
 
         `named` are components that were chosen on other prompts; the random ones are of `behind`.
         """
@@ -120,7 +120,7 @@ class Claims:
             {"test": test, **none, **row, "remaining": row.get("change", math.nan) / whole}
             for test, row in rows.items()
         ]
-        return to_frame(records, CLAIM_COLUMNS, {})
+        return to_frame(records, "claims", {})
 
 
 def _is_live(task: Task, hook_name: str) -> bool:

@@ -8,8 +8,6 @@ from typing import TypeVar
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
-from torch import Tensor
 
 from steerlens.circuits.answers import Answers
 from steerlens.circuits.components import check_additive
@@ -24,16 +22,22 @@ from steerlens.circuits.graphs import (
     make_graph,
 )
 from steerlens.circuits.interventions import Intervention
-from steerlens.circuits.overlap import SELECTIONS, Drawn, Sizes, overlap_rows, ranked_overlaps
+from steerlens.circuits.overlap import (
+    SELECTIONS,
+    Drawn,
+    Halves,
+    Sizes,
+    overlap_rows,
+    ranked_overlaps,
+)
 from steerlens.circuits.prompts import choosing_half, counting, half_record
 from steerlens.data.pairs import ContrastivePairs
 from steerlens.engine.checkpoint import Checkpoint, Tensors
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.identity import provenance
+from steerlens.models import HookedModel, provenance
 from steerlens.progress import Progress
 from steerlens.steering import Add
-from steerlens.tables import CIRCUIT_COLUMNS, FAITHFULNESS_COLUMNS, to_frame
+from steerlens.tables import to_frame
 from steerlens.validation import Whole, checked
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -47,9 +51,9 @@ Nulls = Mapping[str, Mapping[str, Sequence[Intervention]]]
 
 @dataclass(frozen=True, eq=False)
 class Circuits:
-    """`table` has a row a pair of models, level, selection and size (`CIRCUIT_COLUMNS`), of
+    """`table` has a row a pair of models, level, selection and size (columns `circuits`), of
     circuits that are chosen on one half of the pairs; `faithfulness` one a circuit, model and size
-    (`FAITHFULNESS_COLUMNS`), of these circuits run on the other half. `scores` are the attributions
+    (columns `faithfulness`), of these circuits run on the other half. `scores` are the attributions
     of each model on all pairs. `attrs["chosen_on"]` and `["tested_on"]` say which half is which.
     """
 
@@ -135,10 +139,7 @@ def compare_circuits(
         {name: score(contrast, steered) for name, steered in models.items()},
         _each(nulls, partial(score, chosen_on)),
         contrast.of_pairs(~is_chosen_on),
-        is_chosen_on,
-        pairs.groups,
-        n_splits,
-        seed,
+        Halves(is_chosen_on, pairs.groups, n_splits, seed),
     )
     n_runs = len(levels) * len(models) * (2 + len(SELECTIONS) * len(models) * len(shares))
     n_runs += ("node" in levels) * n_drawn * (2 + len(SELECTIONS) * len(null_shares))
@@ -160,8 +161,8 @@ def compare_circuits(
         "seed": seed,
         "provenance": provenance(model).to_dict(),
     }
-    table = to_frame(ranked_overlaps(rows), CIRCUIT_COLUMNS, attrs)
-    curves = to_frame(ranked_faithfulness(curve_rows), FAITHFULNESS_COLUMNS, attrs)
+    table = to_frame(ranked_overlaps(rows), "circuits", attrs)
+    curves = to_frame(ranked_faithfulness(curve_rows), "faithfulness", attrs)
     return Circuits(table, curves, scores)
 
 
@@ -180,10 +181,7 @@ class _Compared:
     models: Mapping[str, _Scored]
     nulls: Mapping[str, Mapping[str, Sequence[_Scored]]]
     tested_on: Contrast
-    is_chosen_on: Bool[Tensor, " pair"]
-    groups: tuple[int, ...]
-    n_splits: int
-    seed: int
+    halves: Halves
 
     def at(
         self,
@@ -207,27 +205,22 @@ class _Compared:
         null_benches = _each(self.nulls, bench) if level == "node" else {}
         rows: list[Drawn] = []
         curve_rows: list[Drawn] = []
+        is_chosen_on = self.halves.is_chosen_on
         for selection in SELECTIONS:
             sizes = Sizes(level, selection, shares, n_items)
             circuits = {
-                name: sizes.circuits(scores[:, self.is_chosen_on].mean(dim=1))
+                name: sizes.circuits(scores[:, is_chosen_on].mean(dim=1))
                 for name, scores in items.items()
             }
             curve_rows += faithfulness_rows(
                 *(sizes, circuits, benches, null_benches),
                 null_shares=null_shares,
-                seed=self.seed,
+                seed=self.halves.seed,
                 count=count,
             )
             for a, b in combinations(items, 2):
-                rows += overlap_rows(
-                    *(sizes, items, (a, b)),
-                    null_items.get(b, {}) if a == UNSTEERED else {},
-                    is_chosen_on=self.is_chosen_on,
-                    groups=self.groups,
-                    n_splits=self.n_splits,
-                    seed=self.seed,
-                )
+                of_null = null_items.get(b, {}) if a == UNSTEERED else {}
+                rows += overlap_rows(sizes, items, (a, b), of_null, self.halves)
         return rows, curve_rows
 
 

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import hook_layer, resid_post
+from steerlens.models import HookedModel, hook_layer, resid_post
 from steerlens.models.tolerance import allowed_gap
 from steerlens.stats import intervals
 from steerlens.tables import Row

@@ -30,7 +30,7 @@ from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import HookFunction, resid_post
-from steerlens.tables import EDGE_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Count, checked
 
 
@@ -338,7 +338,7 @@ def run_circuit(graph: Graph, level: str, kept: Bool[Tensor, " item"]) -> Float[
 def edge_table(
     model: HookedModel, scores: Mapping[str, Scores], *, n_edges: Count = 40
 ) -> pd.DataFrame:
-    """The edges of each model with the largest absolute score, as a table (`EDGE_COLUMNS`).
+    """The edges of each model with the largest absolute score, as a table (columns `edges`).
 
     Args:
         model: The model that they are of.
@@ -375,7 +375,7 @@ def edge_table(
             reader_layer=[reader.layer for _, reader in edges],
             score=mean[chosen].tolist(),
         )
-    return to_frame(rows, EDGE_COLUMNS, {"n_edges": n_edges})
+    return to_frame(rows, "edges", {"n_edges": n_edges})
 
 
 def _run(graph: Graph, make_hooks: Any) -> Float[Tensor, " pair"]:

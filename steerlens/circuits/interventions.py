@@ -10,9 +10,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, hooked, keeping
-from steerlens.models.loading import inference
+from steerlens.models import HookedModel, hooked, inference
+from steerlens.models.hooks import HookFunction, keeping
 from steerlens.steering import Coefficient, SteeringVector, steer, steps
 from steerlens.steering.apply import Step
 from steerlens.validation import checked

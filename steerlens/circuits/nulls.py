@@ -4,20 +4,16 @@ import math
 
 from steerlens.circuits.interventions import Intervention
 from steerlens.data.pairs import ContrastivePairs
-from steerlens.directions.differences import Differences
-from steerlens.directions.methods import null_directions
-from steerlens.engine.checkpoint import Checkpoint
-from steerlens.engine.engine import Engine
+from steerlens.directions import Differences, null_directions
+from steerlens.engine import Checkpoint, Engine, tokenize_pairs
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan
-from steerlens.engine.tokenization import tokenize_pairs
 from steerlens.engine.workload import Job, Workload
 from steerlens.errors import InputError
 from steerlens.measure.boundary import check_search
 from steerlens.measure.boundary_search import find_boundaries
 from steerlens.measure.coherence import Push, measured_text
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import readout_hook
+from steerlens.models import HookedModel, readout_hook
 from steerlens.progress import Progress, by_default, under
 from steerlens.steering import Add, SteeringVector
 from steerlens.validation import Draws, Whole, checked

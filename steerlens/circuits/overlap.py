@@ -63,6 +63,16 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Halves:
+    """Which pairs circuits are chosen on, the group of each, and how often they are split anew."""
+
+    is_chosen_on: Bool[Tensor, " pair"]
+    groups: Sequence[int]
+    n_splits: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Drawn:
     """A table's row, its change, and that under nulls by kind; a `family` is tested together."""
 
@@ -84,24 +94,20 @@ def overlap_rows(
     scores: Mapping[str, Float[Tensor, "item pair"]],
     pair: tuple[str, str],
     nulls: Mapping[str, Sequence[Float[Tensor, " item"]]],
-    *,
-    is_chosen_on: Bool[Tensor, " pair"],
-    groups: Sequence[int],
-    n_splits: int,
-    seed: int,
+    halves: Halves,
 ) -> list[Drawn]:
     """Rows that compare two models, from every pair's scores, without those of `ranked_overlaps`.
 
     `nulls` holds, by kind, the mean scores of models in the place of the second one.
     """
     a, b = (scores[name] for name in pair)
-    own_a, own_b = a[:, is_chosen_on], b[:, is_chosen_on]
-    own_groups = np.array(groups)[is_chosen_on.numpy()].tolist()
+    own_a, own_b = a[:, halves.is_chosen_on], b[:, halves.is_chosen_on]
+    own_groups = np.array(halves.groups)[halves.is_chosen_on.numpy()].tolist()
     first = own_a.mean(dim=1)
     seen = sizes.overlaps(first, own_b.mean(dim=1))
-    half = _half_width(sizes, own_a, own_b, own_groups, seed)
+    half = _half_width(sizes, own_a, own_b, own_groups, halves.seed)
     low, high = np.clip(seen - half, -1, 1), np.clip(seen + half, -1, 1)
-    across, ceiling = _over_halves(sizes, a, b, groups, n_splits, seed)
+    across, ceiling = _over_halves(sizes, a, b, halves)
     lost = {
         kind: np.array([1 - sizes.overlaps(first, means) for means in some])
         for kind, some in nulls.items()
@@ -191,22 +197,17 @@ def _half_width(
 
 
 def _over_halves(
-    sizes: Sizes,
-    a: Float[Tensor, "item pair"],
-    b: Float[Tensor, "item pair"],
-    groups: Sequence[int],
-    n_splits: int,
-    seed: int,
+    sizes: Sizes, a: Float[Tensor, "item pair"], b: Float[Tensor, "item pair"], halves: Halves
 ) -> tuple[Float[np.ndarray, " number"], Float[np.ndarray, " number"]]:
     """Mean overlap of circuits from random halves of the groups: across two models, within one."""
     across, within = [], []
-    for split in range(n_splits):
-        is_first = first_half(groups, seed + split)
-        halves = [
+    for split in range(halves.n_splits):
+        is_first = first_half(halves.groups, halves.seed + split)
+        means = [
             [scores[:, mask].mean(dim=1) for mask in (is_first, ~is_first)] for scores in (a, b)
         ]
-        within += [sizes.overlaps(*of_model) for of_model in halves]
-        across += [sizes.overlaps(one[0], other[1]) for one, other in permutations(halves)]
-    if not n_splits:
+        within += [sizes.overlaps(*of_model) for of_model in means]
+        across += [sizes.overlaps(one[0], other[1]) for one, other in permutations(means)]
+    if not halves.n_splits:
         across = within = [np.full(len(sizes.sizes) + 1, math.nan)]
     return np.mean(across, axis=0), np.mean(within, axis=0)

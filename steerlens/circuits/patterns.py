@@ -13,8 +13,7 @@ from steerlens.circuits.prompts import Prompts
 from steerlens.directions.directions import Directions
 from steerlens.engine.tokenization import token_texts
 from steerlens.errors import InputError, told
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import hook_layer
+from steerlens.models import HookedModel, hook_layer
 from steerlens.models.identity import check_fitted_on
 from steerlens.validation import checked
 

@@ -28,20 +28,18 @@ from steerlens.circuits.prompts import Prompts, choosing_half, counting, half_re
 from steerlens.circuits.tasks import Task
 from steerlens.engine.checkpoint import Checkpoint, Tensors
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import hook_layer, resid_post
-from steerlens.models.identity import provenance
+from steerlens.models import HookedModel, hook_layer, provenance, resid_post
 from steerlens.progress import Progress
 from steerlens.stats import N_BOOTSTRAP
 from steerlens.steering import Coefficient, SteeringVector
-from steerlens.tables import READER_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Count, Draws, Whole, checked
 
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """`table` has a row a component behind the steered hook (`READER_COLUMNS`), largest effect
-    first; `claims` the tests of what carries it (`CLAIM_COLUMNS`).
+    """`table` has a row a component behind the steered hook (columns `readers`), largest effect
+    first; `claims` the tests of what carries it (columns `claims`).
 
     `table.attrs` holds `metric_unsteered` and `metric_steered` (mean answer logit difference),
     `vector_direct` (what the vector itself adds to it through the residual stream), `norm` (what is
@@ -156,15 +154,13 @@ def find_readers(
         "tested_on": half_record(prompts.groups, ~is_choosing),
         "named": [str(part) for part in named],
     }
-    return Readers(to_frame([rows[i] for i in order], READER_COLUMNS, attrs), claims)
+    return Readers(to_frame([rows[i] for i in order], "readers", attrs), claims)
 
 
 def _steered(
     model: HookedModel, vector: SteeringVector, coefficient: Coefficient
 ) -> tuple[Intervention, str]:
     """The intervention, and the one hook that it acts at."""
-    if not isinstance(vector, SteeringVector):
-        raise InputError("expected a SteeringVector; make one with SteeringVector.from_vectors")
     steered = Intervention(vector, coefficient)
     names = [step.hook_name for step in steered.steps]
     if len(names) != 1:

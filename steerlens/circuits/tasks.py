@@ -13,10 +13,8 @@ from steerlens.circuits.interventions import UNSTEERED, Intervention
 from steerlens.circuits.prompts import Prompts, Rows, row_slices
 from steerlens.engine.checkpoint import Checkpoint, Tensors, check_unsteered, once
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import HookFunction, hooked
-from steerlens.models.identity import provenance
-from steerlens.models.loading import inference
+from steerlens.models import HookedModel, hooked, inference, provenance
+from steerlens.models.hooks import HookFunction
 
 Self = TypeVar("Self", bound="Task")
 

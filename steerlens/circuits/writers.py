@@ -27,18 +27,17 @@ from steerlens.directions.directions import Directions
 from steerlens.engine.positions import one_token
 from steerlens.engine.tokenization import TokenizedPrompt, tokenize_pairs
 from steerlens.errors import InputError
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.hooks import Layers, hook_layer, resid_post, resolve_hooks
-from steerlens.models.identity import check_fitted_on, provenance
+from steerlens.models import HookedModel, Layers, hook_layer, provenance, resid_post, resolve_hooks
+from steerlens.models.identity import check_fitted_on
 from steerlens.progress import Progress
 from steerlens.stats import N_BOOTSTRAP
-from steerlens.tables import WRITER_COLUMNS, WRITER_POSITION_COLUMNS, to_frame
+from steerlens.tables import to_frame
 from steerlens.validation import Count, Draws, Whole, checked
 
 
 @dataclass(frozen=True, eq=False)
 class Writers:
-    """`table` has a row a component (`WRITER_COLUMNS`), `positions` one a component and token.
+    """`table` has a row a component (columns `writers`), `positions` one a component and token.
 
     `table.attrs` holds the hook, the `projection` that the contributions add up to, and the
     `residual` they leave, as a share of it.
@@ -136,8 +135,7 @@ def find_writers(
         position=[*range(-n_read, 0)] * len(parts),
         contribution=written[:, :, :-1].double().mean(dim=1).flatten(),
     )
-    tables = ((rows, WRITER_COLUMNS), (positions, WRITER_POSITION_COLUMNS))
-    return Writers(*(to_frame(*table, attrs) for table in tables))
+    return Writers(to_frame(rows, "writers", attrs), to_frame(positions, "positions", attrs))
 
 
 def _block_output(model: HookedModel, layer: Layers) -> str:

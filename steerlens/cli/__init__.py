@@ -14,10 +14,10 @@ import steerlens as sl
 from steerlens.cli.behave_command import Behave
 from steerlens.cli.boundary_commands import Boundary, Geometry, Layers
 from steerlens.cli.circuits_command import Circuits
-from steerlens.cli.command import Command, examples_of, for_typer, rarely_collected
+from steerlens.cli.command import Command, for_typer, rarely_collected
 from steerlens.cli.comparison_commands import Compare, Reliability
 from steerlens.cli.listing_commands import Datasets, Methods, Models, Report
-from steerlens.cli.options import DEBUG
+from steerlens.cli.options import DEBUG, examples_of
 from steerlens.cli.pairs_command import Pairs
 from steerlens.cli.printing import LINES, escaped_streams, keeping_warnings, note, say
 from steerlens.cli.read_command import Read
@@ -43,9 +43,9 @@ COMMANDS: tuple[type[Command], ...] = (
 )
 for command_type in COMMANDS:
     name = command_type.__name__.lower()
-    app.command(name, epilog=examples_of(command_type))(for_typer(command_type))
-vectors.command("show", epilog=examples_of(Show))(for_typer(Show))
-vectors.command("compare", epilog=examples_of(CompareVectors))(for_typer(CompareVectors))
+    app.command(name, epilog=examples_of(name))(for_typer(command_type))
+vectors.command("show", epilog=examples_of("show"))(for_typer(Show))
+vectors.command("compare", epilog=examples_of("comparevectors"))(for_typer(CompareVectors))
 app.add_typer(vectors, name="vectors")
 
 

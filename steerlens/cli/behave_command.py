@@ -3,16 +3,14 @@
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-import typer
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
 from steerlens.cli.command import ModelCommand
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.printing import note, print_behaviour, progress_of
-from steerlens.cli.vector_commands import OptionalModel, load_with_model
+from steerlens.cli.vector_commands import load_with_model
 from steerlens.errors import InputError
 from steerlens.files import jsonl_text
 from steerlens.progress import silent
@@ -25,49 +23,25 @@ OPEN = "open"
 class Behave(FolderCommand, ModelCommand):
     """What the steered model writes, scored, by coefficient."""
 
-    vector: Annotated[str | None, f"A .safetensors or .gguf vector. {opt.NEEDED}"] = None
-    coefficients: opt.Coefficients = "-80%,80%"
-    prompts: Annotated[
-        str, "File: a prompt a line, or JSONL with chats. Default: open, 60 shipped questions."
-    ] = OPEN
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Lines of --prompts are what a user of the chat says.")
-    ] = False
-    layers: Annotated[
-        str | None, "Hooks of the vector that are measured each by itself. Default: all at once."
-    ] = None
-    samples: Annotated[int, typer.Option(min=1, help="Texts a prompt and coefficient.")] = 4
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 40
-    greedy: Annotated[
-        bool, typer.Option("--greedy", help="The likeliest token each time, one text a prompt.")
-    ] = False
-    scorers: Annotated[
-        str | None, "By commas (see the page on behaviour). Default: of coherence, and concept."
-    ] = None
-    descriptions: Annotated[
-        str | None, "Of a text with the concept and of its opposite, A|B, for scorers that ask."
-    ] = None
-    pairs: Annotated[
-        str | None, "Of the concept, for its scorers. Default: those of the vector, if shipped."
-    ] = None
-    group: opt.Group = "group"
-    columns: opt.Columns = None
-    form: opt.Form = None
-    positions: Annotated[str, "As of `generate`."] = "all"
-    nulls: Annotated[int, typer.Option(min=0, help="Random vectors to write with, too.")] = 0
-    examples: Annotated[
-        int, typer.Option(min=0, help="Prompts whose texts are shown token by token.")
-    ] = 2
-    personas: Annotated[
-        str | None, "Two texts to put before the prompts, POSITIVE|NEGATIVE: what asking gives."
-    ] = None
-    model: OptionalModel = None
-
-    NEEDED: ClassVar[tuple[str, ...]] = ("vector",)
-    EXAMPLES = (
-        "behave --vector cheerful.safetensors --out runs/behave",
-        "behave --vector v.safetensors --coefficients=-8,8 --out runs/eight",
-    )
+    vector: str | None = None
+    coefficients: str = "-80%,80%"
+    prompts: str = OPEN
+    chat: bool = False
+    layers: str | None = None
+    samples: int = 4
+    max_new_tokens: int = 40
+    greedy: bool = False
+    scorers: str | None = None
+    descriptions: str | None = None
+    pairs: str | None = None
+    group: str = "group"
+    columns: str | None = None
+    form: str | None = None
+    positions: str = "all"
+    nulls: int = 0
+    examples: int = 2
+    personas: str | None = None
+    model: str | None = None
 
     def measure(self) -> None:
         from steerlens.cli.task import request_of

@@ -1,9 +1,7 @@
 """The commands that measure layers: `boundary` and `geometry`, and `layers` unsteered."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
-
-import typer
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
@@ -18,34 +16,19 @@ from steerlens.models.packaged import DEFAULT_MODEL
 class Boundary(FolderCommand, PairsCommand):
     """How far each layer can be pushed before the budget is spent."""
 
-    model: opt.Model = DEFAULT_MODEL
-    test_pairs: opt.TestPairs = None
-    max_pairs: opt.MaxPairs = None
-    layers: opt.Layers = "all"
-    vector: opt.Vector = None
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-    labels: opt.Labels = None
-    own_tokens: opt.OwnTokens = OWN_TOKENS
-    on: Annotated[str, "positive, negative, neutral (shipped text), or a text file."] = "positive"
-    budget: Annotated[str, "relative=0.01, nats=0.05, kl=0.1, kl_p95=1 or rollout_kl_p95=1"] = (
-        "relative=0.01"
-    )
-    search_range: Annotated[float, "How far to look, in mean residual norms of a layer."] = 4.0
-    angles: Annotated[
-        int | None,
-        typer.Option(
-            "--angles",
-            "--shape",
-            help="Boundaries at so many angles in a plane too: of one layer, or of the two hooks "
-            "of a vector.",
-        ),
-    ] = None
-
-    EXAMPLES = (
-        "boundary --pairs sentiment --max-pairs 16 --out runs/boundary",
-        "boundary --layers 15 --budget kl=0.1 --on neutral --out runs/kl",
-    )
+    model: str = DEFAULT_MODEL
+    test_pairs: str | None = None
+    max_pairs: int | None = None
+    layers: str = "all"
+    vector: str | None = None
+    method: str = "mean_diff"
+    position: str | None = None
+    labels: str | None = None
+    own_tokens: int = OWN_TOKENS
+    on: str = "positive"
+    budget: str = "relative=0.01"
+    search_range: float = 4.0
+    angles: int | None = None
 
     def measure(self) -> None:
         (text, texts), labels = opt.text_of(self.on), opt.labels_of(self)
@@ -74,9 +57,7 @@ class Boundary(FolderCommand, PairsCommand):
             run.write(tables, study.directions, forward_equivalents=spent)
         print_boundary(result.layers)
         if "joint" in tables:
-            columns = ["angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
-            columns += ["coefficient_a", "coefficient_b"]
-            print_rows(tables["joint"], "Joint boundary of the two hooks", columns)
+            print_rows(tables["joint"], "joint")
         elif self.angles is not None:
             ratio, if_round = plane.table[["radius_ratio", "radius_ratio_if_round"]].iloc[0]
             say(
@@ -90,22 +71,16 @@ class Boundary(FolderCommand, PairsCommand):
 class Geometry(FolderCommand, PairsCommand):
     """Loss, gradients and boundary in the plane of the direction."""
 
-    layers: Annotated[str | None, f"As of `sweep`; minutes for each. {opt.NEEDED}"] = None
-    model: opt.Model = DEFAULT_MODEL
-    test_pairs: opt.TestPairs = None
-    max_pairs: opt.MaxPairs = None
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-    labels: opt.Labels = None
-    own_tokens: opt.OwnTokens = OWN_TOKENS
-    angles: Annotated[int, typer.Option(min=3, help="Angles of the plane to push along.")] = 16
-    budget: Annotated[str, "As of `boundary`."] = "relative=0.01"
-
-    NEEDED: ClassVar[tuple[str, ...]] = ("layers",)
-    EXAMPLES = (
-        "geometry --layers 15 --max-pairs 16 --out runs/geometry",
-        "geometry --layers 5,10,15 --angles 24 --labels own --out runs/own",
-    )
+    layers: str | None = None
+    model: str = DEFAULT_MODEL
+    test_pairs: str | None = None
+    max_pairs: int | None = None
+    method: str = "mean_diff"
+    position: str | None = None
+    labels: str | None = None
+    own_tokens: int = OWN_TOKENS
+    angles: int = 16
+    budget: str = "relative=0.01"
 
     def measure(self) -> None:
         labels = opt.labels_of(self)
@@ -122,8 +97,7 @@ class Geometry(FolderCommand, PairsCommand):
             }
             spent = result.points.attrs["forward_equivalents"]
             run.write(tables, study.fitted, forward_equivalents=spent)
-        columns = ["layer", "angle", "boundary", "boundary_ci_low", "boundary_ci_high"]
-        print_rows(result.shape, "Boundary in the plane", columns)
+        print_rows(result.shape, "shape")
         run.note(f"{len(result.contours)} pushes")
 
 
@@ -131,17 +105,12 @@ class Geometry(FolderCommand, PairsCommand):
 class Layers(ModelCommand, TableCommand, PairsCommand):
     """The per-layer table of the unsteered model, without a sweep."""
 
-    model: opt.Model = DEFAULT_MODEL
-    test_pairs: opt.TestPairs = None
-    max_pairs: opt.MaxPairs = None
-    layers: opt.Layers = "all"
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-
-    EXAMPLES = (
-        "layers --pairs sentiment --max-pairs 16",
-        "layers --pairs mine.csv --layers 10:20:2 --out layers.csv",
-    )
+    model: str = DEFAULT_MODEL
+    test_pairs: str | None = None
+    max_pairs: int | None = None
+    layers: str = "all"
+    method: str = "mean_diff"
+    position: str | None = None
 
     @property
     def next(self) -> str:

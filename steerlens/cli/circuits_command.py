@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar
-
-import typer
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
@@ -21,31 +19,17 @@ TOP_HEADS = 6
 class Circuits(FolderCommand, PairsCommand):
     """Which heads and MLPs write the direction, and which read it."""
 
-    layer: Annotated[str | None, f"Block whose output is steered. {opt.NEEDED}"] = None
-    coefficient: Annotated[
-        str | None, f"Residual units (8), norms (0.1norm) or 80% of the boundary. {opt.NEEDED}"
-    ] = None
-    model: opt.Model = DEFAULT_MODEL
-    test_pairs: opt.TestPairs = None
-    max_pairs: Annotated[int, "Measure on the first N pairs only."] = 16
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-    top: Annotated[int, typer.Option(min=0, help="Components to patch exactly.")] = 20
-    ig_steps: Annotated[
-        int, typer.Option(min=1, help="Steps of integrated gradients; 1: none.")
-    ] = 1
-    null: Annotated[
-        int, typer.Option(min=2, help="Null vectors of each kind, random and shuffled.")
-    ] = 20
-    compare: Annotated[bool, "Compare the circuits too, steered and unsteered: takes longest."] = (
-        True
-    )
-
-    NEEDED: ClassVar[tuple[str, ...]] = ("layer", "coefficient")
-    EXAMPLES = (
-        "circuits --layer 12 --coefficient 20 --out runs/circuits",
-        "circuits --layer 9 --coefficient 80% --no-compare --out runs/who",
-    )
+    layer: str | None = None
+    coefficient: str | None = None
+    model: str = DEFAULT_MODEL
+    test_pairs: str | None = None
+    max_pairs: int = 16
+    method: str = "mean_diff"
+    position: str | None = None
+    top: int = 20
+    ig_steps: int = 1
+    null: int = 20
+    compare: bool = True
 
     def measure(self) -> None:
         circuits, plots = sl.circuits, sl.plots
@@ -112,21 +96,10 @@ class Circuits(FolderCommand, PairsCommand):
                 tables["edges"] = circuits.edge_table(model, comparison.scores)
                 pages["graph.html"] = plots.circuit_graph(tables["edges"]).to_html()
             run.write(tables, directions, texts=pages)
-        interval = ["ci_low", "ci_high"]
         _print_components(writers.table, readers.table, readers.claims)
         if self.compare:
-            columns = ["level", "selection", "share"]
-            overlap = ["iou", "iou_across", "iou_ceiling", "iou_null_low", "iou_null_high"]
-            print_rows(
-                comparison.table,
-                "Same circuit or another: chosen on one half of the groups",
-                [*columns, *overlap, "iou_p_family"],
-            )
-            print_rows(
-                comparison.faithfulness,
-                "What circuits keep on the other half",
-                [*columns, "circuit_of", "run_in", "faithfulness", *interval, "p_value"],
-            )
+            print_rows(comparison.table, "circuits")
+            print_rows(comparison.faithfulness, "faithfulness")
         note(f"{run.seconds:.0f} s; written to {self.out}")
 
 
@@ -150,14 +123,10 @@ def _token_pages(
 
 
 def _print_components(writers: Any, readers: Any, claims: Any) -> None:
-    columns, interval = ["component", "layer", "head"], ["ci_low", "ci_high"]
     by_size = writers.sort_values("contribution", key=abs, ascending=False).head(10)
-    print_rows(by_size, "Who writes the direction", [*columns, "contribution", "share", *interval])
-    effects = ["effect", "direct", "mediated", "exact"]
-    print_rows(readers.head(10), "Who reads it", [*columns, *effects])
-    print_rows(
-        claims, "What carries it", ["test", "n_components", "remaining", *interval, "p_value"]
-    )
+    print_rows(by_size, "writers")
+    print_rows(readers.head(10), "readers")
+    print_rows(claims, "claims")
     correlations = ", ".join(
         f"{kind} {'undefined' if r is None else f'{r:.3f}'}"
         for kind, r in readers.attrs["correlation"].items()

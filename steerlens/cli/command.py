@@ -9,13 +9,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_args, get_origin, get_type_hints
-
-import typer
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.options import DEBUG, template_args_of
+from steerlens.cli.options import template_args_of
 from steerlens.cli.printing import note, quiet
 from steerlens.errors import InputError
 from steerlens.files import check_out_file, check_out_folder, locked, write_out
@@ -43,13 +41,11 @@ def rarely_collected() -> Iterator[None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A command: its fields are the options with their help, its docstring is the help on it."""
+    """A command: its fields are the options (`options.csv`), its docstring is the help on it."""
 
-    debug: Annotated[bool, typer.Option(DEBUG, help="Show a traceback on an error.")] = False
+    debug: bool = False
 
     WRITES_FOLDER: ClassVar[bool] = False
-    EXAMPLES: ClassVar[tuple[str, str]]
-    """Two ways to call it, without `steerlens`."""
 
     @property
     def next(self) -> str:
@@ -77,7 +73,6 @@ class Command:
 
     def onward(self, to: "type[Command]", **options: Any) -> str:
         """Another command, with `options` and those of this one that it has too, except budgets."""
-        hints = get_type_hints(to, include_extras=True)
         shared = {
             option.name: getattr(self, option.name)
             for option in fields(self)
@@ -89,7 +84,7 @@ class Command:
             option = f"--{name.replace('_', '-')}"
             if value is None:
                 continue
-            if is_argument(hints[name]):
+            if opt.kind_of(to.__name__.lower(), name) == "argument":
                 words.insert(2, quoted(str(value)))
             elif isinstance(value, bool):
                 words.append(option if value else f"--no-{option[2:]}")
@@ -103,18 +98,16 @@ class Command:
 class QuietCommand(Command):
     """A command that tells what it does."""
 
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="Errors only: no tables, notes or progress.")
-    ] = False
+    quiet: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadCommand(QuietCommand):
     """A command that loads a model."""
 
-    device: opt.Device = None
-    dtype: opt.Dtype = "float32"
-    revision: opt.Revision = None
+    device: str | None = None
+    dtype: str = "float32"
+    revision: str | None = None
 
     def rendering(self) -> dict[str, Any]:
         """What the model's tokenizer is told: nothing."""
@@ -137,20 +130,10 @@ class LoadCommand(QuietCommand):
 class ModelCommand(LoadCommand):
     """A command that runs a model on prompts."""
 
-    batch_size: Annotated[
-        int | None, "Prompts a forward pass. Default: what the device can use."
-    ] = None
-    seed: Annotated[
-        int,
-        typer.Option(min=0, help="Seed of `random`, the bootstrap and the labels drawn."),
-    ] = 0
-    template_args: Annotated[
-        str | None,
-        "Arguments of the chat template: enable_thinking=false, several by commas, or in JSON.",
-    ] = None
-    straddle: Annotated[
-        str, "A token on both sides of a prompt's end: error, or back (the continuation's first)."
-    ] = "error"
+    batch_size: int | None = None
+    seed: int = 0
+    template_args: str | None = None
+    straddle: str = "error"
 
     def rendering(self) -> dict[str, Any]:
         """What the tokenizer is told (see `set_rendering`). Raises `InputError` on no option."""
@@ -165,11 +148,11 @@ class ModelCommand(LoadCommand):
 class PairsCommand(LoadCommand):
     """A command that reads pairs."""
 
-    pairs: opt.Pairs = "sentiment"
-    group: opt.Group = "group"
-    columns: opt.Columns = None
-    form: opt.Form = None
-    max_train_pairs: opt.MaxTrainPairs = None
+    pairs: str = "sentiment"
+    group: str = "group"
+    columns: str | None = None
+    form: str | None = None
+    max_train_pairs: int | None = None
 
     def read_pairs(self) -> tuple[Any, Any]:
         """The pairs to fit on and those to measure on."""
@@ -193,7 +176,7 @@ class PairsCommand(LoadCommand):
 class TableCommand(QuietCommand):
     """A command that writes one table, if it is asked to."""
 
-    out: Annotated[Path | None, "CSV file to write."] = None
+    out: Path | None = None
 
     def write(self, table: Any) -> None:
         """Write the table as the CSV file that was asked for, if one was."""
@@ -204,7 +187,7 @@ class TableCommand(QuietCommand):
 
 def for_typer(command: type[Command]) -> Callable[..., None]:
     """What typer makes a command of: a function whose parameters are the fields of `command`."""
-    hints = get_type_hints(command, include_extras=True)
+    hints, called = get_type_hints(command), command.__name__.lower()
     defaults = {option.name: option.default for option in fields(command)}
 
     def run(**values: Any) -> None:
@@ -223,17 +206,12 @@ def for_typer(command: type[Command]) -> Callable[..., None]:
                 name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if defaults[name] is MISSING else defaults[name],
-                annotation=_with_option(hints[name]),
+                annotation=Annotated[hints[name], opt.declaration_of(called, name)],
             )
             for name in option_names(command)
         ]
     )
     return run
-
-
-def examples_of(command: type[Command]) -> str:
-    """The end of its help; lines that typer leaves as they are."""
-    return "\n".join(("\b", "Examples:", *(f"  steerlens {text}" for text in command.EXAMPLES)))
 
 
 def quoted(path: Path | str | None) -> str:
@@ -246,17 +224,3 @@ def option_names(command: type[Command]) -> list[str]:
     options = {option.name for option in fields(command)}
     declared = dict.fromkeys(n for cls in command.__mro__ for n in inspect.get_annotations(cls))
     return [name for name in declared if name in options]
-
-
-def _with_option(hint: Any) -> Any:
-    """An annotation for typer, where a help text alone was given."""
-    if get_origin(hint) is Annotated and isinstance(hint.__metadata__[0], str):
-        return Annotated[hint.__origin__, typer.Option(help=hint.__metadata__[0])]
-    return hint
-
-
-def is_argument(hint: Any) -> bool:
-    """Whether typer takes it without a name."""
-    return any(
-        isinstance(of, typer.models.ArgumentInfo) for of in getattr(hint, "__metadata__", ())
-    )

@@ -1,7 +1,7 @@
 """The commands that compare: `compare` and `reliability`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
@@ -13,8 +13,6 @@ from steerlens.cli.sweep_command import Sweep
 from steerlens.errors import InputError
 from steerlens.models.packaged import DEFAULT_MODEL
 
-AGAINST = ["method", "hook_name", "difference", "difference_ci_low", "difference_ci_high"]
-AGAINST += ["p_family", "interval_over", "verdict"]
 TEST_SHARE = 0.7
 """Of a file of items, the part that is held out; the layer is chosen on the rest."""
 
@@ -23,35 +21,17 @@ TEST_SHARE = 0.7
 class Compare(FolderCommand, PairsCommand):
     """Methods at equal damage, on held-out items, among nulls."""
 
-    model: opt.Model = DEFAULT_MODEL
-    items: Annotated[
-        str | None,
-        "Items (prompt, positive, negative): a shipped dataset or a file of any form with answers, "
-        "known by its columns; --columns, --form and --group are of --pairs alone. Default: those "
-        "of --pairs.",
-    ] = None
-    layers: Annotated[
-        str | None, "As of `sweep`. Default: at a quarter, half and three quarters of the depth."
-    ] = None
-    methods: Annotated[str, "Joined by commas; `steerlens methods` lists them."] = (
-        "mean_diff,pca,pca_pooled,lda,probe,gradient_mean,fisher_pullback"
-    )
-    budget: Annotated[str, "Damage every method is given, e.g. kl=0.1"] = "kl=0.1"
-    on: Annotated[
-        str,
-        "Text the budget is spent on: own (what the model writes after training items), neutral or "
-        "positive.",
-    ] = "own"
-    own_tokens: opt.OwnTokens = OWN_TOKENS
-    null: Annotated[int, "Null vectors of each kind, random and shuffled, that are run."] = 20
-    max_items: Annotated[int | None, "Measure on the first N held-out items only."] = None
-    off_target: Annotated[str, "Other shipped datasets, joined by commas; all, none."] = "all"
-    position: opt.Position = None
-
-    EXAMPLES = (
-        "compare --pairs sentiment --layers 5,15,25 --out runs/compare",
-        "compare --methods mean_diff,pca --max-items 32 --out runs/two",
-    )
+    model: str = DEFAULT_MODEL
+    items: str | None = None
+    layers: str | None = None
+    methods: str = "mean_diff,pca,pca_pooled,lda,probe,gradient_mean,fisher_pullback"
+    budget: str = "kl=0.1"
+    on: str = "own"
+    own_tokens: int = OWN_TOKENS
+    null: int = 20
+    max_items: int | None = None
+    off_target: str = "all"
+    position: str | None = None
 
     def measure(self) -> None:
         from steerlens.cli.task import request_of
@@ -108,15 +88,12 @@ class Compare(FolderCommand, PairsCommand):
             }
             spent = result.table.attrs["forward_equivalents"]
             run.write(tables, result.directions, forward_equivalents=spent)
-        columns = ["method", "hook_name", "coefficient", "effect", "null_low", "null_high"]
-        columns += ["p_layers", "anti_steerable", "own_kl_nats", "own_degradation_nats"]
-        columns += ["spent_neg", "off_target", "verdict"]
-        print_rows(result.table, "Every method and layer", columns)
+        print_rows(result.table, "comparison")
         if (result.table.spent_neg > 2).any():
             say("spent neg above 2: minus the coefficient does more than twice the budget's damage")
         print_summary(result.summary)
         if len(result.methods):
-            print_rows(result.methods, "Against mean_diff, on the same items", AGAINST)
+            print_rows(result.methods, "methods")
         run.note(f"{len(result.table)} rows")
 
 
@@ -124,14 +101,9 @@ class Compare(FolderCommand, PairsCommand):
 class Reliability(ModelCommand, TableCommand, PairsCommand):
     """How far each direction can be trusted, before steering."""
 
-    model: opt.Model = DEFAULT_MODEL
-    layers: opt.Layers = "all"
-    position: opt.Position = None
-
-    EXAMPLES = (
-        "reliability --pairs sentiment --layers 5,15,25",
-        "reliability --pairs mine.csv --out reliability.csv",
-    )
+    model: str = DEFAULT_MODEL
+    layers: str = "all"
+    position: str | None = None
 
     @property
     def next(self) -> str:
@@ -151,11 +123,7 @@ class Reliability(ModelCommand, TableCommand, PairsCommand):
             )
         table = sl.reliability(differences, seed=self.seed)
         self.write(table)
-        print_rows(
-            table,
-            f"Reliability of the mean difference, {table.n_pairs.iloc[0]} pairs",
-            [name for name in table.columns if name not in ("hook_name", "n_pairs")],
-        )
+        print_rows(table, "reliability", table.n_pairs.iloc[0])
 
 
 def _items_of(source: str, seed: int, **how: Any) -> tuple[Any, Any]:

@@ -3,9 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 import steerlens as sl
 from steerlens.cli.command import Command, QuietCommand, quoted
@@ -20,9 +17,7 @@ REPORT = "report.html"
 class Datasets(Command):
     """Datasets shipped with steerlens; with a name, its card."""
 
-    name: Annotated[str | None, typer.Argument(help="Show this dataset's card.")] = None
-
-    EXAMPLES = ("datasets", "datasets sentiment")
+    name: str | None = None
 
     @property
     def next(self) -> str:
@@ -47,7 +42,6 @@ class Datasets(Command):
 class Methods(Command):
     """What --method takes."""
 
-    EXAMPLES = ("methods", "methods --debug")
     next = "steerlens sweep --method pca --out runs/sweep"
 
     def run(self) -> None:
@@ -59,7 +53,6 @@ class Methods(Command):
 class Models(Command):
     """What --model takes, and the models that are fetched."""
 
-    EXAMPLES = ("models", "models --debug")
     next = f"steerlens layers --model {DEFAULT_MODEL}"
 
     def run(self) -> None:
@@ -73,17 +66,8 @@ class Models(Command):
 class Report(QuietCommand):
     """One HTML file of one run or several; it needs no network."""
 
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN_DIR", help="--out folders of other commands.")
-    ]
-    out: Annotated[Path | None, f"HTML file to write. Default: {REPORT} in the first folder."] = (
-        None
-    )
-
-    EXAMPLES = (
-        "report runs/sweep",
-        "report runs/sweep runs/boundary --out report.html",
-    )
+    runs: list[Path]
+    out: Path | None = None
 
     @property
     def next(self) -> str:

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 
 import steerlens as sl
 from steerlens.cli.command import Command, ModelCommand
+from steerlens.cli.options import kind_of
 from steerlens.cli.printing import note, quiet, warn, warned
 from steerlens.errors import FileError, InputError
 
@@ -26,25 +27,13 @@ GIVEN = "COMMANDLINE"
 """What typer calls the source of an option that was given."""
 
 
-def _unfinished_runs() -> Any:
-    """The module that knows them, imported when it is needed."""
-    from steerlens.runs import unfinished
-
-    return unfinished
-
-
 @dataclass(frozen=True, kw_only=True)
 class LongCommand(ModelCommand):
     """A command that keeps what it finishes in a folder, and goes on after a stop."""
 
     context: _Context
     out: Path | None = None
-    resume: Annotated[
-        Path | None, "Go on with the unfinished run in this folder, as it was begun."
-    ] = None
-
-    NEEDED: ClassVar[tuple[str, ...]] = ()
-    """Options without a default; a record that is gone on with, or repeated, has them."""
+    resume: Path | None = None
 
     def given(self, *names: str) -> list[str]:
         """Those of the options that stand on the command line."""
@@ -71,7 +60,7 @@ class LongCommand(ModelCommand):
         """Remove what a kill left beside what is written; False where that is not."""
         if not (out / RECORD).exists():
             return False
-        _unfinished_runs().clear_finished(out)
+        sl.runs.unfinished.clear_finished(out)
         return True
 
     @abstractmethod
@@ -95,11 +84,13 @@ class LongCommand(ModelCommand):
                     return self
                 command = command._as_recorded(started.request, started.options, out)
             elif self.repeated is not None:
-                recorded = _unfinished_runs().read_finished(self.repeated)
+                recorded = sl.runs.unfinished.read_finished(self.repeated)
                 command = command._as_recorded(
                     recorded["request"], recorded["options"], self.repeated
                 )
-            missing = [name for name in self.NEEDED if getattr(command, name) is None]
+            called = type(self).__name__.lower()
+            missing = [name for name, of in vars(command).items() if of is None]
+            missing = [name for name in missing if kind_of(called, name) == "needed"]
             if missing:
                 raise InputError(f"expected {', '.join(f'--{name}' for name in missing)}")
             command.measure()
@@ -112,22 +103,22 @@ class LongCommand(ModelCommand):
     def opened(self, request: Mapping[str, Any]) -> Iterator[Any]:
         """The run of `request` in `out`, for this process alone (see `open_parts`)."""
         from steerlens.cli.task import Run
-        from steerlens.runs.unfinished import changes, open_parts, read_finished
 
         assert self.out is not None
         if self.repeated is not None:
-            recorded = read_finished(self.repeated)
-            for text in changes(recorded, request):
+            recorded = sl.runs.unfinished.read_finished(self.repeated)
+            for text in sl.runs.unfinished.changes(recorded, request):
                 warn(f"note: not as recorded: {text}")
         options, resumes = self.recorded_options(), self.resume is not None
         folder = self.parts_folder(self.out)
-        with open_parts(folder, request, options=options, resume=resumes, warned=warned) as parts:
+        how: dict[str, Any] = {"options": options, "resume": resumes, "warned": warned}
+        with sl.runs.unfinished.open_parts(folder, request, **how) as parts:
             yield Run(self.out, request, parts, options)
 
     def _unfinished(self, out: Path) -> Any:
         """What is to be gone on with; None when the run is finished."""
         folder = self.parts_folder(out)
-        started = _unfinished_runs().read_started(folder)
+        started = sl.runs.unfinished.read_started(folder)
         if started is not None:
             text = f"Going on in {folder}: {started.finished} are finished"
         elif self.clear_if_finished(out):
@@ -162,7 +153,7 @@ class LongCommand(ModelCommand):
 
     def _note_interrupt(self, out: Path) -> None:
         folder = self.parts_folder(out)
-        started = _unfinished_runs().read_started(folder)
+        started = sl.runs.unfinished.read_started(folder)
         if started is not None:
             text = f"with {started.finished} finished; `{started.resume} {folder}` goes on"
         elif (out / RECORD).exists():
@@ -177,13 +168,8 @@ class LongCommand(ModelCommand):
 class FolderCommand(LongCommand):
     """A long command that writes a run folder, in which what is finished is kept."""
 
-    out: Annotated[Path | None, "Folder for the tables and the record. Needed, or --resume."] = None
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--from", help=f"Repeat the run of this {RECORD}, and say what differs from it."
-        ),
-    ] = None
+    out: Path | None = None
+    source: Path | None = None
 
     WRITES_FOLDER = True
 

@@ -1,82 +1,60 @@
-"""The options that several commands share, each declared once, and what their values name."""
+"""The options of all commands, from a data file, and what their values name."""
 
 import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Any, get_args
 
 import typer
 
 import steerlens as sl
 from steerlens.errors import InputError
+from steerlens.files import packaged_rows
 
 DEBUG = "--debug"
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-NEEDED = "Needed, unless an earlier run is gone on with or repeated."
 OWN_TOKENS = 32
 """As in `engine.labels`, which imports PyTorch; a help page does not."""
 
-Device = Annotated[str | None, "cpu, cuda, cuda:1 or mps. Default: the best one there is."]
-Dtype = Annotated[str, "Of the weights: float32, bfloat16, float16 or float64."]
-Revision = Annotated[str | None, "Branch, tag or commit of a hub id. Default: its main branch."]
-Model = Annotated[str, "Packaged model, local folder, GGUF file or hub id."]
-Pairs = Annotated[
-    str,
-    "Contrastive pairs: a shipped dataset; a file (JSONL, JSON, CSV, TSV, Parquet, text); a folder "
-    "or OWNER/NAME of a Hugging Face dataset; or two of them, POSITIVE,NEGATIVE.",
-]
-Columns = Annotated[
-    str | None, "What columns are for, e.g. positive=chosen,negative=rejected,group=persona."
-]
-Form = Annotated[
-    str | None,
-    "How a file is to be read: traits, personas, lists, questions, choices, preferences, pairs or "
-    "labelled. Default: by its columns.",
-]
-Group = Annotated[
-    str,
-    "Key that names the group of a pair (persona, template), by which intervals and nulls go; "
-    "auto: pairs whose sides differ in the same text.",
-]
-TestPairs = Annotated[
-    str | None, "Pairs to measure on. Default: a shipped dataset's test part; a file's own pairs."
-]
-MaxPairs = Annotated[int | None, "Measure on the first N pairs only."]
-MaxTrainPairs = Annotated[int | None, "Fit on the first N pairs only."]
-Layers = Annotated[str, "all, 0,5,10, 10:20:2, or globs over hook names."]
-Coefficients = Annotated[
-    str,
-    typer.Option(
-        "--coefficients",
-        help="Joined by commas: residual units (8), residual norms (0.1norm), or shares of the "
-        "coherence boundary (80%), as a --vector has them, else measured first.",
-    ),
-]
-Method = Annotated[str, "How to fit the direction: `steerlens methods` lists them."]
-Position = Annotated[
-    str | None,
-    "Tokens to read: -1, several as -3,-1 or -4:, or last, pair (each pair's own), continuation, "
-    "assistant, own, think, answer; of several the mean, or the :last or :max. Default -1; -2 for "
-    "methods fitted from gradients where pairs have no continuation.",
-]
 
-Vector = Annotated[
-    str | None,
-    "A .safetensors or .gguf steering vector, measured as a whole in place of directions that are "
-    "fitted; it says where and how it acts.",
-]
+_OPTIONS = {
+    (command, line["option"]): line
+    for line in packaged_rows("cli", "options.csv")
+    for command in line["commands"].split() or [""]
+}
+"""Command ("": any) and field -> what its help says and how it is given."""
+_EXAMPLES = {line.pop("command"): line for line in packaged_rows("cli", "examples.csv")}
 
-Labels = Annotated[
-    str | None,
-    "Tokens whose logprob counts: continuation, assistant, own, own_sampled or all. Default: own "
-    "where that is read, else continuation where pairs have one, else assistant of a chat, else "
-    "all.",
-]
-OwnTokens = Annotated[
-    int, typer.Option(min=1, help="Most tokens of a text that the model itself writes.")
-]
+
+def kind_of(command: str, field: str) -> str:
+    """An "argument", which has no name, or "needed": it has no default, but a record has it."""
+    return _line_of(command, field).get("kind", "")
+
+
+def declaration_of(command: str, field: str) -> Any:
+    """What typer is told of a command's field; None of what is no option, as its context."""
+    line, kind = _line_of(command, field), kind_of(command, field)
+    if not line:
+        return None
+    needed = " Needed, unless an earlier run is gone on with or repeated."
+    return (typer.Argument if kind == "argument" else typer.Option)(
+        *line["names"].split(),
+        min=int(line["least"]) if line["least"] else None,
+        metavar=line["metavar"] or None,
+        help=line["help"] + (needed if kind == "needed" else ""),
+    )
+
+
+def _line_of(command: str, field: str) -> dict[str, str]:
+    return _OPTIONS.get((command, field), _OPTIONS.get(("", field), {}))
+
+
+def examples_of(command: str) -> str:
+    """The end of its help: two ways to call it, in lines that typer leaves as they are."""
+    lines = (f"  steerlens {text}" for text in _EXAMPLES[command].values())
+    return "\n".join(("\b", "Examples:", *lines))
 
 
 def labels_of(command: Any) -> dict[str, Any]:

@@ -5,12 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 import steerlens as sl
-from steerlens.cli import options as opt
 from steerlens.cli.command import PairsCommand
 from steerlens.cli.printing import print_table, print_texts, say
 from steerlens.cli.sweep_command import Sweep
@@ -26,16 +23,9 @@ Sides = tuple[Any, Any]
 class Pairs(PairsCommand):
     """What pairs look like: lengths, repeats, template, leakage."""
 
-    pairs: Annotated[str, typer.Argument(metavar="FILE", help="As --pairs of other commands.")]
-    test_pairs: opt.TestPairs = None
-    model: Annotated[
-        str | None, "Show tokens and what the chat template does. Default: characters and words."
-    ] = None
-
-    EXAMPLES = (
-        "pairs mine.csv --columns positive=chosen,negative=rejected",
-        "pairs sentiment --model smollm2-135m-instruct",
-    )
+    pairs: str
+    test_pairs: str | None = None
+    model: str | None = None
 
     @property
     def next(self) -> str:

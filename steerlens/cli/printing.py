@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 import steerlens as sl
+from steerlens.files import packaged_rows
 from steerlens.progress import Progress, show_progress, silent, visible
 
 BEYOND = "beyond"
@@ -38,6 +39,8 @@ SIGPIPE = 128 + 13
 """The exit code of a program whose reader went away, as a shell says it."""
 _warned: ContextVar[tuple[str, ...]] = ContextVar("warned", default=())
 _is_quiet: ContextVar[bool] = ContextVar("is_quiet", default=False)
+PRINTED = {line["name"]: line for line in packaged_rows("cli", "printed.csv")}
+"""Table -> its title, and its columns that are shown."""
 _COHERENT = {"yes": " ", "no": "!", "undecided": "?"}
 
 
@@ -254,8 +257,9 @@ def between(low: float, high: float, form: Callable[[float], str] = short) -> st
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def print_rows(table: Any, title: str, columns: list[str]) -> None:
-    """Some columns of a table, a row a line."""
+def print_rows(table: Any, name: str, *words: object) -> None:
+    """What `printed.csv` names of a table, a row a line; the words are put into its title."""
+    title, columns = PRINTED[name]["title"].format(*words), PRINTED[name]["columns"].split()
     names = ["hook" if name == "hook_name" else name.replace("_", " ") for name in columns]
     shown: dict[str, Any] = {"hook_name": sl.tables.hook_label}
     rows = [
@@ -318,9 +322,7 @@ def _with_ends(row: Any) -> str:
 
 def print_layers(table: Any) -> None:
     """The per-layer table without what is the same on every row, or undefined."""
-    columns = ["hook_name", "separation", "projection", "projection_std", "agreement"]
-    columns += ["explained_variance", "resid_norm"]
-    print_rows(table, "Per layer, unsteered", columns)
+    print_rows(table, "layers")
     say(f"baseline logprob {table.logprob_nats.iloc[0]:.4f} nats per token")
 
 

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli.command import LoadCommand, TableCommand
@@ -12,8 +10,6 @@ from steerlens.cli.printing import note, print_rows, print_table, progress_of, s
 from steerlens.cli.vector_commands import (
     PROMPT,
     Generate,
-    OptionalModel,
-    VectorFile,
     load_with_model,
     named_vectors,
 )
@@ -28,22 +24,13 @@ class Read(TableCommand, LoadCommand):
     Beside each first token stands that of random directions: a vector may steer and say nothing.
     """
 
-    vector: VectorFile
-    model: OptionalModel = None
-    jacobian: Annotated[
-        str | None, "A Jacobian lens too: a file of TransformerLens, or a name that it knows."
-    ] = None
-    texts: Annotated[Path | None, "File of texts to read, one a line."] = None
-    beside: Annotated[
-        list[Path] | None, typer.Option(help="Vectors to compare with, nearest first; repeatable.")
-    ] = None
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each side.")] = 8
-    page: Annotated[Path | None, "HTML page to write, texts token by token."] = None
-
-    EXAMPLES = (
-        "read cheerful.safetensors",
-        "read cheerful.safetensors --texts texts.txt --page said.html",
-    )
+    vector: Path
+    model: str | None = None
+    jacobian: str | None = None
+    texts: Path | None = None
+    beside: list[Path] | None = None
+    tokens: int = 8
+    page: Path | None = None
 
     @property
     def next(self) -> str:
@@ -106,5 +93,4 @@ def _print_nearest(table: Any, name: str) -> None:
     """Cosines of a vector with others, the largest first of either sign."""
     beside = table[(table.vector_a == name) & (table.vector_b != name)]
     order = beside.cosine.abs().sort_values(ascending=False, kind="stable").index
-    columns = ["hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
-    print_rows(beside.loc[order], f"Nearest to {name}", columns)
+    print_rows(beside.loc[order], "nearest", name)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
@@ -17,8 +17,6 @@ from steerlens.cli.vector_commands import OF_VECTOR, PROMPT, Generate
 from steerlens.files import json_text
 from steerlens.models.packaged import DEFAULT_MODEL
 
-COLUMNS = ["layer", "resid_norm", "predicted_boundary", "predicted_effect", "agreement"]
-COLUMNS += ["weighted_effect", "is_chosen"]
 NO_ITEMS = "none"
 
 
@@ -26,19 +24,10 @@ NO_ITEMS = "none"
 class Recommend(FolderCommand, PairsCommand):
     """Which layer and coefficient to steer with, or why not to."""
 
-    model: opt.Model = DEFAULT_MODEL
-    items: Annotated[
-        str | None,
-        "Items (prompt, positive, negative) of which half the groups choose and half confirm; or "
-        "none: what the model writes decides. Default: those of a shipped dataset, else none.",
-    ] = None
-    layers: opt.Layers = "all"
-    budget: Annotated[str, "Damage that is allowed on the model's own text, e.g. kl=0.1"] = "kl=0.1"
-
-    EXAMPLES = (
-        "recommend --pairs sentiment --out runs/recommend",
-        "recommend --pairs mine.csv --layers 8:20 --out runs/mine",
-    )
+    model: str = DEFAULT_MODEL
+    items: str | None = None
+    layers: str = "all"
+    budget: str = "kl=0.1"
 
     @property
     def next(self) -> str:
@@ -95,7 +84,7 @@ class Recommend(FolderCommand, PairsCommand):
 
     def _print(self, found: Any) -> None:
         if len(found.candidates):
-            print_rows(found.candidates, "What the choice of a layer saw", COLUMNS)
+            print_rows(found.candidates, "candidates")
         for prompt, texts in found.texts.groupby("prompt", sort=False):
             names = [f"c = {c:.4g}" for c in texts.coefficient]
             print_texts(str(prompt), names, texts.text.tolist())

@@ -7,13 +7,11 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
-from steerlens.cli.command import PairsCommand, QuietCommand
+from steerlens.cli.command import PairsCommand
 from steerlens.cli.long_command import FolderCommand
 from steerlens.cli.options import OWN_TOKENS
 from steerlens.cli.printing import note, print_cells, print_layers, progress_of, warn
@@ -25,57 +23,24 @@ NEW_TOKENS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkersCommand(QuietCommand):
-    """Who runs the cells."""
-
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Processes on this machine that share the cells; each loads the "
-            "model, and has its part of the processor's cores.",
-        ),
-    ] = None
-    dask: Annotated[str | None, "Address of a Dask scheduler whose workers share the cells."] = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep(FolderCommand, WorkersCommand, PairsCommand):
+class Sweep(FolderCommand, PairsCommand):
     """Projection against lost logprob, every layer and coefficient."""
 
-    model: opt.Model = DEFAULT_MODEL
-    test_pairs: opt.TestPairs = None
-    max_pairs: opt.MaxPairs = None
-    layers: opt.Layers = "all"
-    coefficients: opt.Coefficients = "-0.1norm,-0.05norm,0,0.05norm,0.1norm"
-    dense: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Also so many coefficients, evenly spaced over the range: 8 to 16 cells a layer "
-            "are run (more if more are given), the others interpolated.",
-        ),
-    ] = None
-    vector: opt.Vector = None
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-    labels: opt.Labels = None
-    own_tokens: opt.OwnTokens = OWN_TOKENS
-    budget: Annotated[str, "What counts as coherent: relative=0.01 or nats=0.05"] = "relative=0.01"
-    examples: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Prompts shown at the middle one of the layers: what the model writes at every "
-            "coefficient, and which tokens lose logprob. It illustrates, it chooses nothing. None "
-            "of a vector at several hooks.",
-        ),
-    ] = 2
-
-    EXAMPLES = (
-        "sweep --pairs sentiment --max-pairs 16 --out runs/sweep",
-        "sweep --layers 10:20:2 --coefficients=-8,0,8 --out runs/some",
-    )
+    model: str = DEFAULT_MODEL
+    test_pairs: str | None = None
+    max_pairs: int | None = None
+    layers: str = "all"
+    coefficients: str = "-0.1norm,-0.05norm,0,0.05norm,0.1norm"
+    dense: int | None = None
+    vector: str | None = None
+    method: str = "mean_diff"
+    position: str | None = None
+    labels: str | None = None
+    own_tokens: int = OWN_TOKENS
+    budget: str = "relative=0.01"
+    examples: int = 2
+    workers: int | None = None
+    dask: str | None = None
 
     def measure(self) -> None:
         coefficients = sl.measure.rows.checked_coefficients(opt.strengths_of(self.coefficients))
@@ -95,7 +60,10 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
             examples_at="the middle one of hook_names, whatever the numbers: an illustration",
         )
         with self.opened(request) as run:
-            study, result = self._cells(task, coefficients, run.parts, executor)
+            how: dict[str, Any] = {"budget": self.budget, **opt.labels_of(self)}
+            with task.progress() as progress:
+                study = task.study(progress, parts=run.parts, executor=executor, **how)
+                result = study.sweep(coefficients, dense=self.dense)
             tables = {"sweep": result.table, "layers": result.layers, "points": result.points}
             if self.examples and (task.vector is None or len(task.vector) == 1):
                 tables |= self._example_tables(study, result.table, coefficients)
@@ -104,20 +72,6 @@ class Sweep(FolderCommand, WorkersCommand, PairsCommand):
         print_layers(result.layers)
         print_cells(result)
         run.note(f"{len(result.table)} cells")
-
-    def _cells(
-        self, task: Any, coefficients: Any, parts: Any, executor: Executor | None
-    ) -> tuple[Any, Any]:
-        with task.progress() as progress:
-            study = task.study(
-                progress,
-                parts=parts,
-                budget=self.budget,
-                executor=executor,
-                **opt.labels_of(self),
-            )
-            result = study.sweep(coefficients, dense=self.dense)
-        return study, result
 
     def _example_tables(self, study: Any, cells: Any, asked: Any) -> dict[str, Any]:
         """`generations` at every coefficient asked for, `tokens` at both ends, of some prompts."""
@@ -166,12 +120,13 @@ def executor_of(*, workers: int | None, dask: str | None) -> Iterator[Executor |
 
 @contextmanager
 def _processes(n: int) -> Iterator[Executor]:
-    n_threads = max(1, len(_cores()) // n)
+    has_affinity = hasattr(os, "sched_getaffinity")
+    n_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     pool = ProcessPoolExecutor(
         n,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(n_threads, os.getpid()),
+        initargs=(max(1, n_cores // n), os.getpid()),
     )
     try:
         yield pool
@@ -193,13 +148,6 @@ def _start(n_threads: int, parent: int) -> None:
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(n_threads)
-
-
-def _cores() -> set[int]:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return set(os.sched_getaffinity(0))
-    return set(range(os.cpu_count() or 1))
 
 
 def _client(address: str) -> Any:

@@ -14,8 +14,7 @@ import steerlens as sl
 from steerlens.cli.options import pairs_record, vector_record
 from steerlens.cli.printing import keep_warning, note, progress_of, warned
 from steerlens.data.pairs import ContrastivePairs
-from steerlens.directions.differences import Differences
-from steerlens.directions.directions import Directions
+from steerlens.directions import Differences, Directions
 from steerlens.directions.fitting import check_pairs, default_position
 from steerlens.directions.methods import method_of
 from steerlens.engine.labels import OWN_TOKENS
@@ -23,9 +22,7 @@ from steerlens.engine.positions import Position, as_position
 from steerlens.errors import FileError, InputError
 from steerlens.measure.interventions import joined_hooks, position_of
 from steerlens.measure.study import Study
-from steerlens.models.hooked_model import HookedModel
-from steerlens.models.identity import provenance
-from steerlens.models.packaged import DEFAULT_MODEL
+from steerlens.models import DEFAULT_MODEL, HookedModel, provenance
 from steerlens.progress import Progress
 from steerlens.runs.record import write_run
 from steerlens.runs.unfinished import Parts

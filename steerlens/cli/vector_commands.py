@@ -5,9 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-import typer
+from typing import Any
 
 import steerlens as sl
 from steerlens.cli import options as opt
@@ -26,10 +24,6 @@ from steerlens.cli.printing import (
 from steerlens.errors import InputError
 from steerlens.models.packaged import DEFAULT_MODEL
 
-VectorFile = Annotated[Path, typer.Argument(help="A .safetensors or .gguf vector.")]
-OptionalModel = Annotated[
-    str | None, "As elsewhere. Default: the vector's own if it is here, or the packaged one."
-]
 PROMPT = "How was your day?"
 """After which a vector is shown to write."""
 OF_VECTOR: dict[str, Any] = dict.fromkeys(
@@ -44,26 +38,18 @@ UNFINISHED = ".unfinished"
 class Extract(LongCommand, PairsCommand):
     """Fit a steering vector and write it, its boundary with it."""
 
-    out: Annotated[Path | None, "File to write, .safetensors. Needed, or --resume."] = None
-    layers: Annotated[str | None, f"As of `sweep`. {opt.NEEDED}"] = None
-    model: opt.Model = DEFAULT_MODEL
-    test_pairs: opt.TestPairs = None
-    max_pairs: opt.MaxPairs = None
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-    operator: Annotated[str, "add, ablate, clamp (with --value) or rotate."] = "add"
-    value: Annotated[float | None, "What clamp sets the component to."] = None
-    boundary: Annotated[
-        bool, "Measure the coherence boundary too, so that coefficients like 80% work."
-    ] = True
-    on: Annotated[str, "Text of the boundary: positive, negative, neutral or a file."] = "positive"
-    budget: Annotated[str, "Of the boundary, as in `steerlens boundary`."] = "relative=0.01"
-
-    NEEDED: ClassVar[tuple[str, ...]] = ("layers",)
-    EXAMPLES = (
-        "extract --pairs sentiment --layers 15 --out cheerful.safetensors",
-        "extract --layers 9,12 --no-boundary --out two.safetensors",
-    )
+    out: Path | None = None
+    layers: str | None = None
+    model: str = DEFAULT_MODEL
+    test_pairs: str | None = None
+    max_pairs: int | None = None
+    method: str = "mean_diff"
+    position: str | None = None
+    operator: str = "add"
+    value: float | None = None
+    boundary: bool = True
+    on: str = "positive"
+    budget: str = "relative=0.01"
 
     @property
     def next(self) -> str:
@@ -85,9 +71,7 @@ class Extract(LongCommand, PairsCommand):
         """Remove what a kill left beside the file; False where that is not there."""
         folder = Extract.parts_folder(out)
         if out.is_file() and folder.is_dir():
-            from steerlens.runs.unfinished import clear_finished
-
-            clear_finished(folder)
+            sl.runs.unfinished.clear_finished(folder)
             with suppress(OSError):  # where a user's file lies in it
                 folder.rmdir()
         return out.is_file()
@@ -121,27 +105,16 @@ class Extract(LongCommand, PairsCommand):
 class Generate(ModelCommand, PairsCommand):
     """What the model writes at several coefficients, side by side."""
 
-    prompt: Annotated[str, "What the user says."]
-    vector: Annotated[Path | None, "A .safetensors or .gguf vector."] = None
-    layer: Annotated[str | None, "Layer or hook name: of the vector, or to fit a direction at."] = (
-        None
-    )
-    coefficients: opt.Coefficients = "-8,0,8"
-    positions: Annotated[
-        str,
-        "Tokens to steer: all, prompt, generated, generated[0:10], last, think or answer; several "
-        "joined by +.",
-    ] = "all"
-    model: OptionalModel = None
-    method: opt.Method = "mean_diff"
-    position: opt.Position = None
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 40
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template round the prompt.")] = False
-
-    EXAMPLES = (
-        'generate --prompt "Hello" --layer 15 --coefficients=-30,0,30',
-        'generate --prompt "Hi" --vector v.safetensors --coefficients=0,80%',
-    )
+    prompt: str
+    vector: Path | None = None
+    layer: str | None = None
+    coefficients: str = "-8,0,8"
+    positions: str = "all"
+    model: str | None = None
+    method: str = "mean_diff"
+    position: str | None = None
+    max_new_tokens: int = 40
+    raw: bool = False
 
     @property
     def next(self) -> str:
@@ -190,26 +163,11 @@ class Generate(ModelCommand, PairsCommand):
 class Export(LoadCommand):
     """A vector for llama.cpp (and back), EasySteer, PEFT and more."""
 
-    source: VectorFile
-    target: Annotated[
-        Path,
-        typer.Argument(
-            help="To write: .gguf, .safetensors, .pt (lm-eval, steering-vectors), .json "
-            "(easysteer), a new folder (peft)."
-        ),
-    ]
-    to: Annotated[
-        str | None,
-        "easysteer, lm-eval or peft, with --coefficient; or steering-vectors. Default: what "
-        "repeng and llama.cpp read (.gguf), or .safetensors.",
-    ] = None
-    coefficient: Annotated[str | None, "Residual units, 0.1norm, or 80% of the boundary."] = None
-    model: OptionalModel = None
-
-    EXAMPLES = (
-        "export cheerful.safetensors cheerful.gguf",
-        "export control.gguf control.safetensors",
-    )
+    source: Path
+    target: Path
+    to: str | None = None
+    coefficient: str | None = None
+    model: str | None = None
 
     @property
     def next(self) -> str:
@@ -271,15 +229,10 @@ class Export(LoadCommand):
 class Bake(LoadCommand):
     """A Hugging Face checkpoint that is steered by itself."""
 
-    vector: VectorFile
-    out: Annotated[Path, "Folder for the checkpoint, new or empty."]
-    coefficient: Annotated[str, "Residual units, 0.1norm, or 80% of the boundary."]
-    model: OptionalModel = None
-
-    EXAMPLES = (
-        "bake cheerful.safetensors --coefficient 80% --out cheerful-smollm2",
-        "bake cheerful.safetensors --coefficient=-30 --out gloomy-smollm2",
-    )
+    vector: Path
+    out: Path
+    coefficient: str
+    model: str | None = None
 
     @property
     def next(self) -> str:
@@ -301,9 +254,7 @@ class Bake(LoadCommand):
 class Show(Command):
     """What a vector's file says: where it acts, how strongly, and where it comes from."""
 
-    vector: VectorFile
-
-    EXAMPLES = ("vectors show cheerful.safetensors", "vectors show control.gguf")
+    vector: Path
 
     @property
     def next(self) -> str:
@@ -317,20 +268,14 @@ class Show(Command):
 class CompareVectors(Command):
     """Cosines between the directions of some vectors, and across the layers of each."""
 
-    vectors: Annotated[list[Path], typer.Argument(help="Two or more vectors, or one of layers.")]
-
-    EXAMPLES = (
-        "vectors compare cheerful.safetensors honest.safetensors",
-        "vectors compare every-layer.safetensors",
-    )
+    vectors: list[Path]
 
     @property
     def next(self) -> str:
         return f"steerlens vectors show {quoted(self.vectors[0])}"
 
     def run(self) -> None:
-        columns = ["vector_a", "hook_a", "vector_b", "hook_b", "cosine", "random_sd"]
-        print_rows(sl.cosine_table(named_vectors(self.vectors)), "Cosines", columns)
+        print_rows(sl.cosine_table(named_vectors(self.vectors)), "cosines")
 
 
 def named_vectors(paths: Sequence[Path]) -> dict[str, Any]:

@@ -88,8 +88,9 @@ def columns_of_values(
         return bool({*words} & (_SCORES | _RANKS | {"winner"}))
 
     return {
-        as_score("_".join(words)): columns
+        name if ranks(name) else f"{name} (score)": columns
         for words, columns in families(keys).items()
+        for name in ["_".join(words)]
         if columns.keys() == each.keys() and scores(words, columns)
     }
 
@@ -97,11 +98,6 @@ def columns_of_values(
 def ranks(column: str) -> bool:
     """Whether a column is called so that it scores or ranks."""
     return bool(_words(column) & (_SCORES | _RANKS))
-
-
-def as_score(column: str) -> str:
-    """A column's name, marked as a score where the name alone does not say so."""
-    return column if ranks(column) else f"{column} (score)"
 
 
 def ranked(values: Sequence[Any], by: str, *, where: str) -> list[bool | None]:
@@ -203,7 +199,10 @@ def right_and_wrong(
     the first one. Raises `InputError` where numbers may mean either of two.
     """
     labels = {spelled(label) for row in rows for label in row.labels or ()}
-    sides: tuple[Collection[str], Collection[str]] = two_labels(labels) or _as_sides(labels)
+    of_two = negated(sorted(labels))  # of more than two labels the one that another negates
+    sides: tuple[Collection[str], Collection[str]] = two_labels(labels) or (
+        (TRUE, FALSE) if of_two is None else ({of_two[0]}, {of_two[1]})
+    )
     way, named = _way(rows, answers, column, first)
     found = []
     for row, is_right in zip(rows, named, strict=True):
@@ -253,12 +252,6 @@ def _way(
     }
     way = max(ways, key=lambda way: sum(map(any, ways[way])))
     return way, ways[way]
-
-
-def _as_sides(labels: Iterable[str]) -> tuple[Collection[str], Collection[str]]:
-    """Of more than two labels the one that another negates."""
-    of_two = negated(sorted(labels))
-    return (TRUE, FALSE) if of_two is None else ({of_two[0]}, {of_two[1]})
 
 
 def _spelled_whole(answer: Any) -> str:

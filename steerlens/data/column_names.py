@@ -1,17 +1,16 @@
 """The plain names of columns, by what they are for."""
 
-import csv
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
+
+from steerlens.files import packaged_rows
 
 _NOUNS = ("prompt", "text", "sentence", "statement", "example", "response", "answer", "completion")
 
 
 def _read_names() -> dict[tuple[str, str], tuple[str, ...]]:
     """Form ("" is any) and role -> names; a side stands before and behind the nouns too."""
-    text = files("steerlens.data").joinpath("columns.csv").read_text(encoding="utf-8")
     names = {}
-    for line in csv.DictReader(text.splitlines()):
+    for line in packaged_rows("data", "columns.csv"):
         sides = line["sides"].split()
         sided = [name for s in sides for noun in _NOUNS for name in (f"{s}_{noun}", f"{noun}_{s}")]
         names[line["form"], line["role"]] = (*sides, *sided, *line["names"].split())

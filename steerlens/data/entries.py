@@ -70,11 +70,11 @@ def turns(prompt: Prompt | None) -> tuple[Message, ...]:
     return (Message("user", prompt),) if isinstance(prompt, str) else prompt or ()
 
 
-def pair_record(entry: Entry) -> dict[str, Any]:
+def pair_records(entry: Entry) -> list[dict[str, Any]]:
     """The record of a pair: what both share stands before each side."""
     sides = (entry.positive, entry.negative)
     positive, negative = (joined(entry.prompt, side) for side in sides)
-    return {"positive": positive, "negative": negative, **entry.rest}
+    return [{"id": entry.id, "positive": positive, "negative": negative, **entry.rest}]
 
 
 def joined(prompt: Prompt | None, side: Prompt) -> Prompt:
@@ -90,8 +90,8 @@ def joined(prompt: Prompt | None, side: Prompt) -> Prompt:
     return (*prompt, Message("assistant", side))
 
 
-def item_records(entry: Entry) -> list[tuple[str, dict[str, Any]]]:
-    """Ids and records of the preference items of an entry: none where it has no answers.
+def item_records(entry: Entry) -> list[dict[str, Any]]:
+    """The records of the preference items of an entry: none where it has no answers.
 
     Where the answers are letters of choices, a second item has the choices exchanged.
     """
@@ -99,15 +99,15 @@ def item_records(entry: Entry) -> list[tuple[str, dict[str, Any]]]:
     if answers is None:
         return []
     prompt, positive, negative = answers
-    rest = {key: value for key, value in entry.rest.items() if key != "continuation"}
-    record = {"prompt": prompt, "positive": positive, "negative": negative, **rest}
+    sides = {"positive": positive, "negative": negative}
+    record = {"id": entry.id, "prompt": prompt, **sides, **entry.rest}
     other = None if isinstance(prompt, str) else _exchanged(prompt, positive, negative)
     if other is None:
-        return [(entry.id, record)]
-    name = str(rest.get("id", entry.id))
+        return [record]
+    name = str(record["id"])
     record = {"group": f"question {name}", **record}
-    exchanged = {**record, "prompt": other, "positive": negative, "negative": positive}
-    return [(entry.id, record), (entry.id, {**exchanged, "id": f"{name}-exchanged"})]
+    exchanged = {"id": f"{name}-exchanged", "prompt": other}
+    return [record, {**record, **exchanged, "positive": negative, "negative": positive}]
 
 
 def _answers(entry: Entry) -> tuple[Prompt, str, str] | None:

@@ -1,10 +1,8 @@
 """The forms in which contrastive data are published: what makes entries of the rows of each."""
 
-import csv
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from steerlens.data.partners import by_column, of_template, pairing_column, valu
 from steerlens.data.prompts import Message, Prompt, checked_prompt
 from steerlens.data.reading import Row
 from steerlens.errors import InputError, told
+from steerlens.files import packaged_rows
 
 ALONE = "no partner in the shorter list"
 """Why a text of two lists without pairs is not measured; it is fitted on all the same."""
@@ -376,9 +375,8 @@ def _read_forms() -> dict[str, Form]:
             *(_preferences, _pairs, _choices, _labelled),
         )
     }
-    text = files("steerlens.data").joinpath("forms.csv").read_text(encoding="utf-8")
     forms = {}
-    for line in csv.DictReader(text.splitlines()):
+    for line in packaged_rows("data", "forms.csv"):
         needs, may, others = (tuple(line[n].split()) for n in ("needs", "may", "other_names"))
         name, of_lists = line["form"], line["of_lists"] == "yes"
         forms[name] = Form(needs, may, readers[name], others, of_lists)

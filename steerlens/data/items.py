@@ -2,10 +2,10 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from steerlens.data.entries import Card, Entry, item_records
-from steerlens.data.prompts import Prompt, checked_prompt, checked_text, distinctive, texts_of
+from steerlens.data.entries import Card, item_records
+from steerlens.data.prompts import Prompt, distinctive, texts_of
 from steerlens.data.sequence import EntrySequence
 from steerlens.validation import checked
 
@@ -67,16 +67,7 @@ class PreferenceItems(EntrySequence[PreferenceItem]):
     _noun: ClassVar = "items"
     _repeated: ClassVar = "the prompt"
     _entry: ClassVar = PreferenceItem
-    _required: ClassVar = {
-        "prompt": checked_prompt,
-        "positive": checked_text,
-        "negative": checked_text,
-    }
-    _optional: ClassVar = {}
-
-    @classmethod
-    def _records_of(cls, entry: Entry) -> list[tuple[str, dict[str, Any]]]:
-        return item_records(entry)
+    _records_of: ClassVar = staticmethod(item_records)
 
     def count_sharing(self, texts: Collection[str]) -> int:
         """How many of these items have one of the texts in their prompt (see `texts_of`)."""

@@ -2,33 +2,18 @@
 
 import hashlib
 import json
-import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from steerlens.data.entries import Card, Entry, pair_record
-from steerlens.data.prompts import (
-    Prompt,
-    checked_prompt,
-    checked_text,
-    distinctive,
-    texts_of,
-)
+from steerlens.data.entries import Card, pair_records
+from steerlens.data.prompts import Prompt, distinctive, texts_of
 from steerlens.data.sequence import EntrySequence
 from steerlens.data.shipped import dataset_names
-from steerlens.errors import InputError, told
+from steerlens.errors import InputError
 from steerlens.validation import checked
-
-
-def checked_index(value: Any, *, where: str) -> int:
-    """A whole number, as a file may write it."""
-    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d{1,9}", text):
-        raise InputError(f"{where} must be a whole number (a token's index), got {told(value)}")
-    return int(text)
 
 
 @checked
@@ -96,8 +81,7 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
     _noun: ClassVar = "pairs"
     _repeated: ClassVar = "both prompts"
     _entry: ClassVar = ContrastivePair
-    _required: ClassVar = {"positive": checked_prompt, "negative": checked_prompt}
-    _optional: ClassVar = {"continuation": checked_text, "position": checked_index}
+    _records_of: ClassVar = staticmethod(pair_records)
 
     @classmethod
     def from_lists(
@@ -190,10 +174,6 @@ class ContrastivePairs(EntrySequence[ContrastivePair]):
                 stacklevel=3,
             )
         return n
-
-    @classmethod
-    def _records_of(cls, entry: Entry) -> list[tuple[str, dict[str, Any]]]:
-        return [(entry.id, pair_record(entry))]
 
     @classmethod
     def _content(cls, entry: ContrastivePair) -> tuple[Any, ...]:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
@@ -15,13 +16,12 @@ import numpy as np
 import pandas as pd
 
 from steerlens.data.entries import Card
-from steerlens.data.entries import Entry as DataEntry
 from steerlens.data.forms import ALONE, Made
-from steerlens.data.prompts import unicode_text
+from steerlens.data.prompts import checked_prompt, checked_text, unicode_text
 from steerlens.data.reading import is_table, read_rows
 from steerlens.data.recognition import make, make_lists
 from steerlens.data.shipped import SPLITS, dataset_names, shipped_file
-from steerlens.errors import InputError
+from steerlens.errors import InputError, told
 from steerlens.stats import UNEVEN, effective_groups
 from steerlens.validation import Whole, checked
 
@@ -29,8 +29,29 @@ MIN_ENTRIES = 2
 FEW_GROUPS = 10
 """Below so many, intervals and p-values are rough."""
 
-Check = Callable[..., Any]
-"""`(value, where=...) -> checked value`; raises `InputError` that begins with `where`."""
+
+def checked_index(value: Any, *, where: str) -> int:
+    """A whole number, as a file may write it."""
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if isinstance(value, bool) or not re.fullmatch(r"[+-]?\d{1,9}", text):
+        raise InputError(f"{where} must be a whole number (a token's index), got {told(value)}")
+    return int(text)
+
+
+def _checked_id(value: Any, *, where: str) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # it went through a column of floats
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InputError(f"{where} must be text or a whole number, got {type(value).__name__}")
+    return unicode_text(str(value), where=where)
+
+
+_CHECKS: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(("prompt", "positive", "negative"), checked_prompt),
+    **{"continuation": checked_text, "position": checked_index},
+    **{"id": _checked_id, "group": _checked_id},
+}
+"""Part of an entry -> `(value, where=...) -> checked value`, or an `InputError` with `where`."""
 
 
 Entry = TypeVar("Entry")
@@ -59,9 +80,8 @@ class EntrySequence(Sequence[Entry]):
     _noun: ClassVar[str]
     """What the entries are called, and the field that holds them."""
     _entry: ClassVar[type[Any]]
-    _required: ClassVar[Mapping[str, Check]]
-    """The keys of a record, each with its check."""
-    _optional: ClassVar[Mapping[str, Check]]
+    _records_of: ClassVar[Any]
+    """What makes records of what a row says, with the fields of an entry as keys."""
 
     if TYPE_CHECKING:
 
@@ -221,7 +241,7 @@ class EntrySequence(Sequence[Entry]):
             >>> print(sl.ContrastivePairs.load(facts).card)
             4 rows of the form labelled, 4 used; paired by topic
         """
-        if group in (*cls._required, *cls._optional, "id"):
+        if group in {field.name for field in fields(cls._entry)} - {"group"}:
             raise InputError(f"{group!r} is another part of {cls._noun}, not their group")
         split, columns, called = split or cls._split, columns or {}, name or cls._noun
         is_shipped = isinstance(source, str) and source in dataset_names()
@@ -242,8 +262,7 @@ class EntrySequence(Sequence[Entry]):
         else:
             rows = read_rows(source, split=split, name=called)
             called = called if is_shipped or name else rows.name
-            needed = tuple(cls._required)
-            made = make(rows, form=form, columns=columns, group=group, needed=needed)
+            made = make(rows, form=form, columns=columns, group=group, needed=cls._needed())
         return cls._of_entries(made, called, group)
 
     @classmethod
@@ -256,16 +275,15 @@ class EntrySequence(Sequence[Entry]):
             if not records and made.form == "pairs":
                 raise InputError(
                     f"{entry.where}: the form pairs without a prompt that both sides share; "
-                    f"expected {', '.join(cls._required)}; name the prompt: --columns prompt=COLUMN"
+                    f"expected {', '.join(cls._needed())}; name the prompt: --columns prompt=COLUMN"
                 )
             left_out["no answers after a prompt that both sides share"] += not records
-            for default_id, record in records:
-                found.append(cls._from_record(record, default_id=default_id, where=entry.where))
+            found += [cls._from_record(record, where=entry.where) for record in records]
         left_out = +left_out
         if made.entries and not found:
             raise InputError(
                 f"{name}: the form {made.form} has no answers after a prompt that both sides "
-                f"share, as {cls._noun} need; give {', '.join(cls._required)}"
+                f"share, as {cls._noun} need; give {', '.join(cls._needed())}"
             )
         if group == "auto":
             found = [replace(entry, group=cls._auto_group(entry)) for entry in found]
@@ -378,19 +396,15 @@ class EntrySequence(Sequence[Entry]):
             raise InputError(f"{where}: positive and negative are equal; they must differ")
 
     @classmethod
-    @abstractmethod
-    def _records_of(cls, entry: DataEntry) -> list[tuple[str, dict[str, Any]]]:
-        """Default ids and records, with the keys that are checked, of what a row says."""
+    def _needed(cls) -> tuple[str, ...]:
+        """The parts that an entry has to have."""
+        return tuple(field.name for field in fields(cls._entry) if field.default is MISSING)
 
     @classmethod
-    def _from_record(cls, record: Mapping[str, Any], *, default_id: str, where: str) -> Entry:
-        checks = {**cls._required, **cls._optional, "id": _checked_id, "group": _checked_id}
-        values = {
-            key: check(record[key], where=f"{where}: {key}")
-            for key, check in checks.items()
-            if record.get(key) is not None
-        }
-        entry: Entry = cls._entry(**{"id": default_id, **values})
+    def _from_record(cls, record: Mapping[str, Any], *, where: str) -> Entry:
+        names = [field.name for field in fields(cls._entry) if field.name in record]
+        checked_parts = {n: _CHECKS[n](record[n], where=f"{where}: {n}") for n in names}
+        entry: Entry = cls._entry(**checked_parts)
         cls._check_sides(entry, where=where)
         return entry
 
@@ -399,14 +413,6 @@ def _is_list(source: Any) -> bool:
     """Whether it may be one side of two lists without pairs."""
     is_column = hasattr(source, "to_list") or is_table(source)
     return is_column or isinstance(source, str | os.PathLike | list)
-
-
-def _checked_id(value: Any, *, where: str) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # it went through a column of floats
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise InputError(f"{where} must be text or a whole number, got {type(value).__name__}")
-    return unicode_text(str(value), where=where)
 
 
 def one_of_each_in_turn(groups: Sequence[int], most: int) -> list[int]:

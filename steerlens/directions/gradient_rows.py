@@ -14,7 +14,7 @@ from torch import Tensor
 from steerlens.errors import InputError, told
 from steerlens.models.hooks import hook_layer, width_name
 from steerlens.models.weight_processing import UNKNOWN
-from steerlens.tables import GRADIENT_COLUMNS, Row, fragment, hook_label, shortened, to_frame
+from steerlens.tables import Row, fragment, hook_label, shortened, to_frame
 from steerlens.validation import checked
 
 Weight = float | int | Literal["balanced"]
@@ -148,7 +148,7 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
         gradients: What `loss_gradients` gives.
 
     Returns:
-        Columns `GRADIENT_COLUMNS`; the cosine is NaN where a row of either term is zero.
+        Columns `gradients`; the cosine is NaN where a row of either term is zero.
 
     Examples:
         >>> terms = sl.directions.gradient_terms(sl.loss_gradients(model, pairs, layers=[1, 2]))
@@ -184,7 +184,7 @@ def gradient_terms(gradients: LossGradients) -> pd.DataFrame:
         "weight_processing": gradients.weight_processing,
         "forward_equivalents": gradients.forward_equivalents,
     }
-    return to_frame(rows, GRADIENT_COLUMNS, attrs)
+    return to_frame(rows, "gradients", attrs)
 
 
 def check_weight(weight: Any) -> None:

@@ -16,7 +16,7 @@ from steerlens.directions.gradient_rows import LossGradients
 from steerlens.directions.methods import frozen_axis
 from steerlens.directions.old_names import with_old_gradient_keywords
 from steerlens.engine.backend import for_hooks
-from steerlens.engine.backward import loss_rows
+from steerlens.engine.backward import loss_rows, pairs_per_pass
 from steerlens.engine.batches import make_pair_batches
 from steerlens.engine.capture import are_finite
 from steerlens.engine.engine import Engine
@@ -99,10 +99,11 @@ def loss_gradients(
     pairs.check_paired("gradients are")
     tokenized = labelled_pairs(model, pairs, labels, seed=seed)
     _check_position(tokenized, position)
-    batches = make_pair_batches(model, tokenized, batch_size)
-    sides = [positive for positive, _ in batches]
     targets = dict(zip(hook_names + readouts, loss_hooks, strict=True))
-    check_memory(for_hooks(model, (*targets, *loss_hooks)), sides, with_gradients=True)
+    runner = for_hooks(model, (*targets, *loss_hooks))
+    batches = make_pair_batches(model, tokenized, batch_size or pairs_per_pass(runner, tokenized))
+    sides = [positive for positive, _ in batches]
+    check_memory(runner, sides, with_gradients=True)
     shared: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
     unsteered = partial(
         collect_differences, model, pairs, layers=loss_hooks, position=position, **shared
@@ -110,7 +111,7 @@ def loss_gradients(
     frozen = None
     if axis is not None:
         frozen = frozen_axis(model, axis, loss_hooks, unsteered=unsteered, seed=seed)
-    engine = Engine(model, progress=by_default(progress))
+    engine = Engine(runner, progress=by_default(progress))
     drawn = {"n_scores": n_scores, "seed": seed}
     rows = loss_rows(
         engine.stage("gradients: pairs"), batches, targets, axis=frozen, position=position, **drawn

@@ -33,7 +33,7 @@ from steerlens.errors import InputError
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, hook_layer, is_head, readout_hook
 from steerlens.progress import Progress, by_default, part_of
-from steerlens.tables import TRAINING_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Count, Positive, Whole, checked
 
 VALIDATION = 0.2
@@ -70,7 +70,7 @@ class Trained:
     """Directions that were trained, how long the vectors were, and what they did on the way.
 
     `norms` maps hook name to the norm of the trained vector (residual units). `history` has the
-    columns `TRAINING_COLUMNS`: one row a hook and step, measured on the step's examples before it,
+    columns `training`: one row a hook and step, measured on the step's examples before it,
     and one an epoch on the held-out examples, the first before any step.
     """
 
@@ -203,7 +203,7 @@ def train_directions(
         directions = directions.read_along(frozen, readouts)
     attrs = {"method": method, "axis": frozen.method, "position": position, "seed": seed}
     attrs |= {"fitted_on": differences.fingerprint, "settings": asdict(schedule)}
-    return Trained(directions, norms, to_frame(histories, TRAINING_COLUMNS, attrs))
+    return Trained(directions, norms, to_frame(histories, "training", attrs))
 
 
 def _items_for(objective: str, items: PreferenceItems | None) -> PreferenceItems | None:

@@ -135,8 +135,11 @@ class BareModel(torch.nn.Module):
         return self.original_model.generate(*args, **kwargs)
 
     def compile_blocks(self) -> None:
-        """Compile the blocks, once; the first pass then takes seconds more (see `compiled`)."""
-        if self.compiled is None:
+        """Compile the blocks, once; the first pass then takes seconds more (see `compiled`).
+
+        Not those of a model on several devices, whose blocks move what they are given first.
+        """
+        if self.compiled is None and not verification.is_spread(self.original_model):
             self.compiled = CompiledBlocks(self.blocks)
 
 
@@ -155,7 +158,7 @@ def for_hooks(
 ) -> HookedModel:
     """What to run where only `hook_names` are hooked: the `BareModel`, or `model` itself.
 
-    The bare one where all of them are block outputs and the model is a Bridge on one CUDA device
+    The bare one where all of them are block outputs and the model is a Bridge on CUDA devices
     (with `on_cpu` on a CPU too), is what its checkpoint says, and has no hooks of others. It is
     built once a model and compared with the Bridge: at every block's output, on two rows of tokens,
     one of them padded. Where they differ by more than rounding, it is not used, with a warning.
@@ -226,6 +229,8 @@ def fuse_norms(model: torch.nn.Module) -> int:
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
         if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
             continue
+        if "forward" in module.__dict__:  # it moves what it is given to its own device first
+            continue
         # Some take a gate too, for which they may have to be asked.
         n_inputs = len(inspect.signature(module.forward).parameters)
         if "RMSNorm" not in type(module).__name__ or n_inputs != 1:
@@ -263,7 +268,8 @@ def _difference(model: Any, bare: BareModel) -> str | None:
     # The two attentions round differently in every block; a wrong block is off by far more.
     allowed = allowed_gap(model.cfg.dtype, least=verification.TOLERANCE)
     for name, expected in theirs.items():
-        gap = _relative(ours[name][mask], expected[mask])
+        of_device = mask.to(expected.device)
+        gap = _relative(ours[name][of_device], expected[of_device])
         if not gap <= allowed:
             return f"{name} differs by {gap:.2g} of its size"
     bare.can_resume = _resumes(bare, tokens, allowed)

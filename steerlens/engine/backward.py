@@ -18,10 +18,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.engine.backend import BareModel, for_hooks
-from steerlens.engine.batches import Batch, in_pair_order, join
+from steerlens.engine.batches import Batch, in_pair_order, join, rows_per_pass
 from steerlens.engine.capture import at_position, by_halves, check_residual, reading_hook
 from steerlens.engine.engine import Engine
 from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
+from steerlens.engine.tokenization import TokenizedPairs
 from steerlens.engine.transfer import to_device, to_host
 from steerlens.engine.workload import Cost
 from steerlens.errors import InputError, ModelError
@@ -36,6 +37,10 @@ BACKWARD_COST = 2
 LAUNCH_BOUND = 4e11
 """Floating-point operations of a block below which a GPU waits for its next one: about a
 millisecond's. Both sides of the pairs then run in one pass, which takes more arithmetic."""
+
+GRAPH_OPERATIONS = 3 * LAUNCH_BOUND
+"""Those of a block and a side from which more pairs in a pass run no faster on a GPU. Both sides'
+graphs are there at once, so they would only take memory."""
 
 _checked: "weakref.WeakSet[BareModel]" = weakref.WeakSet()
 
@@ -202,6 +207,16 @@ class LossRows(NamedTuple):
     logprob_slope: Float[Tensor, "all_hook pair d_model"]
     scores: Float[Tensor, "all_hook n_scores pair d_model"]
     logprob: Float[Tensor, " pair"]
+
+
+def pairs_per_pass(model: HookedModel, pairs: TokenizedPairs) -> int | None:
+    """How many pairs' graphs are kept at once by default, alike; None: as in any pass."""
+    if not isinstance(model, BareModel):
+        return None
+    width = max(map(len, (*pairs.positive, *pairs.negative)))
+    most = min(int(GRAPH_OPERATIONS / model.block_operations) // width, rows_per_pass(model, width))
+    n_passes = math.ceil(len(pairs.positive) / max(1, most))
+    return math.ceil(len(pairs.positive) / n_passes)
 
 
 def loss_rows(

@@ -28,7 +28,7 @@ from steerlens.progress import Progress, by_default, part_of
 from steerlens.stats import N_BOOTSTRAP, interval, rank_p
 from steerlens.steering import Add, Coefficient, SteeringVector, parse_coefficient, steps
 from steerlens.steering.cache_positions import Positions
-from steerlens.tables import BEHAVIOUR_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Count, Draws, Whole, checked
 
 COHERENCE = ("logprob", "distinct_2", "repeated_4", "ended")
@@ -41,7 +41,7 @@ PERSONAS = ("positive prompt", "negative prompt")
 class BehaviourResult:
     """What was written, and its scores.
 
-    `table` has a row a hook, coefficient and scorer (`BEHAVIOUR_COLUMNS`): means over prompts of
+    `table` has a row a hook, coefficient and scorer (columns `behaviour`): means over prompts of
     the means over their texts, shifts against the texts of the same prompt at 0, intervals over the
     groups of prompts. `generations` has a row a text, after which prompt (its number from 1, and as
     the model saw it), by what, and each scorer's number in a column of its name. A sample has the
@@ -164,7 +164,7 @@ def behaviour(
         **{"scorers": list(writer.scorers), "settings": settings},
         "pairs": None if pairs is None else pairs.name,
     }
-    return BehaviourResult(to_frame(table, BEHAVIOUR_COLUMNS, attrs), pd.DataFrame(texts))
+    return BehaviourResult(to_frame(table, "behaviour", attrs), pd.DataFrame(texts))
 
 
 def _written(
@@ -203,7 +203,7 @@ class _Comparison:
     seed: int
 
     def rows(self, cell: Cell, nulls: Sequence[Cell] = ()) -> list[Row]:
-        """A row a scorer (`BEHAVIOUR_COLUMNS`)."""
+        """A row a scorer (columns `behaviour`)."""
         return [
             {**cell.place, "scorer": name, **self._row(name, cell, nulls)} for name in cell.scores
         ]

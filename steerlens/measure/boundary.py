@@ -30,25 +30,15 @@ from steerlens.measure.texts import On, check_text_positions, text_name, text_pr
 from steerlens.plots.figure import Figure
 from steerlens.plots.layers import boundary as draw_boundary
 from steerlens.steering import Add, SteeringVector
-from steerlens.tables import (
-    BOUNDARY_COLUMNS,
-    JOINT_COLUMNS,
-    LAYER_COLUMNS,
-    Row,
-    fragment,
-    hook_label,
-    measured,
-    shortened,
-    to_frame,
-)
+from steerlens.tables import Row, fragment, hook_label, measured, shortened, to_frame
 from steerlens.validation import Angles, checked
 
 
 @dataclass(frozen=True, eq=False)
 class BoundaryResult:
-    """`layers` has one row a hook (`LAYER_COLUMNS`), `curves` one an evaluation of the search.
+    """`layers` has one row a hook (columns `layers`), `curves` one an evaluation of the search.
 
-    The columns of `curves` are `BOUNDARY_COLUMNS`. Both tables carry in their `attrs` the settings,
+    The columns of `curves` are `boundary`. Both tables carry in their `attrs` the settings,
     provenance, fingerprints (`text` is that of the token ids measured on), how far each hook was
     searched (`searched`), and the `forward_equivalents` spent.
     """
@@ -114,8 +104,8 @@ def run_boundary(
     attrs = text.record(study, settings, since=before) | {"searched": searched}
     curves = [row for boundary in boundaries for row in boundary.rows()]
     return BoundaryResult(
-        layers=to_frame(table, LAYER_COLUMNS, attrs),
-        curves=to_frame(curves, BOUNDARY_COLUMNS, attrs),
+        layers=to_frame(table, "layers", attrs),
+        curves=to_frame(curves, "boundary", attrs),
         directions=study.directions,
         settings=settings,
     )
@@ -149,7 +139,7 @@ def run_prediction(study: Preparation, *, on: On) -> pd.DataFrame:
         )
     ]
     attrs = text.record(study, settings, since=before)
-    return to_frame(table, LAYER_COLUMNS, attrs)
+    return to_frame(table, "layers", attrs)
 
 
 @dataclass(frozen=True)
@@ -231,7 +221,7 @@ def run_joint(
         for (angle, _, _), found in zip(turns, boundaries, strict=True)
     ]
     attrs = text.record(study, settings, since=before) | {"searched": limits}
-    return to_frame(rows, JOINT_COLUMNS, attrs)
+    return to_frame(rows, "joint", attrs)
 
 
 @checked

@@ -90,7 +90,7 @@ class Boundary:
         }
 
     def rows(self) -> list[Row]:
-        """The evaluations as table rows (`BOUNDARY_COLUMNS`), outward."""
+        """The evaluations as table rows (columns `boundary`), outward."""
         return [
             {
                 "hook_name": self.push.hook_name,

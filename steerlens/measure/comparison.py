@@ -60,15 +60,7 @@ from steerlens.plots.figure import Figure
 from steerlens.plots.methods import comparison as draw_comparison
 from steerlens.progress import Progress, by_default, part_of, under
 from steerlens.stats import N_BOOTSTRAP
-from steerlens.tables import (
-    COMPARISON_COLUMNS,
-    Row,
-    fragment,
-    hook_label,
-    measured,
-    shortened,
-    to_frame,
-)
+from steerlens.tables import Row, fragment, hook_label, measured, shortened, to_frame
 from steerlens.validation import Count, Draws, NotNegative, Whole, checked
 
 N_GENERATED = 4
@@ -77,10 +69,10 @@ N_GENERATED = 4
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """`table` has one row a method and layer (`COMPARISON_COLUMNS`), `summary` one a method.
+    """`table` has one row a method and layer (columns `comparison`), `summary` one a method.
 
-    `summary` (`SUMMARY_COLUMNS`) holds each method at the layer chosen on training items, best
-    first; it is empty when there are none. `methods` (`METHOD_COLUMNS`) compares every method with
+    `summary` (columns `summary`) holds each method at the layer chosen on training items, best
+    first; it is empty when there are none. `methods` (columns `methods`) compares every method with
     `mean_diff` on the same items, at the chosen layers or layer by layer. `effects` are the effects
     item by item, one row an item and one column a row of `table` ("method @ hook name"). The tables
     carry settings, model provenance, fingerprints and `forward_equivalents` (of the held-out items
@@ -284,7 +276,7 @@ def _compared(
     }
     effects = pd.DataFrame({"id": [item.id for item in items], **by_item})
     effects.attrs.update(attrs)
-    table = to_frame(rows, COMPARISON_COLUMNS, attrs)
+    table = to_frame(rows, "comparison", attrs)
     summary = summarise(table, effects, inference, refits)
     methods = methods_table(table, effects, inference, refits)
     return Comparison(table, summary, methods, effects, directions, settings)

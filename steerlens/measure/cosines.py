@@ -10,7 +10,7 @@ from torch import Tensor
 from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer
 from steerlens.models.weight_processing import check_one
-from steerlens.tables import COSINE_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import checked
 
 
@@ -18,7 +18,7 @@ from steerlens.validation import checked
 def cosine_table(
     vectors: Mapping[str, Mapping[str, Tensor]] | Sequence[Mapping[str, Tensor]],
 ) -> pd.DataFrame:
-    """Cosine of every two directions of some named vectors, one row a pair (`COSINE_COLUMNS`).
+    """Cosine of every two directions of some named vectors, one row a pair (columns `cosines`).
 
     `vectors` is name -> steering vector or directions, or a list of them, called "1", "2" and so
     on; of each, all hooks take part, so one vector is compared across its layers too. `random_sd`
@@ -66,4 +66,4 @@ def cosine_table(
         }
         for (name_a, hook_a, a), (name_b, hook_b, b) in combinations(entries, 2)
     ]
-    return to_frame(rows, COSINE_COLUMNS, {})
+    return to_frame(rows, "cosines", {})

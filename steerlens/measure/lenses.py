@@ -24,7 +24,7 @@ from steerlens.models.loading import inference
 from steerlens.models.weight_processing import check_processing
 from steerlens.progress import Progress, by_default, part_of
 from steerlens.stats import max_rank_p, rank_p
-from steerlens.tables import READING_COLUMNS, VOCABULARY_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Count, Draws, Whole, checked
 
 ROWS = 16
@@ -42,7 +42,7 @@ def vocabulary(
     n_random: Draws = 199,
     seed: Whole = 0,
 ) -> pd.DataFrame:
-    """The tokens that each direction promotes and suppresses most (`VOCABULARY_COLUMNS`).
+    """The tokens that each direction promotes and suppresses most (columns `vocabulary`).
 
     A logit lens, or a Jacobian one, on directions.
 
@@ -114,7 +114,7 @@ def vocabulary(
                 ]
     settings = {"n_random": n_random, "seed": seed, "jacobian": None if lens is None else str(lens)}
     attrs = {"settings": settings, "model": provenance(model).to_dict()}
-    return to_frame(rows, VOCABULARY_COLUMNS, attrs)
+    return to_frame(rows, "vocabulary", attrs)
 
 
 def _unit_rows(
@@ -221,7 +221,7 @@ def readings(
     batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """The prompts on which each direction reads highest and lowest, by token (`READING_COLUMNS`).
+    """The prompts on which each direction reads highest and lowest, by token (columns `readings`).
 
     A token reads `h . direction`, in residual units, unsteered at the direction's own hook; a
     prompt the mean of its tokens but the first, whose state is the same in every prompt.
@@ -294,4 +294,4 @@ def readings(
                 ]
     attrs = {"text": fingerprint(tokenized), "model": provenance(model).to_dict()}
     attrs["settings"] = {"n_prompts": n_prompts, "n_read": len(names)}
-    return to_frame(rows, READING_COLUMNS, attrs)
+    return to_frame(rows, "readings", attrs)

@@ -29,16 +29,7 @@ from steerlens.models.hooks import hook_layer
 from steerlens.plots.figure import Figure
 from steerlens.plots.plane import loss_geometry as draw_geometry
 from steerlens.stats import TAIL
-from steerlens.tables import (
-    CONTOUR_COLUMNS,
-    GEOMETRY_COLUMNS,
-    SHAPE_COLUMNS,
-    Row,
-    fragment,
-    hook_label,
-    measured,
-    to_frame,
-)
+from steerlens.tables import Row, fragment, hook_label, measured, to_frame
 from steerlens.validation import Angles, checked
 
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -49,10 +40,10 @@ _SHAPES = np.linspace(0, 2, 81)
 
 @dataclass(frozen=True, eq=False)
 class LossGeometry:
-    """`points` has one row a hook and pair (`GEOMETRY_COLUMNS`), `contours` one a measured push.
+    """`points` has one row a hook and pair (columns `geometry`), `contours` one a measured push.
 
-    `contours` (`CONTOUR_COLUMNS`) holds the loss where the pairs were pushed in the plane, `shape`
-    (`SHAPE_COLUMNS`) the boundary of every angle. The plane at each hook is that of the frozen
+    `contours` (columns `contours`) holds the loss where the pairs were pushed in the plane, `shape`
+    (columns `shape`) the boundary of every angle. The plane at each hook is that of the frozen
     direction and the main orthogonal one. All tables carry settings, provenance and the
     `forward_equivalents` spent in their attrs, `shape` also how far was `searched` at each hook.
     """
@@ -88,7 +79,7 @@ class LossGeometry:
 
 @dataclass(frozen=True, eq=False)
 class BoundaryShape:
-    """`table` has one row an angle (`SHAPE_COLUMNS`) in the plane of two unit vectors.
+    """`table` has one row an angle (columns `shape`) in the plane of two unit vectors.
 
     `direction` is the frozen direction (0 degrees), `orthogonal` the main direction of what is left
     of the pairs' differences without it (90 degrees). The `radius_ratio` columns are of all angles
@@ -165,9 +156,7 @@ def run_shape(
         turn = math.radians(angle)
         place = {"angle": angle, "x": reach * math.cos(turn), "y": reach * math.sin(turn)}
         rows.append({**at_hook, **place, **boundary.row(), **ratio})
-    return BoundaryShape(
-        to_frame(rows, SHAPE_COLUMNS, attrs), direction.to(dtype), orthogonal.to(dtype)
-    )
+    return BoundaryShape(to_frame(rows, "shape", attrs), direction.to(dtype), orthogonal.to(dtype))
 
 
 def run_plane(
@@ -219,7 +208,7 @@ def run_plane(
     of_shape: dict[Any, Any] = {**attrs, "searched": searched}
     shape.attrs = of_shape
     return LossGeometry(
-        to_frame(points, GEOMETRY_COLUMNS, attrs), to_frame(contours, CONTOUR_COLUMNS, attrs), shape
+        to_frame(points, "geometry", attrs), to_frame(contours, "contours", attrs), shape
     )
 
 
@@ -247,7 +236,7 @@ def radius_ratio(
         resampled: The same of resampled groups, the same groups for every angle.
 
     Returns:
-        The columns of `SHAPE_COLUMNS`; the ratio is inf where one radius is, NaN where all are or
+        The columns of `shape`; the ratio is inf where one radius is, NaN where all are or
         one is undefined, and the others NaN where it, or a resample, is not finite.
     """
     if np.isnan(radii).any() or np.isinf(radii.min()):

@@ -215,7 +215,7 @@ class Preparation:
 
     @cached_property
     def layer_rows(self) -> Mapping[str, Row]:
-        """Hook name -> the numbers of the unsteered model there (`LAYER_COLUMNS`)."""
+        """Hook name -> the numbers of the unsteered model there (columns `layers`)."""
         settings, groups = self.settings, self.pairs.groups
         return {
             name: {

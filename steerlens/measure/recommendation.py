@@ -49,14 +49,7 @@ from steerlens.progress import Progress, by_default, silent
 from steerlens.steering import SteeringVector
 from steerlens.steering.coefficients import Calibration
 from steerlens.steering.generation import decoded, generate_texts
-from steerlens.tables import (
-    CANDIDATE_COLUMNS,
-    GENERATION_COLUMNS,
-    RECOMMENDATION_COLUMNS,
-    Row,
-    fragment,
-    to_frame,
-)
+from steerlens.tables import Row, fragment, to_frame
 from steerlens.validation import Count, Whole, checked
 
 BEYOND = 1.5
@@ -75,9 +68,9 @@ class Recommendation:
 
     `signs` has "positive" and "negative": a `SignResult`, or None where it should not be steered;
     `reasons` has a sentence for each condition that failed. `vector`, with its boundaries, is None
-    where neither sign should be. Tables: `table` (`RECOMMENDATION_COLUMNS`), one row a sign, with
-    the numbers of a refused one too; `candidates` (`CANDIDATE_COLUMNS`), one a layer; `texts`
-    (`GENERATION_COLUMNS`), what the model writes at some coefficients.
+    where neither sign should be. Tables: `table` (columns `recommendation`), one row a sign, with
+    the numbers of a refused one too; `candidates` (columns `candidates`), one a layer; `texts`
+    (columns `generations`), what the model writes at some coefficients.
     """
 
     signs: Mapping[str, SignResult | None]
@@ -287,9 +280,9 @@ def _recommended(
         signs={sign: None if refused[sign] else found for sign, found in results.items()},
         reasons=tuple(chain(*refused.values())),
         vector=None if all(refused.values()) else replace(vector, calibration=known),
-        table=to_frame(rows, RECOMMENDATION_COLUMNS, {**about, "told": told}),
+        table=to_frame(rows, "recommendation", {**about, "told": told}),
         candidates=candidates,
-        texts=to_frame(texts, GENERATION_COLUMNS, about),
+        texts=to_frame(texts, "generations", about),
         unit=confirming.unit,
     )
 
@@ -333,7 +326,7 @@ def _ranked(
 def _candidates(
     flips: LabelFlips, differences: Differences, about: Mapping[str, Any]
 ) -> pd.DataFrame:
-    """What the choice of a layer saw (`CANDIDATE_COLUMNS`)."""
+    """What the choice of a layer saw (columns `candidates`)."""
     norms, linear = mean_norms(differences), flips.choosing
     at_hooks = ((name, *flips.at(name)) for name in flips.choosing.hook_names)  # one after another
     rows = [
@@ -351,7 +344,7 @@ def _candidates(
             at_hooks, flips.weighted(linear)[:, 0].tolist(), strict=True
         )
     ]
-    return to_frame(rows, CANDIDATE_COLUMNS, about)
+    return to_frame(rows, "candidates", about)
 
 
 def _texts(engine: Engine, prompts: Prompts, job: Job, coefficients: Sequence[float]) -> list[Row]:
@@ -388,7 +381,7 @@ def _refused(
         signs=dict.fromkeys(SIGNS),
         reasons=reasons,
         vector=None,
-        table=to_frame([], RECOMMENDATION_COLUMNS, about),
-        candidates=to_frame([], CANDIDATE_COLUMNS, about) if candidates is None else candidates,
-        texts=to_frame([], GENERATION_COLUMNS, about),
+        table=to_frame([], "recommendation", about),
+        candidates=to_frame([], "candidates", about) if candidates is None else candidates,
+        texts=to_frame([], "generations", about),
     )

@@ -41,7 +41,7 @@ def measure(
     settings: StudySettings,
     groups: Sequence[int],
 ) -> Row:
-    """The numbers of one cell (`SWEEP_COLUMNS` without the hook's own), from those `by_pair`.
+    """The numbers of one cell (columns `sweep` without the hook's own), from those `by_pair`.
 
     `baseline` is the unsteered logprob, `groups` the pairs' groups, by which intervals go. Means
     and the loss are over pairs, in float64.
@@ -101,7 +101,7 @@ def layer_row(
     settings: StudySettings,
     groups: Sequence[int],
 ) -> Row:
-    """The per-layer numbers of the unsteered model at one hook (`LAYER_COLUMNS`).
+    """The per-layer numbers of the unsteered model at one hook (columns `layers`).
 
     Intervals go by the pairs' `groups`, the same groups drawn for every number.
     """
@@ -156,7 +156,7 @@ def point_rows(
     direction: Float[Tensor, " d_model"],
     ids: Sequence[str],
 ) -> list[Row]:
-    """The unsteered differences of the pairs `ids` in a plane (`POINT_COLUMNS`), one row a pair.
+    """The unsteered differences of the pairs `ids` in a plane (columns `points`), one row a pair.
 
     The plane is spanned by the direction and `main_orthogonal` of these differences; where nothing
     is left for that, `across` is NaN.

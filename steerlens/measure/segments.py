@@ -18,7 +18,7 @@ from steerlens.engine.workload import CellOutput, Job
 from steerlens.measure.preparation import Preparation
 from steerlens.models.hooks import hook_layer
 from steerlens.stats import interval
-from steerlens.tables import SEGMENT_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 
 N_PROMPTS = 16
 """Positive prompts that are measured, one of each group in turn."""
@@ -60,7 +60,7 @@ def run_segments(study: Preparation, layers: pd.DataFrame) -> pd.DataFrame:
         for segment in dict.fromkeys(part for of in parts for part in of)
     ]
     attrs = {**study.record(settings, since=before), "text": fingerprint(prompts)}
-    return to_frame(table, SEGMENT_COLUMNS, attrs)
+    return to_frame(table, "segments", attrs)
 
 
 def _run(

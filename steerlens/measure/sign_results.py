@@ -26,7 +26,7 @@ IN_JSON = {
 class SignResult:
     """A layer and coefficient of one sign, and what they do on held-out groups.
 
-    The fields are the columns of `RECOMMENDATION_COLUMNS`; effects are signed, so that those of the
+    The fields are the columns of `recommendation`; effects are signed, so that those of the
     negative sign are to be below 0.
     """
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from steerlens.directions.differences import Differences
 from steerlens.errors import InputError
 from steerlens.models.hooks import hook_layer
-from steerlens.tables import RELIABILITY_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Draws, Whole, checked
 
 MIN_PAIRS = 8
@@ -16,7 +16,7 @@ MIN_PAIRS = 8
 
 @checked
 def reliability(differences: Differences, *, n_splits: Draws = 50, seed: Whole = 0) -> pd.DataFrame:
-    """Reliability of the mean-difference direction, one row a hook (`RELIABILITY_COLUMNS`).
+    """Reliability of the mean-difference direction, one row a hook (columns `reliability`).
 
     Over `n_splits` random halves of the pairs' groups: the cosine between the two halves'
     directions; d' of the projections on one half's direction of the other half's activations,
@@ -59,7 +59,7 @@ def reliability(differences: Differences, *, n_splits: Draws = 50, seed: Whole =
         "measured_on": differences.fingerprint,
         "weight_processing": differences.weight_processing,
     }
-    return to_frame(rows, RELIABILITY_COLUMNS, attrs)
+    return to_frame(rows, "reliability", attrs)
 
 
 def _at_hook(

@@ -19,7 +19,7 @@ from steerlens.measure.texts import On
 from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import Layers, resolve_hooks
 from steerlens.steering import Coefficient, SteeringVector
-from steerlens.tables import LAYER_COLUMNS, to_frame
+from steerlens.tables import to_frame
 from steerlens.validation import Angles, Count, checked
 
 
@@ -94,10 +94,10 @@ class Study(Preparation):
 
     @cached_property
     def layers(self) -> pd.DataFrame:
-        """The per-layer table of the unsteered model (`LAYER_COLUMNS`); no cell is run."""
+        """The per-layer table of the unsteered model (columns `layers`); no cell is run."""
         before = self.spent
         rows = list(self.layer_rows.values())
-        return to_frame(rows, LAYER_COLUMNS, self.record(self.settings, since=before))
+        return to_frame(rows, "layers", self.record(self.settings, since=before))
 
     def sweep(
         self, coefficients: Sequence[Coefficient] = COEFFICIENTS, *, dense: Count | None = None
@@ -178,7 +178,7 @@ class Study(Preparation):
         on: On = "positive",
         search_range: float | int = SEARCH_RANGE,
     ) -> pd.DataFrame:
-        """The boundary of a vector at two hooks, as a curve (`JOINT_COLUMNS`), one row an angle.
+        """The boundary of a vector at two hooks, as a curve (columns `joint`), one row an angle.
 
         At angle a the first hook is pushed by `c * cos(a)` times its `scale * direction`, the
         second by `c * sin(a)` times its own, in the same passes, c > 0; the boundary is the c at
@@ -197,7 +197,7 @@ class Study(Preparation):
         return run_joint(self, n_angles=n_angles, on=on, search_range=search_range)
 
     def segments(self, boundary: BoundaryResult) -> pd.DataFrame:
-        """What each part of the text loses at the boundaries (`SEGMENT_COLUMNS`).
+        """What each part of the text loses at the boundaries (columns `segments`).
 
         The mean that a budget bounds can hide that one part pays for all. Of at most 16 positive
         prompts, one of each group in turn, every token but the first is measured, by what it is

@@ -37,24 +37,14 @@ from steerlens.models.identity import provenance
 from steerlens.plots.figure import Figure
 from steerlens.plots.sweeps import tradeoff
 from steerlens.steering import Coefficient, SteeringVector, parse_coefficient
-from steerlens.tables import (
-    LAYER_COLUMNS,
-    POINT_COLUMNS,
-    SWEEP_COLUMNS,
-    Row,
-    fragment,
-    hook_label,
-    measured,
-    shortened,
-    to_frame,
-)
+from steerlens.tables import Row, fragment, hook_label, measured, shortened, to_frame
 
 
 @dataclass(frozen=True, eq=False)
 class SweepResult:
-    """`table` has one row a cell (`SWEEP_COLUMNS`), `layers` one row a hook (`LAYER_COLUMNS`).
+    """`table` has one row a cell (columns `sweep`), `layers` one row a hook (columns `layers`).
 
-    `points` has one row a hook and pair (`POINT_COLUMNS`): the unsteered differences. All
+    `points` has one row a hook and pair (columns `points`): the unsteered differences. All
     carry settings, model provenance and fingerprints in their `attrs`.
     """
 
@@ -131,9 +121,9 @@ def run_sweep(
     ]
     table = [row for name in study.hook_names for row in rows[name]]
     return SweepResult(
-        table=to_frame(table, SWEEP_COLUMNS, attrs),
-        layers=to_frame(list(study.layer_rows.values()), LAYER_COLUMNS, attrs),
-        points=to_frame(points, POINT_COLUMNS, attrs),
+        table=to_frame(table, "sweep", attrs),
+        layers=to_frame(list(study.layer_rows.values()), "layers", attrs),
+        points=to_frame(points, "points", attrs),
         directions=study.directions,
         settings=settings,
     )

@@ -54,7 +54,7 @@ from steerlens.steering import (
     steps,
 )
 from steerlens.steering.apply import Step, step_hooks
-from steerlens.tables import GENERATION_COLUMNS, TOKEN_COLUMNS, Row, to_frame
+from steerlens.tables import Row, to_frame
 from steerlens.validation import Count, Whole, checked
 
 SIDES = {"positive": 1, "negative": -1}
@@ -133,7 +133,7 @@ def token_damage(
     batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Every token's logprob and projection, unsteered and steered (`TOKEN_COLUMNS`).
+    """Every token's logprob and projection, unsteered and steered (columns `tokens`).
 
     `damage_nats = logprob - steered logprob` of a token after those before it, in nats: over the
     label tokens of a positive prompt its mean is that prompt's share of a sweep's degradation.
@@ -217,7 +217,7 @@ def token_damage(
         "model": provenance(model).to_dict(),
     }
     ordered = (rows[side, i] for i in range(len(names)) for side in sides)
-    return to_frame([row for of in ordered for row in of], TOKEN_COLUMNS, attrs)
+    return to_frame([row for of in ordered for row in of], "tokens", attrs)
 
 
 def strengths_at(at: OneHook, coefficients: Iterable[Coefficient]) -> dict[Coefficient, float]:
@@ -342,7 +342,7 @@ def generation_table(
     ids: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """The greedy continuation of every prompt at every coefficient (`GENERATION_COLUMNS`).
+    """The greedy continuation of every prompt at every coefficient (columns `generations`).
 
     As `generate`, with every token steered at one hook, `layer`. A chat goes on after its assistant
     header, or after what its last assistant message opens with; a continuation of the prompt's own
@@ -398,7 +398,7 @@ def generation_table(
         "text": fingerprint(tokenized),
         "model": provenance(model).to_dict(),
     }
-    return to_frame(rows, GENERATION_COLUMNS, attrs)
+    return to_frame(rows, "generations", attrs)
 
 
 def _ended(

@@ -21,7 +21,7 @@ from steerlens.stats import (
     resampled_counts,
     smallest_effect,
 )
-from steerlens.tables import METHOD_COLUMNS, SUMMARY_COLUMNS, Row, to_frame
+from steerlens.tables import COLUMNS, Row, to_frame
 
 LEVEL = 0.05
 """A claim's p-value is below it."""
@@ -196,7 +196,7 @@ def methods_table(
     inference: Inference,
     refits: Mapping[str, Refits],
 ) -> pd.DataFrame:
-    """Every method against `REFERENCE` on the same items (`METHOD_COLUMNS`).
+    """Every method against `REFERENCE` on the same items (columns `methods`).
 
     At the layers chosen on training items where there are some, else layer by layer. The p-value of
     the family is that of the largest statistic of all rows. Intervals and p-values are over items,
@@ -216,7 +216,7 @@ def methods_table(
         if place in references and row["method"] != REFERENCE
     ]
     if not compared:
-        return to_frame([], METHOD_COLUMNS, attrs)
+        return to_frame([], "methods", attrs)
     differences = np.stack([_by_item(effects, a) - _by_item(effects, b) for a, b in compared])
     refitted = [
         refits[one] - refits[other] if {one, other} <= refits.keys() else None
@@ -250,7 +250,7 @@ def methods_table(
                 "verdict": _against(low, high, float(family[i]), inference.margin),
             }
         )
-    return to_frame(found, METHOD_COLUMNS, attrs)
+    return to_frame(found, "methods", attrs)
 
 
 def _column(row: Any) -> str:
@@ -284,7 +284,7 @@ def summarise(
     inference: Inference,
     refits: Mapping[str, Refits],
 ) -> pd.DataFrame:
-    """Every method at its chosen layer, and the prompt baseline, best first (`SUMMARY_COLUMNS`).
+    """Every method at its chosen layer, and the prompt baseline, best first (columns `summary`).
 
     Ranks are resampled over groups of items, all methods on the same ones, each moved by one of its
     `refits` (as of `methods_table`), if any, on the same groups of pairs.
@@ -293,7 +293,7 @@ def summarise(
     settings, group = inference.settings, np.array(inference.groups)
     chosen = table[table.is_chosen | (table.method == PROMPT)]
     if not table.is_chosen.any():
-        return to_frame([], SUMMARY_COLUMNS, attrs)
+        return to_frame([], "summary", attrs)
     rows = chosen.sort_values("effect", ascending=False, kind="stable").to_dict("records")
     values = np.stack([_by_item(effects, row) for row in rows], axis=1)
     drawn = resampled_counts(
@@ -306,10 +306,10 @@ def summarise(
         if moved is not None:
             means[:, i] += (moved - moved.mean())[(shares * len(moved)).astype(int)]
     ranks = (-means).argsort(axis=1, kind="stable").argsort(axis=1) + 1
-    kept = [c.name for c in SUMMARY_COLUMNS if not c.name.startswith("rank")]
+    kept = [c.name for c in COLUMNS["summary"] if not c.name.startswith("rank")]
     summary = []
     for i, row in enumerate(rows):
         low, high = percentile_interval(ranks[:, i].astype(np.float64))
         ranked = {"rank": i + 1, "rank_low": int(low), "rank_high": int(high)}
         summary.append({**{name: row[name] for name in kept}, **ranked})
-    return to_frame(summary, SUMMARY_COLUMNS, attrs)
+    return to_frame(summary, "summary", attrs)

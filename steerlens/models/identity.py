@@ -9,9 +9,11 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from steerlens.data.prompts import rendering_of
-from steerlens.models.hooked_model import checkpoint_name, hugging_face_model, weight_module
+from steerlens.models.hooked_model import hugging_face_model, named_weights
 from steerlens.models.weight_processing import UNKNOWN, check_processing, weight_processing
 
 LAYOUT = "HookedTransformer "
@@ -130,17 +132,26 @@ def weights_fingerprint(model: Any) -> str:
     its own way, so its fingerprint is marked, and is not compared with one of a Bridge.
     """
     digest = hashlib.sha256()
-    parameters = {
-        checkpoint_name(name): weight for name, weight in weight_module(model).named_parameters()
-    }
-    for name, weight in sorted(parameters.items()):
-        flat = weight.detach().reshape(-1)
-        rows = torch.linspace(0, len(flat) - 1, min(_SAMPLED, len(flat)), dtype=torch.float64)
-        values = flat[rows.round().long().to(flat.device)].float().cpu()
+    parameters = sorted(dict(named_weights(model)).items())
+    sizes = {(weight.numel(), weight.device) for _, weight in parameters}
+    places = {(n, device): _evenly_spaced(n).to(device) for n, device in sizes}
+    sampled = [
+        weight.detach().reshape(-1)[places[weight.numel(), weight.device]].float()
+        for _, weight in parameters
+    ]
+    # A GPU is waited for once, not once a weight.
+    joined = torch.cat([of.to(sampled[0].device) for of in sampled]).cpu()
+    values = torch.split(joined, [len(of) for of in sampled])
+    for (name, weight), of in zip(parameters, values, strict=True):
         digest.update(json.dumps([name, list(weight.shape), str(weight.dtype)]).encode())
-        digest.update(values.numpy().tobytes())
+        digest.update(of.numpy().tobytes())
     layout = "" if hugging_face_model(model) is not None else LAYOUT
     return layout + digest.hexdigest()
+
+
+def _evenly_spaced(n: int) -> Int[Tensor, " place"]:
+    """The places of the sampled values among `n`, the first and the last among them."""
+    return torch.linspace(0, n - 1, min(_SAMPLED, n), dtype=torch.float64).round().long()
 
 
 def check_fitted_on(model: Any, directions: Any) -> None:

@@ -101,7 +101,8 @@ def load_model(
         )
     folder, source = _find(name, revision, progress=progress)
     options: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
-    rendering: dict[str, Any] = {"template_args": template_args, "straddle": straddle}
+    arguments = None if template_args is None else dict(template_args)
+    rendering: dict[str, Any] = {"template_args": arguments, "straddle": straddle}
     of_hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     is_rendered = bool(template_args) or straddle != "error"
     with quiet_bars(quiet=not progress):
@@ -125,17 +126,9 @@ def load_model(
     if is_rendered:
         set_rendering(model.tokenizer, **rendering)
     record_source(model, name, *source)
-    _loaded_with[model] = {
-        "name": name,
-        "device": None if device is None else torch.device(device).type,
-        "device_map": device_map,
-        "dtype": dtype,
-        "quantization": quantization,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "template_args": None if template_args is None else dict(template_args),
-        "straddle": straddle,
-    }
+    kind = None if device is None else torch.device(device).type
+    asked = {"name": name, "device": kind, "device_map": device_map, "dtype": dtype}
+    _loaded_with[model] = {**asked, "quantization": quantization, **of_hub, **rendering}
     return model
 
 

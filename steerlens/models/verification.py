@@ -145,10 +145,10 @@ def _compare(model: Any) -> None:
 def own_model(model: Any) -> Any:
     """Hugging Face's own model with the weights of a Bridge; None where it would be another one.
 
-    That is where the Bridge is not what the checkpoint says (see `check_model`), has hooks of
-    others on it, or is spread over devices.
+    That is where the Bridge is not what the checkpoint says (see `check_model`), or has hooks of
+    others on it.
     """
-    if not is_untouched(model) or _is_spread(model.original_model):
+    if not is_untouched(model):
         return None
     plain = _plain_model(model.original_model)
     if any(isinstance(part, OneDnnLinear) for part in model.original_model.modules()):
@@ -156,7 +156,8 @@ def own_model(model: Any) -> Any:
     return plain
 
 
-def _is_spread(wrapped: Any) -> bool:
+def is_spread(wrapped: Any) -> bool:
+    """Whether a model of Hugging Face's has its parts on several devices."""
     return len(set(getattr(wrapped, "hf_device_map", {}).values())) > 1
 
 
@@ -254,7 +255,7 @@ def _rounding(
 
 def _plain_model(wrapped: Any) -> Any:
     """Hugging Face's own model with the very weights of the wrapped one, not a copy of them."""
-    from accelerate import dispatch_model, init_empty_weights
+    from accelerate import init_empty_weights
 
     config = copy.deepcopy(wrapped.config)
     # What the Bridge asks for, to hook attention; Hugging Face chooses by itself.
@@ -266,9 +267,29 @@ def _plain_model(wrapped: Any) -> Any:
     plain.load_state_dict(
         {name: weights[name] for name in plain.state_dict()}, strict=True, assign=True
     )
-    if _is_spread(wrapped):
-        return dispatch_model(plain, wrapped.hf_device_map)
+    if is_spread(wrapped):
+        return _spread(plain, wrapped.hf_device_map)
     return plain.to(next(wrapped.parameters()).device)
+
+
+def _spread(plain: Any, device_map: Mapping[str, Any]) -> Any:
+    """The model with each part of the map moving what it is given to its own device.
+
+    accelerate's `dispatch_model` has every layer inside a part do so, which takes longer than the
+    layers do.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    parts = dict(plain.named_modules())
+    skipped = getattr(
+        plain, "_skip_keys_device_placement", None
+    )  # caches, which stay where they are
+    for name in device_map.keys() & parts.keys():
+        hook = AlignDevicesHook(device_map[name], place_submodules=True, skip_keys=skipped)
+        add_hook_to_module(parts[name], hook)
+    add_hook_to_module(plain, AlignDevicesHook(io_same_device=True, skip_keys=skipped))
+    plain.hf_device_map = dict(device_map)
+    return plain
 
 
 def logits_gap(

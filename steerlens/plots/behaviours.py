@@ -8,7 +8,7 @@ from steerlens.errors import InputError
 from steerlens.plots import style as vl
 from steerlens.plots.checks import by_hook, checked_table
 from steerlens.plots.figure import Figure, make_figure
-from steerlens.tables import BEHAVIOUR_COLUMNS
+from steerlens.tables import COLUMNS
 
 _MEASURES = ("mean", "ci_low", "ci_high", "null_low", "null_high")
 
@@ -89,7 +89,7 @@ def behaviour_by_coefficient(table: pd.DataFrame) -> Figure:
         >>> sl.plots.behaviour_by_coefficient(result.table)
         Figure('What is written, by coefficient', 2 panels)
     """
-    checked_table(table, BEHAVIOUR_COLUMNS, "the table of behaviour")
+    checked_table(table, COLUMNS["behaviour"], "the table of behaviour")
     steered = table[(table.subject == "steered") & table.coefficient.notna()]
     if steered.empty:
         raise InputError("nothing in this table is steered by one coefficient; there is no curve")
@@ -135,7 +135,7 @@ def _layer_colour(labels: Sequence[str]) -> vl.Spec:
 
 def _side_by_side(table: pd.DataFrame, x: str, y: str) -> pd.DataFrame:
     """A row a cell, with the numbers of two scorers."""
-    checked_table(table, BEHAVIOUR_COLUMNS, "the table of behaviour")
+    checked_table(table, COLUMNS["behaviour"], "the table of behaviour")
     missing = [name for name in (x, y) if name not in set(table.scorer)]
     if missing:
         raise InputError(

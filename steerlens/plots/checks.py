@@ -8,15 +8,10 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from steerlens.errors import InputError
-from steerlens.tables import Column, hook_label
+from steerlens.tables import COLUMNS, Column, hook_label
 
-TEXTS = (
-    *("hook_name", "readout_hook", "pair", "prompt", "side", "part", "token", "raw_token"),
-    *("method", "verdict", "coherent", "asked", "component", "model", "writer", "reader"),
-    *("subject", "strength", "scorer", "lens"),
-)
+TEXTS = {c.name for columns in COLUMNS.values() for c in columns if c.dtype == "str"}
 """Columns of text; the others of a figure's tables are numbers."""
-
 
 Tabular: TypeAlias = pd.DataFrame | Any
 """A table, or a result that has it, such as a `SweepResult`."""

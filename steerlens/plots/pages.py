@@ -13,33 +13,15 @@ import pandas as pd
 from jaxtyping import Float
 
 from steerlens.errors import InputError
-from steerlens.files import write_bytes
+from steerlens.files import packaged, write_bytes
 from steerlens.plots.checks import checked_table
 from steerlens.plots.scripts import CIRCUITSVIS, drawn_element, page
-from steerlens.tables import READING_COLUMNS, TOKEN_COLUMNS, VOCABULARY_COLUMNS, hook_label
+from steerlens.tables import COLUMNS, hook_label
 
-LOST, GAINED = "#d55e00", "#0072b2"
+LOST, GAINED = "#d55e00", "#0072b2"  # as in tokens.css
 HIGH, LOW = "#7b3294", "#1b7837"
 NUMBERED = 0.25
 """Tokens are numbered from this share of the largest loss or gain on."""
-
-_TOKENS_STYLE = f"""<style>
-.steerlens-tokens p {{ margin: .9em 0 .2em }}
-.steerlens-tokens .text {{ font-family: ui-monospace, monospace; line-height: 2.4;
-  white-space: pre-wrap; overflow-wrap: anywhere }}
-.steerlens-tokens span {{ unicode-bidi: isolate; padding: .15em 0; border: 1px solid transparent;
-  background: color-mix(in srgb, var(--of, transparent) calc(var(--by, 0) * 1%), transparent) }}
-.steerlens-tokens .added {{ text-decoration: underline; text-underline-offset: .25em }}
-.steerlens-tokens .read {{ border: 2px solid; border-radius: .2em }}
-.steerlens-tokens .aside {{ font-style: italic }}
-.steerlens-tokens .lost {{ --of: {LOST} }}
-.steerlens-tokens .gained {{ --of: {GAINED} }}
-.steerlens-tokens ruby {{ white-space: pre }}
-.steerlens-tokens rt {{ font-size: .65em }}
-</style>"""
-# circuitsvis draws for white paper.
-_VIEWS_STYLE = """<style>.view { background: #fff; color: #111; color-scheme: light; padding: .4em }
-details { margin: .4em 0 } summary { cursor: pointer }</style>"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +54,7 @@ class Page:
 
 
 def token_page(tokens: pd.DataFrame) -> Page:
-    """What `token_damage` found (`TOKEN_COLUMNS`), token by token.
+    """What `token_damage` found (columns `tokens`), token by token.
 
     For each prompt and coefficient the text as `token_table_html` marks it, then, to be hovered
     over, every token's projection unsteered and steered (residual units) and its damage (nats).
@@ -83,11 +65,11 @@ def token_page(tokens: pd.DataFrame) -> Page:
         >>> page = sl.plots.token_page(table)
         >>> page.save(folder / "tokens.html")
     """
-    checked_table(tokens, TOKEN_COLUMNS, "the table of token_damage")
+    checked_table(tokens, COLUMNS["tokens"], "the table of token_damage")
     later = tokens[tokens.position > 0]
     reach = _reach(later[["projection", "steered_projection"]].to_numpy())
     damage = _reach(tokens.damage_nats.to_numpy())
-    body = [_TOKENS_STYLE, _VIEWS_STYLE, _legend(tokens)]
+    body = [_style("tokens.css"), _legend(tokens)]
     body.append(
         f"<p>Below each text, by value: projection on the direction (residual units; purple above "
         f"0, green below, full shade {reach:.3g}, the first token not counted), and damage (nats; "
@@ -110,7 +92,7 @@ def token_page(tokens: pd.DataFrame) -> Page:
 def token_table_html(tokens: pd.DataFrame) -> str:
     """A few kB of HTML for a notebook or a report: each text with its tokens marked, no script.
 
-    From `TOKEN_COLUMNS`. Framed: where the direction is read; underlined: where it is added; red
+    From columns `tokens`. Framed: where the direction is read; underlined: where it is added; red
     and blue: tokens that lost and gained logprob, the largest with their loss in nats above them.
     Raises `InputError` as `token_page`.
 
@@ -119,9 +101,9 @@ def token_table_html(tokens: pd.DataFrame) -> str:
         >>> "river" in sl.plots.token_table_html(table)
         True
     """
-    checked_table(tokens, TOKEN_COLUMNS, "the table of token_damage")
+    checked_table(tokens, COLUMNS["tokens"], "the table of token_damage")
     damage = _reach(tokens.damage_nats.to_numpy())
-    parts = [_TOKENS_STYLE, _legend(tokens)]
+    parts = [_style("tokens.css"), _legend(tokens)]
     for heading, rows in _groups(tokens):
         parts += [f"<p><b>{html.escape(heading)}</b></p>", _text(rows, damage)]
     return f'<div class="steerlens-tokens">{"".join(parts)}</div>'
@@ -145,7 +127,6 @@ def attention_page(
     """
     drawn = _arrays("patterns", patterns, (len(heads), len(tokens), len(tokens)))
     body = [
-        _VIEWS_STYLE,
         "<p>Share of a token's attention (rows, from 0 to 1 at full shade) that goes to each token "
         "up to it (columns).</p>",
     ]
@@ -178,7 +159,6 @@ def projection_page(
     """
     drawn = _arrays("projections", projections, (len(layers), len(tokens)))
     body = [
-        _VIEWS_STYLE,
         "<p>Projection on the direction of each layer, residual units: purple above 0, green "
         "below, full shade at the layer's largest, the first token not counted. A token shows its "
         "value under the pointer.</p>",
@@ -215,10 +195,9 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
         >>> sl.plots.reading_page(words, texts).title
         'What the direction says'
     """
-    checked_table(words, VOCABULARY_COLUMNS, "a table of vocabulary")
+    checked_table(words, COLUMNS["vocabulary"], "a table of vocabulary")
     n_random = words.attrs.get("settings", {}).get("n_random", "some")
     body = [
-        _VIEWS_STYLE,
         f"<p>Logits that a direction alone adds, beside the mean of the first token of {n_random} "
         "random directions; p is the rank of the first token among those, and over all hooks. A "
         "direction may steer and promote nothing.</p>",
@@ -239,7 +218,7 @@ def reading_page(words: pd.DataFrame, texts: pd.DataFrame | None = None) -> Page
 
 def _read_texts(texts: pd.DataFrame) -> list[str]:
     """Each text of a table of readings, its tokens by their projection."""
-    checked_table(texts, READING_COLUMNS, "a table of readings")
+    checked_table(texts, COLUMNS["readings"], "a table of readings")
     later = texts[texts.position > 0].groupby("hook_name")
     reach = {hook: _reach(rows.projection.to_numpy()) for hook, rows in later}
     body = [
@@ -302,8 +281,14 @@ def _inert(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _style(name: str) -> str:
+    return f"<style>{packaged('plots', name).rstrip()}</style>"
+
+
 def _page(title: str, body: Sequence[str]) -> Page:
-    return Page(title, page(title, "\n".join(body), [CIRCUITSVIS]))
+    # circuitsvis draws for white paper.
+    styled = "\n".join([_style("circuitsvis.css"), *body])
+    return Page(title, page(title, styled, [CIRCUITSVIS]))
 
 
 def _coloured(

@@ -1,10 +1,12 @@
 """Figures for a paper: at the width of a column or page, in small type; a choice of layers."""
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from steerlens.errors import InputError
+from steerlens.files import packaged
 from steerlens.plots.style import Spec
 
 WIDTHS = {"column": 238.0, "page": 490.0}
@@ -12,21 +14,7 @@ WIDTHS = {"column": 238.0, "page": 490.0}
 DPI = 300
 LEAST = 60.0
 """Points that a panel is wide at least."""
-_TYPE: Spec = {"labelFontSize": 7, "titleFontSize": 7.5}
-_CONFIG: Spec = {
-    "padding": 1,
-    "font": "Helvetica, Arial, sans-serif",
-    "title": {"fontSize": 8, "offset": 4},
-    "concat": {"spacing": 12},
-    "axis": {**_TYPE, "titlePadding": 3, "tickSize": 3, "domainWidth": 0.6, "gridWidth": 0.4},
-    "legend": {**_TYPE, "orient": "bottom", "gradientThickness": 6, "gradientLength": 90}
-    | {
-        "symbolSize": 30,
-        "offset": 4,
-        "columns": 2,
-        "layout": {"bottom": {"direction": "vertical"}},
-    },
-}
+_CONFIG: Spec = json.loads(packaged("plots", "paper.json"))
 _THINNER = {"size": 0.4, "strokeWidth": 0.6}
 """Of a mark on paper, as a share of what it is on a screen."""
 

@@ -11,6 +11,8 @@ from hashlib import sha256
 from importlib.resources import files
 from typing import Any
 
+from steerlens.files import packaged
+
 
 @dataclass(frozen=True)
 class Script:
@@ -39,32 +41,6 @@ CIRCUITSVIS = Script("circuitsvis", _circuitsvis)
 WITHOUT_SCRIPTS = "A script inside this page draws this figure; scripts are off here."
 """What stands in place of a figure until it is drawn."""
 
-FIGURE_STYLE = """
-.scroll-x, .view { max-width: 100%; overflow-x: auto }
-.chart svg { display: block }
-.chart details summary { opacity: 1 }
-@media screen and (prefers-color-scheme: dark) {
-  /* Light and dark change places, hues stay. */
-  .chart svg.marks { filter: invert(0.9) hue-rotate(180deg) }
-}
-@media print {
-  .chart svg { max-width: 100%; height: auto }
-  .chart details { display: none }
-}
-"""
-"""How the elements of figures look: charts on a dark page and on paper too."""
-
-_STYLE = (
-    FIGURE_STYLE
-    + """:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fdfdfc }
-@media (prefers-color-scheme: dark) { :root { --ink: #d8d8d8; --paper: #161616 } }
-body { font-family: system-ui, sans-serif; line-height: 1.45; margin: 1.2rem auto; max-width: 75rem;
-  padding: 0 1rem; color: var(--ink); background: var(--paper) }
-.frames { display: flex; flex-wrap: wrap; gap: 0.5rem; align-items: center; max-width: 40rem }
-.frames input { flex: 1 1 12rem; accent-color: currentcolor }
-"""
-)
-
 
 @cache
 def _packed(script: Script) -> str:
@@ -76,11 +52,7 @@ def _packed(script: Script) -> str:
 @cache
 def _loader(script: Script) -> str:
     """Inflates the compressed script and runs it as if it had stood in the page, then draws."""
-    here = files("steerlens.plots")
-    loader, then = (
-        here.joinpath(name).read_text(encoding="utf-8")
-        for name in ("loader.js", f"{script.name}.js")
-    )
+    loader, then = packaged("plots", "loader.js"), packaged("plots", f"{script.name}.js")
     return loader.replace("NAME", script.name).replace("THEN", then)
 
 
@@ -120,10 +92,24 @@ def policy(scripts: Sequence[Script], own: Sequence[str] = ()) -> str:
 
 def page(title: str, body: str, scripts: Sequence[Script]) -> str:
     """An HTML page around a body; its policy runs these scripts alone and fetches nothing."""
-    tags = "\n".join(map(script_tags, scripts))
+    main = f"<main><h1>{html.escape(title)}</h1>\n{body}\n</main>"
+    return document(title, main, scripts, style=packaged("plots", "page.css"))
+
+
+def document(
+    title: str,
+    body: str,
+    scripts: Sequence[Script],
+    *,
+    style: str,
+    head: str = "",
+    own: Sequence[str] = (),
+) -> str:
+    """A whole page, with `own` scripts behind the others; these are all that its policy runs."""
+    tags = [*map(script_tags, scripts), *(f'<script type="module">{text}</script>' for text in own)]
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{policy(scripts)}\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n{policy(scripts, own)}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style></head>\n"
-        f"<body><main><h1>{html.escape(title)}</h1>\n{body}\n</main>\n{tags}\n</body></html>\n"
-    )
+        f"<title>{html.escape(title)}</title>\n"
+        f"<style>\n{packaged('plots', 'figure.css')}{style}</style>{head}</head>\n"
+    ) + "\n".join((f"<body>{body}", *tags, "</body></html>\n"))

@@ -1,10 +1,13 @@
 """How figures look, and the pieces of Vega-Lite that several of them are made of."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
+
+from steerlens.files import packaged
 
 Spec: TypeAlias = dict[str, Any]
 """A piece of a Vega-Lite specification (https://vega.github.io/vega-lite/docs)."""
@@ -19,28 +22,8 @@ NATS = "nats per token"
 CROSS, BAR = "M-1,-1L1,1M-1,1L1,-1", "M-1,-0.2H1V0.2H-1Z"
 SOLID, DASHED, DOTTED = [1, 0], [6, 4], [2, 3]
 
-CONFIG: Spec = {
-    "background": "white",
-    "font": "system-ui, sans-serif",
-    "title": {"anchor": "start", "fontSize": 12},
-    "concat": {"spacing": 30},
-    "view": {"stroke": None},
-    "axis": {
-        "gridColor": "#e4e4e4",
-        "labelLimit": 300,
-        "labelOverlap": True,
-        "titleFontWeight": "normal",
-    },
-    "legend": {
-        "titleFontWeight": "normal",
-        "symbolLimit": 0,
-        "labelLimit": 300,
-        "symbolOpacity": 1,
-    },
-    # A gap stays a gap; the shown part of an axis goes by all that is known.
-    "mark": {"invalid": "break-paths-show-path-domains"},
-    "point": {"opacity": 1},
-}
+CONFIG: Spec = json.loads(packaged("plots", "config.json"))
+"""Vega-Lite's. A gap in a line stays one; the shown part of an axis goes by all that is known."""
 
 
 def number(field: str, title: str | None = None, **options: Any) -> Spec:

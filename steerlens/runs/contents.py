@@ -1,11 +1,10 @@
 """What a run folder holds, as data: commands, their tables, and pages with views."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from types import MappingProxyType
 
+from steerlens.files import packaged_rows
 from steerlens.tables import COLUMNS, Column
 
 Kind = type | tuple[type, ...]
@@ -59,7 +58,6 @@ class TableContent:
 def _read_tables() -> dict[str, TableContent]:
     effects = (Column("id", "str", "", "the item"),)
     rest = Column("", "float64", "nats per token", "change of the gap by this method and hook")
-    text = files("steerlens.runs").joinpath("tables.csv").read_text(encoding="utf-8")
     return {
         line["name"]: TableContent(
             line["title"],
@@ -69,7 +67,7 @@ def _read_tables() -> dict[str, TableContent]:
             None if line["name"] in COLUMNS else rest,
             tuple(line["main"].split()),
         )
-        for line in csv.DictReader(text.splitlines(), restval="")
+        for line in packaged_rows("runs", "tables.csv")
     }
 
 

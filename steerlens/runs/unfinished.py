@@ -54,7 +54,7 @@ from steerlens.runs.record import (
     versions,
     write_directions,
 )
-from steerlens.tables import SWEEP_COLUMNS, to_frame, write_parquet
+from steerlens.tables import to_frame, write_parquet
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Parts:
         self._since = moment
         path = self._path(name)
         if path.suffix == ".parquet":
-            frame = to_frame(kept.rows, SWEEP_COLUMNS, attrs)
+            frame = to_frame(kept.rows, "sweep", attrs)
             frame.attrs["sha256"] = checksum(frame)
             self._write(path, partial(write_parquet, frame))
         else:

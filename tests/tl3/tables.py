@@ -13,12 +13,12 @@ import torch
 
 import steerlens as sl
 from steerlens.engine.tokenization import fingerprint, tokenize_pairs
-from steerlens.tables import LAYER_COLUMNS, SWEEP_COLUMNS, Column, read_csv, write_csv
+from steerlens.tables import COLUMNS, Column, read_csv, write_csv
 
 COLUMNS: dict[str, tuple[Column, ...]] = {
-    "sweep": SWEEP_COLUMNS,
-    "layers": LAYER_COLUMNS,
-    "boundary": LAYER_COLUMNS,
+    "sweep": COLUMNS["sweep"],
+    "layers": COLUMNS["layers"],
+    "boundary": COLUMNS["layers"],
 }
 LAYERS = [15, 26]
 TOLERANCE = 1e-3

@@ -2,10 +2,9 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -15,7 +14,6 @@ from steerlens.plots import Figure
 from steerlens.plots.figure import figure_element
 from steerlens.plots.pages import circuitsvis_element
 from steerlens.plots.paper import DPI, layers_of
-from steerlens.plots.scripts import CIRCUITSVIS, VEGA, policy, script_tags
 from steerlens.plots.sweeps import furthest_cell
 from steerlens.runs.contents import PAGES
 from steerlens.runs.html_report.markup import Html, element, joined
@@ -26,20 +24,12 @@ MAX_OPEN = 4
 """Views of a page that are shown at once; more are folded away."""
 
 
-@dataclass(frozen=True)
-class FigureContent:
+class FigureContent(NamedTuple):
     """A figure: the commands it belongs to, the tables it is drawn from, and what draws it."""
 
     commands: tuple[str, ...]
     tables: tuple[str, ...]
     draw: Callable[..., Figure]
-
-    def of(self, command: str, tables: Mapping[str, pd.DataFrame]) -> Figure | None:
-        """The figure of a run's tables; none where the run has not all of them, or no rows."""
-        if command not in self.commands or not all(name in tables for name in self.tables):
-            return None
-        drawn_from = [tables[name] for name in self.tables]
-        return None if any(table.empty for table in drawn_from) else self.draw(*drawn_from)
 
 
 def _loss_geometry(points: pd.DataFrame, contours: pd.DataFrame, shape: pd.DataFrame) -> Figure:
@@ -73,14 +63,15 @@ def figures(run: Run, ident: str) -> Html:
 
 
 def figures_of(run: Run) -> list[Figure]:
-    """Every figure of a run; sliders over layers start at that of its answer."""
-    drawn = [content.of(run.command, run.tables) for content in FIGURES]
-    start = _answered(run.tables)
-    return [
-        figure.starting_at(start) if start in figure.frames else figure
-        for figure in drawn
-        if figure is not None
+    """Every figure whose tables a run has, with rows; sliders over layers start at its answer."""
+    there = {name: table for name, table in run.tables.items() if len(table)}
+    drawn = [
+        content.draw(*(there[name] for name in content.tables))
+        for content in FIGURES
+        if run.command in content.commands and {*content.tables} <= there.keys()
     ]
+    start = _answered(run.tables)
+    return [figure.starting_at(start) if start in figure.frames else figure for figure in drawn]
 
 
 def _answered(tables: Mapping[str, pd.DataFrame]) -> str | None:
@@ -176,10 +167,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [_rounded(inner) for inner in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def scripts_and_policy(runs: Sequence[Run], own: str) -> tuple[Html, Html]:
-    """The elements with the scripts that draw these runs, and the policy: they and `own` alone."""
-    scripts = [VEGA, CIRCUITSVIS] if any(run.views for run in runs) else [VEGA]
-    tags = joined(*(Html(script_tags(script)) for script in scripts), by="\n")
-    return tags, Html(policy(scripts, [own]))

@@ -1,15 +1,15 @@
 """The page: a section a run, with summary, warnings, figures, texts and tables."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from steerlens.errors import FileError
+from steerlens.files import packaged
 from steerlens.plots import token_table_html
-from steerlens.plots.scripts import FIGURE_STYLE
+from steerlens.plots.scripts import CIRCUITSVIS, VEGA, document
 from steerlens.runs.contents import TABLES
 from steerlens.runs.html_report.facts import facts
-from steerlens.runs.html_report.figures import figures, scripts_and_policy, views
+from steerlens.runs.html_report.figures import figures, views
 from steerlens.runs.html_report.listings import listing
 from steerlens.runs.html_report.markup import Html, element, joined
 from steerlens.runs.html_report.numbers import minus
@@ -52,18 +52,6 @@ def report(runs: Sequence[Run]) -> str:
     if not runs:
         raise FileError("a report is of one run or more, got none")
     named = [(f"run{number}", run) for number, run in enumerate(runs, start=1)]
-    own_script = _resource("page.js")
-    script_tags, policy = scripts_and_policy(runs, own_script)
-    head = joined(
-        element("meta", charset="utf-8"),
-        policy,
-        Html('<meta name="viewport" content="width=device-width, initial-scale=1">'),
-        element("title", f"{TITLE}: {', '.join(run.name for run in runs)}"),
-        Html(f"<style>{FIGURE_STYLE}{_resource('page.css')}</style>"),
-        # Nobody could ask for the other columns.
-        Html("<noscript><style>th, td { display: table-cell !important }</style></noscript>"),
-        by="\n",
-    )
     entries = (element("li", element("a", _name(run), href=f"#{name}")) for name, run in named)
     body = joined(
         element("a", "Skip to the first run", href="#run1", class_="skip"),
@@ -74,16 +62,17 @@ def report(runs: Sequence[Run]) -> str:
         ),
         element("main", *(_section(run, name) for name, run in named)),
         element("footer", element("p", _FOOT)),
-        script_tags,
-        Html(f'<script type="module">{own_script}</script>'),
         by="\n",
     )
-    page = element("html", element("head", head), "\n", element("body", body), lang="en")
-    return f"<!doctype html>\n{page}\n"
-
-
-def _resource(name: str) -> str:
-    return files("steerlens.runs.html_report").joinpath(name).read_text(encoding="utf-8")
+    return document(
+        f"{TITLE}: {', '.join(run.name for run in runs)}",
+        body,
+        [VEGA, CIRCUITSVIS] if any(run.views for run in runs) else [VEGA],
+        style=packaged("runs.html_report", "page.css"),
+        # Nobody could ask for the other columns.
+        head="<noscript><style>th, td { display: table-cell !important }</style></noscript>",
+        own=[packaged("runs.html_report", "page.js")],
+    )
 
 
 def _name(run: Run) -> str:

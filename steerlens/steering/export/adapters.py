@@ -20,14 +20,7 @@ from steerlens.models.weight_processing import UNKNOWN
 from steerlens.steering import Ablate, Add, Clamp, Coefficient, SteeringVector, steps
 from steerlens.steering.apply import Step
 from steerlens.steering.export.gguf_file import block_rows
-from steerlens.steering.export.huggingface import (
-    CARRIERS,
-    LLAMA,
-    check_logits,
-    checked_acts,
-    plain_model,
-    write_steered,
-)
+from steerlens.steering.export.huggingface import CARRIERS, LLAMA, Carried, plain_model
 from steerlens.steering.vector_file import write_named
 from steerlens.validation import checked
 
@@ -190,7 +183,8 @@ def to_peft(
     from safetensors.torch import save_file
 
     block_rows(vector, "a PEFT adapter")
-    acts = checked_acts(model, vector, coefficient, Path(out_dir))
+    carried = Carried(model, vector, coefficient, Path(out_dir))
+    acts = carried.acts()
     kind = str(hugging_face_model(model).config.model_type)
     carrier = CARRIERS[kind].bias if kind in CARRIERS else LLAMA
     added = {
@@ -207,7 +201,7 @@ def to_peft(
             "with save or to_lm_eval instead"
         )
     with _adding({matrices[name]: row for name, row in added.items()}):
-        check_logits(model, vector, coefficient, base, "adapter")
+        carried.check_logits(base, "adapter")
     tensors: dict[str, Tensor] = {}
     for name, row in added.items():
         # A matrix of Linear has a column for each value that it reads, GPT-2's a row.
@@ -238,7 +232,7 @@ def to_peft(
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(config, folder / "adapter_config.json")
 
-    return write_steered(Path(out_dir), model, vector, coefficient, changes, fill)
+    return carried.write(changes, fill)
 
 
 @contextmanager

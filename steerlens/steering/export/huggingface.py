@@ -9,21 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from steerlens.errors import HookError, InputError
 from steerlens.files import write_json, write_whole_folder
-from steerlens.models.hooked_model import (
-    HookedModel,
-    checkpoint_name,
-    context_length,
-    hugging_face_model,
-)
+from steerlens.models.hooked_model import HookedModel, checkpoint_name, hugging_face_model
 from steerlens.models.hooks import hook_layer, resolve_hooks
 from steerlens.models.identity import provenance
 from steerlens.models.loading import inference
 from steerlens.models.tolerance import allowed_gap
+from steerlens.models.verification import probe
 from steerlens.steering import Ablate, Coefficient, SteeringVector, steer, steps
 from steerlens.steering.apply import Step
 from steerlens.steering.export.gguf_file import block_rows
@@ -112,55 +107,80 @@ def bake(
     ablates = isinstance(vector.operator, Ablate) and vector.condition is None
     if not ablates:
         block_rows(vector, "a bias")
-    acts = checked_acts(model, vector, coefficient, Path(out_dir))
-    plain, changes = (_ablated if ablates else _added)(model, acts)
-    check_logits(model, vector, coefficient, plain)
+    carried = Carried(model, vector, coefficient, Path(out_dir))
+    plain, changes = (_ablated if ablates else _added)(model, carried.acts())
+    carried.check_logits(plain)
 
     def fill(folder: Path) -> None:
         plain.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
 
-    return write_steered(Path(out_dir), model, vector, coefficient, changes, fill)
+    return carried.write(changes, fill)
 
 
-def checked_acts(
-    model: HookedModel, vector: SteeringVector, coefficient: Coefficient, out_dir: Path
-) -> Sequence[Step]:
-    """What a checkpoint or adapter is to carry, where it can be made and its folder is new."""
-    check_is_new(out_dir)
-    vector.check_model(model)
-    check_weights(model)
-    acts = steps(vector, coefficient)
-    if not acts:
-        raise InputError("coefficient 0 changes nothing; give another one")
-    return acts
+@dataclass(frozen=True)
+class Carried:
+    """A vector at a coefficient, which a folder is to carry beside or in a model's weights."""
 
+    model: HookedModel
+    vector: SteeringVector
+    coefficient: Coefficient
+    folder: Path
 
-def write_steered(
-    out_dir: Path,
-    model: HookedModel,
-    vector: SteeringVector,
-    coefficient: Coefficient,
-    changes: Mapping[str, Any],
-    fill: Callable[[Path], None],
-) -> Path:
-    """Write a folder whole: what `fill` puts there, and the record of what was changed."""
-    record = {
-        **changes,
-        "coefficient": str(coefficient),
-        "vector": vector.describe(),
-        "model": provenance(model).to_dict(),
-    }
+    def acts(self) -> Sequence[Step]:
+        """What is carried; `InputError` unless it can be, the folder is new and weights are plain.
 
-    def with_record(folder: Path) -> None:
-        fill(folder)
-        write_json(record, folder / RECORD)
+        The weights have to be those of a checkpoint, with a tokenizer.
+        """
+        check_is_new(self.folder)
+        self.vector.check_model(self.model)
+        wrapped = hugging_face_model(self.model)
+        if wrapped is None or provenance(self.model).weight_processing != "none":
+            raise InputError(
+                "expected a TransformerBridge without weight processing: only its weights are "
+                "those of a Hugging Face checkpoint; load the model with load_model"
+            )
+        if self.model.tokenizer is None:
+            raise InputError("the model has no tokenizer to go with the checkpoint; set one first")
+        acts = steps(self.vector, self.coefficient)
+        if not acts:
+            raise InputError("coefficient 0 changes nothing; give another one")
+        return acts
 
-    try:
-        write_whole_folder(out_dir, with_record)
-    except (OSError, ValueError) as error:  # transformers checks the generation settings
-        raise InputError(f"cannot write {str(out_dir)!r}: {error}") from error
-    return out_dir
+    def check_logits(self, plain: Any, what: str = "baked checkpoint") -> None:
+        """Raise `InputError` unless `plain` gives the logits of the hooked model."""
+        tokens, _ = probe(self.model)
+        with inference(self.model):
+            with steer(self.model, self.vector, self.coefficient):
+                hooked = self.model(tokens).float().cpu()
+            baked = plain.to(tokens.device)(tokens).logits.float().cpu()
+        largest = float((hooked - baked).abs().max() / hooked.abs().max())
+        tolerance = allowed_gap(self.model.cfg.dtype, least=TOLERANCE)
+        if not largest <= tolerance:
+            raise InputError(
+                f"the {what}'s logits differ from the hooked model's by {largest:.2g} of the "
+                f"largest (expected at most {tolerance:.2g}): this model cannot carry the vector "
+                "in that way, or its weights were changed after loading"
+            )
+
+    def write(self, changes: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
+        """Write the folder whole: what `fill` puts there, and the record of what was changed."""
+        record = {
+            **changes,
+            "coefficient": str(self.coefficient),
+            "vector": self.vector.describe(),
+            "model": provenance(self.model).to_dict(),
+        }
+
+        def with_record(folder: Path) -> None:
+            fill(folder)
+            write_json(record, folder / RECORD)
+
+        try:
+            write_whole_folder(self.folder, with_record)
+        except (OSError, ValueError) as error:  # transformers checks the generation settings
+            raise InputError(f"cannot write {str(self.folder)!r}: {error}") from error
+        return self.folder
 
 
 def check_is_new(folder: Path) -> None:
@@ -228,18 +248,6 @@ def _check_ablated_everywhere(model: HookedModel, hook_names: Sequence[str]) -> 
             f"at blocks.0.hook_resid_pre, {middle} (where there is one) and {last}; this one "
             f"differs at {', '.join(missing[:3])}"
         )
-
-
-def check_weights(model: HookedModel) -> None:
-    """Raise `InputError` unless the model has a checkpoint's own weights, and a tokenizer."""
-    wrapped = hugging_face_model(model)
-    if wrapped is None or provenance(model).weight_processing != "none":
-        raise InputError(
-            "expected a TransformerBridge without weight processing: only its weights are those of "
-            "a Hugging Face checkpoint; load the model with load_model"
-        )
-    if model.tokenizer is None:
-        raise InputError("the model has no tokenizer to go with the checkpoint; set one first")
 
 
 def _carrier(config: Any) -> Carrier:
@@ -331,33 +339,3 @@ def plain_model(model: HookedModel, switches: Mapping[str, bool], *, as_llama: b
     if plain.can_generate() and getattr(wrapped, "generation_config", None) is not None:
         plain.generation_config = copy.deepcopy(wrapped.generation_config)
     return plain
-
-
-def check_logits(
-    model: HookedModel,
-    vector: SteeringVector,
-    coefficient: Coefficient,
-    plain: Any,
-    what: str = "baked checkpoint",
-) -> None:
-    """Raise `InputError` unless `plain` gives the logits of the hooked model."""
-    tokens = _probe(model)
-    with inference(model):
-        with steer(model, vector, coefficient):
-            hooked = model(tokens).float().cpu()
-        baked = plain.to(tokens.device)(tokens).logits.float().cpu()
-    largest = float((hooked - baked).abs().max() / hooked.abs().max())
-    tolerance = allowed_gap(model.cfg.dtype, least=TOLERANCE)
-    if not largest <= tolerance:
-        raise InputError(
-            f"the {what}'s logits differ from the hooked model's by {largest:.2g} of the "
-            f"largest (expected at most {tolerance:.2g}): this model cannot carry the vector in "
-            "that way, or its weights were changed after loading"
-        )
-
-
-def _probe(model: HookedModel) -> Int[Tensor, "prompt token"]:
-    """A few token ids spread over the vocabulary, the same ones every time."""
-    n = min(16, context_length(model) or 16)
-    ids = torch.linspace(0, int(model.cfg.d_vocab) - 1, 2 * n).long().reshape(2, n)
-    return ids.to(model.cfg.device)
