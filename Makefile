@@ -76,7 +76,7 @@ test-elsewhere: $(STAMP)
 # The core on TransformerLens 3 (HookedTransformer), in an environment of its own, and its tables beside
 # those of TransformerLens 4.
 TL3 := build/tl3
-TL3_TESTS := activations boundary directions engine generation hooks loss positions processing steering sweep
+TL3_TESTS := activations boundary directions engine generation hooks loss positions processing sweep
 test-tl3: $(STAMP) $(TL3)/.installed
 	$(BIN)/python tests/tl3/tables.py $(TL3)/tables
 	OMP_NUM_THREADS=1 STEERLENS_BRIDGE_TABLES=$(TL3)/tables $(TL3)/bin/python -m pytest \
@@ -92,7 +92,7 @@ $(TL3)/.installed: pyproject.toml tests/tl3/constraints.txt
 # not checked: the plugin of that jaxtyping does not start after tests/conftest.py.
 OLDEST := build/oldest
 CORE_TESTS := activations boundary choices cli data directions engine figures hooks hostile loss plots positions report \
-	steering stats sweep tables
+	stats sweep tables
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest -o addopts="--strict-markers -ra" -m "not real" \
 		$(CORE_TESTS:%=tests/test_%.py)

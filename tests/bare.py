@@ -1,5 +1,6 @@
-"""Sweep cells computed with nothing but Hugging Face forward hooks: the oracle of the tests."""
+"""Oracles of the tests: cells by nothing but Hugging Face forward hooks, logprobs by one call."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,3 +79,11 @@ def cell(
         "coherence_penalty": float(penalty),
         "loss": float(-np.mean(projections) + penalty),
     }
+
+
+def mean_logprob(model: Any, ids: Sequence[int], labels: Sequence[int]) -> float:
+    """Of the tokens at some places after those before them, by one call of the model."""
+    with torch.no_grad():
+        logits = model(torch.tensor([list(ids)]), return_type="logits")[0]
+    logprobs = logits.double().log_softmax(-1)
+    return float(np.mean([float(logprobs[i - 1, ids[i]]) for i in labels]))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from typer.main import get_command
 
 N_LAYERS = 4
 OPENINGS = ["the river was", "how was the day today", "I said", "the soup is so warm and good"]
@@ -46,6 +47,26 @@ def finish(*arguments: str | Path, code: int = 0) -> None:
 def environment() -> dict[str, str]:
     """Of a process that is to import this package."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+
+
+def known_commands() -> dict[str, Any]:
+    """Every command by its words."""
+    from steerlens.cli import app
+
+    top: Any = get_command(app)
+    found: dict[str, Any] = {}
+    for name, command in top.commands.items():
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {n}": c for n, c in inner.items()} if inner else {name: command}
+    return found
+
+
+def check_command(words: list[str]) -> str:
+    """The name of the command that the words are of; its options are parsed, nothing is run."""
+    known = known_commands()
+    name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
+    known[name].make_context(name, words[len(name.split()) :])
+    return name
 
 
 def write_pairs(path: Path, openings: list[str], *, negative: str = "gloomy") -> Path:

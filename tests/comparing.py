@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bare import mean_logprob
 from conftest import sampled
 
 import steerlens as sl
@@ -13,13 +14,11 @@ from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.engine.tokenization import (
     tokenize_prompt,
 )
-from steerlens.loss import label_logprob
 from steerlens.measure.equal_damage import CompareSettings
 from steerlens.measure.verdicts import (
     Inference,
 )
 from steerlens.models.hooks import resid_post
-from steerlens.models.loading import inference
 
 HOOK = resid_post(1)
 WORDS = "walk sun rain soup bread night day kind rude it".split()
@@ -52,11 +51,8 @@ def logprob(
     model: Any, prompt: Any, text: str, vector: torch.Tensor = UNSTEERED, c: float = 0.0
 ) -> float:
     tokenized = tokenize_prompt(model, prompt, text)
-    ids = torch.tensor([tokenized.prompt + tokenized.continuation])
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[:, len(tokenized.prompt) :] = True
-    with inference(model), sl.steer(model, {HOOK: vector}, c):
-        return float(label_logprob(model(ids, return_type="logits"), ids, mask)[0])
+    with sl.steer(model, {HOOK: vector}, c):
+        return mean_logprob(model, tokenized.ids, tokenized.label_tokens)
 
 
 def gap(model: Any, prompt: Any, *steered: Any) -> float:

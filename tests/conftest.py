@@ -134,6 +134,14 @@ def other_side(model: Any, positions: str) -> str:
     return ("left", "right")[(positions in ("all", "continuation")) != (model.cfg.n_layers == 5)]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_hub() -> Iterator[None]:
+    """What is not here is not asked for, again and again; a test may take this back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama() -> Any:
     return bridge(build_llama())
@@ -303,6 +311,17 @@ def swept_folder(sweep_words: tuple[str, ...], tmp_path_factory: pytest.TempPath
     """The folder of such a sweep, to be read or copied."""
     folder = tmp_path_factory.mktemp("swept") / "run"
     commands.finish(*sweep_words, "--quiet", "--out", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def circuits_folder(
+    model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of `steerlens circuits` on the small model, with its comparison; to be read."""
+    folder = tmp_path_factory.mktemp("circuits") / "run"
+    data = ("--model", model_folder, "--pairs", pairs_file, "--layer", "1", "--null", "2")
+    commands.finish("circuits", *data, "--coefficient", "5", "--quiet", "--out", folder)
     return folder
 
 

@@ -18,6 +18,12 @@ def chat(*said: str) -> tuple[Message, ...]:
     return tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said))
 
 
+def rows(**columns: Any) -> list[dict[str, Any]]:
+    """A row a word, which stands in place of WORD in all texts."""
+    text = json.dumps(columns)
+    return [json.loads(text.replace("WORD", word)) for word in WORDS]
+
+
 def as_json(value: Any) -> str:
     return json.dumps(value)
 

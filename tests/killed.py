@@ -1,10 +1,10 @@
-"""`python killed.py CASES`: runs that are stopped at random moments.
+"""`python killed.py CASES`: runs that are killed at random moments.
 
-CASES is a JSON list of cases `[SIGNAL, SEED, KILLS, LOG, WHOLE, OUT, COMMAND...]`; the exit code
-of each is printed. Every case, and every try of it, is a child of its own, so that the signal is a
+CASES is a JSON list of cases `[SEED, KILLS, LOG, WHOLE, OUT, COMMAND...]`; the exit code of each
+is printed. Every case, and every try of it, is a child of its own, so that the signal is a
 real one and the imports are paid for once. The first try is `steerlens COMMAND` into WHOLE,
 undisturbed; the second into OUT-1, and the others `steerlens COMMAND[0] --resume` of it. KILLS of
-them get a signal, at random among all calls of what is counted; where a run ends before, another
+them get a SIGKILL, at random among all calls of what is counted; where a run ends before, another
 is begun in OUT-2 and so on. LOG gets a line for each run, try and part, and LOG.err what was said
 on stderr.
 """
@@ -33,8 +33,8 @@ def note(log: str, text: str) -> None:
         lines.write(f"{text}\n")
 
 
-def strike_at(moment: int, kind: signal.Signals, log: str) -> Callable[[], int]:
-    """Send the signal to this process before the call of that number, of any of these functions.
+def strike_at(moment: int, log: str) -> Callable[[], int]:
+    """Kill this process before the call of that number, of any of these functions.
 
     What is returned gives how many calls there were.
     """
@@ -45,7 +45,7 @@ def strike_at(moment: int, kind: signal.Signals, log: str) -> Callable[[], int]:
             nonlocal left
             left -= 1
             if left == 0:
-                os.kill(os.getpid(), kind)
+                os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **options)
 
         return call
@@ -67,8 +67,8 @@ def strike_at(moment: int, kind: signal.Signals, log: str) -> Callable[[], int]:
     return lambda: moment - left
 
 
-def tried(moment: int, kind: signal.Signals, log: str, out: str, arguments: list[str]) -> int:
-    """How a try ended that gets the signal at that call, if any; its calls stand in the log."""
+def tried(moment: int, log: str, out: str, arguments: list[str]) -> int:
+    """How a try ended that is killed at that call, if any; its calls stand in the log."""
     marks = ["/parts/_request.json", "/run.json"]
     if arguments[0] == "extract":
         out, marks = f"{out}/v.safetensors", [".unfinished/parts/_request.json", ""]
@@ -76,7 +76,7 @@ def tried(moment: int, kind: signal.Signals, log: str, out: str, arguments: list
     words = ["--resume", out] if is_begun else [*arguments[1:], "--out", out]
     child = os.fork()
     if child == 0:
-        n_calls = strike_at(moment, kind, log)
+        n_calls = strike_at(moment, log)
         try:
             cli.main([arguments[0], "--quiet", *words])
         finally:
@@ -86,32 +86,29 @@ def tried(moment: int, kind: signal.Signals, log: str, out: str, arguments: list
     return code
 
 
-def stop_often(
-    name: str, seed: str, kills: str, log: str, whole: str, out: str, *arguments: str
-) -> None:
+def stop_often(seed: str, kills: str, log: str, whole: str, out: str, *arguments: str) -> None:
     """A case, in a process of its own."""
     os.dup2(os.open(f"{log}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
-    kind, moments = signal.Signals[name], random.Random(int(seed))
-    assert tried(0, kind, log, whole, [*arguments]) == 0
+    moments = random.Random(int(seed))
+    assert tried(0, log, whole, [*arguments]) == 0
     calls = Path(log).read_text(encoding="utf-8").rpartition("calls ")[2]
     n_calls, killed, begun = int(calls.split()[0]), 0, 1
     Path(log).write_text("begun\n", encoding="utf-8")
     while True:
         moment = moments.randint(1, n_calls) if killed < int(kills) else 0
-        code = tried(moment, kind, log, f"{out}-{begun}", [*arguments])
+        code = tried(moment, log, f"{out}-{begun}", [*arguments])
         if code == 0 and killed == int(kills):
             sys.exit()
         if code == 0:  # before it was its turn: another run is to be killed
             begun += 1
             note(log, "begun")
-        elif code in (-kind, 130):
+        elif code == -signal.SIGKILL:
             killed += 1
         else:
             sys.exit(f"a try ended with {code}")
 
 
 texts.neutral_texts = lambda: NEUTRAL
-signal.signal(signal.SIGINT, signal.default_int_handler)
 codes = []
 for case in json.loads(sys.argv[1]):
     child = os.fork()

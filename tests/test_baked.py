@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import bridge, build_llama, build_tokenizer
-from exported import LAYERS, ROW, ROWS, SMALL, TOKENS, hugging_face, logits, steered
+from exported import ROW, ROWS, TOKENS, hugging_face, logits, steered
+from zoo import bridged
 
 import steerlens as sl
 from steerlens.errors import InputError
@@ -92,8 +93,7 @@ def test_which_ablations_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
 def test_what_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
     vector = sl.SteeringVector.from_vectors(ROWS)
     qwen, gemma = (bridge(hugging_face(kind)) for kind in ("qwen3", "gemma2"))
-    windows = transformers.MistralConfig(sliding_window=8, **LAYERS, **SMALL)
-    mistral = bridge(transformers.AutoModelForCausalLM.from_config(windows).eval())
+    mistral = bridged("Mistral")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     processed = bridge(build_llama())
@@ -102,7 +102,7 @@ def test_what_cannot_be_baked(tmp_path: Path, llama: Any) -> None:
     for model, of_vector, coefficient, folder, message in (
         (qwen, vector, 1.0, "baked", "'qwen3' checkpoints have no bias .* norms queries and keys"),
         (gemma, vector, 1.0, "baked", "norms what its MLP adds"),
-        (mistral, vector, 1.0, "baked", "attends to 8 tokens only"),
+        (mistral, vector, 1.0, "baked", "attends to 6 tokens only"),
         (llama, vector, "0%", "baked", "coefficient 0"),
         (llama, vector, 1.0, "full", "not empty"),
         (processed, vector, 1.0, "baked", "without weight processing"),

@@ -351,8 +351,8 @@ def test_the_command_writes_tables_and_texts(
 @pytest.mark.real
 def test_cheerful_texts_are_written_by_a_cheerful_vector(real_model: Any) -> None:
     train, test = (sl.ContrastivePairs.load("sentiment", split=s) for s in ("train", "test"))
-    directions = sl.fit(real_model, train[:64], layers=[12])
-    questions = [(sl.Message("user", q),) for q in sl.data.open_questions("choice")[:8]]
+    directions = sl.fit(real_model, train[:32], layers=[12])
+    questions = [(sl.Message("user", q),) for q in sl.data.open_questions("choice")[:6]]
     found = sl.behaviour(
         real_model,
         directions,
@@ -360,8 +360,8 @@ def test_cheerful_texts_are_written_by_a_cheerful_vector(real_model: Any) -> Non
         coefficients=[-14, 14],
         pairs=test,
         samples=1,
-        max_new_tokens=24,
-        scorers=["concept", "logprob"],
+        max_new_tokens=16,
+        scorers=["concept"],
     )
     rows = found.table[found.table.scorer == "concept"].set_index("coefficient")
     assert rows["mean"][-14] < rows["mean"][0] < rows["mean"][14]

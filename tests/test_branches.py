@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from bare import mean_logprob
 from conftest import bridge, build_llama, needs_bridge
 from zoo import bridged
 
@@ -60,10 +61,8 @@ def by_hand(model: Any, coefficient: float) -> list[float]:
     """The gaps of whole prompts, each alone."""
 
     def logprob(prompt: TokenizedPrompt) -> float:
-        with torch.no_grad(), steer(model, {HOOK: vector(model)}, coefficient):
-            logits = model(torch.tensor([prompt.ids]), return_type="logits")[0]
-        of_next = logits.log_softmax(-1)[len(prompt.prompt) - 1 : -1]
-        return float(of_next.gather(1, torch.tensor(prompt.continuation)[:, None]).mean())
+        with steer(model, {HOOK: vector(model)}, coefficient):
+            return mean_logprob(model, prompt.ids, prompt.label_tokens)
 
     return [logprob(up) - logprob(down) for up, down in zip(*sides(), strict=True)]
 

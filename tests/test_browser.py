@@ -10,7 +10,6 @@ from run_folders import HOSTILE, WRITERS, write_compare
 from selenium.webdriver.common.keys import Keys
 
 import steerlens as sl
-from steerlens.cli import main
 from steerlens.runs.contents import COMMANDS
 from steerlens.runs.html_report.figures import figures_of
 
@@ -90,32 +89,21 @@ def test_the_page_of_a_figure_opens_without_a_word(
 PAGES = ("attention", "tokens", "components", "graph")
 
 
-@pytest.fixture(scope="module")
-def circuits(
-    model_folder: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The folder of `steerlens circuits` on a small model."""
-    out = tmp_path_factory.mktemp("circuits") / "run"
-    options = ["--layer", "1", "--coefficient", "5", "--null", "2", "--quiet", "--out", str(out)]
-    with pytest.raises(SystemExit) as stop:
-        main(["circuits", "--model", str(model_folder), "--pairs", str(pairs_file), *options])
-    assert stop.value.code == 0
-    return out
-
-
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("name", PAGES)
 def test_the_pages_of_circuits_open_without_a_word(
-    name: str, dark: bool, browser: Browser, circuits: Path
+    name: str, dark: bool, browser: Browser, circuits_folder: Path
 ) -> None:
-    opened(browser, circuits / f"{name}.html", dark=dark, width=400)
+    opened(browser, circuits_folder / f"{name}.html", dark=dark, width=400)
     assert browser.run("return document.querySelectorAll('.figure').length") > 0
     assert browser.run("return document.documentElement.scrollWidth") <= 400
     assert_quiet(browser)
 
 
-def test_a_report_of_circuits_has_their_views(browser: Browser, circuits: Path) -> None:
-    opened(browser, written(circuits / "report.html", circuits))
+def test_a_report_of_circuits_has_their_views(
+    browser: Browser, circuits_folder: Path, tmp_path: Path
+) -> None:
+    opened(browser, written(tmp_path / "report.html", circuits_folder))
     assert browser.run("return document.querySelectorAll('.view').length") > 2
     assert "Attention of the top heads" in browser.text("main")
     assert "The largest edges" in browser.text("main")

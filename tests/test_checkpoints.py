@@ -17,11 +17,11 @@ import transformers
 from conftest import build_gpt2, build_llama, build_tokenizer, needs_bridge
 from safetensors.torch import load_file, save_file
 from surprises import watched
+from test_models import logits
 
 import steerlens as sl
 from steerlens.errors import MemoryLimitError, ModelError
 
-TOKENS = torch.tensor([[1, 5, 6, 7, 8, 9]])
 SMALL: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 32,
@@ -77,12 +77,6 @@ def set_config(folder: Path, **settings: Any) -> Path:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return folder
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found = model(TOKENS)
-    return found if isinstance(found, torch.Tensor) else found.logits
 
 
 def refusal(folder: Path | str, kind: type[Exception] = ModelError) -> str:

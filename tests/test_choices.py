@@ -4,22 +4,10 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from forms import WORDS, as_jsonl, chat, put
+from forms import WORDS, as_jsonl, chat, put, rows
 
 from steerlens.data import ContrastivePairs, PreferenceItems
 from steerlens.errors import InputError
-
-
-def rows(**columns: Any) -> list[dict[str, Any]]:
-    """A row a word, which stands in place of WORD in the texts."""
-    return [
-        {
-            name: cell.replace("WORD", word) if isinstance(cell, str) else cell
-            for name, cell in columns.items()
-        }
-        for word in WORDS
-    ]
-
 
 ASKED = {"question": "Which WORD?"}
 BOTH = {"response_a": "No", "response_b": "Yes"}

@@ -101,16 +101,6 @@ def test_a_shape_is_written_beside_it(boundary: Main, found: Path, tmp_path: Pat
     assert both > alone > 5
 
 
-def test_another_request_does_not_overwrite(boundary: Main, found: Path) -> None:
-    before = content(found)
-    assert_error(boundary("--quiet", "--on", "negative", "--out", found), "other on", "--out")
-    assert_error(boundary("--quiet", "--budget", "kl=0.1", "--out", found), "other budget")
-    assert content(found) == before
-    outcome = boundary("--quiet", "--out", found)
-    assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
-    assert content(found)["layers.csv"] == before["layers.csv"]
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

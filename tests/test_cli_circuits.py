@@ -36,10 +36,8 @@ def circuits(run: Main, model_folder: Path, pairs_file: Path) -> Main:
     )
 
 
-def test_a_run_holds_tables_pages_and_record(circuits: Main, tmp_path: Path) -> None:
-    outcome = circuits("--out", tmp_path)
-    assert outcome.code == 0
-    assert set(content(tmp_path)) == {
+def test_a_run_holds_tables_pages_and_record(circuits_folder: Path) -> None:
+    assert set(content(circuits_folder)) == {
         *("writers.csv", "positions.csv", "readers.csv", "claims.csv", "circuits.csv"),
         *("faithfulness.csv", "edges.csv", "directions.safetensors", "run.json"),
         *("components.html", "attention.html", "tokens.html", "graph.html"),
@@ -50,21 +48,18 @@ def test_a_run_holds_tables_pages_and_record(circuits: Main, tmp_path: Path) -> 
         ("circuits.csv", COLUMNS["circuits"]),
         ("faithfulness.csv", COLUMNS["faithfulness"]),
     ):
-        found = table(tmp_path, name)
+        found = table(circuits_folder, name)
         assert list(found.columns) == [column.name for column in columns]
         assert len(found)
-    assert "correlation" in outcome.err
-    assert "What carries it" in outcome.out
-    assert set(table(tmp_path, "circuits.csv").n_null) == {2}
-    attrs = json.loads((tmp_path / "run.json").read_text())["tables"]["circuits"]["attrs"]
+    assert set(table(circuits_folder, "circuits.csv").n_null) == {2}
+    attrs = json.loads((circuits_folder / "run.json").read_text())["tables"]["circuits"]["attrs"]
     assert attrs["chosen_on"]["n_groups"] == attrs["tested_on"]["n_groups"] == 2
 
 
-def test_the_page_of_circuits_is_made_from_a_run(circuits: Main, tmp_path: Path) -> None:
+def test_the_page_of_circuits_is_made_from_a_run(circuits_folder: Path) -> None:
     """What `make found-circuits` writes: the numbers of the tables, each beside its test."""
-    assert circuits("--out", tmp_path / "run", "--quiet").code == 0
     script = runpy.run_path(str(ROOT / "docs" / "found_circuits.py"))
-    run = sl.read_run(tmp_path / "run")
+    run = sl.read_run(circuits_folder)
     page = script["page"](run)
     claims, overlaps = run.tables["claims"], run.tables["circuits"]
     named = claims.set_index("test").loc["named components"]
@@ -76,7 +71,10 @@ def test_the_page_of_circuits_is_made_from_a_run(circuits: Main, tmp_path: Path)
 
 
 def test_without_the_comparison(circuits: Main, tmp_path: Path) -> None:
-    assert circuits("--out", tmp_path, "--no-compare", "--quiet", "--ig-steps", "2").code == 0
+    outcome = circuits("--out", tmp_path, "--no-compare", "--ig-steps", "2")
+    assert outcome.code == 0
+    assert "correlation" in outcome.err
+    assert "What carries it" in outcome.out
     assert "circuits.csv" not in content(tmp_path)
     assert "graph.html" not in content(tmp_path)
     record = json.loads((tmp_path / "run.json").read_text())

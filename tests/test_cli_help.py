@@ -13,7 +13,17 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from commands import ESC, SHOWN, Main, Outcome, assert_visible, environment, record, table
+from commands import (
+    ESC,
+    SHOWN,
+    Main,
+    Outcome,
+    assert_visible,
+    check_command,
+    environment,
+    record,
+    table,
+)
 from typer.main import get_command
 
 import steerlens as sl
@@ -95,16 +105,6 @@ def test_every_help_fits_and_has_examples_that_parse(name: str, shown: dict[str,
     assert len(examples) == 2
     for words in examples:
         assert check_command(words[1:]) == name
-
-
-def check_command(words: list[str]) -> str:
-    """The name of the command that the words are of; its options are parsed, nothing is run."""
-    known: Any = get_command(app)
-    n = 2 if words[0] == "vectors" else 1
-    for word in words[:n]:
-        known = known.commands[word]
-    known.make_context(" ".join(words[:n]), words[n:])
-    return " ".join(words[:n])
 
 
 def made(command: type[Command]) -> Command:
@@ -407,11 +407,3 @@ def test_datasets_shows_a_card(name: str, run: Main) -> None:
     assert outcome.code == 0
     card = (shipped.shipped_folder() / name / "card.md").read_text(encoding="utf-8")
     assert outcome.out.split() == card.split()
-
-
-def test_python_m_steerlens() -> None:
-    """That it may succeed is shown by test_where_nobody_reads_stdout_nothing_is_lost."""
-    command = [sys.executable, "-m", "steerlens", "no-such-command"]
-    failed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (failed.returncode, failed.stdout) == (2, "")
-    assert failed.stderr.splitlines() == ["steerlens: No such command 'no-such-command'."]

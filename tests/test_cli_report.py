@@ -85,7 +85,6 @@ def test_a_real_run_has_a_report(sweep: Main, run: Main, tmp_path: Path) -> None
     [
         (HELD_OUT, [], 0, 3),
         ([*HELD_OUT, *OPENINGS[:2]], [], 2, 5),
-        (OPENINGS[:3], [], 3, 3),
         (OPENINGS, ["--max-pairs", "3"], 3, 3),
     ],
 )

@@ -79,20 +79,9 @@ def user(content: Any, role: str = "user") -> list[Any]:
 
 
 # What is wrong: (changes of a good line, or the bad line), the same repaired, and a part of the
-# message. What cannot be parsed at all is in the corpus of test_hostile.py.
+# message. The corpus of test_hostile.py has more, of items too.
 BAD_LINES: dict[str, tuple[Any, Any, str]] = {
-    "no negative": ('{"positive": "a"}', {}, "missing key 'negative'"),
     "no positive": ('{"negative": "a"}', {}, "missing key 'positive'"),
-    "misspelt key": (
-        '{"positive": "a", "negatve": "b"}',
-        {},
-        "did you mean 'negatve'? --columns negative=negatve",
-    ),
-    "latin-1": (b'{"positive": "caf\xe9", "negative": "b"}', {"positive": "café"}, "not UTF-8"),
-    "empty": ({"positive": ""}, {"positive": " "}, "positive: expected text that is not empty"),
-    "no messages": ({"negative": []}, {"negative": user("x")}, "negative: expected text or a list"),
-    "a number": ({"positive": 3}, {"positive": "3"}, "positive: expected text or a list of"),
-    "equal prompts": ({"positive": "you are rude"}, {}, "are equal"),
     "empty after": ({"continuation": ""}, {"continuation": " "}, "continuation: expected text"),
     "half a token": ({"position": 1.5}, {"position": 1.0}, "position must be a whole number"),
     "no token": ({"position": True}, {"position": "-2"}, "position must be a whole number"),
@@ -102,17 +91,11 @@ BAD_LINES: dict[str, tuple[Any, Any, str]] = {
         {"positive": user("x")},
         "positive, message 1: expected an object with the keys role and content",
     ),
-    "message that is text": (
-        {"positive": [*user("x"), "x"]},
-        {"positive": user("x")},
-        "positive, message 2: expected an object",
-    ),
     "message with null": (
         {"negative": user(None)},
         {"negative": user("x")},
         "negative, message 1: role and content must be text",
     ),
-    "surrogate": ({"positive": LONE}, {"positive": EMOJI}, "lone surrogate"),
     "surrogate after": ({"continuation": LONE}, {"continuation": EMOJI}, "lone surrogate"),
     "surrogate in id": ({"id": LONE}, {"id": EMOJI}, "lone surrogate"),
     "surrogate in message": ({"positive": user(LONE)}, {"positive": user(EMOJI)}, "surrogate"),
@@ -144,18 +127,6 @@ def test_fewer_than_two_pairs_are_refused(tmp_path: Path, lines: tuple[str, ...]
     with pytest.raises(InputError, match=f"at least 2 pairs, got {n_pairs}"):
         ContrastivePairs.load(write(tmp_path, *lines))
     assert len(ContrastivePairs.load(write(tmp_path, *lines, GOOD, GOOD))) == n_pairs + 2
-
-
-@pytest.mark.parametrize(("ids", "repeated"), [(("x", "x"), "x"), (("2", None), "2")])
-def test_ids_are_distinct_default_ones_too(
-    tmp_path: Path, ids: tuple[Any, Any], repeated: str
-) -> None:
-    def lines(*ids: Any) -> list[str]:
-        return [GOOD if id_ is None else record(id=id_) for id_ in ids]
-
-    with pytest.raises(InputError, match=f"id '{repeated}' occurs twice"):
-        ContrastivePairs.load(write(tmp_path, *lines(*ids)))
-    assert len(ContrastivePairs.load(write(tmp_path, *lines(ids[0], "other")))) == 2
 
 
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
@@ -307,26 +278,6 @@ def test_items_from_jsonl(tmp_path: Path) -> None:
     assert first == PreferenceItem("The film was", " great.", " dull.", "1")
     assert second.prompt == (Message("user", "Hello"),)
     assert second.id == "two"
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ({"prompt": "a", "positive": "b"}, "keys prompt, positive, negative"),
-        (["a"], "keys prompt"),
-        ({**ITEM, "negative": " great."}, "positive and negative are equal"),
-        ({**ITEM, "positive": ""}, "positive: expected text"),
-        ({**ITEM, "prompt": 3}, "prompt: expected text or a list"),
-        ({**ITEM, "id": "1"}, "id '1' occurs twice"),
-    ],
-)
-def test_a_bad_item_is_named(tmp_path: Path, bad: object, message: str) -> None:
-    file = write_items(tmp_path, ITEM, bad)
-    with pytest.raises(InputError, match=message) as error:
-        PreferenceItems.load(file)
-    assert file.name in str(error.value)
-    write_items(tmp_path, ITEM, {**ITEM, "positive": " good."})
-    assert len(PreferenceItems.load(file)) == 2
 
 
 def test_a_split_of_items_parts_no_group() -> None:

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 from _pytest.doctest import _get_checker, get_optionflags
+from commands import check_command, known_commands
 from conftest import bridge, build_llama, build_tokenizer
 
 import steerlens as sl
-from steerlens.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -116,30 +116,10 @@ def test_python_on_a_page_runs(
 # Commands on the pages
 
 
-def commands() -> dict[str, Any]:
-    """Every command by its words."""
-    from typer.main import get_command
-
-    found: dict[str, Any] = {}
-    for name, command in get_command(app).commands.items():
-        inner = getattr(command, "commands", None)
-        found |= {f"{name} {n}": c for n, c in inner.items()} if inner else {name: command}
-    return found
-
-
 def command_lines(text: str) -> list[list[str]]:
     lines = "\n".join(blocks(text, "sh")).replace("\\\n", " ").split("\n")
     words = [shlex.split(line, comments=True) for line in lines]
     return [some[1:] for some in words if some[:1] == ["steerlens"]]
-
-
-def check_command(words: list[str]) -> str:
-    """The command that the words begin with; its options are parsed, nothing is run."""
-    known = commands()
-    name = " ".join(words[:2]) if " ".join(words[:2]) in known else words[0]
-    rest = words[len(name.split()) :]
-    known[name].make_context(name, rest)
-    return name
 
 
 @pytest.mark.parametrize("path", with_blocks("sh"))
@@ -150,7 +130,7 @@ def test_commands_on_a_page_are_commands(path: Path) -> None:
 
 def test_every_command_has_an_example_and_a_wrong_one_is_seen() -> None:
     text = (DOCS / "how-to" / "command-line.md").read_text(encoding="utf-8")
-    assert {check_command(words) for words in command_lines(text)} == set(commands())
+    assert {check_command(words) for words in command_lines(text)} == set(known_commands())
     for words in (["sweep", "--out", "a", "--coefficent", "1"], ["bake", "v"], ["sweeep"]):
         with pytest.raises(Exception, match=r"No such option|Missing|sweeep"):
             check_command(words)

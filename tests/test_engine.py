@@ -9,7 +9,6 @@ import torch
 from conftest import ATTN_OUT, FINAL_NORM, bridge, build_llama, needs_bridge, other_side, padding
 
 import steerlens as sl
-from steerlens.engine import cells
 from steerlens.engine import resume as passes
 from steerlens.engine.cells import Carried, fast_cells
 from steerlens.engine.engine import Engine
@@ -225,29 +224,6 @@ def test_users_hooks_still_fire(llama: Any, pairs: sl.ContrastivePairs) -> None:
     for ours, theirs, without in zip(found, expected, plain_jobs, strict=True):
         assert_same(ours, theirs)
         assert not torch.allclose(ours[0].logprob, without[0].logprob, atol=1e-3)
-
-
-def test_out_of_memory_halves_the_rows_and_goes_on(
-    llama: Any, pairs: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workload, jobs = make(llama, pairs, size=8), make_jobs(llama, [resid_post(1)])
-    expected = by_plain_loop(llama, workload, jobs[0])
-    real, sizes = cells.run_from, []
-
-    def too_large(model: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(len(tokens))
-        if len(tokens) > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, tokens, *args, **kwargs)
-
-    monkeypatch.setattr(cells, "run_from", too_large)
-    with pytest.warns(RuntimeWarning, match="going on with [48] prompts"):
-        (found,) = planned(llama, workload, jobs, rows=16)
-    assert {16, 8, 4} <= set(sizes)
-    assert_same(found, expected)
-    monkeypatch.setattr(cells, "run_from", lambda *a, **k: too_large(a[0], torch.zeros(9, 1)))
-    with pytest.raises(torch.OutOfMemoryError):
-        by_engine(llama, workload, jobs[0], rows=1)
 
 
 def test_a_model_that_cannot_be_resumed_is_found_out(pairs: sl.ContrastivePairs) -> None:

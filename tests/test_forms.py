@@ -2,15 +2,49 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pytest
-from forms import PARTS, PERSONAS, SAID, TOPICS, TRAITS, WORDS, as_jsonl, chat, letters, put
+from forms import (
+    PARTS,
+    PERSONAS,
+    SAID,
+    TOPICS,
+    TRAITS,
+    WORDS,
+    as_jsonl,
+    chat,
+    letters,
+    put,
+    rows,
+)
 
 from steerlens.cli.options import pairs_of
 from steerlens.data import FORMS, ContrastivePairs, Message, PreferenceItems
 from steerlens.errors import InputError
+
+
+class Case(NamedTuple):
+    """What a file holds, and what is made of it: the first pair, and the first item if any."""
+
+    form: str
+    content: Any
+    positive: Any
+    negative: Any
+    item: Any = None
+    group: str | None = None
+    n_pairs: int = 6
+    n_items: int = 6
+
+
+def answered(form: str, content: Any, prompt: Any, yes: str, no: str, **more: Any) -> Case:
+    """A case whose sides are two answers after a prompt."""
+    positive, negative = (
+        prompt + answer if isinstance(prompt, str) else (*prompt, Message("assistant", answer))
+        for answer in (yes, no)
+    )
+    return Case(form, content, positive, negative, (prompt, yes, no), **more)
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -18,310 +52,262 @@ def said(*texts: str) -> list[dict[str, str]]:
     return [message._asdict() for message in chat(*texts)]
 
 
-CASES: dict[str, tuple[str, Any, Any, int, Any, int]] = {
-    # what -> form, content, the first pair's sides and group, pairs, the first item, items
-    "letters": (
-        *("questions", letters("yes", "no")),
-        (chat(f"{letters('yes', 'no')[0]['question']}", "(A)"), None, None),
-        *(6, (chat(letters("yes", "no")[0]["question"]), "(A)", "(B)"), 12),
+def pair(first: str, second: str, **more: str) -> dict[str, str]:
+    """A row of two answers of preferences."""
+    return {**more, "chosen": first, "rejected": second}
+
+
+SYSTEM = Message("system", "kind")
+LETTERED = letters("yes", "no")
+MATCHING, NOT_MATCHING = "answer_matching_behavior", "answer_not_matching_behavior"
+CHOICES: dict[str, dict[str, Any]] = {
+    "and labels": {
+        "mc1_targets": {"choices": ["No.", "Yes.", "Never."], "labels": [0, 1, 0]},
+        "mc2_targets": {"choices": ["Sure.", "Yes.", "No."], "labels": [1, 1, 0]},
+    },
+    "with labels": {"mc1_targets": {"Yes.": 1, "No.": 0, "Never.": 0}},
+    "by number": {"choices": ["No.", "Yes.", "Never."], "answer": 1},
+    "by letter": {"options": ["No.", "Yes."], "answer": "B"},
+    "by name": {"choices": {"text": ["No.", "Yes."], "label": ["1", "2"]}, "answerKey": "2"},
+    "by the name of each": {"options": {"A": "No.", "B": "Yes."}, "answer_idx": "B"},
+    "by text": {"options": ["No.", "Yes."], "answer": "Yes."},
+    "of a column each": {"ans0": "No.", "ans1": "Never.", "ans2": "Yes.", "label": 2},
+    "of lettered columns": {"A": "No.", "B": "Yes.", "answer": "B"},
+    "of options from 1": {"option1": "No.", "option2": "Yes.", "answer": "2"},
+    "of objects": {"choices": [{"text": "No.", "label": 0}, {"text": "Yes.", "label": 1}]},
+}
+TRUTHFUL = {
+    "": {"Best Answer": "Yes."},
+    ", best ones": {"Best Answer": "Yes.", "Best Incorrect Answer": "No."},
+    ", lists": {"Correct Answers": "Yes.; Sure."},
+}
+SENTENCES: dict[str, Any] = {
+    "words": [
+        {"sentence": "it is fish", "gold_label": "unrelated", "labels": []},
+        {"sentence": "it is strong", "gold_label": "anti-stereotype", "labels": []},
+        {"sentence": "it is weak", "gold_label": "stereotype", "labels": []},
+    ],
+    "numbers": {"sentence": ["it is fish", "it is strong", "it is weak"], "gold_label": [2, 0, 1]},
+}
+FEW: dict[str, list[Any]] = {
+    "": [["a lie", "a truth"], ["b", "c"], ["d", "e"]],
+    " in a row": ["a lie", "a truth", "b", "c", "d", "e"],
+}
+PLACES = [("New York", w) for w in WORDS[::-1]] + [("Oslo", w) for w in WORDS]
+CASES: dict[str, Case] = {
+    "letters": answered(
+        "questions", LETTERED, chat(LETTERED[0]["question"]), "(A)", "(B)", n_items=12
     ),
-    "yes and no": (
+    "yes and no": answered(
         "questions",
-        [
-            {"question": f"Do you like {w}?", "statement": "x", "label_confidence": 0.9}
-            | {"answer_matching_behavior": " Yes", "answer_not_matching_behavior": " No"}
-            for w in WORDS
-        ],
-        (chat("Do you like soup?", "Yes"), chat("Do you like soup?", "No"), None),
-        *(6, (chat("Do you like soup?"), "Yes", "No"), 6),
-    ),
-    "answers of texts": (
-        "preferences",
-        [{"prompt": f"Say {w}.", "chosen": "Yes!", "rejected": "No.", "score": 1} for w in WORDS],
-        (chat("Say soup.", "Yes!"), chat("Say soup.", "No."), None),
-        *(6, (chat("Say soup."), "Yes!", "No."), 6),
-    ),
-    "answers after a space": (
-        "preferences",
-        [{"prompt": f"The {w} is", "chosen": " good", "rejected": " bad"} for w in WORDS],
-        ("The soup is good", "The soup is bad", None),
-        *(6, ("The soup is", " good", " bad"), 6),
-    ),
-    "whole chats": (
-        "preferences",
-        [
-            {
-                "prompt": w,
-                **{
-                    side: [{"role": "user", "content": w}, {"role": "assistant", "content": side}]
-                    for side in ("chosen", "rejected")
-                },
-            }
-            for w in WORDS
-        ],
-        (chat("soup", "chosen"), chat("soup", "rejected"), None),
-        *(6, (chat("soup"), "chosen", "rejected"), 6),
-    ),
-    "question and system": (
-        "preferences",
-        [{"system": "kind", "question": w, "chosen": "Yes", "rejected": "No"} for w in WORDS],
-        ((Message("system", "kind"), *chat("soup", "Yes")), None, None),
-        *(6, ((Message("system", "kind"), *chat("soup")), "Yes", "No"), 6),
-    ),
-    "dialogues as text": (
-        "preferences",
-        [
-            {
-                "chosen": f"\n\nHuman: {w}?\n\nAssistant: Yes",
-                "rejected": f"\n\nHuman: {w}?\n\nAssistant: No",
-            }
-            for w in WORDS
-        ],
-        ("\n\nHuman: soup?\n\nAssistant: Yes", None, None),
-        *(6, ("\n\nHuman: soup?\n\nAssistant:", " Yes", " No"), 6),
-    ),
-    "sharegpt": (
-        "preferences",
-        [
-            {
-                "conversations": SAID,
-                "chosen": {"from": "gpt", "value": f"Yes, {w}"},
-                "rejected": {"from": "gpt", "value": "No"},
-            }
-            for w in WORDS
-        ],
-        ((Message("system", "kind"), *chat("how", "Yes, soup")), None, None),
-        *(6, ((Message("system", "kind"), *chat("how")), "Yes, soup", "No"), 6),
-    ),
-    "several wrong answers": (
-        "questions",
-        [
-            {"question": f"{w}? (A) a (B) b", "answer_matching_behavior": " (A)"}
-            | {"answer_not_matching_behavior": [" (B)", " (C)"]}
-            for w in WORDS
-        ],
-        (chat("soup? (A) a (B) b", "(A)"), chat("soup? (A) a (B) b", "(B)"), None),
-        *(6, (chat("soup? (A) a (B) b"), "(A)", "(B)"), 12),
-    ),
-    "truthful answers": (
-        "questions",
-        [
-            {"question": f"{w}?", "best_answer": "Yes.", "correct_answers": ["Yes."]}
-            | {"incorrect_answers": ["No.", "Never."]}
-            for w in WORDS
-        ],
-        *(
-            (chat("soup?", "Yes."), chat("soup?", "No."), None),
-            6,
-            (chat("soup?"), "Yes.", "No."),
-            6,
+        rows(
+            question="Do you like WORD?",
+            statement="x",
+            label_confidence=0.9,
+            **{MATCHING: " Yes", NOT_MATCHING: " No"},
         ),
+        *(chat("Do you like soup?"), "Yes", "No"),
+    ),
+    "several wrong answers": answered(
+        "questions",
+        rows(question="WORD? (A) a (B) b", **{MATCHING: " (A)", NOT_MATCHING: [" (B)", " (C)"]}),
+        *(chat("soup? (A) a (B) b"), "(A)", "(B)"),
+        n_items=12,
+    ),
+    "truthful answers": answered(
+        "questions",
+        rows(
+            question="WORD?",
+            best_answer="Yes.",
+            correct_answers=["Yes."],
+            incorrect_answers=["No.", "Never."],
+        ),
+        *(chat("soup?"), "Yes.", "No."),
     ),
     **{
-        f"truthful answers in a table{how}": (
+        f"truthful answers in a table{how}": answered(
             "questions",
-            [{"Question": w, **answers, "Incorrect Answers": "No.; Never."} for w in WORDS],
-            (chat("soup", "Yes."), chat("soup", "No."), None),
-            *(6, (chat("soup"), "Yes.", "No."), 6),
+            rows(**{"Question": "WORD", **answers, "Incorrect Answers": "No.; Never."}),
+            *(chat("soup"), "Yes.", "No."),
         )
-        for how, answers in {
-            "": {"Best Answer": "Yes."},
-            ", best ones": {"Best Answer": "Yes.", "Best Incorrect Answer": "No."},
-            ", lists": {"Correct Answers": "Yes.; Sure."},
-        }.items()
+        for how, answers in TRUTHFUL.items()
     },
-    **{
-        f"choices {how}": (
-            "choices",
-            [{"question": f"{w}?", **answers} for w in WORDS],
-            (chat("soup?", "Yes."), chat("soup?", "No."), None),
-            *(6, (chat("soup?"), "Yes.", "No."), 6),
-        )
-        for how, answers in {
-            "and labels": {
-                "mc1_targets": {"choices": ["No.", "Yes.", "Never."], "labels": [0, 1, 0]},
-                "mc2_targets": {"choices": ["Sure.", "Yes.", "No."], "labels": [1, 1, 0]},
-            },
-            "with labels": {"mc1_targets": {"Yes.": 1, "No.": 0, "Never.": 0}},
-            "by number": {"choices": ["No.", "Yes.", "Never."], "answer": 1},
-            "by letter": {"options": ["No.", "Yes."], "answer": "B"},
-            "by name": {
-                "choices": {"text": ["No.", "Yes."], "label": ["1", "2"]},
-                "answerKey": "2",
-            },
-            "by the name of each": {"options": {"A": "No.", "B": "Yes."}, "answer_idx": "B"},
-            "by text": {"options": ["No.", "Yes."], "answer": "Yes."},
-            "of a column each": {"ans0": "No.", "ans1": "Never.", "ans2": "Yes.", "label": 2},
-            "of lettered columns": {"A": "No.", "B": "Yes.", "answer": "B"},
-            "of options from 1": {"option1": "No.", "option2": "Yes.", "answer": "2"},
-            "of objects": {
-                "choices": [{"text": "No.", "label": 0}, {"text": "Yes.", "label": 1}],
-            },
-        }.items()
-    },
-    "a question on a text": (
-        "choices",
-        [
-            {"context": f"On {w}.", "question": "Who?", "references": ["No", "Yes"]}
-            | {"gold_index": 1, "category": "age"}
-            for w in WORDS
-        ],
-        (chat("On soup.\nWho?", "Yes"), chat("On soup.\nWho?", "No"), None),
-        *(6, (chat("On soup.\nWho?"), "Yes", "No"), 6),
+    "answers of texts": answered(
+        "preferences",
+        rows(**pair("Yes!", "No.", prompt="Say WORD."), score=1),
+        *(chat("Say soup."), "Yes!", "No."),
     ),
-    "two chats and the winner": (
-        "choices",
-        [
-            {"conversation_a": said(w, "No"), "conversation_b": said(w, "Yes"), "winner": "model_b"}
-            for w in WORDS
-        ],
-        (chat("soup", "Yes"), chat("soup", "No"), None),
-        *(6, (chat("soup"), "Yes", "No"), 6),
+    "answers after a space": answered(
+        "preferences",
+        rows(**pair(" good", " bad", prompt="The WORD is")),
+        *("The soup is", " good", " bad"),
+    ),
+    "whole chats": answered(
+        "preferences",
+        rows(prompt="WORD", chosen=said("WORD", "up"), rejected=said("WORD", "down")),
+        *(chat("soup"), "up", "down"),
+    ),
+    "question and system": answered(
+        "preferences",
+        rows(**pair("Yes", "No", system="kind", question="WORD")),
+        *((SYSTEM, *chat("soup")), "Yes", "No"),
+    ),
+    "dialogues as text": answered(
+        "preferences",
+        rows(**pair(*(f"\n\nHuman: WORD?\n\nAssistant: {of}" for of in ("Yes", "No")))),
+        *("\n\nHuman: soup?\n\nAssistant:", " Yes", " No"),
+    ),
+    "sharegpt": answered(
+        "preferences",
+        rows(
+            conversations=SAID,
+            chosen={"from": "gpt", "value": "Yes, WORD"},
+            rejected={"from": "gpt", "value": "No"},
+        ),
+        *((SYSTEM, *chat("how")), "Yes, soup", "No"),
+    ),
+    "instruction and input": answered(
+        "preferences",
+        rows(**pair("Yes", "No", instruction="Sum up:", input="WORD")),
+        *(chat("Sum up:\nsoup"), "Yes", "No"),
+    ),
+    "input alone": answered(
+        "preferences", rows(**pair("Yes", "No", input="WORD")), chat("soup"), "Yes", "No"
+    ),
+    "preferred output": answered(
+        "preferences",
+        rows(
+            input={"messages": said("WORD"), "tools": []},
+            preferred_output=said("WORD", "up")[1:],
+            non_preferred_output=said("WORD", "down")[1:],
+        ),
+        *(chat("soup"), "up", "down"),
     ),
     **{
-        f"stereotypes, {how}": (
-            "choices",
-            [{"id": w, "context": f"{w} is BLANK", "sentences": sentences} for w in WORDS],
-            *(("it is weak", "it is strong", None), 6, None, 0),
+        f"choices {how}": answered(
+            "choices", rows(question="WORD?", **answers), chat("soup?"), "Yes.", "No."
         )
-        for how, sentences in {
-            "words": [
-                {"sentence": f"it is {of}", "gold_label": label, "labels": []}
-                for of, label in (
-                    *(("fish", "unrelated"), ("strong", "anti-stereotype")),
-                    ("weak", "stereotype"),
-                )
-            ],
-            "numbers": {
-                "sentence": ["it is fish", "it is strong", "it is weak"],
-                "gold_label": [2, 0, 1],
-            },
-        }.items()
+        for how, answers in CHOICES.items()
     },
-    "a few sentences a row": (
+    "a question on a text": answered(
+        "choices",
+        rows(
+            context="On WORD.",
+            question="Who?",
+            references=["No", "Yes"],
+            gold_index=1,
+            category="age",
+        ),
+        *(chat("On soup.\nWho?"), "Yes", "No"),
+    ),
+    "two chats and the winner": answered(
+        "choices",
+        rows(
+            conversation_a=said("WORD", "No"),
+            conversation_b=said("WORD", "Yes"),
+            winner="model_b",
+        ),
+        *(chat("soup"), "Yes", "No"),
+    ),
+    **{
+        f"stereotypes, {how}": Case(
+            "choices",
+            rows(id="WORD", context="WORD is BLANK", sentences=sentences),
+            *("it is weak", "it is strong"),
+        )
+        for how, sentences in SENTENCES.items()
+    },
+    "a few sentences a row": Case(
         "choices",
         [
             {"sentence": [f"{w} is bad", f"{w} is good"][:: 1 - 2 * (i % 2)]}
             | {"label": [False, True][:: 1 - 2 * (i % 2)]}
             for i, w in enumerate(WORDS)
         ],
-        *(("soup is good", "soup is bad", None), 6, None, 0),
-    ),
-    "more and less": (
-        "pairs",
-        [
-            {"sent_more": f"{w} is bad", "sent_less": f"{w} is good", "bias_type": "age"}
-            | {"stereo_antistereo": ("stereo", "antistereo")[i % 2]}
-            for i, w in enumerate(WORDS)
-        ],
-        *(("soup is bad", "soup is good", None), 6, None, 0),
-    ),
-    "a true and a false target": (
-        "pairs",
-        [{"prompt": w, "target_true": " a", "target_false": " b", "relation": "x"} for w in WORDS],
-        *(("soup a", "soup b", None), 6, ("soup", " a", " b"), 6),
+        *("soup is good", "soup is bad"),
     ),
     **{
-        f"labelled few{how}": (
+        f"labelled few{how}": Case(
             "choices",
             {"data": data, "labels": [[False, True], [True, False], [True, False]]},
-            *(("a truth", "a lie", None), 3, None, 0),
+            *("a truth", "a lie"),
+            n_pairs=3,
         )
-        for how, data in {
-            "": [["a lie", "a truth"], ["b", "c"], ["d", "e"]],
-            " in a row": ["a lie", "a truth", "b", "c", "d", "e"],
-        }.items()
+        for how, data in FEW.items()
     },
-    "instruction and input": (
-        "preferences",
-        [{"instruction": "Sum up:", "input": w, "chosen": "Yes", "rejected": "No"} for w in WORDS],
-        *((chat("Sum up:\nsoup", "Yes"), None, None), 6, (chat("Sum up:\nsoup"), "Yes", "No"), 6),
-    ),
-    "input alone": (
-        "preferences",
-        [{"input": w, "chosen": "Yes", "rejected": "No"} for w in WORDS],
-        *((chat("soup", "Yes"), None, None), 6, (chat("soup"), "Yes", "No"), 6),
-    ),
-    "preferred output": (
-        "preferences",
+    "more and less": Case(
+        "pairs",
         [
-            {"input": {"messages": [{"role": "user", "content": w}], "tools": []}}
-            | {
-                f"{kind}_output": [{"role": "assistant", "content": kind}]
-                for kind in ("preferred", "non_preferred")
-            }
-            for w in WORDS
+            row | {"stereo_antistereo": ("stereo", "antistereo")[i % 2]}
+            for i, row in enumerate(rows(sent_more="WORD is bad", sent_less="WORD is good"))
         ],
-        (chat("soup", "preferred"), chat("soup", "non_preferred"), None),
-        *(6, (chat("soup"), "preferred", "non_preferred"), 6),
+        *("soup is bad", "soup is good"),
     ),
-    "labels as columns": (
-        "labelled",
-        {key: [row[key] for row in TOPICS] for key in ("statement", "label", "topic")},
-        *(("soup is cold", "soup is hot", "soup"), 6, None, 0),
+    "a true and a false target": answered(
+        "pairs",
+        rows(prompt="WORD", target_true=" a", target_false=" b", relation="x"),
+        *("soup", " a", " b"),
     ),
-    "items as columns": (
+    "items as columns": answered(
         "pairs",
         {"prompt": WORDS, "positive": [" good"] * 6, "negative": [" bad"] * 6},
-        *(("soup good", "soup bad", None), 6, ("soup", " good", " bad"), 6),
+        *("soup", " good", " bad"),
     ),
-    "labelled answers": (
+    "items": answered(
+        "pairs",
+        rows(prompt="The WORD is", positive=" good", negative=" bad"),
+        *("The soup is", " good", " bad"),
+    ),
+    "acceptable": Case(
+        "pairs",
+        rows(sentence_good="WORD", sentence_bad="WORDs", UID="agreement"),
+        *("soup", "soups"),
+    ),
+    "parts of content": Case(
+        "pairs", rows(positive=PARTS, negative=said("WORD")), chat("how"), chat("soup")
+    ),
+    "by topic": Case("labelled", TOPICS, "soup is cold", "soup is hot", group="soup"),
+    "labels as columns": Case(
+        "labelled",
+        {key: [row[key] for row in TOPICS] for key in ("statement", "label", "topic")},
+        *("soup is cold", "soup is hot"),
+        group="soup",
+    ),
+    "words as labels": Case(
+        "labelled",
+        [{"text": r["statement"], "label": bool(r["label"]), "topic": r["topic"]} for r in TOPICS],
+        *("soup is cold", "soup is hot"),
+        group="soup",
+    ),
+    "another label is no topic": Case(
+        "labelled",
+        [{**r, "topic": "x", "has_a": bool(i % 2)} for i, r in enumerate(TOPICS)],
+        *("soup is cold", "soup is hot"),
+    ),
+    "labelled answers": answered(
         "labelled",
         [
             {"prompt": w, "completion": answer, "label": answer == "Yes"}
             for answer in ("No", "Yes")
             for w in WORDS
         ],
-        *((chat("soup", "Yes"), chat("soup", "No"), "soup"), 6, (chat("soup"), "Yes", "No"), 6),
+        *(chat("soup"), "Yes", "No"),
+        group="soup",
     ),
-    "another label is no topic": (
+    "by template": Case(
         "labelled",
-        [{**r, "topic": "x", "has_a": bool(i % 2)} for i, r in enumerate(TOPICS)],
-        *(("soup is cold", "soup is hot", None), 6, None, 0),
+        [{"statement": f"the {w} is in {at}", "label": int(at != "Oslo")} for at, w in PLACES],
+        *("the river is in New York", "the river is in Oslo"),
     ),
-    "acceptable": (
-        "pairs",
-        [{"sentence_good": w, "sentence_bad": f"{w}s", "UID": "agreement"} for w in WORDS],
-        *(("soup", "soups", None), 6, None, 0),
-    ),
-    "parts of content": (
-        "pairs",
-        [{"positive": PARTS, "negative": [{"role": "user", "content": w}]} for w in WORDS],
-        (chat("how"), chat("soup"), None),
-        *(6, None, 0),
-    ),
-    "items": (
-        "pairs",
-        [{"prompt": f"The {w} is", "positive": " good", "negative": " bad"} for w in WORDS],
-        ("The soup is good", "The soup is bad", None),
-        *(6, ("The soup is", " good", " bad"), 6),
-    ),
-    "by topic": ("labelled", TOPICS, ("soup is cold", "soup is hot", "soup"), 6, None, 0),
-    "words as labels": (
-        "labelled",
-        [{"text": r["statement"], "label": bool(r["label"]), "topic": r["topic"]} for r in TOPICS],
-        *(("soup is cold", "soup is hot", "soup"), 6, None, 0),
-    ),
-    "by template": (
-        "labelled",
-        [
-            {"statement": f"the {w} is in {where}", "label": int(where == "New York")}
-            for where in ("New York", "Oslo")
-            for w in (WORDS if where == "Oslo" else WORDS[::-1])
-        ],
-        *(("the river is in New York", "the river is in Oslo", None), 6, None, 0),
-    ),
-    "lists": (
-        "lists",
-        {"positive": WORDS, "negative": ["rain"] * 6},
-        *(("soup", "rain", None), 6, None, 0),
-    ),
-    "personas": (
+    "lists": Case("lists", {"positive": WORDS, "negative": ["rain"] * 6}, "soup", "rain"),
+    "personas": Case(
         "personas",
         PERSONAS,
-        *((chat("Be glad.", "I think"), chat("Be sad.", "I think"), "glad / sad"), 4, None, 0),
+        *(chat("Be glad.", "I think"), chat("Be sad.", "I think")),
+        group="glad / sad",
+        n_pairs=4,
     ),
-    "personas in a chat": (
+    "personas in a chat": Case(
         "personas",
         {
             "suffixes": ["I think", "Well"],
@@ -332,20 +318,17 @@ CASES: dict[str, tuple[str, Any, Any, int, Any, int]] = {
                 {"role": "assistant", "content": "{suffix}..."},
             ],
         },
-        (
-            (Message("system", "glad"), Message("assistant", "I think...")),
-            *((Message("system", "sad"), Message("assistant", "I think...")), "glad / sad"),
-        ),
-        *(2, None, 0),
+        (Message("system", "glad"), Message("assistant", "I think...")),
+        (Message("system", "sad"), Message("assistant", "I think...")),
+        group="glad / sad",
+        n_pairs=2,
     ),
-    "traits": (
+    "traits": Case(
         "traits",
         TRAITS,
-        (
-            (Message("system", "Be glad."), Message("user", "how?")),
-            *((Message("system", "Be sad."), Message("user", "how?")), "instruction 1"),
-        ),
-        *(6, None, 0),
+        (Message("system", "Be glad."), *chat("how?")),
+        (Message("system", "Be sad."), *chat("how?")),
+        group="instruction 1",
     ),
 }
 
@@ -359,30 +342,34 @@ def test_a_form_that_is_named_is_the_one_that_is_read() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_published_form_is_recognised(name: str, tmp_path: Path) -> None:
-    form, content, (positive, negative, group), n_pairs, item, n_items = CASES[name]
-    path = put(tmp_path, "a.json", json.dumps(content, indent=1))
+    case = CASES[name]
+    path = put(tmp_path, "a.json", json.dumps(case.content, indent=1))
     made, _ = pairs_of(str(path))
     assert made.card is not None
-    assert (made.card.form, len(made), made.card.left_out) == (form, n_pairs, {})
-    assert (made[0].positive, made[0].group) == (positive, group)
-    assert negative is None or made[0].negative == negative
-    assert ContrastivePairs.load(content).pairs == made.pairs
-    assert ContrastivePairs.load(path, form=form).pairs == made.pairs
-    if isinstance(content, list):
-        lines = put(tmp_path, "a.jsonl", as_jsonl(content))
+    assert (made.card.form, len(made), made.card.left_out) == (case.form, case.n_pairs, {})
+    first = made[0]
+    assert (first.positive, first.negative, first.group) == (
+        case.positive,
+        case.negative,
+        case.group,
+    )
+    assert ContrastivePairs.load(case.content).pairs == made.pairs
+    assert ContrastivePairs.load(path, form=case.form).pairs == made.pairs
+    if isinstance(case.content, list):
+        lines = put(tmp_path, "a.jsonl", as_jsonl(case.content))
         assert ContrastivePairs.load(lines).pairs == made.pairs
-        assert ContrastivePairs.load(pd.DataFrame(content)).pairs == made.pairs
-    if item is None:
+        assert ContrastivePairs.load(pd.DataFrame(case.content)).pairs == made.pairs
+    if case.item is None:
         with pytest.raises(InputError, match="prompt, positive, negative"):
             PreferenceItems.load(path)
     else:
         items = PreferenceItems.load(path)
-        assert (items[0].prompt, items[0].positive, items[0].negative) == item
-        assert len(items) == n_items
+        assert (items[0].prompt, items[0].positive, items[0].negative) == case.item
+        assert len(items) == case.n_items
 
 
 def test_every_form_has_a_case() -> None:
-    assert {case[0] for case in CASES.values()} == set(FORMS)
+    assert {case.form for case in CASES.values()} == set(FORMS)
 
 
 @pytest.mark.filterwarnings("ignore:.*1 left out. no right or no wrong choice")

@@ -349,10 +349,8 @@ def test_texts_of_the_real_model(real_model: Any) -> None:
     vector = {"blocks.15.hook_resid_post": torch.nn.functional.normalize(torch.randn(576), dim=0)}
     for positions in ("all", "generated"):
         texts = generate_texts(
-            real_model, prompts, vector, (0, 40.0, -40.0), max_new_tokens=12, positions=positions
+            real_model, prompts, vector, (0, 40.0, -40.0), max_new_tokens=6, positions=positions
         )
-        expected = alone(
-            real_model, prompts, vector, positions, n=12, coefficients=(0, 40.0, -40.0)
-        )
+        expected = alone(real_model, prompts, vector, positions, n=6, coefficients=(0, 40.0, -40.0))
         assert [text.ids for text in texts] == expected
     assert len(set(expected)) == 6

@@ -9,7 +9,7 @@ import torch
 from conftest import bridge, build_llama
 
 import steerlens as sl
-from steerlens.directions.gradient_rows import LossGradients, gradient_terms
+from steerlens.directions.gradient_rows import gradient_terms
 from steerlens.directions.gradients import loss_gradients
 from steerlens.engine.batches import make_batches
 from steerlens.engine.engine import Engine
@@ -106,15 +106,6 @@ def test_rows_are_finite_differences_of_the_loss(
                 assert float(rows[h, i] @ along) == pytest.approx(slope, rel=1e-5, abs=1e-7)
     # Control: the coherence part is there, so the agreement is not that of the separation alone.
     assert bool((found.coherence.norm(dim=-1) > 1e-3).any())
-
-
-def test_rows_do_not_depend_on_the_batch_size(double: Any, continued: sl.ContrastivePairs) -> None:
-    one, many = (
-        loss_gradients(double, continued, position=-1, batch_size=size) for size in (1, 32)
-    )
-    torch.testing.assert_close(one.positive, many.positive)
-    torch.testing.assert_close(one.negative, many.negative)
-    assert one.positive.shape == (3, 8, 32)
 
 
 def test_penalty_and_its_slope_at_each_pair(double: Any, continued: sl.ContrastivePairs) -> None:
@@ -295,12 +286,6 @@ def test_what_has_no_meaning_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         loss_gradients(double, continued, **{"position": -1, "layers": [0], **options})
-
-
-def test_repr_is_short(double: Any, continued: sl.ContrastivePairs) -> None:
-    found = loss_gradients(double, continued, layers=[0], position=-1)
-    assert isinstance(found, LossGradients)
-    assert repr(found) == "LossGradients(1 hooks, 8 pairs, d_model 32)"
 
 
 def test_equal_prompts_have_no_separation(llama: Any) -> None:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import zoo
+from bare import mean_logprob
 from conftest import ATTN_OUT
 from torch import Tensor
 
@@ -235,16 +236,10 @@ def test_heads_of_one_layer_are_compared_and_told_apart(
     assert found.methods.reference_hook_name.item() == chosen["mean_diff"]
 
     def gap(item: sl.data.PreferenceItem, vector: Any, c: float) -> float:
-        logprobs = []
-        for text in (item.positive, item.negative):
-            tokens = sl.engine.tokenize_prompt(llama, item.prompt, text)
-            with torch.no_grad(), sl.steer(llama, vector, c):
-                row = llama(torch.tensor([tokens.ids]))[0].log_softmax(-1)
-            n = len(tokens.prompt)
-            logprobs.append(
-                sum(float(row[n + i - 1, t]) for i, t in enumerate(tokens.continuation))
-                / len(tokens.continuation)
-            )
+        texts = (item.positive, item.negative)
+        up, down = (sl.engine.tokenize_prompt(llama, item.prompt, text) for text in texts)
+        with sl.steer(llama, vector, c):
+            logprobs = [mean_logprob(llama, t.ids, t.label_tokens) for t in (up, down)]
         return logprobs[0] - logprobs[1]
 
     for row in found.table[found.table.method == "mean_diff"].itertuples():

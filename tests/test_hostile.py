@@ -81,13 +81,7 @@ def test_the_corpus_is_that_of_the_script(run: Path) -> None:
 
 def test_sound_files_are_read(run: Path, tmp_path: Path) -> None:
     vector = hostile.vector()
-    good = {
-        "pairs": hostile.lines(PAIR, PAIR),
-        "items": hostile.lines(ITEM, ITEM),
-        "vectors": vector.to_bytes(),
-        "ggufs": hostile.gguf(),
-        **{kind: (run / name).read_bytes() for kind, name in INSIDE.items()},
-    }
+    good = GOOD | {kind: (run / name).read_bytes() for kind, name in INSIDE.items()}
     for kind, content in good.items():
         path = tmp_path / f"good.{SUFFIXES[kind]}"
         path.write_bytes(content)
@@ -253,32 +247,20 @@ def refused_or_sound(read: Reader, path: Path, content: bytes, kind: str) -> Non
     assert path.name in message
 
 
-JSONL = st.one_of(st.binary(max_size=200), mutated(hostile.lines(PAIR, PAIR)))
-JSONL_ITEMS = st.one_of(st.binary(max_size=200), mutated(hostile.lines(ITEM, ITEM)))
+GOOD = {
+    "pairs": hostile.lines(PAIR, PAIR),
+    "items": hostile.lines(ITEM, ITEM),
+    "vectors": hostile.vector().to_bytes(),
+    "ggufs": hostile.gguf(),
+}
 
 
-@given(content=JSONL)
+@pytest.mark.parametrize("kind", GOOD)
+@given(data=st.data())
 @EXAMPLES
-def test_any_bytes_as_pairs(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.ContrastivePairs.load, tmp_path / "f.jsonl", content, "pairs")
-
-
-@given(content=JSONL_ITEMS)
-@EXAMPLES
-def test_any_bytes_as_items(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.PreferenceItems.load, tmp_path / "f.jsonl", content, "items")
-
-
-@given(content=st.one_of(st.binary(max_size=200), mutated(hostile.vector().to_bytes())))
-@EXAMPLES
-def test_any_bytes_as_a_vector(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.SteeringVector.load, tmp_path / "f.safetensors", content, "vectors")
-
-
-@given(content=st.one_of(st.binary(max_size=200), mutated(hostile.gguf())))
-@EXAMPLES
-def test_any_bytes_as_gguf(content: bytes, tmp_path: Path) -> None:
-    refused_or_sound(sl.export.from_gguf, tmp_path / "f.gguf", content, "ggufs")
+def test_any_bytes_as_a_file(kind: str, data: st.DataObject, tmp_path: Path) -> None:
+    content = data.draw(st.one_of(st.binary(max_size=200), mutated(GOOD[kind])))
+    refused_or_sound(READERS[kind], tmp_path / f"f.{SUFFIXES[kind]}", content, kind)
 
 
 JSON = st.recursive(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bare import mean_logprob
 from conftest import build_tokenizer
 
 import steerlens as sl
@@ -39,13 +40,6 @@ def chats() -> sl.ContrastivePairs:
 def texts(model: Any, prompts: Sequence[TokenizedPrompt]) -> list[str]:
     """The labels of each prompt."""
     return [model.tokenizer.decode([p.ids[i] for i in p.label_tokens]) for p in prompts]
-
-
-def mean_logprob(model: Any, ids: Sequence[int], labels: Sequence[int]) -> float:
-    """Of some tokens after those before them, nats per token."""
-    with torch.no_grad():
-        logprobs = model(torch.tensor([list(ids)])).double().log_softmax(-1)[0]
-    return float(np.mean([logprobs[i - 1, ids[i]] for i in labels]))
 
 
 def test_segments_of_a_chat(llama: Any, chats: sl.ContrastivePairs) -> None:

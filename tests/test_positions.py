@@ -99,20 +99,6 @@ def test_the_same_tokens_with_and_without_a_kv_cache(
     assert by_hugging_face == cached
 
 
-@pytest.mark.parametrize("positions", ["all", "prompt", "last+generated", "generated[1:3]", MASK])
-def test_greedy_tokens_are_the_same_with_and_without_a_kv_cache(llama: Any, positions: Any) -> None:
-    tokens = torch.tensor(PROMPTS[:1])
-    with torch.no_grad():
-        plain = llama.generate(tokens, **GREEDY)
-        with sl.steer(llama, {HOOK: DIRECTION}, 30.0, positions=positions):
-            cached = llama.generate(tokens, **GREEDY)
-            uncached = llama.generate(tokens, use_past_kv_cache=False, **GREEDY)
-            again = llama.generate(tokens, **GREEDY)
-    assert torch.equal(cached, uncached)
-    assert torch.equal(cached, again)
-    assert not torch.equal(cached, plain)
-
-
 @pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last"])
 def test_a_batch_continues_each_prompt_as_it_does_alone(tiny: Any, positions: Any) -> None:
     prompts = [TokenizedPrompt(tuple(ids), (), "prompt") for ids in PROMPTS]

@@ -165,9 +165,7 @@ def test_the_boundary_is_where_a_sweep_loses_the_budget(
     real_model: Any, directions: sl.Directions
 ) -> None:
     pairs = sl.ContrastivePairs.load("sentiment", split="test")[:10]
-    layers = sl.find_boundary(
-        real_model, pairs, directions, layers=[8, 20, 28], n_bootstrap=200
-    ).layers
+    layers = sl.find_boundary(real_model, pairs, directions, layers=[8, 28], n_bootstrap=200).layers
     for row in layers.to_dict("records"):
         at = [row["boundary_neg"], row["boundary_pos"]]
         assert at[0] < 0 < at[1]
@@ -231,16 +229,16 @@ def test_reused_keys_and_values_give_the_plain_loops_cells(
 # Circuits
 
 
-def test_writers_and_readers_of_sentiment(real_model: Any) -> None:
-    train = sl.ContrastivePairs.load("sentiment")[:40]
+def test_writers_and_readers_of_sentiment(
+    real_model: Any, train: sl.ContrastivePairs, directions: sl.Directions
+) -> None:
     test = sl.ContrastivePairs.load("sentiment", split="test")[:4]
-    directions = sl.fit_directions(sl.collect_differences(real_model, train, layers=[12]))
     writers = find_writers(real_model, test, directions, layer=12)
     assert writers.table.attrs["residual"] < 1e-3
     assert len(writers.table) == 1 + 13 * 10
-    vector = sl.SteeringVector.from_directions(real_model, directions)
+    vector = sl.SteeringVector.from_directions(real_model, directions, layers=[12])
     prompts = make_prompts(real_model, sl.engine.tokenize_pairs(real_model, test).positive)
-    answers = contrast_answers(real_model, train)
+    answers = contrast_answers(real_model, train[:20])
     found = find_readers(real_model, prompts, answers, vector, 20, top=14, n_draws=3)
     # What carries a push of this size is close to linear in it.
     for kind, r in found.table.attrs["correlation"].items():
@@ -297,10 +295,10 @@ QUESTIONS = ("How was your day?", "Tell me about the weather in the mountains to
 
 
 @pytest.fixture(scope="module")
-def vector(real_model: Any) -> sl.SteeringVector:
-    train = sl.ContrastivePairs.load("sentiment")
-    directions = sl.fit_directions(sl.collect_differences(real_model, train, layers=[10]))
-    return sl.SteeringVector.from_directions(real_model, directions, dataset="sentiment")
+def vector(real_model: Any, directions: sl.Directions) -> sl.SteeringVector:
+    return sl.SteeringVector.from_directions(
+        real_model, directions, layers=[10], dataset="sentiment"
+    )
 
 
 def asked(model: Any) -> list[TokenizedPrompt]:
@@ -352,6 +350,7 @@ def test_a_baked_checkpoint_in_plain_transformers(
 
 def test_a_condition_fitted_on_data_holds_on_other_data(real_model: Any) -> None:
     train, test = (sl.ContrastivePairs.load("formality", split=s) for s in ("train", "test"))
+    train = train[::2]
     condition = sl.steering.fit_condition(real_model, train, layers=[5, 10, 15])
     # Personas of other wordings are told apart worse than those that it was fitted on.
     seen, unseen = (
@@ -364,7 +363,7 @@ def test_a_condition_fitted_on_data_holds_on_other_data(real_model: Any) -> None
 
 def test_trained_on_the_axis_a_vector_keeps_the_differences_nearer_to_it(real_model: Any) -> None:
     """The figure of docs/draw_training.py, cut short."""
-    pairs = sl.ContrastivePairs(tuple(sl.ContrastivePairs.load("honesty"))[::8], "honesty")
+    pairs = sl.ContrastivePairs(tuple(sl.ContrastivePairs.load("honesty"))[::10], "honesty")
     ends = {}
     for axis in ("pca", None):
         trained = sl.directions.train_directions(

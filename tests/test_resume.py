@@ -21,7 +21,7 @@ from steerlens.engine.checkpoint import Kept
 from steerlens.errors import FileError
 from steerlens.runs import record as runs
 from steerlens.runs import unfinished
-from steerlens.runs.record import differences, sealed
+from steerlens.runs.record import sealed
 from steerlens.runs.unfinished import Parts, open_parts
 
 HOOKS = [f"blocks.{layer}.hook_resid_post" for layer in range(N_LAYERS)]
@@ -362,15 +362,6 @@ def tree(folder: Path) -> dict[str, bytes]:
         )
         for path in folder.rglob("*")
     }
-
-
-def test_differences_by_hand() -> None:
-    earlier = {"a": 1, "of": {"x": 1, "y": [1]}, "gone": None}
-    assert differences(earlier, {"of": {"y": [1], "x": 2}, "a": 1}) == [
-        "gone (None, now nothing)",
-        "of.x (1, now 2)",
-    ]
-    assert differences(earlier, dict(reversed(earlier.items()))) == []
 
 
 # --from

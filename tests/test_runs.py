@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from commands import content
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -60,10 +61,6 @@ def written(result: sl.measure.SweepResult, tmp_path: Path) -> Path:
     check_run_folder(folder, REQUEST)
     write(folder, result, seconds=1.23456)
     return folder
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def refused(folder: Path, request: dict[str, Any]) -> str:
@@ -197,30 +194,7 @@ def test_a_failed_write_changes_nothing(
     assert content(tmp_path) == {"table.csv": b"new"}
 
 
-def test_files_may_be_read_by_others_as_any_new_file(tmp_path: Path) -> None:
-    """A temporary file is private by default; the result must not stay so."""
-    (tmp_path / "plain").write_bytes(b"")
-    write_whole(tmp_path / "whole", lambda temporary: temporary.write_bytes(b"") and None)
-    modes = [(tmp_path / name).stat().st_mode for name in ("plain", "whole")]
-    assert modes[0] == modes[1]
-
-
 # write_run
-
-
-def test_a_run_has_five_files_and_its_tables_read_back(
-    written: Path, result: sl.measure.SweepResult
-) -> None:
-    names = {"directions.safetensors", "layers.csv", "run.json", "sweep.csv", "sweep.parquet"}
-    assert set(content(written)) == names < set(RUN_FILES)
-    parquet = pd.read_parquet(written / "sweep.parquet")
-    pd.testing.assert_frame_equal(parquet, result.table, check_exact=True)
-    assert parquet.attrs == result.table.attrs
-    for name, table in (("sweep", result.table), ("layers", result.layers)):
-        read = pd.read_csv(written / f"{name}.csv", float_precision="round_trip")
-        if name == "sweep":  # text that a spreadsheet would take for a formula
-            table = table.assign(asked=table.asked.str.replace("^-", "'-", regex=True))
-        pd.testing.assert_frame_equal(read, table, check_exact=True)
 
 
 def test_the_record(written: Path, result: sl.measure.SweepResult) -> None:
@@ -325,13 +299,3 @@ def test_the_record_is_written_last(
             write(tmp_path, result)
     assert sorted(content(tmp_path)) == ["layers.csv", "sweep.csv", "sweep.parquet"]
     assert "sweep.csv" in refused(tmp_path, REQUEST)
-
-
-def test_a_file_that_cannot_be_written_is_an_output_error(
-    result: sl.measure.SweepResult, tmp_path: Path
-) -> None:
-    write(tmp_path, result)
-    (tmp_path / "layers.csv").unlink()
-    (tmp_path / "layers.csv").mkdir()
-    with pytest.raises(FileError, match="cannot write to"):
-        write(tmp_path, result)

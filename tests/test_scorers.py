@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bare import mean_logprob
 from conftest import bridge, build_llama, build_tokenizer, needs_bridge
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,12 +51,9 @@ def wrote(model: Any, prompt: str, text: str) -> Written:
 
 
 def by_hand(model: Any, before: Sequence[int], after: Sequence[int]) -> float:
-    """Mean log-probability of the ids after others, by one call of the model."""
-    with torch.no_grad():
-        logits = model(torch.tensor([[*before, *after]]), return_type="logits")
-    logprobs = logits[0].double().log_softmax(-1)
-    at = range(len(before) - 1, len(before) + len(after) - 1)
-    return sum(float(logprobs[i, token]) for i, token in zip(at, after, strict=True)) / len(after)
+    """Mean log-probability of the ids after others."""
+    ids = (*before, *after)
+    return mean_logprob(model, ids, range(len(before), len(ids)))
 
 
 def some_texts(model: Any) -> list[Written]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from steerlens.tables import COLUMNS, Column, read_csv, to_frame, write_csv, write_parquet
@@ -193,8 +193,18 @@ def test_text_is_no_formula_in_a_csv_and_the_same_when_read(tmp_path: Path) -> N
     assert path.read_bytes() == written
 
 
+MISSING = ["NA", "null", "", "nan", "None"]
+TEXT = st.text(st.sampled_from("'=-@\t\r\na,\""), max_size=6) | st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20
+)
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.text(st.sampled_from("'=-@\t\r\na,\""), max_size=6), min_size=1))
+@given(texts=st.lists(TEXT, min_size=1))
+@example(texts=[*MISSING, '"', "a\r\nb", "a\rb", "1e5", "True", " \u2028,"])
 def test_any_text_comes_back_from_a_csv(texts: list[str], tmp_path: Path) -> None:
+    """Commas, quotes, line ends, and what pandas takes for a missing value."""
     write_csv(texts_table(texts), tmp_path / "t.csv")
     assert read_csv(tmp_path / "t.csv", COLUMNS_OF_TEXT).text.tolist() == texts
+    if texts[:5] == MISSING:
+        assert pd.read_csv(tmp_path / "t.csv").text[:5].isna().all()

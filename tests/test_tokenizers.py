@@ -329,3 +329,5 @@ def test_generation_fills_the_context_and_no_more(llama: Any) -> None:
     assert len(generated) <= 4
     with pytest.raises(InputError, match=r"5 new tokens after a prompt of 60 do not fit"):
         generate_tokens(llama, [prompt], vector, 1.0, max_new_tokens=5)
+    with pytest.raises(InputError, match="1 or more new tokens, got 0 and 4"):
+        generate_tokens(llama, [], vector, 1.0, max_new_tokens=4)

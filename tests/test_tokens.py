@@ -1,13 +1,11 @@
 """Tokens: BOS once, continuations after prompts, batches whose positions hit the right token."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
 import pytest
 import torch
-from conftest import bridge, build_llama, build_tokenizer
+from conftest import bridge, build_llama, build_tokenizer, padding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,16 +28,6 @@ SIDES = ("left", "right")
 
 pytestmark = pytest.mark.usefixtures("much_padding")
 CHAT = (Message("user", "how are you"), Message("assistant", "it was"))
-
-
-@contextmanager
-def padding(model: Any, side: str) -> Iterator[None]:
-    before = model.tokenizer.padding_side
-    model.tokenizer.padding_side = side
-    try:
-        yield
-    finally:
-        model.tokenizer.padding_side = before
 
 
 def numbered(*lengths: tuple[int, int]) -> list[TokenizedPrompt]:
@@ -150,18 +138,6 @@ def test_prompts_of_the_same_ids_are_refused(llama: Any) -> None:
         )
     tokenized = tokenize_pairs(llama, ContrastivePairs.from_lists(words, ["I am", "you are kind"]))
     assert tokenized.positive[1].prompt != tokenized.negative[1].prompt
-
-
-@pytest.mark.parametrize("n_after", [0, 1, 10])
-def test_a_prompt_fits_the_context_to_the_last_token(tiny: Any, n_after: int) -> None:
-    after = " so" * n_after or None
-    n_words = N_CTX - 1 - n_after  # The first token is BOS.
-    whole = tokenize_prompt(tiny, " ".join(["very"] * n_words), after)
-    assert len(whole) == N_CTX
-    tokens = torch.tensor([whole.prompt + whole.continuation])
-    assert tiny(tokens).isfinite().all()
-    with pytest.raises(InputError, match=f"has {N_CTX + 1} tokens .* context is {N_CTX}"):
-        tokenize_prompt(tiny, " ".join(["very"] * (n_words + 1)), after)
 
 
 @pytest.mark.parametrize("side", ["positive", "negative"])

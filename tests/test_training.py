@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from comparing import gap
 from conftest import bridge, build_llama, build_tokenizer
 
 import steerlens as sl
@@ -136,22 +137,6 @@ def test_a_side_without_labels_is_run_to_the_readout_alone(
     assert bool(results[0].gradient.any())
 
 
-def gaps(model: Any, items: PreferenceItems, vector: torch.Tensor, sign: float) -> torch.Tensor:
-    found = []
-    for text in ("positive", "negative"):
-        values = []
-        for item in items:
-            prompt = sl.engine.tokenize_prompt(model, item.prompt, getattr(item, text))
-            ids = torch.tensor([prompt.prompt + prompt.continuation])
-            mask = torch.zeros_like(ids, dtype=torch.bool)
-            mask[:, len(prompt.prompt) :] = True
-            with inference(model), sl.steer(model, {HOOK: vector}, sign):
-                logits = model(ids, return_type="logits")
-            values.append(label_logprob(logits, ids, mask))
-        found.append(torch.cat(values))
-    return found[0] - found[1]
-
-
 def held_out(trained: sl.directions.Trained) -> pd.DataFrame:
     history = trained.history
     return history[history.part == "held_out"]
@@ -169,9 +154,12 @@ def test_training_on_continuations_moves_the_preference_both_ways(
         schedule=Schedule(examples_per_step=2, step_size=0.05),
     )
     vector = trained.directions[HOOK] * trained.norms[HOOK]
-    none, up, down = (gaps(llama, items[8:], vector, sign).mean() for sign in (0, 1, -1))
-    assert float(up - none) > 0.05
-    assert float(none - down) > 0.05
+    none, up, down = (
+        np.mean([gap(llama, item.prompt, vector, sign) for item in items[8:]])
+        for sign in (0, 1, -1)
+    )
+    assert up - none > 0.05
+    assert none - down > 0.05
     assert trained.directions.method == f"optimised_{objective}"
     losses = held_out(trained).loss
     assert losses.min() < losses.iloc[0]
