@@ -1,7 +1,6 @@
 """Memory: smaller passes where it is out, and an estimate before anything is run."""
 
 import json
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from conftest import IS_TL3
 from live import LiveBytes
 
 import steerlens as sl
-from steerlens.engine import batches, cells, memory
+from steerlens.engine import cells, memory
 from steerlens.engine.batches import make_batches, make_pair_batches
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import (
@@ -366,40 +365,3 @@ def test_a_model_on_several_devices_is_not_checked(llama: Any) -> None:
     assert memory._device(of("cpu", "cpu")) == torch.device("cpu")
     assert memory._device(of("cpu", "meta")) is None
     assert memory._device(llama) == torch.device("cpu")
-
-
-class NothingKept:
-    """A checkpoint, with which hooks are finished one by one: on all pairs at once."""
-
-    def load(self, name: str, of: str) -> None:
-        """Nothing was kept."""
-
-    def keep(self, name: str, of: str, kept: Any) -> None:
-        """It is not."""
-
-
-@pytest.mark.parametrize("in_blocks", [True, False])
-def test_a_sweep_holds_the_states_of_one_block_of_pairs(
-    llama: Any, many: sl.ContrastivePairs, monkeypatch: pytest.MonkeyPatch, in_blocks: bool
-) -> None:
-    """Of all others its results alone; the control is a sweep whose pairs are one block."""
-    monkeypatch.setitem(batches.TOKENS_PER_PASS, "cpu", 64)
-    monkeypatch.setattr(batches, "PASSES_PER_BLOCK", 8 if in_blocks else math.inf)
-    directions = sl.fit_directions(sl.collect_differences(llama, many, layers=[1, 2]))
-    peaks = []
-    for n in (1, 8):
-        texts = [
-            (f"{i % 10} {p.positive}", f"{i % 10} {p.negative}") for p in many for i in range(n)
-        ]
-        study = sl.Study(llama, texts, directions, layers=[1, 2], n_bootstrap=20)
-        _ = study.plan, study.layer_rows
-        assert (len(study.workload.blocks) > 2) == (in_blocks and n == 8)
-        with LiveBytes() as live:
-            found = study.sweep(coefficients=[0, 1, 2]).table
-        peaks.append(live.peak)
-    if in_blocks:
-        assert peaks[1] <= peaks[0]
-        study.engine = replace(study.engine, checkpoint=NothingKept())
-        pd.testing.assert_frame_equal(found, study.sweep(coefficients=[0, 1, 2]).table, rtol=1e-12)
-    else:
-        assert peaks[1] > 4 * peaks[0]

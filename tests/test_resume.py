@@ -133,7 +133,8 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
     measured: list[float] = []
     keep, module = Parts.keep, sys.modules["steerlens.measure.sweeps"]
     measure, fit = module.measure, sl.fit
-    finished_cells = module.finished_cells
+    engine = sys.modules["steerlens.engine.plan"]
+    finished_cells = engine.finished_cells
     yielded: list[int] = []
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -145,7 +146,7 @@ def test_resumed_to_the_same_bytes_without_running_a_finished_hook(
         patch.setattr(
             Parts, "keep", lambda parts, name, *of: (kept.append(name), keep(parts, name, *of))[1]
         )
-        patch.setattr(module, "finished_cells", counted)
+        patch.setattr(engine, "finished_cells", counted)
         patch.setattr(
             module, "measure", lambda cell, *rest: (measured.append(0), measure(cell, *rest))[1]
         )

@@ -38,7 +38,7 @@ TOKENS_PER_PASS = {"cpu": 1024, "cuda": 16384}
 faster and only take memory."""
 
 
-PASSES_PER_BLOCK = 16
+PASSES_PER_BLOCK = 8
 """How many passes the pairs of a block take at one coefficient, at least: with fewer, batches would
 hold more padding; with more, more states would be held at once."""
 
@@ -212,22 +212,22 @@ def make_batches(
 def block_rows(
     model: HookedModel, pairs: TokenizedPairs, batch_size: int | None
 ) -> tuple[tuple[int, ...], ...]:
-    """The rows of pairs in blocks of like length, each of about `PASSES_PER_BLOCK` passes.
+    """The rows of pairs in blocks of like length, each of `PASSES_PER_BLOCK` passes or some more.
 
-    What is left over joins the last block, so that none is small.
+    All have as many; there may be no negative side.
     """
-    lengths = [len(p) + len(n) for p, n in zip(pairs.positive, pairs.negative, strict=True)]
-    sizes = [max(batch_size or 0, rows_per_pass(model, -(-length // 2))) for length in lengths]
+    sides = [side for side in (pairs.positive, pairs.negative) if side]
+    lengths = [sum(map(len, prompts)) for prompts in zip(*sides, strict=True)]
+    widths = [-(-length // len(sides)) for length in lengths]
+    passes = [len(sides) / max(batch_size or 0, rows_per_pass(model, w)) for w in widths]
+    n_blocks = max(1, int(sum(passes) / PASSES_PER_BLOCK))
     blocks: list[list[int]] = [[]]
-    passes = 0.0
+    before = 0.0
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if passes >= PASSES_PER_BLOCK:
+        if before >= sum(passes) * len(blocks) / n_blocks:
             blocks.append([])
-            passes = 0.0
         blocks[-1].append(row)
-        passes += 2 / sizes[row]
-    if passes < PASSES_PER_BLOCK and len(blocks) > 1:
-        blocks[-2:] = [[*blocks[-2], *blocks[-1]]]
+        before += passes[row]
     return tuple(tuple(sorted(rows)) for rows in blocks)
 
 

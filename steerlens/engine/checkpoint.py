@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from steerlens.engine.workload import Cost
+from steerlens.engine.workload import Baseline, Cost
 
 Tensors = Mapping[str, Shaped[Tensor, "..."]]
 UNSTEERED = "_unsteered-"
@@ -32,7 +32,8 @@ class Checkpoint(Protocol):
     """Where finished parts are kept: `steerlens.runs.unfinished.open_parts` makes one in a folder.
 
     What is loaded has to be what was kept, to the bit. A sweep keeps the rows of each hook under
-    its name; everything else is kept under the sha256 of all that decides it.
+    its name; everything else, so the hooks' cells on a block of many pairs, is kept under the
+    sha256 of all that decides it.
 
     Examples:
         >>> class InMemory(dict):
@@ -91,18 +92,21 @@ def once_kept(
     return made
 
 
-def check_unsteered(
-    checkpoint: Checkpoint | None, decided: Sequence[Any], values: Sequence[Shaped[Tensor, "..."]]
-) -> None:
+def check_unsteered(checkpoint: Checkpoint, decided: Sequence[Any], values: Sequence[Any]) -> None:
     """See that the unsteered model gives what it gave before the work was stopped, to the bit.
 
     `decided` says what was run, as of `once`. Raises as `Checkpoint.load` where it does not.
     """
-    if checkpoint is None:
-        return
     key, of = f"{UNSTEERED}{digest(*decided)}", digest(*values)
     if checkpoint.load(key, of) is None:
         checkpoint.keep(key, of, Kept())
+
+
+def digest_of(baseline: Baseline) -> str:
+    """The sha256 of what the unsteered model gave, to the bit, taken a hook at a time."""
+    sides = (baseline.positive, baseline.negative)
+    by_hook = [digest(side[i]) for side in sides for i in range(len(side))]
+    return digest(baseline.hook_names, by_hook, baseline.logprob)
 
 
 def digest(*decided: Any) -> str:

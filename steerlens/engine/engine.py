@@ -62,7 +62,7 @@ class Engine:
         check_steered_positions(steered_positions, pairs)
         blocks = block_rows(self.model, pairs, self.batch_size)
         positive, negative = (
-            tuple(batch for rows in blocks for batch in self._batches_of(side, rows))
+            tuple(batch for rows in blocks if side for batch in self._batches_of(side, rows))
             for side in (pairs.positive, pairs.negative)
         )
         return Workload(positive, negative, position, steered_positions, blocks=blocks)

@@ -4,6 +4,7 @@ Slow and simple. It measures the unsteered model, and is what the engine is chec
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from steerlens.engine.backend import for_hooks
 from steerlens.engine.batches import Batch, in_pair_order
 from steerlens.engine.capture import by_halves, check_finite, reading_hook, run_to_hooks, stacked
-from steerlens.engine.checkpoint import check_unsteered
+from steerlens.engine.checkpoint import check_unsteered, digest_of
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import check_memory
+from steerlens.engine.on_disk import OnDisk
 from steerlens.engine.tokenization import fingerprint
 from steerlens.engine.transfer import to_device
 from steerlens.engine.workload import LARGEST_PUSH, Baseline, CellOutput, Job, Workload
@@ -28,25 +30,46 @@ from steerlens.progress import Progress, part_of, silent
 
 _Steering: TypeAlias = Callable[[Batch], list[tuple[str, HookFunction]]]
 """The hooks that steer a batch."""
+_UNSTEERED = "unsteered model: prompts"
 
 
 def run_baseline(engine: Engine, workload: Workload, hook_names: Sequence[str]) -> Baseline:
     """The unsteered model: activations at `hook_names` on both sides, and the labels' logprob.
 
     Run by the bare model where `hook_names` allow it (see `backend.for_hooks`), as the cells are.
-    Costs all blocks on both sides. The engine's progress is told of the prompts. Raises
-    `ModelError` that names the hooks with NaN or inf, or the prompt whose labels have no
-    finite logprob, and as `check_memory`; and as `check_unsteered`.
+    Costs all blocks on both sides. Pairs in several blocks run one block after another, and their
+    activations are kept on disk. The engine's progress is told of the prompts. Raises `ModelError`
+    that names the hooks with NaN or inf, or the prompt whose labels have no finite logprob, and as
+    `check_memory`, `OnDisk.add` and `check_unsteered`.
     """
     check_memory(engine.model, workload.positive)
-    baseline = baseline_of(engine.on(for_hooks(engine.model, hook_names)), workload, hook_names)
-    sides = [
-        [fingerprint(batch.prompts) for batch in side]
-        for side in (workload.positive, workload.negative)
-    ]
-    bits = (baseline.positive, baseline.negative, baseline.logprob)
-    check_unsteered(engine.checkpoint, (sides, workload.position, hook_names), bits)
+    runner = engine.on(for_hooks(engine.model, hook_names))
+    run = _in_blocks if len(workload.blocks) > 1 else baseline_of
+    baseline = run(runner, workload, hook_names)
+    if engine.checkpoint is not None:
+        sides = [
+            [fingerprint(batch.prompts) for batch in side]
+            for side in (workload.positive, workload.negative)
+        ]
+        decided = (sides, workload.position, hook_names)
+        check_unsteered(engine.checkpoint, decided, [digest_of(baseline)])
     return baseline
+
+
+def _in_blocks(engine: Engine, workload: Workload, hook_names: Sequence[str]) -> Baseline:
+    sides: dict[str, Any] = {n: OnDisk() for n in ("positive", "negative") if getattr(workload, n)}
+    total = sum(len(batch.rows) for batch in (*workload.positive, *workload.negative))
+    found, logprobs, done = None, list[Tensor](), 0
+    for rows in workload.blocks:
+        staged = engine.stage(_UNSTEERED, before=done, total=total)
+        found = baseline_of(staged, workload.block(rows), hook_names)
+        for name, side in sides.items():
+            side.add(rows, getattr(found, name))
+        logprobs.append(found.logprob)
+        done += len(rows) * len(sides)
+    assert found is not None
+    order = torch.tensor([row for rows in workload.blocks for row in rows]).argsort()
+    return replace(found, **sides, logprob=torch.cat(logprobs)[order])
 
 
 def baseline_of(engine: Engine, workload: Workload, hook_names: Sequence[str]) -> Baseline:
@@ -57,9 +80,9 @@ def baseline_of(engine: Engine, workload: Workload, hook_names: Sequence[str]) -
     n_positive, n_negative = (
         sum(len(batch.rows) for batch in side) for side in (workload.positive, workload.negative)
     )
-    what, total = "unsteered model: prompts", n_positive + n_negative
-    of_positive = part_of(engine.progress, what, total=total)
-    of_negative = part_of(engine.progress, what, before=n_positive, total=total)
+    total = n_positive + n_negative
+    of_positive = part_of(engine.progress, _UNSTEERED, total=total)
+    of_negative = part_of(engine.progress, _UNSTEERED, before=n_positive, total=total)
     with inference(model):
         positive, logprob, _ = _run_positive(model, workload, hook_names, _unsteered, of_positive)
         negative = _run_negative(model, workload, hook_names, _unsteered, of_negative)

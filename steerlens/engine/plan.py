@@ -5,16 +5,19 @@ numbers of the model itself, the plain loop is used, with a warning.
 """
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain
+from typing import TypeAlias
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
 
 from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.cells import cells_in_turn
-from steerlens.engine.checkpoint import Kept, Tensors, digest
+from steerlens.engine.checkpoint import Kept, Tensors, digest, digest_of
 from steerlens.engine.compiled import COMPILE_FROM
 from steerlens.engine.engine import Engine
 from steerlens.engine.exactness import not_exact
@@ -26,13 +29,18 @@ from steerlens.engine.workload import Baseline, CellOutput, Finished, Job, Workl
 from steerlens.models.hooks import hook_layer
 from steerlens.models.identity import provenance
 
+Read: TypeAlias = Callable[[Job, CellOutput, CellOutput], CellOutput]
+"""What is kept of a job's cell, given the unsteered one of the same pairs: in place of activations
+what was made of them, pair by pair."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A workload that is prepared, and the hooks after which it was seen to resume exactly.
+    """A workload, and the hooks after which it was seen to resume exactly.
 
-    `runner` is the engine with what runs: the model, or the bare one under it (see
-    `backend.for_hooks`). `key` names the prepared workload to workers.
+    It is `prepared` where its pairs are one block: of several each is when its turn comes. `runner`
+    is the engine with what runs: the model, or the bare one under it (see `backend.for_hooks`).
+    `key` names the prepared workload to workers.
     """
 
     engine: Engine
@@ -63,32 +71,34 @@ class Plan:
         return digest(
             batches,
             (len(workload.positive), workload.position, workload.steered_positions),
-            (workload.with_kl, workload.with_readouts, unsteered.hook_names),
-            (unsteered.positive, unsteered.negative, unsteered.logprob),
+            (workload.with_kl, workload.with_readouts, digest_of(unsteered)),
             (provenance(self.engine.model).to_dict(), self.engine.batch_size),
             (isinstance(self.runner.model, BareModel), sorted(self.exact), self.reuse_prefix),
         )
 
     @property
     def blocks(self) -> tuple[Sequence[int], ...]:
-        """The rows of the workload's blocks; all of them together where blocks cost more.
-
-        That is where the prefix of every pair is kept, which would have to run again.
-        """
-        if any(part.prefix for part in self.prepared.positive):
-            return (range(len(self.unsteered.logprob)),)
+        """The rows of the workload's blocks; all of them together where it has none."""
         return self.workload.blocks or (range(len(self.unsteered.logprob)),)
 
     def of_block(self, rows: Sequence[int]) -> "Plan":
         """The plan for one of its blocks alone."""
-        if len(rows) == len(self.unsteered.logprob):
+        if len(self.blocks) == 1:
             return self
         return self.on(self.workload.block(rows), self.unsteered.block(rows))
 
     def on(self, workload: Workload, unsteered: Baseline) -> "Plan":
         """The plan for another workload of the same model and hooks, not checked again."""
-        prepared = prepare(self.runner, workload, unsteered, reuse_prefix=self.reuse_prefix)
+        prepared = _prepared(self.runner, workload, unsteered, reuse_prefix=self.reuse_prefix)
         return replace(self, prepared=prepared, key=new_key())
+
+
+def _prepared(
+    runner: Engine, workload: Workload, unsteered: Baseline, *, reuse_prefix: bool
+) -> Prepared:
+    if len(workload.blocks) > 1:
+        return Prepared(workload, unsteered, (), ())
+    return prepare(runner, workload, unsteered, reuse_prefix=reuse_prefix)
 
 
 def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Sequence[Job]) -> Plan:
@@ -133,26 +143,53 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
             "token is run, which is slower"
         )
     _compile_for(runner, workload, jobs)
-    prepared = prepare(runner, workload, unsteered, reuse_prefix=reuse_prefix)
+    prepared = _prepared(runner, workload, unsteered, reuse_prefix=reuse_prefix)
     exact = frozenset(by_hook) - frozenset(reasons)
     return Plan(engine, runner, prepared, exact, reuse_prefix=reuse_prefix)
 
 
-def run_cells(plan: Plan, jobs: Sequence[Job]) -> Iterator[list[CellOutput]]:
+def run_cells(
+    plan: Plan, jobs: Sequence[Job], read: Read | None = None
+) -> Iterator[list[CellOutput]]:
     """The cells of every job, job by job and in the order of its coefficients.
 
-    As `finished_cells`, whatever the order in which workers finish. Those that the engine's
-    checkpoint has are not run again.
+    As `read_cells`, whatever the order in which workers finish.
     """
-    kept = dict(_kept_cells(plan, jobs))
     ready: dict[Job, list[CellOutput]] = {}
     waiting = iter(jobs)
     awaited = next(waiting, None)
-    for job, cells in chain(kept.items(), _run_and_kept(plan, jobs, known=kept)):
-        ready[job] = cells
+    for job, cells, _ in read_cells(plan, jobs, read):
+        if cells is not None:
+            ready[job] = cells
         while awaited is not None and awaited in ready:
             yield ready.pop(awaited)
             awaited = next(waiting, None)
+
+
+def read_cells(
+    plan: Plan,
+    jobs: Sequence[Job],
+    read: Read | None = None,
+    *,
+    known: Collection[Job] = (),
+) -> Iterator[tuple[Job, list[CellOutput] | None, int]]:
+    """Each job's cells as they are finished, and the block-evaluations that they took.
+
+    One block of the pairs runs after another, so that of the others what was `read` alone is held:
+    of every job the cells are None but for the last block, which gives those of all pairs. Those of
+    a block that the engine's checkpoint has are not run again; what `read` does must follow from
+    its name and the job. `known` jobs are left out, as in `finished_cells`.
+    """
+    blocks = plan.blocks if any(job not in known for job in jobs) else ()
+    order = torch.tensor([row for rows in blocks for row in rows]).argsort()
+    parts: dict[Job, list[Tensors]] = {}
+    for rows in blocks:
+        keys = {} if plan.engine.checkpoint is None else _keys(plan, rows, jobs, read)
+        for job, tensors, n_blocks in _of_block(plan.of_block(rows), jobs, read, keys, known=known):
+            parts.setdefault(job, []).append(tensors)
+            is_last = len(parts[job]) == len(blocks)
+            cells = _cells_of(job, _joined(parts.pop(job), order)) if is_last else None
+            yield job, cells, n_blocks
 
 
 def finished_cells(
@@ -185,37 +222,56 @@ def finished_cells(
     yield from cells_in_turn(plan.runner, plan.prepared, jobs, plan.exact, known=known)
 
 
-def _kept_cells(plan: Plan, jobs: Sequence[Job]) -> Iterator[tuple[Job, list[CellOutput]]]:
-    """The jobs whose cells were kept; what they took is counted."""
-    checkpoint = plan.engine.checkpoint
-    if checkpoint is None:
-        return
-    for job in jobs:
-        key = _key(plan, job)
-        kept = checkpoint.load(key, key)
-        if kept is not None:
-            plan.engine.cost.blocks += kept.blocks
-            yield job, _cells_of(job, kept.tensors)
-
-
-def _run_and_kept(
-    plan: Plan, jobs: Sequence[Job], *, known: Collection[Job]
-) -> Iterator[tuple[Job, list[CellOutput]]]:
-    """The other jobs as they are finished, kept first."""
-    checkpoint = plan.engine.checkpoint
-    for finished in finished_cells(plan, jobs, known=known):
+def _of_block(
+    plan: Plan,
+    jobs: Sequence[Job],
+    read: Read | None,
+    keys: Mapping[Job, str],
+    *,
+    known: Collection[Job],
+) -> Iterator[tuple[Job, Tensors, int]]:
+    """The cells of one block: those that were kept under `keys`, then the others, kept first."""
+    checkpoint, kept = plan.engine.checkpoint, set[Job]()
+    for job, key in keys.items():
+        found = None if checkpoint is None or job in known else checkpoint.load(key, key)
+        if found is not None:
+            plan.engine.cost.blocks += found.blocks
+            kept.add(job)
+            yield job, found.tensors, found.blocks
+    for finished in finished_cells(plan, jobs, known={*known, *kept}):
         job, cells = finished.job, finished.cells
+        if read is not None:
+            unsteered = plan.unsteered.cell(job.readout)
+            cells = [read(job, cell, unsteered) for cell in cells]
         tensors = {
             name: torch.stack([getattr(cell, name) for cell in cells])
             for name in ("positive", "negative", "logprob", "kl", "logprobs")
-            if getattr(cells[0], name) is not None
+            if cells and getattr(cells[0], name) is not None
         }
         if not plan.workload.with_readouts:
             tensors |= {name: tensors[name][..., :0] for name in ("positive", "negative")}
-        if checkpoint is not None:
-            key = _key(plan, job)
-            checkpoint.keep(key, key, Kept(tensors=tensors, blocks=finished.blocks))
-        yield job, _cells_of(job, tensors)
+        if checkpoint is not None and job in keys:
+            checkpoint.keep(keys[job], keys[job], Kept(tensors=tensors, blocks=finished.blocks))
+        yield job, tensors, finished.blocks
+
+
+def _joined(parts: Sequence[Tensors], order: Int[Tensor, " pair"]) -> Tensors:
+    """The tensors of all blocks in the pairs' order; by token, as wide as those of any block."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = {}
+    for name in parts[0]:
+        values = [of_block[name] for of_block in parts]
+        width = max(value.shape[-1] for value in values)
+        if name in ("kl", "logprobs"):
+            values = [
+                functional.pad(value, (0, width - value.shape[-1]), value=torch.nan)
+                for value in values
+            ]
+        together = torch.cat(values, dim=1)
+        # A side that is not run has no rows.
+        joined[name] = together[:, order] if together.shape[1] else together
+    return joined
 
 
 def _cells_of(job: Job, tensors: Tensors) -> list[CellOutput]:
@@ -226,9 +282,16 @@ def _cells_of(job: Job, tensors: Tensors) -> list[CellOutput]:
     ]
 
 
-def _key(plan: Plan, job: Job) -> str:
-    what = job.direction if job.vector is None else job.vector.fingerprint
-    return digest(plan.digest, job.hook_name, job.readout, job.coefficients, what)
+def _keys(
+    plan: Plan, rows: Sequence[int], jobs: Sequence[Job], read: Read | None
+) -> dict[Job, str]:
+    """Under which name the cells of each job are kept that a block of pairs has."""
+    of_all = (plan.digest, list(rows), None if read is None else read.__name__)
+    whats = [job.direction if job.vector is None else job.vector.fingerprint for job in jobs]
+    return {
+        job: digest(of_all, job.hook_name, job.readout, job.coefficients, job.along, what)
+        for job, what in zip(jobs, whats, strict=True)
+    }
 
 
 def _warn(text: str) -> None:

@@ -1,8 +1,8 @@
 """Derivatives of the labels' logprob by vectors added at all hooks at once, at coefficient 0."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -61,18 +61,20 @@ def label_slopes(
     token, as the s of different positions are uncorrelated (the contexts stay those of the prompt).
     """
     hook_names = tuple(dict.fromkeys(name for added in along for name, _ in added))
-    found = label_gradients(
-        engine, batches, hook_names, steered_positions=steered_positions, seed=seed
-    )
 
     def summed(rows: Tensor, added: Sequence[tuple[str, Tensor]]) -> Tensor:
         parts = [rows[hook_names.index(name)] @ unit.to(rows).cpu() for name, unit in added]
         return torch.stack(parts).sum(dim=0)
 
-    return Slopes(
-        torch.stack([summed(found.logprob, added) for added in along]),
-        torch.stack([summed(found.scores, added).square() for added in along]),
-    )
+    def products(found: LabelGradients) -> Slopes:
+        return Slopes(
+            torch.stack([summed(found.logprob, added) for added in along]),
+            torch.stack([summed(found.scores, added).square() for added in along]),
+        )
+
+    how: dict[str, Any] = {"steered_positions": steered_positions, "seed": seed}
+    what = [[part for added in along for part in added]]
+    return Slopes(**_by_batch(engine, batches, hook_names, products, Slopes, what, **how))
 
 
 def label_gradients(
@@ -91,8 +93,30 @@ def label_gradients(
     cost is added to: a forward pass and two backward passes (one without scores), each counted as
     two forward passes, and a check of one prompt. Raises `ModelError` as `check_label_rows`.
     """
+    how: dict[str, Any] = {"steered_positions": steered_positions, "seed": seed}
+    how["with_scores"] = with_scores
+    return LabelGradients(
+        **_by_batch(engine, batches, hook_names, lambda found: found, LabelGradients, [], **how)
+    )
 
-    def run(model: HookedModel, generator: torch.Generator, batch: Batch) -> LabelGradients:
+
+def _by_batch(
+    engine: Engine,
+    batches: Sequence[Batch],
+    hook_names: Sequence[str],
+    keep: Callable[[LabelGradients], LabelGradients | Slopes],
+    kind: type[LabelGradients | Slopes],
+    decided: Sequence[Any],
+    *,
+    steered_positions: SteeredPositions,
+    seed: int,
+    with_scores: bool = True,
+) -> Tensors:
+    """What is kept of each batch's gradients, of that `kind`; `decided` is all that decides it."""
+
+    def run(
+        model: HookedModel, generator: torch.Generator, batch: Batch
+    ) -> LabelGradients | Slopes:
         mask, labels = batch.steered_mask(steered_positions), Labels.of(batch)
         with differentiable(model):
             wide = torch.promote_types(model.cfg.dtype, torch.float32)
@@ -112,18 +136,18 @@ def label_gradients(
             score = torch.full_like(slope, math.nan)
             if with_scores:
                 (score,) = torch.autograd.grad(read.outputs, steps, read.of_samples[0])
-        return LabelGradients(slope.cpu(), score.cpu() / labels.n_labels.sqrt()[:, None])
+        return keep(LabelGradients(slope.cpu(), score.cpu() / labels.n_labels.sqrt()[:, None]))
 
     def compute() -> Tensors:
         groups = [(batch,) for batch in batches]
         stage = engine.stage("slopes: prompts")
-        gradients = over_batches(stage, groups, hook_names, run, seed=seed)
+        found = over_batches(stage, groups, hook_names, run, seed=seed)
         n_backward = 1 + with_scores
         for batch in batches:
             engine.cost.add(batch.tokens, engine.n_layers * (1 + n_backward * BACKWARD_COST))
-        return LabelGradients(*gradients)._asdict()
+        return dict(zip(kind._fields, found, strict=True))
 
     prompts = [[fingerprint(batch.prompts), batch.rows] for batch in batches]
     how = (steered_positions, seed, with_scores)
-    decided = ("slopes", provenance(engine.model).to_dict(), prompts, how, hook_names)
-    return LabelGradients(**once(engine.checkpoint, decided, compute, engine.cost))
+    key = ("slopes", provenance(engine.model).to_dict(), prompts, how, hook_names, decided)
+    return once(engine.checkpoint, key, compute, engine.cost)

@@ -344,8 +344,8 @@ def _at(unsteered: Baseline, readouts: Sequence[str]) -> Baseline:
     return replace(
         unsteered,
         hook_names=names,
-        positive=unsteered.positive[rows],
-        negative=unsteered.negative[rows],
+        positive=torch.stack([unsteered.positive[row] for row in rows]),
+        negative=torch.stack([unsteered.negative[row] for row in rows]),
         widths=tuple(unsteered.widths[row] for row in rows) if unsteered.widths else (),
     )
 
@@ -363,8 +363,8 @@ def _alone(cell: CellOutput) -> CellOutput:
 
 
 def _to_cpu(job: Job) -> Job:
-    # A view would take the tensor that it looks at along.
-    return replace(job, direction=job.direction.detach().cpu().clone())
+    # A view would take the tensor that it looks at along; cells are read where they come back.
+    return replace(job, direction=job.direction.detach().cpu().clone(), along=None)
 
 
 def _to(job: Job, device: Any) -> Job:

@@ -6,10 +6,12 @@ from functools import cached_property
 from itertools import chain
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlens.engine.batches import Batch
+from steerlens.engine.on_disk import OnDisk
 from steerlens.engine.positions import Position
 from steerlens.engine.tokenization import SteeredPositions
 from steerlens.models.hooks import HookFunction, hook_layer, resid_post
@@ -81,7 +83,8 @@ class CellOutput:
     `negative` the negative prompts' under `-coefficient` (residual units); `logprob` is the mean
     log-probability of the positive prompts' labels under `+coefficient` (nats per token); `kl` is
     KL(unsteered || steered) where each label is predicted (nats; NaN at the other tokens), and
-    `logprobs` the log-probability of each label (nats; NaN likewise).
+    `logprobs` the log-probability of each label (nats; NaN likewise). Of a cell that was read (see
+    `plan.Read`) activations are what was made of them, pair by pair.
     """
 
     coefficient: float
@@ -97,25 +100,35 @@ class Baseline:
     """The unsteered model on the same pairs: what every cell is compared with.
 
     Heads beside wider hooks are filled up with zeros: `widths` are those of heads, None elsewhere.
+    Activations are on disk where the pairs are more than one block.
     """
 
     hook_names: tuple[str, ...]
-    positive: Float[Tensor, "hook pair d_model"]
-    negative: Float[Tensor, "hook negative_pair d_model"]
+    positive: Float[Tensor, "hook pair d_model"] | OnDisk
+    negative: Float[Tensor, "hook negative_pair d_model"] | OnDisk
     logprob: Float[Tensor, " pair"]
     widths: tuple[int | None, ...] = ()
 
     def block(self, rows: Sequence[int]) -> "Baseline":
-        """That of some pairs, in this order."""
+        """That of one of its blocks of pairs, in memory."""
         of = list(rows)
-        sides = {name: getattr(self, name)[:, of] for name in ("positive", "negative")}
-        return replace(self, **sides, logprob=self.logprob[of])
+        # A side that is not run has no rows.
+        positive, negative = (
+            side[:, of] if side.shape[1] else side for side in (self.positive, self.negative)
+        )
+        return replace(self, positive=positive, negative=negative, logprob=self.logprob[of])
+
+    @property
+    def of_positive(self) -> "Baseline":
+        """That without negative prompts."""
+        n_hooks, _, width = self.negative.shape
+        return replace(self, negative=torch.zeros((n_hooks, 0, width)))
 
     def cell(self, readout: str) -> CellOutput:
         """The cell at coefficient 0, read at `readout`."""
         index = self.hook_names.index(readout)
         width = self.widths[index] if self.widths else None
-        positive, negative = (side[index, :, :width] for side in (self.positive, self.negative))
+        positive, negative = (side[index][:, :width] for side in (self.positive, self.negative))
         return CellOutput(0.0, positive, negative, self.logprob)
 
 
@@ -150,7 +163,7 @@ class Job:
     """The cells of one hook: its direction, the coefficients, and where the effect is read.
 
     With a `vector` that is applied instead, and `hook_name` only names it: it runs as whole forward
-    passes.
+    passes. `along` is a direction at the readout for what reads the cells there.
     """
 
     hook_name: str
@@ -158,6 +171,7 @@ class Job:
     coefficients: tuple[float, ...]
     readout: str
     vector: Vector | None = None
+    along: Float[Tensor, " d_readout"] | None = None
 
     def resumes(self, exact: Collection[str]) -> bool:
         """Whether its cells may start after its hook, where that is so for the `exact` hooks."""

@@ -7,16 +7,17 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from steerlens.directions.directions import Directions
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import Plan, run_cells
-from steerlens.engine.tokenization import TokenizedPrompt, fingerprint
+from steerlens.engine.tokenization import TokenizedPairs, TokenizedPrompt, fingerprint
 from steerlens.engine.workload import Baseline, Workload
 from steerlens.errors import InputError
 from steerlens.loss import Budget
 from steerlens.measure.boundary_search import Boundary, all_round, find_boundaries
-from steerlens.measure.coherence import Push, check_rollouts
+from steerlens.measure.coherence import Push, check_rollouts, projected
 from steerlens.measure.interventions import in_order, of_vector
 from steerlens.measure.prediction import Prediction, predict
 from steerlens.measure.preparation import Preparation
@@ -85,7 +86,13 @@ def run_boundary(
     text = Text.of(study, on)
     settings = boundary_settings(study, text, search_range)
     interventions = study.interventions.values()
-    pushes = [of.push(sign) for of in interventions for sign in of.signs]
+    is_read = with_projection and on == "positive"
+    along = study.read_along if is_read else dict[str, Tensor]()
+    pushes = [
+        replace(of.push(sign), along=along.get(of.readout))
+        for of in interventions
+        for sign in of.signs
+    ]
     searched = {of.name: of.limit(study.baseline, settings.search_range) for of in interventions}
     rows = study.layer_rows
     limits = [searched[push.hook_name] for push in pushes]
@@ -96,7 +103,7 @@ def run_boundary(
     )
     projections: Sequence[Row] = [{}] * len(outward)
     if with_projection:
-        projections = _projections(study, [*outward.values()], reads_positive=on == "positive")
+        projections = _projections(study, [*outward.values()])
     table = [
         {**rows[name], **_columns(up, inward.get(name)), **there, "boundary_on": settings.on}
         for (name, up), there in zip(outward.items(), projections, strict=True)
@@ -166,11 +173,12 @@ class Text:
     def unsteered(self, study: Preparation) -> tuple[Workload, Baseline]:
         """The text as positive prompts of a workload, read at their last token; and unsteered."""
         if self.on == "positive":
-            baseline = study.baseline
-            alone = replace(baseline, negative=baseline.negative[:, :0])
-            return replace(study.workload, negative=()), alone
-        batches = study.engine.batches(self.prompts)
-        workload = replace(study.workload, positive=batches, negative=(), position=-1)
+            return replace(study.workload, negative=()), study.baseline.of_positive
+        workload = study.engine.workload(
+            TokenizedPairs(self.prompts, ()),
+            position=-1,
+            steered_positions=study.settings.steered_positions,
+        )
         return workload, run_baseline(study.engine, workload, study.baseline.hook_names)
 
     def search(
@@ -203,8 +211,7 @@ def run_joint(
     (readout,) = study.readouts.values()
     turns = all_round(n_angles, lambda angle: of_vector(_turned(vector, angle), readout))
     limits = [of.limit(study.baseline, settings.search_range) for _, of, _ in turns]
-    workload, unsteered = text.unsteered(study)
-    plan = study.plan.on(replace(workload, with_readouts=False), unsteered)
+    plan = study.plan.on(*text.unsteered(study))
     boundaries = text.search(study, plan, [of.push(sign) for _, of, sign in turns], limits)
     first, second = in_order(vector)
     rows = [
@@ -322,28 +329,27 @@ def _predicted_columns(up: Prediction, down: Prediction) -> Row:
     }
 
 
-def _projections(
-    study: Preparation, outward: Sequence[Boundary], *, reads_positive: bool
-) -> list[Row]:
+def _projections(study: Preparation, outward: Sequence[Boundary]) -> list[Row]:
     """`projection_at_boundary` of every hook; NaN where the boundary is beyond the range."""
     plan, baseline = study.plan, study.baseline
     reached = {b.push.hook_name: b for b in outward if math.isfinite(b.at)}
     jobs = [study.interventions[name].job((b.nearest,)) for name, b in reached.items()]
-    # Of width 0 under a rollout budget.
-    read = {name: b.readings[b.nearest].readout for name, b in reached.items()}
-    is_read = reads_positive and all(of.numel() for of in read.values())
-    if is_read:
+    jobs = [replace(job, along=study.read_along[job.readout]) for job in jobs]
+    # None of another text, or under a rollout budget.
+    found = {name: b.readings[b.nearest].projections for name, b in reached.items()}
+    read = {name: of for name, of in found.items() if of is not None}
+    if read:
         plan = plan.on(replace(study.workload, positive=()), baseline)
     rows: dict[str, Row] = {}
     tell = study.engine.stage("projections there: hooks").progress
     tell("hooks", 0, len(jobs))
-    for job, (cell,) in zip(jobs, run_cells(plan, jobs), strict=True):
+    for job, (cell,) in zip(jobs, run_cells(plan, jobs, projected), strict=True):
         boundary = reached[job.hook_name]
-        positive = read[job.hook_name] if is_read else cell.positive
+        positive = read.get(job.hook_name, cell.positive)
         unsteered = baseline.cell(job.readout)
         unit = study.read_along[job.readout].double()
         before = float(((unsteered.positive - unsteered.negative).double() @ unit).mean())
-        after = float(((positive - cell.negative).double() @ unit).mean())
+        after = float(positive.mean() - cell.negative.mean())
         share = boundary.at / boundary.nearest
         rows[job.hook_name] = {"projection_at_boundary": before + share * (after - before)}
         tell("hooks", len(rows), len(jobs))

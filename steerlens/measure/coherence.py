@@ -14,7 +14,7 @@ from steerlens.engine.continuations import continue_prompts
 from steerlens.engine.engine import Engine
 from steerlens.engine.plan import Plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.engine.workload import Job
+from steerlens.engine.workload import CellOutput, Job
 from steerlens.errors import InputError
 from steerlens.loss import Budget, label_kl
 from steerlens.models.hooked_model import HookedModel, context_length
@@ -30,7 +30,8 @@ P95 = 0.95
 class Push:
     """A direction at a hook, the sign of the coefficient, and where the effect is read.
 
-    A `vector` is applied instead, and hook and direction then only name it.
+    A `vector` is applied instead, and hook and direction then only name it. The effect is looked
+    at `along` a direction at the readout; without one it is not.
     """
 
     hook_name: str
@@ -38,6 +39,7 @@ class Push:
     sign: int
     readout: str
     vector: SteeringVector | None = None
+    along: Float[Tensor, " d_readout"] | None = None
 
     @property
     def additions(self) -> tuple[tuple[str, Float[Tensor, " d_model"]], ...]:
@@ -54,12 +56,12 @@ class Reading:
     """One push at one coefficient, prompt by prompt.
 
     `values` are degradations (nats per token), mean divergences (nats per token), or the divergence
-    at every token (NaN-padded), as the budget needs; `readout` the activations at the readout hook,
-    of width 0 where nothing reads them.
+    at every token (NaN-padded), as the budget needs; `projections` those at the readout hook
+    (float64), None where nothing reads them.
     """
 
     values: Float[np.ndarray, "prompt *token"]
-    readout: Float[Tensor, "prompt d_model"]
+    projections: Float[Tensor, " prompt"] | None = None
 
     @property
     def loss(self) -> float:
@@ -97,19 +99,21 @@ class MeasuredText:
         for members in groups.values():
             push = pushes[members[0]][0]
             coefficients = tuple(pushes[i][0].sign * pushes[i][1] for i in members)
-            job = Job(push.hook_name, push.direction, coefficients, push.readout, push.vector)
-            jobs.append((job, members))
+            what = (push.readout, push.vector, push.along)
+            jobs.append((Job(push.hook_name, push.direction, coefficients, *what), members))
         # Each job starts from where the last one stood, so none may begin before it.
         jobs.sort(key=lambda item: item[0].first_block)
         logprob = self.logprob
-        by_job = run_cells(self.plan, [job for job, _ in jobs])
+        by_job = run_cells(self.plan, [job for job, _ in jobs], projected)
         for (_, members), cells in zip(jobs, by_job, strict=True):
             for i, cell in zip(members, cells, strict=True):
                 values = logprob - cell.logprob.double().numpy()
                 if cell.kl is not None:
                     by_token = cell.kl.double().numpy()
                     values = by_token if self.budget.kind == "kl_p95" else np.nanmean(by_token, 1)
-                readings[i] = Reading(values, cell.positive)
+                readings[i] = Reading(
+                    values, cell.positive[:, 0] if cell.positive.numel() else None
+                )
         return [readings[i] for i in range(len(pushes))]
 
     def _rollouts(self, push: Push, coefficient: float) -> Reading:
@@ -125,7 +129,20 @@ class MeasuredText:
         what = push.direction if push.vector is None else push.vector.fingerprint
         decided = (plan.digest, "rollouts", push.hook_name, signed, what)
         kept = once(plan.engine.checkpoint, decided, run, plan.engine.cost)
-        return Reading(kept["values"].numpy(), torch.zeros((len(self.prompts), 0)))
+        return Reading(kept["values"].numpy())
+
+
+def projected(
+    job: Job,
+    cell: CellOutput,
+    unsteered: CellOutput,  # noqa: ARG001 (`plan.Read`)
+) -> CellOutput:
+    """The cell with projections along the job's direction at the readout; none without one."""
+    if job.along is None:
+        return replace(cell, positive=cell.positive[:, :0], negative=cell.negative[:, :0])
+    unit = job.along.double().cpu()[:, None]
+    positive, negative = (side.double() @ unit for side in (cell.positive, cell.negative))
+    return replace(cell, positive=positive, negative=negative)
 
 
 def check_rollouts(model: HookedModel, prompts: Sequence[TokenizedPrompt], budget: Budget) -> None:

@@ -140,8 +140,7 @@ def run_shape(
     limit = settings.search_range * float(norms.mean())
     turns = all_round(n_angles, lambda angle: turned(direction, orthogonal, angle).to(dtype))
     pushes = [Push(hook_name, along, sign, study.readouts[hook_name]) for _, along, sign in turns]
-    workload, unsteered = text.unsteered(study)
-    plan = study.plan.on(replace(workload, with_readouts=False), unsteered)
+    plan = study.plan.on(*text.unsteered(study))
     if heading:
         plan = replace(plan, engine=plan.engine.under(heading))
     boundaries = text.search(study, plan, pushes, [limit] * n_angles)
@@ -285,14 +284,13 @@ def _pushed_logprobs(
     study: Preparation, planes: Sequence[BoundaryShape]
 ) -> list[list[list[tuple[float, Float[Tensor, " pair"]]]]]:
     """Of every plane and angle: the coefficients, and each positive prompt's logprob there."""
-    baseline = study.baseline
     jobs = [
         Job(plane.hook_name, plane.at(angle), coefficients, study.readouts[plane.hook_name])
         for plane in planes
         for angle, coefficients in zip(plane.table.angle, _coefficients(plane), strict=True)
     ]
-    alone = replace(baseline, negative=baseline.negative[:, :0])
-    plan = study.plan.on(replace(study.workload, negative=(), with_readouts=False), alone)
+    workload = replace(study.workload, negative=(), with_readouts=False)
+    plan = study.plan.on(workload, study.baseline.of_positive)
     by_job: list[list[tuple[float, Float[Tensor, " pair"]]]] = []
     what, n_pushes = "loss in the plane: pushes", len(jobs) * len(SHARES)
     study.engine.progress(what, 0, n_pushes)

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
 
 from steerlens.directions.directions import Directions
-from steerlens.engine.checkpoint import Kept, digest
-from steerlens.engine.plan import Plan, finished_cells
-from steerlens.engine.workload import Job
+from steerlens.engine.checkpoint import Kept, digest, digest_of
+from steerlens.engine.plan import Plan, read_cells
+from steerlens.engine.workload import CellOutput, Job
 from steerlens.errors import InputError
 from steerlens.measure.boundary import run_boundary
 from steerlens.measure.dense import (
@@ -180,15 +180,15 @@ def _finished_hooks(
     plan = (
         study.plan if any(c for of in first.values() for c in of) else None
     )  # before the first cell is told of
-    # Hooks are kept when they are finished, which in blocks they are in the last one only.
-    pairs: Sequence[Sequence[int]] = (range(len(study.pairs)),)
-    if plan is not None and study.engine.checkpoint is None:
-        pairs = plan.blocks
-    n_of_hook = len(settings.coefficients)
-    n_done, n_cells = (n_of_hook * len(of) * len(pairs) for of in (known, study.hook_names))
+    n_of_hook, n_blocks = len(settings.coefficients), 1 if plan is None else len(plan.blocks)
+    n_done, n_cells = (n_of_hook * len(of) * n_blocks for of in (known, study.hook_names))
     tell = study.engine.progress
     tell("cells", n_done, n_cells)
     values: dict[str, dict[float, Tensor]] = {}
+    for name in study.hook_names:  # before the states of a block of pairs are held
+        readout = study.readouts[name]
+        unsteered, direction = study.baseline.cell(readout), study.read_along[readout]
+        values[name] = {0.0: by_pair(unsteered, unsteered, direction)}
     blocks = dict.fromkeys(study.hook_names, 0)
     again: dict[str, Collection[float]] = {}
     # What was known is passed again where it was run again, so that the rest costs the same.
@@ -203,18 +203,15 @@ def _finished_hooks(
         if plan is None:
             finished = ((name, {}, 0) for name in cells if name not in known)
         else:
-            of_known = {job for job in jobs if job.hook_name in known}
-            finished = _in_blocks(study, plan, pairs, jobs, of_known)
-        for name, found, n_blocks in finished:
-            blocks[name] += n_blocks
+            finished = _cells(study, plan, jobs, known)
+        for name, found, cost in finished:
+            blocks[name] += cost
             if found is None:
                 if cells is first:
                     n_done += n_of_hook
                     tell("cells", n_done, n_cells)
                 continue
-            readout = study.readouts[name]
-            unsteered, direction = study.baseline.cell(readout), study.read_along[readout]
-            of_hook = values.setdefault(name, {0.0: by_pair(unsteered, unsteered, direction)})
+            of_hook = values[name]
             of_hook |= found
             if cells is first and settings.dense is not None:
                 more = more_cells(amounts[name], of_hook)
@@ -229,30 +226,27 @@ def _finished_hooks(
         again |= passed
 
 
-def _in_blocks(
-    study: Preparation,
-    plan: Plan,
-    blocks: Sequence[Sequence[int]],
-    jobs: Sequence[Job],
-    known: Collection[Job],
+def _cells(
+    study: Preparation, plan: Plan, jobs: Sequence[Job], known: Collection[str]
 ) -> Iterator[tuple[str, Mapping[float, Float[Tensor, "4 pair"]] | None, int]]:
-    """Each hook's cells, those `by_pair` of all pairs, and the block-evaluations they took.
+    """Each hook's cells, those `by_pair`, and what they took (see `plan.read_cells`)."""
+    if len(plan.blocks) == 1:  # a hook's rows are kept as soon as it is finished
+        plan = replace(plan, engine=replace(plan.engine, checkpoint=None))
 
-    One block of the pairs runs after another, so that of the others only results are held. The
-    cells are None until the last one.
-    """
-    values: dict[str, dict[float, Tensor]] = {}
-    for rows in blocks:
-        of_block = plan if len(blocks) == 1 else plan.of_block(rows)
-        for done in finished_cells(of_block, jobs, known=known):
-            name = done.job.hook_name
-            readout, of_hook = study.readouts[name], values.setdefault(name, {})
-            unsteered = of_block.unsteered.cell(readout)
-            for cell in done.cells:
-                found = by_pair(cell, unsteered, study.read_along[readout])
-                into = of_hook.setdefault(cell.coefficient, found.new_empty(4, len(study.pairs)))
-                into[:, list(rows)] = found
-            yield name, values.pop(name) if rows is blocks[-1] else None, done.blocks
+    jobs = [replace(job, along=study.read_along[job.readout]) for job in jobs]
+    of_known = {job for job in jobs if job.hook_name in known}
+    for job, cells, cost in read_cells(plan, jobs, by_pair_alone, known=of_known):
+        found = None
+        if cells is not None:
+            found = {cell.coefficient: cell.positive.T.contiguous() for cell in cells}
+        yield job.hook_name, found, cost
+
+
+def by_pair_alone(job: Job, cell: CellOutput, unsteered: CellOutput) -> CellOutput:
+    """The cell with the numbers `by_pair` in place of activations."""
+    assert job.along is not None
+    numbers = by_pair(cell, unsteered, job.along)
+    return replace(cell, positive=numbers.T, negative=numbers.T[:0])
 
 
 def _was_run_again(hook: Kept, first: Collection[float]) -> bool:
@@ -287,7 +281,6 @@ def _rows(
 
 def _fingerprint(study: Preparation, settings: SweepSettings) -> str:
     """The sha256 of all that decides a cell: the unsteered activations too, to the bit."""
-    baseline = study.baseline
     return digest(
         provenance(study.model).to_dict(),
         study.pairs.fingerprint,
@@ -295,6 +288,5 @@ def _fingerprint(study: Preparation, settings: SweepSettings) -> str:
         asdict(settings),
         [of.decided for of in study.interventions.values()],
         [study.read_along[name] for name in study.readouts.values()],
-        baseline.hook_names,
-        (baseline.positive, baseline.negative, baseline.logprob),
+        digest_of(study.baseline),
     )

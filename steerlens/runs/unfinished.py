@@ -76,7 +76,8 @@ class Started:
     def finished(self) -> str:
         """How much is finished."""
         if self.request.get("command") == "sweep":
-            return f"{len(self.has_part)} of {len(self.request['hook_names'])} hooks"
+            hooks = f"{len(self.has_part)} of {len(self.request['hook_names'])} hooks"
+            return hooks if self.has_part else f"{hooks} and {self.n_parts} parts of them"
         return f"{self.n_parts} parts"
 
 
