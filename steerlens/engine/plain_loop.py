@@ -39,7 +39,8 @@ def run_baseline(engine: Engine, workload: Workload, hook_names: Sequence[str]) 
     finite logprob, and as `check_memory`; and as `check_unsteered`.
     """
     check_memory(engine.model, workload.positive)
-    baseline = baseline_of(engine.on(for_hooks(engine.model, hook_names)), workload, hook_names)
+    runs = for_hooks(engine.model, hook_names, on_cpu=not workload.with_readouts)
+    baseline = baseline_of(engine.on(runs), workload, hook_names)
     sides = [
         [fingerprint(batch.prompts) for batch in side]
         for side in (workload.positive, workload.negative)
