@@ -365,5 +365,5 @@ def test_continuations_stay_within_the_context(gpt2: Any) -> None:
     vector = {resid_post(1): torch.zeros(32)}
     for n_words, expected in ((58, True), (60, False)):
         prompt = tokenize_prompt(gpt2, "the " * n_words + "sun")
-        found = mean_distinct_3(Engine(gpt2), [prompt], vector, 1.0)
+        [found] = mean_distinct_3(Engine(gpt2), [prompt], [(vector, 1.0)])
         assert math.isfinite(found) == expected
