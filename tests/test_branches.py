@@ -21,7 +21,12 @@ from steerlens.directions.training_step import (
 )
 from steerlens.engine import exactness, resume
 from steerlens.engine.batches import Batch, make_batches
-from steerlens.engine.branches import branch_kwargs, with_one_prompt
+from steerlens.engine.branches import (
+    branch_kwargs,
+    join_branches,
+    make_branches,
+    with_one_prompt,
+)
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Job, Workload
@@ -156,9 +161,9 @@ def test_the_check_looks_at_two_rows_of_a_prompt_that_all_items_share() -> None:
     cells = {n: cost(n, 2) - cost(n, 1) for n in (4, 40)}
     fixed = {n: cost(n, 1) - cells[n] for n in (4, 40)}
     assert cells[40] == 10 * cells[4]
-    # The unsteered run grows too, two texts of 6 tokens through four blocks, and what is carried to
-    # the hook: both in a row of 9 through two.
-    assert fixed[40] - fixed[4] == 36 * (2 * 6 * 4 + 9 * 2)
+    # The unsteered run grows too, by the prompt's last token and one more of two texts, and what is
+    # carried to the hook: both in a row of 9 through two blocks of four.
+    assert fixed[40] - fixed[4] == 36 * (2 * 2 * 4 + 9 * 2)
 
 
 @needs_bridge
@@ -287,3 +292,98 @@ def test_training_is_not_on_what_sees_or_stands_wrongly(
     for negative, n_sides in ((down, 1), (other, 2)):
         both = zip(*(make_batches(model, of, 3) for of in (up, negative)), strict=True)
         assert {len(of) for of in item_sides(model, list(both), HOOK)} == {n_sides}
+
+
+SHARED = tuple(range(100, 109))
+"""What prompts of one row begin with: a token more than are asked for."""
+
+
+def of_one_beginning(
+    shared: tuple[int, ...] = SHARED,
+) -> tuple[list[TokenizedPrompt], list[TokenizedPrompt]]:
+    """The texts above with a beginning, five prompts in all."""
+    positive, negative = (
+        [replace(p, prompt=(*shared, i, *p.prompt)) for i, p in enumerate([*of, *of[:2]])]
+        for of in sides()
+    )
+    return positive, negative
+
+
+@needs_bridge
+@pytest.mark.parametrize("kind", SHARING)
+def test_prompts_that_begin_alike_in_one_row_give_what_each_gives_alone(
+    kind: str, monkeypatch: pytest.MonkeyPatch, much_padding: None
+) -> None:
+    model = bridged(kind, **({"sliding_window": 32} if kind == "Gemma 3" else {}))
+    widths: list[int] = []
+    run = resume._pass_kwargs
+
+    def counted(mask: torch.Tensor, *given: Any) -> dict[str, Any]:
+        widths.append(mask.shape[1])
+        return run(mask, *given)
+
+    monkeypatch.setattr(resume, "_pass_kwargs", counted)
+    found = {}
+    for batch_size in (None, 5):  # one that is given counts prompts, which then have their own rows
+        job = Job(HOOK, vector(model), (1.0, -0.5), resid_post(int(model.cfg.n_layers) - 1))
+        widths.clear()
+        _, (found[batch_size],) = preference_gaps(
+            Engine(model, batch_size), of_one_beginning(), [job]
+        )
+        found[batch_size, "width"] = widths[-1]
+    np.testing.assert_allclose(found[None], found[5], atol=2e-5)
+    assert np.ptp(found[5]) > 0.1
+    longest = max(
+        len(up) + len(down.continuation) + 1 for up, down in zip(*of_one_beginning(), strict=True)
+    )
+    assert found[5, "width"] == longest
+    assert found[None, "width"] > longest
+
+
+@needs_bridge
+def test_too_little_in_common_is_no_beginning() -> None:
+    model = bridge(build_llama())
+    for n, n_rows in ((len(SHARED), 2), (6, 5)):
+        up, down = of_one_beginning(SHARED[:n])
+        batches = make_batches(model, [*up, *down], None)
+        twins = with_one_prompt(model, Workload(batches, (), -1, "all"), batches)
+        for may_share, expected in ((True, n_rows), (False, 5)):
+            rows = make_branches(model, [*up, *down], twins, None, may_share=may_share)
+            assert sum(len(batch.prompts) for batch in rows) == expected
+            assert sorted(row for batch in rows for row in batch.rows) == list(range(10))
+
+
+def test_a_row_of_two_prompts_by_hand(llama: Any) -> None:
+    """Both begin with 1, 2; then 3 and 4, 5; their texts are 10, 11 and 12, 20 and 21."""
+    prompts = [
+        TokenizedPrompt(prompt, text, "")
+        for prompt, text in (
+            ((1, 2, 3), (10,)),
+            ((1, 2, 3), (11, 12)),
+            ((1, 2, 4, 5), (20,)),
+            ((1, 2, 4, 5), (21,)),
+        )
+    ]
+    row = join_branches(llama, prompts, [[(0, 1), (2, 3)]])
+    assert row.rows == (0, 1, 2, 3)
+    assert row.tokens.tolist() == [[1, 2, 3, 10, 3, 11, 12, 4, 5, 20, 5, 21]]
+    assert row.attention_mask.tolist() == [[1, 1, 3, 3, 4, 4, 4, 5, 6, 6, 7, 7]]
+    labels = [of.nonzero().flatten().tolist() for of in row.labels_by_row()]
+    assert labels == [[3], [5, 6], [9], [11]]
+    places = branch_kwargs(row.attention_mask, torch.float32)["position_ids"]
+    assert places.tolist() == [[0, 1, 2, 3, 2, 3, 4, 2, 3, 4, 3, 4]]
+
+
+@needs_bridge
+@pytest.mark.parametrize("objective", ["promotion", "preference"])
+def test_a_step_of_training_runs_a_beginning_once(objective: str) -> None:
+    model = bridge(build_llama())
+    up, down = ([of[i] for i in (0, 3, 1, 4)] for of in of_one_beginning())
+    both = (make_batches(model, up, 4)[0], make_batches(model, down, 4)[0])
+    (joined,) = item_sides(model, [both], HOOK)[0]
+    assert len(joined.batch.prompts) == 2 * 2  # at +1 and -1
+    alone = tuple(make_side(model, of, HOOK, sign=1) for of in both)
+    [found], [expected] = (pushed(model, [of], objective) for of in ((joined,), alone))
+    assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+    assert relative_gap(found.gradient, expected.gradient) < 1e-4
+    torch.testing.assert_close(found.positive.logprob, expected.positive.logprob)

@@ -16,6 +16,7 @@ from comparing import HOOK, WORDS, assumed, gap, make_items
 import steerlens as sl
 from steerlens.data.items import PreferenceItem, PreferenceItems
 from steerlens.data.prompts import Message
+from steerlens.engine import prefixes
 from steerlens.engine.engine import Engine
 from steerlens.engine.tokenization import (
     TokenizedPrompt,
@@ -362,5 +363,23 @@ def test_continuations_stay_within_the_context(gpt2: Any) -> None:
     vector = {resid_post(1): torch.zeros(32)}
     for n_words, expected in ((58, True), (60, False)):
         prompt = tokenize_prompt(gpt2, "the " * n_words + "sun")
-        found = mean_distinct_3(Engine(gpt2), [prompt], vector, 1.0)
+        [found] = mean_distinct_3(Engine(gpt2), [prompt], [(vector, 1.0)])
         assert math.isfinite(found) == expected
+
+
+def test_damage_is_the_same_where_unsteered_logprobs_are_not_kept(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [
+        tokenize_prompt(llama, "the river was", after)
+        for after in (" so cold", " warm and good", " a night")
+    ]
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    job = Job(resid_post(1), direction, (1.0, -2.0), resid_post(3))
+    found = []
+    for n_kept in (2**20, 0):
+        monkeypatch.setattr(prefixes, "KEPT_LOGPROBS", n_kept)
+        [of_job] = damages(Engine(llama), texts, [job])
+        found.append([(of.kl, of.kl_p95, of.degradation) for of in of_job])
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert found[0][1][0] > found[0][0][0] > 1e-3

@@ -177,3 +177,19 @@ def test_what_is_refused(llama: Any, directions: sl.Directions) -> None:
         write(llama, [], directions)
     with pytest.raises(InputError, match="finite"):
         write(llama, PROMPTS, directions, coefficients=[float("inf")])
+
+
+def test_vectors_at_several_hooks_write_together_what_each_writes_alone(tiny: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    steered = [
+        ({resid_post(layer): 5 * torch.randn(32, generator=generator)}, coefficient)
+        for layer, coefficient in ((0, 4.0), (2, 3.0), (1, 0.0), (1, 5.0))
+    ]
+    prompts = [tokenize_prompt(tiny, prompt) for prompt in PROMPTS]
+    texts = generation.texts_of_each(tiny, prompts, steered, max_new_tokens=6)
+    assert [(text.prompt, text.coefficient) for text in texts] == [
+        (prompt, coefficient) for prompt in range(2) for _, coefficient in steered
+    ]
+    alone = [generate_tokens(tiny, prompts, *of, max_new_tokens=6) for of in steered]
+    assert [text.ids for text in texts] == [of[i] for i in range(2) for of in alone]
+    assert len({text.ids for text in texts}) > 4

@@ -191,7 +191,7 @@ def test_a_comparison_has_numbered_steps(llama: Any, many: sl.ContrastivePairs) 
         ("step 5 of 8, damage: cells", 2 * 2 * 2),
         ("step 6 of 8, effects on you said: cells", 2),
         ("step 7 of 8, effects on I felt: cells", 2),
-        ("step 8 of 8, texts: vectors", 2),
+        ("step 8 of 8, texts: tokens", 4 * 2 * 40),
     ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerlens.engine.backward import adding, differentiable
 from steerlens.engine.batches import Batch
-from steerlens.engine.branches import can_branch, join_branches
+from steerlens.engine.branches import Branches, can_branch, in_equal_rows, join_branches
 from steerlens.engine.capture import reading_hook
 from steerlens.engine.memory import is_out_of_memory
 from steerlens.engine.resume import Labels, Residual, advance, labels_logprob, run_from
@@ -128,7 +128,8 @@ def item_sides(
     if all(have_one) and can_branch(model, [prompt for of in whole for prompt in of]):
         try:
             joined = [
-                side(join_branches(model, of, two)) for of, two in zip(whole, twins, strict=True)
+                side(join_branches(model, of, in_equal_rows(model, of, two)))
+                for of, two in zip(whole, twins, strict=True)
             ]
         except Exception as error:  # whatever a model's own code raises at such a mask
             if isinstance(error, SteerlensError) or is_out_of_memory(error):
@@ -177,9 +178,10 @@ def push_sides(
             ],
             last_hook=readout if labels is None else resid_post(int(model.cfg.n_layers) - 1),
         )
-        unsteered = side.unsteered.reshape(-1, len(batch.rows) // len(batch.prompts))
+        # Of several prompts in a row, where nothing is asked of readouts, each row is read once.
+        unsteered = side.unsteered.reshape(-1, 1 + isinstance(batch, Branches))
         shape = len(SIGNS), *unsteered.shape
-        state = states[readout].reshape(*shape[:2], -1)
+        state = states[readout].reshape(len(SIGNS), len(batch.prompts) // len(SIGNS), -1)
         logprob = state.detach().new_full(shape, torch.nan)
         if labels is not None:
             by_label = labels.read(model, final).logprob

@@ -59,19 +59,20 @@ class BareModel(torch.nn.Module):
         tokens: Int[Tensor, "row token"],
         *,
         return_type: str | None = "logits",  # noqa: ARG002 (as a Bridge takes it)
-        attention_mask: Int[Tensor, "row all_token"] | None = None,
+        attention_mask: Int[Tensor, "row all_token"] | Float[Tensor, "row 1 _ _"] | None = None,
         past_key_values: Any = None,
         **options: Any,
     ) -> Float[Tensor, "row last_token vocab"]:
         """The logits. Positions are counted from each row's first token that is not masked.
 
-        `options` are Hugging Face's own."""
+        Unless they are given: `options` are Hugging Face's own."""
         kwargs: dict[str, Any] = {"use_cache": past_key_values is not None, **options}
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
-            if self._takes_positions and not bool(attention_mask[:, 0].all()):
+            counts = self._takes_positions and "position_ids" not in options
+            if counts and not bool(attention_mask[:, 0].all()):
                 positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
                 kwargs["position_ids"] = positions[:, -tokens.shape[1] :]
         is_alone = attention_mask is None and past_key_values is None

@@ -80,6 +80,7 @@ def _finished(
         batches = [part.batch for part in prepared.positive]
         readouts, by_prompt, *by_label = zip(*(_joined(of, n) for of in up), strict=True)
         readouts_pos, logprob = (in_pair_order(batches, v) for v in (readouts, by_prompt))
+        readouts_neg = readouts_pos[:, :0]
         if by_label:
             kl, logprobs = (by_token(batches, values) for values in by_label)
             at_labels = list(zip(kl, logprobs, strict=True))
@@ -190,10 +191,15 @@ class _Run:
             if part.final is None:
                 logprob = labels_logprob(self.engine.model, predictions, wanted)
                 each = readout.repeat_interleave(n_texts, dim=0)
+                if not self.workload.with_readouts:
+                    each = each[:, :0]
                 return each, mean_by_prompt(logprob, labels)
-            by_row = torch.split(part.final, n_labels)
-            unsteered = torch.cat([by_row[row] for row in chosen.on_cpu.tolist()])
-            kl, logprob = labels_kl(self.engine.model, predictions, unsteered, wanted)
+            by_row = torch.split(torch.arange(len(part.final)), n_labels)
+            known = torch.cat([by_row[row] for row in chosen.on_cpu.tolist()])
+            kl, logprob = labels_kl(
+                *(self.engine.model, predictions, wanted),
+                lambda at: part.unsteered(self.engine.model, known[at]),
+            )
             return readout, mean_by_prompt(logprob, labels), kl, logprob
 
         return self._in_slices(batch, run, sign=1.0)
@@ -284,7 +290,7 @@ def _joined(slices: _Slices, n: int) -> list[Tensor]:
     """The passes' outputs, waited for: each of them in a row for each of `n` coefficients."""
     arrived = [[one.arrived() for one in of] for of in slices]
     joined = (torch.cat(parts) for parts in zip(*arrived, strict=True))
-    return [values.reshape(n, -1, *values.shape[1:]) for values in joined]
+    return [values.reshape(n, len(values) // n, *values.shape[1:]) for values in joined]
 
 
 def _addition_by_row(

@@ -16,12 +16,13 @@ from steerlens.engine.engine import Engine
 from steerlens.engine.plain_loop import check_labels, run_baseline
 from steerlens.engine.resume import distinct_rows, labels_logprob, run_from, run_prefix
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.engine.workload import Workload
+from steerlens.engine.workload import Cost, Workload
 from steerlens.loss.labels import mean_by_prompt
 from steerlens.models.hooked_model import is_on_one_side, key_value_cache
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
 from steerlens.models.tolerance import allowed_gap
+from steerlens.progress import silent
 
 _proved: "weakref.WeakKeyDictionary[Any, dict[tuple[bool, bool], bool]]" = (
     weakref.WeakKeyDictionary()
@@ -116,7 +117,8 @@ def _is_proved(engine: Engine, head: Batch, tail: Batch, values: Float[Tensor, "
     known = _proved.setdefault(engine.model, {})
     if kind not in known:
         rows = sorted({0, len(tail.rows) - 1})
-        alone = replace(engine, batch_size=1)
+        # Not counted, so that a cost does not depend on what was run before.
+        alone = replace(engine, batch_size=1, cost=Cost(), progress=silent)
         expected = _by_whole_passes(alone, [tail.prompts[row] for row in rows])
         gaps = (values[rows] - expected).abs()
         allowed = allowed_gap(engine.model.cfg.dtype, least=1e-3) * expected.abs().clamp(min=1)

@@ -43,7 +43,7 @@ def run_baseline(engine: Engine, workload: Workload, hook_names: Sequence[str]) 
     `check_memory`, `OnDisk.add` and `check_unsteered`.
     """
     check_memory(engine.model, workload.positive)
-    runner = engine.on(for_hooks(engine.model, hook_names))
+    runner = engine.on(for_hooks(engine.model, hook_names, on_cpu=not workload.with_readouts))
     run = _in_blocks if len(workload.blocks) > 1 else baseline_of
     baseline = run(runner, workload, hook_names)
     if engine.checkpoint is not None:

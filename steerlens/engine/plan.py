@@ -121,7 +121,9 @@ def make_plan(engine: Engine, workload: Workload, unsteered: Baseline, jobs: Seq
     resumed = [job for job in jobs if job.vector is None]
     by_hook = {job.hook_name: job for job in reversed(resumed)}
     one_each = [by_hook[name] for name in dict.fromkeys(job.hook_name for job in resumed)]
-    runner = engine.on(for_hooks(engine.model, [name for job in jobs for name in job.touched]))
+    touched = [name for job in jobs for name in job.touched]
+    bare = for_hooks(engine.model, touched, on_cpu=not workload.with_readouts)
+    runner = engine.on(bare)
     reuse_prefix, reasons = not_exact(runner, workload, one_each)
     if reasons and runner.model is not engine.model:
         name, reason = next(iter(reasons.items()))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlens.engine.batches import Batch, in_row_order, make_split_batches
@@ -13,10 +13,21 @@ from steerlens.engine.capture import by_halves
 from steerlens.engine.engine import Engine
 from steerlens.engine.memory import in_slices
 from steerlens.engine.positions import steers_late
-from steerlens.engine.resume import Prefix, Residual, advance, distinct_rows, run_prefix
+from steerlens.engine.resume import (
+    Prefix,
+    Residual,
+    advance,
+    distinct_rows,
+    labels_logprobs,
+    run_prefix,
+)
 from steerlens.engine.workload import Baseline, Workload
 from steerlens.models.hooked_model import HookedModel, is_on_one_side, takes_cache
 from steerlens.models.loading import inference
+
+KEPT_LOGPROBS = 2**25
+"""Of so many tokens at all labels of a workload the unsteered logprobs are kept (128 MiB); of more
+they are computed again for each cell."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +35,24 @@ class Part:
     """The tokens of a batch that its cells have to run, and what is known of the others.
 
     `prefix` holds the keys and values of the tokens before those of `batch`, `final` the unsteered
-    output of the last block where a label is predicted; both where needed only.
+    output of the last block where a label is predicted; both where needed only. `logprobs` are
+    those of all tokens there, where they are few enough to be kept (`KEPT_LOGPROBS`).
     """
 
     batch: Batch
     prefix: Prefix | None = None
     final: Float[Tensor, "label d_model"] | None = None
+    logprobs: Float[Tensor, "label vocab"] | None = None
+
+    def unsteered(
+        self, model: HookedModel, labels: Int[Tensor, " some"]
+    ) -> Float[Tensor, "some vocab"]:
+        """Log-probabilities (nats) of all tokens at some of the labels."""
+        kept, final = self.logprobs, self.final
+        if kept is not None:
+            return kept[labels.to(kept.device)]
+        assert final is not None
+        return labels_logprobs(model, final[labels.to(final.device)])
 
 
 @dataclass(frozen=True)
@@ -49,12 +72,17 @@ def prepare(
 
     They are kept with `reuse_prefix` where the last prompt token or the continuation is steered,
     and take two vectors a token, head and block. With it two continuations of one prompt are put
-    into one row where every token is steered (see `with_one_prompt`).
+    into one row where every token is steered (see `with_one_prompt`), of several prompts that begin
+    alike where nothing is read.
     """
     with inference(engine.model):
         positive = _parts(engine, workload, workload.positive, reuse_prefix)
         if workload.with_kl:
-            positive = tuple(_with_final(engine, part) for part in positive)
+            keeps = sum(int(part.batch.label_mask().sum()) for part in positive)
+            keeps *= int(engine.model.cfg.d_vocab)
+            positive = tuple(
+                _with_final(engine, part, with_logprobs=keeps <= KEPT_LOGPROBS) for part in positive
+            )
         negative: tuple[Part, ...] = ()
         # Of these nothing is measured but what is read.
         if not workload.reads_unsteered:
@@ -67,7 +95,9 @@ def _parts(
 ) -> tuple[Part, ...]:
     in_order = in_row_order(batches)
     if reuse_prefix and (twins := with_one_prompt(engine.model, workload, batches)):
-        joined = make_branches(engine.model, in_order, twins, engine.batch_size)
+        # What is read of a row is at its first prompt.
+        how = {"may_share": not workload.with_readouts}
+        joined = make_branches(engine.model, in_order, twins, engine.batch_size, **how)
         return tuple(Part(batch) for batch in joined)
     is_split = (
         reuse_prefix
@@ -90,11 +120,13 @@ def _parts(
     return tuple(Part(tail, prefix) for (_, tail), prefix in split)
 
 
-def _with_final(engine: Engine, part: Part) -> Part:
+def _with_final(engine: Engine, part: Part, *, with_logprobs: bool) -> Part:
     engine.cost.add(part.batch.tokens, engine.n_layers)
     final = advance_part(engine.model, part, None, engine.n_layers).values
     is_label = part.batch.label_mask()[:, 1:].to(final.device)
-    return replace(part, final=final[:, :-1][is_label])
+    outputs = final[:, :-1][is_label]
+    logprobs = labels_logprobs(engine.model, outputs) if with_logprobs else None
+    return replace(part, final=outputs, logprobs=logprobs)
 
 
 def advance_part(model: HookedModel, part: Part, start: Residual | None, block: int) -> Residual:

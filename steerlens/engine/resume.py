@@ -167,20 +167,28 @@ def labels_logprob(
 def labels_kl(
     model: HookedModel,
     final: Float[Tensor, "label d_model"],
-    unsteered: Float[Tensor, "label d_model"],
     labels: Int[Tensor, " label"],
+    unsteered: Callable[[Int[Tensor, " part"]], Float[Tensor, "part vocab"]],
 ) -> tuple[Float[Tensor, " label"], Float[Tensor, " label"]]:
     """KL(unsteered || steered), nats, of the next-token distributions, and `labels_logprob`.
 
-    `final` and `unsteered` are outputs of the last block.
+    `final` are outputs of the last block; `unsteered` gives `labels_logprobs` of the labels at some
+    places among them.
     """
     divergences, logprobs = [], []
-    for logits, (rows, wanted) in _logits(model, final, unsteered, labels):
+    places = torch.arange(len(final))
+    for logits, (at, wanted) in _logits(model, final, places, labels):
         steered = _log_softmax(logits)
-        ((reference, _),) = _logits(model, rows)
-        divergences.append(divergence(steered, _log_softmax(reference)))
+        divergences.append(divergence(steered, unsteered(at.cpu()).to(steered.device)))
         logprobs.append(steered.gather(1, wanted[:, None])[:, 0])
     return torch.cat(divergences), torch.cat(logprobs)
+
+
+def labels_logprobs(
+    model: HookedModel, final: Float[Tensor, "label d_model"]
+) -> Float[Tensor, "label vocab"]:
+    """Log-probabilities (nats) of all tokens, from the last block's output at the token before."""
+    return torch.cat([_log_softmax(logits) for logits, _ in _logits(model, final)])
 
 
 class LabelOutputs(NamedTuple):

@@ -342,8 +342,7 @@ def _rows(
     by_item: dict[str, NDArray[np.float64]] = {}
     refits: dict[str, NDArray[np.float64]] = {}
     items = sets.held_out
-    prompts = of_one_length(tokenize_items(run.engine.model, items)[0], N_GENERATED)
-    progress("texts: vectors", 0, len(run.methods))
+    distinct = _distinct_3(run, found, items, part_of(progress, "texts: tokens"))
     is_shared = bool(sets.shared.get("n_choosing_items_fitted_on"))
     for name in run.settings.methods:
         in_sample = is_shared or method_of(name).objective in ("promotion", "preference")
@@ -387,10 +386,18 @@ def _rows(
                 row |= {
                     "spent_neg": damage[of_budget][1].spent(linear.budget, linear.allowance),
                     "off_target": float(np.mean(elsewhere)) if elsewhere else math.nan,
-                    "distinct_3": mean_distinct_3(
-                        run.engine, prompts, {hook_name: subject.direction}, reached
-                    ),
+                    "distinct_3": distinct[subject],
                 }
             rows.append(row)
-            progress("texts: vectors", len(rows), len(run.methods))
     return with_verdicts(rows, inference), by_item, refits
+
+
+def _distinct_3(
+    run: Runner, found: _Measurements, items: PreferenceItems, progress: Progress
+) -> dict[Subject, float]:
+    """`mean_distinct_3` of every method that has an effect."""
+    prompts = of_one_length(tokenize_items(run.engine.model, items)[0], N_GENERATED)
+    subjects = [subject for subject in run.methods if subject in found.effects]
+    steered = [({s.hook_name: s.direction}, found.reached[s]) for s in subjects]
+    engine = replace(run.engine, progress=progress)
+    return dict(zip(subjects, mean_distinct_3(engine, prompts, steered), strict=True))

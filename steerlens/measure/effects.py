@@ -13,19 +13,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
-from steerlens.engine.checkpoint import Tensors, once
+from steerlens.engine.checkpoint import Tensors, check_unsteered, once
 from steerlens.engine.engine import Engine
+from steerlens.engine.logprobs import continuation_logprobs
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, fingerprint, tokenize_items
-from steerlens.engine.workload import CellOutput, Job, Workload
+from steerlens.engine.workload import Baseline, CellOutput, Job, Workload
 from steerlens.loss import Budget
 from steerlens.measure.coherence import P95
 from steerlens.models.hooked_model import HookedModel, context_length
-from steerlens.models.hooks import resid_post
 from steerlens.models.identity import provenance
 from steerlens.progress import silent
-from steerlens.steering import generate_tokens
+from steerlens.steering.generation import texts_of_each
 from steerlens.tables import Row
 
 NEW_TOKENS = 40
@@ -66,7 +66,7 @@ def preference_gaps(
     own tokens after the same prompt (nats per token), both steered alike at every
     token. The engine is told of the cells.
     """
-    baseline, cells = _cells(engine, _workload(engine, both_sides(engine.model, items)), jobs)
+    baseline, cells = _cells(engine, both_sides(engine.model, items), jobs)
     return _gap(baseline), [np.stack([_gap(cell.logprob) for cell in of_job]) for of_job in cells]
 
 
@@ -78,9 +78,7 @@ def both_sides(model: HookedModel, items: PreferenceItems | Sides) -> tuple[Toke
 
 def unsteered_gaps(engine: Engine, items: PreferenceItems | Sides) -> Float[np.ndarray, " item"]:
     """The preference gaps of the model as it is. The engine is told of the prompts."""
-    last = resid_post(engine.n_layers - 1)
-    workload = _workload(engine, both_sides(engine.model, items))
-    return _gap(run_baseline(engine, workload, (last,)).logprob)
+    return _gap(continuation_logprobs(engine, both_sides(engine.model, items)))
 
 
 def _gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
@@ -94,7 +92,7 @@ def damages(
     engine: Engine, texts: Sequence[TokenizedPrompt], jobs: Sequence[Job]
 ) -> list[list[Damage]]:
     """The damage on `texts` of every job at each of its coefficients. Tells of the cells."""
-    baseline, cells = _cells(engine, _workload(engine, texts, with_kl=True), jobs)
+    baseline, cells = _cells(engine, texts, jobs, with_kl=True)
 
     def damage(cell: CellOutput) -> Damage:
         if cell.kl is None:
@@ -121,28 +119,34 @@ def damage_columns(damage: Mapping[str, Sequence[Damage]]) -> Row:
 def mean_distinct_3(
     engine: Engine,
     prompts: Sequence[TokenizedPrompt],
-    directions: Mapping[str, Tensor],
-    coefficient: float,
-) -> float:
-    """The mean of `distinct_3` over steered greedy continuations (40 tokens) of the prompts.
+    steered: Sequence[tuple[Mapping[str, Tensor], float]],
+) -> list[float]:
+    """The mean of `distinct_3` over greedy continuations (40 tokens) of the prompts, each steered.
 
-    The prompts have one length; where the context leaves less room, the continuations are shorter.
-    Those of fewer than three tokens do not count, and NaN is returned when there are no others.
+    Of every vector at its coefficient, all written together; the prompts have one length. Where the
+    context leaves less room, the continuations are shorter. Those of fewer than three tokens do not
+    count, and NaN is returned when there are no others.
     """
     model = engine.model
     n_ctx = context_length(model)
     room = NEW_TOKENS if n_ctx is None else min(NEW_TOKENS, n_ctx - len(prompts[0].prompt))
-    if room < 3:
-        return float("nan")
+    if room < 3 or not steered:
+        return [math.nan] * len(steered)
 
     def measure() -> Tensors:
-        written = generate_tokens(model, prompts, directions, coefficient, max_new_tokens=room)
-        return {"shares": torch.tensor([distinct_3(tokens) for tokens in written]).double()}
+        written = texts_of_each(
+            *(model, prompts, steered),
+            max_new_tokens=room,
+            batch_size=engine.batch_size,
+            progress=engine.progress,
+        )
+        shares = torch.tensor([distinct_3(text.ids) for text in written]).double()
+        return {"shares": shares.reshape(len(prompts), -1).T}
 
-    decided = ("texts", provenance(model).to_dict(), fingerprint(prompts), coefficient, room)
-    steered = tuple(directions.items())
-    shares = once(engine.checkpoint, (*decided, steered), measure)["shares"].numpy()
-    return float(np.nanmean(shares)) if not np.isnan(shares).all() else float("nan")
+    decided = ("texts", provenance(model).to_dict(), fingerprint(prompts), room)
+    vectors = tuple((coefficient, *vector.items()) for vector, coefficient in steered)
+    shares = once(engine.checkpoint, (*decided, vectors), measure)["shares"].numpy()
+    return [float(np.nanmean(of)) if not np.isnan(of).all() else math.nan for of in shares]
 
 
 def of_one_length(prompts: Sequence[TokenizedPrompt], n: int) -> tuple[TokenizedPrompt, ...]:
@@ -165,19 +169,26 @@ def distinct_3(tokens: Sequence[int]) -> float:
     return len(set(trigrams)) / len(trigrams) if trigrams else float("nan")
 
 
-def _workload(
-    engine: Engine, prompts: Sequence[TokenizedPrompt], *, with_kl: bool = False
-) -> Workload:
-    return Workload(engine.batches(prompts), (), -1, "all", with_kl, with_readouts=False)
-
-
 def _cells(
-    engine: Engine, workload: Workload, jobs: Sequence[Job]
+    engine: Engine,
+    prompts: Sequence[TokenizedPrompt],
+    jobs: Sequence[Job],
+    *,
+    with_kl: bool = False,
 ) -> tuple[Float[Tensor, " prompt"], list[list[CellOutput]]]:
     """Unsteered logprobs, and the cells of every job, which may come in any order."""
     quiet = replace(engine, progress=silent)
+    workload = Workload(engine.batches(prompts), (), -1, "all", with_kl, with_readouts=False)
     readouts = tuple(dict.fromkeys(job.readout for job in jobs))
-    baseline = run_baseline(quiet, workload, readouts)
+    if with_kl:
+        baseline = run_baseline(quiet, workload, readouts)
+    else:
+        # Each prompt is run once for both of its continuations.
+        logprob = continuation_logprobs(quiet, prompts)
+        nothing = torch.zeros((len(readouts), len(prompts), 0))
+        baseline = Baseline(readouts, nothing, nothing[:, :0], logprob)
+        if engine.checkpoint is not None:
+            check_unsteered(engine.checkpoint, ("continuations", fingerprint(prompts)), (logprob,))
     in_order = sorted(jobs, key=lambda job: job.first_block)
     plan = make_plan(quiet, workload, baseline, in_order)
     by_job: dict[Job, list[CellOutput]] = {}

@@ -177,15 +177,41 @@ def generate_texts(
     is steered; where a model keeps more than keys and values of what it has read (Mamba, linear
     attention), or rotates short and long texts differently and these are both.
     """
-    check_room(model, prompts, max_new_tokens)
     if not coefficients:
         raise InputError("expected coefficients, got none; [0] is the model as it is")
+    steered = [(vector, coefficient) for coefficient in coefficients]
+    return texts_of_each(
+        *(model, prompts, steered),
+        max_new_tokens=max_new_tokens,
+        samples=samples,
+        seed=seed,
+        positions=positions,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def texts_of_each(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    steered: Sequence[tuple[Steerable | Mapping[str, Tensor], Coefficient]],
+    *,
+    max_new_tokens: Whole,
+    samples: Count = 1,
+    seed: Whole | None = None,
+    positions: Positions = "all",
+    batch_size: Count | None = None,
+    progress: Progress | None = None,
+) -> list[Generated]:
+    """`generate_texts` under each of several vectors at a coefficient of its own, all together."""
+    check_room(model, prompts, max_new_tokens)
     if samples > 1 and seed is None:
         raise InputError(
             f"{samples} samples without a seed would be the same greedy text; give a seed"
         )
     check_positions(positions)
-    check_processing(model, vector)
+    for vector, _ in steered:
+        check_processing(model, vector)
     width = max(len(prompt.prompt) for prompt in prompts)
     expected = (len(prompts), width)
     if isinstance(positions, Tensor) and tuple(positions.shape) != expected:
@@ -193,9 +219,9 @@ def generate_texts(
             f"the mask has shape {tuple(positions.shape)}, but the prompts are {expected} "
             "(prompts, tokens), padded on the left"
         )
-    pushes = [steps(vector, coefficient) for coefficient in coefficients]
+    pushes = [steps(vector, coefficient) for vector, coefficient in steered]
     job = Job([prompt.prompt for prompt in prompts], pushes, positions, max_new_tokens)
-    places = list(product(range(len(prompts)), range(len(coefficients)), range(samples)))
+    places = list(product(range(len(prompts)), range(len(pushes)), range(samples)))
     rows = [
         Row(prompt, push, None if seed is None else row_seed(seed, prompt, sample))
         for prompt, push, sample in places
@@ -211,16 +237,20 @@ def generate_texts(
     tell("tokens", 0, total)
     written: Mapping[int, Sequence[int]] = {}
     overflowed: dict[int, bool] = {}
-    if not (getattr(vector, "condition", None) and any(pushes)) and can_decode(model, job):
+    is_conditional = any(
+        getattr(vector, "condition", None) and push
+        for (vector, _), push in zip(steered, pushes, strict=True)
+    )
+    if not is_conditional and can_decode(model, job):
         written, overflowed = _together(model, job, rows, batch_size, told)
     if not written:
-        written = _apart(model, prompts, vector, coefficients, job, rows, batch_size, told)
+        written = _apart(model, prompts, steered, job, rows, batch_size, told)
     tell("tokens", total, total)
     ends = end_tokens(model)
     return [
         Generated(
             prompt=prompt,
-            coefficient=coefficients[push],
+            coefficient=steered[push][1],
             sample=sample,
             seed=row.seed,
             ids=tuple(token for token in written[i] if token not in ends),
@@ -257,8 +287,7 @@ def _together(
 def _apart(
     model: HookedModel,
     prompts: Sequence[TokenizedPrompt],
-    vector: Steerable | Mapping[str, Tensor],
-    coefficients: Sequence[Coefficient],
+    steered: Sequence[tuple[Steerable | Mapping[str, Tensor], Coefficient]],
     job: Job,
     rows: Sequence[Row],
     size: int | None,
@@ -270,7 +299,7 @@ def _apart(
     if not is_on_one_side(model, *job.ends):  # each has to cross at its own length
         size = 1
     written: dict[int, tuple[int, ...]] = {}
-    for push, coefficient in enumerate(coefficients):
+    for push, (vector, coefficient) in enumerate(steered):
         of_push = [place for place, row in enumerate(rows) if row.push == push]
         for first in range(0, len(of_push), size):
             places = of_push[first : first + size]
