@@ -66,7 +66,7 @@ def test_activations_are_those_of_whole_passes(
 
 def test_what_is_read_is_not_in_a_beginning(llama: Any) -> None:
     prompts = prompts_of(llama, n=100)
-    [tail] = make_beginnings(llama, prompts, -1, 1000)[0].tails
+    tail, *_ = make_beginnings(llama, prompts, -1, 1000)[0].tails
     assert min(tail.n_before) == 18
     # The third token from the beginning is read, so two are shared: too few.
     assert make_beginnings(llama, prompts, 2, 1000) == []
