@@ -1,5 +1,6 @@
 """Run pairs through a model, keep only the asked-for positions, and take differences."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -8,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from steerlens.engine.backend import for_hooks
+from steerlens.engine.backend import BareModel, for_hooks
 from steerlens.engine.batches import Batch, Places, in_pair_order, make_batches
+from steerlens.engine.beginnings import make_beginnings
 from steerlens.engine.memory import is_out_of_memory, warn_of_memory
 from steerlens.engine.positions import Position
-from steerlens.engine.resume import Stop
+from steerlens.engine.resume import Prefix, Stop, run_prefix
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.transfer import PINNED, Arriving, to_device, to_host
 from steerlens.errors import InputError, ModelError
@@ -24,8 +26,10 @@ from steerlens.models.hooks import (
     hooked,
     is_head,
     keeping,
+    resid_post,
 )
 from steerlens.models.loading import inference
+from steerlens.models.tolerance import allowed_gap, relative_gap
 from steerlens.progress import Progress, by_default, part_of, silent
 from steerlens.validation import Count, checked
 
@@ -61,6 +65,22 @@ def collect_activations(
         )
 
     check_one_width(hook_names)
+    tell = part_of(by_default(progress), "activations: prompts", total=len(prompts))
+    activations = _after_beginnings(model, prompts, hook_names, position, batch_size, tell)
+    if activations is None:
+        activations = _by_whole_passes(model, prompts, hook_names, position, batch_size, tell)
+    check_finite(activations, hook_names)
+    return activations
+
+
+def _by_whole_passes(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    hook_names: Sequence[str],
+    position: Position,
+    batch_size: int | None,
+    progress: Progress,
+) -> Float[Tensor, "hook prompt d_model"]:
     runner = for_hooks(model, hook_names)
     n_values = len(prompts) * len(hook_names) * hook_width(model, hook_names[0])
     pins = n_values <= PINNED
@@ -71,14 +91,63 @@ def collect_activations(
 
     with inference(runner):
         batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
-        done = by_halves(
-            batches, run, progress=part_of(by_default(progress), "activations: prompts")
-        )
-    activations = in_pair_order(
-        [batch for (batch,), _ in done], [values.arrived() for _, values in done]
+        done = by_halves(batches, run, progress=progress)
+    return in_pair_order([batch for (batch,), _ in done], [of.arrived() for _, of in done])
+
+
+def _after_beginnings(
+    model: HookedModel,
+    prompts: Sequence[TokenizedPrompt],
+    hook_names: Sequence[str],
+    position: Position,
+    batch_size: int | None,
+    progress: Progress,
+) -> Float[Tensor, "hook prompt d_model"] | None:
+    """As `_by_whole_passes`, what many prompts begin with run once, by the bare model.
+
+    None where that saves little or cannot be done; and, with a warning, where whole passes give
+    something else of the prompts that were padded the most and the least.
+    """
+    are_outputs = {*hook_names} <= {resid_post(i) for i in range(int(model.cfg.n_layers))}
+    groups = make_beginnings(model, prompts, position, batch_size) if are_outputs else []
+    runner = for_hooks(model, hook_names, on_cpu=True) if groups else model
+    if not isinstance(runner, BareModel):
+        return None
+    batches: list[Batch] = []
+    values: list[Float[Tensor, "hook row d_model"]] = []
+    padding: dict[int, int] = {}
+    with inference(runner):
+        for group in groups:
+            prefix = None if group.head is None else run_prefix(runner, group.head)
+            width = 0 if prefix is None else prefix.attention_mask.shape[1]
+
+            def run(batch: Batch, group: Any = group, prefix: Prefix | None = prefix) -> Tensor:
+                of = None if prefix is None else prefix.at(group.rows(batch), 0)
+                places = batch.places(position)
+                return run_to_hooks(runner, batch, hook_names, places=places, prefix=of)
+
+            before = len(padding)
+            tell = part_of(progress, "", before=before, total=len(prompts))
+            for (batch,), found in by_halves([(tail,) for tail in group.tails], run, progress=tell):
+                batches.append(batch)
+                values.append(found)
+                whole = width + batch.tokens.shape[1]
+                padding |= {row: whole - len(prompts[row]) for row in batch.rows}
+    activations = in_pair_order(batches, values)
+    rows = sorted({min(padding, key=padding.__getitem__), max(padding, key=padding.__getitem__)})
+    some = [prompts[row] for row in rows]
+    expected = _by_whole_passes(model, some, hook_names, position, batch_size, silent)
+    gap = float(relative_gap(activations[:, rows], expected).max())
+    if gap <= allowed_gap(model.cfg.dtype):
+        return activations
+    warnings.warn(
+        "the model has other activations after the kept keys and values of what prompts begin "
+        f"with than in whole passes (by {gap:.2g} of their size); prompts are run whole, which is "
+        "slower",
+        RuntimeWarning,
+        stacklevel=4,
     )
-    check_finite(activations, hook_names)
-    return activations
+    return None
 
 
 def are_finite(values: Float[Tensor, "hook ..."]) -> Bool[Tensor, " hook"]:
@@ -153,12 +222,14 @@ def run_to_hooks(
     *,
     places: Places,
     fwd_hooks: Sequence[tuple[str, HookFunction]] = (),
+    prefix: Prefix | None = None,
 ) -> Float[Tensor, "hook prompt d_model"]:
     """Run a batch until every hook has been read once, and stop there.
 
     `places` are where each row is read; `fwd_hooks` (an intervention) act before the reading at the
-    same hook. Rows of a head are zero from d_head on where other hooks are wider. Raises
-    `HookError` when a hook does not fire.
+    same hook. With `prefix`, the tokens follow those of it, whose cache is added to. Rows of a
+    head are zero from d_head on where other hooks are wider. Raises `HookError` when a hook does
+    not fire.
     """
     found: dict[str, Tensor] = {}
     places = to_device(places, batch.tokens.device)
@@ -170,7 +241,8 @@ def run_to_hooks(
 
     stopping = [(name, stop) for name in hook_names]
     with hooked(model, [*fwd_hooks, *readers, *stopping]), suppress(Stop):
-        model(batch.tokens, return_type=None, **batch.forward_kwargs)
+        kwargs = batch.forward_kwargs if prefix is None else prefix.kwargs(batch.attention_mask)
+        model(batch.tokens, return_type=None, **kwargs)
     return stacked(found, hook_names)
 
 

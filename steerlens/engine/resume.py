@@ -55,6 +55,12 @@ class Prefix:
             layer.batch_select_indices(rows.to(layer.keys.device))
         return Prefix(copied, self.attention_mask[rows])
 
+    def kwargs(self, attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
+        """Of a pass of the tokens after it, with their mask; its cache is added to."""
+        # The mask spans the prefix too; the model takes the tokens' positions from it.
+        joined = torch.cat([self.attention_mask, attention_mask], dim=1)
+        return {"attention_mask": joined.long(), "past_key_values": self.cache}
+
 
 def run_prefix(model: Any, batch: Batch) -> Prefix:
     """Run the unsteered tokens of `batch`, those of one prompt once; keep their keys and values.
@@ -123,9 +129,7 @@ def _pass_kwargs(
         return branch_kwargs(attention_mask, dtype)
     if prefix is None:
         return {} if is_padded is False else mask_kwargs(attention_mask)
-    # The mask spans the prefix too; the model takes the tokens' positions from it.
-    joined = torch.cat([prefix.attention_mask, attention_mask], dim=1)
-    return {"attention_mask": joined.long(), "past_key_values": prefix.cache}
+    return prefix.kwargs(attention_mask)
 
 
 def advance(
