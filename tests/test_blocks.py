@@ -208,7 +208,7 @@ def test_a_folder_keeps_the_parts_of_blocks(
             run(tmp_path / "run")
     started = unfinished.read_started(tmp_path / "run")
     assert started is not None
-    assert started.finished == "0 of 5 hooks and 4 parts of them"
+    assert started.finished == "0 of 5 hooks and 3 parts of others"
     assert run(tmp_path / "run", resume=True) == whole
 
 

@@ -50,7 +50,7 @@ class Pushed(NamedTuple):
     """What an objective is given of a side: readout (residual units) and logprob (nats per token).
 
     Both at c = +1 and -1 (`sign`); `unsteered` is the logprob at 0. Logprobs of a side without
-    labels are NaN.
+    labels are NaN. Of `Branches` there is one readout a row, and one logprob a text.
     """
 
     readout: Float[Tensor, "sign row d_model"]

@@ -39,8 +39,8 @@ LAUNCH_BOUND = 4e11
 millisecond's. Both sides of the pairs then run in one pass, which takes more arithmetic."""
 
 GRAPH_OPERATIONS = 3 * LAUNCH_BOUND
-"""Those of a block and a side from which more pairs in a pass run no faster on a GPU. Both sides'
-graphs are there at once, so they would only take memory."""
+"""Floating-point operations of a block, on one side, from which more pairs in a pass run no faster
+on a GPU. Both sides' graphs are there at once, so they would only take memory."""
 
 _checked: "weakref.WeakSet[BareModel]" = weakref.WeakSet()
 
@@ -210,7 +210,7 @@ class LossRows(NamedTuple):
 
 
 def pairs_per_pass(model: HookedModel, pairs: TokenizedPairs) -> int | None:
-    """How many pairs' graphs are kept at once by default, alike; None: as in any pass."""
+    """Pairs in a pass by default, as many in each; None: as `rows_per_pass` says of any pass."""
     if not isinstance(model, BareModel):
         return None
     width = max(map(len, (*pairs.positive, *pairs.negative)))

@@ -212,9 +212,9 @@ def make_batches(
 def block_rows(
     model: HookedModel, pairs: TokenizedPairs, batch_size: int | None
 ) -> tuple[tuple[int, ...], ...]:
-    """The rows of pairs in blocks of like length, each of `PASSES_PER_BLOCK` passes or some more.
+    """The rows of pairs in blocks of like length, of `PASSES_PER_BLOCK` to twice as many passes.
 
-    All have as many; there may be no negative side.
+    One block where there are fewer; there may be no negative side.
     """
     sides = [side for side in (pairs.positive, pairs.negative) if side]
     lengths = [sum(map(len, prompts)) for prompts in zip(*sides, strict=True)]

@@ -85,8 +85,9 @@ def make_beginnings(
 ) -> list[Beginnings]:
     """Batches of prompts after batches of what they begin with; none where that saves little.
 
-    What is read at `position` comes after the beginnings. None on a GPU either, and where a model
-    keeps more than keys and values of what it has read.
+    What is read at `position` comes after the beginnings. None on a GPU either, where a model keeps
+    more than keys and values of what it has read, and where texts lie on both sides of a length at
+    which it changes its arithmetic.
     """
     if torch.device(model.cfg.device or "cpu").type != "cpu" or key_value_cache(model) is None:
         return []

@@ -37,7 +37,7 @@ LEAST_SHARED = 8
 
 @dataclass(frozen=True)
 class Branches(Batch):
-    """Prompts in rows of one or several, each with two continuations: as many `rows` a row.
+    """Prompts in rows of one or several, each with two continuations, which are two of `rows`.
 
     Continuations do not see each other. Both begin with the prompt's last token, at which the first
     of their own is predicted. The mask is 0 at padding, 1 at what all of the row begin with, and

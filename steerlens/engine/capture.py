@@ -22,6 +22,7 @@ from steerlens.models.hooked_model import HookedModel
 from steerlens.models.hooks import (
     HookFunction,
     check_one_width,
+    hook_layer,
     hook_width,
     hooked,
     is_head,
@@ -50,7 +51,8 @@ def collect_activations(
 
     The model runs in length-sorted batches and stops after the last hook, so the unembedding is
     never computed and the peak memory does not grow with the number of prompts but for the result;
-    out of memory halves a batch.
+    out of memory halves a batch. On a CPU, what many prompts begin with is run once; where that
+    gives anything else, prompts are run whole, with a warning.
     Raises `InputError` without prompts or hooks, `HookError` where heads and other hooks are
     mixed, and as `collect_differences`.
 
@@ -113,12 +115,13 @@ def _after_beginnings(
     runner = for_hooks(model, hook_names, on_cpu=True) if groups else model
     if not isinstance(runner, BareModel):
         return None
+    last = max(hook_names, key=hook_layer)
     batches: list[Batch] = []
     values: list[Float[Tensor, "hook row d_model"]] = []
     padding: dict[int, int] = {}
     with inference(runner):
         for group in groups:
-            prefix = None if group.head is None else run_prefix(runner, group.head)
+            prefix = None if group.head is None else run_prefix(runner, group.head, last_hook=last)
             width = 0 if prefix is None else prefix.attention_mask.shape[1]
 
             def run(batch: Batch, group: Any = group, prefix: Prefix | None = prefix) -> Tensor:

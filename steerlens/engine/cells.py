@@ -45,7 +45,7 @@ def fast_cells(
 ) -> tuple[list[CellOutput], Carried]:
     """The cells of `job` in the order of its coefficients, and the residuals for the job after it.
 
-    Nothing is checked here: see `plan.run_cells`.
+    Nothing is checked here: see `plan.make_plan`.
     """
     finish, carried = start_cells(engine, prepared, job, carried)
     return finish(), carried

@@ -17,11 +17,18 @@ class OnDisk:
     """A `Float[Tensor, "hook pair d_model"]` whose pairs come in blocks, in a temporary file.
 
     The file has no name, so that it is gone when this is, or the process. Of the indices of a
-    tensor it knows those of a hook, `[i]`, and of the pairs of a block, `[:, rows]`.
+    tensor it knows those of a hook, `[i]`, and of the pairs of a block, `[:, rows]`. Raises
+    `FileError` where no folder for temporary files can be used.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this is)
+        try:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as this is)
+        except OSError as error:
+            raise FileError(
+                "expected a folder for temporary files, to keep the unsteered activations of many "
+                f"pairs in, got none: {error.strerror or error}; name one as TMPDIR"
+            ) from error
         self._blocks: dict[tuple[int, ...], tuple[int, tuple[int, ...]]] = {}
         self._dtype: Any = None
 

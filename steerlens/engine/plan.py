@@ -199,9 +199,9 @@ def finished_cells(
 ) -> Iterator[Finished]:
     """The cells of the jobs as they are finished: in order, unless workers run them.
 
-    Nothing is run, yielded or counted for the `known` jobs; but the unsteered residual goes through
-    their hooks, so that the cells after them have the same bits and the same cost as if they had
-    been run.
+    The plan is one of a single block of pairs. Nothing is run, yielded or counted for the `known`
+    jobs; but the unsteered residual goes through their hooks, so that the cells after them have the
+    same bits and the same cost as if they had been run.
 
     Jobs should come in layer order, as each one starts from where the last one stood. As many
     coefficients run at once as the engine's batch size, or the device, has room for; out of memory

@@ -62,7 +62,7 @@ class Prefix:
         return {"attention_mask": joined.long(), "past_key_values": self.cache}
 
 
-def run_prefix(model: Any, batch: Batch) -> Prefix:
+def run_prefix(model: Any, batch: Batch, *, last_hook: str | None = None) -> Prefix:
     """Run the unsteered tokens of `batch`, those of one prompt once; keep their keys and values.
 
     The model has to take `past_key_values` (see `takes_cache`).
@@ -75,7 +75,7 @@ def run_prefix(model: Any, batch: Batch) -> Prefix:
     run_from(
         *(model, batch.tokens[first], mask),
         prefix=Prefix(cache, mask[:, :0]),
-        last_hook=resid_post(int(model.cfg.n_layers) - 1),
+        last_hook=last_hook or resid_post(int(model.cfg.n_layers) - 1),
     )
     prefix = Prefix(cache, mask)
     return prefix if len(first) == len(which) else prefix.at(torch.tensor(which), 0)

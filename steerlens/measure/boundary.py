@@ -171,7 +171,7 @@ class Text:
         return cls(on, prompts, labels, study.pairs.groups if is_of_pairs else None)
 
     def unsteered(self, study: Preparation) -> tuple[Workload, Baseline]:
-        """The text as positive prompts of a workload, read at their last token; and unsteered."""
+        """The text as positive prompts, read as the pairs or at their end; and unsteered."""
         if self.on == "positive":
             return replace(study.workload, negative=()), study.baseline.of_positive
         workload = study.engine.workload(

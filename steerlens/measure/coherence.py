@@ -56,8 +56,8 @@ class Reading:
     """One push at one coefficient, prompt by prompt.
 
     `values` are degradations (nats per token), mean divergences (nats per token), or the divergence
-    at every token (NaN-padded), as the budget needs; `projections` those at the readout hook
-    (float64), None where nothing reads them.
+    at every token (NaN-padded), as the budget needs; `projections` of the activations at the
+    readout hook (residual units, float64), None where nothing reads them.
     """
 
     values: Float[np.ndarray, "prompt *token"]

@@ -68,7 +68,8 @@ class Study(Preparation):
         progress: Told of the steps (see `show_progress`). Default: bars in a terminal or a
             notebook.
         checkpoint: Given what is finished, so that a measurement that was stopped goes on with it:
-            of a sweep each hook, of the others each hook at each step. Default: nothing is kept.
+            of a sweep each hook, of the others each hook at each step; of many pairs on each block
+            of them. Default: nothing is kept.
 
     Raises:
         InputError: A hook has no direction, the directions are another model's (width, weight

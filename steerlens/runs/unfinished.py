@@ -1,8 +1,8 @@
 """A run that is not finished: its parts on disk, and who may write them.
 
 In `parts/` of the run folder: `_request.json`, what was asked for, with which the folder is made;
-`_directions.safetensors`; of a sweep a Parquet file a hook, of other commands a safetensors file
-for everything that is finished, each written whole and once.
+`_directions.safetensors`; of a sweep a Parquet file a hook; and a safetensors file for everything
+else that is finished, a hook's cells on a block of many pairs too, each written whole and once.
 """
 
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlens.directions.directions import Directions
-from steerlens.engine.checkpoint import Kept
+from steerlens.engine.checkpoint import UNSTEERED, Kept
 from steerlens.errors import FileError, SteerlensError
 from steerlens.files import (
     PROBE,
@@ -59,7 +59,7 @@ from steerlens.tables import to_frame, write_parquet
 
 @dataclass(frozen=True)
 class Started:
-    """What an unfinished run was asked for, and what it has: hooks of a sweep, or so many parts."""
+    """What an unfinished run was asked for, and what it has: hooks of a sweep, and so many parts."""
 
     request: Mapping[str, Any]
     options: Mapping[str, Any]
@@ -77,7 +77,7 @@ class Started:
         """How much is finished."""
         if self.request.get("command") == "sweep":
             hooks = f"{len(self.has_part)} of {len(self.request['hook_names'])} hooks"
-            return hooks if self.has_part else f"{hooks} and {self.n_parts} parts of them"
+            return f"{hooks} and {self.n_parts} parts of others" if self.n_parts else hooks
         return f"{self.n_parts} parts"
 
 
@@ -106,7 +106,10 @@ def read_started(folder: Path) -> Started | None:
             "or move it away"
         ) from error
     has_part = tuple(name for i, name in enumerate(names) if part_file(folder, i).exists())
-    n_parts = sum(TENSORS.fullmatch(path.name) is not None for path in inside.iterdir())
+    n_parts = sum(
+        TENSORS.fullmatch(path.name) is not None and not path.name.startswith(UNSTEERED)
+        for path in inside.iterdir()
+    )
     return Started(record["request"], record["options"], record["versions"], has_part, n_parts)
 
 

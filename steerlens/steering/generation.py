@@ -203,7 +203,10 @@ def texts_of_each(
     batch_size: Count | None = None,
     progress: Progress | None = None,
 ) -> list[Generated]:
-    """`generate_texts` under each of several vectors at a coefficient of its own, all together."""
+    """`generate_texts` under each of several vectors at a coefficient of its own, all together.
+
+    By prompt, then vector, then sample.
+    """
     check_room(model, prompts, max_new_tokens)
     if samples > 1 and seed is None:
         raise InputError(
@@ -266,7 +269,7 @@ def _together(
 ) -> tuple[dict[int, list[int]], dict[int, bool]]:
     """The ids of every row, by its place, and whether its logits overflowed.
 
-    None where they would not be the model's own.
+    Both are empty where they would not be the model's own.
     """
     written: dict[int, list[int]] = {}
     overflowed: dict[int, bool] = {}
