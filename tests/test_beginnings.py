@@ -81,8 +81,8 @@ def test_prompts_run_whole_where_kept_keys_give_something_else(
     expected = capture._by_whole_passes(llama, prompts, names, -1, None, lambda *told: None)
     right = capture.run_prefix
 
-    def wrong(model: Any, batch: Any) -> Any:
-        prefix = right(model, batch)
+    def wrong(*args: Any, **options: Any) -> Any:
+        prefix = right(*args, **options)
         for layer in prefix.cache.layers:
             layer.values = layer.values + 1
         return prefix
@@ -91,3 +91,22 @@ def test_prompts_run_whole_where_kept_keys_give_something_else(
     with pytest.warns(RuntimeWarning, match="prompts are run whole"):
         found = capture.collect_activations(llama, prompts, names)
     assert torch.equal(found, expected)
+
+
+def test_beginnings_are_run_up_to_the_last_hook_alone(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, names, kept = prompts_of(llama, n=50), resolve_hooks(llama, [0]), []
+    right = capture.run_prefix
+
+    def noting(*args: Any, **options: Any) -> Any:
+        kept.append(right(*args, **options))
+        return kept[-1]
+
+    monkeypatch.setattr(capture, "run_prefix", noting)
+    expected = capture._by_whole_passes(llama, prompts, names, -1, None, lambda *told: None)
+    found = capture.collect_activations(llama, prompts, names)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    filled = [layer.keys is not None for prefix in kept for layer in prefix.cache.layers]
+    assert filled == [True, *[False] * (len(llama.blocks) - 1)] * len(kept)
+    assert kept

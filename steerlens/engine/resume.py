@@ -52,7 +52,8 @@ class Prefix:
         copied.layers = [copy.copy(layer) for layer in self.cache.layers]
         # Of the blocks before it only the length is looked at.
         for layer in copied.layers[block:]:
-            layer.batch_select_indices(rows.to(layer.keys.device))
+            if layer.keys is not None:  # as it is after the last block that was run
+                layer.batch_select_indices(rows.to(layer.keys.device))
         return Prefix(copied, self.attention_mask[rows])
 
     def kwargs(self, attention_mask: Bool[Tensor, "row token"]) -> dict[str, Any]:
@@ -65,7 +66,8 @@ class Prefix:
 def run_prefix(model: Any, batch: Batch, *, last_hook: str | None = None) -> Prefix:
     """Run the unsteered tokens of `batch`, those of one prompt once; keep their keys and values.
 
-    The model has to take `past_key_values` (see `takes_cache`).
+    Those of the blocks up to `last_hook`, of all without one. The model has to take
+    `past_key_values` (see `takes_cache`).
     """
     from transformers import DynamicCache
 

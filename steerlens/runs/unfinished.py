@@ -59,7 +59,7 @@ from steerlens.tables import to_frame, write_parquet
 
 @dataclass(frozen=True)
 class Started:
-    """What an unfinished run was asked for, and what it has: hooks of a sweep, and so many parts."""
+    """What an unfinished run was asked for, and what it has: hooks of a sweep, other parts."""
 
     request: Mapping[str, Any]
     options: Mapping[str, Any]
