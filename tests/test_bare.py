@@ -342,6 +342,16 @@ def test_memory_that_is_out_is_not_taken_for_a_fault(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_a_forward_that_is_replaced_is_found_out() -> None:
+    model = bridge(build_llama())
+    assert isinstance(for_hooks(model, HOOKS), BareModel)
+    assert for_hooks(model, HOOKS) is for_hooks(model, HOOKS)
+    model.blocks[1].mlp.forward = lambda hidden_states, *args, **options: 0 * hidden_states
+    with pytest.warns(RuntimeWarning, match="do not stand in for the Bridge's"):
+        assert for_hooks(model, HOOKS) is model
+
+
+@pytest.mark.usefixtures("on_cpu")
 def test_parts_on_several_devices_are_run_bare_too(texts: sl.ContrastivePairs) -> None:
     """Here "cpu" and "cpu:0" stand for two devices; a block moves what it is given."""
     model = bridge(build_llama())

@@ -1,12 +1,13 @@
 """Prompts that begin alike: their activations are those of whole passes, for fewer tokens."""
 
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
 
-from steerlens.engine import capture
-from steerlens.engine.beginnings import common_beginnings, make_beginnings
+from steerlens.engine import beginnings, capture
+from steerlens.engine.beginnings import KEPT, _width, common_beginnings, make_beginnings
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.models.hooks import resolve_hooks
 
@@ -88,9 +89,12 @@ def test_prompts_run_whole_where_kept_keys_give_something_else(
         return prefix
 
     monkeypatch.setattr(capture, "run_prefix", wrong)
+    monkeypatch.setattr(capture, "_run_whole", WeakSet())
     with pytest.warns(RuntimeWarning, match="prompts are run whole"):
         found = capture.collect_activations(llama, prompts, names)
     assert torch.equal(found, expected)
+    # It is not tried again: there would be a warning, which is an error here.
+    assert torch.equal(capture.collect_activations(llama, prompts, names), expected)
 
 
 def test_beginnings_are_run_up_to_the_last_hook_alone(
@@ -110,3 +114,38 @@ def test_beginnings_are_run_up_to_the_last_hook_alone(
     filled = [layer.keys is not None for prefix in kept for layer in prefix.cache.layers]
     assert filled == [True, *[False] * (len(llama.blocks) - 1)] * len(kept)
     assert kept
+
+
+def test_batches_hold_few_copies_of_long_beginnings(llama: Any) -> None:
+    """Each row keeps a copy: eight kept tokens count for one that is run."""
+    prompts = prompts_of(llama, n=600, beginnings=(56,))
+    (group, *_) = make_beginnings(llama, prompts, -1, None)
+    longest = max(len(tail.rows) for tail in group.tails)
+    assert 1 < longest <= 1024 / (1 + 56 // KEPT)
+
+
+def test_no_batch_is_longer_than_the_context(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = prompts_of(llama, n=50)
+    widest = max(map(_width, make_beginnings(llama, prompts, -1, None)))
+    for room, is_split in ((widest, True), (widest - 1, False)):
+        monkeypatch.setattr(beginnings, "context_length", lambda model, room=room: room)
+        assert bool(make_beginnings(llama, prompts, -1, None)) == is_split
+
+
+def test_out_of_memory_prompts_are_run_whole(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, names = prompts_of(llama, n=50), resolve_hooks(llama, "all")
+
+    def failing(reason: str) -> Any:
+        def run(*args: Any, **options: Any) -> Any:
+            raise RuntimeError(reason)
+
+        return run
+
+    expected = capture._by_whole_passes(llama, prompts, names, -1, None, lambda *told: None)
+    monkeypatch.setattr(
+        capture, "run_prefix", failing("DefaultCPUAllocator: can't allocate memory")
+    )
+    assert torch.equal(capture.collect_activations(llama, prompts, names), expected)
+    monkeypatch.setattr(capture, "run_prefix", failing("another"))
+    with pytest.raises(RuntimeError, match="another"):
+        capture.collect_activations(llama, prompts, names)

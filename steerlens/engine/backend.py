@@ -48,6 +48,7 @@ class BareModel(torch.nn.Module):
         """Floating-point operations of a token in a block, two a weight; the mean over blocks.
 
         More than that of a mixture of experts, of which a token passes through few."""
+        self.made_of: list[tuple[type, Any]] = []
         self.compiled: CompiledBlocks | None = None
         self.can_resume = True
         self._calls: dict[int, dict[int, Callable[..., Any]]] = {}
@@ -167,7 +168,7 @@ def for_hooks(
     if not _is_eligible(model, on_cpu=on_cpu):
         return model
     if not _shares_weights(_known.get(model), model):
-        # Built before the weights were replaced, or never.
+        # Built before weights or a forward were replaced, or never.
         _known[model] = None
         _known[model] = _checked_bare(model)
     bare = _known[model]
@@ -186,12 +187,21 @@ def _is_eligible(model: Any, *, on_cpu: bool) -> bool:
 
 
 def _shares_weights(bare: BareModel | None, model: Any) -> bool:
-    """Whether the weights are the same memory still; a model without a bare one stays so."""
+    """Whether weights and parts are the same still; a model without a bare one stays so."""
     # Moving a model, or changing its dtype, gives it others.
     if bare is None:
         return model in _known
+    if bare.made_of != _made_of(model):
+        return False
     theirs = {weight.data_ptr() for weight in weight_module(model).parameters()}
     return all(weight.data_ptr() in theirs for weight in weight_module(bare).parameters())
+
+
+def _made_of(model: Any) -> list[tuple[type, Any]]:
+    """What runs in a Bridge, its weights apart: each part's class, and a forward of its own."""
+    return [
+        (type(part), part.__dict__.get("forward")) for part in hugging_face_model(model).modules()
+    ]
 
 
 def _checked_bare(model: Any) -> BareModel | None:
@@ -203,6 +213,7 @@ def _checked_bare(model: Any) -> BareModel | None:
         if next(plain.parameters()).is_cuda:
             fuse_norms(plain)
         bare = BareModel(model, plain, blocks)
+        bare.made_of = _made_of(model)
         verification.mark_checked(bare)
         reason = _difference(model, bare)
     except Exception as error:  # whatever a model's own code raises where it is built alone

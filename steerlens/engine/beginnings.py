@@ -1,5 +1,6 @@
 """Prompts that begin alike: what they begin with is run once, and each goes on from its keys."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,10 +12,18 @@ from torch import Tensor
 from steerlens.engine.batches import TOKENS_PER_PASS, Batch, length_groups, padded
 from steerlens.engine.positions import Position
 from steerlens.engine.tokenization import TokenizedPrompt
-from steerlens.models.hooked_model import HookedModel, is_on_one_side, key_value_cache
+from steerlens.models.hooked_model import (
+    HookedModel,
+    context_length,
+    is_on_one_side,
+    key_value_cache,
+)
 
 WORTH = 0.2
 """The share of the tokens that has to be saved, and as many of them as a pass holds."""
+
+KEPT = 8
+"""How many kept tokens count for one that is run where a batch is made: each row has a copy."""
 
 _MOST_SPLITS = 50
 """How often texts are told apart, as Python would run too deep in long ones."""
@@ -86,8 +95,8 @@ def make_beginnings(
     """Batches of prompts after batches of what they begin with; none where that saves little.
 
     What is read at `position` comes after the beginnings. None on a GPU either, where a model keeps
-    more than keys and values of what it has read, and where texts lie on both sides of a length at
-    which it changes its arithmetic.
+    more than keys and values of what it has read, where texts lie on both sides of a length at
+    which it changes its arithmetic, and where a padded batch would be longer than its context.
     """
     if torch.device(model.cfg.device or "cpu").type != "cpu" or key_value_cache(model) is None:
         return []
@@ -103,7 +112,15 @@ def make_beginnings(
         return []
     if not is_on_one_side(model, min(filter(None, lengths)), max(map(len, ids))):
         return []
-    return list(_grouped(model, prompts, heads, batch_size))
+    groups = list(_grouped(model, prompts, heads, batch_size))
+    # Padded between beginning and rest, a batch is wider than its longest prompt.
+    room = context_length(model) or math.inf
+    return groups if max(map(_width, groups)) <= room else []
+
+
+def _width(group: Beginnings) -> int:
+    head = 0 if group.head is None else group.head.tokens.shape[1]
+    return head + max(tail.tokens.shape[1] for tail in group.tails)
 
 
 def _grouped(
@@ -124,7 +141,8 @@ def _grouped(
         cuts = [len(of[which[row]]) for row in rows]
         rest = [prompts[row].ids[cut:] for row, cut in zip(rows, cuts, strict=True)]
         tails = []
-        for places in length_groups([(len(text),) for text in rest], model, batch_size):
+        takes = [(len(text) + cut // KEPT,) for text, cut in zip(rest, cuts, strict=True)]
+        for places in length_groups(takes, model, batch_size):
             tokens = padded([rest[i] for i in places], "right", device=cpu)
             of_tail = tuple(rows[i] for i in places)
             n_before = tuple(cuts[i] for i in places)

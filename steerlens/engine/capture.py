@@ -1,6 +1,7 @@
 """Run pairs through a model, keep only the asked-for positions, and take differences."""
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -35,6 +36,9 @@ from steerlens.progress import Progress, by_default, part_of, silent
 from steerlens.validation import Count, checked
 
 T = TypeVar("T")
+
+_run_whole: "weakref.WeakSet[Any]" = weakref.WeakSet()
+"""Models that were seen to differ after kept keys and values."""
 
 
 @checked
@@ -108,10 +112,11 @@ def _after_beginnings(
     """As `_by_whole_passes`, what many prompts begin with run once, by the bare model.
 
     None where that saves little or cannot be done; and, with a warning, where whole passes give
-    something else of the prompts that were padded the most and the least.
+    something else of the prompts that were padded the most and the least, once a model.
     """
     are_outputs = {*hook_names} <= {resid_post(i) for i in range(int(model.cfg.n_layers))}
-    groups = make_beginnings(model, prompts, position, batch_size) if are_outputs else []
+    may_begin = are_outputs and model not in _run_whole
+    groups = make_beginnings(model, prompts, position, batch_size) if may_begin else []
     runner = for_hooks(model, hook_names, on_cpu=True) if groups else model
     if not isinstance(runner, BareModel):
         return None
@@ -121,7 +126,14 @@ def _after_beginnings(
     padding: dict[int, int] = {}
     with inference(runner):
         for group in groups:
-            prefix = None if group.head is None else run_prefix(runner, group.head, last_hook=last)
+            try:
+                prefix = None
+                if group.head is not None:
+                    prefix = run_prefix(runner, group.head, last_hook=last)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                return None  # whole passes take less at once, and may be halved
             width = 0 if prefix is None else prefix.attention_mask.shape[1]
 
             def run(batch: Batch, group: Any = group, prefix: Prefix | None = prefix) -> Tensor:
@@ -143,6 +155,7 @@ def _after_beginnings(
     gap = float(relative_gap(activations[:, rows], expected).max())
     if gap <= allowed_gap(model.cfg.dtype):
         return activations
+    _run_whole.add(model)
     warnings.warn(
         "the model has other activations after the kept keys and values of what prompts begin "
         f"with than in whole passes (by {gap:.2g} of their size); prompts are run whole, which is "

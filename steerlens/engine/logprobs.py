@@ -1,5 +1,6 @@
 """How likely the unsteered model finds continuations: each prompt run once for all of its own."""
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from steerlens.engine.resume import distinct_rows, labels_logprob, run_from, run
 from steerlens.engine.tokenization import TokenizedPrompt
 from steerlens.engine.workload import Cost, Workload
 from steerlens.loss.labels import mean_by_prompt
-from steerlens.models.hooked_model import is_on_one_side, key_value_cache
+from steerlens.models.hooked_model import context_length, is_on_one_side, key_value_cache
 from steerlens.models.hooks import resid_post
 from steerlens.models.loading import inference
 from steerlens.models.tolerance import allowed_gap
@@ -71,6 +72,9 @@ def _has_prefixes(engine: Engine, prompts: Sequence[TokenizedPrompt]) -> bool:
         and all(len(prompt.prompt) > 1 for prompt in prompts)
         and all(_proved.get(model, {}).values())
         and all(is_on_one_side(model, len(p.prompt) - 1, len(p)) for p in prompts)
+        # Padded between prompt and continuation, a batch is wider than its longest text.
+        and max(len(p.prompt) for p in prompts) + max(len(p) - len(p.prompt) for p in prompts)
+        <= (context_length(model) or math.inf)
     )
 
 

@@ -288,7 +288,8 @@ def _runner_of(task: Task, model: Any) -> Any:
     """What runs: the model, or the bare one under it where the task says so."""
     if not task.is_bare:
         return model
-    runner = for_hooks(model, [name for job in task.jobs for name in job.touched])
+    touched = [name for job in task.jobs for name in job.touched]
+    runner = for_hooks(model, touched, on_cpu=not task.workload.with_readouts)
     if task.is_compiled and isinstance(runner, BareModel):
         runner.compile_blocks()
     return runner

@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerlens.data.items import PreferenceItems
-from steerlens.engine.checkpoint import Tensors, check_unsteered, once
+from steerlens.engine.checkpoint import Tensors, once
 from steerlens.engine.engine import Engine
-from steerlens.engine.logprobs import continuation_logprobs
 from steerlens.engine.plain_loop import run_baseline
 from steerlens.engine.plan import make_plan, run_cells
 from steerlens.engine.tokenization import TokenizedPrompt, fingerprint, tokenize_items
-from steerlens.engine.workload import Baseline, CellOutput, Job, Workload
+from steerlens.engine.workload import CellOutput, Job, Workload
 from steerlens.loss import Budget
 from steerlens.measure.coherence import P95
 from steerlens.models.hooked_model import HookedModel, context_length
+from steerlens.models.hooks import resid_post
 from steerlens.models.identity import provenance
 from steerlens.progress import silent
 from steerlens.steering.generation import texts_of_each
@@ -78,7 +78,9 @@ def both_sides(model: HookedModel, items: PreferenceItems | Sides) -> tuple[Toke
 
 def unsteered_gaps(engine: Engine, items: PreferenceItems | Sides) -> Float[np.ndarray, " item"]:
     """The preference gaps of the model as it is. The engine is told of the prompts."""
-    return _gap(continuation_logprobs(engine, both_sides(engine.model, items)))
+    batches, last = engine.batches(both_sides(engine.model, items)), resid_post(engine.n_layers - 1)
+    workload = Workload(batches, (), -1, "all", with_readouts=False)
+    return _gap(run_baseline(engine, workload, (last,)).logprob)
 
 
 def _gap(logprob: Float[Tensor, " prompt"]) -> NDArray[np.float64]:
@@ -180,15 +182,7 @@ def _cells(
     quiet = replace(engine, progress=silent)
     workload = Workload(engine.batches(prompts), (), -1, "all", with_kl, with_readouts=False)
     readouts = tuple(dict.fromkeys(job.readout for job in jobs))
-    if with_kl:
-        baseline = run_baseline(quiet, workload, readouts)
-    else:
-        # Each prompt is run once for both of its continuations.
-        logprob = continuation_logprobs(quiet, prompts)
-        nothing = torch.zeros((len(readouts), len(prompts), 0))
-        baseline = Baseline(readouts, nothing, nothing[:, :0], logprob)
-        if engine.checkpoint is not None:
-            check_unsteered(engine.checkpoint, ("continuations", fingerprint(prompts)), (logprob,))
+    baseline = run_baseline(quiet, workload, readouts)
     in_order = sorted(jobs, key=lambda job: job.first_block)
     plan = make_plan(quiet, workload, baseline, in_order)
     by_job: dict[Job, list[CellOutput]] = {}
