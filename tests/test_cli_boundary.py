@@ -156,7 +156,7 @@ def test_a_vector_is_measured_in_place_of_directions(
     data = ("--quiet", "--model", model_folder, "--pairs", pairs_file, "--vector", vector_file)
     wanted = ("boundary", *data, "--budget", "nats=0.1", "--shape", "4")
     outcome = run(*(word for word in wanted if word != "--quiet"), "--out", tmp_path / "a")
-    assert outcome.code == 0
+    assert outcome.code == 0, outcome.err
     assert "Joint boundary of the two hooks" in outcome.out
     expected = study.boundary(with_projection=True).layers
     layers = table(tmp_path / "a", "layers.csv")

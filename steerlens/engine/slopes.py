@@ -73,7 +73,7 @@ def label_slopes(
         )
 
     how: dict[str, Any] = {"steered_positions": steered_positions, "seed": seed}
-    what = [[part for added in along for part in added]]
+    what = [[len(added) for added in along], [part for added in along for part in added]]
     return Slopes(**_by_batch(engine, batches, hook_names, products, Slopes, what, **how))
 
 
