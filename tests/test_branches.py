@@ -161,9 +161,9 @@ def test_the_check_looks_at_two_rows_of_a_prompt_that_all_items_share() -> None:
     cells = {n: cost(n, 2) - cost(n, 1) for n in (4, 40)}
     fixed = {n: cost(n, 1) - cells[n] for n in (4, 40)}
     assert cells[40] == 10 * cells[4]
-    # The unsteered run grows too, by the prompt's last token and one more of two texts, and what is
-    # carried to the hook: both in a row of 9 through two blocks of four.
-    assert fixed[40] - fixed[4] == 36 * (2 * 2 * 4 + 9 * 2)
+    # The unsteered run grows too, two texts of 6 tokens through four blocks, and what is carried to
+    # the hook: both in a row of 9 through two.
+    assert fixed[40] - fixed[4] == 36 * (2 * 6 * 4 + 9 * 2)
 
 
 @needs_bridge
