@@ -58,9 +58,8 @@ def test_activations_are_those_of_whole_passes(
     found = capture.collect_activations(
         tiny, prompts, names, position=position, batch_size=batch_size
     )
-    expected = capture._by_whole_passes(
-        tiny, prompts, names, position, batch_size, lambda *told: None
-    )
+    reading = capture._Reading(tiny, names, position, batch_size)
+    expected = reading.by_whole_passes(prompts, lambda *told: None)
     assert not torch.equal(found, expected)  # it was another way
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -79,7 +78,7 @@ def test_prompts_run_whole_where_kept_keys_give_something_else(
     llama: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts, names = prompts_of(llama, n=50), resolve_hooks(llama, "all")
-    expected = capture._by_whole_passes(llama, prompts, names, -1, None, lambda *told: None)
+    expected = capture._Reading(llama, names, -1, None).by_whole_passes(prompts, lambda *told: None)
     right = capture.run_prefix
 
     def wrong(*args: Any, **options: Any) -> Any:
@@ -108,7 +107,7 @@ def test_beginnings_are_run_up_to_the_last_hook_alone(
         return kept[-1]
 
     monkeypatch.setattr(capture, "run_prefix", noting)
-    expected = capture._by_whole_passes(llama, prompts, names, -1, None, lambda *told: None)
+    expected = capture._Reading(llama, names, -1, None).by_whole_passes(prompts, lambda *told: None)
     found = capture.collect_activations(llama, prompts, names)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     filled = [layer.keys is not None for prefix in kept for layer in prefix.cache.layers]
@@ -141,7 +140,7 @@ def test_out_of_memory_prompts_are_run_whole(llama: Any, monkeypatch: pytest.Mon
 
         return run
 
-    expected = capture._by_whole_passes(llama, prompts, names, -1, None, lambda *told: None)
+    expected = capture._Reading(llama, names, -1, None).by_whole_passes(prompts, lambda *told: None)
     monkeypatch.setattr(
         capture, "run_prefix", failing("DefaultCPUAllocator: can't allocate memory")
     )

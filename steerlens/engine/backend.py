@@ -48,7 +48,7 @@ class BareModel(torch.nn.Module):
         """Floating-point operations of a token in a block, two a weight; the mean over blocks.
 
         More than that of a mixture of experts, of which a token passes through few."""
-        self.made_of: list[tuple[type, Any]] = []
+        self.made_of = _made_of(bridge)
         self.compiled: CompiledBlocks | None = None
         self.can_resume = True
         self._calls: dict[int, dict[int, Callable[..., Any]]] = {}
@@ -213,7 +213,6 @@ def _checked_bare(model: Any) -> BareModel | None:
         if next(plain.parameters()).is_cuda:
             fuse_norms(plain)
         bare = BareModel(model, plain, blocks)
-        bare.made_of = _made_of(model)
         verification.mark_checked(bare)
         reason = _difference(model, bare)
     except Exception as error:  # whatever a model's own code raises where it is built alone
@@ -234,14 +233,15 @@ def fuse_norms(model: torch.nn.Module) -> int:
     """Have RMS norms run as one kernel each, where that gives the same; how many of them now do.
 
     Hugging Face writes each as some eight kernels, which on a GPU is a tenth to a third of a pass.
-    In half precision the weight is then multiplied before the one rounding, not between two.
+    In half precision the weight is then multiplied before the one rounding, not between two. Norms
+    that move what they are given to another device first stay as they are.
     """
     generator, n_fused = torch.Generator().manual_seed(0), 0
     for module in model.modules():
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
         if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(eps, float):
             continue
-        if "forward" in module.__dict__:  # it moves what it is given to its own device first
+        if "forward" in module.__dict__:  # accelerate's
             continue
         # Some take a gate too, for which they may have to be asked.
         n_inputs = len(inspect.signature(module.forward).parameters)

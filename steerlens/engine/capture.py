@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -72,98 +73,102 @@ def collect_activations(
 
     check_one_width(hook_names)
     tell = part_of(by_default(progress), "activations: prompts", total=len(prompts))
-    activations = _after_beginnings(model, prompts, hook_names, position, batch_size, tell)
+    reading = _Reading(model, hook_names, position, batch_size)
+    activations = reading.after_beginnings(prompts, tell)
     if activations is None:
-        activations = _by_whole_passes(model, prompts, hook_names, position, batch_size, tell)
+        activations = reading.by_whole_passes(prompts, tell)
     check_finite(activations, hook_names)
     return activations
 
 
-def _by_whole_passes(
-    model: HookedModel,
-    prompts: Sequence[TokenizedPrompt],
-    hook_names: Sequence[str],
-    position: Position,
-    batch_size: int | None,
-    progress: Progress,
-) -> Float[Tensor, "hook prompt d_model"]:
-    runner = for_hooks(model, hook_names)
-    n_values = len(prompts) * len(hook_names) * hook_width(model, hook_names[0])
-    pins = n_values <= PINNED
+@dataclass(frozen=True)
+class _Reading:
+    """What is read of prompts, and in batches of how many."""
 
-    def run(batch: Batch) -> Arriving:
-        found = run_to_hooks(runner, batch, hook_names, places=batch.places(position))
-        return to_host(found, pins=pins)
+    model: HookedModel
+    hook_names: Sequence[str]
+    position: Position
+    batch_size: int | None
 
-    with inference(runner):
-        batches = [(batch,) for batch in make_batches(model, prompts, batch_size)]
-        done = by_halves(batches, run, progress=progress)
-    return in_pair_order([batch for (batch,), _ in done], [of.arrived() for _, of in done])
+    def by_whole_passes(
+        self, prompts: Sequence[TokenizedPrompt], progress: Progress
+    ) -> Float[Tensor, "hook prompt d_model"]:
+        runner = for_hooks(self.model, self.hook_names)
+        n_values = len(prompts) * len(self.hook_names) * hook_width(self.model, self.hook_names[0])
+        pins = n_values <= PINNED
 
+        def run(batch: Batch) -> Arriving:
+            found = run_to_hooks(runner, batch, self.hook_names, places=batch.places(self.position))
+            return to_host(found, pins=pins)
 
-def _after_beginnings(
-    model: HookedModel,
-    prompts: Sequence[TokenizedPrompt],
-    hook_names: Sequence[str],
-    position: Position,
-    batch_size: int | None,
-    progress: Progress,
-) -> Float[Tensor, "hook prompt d_model"] | None:
-    """As `_by_whole_passes`, what many prompts begin with run once, by the bare model.
+        with inference(runner):
+            batches = [(batch,) for batch in make_batches(self.model, prompts, self.batch_size)]
+            done = by_halves(batches, run, progress=progress)
+        return in_pair_order([batch for (batch,), _ in done], [of.arrived() for _, of in done])
 
-    None where that saves little or cannot be done; and, with a warning, where whole passes give
-    something else of the prompts that were padded the most and the least, once a model.
-    """
-    are_outputs = {*hook_names} <= {resid_post(i) for i in range(int(model.cfg.n_layers))}
-    may_begin = are_outputs and model not in _run_whole
-    groups = make_beginnings(model, prompts, position, batch_size) if may_begin else []
-    runner = for_hooks(model, hook_names, on_cpu=True) if groups else model
-    if not isinstance(runner, BareModel):
+    def after_beginnings(
+        self, prompts: Sequence[TokenizedPrompt], progress: Progress
+    ) -> Float[Tensor, "hook prompt d_model"] | None:
+        """As `by_whole_passes`, what many prompts begin with run once, by the bare model.
+
+        None where that saves little or cannot be done; and, with a warning, where whole passes give
+        something else of the prompts that were padded the most and the least, once a model.
+        """
+        model, outputs = self.model, map(resid_post, range(int(self.model.cfg.n_layers)))
+        groups = []
+        if {*self.hook_names} <= {*outputs} and model not in _run_whole:
+            groups = make_beginnings(model, prompts, self.position, self.batch_size)
+        runner = for_hooks(model, self.hook_names, on_cpu=True) if groups else model
+        if not isinstance(runner, BareModel):
+            return None
+        last = max(self.hook_names, key=hook_layer)
+        batches: list[Batch] = []
+        values: list[Float[Tensor, "hook row d_model"]] = []
+        padding: dict[int, int] = {}
+        with inference(runner):
+            for group in groups:
+                try:
+                    prefix = None
+                    if group.head is not None:
+                        prefix = run_prefix(runner, group.head, last_hook=last)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    return None  # whole passes take less at once, and may be halved
+                width = 0 if prefix is None else prefix.attention_mask.shape[1]
+
+                def run(batch: Batch, group: Any = group, prefix: Prefix | None = prefix) -> Tensor:
+                    of = None if prefix is None else prefix.at(group.rows(batch), 0)
+                    places = batch.places(self.position)
+                    return run_to_hooks(runner, batch, self.hook_names, places=places, prefix=of)
+
+                before = len(padding)
+                tell = part_of(progress, "", before=before, total=len(prompts))
+                for (batch,), found in by_halves(
+                    [(tail,) for tail in group.tails], run, progress=tell
+                ):
+                    batches.append(batch)
+                    values.append(found)
+                    whole = width + batch.tokens.shape[1]
+                    padding |= {row: whole - len(prompts[row]) for row in batch.rows}
+        activations = in_pair_order(batches, values)
+        rows = sorted(
+            {min(padding, key=padding.__getitem__), max(padding, key=padding.__getitem__)}
+        )
+        some = [prompts[row] for row in rows]
+        expected = self.by_whole_passes(some, silent)
+        gap = float(relative_gap(activations[:, rows], expected).max())
+        if gap <= allowed_gap(model.cfg.dtype):
+            return activations
+        _run_whole.add(model)
+        warnings.warn(
+            "the model has other activations after the kept keys and values of what prompts begin "
+            f"with than in whole passes (by {gap:.2g} of their size); prompts are run whole, which "
+            "is slower",
+            RuntimeWarning,
+            stacklevel=4,
+        )
         return None
-    last = max(hook_names, key=hook_layer)
-    batches: list[Batch] = []
-    values: list[Float[Tensor, "hook row d_model"]] = []
-    padding: dict[int, int] = {}
-    with inference(runner):
-        for group in groups:
-            try:
-                prefix = None
-                if group.head is not None:
-                    prefix = run_prefix(runner, group.head, last_hook=last)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                return None  # whole passes take less at once, and may be halved
-            width = 0 if prefix is None else prefix.attention_mask.shape[1]
-
-            def run(batch: Batch, group: Any = group, prefix: Prefix | None = prefix) -> Tensor:
-                of = None if prefix is None else prefix.at(group.rows(batch), 0)
-                places = batch.places(position)
-                return run_to_hooks(runner, batch, hook_names, places=places, prefix=of)
-
-            before = len(padding)
-            tell = part_of(progress, "", before=before, total=len(prompts))
-            for (batch,), found in by_halves([(tail,) for tail in group.tails], run, progress=tell):
-                batches.append(batch)
-                values.append(found)
-                whole = width + batch.tokens.shape[1]
-                padding |= {row: whole - len(prompts[row]) for row in batch.rows}
-    activations = in_pair_order(batches, values)
-    rows = sorted({min(padding, key=padding.__getitem__), max(padding, key=padding.__getitem__)})
-    some = [prompts[row] for row in rows]
-    expected = _by_whole_passes(model, some, hook_names, position, batch_size, silent)
-    gap = float(relative_gap(activations[:, rows], expected).max())
-    if gap <= allowed_gap(model.cfg.dtype):
-        return activations
-    _run_whole.add(model)
-    warnings.warn(
-        "the model has other activations after the kept keys and values of what prompts begin "
-        f"with than in whole passes (by {gap:.2g} of their size); prompts are run whole, which is "
-        "slower",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    return None
 
 
 def are_finite(values: Float[Tensor, "hook ..."]) -> Bool[Tensor, " hook"]:

@@ -18,8 +18,8 @@ from steerlens.engine.resume import (
     Residual,
     advance,
     distinct_rows,
-    labels_logprobs,
     run_prefix,
+    vocabulary_logprobs,
 )
 from steerlens.engine.workload import Baseline, Workload
 from steerlens.models.hooked_model import HookedModel, is_on_one_side, takes_cache
@@ -52,7 +52,7 @@ class Part:
         if kept is not None:
             return kept[labels.to(kept.device)]
         assert final is not None
-        return labels_logprobs(model, final[labels.to(final.device)])
+        return vocabulary_logprobs(model, final[labels.to(final.device)])
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _with_final(engine: Engine, part: Part, *, with_logprobs: bool) -> Part:
     final = advance_part(engine.model, part, None, engine.n_layers).values
     is_label = part.batch.label_mask()[:, 1:].to(final.device)
     outputs = final[:, :-1][is_label]
-    logprobs = labels_logprobs(engine.model, outputs) if with_logprobs else None
+    logprobs = vocabulary_logprobs(engine.model, outputs) if with_logprobs else None
     return replace(part, final=outputs, logprobs=logprobs)
 
 

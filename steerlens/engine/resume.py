@@ -178,8 +178,8 @@ def labels_kl(
 ) -> tuple[Float[Tensor, " label"], Float[Tensor, " label"]]:
     """KL(unsteered || steered), nats, of the next-token distributions, and `labels_logprob`.
 
-    `final` are outputs of the last block; `unsteered` gives `labels_logprobs` of the labels at some
-    places among them.
+    `final` are outputs of the last block; `unsteered` gives `vocabulary_logprobs` of the labels at
+    some places among them.
     """
     divergences, logprobs = [], []
     places = torch.arange(len(final))
@@ -190,7 +190,7 @@ def labels_kl(
     return torch.cat(divergences), torch.cat(logprobs)
 
 
-def labels_logprobs(
+def vocabulary_logprobs(
     model: HookedModel, final: Float[Tensor, "label d_model"]
 ) -> Float[Tensor, "label vocab"]:
     """Log-probabilities (nats) of all tokens, from the last block's output at the token before."""
